@@ -1,0 +1,1 @@
+"""Thin Ray wrappers, each around one domain object of azu."""

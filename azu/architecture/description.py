@@ -1,0 +1,33 @@
+"""What a model's config says of it, before any weight is read."""
+
+from dataclasses import dataclass
+
+from azu.protocol.structure import Layer
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A causal language model's shape.
+
+    `layers_path` is the dotted path of the decoder's layer list ("model.layers", "transformer.h");
+    `front` and `back` name the decoder's children that run before and after the layers;
+    `layer_parameters[i]` counts all parameters of layer i, `expert_parameters[i]` those of one of its experts (0
+    for a dense layer), `embed_parameters` and `head_parameters` those of the edges. Nothing was downloaded
+    or allocated to learn this but config.json.
+    """
+
+    name: str
+    dtype: str
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    layers: tuple[Layer, ...]
+    layers_path: str
+    front: frozenset[str]
+    back: frozenset[str]
+    tied_head: bool
+    layer_parameters: tuple[int, ...]
+    expert_parameters: tuple[int, ...]
+    embed_parameters: int
+    head_parameters: int
+    eos_token_ids: tuple[int, ...]

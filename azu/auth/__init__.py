@@ -1,0 +1,1 @@
+"""API keys that a wallet's signature opens."""

@@ -1,0 +1,1 @@
+"""The azu command: the composition root."""

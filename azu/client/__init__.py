@@ -1,0 +1,1 @@
+"""The light client: generate, stream, log in, deposit."""

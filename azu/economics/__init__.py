@@ -1,0 +1,1 @@
+"""Prices, quotes and the division of a charge: pure integer rules."""

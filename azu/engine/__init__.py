@@ -1,0 +1,1 @@
+"""Stages, experts, KV, sampling and continuous batching; runs without Ray."""

@@ -1,0 +1,195 @@
+"""The errors azu raises on purpose, each with the HTTP status and OpenAI error type it becomes.
+
+Raise the most specific class. `message` is for the person who caused the error: it names what is wrong
+and never carries a secret.
+"""
+
+from typing import ClassVar
+
+
+class AzuError(Exception):
+    """Base of every error that azu raises on purpose.
+
+    `param` names the request field at fault and `code` is a stable word for programs; both may be None.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code if code is not None else self.default_code
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions cross process borders; the default would lose the keyword arguments.
+        return _rebuild, (type(self), self.message, self.param, self.code)
+
+    def to_openai(self) -> dict[str, dict[str, str | None]]:
+        """Return the body that an OpenAI client expects: `{"error": {message, type, param, code}}`."""
+        return {
+            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        }
+
+
+def _rebuild(kind: type[AzuError], message: str, param: str | None, code: str | None) -> AzuError:
+    return kind(message, param=param, code=code)
+
+
+class InvalidRequest(AzuError):
+    """The request is malformed or asks for something azu does not do."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class ConfigurationError(InvalidRequest):
+    """A setting, policy, nodes file or ticket is missing, unknown or out of range."""
+
+    default_code = "invalid_configuration"
+
+
+class UnsupportedModel(InvalidRequest):
+    """The model cannot be cut into stages that pass on one hidden state."""
+
+    default_code = "unsupported_model"
+
+
+class BrokenCheckpoint(InvalidRequest):
+    """A checkpoint file is truncated, inconsistent, unsafe or holds values that are not finite."""
+
+    default_code = "broken_checkpoint"
+
+
+class Unauthenticated(AzuError):
+    """No key, or a key that is unknown, expired or revoked."""
+
+    status = 401
+    type = "authentication_error"
+    default_code = "invalid_api_key"
+
+
+class InsufficientBalance(AzuError):
+    """The account does not hold the amount the request may cost."""
+
+    status = 402
+    type = "insufficient_quota"
+    default_code = "insufficient_balance"
+
+
+class Forbidden(AzuError):
+    """The key is good, but not for this account, transaction or endpoint."""
+
+    status = 403
+    type = "permission_error"
+    default_code = "forbidden"
+
+
+class NotFound(AzuError):
+    """The thing that the request names does not exist."""
+
+    status = 404
+    type = "invalid_request_error"
+    default_code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """No model of this id is known here, on the Hub or under an allowed folder."""
+
+    default_code = "model_not_found"
+
+
+class Conflict(AzuError):
+    """The request contradicts something that already happened."""
+
+    status = 409
+    type = "invalid_request_error"
+    default_code = "conflict"
+
+
+class TransferConflict(Conflict):
+    """A transfer id was used before with other content."""
+
+    default_code = "transfer_conflict"
+
+
+class DepositRejected(Conflict):
+    """A transaction exists on the chain but is no deposit: it failed or moved another token."""
+
+    default_code = "deposit_rejected"
+
+
+class RequestTooLarge(AzuError):
+    """The request body is larger than the ingress accepts."""
+
+    status = 413
+    type = "invalid_request_error"
+    default_code = "request_too_large"
+
+
+class RateLimited(AzuError):
+    """The caller, or azu towards another service, has to slow down."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limited"
+
+
+class InternalError(AzuError):
+    """azu broke one of its own promises while serving the request."""
+
+    default_code = "internal_error"
+
+
+class LedgerError(InternalError):
+    """The ledger refused a transfer that its caller should never have made."""
+
+    default_code = "ledger_error"
+
+
+class FrameError(InternalError):
+    """A frame is not what its header, its sender or the current topology says it should be."""
+
+    default_code = "bad_frame"
+
+
+class ShardError(InternalError):
+    """A shard's bytes are not those that the model's structure names."""
+
+    default_code = "bad_shard"
+
+
+class Unavailable(AzuError):
+    """azu, or something it depends on, cannot serve the request now but may later."""
+
+    status = 503
+    type = "server_error"
+    default_code = "unavailable"
+
+
+class InsufficientCapacity(Unavailable):
+    """The nodes together cannot hold the model; `missing_bytes` says by how much."""
+
+    default_code = "insufficient_capacity"
+
+
+class WorkerLost(Unavailable):
+    """A worker that held a piece of the model died or stopped answering."""
+
+    default_code = "worker_lost"
+
+
+class ChainError(Unavailable):
+    """The chain did not answer, or answered something azu cannot act on."""
+
+    default_code = "chain_unavailable"
+
+
+class DeadlineExceeded(AzuError):
+    """Something that crosses a process did not answer in its time."""
+
+    status = 504
+    type = "server_error"
+    default_code = "deadline_exceeded"

@@ -1,0 +1,1 @@
+"""The life of a job, from its reservation to its receipt, over ports."""

@@ -1,0 +1,1 @@
+"""Pieces of a model onto nodes: pure, without Ray, clock or randomness."""

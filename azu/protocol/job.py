@@ -1,0 +1,117 @@
+"""A job as it is written to Redis, and what its token stream carries."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pydantic import ConfigDict
+
+from azu.protocol.sampling import SamplingParams
+
+
+class JobState(StrEnum):
+    """QUEUED and RUNNING jobs hold a reservation; the others are final and their money is settled."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended, in OpenAI's words; CANCELLED and ERROR are azu's."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One paid prompt. `reserved_lamports` is the most it can cost."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    job_id: str
+    address: str
+    model_id: str
+    revision: str
+    num_layers: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    reserved_lamports: int
+    created_at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """New tokens of a job, in order. `index` is the completion index of the first one.
+
+    `logprobs` is parallel to `token_ids` when the job asked for them, else empty.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One line of a receipt's topology: which node ran which layers and experts in which actor."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    node: str
+    actor: str
+    layers: tuple[int, int]
+    experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a job cost and who earned it; the amounts sum exactly.
+
+    charged = platform + sum of workers; charged + released = reserved.
+    `worker_lamports` is keyed by payout address.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    job_id: str
+    address: str
+    model_id: str
+    revision: str
+    prompt_tokens: int
+    completion_tokens: int
+    num_layers: int
+    lamports_per_token_layer: int
+    charged_lamports: int
+    released_lamports: int
+    platform_lamports: int
+    worker_lamports: Mapping[str, int]
+    transfer_id: str
+    topology: tuple[Placement, ...] = ()
+
+    @property
+    def token_layers(self) -> int:
+        """Tokens times layers, what the price is per."""
+        return (self.prompt_tokens + self.completion_tokens) * self.num_layers
+
+
+@dataclass(frozen=True, slots=True)
+class JobOutcome:
+    """The last event of a job's stream: it is written after the money is settled."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    state: JobState
+    finish_reason: FinishReason
+    receipt: Receipt
+    error: Mapping[str, str | None] | None = None
+
+
+JobEvent = TokenEvent | JobOutcome

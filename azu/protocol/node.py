@@ -1,0 +1,39 @@
+"""What a node says of itself, once a second."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pydantic import ConfigDict
+
+
+class NodeState(StrEnum):
+    """ALIVE takes new pieces; SUSPECT and LEAVING keep what they have; DEAD has nothing any more."""
+
+    ALIVE = "alive"
+    SUSPECT = "suspect"
+    LEAVING = "leaving"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A worker machine's GPU (or CPU budget) as the planner sees it.
+
+    `vram_free_bytes` is live: what could be loaded now. Bandwidth and compute are measured on the node.
+    `cached_shards` holds the sha256 of every shard on its disk; `links_s` the one-way latency to other nodes.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    node_id: str
+    name: str
+    payout_address: str
+    vram_total_bytes: int
+    vram_free_bytes: int
+    memory_bytes_per_s: float
+    flops_per_s: float
+    state: NodeState = NodeState.ALIVE
+    cached_shards: frozenset[str] = frozenset()
+    links_s: Mapping[str, float] = field(default_factory=dict)
+    device: str = "cpu"

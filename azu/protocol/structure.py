@@ -1,0 +1,157 @@
+"""What structure.json says of a model: enough to plan, price and verify without opening a shard."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from azu.errors import BrokenCheckpoint
+
+STRUCTURE_FILE = "structure.json"
+STRUCTURE_VERSION = 1
+EMBED = "embed"
+HEAD = "head"
+
+
+class LayerKind(StrEnum):
+    """DENSE layers are one shard; MOE layers are a router shard and one shard per expert."""
+
+    DENSE = "dense"
+    MOE = "moe"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer.
+
+    `kv_bytes_per_token` counts K and V of this layer for one token in the serving dtype.
+    `num_experts` and `experts_per_token` are 0 for a dense layer.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    index: int
+    kind: LayerKind
+    kv_bytes_per_token: int
+    num_experts: int = 0
+    experts_per_token: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Dtype (torch's name, such as "bfloat16") and shape of one tensor in a shard."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file of a cut model.
+
+    `name` has no suffix: `embed`, `head`, `layer_3_dense`, `layer_4_router`, `layer_4_expert_7`.
+    `size_bytes` is the file's size, `weight_bytes` that of its tensors alone.
+    `active_parameters` counts the parameters one token uses (an embedding lookup uses one row).
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    size_bytes: int
+    weight_bytes: int
+    sha256: str
+    active_parameters: int
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def file_name(self) -> str:
+        """The shard's file inside the model's folder."""
+        return f"{self.name}.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A config or tokenizer file that travels with the shards."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """A model after the cut. `revision` is a commit or a content hash: it never moves."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    model_id: str
+    revision: str
+    architecture: str
+    dtype: str
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    layers: tuple[Layer, ...]
+    shards: tuple[Shard, ...]
+    files: tuple[ModelFile, ...]
+    # The head's weight is the embedding's: the last stage loads the embed shard too.
+    tied_head: bool = False
+    version: int = STRUCTURE_VERSION
+    _by_name: dict[str, Shard] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._by_name.update({shard.name: shard for shard in self.shards})
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one value in the serving dtype."""
+        return {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
+
+    def shard(self, name: str) -> Shard:
+        """Return the shard of that name; KeyError if the model has none."""
+        return self._by_name[name]
+
+    def layer_shard(self, index: int) -> Shard:
+        """Return the dense or router shard of a layer."""
+        kind = "dense" if self.layers[index].kind is LayerKind.DENSE else "router"
+        return self._by_name[f"layer_{index}_{kind}"]
+
+    def expert_shard(self, index: int, expert: int) -> Shard:
+        """Return the shard of one expert of a MoE layer."""
+        return self._by_name[f"layer_{index}_expert_{expert}"]
+
+    def edge_shards(self, start: int, end: int) -> Iterator[Shard]:
+        """Yield what a stage of layers [start, end) needs beside its layers: embedding, final norm, head."""
+        if start == 0 or (end == self.num_layers and self.tied_head):
+            yield self._by_name[EMBED]
+        if end == self.num_layers:
+            yield self._by_name[HEAD]
+
+    def to_json(self) -> bytes:
+        """Return structure.json's content."""
+        exclude: Any = {"_by_name"}
+        return _ADAPTER.dump_json(self, indent=1, exclude=exclude)
+
+    @classmethod
+    def from_json(cls, content: bytes | str, *, where: str = STRUCTURE_FILE) -> "Structure":
+        """Parse structure.json; raises BrokenCheckpoint that names `where` if it is not one."""
+        try:
+            return _ADAPTER.validate_json(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise BrokenCheckpoint(f"{where}: {place}: {first['msg']}") from error
+
+
+_ADAPTER = TypeAdapter(Structure)

@@ -1,0 +1,90 @@
+"""Where the pieces of a model are: what the planner returns and everything else follows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import ConfigDict
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LayerSpan:
+    """Layers [start, end) of a model."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __contains__(self, layer: object) -> bool:
+        return isinstance(layer, int) and self.start <= layer < self.end
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A layer span on a node. `experts` maps each MoE layer of the span to the experts held beside its router."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    index: int
+    node_id: str
+    span: LayerSpan
+    experts: Mapping[int, tuple[int, ...]]
+    vram_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSet:
+    """Experts on a node apart from their routers: layer -> expert ids. An expert may stand in several sets."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    index: int
+    node_id: str
+    experts: Mapping[int, tuple[int, ...]]
+    vram_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the planner expects of a topology at the batch its policy asked for."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    tokens_per_s: float
+    time_per_output_token_s: float
+    lamports_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Every layer on exactly one stage, every expert beside its router or in an expert set.
+
+    `epoch` rises with every change; whoever gets something of an older one drops it.
+    `num_blocks` is the KV capacity that every stage has, in blocks of `block_size` tokens.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    model_id: str
+    revision: str
+    epoch: int
+    stages: tuple[Stage, ...]
+    expert_sets: tuple[ExpertSet, ...]
+    num_blocks: int
+    block_size: int
+    prediction: Prediction
+
+    def stage_of(self, layer: int) -> Stage:
+        """Return the stage that runs a layer."""
+        return next(stage for stage in self.stages if layer in stage.span)
+
+    @property
+    def vram_bytes_by_node(self) -> dict[str, int]:
+        """VRAM that the topology takes on each node it uses."""
+        used: dict[str, int] = {}
+        for piece in (*self.stages, *self.expert_sets):
+            used[piece.node_id] = used.get(piece.node_id, 0) + piece.vram_bytes
+        return used

@@ -1,0 +1,1 @@
+"""Deposits and payouts: the only process that holds the private key."""

@@ -1,0 +1,1 @@
+"""Data only: network policy, Serve config, demo network and the built-in models."""

@@ -1,0 +1,1 @@
+"""Ray Serve: HTTP in, domain calls out."""
