@@ -29,9 +29,7 @@ class AzuError(Exception):
 
     def to_openai(self) -> dict[str, dict[str, str | None]]:
         """Return the body that an OpenAI client expects: `{"error": {message, type, param, code}}`."""
-        return {
-            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
 def _rebuild(kind: type[AzuError], message: str, param: str | None, code: str | None) -> AzuError:

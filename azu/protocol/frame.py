@@ -93,13 +93,17 @@ class Frame:
             raise FrameError(f"frame of stage {stage}, step {step}: wrong checksum")
         dtype = _NAMES.get(code)
         if dtype is None or not 0 < dims <= MAX_DIMS:
-            raise FrameError(f"frame of stage {stage}, step {step}: unknown dtype {code} or {dims} dimensions")
+            raise FrameError(
+                f"frame of stage {stage}, step {step}: unknown dtype {code} or {dims} dimensions"
+            )
         shape = sizes[:dims]
         table_bytes = num_rows * _ROW.size
         if len(content) != _PREFIX_BYTES + table_bytes + payload_bytes:
             raise FrameError(f"frame of stage {stage}, step {step}: {len(content)} bytes is not its size")
         if prod(shape) * DTYPES[dtype][1] != payload_bytes:
-            raise FrameError(f"frame of stage {stage}, step {step}: {payload_bytes} bytes do not fill {shape}")
+            raise FrameError(
+                f"frame of stage {stage}, step {step}: {payload_bytes} bytes do not fill {shape}"
+            )
         table = body[_HEADER.size : _HEADER.size + table_bytes]
         rows = tuple(FrameRow(*row) for row in _ROW.iter_unpack(table))
         if rows and sum(row.num_tokens for row in rows) != shape[0]:

@@ -24,7 +24,7 @@ class LayerSpan:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A layer span on a node. `experts` maps each MoE layer of the span to the experts held beside its router."""
+    """A layer span on a node; `experts` maps each of its MoE layers to the experts held beside the router."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -37,7 +37,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class ExpertSet:
-    """Experts on a node apart from their routers: layer -> expert ids. An expert may stand in several sets."""
+    """Experts on a node apart from their routers: layer -> expert ids; replicas stand in several sets."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -85,6 +85,7 @@ class Topology:
     def vram_bytes_by_node(self) -> dict[str, int]:
         """VRAM that the topology takes on each node it uses."""
         used: dict[str, int] = {}
-        for piece in (*self.stages, *self.expert_sets):
+        pieces: tuple[Stage | ExpertSet, ...] = (*self.stages, *self.expert_sets)
+        for piece in pieces:
             used[piece.node_id] = used.get(piece.node_id, 0) + piece.vram_bytes
         return used
