@@ -11,7 +11,7 @@ class Architecture:
 
     `layers_path` is the dotted path of the decoder's layer list ("model.layers", "transformer.h");
     `front` and `back` name the decoder's children that run before and after the layers;
-    `layer_parameters[i]` counts the parameters of layer i, `expert_parameters[i]` those of one of its experts (0
+    `layer_parameters[i]` counts layer i, `expert_parameters[i]` one of its experts (0
     for a dense layer), `embed_parameters` and `head_parameters` those of the edges. Nothing was downloaded
     or allocated to learn this but config.json.
     """
