@@ -8,10 +8,10 @@ CONNECT_TIMEOUT_S = 5.0
 REPLY_TIMEOUT_S = 15.0
 
 
-def connect_redis(url: str) -> "Redis[str]":
+def connect_redis(url: str) -> Redis:
     """Return a client of the Redis at `url` ("redis://:password@host:port/0") that speaks `str`.
 
-    A blocking read must ask for less than REPLY_TIMEOUT_S. Lost connections are opened again three times; what
+    A blocking read must ask for less than REPLY_TIMEOUT_S. Lost connections are opened again; what
     was sent may have run, so every write must bear being sent twice.
     """
     return Redis.from_url(
