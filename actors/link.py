@@ -1,0 +1,85 @@
+"""How stages and experts reach each other over Ray: raw bytes in plain actor calls."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from azu.errors import AzuError, DeadlineExceeded, InternalError, WorkerLost
+
+log = logging.getLogger(__name__)
+
+
+def get(ref: ray.ObjectRef, timeout_s: float, what: str) -> object:
+    """Return a call's answer; Ray's errors become ours and name `what` was called."""
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except Exception as error:
+        raise as_azu_error(error, what) from error
+
+
+def as_azu_error(error: Exception, what: str) -> AzuError:
+    """Return our error for whatever a call to another actor raised."""
+    # Ray raises a class made of its own and the cause's: the cause alone is what we sent.
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, AzuError):
+        return cause
+    if isinstance(error, GetTimeoutError | TimeoutError):
+        return DeadlineExceeded(f"{what} did not answer in time")
+    if isinstance(error, RayActorError):
+        return WorkerLost(f"{what} is gone")
+    return InternalError(f"{what} failed: {type(cause).__name__}: {cause}")
+
+
+@dataclass(frozen=True, slots=True)
+class PendingCall:
+    """An expert call on its way."""
+
+    ref: ray.ObjectRef
+    what: str
+
+    def result(self, timeout_s: float) -> bytes:
+        """Wait for the experts' answer."""
+        answer = get(self.ref, timeout_s, self.what)
+        assert isinstance(answer, bytes)
+        return answer
+
+
+class RayExpertLink:
+    """Calls expert sets by index."""
+
+    def __init__(self, expert_sets: Mapping[int, ActorHandle]) -> None:
+        self._expert_sets = expert_sets
+
+    def start(self, expert_set: int, layer: int, request: bytes) -> PendingCall:
+        """Send token slices to an expert set without waiting."""
+        ref = self._expert_sets[expert_set].run.remote(layer, request)
+        return PendingCall(ref, f"expert set {expert_set}")
+
+
+class Acknowledgements:
+    """Watches sent calls in a thread of its own, so that the sender never waits for the next stage."""
+
+    def __init__(self, what: str, timeout_s: float, lost: Callable[[AzuError], None]) -> None:
+        self._what = what
+        self._timeout_s = timeout_s
+        self._lost = lost
+        self._sent: queue.SimpleQueue[ray.ObjectRef] = queue.SimpleQueue()
+        threading.Thread(target=self._watch, name="acknowledgements", daemon=True).start()
+
+    def expect(self, ref: ray.ObjectRef) -> None:
+        """Watch one more call; calls are answered in the order they were sent."""
+        self._sent.put(ref)
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                get(self._sent.get(), self._timeout_s, self._what)
+            except AzuError as error:
+                log.warning("%s", error.message)
+                self._lost(error)

@@ -1,0 +1,135 @@
+"""Pipeline: the loop of one deployed model. Token ids pass through here, hidden states never do."""
+
+import asyncio
+import itertools
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+
+import ray
+from ray.actor import ActorHandle
+
+from actors.link import as_azu_error
+from azu.engine.pipeline import EnginePipeline, SequenceUpdate
+from azu.engine.scheduler import SchedulerConfig
+from azu.engine.sequence import Sequence
+from azu.errors import AzuError, WorkerLost
+from azu.jobs.redis import RedisJobs
+from azu.lifecycle.ports import Ran
+from azu.protocol.job import FinishReason, Job, TokenEvent
+from azu.protocol.step import StepResult
+from azu.protocol.structure import Structure
+from azu.protocol.topology import Topology
+
+
+@dataclass(slots=True)
+class _Running:
+    job: Job
+    ended: asyncio.Future[Ran]
+    delivered: int = 0
+
+
+class Pipeline:
+    """Wraps an EnginePipeline: jobs in, steps to the first stage, tokens to Redis."""
+
+    def __init__(
+        self,
+        structure: Structure,
+        topology: Topology,
+        scheduling: SchedulerConfig,
+        eos_token_ids: Ordered[int],
+        redis_url: str,
+        step_timeout_s: float,
+    ) -> None:
+        self._engine = EnginePipeline(structure, topology, scheduling, eos_token_ids)
+        self._jobs = RedisJobs.from_url(redis_url)
+        self._step_timeout_s = step_timeout_s
+        self._ids = itertools.count(1)
+        self._running: dict[int, _Running] = {}
+        self._updates: asyncio.Queue[list[SequenceUpdate]] = asyncio.Queue()
+        self._broken: AzuError | None = None
+        self._first: ActorHandle | None = None
+        self._watchers: set[asyncio.Task[None]] = set()
+
+    async def start(self, first_stage: ActorHandle) -> None:
+        """Learn the first stage and begin to write tokens."""
+        self._first = first_stage
+        self._writer = asyncio.create_task(self._write())
+
+    async def run(self, job: Job) -> Ran:
+        """Run a job to its end; its tokens are in Redis when this returns."""
+        if self._broken is not None:
+            return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=self._broken)
+        sequence_id = next(self._ids)
+        running = _Running(job, asyncio.get_running_loop().create_future())
+        self._engine.add(Sequence(sequence_id, job.prompt_token_ids, job.sampling))
+        self._running[sequence_id] = running
+        self._pump()
+        return await running.ended
+
+    async def cancel(self, job_id: str) -> None:
+        """End a job's sequence within one step; what was delivered stays delivered."""
+        for sequence_id, running in self._running.items():
+            if running.job.job_id == job_id:
+                self._updates.put_nowait(self._engine.cancel(sequence_id))
+                break
+        self._pump()
+
+    async def completed(self, result: StepResult) -> None:
+        """Take the last stage's tokens."""
+        updates = self._engine.complete(result)
+        # The next step leaves before the tokens of this one are written down.
+        self._pump()
+        self._updates.put_nowait(updates)
+
+    async def lost(self, stage: int, error: AzuError) -> None:
+        """Hear that a stage refused a step, failed or is gone: what runs here ends with what it has."""
+        if self._broken is not None:
+            return
+        self._broken = WorkerLost(f"stage {stage} was lost: {error.message}")
+        self._updates.put_nowait(
+            [update for sequence_id in self._running for update in self._engine.cancel(sequence_id)]
+        )
+
+    def _pump(self) -> None:
+        while self._broken is None and (batch := self._engine.next_batch()) is not None:
+            assert self._first is not None, "start() comes first"
+            watcher = asyncio.create_task(self._watch(self._first.step.remote(batch, None)))
+            self._watchers.add(watcher)
+            watcher.add_done_callback(self._watchers.discard)
+
+    async def _watch(self, acknowledgement: ray.ObjectRef) -> None:
+        try:
+            await asyncio.wait_for(acknowledgement, self._step_timeout_s)
+        except Exception as error:  # noqa: BLE001
+            await self.lost(0, as_azu_error(error, "stage 0"))
+
+    async def _write(self) -> None:
+        while True:
+            updates = await self._updates.get()
+            while not self._updates.empty():
+                updates = updates + self._updates.get_nowait()
+            events = []
+            for update in updates:
+                running = self._running[update.sequence_id]
+                if update.token_ids:
+                    event = TokenEvent(running.delivered, update.token_ids, update.logprobs)
+                    events.append((running.job.job_id, event))
+                    running.delivered += len(update.token_ids)
+            if events:
+                await self._jobs.append(events)
+            for update in updates:
+                if update.finish_reason is not None:
+                    self._end(update)
+
+    def _end(self, update: SequenceUpdate) -> None:
+        running = self._running.pop(update.sequence_id)
+        assert update.finish_reason is not None
+        broken = self._broken if update.finish_reason is FinishReason.CANCELLED else None
+        running.ended.set_result(
+            Ran(
+                completion_tokens=running.delivered,
+                finish_reason=FinishReason.ERROR if broken else update.finish_reason,
+                work=update.work,
+                error=broken,
+            )
+        )

@@ -1,0 +1,107 @@
+"""Topology to placement groups and actors on them: the only file that names Ray's resources."""
+
+import asyncio
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
+
+from azu.errors import InsufficientCapacity
+from azu.units import MIB
+
+NAMESPACE = "azu"
+VRAM = "VRAM"
+NODE_ID_LABEL = "ray.io/node-id"
+NAME_LABEL = "azu-name"
+PAYOUT_LABEL = "azu-payout"
+DEVICE_LABEL = "azu-device"
+_HEAD = "node:__internal_head__"
+# azu restarts what died, Ray only says so; and an actor's default of one CPU does not fit a bundle of VRAM alone.
+_ALWAYS = {"num_cpus": 0, "max_restarts": 0, "lifetime": "detached", "namespace": NAMESPACE}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerNode:
+    """A Ray node that lends VRAM, as Ray knows it."""
+
+    node_id: str
+    name: str
+    payout_address: str
+    device: str
+    vram_bytes: int
+
+
+def worker_nodes() -> tuple[WorkerNode, ...]:
+    """Return the living Ray nodes that lend VRAM."""
+    return tuple(
+        WorkerNode(
+            node_id=node["NodeID"],
+            name=node["Labels"].get(NAME_LABEL, node["NodeID"][:8]),
+            payout_address=node["Labels"][PAYOUT_LABEL],
+            device=node["Labels"].get(DEVICE_LABEL, "cpu"),
+            vram_bytes=int(node["Resources"][VRAM]) * MIB,
+        )
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get(VRAM) and PAYOUT_LABEL in node["Labels"]
+    )
+
+
+def actor_name(kind: str, *parts: object) -> str:
+    """Return an actor's name, such as "layer:azu-tiny-dense:1:0"."""
+    return ":".join([kind, *(re.sub(r"[^\w.-]", "-", str(part)) for part in parts)])
+
+
+def start_on_head(cls: type, name: str, *args: Any, max_concurrency: int, **kwargs: Any) -> ActorHandle:
+    """Start an actor of the control plane, which lives on the head."""
+    options = {**_ALWAYS, "name": name, "max_concurrency": max_concurrency, "resources": {_HEAD: 0.001}}
+    return ray.remote(cls).options(**options).remote(*args, **kwargs)
+
+
+def start_on_node(cls: type, name: str, node_id: str, *args: Any, max_concurrency: int) -> ActorHandle:
+    """Start an actor on one node that takes none of its VRAM."""
+    options = {
+        **_ALWAYS,
+        "name": name,
+        "max_concurrency": max_concurrency,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
+    }
+    return ray.remote(cls).options(**options).remote(*args)
+
+
+def start_in_group(cls: type, name: str, group: PlacementGroup, *args: Any) -> ActorHandle:
+    """Start an actor that holds a piece of a model in its placement group.
+
+    One thread runs the steps in order; the "control" group answers while a step computes.
+    """
+    options = {**_ALWAYS, "name": name, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0)}
+    return ray.remote(concurrency_groups={"control": 2})(cls).options(**options).remote(*args)
+
+
+async def reserve(name: str, node_id: str, vram_bytes: int, timeout_s: float) -> PlacementGroup:
+    """Reserve a piece's VRAM on a node, in whole MiB; raises InsufficientCapacity when it is not given in time."""
+    mib = -(-vram_bytes // MIB)
+    group = placement_group(
+        [{VRAM: mib}],
+        name=name,
+        lifetime="detached",
+        bundle_label_selector=[{NODE_ID_LABEL: node_id}],
+    )
+    if not await asyncio.to_thread(group.wait, timeout_s):
+        remove_placement_group(group)
+        raise InsufficientCapacity(f"node {node_id[:8]} did not give {mib} MiB of VRAM in {timeout_s:.0f} s")
+    return group
+
+
+def release(actor: ActorHandle | None, group: PlacementGroup | None) -> None:
+    """Take a piece down and give its VRAM back; what is gone already stays gone."""
+    if actor is not None:
+        ray.kill(actor)
+    if group is not None:
+        remove_placement_group(group)

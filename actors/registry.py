@@ -1,0 +1,46 @@
+"""Registry: the models by id, cut once for the whole network."""
+
+from pathlib import Path
+
+from azu.config import ControlConfig
+from azu.protocol.structure import Structure
+from azu.registry.registry import ModelDescription
+from azu.registry.registry import Registry as ModelRegistry
+from azu.registry.status import ModelStatus, RedisModelStatus
+
+
+class Registry:
+    """Wraps azu's registry; every call runs in a thread of its own."""
+
+    def __init__(self, config: ControlConfig) -> None:
+        self._status = RedisModelStatus(config.redis_url)
+        self._models = ModelRegistry(
+            config.home / "registry",
+            model_roots=config.model_roots,
+            status=self._status,
+            max_model_bytes=config.max_model_bytes,
+        )
+
+    def describe(self, model_id: str, revision: str | None = None) -> ModelDescription:
+        """Return what pricing needs, fetching config and tokenizer only."""
+        return self._models.describe(model_id, revision)
+
+    def ensure_cut(self, model_id: str, revision: str) -> Structure:
+        """Cut the model unless somebody did."""
+        return self._models.ensure_cut(model_id, revision)
+
+    def status(self, model_id: str) -> ModelStatus:
+        """Return how far the model is."""
+        return self._status.get(model_id)
+
+    def read(self, model_id: str, revision: str, shard_name: str, offset: int, size: int) -> bytes:
+        """Return a chunk of a shard; large ones travel through the object store."""
+        return self._models.read(model_id, revision, shard_name, offset, size)
+
+    def path(self, model_id: str, revision: str, shard_name: str) -> Path:
+        """Return where the shard lies on the registry's own disk."""
+        return self._models.path(model_id, revision, shard_name)
+
+    def file(self, model_id: str, revision: str, name: str) -> bytes:
+        """Return a config or tokenizer file."""
+        return self._models.describe(model_id, revision).files[name]

@@ -1,0 +1,110 @@
+"""Scheduler: keeps the nodes' book, deploys models, runs the queue."""
+
+import asyncio
+import logging
+import time
+
+from ray.actor import ActorHandle
+
+from actors.deployment import RayBuilder
+from actors.node import NodeAgent
+from actors.placement import actor_name, start_on_node, worker_nodes
+from azu.config import ControlConfig
+from azu.jobs.redis import RedisJobs
+from azu.ledger.redis import RedisLedger
+from azu.lifecycle.dispatch import Dispatcher
+from azu.lifecycle.fleet import Fleet
+from azu.lifecycle.nodes import NodeBook
+from azu.lifecycle.settlement import Settlement
+from azu.protocol.job import Placement
+from azu.protocol.node import Node
+
+log = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Wraps a Dispatcher and its Fleet."""
+
+    def __init__(self, config: ControlConfig, registry: ActorHandle) -> None:
+        policy = config.policy
+        self._config = config
+        self._book = NodeBook(suspect_s=policy.heartbeat.suspect_s, dead_s=policy.heartbeat.dead_s)
+        self._agents: dict[str, ActorHandle] = {}
+        self._nodes: dict[str, Node] = {}
+        builder = RayBuilder(config, registry, self._agents, self._nodes)
+        self._fleet = Fleet(
+            builder, lambda placed: self._book.nodes(time.monotonic(), placed), policy.plan_policy()
+        )
+        jobs = RedisJobs.from_url(config.redis_url)
+        settlement = Settlement(
+            RedisLedger.from_url(config.redis_url),
+            jobs,
+            policy.price.lamports_per_token_layer,
+            policy.price.platform_percent,
+        )
+        self._dispatcher = Dispatcher(jobs, self._fleet, settlement, consumer="scheduler")
+        self._loops: tuple[asyncio.Task[None], ...] = ()
+
+    async def start(self) -> None:
+        """Begin to hear nodes and to take jobs."""
+        if not self._loops:
+            self._loops = (
+                asyncio.create_task(self._hear()),
+                asyncio.create_task(self._dispatcher.run()),
+            )
+
+    async def ready(self) -> bool:
+        """Say whether jobs can be run: the loops live and a node has reported."""
+        return bool(self._nodes) and not any(loop.done() for loop in self._loops)
+
+    async def nodes(self) -> tuple[Node, ...]:
+        """Return the nodes as the planner sees them."""
+        return self._book.nodes(time.monotonic(), self._fleet.placed_bytes())
+
+    async def deployments(self) -> list[tuple[str, str, str, int, int, tuple[Placement, ...]]]:
+        """Return (model id, revision, state, epoch, layers, placements) of each model."""
+        return [
+            (
+                model.topology.model_id,
+                model.topology.revision,
+                "broken" if model.broken else "running",
+                model.topology.epoch,
+                model.structure.num_layers,
+                model.route.placements,
+            )
+            for model in self._fleet.models
+        ] + [(model_id, revision, "deploying", 0, 0, ()) for model_id, revision in self._fleet.deploying]
+
+    async def _hear(self) -> None:
+        period_s = self._config.policy.heartbeat.period_s
+        while True:
+            try:
+                await self._meet_nodes()
+            except Exception:
+                log.exception("Ray did not say which nodes there are")
+            await asyncio.gather(*(self._ask(node_id) for node_id in list(self._agents)))
+            await asyncio.sleep(period_s)
+
+    async def _meet_nodes(self) -> None:
+        """Start an agent on each new node and forget those that Ray says are gone."""
+        living = {node.node_id: node for node in await asyncio.to_thread(worker_nodes)}
+        for node_id in self._agents.keys() - living.keys():
+            del self._agents[node_id]
+            self._book.gone(node_id)
+        for node_id in living.keys() - self._agents.keys():
+            node = living[node_id]
+            name = actor_name("node", node.name, node_id[:8])
+            self._agents[node_id] = start_on_node(
+                NodeAgent, name, node_id, node, self._config.home, max_concurrency=100
+            )
+
+    async def _ask(self, node_id: str) -> None:
+        try:
+            # The first answer takes as long as the agent takes to start; silence is judged by the book.
+            report = self._agents[node_id].report.remote()
+            node: Node = await asyncio.wait_for(report, self._config.policy.heartbeat.dead_s)
+        except Exception as error:  # noqa: BLE001
+            log.warning("node %s did not report: %s", node_id[:8], type(error).__name__)
+        else:
+            self._nodes[node_id] = node
+            self._book.heard(node, time.monotonic())

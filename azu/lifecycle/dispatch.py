@@ -1,0 +1,117 @@
+"""The middle of a job's life: take it from the queue, have its model deployed, run it, settle it."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from azu.errors import AzuError, InternalError
+from azu.jobs.record import JobRecord
+from azu.lifecycle.ports import Ran, Route
+from azu.lifecycle.settlement import Settlement
+from azu.protocol.job import FinishReason, Job, JobState
+
+log = logging.getLogger(__name__)
+
+_TAKE_BLOCK_MS = 2_000
+_CLAIM_IDLE_MS = 30_000
+_EMPTY_ROUTE = Route(payout_by_node={}, placements=())
+
+
+class RunningModel(Protocol):
+    """A model that is deployed and takes jobs."""
+
+    @property
+    def route(self) -> Route:
+        """Where it runs now."""
+
+    async def run(self, job: Job) -> Ran:
+        """Run a job to its end."""
+
+    async def cancel(self, job_id: str) -> None:
+        """End a job's sequence within one step."""
+
+
+class Deployments(Protocol):
+    """Brings models up on the nodes."""
+
+    async def ensure(self, model_id: str, revision: str) -> RunningModel:
+        """Return the running model, deploying it first when it is not; raises an AzuError when it cannot."""
+
+
+class JobQueue(Protocol):
+    """The durable queue."""
+
+    async def take(self, consumer: str, block_ms: int, claim_idle_ms: int) -> list[JobRecord]:
+        """Return jobs that are this consumer's now, waiting up to `block_ms` for one."""
+
+    async def set_state(self, job_id: str, state: JobState) -> None:
+        """Record the job's state."""
+
+    async def done(self, job_id: str) -> None:
+        """Take the job out of the queue."""
+
+    def cancellations(self) -> AsyncIterator[str]:
+        """Yield the ids of jobs whose users gave them up."""
+
+
+class Dispatcher:
+    """Runs every queued job once, many at a time."""
+
+    def __init__(
+        self, jobs: JobQueue, deployments: Deployments, settlement: Settlement, *, consumer: str
+    ) -> None:
+        self._jobs = jobs
+        self._deployments = deployments
+        self._settlement = settlement
+        self._consumer = consumer
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._models: dict[str, RunningModel] = {}
+        self._cancelled: set[str] = set()
+
+    async def run(self) -> None:
+        """Take jobs until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow_cancellations())
+            while True:
+                for record in await self._jobs.take(self._consumer, _TAKE_BLOCK_MS, _CLAIM_IDLE_MS):
+                    if record.job.job_id not in self._running:
+                        task = group.create_task(self._live(record))
+                        self._running[record.job.job_id] = task
+
+    async def _follow_cancellations(self) -> None:
+        async for job_id in self._jobs.cancellations():
+            if model := self._models.get(job_id):
+                await model.cancel(job_id)
+            elif job_id in self._running:
+                self._cancelled.add(job_id)
+
+    async def _live(self, record: JobRecord) -> None:
+        job = record.job
+        try:
+            if record.outcome is None:
+                ran, route = await self._run(job)
+                await self._settlement.settle(job, ran, route)
+            await self._jobs.done(job.job_id)
+        except Exception:
+            # The job stays in the queue: it is claimed again when it has been idle, and settles under the same id.
+            log.exception("job %s did not end; it will be taken again", job.job_id)
+        finally:
+            self._running.pop(job.job_id, None)
+            self._models.pop(job.job_id, None)
+            self._cancelled.discard(job.job_id)
+
+    async def _run(self, job: Job) -> tuple[Ran, Route]:
+        try:
+            model = await self._deployments.ensure(job.model_id, job.revision)
+            if job.job_id in self._cancelled:
+                return Ran(completion_tokens=0, finish_reason=FinishReason.CANCELLED), _EMPTY_ROUTE
+            self._models[job.job_id] = model
+            await self._jobs.set_state(job.job_id, JobState.RUNNING)
+            return await model.run(job), model.route
+        except AzuError as error:
+            return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=error), _EMPTY_ROUTE
+        except Exception:
+            log.exception("job %s failed", job.job_id)
+            error = InternalError("the job failed for a reason that is azu's; nothing was charged")
+            return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=error), _EMPTY_ROUTE

@@ -1,0 +1,108 @@
+"""The first half of a job's life: check it, price it, reserve the price, write it down."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from azu.economics.pricing import max_charge
+from azu.errors import InvalidRequest
+from azu.ledger.transfers import Reserve
+from azu.lifecycle.ports import JobStore, TransferLog
+from azu.protocol.job import Job
+from azu.protocol.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class JobLimits:
+    """What one job may ask for, and how long its reservation stands without a sign of life."""
+
+    max_prompt_tokens: int
+    max_completion_tokens: int
+    reservation_ttl_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What has to be known of a model to price a job for it."""
+
+    model_id: str
+    revision: str
+    num_layers: int
+    context_length: int
+
+
+class Intake:
+    """Turns a checked prompt into a durable job whose most possible price is reserved."""
+
+    def __init__(
+        self,
+        ledger: TransferLog,
+        jobs: JobStore,
+        limits: JobLimits,
+        lamports_per_token_layer: int,
+        *,
+        now_ms: Callable[[], int],
+        new_job_id: Callable[[], str],
+    ) -> None:
+        self._ledger = ledger
+        self._jobs = jobs
+        self._limits = limits
+        self._price = lamports_per_token_layer
+        self._now_ms = now_ms
+        self._new_job_id = new_job_id
+
+    def completion_limit(self, model: ModelFacts, num_prompt_tokens: int) -> int:
+        """Return the most new tokens a prompt of that length may ask for."""
+        return min(self._limits.max_completion_tokens, model.context_length - num_prompt_tokens)
+
+    async def accept(
+        self, address: str, model: ModelFacts, prompt_token_ids: tuple[int, ...], sampling: SamplingParams
+    ) -> Job:
+        """Reserve a job's highest price and queue it.
+
+        Raises InvalidRequest for sizes out of range and InsufficientBalance; then nothing was changed. The
+        reservation comes first: a job that is written down can always be paid.
+        """
+        self._check(model, prompt_token_ids, sampling)
+        now_ms = self._now_ms()
+        job = Job(
+            job_id=self._new_job_id(),
+            address=address,
+            model_id=model.model_id,
+            revision=model.revision,
+            num_layers=model.num_layers,
+            prompt_token_ids=prompt_token_ids,
+            sampling=sampling,
+            reserved_lamports=max_charge(
+                len(prompt_token_ids), sampling.max_tokens, model.num_layers, self._price
+            ),
+            created_at_ms=now_ms,
+        )
+        await self._ledger.apply(
+            Reserve(
+                id=f"reserve:{job.job_id}",
+                address=address,
+                job_id=job.job_id,
+                lamports=job.reserved_lamports,
+                expires_at_ms=now_ms + self._limits.reservation_ttl_ms,
+            )
+        )
+        await self._jobs.submit(job)
+        return job
+
+    def _check(self, model: ModelFacts, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> None:
+        num_prompt_tokens = len(prompt_token_ids)
+        if num_prompt_tokens == 0:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if num_prompt_tokens > self._limits.max_prompt_tokens or num_prompt_tokens >= model.context_length:
+            limit = min(self._limits.max_prompt_tokens, model.context_length - 1)
+            raise InvalidRequest(
+                f"the prompt has {num_prompt_tokens} tokens; {model.model_id} takes at most {limit} here",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        limit = self.completion_limit(model, num_prompt_tokens)
+        if not 1 <= sampling.max_tokens <= limit:
+            raise InvalidRequest(
+                f"max_tokens is {sampling.max_tokens}; after this prompt it may be 1 to {limit}",
+                param="max_tokens",
+            )

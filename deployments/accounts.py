@@ -1,0 +1,117 @@
+"""Keys, deposits, balances and earnings over HTTP."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from azu.auth.keys import ApiKey
+from azu.ledger.accounts import user_available, user_reserved, worker_earned, worker_paid, worker_paying
+from deployments.services import Services, now_ms
+
+router = APIRouter()
+
+
+def services_of(request: Request) -> Services:
+    """Return the replica's services."""
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesNow = Annotated[Services, Depends(services_of)]
+
+
+async def key_of(services: ServicesNow, authorization: Annotated[str | None, Header()] = None) -> ApiKey:
+    """Return the caller's key; raises Unauthenticated."""
+    return await services.owner(authorization)
+
+
+Key = Annotated[ApiKey, Depends(key_of)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ChallengeRequest(_Body):
+    """POST /v1/auth/challenge."""
+
+    address: str = Field(max_length=64)
+
+
+class KeyRequest(_Body):
+    """POST /v1/auth/keys."""
+
+    nonce: str = Field(max_length=128)
+    signature: str = Field(max_length=256)
+    label: str = Field(default="", max_length=64)
+
+
+class DepositRequest(_Body):
+    """POST /deposit: a hint where to look, never proof."""
+
+    tx_sig: str = Field(max_length=128)
+    user_address: str = Field(max_length=64)
+
+
+@router.post("/v1/auth/challenge")
+async def challenge(body: ChallengeRequest, services: ServicesNow) -> dict[str, str]:
+    """Return a text to sign with the address's wallet."""
+    made = await services.auth.challenge(body.address, services.config.domain, now_ms())
+    return {"nonce": made.nonce, "message": made.message}
+
+
+@router.post("/v1/auth/keys")
+async def open_key(body: KeyRequest, services: ServicesNow) -> dict[str, str]:
+    """Return a new bearer key for a signed challenge; only its hash is kept here."""
+    secret, key = await services.auth.open_key(body.nonce, body.signature, body.label, now_ms())
+    return {"api_key": secret, "key_id": key.key_id, "address": key.address}
+
+
+@router.post("/deposit")
+async def deposit(
+    body: DepositRequest, services: ServicesNow, authorization: Annotated[str | None, Header()] = None
+) -> dict[str, Any]:
+    """Have the treasury look for a transfer at once and say what it found."""
+    key = await services.owner(authorization, body.user_address)
+    timeout_s = services.config.policy.timeouts.deposit_s
+    verdict = await services.claims.ask(body.tx_sig, key.address, timeout_s)
+    return {
+        "status": verdict.status,
+        "lamports": verdict.lamports,
+        "transfer_id": f"deposit:{body.tx_sig.lower()}",
+    }
+
+
+@router.get("/v1/balance")
+async def balance(key: Key, services: ServicesNow) -> dict[str, Any]:
+    """Return what the key's address may spend and what its jobs hold."""
+    available = await services.ledger.balance(user_available(key.address))
+    reserved = await services.ledger.balance(user_reserved(key.address))
+    return {
+        "address": key.address,
+        "available_lamports": available,
+        "reserved_lamports": reserved,
+    }
+
+
+@router.get("/v1/earnings")
+async def earnings(
+    key: Key,
+    services: ServicesNow,
+    address: Annotated[str | None, Query(max_length=64)] = None,
+    authorization: Annotated[str | None, Header()] = None,
+) -> dict[str, Any]:
+    """Return what the key's address earned by lending, what is on its way and what was paid."""
+    if address is not None:
+        await services.owner(authorization, address)
+    earned = await services.ledger.balance(worker_earned(key.address))
+    paying = await services.ledger.balance(worker_paying(key.address))
+    paid = await services.ledger.balance(worker_paid(key.address))
+    return {
+        "address": key.address,
+        "earned_lamports": earned,
+        "paying_lamports": paying,
+        "paid_lamports": paid,
+        "payout_threshold_lamports": services.config.policy.payout_threshold_lamports,
+    }

@@ -1,0 +1,113 @@
+"""Jobs by id: submit now, ask for results later."""
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from azu.auth.keys import ApiKey
+from azu.errors import Conflict, Forbidden, NotFound
+from azu.jobs.record import JobRecord
+from azu.protocol.job import JobState, Receipt
+from deployments.accounts import Key, ServicesNow
+from deployments.openai import CompletionRequest, Text, usage
+from deployments.sampling import sampling_params
+from deployments.services import Services
+
+router = APIRouter()
+_RECEIPT = TypeAdapter(Receipt)
+
+
+class SubmitRequest(BaseModel):
+    """POST /submit: `est_tokens` is the most new tokens the caller pays for."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    user_address: str = Field(max_length=64)
+    model_id: Text = Field(min_length=1, max_length=256)
+    prompt: Text = Field(min_length=1)
+    est_tokens: int = Field(ge=1)
+
+
+@router.post("/submit")
+async def submit(
+    body: SubmitRequest, services: ServicesNow, authorization: Annotated[str | None, Header()] = None
+) -> dict[str, str]:
+    """Queue a prompt as it is, with the model's own sampling defaults."""
+    key = await services.owner(authorization, body.user_address)
+    model = await services.model(body.model_id)
+    prompt = await asyncio.to_thread(model.tokenizer.encode, body.prompt)
+    request = CompletionRequest(model=body.model_id, prompt=body.prompt, max_tokens=body.est_tokens)
+    sampling = sampling_params(request, model, default_max_tokens=body.est_tokens)
+    job = await services.intake.accept(key.address, model.facts, tuple(prompt), sampling)
+    return {"job_id": job.job_id}
+
+
+@router.get("/results/{job_id}")
+async def results(job_id: str, key: Key, services: ServicesNow) -> dict[str, Any]:
+    """Return a job's state and what it has produced so far."""
+    record = await _owned(services, key, job_id)
+    model = await services.model(record.job.model_id)
+    token_ids = await services.jobs.tokens(job_id)
+    text = model.tokenizer.stream(record.job.prompt_token_ids)
+    outcome = record.outcome
+    receipt = outcome.receipt if outcome else None
+    return {
+        "job_id": job_id,
+        "status": record.state.value,
+        "text": text.push(token_ids) + text.finish(),
+        "token_ids": token_ids,
+        "finish_reason": outcome.finish_reason.value if outcome else None,
+        "usage": usage(len(record.job.prompt_token_ids), len(token_ids), receipt),
+        "receipt": receipt_body(receipt) if receipt else None,
+        "error": outcome.error if outcome else None,
+    }
+
+
+@router.get("/v1/jobs")
+async def jobs(
+    key: Key, services: ServicesNow, limit: Annotated[int, Query(ge=1, le=1000)] = 50
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the caller's jobs, newest first."""
+    return {"data": [_line(record) for record in await services.jobs.of(key.address, limit)]}
+
+
+@router.get("/v1/receipts/{job_id}")
+async def receipt(job_id: str, key: Key, services: ServicesNow) -> dict[str, Any]:
+    """Return what a job cost and who earned it."""
+    record = await _owned(services, key, job_id)
+    if record.outcome is None:
+        raise Conflict(f"{job_id} has not ended", code="job_not_finished")
+    return receipt_body(record.outcome.receipt)
+
+
+def receipt_body(receipt: Receipt) -> dict[str, Any]:
+    """Return a receipt as JSON's values."""
+    body: dict[str, Any] = _RECEIPT.dump_python(receipt, mode="json")
+    return body | {"token_layers": receipt.token_layers}
+
+
+async def _owned(services: Services, key: ApiKey, job_id: str) -> JobRecord:
+    record = await services.jobs.get(job_id)
+    if record is None:
+        raise NotFound("there is no such job", param="job_id", code="job_not_found")
+    if record.job.address != key.address:
+        raise Forbidden("this job belongs to another address", param="job_id")
+    return record
+
+
+def _line(record: JobRecord) -> dict[str, Any]:
+    outcome = record.outcome
+    ended = record.state not in (JobState.QUEUED, JobState.RUNNING)
+    return {
+        "job_id": record.job.job_id,
+        "model": record.job.model_id,
+        "status": record.state.value,
+        "created_at_ms": record.job.created_at_ms,
+        "reserved_lamports": 0 if ended else record.job.reserved_lamports,
+        "finish_reason": outcome.finish_reason.value if outcome else None,
+        "charged_lamports": outcome.receipt.charged_lamports if outcome else None,
+        "released_lamports": outcome.receipt.released_lamports if outcome else None,
+        "error": outcome.error if outcome else None,
+    }

@@ -1,0 +1,122 @@
+"""What the network is made of: health, nodes, models and where their pieces are."""
+
+import hashlib
+import hmac
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from azu.errors import AzuError, Unauthenticated
+from azu.protocol.job import Placement
+from azu.protocol.node import Node
+from azu.registry.status import ModelStatus
+from deployments.accounts import Key, ServicesNow
+
+router = APIRouter()
+_STATUS = TypeAdapter(ModelStatus)
+_PLACEMENTS = TypeAdapter(tuple[Placement, ...])
+
+
+class ShardRequest(BaseModel):
+    """POST /models/shard."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model_id: str = Field(min_length=1, max_length=256)
+
+
+@router.get("/health")
+async def health(services: ServicesNow) -> JSONResponse:
+    """Say whether prompts can be served: 503 while something is still starting."""
+    try:
+        await services.jobs.ping()
+        ready = await services.scheduler("ready")
+    except AzuError:
+        ready = False
+    return JSONResponse({"status": "ok" if ready else "starting"}, 200 if ready else 503)
+
+
+@router.get("/v1/network")
+async def network(_: Key, services: ServicesNow) -> dict[str, Any]:
+    """Return nodes and deployments."""
+    nodes = await services.scheduler("nodes")
+    deployments = await services.scheduler("deployments")
+    return {
+        "nodes": [_node(node) for node in nodes],
+        "deployments": [
+            {
+                "model_id": model_id,
+                "revision": revision,
+                "state": state,
+                "epoch": epoch,
+                "num_layers": num_layers,
+                "topology": _PLACEMENTS.dump_python(placements, mode="json"),
+            }
+            for model_id, revision, state, epoch, num_layers, placements in deployments
+        ],
+    }
+
+
+@router.get("/v1/models")
+async def models(_: Key, services: ServicesNow) -> dict[str, Any]:
+    """Return the models that can be asked for without a first cut."""
+    return {"object": "list", "data": [_model(model_id) for model_id in await services.registry("known")]}
+
+
+@router.get("/v1/models/{model_id:path}")
+async def model(model_id: str, _: Key, services: ServicesNow) -> dict[str, Any]:
+    """Return one model, known or not yet cut; raises ModelNotFound."""
+    served = await services.model(model_id)
+    return _model(model_id) | {
+        "context_length": served.facts.context_length,
+        "num_layers": served.facts.num_layers,
+    }
+
+
+@router.post("/models/shard")
+async def shard(
+    body: ShardRequest, services: ServicesNow, authorization: Annotated[str | None, Header()] = None
+) -> dict[str, Any]:
+    """Start to cut a model; needs the admin key."""
+    _check_admin(authorization, services.config.admin_key_sha256)
+    status: ModelStatus = await services.registry("start_cut", body.model_id)
+    return _status(status)
+
+
+@router.get("/models/status")
+async def status(
+    model_id: Annotated[str, Query(min_length=1, max_length=256)], _: Key, services: ServicesNow
+) -> dict[str, Any]:
+    """Return how far a model's cut is."""
+    return _status(await services.registry("status", model_id))
+
+
+def _check_admin(authorization: str | None, admin_key_sha256: str) -> None:
+    _, _, bearer = (authorization or "").partition(" ")
+    given = hashlib.sha256(bearer.encode()).hexdigest()
+    if not hmac.compare_digest(given, admin_key_sha256):
+        raise Unauthenticated("this endpoint needs the admin key")
+
+
+def _node(node: Node) -> dict[str, Any]:
+    return {
+        "node_id": node.node_id,
+        "name": node.name,
+        "payout_address": node.payout_address,
+        "state": node.state.value,
+        "device": node.device,
+        "vram_total_bytes": node.vram_total_bytes,
+        "vram_free_bytes": node.vram_free_bytes,
+        "cached_shards": len(node.cached_shards),
+    }
+
+
+def _model(model_id: str) -> dict[str, Any]:
+    return {"id": model_id, "object": "model", "created": 0, "owned_by": model_id.split("/")[0]}
+
+
+def _status(status: ModelStatus) -> dict[str, Any]:
+    body: dict[str, Any] = _STATUS.dump_python(status, mode="json")
+    return body

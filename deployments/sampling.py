@@ -1,0 +1,47 @@
+"""A request's parameters, completed by the model's own defaults, as the engine takes them."""
+
+import secrets
+from dataclasses import replace
+
+from azu.errors import InvalidRequest
+from azu.protocol.sampling import SamplingParams
+from deployments.openai import ChatRequest, CompletionRequest
+from deployments.services import ServedModel
+
+# What is passed through when the request gives it; the rest is the model's default.
+_PASSED = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "min_tokens",
+)  # fmt: skip
+
+
+def sampling_params(
+    body: ChatRequest | CompletionRequest, model: ServedModel, *, default_max_tokens: int
+) -> SamplingParams:
+    """Return the sampling that a request asks for; raises InvalidRequest that names the parameter."""
+    given = {name: value for name in _PASSED if (value := getattr(body, name)) is not None}
+    return replace(
+        model.defaults,
+        **given,
+        max_tokens=_max_tokens(body, default_max_tokens),
+        ignore_eos=body.ignore_eos,
+        logit_bias=_logit_bias(body.logit_bias),
+        seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
+    )
+
+
+def _max_tokens(body: ChatRequest | CompletionRequest, default: int) -> int:
+    newer = body.max_completion_tokens if isinstance(body, ChatRequest) else None
+    asked = body.max_tokens if newer is None else newer
+    # A prompt that leaves no room is refused with its own message when the job is accepted.
+    return max(1, default) if asked is None else asked
+
+
+def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
+    try:
+        checked = {int(token_id): value for token_id, value in (bias or {}).items()}
+    except ValueError as error:
+        raise InvalidRequest("its keys must be token ids", param="logit_bias") from error
+    if not all(-100 <= value <= 100 for value in checked.values()):
+        raise InvalidRequest("its values must lie between -100 and 100", param="logit_bias")
+    return checked

@@ -1,0 +1,130 @@
+"""What the ingress calls: accounts, jobs, the registry and the scheduler, each over its own connection."""
+
+import asyncio
+import secrets
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.actor import ActorHandle
+
+from actors.control import REGISTRY, SCHEDULER, find
+from actors.link import as_azu_error
+from azu.auth.keys import ApiKey
+from azu.auth.redis import RedisAuth
+from azu.config import ControlConfig
+from azu.engine.tokenizer import Tokenizer
+from azu.errors import Forbidden, Unavailable
+from azu.jobs.redis import RedisJobs
+from azu.ledger.redis import RedisLedger
+from azu.lifecycle.intake import Intake, JobLimits, ModelFacts
+from azu.protocol.sampling import SamplingParams
+from azu.registry.registry import ModelDescription
+from azu.treasury.claims import RedisClaims
+
+_REFRESH_S = 60.0
+_KEPT_MODELS = 64
+
+
+def now_ms() -> int:
+    """Return the wall clock in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A described model with its tokenizer."""
+
+    facts: ModelFacts
+    tokenizer: Tokenizer
+    defaults: SamplingParams
+
+
+class Services:
+    """The ingress's connections; made once in the replica's own event loop."""
+
+    def __init__(self, config: ControlConfig) -> None:
+        policy = config.policy
+        self.config = config
+        self.auth = RedisAuth.from_url(config.redis_url)
+        self.jobs = RedisJobs.from_url(config.redis_url)
+        self.ledger = RedisLedger.from_url(config.redis_url)
+        self.claims = RedisClaims.from_url(config.redis_url)
+        self.intake = Intake(
+            self.ledger,
+            self.jobs,
+            JobLimits(
+                max_prompt_tokens=policy.limits.max_prompt_tokens,
+                max_completion_tokens=policy.limits.max_completion_tokens,
+                reservation_ttl_ms=policy.limits.reservation_ttl_s * 1000,
+            ),
+            policy.price.lamports_per_token_layer,
+            now_ms=now_ms,
+            new_job_id=lambda: f"job-{secrets.token_hex(12)}",
+        )
+        self._models: OrderedDict[str, tuple[float, ServedModel]] = OrderedDict()
+
+    async def owner(self, authorization: str | None, claimed_address: str | None = None) -> ApiKey:
+        """Return the key behind an Authorization header.
+
+        Raises Unauthenticated without a good key, Forbidden when the request speaks for another address.
+        """
+        scheme, _, bearer = (authorization or "").partition(" ")
+        key = await self.auth.check(bearer if scheme.lower() == "bearer" else None, now_ms())
+        if claimed_address is not None and claimed_address.lower() != key.address:
+            raise Forbidden("this key belongs to another address", param="user_address")
+        return key
+
+    async def registry(self, method: str, *arguments: Any) -> Any:
+        """Call the registry; raises Unavailable while it is away."""
+        return await self._call(REGISTRY, method, self.config.policy.timeouts.describe_s, *arguments)
+
+    async def scheduler(self, method: str, *arguments: Any) -> Any:
+        """Call the scheduler; raises Unavailable while it is away."""
+        return await self._call(SCHEDULER, method, self.config.policy.timeouts.describe_s, *arguments)
+
+    async def model(self, model_id: str) -> ServedModel:
+        """Return a model that can be priced; raises ModelNotFound or why it cannot be served."""
+        heard_s, served = self._models.get(model_id, (float("-inf"), None))
+        if served is None or time.monotonic() - heard_s > _REFRESH_S:
+            described: ModelDescription = await self.registry("describe", model_id)
+            if served is None or served.facts.revision != described.revision:
+                served = await asyncio.to_thread(_served, described)
+            self._models[model_id] = (time.monotonic(), served)
+            while len(self._models) > _KEPT_MODELS:
+                self._models.popitem(last=False)
+        return served
+
+    async def _call(self, actor: str, method: str, timeout_s: float, *arguments: Any) -> Any:
+        try:
+            handle: ActorHandle = await asyncio.to_thread(find, actor)
+            return await asyncio.wait_for(getattr(handle, method).remote(*arguments), timeout_s)
+        except ValueError as error:
+            raise Unavailable(f"the {actor} is not up") from error
+        except Exception as error:
+            raise as_azu_error(error, f"the {actor}") from error
+
+
+def _served(described: ModelDescription) -> ServedModel:
+    """Build the tokenizer from the description's files, in memory's own temporary folder."""
+    architecture = described.architecture
+    with tempfile.TemporaryDirectory(prefix="azu-tokenizer-") as folder:
+        _write_all(Path(folder), described.files)
+        tokenizer = Tokenizer(Path(folder))
+        defaults = SamplingParams(max_tokens=1)
+    facts = ModelFacts(
+        model_id=described.model_id,
+        revision=described.revision,
+        num_layers=len(architecture.layers),
+        context_length=architecture.context_length,
+    )
+    return ServedModel(facts, tokenizer, defaults)
+
+
+def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
