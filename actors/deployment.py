@@ -17,7 +17,6 @@ from actors.placement import actor_name, release, reserve, start_in_group, start
 from azu.config import ControlConfig
 from azu.engine.runner import StageSpec
 from azu.engine.scheduler import SchedulerConfig
-from azu.errors import AzuError
 from azu.lifecycle.ports import Ran, Route
 from azu.protocol.job import Job, Placement
 from azu.protocol.node import Node

@@ -45,8 +45,8 @@ class NodeAgent:
     ) -> tuple[dict[str, Path], Path]:
         """Have shards on this node's disk; returns their paths and the folder with config and tokenizer.
 
-        Shards come through the object store in chunks and are verified; a file of the registry that can be read
-        from here is mapped in place.
+        Shards come through the object store in chunks and are verified; a file of the registry that can be
+        read from here is mapped in place.
         """
         shards = [structure.shard(name) for name in names]
         paths = await asyncio.gather(*(self._fetch(structure, shard, registry) for shard in shards))

@@ -100,7 +100,7 @@ class Pipeline:
     async def _watch(self, acknowledgement: ray.ObjectRef) -> None:
         try:
             await asyncio.wait_for(acknowledgement, self._step_timeout_s)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             await self.lost(0, as_azu_error(error, "stage 0"))
 
     async def _write(self) -> None:

@@ -23,7 +23,7 @@ NAME_LABEL = "azu-name"
 PAYOUT_LABEL = "azu-payout"
 DEVICE_LABEL = "azu-device"
 _HEAD = "node:__internal_head__"
-# azu restarts what died, Ray only says so; and an actor's default of one CPU does not fit a bundle of VRAM alone.
+# azu restarts what died, Ray only says so. An actor's default of one CPU does not fit a bundle of VRAM.
 _ALWAYS = {"num_cpus": 0, "max_restarts": 0, "lifetime": "detached", "namespace": NAMESPACE}
 
 
@@ -85,7 +85,10 @@ def start_in_group(cls: type, name: str, group: PlacementGroup, *args: Any) -> A
 
 
 async def reserve(name: str, node_id: str, vram_bytes: int, timeout_s: float) -> PlacementGroup:
-    """Reserve a piece's VRAM on a node, in whole MiB; raises InsufficientCapacity when it is not given in time."""
+    """Reserve a piece's VRAM on a node, in whole MiB.
+
+    Raises InsufficientCapacity when the node does not give it in time.
+    """
     mib = -(-vram_bytes // MIB)
     group = placement_group(
         [{VRAM: mib}],

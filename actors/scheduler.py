@@ -103,7 +103,7 @@ class Scheduler:
             # The first answer takes as long as the agent takes to start; silence is judged by the book.
             report = self._agents[node_id].report.remote()
             node: Node = await asyncio.wait_for(report, self._config.policy.heartbeat.dead_s)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             log.warning("node %s did not report: %s", node_id[:8], type(error).__name__)
         else:
             self._nodes[node_id] = node

@@ -114,7 +114,7 @@ def _node(node: Node) -> dict[str, Any]:
 
 
 def _model(model_id: str) -> dict[str, Any]:
-    return {"id": model_id, "object": "model", "created": 0, "owned_by": model_id.split("/")[0]}
+    return {"id": model_id, "object": "model", "created": 0, "owned_by": model_id.split("/", maxsplit=1)[0]}
 
 
 def _status(status: ModelStatus) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from azu.errors import InvalidRequest
 from azu.protocol.job import FinishReason, Receipt
 
-# Parameters azu does not have yet, with the values that ask for nothing: anything else would change the output.
+# Parameters azu does not have, with the values that ask for nothing: others would change the output.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),

@@ -94,7 +94,7 @@ class Dispatcher:
                 await self._settlement.settle(job, ran, route)
             await self._jobs.done(job.job_id)
         except Exception:
-            # The job stays in the queue: it is claimed again when it has been idle, and settles under the same id.
+            # The job stays in the queue: it is claimed again once idle, and settles under the same id.
             log.exception("job %s did not end; it will be taken again", job.job_id)
         finally:
             self._running.pop(job.job_id, None)

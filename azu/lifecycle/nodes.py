@@ -25,8 +25,8 @@ class NodeBook:
     def nodes(self, now_s: float, placed_bytes: Mapping[str, int]) -> tuple[Node, ...]:
         """Return every node with its state and the room that is left beside what is placed on it.
 
-        `placed_bytes` counts pieces that may not be loaded yet, so live free memory alone would promise the same
-        room twice.
+        `placed_bytes` counts pieces that may not be loaded yet: live free memory alone would promise the
+        same room twice.
         """
         return tuple(
             replace(
