@@ -1,0 +1,45 @@
+"""A paying user of the test network: a wallet, a deposit, a key."""
+
+from dataclasses import dataclass
+
+import httpx
+from eth_account import Account
+from eth_account.messages import encode_defunct
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """`http` carries the user's bearer key; `deposit_hash` is empty for a user without money."""
+
+    url: str
+    address: str
+    private_key: str
+    api_key: str
+    http: httpx.Client
+    deposit_hash: str = ""
+
+    def balance(self) -> tuple[int, int]:
+        """Return (available, reserved) lamports."""
+        body = self.http.get("/v1/balance").raise_for_status().json()
+        return body["available_lamports"], body["reserved_lamports"]
+
+    def submit(self, prompt: str, *, est_tokens: object, model: str = "azu/tiny-dense") -> httpx.Response:
+        """Submit a prompt as it is."""
+        body = {"user_address": self.address, "model_id": model, "prompt": prompt, "est_tokens": est_tokens}
+        return self.http.post("/submit", json=body)
+
+    def results(self, job_id: str) -> dict[str, object]:
+        """Return a job's results so far."""
+        body: dict[str, object] = self.http.get(f"/results/{job_id}").raise_for_status().json()
+        return body
+
+
+def log_in(url: str, label: str = "test") -> User:
+    """Make a wallet and open a key for it, as any client would."""
+    account = Account.create()
+    challenge = httpx.post(f"{url}/v1/auth/challenge", json={"address": account.address}, timeout=30).json()
+    signed = account.sign_message(encode_defunct(text=challenge["message"]))
+    body = {"nonce": challenge["nonce"], "signature": signed.signature.to_0x_hex(), "label": label}
+    opened = httpx.post(f"{url}/v1/auth/keys", json=body, timeout=30).raise_for_status().json()
+    http = httpx.Client(base_url=url, timeout=120, headers={"authorization": f"Bearer {opened['api_key']}"})
+    return User(url, opened["address"], account.key.to_0x_hex(), opened["api_key"], http)
