@@ -1,0 +1,121 @@
+"""Models are deployed when a job needs them, once, and idle ones make room."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+import pytest
+
+from azu.errors import InsufficientCapacity
+from azu.lifecycle.fleet import Fleet
+from azu.lifecycle.ports import Ran, Route
+from azu.planner.policy import PlanPolicy
+from azu.protocol.job import Job
+from azu.protocol.structure import Structure
+from azu.protocol.topology import Topology
+from azu.units import MIB
+from tests.builders import node, structure
+
+
+@dataclass
+class StandingModel:
+    """A deployed model whose jobs the test counts."""
+
+    structure: Structure
+    topology: Topology
+    builder: "CountingBuilder"
+    running_jobs: int = 0
+    broken: bool = False
+    route: Route = field(default_factory=lambda: Route({}, ()))
+
+    async def run(self, job: Job) -> Ran:
+        raise AssertionError("the fleet runs no jobs")
+
+    async def cancel(self, job_id: str) -> None:
+        raise AssertionError("the fleet cancels no jobs")
+
+    async def close(self) -> None:
+        self.builder.closed.append(self.topology.model_id)
+
+
+@dataclass
+class CountingBuilder:
+    """Builds nothing, but remembers; Ray's own builder is tested in the cluster."""
+
+    built: list[str] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+
+    async def structure(self, model_id: str, revision: str) -> Structure:
+        await asyncio.sleep(0)
+        return structure(4, model_id=model_id)
+
+    async def build(self, structure: Structure, topology: Topology) -> StandingModel:
+        await asyncio.sleep(0.01)
+        self.built.append(structure.model_id)
+        return StandingModel(structure, topology, self)
+
+
+def fleet(vram_bytes: int = 64 * MIB) -> tuple[Fleet, CountingBuilder]:
+    builder = CountingBuilder()
+    nodes = [node("a", vram_bytes), node("b", vram_bytes)]
+
+    def book(placed: dict[str, int]):
+        return [
+            node(n.node_id, n.vram_total_bytes, vram_free_bytes=n.vram_total_bytes - placed.get(n.node_id, 0))
+            for n in nodes
+        ]
+
+    policy = PlanPolicy(promised_sequences=2, tokens_per_sequence=128)
+    return Fleet(builder, book, policy), builder
+
+
+def test_many_jobs_at_once_deploy_their_model_once() -> None:
+    async def scenario() -> None:
+        models, builder = fleet()
+        found = await asyncio.gather(*(models.ensure("m/one", "r1") for _ in range(20)))
+
+        assert builder.built == ["m/one"]
+        assert all(model is found[0] for model in found)
+
+    asyncio.run(scenario())
+
+
+def test_two_models_share_the_nodes_when_both_fit() -> None:
+    async def scenario() -> None:
+        models, builder = fleet(vram_bytes=256 * MIB)
+        await asyncio.gather(models.ensure("m/one", "r1"), models.ensure("m/two", "r1"))
+
+        assert sorted(builder.built) == ["m/one", "m/two"]
+        assert builder.closed == []
+        assert sum(models.placed_bytes().values()) > 0
+
+    asyncio.run(scenario())
+
+
+def test_an_idle_model_makes_room_and_a_busy_one_does_not() -> None:
+    async def scenario() -> None:
+        models, builder = fleet(vram_bytes=9 * MIB)
+        first = await models.ensure("m/one", "r1")
+        first.running_jobs = 1
+        with pytest.raises(InsufficientCapacity):
+            await models.ensure("m/two", "r1")
+        assert builder.closed == []
+
+        first.running_jobs = 0
+        await models.ensure("m/two", "r1")
+        assert builder.closed == ["m/one"]
+
+    asyncio.run(scenario())
+
+
+def test_a_broken_model_is_taken_down_and_built_again_with_a_higher_epoch() -> None:
+    async def scenario() -> None:
+        models, builder = fleet()
+        first = await models.ensure("m/one", "r1")
+        first.broken = True
+        second = await models.ensure("m/one", "r1")
+
+        assert builder.closed == ["m/one"]
+        assert builder.built == ["m/one", "m/one"]
+        assert second.topology.epoch > first.topology.epoch
+
+    asyncio.run(scenario())
