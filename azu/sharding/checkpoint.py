@@ -1,0 +1,196 @@
+"""Reading a checkpoint folder: which tensor lies where, and nothing that is not what it says."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from azu.errors import BrokenCheckpoint, UnsupportedModel
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+# What travels with the shards so that a stage can be built and a prompt tokenised; never code.
+MODEL_FILES = (
+    CONFIG_FILE,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Small enough that a chunk stays in the processor's cache while it is checked, hashed and written.
+CHUNK_BYTES = 1024 * 1024
+MAX_HEADER_BYTES = 32 * 1024 * 1024
+_HEADER_LENGTH_BYTES = 8
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "BOOL": "bool",
+}
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor's bytes in a checkpoint file: `offset` counts from the file's start.
+
+    `dtype` is torch's name, or safetensors' own code for a dtype that azu does not serve.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+class _Index(BaseModel):
+    """model.safetensors.index.json; what else stands in it is the writer's business."""
+
+    weight_map: dict[str, str]
+
+
+def contained_file(folder: Path, name: str) -> Path:
+    """Return the real path of a file that lies in a checkpoint folder.
+
+    A Hub cache snapshot links to the `blobs` folder beside `snapshots`; that is the only place a link
+    may lead to outside the folder. Raises BrokenCheckpoint when the file is missing or lies elsewhere.
+    """
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise BrokenCheckpoint(f"{name!r} points outside the checkpoint's folder")
+    home = folder.resolve()
+    path = (home / name).resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if path.parent not in (home, blobs):
+        raise BrokenCheckpoint(f"{name} is a link that leads outside the checkpoint's folder")
+    if not path.is_file():
+        raise BrokenCheckpoint(f"{name} is missing")
+    return path
+
+
+def weight_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the safetensors files that hold the weights, by the folder's listing or index.
+
+    The files themselves need not be there yet when the folder has an index.
+    Raises BrokenCheckpoint when there is neither a single file nor a usable index.
+    """
+    if (folder / SINGLE_FILE).exists():
+        return (SINGLE_FILE,)
+    if (folder / INDEX_FILE).exists():
+        return tuple(sorted(set(_read_index(folder).values())))
+    kinds = {path.suffix for path in folder.iterdir()} & {".bin", ".pt", ".pth", ".gguf", ".safetensors"}
+    found = f"; it has {', '.join(sorted(kinds))} files, which azu does not read" if kinds else ""
+    raise BrokenCheckpoint(f"the checkpoint has neither {SINGLE_FILE} nor {INDEX_FILE}{found}")
+
+
+def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a checkpoint by name, without reading a weight.
+
+    Raises BrokenCheckpoint that names the file when one is missing, truncated, no safetensors file,
+    outside the folder, or lacks a tensor that the index promises; UnsupportedModel for quantised weights.
+    """
+    _refuse_quantised(folder)
+    files = weight_files(folder)
+    stored = {name: _read_header(contained_file(folder, name), name) for name in files}
+    if files == (SINGLE_FILE,):
+        return stored[SINGLE_FILE]
+    tensors: dict[str, StoredTensor] = {}
+    for tensor, name in _read_index(folder).items():
+        if tensor not in stored[name]:
+            raise BrokenCheckpoint(f"{name} lacks the tensor {tensor!r} that {INDEX_FILE} promises")
+        tensors[tensor] = stored[name][tensor]
+    return tensors
+
+
+def read_range(path: Path, offset: int, size: int) -> Iterator[memoryview]:
+    """Yield a range of a file in chunks of their own; raises BrokenCheckpoint when the file ends in it."""
+    with path.open("rb", buffering=0) as file:
+        end = offset + size
+        while offset < end:
+            chunk = np.empty(min(CHUNK_BYTES, end - offset), dtype=np.uint8).data
+            filled = 0
+            while filled < chunk.nbytes:
+                count = os.preadv(file.fileno(), [chunk[filled:]], offset + filled)
+                if count == 0:
+                    raise BrokenCheckpoint(f"{path.name} became shorter while it was read")
+                filled += count
+            yield chunk
+            offset += filled
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    path = contained_file(folder, INDEX_FILE)
+    try:
+        index = _Index.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise BrokenCheckpoint(f"{INDEX_FILE} is not a weight index: {error.errors()[0]['msg']}") from error
+    for name in set(index.weight_map.values()):
+        if "/" in name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+            raise BrokenCheckpoint(f"{INDEX_FILE} names {name!r}, which is no safetensors file beside it")
+    if not index.weight_map:
+        raise BrokenCheckpoint(f"{INDEX_FILE} names no tensor")
+    return index.weight_map
+
+
+def _read_header(path: Path, name: str) -> dict[str, StoredTensor]:
+    with path.open("rb") as file:
+        start = file.read(_HEADER_LENGTH_BYTES)
+        if start.startswith(_PICKLE_STARTS):
+            raise BrokenCheckpoint(f"{name} is a pickle, not a safetensors file")
+        header_bytes = int.from_bytes(start, "little")
+        if len(start) < _HEADER_LENGTH_BYTES or header_bytes > path.stat().st_size - _HEADER_LENGTH_BYTES:
+            raise BrokenCheckpoint(f"{name} is truncated or no safetensors file: its header is incomplete")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise BrokenCheckpoint(
+                f"{name} has a header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}"
+            )
+        try:
+            # The library knows every way in which offsets, shapes and the file's size can disagree.
+            with safe_open(path, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise BrokenCheckpoint(f"{name} is truncated or no safetensors file: {error}") from error
+        header: dict[str, Any] = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    data_start = _HEADER_LENGTH_BYTES + header_bytes
+    return {
+        tensor: StoredTensor(
+            name=tensor,
+            file=path,
+            dtype=_DTYPES.get(entry["dtype"], entry["dtype"]),
+            shape=tuple(entry["shape"]),
+            offset=data_start + entry["data_offsets"][0],
+            size_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for tensor, entry in header.items()
+    }
+
+
+def _refuse_quantised(folder: Path) -> None:
+    try:
+        config = json.loads(contained_file(folder, CONFIG_FILE).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BrokenCheckpoint(f"{CONFIG_FILE} is not JSON: {error}") from error
+    if isinstance(config, dict) and config.get("quantization_config"):
+        raise UnsupportedModel(f"{CONFIG_FILE} says that the weights are quantised, which cannot be cut yet")

@@ -1,0 +1,37 @@
+"""From a checkpoint folder to the shards it will become, before a weight is read."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from azu.architecture.description import Architecture
+from azu.sharding.checkpoint import read_checkpoint
+from azu.sharding.layout import ShardPlan, lay_out
+from azu.sharding.names import destinations, refuse_incomplete
+from azu.sharding.ties import drop_tied_copies
+
+
+def plan_shards(source: Path, architecture: Architecture) -> tuple[tuple[ShardPlan, ...], bool]:
+    """Return the shards of a checkpoint in the order they are written, and whether its head is tied.
+
+    Raises BrokenCheckpoint or UnsupportedModel when the checkpoint does not hold the whole model.
+    """
+    model = build(source)
+    stored = read_checkpoint(source)
+    untied = drop_tied_copies(stored, destinations(model, stored), model.all_tied_weights_keys)
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    tied_parameters = sum(model.get_parameter(owner).numel() for owner in untied.tied.values())
+    refuse_incomplete(model, stored)
+    plans = lay_out(
+        untied.tensors, untied.destinations, architecture, tied_parameters=tied_parameters, tables=tables
+    )
+    return plans, bool(untied.tied)
+
+
+def build(source: Path) -> PreTrainedModel:
+    """Return the model on the meta device, in its serving dtype."""
+    config = AutoConfig.from_pretrained(source)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=config.dtype)
