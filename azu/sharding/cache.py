@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
-import tempfile
+import stat
 import time
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,9 +54,7 @@ class ShardCache:
         entry = self._entry(sha256)
         digest = hashlib.sha256()
         received = 0
-        descriptor, part = tempfile.mkstemp(suffix=_PART_SUFFIX, dir=self._root)
-        os.close(descriptor)
-        with replacing(entry, part=Path(part)) as file:
+        with replacing(entry, part=self._part()) as file:
             for chunk in chunks:
                 received += len(chunk)
                 if received > size_bytes:
@@ -75,10 +74,11 @@ class ShardCache:
         if _is_unchanged(entry):
             return entry.resolve()
         with path.open("rb") as file:
+            changed_at = os.fstat(file.fileno()).st_ctime_ns
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
+        if found != sha256 or path.stat().st_ctime_ns != changed_at:
             raise ShardError(f"{path.name} has the sha256 {found} instead of {sha256}")
-        link = Path(tempfile.mktemp(suffix=_PART_SUFFIX, dir=self._root))
+        link = self._part()
         link.symlink_to(path.resolve())
         link.replace(entry)
         return entry.resolve()
@@ -88,12 +88,16 @@ class ShardCache:
             raise ShardError(f"{sha256!r} is no sha256")
         return self._root / f"{sha256}{_SUFFIX}"
 
+    def _part(self) -> Path:
+        return self._root / f"{uuid.uuid4().hex}{_PART_SUFFIX}"
+
 
 def _is_unchanged(entry: Path) -> bool:
     """Say whether an entry is there and, if it is a link, its target is as old as the check of it."""
     try:
+        own = entry.lstat()
         # Nobody can set a file's change time back, so a target older than its link is what was verified.
-        return not entry.is_symlink() or entry.stat().st_ctime_ns <= entry.lstat().st_ctime_ns
+        return not stat.S_ISLNK(own.st_mode) or entry.stat().st_ctime_ns <= own.st_ctime_ns
     except FileNotFoundError:
         return False
 

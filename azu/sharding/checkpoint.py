@@ -2,16 +2,16 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from azu.errors import BrokenCheckpoint, UnsupportedModel
+from azu.errors import BrokenCheckpoint
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -47,6 +47,7 @@ _DTYPES = {
     "I32": "int32",
     "BOOL": "bool",
 }
+_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".safetensors"}
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -89,18 +90,18 @@ def contained_file(folder: Path, name: str) -> Path:
     return path
 
 
-def weight_files(folder: Path) -> tuple[str, ...]:
-    """Return the names of the safetensors files that hold the weights, by the folder's listing or index.
+def weight_files(folder: Path, listing: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the safetensors files that hold the weights.
 
-    The files themselves need not be there yet when the folder has an index.
+    `listing` names what the checkpoint has; of that only an index has to be in the folder already.
     Raises BrokenCheckpoint when there is neither a single file nor a usable index.
     """
-    if (folder / SINGLE_FILE).exists():
+    if SINGLE_FILE in listing:
         return (SINGLE_FILE,)
-    if (folder / INDEX_FILE).exists():
+    if INDEX_FILE in listing:
         return tuple(sorted(set(_read_index(folder).values())))
-    kinds = {path.suffix for path in folder.iterdir()} & {".bin", ".pt", ".pth", ".gguf", ".safetensors"}
-    found = f"; it has {', '.join(sorted(kinds))} files, which azu does not read" if kinds else ""
+    kinds = sorted({PurePath(name).suffix for name in listing} & _OTHER_WEIGHTS)
+    found = f"; azu does not read its {', '.join(kinds)} files" if kinds else ""
     raise BrokenCheckpoint(f"the checkpoint has neither {SINGLE_FILE} nor {INDEX_FILE}{found}")
 
 
@@ -108,10 +109,9 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """Return every tensor of a checkpoint by name, without reading a weight.
 
     Raises BrokenCheckpoint that names the file when one is missing, truncated, no safetensors file,
-    outside the folder, or lacks a tensor that the index promises; UnsupportedModel for quantised weights.
+    outside the folder, or lacks a tensor that the index promises.
     """
-    _refuse_quantised(folder)
-    files = weight_files(folder)
+    files = weight_files(folder, {path.name for path in folder.iterdir()})
     stored = {name: _read_header(contained_file(folder, name), name) for name in files}
     if files == (SINGLE_FILE,):
         return stored[SINGLE_FILE]
@@ -185,12 +185,3 @@ def _read_header(path: Path, name: str) -> dict[str, StoredTensor]:
         )
         for tensor, entry in header.items()
     }
-
-
-def _refuse_quantised(folder: Path) -> None:
-    try:
-        config = json.loads(contained_file(folder, CONFIG_FILE).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BrokenCheckpoint(f"{CONFIG_FILE} is not JSON: {error}") from error
-    if isinstance(config, dict) and config.get("quantization_config"):
-        raise UnsupportedModel(f"{CONFIG_FILE} says that the weights are quantised, which cannot be cut yet")

@@ -2,11 +2,8 @@
 
 from pathlib import Path
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
 from azu.architecture.description import Architecture
+from azu.architecture.skeleton import build, named_embeddings
 from azu.sharding.checkpoint import read_checkpoint
 from azu.sharding.layout import ShardPlan, lay_out
 from azu.sharding.names import destinations, refuse_incomplete
@@ -21,17 +18,10 @@ def plan_shards(source: Path, architecture: Architecture) -> tuple[tuple[ShardPl
     model = build(source)
     stored = read_checkpoint(source)
     untied = drop_tied_copies(stored, destinations(model, stored), model.all_tied_weights_keys)
-    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    tables = {f"{name}.weight" for name, _ in named_embeddings(model)}
     tied_parameters = sum(model.get_parameter(owner).numel() for owner in untied.tied.values())
     refuse_incomplete(model, stored)
     plans = lay_out(
         untied.tensors, untied.destinations, architecture, tied_parameters=tied_parameters, tables=tables
     )
     return plans, bool(untied.tied)
-
-
-def build(source: Path) -> PreTrainedModel:
-    """Return the model on the meta device, in its serving dtype."""
-    config = AutoConfig.from_pretrained(source)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=config.dtype)

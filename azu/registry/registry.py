@@ -1,0 +1,190 @@
+"""The registry: models by id, described before they are paid for and cut once for the whole network."""
+
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from azu.architecture import Architecture, describe
+from azu.errors import AzuError, InvalidRequest, NotFound, Unavailable
+from azu.protocol.structure import STRUCTURE_FILE, Shard, Structure
+from azu.registry.report import Report
+from azu.registry.sources import Source, find
+from azu.registry.status import ModelStatusStore
+from azu.sharding.checkpoint import MODEL_FILES, contained_file
+from azu.sharding.cut import cut
+from azu.units import format_bytes
+
+# How long a name such as "main" is taken to lead to the same commit.
+_PINNED_S = 300.0
+_MAX_DESCRIBED = 64
+# How long a caller waits for another one that cuts the same model.
+_CUT_TIMEOUT_S = 6 * 3600.0
+_REVISION = re.compile(r"[0-9a-f]{40,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What pricing and tokenising need; `files` holds the config and tokenizer files by name."""
+
+    model_id: str
+    revision: str
+    architecture: Architecture
+    files: Mapping[str, bytes]
+
+
+class Registry:
+    """Models of one network, their shards under `root`; methods block and may be called from many threads.
+
+    Folders are taken from under `model_roots` alone; weights above `max_model_bytes` are never fetched.
+    """
+
+    def __init__(
+        self, root: Path, *, model_roots: Sequence[Path], status: ModelStatusStore, max_model_bytes: int
+    ) -> None:
+        self._root = root
+        self._model_roots = tuple(model_roots)
+        self._status = status
+        self._max_model_bytes = max_model_bytes
+        self._locks: dict[str, threading.Lock] = {}
+        self._pins: dict[tuple[str, str | None], tuple[str, float]] = {}
+        self._described: dict[tuple[str, str], ModelDescription] = {}
+        self._structures: dict[tuple[str, str], Structure] = {}
+        root.mkdir(parents=True, exist_ok=True)
+
+    def describe(self, model_id: str, revision: str | None = None) -> ModelDescription:
+        """Return a model at one revision, the newest by default, fetching config and tokenizer only.
+
+        Raises InvalidRequest for an id that is none or a model too large, ModelNotFound, UnsupportedModel,
+        BrokenCheckpoint, and Unavailable when the Hub does not answer.
+        """
+        with self._locks.setdefault(model_id, threading.Lock()):
+            commit = self._recent_commit(model_id, revision)
+            if commit is None or (model_id, commit) not in self._described:
+                source = self._find(model_id, revision)
+                commit = source.revision
+                self._pins[model_id, revision] = (commit, time.monotonic())
+                self._remember(source)
+            return self._described[model_id, commit]
+
+    def ensure_cut(self, model_id: str, revision: str) -> Structure:
+        """Return the model's structure once all its shards are there; only the first caller fetches and cuts.
+
+        Raises what `describe` and `cut` raise; the status says so too.
+        """
+        ready = self.structure(model_id, revision)
+        if ready is not None:
+            return ready
+        folder = self._folder(model_id, revision)
+        with _only_one(folder):
+            ready = self.structure(model_id, revision)
+            if ready is not None:
+                return ready
+            report = Report(self._status, model_id, revision)
+            try:
+                source = self._find(model_id, revision)
+                structure = cut(
+                    source.weights(report.fetching),
+                    folder,
+                    model_id=model_id,
+                    revision=revision,
+                    architecture=self.describe(model_id, revision).architecture,
+                    progress=report.cutting,
+                )
+            except Exception as error:
+                report.failed(error.message if isinstance(error, AzuError) else repr(error))
+                raise
+            report.ready(sum(shard.weight_bytes for shard in structure.shards))
+            return structure
+
+    def structure(self, model_id: str, revision: str) -> Structure | None:
+        """Return the structure of a model that is cut, None for one that is not (or no longer whole)."""
+        folder = self._folder(model_id, revision)
+        path = folder / STRUCTURE_FILE
+        if not path.exists():
+            return None
+        if (model_id, revision) not in self._structures:
+            structure = Structure.from_json(path.read_bytes(), where=str(path))
+            if not all(_has_size(folder / shard.file_name, shard) for shard in structure.shards):
+                return None
+            self._structures[model_id, revision] = structure
+        return self._structures[model_id, revision]
+
+    def path(self, model_id: str, revision: str, shard_name: str) -> Path:
+        """Return where a shard lies on this machine's disk; raises NotFound when it is not cut."""
+        structure = self.structure(model_id, revision)
+        if structure is None or all(shard.name != shard_name for shard in structure.shards):
+            raise NotFound(f"{model_id} at {revision} has no shard {shard_name!r} here")
+        return self._folder(model_id, revision) / structure.shard(shard_name).file_name
+
+    def read(self, model_id: str, revision: str, shard_name: str, offset: int, size: int) -> bytes:
+        """Return up to `size` bytes of a shard from `offset` on, fewer only at its end."""
+        with self.path(model_id, revision, shard_name).open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def _find(self, model_id: str, revision: str | None) -> Source:
+        source = find(model_id, revision, self._model_roots)
+        if source.weight_bytes > self._max_model_bytes:
+            raise InvalidRequest(
+                f"{model_id} has {format_bytes(source.weight_bytes)} of weights; "
+                f"this network takes up to {format_bytes(self._max_model_bytes)}",
+                param="model",
+                code="model_too_large",
+            )
+        return source
+
+    def _recent_commit(self, model_id: str, revision: str | None) -> str | None:
+        if revision is not None and (model_id, revision) in self._described:
+            return revision
+        commit, pinned_at_s = self._pins.get((model_id, revision), (None, 0.0))
+        # A folder may change at any time, and looking costs nothing.
+        expired = model_id.startswith("/") or time.monotonic() - pinned_at_s > _PINNED_S
+        return None if expired else commit
+
+    def _remember(self, source: Source) -> None:
+        key = (source.model_id, source.revision)
+        if key in self._described:
+            return
+        if len(self._described) >= _MAX_DESCRIBED:
+            del self._described[next(iter(self._described))]
+        self._described[key] = _describe(source)
+        if self.structure(*key) is None:
+            Report(self._status, *key).described(source.weight_bytes)
+
+    def _folder(self, model_id: str, revision: str) -> Path:
+        if not _REVISION.fullmatch(revision):
+            raise InvalidRequest(f"{revision!r} is no commit", param="revision")
+        # The hash keeps apart what the readable part cannot.
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", model_id).strip("-.")[-64:]
+        return self._root / f"{readable}-{hashlib.sha256(model_id.encode()).hexdigest()[:16]}" / revision
+
+
+def _describe(source: Source) -> ModelDescription:
+    names = [name for name in MODEL_FILES if (source.folder / name).exists()]
+    return ModelDescription(
+        model_id=source.model_id,
+        revision=source.revision,
+        architecture=describe(source.folder),
+        files={name: contained_file(source.folder, name).read_bytes() for name in names},
+    )
+
+
+def _has_size(path: Path, shard: Shard) -> bool:
+    return path.is_file() and path.stat().st_size == shard.size_bytes
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=_CUT_TIMEOUT_S):
+            yield
+    except Timeout as error:
+        raise Unavailable("another process has been cutting this model for hours") from error

@@ -1,0 +1,76 @@
+"""Where a model id leads: a built-in model, a folder under an allowed root, or the Hugging Face Hub."""
+
+import re
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from azu.errors import InvalidRequest, ModelNotFound
+from azu.registry.folder import FolderSource
+from azu.registry.hub import find_on_hub
+
+_BUILT_IN = re.compile(r"azu/([a-z0-9]+(?:-[a-z0-9]+)*)")
+# What Git and the Hub allow, less what could leave a folder.
+_REVISION = re.compile(r"[A-Za-z0-9_]+(?:[./-][A-Za-z0-9_]+)*")
+_MAX_ID_CHARS = 512
+
+
+class Source(Protocol):
+    """A model at one revision that never moves."""
+
+    @property
+    def model_id(self) -> str:
+        """The id it was asked for by."""
+
+    @property
+    def revision(self) -> str:
+        """A commit or a content hash."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of its weight files."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder with its config and tokenizer files."""
+
+    def weights(self, progress: Callable[[int, int], None]) -> Path:
+        """Return a folder with its weights too; `progress` hears (bytes done, bytes in all)."""
+
+
+def find(model_id: str, revision: str | None, roots: Sequence[Path]) -> Source:
+    """Return the model of an id; an absolute path is a folder, "azu/..." built in, all else on the Hub.
+
+    Raises InvalidRequest, before a disk or the network is touched, for an id or revision that is none;
+    ModelNotFound when there is no such model or revision.
+    """
+    if not 0 < len(model_id) <= _MAX_ID_CHARS or not model_id.isprintable():
+        raise InvalidRequest("the model's id is empty, too long or not printable", param="model")
+    if revision is not None and (len(revision) > _MAX_ID_CHARS or not _REVISION.fullmatch(revision)):
+        raise InvalidRequest(f"{revision!r} is no revision", param="revision")
+    if model_id.startswith("/"):
+        return FolderSource.find(model_id, _allowed_folder(model_id, roots), revision)
+    if model_id.startswith("azu/"):
+        return FolderSource.find(model_id, _built_in(model_id), revision)
+    return find_on_hub(model_id, revision)
+
+
+def _built_in(model_id: str) -> Path:
+    match = _BUILT_IN.fullmatch(model_id)
+    folder = Path(str(resources.files("configs"))) / "models" / match[1] if match else None
+    if folder is None or not folder.is_dir():
+        raise ModelNotFound(f"there is no built-in model {model_id!r}", param="model")
+    return folder
+
+
+def _allowed_folder(model_id: str, roots: Sequence[Path]) -> Path:
+    asked = PurePosixPath(model_id)
+    if ".." in asked.parts or not any(asked.is_relative_to(root) for root in roots):
+        raise InvalidRequest(f"{model_id!r} is not under a folder that models may come from", param="model")
+    folder = Path(asked).resolve()
+    if not any(folder.is_relative_to(root.resolve()) for root in roots):
+        raise InvalidRequest(f"{model_id!r} leads out of the folder that models may come from", param="model")
+    if not folder.is_dir():
+        raise ModelNotFound(f"there is no model folder {model_id!r}", param="model")
+    return folder

@@ -1,0 +1,69 @@
+"""How far a model is, for everybody who waits for it."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from pydantic import ConfigDict, TypeAdapter
+
+from azu.connection import connect_redis_sync
+
+
+class ModelState(StrEnum):
+    """DESCRIBED models can be priced, READY ones placed; a FAILED one is tried again when asked for."""
+
+    UNKNOWN = "unknown"
+    DESCRIBED = "described"
+    FETCHING = "fetching"
+    CUTTING = "cutting"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """A model's state; the bytes are those of its weights, downloaded or cut so far."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    model_id: str
+    revision: str
+    state: ModelState
+    done_bytes: int = 0
+    total_bytes: int = 0
+    error: str | None = None
+
+
+class ModelStatusStore(Protocol):
+    """Where the status of models is kept."""
+
+    def put(self, status: ModelStatus) -> None:
+        """Replace the model's status."""
+
+    def get(self, model_id: str) -> ModelStatus:
+        """Return the model's status, UNKNOWN for one never heard of."""
+
+
+class RedisModelStatus:
+    """Model status in Redis, one key per model id."""
+
+    def __init__(self, url: str) -> None:
+        self._redis = connect_redis_sync(url)
+
+    def put(self, status: ModelStatus) -> None:
+        """Replace the model's status."""
+        self._redis.set(_key(status.model_id), _ADAPTER.dump_json(status))
+
+    def get(self, model_id: str) -> ModelStatus:
+        """Return the model's status, UNKNOWN for one never heard of."""
+        content = self._redis.get(_key(model_id))
+        if content is None:
+            return ModelStatus(model_id=model_id, revision="", state=ModelState.UNKNOWN)
+        return _ADAPTER.validate_json(content)
+
+
+def _key(model_id: str) -> str:
+    return f"azu:model:{model_id}"
+
+
+_ADAPTER = TypeAdapter(ModelStatus)
