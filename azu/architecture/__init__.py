@@ -1,1 +1,18 @@
-"""What a model's config says, read on the meta device: layers, kinds, KV bytes, can it be cut."""
+"""What a model's config says, read on the meta device: layers, kinds, KV bytes, can it be cut.
+
+`describe` is loaded when it is first asked for: it needs torch and transformers.
+"""
+
+from typing import Any
+
+from azu.architecture.description import Architecture
+
+__all__ = ["Architecture", "describe"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "describe":
+        from azu.architecture.inspection import describe  # noqa: PLC0415
+
+        return describe
+    raise AttributeError(name)

@@ -1,0 +1,80 @@
+"""Reading config.json without running or fetching anything that is not transformers' own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from azu.errors import BrokenCheckpoint, UnsupportedModel
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+# No honest config is larger; a longer one only costs whoever reads it.
+_MAX_CONFIG_BYTES = 4 * 1024 * 1024
+_MAX_LAYERS = 1024
+_CUSTOM_CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Return the folder's config.
+
+    Raises BrokenCheckpoint when config.json is missing or malformed, UnsupportedModel when it asks for code
+    of its own or describes no causal language model.
+    """
+    raw = read_json(folder / CONFIG_FILE)
+    model_type = raw.get("model_type")
+    if any(raw.get(key) for key in _CUSTOM_CODE):
+        raise UnsupportedModel(f"{CONFIG_FILE} asks for code of its own (auto_map), which azu never runs")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
+        raise UnsupportedModel(f"{CONFIG_FILE}: transformers has no model type {model_type!r}")
+    if raw.get("quantization_config"):
+        raise UnsupportedModel(f"{CONFIG_FILE} says that the weights are quantised, which cannot be cut yet")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        text = config.get_text_config(decoder=True)
+        num_layers = text.num_hidden_layers
+    except Exception as error:  # the config classes raise whatever their validation meets
+        raise BrokenCheckpoint(f"{CONFIG_FILE} is not a {model_type} config: {_first_line(error)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{model_type} is an encoder-decoder: its layers need the encoder's state too")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedModel(f"{model_type} is no causal language model")
+    if not isinstance(num_layers, int) or not 0 < num_layers <= _MAX_LAYERS:
+        raise BrokenCheckpoint(f"{CONFIG_FILE}: {num_layers!r} layers, where 1 to {_MAX_LAYERS} are served")
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raises BrokenCheckpoint that names the file."""
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise BrokenCheckpoint(f"{path.name} is larger than {_MAX_CONFIG_BYTES} bytes")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BrokenCheckpoint(f"{path.name} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise BrokenCheckpoint(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BrokenCheckpoint(f"{path.name} is not a JSON object")
+    return content
+
+
+def eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
+    """Return the tokens that end a generation: generation_config.json's, else the config's."""
+    path = folder / GENERATION_CONFIG_FILE
+    found = read_json(path).get("eos_token_id") if path.exists() else None
+    if found is None:
+        found = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(token, int) for token in ids):
+        raise BrokenCheckpoint(f"eos_token_id {found!r} is not made of token ids")
+    return tuple(ids)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
