@@ -1,1 +1,6 @@
 """The light client: generate, stream, log in, deposit."""
+
+from azu.client.answers import Generation
+from azu.client.client import Client, Stream
+
+__all__ = ["Client", "Generation", "Stream"]

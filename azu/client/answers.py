@@ -1,0 +1,182 @@
+"""What the client returns: frozen values, read from the ingress's JSON."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter
+
+# A client may be older than the server: what it does not know yet is no error.
+_LENIENT = ConfigDict(extra="ignore")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished text, what it took and what it cost."""
+
+    text: str
+    model: str
+    job_id: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    charged_lamports: int
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """What an address may spend, and what its running jobs hold."""
+
+    __pydantic_config__ = _LENIENT
+
+    address: str
+    available_lamports: int
+    reserved_lamports: int
+
+
+@dataclass(frozen=True, slots=True)
+class DepositState:
+    """`status` is "credited", or "pending" when the chain does not show the transfer yet."""
+
+    __pydantic_config__ = _LENIENT
+
+    status: str
+    lamports: int
+    transfer_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Earnings:
+    """What an address earned by lending and has not got yet, what is on its way, and what was paid."""
+
+    __pydantic_config__ = _LENIENT
+
+    address: str
+    earned_lamports: int
+    paying_lamports: int
+    paid_lamports: int
+    payout_threshold_lamports: int
+
+
+@dataclass(frozen=True, slots=True)
+class PieceLine:
+    """One piece of a topology: which node ran which layers [start, end) and experts."""
+
+    __pydantic_config__ = _LENIENT
+
+    node: str
+    actor: str
+    layers: tuple[int, int]
+    experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptLines:
+    """A receipt as the ingress gives it."""
+
+    __pydantic_config__ = _LENIENT
+
+    job_id: str
+    model_id: str
+    prompt_tokens: int
+    completion_tokens: int
+    num_layers: int
+    token_layers: int
+    charged_lamports: int
+    released_lamports: int
+    platform_lamports: int
+    worker_lamports: Mapping[str, int]
+    transfer_id: str
+    topology: tuple[PieceLine, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobLine:
+    """A job in a list."""
+
+    __pydantic_config__ = _LENIENT
+
+    job_id: str
+    model: str
+    status: str
+    created_at_ms: int
+    reserved_lamports: int
+    finish_reason: str | None
+    charged_lamports: int | None
+    released_lamports: int | None
+    error: Mapping[str, str | None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a job has produced so far."""
+
+    __pydantic_config__ = _LENIENT
+
+    job_id: str
+    status: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    error: Mapping[str, str | None] | None
+    receipt: ReceiptLines | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLine:
+    """A node as `azu ps` shows it."""
+
+    __pydantic_config__ = _LENIENT
+
+    node_id: str
+    name: str
+    payout_address: str
+    state: str
+    device: str
+    vram_total_bytes: int
+    vram_free_bytes: int
+    cached_shards: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentLine:
+    """A deployed model as `azu ps` shows it."""
+
+    __pydantic_config__ = _LENIENT
+
+    model_id: str
+    revision: str
+    state: str
+    epoch: int
+    num_layers: int
+    topology: tuple[PieceLine, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Nodes and deployments."""
+
+    __pydantic_config__ = _LENIENT
+
+    nodes: tuple[NodeLine, ...]
+    deployments: tuple[DeploymentLine, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """How far a model's cut is."""
+
+    __pydantic_config__ = _LENIENT
+
+    model_id: str
+    revision: str | None
+    state: str
+    done_bytes: int
+    total_bytes: int
+    error: str | None
+
+
+def read(kind: type[T], body: Any) -> T:
+    """Return a value of a kind from parsed JSON."""
+    return TypeAdapter(kind).validate_python(body)

@@ -1,0 +1,237 @@
+"""The client: one class over the ingress's HTTP API."""
+
+import json
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from azu.client.answers import (
+    Balance,
+    DepositState,
+    Earnings,
+    Generation,
+    JobLine,
+    ModelState,
+    Network,
+    ReceiptLines,
+    Results,
+    read,
+)
+from azu.client.errors import error_of, raise_for
+from azu.client.login import sign_challenge
+from azu.errors import DeadlineExceeded, InternalError, Unavailable
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_TIMEOUT_S = 600.0
+_CONNECT_TIMEOUT_S = 5.0
+
+Message = dict[str, str]
+
+
+class Stream:
+    """The pieces of one answer as they come; `result()` after the last one.
+
+    Leaving the loop early or calling `close()` cancels the job: what was delivered is paid.
+    """
+
+    def __init__(self, client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+        self._request = client.stream(
+            "POST", path, json=body | {"stream": True, "stream_options": {"include_usage": True}}
+        )
+        self._model = body["model"]
+        self._text: list[str] = []
+        self._job_id = ""
+        self._finish_reason = ""
+        self._usage: dict[str, int] | None = None
+        self._pieces = self._read()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def close(self) -> None:
+        """End the stream; the network cancels the job."""
+        self._pieces.close()
+
+    def result(self) -> Generation:
+        """Return the whole answer, reading what is left of it."""
+        for _ in self._pieces:
+            pass
+        if self._usage is None:
+            raise Unavailable("the stream ended before its usage was said")
+        return Generation(
+            text="".join(self._text),
+            model=self._model,
+            job_id=self._job_id,
+            finish_reason=self._finish_reason,
+            prompt_tokens=self._usage["prompt_tokens"],
+            completion_tokens=self._usage["completion_tokens"],
+            charged_lamports=self._usage["cost_lamports"],
+        )
+
+    def _read(self) -> Generator[str, None, None]:
+        with _translated(), self._request as response:
+            if response.is_error:
+                response.read()
+                raise_for(response)
+            for line in response.iter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                content = line.removeprefix("data: ")
+                chunk = json.loads(content)
+                if "error" in chunk:
+                    raise error_of(503, content.encode())
+                if piece := self._take(chunk):
+                    yield piece
+
+    def _take(self, chunk: dict[str, Any]) -> str:
+        self._job_id = chunk["azu"]["job_id"]
+        self._usage = chunk.get("usage") or self._usage
+        piece = ""
+        for choice in chunk["choices"]:
+            piece = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+            self._finish_reason = choice["finish_reason"] or self._finish_reason
+        self._text.append(piece)
+        return piece
+
+
+class Client:
+    """A network's user. `base_url` and `api_key` default to AZU_URL and AZU_API_KEY.
+
+    Every method raises the AzuError that the network answered with, Unavailable when it cannot be reached and
+    DeadlineExceeded when it takes too long.
+    """
+
+    def __init__(
+        self, base_url: str | None = None, api_key: str | None = None, *, timeout_s: float = _TIMEOUT_S
+    ) -> None:
+        self._http = httpx.Client(
+            base_url=base_url or os.environ.get("AZU_URL") or DEFAULT_URL,
+            timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
+        )
+        self._use_key(api_key or os.environ.get("AZU_API_KEY"))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def generate(
+        self, prompt: str, *, model: str, max_tokens: int | None = None, **sampling: Any
+    ) -> Generation:
+        """Continue a prompt as it is; `sampling` takes OpenAI's names."""
+        return self.stream(prompt, model=model, max_tokens=max_tokens, **sampling).result()
+
+    def stream(self, prompt: str, *, model: str, max_tokens: int | None = None, **sampling: Any) -> Stream:
+        """Continue a prompt as it is, piece by piece."""
+        body = {"model": model, "prompt": prompt, **sampling}
+        return Stream(self._http, "/v1/completions", _given(body, max_tokens=max_tokens))
+
+    def chat(self, messages: Sequence[Message], *, model: str, **sampling: Any) -> Generation:
+        """Answer a chat through the model's own template."""
+        return self.chat_stream(messages, model=model, **sampling).result()
+
+    def chat_stream(self, messages: Sequence[Message], *, model: str, **sampling: Any) -> Stream:
+        """Answer a chat, piece by piece."""
+        return Stream(
+            self._http, "/v1/chat/completions", {"model": model, "messages": list(messages), **sampling}
+        )
+
+    def login(self, private_key: str, *, label: str = "") -> str:
+        """Open an API key with a wallet's signature, use it from now on and return it."""
+        address, sign = sign_challenge(private_key)
+        challenge = self._post("/v1/auth/challenge", {"address": address})
+        signature = sign(challenge["message"])
+        body = {"nonce": challenge["nonce"], "signature": signature, "label": label}
+        api_key: str = self._post("/v1/auth/keys", body)["api_key"]
+        self._use_key(api_key)
+        return api_key
+
+    def deposit(self, tx_hash: str, address: str) -> DepositState:
+        """Have the network look for a transfer at once."""
+        return read(DepositState, self._post("/deposit", {"tx_sig": tx_hash, "user_address": address}))
+
+    def balance(self) -> Balance:
+        """Return the key's balance."""
+        return read(Balance, self._get("/v1/balance"))
+
+    def earnings(self) -> Earnings:
+        """Return what the key's address earned by lending."""
+        return read(Earnings, self._get("/v1/earnings"))
+
+    def submit(self, prompt: str, *, model: str, address: str, est_tokens: int) -> str:
+        """Queue a prompt and return its job id."""
+        body = {"user_address": address, "model_id": model, "prompt": prompt, "est_tokens": est_tokens}
+        job_id: str = self._post("/submit", body)["job_id"]
+        return job_id
+
+    def results(self, job_id: str) -> Results:
+        """Return what a job has produced so far."""
+        return read(Results, self._get(f"/results/{job_id}"))
+
+    def jobs(self, limit: int = 50) -> list[JobLine]:
+        """Return the key's jobs, newest first."""
+        return [read(JobLine, line) for line in self._get("/v1/jobs", limit=limit)["data"]]
+
+    def receipt(self, job_id: str) -> ReceiptLines:
+        """Return what a job cost and who earned it."""
+        return read(ReceiptLines, self._get(f"/v1/receipts/{job_id}"))
+
+    def network(self) -> Network:
+        """Return nodes and deployments."""
+        return read(Network, self._get("/v1/network"))
+
+    def models(self) -> list[str]:
+        """Return the models that are known to the network."""
+        return [line["id"] for line in self._get("/v1/models")["data"]]
+
+    def shard(self, model: str) -> ModelState:
+        """Have a model cut; the client's key must be the admin key."""
+        return read(ModelState, self._post("/models/shard", {"model_id": model}))
+
+    def model_status(self, model: str) -> ModelState:
+        """Return how far a model's cut is."""
+        return read(ModelState, self._get("/models/status", model_id=model))
+
+    def healthy(self) -> bool:
+        """Say whether the network serves prompts now."""
+        try:
+            return self._http.get("/health", timeout=_CONNECT_TIMEOUT_S).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _use_key(self, api_key: str | None) -> None:
+        if api_key:
+            self._http.headers["authorization"] = f"Bearer {api_key}"
+
+    def _get(self, path: str, **query: Any) -> Any:
+        with _translated():
+            return _body(self._http.get(path, params=query))
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        with _translated():
+            return _body(self._http.post(path, json=body))
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn httpx's errors into ours."""
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise DeadlineExceeded("the network did not answer in time") from error
+    except httpx.TransportError as error:
+        raise Unavailable(f"the network cannot be reached: {error}") from error
+
+
+def _body(response: httpx.Response) -> Any:
+    raise_for(response)
+    try:
+        return response.json()
+    except ValueError as error:
+        raise InternalError("the network's answer is no JSON") from error
+
+
+def _given(body: dict[str, Any], **optional: Any) -> dict[str, Any]:
+    return body | {name: value for name, value in optional.items() if value is not None}

@@ -1,0 +1,38 @@
+"""The ingress's answers that are errors, as the errors they were."""
+
+import json
+from collections.abc import Iterator
+
+import httpx
+
+from azu import errors
+from azu.errors import AzuError
+
+
+def _kinds(of: type[AzuError]) -> Iterator[type[AzuError]]:
+    yield of
+    for kind in of.__subclasses__():
+        yield from _kinds(kind)
+
+
+def error_of(status: int, content: bytes) -> AzuError:
+    """Return the error that an OpenAI-shaped body says, or one that says its body is not of that shape."""
+    try:
+        said = json.loads(content)["error"]
+        message, param, code = str(said["message"]), said.get("param"), said.get("code")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return _kind(status, None)(f"the network answered {status} without an error body")
+    return _kind(status, code)(message, param=param, code=code)
+
+
+def raise_for(response: httpx.Response) -> None:
+    """Raise the error of a response that is one; its body must have been read."""
+    if response.is_error:
+        raise error_of(response.status_code, response.content)
+
+
+def _kind(status: int, code: str | None) -> type[AzuError]:
+    """Return the class with that code, else the most general one with that status."""
+    kinds = [kind for kind in _kinds(AzuError) if kind.status == status]
+    by_code = [kind for kind in kinds if code is not None and kind.default_code == code]
+    return (by_code or kinds or [errors.InternalError])[0]
