@@ -1,0 +1,103 @@
+"""What a network promises, charges and waits for. The values are in configs/network.yaml."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from azu.config.fields import Size
+from azu.planner.policy import PlanPolicy
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Price(_Section):
+    """What a token costs in each layer, and the platform's part of it."""
+
+    lamports_per_token_layer: Count
+    platform_percent: Annotated[int, Field(ge=0, le=100)]
+
+
+class KvCapacity(_Section):
+    """The sequences that every deployed model has room for, and how their KV is cut into blocks."""
+
+    promised_sequences: Count
+    tokens_per_sequence: Count
+    block_size: Count
+
+
+class Planner(_Section):
+    """What the planner keeps free on every piece, and what it counts with when it predicts speed."""
+
+    margin_bytes: Size
+    margin_fraction: Annotated[float, Field(ge=0, le=1)]
+    hop_s: Seconds
+    batch_size: Count
+
+
+class Engine(_Section):
+    """The largest prefill of one step, and the sequences that run at once."""
+
+    prefill_chunk_tokens: Count
+    max_running: Count
+
+
+class Heartbeat(_Section):
+    """How often a node is asked how it is, and after how long a silence it is suspect or dead."""
+
+    period_s: Seconds
+    suspect_s: Seconds
+    dead_s: Seconds
+
+
+class Limits(_Section):
+    """What one request may ask for, and how long its reservation stands without a sign of life."""
+
+    max_body_bytes: Size
+    max_prompt_tokens: Count
+    max_completion_tokens: Count
+    reservation_ttl_s: Count
+
+
+class Timeouts(_Section):
+    """How long the network waits for itself."""
+
+    start_s: Seconds
+    describe_s: Seconds
+    deposit_s: Seconds
+    placement_s: Seconds
+    fetch_s: Seconds
+    load_s: Seconds
+    step_s: Seconds
+
+
+class NetworkPolicy(_Section):
+    """Everything a network's owner decides."""
+
+    price: Price
+    payout_threshold_lamports: Count
+    kv: KvCapacity
+    planner: Planner
+    engine: Engine
+    heartbeat: Heartbeat
+    limits: Limits
+    timeouts: Timeouts
+
+    def plan_policy(self) -> PlanPolicy:
+        """Return what of it the planner needs."""
+        return PlanPolicy(
+            promised_sequences=self.kv.promised_sequences,
+            tokens_per_sequence=self.kv.tokens_per_sequence,
+            block_size=self.kv.block_size,
+            # A step is at most one prefill chunk and one token of every other running sequence.
+            activation_tokens=self.engine.prefill_chunk_tokens + self.engine.max_running,
+            margin_bytes=self.planner.margin_bytes,
+            margin_fraction=self.planner.margin_fraction,
+            hop_s=self.planner.hop_s,
+            batch_size=self.planner.batch_size,
+            lamports_per_token_layer=self.price.lamports_per_token_layer,
+        )

@@ -1,0 +1,92 @@
+"""Settings from the environment."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+from urllib.parse import quote
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from azu.config.fields import Address, Port, Size, refused
+from azu.errors import ConfigurationError
+
+PREFIX = "AZU_"
+# Variables of azu that only one process reads, by itself: the treasury, the wallet commands, the tests.
+_READ_ELSEWHERE = frozenset({"AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD"})
+_TEST_PREFIX = "AZU_TEST_"
+
+
+def _paths(value: Any) -> Any:
+    return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
+
+
+def _expanded(value: Any) -> Any:
+    return Path(value).expanduser() if isinstance(value, str | Path) else value
+
+
+HomePath = Annotated[Path, BeforeValidator(_expanded)]
+PathList = Annotated[tuple[HomePath, ...], NoDecode, BeforeValidator(_paths)]
+
+
+class Settings(BaseSettings):
+    """What one machine's owner decides. The platform's private key is never among it.
+
+    Without REDIS_HOST azu starts a Redis of its own, without HYPERLIQUID_RPC_URL a devnet. AZU_MODEL_ROOTS
+    are folders separated as in PATH; AZU_MAX_MODEL_BYTES takes sizes such as 64GiB.
+    """
+
+    model_config = SettingsConfigDict(
+        case_sensitive=True,
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+        validate_by_name=True,
+    )
+
+    chain_url: str | None = Field(None, validation_alias="HYPERLIQUID_RPC_URL")
+    platform_address: Address | None = Field(None, validation_alias="HYPERLIQUID_ADDRESS")
+    redis_host: str | None = Field(None, validation_alias="REDIS_HOST")
+    redis_port: Port = Field(6379, validation_alias="REDIS_PORT")
+    redis_password: SecretStr | None = Field(None, validation_alias="REDIS_PASSWORD")
+    hf_token: SecretStr | None = Field(None, validation_alias="HF_TOKEN")
+    home: HomePath = Field(Path("~/.azu"), validation_alias="AZU_HOME", validate_default=True)
+    url: str = Field("http://127.0.0.1:8000", validation_alias="AZU_URL")
+    api_key: SecretStr | None = Field(None, validation_alias="AZU_API_KEY")
+    http_host: str = Field("127.0.0.1", validation_alias="AZU_HTTP_HOST")
+    http_port: Port = Field(8000, validation_alias="AZU_HTTP_PORT")
+    domain: str | None = Field(None, validation_alias="AZU_DOMAIN")
+    admin_key: SecretStr | None = Field(None, validation_alias="AZU_ADMIN_KEY")
+    model_roots: PathList = Field((), validation_alias="AZU_MODEL_ROOTS")
+    max_model_bytes: Size = Field(64 * 1024**3, validation_alias="AZU_MAX_MODEL_BYTES")
+    network: HomePath | None = Field(None, validation_alias="AZU_NETWORK")
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read the process's environment.
+
+        Raises ConfigurationError that names every variable of azu's that does not exist or has a bad value.
+        """
+        _refuse_unknown(os.environ, {str(field.validation_alias) for field in cls.model_fields.values()})
+        try:
+            return cls()
+        except ValidationError as error:
+            raise refused(error) from error
+
+    @property
+    def redis_url(self) -> str | None:
+        """The configured Redis, None when azu starts its own."""
+        if self.redis_host is None:
+            return None
+        password = (
+            f":{quote(self.redis_password.get_secret_value(), safe='')}@" if self.redis_password else ""
+        )
+        return f"redis://{password}{self.redis_host}:{self.redis_port}/0"
+
+
+def _refuse_unknown(environment: Mapping[str, str], known: set[str]) -> None:
+    ours = {name for name in environment if name.startswith(PREFIX) and not name.startswith(_TEST_PREFIX)}
+    if unknown := sorted(ours - known - _READ_ELSEWHERE):
+        raise ConfigurationError(f"unknown settings: {', '.join(unknown)}", param=unknown[0])
