@@ -1,5 +1,6 @@
 """Registry: the models by id, cut once for the whole network."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from azu.config import ControlConfig
@@ -7,6 +8,8 @@ from azu.protocol.structure import Structure
 from azu.registry.registry import ModelDescription
 from azu.registry.registry import Registry as ModelRegistry
 from azu.registry.status import ModelStatus, RedisModelStatus
+
+_CUTS_AT_ONCE = 2
 
 
 class Registry:
@@ -20,6 +23,7 @@ class Registry:
             status=self._status,
             max_model_bytes=config.max_model_bytes,
         )
+        self._cuts = ThreadPoolExecutor(_CUTS_AT_ONCE, thread_name_prefix="cut")
 
     def describe(self, model_id: str, revision: str | None = None) -> ModelDescription:
         """Return what pricing needs, fetching config and tokenizer only."""
@@ -28,6 +32,13 @@ class Registry:
     def ensure_cut(self, model_id: str, revision: str) -> Structure:
         """Cut the model unless somebody did."""
         return self._models.ensure_cut(model_id, revision)
+
+    def start_cut(self, model_id: str) -> ModelStatus:
+        """Begin to cut a model that can be cut; its status says how far it is."""
+        described = self._models.describe(model_id)
+        # What goes wrong is written into the status by the registry itself.
+        self._cuts.submit(self._models.ensure_cut, model_id, described.revision)
+        return self._status.get(model_id)
 
     def status(self, model_id: str) -> ModelStatus:
         """Return how far the model is."""

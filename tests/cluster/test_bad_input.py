@@ -16,8 +16,8 @@ COMPLETION = {"model": "azu/tiny-dense", "prompt": "Hello"}
 REFUSED = [
     ("/v1/chat/completions", CHAT | {"model": "nobody/nothing"}, 404, "model"),
     ("/v1/chat/completions", CHAT | {"model": "azu/unknown"}, 404, "model"),
-    ("/v1/chat/completions", CHAT | {"model": "../../etc"}, 404, "model"),
-    ("/v1/chat/completions", CHAT | {"model": "/etc"}, 404, "model"),
+    ("/v1/chat/completions", CHAT | {"model": "../../etc"}, 400, "model"),
+    ("/v1/chat/completions", CHAT | {"model": "/etc"}, 400, "model"),
     ("/v1/chat/completions", CHAT | {"messages": []}, 400, "messages"),
     ("/v1/chat/completions", CHAT | {"messages": "Hello"}, 400, "messages"),
     ("/v1/chat/completions", CHAT | {"max_tokens": -1}, 400, "max_tokens"),
