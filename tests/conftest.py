@@ -1,0 +1,24 @@
+"""Fixtures that tests of every part share."""
+
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from tests.redis_server import RunningRedis, start_redis
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRedis]:
+    """One Redis for the session; it keeps nothing on disk."""
+    running = start_redis(tmp_path_factory.mktemp("redis"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def redis_url(redis_server: RunningRedis) -> str:
+    """The URL of a Redis that is empty when the test starts."""
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushall()
+    return redis_server.url

