@@ -147,7 +147,7 @@ class Structure:
     def from_json(cls, content: bytes | str, *, where: str = STRUCTURE_FILE) -> "Structure":
         """Parse structure.json; raises BrokenCheckpoint that names `where` if it is not one."""
         try:
-            return _ADAPTER.validate_json(content)
+            return _ADAPTER.validate_json(content, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])

@@ -1,0 +1,48 @@
+"""structure.json says everything about a model, and nothing else is taken for one."""
+
+import json
+
+import pytest
+
+from azu.errors import BrokenCheckpoint
+from azu.protocol.structure import Structure
+from tests.builders import structure
+
+
+def test_a_structure_survives_its_file() -> None:
+    model = structure(4, moe_layers={1: 8})
+
+    assert Structure.from_json(model.to_json()) == model
+
+
+def test_shards_are_found_by_what_they_are() -> None:
+    model = structure(4, moe_layers={1: 8})
+
+    assert model.layer_shard(0).name == "layer_0_dense"
+    assert model.layer_shard(1).file_name == "layer_1_router.safetensors"
+    assert model.expert_shard(1, 7).name == "layer_1_expert_7"
+    assert [shard.name for shard in model.edge_shards(0, 2)] == ["embed"]
+    assert [shard.name for shard in model.edge_shards(2, 4)] == ["head"]
+    assert [shard.name for shard in model.edge_shards(1, 2)] == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": 7},
+        {"unknown": 1},
+        {"shards": [{"name": "embed"}]},
+        {"hidden_size": "64"},
+        {"version": None},
+    ],
+)
+def test_anything_else_is_refused_by_name(change: dict[str, object]) -> None:
+    content = json.loads(structure().to_json()) | change
+
+    with pytest.raises(BrokenCheckpoint, match=r"here/structure\.json"):
+        Structure.from_json(json.dumps(content), where="here/structure.json")
+
+
+def test_text_that_is_no_json_is_refused() -> None:
+    with pytest.raises(BrokenCheckpoint):
+        Structure.from_json(b"\x80\x04pickle")

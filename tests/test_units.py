@@ -1,0 +1,54 @@
+"""Amounts and sizes are exact, or refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from azu.errors import InvalidRequest
+from azu.units import GIB, MIB, format_bytes, hype_from_lamports, lamports_from_hype, parse_bytes
+
+
+@given(lamports=st.integers(min_value=-(10**18), max_value=10**18))
+def test_lamports_survive_their_decimal_form(lamports: int) -> None:
+    assert lamports_from_hype(hype_from_lamports(lamports)) == lamports
+
+
+@pytest.mark.parametrize(
+    ("text", "lamports"), [("1", 10**8), ("0.00000001", 1), ("1.25", 125_000_000), ("1e-8", 1)]
+)
+def test_hype_is_read_exactly(text: str, lamports: int) -> None:
+    assert lamports_from_hype(text) == lamports
+
+
+@pytest.mark.parametrize("text", ["", "x", "0.000000001", "NaN", "Infinity", "1,5", "--1"])
+def test_what_is_no_amount_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        lamports_from_hype(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GiB", 24 * GIB),
+        ("512MiB", 512 * MIB),
+        ("800M", 800 * MIB),
+        ("1.5g", 3 * GIB // 2),
+        ("7", 7),
+        (7, 7),
+    ],
+)
+def test_sizes_are_read_in_powers_of_1024(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1 apple", "1e9", -1, True])
+def test_what_is_no_size_is_refused(text: str | int) -> None:
+    with pytest.raises(InvalidRequest):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (MIB, "1.0 MiB"), (1536 * MIB, "1.5 GiB")]
+)
+def test_sizes_are_shown_in_the_largest_unit_that_fits(size: int, text: str) -> None:
+    assert format_bytes(size) == text
