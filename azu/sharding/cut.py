@@ -84,6 +84,8 @@ def _only_one(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / _LOCK_FILE, timeout=_LOCK_TIMEOUT_S):
+            for part in out.glob(".*.part"):
+                part.unlink()  # of a cut that was killed
             yield
     except Timeout as error:
         raise Unavailable(f"another process has been cutting {out.name} for an hour") from error

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, logging
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -65,6 +65,7 @@ def refuse_incomplete(model: PreTrainedModel, tensors: Mapping[str, StoredTensor
     hollow = {
         name: torch.empty(tensor.shape, dtype=model.dtype, device="meta") for name, tensor in tensors.items()
     }
+    logging.disable_progress_bar()  # transformers draws one for every load
     rules = LoadStateDictConfig(
         dtype=model.dtype,
         weight_mapping=get_model_conversion_mapping(model),
