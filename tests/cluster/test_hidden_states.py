@@ -1,0 +1,109 @@
+"""Hidden states travel from stage to stage: none is ever in the Pipeline's or the head's memory."""
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from actors.placement import NAMESPACE
+from tests.cluster.test_generation import chat_text, finished
+from tests.cluster.user import User
+
+pytestmark = pytest.mark.cluster
+
+PATTERN_BYTES = 96
+
+
+def keep_frames(actor: object) -> None:
+    """Runs inside a LayerActor: remember every frame that arrives, so that the test knows its bytes."""
+    runner = actor._runner
+    kept: list[bytes] = []
+    run = runner.run
+
+    def remembering(batch, frame):
+        if frame is not None:
+            kept.append(bytes(frame))
+        return run(batch, frame)
+
+    runner.run = remembering
+    runner.kept_frames = kept
+
+
+def kept_frames(actor: object) -> list[bytes]:
+    return actor._runner.kept_frames
+
+
+def pid_of(_: object) -> int:
+    return os.getpid()
+
+
+def actors_named(prefix: str) -> list[ray.actor.ActorHandle]:
+    names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
+    return [ray.get_actor(name, namespace=NAMESPACE) for name in sorted(names) if name.startswith(prefix)]
+
+
+def memory_holds(pid: int, pattern: bytes) -> bool:
+    """Search all readable and writable memory of a process, the object store it maps included."""
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in maps:
+            span, permissions = line.split()[:2]
+            if not permissions.startswith("rw") or line.endswith(("[vvar]", "[vsyscall]")):
+                continue
+            start, end = (int(part, 16) for part in span.split("-"))
+            if region_holds(memory, start, end, pattern):
+                return True
+    return False
+
+
+def region_holds(memory, start: int, end: int, pattern: bytes, step: int = 64 * 1024 * 1024) -> bool:
+    tail = b""
+    for offset in range(start, end, step):
+        try:
+            memory.seek(offset)
+            content = memory.read(min(step, end - offset))
+        except (OSError, ValueError, OverflowError):
+            return False
+        if pattern in tail + content:
+            return True
+        tail = content[-len(pattern) :]
+    return False
+
+
+def test_no_hidden_state_is_in_the_pipelines_or_the_heads_memory(user: User) -> None:
+    text = chat_text("azu/tiny-dense", "Tell me how azu works.")
+    finished(user, user.submit(text, est_tokens=2).json()["job_id"])  # the model is deployed now
+    stages = actors_named("layer:azu-tiny-dense")
+    assert len(stages) >= 2
+    ray.get([stage.__ray_call__.remote(keep_frames) for stage in stages[1:]], timeout=30)
+
+    # A long prompt too: its frame is large enough to go through an object store.
+    long_text = text * 12
+    finished(user, user.submit(text, est_tokens=20).json()["job_id"])
+    finished(user, user.submit(long_text, est_tokens=2).json()["job_id"])
+
+    frames = ray.get(stages[1].__ray_call__.remote(kept_frames), timeout=30)
+    assert len(frames) > 20
+    longest = max(frames, key=len)
+    assert len(longest) > 100 * 1024
+    patterns = [frame[len(frame) // 2 :][:PATTERN_BYTES] for frame in (longest, frames[-1], frames[5])]
+    on_head = actors_named("pipeline:azu-tiny-dense") + actors_named("scheduler") + actors_named("registry")
+    head_pids = ray.get([actor.__ray_call__.remote(pid_of) for actor in on_head], timeout=30)
+    head_pids += [
+        process.pid
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "gcs_server"
+        or (process.info["name"] == "raylet" and "--head" in process.info["cmdline"])
+    ]
+    assert len(head_pids) >= len(on_head) + 2
+    stage_pid = ray.get(stages[1].__ray_call__.remote(pid_of), timeout=30)
+    try:
+        found_at_stage = [memory_holds(stage_pid, pattern) for pattern in patterns]
+    except PermissionError:
+        pytest.skip("this user may not read other processes' memory")
+
+    assert all(found_at_stage), "the search must find what is known to be there"
+    for pid in head_pids:
+        assert not any(memory_holds(pid, pattern) for pattern in patterns), psutil.Process(pid).cmdline()
