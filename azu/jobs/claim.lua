@@ -1,0 +1,32 @@
+-- Return the ids of jobs that were taken but not done, and make them this consumer's.
+-- Its own come back after half the time, so that a scheduler that lives renews its hold before another claims.
+-- KEYS: queue.  ARGV: group, consumer, idle_ms, most.
+local queue, group, consumer, idle_ms, most = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local own_ms = math.floor(idle_ms / 2)
+local claimed = {}
+
+local function keep(entries)
+  for _, entry in ipairs(entries) do
+    -- Redis 6.2 answers nil for an entry that was deleted.
+    if entry and entry[2] then
+      claimed[#claimed + 1] = entry[2][2]
+    end
+  end
+end
+
+local own = redis.call('XPENDING', queue, group, 'IDLE', own_ms, '-', '+', most, consumer)
+if #own > 0 then
+  local ids = {}
+  for i, pending in ipairs(own) do
+    ids[i] = pending[1]
+  end
+  keep(redis.call('XCLAIM', queue, group, consumer, own_ms, unpack(ids)))
+end
+-- One call looks at a limited number of entries; the running ones in front must not hide an idle one.
+local cursor = '0-0'
+repeat
+  local answer = redis.call('XAUTOCLAIM', queue, group, consumer, idle_ms, cursor, 'COUNT', most)
+  cursor = answer[1]
+  keep(answer[2])
+until cursor == '0-0' or #claimed >= tonumber(most)
+return claimed

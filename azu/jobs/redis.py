@@ -1,0 +1,184 @@
+"""Jobs in Redis: the durable record, the queue, and one token stream per job. Keys: azu/jobs/keys.py."""
+
+from collections.abc import AsyncIterator, Sequence
+from importlib.resources import files
+from typing import cast
+
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from azu.connection import connect_redis
+from azu.errors import InternalError, InvalidRequest, NotFound
+from azu.jobs.keys import CANCELLED, GROUP, QUEUE, address_key, job_key, tokens_key
+from azu.jobs.reader import TokenReader
+from azu.jobs.record import JOB, OUTCOME, JobRecord, event_from_entry, without_first, words
+from azu.jobs.streams import read_all, read_group, read_new
+from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, TokenEvent
+
+TOKENS_KEPT_S = 24 * 3600
+_CANCELLATIONS_KEPT = 10_000
+_TAKEN_AT_ONCE = 64
+
+
+class RedisJobs:
+    """Durable jobs. Every method may be called again after a lost answer: nothing happens twice."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._reader = TokenReader(redis)
+        self._submit = redis.register_script(_source("submit"))
+        self._claim = redis.register_script(_source("claim"))
+        self._set_state = redis.register_script(_source("set_state"))
+        self._append = redis.register_script(_source("append"))
+        self._finish = redis.register_script(_source("finish"))
+        self._done = redis.register_script(_source("done"))
+        self._cancel = redis.register_script(_source("cancel"))
+        self._has_group = False
+
+    @classmethod
+    def from_url(cls, url: str) -> "RedisJobs":
+        """Return the jobs kept in the Redis at `url`; connects when first used."""
+        return cls(connect_redis(url))
+
+    async def submit(self, job: Job) -> None:
+        """Write a job down and queue it; a job id that is known changes nothing."""
+        keys = [job_key(job.job_id), QUEUE, address_key(job.address)]
+        await self._submit(keys, [job.job_id, JOB.dump_json(job), job.created_at_ms])
+
+    async def get(self, job_id: str) -> JobRecord | None:
+        """Return a job's record, or None for an id that was never submitted."""
+        return (await self._records([job_id]))[0]
+
+    async def of(self, address: str, limit: int) -> list[JobRecord]:
+        """Return the latest jobs of an address, newest first."""
+        job_ids = cast(list[str], await self._redis.zrevrange(address_key(address), 0, limit - 1))
+        return [record for record in await self._records(job_ids) if record is not None]
+
+    async def take(self, consumer: str, block_ms: int, claim_idle_ms: int) -> list[JobRecord]:
+        """Return jobs that are `consumer`'s from now on, waiting up to `block_ms` for a new one.
+
+        A job that was taken but not done is returned again: to another consumer once its holder has not
+        come here for `claim_idle_ms`, to the same one after half that time. A consumer that still runs the
+        job ignores it, and has renewed its hold by asking.
+        """
+        await self._make_group()
+        job_ids = await self._claim([QUEUE], [GROUP, consumer, claim_idle_ms, _TAKEN_AT_ONCE])
+        if not job_ids:
+            entries = await read_group(
+                self._redis, GROUP, consumer, QUEUE, count=_TAKEN_AT_ONCE, block_ms=block_ms
+            )
+            job_ids = [fields["job"] for _, fields in entries]
+        records = await self._records(job_ids)
+        assert all(records), "a job is written down and queued in one script"
+        return [record for record in records if record is not None]
+
+    async def set_state(self, job_id: str, state: JobState) -> None:
+        """Record that a job is QUEUED or RUNNING; a job that has ended stays as it is. Raises NotFound."""
+        assert state in (JobState.QUEUED, JobState.RUNNING), "finish() ends a job"
+        if await self._set_state([job_key(job_id)], [state.value]) < 0:
+            raise _unknown(job_id)
+
+    async def append(self, events: Sequence[tuple[str, TokenEvent]]) -> None:
+        """Write the new tokens of many jobs in one round trip.
+
+        Tokens that are written already stay as they are, and a job that has ended takes no more. Raises
+        InternalError when an event would leave a gap or names no job; the others are written.
+        """
+        if not events:
+            return
+        keys: list[str] = []
+        arguments: list[int | str] = []
+        for job_id, event in events:
+            assert len(event.logprobs) in (0, len(event.token_ids)), "one logprob per token, or none"
+            keys += [job_key(job_id), tokens_key(job_id)]
+            arguments += [event.index, len(event.token_ids), words(event.token_ids), words(event.logprobs)]
+        if refused := await self._append(keys, arguments):
+            named = ", ".join(f"{events[at - 1][0]} at {events[at - 1][1].index}" for at in refused)
+            raise InternalError(f"tokens that do not continue their job were not written: {named}")
+
+    async def finish(self, job_id: str, outcome: JobOutcome) -> bool:
+        """Write how a job ended and close its stream; says whether this outcome is the first.
+
+        The first one stays. Raises NotFound.
+        """
+        keys = [job_key(job_id), tokens_key(job_id)]
+        arguments = [outcome.state.value, OUTCOME.dump_json(outcome), TOKENS_KEPT_S]
+        written = await self._finish(keys, arguments)
+        if written < 0:
+            raise _unknown(job_id)
+        return bool(written)
+
+    async def done(self, job_id: str) -> None:
+        """Take a job out of the queue: nobody takes it again."""
+        await self._done([job_key(job_id), QUEUE], [GROUP])
+
+    async def cancel(self, job_id: str) -> None:
+        """Say that a job's user gave it up; a job that has ended, or that never was, stays as it is."""
+        await self._cancel([job_key(job_id), CANCELLED], [job_id, _CANCELLATIONS_KEPT])
+
+    async def cancellations(self) -> AsyncIterator[str]:
+        """Yield the ids of jobs whose users gave them up, for ever.
+
+        It begins with the latest ones of the past, so that none is missed between a take and this; whoever
+        does not run the job ignores it.
+        """
+        position = "0-0"
+        while True:
+            for _, entries in await read_new(self._redis, {CANCELLED: position}, count=_CANCELLATIONS_KEPT):
+                position = entries[-1][0]
+                for _, fields in entries:
+                    yield fields["job"]
+
+    async def tokens(self, job_id: str) -> tuple[int, ...]:
+        """Return a job's completion tokens so far; none once its stream has expired."""
+        entries = await read_all(self._redis, tokens_key(job_id))
+        events = [event_from_entry(*entry) for entry in entries]
+        return tuple(
+            token_id for event in events if isinstance(event, TokenEvent) for token_id in event.token_ids
+        )
+
+    async def events(self, job_id: str, after: int = 0) -> AsyncIterator[JobEvent]:
+        """Yield a job's events from completion token `after` on; the last one is its outcome.
+
+        Raises NotFound, and InvalidRequest when the job has not come as far as `after`.
+        """
+        found = await self._redis.hmget(job_key(job_id), ["delivered", "outcome"])
+        delivered, outcome = cast(list[str | None], found)
+        if delivered is None:
+            raise _unknown(job_id)
+        if not 0 <= after <= int(delivered):
+            raise InvalidRequest(f"after is {after}; the job has {delivered} tokens so far", param="after")
+        if outcome is None:
+            async for event in self._reader.follow(job_id, after):
+                yield event
+            return
+        for entry_id, fields in await read_all(self._redis, tokens_key(job_id), after=f"{after}-0"):
+            event = event_from_entry(entry_id, fields)
+            if isinstance(event, TokenEvent):
+                yield without_first(event, after)
+        yield OUTCOME.validate_json(outcome)
+
+    async def _records(self, job_ids: Sequence[str]) -> list[JobRecord | None]:
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for job_id in job_ids:
+                pipeline.hgetall(job_key(job_id))
+            found = await pipeline.execute()
+        return [JobRecord.from_fields(fields) if fields else None for fields in found]
+
+    async def _make_group(self) -> None:
+        if self._has_group:
+            return
+        try:
+            await self._redis.xgroup_create(QUEUE, GROUP, id="0", mkstream=True)
+        except ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):
+                raise
+        self._has_group = True
+
+
+def _unknown(job_id: str) -> NotFound:
+    return NotFound(f"there is no job {job_id}", param="job_id", code="job_not_found")
+
+
+def _source(name: str) -> str:
+    return files("azu.jobs").joinpath(f"{name}.lua").read_text()

@@ -1,0 +1,13 @@
+-- Record a job's state unless it has ended; count how often it began to run.
+-- KEYS: job record.  ARGV: state.
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  return -1
+end
+if redis.call('HEXISTS', KEYS[1], 'outcome') == 1 then
+  return 0
+end
+redis.call('HSET', KEYS[1], 'state', ARGV[1])
+if ARGV[1] == 'running' then
+  redis.call('HINCRBY', KEYS[1], 'attempts', 1)
+end
+return 1

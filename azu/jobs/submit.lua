@@ -1,0 +1,9 @@
+-- Write a job down and queue it, once.
+-- KEYS: job record, queue, the address's jobs.  ARGV: job id, job JSON, created_at_ms.
+if redis.call('EXISTS', KEYS[1]) == 1 then
+  return 0
+end
+local queue_id = redis.call('XADD', KEYS[2], '*', 'job', ARGV[1])
+redis.call('HSET', KEYS[1], 'job', ARGV[2], 'state', 'queued', 'attempts', 0, 'delivered', 0, 'queue_id', queue_id)
+redis.call('ZADD', KEYS[3], ARGV[3], ARGV[1])
+return 1

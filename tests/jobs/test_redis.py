@@ -1,0 +1,327 @@
+"""A job is written once, taken until it is done, and keeps every token it produced exactly once."""
+
+import asyncio
+import math
+from dataclasses import replace
+
+import pytest
+
+from azu.errors import InternalError, InvalidRequest, NotFound
+from azu.jobs.keys import GROUP, QUEUE, job_key, tokens_key
+from azu.jobs.redis import TOKENS_KEPT_S, RedisJobs
+from azu.protocol.job import FinishReason, JobOutcome, JobState, TokenEvent
+from azu.protocol.sampling import SamplingParams
+from tests.builders import ALICE, BOB, job
+from tests.jobs.endings import outcome
+
+SOON_MS = 50
+LATER_MS = 60_000
+
+
+async def taken(jobs: RedisJobs, consumer: str, claim_idle_ms: int = LATER_MS) -> list[str]:
+    return [record.job.job_id for record in await jobs.take(consumer, 1, claim_idle_ms)]
+
+
+async def streamed(jobs: RedisJobs, job_id: str, after: int = 0) -> list[TokenEvent | JobOutcome]:
+    return [event async for event in jobs.events(job_id, after)]
+
+
+def test_a_submitted_job_comes_back_as_it_was(play) -> None:
+    sampling = SamplingParams(
+        max_tokens=7, temperature=0.3, logit_bias={5: -math.pi}, stop=("\n", "é"), seed=2**63
+    )
+    written = job(sampling=sampling, prompt_token_ids=tuple(range(5_000)))
+
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(written)
+        record = await jobs.get("job-1")
+
+        assert record is not None
+        assert record.job == written
+        assert (record.state, record.outcome, record.attempts) == (JobState.QUEUED, None, 0)
+        assert await jobs.get("job-2") is None
+
+    play(scenario)
+
+
+def test_submitting_a_job_again_changes_nothing(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        await jobs.set_state("job-1", JobState.RUNNING)
+        await jobs.submit(job(max_tokens=99))
+
+        record = await jobs.get("job-1")
+        assert record is not None
+        assert (record.state, record.job.sampling.max_tokens) == (JobState.RUNNING, 10)
+        assert await taken(jobs, "one") == ["job-1"]
+
+    play(scenario)
+
+
+def test_each_job_goes_to_one_consumer(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        for n in range(150):
+            await jobs.submit(job(f"job-{n}"))
+        got: list[str] = []
+        while batch := [*await taken(jobs, "one"), *await taken(jobs, "two")]:
+            got += batch
+
+        assert sorted(got) == sorted(f"job-{n}" for n in range(150))
+
+    play(scenario)
+
+
+def test_a_waiting_consumer_gets_a_job_as_soon_as_it_is_submitted(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        waiting = asyncio.create_task(jobs.take("one", 5_000, LATER_MS))
+        await asyncio.sleep(0.1)
+        await jobs.submit(job())
+
+        assert [record.job.job_id for record in await asyncio.wait_for(waiting, 1)] == ["job-1"]
+
+    play(scenario)
+
+
+def test_a_job_of_a_consumer_that_died_is_claimed_by_another(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        assert await taken(jobs, "dead") == ["job-1"]
+        assert await taken(jobs, "heir", SOON_MS) == []
+        await asyncio.sleep(SOON_MS * 1.2 / 1000)
+
+        assert await taken(jobs, "heir", SOON_MS) == ["job-1"]
+
+    play(scenario)
+
+
+def test_an_idle_job_is_found_behind_a_thousand_running_ones(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        for n in range(1_000):  # one XAUTOCLAIM looks at 640
+            await jobs.submit(job(f"job-{n:03}"))
+        while await taken(jobs, "busy"):
+            pass
+        await jobs.submit(job("job-last"))
+        assert await taken(jobs, "dead") == ["job-last"]
+        entry_id = await jobs._redis.hget(job_key("job-last"), "queue_id")
+        await jobs._redis.xclaim(QUEUE, GROUP, "dead", 0, [entry_id], idle=2 * LATER_MS)
+
+        assert await taken(jobs, "heir") == ["job-last"]
+
+    play(scenario)
+
+
+def test_a_consumer_that_keeps_asking_keeps_its_jobs(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        assert await taken(jobs, "holder") == ["job-1"]
+        renewed = []
+        for _ in range(8):
+            await asyncio.sleep(0.05)
+            renewed += await taken(jobs, "holder", 200)
+            assert await taken(jobs, "rival", 200) == []
+
+        assert "job-1" in renewed
+
+    play(scenario)
+
+
+def test_a_job_that_is_done_is_never_taken_again(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        assert await taken(jobs, "one") == ["job-1"]
+        await jobs.done("job-1")
+        await jobs.done("job-1")
+        await asyncio.sleep(0.05)
+
+        assert await taken(jobs, "two", 1) == []
+        assert await jobs._redis.xlen(QUEUE) == 0
+
+    play(scenario)
+
+
+def test_attempts_count_how_often_a_job_began_to_run(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        await jobs.set_state("job-1", JobState.RUNNING)
+        await jobs.set_state("job-1", JobState.QUEUED)
+        await jobs.set_state("job-1", JobState.RUNNING)
+
+        record = await jobs.get("job-1")
+        assert record is not None
+        assert (record.state, record.attempts) == (JobState.RUNNING, 2)
+        with pytest.raises(NotFound):
+            await jobs.set_state("job-2", JobState.RUNNING)
+
+    play(scenario)
+
+
+def test_the_first_outcome_stays(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        first, second = outcome(), outcome(state=JobState.FAILED, finish_reason=FinishReason.ERROR)
+
+        assert await jobs.finish("job-1", first) is True
+        assert await jobs.finish("job-1", second) is False
+        await jobs.set_state("job-1", JobState.RUNNING)
+
+        record = await jobs.get("job-1")
+        assert record is not None
+        assert (record.state, record.outcome) == (JobState.DONE, first)
+        assert await streamed(jobs, "job-1") == [first]
+        with pytest.raises(NotFound):
+            await jobs.finish("job-2", outcome("job-2"))
+
+    play(scenario)
+
+
+def test_the_jobs_of_an_address_come_newest_first(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        for n in range(5):
+            await jobs.submit(job(f"job-{n}", created_at_ms=1_000 + n))
+        await jobs.submit(job("job-of-bob", address=BOB))
+
+        assert [record.job.job_id for record in await jobs.of(ALICE, 3)] == ["job-4", "job-3", "job-2"]
+        assert [record.job.job_id for record in await jobs.of(BOB, 3)] == ["job-of-bob"]
+
+    play(scenario)
+
+
+def test_tokens_of_many_jobs_are_written_in_one_call_and_only_once(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job("job-1"))
+        await jobs.submit(job("job-2"))
+        step = [("job-1", TokenEvent(0, (11, 12))), ("job-2", TokenEvent(0, (21,), (-0.5,)))]
+        await jobs.append(step)
+        await jobs.append(step)
+        await jobs.append([("job-1", TokenEvent(2, (13,)))])
+
+        assert await jobs.tokens("job-1") == (11, 12, 13)
+        assert await jobs.tokens("job-2") == (21,)
+        assert await jobs.tokens("job-3") == ()
+
+    play(scenario)
+
+
+def test_a_step_cut_differently_adds_only_what_is_new(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        await jobs.append([("job-1", TokenEvent(0, (1, 2, 3), (-1.0, -2.0, -3.0)))])
+        await jobs.append([("job-1", TokenEvent(1, (2, 3, 4, 5), (-2.0, -3.0, -4.0, -math.inf)))])
+        await jobs.finish("job-1", outcome())
+
+        *tokens, _ = await streamed(jobs, "job-1")
+        assert tokens == [
+            TokenEvent(0, (1, 2, 3), (-1.0, -2.0, -3.0)),
+            TokenEvent(3, (4, 5), (-4.0, -math.inf)),
+        ]
+
+    play(scenario)
+
+
+def test_tokens_that_leave_a_gap_are_refused_by_name_and_the_others_written(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job("job-1"))
+        await jobs.submit(job("job-2"))
+        step = [(f"job-{n}", TokenEvent(index, (7,))) for n, index in ((1, 1), (2, 0), (3, 0))]
+        with pytest.raises(InternalError, match="job-1 at 1, job-3 at 0"):
+            await jobs.append(step)
+
+        assert await jobs.tokens("job-1") == ()
+        assert await jobs.tokens("job-2") == (7,)
+
+    play(scenario)
+
+
+def test_a_job_that_has_ended_takes_no_more_tokens(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        await jobs.append([("job-1", TokenEvent(0, (1,)))])
+        await jobs.finish("job-1", outcome())
+        await jobs.append([("job-1", TokenEvent(1, (2,)))])
+
+        assert await jobs.tokens("job-1") == (1,)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_a_reader_that_comes_back_gets_exactly_what_it_lacks(play, after: int) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        await jobs.append([("job-1", TokenEvent(0, (0, 1, 2)))])
+        await jobs.append([("job-1", TokenEvent(3, (3, 4)))])
+        running = asyncio.create_task(streamed(jobs, "job-1", after))
+        await asyncio.sleep(0.05)
+        await jobs.finish("job-1", outcome())
+
+        for events in (await running, await streamed(jobs, "job-1", after)):
+            *tokens, end = events
+            assert end == outcome()
+            assert [token for event in tokens for token in event.token_ids] == list(range(after, 5))
+            assert [event.index for event in tokens] == sorted({after, *([3] if after < 3 else [])} - {5})
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("after", [-1, 3])
+def test_a_place_that_the_job_has_not_reached_is_refused(play, after: int) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        await jobs.append([("job-1", TokenEvent(0, (1, 2)))])
+        with pytest.raises(InvalidRequest) as refused:
+            await streamed(jobs, "job-1", after)
+        assert refused.value.param == "after"
+        with pytest.raises(NotFound):
+            await streamed(jobs, "job-2")
+
+    play(scenario)
+
+
+def test_a_stream_expires_some_time_after_the_outcome_which_stays(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        await jobs.append([("job-1", TokenEvent(0, (1, 2)))])
+        assert await jobs._redis.ttl(tokens_key("job-1")) == -1
+        await jobs.finish("job-1", outcome())
+        assert TOKENS_KEPT_S - 5 <= await jobs._redis.ttl(tokens_key("job-1")) <= TOKENS_KEPT_S
+
+        await jobs._redis.delete(tokens_key("job-1"))
+        assert await streamed(jobs, "job-1") == [outcome()]
+
+    play(scenario)
+
+
+def test_a_cancellation_is_marked_and_heard_once_also_by_those_who_come_later(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        for n in range(3):
+            await jobs.submit(job(f"job-{n}"))
+        await jobs.finish("job-2", outcome("job-2"))
+        for job_id in ("job-0", "job-0", "job-2", "job-unknown"):
+            await jobs.cancel(job_id)
+        heard = jobs.cancellations()
+        assert await anext(heard) == "job-0"
+        waiting = asyncio.ensure_future(anext(heard))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        await jobs.cancel("job-1")
+
+        assert await asyncio.wait_for(waiting, 1) == "job-1"
+        records = [await jobs.get(f"job-{n}") for n in range(3)]
+        assert [record is not None and record.cancelled for record in records] == [True, True, False]
+
+    play(scenario)
+
+
+def test_a_lost_answer_is_made_good_by_asking_again(play) -> None:
+    """Every connection is cut between two calls, as a network that breaks would."""
+
+    async def scenario(jobs: RedisJobs) -> None:
+        written = replace(job(), created_at_ms=5)
+        for index in range(5):
+            await jobs.submit(written)
+            await jobs._redis.client_kill_filter(_type="normal", skipme=True)
+            await jobs._redis.connection_pool.disconnect()
+            await jobs.append([("job-1", TokenEvent(index, (index,)))])
+        assert await jobs.tokens("job-1") == (0, 1, 2, 3, 4)
+
+    play(scenario)
