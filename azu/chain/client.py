@@ -9,7 +9,7 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from azu.chain import replies
-from azu.chain.replies import Destination, LedgerRow, LedgerTransfer, Refusal, Transaction
+from azu.chain.replies import Destination, LedgerRow, LedgerTransfer, Refusal, TxDetails
 from azu.chain.tokens import Network
 from azu.errors import ChainError
 from azu.units import lamports_from_hype
@@ -60,10 +60,10 @@ class ChainClient:
                 _LOG.error("%s has more ledger rows at %d ms than a page holds", user, start_ms)
                 start_ms += 1
 
-    async def tx_details(self, tx_hash: str) -> Transaction | None:
+    async def tx_details(self, tx_hash: str) -> TxDetails | None:
         """Return what the explorer knows of a hash; None if it does not know it (yet)."""
         query = {"type": "txDetails", "hash": tx_hash}
-        return replies.transaction(await self._read(self.network.explorer_url, query))
+        return replies.tx_details(await self._read(self.network.explorer_url, query))
 
     async def spot_balance(self, user: str) -> int:
         """Return the lamports of HYPE, by exact token, in an account's spot balance."""

@@ -1,4 +1,4 @@
-"""Addresses and transaction hashes as the chain writes them, in lower case."""
+"""Addresses and hashes as the chain writes them, in lower case."""
 
 import re
 
@@ -14,7 +14,7 @@ def parse_address(text: str, *, param: str = "address") -> str:
 
 
 def parse_hash(text: str, *, param: str = "tx_sig") -> str:
-    """Return a transaction hash in lower case; raises InvalidRequest if it is not 0x and 64 hex digits."""
+    """Return a hash in lower case; raises InvalidRequest if it is not 0x and 64 hex digits."""
     return _parse(_HASH, text, "a transaction hash: 0x and 64 hex digits", param)
 
 

@@ -37,7 +37,7 @@ class LedgerTransfer:
 
 
 @dataclass(frozen=True, slots=True)
-class Transaction:
+class TxDetails:
     """What the explorer knows of a hash: `error` is None if the action was carried out."""
 
     hash: str
@@ -118,7 +118,7 @@ class _Details(_Reply):
     error: str | None
 
 
-class _TransactionReply(_Reply):
+class _TxReply(_Reply):
     tx: _Details | None = None
 
 
@@ -163,7 +163,7 @@ class _Refused(_Reply):
 
 _ROWS = TypeAdapter(list[LedgerRow])
 _DELTA = TypeAdapter(_Delta)
-_TRANSACTION = TypeAdapter(_TransactionReply)
+_TX = TypeAdapter(_TxReply)
 _BALANCES = TypeAdapter(_Balances)
 _SPOT_META = TypeAdapter(_SpotMeta)
 _CHECK = TypeAdapter(_TransferCheck)
@@ -176,10 +176,10 @@ def ledger_rows(reply: Any) -> list[LedgerRow]:
     return _parse(_ROWS, reply)
 
 
-def transaction(reply: Any) -> Transaction | None:
+def tx_details(reply: Any) -> TxDetails | None:
     """Parse txDetails; None when the explorer does not know the hash (yet)."""
-    tx = _parse(_TRANSACTION, reply).tx
-    return None if tx is None else Transaction(tx.hash, tx.time, tx.user, tx.action, tx.error)
+    tx = _parse(_TX, reply).tx
+    return None if tx is None else TxDetails(tx.hash, tx.time, tx.user, tx.action, tx.error)
 
 
 def token_index(reply: Any, token: str) -> int:

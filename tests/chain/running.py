@@ -37,7 +37,7 @@ class RunningDevnet:
     def info(self, kind: str, user: str, **fields: Any) -> Any:
         return self._post("/info", {"type": kind, "user": user, **fields})
 
-    def transactions(self, user: str) -> list[dict[str, Any]]:
+    def txs(self, user: str) -> list[dict[str, Any]]:
         txs: list[dict[str, Any]] = self._post("/explorer", {"type": "userDetails", "user": user})["txs"]
         return txs
 

@@ -97,7 +97,7 @@ def test_a_transfer_of_everything_is_found_though_the_sender_is_gone(devnet: Run
         finally:
             await chain.close()
 
-    assert asyncio.run(scenario()) == devnet.transactions(account.address)[0]["hash"]
+    assert asyncio.run(scenario()) == devnet.txs(account.address)[0]["hash"]
 
 
 @pytest.mark.parametrize("lamports", [0, -1])

@@ -37,13 +37,15 @@ def answer_explorer(chain: Chain, query: Query) -> Any:
     """Answer POST /explorer. Raises UnknownQuery."""
     match query.get("type"):
         case "txDetails":
-            transaction = chain.transactions.get(str(query.get("hash")))
-            if transaction is None:
-                return {"type": "error", "message": "tx not found"}
-            return {"type": "txDetails", "tx": transaction}
+            tx = chain.txs.get(str(query.get("hash")))
+            return (
+                {"type": "error", "message": "tx not found"}
+                if tx is None
+                else {"type": "txDetails", "tx": tx}
+            )
         case "userDetails":
             user = _user(query)
-            mine = [each for each in chain.transactions.values() if each["user"] == user]
+            mine = [tx for tx in chain.txs.values() if tx["user"] == user]
             return {"type": "userDetails", "txs": mine[::-1]}
         case unknown:
             raise UnknownQuery(str(unknown))

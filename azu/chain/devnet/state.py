@@ -1,4 +1,4 @@
-"""The devnet's ledger: balances, nonces, rows and transactions, apart from HTTP and the clock.
+"""The devnet's ledger: balances, nonces, rows and what became of every action, apart from HTTP and the clock.
 
 Amounts are integers of 10^-8, the smallest amount of every token here.
 """
@@ -56,7 +56,7 @@ class Chain:
     def __init__(self) -> None:
         self.tokens = {token.full_id: token for token in (HYPE, USDC)}
         self.rows: dict[str, list[Row]] = defaultdict(list)
-        self.transactions: dict[str, dict[str, Any]] = {}
+        self.txs: dict[str, dict[str, Any]] = {}
         self.unified: set[str] = set()
         self.requests_used: dict[str, int] = defaultdict(int)
         self._balances: dict[str, dict[str, int]] = {}
@@ -71,7 +71,7 @@ class Chain:
         return self._balances.get(address, {}).get(token.full_id, 0)
 
     def fund(self, address: str, token: Token, amount: int, now_ms: int) -> str:
-        """Create an amount out of nothing; returns the hash of its transaction."""
+        """Create an amount out of nothing; returns its hash."""
         self._credit(address, token, amount)
         delta = {"type": "spotGenesis", "token": token.name, "amount": decimal(amount)}
         return self._record({address: delta}, {"type": "spotGenesis"}, address, now_ms, now_ms)
@@ -187,11 +187,11 @@ class Chain:
     ) -> str:
         # Random, so that a devnet started anew never repeats a hash that somebody's ledger knows.
         tx_hash = f"0x{secrets.token_hex(32)}"
-        self.transactions[tx_hash] = {
+        self.txs[tx_hash] = {
             "time": now_ms,
             "user": user,
             "action": dict(action),
-            "block": len(self.transactions) + 1,
+            "block": len(self.txs) + 1,
             "hash": tx_hash,
             "error": error,
         }

@@ -98,7 +98,7 @@ def test_more_than_the_balance_is_refused_and_uses_up_the_nonce(
     reply = exchange.send_asset(BOB, "spot", "spot", HYPE.full_id, "11")
 
     assert reply == {"status": "err", "response": "Insufficient balance for token transfer"}
-    failed = devnet.transactions(alice.address)[0]
+    failed = devnet.txs(alice.address)[0]
     assert failed["error"] == "Insufficient balance for token transfer"
     assert "duplicate nonce" in exchange.noop(failed["action"]["nonce"])["response"]
 
@@ -247,7 +247,7 @@ def test_another_token_can_be_called_hype(devnet: RunningDevnet, exchange: Excha
     [row] = info.user_non_funding_ledger_updates(BOB, 0)
     assert row["delta"]["token"] == "HYPE"
     assert [token["name"] for token in info.spot_meta()["tokens"]].count("HYPE") == 2
-    assert devnet.transactions(exchange.wallet.address)[0]["action"]["token"] == SECOND_HYPE.full_id
+    assert devnet.txs(exchange.wallet.address)[0]["action"]["token"] == SECOND_HYPE.full_id
 
 
 @pytest.mark.parametrize(
