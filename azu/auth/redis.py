@@ -1,0 +1,154 @@
+"""Challenges and API keys in Redis.
+
+`azu:auth:challenge:{nonce}`  JSON of an open challenge; expires, and is deleted as it is read.
+`azu:auth:key:{sha256}`       JSON of the ApiKey whose secret has this hash.
+`azu:auth:keys:{address}`     hash: key id -> sha256 of its secret.
+"""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+from eth_account import Account
+from eth_account.messages import encode_defunct
+from eth_keys.exceptions import BadSignature
+from pydantic import TypeAdapter
+from redis.asyncio import Redis
+
+from azu.auth.challenge import CHALLENGE_TTL_S, Challenge, challenge_text, checked_address
+from azu.auth.keys import SECRET_BYTES, ApiKey, key_id_of, new_secret, secret_digest
+from azu.connection import connect_redis
+from azu.errors import NotFound, Unauthenticated
+
+_NONCE_BYTES = 16
+_SIGNATURE_BYTES = 65
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    address: str
+    message: str
+    expires_at_ms: int
+
+
+_OPEN = TypeAdapter(_Open)
+_KEY = TypeAdapter(ApiKey)
+
+
+class RedisAuth:
+    """Keys that a wallet's signature opens. The clock is the caller's; so is the randomness."""
+
+    def __init__(self, redis: Redis, random_bytes: Callable[[int], bytes] = secrets.token_bytes) -> None:
+        self._redis = redis
+        self._random_bytes = random_bytes
+
+    @classmethod
+    def from_url(cls, url: str) -> "RedisAuth":
+        """Return the keys kept in the Redis at `url`; connects when first used."""
+        return cls(connect_redis(url))
+
+    async def challenge(self, address: str, domain: str, now_ms: int) -> Challenge:
+        """Return a text for the address to sign within five minutes; raises InvalidRequest."""
+        address = checked_address(address)
+        nonce = self._random_bytes(_NONCE_BYTES).hex()
+        message = challenge_text(address, domain, nonce, now_ms)
+        waiting = _Open(address, message, now_ms + CHALLENGE_TTL_S * 1000)
+        await self._redis.set(_challenge_key(nonce), _OPEN.dump_json(waiting), ex=CHALLENGE_TTL_S)
+        return Challenge(nonce, message)
+
+    async def open_key(
+        self,
+        nonce: str,
+        signature: str,
+        label: str,
+        now_ms: int,
+        *,
+        expires_at_ms: int | None = None,
+        spend_limit_lamports: int | None = None,
+    ) -> tuple[str, ApiKey]:
+        """Return the secret of a new key, which is kept nowhere, and the key.
+
+        `signature` is the wallet's over the challenge's text (EIP-191), in hex. Raises Unauthenticated when
+        the challenge is unknown, used or expired, or was signed by another address. It is used up either way.
+        """
+        content = await self._redis.getdel(_challenge_key(nonce))
+        waiting = None if content is None else _OPEN.validate_json(cast(str, content))
+        if waiting is None or waiting.expires_at_ms <= now_ms:
+            raise Unauthenticated("this challenge is unknown, used or expired; ask for a new one")
+        if _signer(waiting.message, signature) != waiting.address:
+            raise Unauthenticated(f"the challenge was not signed by {waiting.address}")
+        secret = new_secret(self._random_bytes(SECRET_BYTES))
+        digest = secret_digest(secret)
+        key = ApiKey(
+            key_id=key_id_of(digest),
+            address=waiting.address,
+            label=label,
+            created_at_ms=now_ms,
+            expires_at_ms=expires_at_ms,
+            spend_limit_lamports=spend_limit_lamports,
+        )
+        async with self._redis.pipeline() as pipeline:
+            pipeline.set(_secret_key(digest), _KEY.dump_json(key))
+            pipeline.hset(_address_key(key.address), key.key_id, digest)
+            await pipeline.execute()
+        return secret, key
+
+    async def check(self, bearer: str | None, now_ms: int) -> ApiKey:
+        """Return the key of a bearer secret; raises Unauthenticated when there is none that is valid now."""
+        if not bearer:
+            raise Unauthenticated(
+                "send an API key as `Authorization: Bearer azu-sk-...`; `azu login` opens one"
+            )
+        content = await self._redis.get(_secret_key(secret_digest(bearer)))
+        key = None if content is None else _KEY.validate_json(cast(str, content))
+        if key is None:
+            raise Unauthenticated("this API key is unknown or revoked")
+        if key.expires_at_ms is not None and key.expires_at_ms <= now_ms:
+            raise Unauthenticated("this API key has expired")
+        return key
+
+    async def list(self, address: str) -> tuple[ApiKey, ...]:
+        """Return an address's keys, expired ones too, in the order they were opened."""
+        digests = cast(dict[str, str], await self._redis.hgetall(_address_key(checked_address(address))))
+        if not digests:
+            return ()
+        found = await self._redis.mget([_secret_key(digest) for digest in digests.values()])
+        # A key that is being revoked at this moment may be gone from one place already.
+        keys = [_KEY.validate_json(cast(str, content)) for content in found if content is not None]
+        return tuple(sorted(keys, key=lambda key: (key.created_at_ms, key.key_id)))
+
+    async def revoke(self, address: str, key_id: str) -> None:
+        """Make a key invalid at once; raises NotFound when the address has no such key."""
+        owner = _address_key(checked_address(address))
+        digest = cast(str | None, await self._redis.hget(owner, key_id))
+        if digest is None:
+            raise NotFound(f"there is no key {key_id} of this address", param="key_id", code="key_not_found")
+        async with self._redis.pipeline() as pipeline:
+            pipeline.delete(_secret_key(digest))
+            pipeline.hdel(owner, key_id)
+            await pipeline.execute()
+
+
+def _signer(message: str, signature: str) -> str | None:
+    """Return the lower-case address that signed a text, or None if the signature is none."""
+    try:
+        raw = bytes.fromhex(signature.removeprefix("0x"))
+        if len(raw) != _SIGNATURE_BYTES:
+            return None
+        signer: str = Account.recover_message(encode_defunct(text=message), signature=raw)
+    except (ValueError, BadSignature):
+        return None
+    return signer.lower()
+
+
+def _challenge_key(nonce: str) -> str:
+    return f"azu:auth:challenge:{nonce}"
+
+
+def _secret_key(digest: str) -> str:
+    return f"azu:auth:key:{digest}"
+
+
+def _address_key(address: str) -> str:
+    return f"azu:auth:keys:{address}"
