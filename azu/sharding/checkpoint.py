@@ -55,11 +55,13 @@ _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x
 class StoredTensor:
     """A tensor's bytes in a checkpoint file: `offset` counts from the file's start.
 
-    `dtype` is torch's name, or safetensors' own code for a dtype that azu does not serve.
+    `file` is the file's name in the checkpoint, `path` where it really lies. `dtype` is torch's name, or
+    safetensors' own code for a dtype that azu does not serve.
     """
 
     name: str
-    file: Path
+    file: str
+    path: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
@@ -123,9 +125,12 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_range(path: Path, offset: int, size: int) -> Iterator[memoryview]:
-    """Yield a range of a file in chunks of their own; raises BrokenCheckpoint when the file ends in it."""
-    with path.open("rb", buffering=0) as file:
+def read_range(tensor: StoredTensor, offset: int, size: int) -> Iterator[memoryview]:
+    """Yield a range of the tensor's file in chunks of their own, CHUNK_BYTES or less.
+
+    Raises BrokenCheckpoint when the file ends in it.
+    """
+    with tensor.path.open("rb", buffering=0) as file:
         end = offset + size
         while offset < end:
             chunk = np.empty(min(CHUNK_BYTES, end - offset), dtype=np.uint8).data
@@ -133,7 +138,7 @@ def read_range(path: Path, offset: int, size: int) -> Iterator[memoryview]:
             while filled < chunk.nbytes:
                 count = os.preadv(file.fileno(), [chunk[filled:]], offset + filled)
                 if count == 0:
-                    raise BrokenCheckpoint(f"{path.name} became shorter while it was read")
+                    raise BrokenCheckpoint(f"{tensor.file} became shorter while it was read")
                 filled += count
             yield chunk
             offset += filled
@@ -177,7 +182,8 @@ def _read_header(path: Path, name: str) -> dict[str, StoredTensor]:
     return {
         tensor: StoredTensor(
             name=tensor,
-            file=path,
+            file=name,
+            path=path,
             dtype=_DTYPES.get(entry["dtype"], entry["dtype"]),
             shape=tuple(entry["shape"]),
             offset=data_start + entry["data_offsets"][0],

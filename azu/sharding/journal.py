@@ -38,7 +38,7 @@ def fingerprint(model_id: str, revision: str, plans: Iterable[ShardPlan]) -> str
     seen = {}
     for plan in plans:
         for piece in plan.pieces:
-            path = piece.source.file
+            path = piece.source.path
             if path not in seen:
                 stat = path.stat()
                 seen[path] = (stat.st_size, stat.st_mtime_ns)

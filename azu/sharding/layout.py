@@ -20,7 +20,7 @@ _EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 class Piece:
     """One tensor of a shard and the bytes of the checkpoint that it is made from.
 
-    `offset` and `source_bytes` are a range of `source.file`; `dtype` is the serving dtype.
+    `offset` and `source_bytes` are a range of the source's file; `dtype` is the serving dtype.
     """
 
     source: StoredTensor
@@ -158,10 +158,10 @@ def _slice(tensor: StoredTensor, dtype: str, index: int) -> Piece:
 def _served(tensor: StoredTensor, dtype: str) -> str:
     if tensor.dtype not in DTYPE_BYTES:
         raise UnsupportedModel(
-            f"{tensor.file.name}: {tensor.name!r} is stored as {tensor.dtype}, which azu does not serve"
+            f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, which azu does not serve"
         )
     if (tensor.dtype in FLOATS) != (dtype in FLOATS):
-        raise BrokenCheckpoint(f"{tensor.file.name}: {tensor.name!r} is {tensor.dtype} where {dtype} belongs")
+        raise BrokenCheckpoint(f"{tensor.file}: {tensor.name!r} is {tensor.dtype} where {dtype} belongs")
     return dtype if tensor.dtype in FLOATS else tensor.dtype
 
 

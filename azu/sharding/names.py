@@ -23,6 +23,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from azu.errors import BrokenCheckpoint
 from azu.sharding.checkpoint import StoredTensor
 
+_MAX_NAMED = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Destination:
@@ -57,10 +59,10 @@ def destinations(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) ->
     return found
 
 
-def refuse_incomplete(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> None:
+def refuse_incomplete(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], where: str) -> None:
     """Load the checkpoint's shapes into the model, which ends on the meta device as it began.
 
-    Raises BrokenCheckpoint that names the first parameter with no tensor or one of another shape.
+    Raises BrokenCheckpoint that names `where` and the parameters with no tensor or one of another shape.
     """
     hollow = {
         name: torch.empty(tensor.shape, dtype=model.dtype, device="meta") for name, tensor in tensors.items()
@@ -77,10 +79,9 @@ def refuse_incomplete(model: PreTrainedModel, tensors: Mapping[str, StoredTensor
     model._adjust_missing_and_unexpected_keys(info)
     for parameter, found, expected in sorted(info.mismatched_keys):
         raise BrokenCheckpoint(
-            f"the checkpoint's {parameter!r} is {tuple(found)} where config.json says {tuple(expected)}"
+            f"{where}: {parameter!r} is {tuple(found)} where config.json says {tuple(expected)}"
         )
     broken = sorted({*info.missing_keys, *info.conversion_errors}, key=dot_natural_key)
     if broken:
-        raise BrokenCheckpoint(
-            f"the checkpoint lacks tensors for {broken[0]!r} ({len(broken)} such parameters)"
-        )
+        named = ", ".join(broken[:_MAX_NAMED]) + (", ..." if len(broken) > _MAX_NAMED else "")
+        raise BrokenCheckpoint(f"{where} lacks tensors for {named}")

@@ -49,5 +49,5 @@ def drop_tied_copies(
 def _same(left: StoredTensor, right: StoredTensor) -> bool:
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
-    ranges = (read_range(tensor.file, tensor.offset, tensor.size_bytes) for tensor in (left, right))
+    ranges = (read_range(tensor, tensor.offset, tensor.size_bytes) for tensor in (left, right))
     return all(np.array_equal(ours, theirs) for ours, theirs in zip(*ranges, strict=True))

@@ -68,12 +68,12 @@ def header(plan: ShardPlan) -> bytes:
 
 
 def _served_values(piece: Piece) -> Iterator[memoryview]:
-    for chunk in read_range(piece.source.file, piece.offset, piece.source_bytes):
+    for chunk in read_range(piece.source, piece.offset, piece.source_bytes):
         served = chunk
         if piece.source.dtype != piece.dtype:
             served = cast(chunk, piece.source.dtype, piece.dtype)
         if piece.dtype in FLOATS and not all_finite(served, piece.dtype):
             raise BrokenCheckpoint(
-                f"{piece.source.file.name}: {piece.source.name!r} holds values not finite in {piece.dtype}"
+                f"{piece.source.file}: {piece.source.name!r} holds values not finite in {piece.dtype}"
             )
         yield served
