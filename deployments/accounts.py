@@ -68,6 +68,12 @@ async def open_key(body: KeyRequest, services: ServicesNow) -> dict[str, str]:
     return {"api_key": secret, "key_id": key.key_id, "address": key.address}
 
 
+@router.get("/v1/platform")
+async def platform(services: ServicesNow) -> dict[str, str]:
+    """Return where deposits go."""
+    return {"address": services.config.platform_address, "chain_url": services.config.chain_url}
+
+
 @router.post("/deposit")
 async def deposit(
     body: DepositRequest, services: ServicesNow, authorization: Annotated[str | None, Header()] = None

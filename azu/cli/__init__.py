@@ -1,1 +1,71 @@
 """The azu command: the composition root."""
+
+import sys
+from importlib import import_module
+
+import click
+import typer
+
+from azu.errors import AzuError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pool GPUs into one network that runs large language models, paid per token and layer.",
+)
+# Module and function of every command, in the order of the help text. The modules are light to import.
+_COMMANDS = (
+    ("demo", "demo"),
+    ("up", "up"),
+    ("join", "join"),
+    ("down", "down"),
+    ("account", "login"),
+    ("account", "deposit"),
+    ("account", "balance"),
+    ("prompt", "prompt"),
+    ("prompt", "jobs"),
+    ("prompt", "receipt"),
+    ("ps", "ps"),
+    ("ps", "models"),
+    ("account", "earnings"),
+    ("shard", "shard"),
+    ("plan", "plan"),
+    ("check", "check"),
+    ("treasury", "treasury"),
+    ("devnet", "devnet"),
+)
+_GROUPS = (("wallet", "wallet"), ("ledger", "ledger"))
+
+for _module, _function in _COMMANDS:
+    app.command()(getattr(import_module(f"azu.cli.{_module}"), _function))
+for _module, _group in _GROUPS:
+    app.add_typer(getattr(import_module(f"azu.cli.{_module}"), _group), name=_group)
+
+
+def main() -> None:
+    """Run the command line: an AzuError is one line on stderr and exit 1, Ctrl-C exit 130."""
+    try:
+        app(standalone_mode=False)
+    except AzuError as error:
+        _tell(error)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+
+
+def _tell(error: AzuError) -> None:
+    """Say an error to a person on stderr, or to a program on stdout."""
+    import json
+
+    from rich.console import Console
+
+    if "--json" in sys.argv:
+        typer.echo(json.dumps(error.to_openai()))
+    else:
+        Console(stderr=True, highlight=False).print(f"[red]{error.message}[/]", markup=True)

@@ -36,6 +36,16 @@ class Balance:
 
 
 @dataclass(frozen=True, slots=True)
+class Platform:
+    """Where deposits go: the platform's address on the chain at `chain_url`."""
+
+    __pydantic_config__ = _LENIENT
+
+    address: str
+    chain_url: str
+
+
+@dataclass(frozen=True, slots=True)
 class DepositState:
     """`status` is "credited", or "pending" when the chain does not show the transfer yet."""
 

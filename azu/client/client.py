@@ -1,10 +1,8 @@
 """The client: one class over the ingress's HTTP API."""
 
-import json
 import os
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -16,85 +14,24 @@ from azu.client.answers import (
     JobLine,
     ModelState,
     Network,
+    Platform,
     ReceiptLines,
     Results,
     read,
 )
-from azu.client.errors import error_of, raise_for
-from azu.client.login import sign_challenge
-from azu.errors import DeadlineExceeded, InternalError, Unavailable
+from azu.client.errors import raise_for, translated
+from azu.client.login import sign_text, wallet_of
+from azu.client.stream import Stream
+from azu.errors import InternalError
+
+if TYPE_CHECKING:
+    from eth_account.signers.local import LocalAccount
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _TIMEOUT_S = 600.0
 _CONNECT_TIMEOUT_S = 5.0
 
 Message = dict[str, str]
-
-
-class Stream:
-    """The pieces of one answer as they come; `result()` after the last one.
-
-    Leaving the loop early or calling `close()` cancels the job: what was delivered is paid.
-    """
-
-    def __init__(self, client: httpx.Client, path: str, body: dict[str, Any]) -> None:
-        self._request = client.stream(
-            "POST", path, json=body | {"stream": True, "stream_options": {"include_usage": True}}
-        )
-        self._model = body["model"]
-        self._text: list[str] = []
-        self._job_id = ""
-        self._finish_reason = ""
-        self._usage: dict[str, int] | None = None
-        self._pieces = self._read()
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    def close(self) -> None:
-        """End the stream; the network cancels the job."""
-        self._pieces.close()
-
-    def result(self) -> Generation:
-        """Return the whole answer, reading what is left of it."""
-        for _ in self._pieces:
-            pass
-        if self._usage is None:
-            raise Unavailable("the stream ended before its usage was said")
-        return Generation(
-            text="".join(self._text),
-            model=self._model,
-            job_id=self._job_id,
-            finish_reason=self._finish_reason,
-            prompt_tokens=self._usage["prompt_tokens"],
-            completion_tokens=self._usage["completion_tokens"],
-            charged_lamports=self._usage["cost_lamports"],
-        )
-
-    def _read(self) -> Generator[str, None, None]:
-        with _translated(), self._request as response:
-            if response.is_error:
-                response.read()
-                raise_for(response)
-            for line in response.iter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                content = line.removeprefix("data: ")
-                chunk = json.loads(content)
-                if "error" in chunk:
-                    raise error_of(503, content.encode())
-                if piece := self._take(chunk):
-                    yield piece
-
-    def _take(self, chunk: dict[str, Any]) -> str:
-        self._job_id = chunk["azu"]["job_id"]
-        self._usage = chunk.get("usage") or self._usage
-        piece = ""
-        for choice in chunk["choices"]:
-            piece = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-            self._finish_reason = choice["finish_reason"] or self._finish_reason
-        self._text.append(piece)
-        return piece
 
 
 class Client:
@@ -138,15 +75,22 @@ class Client:
             self._http, "/v1/chat/completions", {"model": model, "messages": list(messages), **sampling}
         )
 
-    def login(self, private_key: str, *, label: str = "") -> str:
-        """Open an API key with a wallet's signature, use it from now on and return it."""
-        address, sign = sign_challenge(private_key)
-        challenge = self._post("/v1/auth/challenge", {"address": address})
-        signature = sign(challenge["message"])
+    def login(self, key: "str | LocalAccount", *, label: str = "") -> str:
+        """Open an API key with a wallet's signature, use it from now on and return it.
+
+        `key` is the wallet or its private key in hex; it never leaves this process.
+        """
+        wallet = wallet_of(key)
+        challenge = self._post("/v1/auth/challenge", {"address": wallet.address})
+        signature = sign_text(wallet, challenge["message"])
         body = {"nonce": challenge["nonce"], "signature": signature, "label": label}
         api_key: str = self._post("/v1/auth/keys", body)["api_key"]
         self._use_key(api_key)
         return api_key
+
+    def platform(self) -> Platform:
+        """Return where deposits go."""
+        return read(Platform, self._get("/v1/platform"))
 
     def deposit(self, tx_hash: str, address: str) -> DepositState:
         """Have the network look for a transfer at once."""
@@ -206,23 +150,12 @@ class Client:
             self._http.headers["authorization"] = f"Bearer {api_key}"
 
     def _get(self, path: str, **query: Any) -> Any:
-        with _translated():
+        with translated():
             return _body(self._http.get(path, params=query))
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
-        with _translated():
+        with translated():
             return _body(self._http.post(path, json=body))
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Turn httpx's errors into ours."""
-    try:
-        yield
-    except httpx.TimeoutException as error:
-        raise DeadlineExceeded("the network did not answer in time") from error
-    except httpx.TransportError as error:
-        raise Unavailable(f"the network cannot be reached: {error}") from error
 
 
 def _body(response: httpx.Response) -> Any:

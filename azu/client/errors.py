@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 
 from azu import errors
-from azu.errors import AzuError
+from azu.errors import AzuError, DeadlineExceeded, Unavailable
 
 
 def _kinds(of: type[AzuError]) -> Iterator[type[AzuError]]:
@@ -36,3 +37,14 @@ def _kind(status: int, code: str | None) -> type[AzuError]:
     kinds = [kind for kind in _kinds(AzuError) if kind.status == status]
     by_code = [kind for kind in kinds if code is not None and kind.default_code == code]
     return (by_code or kinds or [errors.InternalError])[0]
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn httpx's errors into ours."""
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise DeadlineExceeded("the network did not answer in time") from error
+    except httpx.TransportError as error:
+        raise Unavailable(f"the network cannot be reached: {error}") from error

@@ -1,0 +1,85 @@
+"""`azu login`, `deposit`, `balance`, `earnings`: what a wallet's owner does."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from azu.cli.credentials import Credential, open_client, store_credential
+from azu.cli.output import AsJson, console, show, table
+from azu.units import hype_from_lamports, lamports_from_hype
+
+if TYPE_CHECKING:
+    from azu.client.answers import Balance, Earnings
+
+_CREDIT_ATTEMPTS = 20
+
+
+def login(
+    label: Annotated[str, typer.Option(help="A name for the key, to tell it from others.")] = "cli",
+) -> None:
+    """Open an API key with the wallet's signature and keep it on this machine."""
+    from azu.cli.wallet import unlock
+    from azu.client import Client
+    from azu.config import Settings
+
+    settings = Settings.from_environment()
+    wallet = unlock(settings.home)
+    api_key = Client(settings.url).login(wallet, label=label)
+    path = store_credential(settings.home, settings.url, Credential(api_key, wallet.address.lower()))
+    console.print(f"Logged in to {settings.url} as {wallet.address}; the key is in {path}")
+
+
+def deposit(
+    amount: Annotated[str, typer.Argument(help="HYPE, for example 0.5")], as_json: AsJson = False
+) -> None:
+    """Move HYPE from the wallet to the platform and wait for the credit."""
+    from azu.chain.wallet import transfer_hype
+    from azu.cli.wallet import unlock
+    from azu.config import Settings
+    from azu.errors import DeadlineExceeded
+
+    lamports = lamports_from_hype(amount)
+    wallet = unlock(Settings.from_environment().home)
+    client = open_client()
+    platform = client.platform()
+    with console.status(f"Signing and sending {amount} HYPE") as status:
+        tx_hash = transfer_hype(wallet, platform.address, lamports, chain_url=platform.chain_url)
+        for _ in range(_CREDIT_ATTEMPTS):
+            status.update(f"Waiting for the credit of {tx_hash}")
+            state = client.deposit(tx_hash, wallet.address)
+            if state.status == "credited":
+                break
+        else:
+            raise DeadlineExceeded(f"{tx_hash} is on the chain; the network has not credited it yet")
+    show(state, as_json, lambda s: f"Credited {hype_from_lamports(s.lamports)} HYPE ({s.transfer_id})")
+
+
+def balance(as_json: AsJson = False) -> None:
+    """Show what the key's address may spend and what its running jobs hold."""
+    show(open_client().balance(), as_json, _balance)
+
+
+def earnings(as_json: AsJson = False) -> None:
+    """Show what the key's address earned by lending, what is on its way and what was paid."""
+    show(open_client().earnings(), as_json, _earnings)
+
+
+def _balance(found: "Balance") -> Table:
+    rows = [
+        ("available", found.available_lamports, hype_from_lamports(found.available_lamports)),
+        ("reserved by running jobs", found.reserved_lamports, hype_from_lamports(found.reserved_lamports)),
+    ]
+    return table(["", "lamports", "HYPE"], rows, title=found.address)
+
+
+def _earnings(found: "Earnings") -> Table:
+    missing = max(0, found.payout_threshold_lamports - found.earned_lamports)
+    named = [
+        ("earned, not yet paid", found.earned_lamports),
+        ("on its way", found.paying_lamports),
+        ("paid", found.paid_lamports),
+        ("missing for the next payout", missing),
+    ]
+    rows = [(name, lamports, hype_from_lamports(lamports)) for name, lamports in named]
+    return table(["", "lamports", "HYPE"], rows, title=found.address)

@@ -1,0 +1,85 @@
+"""`azu prompt`, `jobs`, `receipt`: what a user asks and what it cost."""
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from azu.cli.credentials import open_client
+from azu.cli.output import AsJson, console, show, table
+
+if TYPE_CHECKING:
+    from azu.client.answers import JobLine, ReceiptLines
+
+
+def prompt(
+    text: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Annotated[str, typer.Option(help="A Hub id or a built-in model.")] = "azu/tiny-dense",
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most new tokens to pay for.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 is greedy.")] = None,
+    raw: Annotated[bool, typer.Option(help="Take the text as it is, without the chat template.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Send a prompt, stream the answer and print the receipt. Ctrl-C ends the job: what came is paid."""
+    client = open_client()
+    given: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    if raw:
+        stream = client.stream(text, model=model, **sampling)
+    else:
+        stream = client.chat_stream([{"role": "user", "content": text}], model=model, **sampling)
+    if not as_json:
+        for piece in stream:
+            console.print(Text(piece), end="")
+        console.print("\n")
+    generation = stream.result()
+    receipt = client.receipt(generation.job_id)
+    show({"generation": generation, "receipt": receipt}, as_json, lambda _: receipt_panel(receipt))
+
+
+def jobs(
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many, newest first.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Show the key's jobs with their errors, charges and releases."""
+    show(open_client().jobs(limit), as_json, _jobs)
+
+
+def receipt(job_id: Annotated[str, typer.Argument(help="A job's id.")], as_json: AsJson = False) -> None:
+    """Show what a job cost and who earned it."""
+    show(open_client().receipt(job_id), as_json, receipt_panel)
+
+
+def receipt_panel(found: "ReceiptLines") -> Panel:
+    """Draw a receipt."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column()
+    grid.add_column(justify="right")
+    tokens = f"{found.prompt_tokens} prompt + {found.completion_tokens} completion tokens"
+    grid.add_row(f"{tokens} x {found.num_layers} layers", f"{found.token_layers} token-layers")
+    grid.add_row("charged", f"{found.charged_lamports} lamports")
+    grid.add_row("released", f"{found.released_lamports} lamports")
+    grid.add_row("platform", f"{found.platform_lamports} lamports")
+    for address, lamports in sorted(found.worker_lamports.items()):
+        grid.add_row(f"worker {address}", f"{lamports} lamports")
+    return Panel(grid, title=f"{found.model_id}  {found.transfer_id}", title_align="left", expand=False)
+
+
+def _jobs(found: "list[JobLine]") -> Table:
+    rows = [
+        (
+            job.job_id,
+            job.model,
+            job.status,
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.created_at_ms / 1000)),
+            job.charged_lamports,
+            job.released_lamports,
+            (job.error or {}).get("message"),
+        )
+        for job in found
+    ]
+    columns = ["job", "model", "status", "created", "charged lamports", "released lamports", "error"]
+    return table(columns, rows)

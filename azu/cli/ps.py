@@ -1,0 +1,56 @@
+"""`azu ps`, `models`: what the network is made of."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+
+from azu.cli.credentials import open_client
+from azu.cli.output import AsJson, show, table
+from azu.units import format_bytes
+
+if TYPE_CHECKING:
+    from azu.client.answers import DeploymentLine, Network, PieceLine
+
+
+def ps(as_json: AsJson = False) -> None:
+    """Show the nodes, their VRAM, and where the pieces of each model are."""
+    show(open_client().network(), as_json, _network)
+
+
+def models(as_json: AsJson = False) -> None:
+    """Show the models that the network knows."""
+    found = open_client().models()
+    show(found, as_json, lambda ids: table(["model"], [[model_id] for model_id in ids]))
+
+
+def _network(found: "Network") -> Group:
+    nodes = [
+        (
+            node.name,
+            node.state,
+            node.device,
+            format_bytes(node.vram_total_bytes),
+            format_bytes(node.vram_free_bytes),
+            node.cached_shards,
+            node.payout_address,
+        )
+        for node in found.nodes
+    ]
+    columns = ["node", "state", "device", "VRAM", "free", "cached shards", "payout"]
+    return Group(table(columns, nodes, title="nodes"), *(_deployment(one) for one in found.deployments))
+
+
+def _deployment(found: "DeploymentLine") -> Table:
+    rows = [(piece.node, piece.actor, _layers(piece), _experts(piece)) for piece in found.topology]
+    title = f"{found.model_id}  {found.state}, epoch {found.epoch}"
+    return table(["node", "actor", "layers", "experts"], rows, title=title)
+
+
+def _layers(piece: "PieceLine") -> str:
+    start, end = piece.layers
+    return f"{start} to {end - 1}" if end > start else ""
+
+
+def _experts(piece: "PieceLine") -> str:
+    return "; ".join(f"layer {layer}: {', '.join(map(str, ids))}" for layer, ids in piece.experts.items())
