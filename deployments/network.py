@@ -31,7 +31,6 @@ class ShardRequest(BaseModel):
 async def health(services: ServicesNow) -> JSONResponse:
     """Say whether prompts can be served: 503 while something is still starting."""
     try:
-        await services.jobs.ping()
         ready = await services.scheduler("ready")
     except AzuError:
         ready = False

@@ -90,6 +90,8 @@ class Dispatcher:
         job = record.job
         try:
             if record.outcome is None:
+                if record.cancelled:
+                    self._cancelled.add(job.job_id)
                 ran, route = await self._run(job)
                 await self._settlement.settle(job, ran, route)
             await self._jobs.done(job.job_id)
@@ -113,5 +115,5 @@ class Dispatcher:
             return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=error), _EMPTY_ROUTE
         except Exception:
             log.exception("job %s failed", job.job_id)
-            error = InternalError("the job failed for a reason that is azu's; nothing was charged")
-            return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=error), _EMPTY_ROUTE
+            internal = InternalError("the job failed for a reason that is azu's; nothing was charged")
+            return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=internal), _EMPTY_ROUTE

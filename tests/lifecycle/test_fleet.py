@@ -93,7 +93,7 @@ def test_two_models_share_the_nodes_when_both_fit() -> None:
 
 def test_an_idle_model_makes_room_and_a_busy_one_does_not() -> None:
     async def scenario() -> None:
-        models, builder = fleet(vram_bytes=9 * MIB)
+        models, builder = fleet(vram_bytes=6 * MIB)
         first = await models.ensure("m/one", "r1")
         first.running_jobs = 1
         with pytest.raises(InsufficientCapacity):
