@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup
 
 from actors.expert import ExpertActor
@@ -22,6 +23,7 @@ from azu.protocol.job import Job, Placement
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, Stage, Topology
+from azu.registry.registry import ModelDescription
 
 _PIPELINE_CONCURRENCY = 10_000
 
@@ -58,7 +60,7 @@ class RayDeployment:
         try:
             ran: Ran = await self._pipeline.run.remote(job)
         except Exception as error:
-            self.broken = True
+            self.broken = self.broken or isinstance(error, RayActorError)
             raise as_azu_error(error, f"the pipeline of {job.model_id}") from error
         finally:
             self._running.discard(job.job_id)
@@ -100,7 +102,7 @@ class RayBuilder:
         pipeline: ActorHandle | None = None
         try:
             await self._reserve(topology, pieces)
-            pipeline = self._start_pipeline(structure, topology)
+            pipeline = await self._start_pipeline(structure, topology)
             self._start_pieces(topology, pieces)
             await self._load(structure, topology, pieces, pipeline)
             await pipeline.start.remote(pieces[0].actor)
@@ -126,8 +128,10 @@ class RayBuilder:
         if failed:
             raise failed[0]
 
-    def _start_pipeline(self, structure: Structure, topology: Topology) -> ActorHandle:
+    async def _start_pipeline(self, structure: Structure, topology: Topology) -> ActorHandle:
         policy = self._config.policy
+        describing = self._registry.describe.remote(structure.model_id, structure.revision)
+        described: ModelDescription = await asyncio.wait_for(describing, policy.timeouts.describe_s)
         return start_on_head(
             Pipeline,
             actor_name("pipeline", topology.model_id, topology.epoch),
@@ -139,6 +143,7 @@ class RayBuilder:
                 prefill_chunk_tokens=policy.engine.prefill_chunk_tokens,
                 max_running=policy.engine.max_running,
             ),
+            described.architecture.eos_token_ids,
             self._config.redis_url,
             policy.timeouts.step_s,
             max_concurrency=_PIPELINE_CONCURRENCY,
