@@ -44,7 +44,7 @@ def describe(config_folder: Path) -> Architecture:
     return Architecture(
         name=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
-        hidden_size=traced.state_shape[-1],
+        hidden_size=traced.hidden_size,
         vocab_size=text.vocab_size,
         context_length=_context_length(text),
         layers=layers,

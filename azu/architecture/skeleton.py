@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from azu.architecture.config import read_config
-from azu.errors import BrokenCheckpoint, UnsupportedModel
+from azu.errors import AzuError, BrokenCheckpoint, UnsupportedModel
 
 SERVED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,15 +37,18 @@ def build(config_folder: Path, *, attention: str = "eager") -> PreTrainedModel:
     return build_from(read_config(config_folder), attention=attention)
 
 
-def build_from(config: PreTrainedConfig, *, attention: str = "eager") -> PreTrainedModel:
-    """Return the model of a config on the meta device; see `build`."""
-    dtype = serving_dtype(config)
+def build_from(
+    config: PreTrainedConfig, *, dtype: torch.dtype | None = None, attention: str = "eager"
+) -> PreTrainedModel:
+    """Return the model of a config on the meta device, in `dtype` or the config's own; see `build`."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention
+                config, dtype=dtype or serving_dtype(config), attn_implementation=attention
             )
+    except AzuError:
+        raise
     except Exception as error:  # transformers' constructors raise whatever a wrong number meets first
         raise BrokenCheckpoint(f"config.json cannot be built as {config.model_type}: {error}") from error
     return model.eval()

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ class Trace:
     """What a model does with five tokens.
 
     `front` and `back` name the decoder's children that run before and after the layers.
-    `state_shape` is what a layer passes on for one token: (hidden size,) almost everywhere.
     `kv_values[i]` counts the values that layer i keeps per token; `experts_per_token[i]` is 0 for a dense
     layer.
     """
@@ -31,7 +30,7 @@ class Trace:
     layers: LayerList
     front: frozenset[str]
     back: frozenset[str]
-    state_shape: tuple[int, ...]
+    hidden_size: int
     kv_values: tuple[int, ...]
     experts_per_token: tuple[int, ...]
 
@@ -91,7 +90,7 @@ def trace(model: PreTrainedModel) -> Trace:
     """Run five tokens through a model on the meta device and say how it can be cut.
 
     The model is spent afterwards: it carries hooks and has lost its experts.
-    Raises UnsupportedModel with the reason when its layers do not pass on exactly one hidden state.
+    Raises UnsupportedModel with the reason when its layers do not pass on exactly one vector per token.
     """
     family = model.config.model_type
     if model._is_stateful:
@@ -117,7 +116,7 @@ def trace(model: PreTrainedModel) -> Trace:
         layers=found,
         front=frozenset(watch.order[:first]),
         back=frozenset(watch.order[last:]),
-        state_shape=tuple(watch.state.shape[2:]),
+        hidden_size=watch.state.shape[2],
         kv_values=tuple(layer.num_values for layer in kept),
         experts_per_token=tuple(probe.experts_per_token if probe else 0 for probe in probes),
     )
@@ -163,7 +162,7 @@ def _entering(watch: _Watch) -> Any:
         watch.order.append(watch.attribute)
         watch.entered += 1
         hidden = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(hidden, Tensor) or hidden.shape[:2] != (1, _NUM_TOKENS):
+        if not _is_state(hidden):
             raise _Refused("its layers do not take one hidden state per token first")
         if watch.state is not None and hidden is not watch.state:
             raise _Refused("something happens to the hidden states between its layers")
@@ -177,7 +176,7 @@ def _entering(watch: _Watch) -> Any:
 def _leaving(watch: _Watch, *, last: bool) -> Any:
     def hook(_module: nn.Module, _args: Any, out: Any) -> Any:
         first = out[0] if isinstance(out, tuple) else out
-        if not isinstance(first, Tensor) or first.shape[:2] != (1, _NUM_TOKENS):
+        if not _is_state(first):
             raise _Refused("its layers do not give one hidden state per token first")
         watch.state = first
         if not last:
@@ -185,6 +184,10 @@ def _leaving(watch: _Watch, *, last: bool) -> Any:
         return (first.detach(), *out[1:]) if isinstance(out, tuple) else first.detach()
 
     return hook
+
+
+def _is_state(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == (1, _NUM_TOKENS)
 
 
 def _put_probe(layer: nn.Module) -> _ExpertsProbe | None:

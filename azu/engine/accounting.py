@@ -1,0 +1,71 @@
+"""Which node activated how many parameter bytes for a sequence, layer by layer: what its fee is divided by.
+
+A token counts for a layer once, when it first runs through it. The last token of a completion is delivered
+but never runs, so prompt + completion - 1 tokens count where prompt + completion are charged: shares are
+divided in proportion to what ran.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from azu.protocol.step import ExpertWork
+from azu.protocol.structure import EMBED, HEAD, Layer, LayerKind, Structure
+from azu.protocol.topology import Stage, Topology
+
+Work = Mapping[int, Mapping[str, int]]
+
+
+class WorkAccount:
+    """Counts the work of every sequence of one deployment."""
+
+    def __init__(self, structure: Structure, topology: Topology) -> None:
+        self._tokens: dict[int, int] = defaultdict(int)
+        self._spread: dict[int, dict[tuple[int, str], int]] = {}
+        # layer -> the stage's node and the bytes it activates per token, whatever the router chooses
+        self._fixed = {
+            layer.index: (stage.node_id, _fixed_bytes(structure, layer, stage))
+            for stage in topology.stages
+            for layer in structure.layers[stage.span.start : stage.span.end]
+        }
+
+    def ran(self, sequence_id: int, num_tokens: int) -> None:
+        """Count tokens that ran through all layers for the first time."""
+        self._tokens[sequence_id] += num_tokens
+
+    def reported(self, work: Iterable[ExpertWork]) -> None:
+        """Count what stages report of layers whose experts are spread."""
+        for entry in work:
+            spread = self._spread.setdefault(entry.sequence_id, defaultdict(int))
+            spread[entry.layer, entry.node_id] += entry.activated_bytes
+
+    def close(self, sequence_id: int) -> Work:
+        """Return a sequence's work, layer -> node id -> activated bytes, and forget it."""
+        num_tokens = self._tokens.pop(sequence_id, 0)
+        spread = self._spread.pop(sequence_id, {})
+        if not num_tokens:
+            return {}
+        work: dict[int, dict[str, int]] = {
+            layer: {node_id: activated * num_tokens} if activated else {}
+            for layer, (node_id, activated) in self._fixed.items()
+        }
+        for (layer, node_id), activated in spread.items():
+            work[layer][node_id] = work[layer].get(node_id, 0) + activated
+        return work
+
+
+def is_spread(layer: Layer, stage: Stage) -> bool:
+    """Say whether some experts of a layer are apart from its router."""
+    return layer.kind is LayerKind.MOE and len(stage.experts.get(layer.index, ())) < layer.num_experts
+
+
+def _fixed_bytes(structure: Structure, layer: Layer, stage: Stage) -> int:
+    parameters = 0
+    if layer.index == 0:
+        parameters += structure.shard(EMBED).active_parameters
+    if layer.index == structure.num_layers - 1:
+        parameters += structure.shard(HEAD).active_parameters
+    if not is_spread(layer, stage):
+        parameters += structure.layer_shard(layer.index).active_parameters
+        if layer.experts_per_token:
+            parameters += layer.experts_per_token * structure.expert_shard(layer.index, 0).active_parameters
+    return parameters * structure.dtype_bytes

@@ -1,0 +1,180 @@
+"""How the slices of a step lie in a forward: which rows are whose, which KV slots are written and read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from azu.errors import FrameError
+from azu.protocol.step import Slice
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A slice of several tokens: its rows [row, row_end) and keys [key, key_end) in a packed forward."""
+
+    row: int
+    row_end: int
+    key: int
+    key_end: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Singles:
+    """All slices of one token, attended in one call: their keys come first, `num_keys` places for each.
+
+    `rows` [num_slices] and `positions` [num_slices] say where each stands; a sequence that is shorter
+    than `num_keys` reads a place that is masked.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    num_keys: int
+    ragged: bool
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A step's place in a forward.
+
+    `position_ids` [batch, tokens]; `write` [tokens] and `read` are KV slots; `last_rows` [num_slices] is the
+    flat row of each slice's last token. `padding` [batch, tokens] is False where a row of the forward is no
+    token, None in a packed forward, which has `spans` and `singles` instead.
+    """
+
+    slices: tuple[Slice, ...]
+    position_ids: Tensor
+    write: Tensor
+    read: Tensor
+    last_rows: Tensor
+    longest: int
+    most_tokens: int
+    spans: tuple[Span, ...] = ()
+    singles: Singles | None = None
+    padding: Tensor | None = None
+    attention_mask: Tensor | None = None
+
+    def batched(self, rows: Tensor) -> Tensor:
+        """Put rows [tokens, ...], slice after slice, into the forward's shape [batch, tokens, ...]."""
+        if self.padding is None:
+            return rows[None]
+        batch = rows.new_zeros(*self.padding.shape, *rows.shape[1:])
+        batch[self.padding] = rows
+        return batch
+
+    def flat(self, batch: Tensor) -> Tensor:
+        """Return the rows [tokens, ...] of a forward's output [batch, tokens, ...]."""
+        return batch[0] if self.padding is None else batch[self.padding]
+
+
+class LayoutBuilder:
+    """Lays steps out over a pool of `num_blocks` blocks of `block_size` slots."""
+
+    def __init__(self, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._device = device
+
+    def packed(self, slices: Sequence[Slice]) -> Layout:
+        """Lay all tokens out in one row, one slice after the other."""
+        slots = [self._slots(piece) for piece in slices]
+        starts = _starts(slices)
+        singles = self._singles(slices, starts)
+        key = len(singles) * singles.num_keys if singles else 0
+        read = [_padded(slots[index], singles.num_keys) for index in _single(slices)] if singles else []
+        spans = []
+        for piece, row, own in zip(slices, starts, slots, strict=True):
+            if piece.num_tokens > 1:
+                spans.append(Span(row, row + piece.num_tokens, key, key + len(own), piece.position))
+                key += len(own)
+                read.append(own)
+        lengths = [len(own) for own in slots]
+        return Layout(
+            slices=tuple(slices),
+            position_ids=self._put(torch.cat([_positions(piece) for piece in slices])[None]),
+            write=self._put(torch.cat([own[p.position :] for own, p in zip(slots, slices, strict=True)])),
+            read=self._put(torch.cat(read)),
+            last_rows=self._put(
+                torch.tensor([row + p.num_tokens - 1 for row, p in zip(starts, slices, strict=True)])
+            ),
+            longest=max(lengths),
+            most_tokens=max(piece.num_tokens for piece in slices),
+            spans=tuple(spans),
+            singles=singles,
+        )
+
+    def padded(self, slices: Sequence[Slice]) -> Layout:
+        """Lay the slices out one below the other, padded on the left."""
+        slots = [self._slots(piece) for piece in slices]
+        most_tokens = max(piece.num_tokens for piece in slices)
+        longest = max(len(own) for own in slots)
+        width = torch.arange(most_tokens)[None]
+        reach = torch.arange(longest)[None]
+        num_tokens = torch.tensor([piece.num_tokens for piece in slices])[:, None]
+        lengths = torch.tensor([len(own) for own in slots])[:, None]
+        begins = torch.tensor([piece.position for piece in slices])[:, None]
+        return Layout(
+            slices=tuple(slices),
+            position_ids=self._put((width - most_tokens + num_tokens + begins).clamp(min=0)),
+            write=self._put(torch.cat([own[p.position :] for own, p in zip(slots, slices, strict=True)])),
+            read=self._put(torch.cat([_padded(own, longest, left=True) for own in slots])),
+            last_rows=self._put(torch.arange(1, len(slices) + 1) * most_tokens - 1),
+            longest=longest,
+            most_tokens=most_tokens,
+            padding=self._put(width >= most_tokens - num_tokens),
+            attention_mask=self._put((reach >= longest - lengths).long()),
+        )
+
+    def _singles(self, slices: Sequence[Slice], starts: Sequence[int]) -> Singles | None:
+        indices = _single(slices)
+        if not indices:
+            return None
+        positions = [slices[index].position for index in indices]
+        return Singles(
+            rows=self._put(torch.tensor([starts[index] for index in indices])),
+            positions=self._put(torch.tensor(positions)),
+            num_keys=max(positions) + 1,
+            ragged=len(set(positions)) > 1,
+        )
+
+    def _slots(self, piece: Slice) -> Tensor:
+        """Return the KV slots of a sequence's tokens up to the slice's last, in their order."""
+        length = piece.position + piece.num_tokens
+        blocks = torch.tensor(piece.block_ids, dtype=torch.long)
+        if (
+            piece.num_tokens < 1
+            or len(blocks) * self._block_size < length
+            or not 0 <= min(piece.block_ids) <= max(piece.block_ids) < self._num_blocks
+        ):
+            raise FrameError(f"sequence {piece.sequence_id}: its block table does not hold {length} tokens")
+        slots = blocks[:, None] * self._block_size + torch.arange(self._block_size)
+        return slots.flatten()[:length]
+
+    def _put(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True)
+
+
+def _single(slices: Sequence[Slice]) -> list[int]:
+    return [index for index, piece in enumerate(slices) if piece.num_tokens == 1]
+
+
+def _starts(slices: Sequence[Slice]) -> list[int]:
+    starts, row = [], 0
+    for piece in slices:
+        starts.append(row)
+        row += piece.num_tokens
+    return starts
+
+
+def _positions(piece: Slice) -> Tensor:
+    return torch.arange(piece.position, piece.position + piece.num_tokens)
+
+
+def _padded(slots: Tensor, length: int, *, left: bool = False) -> Tensor:
+    gap = length - len(slots)
+    return torch.nn.functional.pad(slots, (gap, 0) if left else (0, gap))

@@ -1,0 +1,191 @@
+"""A whole deployment in one process: every stage and expert set of a cut model, linked by plain calls."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, field
+from itertools import count, pairwise
+from pathlib import Path
+
+from torch import Tensor
+
+from azu.architecture.config import eos_token_ids, read_config
+from azu.engine import sequence as engine_sequence
+from azu.engine.accounting import Work
+from azu.engine.experts import ExpertRunner
+from azu.engine.pipeline import EnginePipeline, SequenceUpdate
+from azu.engine.runner import Handoff, StageRunner, StageSpec
+from azu.engine.scheduler import SchedulerConfig
+from azu.errors import DeadlineExceeded, InternalError
+from azu.protocol.job import FinishReason
+from azu.protocol.sampling import SamplingParams
+from azu.protocol.step import StepBatch, StepResult
+from azu.protocol.structure import LayerKind, Structure
+from azu.protocol.topology import ExpertSet, LayerSpan, Prediction, Stage, Topology
+
+
+@dataclass(slots=True)
+class Completion:
+    """What became of a prompt."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    work: Work = field(default_factory=dict)
+
+
+class LocalPipeline:
+    """Runs a topology over the shards in one folder; prompts in, completions out."""
+
+    def __init__(
+        self,
+        structure: Structure,
+        topology: Topology,
+        shard_folder: Path,
+        scheduling: SchedulerConfig | None = None,
+        *,
+        on_logits: Callable[[Sequence[int], Tensor], None] | None = None,
+    ) -> None:
+        """Load every piece on the CPU; `on_logits` sees what the last stage samples from."""
+        paths = {shard.name: shard_folder / shard.file_name for shard in structure.shards}
+        link = _LocalExpertLink(
+            {
+                chosen.index: ExpertRunner(structure, chosen.experts, paths, shard_folder, "cpu")
+                for chosen in topology.expert_sets
+            }
+        )
+        self.stages = tuple(
+            StageRunner(
+                StageSpec(
+                    structure=structure,
+                    stage=stage,
+                    epoch=topology.epoch,
+                    num_blocks=topology.num_blocks,
+                    block_size=topology.block_size,
+                    shard_paths=paths,
+                    config_folder=shard_folder,
+                    device="cpu",
+                    expert_sets=topology.expert_sets,
+                ),
+                link,
+                on_logits=on_logits,
+            )
+            for stage in topology.stages
+        )
+        self.engine = EnginePipeline(
+            structure,
+            topology,
+            scheduling or SchedulerConfig(topology.num_blocks, topology.block_size),
+            eos_token_ids(shard_folder, read_config(shard_folder)),
+        )
+        self._ids = count(1)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
+        """Run prompts of token ids together, each with its own or one common sampling, to their ends."""
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+        completions: dict[int, Completion] = {}
+        for prompt, params in zip(prompts, each, strict=True):
+            sequence_id = next(self._ids)
+            self.engine.add(engine_sequence.Sequence(sequence_id, tuple(prompt), params))
+            completions[sequence_id] = Completion()
+        while self.engine.num_sequences:
+            for update in self.step():
+                _apply(completions[update.sequence_id], update)
+        return list(completions.values())
+
+    def step(self) -> list[SequenceUpdate]:
+        """Run one step through all stages."""
+        batch = self.engine.next_batch()
+        if batch is None:
+            raise InternalError("sequences wait, but nothing can run")
+        return self.engine.complete(self._through(batch))
+
+    def _through(self, batch: StepBatch) -> StepResult:
+        frame: bytes | None = None
+        for stage in self.stages:
+            output = stage.run(batch, frame)
+            if not isinstance(output, Handoff):
+                return output
+            batch, frame = output.batch, output.frame
+        raise InternalError("the last stage sampled nothing")
+
+
+def local_topology(
+    structure: Structure,
+    boundaries: Sequence[int],
+    *,
+    expert_holders: int = 0,
+    num_blocks: int = 256,
+    block_size: int = 16,
+) -> Topology:
+    """Return a topology on made-up nodes: stages between the boundaries (0, ..., number of layers).
+
+    With `expert_holders` the experts of every MoE layer are dealt out to that many expert sets.
+    """
+    moe = [layer for layer in structure.layers if layer.kind is LayerKind.MOE]
+    spans = [LayerSpan(start, end) for start, end in pairwise(boundaries)]
+    return Topology(
+        model_id=structure.model_id,
+        revision=structure.revision,
+        epoch=1,
+        stages=tuple(
+            Stage(
+                index=index,
+                node_id=f"stage-{index}",
+                span=span,
+                experts={
+                    layer.index: () if expert_holders else tuple(range(layer.num_experts))
+                    for layer in moe
+                    if layer.index in span
+                },
+                vram_bytes=0,
+            )
+            for index, span in enumerate(spans)
+        ),
+        expert_sets=tuple(
+            ExpertSet(
+                index=holder,
+                node_id=f"experts-{holder}",
+                experts={
+                    layer.index: tuple(range(holder, layer.num_experts, expert_holders)) for layer in moe
+                },
+                vram_bytes=0,
+            )
+            for holder in range(expert_holders if moe else 0)
+        ),
+        num_blocks=num_blocks,
+        block_size=block_size,
+        prediction=Prediction(tokens_per_s=0.0, time_per_output_token_s=0.0, lamports_per_token=0),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    answer: "Future[bytes]"
+
+    def result(self, timeout_s: float) -> bytes:
+        try:
+            return self.answer.result(timeout_s)
+        except FutureTimeoutError as error:
+            raise DeadlineExceeded("experts did not answer in time") from error
+
+
+class _LocalExpertLink:
+    """Calls expert sets in threads of their own, so that they work while the router goes on."""
+
+    def __init__(self, runners: dict[int, ExpertRunner]) -> None:
+        self._runners = runners
+        self._threads = ThreadPoolExecutor(max(1, len(runners)), thread_name_prefix="experts")
+
+    def start(self, expert_set: int, layer: int, request: bytes) -> _Pending:
+        return _Pending(self._threads.submit(self._runners[expert_set].run, layer, request))
+
+
+def _apply(completion: Completion, update: SequenceUpdate) -> None:
+    completion.token_ids += update.token_ids
+    completion.logprobs += update.logprobs
+    if update.finish_reason is not None:
+        completion.finish_reason = update.finish_reason
+        completion.work = update.work

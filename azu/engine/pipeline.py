@@ -1,0 +1,168 @@
+"""The loop of a model's sequences: steps for the first stage, token ids from the last. No torch here."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
+
+from azu.engine.accounting import Work, WorkAccount
+from azu.engine.scheduler import Scheduler, SchedulerConfig
+from azu.engine.sequence import Sequence
+from azu.protocol.job import FinishReason
+from azu.protocol.step import OpenedSequence, SampledToken, Slice, StepBatch, StepResult
+from azu.protocol.structure import Structure
+from azu.protocol.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceUpdate:
+    """What is new of a sequence. `logprobs` and `top_logprobs` are parallel to `token_ids` when asked for.
+
+    With `finish_reason` the sequence is over, and `work` says who ran how much of it.
+    """
+
+    sequence_id: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    finish_reason: FinishReason | None = None
+    work: Work = field(default_factory=dict)
+
+
+class EnginePipeline:
+    """Schedules the sequences of one deployment and counts what ran; whoever owns it moves the bytes."""
+
+    def __init__(
+        self,
+        structure: Structure,
+        topology: Topology,
+        config: SchedulerConfig,
+        eos_token_ids: Collection[int],
+    ) -> None:
+        self._epoch = topology.epoch
+        self._scheduler = Scheduler(config, len(topology.stages))
+        self._account = WorkAccount(structure, topology)
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._sequences: dict[int, Sequence] = {}
+        self._in_flight: dict[int, _Step] = {}
+        self._opened: set[int] = set()
+        self._closed: list[int] = []
+        self._steps = 0
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that have not finished."""
+        return len(self._sequences)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """KV blocks that no sequence holds, the same on every stage."""
+        return self._scheduler.num_free_blocks
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; raises Unavailable when the KV cache could not hold it even alone."""
+        assert sequence.sequence_id not in self._sequences, "a sequence id is used once"
+        self._scheduler.add(sequence)
+        self._sequences[sequence.sequence_id] = sequence
+
+    def cancel(self, sequence_id: int) -> list[SequenceUpdate]:
+        """End a sequence now; what is in flight of it is ignored later. Unknown ids change nothing."""
+        sequence = self._sequences.get(sequence_id)
+        return [] if sequence is None else [self._finish(sequence, FinishReason.CANCELLED)]
+
+    def next_batch(self) -> StepBatch | None:
+        """Return the next step for the first stage, None when there is none before another completes."""
+        if len(self._in_flight) >= self._scheduler.micro_batches:
+            return None
+        chosen = self._scheduler.next_slices()
+        if not chosen:
+            return None
+        self._steps += 1
+        taken = {step.micro_batch for step in self._in_flight.values()}
+        micro_batch = min(set(range(self._scheduler.micro_batches)) - taken)
+        self._in_flight[self._steps] = _Step(micro_batch, tuple(chosen))
+        closed, self._closed = tuple(self._closed), []
+        return StepBatch(
+            epoch=self._epoch,
+            step=self._steps,
+            micro_batch=micro_batch,
+            slices=tuple(piece for _, piece in chosen),
+            token_ids=tuple(
+                token
+                for sequence, piece in chosen
+                for token in sequence.token_ids[piece.position : piece.position + piece.num_tokens]
+            ),
+            opened=self._open(sequence for sequence, _ in chosen),
+            closed=closed,
+        )
+
+    def complete(self, result: StepResult) -> list[SequenceUpdate]:
+        """Take a step back from the last stage; one of another epoch or not in flight changes nothing."""
+        if result.epoch != self._epoch or result.step not in self._in_flight:
+            return []
+        step = self._in_flight.pop(result.step)
+        counted = {sequence.sequence_id for sequence, piece in step.chosen if self._returned(sequence, piece)}
+        self._account.reported(work for work in result.expert_work if work.sequence_id in counted)
+        updates = (self._sampled(token) for token in result.tokens)
+        return [update for update in updates if update is not None]
+
+    def _returned(self, sequence: Sequence, piece: Slice) -> bool:
+        """Take one slice back; say if it counts: not when it was computed before or nobody waits for it."""
+        self._scheduler.returned(sequence)
+        new = piece.position >= sequence.num_ran and sequence.sequence_id in self._sequences
+        if new:
+            sequence.num_ran = piece.position + piece.num_tokens
+            self._account.ran(sequence.sequence_id, piece.num_tokens)
+        return new
+
+    def _sampled(self, token: SampledToken) -> SequenceUpdate | None:
+        sequence = self._sequences.get(token.sequence_id)
+        if sequence is None:
+            return None
+        sequence.token_ids.append(token.token_id)
+        update = SequenceUpdate(
+            sequence_id=token.sequence_id,
+            token_ids=(token.token_id,),
+            logprobs=() if token.logprob is None else (token.logprob,),
+            top_logprobs=() if token.logprob is None else (token.top_logprobs,),
+        )
+        reason = self._finish_reason(sequence, token.token_id)
+        if reason is None:
+            return update
+        return replace(update, finish_reason=reason, work=self._finish(sequence, reason).work)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        sampling = sequence.sampling
+        if token_id in sampling.stop_token_ids:
+            return FinishReason.STOP
+        if token_id in self._eos_token_ids and not sampling.ignore_eos:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if sequence.num_generated >= sampling.max_tokens else None
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> SequenceUpdate:
+        del self._sequences[sequence.sequence_id]
+        self._scheduler.finish(sequence)
+        if sequence.sequence_id in self._opened:
+            self._opened.remove(sequence.sequence_id)
+            self._closed.append(sequence.sequence_id)
+        work = self._account.close(sequence.sequence_id)
+        return SequenceUpdate(sequence.sequence_id, finish_reason=reason, work=work)
+
+    def _open(self, sequences: Iterable[Sequence]) -> tuple[OpenedSequence, ...]:
+        new = [sequence for sequence in sequences if sequence.sequence_id not in self._opened]
+        self._opened.update(sequence.sequence_id for sequence in new)
+        return tuple(
+            OpenedSequence(
+                sequence_id=sequence.sequence_id,
+                prompt_token_ids=tuple(sequence.token_ids[: sequence.num_prompt]),
+                sampling=sequence.sampling,
+                generated=sequence.generated,
+            )
+            for sequence in new
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step on its way."""
+
+    micro_batch: int
+    chosen: tuple[tuple[Sequence, Slice], ...]

@@ -1,0 +1,191 @@
+"""StageRunner: one stage of a model, from the bytes that arrive to the bytes that leave."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from azu.architecture.skeleton import replace_module
+from azu.engine.context import StepContext
+from azu.engine.expert_frames import StepId
+from azu.engine.experts import ExpertLink, HeldExperts
+from azu.engine.kv import PagedKV
+from azu.engine.layout import Layout, LayoutBuilder
+from azu.engine.sampler import Sampler
+from azu.engine.spread import SpreadExperts, SpreadLayer
+from azu.engine.stage import BuiltStage, build_stage
+from azu.engine.tensors import dtype_name, payload_of, tensor_of
+from azu.errors import FrameError
+from azu.protocol.frame import Frame, FrameRow
+from azu.protocol.step import ExpertWork, StepBatch, StepResult
+from azu.protocol.structure import Structure
+from azu.protocol.topology import ExpertSet, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """All that a stage is built from. `shard_paths` maps the names of its shards to files on this node.
+
+    `num_blocks` of `block_size` tokens is its KV capacity; `expert_sets` are those of the whole topology.
+    """
+
+    structure: Structure
+    stage: Stage
+    epoch: int
+    num_blocks: int
+    block_size: int
+    shard_paths: Mapping[str, Path]
+    config_folder: Path
+    device: str
+    expert_sets: tuple[ExpertSet, ...] = ()
+    expert_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """What the next stage is given."""
+
+    batch: StepBatch
+    frame: bytes
+
+
+class StageRunner:
+    """Runs steps through the layers of one stage; one at a time, in the order they come."""
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        experts: ExpertLink | None = None,
+        *,
+        on_logits: Callable[[Sequence[int], Tensor], None] | None = None,
+    ) -> None:
+        """Load the stage. `on_logits` sees sequence ids and logits [n, vocabulary] that are sampled from."""
+        self._spec = spec
+        self._device = torch.device(spec.device)
+        self._on_logits = on_logits
+        span = spec.stage.span
+        built = build_stage(
+            spec.structure, span, spec.stage.experts, spec.shard_paths, spec.config_folder, self._device
+        )
+        self._model = built.model
+        self._kv = PagedKV(len(span), spec.num_blocks, spec.block_size)
+        self._layouts = LayoutBuilder(spec.num_blocks, spec.block_size, self._device)
+        self._sampler = Sampler(built.eos_token_ids)
+        self._context = StepContext()
+        self._lock = threading.Lock()
+        self._is_last = span.end == spec.structure.num_layers
+        for layer, held in built.spread.items():
+            self._spread(built, layer, held, experts)
+
+    def run(self, batch: StepBatch, frame: bytes | None) -> Handoff | StepResult:
+        """Run one step: the first stage takes tokens from the batch, the others hidden states from the frame.
+
+        Raises FrameError, which names who sent it, for anything that does not fit this stage, epoch and step.
+        """
+        with self._lock, torch.inference_mode():
+            rows = self._tokens(batch, frame) if self._spec.stage.index == 0 else self._received(batch, frame)
+            layout = self._layout(batch)
+            self._context.begin(self._step_id(batch), layout)
+            if self._is_last:
+                return self._finish(batch, rows, layout)
+            hidden = self._model.hidden(rows, layout, self._kv)
+            onward = replace(batch, token_ids=(), expert_work=self._work(batch))
+            return Handoff(onward, self._frame(batch, hidden))
+
+    def _finish(self, batch: StepBatch, rows: Tensor, layout: Layout) -> StepResult:
+        self._sampler.open(batch.opened)
+        places = [index for index, piece in enumerate(batch.slices) if piece.sample]
+        sequence_ids = [batch.slices[index].sequence_id for index in places]
+        logits = self._model.logits(rows, layout, self._kv, layout.last_rows[places])
+        if self._on_logits is not None and places:
+            self._on_logits(sequence_ids, logits)
+        tokens = self._sampler.sample(sequence_ids, logits) if places else ()
+        self._sampler.close(batch.closed)
+        return StepResult(batch.epoch, batch.step, batch.micro_batch, tokens, self._work(batch))
+
+    def _tokens(self, batch: StepBatch, frame: bytes | None) -> Tensor:
+        if frame is not None or batch.epoch != self._spec.epoch:
+            raise FrameError(f"step {batch.step} of epoch {batch.epoch} is not for this first stage")
+        tokens = torch.tensor(batch.token_ids, dtype=torch.long, device=self._device)
+        vocab_size = self._spec.structure.vocab_size
+        if (
+            len(tokens) != batch.num_tokens
+            or not 0 <= min(batch.token_ids) <= max(batch.token_ids) < vocab_size
+        ):
+            raise FrameError(
+                f"step {batch.step}: its token ids are not {batch.num_tokens} of the vocabulary's"
+            )
+        return tokens
+
+    def _received(self, batch: StepBatch, frame: bytes | None) -> Tensor:
+        sender = self._spec.stage.index - 1
+        if frame is None:
+            raise FrameError(f"stage {sender} sent step {batch.step} without hidden states")
+        try:
+            received = Frame.decode(frame)
+            self._refuse(batch, received, sender)
+            return tensor_of(received, self._device)
+        except FrameError as error:
+            raise FrameError(f"stage {sender} sent a bad frame: {error.message}") from error
+
+    def _refuse(self, batch: StepBatch, frame: Frame, sender: int) -> None:
+        if batch.epoch != self._spec.epoch or frame.epoch != batch.epoch:
+            raise FrameError(f"epochs {frame.epoch} and {batch.epoch}, where {self._spec.epoch} runs")
+        if (frame.step, frame.micro_batch, frame.stage) != (batch.step, batch.micro_batch, sender):
+            raise FrameError(
+                f"step {frame.step}.{frame.micro_batch} of stage {frame.stage} came with step {batch.step}"
+            )
+        if frame.rows != _rows(batch):
+            raise FrameError(f"step {frame.step}: its rows are not those of the batch")
+        structure = self._spec.structure
+        shape = (batch.num_tokens, structure.hidden_size)
+        if frame.shape != shape or frame.dtype != structure.dtype:
+            raise FrameError(f"step {frame.step}: {frame.dtype} {list(frame.shape)}, not {list(shape)}")
+
+    def _layout(self, batch: StepBatch) -> Layout:
+        if not batch.slices:
+            raise FrameError(f"step {batch.step} is empty")
+        build = self._layouts.packed if self._model.packed else self._layouts.padded
+        return build(batch.slices)
+
+    def _frame(self, batch: StepBatch, hidden: Tensor) -> bytes:
+        return Frame(
+            epoch=batch.epoch,
+            step=batch.step,
+            micro_batch=batch.micro_batch,
+            stage=self._spec.stage.index,
+            dtype=dtype_name(hidden.dtype),
+            shape=tuple(hidden.shape),
+            rows=_rows(batch),
+            payload=payload_of(hidden),
+        ).encode()
+
+    def _spread(
+        self, built: BuiltStage, layer: int, held: HeldExperts | None, link: ExpertLink | None
+    ) -> None:
+        spec, structure = self._spec, self._spec.structure
+        assert link is not None, f"the experts of layer {layer} are elsewhere and there is no way to them"
+        facts = SpreadLayer(
+            layer=layer,
+            num_experts=structure.layers[layer].num_experts,
+            node_id=spec.stage.node_id,
+            router_bytes=structure.layer_shard(layer).active_parameters * structure.dtype_bytes,
+            expert_bytes=structure.expert_shard(layer, 0).active_parameters * structure.dtype_bytes,
+            expert_sets=tuple(chosen for chosen in spec.expert_sets if layer in chosen.experts),
+        )
+        module = SpreadExperts(facts, held, link, self._context, spec.expert_timeout_s)
+        block = self._model.layers[layer - spec.stage.span.start]
+        replace_module(block, built.expert_paths[layer], module)
+
+    def _step_id(self, batch: StepBatch) -> StepId:
+        return StepId(batch.epoch, batch.step, batch.micro_batch, self._spec.stage.index)
+
+    def _work(self, batch: StepBatch) -> tuple[ExpertWork, ...]:
+        return (*batch.expert_work, *self._context.work)
+
+
+def _rows(batch: StepBatch) -> tuple[FrameRow, ...]:
+    return tuple(FrameRow(piece.sequence_id, piece.position, piece.num_tokens) for piece in batch.slices)

@@ -1,0 +1,149 @@
+"""Choosing each sequence's next token with transformers' own logits processors, without a state of chance."""
+
+import struct
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+import xxhash
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from azu.errors import FrameError
+from azu.protocol.sampling import SamplingParams
+from azu.protocol.step import OpenedSequence, SampledToken
+
+_SEED = struct.Struct("<QQ")
+_SEED_MASK = (1 << 64) - 1
+
+
+class Sampler:
+    """Samples for opened sequences; the token at index n depends on logits, seed and n alone."""
+
+    def __init__(self, eos_token_ids: Iterable[int]) -> None:
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._open: dict[int, _OpenSequence] = {}
+
+    def open(self, sequences: Iterable[OpenedSequence]) -> None:
+        """Learn prompts and parameters; a sequence opened again begins with what it has generated."""
+        for opened in sequences:
+            self._open[opened.sequence_id] = _OpenSequence(opened, self._eos_token_ids)
+
+    def close(self, sequence_ids: Iterable[int]) -> None:
+        """Forget sequences; ids that are not known are no error: a close may be repeated."""
+        for sequence_id in sequence_ids:
+            self._open.pop(sequence_id, None)
+
+    def sample(self, sequence_ids: Sequence[int], logits: Tensor) -> tuple[SampledToken, ...]:
+        """Return one new token per row of logits [num_sequences, vocabulary].
+
+        Raises FrameError for a sequence that was never opened and for logits that are not finite.
+        """
+        unknown = [sequence_id for sequence_id in sequence_ids if sequence_id not in self._open]
+        if unknown:
+            raise FrameError(f"sequence {unknown[0]} was never opened at the last stage")
+        if not bool(torch.isfinite(logits).all()):
+            raise FrameError("the last stage computed logits that are not finite")
+        logits = logits.float().cpu()
+        best = logits.argmax(-1).tolist()
+        return tuple(
+            self._open[sequence_id].next(row, choice)
+            for sequence_id, row, choice in zip(sequence_ids, logits, best, strict=True)
+        )
+
+
+class _OpenSequence:
+    def __init__(self, opened: OpenedSequence, eos_token_ids: tuple[int, ...]) -> None:
+        self._id = opened.sequence_id
+        self._sampling = opened.sampling
+        self._num_prompt = len(opened.prompt_token_ids)
+        self._tokens = [*opened.prompt_token_ids, *opened.generated]
+        self._counts = Counter(opened.generated)
+        self._processors = _processors(opened.sampling, self._num_prompt, eos_token_ids, self._counts)
+
+    def next(self, logits: Tensor, best: int) -> SampledToken:
+        """Choose from logits [vocabulary]; `best` is their greedy choice."""
+        if not self._processors and self._sampling.temperature == 0:
+            token = best
+        else:
+            scores = self._processors(torch.tensor([self._tokens]), logits[None].clone())
+            token = int(scores.argmax()) if self._sampling.temperature == 0 else self._draw(scores)
+        self._tokens.append(token)
+        self._counts[token] += 1
+        if self._sampling.logprobs is None:
+            return SampledToken(self._id, token)
+        logprobs = logits.log_softmax(-1)
+        top = logprobs.topk(min(self._sampling.logprobs, len(logprobs)))
+        ranked = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        return SampledToken(self._id, token, float(logprobs[token]), ranked)
+
+    def _draw(self, scores: Tensor) -> int:
+        index = len(self._tokens) - self._num_prompt
+        # A generator per draw: whoever takes the sequence over at any index draws the same.
+        seed = xxhash.xxh3_64_intdigest(_SEED.pack(self._sampling.seed & _SEED_MASK, index))
+        generator = torch.Generator().manual_seed(seed)
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+
+
+class _Bias(LogitsProcessor):  # type: ignore[misc] # transformers is untyped
+    """Adds to the logits of single tokens, as OpenAI's logit_bias does."""
+
+    def __init__(self, bias: Iterable[tuple[int, float]]) -> None:
+        pairs = tuple(bias)
+        self._ids = torch.tensor([token for token, _ in pairs])
+        self._values = torch.tensor([value for _, value in pairs])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+        return scores.index_add(1, self._ids, self._values[None].to(scores.dtype))
+
+
+class _CountPenalty(LogitsProcessor):  # type: ignore[misc]
+    """OpenAI's presence and frequency penalties over what was generated so far."""
+
+    def __init__(self, counts: Counter[int], presence: float, frequency: float) -> None:
+        self._counts = counts
+        self._presence = presence
+        self._frequency = frequency
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+        if not self._counts:
+            return scores
+        ids = torch.tensor(list(self._counts))
+        counts = torch.tensor(list(self._counts.values()), dtype=scores.dtype)
+        return scores.index_add(1, ids, -(self._presence + self._frequency * counts)[None])
+
+
+def _processors(
+    sampling: SamplingParams, num_prompt: int, eos_token_ids: tuple[int, ...], counts: Counter[int]
+) -> LogitsProcessorList:
+    """Return what changes the logits, in the order transformers' generate applies it."""
+    chosen = LogitsProcessorList()
+    if sampling.logit_bias:
+        chosen.append(_Bias(sampling.logit_bias.items()))
+    if sampling.repetition_penalty != 1.0:
+        chosen.append(RepetitionPenaltyLogitsProcessor(penalty=sampling.repetition_penalty))
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        chosen.append(_CountPenalty(counts, sampling.presence_penalty, sampling.frequency_penalty))
+    ends = [*eos_token_ids, *sampling.stop_token_ids]
+    if sampling.min_tokens and ends:
+        chosen.append(MinNewTokensLengthLogitsProcessor(num_prompt, sampling.min_tokens, ends, device="cpu"))
+    if sampling.temperature == 0:
+        return chosen
+    if sampling.temperature != 1.0:
+        chosen.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        chosen.append(TopKLogitsWarper(top_k=sampling.top_k))
+    if sampling.top_p < 1.0:
+        chosen.append(TopPLogitsWarper(top_p=sampling.top_p))
+    if sampling.min_p:
+        chosen.append(MinPLogitsWarper(min_p=sampling.min_p))
+    return chosen

@@ -1,0 +1,159 @@
+"""Continuous batching: which sequences run which tokens in the next step. No torch, clock or chance here.
+
+Blocks of KV are allocated here, once for all stages. A sequence takes blocks as it grows; when there are none
+left the youngest gives its own back and is computed again later. As many micro-batches are in flight as keep
+every stage busy; stages run them in order, so that the chunks of one prompt may follow each other closely.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from azu.engine.sequence import Sequence, SequenceState
+from azu.errors import Unavailable
+from azu.protocol.step import Slice
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """How much runs at once.
+
+    `num_blocks` of `block_size` tokens is what the smallest stage has. A step carries at most
+    `prefill_chunk_tokens` tokens of prompts; `max_running` sequences hold blocks at once; `micro_batches`
+    steps are in flight, one per stage if None.
+    """
+
+    num_blocks: int
+    block_size: int
+    prefill_chunk_tokens: int = 256
+    max_running: int = 64
+    micro_batches: int | None = None
+
+
+class Scheduler:
+    """First come, first served; a step decodes for all sequences it can and prefills with what is left."""
+
+    def __init__(self, config: SchedulerConfig, num_stages: int) -> None:
+        self.micro_batches = config.micro_batches or num_stages
+        self._config = config
+        self._free = list(range(config.num_blocks - 1, -1, -1))
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # oldest first
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence holds."""
+        return len(self._free)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; raises Unavailable when it could not run even alone."""
+        if self._blocks_for(sequence.max_length) > self._config.num_blocks:
+            capacity = self._config.num_blocks * self._config.block_size
+            raise Unavailable(
+                f"the prompt and its completion need {sequence.max_length} tokens of KV cache, "
+                f"this deployment has {capacity}",
+                code="insufficient_kv_cache",
+            )
+        self._waiting.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out; its blocks are free once nothing of it is in flight."""
+        if sequence.state is SequenceState.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.state is SequenceState.RUNNING:
+            self._running.remove(sequence)
+        sequence.state = SequenceState.FINISHED
+        if not sequence.steps_in_flight:
+            self._release(sequence)
+
+    def returned(self, sequence: Sequence) -> None:
+        """Take a slice of a sequence back from the last stage."""
+        sequence.steps_in_flight -= 1
+        if sequence.state is SequenceState.FINISHED and not sequence.steps_in_flight:
+            self._release(sequence)
+
+    def next_slices(self) -> list[tuple[Sequence, Slice]]:
+        """Choose the next micro-batch; empty when nothing can run before something returns."""
+        self._admit()
+        wanted = [*self._decodes(), *self._prefills()]
+        pieces = ((sequence, self._slice(sequence, num_tokens)) for sequence, num_tokens in wanted)
+        return [(sequence, piece) for sequence, piece in pieces if piece is not None]
+
+    def _admit(self) -> None:
+        committed = sum(self._blocks_for(len(one.token_ids)) - len(one.block_ids) for one in self._running)
+        while self._waiting and len(self._running) < self._config.max_running:
+            needed = self._blocks_for(len(self._waiting[0].token_ids))
+            if committed + needed > len(self._free) and self._running:
+                return
+            committed += needed
+            sequence = self._waiting.popleft()
+            sequence.state = SequenceState.RUNNING
+            self._running.append(sequence)
+
+    def _decodes(self) -> list[tuple[Sequence, int]]:
+        """Return an even share of the decoding sequences, so that no micro-batch waits for another."""
+        decoding = [sequence for sequence in self._running if sequence.is_decoding]
+        share = -(-len(decoding) // self.micro_batches)
+        return [(sequence, 1) for sequence in decoding if sequence.num_pending][:share]
+
+    def _prefills(self) -> list[tuple[Sequence, int]]:
+        """Share a step's prompt tokens out: at least half to the oldest prompt, then short ones first."""
+        prefilling = [sequence for sequence in self._running if not sequence.is_decoding]
+        budget = self._config.prefill_chunk_tokens
+        others = sum(sequence.num_pending for sequence in prefilling[1:])
+        limits = [max(budget // 2, budget - others, 1)]
+        shares = []
+        for sequence in prefilling[:1] + sorted(prefilling[1:], key=lambda one: one.num_pending):
+            limit = limits.pop() if limits else budget
+            num_tokens = min(_chunk(sequence), limit, budget)
+            budget -= num_tokens
+            if num_tokens > 0:
+                shares.append((sequence, num_tokens))
+        return shares
+
+    def _slice(self, sequence: Sequence, num_tokens: int) -> Slice | None:
+        """Give a running sequence blocks for more tokens, as many as there is room for."""
+        if sequence.state is not SequenceState.RUNNING:
+            return None  # it made room for an older one
+        missing = self._blocks_for(sequence.num_scheduled + num_tokens) - len(sequence.block_ids)
+        while missing > len(self._free) and self._preempt_after(sequence):
+            pass
+        sequence.block_ids += [self._free.pop() for _ in range(min(missing, len(self._free)))]
+        room = len(sequence.block_ids) * self._config.block_size - sequence.num_scheduled
+        num_tokens = min(num_tokens, room)
+        if num_tokens <= 0:
+            return None
+        position = sequence.num_scheduled
+        sequence.num_scheduled += num_tokens
+        sequence.steps_in_flight += 1
+        return Slice(
+            sequence_id=sequence.sequence_id,
+            position=position,
+            num_tokens=num_tokens,
+            block_ids=tuple(sequence.block_ids),
+            sample=sequence.num_pending == 0,
+        )
+
+    def _preempt_after(self, sequence: Sequence) -> bool:
+        """Take the blocks of the youngest sequence after this one that has nothing in flight."""
+        for victim in reversed(self._running[self._running.index(sequence) + 1 :]):
+            if victim.block_ids and not victim.steps_in_flight:
+                self._running.remove(victim)
+                self._release(victim)
+                victim.state = SequenceState.WAITING
+                victim.num_scheduled = 0
+                self._waiting.appendleft(victim)
+                return True
+        return False
+
+    def _release(self, sequence: Sequence) -> None:
+        self._free += reversed(sequence.block_ids)
+        sequence.block_ids.clear()
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.block_size)
+
+
+def _chunk(sequence: Sequence) -> int:
+    """Return what may run at once: a chunk is either all computed again or all new."""
+    again = sequence.num_ran - sequence.num_scheduled
+    return min(sequence.num_pending, again) if again > 0 else sequence.num_pending

@@ -1,0 +1,142 @@
+"""The module that stands where a layer's experts were, when some of them are on other nodes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from azu.engine.context import StepContext
+from azu.engine.expert_frames import TokenSlices, decode_answer
+from azu.engine.experts import ExpertLink, HeldExperts, PendingExperts
+from azu.errors import FrameError
+from azu.protocol.topology import ExpertSet
+
+_HERE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class SpreadLayer:
+    """A MoE layer whose experts are not all beside their router.
+
+    `router_bytes` counts what one token activates beside the experts, `expert_bytes` one expert's parameters.
+    """
+
+    layer: int
+    num_experts: int
+    node_id: str
+    router_bytes: int
+    expert_bytes: int
+    expert_sets: tuple[ExpertSet, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Token slices on their way to an expert set; `rows` says where the answer belongs."""
+
+    expert_set: ExpertSet
+    rows: Tensor
+    sent: TokenSlices
+    pending: PendingExperts
+
+
+class SpreadExperts(nn.Module):
+    """Fans routed tokens out to expert sets, runs the local experts meanwhile, merges in a fixed order.
+
+    Takes and gives what an experts module does: hidden [T, H], ids [T, k], weights [T, k] -> [T, H].
+    """
+
+    def __init__(
+        self,
+        spread: SpreadLayer,
+        held: HeldExperts | None,
+        link: ExpertLink,
+        context: StepContext,
+        timeout_s: float,
+    ) -> None:
+        super().__init__()
+        self._spread = spread
+        self._held = held
+        self._module = held.module if held is not None else None
+        self._link = link
+        self._context = context
+        self._timeout_s = timeout_s
+        self._holders = _holders(spread, held)
+
+    def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum [T, H] of every token's experts."""
+        padding = self._context.layout.padding
+        if padding is None:
+            return self._merged(hidden, ids, weights)
+        # Only tokens travel and are paid for, not the padding between them.
+        rows = padding.flatten().nonzero()[:, 0]
+        out = torch.zeros_like(hidden)
+        out[rows] = self._merged(hidden[rows], ids[rows], weights[rows])
+        return out
+
+    def _merged(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        owners = self._owners(ids)
+        # Every call of the layer is on its way before anything here waits or computes.
+        asked = [
+            asked
+            for chosen in self._spread.expert_sets
+            if (asked := self._ask(chosen, owners, hidden, ids, weights)) is not None
+        ]
+        out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        if self._held is not None:
+            out += self._held(hidden, ids.masked_fill(owners != _HERE, -1), weights)
+        self._count(self._spread.node_id, (owners == _HERE).sum(1), router=True)
+        for one in asked:
+            out.index_add_(0, one.rows, self._answer(one, hidden.device).float())
+        return out.to(hidden.dtype)
+
+    def _ask(
+        self, chosen: ExpertSet, owners: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor
+    ) -> _Asked | None:
+        theirs = owners == chosen.index
+        rows = theirs.any(1).nonzero()[:, 0]
+        if not len(rows):
+            return None
+        self._count(chosen.node_id, theirs.sum(1), router=False)
+        sent = TokenSlices(
+            self._context.step,
+            hidden[rows],
+            ids.masked_fill(~theirs, -1)[rows],
+            weights.masked_fill(~theirs, 0)[rows],
+        )
+        return _Asked(chosen, rows, sent, self._link.start(chosen.index, self._spread.layer, sent.encode()))
+
+    def _answer(self, asked: _Asked, device: torch.device) -> Tensor:
+        answer = asked.pending.result(self._timeout_s)
+        try:
+            return decode_answer(answer, asked.sent, device)
+        except FrameError as error:
+            raise FrameError(f"expert set {asked.expert_set.index}: {error.message}") from error
+
+    def _owners(self, ids: Tensor) -> Tensor:
+        """Return who serves each choice [T, k]: an expert set's index or _HERE; replicas share by load."""
+        counts = torch.bincount(ids.flatten(), minlength=self._spread.num_experts).tolist()
+        load = dict.fromkeys((chosen.index for chosen in self._spread.expert_sets), 0)
+        owner = []
+        for expert, count in enumerate(counts):
+            candidates = self._holders[expert]
+            owner.append(min(candidates, key=lambda index: (load.get(index, -1), index)))
+            if owner[-1] != _HERE:
+                load[owner[-1]] += count
+        return torch.tensor(owner, device=ids.device)[ids]
+
+    def _count(self, node_id: str, choices: Tensor, *, router: bool) -> None:
+        extra = self._spread.router_bytes if router else 0
+        self._context.add_work(self._spread.layer, node_id, choices * self._spread.expert_bytes + extra)
+
+
+def _holders(spread: SpreadLayer, held: HeldExperts | None) -> Mapping[int, tuple[int, ...]]:
+    local = held.experts if held is not None else ()
+    holders: dict[int, tuple[int, ...]] = dict.fromkeys(local, (_HERE,))
+    for expert in set(range(spread.num_experts)) - set(local):
+        holders[expert] = tuple(
+            chosen.index for chosen in spread.expert_sets if expert in chosen.experts.get(spread.layer, ())
+        )
+        if not holders[expert]:
+            raise FrameError(f"expert {expert} of layer {spread.layer} is in no expert set")
+    return holders
