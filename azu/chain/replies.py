@@ -63,13 +63,11 @@ class Refusal:
 
     @property
     def nonce_used(self) -> bool:
-        """Whether an action with this nonce was admitted before: maybe this very one."""
-        return "duplicate nonce" in self.reason
+        """Whether an action with this nonce was admitted before, maybe this very one.
 
-    @property
-    def nonce_dead(self) -> bool:
-        """Whether no action with this nonce will ever be admitted again."""
-        return self.reason.startswith("Invalid nonce")
+        No other with the same nonce will be.
+        """
+        return "duplicate nonce" in self.reason or "nonce too low" in self.reason
 
 
 class _Reply(BaseModel):

@@ -7,6 +7,7 @@ import secrets
 import stat
 import time
 from pathlib import Path
+from typing import Any
 
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
@@ -54,16 +55,33 @@ def import_key(path: Path, key: bytes, password: str) -> LocalAccount:
 
 
 def load(path: Path, password: str) -> LocalAccount:
-    """Open a wallet; raises ConfigurationError if it is missing, damaged, readable by others or locked."""
+    """Open a wallet; raises ConfigurationError if its file is bad or the password is not its own."""
+    keystore = _read(path)
+    try:
+        return Account.from_key(Account.decrypt(keystore, password))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"{path} is damaged, or the password is wrong") from error
+
+
+def address_of(path: Path) -> str:
+    """Return a wallet's address; raises ConfigurationError if its file is bad."""
+    try:
+        return parse_address(f"0x{_read(path)['address']}")
+    except (KeyError, InvalidRequest) as error:
+        raise ConfigurationError(f"{path} is damaged") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise ConfigurationError(f"{path} can be read by others; make its mode 0600")
-        return Account.from_key(Account.decrypt(json.loads(content), password))
+        keystore: dict[str, Any] = json.loads(content)
     except FileNotFoundError as error:
-        raise ConfigurationError(f"there is no wallet at {path}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(f"{path} is damaged, or the password is wrong") from error
+        raise ConfigurationError(f"there is no wallet at {path}; `azu wallet new` makes one") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is damaged") from error
+    return keystore
 
 
 def transfer_hype(account: LocalAccount, destination: str, lamports: int, *, chain_url: str) -> str:

@@ -1,0 +1,44 @@
+"""`azu treasury`: the process that holds the platform's key."""
+
+# Bringing an account to life on the chain costs the platform a dollar: it wants to be worth it.
+_NEW_ACCOUNT_FACTOR = 4
+_DEVNET_POLL_S = 0.2
+
+
+def treasury() -> None:
+    """Credit deposits and pay workers until stopped; reads the platform's private key and nothing else does.
+
+    The key comes from SCHEDULER_PRIVATE_KEY or the file that AZU_PRIVATE_KEY_FILE names, the chain from
+    HYPERLIQUID_RPC_URL, the books from REDIS_HOST, REDIS_PORT and REDIS_PASSWORD.
+    """
+    import asyncio
+    import logging
+    import os
+    from dataclasses import replace
+
+    from azu.chain.tokens import network_at
+    from azu.config import Settings, load_network
+    from azu.errors import ConfigurationError
+    from azu.treasury.dues import Threshold
+    from azu.treasury.keys import take_private_key
+    from azu.treasury.process import TreasuryConfig, run
+
+    account = take_private_key(os.environ)
+    settings = Settings.from_environment()
+    if settings.chain_url is None or settings.redis_url is None:
+        raise ConfigurationError("the treasury needs HYPERLIQUID_RPC_URL and REDIS_HOST")
+    if settings.platform_address not in (None, account.address.lower()):
+        raise ConfigurationError("HYPERLIQUID_ADDRESS is not the address of the treasury's key")
+    threshold = load_network(settings.network).policy.payout_threshold_lamports
+    config = TreasuryConfig(
+        redis_url=settings.redis_url,
+        network=network_at(settings.chain_url),
+        account=account,
+        threshold=Threshold(threshold, _NEW_ACCOUNT_FACTOR * threshold),
+    )
+    if config.network.name == "devnet":
+        # The official networks count requests; a local chain does not.
+        config = replace(config, poll_s=_DEVNET_POLL_S, plan_every_s=1.0)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    asyncio.run(run(config, ready=lambda: print("treasury ready", flush=True)))  # noqa: T201

@@ -1,0 +1,81 @@
+"""`azu wallet new|import|show`: the user's key on this machine."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from azu.cli.output import AsJson, show
+from azu.config import Settings
+
+if TYPE_CHECKING:
+    from eth_account.signers.local import LocalAccount
+
+PASSWORD = "AZU_WALLET_PASSWORD"  # noqa: S105 (its name)
+
+KeyFile = Annotated[
+    Path | None, typer.Option("--key-file", help="A file with the key in hex; without it you are asked.")
+]
+
+wallet = typer.Typer(no_args_is_help=True, help="The key that pays, on this machine.")
+
+
+@wallet.command()
+def new(as_json: AsJson = False) -> None:
+    """Make a wallet on this machine, encrypted with a password."""
+    from azu.chain import wallet as keystore
+
+    path = _path(Settings.from_environment().home)
+    account = keystore.create(path, _password(confirm=True))
+    _show(account.address, path, as_json)
+
+
+@wallet.command("import")
+def import_(key_file: KeyFile = None, as_json: AsJson = False) -> None:
+    """Store a private key you have on this machine, encrypted with a password."""
+    from azu.chain import wallet as keystore
+    from azu.errors import InvalidRequest
+
+    text = key_file.read_text() if key_file else typer.prompt("Private key (hex)", hide_input=True, err=True)
+    try:
+        key = bytes.fromhex(text.strip().removeprefix("0x"))
+    except ValueError:
+        raise InvalidRequest("this is not a private key in hex", param="key") from None
+    path = _path(Settings.from_environment().home)
+    _show(keystore.import_key(path, key, _password(confirm=True)).address, path, as_json)
+
+
+@wallet.command("show")
+def show_address(as_json: AsJson = False) -> None:
+    """Show the wallet's address; needs no password."""
+    from azu.chain import wallet as keystore
+
+    path = _path(Settings.from_environment().home)
+    _show(keystore.address_of(path), path, as_json)
+
+
+def unlock(home: Path) -> "LocalAccount":
+    """Return this machine's wallet, opened with AZU_WALLET_PASSWORD or the password that the user types."""
+    from azu.chain import wallet as keystore
+
+    path = _path(home)
+    keystore.address_of(path)  # says what is wrong with the file before a password is asked for
+    return keystore.load(path, _password(confirm=False))
+
+
+def _path(home: Path) -> Path:
+    return home / "wallet.json"
+
+
+def _password(*, confirm: bool) -> str:
+    given = os.environ.get(PASSWORD)
+    if given is not None:
+        return given
+    typed: str = typer.prompt("Wallet password", hide_input=True, confirmation_prompt=confirm, err=True)
+    return typed
+
+
+def _show(address: str, path: Path, as_json: bool) -> None:
+    facts = {"address": address.lower(), "file": str(path)}
+    show(facts, as_json, lambda found: f"{found['address']}  ({found['file']})")

@@ -1,0 +1,107 @@
+"""Who is due a payout, and whether the platform can and should make it now."""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from azu.treasury.ports import Chain, Ledger
+from azu.treasury.watcher import wall_clock_ms
+
+_LOG = logging.getLogger(__name__)
+_EARNED = re.compile(r"worker:(0x[0-9a-f]{40}):earned")
+# Actions of the address's budget that are kept for posting again and for burning nonces.
+_ACTIONS_KEPT = 200
+# Each payout takes one action, and up to two more when things go wrong.
+_ACTIONS_PER_PAYOUT = 3
+_ASK_AGAIN_MS = 600_000
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """What a worker's address is owed."""
+
+    address: str
+    lamports: int
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """From how much on earnings are paid out.
+
+    The first payment to an account that is new to the chain costs the platform a fee in another token: such
+    an account is paid from `new_account_lamports` on.
+    """
+
+    lamports: int
+    new_account_lamports: int
+
+
+class Dues:
+    """Picks who is paid next."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        ledger: Ledger,
+        platform: str,
+        threshold: Threshold,
+        *,
+        now_ms: Callable[[], int] = wall_clock_ms,
+    ) -> None:
+        self._chain = chain
+        self._ledger = ledger
+        self._platform = platform
+        self._threshold = threshold
+        self._now_ms = now_ms
+        # Addresses that cannot be paid for now, with the time to ask about them again.
+        self._passed_over: dict[str, int] = {}
+
+    async def pick(self, open_lamports: Mapping[str, int], max_open: int) -> list[Due]:
+        """Return who is to be paid now, the largest sums first. Raises ChainError.
+
+        `open_lamports` holds the open payouts by address: together there are never more than `max_open`,
+        than the platform's wallet holds, or than the chain's budget of actions for its address bears.
+        """
+        owed = await self._owed(open_lamports)
+        if not owed:
+            return []
+        budget = await self._chain.actions_left(self._platform) - _ACTIONS_KEPT
+        room = min(max_open, budget // _ACTIONS_PER_PAYOUT) - len(open_lamports)
+        funds = await self._chain.spot_balance(self._platform) - sum(open_lamports.values())
+        picked: list[Due] = []
+        for due in owed:
+            if len(picked) >= room:
+                break
+            if due.lamports > funds:
+                _LOG.error("the platform's wallet does not hold what is owed: %s", due)
+                continue
+            if await self._payable(due):
+                picked.append(due)
+                funds -= due.lamports
+        return picked
+
+    def pass_over(self, address: str) -> None:
+        """Leave an address out for a while."""
+        self._passed_over[address] = self._now_ms() + _ASK_AGAIN_MS
+
+    async def _owed(self, open_lamports: Mapping[str, int]) -> list[Due]:
+        now_ms = self._now_ms()
+        self._passed_over = {address: until for address, until in self._passed_over.items() if until > now_ms}
+        owed = []
+        for account, lamports in (await self._ledger.balances()).items():
+            match = _EARNED.fullmatch(account)
+            if match and lamports >= self._threshold.lamports:
+                due = Due(match[1], lamports)
+                if due.address not in open_lamports and due.address not in self._passed_over:
+                    owed.append(due)
+        return sorted(owed, key=lambda due: (-due.lamports, due.address))
+
+    async def _payable(self, due: Due) -> bool:
+        destination = await self._chain.destination(due.address, self._platform)
+        if destination.sanctioned:
+            _LOG.error("the chain bars an address that is owed: %s", due)
+        elif destination.exists or due.lamports >= self._threshold.new_account_lamports:
+            return True
+        self.pass_over(due.address)
+        return False

@@ -1,0 +1,147 @@
+"""The treasury's process: watches deposits, answers claims, makes payouts, until it is told to stop."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from eth_account.signers.local import LocalAccount
+
+from azu.chain.client import ChainClient
+from azu.chain.tokens import Network
+from azu.connection import connect_redis
+from azu.errors import AzuError
+from azu.ledger.redis import RedisLedger
+from azu.treasury.claims import RedisClaims
+from azu.treasury.dues import Dues, Threshold
+from azu.treasury.outbox import Lease
+from azu.treasury.payouts import Patience, Payer
+from azu.treasury.redis import RedisCursor, RedisLease, RedisOutbox
+from azu.treasury.watcher import DepositWatcher
+
+_LOG = logging.getLogger(__name__)
+_CLAIMS_AT_ONCE = 16
+_CLAIMS_EVERY_S = 0.05
+_LONGEST_PAUSE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class TreasuryConfig:
+    """What the treasury runs with. `account` holds the platform's key: nothing prints it.
+
+    `poll_s` is how often the chain is looked at without a claim; `lease_s` how long a signer that died
+    keeps the next one waiting.
+    """
+
+    redis_url: str = field(repr=False)
+    network: Network
+    account: LocalAccount = field(repr=False)
+    threshold: Threshold
+    patience: Patience = field(default_factory=Patience)
+    poll_s: float = 5.0
+    plan_every_s: float = 60.0
+    max_open_payouts: int = 20
+    lease_s: float = 30.0
+
+
+async def run(config: TreasuryConfig, *, ready: Callable[[], None]) -> None:
+    """Run until SIGTERM or SIGINT; calls `ready` once the platform's ledger on the chain was read.
+
+    A chain or a Redis that is away is waited for; everything else ends the process.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    treasury = _Treasury(config)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            duties = [
+                tasks.create_task(_every(config.poll_s, treasury.watch, ready)),
+                tasks.create_task(_every(_CLAIMS_EVERY_S, treasury.answer_claims)),
+                tasks.create_task(_every(config.poll_s, treasury.pay)),
+            ]
+            await stop.wait()
+            for duty in duties:
+                duty.cancel()
+    finally:
+        await treasury.close()
+
+
+class _Treasury:
+    """The three duties over one chain and one Redis."""
+
+    def __init__(self, config: TreasuryConfig) -> None:
+        platform = config.account.address.lower()
+        self._config = config
+        self._redis = connect_redis(config.redis_url)
+        self._chain = ChainClient(config.network)
+        self._ledger = RedisLedger(self._redis)
+        self._claims = RedisClaims(self._redis)
+        self._cursor = RedisCursor(self._redis)
+        self._outbox = RedisOutbox(self._redis)
+        self._lease: Lease = RedisLease(self._redis, ttl_ms=round(config.lease_s * 1000))
+        self._watcher = DepositWatcher(self._chain, self._ledger, self._cursor, platform=platform)
+        self._dues = Dues(self._chain, self._ledger, platform, config.threshold)
+        self._payer = Payer(
+            self._chain,
+            self._ledger,
+            self._outbox,
+            config.account,
+            config.patience,
+            on_refused=self._dues.pass_over,
+        )
+        self._plan_at_s = 0.0
+
+    async def watch(self) -> None:
+        await self._watcher.poll()
+
+    async def answer_claims(self) -> None:
+        waiting = await self._claims.waiting(_CLAIMS_AT_ONCE)
+        answers = (self._answer(tx_hash) for tx_hash in waiting)
+        for outcome in await asyncio.gather(*answers, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
+
+    async def pay(self) -> None:
+        if not await self._lease.hold():
+            return
+        await self._payer.carry_on()
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._plan_at_s:
+            self._plan_at_s = now_s + self._config.plan_every_s
+            since_ms = await self._cursor.read()
+            open_lamports = {payout.address: payout.lamports for payout in await self._outbox.open()}
+            dues = await self._dues.pick(open_lamports, self._config.max_open_payouts)
+            await self._payer.plan(dues, since_ms)
+
+    async def close(self) -> None:
+        try:
+            await self._lease.release()
+        except AzuError as error:
+            _LOG.warning("the signer's lease runs out by itself: %s", error)
+        await self._chain.close()
+        await self._redis.aclose()
+
+    async def _answer(self, tx_hash: str) -> None:
+        await self._claims.answer(tx_hash, await self._watcher.look(tx_hash))
+
+
+async def _every(
+    period_s: float, duty: Callable[[], Awaitable[None]], done_once: Callable[[], None] | None = None
+) -> None:
+    """Do a duty again and again; when the chain or Redis is away, pause longer each time."""
+    pause_s = period_s
+    while True:
+        try:
+            await duty()
+        except AzuError as error:
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+            _LOG.warning("%s is put off for %.1f s: %s", duty.__name__, pause_s, error)
+        else:
+            pause_s = period_s
+            if done_once is not None:
+                done_once()
+                done_once = None
+        await asyncio.sleep(pause_s)

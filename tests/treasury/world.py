@@ -1,0 +1,82 @@
+"""A platform, payers, a real devnet and a real Redis for tests of the treasury."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+
+from azu.chain.client import ChainClient
+from azu.chain.wallet import send_hype
+from azu.connection import connect_redis
+from azu.ledger.accounts import user_available
+from azu.ledger.redis import RedisLedger
+from azu.treasury.claims import RedisClaims
+from azu.treasury.redis import RedisCursor, RedisOutbox
+from azu.treasury.watcher import DepositWatcher
+from azu.units import LAMPORTS_PER_HYPE
+from tests.chain.running import RunningDevnet
+
+FUNDS = 10 * LAMPORTS_PER_HYPE
+
+
+@dataclass(frozen=True)
+class Open:
+    """The treasury's parts over one set of connections."""
+
+    chain: ChainClient
+    ledger: RedisLedger
+    cursor: RedisCursor
+    claims: RedisClaims
+    outbox: RedisOutbox
+    watcher: DepositWatcher
+    platform: LocalAccount
+
+    async def available(self, account: LocalAccount) -> int:
+        return await self.ledger.balance(user_available(account.address.lower()))
+
+    async def pay_platform(self, sender: LocalAccount, lamports: int) -> str:
+        return await send_hype(self.chain, sender, self.platform.address, lamports)
+
+    async def answer_claims(self) -> None:
+        """Answer claims until cancelled, as the treasury's process does."""
+        while True:
+            for tx_hash in await self.claims.waiting(16):
+                await self.claims.answer(tx_hash, await self.watcher.look(tx_hash))
+            await asyncio.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class World:
+    devnet: RunningDevnet
+    redis_url: str
+    platform: LocalAccount = field(default_factory=Account.create)
+
+    def payer(self, lamports: int = FUNDS) -> LocalAccount:
+        account = Account.create()
+        self.devnet.fund(account.address, lamports)
+        return account
+
+    def run(self, scenario: Callable[[Open], Coroutine[Any, Any, None]]) -> None:
+        """Run a scenario with everything open."""
+
+        async def inside() -> None:
+            async with self.open() as parts:
+                await scenario(parts)
+
+        asyncio.run(inside())
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Open]:
+        redis = connect_redis(self.redis_url)
+        chain = ChainClient(self.devnet.network)
+        ledger, cursor = RedisLedger(redis), RedisCursor(redis)
+        watcher = DepositWatcher(chain, ledger, cursor, platform=self.platform.address.lower())
+        try:
+            yield Open(chain, ledger, cursor, RedisClaims(redis), RedisOutbox(redis), watcher, self.platform)
+        finally:
+            await chain.close()
+            await redis.aclose()
