@@ -1,18 +1,19 @@
-"""What a node's device has: live free memory and measured speed."""
+"""What a node's device has: live free memory and measured speed. torch is loaded for a GPU only."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 _COPY_BYTES = 32 * 1024 * 1024
 _MATRIX = 512
+_ROUNDS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpeed:
-    """Measured on the device: how fast weights are read, how fast matrices are multiplied."""
+    """Measured on the device: how fast weights are read, how fast float32 matrices are multiplied."""
 
     memory_bytes_per_s: float
     flops_per_s: float
@@ -22,34 +23,53 @@ class DeviceMeter:
     """Measures one device, "cpu" or "cuda:0". `lent_bytes` is what its owner lends."""
 
     def __init__(self, device: str, lent_bytes: int) -> None:
-        self._device = torch.device(device)
+        self._device = device
         self._lent_bytes = lent_bytes
-        self.speed = measure_speed(self._device)
+        self.speed = _cpu_speed() if device == "cpu" else _gpu_speed(device)
 
     def free_bytes(self) -> int:
         """Return what could be loaded now: on a GPU never more than the card has free, whoever uses it."""
-        if self._device.type != "cuda":
+        if self._device == "cpu":
             return self._lent_bytes
+        import torch  # noqa: PLC0415
+
         free, _ = torch.cuda.mem_get_info(self._device)
         return min(self._lent_bytes, free)
 
 
-def measure_speed(device: torch.device) -> DeviceSpeed:
-    """Measure memory bandwidth by a copy and compute by a product of float32 matrices."""
+def _cpu_speed() -> DeviceSpeed:
+    source = np.zeros(_COPY_BYTES, dtype=np.uint8)
+    target = np.empty_like(source)
+    matrix = np.ones((_MATRIX, _MATRIX), dtype=np.float32)
+    return _speed(lambda: np.copyto(target, source), lambda: matrix @ matrix)
+
+
+def _gpu_speed(device: str) -> DeviceSpeed:
+    import torch  # noqa: PLC0415
+
     source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy_s = _best_s(lambda: target.copy_(source), device)
-    left = torch.ones(_MATRIX, _MATRIX, device=device)
-    product_s = _best_s(lambda: torch.mm(left, left), device)
-    return DeviceSpeed(2 * _COPY_BYTES / copy_s, 2 * _MATRIX**3 / product_s)
+    matrix = torch.ones(_MATRIX, _MATRIX, device=device)
+
+    def finished(work: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            work()
+            torch.cuda.synchronize(device)
+
+        return run
+
+    return _speed(finished(lambda: target.copy_(source)), finished(lambda: matrix @ matrix))
 
 
-def _best_s(work: Callable[[], object], device: torch.device, rounds: int = 4) -> float:
+def _speed(copy: Callable[[], object], product: Callable[[], object]) -> DeviceSpeed:
+    # A copy reads and writes every byte.
+    return DeviceSpeed(2 * _COPY_BYTES / _best_s(copy), 2 * _MATRIX**3 / _best_s(product))
+
+
+def _best_s(work: Callable[[], object]) -> float:
     best = float("inf")
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)
     return best

@@ -1,9 +1,8 @@
 """StageRunner: one stage of a model, from the bytes that arrive to the bytes that leave."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,41 +14,13 @@ from azu.engine.experts import ExpertLink, HeldExperts
 from azu.engine.kv import PagedKV
 from azu.engine.layout import Layout, LayoutBuilder
 from azu.engine.sampler import Sampler
+from azu.engine.spec import Handoff, StageSpec
 from azu.engine.spread import SpreadExperts, SpreadLayer
 from azu.engine.stage import BuiltStage, build_stage
 from azu.engine.tensors import dtype_name, payload_of, tensor_of
 from azu.errors import FrameError
 from azu.protocol.frame import Frame, FrameRow
 from azu.protocol.step import ExpertWork, StepBatch, StepResult
-from azu.protocol.structure import Structure
-from azu.protocol.topology import ExpertSet, Stage
-
-
-@dataclass(frozen=True, slots=True)
-class StageSpec:
-    """All that a stage is built from. `shard_paths` maps the names of its shards to files on this node.
-
-    `num_blocks` of `block_size` tokens is its KV capacity; `expert_sets` are those of the whole topology.
-    """
-
-    structure: Structure
-    stage: Stage
-    epoch: int
-    num_blocks: int
-    block_size: int
-    shard_paths: Mapping[str, Path]
-    config_folder: Path
-    device: str
-    expert_sets: tuple[ExpertSet, ...] = ()
-    expert_timeout_s: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Handoff:
-    """What the next stage is given."""
-
-    batch: StepBatch
-    frame: bytes
 
 
 class StageRunner:
