@@ -1,6 +1,6 @@
 """How well a model knows the questions: what it answers, and by how much it prefers its tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +29,15 @@ def chat_prompt(tokenizer: PreTrainedTokenizerFast, question: str) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def generate_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
-    """Return the text that follows a prompt under the model's own generation config, EOS included."""
-    inputs = tokenizer(prompt, return_tensors="pt")
-    ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]))
+def generate_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]
+) -> list[str]:
+    """Return what follows each prompt under the model's own generation config, EOS included."""
+    inputs = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)[:, inputs["input_ids"].shape[1] :]
+    return [
+        tokenizer.decode([token for token in row if token != tokenizer.pad_token_id]) for row in ids.tolist()
+    ]
 
 
 @torch.inference_mode()
