@@ -1,13 +1,13 @@
 """A model on the Hugging Face Hub; its library heeds HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from httpx2 import HTTPError
-from huggingface_hub import HfApi, RepoFile, get_session, resolve_revision, snapshot_download
+from huggingface_hub import HfApi, get_session, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -44,14 +44,14 @@ class HubSource:
     def weights(self, progress: Callable[[int, int], None]) -> Path:
         """Download the weight files that are not in the cache yet, nothing else."""
         with _hub_errors(self.model_id):
-            folder = snapshot_download(
+            folder = _download(
                 self.model_id,
-                revision=self.revision,
-                allow_patterns=list(self.weight_names),
-                tqdm_class=_reporting(lambda done: progress(min(done, self.weight_bytes), self.weight_bytes)),
+                self.revision,
+                self.weight_names,
+                lambda done: progress(min(done, self.weight_bytes), self.weight_bytes),
             )
         progress(self.weight_bytes, self.weight_bytes)
-        return Path(folder)
+        return folder
 
 
 def find_on_hub(model_id: str, revision: str | None) -> HubSource:
@@ -67,39 +67,50 @@ def find_on_hub(model_id: str, revision: str | None) -> HubSource:
         raise InvalidRequest(f"{model_id!r} is no model id", param="model") from error
     get_session().timeout = _REPLY_TIMEOUT_S
     with _hub_errors(model_id):
-        commit = resolve_revision(model_id, revision=revision).resolved
+        commit = HfApi().resolve_revision(model_id, revision=revision).resolved
         listing = _listing(model_id, commit)
-        if listing is not None and CONFIG_FILE not in listing:
-            raise BrokenCheckpoint(f"{model_id} has no {CONFIG_FILE}")
-        if (
-            listing is not None
-            and sum(listing.get(name, 0) for name in _DESCRIPTION_FILES) > _MAX_DESCRIPTION_BYTES
-        ):
-            raise BrokenCheckpoint(
-                f"{model_id}: config and tokenizer are larger than {_MAX_DESCRIPTION_BYTES} bytes"
-            )
-        folder = Path(snapshot_download(model_id, revision=commit, allow_patterns=list(_DESCRIPTION_FILES)))
-    if listing is None:
-        listing = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-    names = weight_files(folder, listing)
-    for name in names:
-        if name not in listing:
-            raise BrokenCheckpoint(f"{model_id} has no {name}, which its index names")
-    size = sum(listing[name] for name in names)
-    return HubSource(model_id, commit, folder, names, size)
+        if listing is not None:
+            _refuse_unfit(model_id, listing)
+        folder = _download(model_id, commit, _DESCRIPTION_FILES)
+    present = listing or {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    names = weight_files(folder, present)
+    missing = [name for name in names if name not in present]
+    if missing and listing is None:
+        raise Unavailable(f"the Hub cannot be reached, and {model_id} is not whole in the cache")
+    if missing:
+        raise BrokenCheckpoint(f"{model_id} has no {missing[0]}, which its {INDEX_FILE} names")
+    return HubSource(model_id, commit, folder, names, sum(present[name] for name in names))
+
+
+def _refuse_unfit(model_id: str, listing: Mapping[str, int]) -> None:
+    """Refuse what need not even be downloaded to be described."""
+    if CONFIG_FILE not in listing:
+        raise BrokenCheckpoint(f"{model_id} has no {CONFIG_FILE}")
+    if sum(listing.get(name, 0) for name in _DESCRIPTION_FILES) > _MAX_DESCRIPTION_BYTES:
+        raise BrokenCheckpoint(f"{model_id}: config and tokenizer exceed {_MAX_DESCRIPTION_BYTES} bytes")
 
 
 def _listing(model_id: str, commit: str) -> Mapping[str, int] | None:
     """Return the sizes of the repository's files by name, or None when the Hub cannot be reached."""
     try:
-        entries = HfApi().list_repo_tree(model_id, revision=commit)
-        return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+        info = HfApi().model_info(model_id, revision=commit, files_metadata=True, timeout=_REPLY_TIMEOUT_S)
+        return {file.rfilename: file.size for file in info.siblings or () if file.size is not None}
     except HfHubHTTPError as error:
         if error.response.status_code < 500:
             raise
         return None
     except (HTTPError, OfflineModeIsEnabled):
         return None
+
+
+def _download(
+    model_id: str, commit: str, names: Sequence[str], report: Callable[[int], None] | None = None
+) -> Path:
+    return Path(
+        snapshot_download(
+            model_id, revision=commit, allow_patterns=list(names), tqdm_class=_reporting(report)
+        )
+    )
 
 
 @contextmanager
@@ -111,11 +122,15 @@ def _hub_errors(model_id: str) -> Iterator[None]:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ModelNotFound(f"the Hub has no such model or revision: {model_id}", param="model") from error
     except (RevisionResolutionError, LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError) as error:
+        if is_offline_mode():
+            raise ModelNotFound(
+                f"{model_id} is not in the cache, and HF_HUB_OFFLINE is set", param="model"
+            ) from error
         raise Unavailable(f"the Hub cannot be reached, and {model_id} is not in the cache") from error
 
 
-def _reporting(report: Callable[[int], None]) -> type[hub_tqdm]:
-    """Return a progress bar that shows nothing and reports the bytes of all files together."""
+def _reporting(report: Callable[[int], None] | None) -> type[hub_tqdm]:
+    """Return a progress bar that shows nothing but reports the bytes of all files together."""
     done = 0
 
     class Reporting(hub_tqdm):
@@ -125,7 +140,7 @@ def _reporting(report: Callable[[int], None]) -> type[hub_tqdm]:
 
         def update(self, n: float | None = 1) -> bool | None:
             nonlocal done
-            if self._counts_bytes:
+            if report is not None and self._counts_bytes:
                 done += int(n or 0)
                 report(done)
             return None

@@ -1,12 +1,16 @@
 """How far a model is, for everybody who waits for it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from pydantic import ConfigDict, TypeAdapter
+from redis import RedisError
 
 from azu.connection import connect_redis_sync
+from azu.errors import Unavailable
 
 
 class ModelState(StrEnum):
@@ -45,21 +49,31 @@ class ModelStatusStore(Protocol):
 
 
 class RedisModelStatus:
-    """Model status in Redis, one key per model id."""
+    """Model status in Redis, one key per model id; raises Unavailable when Redis does not answer."""
 
     def __init__(self, url: str) -> None:
         self._redis = connect_redis_sync(url)
 
     def put(self, status: ModelStatus) -> None:
         """Replace the model's status."""
-        self._redis.set(_key(status.model_id), _ADAPTER.dump_json(status))
+        with _redis_errors():
+            self._redis.set(_key(status.model_id), _ADAPTER.dump_json(status))
 
     def get(self, model_id: str) -> ModelStatus:
         """Return the model's status, UNKNOWN for one never heard of."""
-        content = self._redis.get(_key(model_id))
+        with _redis_errors():
+            content = self._redis.get(_key(model_id))
         if content is None:
             return ModelStatus(model_id=model_id, revision="", state=ModelState.UNKNOWN)
         return _ADAPTER.validate_json(content)
+
+
+@contextmanager
+def _redis_errors() -> Iterator[None]:
+    try:
+        yield
+    except RedisError as error:
+        raise Unavailable(f"the Redis that keeps the models' status did not answer: {error}") from error
 
 
 def _key(model_id: str) -> str:
