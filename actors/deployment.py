@@ -16,8 +16,8 @@ from actors.link import as_azu_error
 from actors.pipeline import Pipeline
 from actors.placement import actor_name, release, reserve, start_in_group, start_on_head
 from azu.config import ControlConfig
-from azu.engine.runner import StageSpec
 from azu.engine.scheduler import SchedulerConfig
+from azu.engine.spec import StageSpec
 from azu.lifecycle.ports import Ran, Route
 from azu.protocol.job import Job, Placement
 from azu.protocol.node import Node

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from azu.engine.experts import ExpertRunner
 from azu.protocol.structure import Structure
+
+if TYPE_CHECKING:
+    from azu.engine.experts import ExpertRunner
 
 
 class ExpertActor:
@@ -22,6 +25,8 @@ class ExpertActor:
         device: str,
     ) -> None:
         """Map the experts' shards."""
+        from azu.engine.experts import ExpertRunner
+
         self._runner = ExpertRunner(structure, experts, shard_paths, config_folder, device)
 
     def run(self, layer: int, request: bytes) -> bytes:

@@ -1,13 +1,17 @@
 """LayerActor: one stage of a model on one node."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ray.actor import ActorHandle
 
 from actors.link import Acknowledgements, RayExpertLink
-from azu.engine.runner import Handoff, StageRunner, StageSpec
+from azu.engine.spec import Handoff, StageSpec
 from azu.errors import AzuError
 from azu.protocol.step import StepBatch
+
+if TYPE_CHECKING:
+    from azu.engine.runner import StageRunner
 
 
 class LayerActor:
@@ -25,6 +29,9 @@ class LayerActor:
         ack_timeout_s: float,
     ) -> None:
         """Map the stage's shards and learn where its hidden states go."""
+        # torch is imported here: whoever only places this actor does without it.
+        from azu.engine.runner import StageRunner
+
         self._runner = StageRunner(spec, RayExpertLink(expert_sets) if expert_sets else None)
         self._index = spec.stage.index
         self._next = next_stage

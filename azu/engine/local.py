@@ -14,8 +14,9 @@ from azu.engine import sequence as engine_sequence
 from azu.engine.accounting import Work
 from azu.engine.experts import ExpertRunner
 from azu.engine.pipeline import EnginePipeline, SequenceUpdate
-from azu.engine.runner import Handoff, StageRunner, StageSpec
+from azu.engine.runner import StageRunner
 from azu.engine.scheduler import SchedulerConfig
+from azu.engine.spec import Handoff, StageSpec
 from azu.errors import DeadlineExceeded, InternalError
 from azu.protocol.job import FinishReason
 from azu.protocol.sampling import SamplingParams

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from azu.architecture import Architecture, describe
+from azu import architecture
+from azu.architecture.description import Architecture
 from azu.errors import AzuError, InvalidRequest, NotFound, Unavailable
 from azu.protocol.structure import STRUCTURE_FILE, Shard, Structure
 from azu.registry.report import Report
@@ -171,7 +172,7 @@ def _describe(source: Source) -> ModelDescription:
     return ModelDescription(
         model_id=source.model_id,
         revision=source.revision,
-        architecture=describe(source.folder),
+        architecture=architecture.describe(source.folder),  # loads torch, so only now
         files={name: contained_file(source.folder, name).read_bytes() for name in names},
     )
 
