@@ -44,9 +44,11 @@ class Open:
     async def answer_claims(self) -> None:
         """Answer claims until cancelled, as the treasury's process does."""
         while True:
-            for tx_hash in await self.claims.waiting(16):
-                await self.claims.answer(tx_hash, await self.watcher.look(tx_hash))
+            await asyncio.gather(*(self._answer(tx_hash) for tx_hash in await self.claims.waiting(16)))
             await asyncio.sleep(0.01)
+
+    async def _answer(self, tx_hash: str) -> None:
+        await self.claims.answer(tx_hash, await self.watcher.look(tx_hash))
 
 
 @dataclass(frozen=True)
