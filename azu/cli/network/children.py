@@ -1,6 +1,7 @@
 """Children that stand and fall together: started, waited for, started again, stopped."""
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,10 +63,13 @@ class Children:
                 raise DeadlineExceeded(f"{name} was not ready in {timeout_s:.0f} s: {child.last_words()}")
             time.sleep(_POLL_S)
 
-    def line(self, name: str, start: str) -> str | None:
-        """Return the first line that a child printed beginning with `start`, None before it did."""
-        lines = self._living[name].output().splitlines(keepends=True)
-        return next((line.strip() for line in lines if line.startswith(start) and line.endswith("\n")), None)
+    def wait_until_said(self, name: str, pattern: str, timeout_s: float) -> None:
+        """Wait until a child has printed a line that matches; raises as `wait_until` does."""
+        self.wait_until(name, lambda: self.said(name, pattern), timeout_s)
+
+    def said(self, name: str, pattern: str) -> bool:
+        """Say whether a child has printed a line that matches since it was last started."""
+        return re.search(pattern, self._living[name].output(), re.MULTILINE) is not None
 
     def pid(self, name: str) -> int:
         """Return a child's process id."""

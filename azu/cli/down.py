@@ -1,0 +1,16 @@
+"""`azu down`: stop the network that `azu up` runs on this machine."""
+
+from azu.cli.output import console
+
+_TIMEOUT_S = 60.0
+
+
+def down() -> None:
+    """Stop the network that runs out of AZU_HOME, and everything it started."""
+    from azu.cli.network.running import stop_running
+    from azu.config import Settings
+
+    home = Settings.from_environment().home
+    with console.status(f"Stopping the network in {home}"):
+        stop_running(home, _TIMEOUT_S)
+    console.print("[green]✓[/] stopped")

@@ -1,0 +1,89 @@
+"""The chain and the treasury beside a network: the configured ones, or a devnet with play money."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from azu.cli.network.children import Children
+from azu.cli.network.ports import free_port
+from azu.cli.network.processes import Command
+from azu.cli.private_file import write_private
+from azu.config import Settings
+from azu.errors import ConfigurationError
+
+DEVNET = "devnet"
+TREASURY = "treasury"
+# What they print once they are.
+DEVNET_READY = r"^devnet ready "
+TREASURY_READY = r"^treasury ready$"
+_KEY = "SCHEDULER_PRIVATE_KEY"
+_KEY_FILE = "AZU_PRIVATE_KEY_FILE"
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Where the chain is, who the platform is there, and how its treasury finds the platform's key."""
+
+    url: str
+    platform_address: str
+    is_devnet: bool
+    treasury_key: Mapping[str, str] = field(repr=False)
+
+
+def choose_chain(settings: Settings) -> Chain:
+    """Return the configured chain, or a devnet on a free port whose platform key is made here once.
+
+    The key of a configured chain is not read, only handed to the treasury. Raises ConfigurationError when it
+    or the platform's address is missing.
+    """
+    if settings.chain_url is None:
+        return _devnet(settings)
+    key = {name: os.environ[name] for name in (_KEY, _KEY_FILE) if name in os.environ}
+    if settings.platform_address is None or not key:
+        raise ConfigurationError(f"a chain needs HYPERLIQUID_ADDRESS, and {_KEY} or {_KEY_FILE}")
+    return Chain(settings.chain_url, settings.platform_address, is_devnet=False, treasury_key=key)
+
+
+def start_devnet(children: Children, chain: Chain) -> None:
+    """Start the devnet; it may not answer yet, see DEVNET_READY."""
+    port = str(urlsplit(chain.url).port)
+    children.start(Command(DEVNET, _azu("devnet", "--port", port), _without_keys(), restart=True))
+
+
+def start_treasury(children: Children, settings: Settings, chain: Chain, redis_url: str) -> None:
+    """Start the treasury, the only process that gets the platform's key."""
+    redis = urlsplit(redis_url)
+    environment = _without_keys() | {
+        "HYPERLIQUID_RPC_URL": chain.url,
+        "HYPERLIQUID_ADDRESS": chain.platform_address,
+        "REDIS_HOST": redis.hostname or "",
+        "REDIS_PORT": str(redis.port),
+        "AZU_HOME": str(settings.home),
+        "AZU_NETWORK": str(settings.network or ""),
+        **chain.treasury_key,
+    }
+    if redis.password:
+        environment["REDIS_PASSWORD"] = redis.password
+    children.start(Command(TREASURY, _azu("treasury"), environment, restart=True))
+
+
+def _devnet(settings: Settings) -> Chain:
+    from eth_account import Account
+
+    # A key of its own: what is signed for a devnet is valid on the testnet too.
+    path = settings.home / "devnet.key"
+    if not path.exists():
+        write_private(path, Account.create().key.hex())
+    address = Account.from_key(path.read_text()).address.lower()
+    url = f"http://127.0.0.1:{free_port()}"
+    return Chain(url, address, is_devnet=True, treasury_key={_KEY_FILE: str(path)})
+
+
+def _azu(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "azu.cli", *arguments)
+
+
+def _without_keys() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in (_KEY, _KEY_FILE)}

@@ -1,0 +1,163 @@
+"""A whole network on this machine: Redis, chain, treasury, Ray nodes, control plane, ingress."""
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+from azu.cli.network.chain import (
+    DEVNET,
+    DEVNET_READY,
+    TREASURY,
+    TREASURY_READY,
+    Chain,
+    choose_chain,
+    start_devnet,
+    start_treasury,
+)
+from azu.cli.network.children import Children
+from azu.cli.network.ports import free_port
+from azu.cli.network.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment, socket_folder
+from azu.cli.network.redis_server import start_redis, wait_for_redis
+from azu.cli.network.running import running_in
+from azu.cli.network.serving import control_config, local_url, served, wait_until_healthy
+from azu.cli.network.tickets import Ticket
+from azu.cli.private_file import write_private
+from azu.config import LocalWorker, NetworkFile, Settings, load_network
+from azu.errors import Unavailable
+from azu.units import hype_from_lamports
+
+Progress = Callable[[str], None]
+_HTTP_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class LocalNetwork:
+    """A running network and how to reach it."""
+
+    url: str
+    redis_url: str = field(repr=False)
+    chain_url: str
+    platform_address: str
+    admin_key: str = field(repr=False)
+    ticket: Ticket = field(repr=False)
+    _groups: tuple[Children, ...] = field(repr=False)
+
+    def fund(self, address: str, lamports: int) -> None:
+        """Give an address HYPE from the devnet's faucet."""
+        import httpx
+
+        body = {"address": address, "amount": hype_from_lamports(lamports)}
+        httpx.post(f"{self.chain_url}/devnet/fund", json=body, timeout=_HTTP_TIMEOUT_S).raise_for_status()
+
+    def revive(self) -> list[str]:
+        """Start again which processes died, and return their names.
+
+        Raises Unavailable when Ray's head died: with it went what the network knew in memory.
+        """
+        if any(HEAD in group.ended() for group in self._groups):
+            raise Unavailable(f"{HEAD} ended; start the network again")
+        return [name for group in self._groups for name in group.revive()]
+
+
+@contextmanager
+def demo_network(home: Path, progress: Progress) -> Iterator[LocalNetwork]:
+    """Run the demo's network in a folder of its own, whatever else this machine is set up for."""
+    settings = Settings.from_environment().model_copy(
+        update={
+            "home": home,
+            "network": Path(str(files("configs") / "demo.yaml")),
+            "http_host": "127.0.0.1",
+            "http_port": free_port(),
+            "domain": None,
+            "chain_url": None,
+            "redis_host": None,
+        }
+    )
+    with local_network(settings, load_network(settings.network), progress) as network:
+        yield network
+
+
+@contextmanager
+def local_network(
+    settings: Settings,
+    file: NetworkFile,
+    progress: Progress,
+    *,
+    ip: str | None = None,
+    dashboard: bool = False,
+) -> Iterator[LocalNetwork]:
+    """Run a network until the context is left; everything it started is gone then.
+
+    `ip` is the address that other machines reach this one at. Raises Conflict when a network runs in the same
+    home, Unavailable or DeadlineExceeded with the last words of the process that did not come up.
+    """
+    logs, timeout_s = settings.home / "logs", file.policy.timeouts.start_s
+    token_path, token = settings.home / "ray-token", secrets.token_hex(32)
+    with (
+        running_in(settings.home),
+        socket_folder(settings.home / "ray") as ray_folder,
+        Children(logs) as services,
+        Children(logs) as treasury,
+        Children(logs) as nodes,
+    ):
+        progress("Starting Redis, the chain and Ray")
+        write_private(token_path, token)
+        head = _start_nodes(nodes, RayHost(ray_folder, token_path, ip), file.workers, dashboard=dashboard)
+        chain = choose_chain(settings)
+        redis_url = _start_books(services, treasury, settings, chain, timeout_s)
+        for name in (HEAD, *(worker.name for worker in file.workers)):
+            nodes.wait_until_said(name, STARTED, timeout_s)
+        admin_key = settings.admin_key.get_secret_value() if settings.admin_key else _new_admin_key()
+        config = control_config(
+            settings, file.policy, chain, redis_url, settings.http_port or free_port(), admin_key
+        )
+        progress("Starting the control plane")
+        with served(config, head, driver_environment(token_path)) as address:
+            network = LocalNetwork(
+                url=local_url(config),
+                redis_url=redis_url,
+                chain_url=chain.url,
+                platform_address=chain.platform_address,
+                admin_key=admin_key,
+                ticket=Ticket(address=address, token=token),
+                _groups=(services, treasury, nodes),
+            )
+            progress("Waiting until it serves")
+            wait_until_healthy(network.url, timeout_s, network.revive)
+            yield network
+
+
+def _start_nodes(nodes: Children, host: RayHost, workers: Sequence[LocalWorker], *, dashboard: bool) -> str:
+    """Start all Ray nodes at once, the workers wait for their head; returns its address."""
+    port = free_port()
+    head = f"{host.ip or '127.0.0.1'}:{port}"
+    nodes.start(host.head(port, dashboard=dashboard))
+    for worker in workers:
+        cuda_device = None if worker.device == "cpu" else worker.device.removeprefix("cuda:")
+        nodes.start(host.worker(head, Worker(worker.name, worker.vram, worker.payout, cuda_device)))
+    return head
+
+
+def _start_books(
+    services: Children, treasury: Children, settings: Settings, chain: Chain, timeout_s: float
+) -> str:
+    """Start the treasury, and the Redis and devnet that are not configured; returns Redis's URL."""
+    if chain.is_devnet:
+        start_devnet(services, chain)
+    redis_url = settings.redis_url
+    if redis_url is None:
+        redis = start_redis(services, settings.home / "redis")
+        wait_for_redis(services, redis, timeout_s)
+        redis_url = redis.url
+    if chain.is_devnet:
+        services.wait_until_said(DEVNET, DEVNET_READY, timeout_s)
+    start_treasury(treasury, settings, chain, redis_url)
+    treasury.wait_until_said(TREASURY, TREASURY_READY, timeout_s)
+    return redis_url
+
+
+def _new_admin_key() -> str:
+    return f"azu-admin-{secrets.token_urlsafe(32)}"

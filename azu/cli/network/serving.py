@@ -1,0 +1,90 @@
+"""The control plane and the ingress on a cluster whose nodes are up."""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from azu.cli.network.chain import Chain
+from azu.config import ControlConfig, NetworkPolicy, Settings
+from azu.errors import DeadlineExceeded
+
+_POLL_S = 0.1
+
+
+def control_config(
+    settings: Settings, policy: NetworkPolicy, chain: Chain, redis_url: str, http_port: int, admin_key: str
+) -> ControlConfig:
+    """Return what the control plane has to know of its network."""
+    return ControlConfig(
+        redis_url=redis_url,
+        home=settings.home,
+        http_host=settings.http_host,
+        http_port=http_port,
+        domain=settings.domain or f"{settings.http_host}:{http_port}",
+        policy=policy,
+        admin_key_sha256=hashlib.sha256(admin_key.encode()).hexdigest(),
+        platform_address=chain.platform_address,
+        chain_url=chain.url,
+        model_roots=settings.model_roots,
+        max_model_bytes=settings.max_model_bytes,
+        hf_token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+    )
+
+
+@contextmanager
+def served(config: ControlConfig, head: str, environment: Mapping[str, str]) -> Iterator[str]:
+    """Start the control plane in the cluster at `head`, and stay connected to it for the length of the block.
+
+    Yields the address ("host:port") that the cluster's head is known by.
+    """
+    with _environment(environment):
+        import ray
+
+        from actors import control
+        from deployments import app
+
+        ray.init(head, namespace="azu", log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            control.start(config)
+            app.start(config)
+            yield ray.get_runtime_context().gcs_address
+        finally:
+            ray.shutdown()
+
+
+def local_url(config: ControlConfig) -> str:
+    """Return where the ingress is found from this machine."""
+    host = "127.0.0.1" if config.http_host in ("0.0.0.0", "::") else config.http_host
+    return f"http://{host}:{config.http_port}"
+
+
+def wait_until_healthy(url: str, timeout_s: float, meanwhile: Callable[[], object]) -> None:
+    """Wait until the ingress at `url` takes prompts, calling `meanwhile` between two looks."""
+    from azu.client import Client
+
+    client = Client(url)
+    deadline = time.monotonic() + timeout_s
+    while not client.healthy():
+        meanwhile()
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(f"the network did not serve in {timeout_s:.0f} s")
+        time.sleep(_POLL_S)
+    client.close()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process for the length of the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

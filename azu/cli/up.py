@@ -1,0 +1,108 @@
+"""`azu up`: a network on this machine that others can join."""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from azu.cli.output import AsJson, show
+
+if TYPE_CHECKING:
+    from azu.cli.network.local_network import LocalNetwork
+    from azu.config import LocalWorker
+
+_WATCH_S = 1.0
+
+Workers = Annotated[int, typer.Option(min=0, max=64, help="Workers to start on this machine.")]
+Vram = Annotated[str, typer.Option(help="What each of them lends, in whole MiB.")]
+Payout = Annotated[str | None, typer.Option(help="Who is paid for them; a devnet's play money needs nobody.")]
+File = Annotated[Path | None, typer.Option(help="A network file; see configs/network.yaml.")]
+Ip = Annotated[str | None, typer.Option(help="The address at which other machines reach this one.")]
+Dashboard = Annotated[bool, typer.Option(help="Start Ray's dashboard too.")]
+
+
+def up(
+    workers: Workers = 0,
+    vram: Vram = "2GiB",
+    payout: Payout = None,
+    network: File = None,
+    ip: Ip = None,
+    dashboard: Dashboard = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a network on this machine until Ctrl-C or `azu down`; prints its address, ticket and admin key."""
+    from azu.cli.demo.show import Narrator
+    from azu.cli.network.interrupts import ending_as_interrupt
+    from azu.cli.network.local_network import local_network
+    from azu.config import Settings, load_network
+
+    settings = Settings.from_environment()
+    if network is not None:
+        settings = settings.model_copy(update={"network": network.absolute()})
+    file = load_network(settings.network)
+    own = _workers(workers, vram, payout, play_money=settings.chain_url is None)
+    file = file.model_copy(update={"workers": (*file.workers, *own)})
+    with ExitStack() as stack:
+        stack.enter_context(ending_as_interrupt())
+        with Narrator(quiet=as_json).steps() as step:
+            running = stack.enter_context(local_network(settings, file, step, ip=ip, dashboard=dashboard))
+        show(_facts(running), as_json, _panel)
+        _watch(running)
+
+
+def _workers(number: int, vram: str, payout: str | None, *, play_money: bool) -> "list[LocalWorker]":
+    """Return workers of this machine, on its GPUs as far as there are any."""
+    from pydantic import ValidationError
+
+    from azu.cli.network.gpus import cuda_devices
+    from azu.config import LocalWorker
+    from azu.config.fields import refused
+    from azu.errors import ConfigurationError
+
+    if number and payout is None and not play_money:
+        raise ConfigurationError("say with --payout who is paid for this machine's workers", param="payout")
+    gpus = len(cuda_devices()) if number else 0
+    try:
+        return [
+            LocalWorker(
+                name=f"worker-{index}",
+                vram=vram,
+                payout=payout or f"0x{index + 1:040x}",
+                device=f"cuda:{index}" if index < gpus else "cpu",
+            )
+            for index in range(number)
+        ]
+    except ValidationError as error:
+        raise refused(error) from error
+
+
+def _facts(running: "LocalNetwork") -> dict[str, Any]:
+    return {
+        "url": running.url,
+        "chain_url": running.chain_url,
+        "platform_address": running.platform_address,
+        "admin_key": running.admin_key,
+        "ticket": running.ticket.encode(),
+    }
+
+
+def _panel(facts: dict[str, str]) -> Panel:
+    grid = Table.grid(padding=(0, 2))
+    for name in ("url", "chain_url", "platform_address", "admin_key"):
+        grid.add_row(name.replace("_", " "), facts[name])
+    grid.add_row("to join", f"azu join {facts['ticket']} --vram 8GiB --payout 0x...")
+    grid.add_row("", "[dim]whoever joins can run code here: give the ticket to people you trust[/]")
+    return Panel(grid, title="azu is up; Ctrl-C or `azu down` stops it", title_align="left", expand=False)
+
+
+def _watch(running: "LocalNetwork") -> None:
+    console = Console(stderr=True, highlight=False)
+    while True:
+        for name in running.revive():
+            console.print(f"[yellow]{name} had ended and was started again[/]")
+        time.sleep(_WATCH_S)
