@@ -1,6 +1,5 @@
 """The registry: models by id, described before they are paid for and cut once for the whole network."""
 
-import hashlib
 import re
 import threading
 import time
@@ -11,12 +10,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from azu import architecture
+import azu.architecture
 from azu.architecture.description import Architecture
 from azu.errors import AzuError, InvalidRequest, NotFound, Unavailable
 from azu.protocol.structure import STRUCTURE_FILE, Shard, Structure
 from azu.registry.report import Report
-from azu.registry.sources import Source, find
+from azu.registry.sources import Source, find, folder_name
 from azu.registry.status import ModelStatusStore
 from azu.sharding.checkpoint import MODEL_FILES, contained_file
 from azu.sharding.cut import cut
@@ -162,9 +161,7 @@ class Registry:
     def _folder(self, model_id: str, revision: str) -> Path:
         if not _REVISION.fullmatch(revision):
             raise InvalidRequest(f"{revision!r} is no commit", param="revision")
-        # The hash keeps apart what the readable part cannot.
-        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", model_id).strip("-.")[-64:]
-        return self._root / f"{readable}-{hashlib.sha256(model_id.encode()).hexdigest()[:16]}" / revision
+        return self._root / folder_name(model_id) / revision
 
 
 def _describe(source: Source) -> ModelDescription:
@@ -172,7 +169,7 @@ def _describe(source: Source) -> ModelDescription:
     return ModelDescription(
         model_id=source.model_id,
         revision=source.revision,
-        architecture=architecture.describe(source.folder),  # loads torch, so only now
+        architecture=azu.architecture.describe(source.folder),  # loads torch, so only now
         files={name: contained_file(source.folder, name).read_bytes() for name in names},
     )
 

@@ -1,5 +1,6 @@
 """Where a model id leads: a built-in model, a folder under an allowed root, or the Hugging Face Hub."""
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -14,6 +15,7 @@ _BUILT_IN = re.compile(r"azu/([a-z0-9]+(?:-[a-z0-9]+)*)")
 # What Git and the Hub allow, less what could leave a folder.
 _REVISION = re.compile(r"[A-Za-z0-9_]+(?:[./-][A-Za-z0-9_]+)*")
 _MAX_ID_CHARS = 512
+_MAX_READABLE_CHARS = 64
 
 
 class Source(Protocol):
@@ -54,6 +56,12 @@ def find(model_id: str, revision: str | None, roots: Sequence[Path]) -> Source:
     if model_id.startswith("azu/"):
         return FolderSource.find(model_id, _built_in(model_id), revision)
     return find_on_hub(model_id, revision)
+
+
+def folder_name(model_id: str) -> str:
+    """Return the name of the folder that a model's revisions lie in: readable, and another for every id."""
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", model_id).strip("-.")[-_MAX_READABLE_CHARS:]
+    return f"{readable}-{hashlib.sha256(model_id.encode()).hexdigest()[:16]}"
 
 
 def _built_in(model_id: str) -> Path:
