@@ -31,3 +31,5 @@ class Architecture:
     embed_parameters: int
     head_parameters: int
     eos_token_ids: tuple[int, ...]
+    # A sequence that grows past this many tokens is computed anew: all its positions change (longrope).
+    restart_length: int | None = None

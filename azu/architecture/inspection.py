@@ -57,6 +57,7 @@ def describe(config_folder: Path) -> Architecture:
         embed_parameters=front,
         head_parameters=back,
         eos_token_ids=ends,
+        restart_length=_restart_length(text),
     )
 
 
@@ -95,3 +96,13 @@ def _context_length(text: PreTrainedConfig) -> int:
     return next(
         (length for length in lengths if isinstance(length, int) and length > 0), _DEFAULT_CONTEXT_LENGTH
     )
+
+
+def _restart_length(text: PreTrainedConfig) -> int | None:
+    """Return the length beyond which longrope scales every position of a sequence otherwise, if it does."""
+    parameters = getattr(text, "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "longrope":
+        return None
+    length = parameters["original_max_position_embeddings"]
+    assert isinstance(length, int)
+    return length

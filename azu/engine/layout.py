@@ -44,7 +44,8 @@ class Layout:
 
     `position_ids` [batch, tokens]; `write` [tokens] and `read` are KV slots; `last_rows` [num_slices] is the
     flat row of each slice's last token. `padding` [batch, tokens] is False where a row of the forward is no
-    token, None in a packed forward, which has `spans` and `singles` instead.
+    token, None in a packed forward, which has `spans` and `singles` instead. `longest` counts the keys of the
+    slice that has most, `most_tokens` its own tokens, `sequence_length` all that are known of a sequence.
     """
 
     slices: tuple[Slice, ...]
@@ -54,6 +55,7 @@ class Layout:
     last_rows: Tensor
     longest: int
     most_tokens: int
+    sequence_length: int
     spans: tuple[Span, ...] = ()
     singles: Singles | None = None
     padding: Tensor | None = None
@@ -104,6 +106,7 @@ class LayoutBuilder:
             ),
             longest=max(lengths),
             most_tokens=max(piece.num_tokens for piece in slices),
+            sequence_length=max(piece.sequence_length for piece in slices),
             spans=tuple(spans),
             singles=singles,
         )
@@ -126,6 +129,7 @@ class LayoutBuilder:
             last_rows=self._put(torch.arange(1, len(slices) + 1) * most_tokens - 1),
             longest=longest,
             most_tokens=most_tokens,
+            sequence_length=max(piece.sequence_length for piece in slices),
             padding=self._put(width >= most_tokens - num_tokens),
             attention_mask=self._put((reach >= longest - lengths).long()),
         )

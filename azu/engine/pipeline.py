@@ -38,7 +38,7 @@ class EnginePipeline:
         eos_token_ids: Collection[int],
     ) -> None:
         self._epoch = topology.epoch
-        self._scheduler = Scheduler(config, len(topology.stages))
+        self._scheduler = Scheduler(config, len(topology.stages), structure.restart_length)
         self._account = WorkAccount(structure, topology)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[int, Sequence] = {}
@@ -117,7 +117,7 @@ class EnginePipeline:
         sequence = self._sequences.get(token.sequence_id)
         if sequence is None:
             return None
-        sequence.token_ids.append(token.token_id)
+        self._scheduler.extend(sequence, token.token_id)
         update = SequenceUpdate(
             sequence_id=token.sequence_id,
             token_ids=(token.token_id,),

@@ -32,9 +32,12 @@ class SchedulerConfig:
 class Scheduler:
     """First come, first served; a step decodes for all sequences it can and prefills with what is left."""
 
-    def __init__(self, config: SchedulerConfig, num_stages: int) -> None:
+    def __init__(self, config: SchedulerConfig, num_stages: int, restart_length: int | None = None) -> None:
+        """A sequence past `restart_length` is computed anew and shares no step with shorter ones."""
         self.micro_batches = config.micro_batches or num_stages
         self._config = config
+        self._restart_length = restart_length
+        self._long_step = False
         self._free = list(range(config.num_blocks - 1, -1, -1))
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # oldest first
@@ -65,6 +68,13 @@ class Scheduler:
         if not sequence.steps_in_flight:
             self._release(sequence)
 
+    def extend(self, sequence: Sequence, token_id: int) -> None:
+        """Give a sequence its next token."""
+        sequence.token_ids.append(token_id)
+        if self._restart_length is not None and len(sequence.token_ids) == self._restart_length + 1:
+            # What is cached was placed as in a short sequence; its blocks are written again.
+            sequence.num_scheduled = 0
+
     def returned(self, sequence: Sequence) -> None:
         """Take a slice of a sequence back from the last stage."""
         sequence.steps_in_flight -= 1
@@ -74,7 +84,8 @@ class Scheduler:
     def next_slices(self) -> list[tuple[Sequence, Slice]]:
         """Choose the next micro-batch; empty when nothing can run before something returns."""
         self._admit()
-        wanted = [*self._decodes(), *self._prefills()]
+        ready = self._one_kind([sequence for sequence in self._running if sequence.num_pending])
+        wanted = [*self._decodes(ready), *self._prefills(ready)]
         pieces = ((sequence, self._slice(sequence, num_tokens)) for sequence, num_tokens in wanted)
         return [(sequence, piece) for sequence, piece in pieces if piece is not None]
 
@@ -89,15 +100,26 @@ class Scheduler:
             sequence.state = SequenceState.RUNNING
             self._running.append(sequence)
 
-    def _decodes(self) -> list[tuple[Sequence, int]]:
-        """Return an even share of the decoding sequences, so that no micro-batch waits for another."""
-        decoding = [sequence for sequence in self._running if sequence.is_decoding]
-        share = -(-len(decoding) // self.micro_batches)
-        return [(sequence, 1) for sequence in decoding if sequence.num_pending][:share]
+    def _one_kind(self, ready: list[Sequence]) -> list[Sequence]:
+        """Leave out those that are past the restart length, or those that are not, in turns."""
+        if self._restart_length is None or not ready:
+            return ready
+        limit = self._restart_length
+        kinds = {
+            is_long: [s for s in ready if (len(s.token_ids) > limit) is is_long] for is_long in (True, False)
+        }
+        self._long_step = not self._long_step if kinds[not self._long_step] else self._long_step
+        return kinds[self._long_step]
 
-    def _prefills(self) -> list[tuple[Sequence, int]]:
+    def _decodes(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """Return an even share of the decoding sequences, so that no micro-batch waits for another."""
+        decoding = sum(sequence.is_decoding for sequence in self._running)
+        share = -(-decoding // self.micro_batches)
+        return [(sequence, 1) for sequence in ready if sequence.is_decoding][:share]
+
+    def _prefills(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
         """Share a step's prompt tokens out: at least half to the oldest prompt, then short ones first."""
-        prefilling = [sequence for sequence in self._running if not sequence.is_decoding]
+        prefilling = [sequence for sequence in ready if not sequence.is_decoding]
         budget = self._config.prefill_chunk_tokens
         others = sum(sequence.num_pending for sequence in prefilling[1:])
         limits = [max(budget // 2, budget - others, 1)]
@@ -131,6 +153,7 @@ class Scheduler:
             num_tokens=num_tokens,
             block_ids=tuple(sequence.block_ids),
             sample=sequence.num_pending == 0,
+            sequence_length=len(sequence.token_ids),
         )
 
     def _preempt_after(self, sequence: Sequence) -> bool:

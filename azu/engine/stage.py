@@ -16,6 +16,7 @@ from azu.architecture.skeleton import Experts, build_from, experts_in, replace_m
 from azu.engine.attention import PACKED, supports_packing
 from azu.engine.experts import HeldExperts, shrink
 from azu.engine.forward import StageModel
+from azu.engine.longrope import place_by_sequence_length
 from azu.engine.tensors import dtype_named
 from azu.engine.weights import load, stage_tensors
 from azu.protocol.structure import LayerKind, Structure
@@ -59,6 +60,8 @@ def build_stage(
     found = {layer: cut.shrink_experts(layer, len(ids)) for layer, ids in spread.items()}
     load(model, stage_tensors(structure, span, held, shard_paths), device)
     cut.drop_borrowed_embedding()
+    if architecture.restart_length is not None:
+        place_by_sequence_length(model)
     return BuiltStage(
         model=StageModel(
             model,

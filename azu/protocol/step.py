@@ -11,6 +11,7 @@ class Slice:
 
     `position` is that of its first token; `block_ids` its whole block table, allocated centrally, so that
     every stage uses the same one. `sample` asks for a new token after the slice's last one.
+    `sequence_length` counts all tokens known of the sequence: some families place each one by it.
     """
 
     sequence_id: int
@@ -18,6 +19,7 @@ class Slice:
     num_tokens: int
     block_ids: tuple[int, ...]
     sample: bool
+    sequence_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)

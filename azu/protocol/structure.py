@@ -102,6 +102,8 @@ class Structure:
     files: tuple[ModelFile, ...]
     # The head's weight is the embedding's: the last stage loads the embed shard too.
     tied_head: bool = False
+    # A sequence that grows past this many tokens is computed anew: all its positions change (longrope).
+    restart_length: int | None = None
     version: int = STRUCTURE_VERSION
     _by_name: dict[str, Shard] = field(init=False, repr=False, compare=False, default_factory=dict)
 

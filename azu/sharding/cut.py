@@ -62,6 +62,7 @@ def cut(
             shards=tuple(shards),
             files=tuple(_describe_file(name, content) for name, content in files.items()),
             tied_head=tied_head,
+            restart_length=architecture.restart_length,
         )
         with replacing(out / STRUCTURE_FILE) as file:
             write_all(file, structure.to_json())
