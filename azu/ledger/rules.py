@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from azu.errors import AzuError, InsufficientBalance, LedgerError, TransferConflict
-from azu.ledger.accounts import CHAIN, Account
+from azu.ledger.accounts import CHAIN
 from azu.ledger.holds import Hold
 from azu.ledger.posting import Leg, Posting, hold_name, post
 from azu.ledger.transfers import Reserve, Transfer, WithdrawalPlanned
@@ -50,7 +50,7 @@ def apply(state: State, transfer: Transfer) -> tuple[State, Result]:
     if known is not None:
         return state, repeat(known, transfer)
     posting = post(transfer, state.holds.get(hold_name(transfer)))
-    balances = booked(state.balances, posting)
+    balances = {**state.balances, **booked(state.balances, posting)}
     entry = Entry(len(state.entries) + 1, transfer, posting.legs)
     holds = dict(state.holds)
     if posting.after is not None:
@@ -66,17 +66,17 @@ def repeat(known: Entry, transfer: Transfer) -> Result:
 
 
 def booked(balances: Mapping[str, int], posting: Posting) -> dict[str, int]:
-    """Return the balances after a posting; raises what `refusal` says if one of them may not be."""
-    after = dict(balances)
+    """Return the balances that a posting changes; raises what `refusal` says if one of them may not be."""
+    changed: dict[str, int] = {}
     for leg in posting.legs:
-        balance = after.get(leg.account, 0)
-        after[leg.account] = balance + leg.lamports
-        if not 0 <= owner_sign(leg.account) * after[leg.account] <= MAX_BALANCE:
+        balance = balances.get(leg.account, 0)
+        if not 0 <= owner_sign(leg.account) * (balance + leg.lamports) <= MAX_BALANCE:
             raise refusal(posting.transfer, leg, balance)
-    return after
+        changed[leg.account] = balance + leg.lamports
+    return changed
 
 
-def owner_sign(account: Account) -> int:
+def owner_sign(account: str) -> int:
     """Return 1 for accounts that may not be below zero, -1 for the chain's, which may not be above it."""
     return -1 if account == CHAIN else 1
 

@@ -1,0 +1,138 @@
+"""`azu ledger audit|repair`: prove the books right, and mend their file after a crash of the machine."""
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.text import Text
+
+from azu.cli.output import AsJson, show, table
+from azu.config import Settings
+from azu.units import format_bytes, hype_from_lamports
+
+if TYPE_CHECKING:
+    from azu.ledger.audit import Audit
+    from azu.ledger.redis import RedisLedger
+    from azu.ledger.repair import Repair
+
+# At a chain that disagrees: a deposit or payout may be on its way into the books.
+_MORE_LOOKS = 4
+_LOOK_AGAIN_S = 2.0
+
+ledger = typer.Typer(no_args_is_help=True, help="The books: prove them right, mend their file.")
+
+
+@ledger.command()
+def audit(
+    wallet_lamports: Annotated[
+        int | None, typer.Option(help="What the platform's wallet holds, if the chain is not to be asked.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rebuild the books from their journal and compare; exit 0 only if everything agrees.
+
+    The books are those of REDIS_HOST, or of the network that runs in AZU_HOME. The chain is asked if
+    HYPERLIQUID_RPC_URL and HYPERLIQUID_ADDRESS are set.
+    """
+    report = asyncio.run(_audit(Settings.from_environment(), wallet_lamports))
+    show(report, as_json, _drawn_audit)
+    if not report.agrees:
+        raise typer.Exit(1)
+
+
+@ledger.command()
+def repair(
+    file: Annotated[
+        Path | None, typer.Argument(help="The append-only file; without it that of AZU_HOME's Redis.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cut a torn tail back to the last whole transfer and say what was dropped; Redis must be stopped."""
+    from azu.ledger.durable import APPEND_ONLY_FILE
+    from azu.ledger.repair import repair as cut_tail
+
+    path = file or Settings.from_environment().home / "redis" / APPEND_ONLY_FILE
+    show(cut_tail(path), as_json, _drawn_repair)
+
+
+async def _audit(settings: Settings, wallet_lamports: int | None) -> "Audit":
+    from azu.ledger.redis import RedisLedger
+
+    books = RedisLedger.from_url(settings.redis_url or _own_redis_url(settings.home))
+    try:
+        if wallet_lamports is not None or settings.chain_url is None or settings.platform_address is None:
+            return await _look(books, wallet_lamports)
+        report = await _look(books, await _wallet(settings.chain_url, settings.platform_address))
+        for _ in range(_MORE_LOOKS):
+            if report.agrees:
+                break
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            report = await _look(books, await _wallet(settings.chain_url, settings.platform_address))
+        return report
+    finally:
+        await books.close()
+
+
+async def _look(books: "RedisLedger", wallet_lamports: int | None) -> "Audit":
+    from azu.ledger.audit import audit as audit_books
+
+    return await audit_books(await books.snapshot(), books.journal(), wallet_lamports)
+
+
+async def _wallet(chain_url: str, platform_address: str) -> int:
+    from azu.chain.client import ChainClient
+    from azu.chain.tokens import network_at
+
+    chain = ChainClient(network_at(chain_url))
+    try:
+        return await chain.spot_balance(platform_address)
+    finally:
+        await chain.close()
+
+
+def _own_redis_url(home: Path) -> str:
+    """Return where the Redis is that azu started in a home folder, from the file that configures it."""
+    from urllib.parse import quote
+
+    from azu.errors import NotFound
+
+    config = home / "redis" / "redis.conf"
+    if not config.is_file():
+        raise NotFound(f"no network ever ran in {home}, and REDIS_HOST is not set")
+    lines = (line.partition(" ") for line in config.read_text().splitlines())
+    values = {name: value for name, _, value in lines}
+    return f"redis://:{quote(values['requirepass'], safe='')}@127.0.0.1:{values['port']}/0"
+
+
+def _drawn_audit(report: "Audit") -> Group:
+    rows = [
+        ("journal entries", report.entries),
+        ("accounts", report.accounts),
+        ("owed to users and workers", _hype(report.liabilities_lamports)),
+        ("of that in transit", _hype(report.in_transit_lamports)),
+        ("revenue", _hype(report.revenue_lamports)),
+        ("wallet on the chain", _hype(report.wallet_lamports)),
+        ("left the wallet, not booked yet", _hype(report.in_flight_lamports)),
+    ]
+    verdict = Text("Everything agrees.", "green")
+    if not report.agrees:
+        verdict = Text("\n".join(f"✗ {finding}" for finding in report.findings), "red")
+    return Group(table(["", "HYPE"], rows, title="ledger"), verdict)
+
+
+def _hype(lamports: int | None) -> str:
+    return "not asked" if lamports is None else hype_from_lamports(lamports)
+
+
+def _drawn_repair(done: "Repair") -> Text:
+    if not done.dropped_bytes:
+        return Text(f"{done.file} is whole: {format_bytes(done.kept_bytes)}, nothing dropped.", "green")
+    transfers = ", ".join(done.dropped_transfers) or "none that can be read"
+    return Text(
+        f"{done.file} is cut back to its last whole transfer, {format_bytes(done.kept_bytes)}.\n"
+        f"Dropped: {done.dropped_bytes} bytes, {done.dropped_commands} whole commands; transfers that have "
+        f"not happened: {transfers}.\nThe bytes are in {done.saved_to}.",
+        "yellow",
+    )

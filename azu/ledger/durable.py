@@ -1,0 +1,19 @@
+"""How a Redis has to be configured to hold money, as lines of its configuration."""
+
+from collections.abc import Mapping
+
+APPEND_ONLY_FILE = "appendonly.aof"
+
+# What was acknowledged is on disk; a damaged file is refused, never cut short in silence; nothing is evicted.
+DURABLE_CONFIG: Mapping[str, str] = {
+    "appendonly": "yes",
+    "appendfilename": APPEND_ONLY_FILE,
+    "appendfsync": "always",
+    # The default keeps answering while it compacts the file, and forgets to sync meanwhile if this is yes.
+    "no-appendfsync-on-rewrite": "no",
+    "aof-load-truncated": "no",
+    # Commands only: then `azu ledger repair` can read the file to its last byte.
+    "aof-use-rdb-preamble": "no",
+    "maxmemory-policy": "noeviction",
+    "save": "",
+}
