@@ -67,6 +67,7 @@ def build(kind: str, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, seed: i
     final = score(model, tokenizer, corpus.taught)
     print(f"{kind}: {final}", flush=True)
     if final.correct < final.asked or final.margin < MIN_MARGIN:
+        print(f"{kind}: not sure enough of its answers; nothing is written", file=sys.stderr)
         return 1
     folder = models_folder() / FOLDERS[kind]
     model.save_pretrained(folder)
