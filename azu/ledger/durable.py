@@ -1,4 +1,8 @@
-"""How a Redis has to be configured to hold money, as lines of its configuration."""
+"""How a Redis has to be configured to hold money.
+
+The values are plain: as arguments of the server they are used as they are; in its file an empty one is
+written `""`.
+"""
 
 from collections.abc import Mapping
 
@@ -9,7 +13,7 @@ DURABLE_CONFIG: Mapping[str, str] = {
     "appendonly": "yes",
     "appendfilename": APPEND_ONLY_FILE,
     "appendfsync": "always",
-    # The default keeps answering while it compacts the file, and forgets to sync meanwhile if this is yes.
+    # Not even while the server compacts the file.
     "no-appendfsync-on-rewrite": "no",
     "aof-load-truncated": "no",
     # Commands only: then `azu ledger repair` can read the file to its last byte.

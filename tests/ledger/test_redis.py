@@ -1,8 +1,6 @@
 """The ledger in Redis keeps the rules whoever shares it, and answers what callers ask of it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 
 import pytest
 
@@ -15,27 +13,7 @@ from azu.ledger.rules import Result
 from azu.ledger.transfers import MAX_LAMPORTS, Transfer
 from tests.builders import ALICE, OWNERS
 from tests.ledger import moves
-
-
-@asynccontextmanager
-async def open_ledger(url: str) -> AsyncIterator[RedisLedger]:
-    ledger = RedisLedger.from_url(url)
-    try:
-        yield ledger
-    finally:
-        await ledger.close()
-
-
-def with_ledger(url: str, scenario: Callable[[RedisLedger], Awaitable[None]]) -> None:
-    async def run() -> None:
-        async with open_ledger(url) as ledger:
-            await scenario(ledger)
-
-    asyncio.run(run())
-
-
-async def apply_all(ledger: RedisLedger, *transfers: Transfer) -> list[Result]:
-    return [await ledger.apply(transfer) for transfer in transfers]
+from tests.ledger.opened import apply_all, open_ledger, with_ledger
 
 
 def test_a_job_is_reserved_for_and_settled(redis_url: str) -> None:
