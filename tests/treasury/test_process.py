@@ -1,0 +1,222 @@
+"""The treasury as a real process over a real devnet and a real Redis: started, stopped and killed."""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+
+from azu.chain.devnet.state import USDC
+from azu.ledger.accounts import CHAIN, worker_earned, worker_paid, worker_paying
+from azu.ledger.transfers import Deposit, Reserve, Settle
+from azu.treasury.claims import ClaimStatus
+from tests.treasury.world import Open, World
+
+TREASURY = [sys.executable, "-c", "from azu.cli.treasury import treasury; treasury()"]
+PAID = 20_000_000
+
+
+def environment(world: World) -> dict[str, str]:
+    server = urlsplit(world.redis_url)
+    return os.environ | {
+        "HYPERLIQUID_RPC_URL": world.devnet.url,
+        "HYPERLIQUID_ADDRESS": world.platform.address,
+        "REDIS_HOST": str(server.hostname),
+        "REDIS_PORT": str(server.port),
+        "SCHEDULER_PRIVATE_KEY": world.platform.key.hex(),
+    }
+
+
+@contextmanager
+def running(world: World, command: list[str] = TREASURY) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        command, env=environment(world), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=10)
+
+
+def dying(world: World, at: int = 0, when: str = "before") -> list[str]:
+    arguments = [world.redis_url, world.devnet.url, str(PAID), str(at), when]
+    return [sys.executable, "-m", "tests.treasury.dying", *arguments]
+
+
+def wait_until_ready(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "treasury ready\n"
+
+
+def test_it_credits_deposits_answers_claims_and_stops_when_told(world: World) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        await parts.pay_platform(alice, 5)
+        with running(world) as process:
+            await asyncio.to_thread(wait_until_ready, process)
+            assert await parts.available(alice) == 5
+            tx_hash = await parts.pay_platform(alice, 60)
+            verdict = await parts.claims.ask(tx_hash, alice.address, 10.0)
+            assert (verdict.status, verdict.lamports) == (ClaimStatus.CREDITED, 60)
+
+            process.send_signal(signal.SIGTERM)
+            out, log = await asyncio.to_thread(process.communicate, timeout=10)
+
+        assert process.returncode == 0
+        assert out == ""
+        assert f"credited 60 lamports to {alice.address.lower()}" in log
+        assert world.platform.key.hex() not in log
+        assert await parts.available(alice) == 65
+
+    world.run(scenario)
+
+
+def test_it_waits_for_a_chain_that_is_away(world: World) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        await parts.pay_platform(alice, 5)
+        world.devnet.fault("restart", seconds=3.0)
+        with running(world) as process:
+            await asyncio.to_thread(wait_until_ready, process)
+
+        assert await parts.available(alice) == 5
+
+    world.run(scenario)
+
+
+@pytest.mark.parametrize(
+    "change", [{"SCHEDULER_PRIVATE_KEY": "0x12"}, {"HYPERLIQUID_ADDRESS": "0x" + "12" * 20}]
+)
+def test_it_does_not_start_with_a_key_that_is_not_the_platforms(world: World, change: dict[str, str]) -> None:
+    done = subprocess.run(
+        TREASURY, env=environment(world) | change, capture_output=True, text=True, timeout=30, check=False
+    )
+
+    assert done.returncode != 0
+    assert world.platform.key.hex() not in done.stdout + done.stderr
+
+
+def forget_everything(world: World) -> None:
+    with redis.Redis.from_url(world.redis_url) as client:
+        client.flushall()
+
+
+def fund_platform(world: World) -> None:
+    world.devnet.fund(world.platform.address, 10**11)
+    world.devnet.fund(world.platform.address, 10**11, token=USDC.full_id)
+
+
+async def earn(parts: Open, addresses: list[str]) -> None:
+    for index, address in enumerate(addresses):
+        lamports = PAID + index
+        for transfer in (
+            Deposit(id=f"deposit:{index}", address=address, lamports=lamports),
+            Reserve(
+                id=f"reserve:{index}", address=address, job_id=f"{index}", lamports=lamports, expires_at_ms=1
+            ),
+            Settle(
+                id=f"settle:{index}",
+                job_id=f"{index}",
+                charged_lamports=lamports,
+                platform_lamports=0,
+                shares={address: lamports},
+            ),
+        ):
+            await parts.ledger.apply(transfer)
+
+
+async def all_paid(parts: Open, addresses: list[str], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        balances = await parts.ledger.balances()
+        arrived = all(balances.get(worker_paid(address), 0) for address in addresses)
+        if arrived and await parts.outbox.open() == ():
+            return True
+        await asyncio.sleep(0.05)
+    return False
+
+
+async def assert_paid_once(world: World, parts: Open, addresses: list[str]) -> None:
+    balances = await parts.ledger.balances()
+    assert sum(balances.values()) == 0
+    for index, address in enumerate(addresses):
+        rows = world.devnet.info("userNonFundingLedgerUpdates", address, startTime=0)
+        assert [row["delta"]["amount"] for row in rows] == [f"0.20{index:06d}".rstrip("0")], address
+        assert balances[worker_paid(address)] == PAID + index
+        assert balances[worker_earned(address)] == balances[worker_paying(address)] == 0
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_it_is_killed_at_every_write_and_send_and_pays_and_credits_once(world: World, when: str) -> None:
+    alice = world.payer()
+    fund_platform(world)
+
+    async def scenario(parts: Open) -> None:
+        deaths = 0
+        for at in range(1, 100):
+            forget_everything(world)
+            owners = [f"0x{at:08x}{index:032x}" for index in range(1, 3)]
+            await earn(parts, owners)
+            deposit = await parts.pay_platform(alice, at)
+            before = await parts.available(alice)
+            claim = asyncio.create_task(parts.claims.ask(deposit, alice.address, 60.0))
+            with running(world, dying(world, at, when)) as first:
+                paid = asyncio.create_task(all_paid(parts, owners, 60.0))
+                while first.poll() is None and not paid.done():
+                    await asyncio.sleep(0.02)
+                died = first.poll() == -signal.SIGKILL
+            deaths += died
+            with running(world, dying(world)):
+                assert await paid, f"killed {when} effect {at}"
+            with suppress(asyncio.CancelledError):
+                claim.cancel()
+                await claim
+
+            await assert_paid_once(world, parts, owners)
+            # Everything alice ever sent, each once: the cursor was forgotten with the ledger.
+            assert await parts.available(alice) - before == sum(range(1, at + 1))
+            if not died:
+                break
+        assert deaths >= 15
+
+    world.run(scenario)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_killed_at_random_under_faults_and_pays_everybody_once(world: World, seed: int) -> None:
+    dice = random.Random(seed)
+    fund_platform(world)
+    owners = [f"0x{index:040x}" for index in range(1, 21)]
+
+    async def scenario(parts: Open) -> None:
+        await earn(parts, owners)
+        for kind in ("reply_dropped_before", "reply_dropped_after", "server_error_after", "rate_limited"):
+            world.devnet.fault(kind, times=None, chance=0.1)
+            world.devnet.fault(kind, times=None, chance=0.05, path="/info")
+        world.devnet.fault("rows_late", times=None, chance=0.3, seconds=1.0)
+        world.devnet.fault("rows_twice", times=None, chance=0.3)
+        for _ in range(12):
+            with running(world, dying(world)) as process:
+                await asyncio.to_thread(wait_until_ready, process)
+                await asyncio.sleep(dice.uniform(0.0, 1.0))
+                process.send_signal(signal.SIGKILL)
+        with running(world, dying(world)):
+            assert await all_paid(parts, owners, 120.0)
+
+        await assert_paid_once(world, parts, owners)
+        assert (await parts.ledger.balances())[CHAIN] == -sum(PAID + index for index in range(20))
+
+    world.run(scenario)
