@@ -1,9 +1,12 @@
 """Cutting a checkpoint into shards."""
 
 import hashlib
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,6 +24,7 @@ from azu.sharding.writer import write_shard
 _LOCK_FILE = ".cut.lock"
 # How long a cut waits for another process that cuts into the same folder.
 _LOCK_TIMEOUT_S = 3600.0
+_WORKERS = min(4, os.cpu_count() or 1)
 
 
 def cut(
@@ -46,7 +50,12 @@ def cut(
         known = _known_shards(out, model_id, revision)
         journal = Journal(out, fingerprint(model_id, revision, plans))
         count = _counter(plans, progress)
-        shards = _write_missing(plans, out, {**journal.finished, **known}, journal, count)
+        complete = partial(
+            _complete, out=out, known={**journal.finished, **known}, journal=journal, count=count
+        )
+        # Reading, checking, hashing and writing leave Python's lock alone: the shards keep all cores busy.
+        with ThreadPoolExecutor(_WORKERS, thread_name_prefix="cut") as pool:
+            shards = tuple(pool.map(complete, plans))
         for name, content in files.items():
             with replacing(out / name) as file:
                 write_all(file, content)
@@ -59,7 +68,7 @@ def cut(
             vocab_size=architecture.vocab_size,
             context_length=architecture.context_length,
             layers=architecture.layers,
-            shards=tuple(shards),
+            shards=shards,
             files=tuple(_describe_file(name, content) for name, content in files.items()),
             tied_head=tied_head,
             restart_length=architecture.restart_length,
@@ -103,26 +112,18 @@ def _known_shards(out: Path, model_id: str, revision: str) -> dict[str, Shard]:
     return {shard.name: shard for shard in structure.shards}
 
 
-def _write_missing(
-    plans: Iterable[ShardPlan],
-    out: Path,
-    known: Mapping[str, Shard],
-    journal: Journal,
-    count: Callable[[int], None],
-) -> Iterator[Shard]:
-    with ThreadPoolExecutor(1, thread_name_prefix="sha256") as hasher:
-        for plan in plans:
-            shard = known.get(plan.name)
-            if (
-                shard is None
-                or not plan.describes(shard)
-                or not verified(out / shard.file_name, shard, count)
-            ):
-                # What structure.json says is not true before the last shard is.
-                (out / STRUCTURE_FILE).unlink(missing_ok=True)
-                shard = write_shard(plan, out, hasher, count)
-                journal.add(shard)
-            yield shard
+def _complete(
+    plan: ShardPlan, out: Path, known: Mapping[str, Shard], journal: Journal, count: Callable[[int], None]
+) -> Shard:
+    """Write a shard unless it is there already, whole and as planned."""
+    shard = known.get(plan.name)
+    if shard is not None and plan.describes(shard) and verified(out / shard.file_name, shard, count):
+        return shard
+    # What structure.json says is not true before the last shard is.
+    (out / STRUCTURE_FILE).unlink(missing_ok=True)
+    shard = write_shard(plan, out, count)
+    journal.add(shard)
+    return shard
 
 
 def _counter(
@@ -130,12 +131,14 @@ def _counter(
 ) -> Callable[[int], None]:
     total = sum(plan.weight_bytes for plan in plans)
     done = 0
+    one_at_a_time = threading.Lock()
 
     def count(num_bytes: int) -> None:
         nonlocal done
-        done += num_bytes
-        if progress is not None:
-            progress(done, total)
+        with one_at_a_time:
+            done += num_bytes
+            if progress is not None:
+                progress(done, total)
 
     return count
 

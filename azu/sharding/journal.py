@@ -24,7 +24,7 @@ class Journal:
 
     def add(self, shard: Shard) -> None:
         """Note a finished shard. A line that a crash cut off is ignored when the journal is read."""
-        with self._path.open("ab") as file:
+        with self._path.open("ab", buffering=0) as file:  # one write: threads do not mix their lines
             file.write(_SHARD.dump_json(shard) + b"\n")
 
     def remove(self) -> None:

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
 from itertools import chain
 from pathlib import Path
 
@@ -20,28 +18,22 @@ _CODES = {
     "int64": "I64", "int32": "I32", "bool": "BOOL",
 }  # fmt: skip
 _DATA_ALIGNMENT = 64
-_CHUNKS_IN_FLIGHT = 4
 
 
-def write_shard(plan: ShardPlan, folder: Path, hasher: Executor, on_bytes: Callable[[int], None]) -> Shard:
+def write_shard(plan: ShardPlan, folder: Path, on_bytes: Callable[[int], None]) -> Shard:
     """Write a shard into `folder`, whole or not at all, and return what structure.json says of it.
 
-    `hasher` is one thread that computes the sha256 beside the reading and writing; `on_bytes` hears how many
-    bytes of weights were written since its last call. Raises BrokenCheckpoint for a value that is not finite.
+    `on_bytes` hears how many bytes of weights were written since its last call. Raises BrokenCheckpoint for a
+    value that is not finite.
     """
     start = header(plan)
     digest = hashlib.sha256(start)
-    hashing: deque[Future[None]] = deque()
     with replacing(folder / f"{plan.name}.safetensors") as file:
         write_all(file, start)
         for chunk in chain.from_iterable(map(_served_values, plan.pieces)):
-            hashing.append(hasher.submit(digest.update, chunk))
+            digest.update(chunk)
             write_all(file, chunk)
             on_bytes(chunk.nbytes)
-            if len(hashing) >= _CHUNKS_IN_FLIGHT:
-                hashing.popleft().result()
-        for pending in hashing:
-            pending.result()
     return Shard(
         name=plan.name,
         size_bytes=len(start) + plan.weight_bytes,

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from azu.architecture import describe
 from azu.errors import BrokenCheckpoint, Conflict
 from azu.protocol.structure import STRUCTURE_FILE, Structure
 from azu.sharding.cut import cut
+from azu.sharding.journal import JOURNAL_FILE
 from tests.sharding.checkpoints import (
     FAMILIES,
     MODEL_ID,
@@ -198,6 +200,7 @@ import sys, time
 from pathlib import Path
 from azu.architecture import describe
 from azu.sharding.cut import cut
+from azu.sharding.journal import JOURNAL_FILE
 source, out = map(Path, sys.argv[1:])
 def progress(done, total):
     print(done, flush=True)
@@ -212,14 +215,15 @@ def test_a_killed_cut_leaves_nothing_half_made_and_is_resumed(tmp_path):
         for _ in range(9):
             process.stdout.readline()
         process.send_signal(signal.SIGKILL)
-    finished = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
-    assert finished
     assert not (out / STRUCTURE_FILE).exists()
-    for name in finished:
-        load_file(out / name)
+    for path in out.glob("*.safetensors"):
+        load_file(path)
+    noted = (json.loads(line)["name"] for line in (out / JOURNAL_FILE).read_text().splitlines()[1:])
+    finished = {name: (out / f"{name}.safetensors").stat().st_mtime_ns for name in noted}
+    assert finished
     structure = cut_checkpoint(source, out)
     assert_equal(reassemble(out, structure), load_checkpoint(source))
-    assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished
+    assert {name: (out / f"{name}.safetensors").stat().st_mtime_ns for name in finished} == finished
     assert not list(out.glob(".*.part"))
 
 
