@@ -33,8 +33,8 @@ from azu.ledger.transfers import Transfer
 _PAGE = 500
 # Whoever comes beyond these waits: the client's connections are bounded, and it refuses instead.
 _AT_ONCE = 32
-# A hold changes at most twice in its life, so whoever loses every race has looked four times.
-_LOOKS = 4
+# A hold changes twice in its life, so whoever loses every race has looked three times.
+_LOOKS = 3
 
 
 class RedisLedger:
@@ -65,12 +65,16 @@ class RedisLedger:
         """
         async with self._asking():
             for _ in range(_LOOKS):
-                entry, hold = await self._look(transfer)
-                if entry is not None:
-                    return repeat(entry, transfer)
-                entry = await self._write(post(transfer, hold))
-                if entry is not None:
-                    return Result(entry)
+                hold = await self._hold(hold_name(transfer))
+                try:
+                    posting = post(transfer, hold)
+                except LedgerError:
+                    # One that was applied before finds its hold as it left it.
+                    if repeated := await self._repeated(transfer):
+                        return repeated
+                    raise
+                if result := await self._write(posting):
+                    return result
         raise LedgerError(f"{transfer.id}: its hold changed more often than a hold can")
 
     async def balance(self, account: str) -> int:
@@ -87,23 +91,23 @@ class RedisLedger:
     async def reservation(self, job_id: str) -> Reservation | None:
         """Return a job's reservation, open or ended; None if there was never one."""
         async with self._asking():
-            content = await cast(Awaitable[str | None], self._redis.hget(HOLDS, reservation_name(job_id)))
-        return _reservation(content) if content else None
+            hold = await self._hold(reservation_name(job_id))
+        return _reservation(hold) if hold else None
 
     async def expired(self, now_ms: int) -> list[Reservation]:
         """Return the open reservations whose time has come, the oldest first."""
         async with self._asking():
             names = cast(list[str], await self._redis.zrangebyscore(EXPIRIES, "-inf", now_ms))
             contents = await cast(Awaitable[list[str]], self._redis.hmget(HOLDS, names)) if names else []
-        found = [_reservation(content) for content in contents]
+        found = [_reservation(decode_hold(content)) for content in contents]
         # One may have ended between the two reads.
         return [reservation for reservation in found if reservation.ended_by is None]
 
     async def result(self, transfer_id: str) -> Result | None:
         """Return what a transfer did, or None if it was never applied."""
         async with self._asking():
-            number = await cast(Awaitable[str | None], self._redis.hget(ENTRIES, transfer_id))
-            return Result(await self._entry(number)) if number else None
+            entry = await self._entry_of(transfer_id)
+        return Result(entry) if entry else None
 
     async def journal(self, after: int = 0) -> AsyncIterator[Entry]:
         """Yield the entries numbered above `after`, up to the newest when it gets there."""
@@ -142,13 +146,35 @@ class RedisLedger:
             except RedisError as error:
                 raise LedgerError(f"the ledger's Redis refused: {error}") from error
 
-    async def _look(self, transfer: Transfer) -> tuple[Entry | None, Hold | None]:
-        """Return, of one moment, the transfer's entry if it has one, and its hold."""
-        async with self._redis.pipeline(transaction=True) as read:
-            read.hget(ENTRIES, transfer.id)
-            read.hget(HOLDS, hold_name(transfer))
-            number, hold = await read.execute()
-        return (await self._entry(number) if number else None), (decode_hold(hold) if hold else None)
+    async def _hold(self, name: str) -> Hold | None:
+        if not name:
+            return None
+        content = await cast(Awaitable[str | None], self._redis.hget(HOLDS, name))
+        return decode_hold(content) if content else None
+
+    async def _write(self, posting: Posting) -> Result | None:
+        """Write a posting; None if its hold is another than it was."""
+        transfer = posting.transfer
+        answer = await self._script(KEYS, list(script_arguments(posting)))
+        match answer:
+            case ["posted", number, at_ms]:
+                return Result(Entry(int(number), transfer, posting.legs, int(at_ms)))
+            case ["known"]:
+                return await self._repeated(transfer)
+            case ["changed"]:
+                return None
+            case ["refused", index, balance]:
+                leg = posting.legs[index]
+                raise refusal(transfer, leg, whole_numbers({leg.account: balance})[leg.account])
+        raise LedgerError(f"the script answered {answer!r}")
+
+    async def _repeated(self, transfer: Transfer) -> Result | None:
+        entry = await self._entry_of(transfer.id)
+        return repeat(entry, transfer) if entry else None
+
+    async def _entry_of(self, transfer_id: str) -> Entry | None:
+        number = await cast(Awaitable[str | None], self._redis.hget(ENTRIES, transfer_id))
+        return await self._entry(number) if number else None
 
     async def _entry(self, number: str) -> Entry:
         entries = await self._entries(f"{number}-0", f"{number}-0")
@@ -160,22 +186,8 @@ class RedisLedger:
         rows = await self._redis.xrange(JOURNAL, first, last, count=_PAGE)
         return [entry_from_stream(*row) for row in cast(list[tuple[str, dict[str, str]]], rows)]
 
-    async def _write(self, posting: Posting) -> Entry | None:
-        """Write a posting; None if the transfer is known by now, or its hold is another than it was."""
-        answer = await self._script(KEYS, list(script_arguments(posting)))
-        match answer:
-            case ["posted", number, at_ms]:
-                return Entry(int(number), posting.transfer, posting.legs, int(at_ms))
-            case ["known"] | ["changed"]:
-                return None
-            case ["refused", index, balance]:
-                leg = posting.legs[index]
-                raise refusal(posting.transfer, leg, whole_numbers({leg.account: balance})[leg.account])
-        raise LedgerError(f"the script answered {answer!r}")
 
-
-def _reservation(content: str) -> Reservation:
-    hold = decode_hold(content)
+def _reservation(hold: Hold) -> Reservation:
     if not isinstance(hold, Reservation):
         raise LedgerError(f"not a reservation: {hold}")
     return hold
