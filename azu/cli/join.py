@@ -68,12 +68,10 @@ def _workers(name: str, vram: str, payout: str, *, cpu: bool) -> "list[Worker]":
         checked = LocalWorker(name=name, vram=vram, payout=payout)
     except ValidationError as error:
         raise refused(error) from error
-    if not gpus:
-        return [Worker(checked.name, checked.vram, checked.payout)]
-    numbered = len(gpus) > 1
+    names = [f"{checked.name}-{index}" for index in range(len(gpus))] if len(gpus) > 1 else [checked.name]
     return [
-        Worker(f"{checked.name}-{index}" if numbered else checked.name, checked.vram, checked.payout, gpu)
-        for index, gpu in enumerate(gpus)
+        Worker(index, named, checked.vram, checked.payout, gpu)
+        for index, (named, gpu) in enumerate(zip(names, gpus or (None,), strict=True))
     ]
 
 

@@ -103,13 +103,20 @@ def local_network(
         Children(logs) as treasury,
         Children(logs) as nodes,
     ):
-        progress("Starting Redis, the chain and Ray")
+        progress("Starting Redis, the chain and Ray's head")
         write_private(token_path, token)
-        head = _start_nodes(nodes, RayHost(ray_folder, token_path, ip), file.workers, dashboard=dashboard)
+        host, port = RayHost(ray_folder, token_path, ip, dashboard), free_port()
+        nodes.start(host.head(port))
         chain = choose_chain(settings)
-        redis_url = _start_books(services, treasury, settings, chain, timeout_s)
-        for name in (HEAD, *(worker.name for worker in file.workers)):
-            nodes.wait_until_said(name, STARTED, timeout_s)
+        redis_url = _start_books(services, settings, chain, timeout_s)
+        nodes.wait_until_said(HEAD, STARTED, timeout_s)
+        progress("Starting the workers and the treasury")
+        head = f"{ip or '127.0.0.1'}:{port}"
+        _start_workers(nodes, host, head, file.workers)
+        start_treasury(treasury, settings, chain, redis_url)
+        treasury.wait_until_said(TREASURY, TREASURY_READY, timeout_s)
+        for worker in file.workers:
+            nodes.wait_until_said(worker.name, STARTED, timeout_s)
         admin_key = settings.admin_key.get_secret_value() if settings.admin_key else _new_admin_key()
         config = control_config(
             settings, file.policy, chain, redis_url, settings.http_port or free_port(), admin_key
@@ -130,21 +137,8 @@ def local_network(
             yield network
 
 
-def _start_nodes(nodes: Children, host: RayHost, workers: Sequence[LocalWorker], *, dashboard: bool) -> str:
-    """Start all Ray nodes at once, the workers wait for their head; returns its address."""
-    port = free_port()
-    head = f"{host.ip or '127.0.0.1'}:{port}"
-    nodes.start(host.head(port, dashboard=dashboard))
-    for worker in workers:
-        cuda_device = None if worker.device == "cpu" else worker.device.removeprefix("cuda:")
-        nodes.start(host.worker(head, Worker(worker.name, worker.vram, worker.payout, cuda_device)))
-    return head
-
-
-def _start_books(
-    services: Children, treasury: Children, settings: Settings, chain: Chain, timeout_s: float
-) -> str:
-    """Start the treasury, and the Redis and devnet that are not configured; returns Redis's URL."""
+def _start_books(services: Children, settings: Settings, chain: Chain, timeout_s: float) -> str:
+    """Start the Redis and the devnet that are not configured; returns Redis's URL."""
     if chain.is_devnet:
         start_devnet(services, chain)
     redis_url = settings.redis_url
@@ -154,9 +148,13 @@ def _start_books(
         redis_url = redis.url
     if chain.is_devnet:
         services.wait_until_said(DEVNET, DEVNET_READY, timeout_s)
-    start_treasury(treasury, settings, chain, redis_url)
-    treasury.wait_until_said(TREASURY, TREASURY_READY, timeout_s)
     return redis_url
+
+
+def _start_workers(nodes: Children, host: RayHost, head: str, workers: Sequence[LocalWorker]) -> None:
+    for index, worker in enumerate(workers):
+        cuda_device = None if worker.device == "cpu" else worker.device.removeprefix("cuda:")
+        nodes.start(host.worker(head, Worker(index, worker.name, worker.vram, worker.payout, cuda_device)))
 
 
 def _new_admin_key() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from azu.cli.network.ports import free_port
 from azu.cli.network.processes import Command
+from azu.cli.network.ray_start import LIGHT
 from azu.units import MIB
 
 HEAD = "ray-head"
@@ -34,13 +35,17 @@ _HEALTH = {
 }
 # The longest path that a Unix socket may have, and what Ray appends to its folder to make one.
 _MAX_SOCKET_PATH = 107
-_SOCKET_SUFFIX = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1234")
+_SOCKET_SUFFIX = len("/head/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One node that lends VRAM, in whole MiB. `cuda_device` is the GPU that it sees, None for a CPU."""
+    """One node that lends VRAM, in whole MiB. `cuda_device` is the GPU that it sees, None for a CPU.
 
+    `index` tells it from the other workers of its machine.
+    """
+
+    index: int
     name: str
     vram_bytes: int
     payout_address: str
@@ -52,21 +57,22 @@ class RayHost:
     """This machine as a host of Ray nodes.
 
     `folder` holds their sockets and logs, `token_path` the cluster's token; `ip` is the address that they
-    are reached at, None for the one that Ray finds by itself.
+    are reached at, None for the one that Ray finds by itself. Without the dashboard they start much faster.
     """
 
     folder: Path
     token_path: Path
     ip: str | None = None
+    dashboard: bool = False
 
-    def head(self, port: int, *, dashboard: bool) -> Command:
+    def head(self, port: int) -> Command:
         """Return the command of the head: the cluster's books and azu's control plane, no VRAM."""
         options = (
             *("--head", "--port", str(port), "--no-monitor"),
-            *("--include-dashboard", str(dashboard), "--dashboard-port", str(free_port())),
+            *("--include-dashboard", str(self.dashboard), "--dashboard-port", str(free_port())),
         )
         environment = _kept(frozenset()) | driver_environment(self.token_path) | _HEALTH
-        return Command(HEAD, self._start(*options), environment)
+        return Command(HEAD, self._start("head", *options), environment)
 
     def worker(self, head: str, worker: Worker) -> Command:
         """Return the command of a node that joins the head at "host:port" as soon as it is there."""
@@ -81,12 +87,15 @@ class RayHost:
         environment["CUDA_VISIBLE_DEVICES"] = worker.cuda_device or ""
         # Ray would hide the GPU from actors that ask it for none; azu places by VRAM, and a node is one GPU.
         environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-        return Command(worker.name, self._start(*options), environment, restart=True)
+        return Command(worker.name, self._start(str(worker.index), *options), environment, restart=True)
 
-    def _start(self, *options: str) -> tuple[str, ...]:
+    def _start(self, folder: str, *options: str) -> tuple[str, ...]:
         return (
-            *(sys.executable, "-m", "azu.cli.network.ray_start", "start", "--block", "--disable-usage-stats"),
-            *("--temp-dir", str(self.folder)),
+            *(sys.executable, "-m", "azu.cli.network.ray_start", "start"),
+            *(() if self.dashboard else (LIGHT,)),
+            *("--block", "--disable-usage-stats"),
+            # Nodes that start at once in one folder take the same names for their sockets.
+            *("--temp-dir", str(self.folder / folder)),
             *("--num-cpus", "0", "--num-gpus", "0", "--object-store-memory", str(_OBJECT_STORE_BYTES)),
             # It would send every actor's lines to the driver's terminal; the files in the folder are enough.
             *("--include-log-monitor", "false"),
