@@ -32,6 +32,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise UnsupportedModel(f"{CONFIG_FILE}: transformers has no model type {model_type!r}")
     if raw.get("quantization_config"):
         raise UnsupportedModel(f"{CONFIG_FILE} says that the weights are quantised, which cannot be cut yet")
+    _refuse_endless(raw)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -74,6 +75,13 @@ def eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
     if not all(isinstance(token, int) for token in ids):
         raise BrokenCheckpoint(f"eos_token_id {found!r} is not made of token ids")
     return tuple(ids)
+
+
+def _refuse_endless(raw: dict[str, Any]) -> None:
+    # Before anything is built from it: configs make lists that are as long as their layers.
+    for key, value in raw.items():
+        if isinstance(value, int) and key.endswith(("layer", "layers")) and value > _MAX_LAYERS:
+            raise BrokenCheckpoint(f"{CONFIG_FILE}: {key} is {value}, more than {_MAX_LAYERS}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """A whole deployment in one process: every stage and expert set of a cut model, linked by plain calls."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -79,6 +80,7 @@ class LocalPipeline:
             scheduling or SchedulerConfig(topology.num_blocks, topology.block_size),
             eos_token_ids(shard_folder, read_config(shard_folder)),
         )
+        self._in_flight: deque[StepBatch] = deque()
         self._ids = count(1)
 
     def generate(
@@ -97,11 +99,12 @@ class LocalPipeline:
         return list(completions.values())
 
     def step(self) -> list[SequenceUpdate]:
-        """Run one step through all stages."""
-        batch = self.engine.next_batch()
-        if batch is None:
+        """Send as many steps off as may be in flight, then take the oldest of them through all stages."""
+        while (batch := self.engine.next_batch()) is not None:
+            self._in_flight.append(batch)
+        if not self._in_flight:
             raise InternalError("sequences wait, but nothing can run")
-        return self.engine.complete(self._through(batch))
+        return self.engine.complete(self._through(self._in_flight.popleft()))
 
     def _through(self, batch: StepBatch) -> StepResult:
         frame: bytes | None = None

@@ -80,16 +80,10 @@ class StageRunner:
     def _tokens(self, batch: StepBatch, frame: bytes | None) -> Tensor:
         if frame is not None or batch.epoch != self._spec.epoch:
             raise FrameError(f"step {batch.step} of epoch {batch.epoch} is not for this first stage")
-        tokens = torch.tensor(batch.token_ids, dtype=torch.long, device=self._device)
-        vocab_size = self._spec.structure.vocab_size
-        if (
-            len(tokens) != batch.num_tokens
-            or not 0 <= min(batch.token_ids) <= max(batch.token_ids) < vocab_size
-        ):
-            raise FrameError(
-                f"step {batch.step}: its token ids are not {batch.num_tokens} of the vocabulary's"
-            )
-        return tokens
+        ids, vocab_size = batch.token_ids, self._spec.structure.vocab_size
+        if not ids or len(ids) != batch.num_tokens or not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise FrameError(f"step {batch.step}: its token ids are not {batch.num_tokens} of the vocabulary's")
+        return torch.tensor(ids, device=self._device)
 
     def _received(self, batch: StepBatch, frame: bytes | None) -> Tensor:
         sender = self._spec.stage.index - 1

@@ -1,0 +1,91 @@
+"""Every family, cut into uneven stages, gives the whole model's tokens and logits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from azu.engine.check import check, uneven_boundaries
+from azu.errors import InvalidRequest
+from tests.engine.families import FAMILIES, MOE_FAMILIES, save_model
+
+# One of each kind: grouped heads, tied and learned positions, alibi, softcap and windows, experts, latents.
+_EVERY_TIME = (
+    "llama-tied",
+    "gpt2",
+    "bloom",
+    "gemma2",
+    "qwen2_moe",
+    "deepseek_v2",
+    "opt-350m",
+    "phi3-longrope",
+)
+_FAMILIES = [
+    family if family in _EVERY_TIME else pytest.param(family, marks=pytest.mark.prove) for family in FAMILIES
+]
+
+
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_family_in_three_uneven_stages_equals_the_whole(family: str, tmp_path: Path) -> None:
+    report = check(save_model(family, tmp_path), model=family, num_stages=3)
+
+    assert report.reason is None
+    assert report.tokens_equal
+    assert report.passed
+
+
+@pytest.mark.parametrize("family", [f for f in _FAMILIES if getattr(f, "values", (f,))[0] in MOE_FAMILIES])
+def test_experts_spread_over_three_holders_equal_the_whole(family: str, tmp_path: Path) -> None:
+    report = check(save_model(family, tmp_path), model=family, num_stages=2, expert_holders=3)
+
+    assert report.reason is None
+    assert report.passed
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.prove
+def test_half_precision_checkpoint_equals_the_whole(dtype: torch.dtype, tmp_path: Path) -> None:
+    report = check(
+        save_model("qwen2_moe", tmp_path, dtype=dtype), model="half", num_stages=2, expert_holders=2
+    )
+
+    assert report.passed, report.reason
+
+
+@pytest.mark.parametrize("num_stages", [1, 6])
+def test_built_in_model_passes_with_few_and_many_stages(num_stages: int) -> None:
+    folder = Path(__file__).parents[2] / "configs" / "models" / "tiny-dense"
+
+    assert check(folder, model="azu/tiny-dense", num_stages=num_stages).passed
+
+
+def test_model_that_cannot_be_cut_is_reported_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 32}'
+    )
+
+    report = check(tmp_path, model="recurrent", num_stages=2)
+
+    assert not report.supported
+    assert report.reason is not None
+    assert "recurrent" in report.reason
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    folder = Path(__file__).parents[2] / "configs" / "models" / "tiny-dense"
+
+    with pytest.raises(InvalidRequest, match="stages"):
+        check(folder, model="azu/tiny-dense", num_stages=7)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 6, 24, 61])
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 6])
+def test_uneven_boundaries_cover_every_layer_once(num_layers: int, num_stages: int) -> None:
+    if num_stages > num_layers:
+        pytest.skip("more stages than layers")
+
+    boundaries = uneven_boundaries(num_layers, num_stages)
+
+    assert boundaries[0] == 0
+    assert boundaries[-1] == num_layers
+    assert list(boundaries) == sorted(set(boundaries))

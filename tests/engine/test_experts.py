@@ -1,0 +1,197 @@
+"""Experts apart from their routers: only routed tokens travel, and nothing is served that is not held."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from azu.engine.expert_frames import StepId, TokenSlices, decode_answer
+from azu.engine.experts import ExpertRunner
+from azu.engine.local import local_topology
+from azu.engine.runner import StageRunner
+from azu.engine.spec import StageSpec
+from azu.engine.tensors import tensor_of
+from azu.errors import FrameError, WorkerLost
+from azu.protocol.frame import Frame
+from azu.protocol.sampling import SamplingParams
+from azu.protocol.step import OpenedSequence, Slice, StepBatch, StepResult
+from azu.protocol.topology import ExpertSet, Stage
+from tests.engine.conftest import CutModel
+
+_STEP = StepId(epoch=1, step=2, micro_batch=0, stage=0)
+
+
+def _runner(model: CutModel, *experts: int) -> ExpertRunner:
+    return ExpertRunner(model.structure, {1: experts}, model.paths(), model.shards, "cpu")
+
+
+def _request(ids: list[list[int]], *, width: int = 64, value: float = 1.0) -> bytes:
+    hidden = torch.full((len(ids), width), value)
+    return TokenSlices(_STEP, hidden, torch.tensor(ids), torch.full((len(ids), len(ids[0])), 0.5)).encode()
+
+
+def _answer(runner: ExpertRunner, ids: list[list[int]]) -> torch.Tensor:
+    return tensor_of(Frame.decode(runner.run(1, _request(ids))), torch.device("cpu"))
+
+
+def test_experts_of_two_holders_add_up_to_one_holder_of_all(cut_model: Callable[[str], CutModel]) -> None:
+    model = cut_model("mixtral")
+    whole = _answer(_runner(model, *range(8)), [[1, 6], [6, 3]])
+    # The order in which a holder has its experts does not matter.
+    odd = _answer(_runner(model, 3, 1), [[1, -1], [-1, 3]])
+    even = _answer(_runner(model, 0, 6), [[-1, 6], [6, -1]])
+
+    torch.testing.assert_close(odd + even, whole)
+
+
+def test_choices_of_others_add_nothing(cut_model: Callable[[str], CutModel]) -> None:
+    assert not _answer(_runner(cut_model("mixtral"), 2), [[-1, -1]]).any()
+
+
+@pytest.mark.parametrize(
+    ("layer", "request_bytes"),
+    [
+        (0, _request([[1, 3]])),
+        (1, _request([[1, 2]])),
+        (1, _request([[1, 8]])),
+        (1, _request([[1, -2]])),
+        (1, _request([[1, 3]], width=32)),
+        (1, _request([[1, 3]], value=float("nan"))),
+        (1, _request([[1, 3]])[:-1]),
+        (1, _request([[1, 3]])[:60]),
+        (1, b""),
+    ],
+)
+def test_bad_request_is_refused(
+    cut_model: Callable[[str], CutModel], layer: int, request_bytes: bytes
+) -> None:
+    with pytest.raises(FrameError):
+        _runner(cut_model("mixtral"), 1, 3).run(layer, request_bytes)
+
+
+@dataclass
+class _Link:
+    """Runs expert sets in place and notes who was asked for how many tokens."""
+
+    runners: dict[int, ExpertRunner]
+    asked: list[tuple[int, int, int]] = field(default_factory=list)
+    lost: int | None = None
+
+    def start(self, expert_set: int, layer: int, request: bytes) -> "_Pending":
+        tokens = len(TokenSlices.decode(request, torch.device("cpu")).hidden)
+        self.asked.append((expert_set, layer, tokens))
+        return _Pending(self, expert_set, layer, request)
+
+
+@dataclass
+class _Pending:
+    link: _Link
+    expert_set: int
+    layer: int
+    request: bytes
+
+    def result(self, timeout_s: float) -> bytes:
+        assert timeout_s > 0
+        if self.link.lost == self.expert_set:
+            raise WorkerLost(f"expert set {self.expert_set} is gone")
+        return self.link.runners[self.expert_set].run(self.layer, self.request)
+
+
+def _stage(
+    model: CutModel, sets: tuple[ExpertSet, ...], local: dict[int, tuple[int, ...]], link: _Link
+) -> StageRunner:
+    whole = local_topology(model.structure, (0, 6)).stages[0]
+    stage = Stage(0, "router", whole.span, local, 0)
+    return StageRunner(
+        StageSpec(model.structure, stage, 1, 8, 4, model.paths(), model.shards, "cpu", sets), link
+    )
+
+
+def _run(runner: StageRunner, num_tokens: int = 9) -> StepResult:
+    tokens = tuple(range(5, 5 + num_tokens))
+    batch = StepBatch(
+        epoch=1,
+        step=1,
+        micro_batch=0,
+        slices=(Slice(1, 0, num_tokens, (0, 1, 2), sample=True, sequence_length=num_tokens),),
+        token_ids=tokens,
+        opened=(OpenedSequence(1, tokens, SamplingParams(max_tokens=1, logprobs=5)),),
+    )
+    result = runner.run(batch, None)
+    assert isinstance(result, StepResult)
+    return result
+
+
+def _everywhere(model: CutModel, experts: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    return {layer.index: experts for layer in model.structure.layers if layer.num_experts}
+
+
+def _link(model: CutModel, *sets: ExpertSet) -> _Link:
+    return _Link(
+        {s.index: ExpertRunner(model.structure, s.experts, model.paths(), model.shards, "cpu") for s in sets}
+    )
+
+
+def test_experts_partly_beside_the_router_give_the_same_tokens(cut_model: Callable[[str], CutModel]) -> None:
+    model = cut_model("mixtral")
+    whole = _run(_stage(model, (), _everywhere(model, tuple(range(8))), _Link({})))
+    apart = ExpertSet(0, "elsewhere", _everywhere(model, (0, 2, 5)), 0)
+    link = _link(model, apart)
+
+    mixed = _run(_stage(model, (apart,), _everywhere(model, (1, 3, 4, 6, 7)), link))
+
+    assert mixed.tokens[0].token_id == whole.tokens[0].token_id
+    assert mixed.tokens[0].logprob == pytest.approx(whole.tokens[0].logprob, abs=1e-4)
+    assert whole.expert_work == ()
+    # Nine tokens choose two of eight experts each: fewer than all of them travel.
+    assert 0 < max(tokens for _, _, tokens in link.asked) < 9
+
+
+def test_replicas_share_the_tokens_and_change_nothing(cut_model: Callable[[str], CutModel]) -> None:
+    model = cut_model("mixtral")
+    whole = _run(_stage(model, (), _everywhere(model, tuple(range(8))), _Link({})))
+    replicas = tuple(ExpertSet(i, f"node-{i}", _everywhere(model, tuple(range(8))), 0) for i in range(2))
+    link = _link(model, *replicas)
+
+    result = _run(_stage(model, replicas, _everywhere(model, ()), link))
+
+    assert result.tokens[0].token_id == whole.tokens[0].token_id
+    asked = Counter(expert_set for expert_set, _, _ in link.asked)
+    assert asked[0] == asked[1] == 6  # both in every layer, once each
+
+
+def test_every_choice_is_counted_at_the_node_that_served_it(cut_model: Callable[[str], CutModel]) -> None:
+    model = cut_model("mixtral")
+    structure = model.structure
+    sets = tuple(ExpertSet(i, f"node-{i}", _everywhere(model, tuple(range(i, 8, 2))), 0) for i in range(2))
+
+    result = _run(_stage(model, sets, _everywhere(model, ()), _link(model, *sets)))
+
+    expert = structure.expert_shard(1, 0).active_parameters * 4
+    router = structure.layer_shard(1).active_parameters * 4
+    for layer in range(6):
+        work = {w.node_id: w.activated_bytes for w in result.expert_work if w.layer == layer}
+        assert work.pop("router") == 9 * router
+        assert sum(work.values()) == 9 * 2 * expert
+
+
+def test_lost_holder_ends_the_step_with_its_name(cut_model: Callable[[str], CutModel]) -> None:
+    model = cut_model("mixtral")
+    apart = ExpertSet(0, "elsewhere", _everywhere(model, tuple(range(8))), 0)
+    link = _link(model, apart)
+    runner = _stage(model, (apart,), _everywhere(model, ()), link)
+    link.lost = 0
+
+    with pytest.raises(WorkerLost, match="expert set 0"):
+        _run(runner)
+
+
+def test_answer_to_another_step_is_refused() -> None:
+    sent = TokenSlices(_STEP, torch.ones(1, 64), torch.tensor([[1, 3]]), torch.ones(1, 2))
+    late = replace(_STEP, step=1).frame(torch.ones(1, 64))
+    with pytest.raises(FrameError, match="step 1"):
+        decode_answer(late, sent, torch.device("cpu"))
+    with pytest.raises(FrameError, match="size"):
+        decode_answer(_STEP.frame(torch.ones(2, 64)), sent, torch.device("cpu"))

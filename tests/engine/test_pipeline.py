@@ -1,0 +1,202 @@
+"""The engine's loop with made-up stages: what is delivered, counted, cancelled and closed."""
+
+from dataclasses import replace
+
+import pytest
+
+from azu.engine.pipeline import EnginePipeline, SequenceUpdate
+from azu.engine.scheduler import SchedulerConfig
+from azu.engine.sequence import Sequence
+from azu.protocol.job import FinishReason
+from azu.protocol.sampling import SamplingParams
+from azu.protocol.step import ExpertWork, SampledToken, StepBatch, StepResult
+from azu.protocol.topology import ExpertSet, LayerSpan, Stage
+from tests import builders
+
+_EOS = 2
+
+
+def _pipeline(num_blocks: int = 64, **scheduling: int) -> EnginePipeline:
+    structure = builders.structure(4)
+    topology = builders.topology({"a": (0, 4)})
+    return EnginePipeline(structure, topology, SchedulerConfig(num_blocks, 4, **scheduling), (_EOS,))
+
+
+def _add(pipeline: EnginePipeline, sequence_id: int = 1, prompt: int = 3, **sampling: object) -> None:
+    params = SamplingParams(**{"max_tokens": 4, **sampling})  # type: ignore[arg-type]
+    pipeline.add(Sequence(sequence_id, tuple(range(10, 10 + prompt)), params))
+
+
+def _answer(batch: StepBatch, token: int = 9, **given: object) -> StepResult:
+    tokens = tuple(SampledToken(piece.sequence_id, token) for piece in batch.slices if piece.sample)
+    return replace(StepResult(batch.epoch, batch.step, batch.micro_batch, tokens), **given)  # type: ignore[arg-type]
+
+
+def _next(pipeline: EnginePipeline) -> StepBatch:
+    batch = pipeline.next_batch()
+    assert batch is not None
+    return batch
+
+
+def _run(pipeline: EnginePipeline, token: int = 9) -> list[SequenceUpdate]:
+    updates = []
+    while pipeline.num_sequences:
+        updates += pipeline.complete(_answer(_next(pipeline), token))
+    return updates
+
+
+def test_sequence_delivers_its_tokens_and_ends_at_its_limit() -> None:
+    pipeline = _pipeline()
+    _add(pipeline, max_tokens=3)
+
+    updates = _run(pipeline)
+
+    assert [update.token_ids for update in updates] == [(9,)] * 3
+    assert [update.finish_reason for update in updates] == [None, None, FinishReason.LENGTH]
+    assert pipeline.num_free_blocks == 64
+
+
+def test_eos_is_delivered_and_ends_the_sequence() -> None:
+    pipeline = _pipeline()
+    _add(pipeline)
+
+    (update,) = _run(pipeline, token=_EOS)
+
+    assert update.token_ids == (_EOS,)
+    assert update.finish_reason is FinishReason.STOP
+
+
+def test_steps_carry_the_tokens_of_their_slices() -> None:
+    pipeline = _pipeline(prefill_chunk_tokens=2)
+    _add(pipeline, prompt=3)
+    batches = []
+    while pipeline.num_sequences:
+        batches.append(_next(pipeline))
+        pipeline.complete(_answer(batches[-1]))
+
+    assert [batch.token_ids for batch in batches] == [(10, 11), (12,), (9,), (9,), (9,)]
+    assert [batch.slices[0].position for batch in batches] == [0, 2, 3, 4, 5]
+
+
+def test_sequence_is_opened_once_and_closed_with_the_next_step() -> None:
+    pipeline = _pipeline()
+    _add(pipeline, 1, max_tokens=1)
+    first = _next(pipeline)
+    pipeline.complete(_answer(first))
+    _add(pipeline, 2, max_tokens=2)
+    second = _next(pipeline)
+    pipeline.complete(_answer(second))
+    third = _next(pipeline)
+
+    assert [one.sequence_id for one in first.opened] == [1]
+    assert [one.sequence_id for one in second.opened] == [2]
+    assert second.closed == (1,)
+    assert (third.opened, third.closed) == ((), ())
+
+
+def test_sequence_that_is_taken_over_goes_on_where_it_was() -> None:
+    pipeline = _pipeline()
+    pipeline.add(Sequence(1, (10, 11), SamplingParams(max_tokens=4), generated=(20, 21)))
+
+    batch = _next(pipeline)
+    pipeline.complete(_answer(batch))
+
+    assert batch.token_ids == (10, 11, 20, 21)
+    assert batch.opened[0].prompt_token_ids == (10, 11)
+    assert batch.opened[0].generated == (20, 21)
+    assert [update.finish_reason for update in _run(pipeline)] == [FinishReason.LENGTH]
+
+
+def test_work_counts_every_layer_where_it_ran() -> None:
+    structure = builders.structure(4)
+    pipeline = _pipeline()
+    _add(pipeline, prompt=3, max_tokens=2)
+
+    work = _run(pipeline)[-1].work
+
+    ran = 3 + 2 - 1
+    layer = structure.shard("layer_1_dense").active_parameters * 4
+    embed, head = (structure.shard(name).active_parameters * 4 for name in ("embed", "head"))
+    assert [sum(nodes.values()) for _, nodes in sorted(work.items())] == [
+        ran * (layer + embed), ran * layer, ran * layer, ran * (layer + head),
+    ]  # fmt: skip
+
+
+def test_recomputed_tokens_are_counted_once() -> None:
+    roomy, tight = _pipeline(), _pipeline(num_blocks=4)
+    for pipeline in (roomy, tight):
+        _add(pipeline, 1, prompt=7, max_tokens=6)
+        _add(pipeline, 2, prompt=7, max_tokens=6)
+
+    expected, got = _run(roomy), _run(tight)
+
+    assert {u.sequence_id: u.work for u in got if u.work} == {
+        u.sequence_id: u.work for u in expected if u.work
+    }
+
+
+def test_reports_of_spread_layers_are_added_up_and_foreign_ones_ignored() -> None:
+    structure = builders.structure(2, moe_layers={1: 4})
+    topology = replace(
+        builders.topology({"a": (0, 2)}),
+        stages=(Stage(0, "a", LayerSpan(0, 2), {1: (0, 1)}, 0),),
+        expert_sets=(ExpertSet(0, "b", {1: (2, 3)}, 0),),
+    )
+    pipeline = EnginePipeline(structure, topology, SchedulerConfig(8, 4), (_EOS,))
+    _add(pipeline, max_tokens=2)
+    updates: list[SequenceUpdate] = []
+    for _ in range(2):
+        reports = (ExpertWork(1, 1, "a", 5), ExpertWork(1, 1, "b", 7), ExpertWork(99, 1, "b", 1000))
+        updates += pipeline.complete(_answer(_next(pipeline), expert_work=reports))
+
+    head = structure.shard("head").active_parameters * 4 * 4
+    assert updates[-1].work[1] == {"a": 10 + head, "b": 14}
+
+
+def test_cancelled_sequence_ends_at_once_and_frees_its_blocks_when_its_step_is_back() -> None:
+    pipeline = _pipeline()
+    _add(pipeline)
+    pipeline.complete(_answer(_next(pipeline)))
+    batch = _next(pipeline)
+
+    (update,) = pipeline.cancel(1)
+    assert update.finish_reason is FinishReason.CANCELLED
+    assert update.work  # what ran until then is paid
+    assert pipeline.num_free_blocks < 64
+    assert pipeline.complete(_answer(batch)) == []
+    assert pipeline.num_free_blocks == 64
+    assert pipeline.cancel(1) == []
+
+
+def test_results_of_another_epoch_or_repeated_change_nothing() -> None:
+    pipeline = _pipeline()
+    _add(pipeline)
+    result = _answer(_next(pipeline))
+
+    assert pipeline.complete(replace(result, epoch=result.epoch + 1)) == []
+    assert len(pipeline.complete(result)) == 1
+    assert pipeline.complete(result) == []
+
+
+def test_no_more_steps_leave_than_may_be_in_flight() -> None:
+    pipeline = _pipeline(micro_batches=2, prefill_chunk_tokens=6)
+    for sequence_id in range(6):
+        _add(pipeline, sequence_id)
+
+    first, second = _next(pipeline), _next(pipeline)
+
+    assert pipeline.next_batch() is None
+    assert {first.micro_batch, second.micro_batch} == {0, 1}
+
+
+@pytest.mark.parametrize("logprob", [None, -0.5])
+def test_logprobs_come_only_when_they_were_asked_for(logprob: float | None) -> None:
+    pipeline = _pipeline()
+    _add(pipeline, max_tokens=1)
+    batch = _next(pipeline)
+    token = SampledToken(1, 9, logprob, ((9, -0.5),) if logprob else ())
+
+    (update,) = pipeline.complete(_answer(batch, tokens=(token,)))
+
+    assert update.logprobs == (() if logprob is None else (logprob,))
+    assert update.top_logprobs == (() if logprob is None else (((9, -0.5),),))

@@ -1,0 +1,166 @@
+"""A stage computes nothing from a frame that is not exactly the one it should get."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from azu.engine.local import local_topology
+from azu.engine.runner import StageRunner
+from azu.engine.spec import Handoff, StageSpec
+from azu.errors import FrameError, ShardError
+from azu.protocol.frame import Frame
+from azu.protocol.sampling import SamplingParams
+from azu.protocol.step import OpenedSequence, Slice, StepBatch, StepResult
+from tests.engine.conftest import CutModel
+
+_BATCH = StepBatch(
+    epoch=1,
+    step=4,
+    micro_batch=0,
+    slices=(
+        Slice(1, 0, 3, (0,), sample=True, sequence_length=3),
+        Slice(2, 0, 2, (2,), sample=False, sequence_length=9),
+    ),
+    token_ids=(5, 6, 7, 8, 9),
+    opened=(OpenedSequence(1, (5, 6, 7), SamplingParams(max_tokens=2, logprobs=3)),),
+)
+
+
+def _spec(model: CutModel, stage: int) -> StageSpec:
+    topology = local_topology(model.structure, (0, 2, 6))
+    return StageSpec(
+        structure=model.structure,
+        stage=topology.stages[stage],
+        epoch=1,
+        num_blocks=4,
+        block_size=4,
+        shard_paths=model.paths(),
+        config_folder=model.shards,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def first(cut_model: Callable[[str], CutModel]) -> StageRunner:
+    return StageRunner(_spec(cut_model("llama"), 0))
+
+
+@pytest.fixture(scope="module")
+def last(cut_model: Callable[[str], CutModel]) -> StageRunner:
+    return StageRunner(_spec(cut_model("llama"), 1))
+
+
+def _handoff(first: StageRunner) -> Handoff:
+    output = first.run(_BATCH, None)
+    assert isinstance(output, Handoff)
+    return output
+
+
+def test_last_stage_samples_only_where_asked(first: StageRunner, last: StageRunner) -> None:
+    handoff = _handoff(first)
+    result = last.run(handoff.batch, handoff.frame)
+
+    assert isinstance(result, StepResult)
+    assert [token.sequence_id for token in result.tokens] == [1]
+    token = result.tokens[0]
+    assert token.top_logprobs[0] == (token.token_id, token.logprob)
+    assert len(token.top_logprobs) == 3
+
+
+def test_handoff_carries_no_token_ids(first: StageRunner) -> None:
+    assert _handoff(first).batch.token_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"epoch": 2}, "epoch"),
+        ({"step": 5}, "step"),
+        ({"micro_batch": 1}, "came with step"),
+        ({"stage": 1}, "of stage 1"),
+        ({"dtype": "int32"}, "int32"),
+        ({"shape": (5, 64, 1)}, r"\[5, 64, 1\]"),
+        ({"rows": ()}, "rows"),
+    ],
+)
+def test_frame_that_does_not_fit_is_refused_and_its_sender_named(
+    first: StageRunner, last: StageRunner, changes: dict[str, object], complaint: str
+) -> None:
+    handoff = _handoff(first)
+    frame = replace(Frame.decode(handoff.frame), **changes).encode()
+
+    with pytest.raises(FrameError, match=f"stage 0 sent .*{complaint}"):
+        last.run(handoff.batch, frame)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(first: StageRunner, last: StageRunner, value: float) -> None:
+    handoff = _handoff(first)
+    frame = Frame.decode(handoff.frame)
+    values = np.frombuffer(frame.payload, dtype=np.float32).copy()
+    values[17] = value
+
+    with pytest.raises(FrameError, match=r"stage 0 sent .*not finite"):
+        last.run(handoff.batch, replace(frame, payload=values.tobytes()).encode())
+
+
+def test_damaged_or_missing_bytes_are_refused(first: StageRunner, last: StageRunner) -> None:
+    handoff = _handoff(first)
+    damaged = bytearray(handoff.frame)
+    damaged[-3] ^= 1
+
+    with pytest.raises(FrameError, match="checksum"):
+        last.run(handoff.batch, bytes(damaged))
+    with pytest.raises(FrameError):
+        last.run(handoff.batch, handoff.frame[:20])
+    with pytest.raises(FrameError, match="without hidden states"):
+        last.run(handoff.batch, None)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        replace(_BATCH, epoch=0),
+        replace(_BATCH, token_ids=(5, 6, 7, 8)),
+        replace(_BATCH, token_ids=(5, 6, 7, 8, 97)),
+        replace(_BATCH, token_ids=(5, 6, 7, 8, -1)),
+        replace(_BATCH, slices=(), token_ids=()),
+        replace(_BATCH, slices=(Slice(1, 0, 5, (0,), sample=True),)),
+        replace(_BATCH, slices=(Slice(1, 0, 5, (0, 4), sample=True),)),
+        replace(_BATCH, slices=(Slice(1, 0, 5, (), sample=True),)),
+    ],
+)
+def test_first_stage_refuses_steps_it_cannot_run(first: StageRunner, batch: StepBatch) -> None:
+    with pytest.raises(FrameError):
+        first.run(batch, None)
+
+
+def test_sequence_that_was_never_opened_is_not_sampled(first: StageRunner, last: StageRunner) -> None:
+    handoff = _handoff(first)
+    slices = (replace(_BATCH.slices[0], sample=False), replace(_BATCH.slices[1], sample=True))
+
+    with pytest.raises(FrameError, match="sequence 2 was never opened"):
+        last.run(replace(handoff.batch, slices=slices), handoff.frame)
+
+
+def test_missing_or_foreign_shards_are_refused(cut_model: Callable[[str], CutModel]) -> None:
+    model = cut_model("llama")
+    spec, paths = _spec(model, 0), model.paths()
+
+    with pytest.raises(ShardError, match="layer_1_dense"):
+        StageRunner(replace(spec, shard_paths={k: v for k, v in paths.items() if k != "layer_1_dense"}))
+    with pytest.raises(ShardError, match="layer_1_dense"):
+        StageRunner(replace(spec, shard_paths={**paths, "layer_1_dense": paths["layer_2_dense"]}))
+
+
+def test_weights_are_mapped_not_copied(cut_model: Callable[[str], CutModel]) -> None:
+    model = cut_model("qwen3")  # no other test of this process maps it
+    runner = StageRunner(_spec(model, 1))
+    maps = Path("/proc/self/maps").read_text()
+
+    assert str(model.shards / "layer_5_dense.safetensors") in maps
+    assert str(model.shards / "layer_1_dense.safetensors") not in maps
+    del runner

@@ -1,0 +1,224 @@
+"""The scheduler against a made-up engine: no block is given twice, no sequence starves."""
+
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from azu.engine.scheduler import Scheduler, SchedulerConfig
+from azu.engine.sequence import Sequence
+from azu.errors import Unavailable
+from azu.protocol.sampling import SamplingParams
+from azu.protocol.step import Slice
+
+_Step = list[tuple[Sequence, Slice]]
+
+
+def _sequence(sequence_id: int, prompt: int, max_tokens: int) -> Sequence:
+    return Sequence(sequence_id, tuple(range(1, prompt + 1)), SamplingParams(max_tokens=max_tokens))
+
+
+class _Engine:
+    """Runs steps in order and checks what every stage relies on."""
+
+    def __init__(self, config: SchedulerConfig, restart_length: int | None = None) -> None:
+        self.config = config
+        self.scheduler = Scheduler(config, num_stages=1, restart_length=restart_length)
+        self.in_flight: deque[_Step] = deque()
+        self.cached: dict[int, list[tuple[int, int]]] = {}  # slot -> who wrote it for which position
+        self.restart_length = restart_length
+        self.steps = 0
+
+    def send(self) -> bool:
+        if len(self.in_flight) >= self.scheduler.micro_batches:
+            return False
+        step = self.scheduler.next_slices()
+        if step:
+            self._compute(step)
+            self.in_flight.append(step)
+            self.steps += 1
+        return bool(step)
+
+    def take(self) -> None:
+        for sequence, piece in self.in_flight.popleft():
+            self.scheduler.returned(sequence)
+            sequence.num_ran = max(sequence.num_ran, piece.position + piece.num_tokens)
+            if piece.sample and sequence.state == "running":
+                self.scheduler.extend(sequence, 7)
+                if sequence.num_generated == sequence.sampling.max_tokens:
+                    self.scheduler.finish(sequence)
+
+    def _compute(self, step: _Step) -> None:
+        blocks = [block for _, piece in step for block in piece.block_ids]
+        assert len(blocks) == len(set(blocks)), "a block belongs to one sequence"
+        assert len({sequence.sequence_id for sequence, _ in step}) == len(step)
+        prefill = sum(piece.num_tokens for _, piece in step if piece.num_tokens > 1)
+        assert prefill <= max(self.config.prefill_chunk_tokens, 1)
+        if self.restart_length is not None:
+            assert len({piece.sequence_length > self.restart_length for _, piece in step}) == 1
+        for sequence, piece in step:
+            slots = [
+                block * self.config.block_size + offset
+                for block in piece.block_ids
+                for offset in range(self.config.block_size)
+            ]
+            for position in range(piece.position):
+                owner = self.cached[slots[position]]
+                assert owner == (sequence.sequence_id, position), "what was cached is still there"
+            for position in range(piece.position, piece.position + piece.num_tokens):
+                self.cached[slots[position]] = (sequence.sequence_id, position)
+
+    def run_dry(self, limit: int = 5_000) -> None:
+        for _ in range(limit):
+            while self.send():
+                pass
+            if not self.in_flight:
+                return
+            self.take()
+        raise AssertionError("it does not end")
+
+
+_JOBS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    jobs=_JOBS,
+    num_blocks=st.integers(11, 40),
+    chunk=st.integers(1, 40),
+    micro_batches=st.integers(1, 3),
+    max_running=st.integers(1, 6),
+    restart_length=st.one_of(st.none(), st.integers(1, 30)),
+)
+def test_every_sequence_ends_and_every_block_comes_back(
+    jobs: list[tuple[int, int]],
+    num_blocks: int,
+    chunk: int,
+    micro_batches: int,
+    max_running: int,
+    restart_length: int | None,
+) -> None:
+    config = SchedulerConfig(num_blocks, 4, chunk, max_running, micro_batches)
+    engine = _Engine(config, restart_length)
+    sequences = [_sequence(index, *job) for index, job in enumerate(jobs)]
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+        engine.send()
+
+    engine.run_dry()
+
+    assert all(sequence.num_generated == sequence.sampling.max_tokens for sequence in sequences)
+    assert engine.scheduler.num_free_blocks == num_blocks
+
+
+@settings(max_examples=100, deadline=None)
+@given(jobs=_JOBS, cancelled=st.sets(st.tuples(st.integers(0, 11), st.integers(0, 20))), data=st.data())
+def test_sequences_that_are_given_up_leave_no_block(
+    jobs: list[tuple[int, int]], cancelled: set[tuple[int, int]], data: st.DataObject
+) -> None:
+    engine = _Engine(SchedulerConfig(16, 4, 8, 6, 2))
+    sequences = [_sequence(index, *job) for index, job in enumerate(jobs)]
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+    for step in range(21):
+        engine.send()
+        for index, when in cancelled:
+            if when == step and index < len(sequences) and sequences[index].state != "finished":
+                engine.scheduler.finish(sequences[index])
+        if engine.in_flight and data.draw(st.booleans()):
+            engine.take()
+
+    engine.run_dry()
+
+    assert engine.scheduler.num_free_blocks == 16
+
+
+def test_sequence_that_could_never_run_is_refused() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=4, block_size=4), num_stages=1)
+
+    scheduler.add(_sequence(1, prompt=10, max_tokens=7))  # 16 tokens in the cache
+    with pytest.raises(Unavailable, match="17 tokens"):
+        scheduler.add(_sequence(2, prompt=10, max_tokens=8))
+
+
+def test_decodes_share_a_step_with_a_prompt_in_chunks() -> None:
+    engine = _Engine(SchedulerConfig(64, 4, prefill_chunk_tokens=8))
+    engine.scheduler.add(_sequence(1, prompt=3, max_tokens=9))
+    engine.send()
+    engine.take()
+    engine.scheduler.add(_sequence(2, prompt=20, max_tokens=9))
+
+    engine.send()
+
+    pieces = {piece.sequence_id: piece.num_tokens for _, piece in engine.in_flight[0]}
+    assert pieces == {1: 1, 2: 8}
+
+
+def test_short_prompt_is_not_kept_waiting_by_long_ones() -> None:
+    engine = _Engine(SchedulerConfig(1024, 4, prefill_chunk_tokens=32))
+    for index in range(8):
+        engine.scheduler.add(_sequence(index, prompt=200, max_tokens=4))
+    for _ in range(3):
+        engine.send()
+        engine.take()
+    short = _sequence(9, prompt=10, max_tokens=4)
+    engine.scheduler.add(short)
+
+    engine.send()
+    engine.take()
+
+    assert short.num_generated == 1
+
+
+def test_oldest_prompt_keeps_half_of_every_step() -> None:
+    engine = _Engine(SchedulerConfig(1024, 4, prefill_chunk_tokens=32))
+    engine.scheduler.add(_sequence(0, prompt=200, max_tokens=4))
+    for index in range(1, 9):
+        engine.scheduler.add(_sequence(index, prompt=20, max_tokens=4))
+
+    engine.send()
+
+    sizes = {piece.sequence_id: piece.num_tokens for _, piece in engine.in_flight[0]}
+    assert sizes[0] == 16
+
+
+def test_chunks_of_one_prompt_follow_each_other_without_waiting() -> None:
+    engine = _Engine(SchedulerConfig(64, 4, prefill_chunk_tokens=8, micro_batches=3))
+    engine.scheduler.add(_sequence(1, prompt=20, max_tokens=2))
+
+    while engine.send():
+        pass
+
+    assert [step[0][1].num_tokens for step in engine.in_flight] == [8, 8, 4]
+    assert [step[0][1].sample for step in engine.in_flight] == [False, False, True]
+
+
+def test_decoding_sequences_are_split_evenly_over_micro_batches() -> None:
+    engine = _Engine(SchedulerConfig(64, 4, prefill_chunk_tokens=64, micro_batches=2))
+    for index in range(8):
+        engine.scheduler.add(_sequence(index, prompt=2, max_tokens=9))
+    for _ in range(6):
+        while engine.send():
+            pass
+        engine.take()
+
+    while engine.send():
+        pass
+
+    assert [len(step) for step in engine.in_flight] == [4, 4]
+
+
+def test_youngest_gives_way_when_blocks_run_out() -> None:
+    engine = _Engine(SchedulerConfig(num_blocks=4, block_size=4, prefill_chunk_tokens=16))
+    old, young = _sequence(1, prompt=7, max_tokens=6), _sequence(2, prompt=7, max_tokens=6)
+    for sequence in (old, young):
+        engine.scheduler.add(sequence)
+    for _ in range(3):
+        engine.send()
+        engine.take()
+
+    assert old.state == "running"
+    assert young.state == "waiting"
+    engine.run_dry()
+    assert young.num_generated == 6

@@ -1,0 +1,98 @@
+"""Text in and out, through the built-in model's tokenizer."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from azu.engine.tokenizer import Tokenizer
+from azu.errors import BrokenCheckpoint, InvalidRequest
+
+_FOLDER = Path(__file__).parents[2] / "configs" / "models" / "tiny-dense"
+_TEXTS = ["plain words", "smile 😀👩‍👩‍👧 漢字 naïve  done", "e\u0301 🇫🇷", "", " lead and trail \n"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(_FOLDER)
+
+
+@pytest.mark.parametrize("text", _TEXTS)
+def test_stream_gives_the_text_of_all_tokens(tokenizer: Tokenizer, text: str) -> None:
+    prompt, ids = tokenizer.encode("Say: "), tokenizer.encode(text)
+    stream = tokenizer.stream(prompt)
+
+    pieces = [stream.push([token]) for token in ids]
+
+    assert "".join(pieces) + stream.finish() == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("text", _TEXTS[1:3])
+def test_pieces_do_not_depend_on_how_tokens_arrive(tokenizer: Tokenizer, text: str) -> None:
+    stream = tokenizer.stream(())
+
+    assert stream.push(tokenizer.encode(text)) + stream.finish() == text
+
+
+def test_character_that_never_ends_is_shown_at_the_end(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("ok 😀")
+    stream = tokenizer.stream(())
+
+    assert stream.push(ids[:-1]).startswith("ok")
+    assert stream.finish().endswith("\ufffd")
+
+
+def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:
+    end = AutoTokenizer.from_pretrained(_FOLDER).eos_token_id
+    stream = tokenizer.stream(())
+
+    assert stream.push([*tokenizer.encode("end"), end]) + stream.finish() == "end"
+
+
+def test_encoding_is_that_of_the_folders_tokenizer(tokenizer: Tokenizer) -> None:
+    text = "What is the capital of France?"
+
+    assert tokenizer.encode(text) == AutoTokenizer.from_pretrained(_FOLDER)(text)["input_ids"]
+
+
+def test_chat_is_rendered_by_the_models_template(tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "Hello 😀"}]
+    expected = AutoTokenizer.from_pretrained(_FOLDER).apply_chat_template(
+        messages, add_generation_prompt=True
+    )
+
+    assert tokenizer.render_chat(messages) == expected["input_ids"]
+
+
+@pytest.mark.parametrize("messages", [[{"content": "no role"}], [{"role": "user"}], [{}]])
+def test_messages_that_the_template_refuses_are_an_invalid_request(
+    tmp_path: Path, messages: list[dict[str, str]]
+) -> None:
+    for file in _FOLDER.glob("token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role != 'user' or not m.content %}"
+        "{{ raise_exception('only users speak') }}{% endif %}{% endfor %}"
+    )
+
+    with pytest.raises(InvalidRequest) as refused:
+        Tokenizer(tmp_path).render_chat(messages)
+    assert refused.value.param == "messages"
+
+
+def test_model_without_a_template_has_no_chat(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((_FOLDER / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        Tokenizer(tmp_path).render_chat([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"version": "1.0"}'])
+def test_folder_without_a_usable_tokenizer_is_broken(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+
+    with pytest.raises(BrokenCheckpoint, match="tokenizer"):
+        Tokenizer(tmp_path)
