@@ -41,14 +41,13 @@ def import_key(path: Path, key: bytes, password: str) -> LocalAccount:
         account: LocalAccount = Account.from_key(key)
     except Exception as error:
         raise InvalidRequest("this is not a private key", param="key") from error.with_traceback(None)
-    content = json.dumps(account.encrypt(password)).encode()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
         raise ConfigurationError(f"{path} exists; a wallet is never overwritten") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(account.encrypt(password), file)
         file.flush()
         os.fsync(file.fileno())
     return account
@@ -65,8 +64,9 @@ def load(path: Path, password: str) -> LocalAccount:
 
 def address_of(path: Path) -> str:
     """Return a wallet's address; raises ConfigurationError if its file is bad."""
+    keystore = _read(path)
     try:
-        return parse_address(f"0x{_read(path)['address']}")
+        return parse_address(f"0x{keystore['address']}")
     except (KeyError, InvalidRequest) as error:
         raise ConfigurationError(f"{path} is damaged") from error
 

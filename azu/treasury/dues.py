@@ -75,8 +75,8 @@ class Dues:
                 break
             if due.lamports > funds:
                 _LOG.error("the platform's wallet does not hold what is owed: %s", due)
-                continue
-            if await self._payable(due):
+                self.pass_over(due.address)
+            elif await self._payable(due):
                 picked.append(due)
                 funds -= due.lamports
         return picked

@@ -1,5 +1,6 @@
 """A devnet in a thread of the test's process, spoken to over real HTTP."""
 
+import secrets
 import socket
 import threading
 from collections.abc import Iterator
@@ -58,3 +59,7 @@ def running_devnet(seed: int | None = None) -> Iterator[RunningDevnet]:
         finally:
             server.should_exit = True
             thread.join(timeout=10)
+
+
+def fresh_address() -> str:
+    return f"0x{secrets.token_hex(20)}"

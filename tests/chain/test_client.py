@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 from eth_account import Account
+from eth_account.signers.local import LocalAccount
 
 from azu.chain.client import ChainClient
 from azu.chain.devnet.state import SECOND_HYPE
@@ -18,13 +19,12 @@ from azu.errors import ChainError
 from azu.units import LAMPORTS_PER_HYPE
 from tests.chain.running import RunningDevnet
 
-ALICE = Account.create()
-BOB = "0x" + "b0" * 20
 
-
-@pytest.fixture(autouse=True)
-def _funded(devnet: RunningDevnet) -> None:
-    devnet.fund(ALICE.address, 10 * LAMPORTS_PER_HYPE)
+@pytest.fixture
+def alice(devnet: RunningDevnet) -> LocalAccount:
+    account = Account.create()
+    devnet.fund(account.address, 10 * LAMPORTS_PER_HYPE)
+    return account
 
 
 @asynccontextmanager
@@ -36,41 +36,44 @@ async def client(devnet: RunningDevnet, http: httpx.AsyncClient | None = None) -
         await chain.close()
 
 
-async def transfers(chain: ChainClient, user: str = BOB) -> list[LedgerTransfer]:
+async def transfers(chain: ChainClient, user: str) -> list[LedgerTransfer]:
     return [transfer async for page in chain.ledger_updates(user, 0) for transfer in page]
 
 
-def test_a_transfer_is_read_back_exactly(devnet: RunningDevnet) -> None:
+def test_a_transfer_is_read_back_exactly(devnet: RunningDevnet, bob: str, alice: LocalAccount) -> None:
     async def scenario() -> None:
         async with client(devnet) as chain:
-            tx_hash = await send_hype(chain, ALICE, BOB, 123_456_789)
-            [transfer] = await transfers(chain)
+            tx_hash = await send_hype(chain, alice, bob, 123_456_789)
+            [transfer] = await transfers(chain, bob)
             details = await chain.tx_details(tx_hash)
 
             assert (transfer.hash, transfer.sender, transfer.destination) == (
                 tx_hash,
-                ALICE.address.lower(),
-                BOB,
+                alice.address.lower(),
+                bob,
             )
             assert (transfer.amount, transfer.token_name, transfer.to_spot) == ("1.23456789", "HYPE", True)
             assert details is not None
             assert details.action["token"] == devnet.network.hype
             assert (details.user, details.error) == (transfer.sender, None)
-            assert await chain.spot_balance(BOB) == 123_456_789
+            assert await chain.spot_balance(bob) == 123_456_789
 
     asyncio.run(scenario())
 
 
-def test_every_page_of_a_long_ledger_is_read(devnet: RunningDevnet) -> None:
+def test_every_page_of_a_long_ledger_is_read(devnet: RunningDevnet, bob: str, alice: LocalAccount) -> None:
     async def scenario() -> None:
         async with client(devnet) as chain:
-            await send_hype(chain, ALICE, BOB, 1)
+            await send_hype(chain, alice, bob, 1)
             for _ in range(600):
-                devnet.fund(BOB, 1)
-            await send_hype(chain, ALICE, BOB, 2)
+                devnet.fund(bob, 1)
+            await send_hype(chain, alice, bob, 2)
             devnet.fault("rows_twice", times=None)
 
-            assert [transfer.amount for transfer in await transfers(chain)] == ["0.00000001", "0.00000002"]
+            assert [transfer.amount for transfer in await transfers(chain, bob)] == [
+                "0.00000001",
+                "0.00000002",
+            ]
 
     asyncio.run(scenario())
 
@@ -80,25 +83,27 @@ def test_every_page_of_a_long_ledger_is_read(devnet: RunningDevnet) -> None:
     ["reply_dropped_before", "reply_dropped_after", "rate_limited", "server_error_before", "delay"],
 )
 @pytest.mark.parametrize("path", ["/info", "/explorer"])
-def test_a_read_survives_a_passing_failure(devnet: RunningDevnet, kind: str, path: str) -> None:
+def test_a_read_survives_a_passing_failure(
+    devnet: RunningDevnet, kind: str, path: str, alice: LocalAccount
+) -> None:
     async def scenario() -> None:
         impatient = httpx.AsyncClient(timeout=0.5)
         async with client(devnet, impatient) as chain:
             devnet.fault(kind, path=path, times=2, seconds=0.7)
             if path == "/info":
-                assert await chain.spot_balance(ALICE.address.lower()) == 10 * LAMPORTS_PER_HYPE
+                assert await chain.spot_balance(alice.address.lower()) == 10 * LAMPORTS_PER_HYPE
             else:
                 assert await chain.tx_details("0x" + "00" * 32) is None
 
     asyncio.run(scenario())
 
 
-def test_a_read_that_cannot_succeed_is_not_repeated(devnet: RunningDevnet) -> None:
+def test_a_read_that_cannot_succeed_is_not_repeated(devnet: RunningDevnet, bob: str) -> None:
     async def scenario() -> None:
         async with client(devnet) as chain:
             devnet.fault("unprocessable", path="/info")
             with pytest.raises(ChainError):
-                await chain.spot_balance(BOB)
+                await chain.spot_balance(bob)
 
     asyncio.run(scenario())
 
@@ -113,10 +118,12 @@ def test_a_read_that_cannot_succeed_is_not_repeated(devnet: RunningDevnet) -> No
         "server_error_after",
     ],
 )
-def test_an_action_without_an_answer_is_unknown(devnet: RunningDevnet, kind: str) -> None:
+def test_an_action_without_an_answer_is_unknown(
+    devnet: RunningDevnet, kind: str, alice: LocalAccount
+) -> None:
     async def scenario() -> None:
         async with client(devnet) as chain:
-            action = sign_noop(ALICE, devnet.network, nonce=now_ms())
+            action = sign_noop(alice, devnet.network, nonce=now_ms())
             devnet.fault(kind)
             with pytest.raises(ChainError):
                 await chain.post_action(action.body)
@@ -129,11 +136,11 @@ def test_an_action_without_an_answer_is_unknown(devnet: RunningDevnet, kind: str
     asyncio.run(scenario())
 
 
-def test_a_refusal_comes_in_the_chains_words(devnet: RunningDevnet) -> None:
+def test_a_refusal_comes_in_the_chains_words(devnet: RunningDevnet, bob: str, alice: LocalAccount) -> None:
     async def scenario() -> None:
         async with client(devnet) as chain:
             too_much = sign_send_asset(
-                ALICE, devnet.network, destination=BOB, lamports=11 * LAMPORTS_PER_HYPE, nonce=now_ms()
+                alice, devnet.network, destination=bob, lamports=11 * LAMPORTS_PER_HYPE, nonce=now_ms()
             )
             refusal = await chain.post_action(too_much.body)
             malformed = await chain.post_action(b"{}")
@@ -146,25 +153,27 @@ def test_a_refusal_comes_in_the_chains_words(devnet: RunningDevnet) -> None:
     asyncio.run(scenario())
 
 
-def test_a_balance_counts_the_exact_token_only(devnet: RunningDevnet) -> None:
+def test_a_balance_counts_the_exact_token_only(devnet: RunningDevnet, bob: str, alice: LocalAccount) -> None:
     async def scenario() -> None:
         devnet.fault("second_hype")
-        devnet.fund(BOB, 7, token=SECOND_HYPE.full_id)
+        devnet.fund(bob, 7, token=SECOND_HYPE.full_id)
         async with client(devnet) as chain:
-            assert await chain.spot_balance(BOB) == 0
-            assert await chain.spot_balance(ALICE.address.lower()) == 10 * LAMPORTS_PER_HYPE
+            assert await chain.spot_balance(bob) == 0
+            assert await chain.spot_balance(alice.address.lower()) == 10 * LAMPORTS_PER_HYPE
 
     asyncio.run(scenario())
 
 
-def test_a_destination_and_the_budget_of_actions_are_told(devnet: RunningDevnet) -> None:
+def test_a_destination_and_the_budget_of_actions_are_told(
+    devnet: RunningDevnet, bob: str, alice: LocalAccount
+) -> None:
     async def scenario() -> None:
         async with client(devnet) as chain:
-            source = ALICE.address.lower()
-            assert not (await chain.destination(BOB, source)).exists
+            source = alice.address.lower()
+            assert not (await chain.destination(bob, source)).exists
             before = await chain.actions_left(source)
-            await send_hype(chain, ALICE, BOB, 1)
-            assert (await chain.destination(BOB, source)).exists
+            await send_hype(chain, alice, bob, 1)
+            assert (await chain.destination(bob, source)).exists
             assert await chain.actions_left(source) == before - 1
 
     asyncio.run(scenario())

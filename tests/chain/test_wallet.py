@@ -10,8 +10,6 @@ from azu.errors import ChainError, ConfigurationError, InvalidRequest
 from azu.units import LAMPORTS_PER_HYPE
 from tests.chain.running import RunningDevnet
 
-BOB = "0x" + "b0" * 20
-
 
 def test_a_wallet_opens_with_its_password_alone(tmp_path: Path) -> None:
     file = tmp_path / "home" / "wallet.json"
@@ -37,7 +35,7 @@ def test_a_wallet_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_a_wallet_that_others_can_read_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "wallet.json"
-    wallet.create(file, "secret")
+    file.write_text("{}")
     file.chmod(0o640)
 
     with pytest.raises(ConfigurationError, match="0600"):
@@ -66,34 +64,36 @@ def test_a_bad_key_is_not_repeated_in_the_error(tmp_path: Path) -> None:
     "kind",
     ["reply_dropped_before", "reply_dropped_after", "rate_limited", "server_error_after", "rows_late"],
 )
-def test_a_transfer_arrives_once_whatever_happens_on_the_way(devnet: RunningDevnet, kind: str) -> None:
+def test_a_transfer_arrives_once_whatever_happens_on_the_way(
+    devnet: RunningDevnet, kind: str, bob: str
+) -> None:
     account = Account.create()
     devnet.fund(account.address, 10 * LAMPORTS_PER_HYPE)
     devnet.fault(kind, times=2, seconds=0.5)
 
-    tx_hash = wallet.transfer_hype(account, BOB, LAMPORTS_PER_HYPE, chain_url=devnet.url)
+    tx_hash = wallet.transfer_hype(account, bob, LAMPORTS_PER_HYPE, chain_url=devnet.url)
 
-    assert [row["hash"] for row in devnet.info("userNonFundingLedgerUpdates", BOB, startTime=0)] == [tx_hash]
-    assert devnet.info("spotClearinghouseState", BOB)["balances"][0]["total"] == "1.0"
+    assert [row["hash"] for row in devnet.info("userNonFundingLedgerUpdates", bob, startTime=0)] == [tx_hash]
+    assert devnet.info("spotClearinghouseState", bob)["balances"][0]["total"] == "1.0"
 
 
-def test_a_refused_transfer_says_why(devnet: RunningDevnet) -> None:
+def test_a_refused_transfer_says_why(devnet: RunningDevnet, bob: str) -> None:
     account = Account.create()
     devnet.fund(account.address, 1)
 
     with pytest.raises(ChainError, match="Insufficient balance"):
-        wallet.transfer_hype(account, BOB, 2, chain_url=devnet.url)
+        wallet.transfer_hype(account, bob, 2, chain_url=devnet.url)
 
 
-def test_a_transfer_of_everything_is_found_though_the_sender_is_gone(devnet: RunningDevnet) -> None:
+def test_a_transfer_of_everything_is_found_though_the_sender_is_gone(devnet: RunningDevnet, bob: str) -> None:
     account = Account.create()
     devnet.fund(account.address, 5)
 
     async def scenario() -> str:
         chain = ChainClient(devnet.network)
         try:
-            await wallet.send_hype(chain, account, BOB, 3)
-            return await wallet.send_hype(chain, account, BOB, 2)
+            await wallet.send_hype(chain, account, bob, 3)
+            return await wallet.send_hype(chain, account, bob, 2)
         finally:
             await chain.close()
 
@@ -101,6 +101,6 @@ def test_a_transfer_of_everything_is_found_though_the_sender_is_gone(devnet: Run
 
 
 @pytest.mark.parametrize("lamports", [0, -1])
-def test_nothing_is_not_transferred(lamports: int) -> None:
+def test_nothing_is_not_transferred(lamports: int, bob: str) -> None:
     with pytest.raises(InvalidRequest):
-        wallet.transfer_hype(Account.create(), BOB, lamports, chain_url="http://127.0.0.1:9")
+        wallet.transfer_hype(Account.create(), bob, lamports, chain_url="http://127.0.0.1:9")

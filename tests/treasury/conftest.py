@@ -6,12 +6,14 @@ from tests.chain.running import RunningDevnet, running_devnet
 from tests.treasury.world import World
 
 
-@pytest.fixture
-def devnet() -> Iterator[RunningDevnet]:
+@pytest.fixture(scope="package")
+def devnet_server() -> Iterator[RunningDevnet]:
     with running_devnet() as running:
         yield running
 
 
 @pytest.fixture
-def world(devnet: RunningDevnet, redis_url: str) -> World:
-    return World(devnet, redis_url)
+def world(devnet_server: RunningDevnet, redis_url: str) -> Iterator[World]:
+    """A platform of the test's own; other tests' accounts are on its devnet, but no faults."""
+    yield World(devnet_server, redis_url)
+    devnet_server.no_faults()

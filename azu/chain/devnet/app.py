@@ -80,6 +80,7 @@ def build_app(*, seed: int | None = None) -> FastAPI:
     @app.delete("/devnet/faults")
     async def clear_faults() -> Response:
         faults.clear()
+        wire.cut(0)
         return JSONResponse({})
 
     return app

@@ -23,7 +23,7 @@ class FaultyWire:
         self._cut_until_s = 0.0
 
     def cut(self, seconds: float) -> None:
-        """Cut every connection to the chain from now on for a while."""
+        """Cut every connection to the chain for so long from now on."""
         self._cut_until_s = time.monotonic() + seconds
 
     def around(self, app: AsgiApp) -> AsgiApp:

@@ -13,8 +13,6 @@ from azu.chain.devnet.state import HYPE, SECOND_HYPE
 from azu.units import LAMPORTS_PER_HYPE
 from tests.chain.running import RunningDevnet
 
-BOB = "0x" + "b0" * 20
-
 
 @pytest.fixture
 def alice(devnet: RunningDevnet) -> LocalAccount:
@@ -37,45 +35,45 @@ def hype(info: Info, address: str) -> str:
     return next((b["total"] for b in info.spot_user_state(address)["balances"] if b["coin"] == "HYPE"), "0.0")
 
 
-def test_the_sdk_starts_from_the_devnets_own_metadata(info: Info) -> None:
+def test_the_sdk_starts_from_the_devnets_own_metadata(info: Info, bob: str) -> None:
     assert info.name_to_coin["HYPE/USDC"] == "@107"
-    assert info.user_state(BOB)["withdrawable"] == "0.0"
+    assert info.user_state(bob)["withdrawable"] == "0.0"
 
 
 @pytest.mark.parametrize("call", ["send_asset", "spot_transfer"])
 def test_a_transfer_moves_the_amount_and_both_parties_see_it(
-    exchange: Exchange, info: Info, alice: LocalAccount, call: str
+    exchange: Exchange, info: Info, alice: LocalAccount, call: str, bob: str
 ) -> None:
     if call == "send_asset":
-        reply = exchange.send_asset(BOB, "spot", "spot", HYPE.full_id, "1.25")
+        reply = exchange.send_asset(bob, "spot", "spot", HYPE.full_id, "1.25")
     else:
-        reply = exchange.spot_transfer("1.25", BOB, HYPE.full_id)
+        reply = exchange.spot_transfer("1.25", bob, HYPE.full_id)
 
     assert reply == {"status": "ok", "response": {"type": "default"}}
-    assert (hype(info, alice.address), hype(info, BOB)) == ("8.75", "1.25")
-    [seen_by_bob] = info.user_non_funding_ledger_updates(BOB, 0)
+    assert (hype(info, alice.address), hype(info, bob)) == ("8.75", "1.25")
+    [seen_by_bob] = info.user_non_funding_ledger_updates(bob, 0)
     assert seen_by_bob == info.user_non_funding_ledger_updates(alice.address, 0)[-1]
     assert seen_by_bob["delta"]["amount"] == "1.25"
     assert seen_by_bob["delta"]["user"] == alice.address.lower()
 
 
 def test_the_first_payment_to_an_account_costs_a_dollar(
-    exchange: Exchange, info: Info, devnet: RunningDevnet
+    exchange: Exchange, info: Info, devnet: RunningDevnet, bob: str
 ) -> None:
-    assert devnet.info("preTransferCheck", BOB, source=exchange.wallet.address)["fee"] == "1.0"
+    assert devnet.info("preTransferCheck", bob, source=exchange.wallet.address)["fee"] == "1.0"
     for _ in range(2):
-        exchange.send_asset(BOB, "spot", "spot", HYPE.full_id, "1")
+        exchange.send_asset(bob, "spot", "spot", HYPE.full_id, "1")
 
-    fees = [row["delta"]["fee"] for row in info.user_non_funding_ledger_updates(BOB, 0)]
+    fees = [row["delta"]["fee"] for row in info.user_non_funding_ledger_updates(bob, 0)]
 
     assert fees == ["1.0", "0.0"]
-    assert devnet.info("preTransferCheck", BOB, source=exchange.wallet.address)["fee"] == "0.0"
+    assert devnet.info("preTransferCheck", bob, source=exchange.wallet.address)["fee"] == "0.0"
 
 
 def test_an_account_without_dollars_cannot_activate_another(
-    exchange: Exchange, devnet: RunningDevnet
+    exchange: Exchange, devnet: RunningDevnet, bob: str
 ) -> None:
-    exchange.send_asset(BOB, "spot", "spot", "USDC:0x6d1e7cde53ba9467b783cb7c530ce054", "9")
+    exchange.send_asset(bob, "spot", "spot", "USDC:0x6d1e7cde53ba9467b783cb7c530ce054", "9")
 
     reply = exchange.send_asset("0x" + "c0" * 20, "spot", "spot", HYPE.full_id, "1")
 
@@ -83,19 +81,19 @@ def test_an_account_without_dollars_cannot_activate_another(
     assert "USDC" in reply["response"]
 
 
-def test_a_unified_account_must_use_send_asset(exchange: Exchange, alice: LocalAccount) -> None:
+def test_a_unified_account_must_use_send_asset(exchange: Exchange, alice: LocalAccount, bob: str) -> None:
     assert exchange.user_set_abstraction(alice.address, "unifiedAccount")["status"] == "ok"
 
-    refused = exchange.spot_transfer("1", BOB, HYPE.full_id)
+    refused = exchange.spot_transfer("1", bob, HYPE.full_id)
 
     assert refused["response"] == "Action disabled when unified account is active"
-    assert exchange.send_asset(BOB, "spot", "spot", HYPE.full_id, "1")["status"] == "ok"
+    assert exchange.send_asset(bob, "spot", "spot", HYPE.full_id, "1")["status"] == "ok"
 
 
 def test_more_than_the_balance_is_refused_and_uses_up_the_nonce(
-    exchange: Exchange, devnet: RunningDevnet, alice: LocalAccount
+    exchange: Exchange, devnet: RunningDevnet, alice: LocalAccount, bob: str
 ) -> None:
-    reply = exchange.send_asset(BOB, "spot", "spot", HYPE.full_id, "11")
+    reply = exchange.send_asset(bob, "spot", "spot", HYPE.full_id, "11")
 
     assert reply == {"status": "err", "response": "Insufficient balance for token transfer"}
     failed = devnet.txs(alice.address)[0]
@@ -103,11 +101,13 @@ def test_more_than_the_balance_is_refused_and_uses_up_the_nonce(
     assert "duplicate nonce" in exchange.noop(failed["action"]["nonce"])["response"]
 
 
-def test_the_same_bytes_are_executed_once(exchange: Exchange, info: Info, alice: LocalAccount) -> None:
+def test_the_same_bytes_are_executed_once(
+    exchange: Exchange, info: Info, alice: LocalAccount, bob: str
+) -> None:
     nonce = signing.get_timestamp_ms()
     action = {
         "type": "sendAsset",
-        "destination": BOB,
+        "destination": bob,
         "sourceDex": "spot",
         "destinationDex": "spot",
         "token": HYPE.full_id,
@@ -122,15 +122,15 @@ def test_the_same_bytes_are_executed_once(exchange: Exchange, info: Info, alice:
 
     assert first["status"] == "ok"
     assert second == {"status": "err", "response": f"Invalid nonce: duplicate nonce {nonce}"}
-    assert hype(info, BOB) == "2.0"
+    assert hype(info, bob) == "2.0"
 
 
-def test_a_burned_nonce_stops_the_transfer_that_has_it(exchange: Exchange, info: Info) -> None:
+def test_a_burned_nonce_stops_the_transfer_that_has_it(exchange: Exchange, info: Info, bob: str) -> None:
     nonce = signing.get_timestamp_ms()
     assert exchange.noop(nonce)["status"] == "ok"
     action = {
         "type": "sendAsset",
-        "destination": BOB,
+        "destination": bob,
         "sourceDex": "spot",
         "destinationDex": "spot",
         "token": HYPE.full_id,
@@ -141,37 +141,37 @@ def test_a_burned_nonce_stops_the_transfer_that_has_it(exchange: Exchange, info:
     signature = signing.sign_send_asset_action(exchange.wallet, action, False)
 
     assert "duplicate nonce" in exchange._post_action(action, signature, nonce)["response"]
-    assert hype(info, BOB) == "0.0"
+    assert hype(info, bob) == "0.0"
 
 
-def test_a_stranger_and_a_mainnet_signature_are_refused(devnet: RunningDevnet) -> None:
+def test_a_stranger_and_a_mainnet_signature_are_refused(devnet: RunningDevnet, bob: str) -> None:
     stranger = Exchange(Account.create(), devnet.url, timeout=5)
 
-    reply = stranger.send_asset(BOB, "spot", "spot", HYPE.full_id, "1")
+    reply = stranger.send_asset(bob, "spot", "spot", HYPE.full_id, "1")
 
     assert reply["response"].startswith("Must deposit before performing actions. User: 0x")
 
 
 def test_an_emptied_account_is_gone_with_its_ledger(
-    exchange: Exchange, info: Info, alice: LocalAccount
+    exchange: Exchange, info: Info, alice: LocalAccount, bob: str
 ) -> None:
-    exchange.send_asset(BOB, "spot", "spot", HYPE.full_id, "10")
-    exchange.send_asset(BOB, "spot", "spot", "USDC:0x6d1e7cde53ba9467b783cb7c530ce054", "9")
+    exchange.send_asset(bob, "spot", "spot", HYPE.full_id, "10")
+    exchange.send_asset(bob, "spot", "spot", "USDC:0x6d1e7cde53ba9467b783cb7c530ce054", "9")
 
     assert info.user_non_funding_ledger_updates(alice.address, 0) == []
     assert info.user_role(alice.address) == {"role": "missing"}
-    assert len(info.user_non_funding_ledger_updates(BOB, 0)) == 2
+    assert len(info.user_non_funding_ledger_updates(bob, 0)) == 2
 
 
-def test_a_page_holds_500_rows(devnet: RunningDevnet, info: Info) -> None:
+def test_a_page_holds_500_rows(devnet: RunningDevnet, info: Info, bob: str) -> None:
     for _ in range(502):
-        devnet.fund(BOB, 1)
+        devnet.fund(bob, 1)
 
-    rows = info.user_non_funding_ledger_updates(BOB, 0)
+    rows = info.user_non_funding_ledger_updates(bob, 0)
 
     assert len(rows) == 500
     assert rows == sorted(rows, key=lambda row: row["time"])
-    assert info.user_non_funding_ledger_updates(BOB, rows[-1]["time"] + 1_000) == []
+    assert info.user_non_funding_ledger_updates(bob, rows[-1]["time"] + 1_000) == []
 
 
 @pytest.mark.parametrize(
@@ -192,59 +192,64 @@ def test_a_fault_hits_one_answer(
     kind: str,
     error: type[Exception],
     executed: bool,
+    bob: str,
 ) -> None:
     devnet.fault(kind)
 
     with pytest.raises(error):
-        exchange.send_asset(BOB, "spot", "spot", HYPE.full_id, "1")
+        exchange.send_asset(bob, "spot", "spot", HYPE.full_id, "1")
 
-    assert hype(info, BOB) == ("1.0" if executed else "0.0")
-    assert exchange.send_asset(BOB, "spot", "spot", HYPE.full_id, "1")["status"] == "ok"
+    assert hype(info, bob) == ("1.0" if executed else "0.0")
+    assert exchange.send_asset(bob, "spot", "spot", HYPE.full_id, "1")["status"] == "ok"
 
 
-def test_a_delay_outlasts_a_clients_patience(devnet: RunningDevnet, alice: LocalAccount) -> None:
+def test_a_delay_outlasts_a_clients_patience(devnet: RunningDevnet, alice: LocalAccount, bob: str) -> None:
     exchange = Exchange(alice, devnet.url, timeout=0.2)
     devnet.fault("delay", seconds=0.6)
 
     with pytest.raises(requests.exceptions.Timeout):
-        exchange.send_asset(BOB, "spot", "spot", HYPE.full_id, "1")
+        exchange.send_asset(bob, "spot", "spot", HYPE.full_id, "1")
 
 
-def test_a_restart_cuts_every_connection_for_a_while(devnet: RunningDevnet, info: Info) -> None:
+def test_a_restart_cuts_every_connection_for_a_while(devnet: RunningDevnet, info: Info, bob: str) -> None:
     devnet.fault("restart", seconds=0.5)
 
     with pytest.raises(requests.exceptions.RequestException):
-        info.spot_user_state(BOB)
+        info.spot_user_state(bob)
 
 
-def test_rows_come_late_with_their_own_time(devnet: RunningDevnet, exchange: Exchange, info: Info) -> None:
+def test_rows_come_late_with_their_own_time(
+    devnet: RunningDevnet, exchange: Exchange, info: Info, bob: str
+) -> None:
     devnet.fault("rows_late", seconds=60)
-    exchange.send_asset(BOB, "spot", "spot", HYPE.full_id, "1")
-    exchange.send_asset(BOB, "spot", "spot", HYPE.full_id, "2")
+    exchange.send_asset(bob, "spot", "spot", HYPE.full_id, "1")
+    exchange.send_asset(bob, "spot", "spot", HYPE.full_id, "2")
 
-    amounts = [row["delta"]["amount"] for row in info.user_non_funding_ledger_updates(BOB, 0)]
+    amounts = [row["delta"]["amount"] for row in info.user_non_funding_ledger_updates(bob, 0)]
 
     assert amounts == ["2.0"]
-    assert hype(info, BOB) == "3.0"
+    assert hype(info, bob) == "3.0"
 
 
-def test_rows_come_twice(devnet: RunningDevnet, exchange: Exchange, info: Info) -> None:
-    exchange.send_asset(BOB, "spot", "spot", HYPE.full_id, "1")
+def test_rows_come_twice(devnet: RunningDevnet, exchange: Exchange, info: Info, bob: str) -> None:
+    exchange.send_asset(bob, "spot", "spot", HYPE.full_id, "1")
     devnet.fault("rows_twice")
 
-    rows = info.user_non_funding_ledger_updates(BOB, 0)
+    rows = info.user_non_funding_ledger_updates(bob, 0)
 
     assert len(rows) == 2
     assert rows[0] == rows[1]
 
 
-def test_another_token_can_be_called_hype(devnet: RunningDevnet, exchange: Exchange, info: Info) -> None:
+def test_another_token_can_be_called_hype(
+    devnet: RunningDevnet, exchange: Exchange, info: Info, bob: str
+) -> None:
     devnet.fault("second_hype")
     devnet.fund(exchange.wallet.address, LAMPORTS_PER_HYPE, token=SECOND_HYPE.full_id)
 
-    exchange.send_asset(BOB, "spot", "spot", SECOND_HYPE.full_id, "1")
+    exchange.send_asset(bob, "spot", "spot", SECOND_HYPE.full_id, "1")
 
-    [row] = info.user_non_funding_ledger_updates(BOB, 0)
+    [row] = info.user_non_funding_ledger_updates(bob, 0)
     assert row["delta"]["token"] == "HYPE"
     assert [token["name"] for token in info.spot_meta()["tokens"]].count("HYPE") == 2
     assert devnet.txs(exchange.wallet.address)[0]["action"]["token"] == SECOND_HYPE.full_id
