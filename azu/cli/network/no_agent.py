@@ -15,7 +15,11 @@ def main() -> None:
     """Write what the raylet waits for: a file for each service, named after it and the node."""
     options = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:])
     for service in _SERVICES:
-        (Path(options["session-dir"]) / f"{service}_{options['node-id']}").write_text(_NOT_IN_USE)
+        path = Path(options["session-dir"]) / f"{service}_{options['node-id']}"
+        # The raylet reads a file as soon as it is there, and dies of an empty one.
+        whole = path.with_suffix(".part")
+        whole.write_text(_NOT_IN_USE)
+        whole.rename(path)
     sys.stdin.read()
 
 

@@ -1,7 +1,7 @@
 """`ray start` without the parts of Ray that azu has no use for, so that a node is up in a third of the time.
 
-Ray's own script imports the commands of Serve, jobs and state, and opens Ray Client's server, one more door,
-wherever grpc can be imported. With --light there is no dashboard either: its server and the agents take longer
+Ray's own script imports the commands of Serve, jobs and state, and opens Ray Client's server, a door more,
+wherever grpc can be imported. With --light there is no dashboard either: its server and agents take longer
 to import than all the rest, and a node whose agent is not there after 30 s gives up.
 
 Usage: python -m azu.cli.network.ray_start start [--light] OPTIONS...
