@@ -1,124 +1,145 @@
-"""How many bytes each piece of a model takes on a node, and how long a node takes to run it."""
+"""How many bytes each piece of a model takes on a node, and how many of them one token touches."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
 from azu.planner.policy import PlanPolicy
-from azu.protocol.node import Node
-from azu.protocol.structure import LayerKind, Structure
+from azu.protocol.structure import EMBED, LayerKind, Shard, Structure
+from azu.protocol.topology import LayerSpan
 from azu.units import MIB
 
-# Bytes of one value while it is computed with, and how many rows of hidden size a layer keeps at once.
+Bytes = NDArray[np.int64]
+
+# Values are computed with in float32 at worst; a layer keeps about this many rows of hidden size at once,
+# beside two of its widest matrix's.
 _COMPUTE_BYTES = 4
-_LIVE_ROWS = 8
-
-
-def whole_mib(size_bytes: float) -> int:
-    """Round up to MiB: the unit in which Ray hands VRAM out."""
-    return -(-int(np.ceil(size_bytes)) // MIB) * MIB
+_HIDDEN_ROWS = 8
+_WIDE_ROWS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """A model under a policy. Arrays are indexed by layer; sums of a span are differences of `*_sums`.
+    """A model under a policy, in bytes that include the policy's margin on weights.
 
-    `layer_bytes` counts a layer's weights without its experts, and its KV.
+    `stage_bytes[start, end]` is what a stage of layers [start, end) takes without any expert, and
+    `expert_bytes[layer]` what one expert of a layer takes (0 in a dense one). `active_sums` are running sums
+    over layers of the weight bytes that one token touches.
     """
 
     structure: Structure
     policy: PlanPolicy
-    weight_sums: NDArray[np.int64]
-    kv_sums: NDArray[np.int64]
-    active_sums: NDArray[np.int64]
+    stage_bytes: Bytes
     expert_bytes: tuple[int, ...]
     num_experts: tuple[int, ...]
-    embed_bytes: int
-    head_bytes: int
-    activation_bytes: int
+    active_sums: Bytes
+    expert_set_overhead_bytes: int
 
     @classmethod
     def of(cls, structure: Structure, policy: PlanPolicy) -> "Demand":
         """Read a structure once."""
-        layers = structure.layers
-        tokens = policy.num_blocks * policy.block_size
-        weights = [structure.layer_shard(layer.index).weight_bytes for layer in layers]
         # A node is sized for the largest expert of a layer; they are all alike in practice.
         experts = [
-            max(structure.expert_shard(layer.index, e).weight_bytes for e in range(layer.num_experts))
+            max(_padded(shard, policy) for shard in _experts(structure, layer.index))
             if layer.kind is LayerKind.MOE
             else 0
-            for layer in layers
+            for layer in structure.layers
         ]
-        edges = {shard.name: shard for shard in structure.edge_shards(0, structure.num_layers)}
-        head = sum(shard.weight_bytes for shard in structure.edge_shards(1, structure.num_layers))
-        active = [_active_bytes(structure, layer.index) for layer in layers]
-        active[0] += edges["embed"].active_parameters * structure.dtype_bytes
-        active[-1] += edges["head"].active_parameters * structure.dtype_bytes
+        num_experts = [layer.num_experts for layer in structure.layers]
+        activation = policy.activation_tokens * _activation_values(structure) * _COMPUTE_BYTES
         return cls(
             structure=structure,
             policy=policy,
-            weight_sums=_sums(weights),
-            kv_sums=_sums([layer.kv_bytes_per_token * tokens for layer in layers]),
-            active_sums=_sums(active),
+            stage_bytes=_stage_bytes(structure, policy) + activation + policy.margin_bytes,
             expert_bytes=tuple(experts),
-            num_experts=tuple(layer.num_experts for layer in layers),
-            embed_bytes=edges["embed"].weight_bytes,
-            head_bytes=head,
-            activation_bytes=policy.activation_tokens * structure.hidden_size * _LIVE_ROWS * _COMPUTE_BYTES,
+            num_experts=tuple(num_experts),
+            active_sums=_active_sums(structure),
+            expert_set_overhead_bytes=activation + policy.margin_bytes,
         )
 
-    def span_bytes(self, beside: int) -> NDArray[np.int64]:
-        """Return [start, end] -> bytes of a stage that keeps up to `beside` experts of each layer.
+    def all_experts(self, span: LayerSpan) -> dict[int, tuple[int, ...]]:
+        """Return layer -> every expert, for the MoE layers of a span."""
+        layers = range(span.start, span.end)
+        return {layer: tuple(range(self.num_experts[layer])) for layer in layers if self.num_experts[layer]}
 
-        Entries with end <= start are meaningless.
-        """
-        local = _sums(
-            [min(beside, n) * size for n, size in zip(self.num_experts, self.expert_bytes, strict=True)]
-        )
-        weights = _spans(self.weight_sums + local)
-        weights[0, :] += self.embed_bytes
-        weights[:, -1] += self.head_bytes
-        if self.structure.tied_head:
-            # One stage that holds both ends maps the shared embedding once.
-            weights[0, -1] -= self.embed_bytes
-        room = weights * (1 + self.policy.margin_fraction) + _spans(self.kv_sums)
-        room = room + self.policy.margin_bytes + self.activation_bytes
-        whole: NDArray[np.int64] = (np.ceil(room / MIB) * MIB).astype(np.int64)
-        return whole
+    def stage_vram_bytes(self, span: LayerSpan, beside: Mapping[int, tuple[int, ...]]) -> int:
+        """Return what Ray hands out for a stage with the experts beside its routers."""
+        return _whole_mib(int(self.stage_bytes[span.start, span.end]) + self.experts_bytes(beside))
 
-    def expert_set_bytes(self, counts: Mapping[int, int]) -> int:
-        """Return the bytes of an expert set that holds `counts[layer]` experts of each layer."""
-        weights = sum(count * self.expert_bytes[layer] for layer, count in counts.items())
-        margin = self.policy.margin_bytes + weights * self.policy.margin_fraction
-        return whole_mib(weights + margin + self.activation_bytes)
+    def expert_set_vram_bytes(self, experts: Mapping[int, tuple[int, ...]]) -> int:
+        """Return what Ray hands out for a set of experts."""
+        return _whole_mib(self.expert_set_overhead_bytes + self.experts_bytes(experts))
 
-    def seconds_per_byte(self, node: Node, batch_size: int) -> float:
-        """Return a node's time per active weight byte: read once a step, multiplied for each sequence."""
-        parameters_per_byte = 1 / self.structure.dtype_bytes
-        return 1 / rounded(node.memory_bytes_per_s) + (
-            2 * parameters_per_byte * batch_size / rounded(node.flops_per_s)
-        )
+    def experts_bytes(self, experts: Mapping[int, tuple[int, ...]]) -> int:
+        """Return what some experts take, without their set's overhead."""
+        return sum(len(ids) * self.expert_bytes[layer] for layer, ids in experts.items())
 
 
-def rounded(speed: float) -> float:
-    """Round a measured speed to two digits: the third is noise, and must not outweigh a cached shard."""
-    return float(f"{speed:.1e}")
+def _stage_bytes(structure: Structure, policy: PlanPolicy) -> Bytes:
+    """Return [start, end] -> weights and KV of a stage, experts apart; meaningless where end <= start."""
+    tokens = policy.num_blocks * policy.block_size
+    layers = [
+        _padded(structure.layer_shard(layer.index), policy) + layer.kv_bytes_per_token * tokens
+        for layer in structure.layers
+    ]
+    spans = span_sums(running_sums(layers))
+    embed = _padded(structure.shard(EMBED), policy)
+    spans[0, :] += embed
+    spans[:, -1] += sum(
+        _padded(shard, policy) for shard in structure.edge_shards(structure.num_layers, structure.num_layers)
+    )
+    # Logits of every promised sequence, and the sampler's copy.
+    spans[:, -1] += 2 * policy.promised_sequences * structure.vocab_size * _COMPUTE_BYTES
+    if structure.tied_head:
+        # One stage that holds both ends maps the shared embedding once.
+        spans[0, -1] -= embed
+    return spans
 
 
-def _active_bytes(structure: Structure, layer: int) -> int:
-    active = structure.layer_shard(layer).active_parameters
-    info = structure.layers[layer]
-    if info.kind is LayerKind.MOE:
-        active += info.experts_per_token * structure.expert_shard(layer, 0).active_parameters
-    return active * structure.dtype_bytes
+def _active_sums(structure: Structure) -> Bytes:
+    """Return running sums of the bytes one token touches; the edges count to the first and the last layer."""
+    active = []
+    for layer in structure.layers:
+        parameters = structure.layer_shard(layer.index).active_parameters
+        if layer.kind is LayerKind.MOE:
+            parameters += layer.experts_per_token * structure.expert_shard(layer.index, 0).active_parameters
+        active.append(parameters)
+    active[0] += structure.shard(EMBED).active_parameters
+    active[-1] += structure.shard("head").active_parameters
+    return running_sums([parameters * structure.dtype_bytes for parameters in active])
 
 
-def _sums(values: list[int]) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+def _activation_values(structure: Structure) -> int:
+    """Return the values that one token keeps at once in a layer."""
+    shards = [structure.layer_shard(layer.index) for layer in structure.layers]
+    shards += [structure.expert_shard(layer.index, 0) for layer in structure.layers if layer.num_experts]
+    widths = (
+        max(info.shape[-2:]) for shard in shards for info in shard.tensors.values() if len(info.shape) > 1
+    )
+    return _HIDDEN_ROWS * structure.hidden_size + _WIDE_ROWS * max(widths, default=0)
 
 
-def _spans(sums: NDArray[np.int64]) -> NDArray[np.int64]:
+def _experts(structure: Structure, layer: int) -> Iterable[Shard]:
+    return (structure.expert_shard(layer, e) for e in range(structure.layers[layer].num_experts))
+
+
+def _padded(shard: Shard, policy: PlanPolicy) -> int:
+    return ceil(shard.weight_bytes * (1 + policy.margin_fraction))
+
+
+def _whole_mib(size_bytes: int) -> int:
+    """Round up to the unit in which Ray hands VRAM out."""
+    return -(-size_bytes // MIB) * MIB
+
+
+def running_sums(values: Iterable[int]) -> Bytes:
+    """Return sums of the first 0, 1, 2, ... values."""
+    return np.concatenate([[0], np.cumsum(list(values), dtype=np.int64)])
+
+
+def span_sums(sums: Bytes) -> Bytes:
+    """Return [start, end] -> sum of a span, from running sums."""
     return sums[None, :] - sums[:, None]

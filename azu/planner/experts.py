@@ -1,68 +1,101 @@
 """Experts that do not fit beside their router, onto the nodes that have room."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from azu.planner.demand import Demand
-from azu.protocol.node import Node
+from azu.planner.pool import Pool
+from azu.planner.stages import Route
 from azu.protocol.topology import LayerSpan
 
-Experts = dict[int, tuple[int, ...]]
+Experts = Mapping[int, tuple[int, ...]]
 
 
-def experts_beside(demand: Demand, spans: Sequence[tuple[Node, LayerSpan]], beside: int) -> list[Experts]:
-    """Return, per stage, the experts kept beside each router: those with the lowest ids."""
-    return [
-        {
-            layer: tuple(range(min(beside, demand.num_experts[layer])))
-            for layer in range(span.start, span.end)
-            if demand.num_experts[layer]
-        }
-        for _, span in spans
-    ]
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Where the experts of a route are: beside each stage's routers, and by node index apart from them.
 
-
-def experts_apart(demand: Demand, beside: int, room: Mapping[str, int]) -> dict[str, Experts] | None:
-    """Return node id -> experts held apart from their routers, or None when the room is too little.
-
-    `room` is what the stages leave on each node. Each layer's experts are kept together as far as they
-    fit: the emptiest node takes as many as it can, then the next.
+    `homeless` are those that found no room.
     """
-    held: dict[str, dict[int, tuple[int, ...]]] = {}
-    for layer, count in enumerate(demand.num_experts):
-        waiting = list(range(beside, count))
-        while waiting:
-            node_id, fitting = _roomiest(demand, layer, len(waiting), held, room)
-            if not fitting:
-                return None
-            held.setdefault(node_id, {})[layer] = tuple(waiting[:fitting])
-            waiting = waiting[fitting:]
-    return held
+
+    beside: tuple[Experts, ...]
+    apart: Mapping[int, Experts]
+    homeless: Experts
+
+    @property
+    def layers_apart(self) -> int:
+        """Number of layers that have experts apart from their router."""
+        return len({layer for experts in self.apart.values() for layer in experts})
 
 
-def _roomiest(
-    demand: Demand, layer: int, wanted: int, held: Mapping[str, Experts], room: Mapping[str, int]
-) -> tuple[str, int]:
-    """Return the node that can take the most experts of a layer, and how many; ties go to the lower id."""
-    best = ("", 0)
-    for node_id in sorted(room):
-        counts = {held_layer: len(ids) for held_layer, ids in held.get(node_id, {}).items()}
-        if layer in counts:
+def spread_experts(demand: Demand, pool: Pool, route: Route) -> Spread:
+    """Keep experts beside their routers as far as they fit; the others go where there is room."""
+    beside = tuple(_kept_beside(demand, span, int(pool.room_bytes[node])) for node, span in route.spans)
+    left = pool.room_bytes.copy()
+    for (node, span), kept in zip(route.spans, beside, strict=True):
+        left[node] -= demand.stage_vram_bytes(span, kept)
+    holders = _Holders(demand, pool, left)
+    homeless: dict[int, tuple[int, ...]] = {}
+    for (node, _), kept in zip(route.spans, beside, strict=True):
+        for layer, ids in kept.items():
+            waiting = tuple(range(len(ids), demand.num_experts[layer]))
+            if rest := holders.take(layer, waiting, router=node):
+                homeless[layer] = rest
+    return Spread(beside, holders.held, homeless)
+
+
+def _kept_beside(demand: Demand, span: LayerSpan, room_bytes: int) -> Experts:
+    """Return the experts that stay: whole layers first, then the lowest ids of the first that does not fit.
+
+    A layer with one expert apart waits for two frames, as one with all apart does: so as few as possible.
+    """
+    left = room_bytes - int(demand.stage_bytes[span.start, span.end])
+    kept: dict[int, tuple[int, ...]] = {}
+    is_full = False
+    for layer in range(span.start, span.end):
+        count = demand.num_experts[layer]
+        if not count:
             continue
-        fitting = _fitting(demand, layer, wanted, counts, room[node_id])
-        if fitting > best[1]:
-            best = (node_id, fitting)
-        if best[1] == wanted:
-            break
-    return best
+        fitting = 0 if is_full else min(count, left // demand.expert_bytes[layer])
+        is_full = is_full or fitting < count
+        left -= fitting * demand.expert_bytes[layer]
+        kept[layer] = tuple(range(fitting))
+    return kept
 
 
-def _fitting(demand: Demand, layer: int, wanted: int, counts: Mapping[int, int], room: int) -> int:
-    """Return how many experts of a layer a node takes beside those it holds."""
-    low, high = 0, wanted
-    while low < high:
-        middle = (low + high + 1) // 2
-        if demand.expert_set_bytes({**counts, layer: middle}) <= room:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+class _Holders:
+    """Nodes that hold experts apart from their routers, each in one set."""
+
+    def __init__(self, demand: Demand, pool: Pool, left_bytes: NDArray[np.int64]) -> None:
+        self._demand, self._pool, self._left = demand, pool, left_bytes
+        self._overhead = np.full(len(left_bytes), demand.expert_set_overhead_bytes)
+        self.held: dict[int, dict[int, tuple[int, ...]]] = {}
+
+    def take(self, layer: int, waiting: tuple[int, ...], router: int) -> tuple[int, ...]:
+        """Give a layer's experts to nodes, on as few as possible; return those that found no room."""
+        while waiting:
+            node, fitting = self._best(layer, len(waiting), router)
+            if not fitting:
+                break
+            self.held.setdefault(node, {})[layer] = waiting[:fitting]
+            self._left[node] -= self._overhead[node] + fitting * self._demand.expert_bytes[layer]
+            self._overhead[node] = 0
+            waiting = waiting[fitting:]
+        return waiting
+
+    def _best(self, layer: int, wanted: int, router: int) -> tuple[int, int]:
+        """Return the node that takes the most experts of a layer, and how many.
+
+        Ties go to the faster node, then to the one with more of the layer on its disk, then to the lower id.
+        """
+        if not len(self._left):
+            return 0, 0
+        fitting = (self._left - self._overhead) // self._demand.expert_bytes[layer]
+        fitting = np.clip(fitting, 0, wanted)
+        fitting[router] = 0
+        fitting[[node for node, experts in self.held.items() if layer in experts]] = 0
+        ranked = np.lexsort((-self._pool.cached_bytes[:, layer], self._pool.seconds_per_byte, -fitting))
+        return int(ranked[0]), int(fitting[ranked[0]])

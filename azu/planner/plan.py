@@ -4,15 +4,17 @@ from collections.abc import Sequence
 
 from azu.errors import InsufficientCapacity, InvalidRequest
 from azu.planner.demand import Demand
-from azu.planner.experts import Experts, experts_apart, experts_beside
+from azu.planner.experts import Spread, spread_experts
 from azu.planner.policy import PlanPolicy
-from azu.planner.stages import fastest_spans
-from azu.protocol.node import Node, NodeState
+from azu.planner.pool import Pool, seconds_per_byte
+from azu.planner.shortage import shortage
+from azu.planner.stages import Route, best_routes
+from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, LayerSpan, Prediction, Stage, Topology
-from azu.units import format_bytes
 
-Route = list[tuple[Node, LayerSpan]]
+# What a place for one expert is worth, in frames.
+_ROOM_PRICES = (0.0, 0.25, 1.0, 4.0, 1e6)
 
 
 def plan(structure: Structure, nodes: Sequence[Node], policy: PlanPolicy, *, epoch: int = 1) -> Topology:
@@ -24,51 +26,53 @@ def plan(structure: Structure, nodes: Sequence[Node], policy: PlanPolicy, *, epo
     if not structure.layers:
         raise InvalidRequest(f"{structure.model_id} has no layers")
     demand = Demand.of(structure, policy)
-    alive = [node for node in nodes if node.state is NodeState.ALIVE]
-    for beside in _numbers_beside(max(demand.num_experts)):
-        span_bytes = demand.span_bytes(beside)
-        route = fastest_spans(demand, alive, span_bytes)
-        if route is None:
-            continue
-        room = {node.node_id: node.vram_free_bytes for node in alive}
-        for node, span in route:
-            room[node.node_id] -= int(span_bytes[span.start, span.end])
-        apart = experts_apart(demand, beside, room)
-        if apart is not None:
-            return _topology(demand, route, beside, apart, epoch)
-    raise InsufficientCapacity(_missing(demand, alive))
+    pool = Pool.of(nodes, demand)
+    tried: list[Spread] = []
+    # The fastest routes first; where their experts find no room, routes that leave more of it.
+    every_layer = LayerSpan(0, structure.num_layers)
+    enough = demand.stage_vram_bytes(every_layer, demand.all_experts(every_layer)) <= pool.room_bytes.sum()
+    for price in _ROOM_PRICES if enough and any(demand.num_experts) else _ROOM_PRICES[:1]:
+        for route in best_routes(demand, pool, price_s=price * policy.hop_s):
+            spread = spread_experts(demand, pool, route)
+            if not spread.homeless:
+                return _topology(demand, pool, route, spread, epoch)
+            tried.append(spread)
+    raise InsufficientCapacity(shortage(demand, pool, tried))
 
 
-def _numbers_beside(most: int) -> list[int]:
-    """Return how many experts to keep beside each router, from all of them down to none by halves."""
-    numbers = [most]
-    while numbers[-1]:
-        numbers.append(numbers[-1] // 2)
-    return numbers
+def _step_seconds(demand: Demand, pool: Pool, route: Route, spread: Spread, batch_size: int) -> float:
+    """Return the time of one step of `batch_size` sequences."""
+    # One frame into each stage and one answer; a router asks its experts and waits for them: two more.
+    frames = len(route.spans) + 1 + 2 * spread.layers_apart
+    speeds = seconds_per_byte([pool.nodes[node] for node, _ in route.spans], demand, batch_size)
+    sums = demand.active_sums
+    computing = sum(
+        float(sums[span.end] - sums[span.start]) * float(speed)
+        for (_, span), speed in zip(route.spans, speeds, strict=True)
+    )
+    return frames * demand.policy.hop_s + computing
 
 
-def _topology(demand: Demand, route: Route, beside: int, apart: dict[str, Experts], epoch: int) -> Topology:
+def _topology(demand: Demand, pool: Pool, route: Route, spread: Spread, epoch: int) -> Topology:
     structure, policy = demand.structure, demand.policy
-    span_bytes = demand.span_bytes(beside)
-    local = experts_beside(demand, route, beside)
     stages = tuple(
         Stage(
             index=index,
-            node_id=node.node_id,
+            node_id=pool.nodes[node].node_id,
             span=span,
             experts=experts,
-            vram_bytes=int(span_bytes[span.start, span.end]),
+            vram_bytes=demand.stage_vram_bytes(span, experts),
         )
-        for index, ((node, span), experts) in enumerate(zip(route, local, strict=True))
+        for index, ((node, span), experts) in enumerate(zip(route.spans, spread.beside, strict=True))
     )
     expert_sets = tuple(
         ExpertSet(
             index=index,
-            node_id=node_id,
+            node_id=pool.nodes[node].node_id,
             experts=experts,
-            vram_bytes=demand.expert_set_bytes({layer: len(ids) for layer, ids in experts.items()}),
+            vram_bytes=demand.expert_set_vram_bytes(experts),
         )
-        for index, (node_id, experts) in enumerate(sorted(apart.items()))
+        for index, (node, experts) in enumerate(sorted(spread.apart.items()))
     )
     return Topology(
         model_id=structure.model_id,
@@ -78,52 +82,9 @@ def _topology(demand: Demand, route: Route, beside: int, apart: dict[str, Expert
         expert_sets=expert_sets,
         num_blocks=policy.num_blocks,
         block_size=policy.block_size,
-        prediction=_prediction(demand, route, apart),
+        prediction=Prediction(
+            tokens_per_s=policy.batch_size / _step_seconds(demand, pool, route, spread, policy.batch_size),
+            time_per_output_token_s=_step_seconds(demand, pool, route, spread, 1),
+            lamports_per_token=policy.lamports_per_token_layer * structure.num_layers,
+        ),
     )
-
-
-def _prediction(demand: Demand, route: Route, apart: dict[str, Experts]) -> Prediction:
-    policy = demand.policy
-    spread_layers = {layer for experts in apart.values() for layer in experts}
-    # A router asks its experts and waits for them: two frames.
-    hops = len(route) - 1 + 2 * len(spread_layers)
-
-    def step_s(batch_size: int) -> float:
-        return hops * policy.hop_s + sum(
-            float(demand.active_sums[span.end] - demand.active_sums[span.start])
-            * demand.seconds_per_byte(node, batch_size)
-            for node, span in route
-        )
-
-    return Prediction(
-        tokens_per_s=policy.batch_size / step_s(policy.batch_size),
-        time_per_output_token_s=step_s(1),
-        lamports_per_token=policy.lamports_per_token_layer * demand.structure.num_layers,
-    )
-
-
-def _missing(demand: Demand, alive: Sequence[Node]) -> str:
-    """Say how many bytes are missing, and for what."""
-    structure, policy = demand.structure, demand.policy
-    experts = sum(n * size for n, size in zip(demand.num_experts, demand.expert_bytes, strict=True))
-    weights = int(demand.weight_sums[-1]) + experts + demand.embed_bytes + demand.head_bytes
-    if structure.tied_head:
-        weights -= demand.embed_bytes
-    kv = int(demand.kv_sums[-1])
-    rest = int(weights * policy.margin_fraction) + policy.margin_bytes + demand.activation_bytes
-    needed, free = weights + kv + rest, sum(node.vram_free_bytes for node in alive)
-    what = (
-        f"{structure.model_id} needs {format_bytes(weights)} for weights, {format_bytes(kv)} for the KV of "
-        f"{policy.promised_sequences} sequences of {policy.tokens_per_sequence} tokens and "
-        f"{format_bytes(rest)} for activations and margin on each node; "
-        f"{len(alive)} live nodes have {format_bytes(free)} free"
-    )
-    if needed > free:
-        return f"{what}: {needed - free} bytes are missing"
-    largest = max(node.vram_free_bytes for node in alive)
-    smallest_stage = int(demand.span_bytes(0).diagonal(1).max())
-    short = max(0, smallest_stage - largest)
-    detail = f"{short} bytes are missing on the largest node for its largest layer" if short else (
-        "together that is enough, but it cannot be divided into pieces that fit"
-    )  # fmt: skip
-    return f"{what}: {detail}"

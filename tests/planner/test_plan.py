@@ -1,19 +1,23 @@
 """Every layer and expert exactly once, never over a node's memory, the same for the same input."""
 
+import random
+import re
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from azu.errors import InsufficientCapacity
+from azu.errors import InsufficientCapacity, InvalidRequest
 from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
 from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import Structure
 from azu.protocol.topology import Topology
-from azu.units import GIB, MIB
+from azu.units import MIB
 from tests.builders import node, structure
+from tests.planner.exhaustive import best_tokens_per_s
 
 POLICY = PlanPolicy(promised_sequences=2, tokens_per_sequence=128, activation_tokens=64)
 
@@ -77,6 +81,76 @@ def test_experts_stay_beside_their_router_when_they_fit() -> None:
     assert topology.stages[0].experts == {1: tuple(range(8)), 3: tuple(range(8))}
 
 
+def test_only_the_experts_that_do_not_fit_go_apart_those_with_the_highest_ids() -> None:
+    model = structure(1, moe_layers={0: 8})
+    topology = plan(model, [node("a", 10 * MIB), node("b", 4 * MIB)], POLICY)
+
+    assert topology.stages[0].experts == {0: (0, 1, 2, 3, 4, 5)}
+    assert [(chosen.node_id, chosen.experts) for chosen in topology.expert_sets] == [("b", {0: (6, 7)})]
+
+
+def test_experts_apart_go_to_the_faster_node_and_then_to_the_one_that_has_them_on_disk() -> None:
+    model = structure(1, moe_layers={0: 8})
+    cached = frozenset(model.expert_shard(0, e).sha256 for e in range(8))
+    router = node("r", 10 * MIB, memory_bytes_per_s=1e12)
+    slow = node("a", 6 * MIB, memory_bytes_per_s=1e9, cached_shards=cached)
+    equals = [node("b", 6 * MIB), node("c", 6 * MIB, cached_shards=cached), node("d", 6 * MIB)]
+
+    holders = plan(model, [router, slow, *equals], POLICY).expert_sets
+
+    assert [chosen.node_id for chosen in holders] == ["c"]
+
+
+def test_the_node_with_room_for_the_embedding_comes_first_whatever_its_id() -> None:
+    model = structure(4, layer_bytes=2 * MIB)
+    nodes = [node("a", 5 * MIB), node("b", 9 * MIB)]
+    assert_whole(plan(model, nodes, POLICY), model, nodes)
+    renamed = [node("b", 5 * MIB), node("a", 9 * MIB)]
+    assert_whole(plan(model, renamed, POLICY), model, renamed)
+
+
+def test_a_tied_head_is_counted_on_both_ends_but_once_on_one_node() -> None:
+    untied = structure(2)
+    tied = replace(untied, tied_head=True)
+
+    def used(model: Structure, *sizes: int) -> list[int]:
+        nodes = [node(f"n{index}", size * MIB) for index, size in enumerate(sizes)]
+        return [stage.vram_bytes // MIB for stage in plan(model, nodes, POLICY).stages]
+
+    assert used(tied, 64) == used(untied, 64)
+    assert used(untied, 4, 4) == [3, 3]
+    assert used(tied, 4, 4) == [3, 4]
+
+
+def test_room_counts_kv_activations_and_margin_beside_the_weights() -> None:
+    def used(**policy: float) -> int:
+        given = replace(
+            PlanPolicy(promised_sequences=0, tokens_per_sequence=128, activation_tokens=0), **policy
+        )
+        given = replace(given, **({} if "margin_fraction" in policy else {"margin_fraction": 0.0}))
+        return plan(structure(4, kv_bytes_per_token=8192), [node("a")], given).stages[0].vram_bytes // MIB
+
+    weights = 4 + 2  # layers, embedding, head
+    assert used() == weights
+    assert used(promised_sequences=8) == weights + 32 + 1  # 8 x 128 tokens x 4 layers; logits
+    assert used(activation_tokens=2048) == weights + 4  # 8 rows of 64 float32 values each
+    assert used(margin_bytes=3 * MIB) == weights + 3
+    assert used(margin_fraction=0.5) == weights + 3
+
+
+def test_a_node_with_free_memory_between_two_mib_is_not_overbooked() -> None:
+    """Ray hands out whole MiB."""
+    free = plan(structure(4), [node("a")], POLICY).stages[0].vram_bytes
+    assert plan(structure(4), [node("a", free)], POLICY).stages[0].vram_bytes == free
+    with pytest.raises(InsufficientCapacity):
+        plan(structure(4), [node("a", free - 1)], POLICY)
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(InvalidRequest):
+        plan(structure(0), [node("a")], POLICY)
+
+
 def test_a_layer_whose_experts_fit_on_no_node_is_spread() -> None:
     model = structure(2, moe_layers={1: 8}, layer_bytes=MIB // 4)
     nodes = [node(name, 6 * MIB) for name in "abc"]
@@ -93,10 +167,13 @@ def test_too_little_room_says_how_many_bytes_are_missing_and_for_what() -> None:
         plan(structure(40), [node("a", 8 * MIB), node("b", 8 * MIB)], POLICY)
 
 
-def test_a_layer_larger_than_every_node_is_named_as_the_reason() -> None:
-    model = structure(2, layer_bytes=20 * MIB)
-    with pytest.raises(InsufficientCapacity, match="bytes are missing on the largest node"):
-        plan(model, [node(name, 16 * MIB) for name in "abcd"], POLICY)
+def test_what_is_missing_is_named_by_layers_or_by_experts() -> None:
+    with pytest.raises(InsufficientCapacity, match=r"missing on one more node for layers 0 to 1$"):
+        plan(structure(2, layer_bytes=20 * MIB), [node(name, 16 * MIB) for name in "abcd"], POLICY)
+    with pytest.raises(
+        InsufficientCapacity, match=r"missing on one more node for 2 experts of layers 1 to 1$"
+    ):
+        plan(structure(2, moe_layers={1: 4}), [node("a", 7 * MIB)], POLICY)
 
 
 def test_no_node_at_all_is_too_little_room() -> None:
@@ -109,18 +186,15 @@ def test_the_price_per_token_follows_from_the_layers() -> None:
 
 
 speeds = st.sampled_from([1e9, 3e9, 1e10, 1e11])
-nodes_of_all_kinds = st.lists(
-    st.builds(lambda mib, bandwidth: (mib * MIB, bandwidth), st.integers(min_value=1, max_value=40), speeds),
-    min_size=1,
-    max_size=8,
-).map(
+mebibytes = st.integers(min_value=1, max_value=40)
+nodes_of_all_kinds = st.lists(st.tuples(mebibytes, speeds), min_size=1, max_size=8).map(
     lambda sizes: [
-        node(f"n{index}", size, memory_bytes_per_s=speed) for index, (size, speed) in enumerate(sizes)
+        node(f"n{index}", size * MIB, memory_bytes_per_s=speed) for index, (size, speed) in enumerate(sizes)
     ]
 )
 models = st.builds(
     lambda layers, every, experts: structure(
-        layers, moe_layers={i: experts for i in range(layers) if every and i % every == 1}
+        layers, moe_layers={i: experts for i in range(layers) if every and i % every == every - 1}
     ),
     st.integers(min_value=1, max_value=12),
     st.integers(min_value=0, max_value=3),
@@ -143,35 +217,93 @@ def test_every_plan_is_whole_within_memory_and_repeatable(model, nodes, shuffle)
 
 @settings(deadline=None, max_examples=150)
 @given(
-    layers=st.integers(min_value=1, max_value=12),
+    model=models,
     nodes=nodes_of_all_kinds,
-    mib=st.integers(min_value=1, max_value=40),
+    mib=mebibytes,
     speed=speeds,
+    name=st.sampled_from(["a", "n35", "z"]),
 )
-def test_one_more_node_never_makes_a_dense_route_slower(layers, nodes, mib, speed) -> None:
-    model = structure(layers)
+def test_one_more_node_never_makes_the_predicted_speed_worse(model, nodes, mib, speed, name) -> None:
     try:
         before = plan(model, nodes, POLICY)
     except InsufficientCapacity:
         return
-    after = plan(model, [*nodes, node("n99", mib * MIB, memory_bytes_per_s=speed)], POLICY)
+    after = plan(model, [*nodes, node(name, mib * MIB, memory_bytes_per_s=speed)], POLICY)
 
     assert after.prediction.tokens_per_s >= before.prediction.tokens_per_s * (1 - 1e-9)
 
 
-@pytest.mark.prove
+def random_network(seed: int) -> tuple[Structure, list[Node]]:
+    """Return a model and up to four nodes, small enough to try everything, with hardly any room to spare."""
+    draw = random.Random(seed)
+    layers, experts, every = draw.randint(1, 4), draw.randint(1, 4), draw.randint(0, 2)
+    moe_layers = {i: experts for i in range(layers) if every and i % every == 0}
+    model = structure(layers, moe_layers=moe_layers, layer_bytes=draw.choice([MIB // 4, MIB, 2 * MIB]))
+    most = draw.choice([6, 10, 20])
+    sizes = [draw.randint(1, most) for _ in range(draw.randint(1, 4))]
+    speeds = [draw.choice([1e9, 3e9, 1e10, 1e11]) for _ in sizes]
+    return model, [
+        node(f"n{index}", mib * MIB, memory_bytes_per_s=speed)
+        for index, (mib, speed) in enumerate(zip(sizes, speeds, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("num_networks", [300, pytest.param(6_000, marks=pytest.mark.prove)])
+def test_plans_are_as_good_as_the_best_that_trying_everything_finds(num_networks: int) -> None:
+    equal = slower = missed = 0
+    for seed in range(num_networks):
+        model, nodes = random_network(seed)
+        best = best_tokens_per_s(model, nodes, POLICY)
+        try:
+            found = plan(model, nodes, POLICY).prediction.tokens_per_s
+        except InsufficientCapacity:
+            missed += best is not None
+            continue
+        assert best is not None, "a plan where there is none"
+        assert found <= best * (1 + 1e-9), "a speed that no plan has"
+        assert found >= best / 1.5
+        equal += found >= best * (1 - 1e-9)
+        slower += found < best * (1 - 1e-9)
+    assert slower <= equal * 0.02
+    assert missed <= equal * 0.01
+
+
+def test_one_more_node_with_the_missing_bytes_is_enough() -> None:
+    helped = in_vain = 0
+    for seed in range(600):
+        model, nodes = random_network(seed)
+        try:
+            plan(model, nodes, POLICY)
+        except InsufficientCapacity as error:
+            missing = re.search(r"(\d+) bytes are missing", error.message)
+            assert missing is not None
+            try:
+                plan(model, [*nodes, node("z", int(missing[1]))], POLICY)
+                helped += 1
+            except InsufficientCapacity:
+                in_vain += 1
+    assert helped >= 100
+    # The fast search tries three orders of the nodes; a few networks without any slack need another one.
+    assert in_vain <= helped * 0.02
+
+
 def test_a_thousand_nodes_and_256_experts_are_planned_in_two_seconds() -> None:
     model = structure(
         61, moe_layers=dict.fromkeys(range(3, 61), 256), layer_bytes=100 * MIB, expert_bytes=40 * MIB
     )
+    draw = random.Random(1)
     nodes = [
-        node(f"n{index:04}", (8 + index % 5 * 8) * GIB, memory_bytes_per_s=1e11 * (1 + index % 7))
+        node(
+            f"n{index:04}",
+            draw.randint(4 * 1024, 40 * 1024) * MIB,
+            memory_bytes_per_s=draw.uniform(1e11, 1e12),
+        )
         for index in range(1000)
     ]
 
-    started = time.perf_counter()
+    started_s = time.process_time()  # the planner runs in one thread; other programs must not count
     topology = plan(model, nodes, POLICY)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started_s
 
     assert_whole(topology, model, nodes)
     assert seconds <= 2, seconds

@@ -1,0 +1,49 @@
+"""The best plan of a small network, found by trying everything. Experts are all of one size."""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations, permutations
+
+from azu.planner.demand import Demand
+from azu.planner.policy import PlanPolicy
+from azu.planner.pool import Pool
+from azu.protocol.node import Node
+from azu.protocol.structure import Structure
+from azu.units import MIB
+
+
+def best_tokens_per_s(structure: Structure, nodes: Sequence[Node], policy: PlanPolicy) -> float | None:
+    """Return the highest predicted speed of any route, or None when nothing fits."""
+    demand = Demand.of(structure, policy)
+    pool = Pool.of(nodes, demand)
+    times = [_seconds(demand, pool, route) for route in _routes(len(pool.nodes), structure.num_layers)]
+    found = [seconds for seconds in times if seconds is not None]
+    return policy.batch_size / min(found) if found else None
+
+
+def _routes(num_nodes: int, num_layers: int) -> Iterator[list[tuple[int, int, int]]]:
+    for num_stages in range(1, min(num_nodes, num_layers) + 1):
+        for cuts in combinations(range(1, num_layers), num_stages - 1):
+            ends = [0, *cuts, num_layers]
+            for order in permutations(range(num_nodes), num_stages):
+                yield list(zip(order, ends[:-1], ends[1:], strict=True))
+
+
+def _seconds(demand: Demand, pool: Pool, route: list[tuple[int, int, int]]) -> float | None:
+    expert = max(demand.expert_bytes)
+    left = list(pool.room_bytes)
+    waiting, layers_apart, computing = 0, 0, 0.0
+    for node, start, end in route:
+        left[node] -= demand.stage_bytes[start, end]
+        if left[node] < 0:
+            return None
+        computing += (demand.active_sums[end] - demand.active_sums[start]) * pool.seconds_per_byte[node]
+        for layer in range(start, end):
+            count = demand.num_experts[layer]
+            kept = min(count, left[node] // expert) if count else 0
+            left[node] -= kept * expert
+            waiting += count - kept
+            layers_apart += kept < count
+        left[node] = left[node] // MIB * MIB
+    if waiting > sum(max(0, (room - demand.expert_set_overhead_bytes) // expert) for room in left if expert):
+        return None
+    return (len(route) + 1 + 2 * layers_apart) * demand.policy.hop_s + computing
