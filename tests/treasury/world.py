@@ -1,6 +1,7 @@
 """A platform, payers, a real devnet and a real Redis for tests of the treasury."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from azu.treasury.watcher import DepositWatcher
 from azu.units import LAMPORTS_PER_HYPE
 from tests.chain.running import RunningDevnet
 
+# The seed of everything that happens at random here; each run of a test adds its number.
+SEED = 1000 * int(os.environ.get("AZU_TEST_SEED", "1"))
 FUNDS = 10 * LAMPORTS_PER_HYPE
 
 

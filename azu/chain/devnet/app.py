@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
@@ -86,7 +87,7 @@ def build_app(*, seed: int | None = None) -> FastAPI:
     return app
 
 
-async def _answer(request: Request, answer: Any) -> Response:
+async def _answer(request: Request, answer: Callable[[dict[str, Any]], Any]) -> Response:
     try:
         query = json.loads(await request.body())
         if not isinstance(query, dict):

@@ -17,7 +17,6 @@ def serve(host: str, port: int, *, seed: int | None, ready: Callable[[str], None
         build_app(seed=seed),
         log_level="critical",  # faults look like errors to uvicorn
         timeout_graceful_shutdown=1,
-        limit_concurrency=10_000,
     )
     with socket.create_server((host, port), backlog=1024) as listener:
         ready(f"http://{host}:{listener.getsockname()[1]}")

@@ -1,0 +1,93 @@
+"""Payouts over a real devnet and a real Redis while everything between them fails at random."""
+
+import asyncio
+
+import httpx
+import pytest
+
+from azu.chain.client import ChainClient
+from azu.errors import ChainError
+from azu.treasury.dues import Dues, Threshold
+from azu.treasury.payouts import Patience, Payer
+from tests.chain.running import fresh_address, running_devnet
+from tests.treasury.booked import PAID, all_paid, assert_paid_once, earn, fund_platform
+from tests.treasury.world import SEED, Open, World
+
+FAULTS = (
+    "reply_dropped_before",
+    "reply_dropped_after",
+    "server_error_before",
+    "server_error_after",
+    "rate_limited",
+    "unprocessable",
+)
+
+
+def break_everything(world: World, chance: float) -> None:
+    for kind in FAULTS:
+        world.devnet.fault(kind, times=None, chance=chance)
+    for kind in ("reply_dropped_after", "rate_limited", "server_error_before"):
+        world.devnet.fault(kind, times=None, chance=chance, path="/info")
+    world.devnet.fault("delay", times=None, chance=chance / 4, seconds=1.5)
+    world.devnet.fault("rows_late", times=None, chance=0.5, seconds=1.0)
+    world.devnet.fault("rows_twice", times=None, chance=0.5)
+    world.devnet.fault("second_hype")
+
+
+async def pay_for_ever(world: World, parts: Open) -> None:
+    """Pay as the treasury's process does, with less patience."""
+    # Shorter than the delay.
+    chain = ChainClient(world.devnet.network, httpx.AsyncClient(timeout=1.0))
+    platform = world.platform.address.lower()
+    dues = Dues(chain, parts.ledger, platform, Threshold(PAID, PAID))
+    payer = Payer(
+        chain,
+        parts.ledger,
+        parts.outbox,
+        world.platform,
+        Patience(conclude_ms=3_000),
+        on_refused=lambda _address: None,
+    )
+    try:
+        while True:
+            try:
+                await payer.carry_on()
+                open_lamports = {payout.address: payout.lamports for payout in await parts.outbox.open()}
+                await payer.plan(await dues.pick(open_lamports, 20), await parts.cursor.read())
+            except ChainError:
+                continue
+            await asyncio.sleep(0.02)
+    finally:
+        await chain.close()
+
+
+def everybody_is_paid_once(world: World, workers: int, chance: float) -> None:
+    owners = [fresh_address() for _ in range(workers)]
+    fund_platform(world)
+
+    async def scenario(parts: Open) -> None:
+        await earn(parts, owners)
+        break_everything(world, chance)
+        paying = [asyncio.create_task(pay_for_ever(world, parts)) for _ in range(2)]
+        try:
+            assert await all_paid(parts, owners, 240.0)
+        finally:
+            for task in paying:
+                task.cancel()
+        world.devnet.no_faults()
+        # Rows that are still late would show a second payment.
+        await asyncio.sleep(1.2)
+        await assert_paid_once(world, parts, owners)
+
+    world.run(scenario)
+
+
+def test_two_payers_without_a_lease_pay_everybody_once_while_everything_fails(world: World) -> None:
+    everybody_is_paid_once(world, workers=4, chance=0.1)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("run", range(20))
+def test_fifty_workers_are_paid_once_while_everything_fails(redis_url: str, run: int) -> None:
+    with running_devnet(seed=SEED + run) as devnet:
+        everybody_is_paid_once(World(devnet, redis_url), workers=50, chance=0.1)
