@@ -9,12 +9,3 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def accepts(host: str, port: int, timeout_s: float = 1.0) -> bool:
-    """Say whether somebody accepts connections there."""
-    try:
-        socket.create_connection((host, port), timeout_s).close()
-    except OSError:
-        return False
-    return True

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from azu.cli.network import ray_start
 from azu.cli.network.ports import free_port
 from azu.cli.network.processes import Command
-from azu.cli.network.ray_start import LIGHT
 from azu.units import MIB
 
 HEAD = "ray-head"
@@ -91,8 +91,8 @@ class RayHost:
 
     def _start(self, folder: str, *options: str) -> tuple[str, ...]:
         return (
-            *(sys.executable, "-m", "azu.cli.network.ray_start", "start"),
-            *(() if self.dashboard else (LIGHT,)),
+            *(sys.executable, "-P", str(Path(ray_start.__file__)), "start"),
+            *(() if self.dashboard else (ray_start.LIGHT,)),
             *("--block", "--disable-usage-stats"),
             # Nodes that start at once in one folder take the same names for their sockets.
             *("--temp-dir", str(self.folder / folder)),

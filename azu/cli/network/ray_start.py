@@ -4,16 +4,16 @@ Ray's own script imports the commands of Serve, jobs and state, and opens Ray Cl
 wherever grpc can be imported. With --light there is no dashboard either: its server and agents take longer
 to import than all the rest, and a node whose agent is not there after 30 s gives up.
 
-Usage: python -m azu.cli.network.ray_start start [--light] OPTIONS...
+Run by its path, without azu: importing the command line costs as much as half of Ray.
+Usage: python -P ray_start.py start [--light] OPTIONS...
 """
 
 import shlex
+import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
-
-from azu.cli.network.ports import accepts
 
 LIGHT = "--light"
 _UNUSED = ("ray.serve.scripts", "ray.util.state.state_cli", "ray.dashboard.modules.job.cli", "grpc")
@@ -38,10 +38,13 @@ def main() -> None:
 def _wait_for_head(address: str) -> None:
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + _HEAD_TIMEOUT_S
-    while not accepts(host, int(port)):
-        if time.monotonic() > deadline:
-            sys.exit(f"no head answers at {address}")
-        time.sleep(0.05)
+    while True:
+        try:
+            return socket.create_connection((host, int(port)), timeout=1.0).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                sys.exit(f"no head answers at {address}: {error}")
+            time.sleep(0.05)
 
 
 def _leave_out_the_dashboard() -> None:
