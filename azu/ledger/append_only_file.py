@@ -60,7 +60,10 @@ def _commands(content: mmap | bytes) -> Iterator[tuple[int, Command]]:
 
 
 def _command(content: mmap | bytes, position: int) -> tuple[Command, int]:
-    count, position = _length(content, position, b"*")
+    start = position
+    count, position = _length(content, start, b"*")
+    if count == 0:
+        raise LedgerError(f"the command at byte {start} is empty")
     arguments = []
     for _ in range(count):
         size, position = _length(content, position, b"$")

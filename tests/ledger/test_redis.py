@@ -7,6 +7,7 @@ import pytest
 from azu.connection import connect_redis
 from azu.errors import InsufficientBalance, LedgerError, TransferConflict, Unavailable
 from azu.ledger.accounts import CHAIN, user_available, user_reserved, worker_earned
+from azu.ledger.audit import audit
 from azu.ledger.records import BALANCES, ENTRIES, EXPIRIES, HOLDS, JOURNAL
 from azu.ledger.redis import RedisLedger
 from azu.ledger.rules import Result
@@ -162,7 +163,10 @@ def test_of_many_who_end_one_reservation_at_once_one_does(redis_url: str) -> Non
     ends: list[Transfer] = [moves.settle("job-1", 100, w0=80), moves.release("job-1"), moves.expire("job-1")]
 
     async def scenario(ledger: RedisLedger) -> None:
-        await apply_all(ledger, moves.deposit(500), moves.reserve("job-1", 300))
+        # The other job's money would pay for a second end, if one could be written.
+        await apply_all(ledger, moves.deposit(500), moves.reserve("job-1", 100), moves.reserve("other", 400))
+        # With all connections open, everybody reads the open hold before anybody has written.
+        await asyncio.gather(*(ledger.balance(CHAIN) for _ in range(200)))
         outcomes = await asyncio.gather(*map(ledger.apply, ends * 50), return_exceptions=True)
         done = [outcome for outcome in outcomes if isinstance(outcome, Result)]
         lost = [outcome for outcome in outcomes if not isinstance(outcome, Result)]
@@ -170,6 +174,7 @@ def test_of_many_who_end_one_reservation_at_once_one_does(redis_url: str) -> Non
         assert [result.repeated for result in done].count(False) == 1
         assert len(done) == 50
         assert all(isinstance(error, LedgerError) and error.code == "hold_ended" for error in lost)
+        assert (await audit(await ledger.snapshot(), ledger.journal())).agrees
 
     with_ledger(redis_url, scenario)
 

@@ -53,7 +53,7 @@ def test_a_settlement_pays_platform_and_workers_and_gives_back_the_rest() -> Non
     }
 
 
-@pytest.mark.parametrize("end", [moves.release("job-1"), moves.expire("job-1")])
+@pytest.mark.parametrize("end", [moves.settle("job-1", 0), moves.release("job-1"), moves.expire("job-1")])
 def test_a_reservation_that_ends_without_a_charge_goes_back_wholly(end: Transfer) -> None:
     state = after(moves.deposit(500), moves.reserve("job-1", 300), end)
     assert balances(state) == {CHAIN: -500, user_available(ALICE): 500}
