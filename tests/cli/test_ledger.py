@@ -1,0 +1,143 @@
+"""`azu ledger` says whether the books agree, with each other and with the chain, and mends their file."""
+
+import asyncio
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from typer.testing import CliRunner, Result
+
+from azu.cli import ledger as commands
+from azu.errors import AzuError, Conflict, NotFound
+from azu.ledger.accounts import CHAIN
+from azu.ledger.durable import APPEND_ONLY_FILE, DURABLE_CONFIG
+from azu.ledger.records import BALANCES
+from azu.ledger.redis import RedisLedger
+from azu.ledger.transfers import Transfer
+from tests.builders import BOB
+from tests.chain.running import running_devnet
+from tests.ledger import moves
+from tests.redis_server import RunningRedis, start_redis
+
+PLANNED = (moves.deposit(1_000), moves.plan_withdrawal("p1", 100))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    home = tmp_path / "home"
+    monkeypatch.setenv("AZU_HOME", str(home))
+    monkeypatch.setattr(commands, "_LOOK_AGAIN_S", 0.05)
+    return home
+
+
+@pytest.fixture
+def configured(redis_server: RunningRedis, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A Redis that the environment names."""
+    monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
+    monkeypatch.setenv("REDIS_PORT", str(redis_server.port))
+    return redis_url
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(commands.ledger, [str(argument) for argument in arguments])
+    if isinstance(result.exception, AzuError):
+        raise result.exception
+    return result
+
+
+def audited(*arguments: object) -> tuple[int, dict[str, Any]]:
+    result = run("audit", "--json", *arguments)
+    return result.exit_code, json.loads(result.stdout)
+
+
+def book(url: str, *transfers: Transfer) -> None:
+    async def scenario() -> None:
+        ledger = RedisLedger.from_url(url)
+        for transfer in transfers:
+            await ledger.apply(transfer)
+        await ledger.close()
+
+    asyncio.run(scenario())
+
+
+def test_books_that_agree_exit_with_zero(configured: str) -> None:
+    book(configured, *PLANNED)
+    status, facts = audited()
+    assert status == 0
+    assert facts == {
+        "entries": 2,
+        "accounts": 3,
+        "liabilities_lamports": 1_000,
+        "revenue_lamports": 0,
+        "in_transit_lamports": 100,
+        "findings": [],
+        "wallet_lamports": None,
+        "in_flight_lamports": None,
+    }
+
+
+def test_books_that_somebody_changed_exit_with_one(configured: str) -> None:
+    book(configured, *PLANNED)
+    with Redis.from_url(configured) as redis:
+        redis.hincrby(BALANCES, CHAIN, 1)
+    status, facts = audited()
+    assert status == 1
+    assert any("sum to 1 lamports" in finding for finding in facts["findings"])
+    assert "sum to 1 lamports" in run("audit").stdout
+
+
+@pytest.mark.parametrize(("wallet", "status"), [(1_000, 0), (900, 0), (1_001, 1), (899, 1)])
+def test_a_wallet_that_is_given_is_compared(configured: str, wallet: int, status: int) -> None:
+    book(configured, *PLANNED)
+    assert audited("--wallet-lamports", wallet)[0] == status
+
+
+def test_the_wallet_on_the_chain_is_compared(configured: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    book(configured, *PLANNED)
+    with running_devnet() as devnet:
+        monkeypatch.setenv("HYPERLIQUID_RPC_URL", devnet.url)
+        monkeypatch.setenv("HYPERLIQUID_ADDRESS", BOB)
+        devnet.fund(BOB, 1_000)
+        status, facts = audited()
+        assert (status, facts["wallet_lamports"], facts["in_flight_lamports"]) == (0, 1_000, 0)
+        devnet.fund(BOB, 1)
+        assert audited()[0] == 1
+
+
+def test_the_redis_that_azu_started_itself_is_found(home: Path) -> None:
+    password = secrets.token_urlsafe(24)
+    server = start_redis(home / "redis", {"save": ""})
+    (home / "redis" / "redis.conf").write_text(f'port {server.port}\nrequirepass {password}\nsave ""\n')
+    with Redis.from_url(server.url) as redis:
+        redis.config_set("requirepass", password)
+    book(f"redis://:{password}@127.0.0.1:{server.port}/0", *PLANNED)
+    assert audited()[1]["entries"] == 2
+    server.stop()
+
+
+def test_without_any_redis_there_is_nothing_to_audit() -> None:
+    with pytest.raises(NotFound):
+        run("audit")
+
+
+def test_a_torn_file_is_mended_and_what_was_dropped_is_said(home: Path) -> None:
+    server = start_redis(home / "redis", DURABLE_CONFIG)
+    book(server.url, *PLANNED)
+    file = home / "redis" / APPEND_ONLY_FILE
+    with pytest.raises(Conflict):
+        run("repair")
+    server.kill()
+    assert json.loads(run("repair", "--json").stdout)["dropped_bytes"] == 0
+    assert "nothing dropped" in run("repair", file).stdout
+
+    file.write_bytes(file.read_bytes()[:-3])
+    facts = json.loads(run("repair", "--json").stdout)
+
+    assert facts["dropped_transfers"] == ["payout:p1:planned"]
+    assert facts["kept_bytes"] == file.stat().st_size
+    assert Path(facts["saved_to"]).stat().st_size == facts["dropped_bytes"]
+    file.write_bytes(file.read_bytes() + b"*1\r\n")
+    assert "none that can be read" in " ".join(run("repair").stdout.split())
