@@ -1,0 +1,118 @@
+"""`azu plan`: where the pieces of a model would go on given nodes, how fast and at what price."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console, Group
+
+from azu.cli.output import AsJson, show, table
+from azu.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from azu.protocol.node import Node
+    from azu.protocol.structure import Structure
+    from azu.protocol.topology import Topology
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A folder of shards or of a model, a built-in model, or a Hub id.")
+    ],
+    nodes: Annotated[
+        Path, typer.Option(help="YAML file of nodes; configs/nodes.example.yaml is one.", exists=True)
+    ],
+    network: Annotated[
+        Path | None, typer.Option(help="Network file with the policy; AZU_NETWORK if not given.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a model's pieces would go; a model that is not cut yet is cut first."""
+    from azu.config import Settings, load_network
+    from azu.planner.nodes_file import read_nodes
+    from azu.planner.plan import plan as place
+
+    settings = Settings.from_environment()
+    policy = load_network(network or settings.network).policy.plan_policy()
+    structure = _structure(model, revision, settings.home / "shards")
+    found = read_nodes(nodes, structure)
+    show(place(structure, found, policy), as_json, lambda topology: _draw(topology, found))
+
+
+def _structure(model: str, revision: str | None, shards: Path) -> "Structure":
+    """Return what a cut model is made of, cutting it first when it is not."""
+    from azu.protocol.structure import STRUCTURE_FILE, Structure
+
+    folder = Path(model)
+    if (folder / STRUCTURE_FILE).is_file():
+        path = folder / STRUCTURE_FILE
+        return Structure.from_json(path.read_bytes(), where=str(path))
+
+    from azu.architecture import describe
+    from azu.registry.sources import find, folder_name
+    from azu.sharding.cut import cut
+
+    model_id = str(folder.resolve()) if folder.is_dir() else model
+    source = find(model_id, revision, [folder.resolve().parent] if folder.is_dir() else [])
+    with Console(stderr=True).status("reading the model") as status:
+
+        def told(done: int, total: int) -> None:
+            status.update(f"reading the model: {format_bytes(done)} of {format_bytes(total)}")
+
+        return cut(
+            source.weights(told),
+            shards / folder_name(model_id) / source.revision,
+            model_id=model_id,
+            revision=source.revision,
+            architecture=describe(source.folder),
+            progress=told,
+        )
+
+
+def _draw(topology: "Topology", nodes: "Sequence[Node]") -> Group:
+    free = {node.node_id: node.vram_free_bytes for node in nodes}
+    rows = [
+        (
+            stage.node_id,
+            f"stage {stage.index}",
+            f"{stage.span.start} to {stage.span.end - 1}",
+            _experts(stage.experts),
+            format_bytes(stage.vram_bytes),
+            format_bytes(free[stage.node_id]),
+        )
+        for stage in topology.stages
+    ]
+    rows += [
+        (
+            chosen.node_id,
+            f"experts {chosen.index}",
+            "",
+            _experts(chosen.experts),
+            format_bytes(chosen.vram_bytes),
+            format_bytes(free[chosen.node_id]),
+        )
+        for chosen in topology.expert_sets
+    ]
+    prediction = topology.prediction
+    return Group(
+        table(["node", "piece", "layers", "experts", "VRAM", "free"], rows, title=topology.model_id),
+        f"predicted {prediction.tokens_per_s:,.1f} tokens/s, "
+        f"{prediction.time_per_output_token_s * 1000:,.1f} ms per token of one sequence; "
+        f"{prediction.lamports_per_token} lamports per token",
+        f"KV for {topology.num_blocks * topology.block_size:,} tokens on every stage",
+    )
+
+
+def _experts(experts: "Mapping[int, tuple[int, ...]]") -> str:
+    return "; ".join(f"layer {layer}: {_ranges(ids)}" for layer, ids in sorted(experts.items()) if ids)
+
+
+def _ranges(ids: tuple[int, ...]) -> str:
+    """Write ascending ids with runs drawn together: 0-5, 7."""
+    starts = [one for one in ids if one - 1 not in ids]
+    ends = [one for one in ids if one + 1 not in ids]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in pairs)
