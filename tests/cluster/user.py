@@ -1,10 +1,13 @@
-"""A paying user of the test network: a wallet, a deposit, a key."""
+"""A user of the test network: a wallet, a key and perhaps a deposit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 from eth_account import Account
 from eth_account.messages import encode_defunct
+from eth_account.signers.local import LocalAccount
+
+_TIMEOUT_S = 180
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,10 +16,14 @@ class User:
 
     url: str
     address: str
-    private_key: str
+    account: LocalAccount
     api_key: str
     http: httpx.Client
     deposit_hash: str = ""
+
+    def with_deposit(self, tx_hash: str) -> "User":
+        """Return the user with the hash of a deposit."""
+        return replace(self, deposit_hash=tx_hash)
 
     def balance(self) -> tuple[int, int]:
         """Return (available, reserved) lamports."""
@@ -34,12 +41,13 @@ class User:
         return body
 
 
-def log_in(url: str, label: str = "test") -> User:
+def log_in(url: str, label: str) -> User:
     """Make a wallet and open a key for it, as any client would."""
-    account = Account.create()
+    account: LocalAccount = Account.create()
     challenge = httpx.post(f"{url}/v1/auth/challenge", json={"address": account.address}, timeout=30).json()
     signed = account.sign_message(encode_defunct(text=challenge["message"]))
     body = {"nonce": challenge["nonce"], "signature": signed.signature.to_0x_hex(), "label": label}
     opened = httpx.post(f"{url}/v1/auth/keys", json=body, timeout=30).raise_for_status().json()
-    http = httpx.Client(base_url=url, timeout=120, headers={"authorization": f"Bearer {opened['api_key']}"})
-    return User(url, opened["address"], account.key.to_0x_hex(), opened["api_key"], http)
+    headers = {"authorization": f"Bearer {opened['api_key']}"}
+    http = httpx.Client(base_url=url, timeout=_TIMEOUT_S, headers=headers)
+    return User(url, opened["address"], account, opened["api_key"], http)
