@@ -32,14 +32,13 @@ class Leg:
 class Posting:
     """A transfer worked out against the hold it found: legs of distinct accounts that sum to zero.
 
-    `hold_name` is empty for transfers without a hold; else the hold must still be `before` when the
-    posting is written, and becomes `after`.
+    `hold_name` is empty for transfers without a hold; else the hold becomes `after`, if it still is what
+    it was when the posting was worked out.
     """
 
     transfer: Transfer
     legs: tuple[Leg, ...]
     hold_name: str = ""
-    before: Hold | None = None
     after: Hold | None = None
 
     def __post_init__(self) -> None:
@@ -88,7 +87,7 @@ def _open(transfer: Reserve | PayoutPlanned | WithdrawalPlanned, found: Hold | N
         raise LedgerError(f"{transfer.id}: {name} was opened before", code="hold_exists")
     hold = _new_hold(transfer)
     legs = _legs({hold.source: -hold.lamports, hold.account: hold.lamports})
-    return Posting(transfer, legs, name, None, hold)
+    return Posting(transfer, legs, name, hold)
 
 
 def _new_hold(transfer: Reserve | PayoutPlanned | WithdrawalPlanned) -> Hold:
@@ -147,7 +146,7 @@ def _still_open(transfer: Transfer, found: Hold | None) -> Hold:
 
 def _end(transfer: Transfer, hold: Hold, credits_: dict[Account, int]) -> Posting:
     legs = _legs({hold.account: -hold.lamports, **credits_})
-    return Posting(transfer, legs, hold_name(transfer), hold, ended(hold, transfer.id))
+    return Posting(transfer, legs, hold_name(transfer), ended(hold, transfer.id))
 
 
 def _legs(changes: dict[Account, int]) -> tuple[Leg, ...]:

@@ -33,13 +33,13 @@ class Snapshot:
     length: int
 
 
-def script_arguments(posting: Posting) -> Iterator[str]:
-    """Yield what apply.lua takes as ARGV."""
+def script_arguments(posting: Posting, found: str) -> Iterator[str]:
+    """Yield what apply.lua takes as ARGV; `found` is the hold's text as it was read, empty for none."""
     yield posting.transfer.id
     yield encode_transfer(posting.transfer)
     yield json.dumps([[leg.account, str(leg.lamports)] for leg in posting.legs], separators=(",", ":"))
     yield posting.hold_name
-    yield encode_hold(posting.before) if posting.before else ""
+    yield found
     yield encode_hold(posting.after) if posting.after else ""
     yield _expiry(posting)
     for leg in posting.legs:
@@ -50,8 +50,8 @@ def script_arguments(posting: Posting) -> Iterator[str]:
 
 
 def _expiry(posting: Posting) -> str:
-    opened = posting.after if posting.before is None else None
-    return str(opened.expires_at_ms) if isinstance(opened, Reservation) else ""
+    hold = posting.after
+    return str(hold.expires_at_ms) if isinstance(hold, Reservation) and hold.ended_by is None else ""
 
 
 def entry_from_stream(stream_id: str, fields: Mapping[str, str]) -> Entry:

@@ -13,7 +13,7 @@ from redis.exceptions import TimeoutError as NoReply
 
 from azu.connection import connect_redis
 from azu.errors import LedgerError, Unavailable
-from azu.ledger.holds import Hold, Reservation, decode_hold, reservation_name
+from azu.ledger.holds import Reservation, decode_hold, reservation_name
 from azu.ledger.posting import Posting, hold_name, post
 from azu.ledger.records import (
     BALANCES,
@@ -65,15 +65,15 @@ class RedisLedger:
         """
         async with self._asking():
             for _ in range(_LOOKS):
-                hold = await self._hold(hold_name(transfer))
+                found = await self._hold_text(hold_name(transfer))
                 try:
-                    posting = post(transfer, hold)
+                    posting = post(transfer, decode_hold(found) if found else None)
                 except LedgerError:
                     # One that was applied before finds its hold as it left it.
                     if repeated := await self._repeated(transfer):
                         return repeated
                     raise
-                if result := await self._write(posting):
+                if result := await self._write(posting, found):
                     return result
         raise LedgerError(f"{transfer.id}: its hold changed more often than a hold can")
 
@@ -91,15 +91,15 @@ class RedisLedger:
     async def reservation(self, job_id: str) -> Reservation | None:
         """Return a job's reservation, open or ended; None if there was never one."""
         async with self._asking():
-            hold = await self._hold(reservation_name(job_id))
-        return _reservation(hold) if hold else None
+            found = await self._hold_text(reservation_name(job_id))
+        return _reservation(found) if found else None
 
     async def expired(self, now_ms: int) -> list[Reservation]:
         """Return the open reservations whose time has come, the oldest first."""
         async with self._asking():
             names = cast(list[str], await self._redis.zrangebyscore(EXPIRIES, "-inf", now_ms))
             contents = await cast(Awaitable[list[str]], self._redis.hmget(HOLDS, names)) if names else []
-        found = [_reservation(decode_hold(content)) for content in contents]
+        found = [_reservation(content) for content in contents]
         # One may have ended between the two reads.
         return [reservation for reservation in found if reservation.ended_by is None]
 
@@ -146,16 +146,15 @@ class RedisLedger:
             except RedisError as error:
                 raise LedgerError(f"the ledger's Redis refused: {error}") from error
 
-    async def _hold(self, name: str) -> Hold | None:
+    async def _hold_text(self, name: str) -> str:
         if not name:
-            return None
-        content = await cast(Awaitable[str | None], self._redis.hget(HOLDS, name))
-        return decode_hold(content) if content else None
+            return ""
+        return await cast(Awaitable[str | None], self._redis.hget(HOLDS, name)) or ""
 
-    async def _write(self, posting: Posting) -> Result | None:
-        """Write a posting; None if its hold is another than it was."""
+    async def _write(self, posting: Posting, found: str) -> Result | None:
+        """Write a posting; None if its hold is another than was found."""
         transfer = posting.transfer
-        answer = await self._script(KEYS, list(script_arguments(posting)))
+        answer = await self._script(KEYS, list(script_arguments(posting, found)))
         match answer:
             case ["posted", number, at_ms]:
                 return Result(Entry(int(number), transfer, posting.legs, int(at_ms)))
@@ -187,7 +186,8 @@ class RedisLedger:
         return [entry_from_stream(*row) for row in cast(list[tuple[str, dict[str, str]]], rows)]
 
 
-def _reservation(hold: Hold) -> Reservation:
+def _reservation(content: str) -> Reservation:
+    hold = decode_hold(content)
     if not isinstance(hold, Reservation):
         raise LedgerError(f"not a reservation: {hold}")
     return hold

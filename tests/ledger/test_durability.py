@@ -108,6 +108,22 @@ def test_a_transfer_is_on_disk_before_it_is_acknowledged(tmp_path: Path) -> None
     server.stop()
 
 
+def test_a_ledger_goes_on_when_its_server_has_started_again(tmp_path: Path) -> None:
+    async def scenario(first: RunningRedis) -> RunningRedis:
+        ledger = RedisLedger.from_url(first.url)
+        await ledger.apply(moves.deposit(5))
+        first.kill()
+        with pytest.raises(Unavailable):
+            await ledger.apply(moves.reserve("job-1", 5))
+        second = start_redis(tmp_path, DURABLE_CONFIG, port=first.port)
+        assert (await ledger.apply(moves.deposit(5))).repeated
+        assert not (await ledger.apply(moves.reserve("job-1", 5))).repeated
+        await ledger.close()
+        return second
+
+    asyncio.run(scenario(start_redis(tmp_path, DURABLE_CONFIG))).stop()
+
+
 def test_a_redis_without_memory_refuses_a_transfer_wholly(tmp_path: Path) -> None:
     async def scenario(server: RunningRedis) -> None:
         ledger, redis = RedisLedger.from_url(server.url), connect_redis(server.url)

@@ -113,6 +113,28 @@ def test_open_reservations_whose_time_has_come_are_expired(redis_url: str) -> No
     with_ledger(redis_url, scenario)
 
 
+def test_an_ended_reservation_does_not_expire_though_it_was_read_as_open(redis_url: str) -> None:
+    async def scenario(ledger: RedisLedger) -> None:
+        redis = connect_redis(redis_url)
+        await apply_all(ledger, moves.deposit(500), moves.reserve("job-1", 10), moves.release("job-1"))
+        # As if the job had ended between the two reads that make the list.
+        await redis.zadd(EXPIRIES, {"job:job-1": 1_000})
+        await redis.aclose()
+        assert await ledger.expired(2_000) == []
+
+    with_ledger(redis_url, scenario)
+
+
+def test_the_ledger_counts_as_far_as_redis_can_and_then_refuses_wholly(redis_url: str) -> None:
+    async def scenario(ledger: RedisLedger) -> None:
+        await apply_all(ledger, *(moves.deposit(MAX_LAMPORTS, tx_hash=f"0x{number}") for number in range(92)))
+        with pytest.raises(LedgerError, match="does not bear"):
+            await ledger.apply(moves.deposit(MAX_LAMPORTS, tx_hash="0xff"))
+        assert (await audit(await ledger.snapshot(), ledger.journal())).agrees
+
+    with_ledger(redis_url, scenario)
+
+
 def test_the_journal_tells_everything_in_order_and_only_what_happened(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger) -> None:
         done = await apply_all(
