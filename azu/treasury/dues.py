@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from azu.treasury.clock import wall_clock_ms
 from azu.treasury.ports import Chain, Ledger
-from azu.treasury.watcher import wall_clock_ms
 
 _LOG = logging.getLogger(__name__)
 _EARNED = re.compile(r"worker:(0x[0-9a-f]{40}):earned")
@@ -14,6 +14,9 @@ _EARNED = re.compile(r"worker:(0x[0-9a-f]{40}):earned")
 _ACTIONS_KEPT = 200
 # Each payout takes one action, and up to two more when things go wrong.
 _ACTIONS_PER_PAYOUT = 3
+# An emptied account disappears from the chain together with its ledger, the proof of what was paid; and the
+# chain sweeps what is under a million lamports.
+KEPT_LAMPORTS = 2_000_000
 _ASK_AGAIN_MS = 600_000
 
 
@@ -61,20 +64,21 @@ class Dues:
         """Return who is to be paid now, the largest sums first. Raises ChainError.
 
         `open_lamports` holds the open payouts by address: together there are never more than `max_open`,
-        than the platform's wallet holds, or than the chain's budget of actions for its address bears.
+        than the platform's wallet can spare, or than the chain's budget of actions for its address bears.
         """
         owed = await self._owed(open_lamports)
         if not owed:
             return []
         budget = await self._chain.actions_left(self._platform) - _ACTIONS_KEPT
         room = min(max_open, budget // _ACTIONS_PER_PAYOUT) - len(open_lamports)
-        funds = await self._chain.spot_balance(self._platform) - sum(open_lamports.values())
+        held = await self._chain.spot_balance(self._platform)
+        funds = held - KEPT_LAMPORTS - sum(open_lamports.values())
         picked: list[Due] = []
         for due in owed:
             if len(picked) >= room:
                 break
             if due.lamports > funds:
-                _LOG.error("the platform's wallet does not hold what is owed: %s", due)
+                _LOG.error("the platform's wallet cannot spare what is owed: %s", due)
                 self.pass_over(due.address)
             elif await self._payable(due):
                 picked.append(due)

@@ -11,11 +11,11 @@ from eth_account.signers.local import LocalAccount
 from azu.chain.hyperliquid import sign_noop, sign_send_asset
 from azu.chain.replies import LedgerTransfer
 from azu.errors import AzuError, ChainError, LedgerError
+from azu.treasury.clock import wall_clock_ms
 from azu.treasury.deposits import same_amount
 from azu.treasury.dues import Due
 from azu.treasury.outbox import Outbox, Payout, PayoutState
 from azu.treasury.ports import Chain, Ledger
-from azu.treasury.watcher import wall_clock_ms
 
 _LOG = logging.getLogger(__name__)
 # The chain takes a nonce for two days; a third for a clock that is wrong.

@@ -1,12 +1,12 @@
 """Credits deposits from the platform's own ledger on the chain, each hash once, to the chain's sender."""
 
 import logging
-import time
 from collections.abc import Callable
 
 from azu.chain.replies import LedgerTransfer
 from azu.errors import TransferConflict
 from azu.ledger.transfers import Deposit
+from azu.treasury.clock import wall_clock_ms
 from azu.treasury.deposits import Sighting, SightingState, agrees, is_candidate, judge
 from azu.treasury.ports import Chain, CursorStore, Ledger
 
@@ -15,11 +15,6 @@ _LOG = logging.getLogger(__name__)
 OVERLAP_MS = 120_000
 # How long a row without an entry in the explorer holds the cursor; a claim can still bring it up later.
 _GIVE_UP_MS = 3_600_000
-
-
-def wall_clock_ms() -> int:
-    """Return the time of day in milliseconds."""
-    return time.time_ns() // 1_000_000
 
 
 class DepositWatcher:

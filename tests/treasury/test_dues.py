@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from azu.chain.devnet.state import HYPE
-from azu.treasury.dues import Due, Dues, Threshold
+from azu.treasury.dues import KEPT_LAMPORTS, Due, Dues, Threshold
 from tests.treasury.simulated import PLATFORM, Simulation
 
 KNOWN, NEW, THIRD = ("0x" + digits * 20 for digits in ("0a", "0b", "0c"))
@@ -52,8 +52,8 @@ def test_the_largest_sums_come_first_and_no_more_than_may_be_open() -> None:
     assert pick(world, {NEW: 700, THIRD: 600}, max_open=2) == []
 
 
-def test_no_more_is_planned_than_the_wallet_holds() -> None:
-    world = simulation(funds=1_100)
+def test_no_more_is_planned_than_the_wallet_can_spare() -> None:
+    world = simulation(funds=KEPT_LAMPORTS + 1_100)
     for address, lamports in ((KNOWN, 500), (NEW, 700), (THIRD, 400)):
         world.ledger.earn(address, lamports)
 
