@@ -1,11 +1,15 @@
 """Fixtures that tests of every part share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import redis
 
 from tests.redis_server import RunningRedis, start_redis
+
+# Ray reads its mode once, when it is imported: before the first test that imports it.
+os.environ["RAY_AUTH_MODE"] = "token"
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def test_est_tokens_out_of_range_are_refused(user: User, est_tokens: object) -> 
     assert user.balance() == before
 
 
-@pytest.mark.parametrize("authorization", [None, "Bearer ", "Bearer azu-sk-wrong", "Basic abc"])
+@pytest.mark.parametrize("authorization", [None, "Bearer", "Bearer azu-sk-wrong", "Basic abc"])
 def test_without_a_good_key_nothing_is_served(user: User, authorization: str | None) -> None:
     headers = {} if authorization is None else {"authorization": authorization}
 

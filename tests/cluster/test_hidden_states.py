@@ -79,7 +79,7 @@ def test_no_hidden_state_is_in_the_pipelines_or_the_heads_memory(user: User) -> 
     assert len(stages) >= 2
     ray.get([stage.__ray_call__.remote(keep_frames) for stage in stages[1:]], timeout=30)
 
-    # A long prompt too: its frame is large enough to go through an object store.
+    # A long prompt too: its frames are full prefill chunks.
     long_text = text * 12
     finished(user, user.submit(text, est_tokens=20).json()["job_id"])
     finished(user, user.submit(long_text, est_tokens=2).json()["job_id"])
@@ -87,7 +87,7 @@ def test_no_hidden_state_is_in_the_pipelines_or_the_heads_memory(user: User) -> 
     frames = ray.get(stages[1].__ray_call__.remote(kept_frames), timeout=30)
     assert len(frames) > 20
     longest = max(frames, key=len)
-    assert len(longest) > 100 * 1024
+    assert len(longest) > 30 * 1024
     patterns = [frame[len(frame) // 2 :][:PATTERN_BYTES] for frame in (longest, frames[-1], frames[5])]
     on_head = actors_named("pipeline:azu-tiny-dense") + actors_named("scheduler") + actors_named("registry")
     head_pids = ray.get([actor.__ray_call__.remote(pid_of) for actor in on_head], timeout=30)
