@@ -97,7 +97,9 @@ class Dues:
             match = _EARNED.fullmatch(account)
             if match and lamports >= self._threshold.lamports:
                 due = Due(match[1], lamports)
-                if due.address not in open_lamports and due.address not in self._passed_over:
+                # What the platform owes itself is in its wallet already.
+                left_out = due.address == self._platform or due.address in self._passed_over
+                if due.address not in open_lamports and not left_out:
                     owed.append(due)
         return sorted(owed, key=lambda due: (-due.lamports, due.address))
 

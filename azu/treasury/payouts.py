@@ -135,7 +135,7 @@ class Payer:
                 # The chain said yes: nothing to send again or to give up, but somebody has to look.
                 if payout.payout_id not in self._overdue:
                     self._overdue.add(payout.payout_id)
-                    _LOG.error("the chain accepted %s but does not show it", payout)
+                    _LOG.error("the chain accepted %s but does not show it", payout.payout_id)
 
     async def _sign(self, payout: Payout) -> None:
         """Have the ledger set the money aside, then sign once and store the bytes."""

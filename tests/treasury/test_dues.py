@@ -69,6 +69,13 @@ def test_no_more_is_planned_than_the_chain_takes_actions() -> None:
     assert pick(world) == []
 
 
+def test_the_platform_does_not_pay_itself() -> None:
+    world = simulation()
+    world.ledger.earn(PLATFORM.address.lower(), 500)
+
+    assert pick(world) == []
+
+
 def test_an_address_that_was_passed_over_is_asked_about_again_later() -> None:
     world = simulation()
     world.ledger.earn(KNOWN, 500)
