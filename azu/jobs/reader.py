@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from redis.asyncio import Redis
 
@@ -81,11 +81,10 @@ class TokenReader:
             woken = "0-0"
             while self._followers:
                 streams = self._positions() | {self._wake: woken}
-                for key, entries in await read_new(self._redis, streams, count=_ENTRIES_PER_STREAM):
-                    if key == self._wake:
-                        woken = entries[-1][0]
-                    else:
-                        self._hand_out(key, entries)
+                answer = dict(await read_new(self._redis, streams, count=_ENTRIES_PER_STREAM))
+                if wakes := answer.pop(self._wake, None):
+                    woken = wakes[-1][0]
+                self._hand_out(answer)
         except Exception as error:
             # Whoever follows has to hear of it; the next follower starts a new task.
             for follower in self._followers:
@@ -100,9 +99,11 @@ class TokenReader:
                 positions[key] = min(positions.get(key, follower.position), follower.position)
         return {key: f"{position}-0" for key, position in positions.items()}
 
-    def _hand_out(self, key: str, entries: list[Entry]) -> None:
-        followers = [one for one in self._followers if tokens_key(one.job_id) == key]
-        for entry_id, fields in entries:
-            event = event_from_entry(entry_id, fields)
-            for follower in followers:
+    def _hand_out(self, answer: Mapping[str, list[Entry]]) -> None:
+        events = {
+            key: [(entry_id, event_from_entry(entry_id, fields)) for entry_id, fields in entries]
+            for key, entries in answer.items()
+        }
+        for follower in self._followers:
+            for entry_id, event in events.get(tokens_key(follower.job_id), ()):
                 follower.give(entry_id, event)
