@@ -3,17 +3,16 @@
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 import azu.architecture
-from azu.architecture.description import Architecture
 from azu.errors import AzuError, InvalidRequest, NotFound, Unavailable
 from azu.protocol.structure import STRUCTURE_FILE, Shard, Structure
+from azu.registry.description import ModelDescription
 from azu.registry.report import Report
 from azu.registry.sources import Source, find, folder_name
 from azu.registry.status import ModelStatusStore
@@ -29,16 +28,6 @@ _CUT_TIMEOUT_S = 6 * 3600.0
 _REVISION = re.compile(r"[0-9a-f]{40,64}")
 
 
-@dataclass(frozen=True, slots=True)
-class ModelDescription:
-    """What pricing and tokenising need; `files` holds the config and tokenizer files by name."""
-
-    model_id: str
-    revision: str
-    architecture: Architecture
-    files: Mapping[str, bytes]
-
-
 class Registry:
     """Models of one network, their shards under `root`; methods block and may be called from many threads.
 
@@ -52,7 +41,8 @@ class Registry:
         self._model_roots = tuple(model_roots)
         self._status = status
         self._max_model_bytes = max_model_bytes
-        self._locks: dict[str, threading.Lock] = {}
+        # A model is described once at a time; a few locks, since ids are anybody's.
+        self._describing = tuple(threading.Lock() for _ in range(_MAX_DESCRIBED))
         self._pins: dict[tuple[str, str | None], tuple[str, float]] = {}
         self._described: dict[tuple[str, str], ModelDescription] = {}
         self._structures: dict[tuple[str, str], Structure] = {}
@@ -64,14 +54,15 @@ class Registry:
         Raises InvalidRequest for an id that is none or a model too large, ModelNotFound, UnsupportedModel,
         BrokenCheckpoint, and Unavailable when the Hub does not answer.
         """
-        with self._locks.setdefault(model_id, threading.Lock()):
+        with self._describing[hash(model_id) % len(self._describing)]:
             commit = self._recent_commit(model_id, revision)
-            if commit is None or (model_id, commit) not in self._described:
-                source = self._find(model_id, revision)
-                commit = source.revision
-                self._pins[model_id, revision] = (commit, time.monotonic())
-                self._remember(source)
-            return self._described[model_id, commit]
+            known = None if commit is None else self._described.get((model_id, commit))
+            if known is not None:
+                return known
+            source = self._find(model_id, revision)
+            self._pins[model_id, revision] = (source.revision, time.monotonic())
+            known = self._described.get((model_id, source.revision))
+            return self._remember(source) if known is None else known
 
     def ensure_cut(self, model_id: str, revision: str) -> Structure:
         """Return the model's structure once all its shards are there; only the first caller fetches and cuts.
@@ -94,7 +85,7 @@ class Registry:
                     folder,
                     model_id=model_id,
                     revision=revision,
-                    architecture=self.describe(model_id, revision).architecture,
+                    architecture=azu.architecture.describe(source.folder),
                     progress=report.cutting,
                 )
             except Exception as error:
@@ -117,17 +108,28 @@ class Registry:
         return self._structures[model_id, revision]
 
     def path(self, model_id: str, revision: str, shard_name: str) -> Path:
-        """Return where a shard lies on this machine's disk; raises NotFound when it is not cut."""
+        """Return where a shard lies on this machine's disk; raises NotFound when it is not there."""
         structure = self.structure(model_id, revision)
-        if structure is None or all(shard.name != shard_name for shard in structure.shards):
-            raise NotFound(f"{model_id} at {revision} has no shard {shard_name!r} here")
-        return self._folder(model_id, revision) / structure.shard(shard_name).file_name
+        names = {shard.name: shard.file_name for shard in structure.shards} if structure else {}
+        return self._cut_file(model_id, revision, names.get(shard_name))
 
     def read(self, model_id: str, revision: str, shard_name: str, offset: int, size: int) -> bytes:
         """Return up to `size` bytes of a shard from `offset` on, fewer only at its end."""
         with self.path(model_id, revision, shard_name).open("rb") as file:
             file.seek(offset)
             return file.read(size)
+
+    def file(self, model_id: str, revision: str, name: str) -> bytes:
+        """Return a config or tokenizer file of a model that is cut; raises NotFound."""
+        structure = self.structure(model_id, revision)
+        names = {file.name for file in structure.files} if structure else set()
+        return self._cut_file(model_id, revision, name if name in names else None).read_bytes()
+
+    def _cut_file(self, model_id: str, revision: str, name: str | None) -> Path:
+        path = self._folder(model_id, revision) / name if name else None
+        if path is None or not path.is_file():
+            raise NotFound(f"{model_id} at {revision} has no such file here")
+        return path
 
     def _find(self, model_id: str, revision: str | None) -> Source:
         source = find(model_id, revision, self._model_roots)
@@ -148,15 +150,15 @@ class Registry:
         expired = model_id.startswith("/") or time.monotonic() - pinned_at_s > _PINNED_S
         return None if expired else commit
 
-    def _remember(self, source: Source) -> None:
+    def _remember(self, source: Source) -> ModelDescription:
         key = (source.model_id, source.revision)
-        if key in self._described:
-            return
-        if len(self._described) >= _MAX_DESCRIBED:
-            del self._described[next(iter(self._described))]
-        self._described[key] = _describe(source)
+        description = _describe(source)
         if self.structure(*key) is None:
             Report(self._status, *key).described(source.weight_bytes)
+        for oldest in list(self._described)[: 1 - _MAX_DESCRIBED]:
+            self._described.pop(oldest, None)
+        self._described[key] = description
+        return description
 
     def _folder(self, model_id: str, revision: str) -> Path:
         if not _REVISION.fullmatch(revision):

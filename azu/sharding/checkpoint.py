@@ -126,14 +126,15 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_range(tensor: StoredTensor, offset: int, size: int) -> Iterator[memoryview]:
-    """Yield a range of the tensor's file in chunks of their own, CHUNK_BYTES or less.
+    """Yield a range of the tensor's file in chunks of CHUNK_BYTES or less, each valid until the next.
 
     Raises BrokenCheckpoint when the file ends in it.
     """
+    buffer = np.empty(min(CHUNK_BYTES, size), dtype=np.uint8).data
     with tensor.path.open("rb", buffering=0) as file:
         end = offset + size
         while offset < end:
-            chunk = np.empty(min(CHUNK_BYTES, end - offset), dtype=np.uint8).data
+            chunk = buffer[: end - offset]
             filled = 0
             while filled < chunk.nbytes:
                 count = os.preadv(file.fileno(), [chunk[filled:]], offset + filled)

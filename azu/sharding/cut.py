@@ -79,7 +79,7 @@ def cut(
     return structure
 
 
-def verified(path: Path, shard: Shard, on_bytes: Callable[[int], None]) -> bool:
+def _verified(path: Path, shard: Shard, on_bytes: Callable[[int], None]) -> bool:
     """Say whether the file at `path` is the shard, byte for byte."""
     if not path.is_file() or path.stat().st_size != shard.size_bytes:
         return False
@@ -117,7 +117,7 @@ def _complete(
 ) -> Shard:
     """Write a shard unless it is there already, whole and as planned."""
     shard = known.get(plan.name)
-    if shard is not None and plan.describes(shard) and verified(out / shard.file_name, shard, count):
+    if shard is not None and plan.describes(shard) and _verified(out / shard.file_name, shard, count):
         return shard
     # What structure.json says is not true before the last shard is.
     (out / STRUCTURE_FILE).unlink(missing_ok=True)

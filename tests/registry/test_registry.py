@@ -123,6 +123,30 @@ def test_only_a_models_shards_are_read(registry, models, name):
         registry.read(*key, name, 0, 10)
 
 
+def test_config_files_of_a_cut_model_outlive_their_source(registry, models):
+    folder = save_checkpoint(models / "dense")
+    key = (str(folder), registry.describe(str(folder)).revision)
+    config = (folder / "config.json").read_bytes()
+    with pytest.raises(NotFound):
+        registry.file(*key, "config.json")
+    registry.ensure_cut(*key)
+    change_config(folder, bos_token_id=5)
+    assert registry.file(*key, "config.json") == config
+    for name in ("structure.json", "embed.safetensors", "../x", ""):
+        with pytest.raises(NotFound):
+            registry.file(*key, name)
+
+
+def test_descriptions_are_forgotten_when_there_are_many(registry, models, monkeypatch):
+    monkeypatch.setattr(registry_module, "_MAX_DESCRIBED", 2)
+    folders = [str(save_checkpoint(models / str(index), vocab_size=90 + index)) for index in range(4)]
+    first = registry.describe(folders[0])
+    for folder in folders:
+        registry.describe(folder)
+    assert len(registry._described) == 2
+    assert registry.describe(folders[0]) == first
+
+
 @pytest.mark.parametrize("revision", ["main", "..", "../../x", "", "0" * 39, "G" * 40, "0" * 40 + "\n"])
 def test_only_a_commit_names_a_cut(registry, models, tmp_path, revision):
     for call in (registry.structure, registry.ensure_cut):
