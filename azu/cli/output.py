@@ -26,7 +26,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
     drawn = Table(title=title, title_justify="left")
     for column in columns:
         numeric = column.endswith(("lamports", "HYPE", "bytes", "VRAM", "free", "shards"))
-        drawn.add_column(column, justify="right" if numeric else "left")
+        # An id that is cut short cannot be copied.
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*("" if cell is None else str(cell) for cell in row))
     return drawn

@@ -1,6 +1,5 @@
 """Children that stand and fall together: started, waited for, started again, stopped."""
 
-import logging
 import re
 import time
 from collections.abc import Callable
@@ -12,8 +11,6 @@ from typing import Self
 from azu.cli.network.interrupts import interrupts_held
 from azu.cli.network.processes import Child, Command
 from azu.errors import DeadlineExceeded, Unavailable
-
-log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 10.0
 _POLL_S = 0.05
@@ -88,7 +85,6 @@ class Children:
                 continue
             restart = self._restarts.setdefault(name, _Restart())
             if restart.due_s is None:
-                log.warning("%s ended: %s", name, child.last_words())
                 restart.plan(lived_s=child.age_s)
             elif time.monotonic() >= restart.due_s:
                 restart.due_s = None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from azu.cli.network.chain import Chain
+from azu.cli.network.interrupts import handlers_kept
 from azu.config import ControlConfig, NetworkPolicy, Settings
 from azu.errors import DeadlineExceeded
 
@@ -46,8 +47,10 @@ def served(config: ControlConfig, head: str, environment: Mapping[str, str]) -> 
         from actors import control
         from deployments import app
 
-        ray.init(head, namespace="azu", log_to_driver=False, logging_level=logging.ERROR)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
+            with handlers_kept():
+                ray.init(head, namespace="azu", log_to_driver=False, logging_level=logging.ERROR)
             control.start(config)
             app.start(config)
             yield ray.get_runtime_context().gcs_address
