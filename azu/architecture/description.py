@@ -10,7 +10,8 @@ class Architecture:
     """A causal language model's shape.
 
     `layers_path` is the dotted path of the decoder's layer list ("model.layers", "transformer.h");
-    `front` and `back` name the decoder's children that run before and after the layers;
+    `front` and `back` name the decoder's children that run before and after the layers; `unused` holds the
+    paths of modules that text never runs through, such as a vision tower;
     `layer_parameters[i]` counts layer i, `expert_parameters[i]` one of its experts (0
     for a dense layer), `embed_parameters` and `head_parameters` those of the edges. Nothing was downloaded
     or allocated to learn this but config.json.
@@ -33,3 +34,4 @@ class Architecture:
     eos_token_ids: tuple[int, ...]
     # A sequence that grows past this many tokens is computed anew: all its positions change (longrope).
     restart_length: int | None = None
+    unused: frozenset[str] = frozenset()

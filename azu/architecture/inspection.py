@@ -58,6 +58,7 @@ def describe(config_folder: Path) -> Architecture:
         head_parameters=back,
         eos_token_ids=ends,
         restart_length=_restart_length(text),
+        unused=traced.unused,
     )
 
 

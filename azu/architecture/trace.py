@@ -22,7 +22,8 @@ _NUM_TOKENS = 5
 class Trace:
     """What a model does with five tokens.
 
-    `front` and `back` name the decoder's children that run before and after the layers.
+    `front` and `back` name the decoder's children that run before and after the layers, `unused` the paths of
+    modules around the layers that hold parameters and never run.
     `kv_values[i]` counts the values that layer i keeps per token; `experts_per_token[i]` is 0 for a dense
     layer.
     """
@@ -30,6 +31,7 @@ class Trace:
     layers: LayerList
     front: frozenset[str]
     back: frozenset[str]
+    unused: frozenset[str]
     hidden_size: int
     kv_values: tuple[int, ...]
     experts_per_token: tuple[int, ...]
@@ -59,6 +61,15 @@ class _KeptValues(DynamicLayer):  # type: ignore[misc] # transformers is untyped
         if name.startswith(("update_", "get_")):
             raise _Refused("its layers keep a state beside keys and values")
         raise AttributeError(name)
+
+
+class _KeysAndValues(Cache):  # type: ignore[misc]
+    """A cache that has nothing but keys and values."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise _Refused("its layers keep a state beside keys and values")
+
+    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = _refuse
 
 
 class _ExpertsProbe(nn.Module):
@@ -100,9 +111,10 @@ def trace(model: PreTrainedModel) -> Trace:
     probes = [_put_probe(layer) for layer in layers]
     watch = _Watch(torch.zeros(1, _NUM_TOKENS, dtype=torch.long, device="meta"), found.attribute)
     kept = [_KeptValues() for _ in layers]
+    idle = _watch_surroundings(model, found)
     _watch_decoder(model, found, watch)
     try:
-        logits = _forward(model, watch.token_ids, Cache(layers=kept))
+        logits = _forward(model, watch.token_ids, _KeysAndValues(layers=kept))
     except _Refused as error:
         raise UnsupportedModel(f"{family} cannot be cut: {error}") from error
     except Exception as error:  # whatever foreign forward code raises on shapes alone
@@ -116,6 +128,7 @@ def trace(model: PreTrainedModel) -> Trace:
         layers=found,
         front=frozenset(watch.order[:first]),
         back=frozenset(watch.order[last:]),
+        unused=frozenset(idle),
         hidden_size=watch.state.shape[2],
         kv_values=tuple(layer.num_values for layer in kept),
         experts_per_token=tuple(probe.experts_per_token if probe else 0 for probe in probes),
@@ -138,10 +151,30 @@ def _why_not(watch: _Watch, kept: list[_KeptValues], logits: Tensor) -> str | No
 def _forward(model: PreTrainedModel, token_ids: Tensor, cache: Cache) -> Tensor:
     # Gradients tell what depends on the tokens: embeddings are the leaves, the last layer's output is cut.
     model.requires_grad_(False)
+    # Families that know a padding token look for it among the ids, which have no values here.
+    model.config.pad_token_id = None
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logits: Tensor = model(input_ids=token_ids, past_key_values=cache, use_cache=True).logits
     return logits
+
+
+def _watch_surroundings(model: PreTrainedModel, found: LayerList) -> set[str]:
+    """Return the paths of modules beside the way to the layers; each leaves the set when it runs."""
+    head = model.get_output_embeddings()
+    idle: set[str] = set()
+    steps = found.path.split(".")
+    for depth in range(len(steps)):
+        parent = model.get_submodule(".".join(steps[:depth]))
+        for name, child in parent.named_children():
+            holds_parameters = any(True for _ in child.parameters())
+            if name == steps[depth] or not holds_parameters or any(one is head for one in child.modules()):
+                continue
+            path = ".".join((*steps[:depth], name))
+            idle.add(path)
+            for module in child.modules():
+                module.register_forward_pre_hook(lambda *_, path=path: idle.discard(path))
+    return idle
 
 
 def _watch_decoder(model: PreTrainedModel, found: LayerList, watch: _Watch) -> None:

@@ -7,13 +7,12 @@ evaluates it at the sequences' real positions. The families without the interfac
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from azu.engine.layout import Layout, Singles, Span
@@ -93,11 +92,6 @@ def packed_attention(
         attended = kernel(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask)
         out[0, rows] = attended[0].transpose(0, 1)
     return out, None
-
-
-def supports_packing(model: PreTrainedModel, decoder: nn.Module) -> bool:
-    """Say whether a family asks the interface for attention and takes the positions of its tokens."""
-    return bool(model._supports_attention_backend) and "position_ids" in signature(decoder.forward).parameters
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,4 +76,5 @@ class PagedKV(Cache):  # type: ignore[misc] # transformers is untyped
         read = pool.index_select(0, layout.read)
         if layout.padding is None:
             return read.transpose(0, 1)[None]
-        return read.view(len(layout.slices), layout.longest, *read.shape[1:]).transpose(1, 2)
+        # In memory as a stock cache has it: some of the families that take padded batches rely on it.
+        return read.view(len(layout.slices), layout.longest, *read.shape[1:]).transpose(1, 2).contiguous()

@@ -82,7 +82,9 @@ class StageRunner:
             raise FrameError(f"step {batch.step} of epoch {batch.epoch} is not for this first stage")
         ids, vocab_size = batch.token_ids, self._spec.structure.vocab_size
         if not ids or len(ids) != batch.num_tokens or not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise FrameError(f"step {batch.step}: its token ids are not {batch.num_tokens} of the vocabulary's")
+            raise FrameError(
+                f"step {batch.step}: its token ids are not {batch.num_tokens} of the vocabulary's"
+            )
         return torch.tensor(ids, device=self._device)
 
     def _received(self, batch: StepBatch, frame: bytes | None) -> Tensor:

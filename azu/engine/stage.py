@@ -13,10 +13,11 @@ from azu.architecture.config import read_config
 from azu.architecture.description import Architecture
 from azu.architecture.inspection import describe
 from azu.architecture.skeleton import Experts, build_from, experts_in, replace_module
-from azu.engine.attention import PACKED, supports_packing
+from azu.engine.attention import PACKED
 from azu.engine.experts import HeldExperts, shrink
 from azu.engine.forward import StageModel
 from azu.engine.longrope import place_by_sequence_length
+from azu.engine.packing import takes_packed_batches
 from azu.engine.tensors import dtype_named
 from azu.engine.weights import load, stage_tensors
 from azu.protocol.structure import LayerKind, Structure
@@ -83,12 +84,14 @@ def _skeleton(
     config: PreTrainedConfig, architecture: Architecture, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, bool]:
     """Return the whole model on the meta device with the best attention it takes, and if that is packed."""
-    model = build_from(config, dtype=dtype)
-    decoder = model.get_submodule(architecture.layers_path.rpartition(".")[0])
-    packed = supports_packing(model, decoder)
-    # Built anew: some families choose the class of their attention when they are built.
-    attention = PACKED if packed else "sdpa" if model._supports_sdpa else "eager"
-    return build_from(config, dtype=dtype, attention=attention), packed
+    packed = takes_packed_batches(config, architecture)
+    model = build_from(config, dtype=dtype, attention=PACKED if packed else "eager")
+    if not packed and model._supports_sdpa:
+        # Built anew: some families choose the class of their attention when they are built.
+        model = build_from(config, dtype=dtype, attention="sdpa")
+    for path in architecture.unused:
+        replace_module(model, path, nn.Identity())
+    return model, packed
 
 
 class _Cut:

@@ -133,6 +133,8 @@ def _place(
 
 def _edges(path: list[str], decoder: list[str], architecture: Architecture) -> Iterable[str]:
     """Yield the shards of a tensor outside the layers: a module that runs at both ends goes into both."""
+    if any(path[: len(unused)] == unused for unused in (one.split(".") for one in architecture.unused)):
+        return
     if path[: len(decoder)] != decoder:
         yield HEAD
         return
