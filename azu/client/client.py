@@ -20,7 +20,7 @@ from azu.client.answers import (
     read,
 )
 from azu.client.errors import raise_for, translated
-from azu.client.login import sign_text, wallet_of
+from azu.client.login import sign_challenge, wallet_of
 from azu.client.stream import Stream
 from azu.errors import InternalError
 
@@ -82,7 +82,7 @@ class Client:
         """
         wallet = wallet_of(key)
         challenge = self._post("/v1/auth/challenge", {"address": wallet.address})
-        signature = sign_text(wallet, challenge["message"])
+        signature = sign_challenge(wallet, challenge["message"], str(self._http.base_url))
         body = {"nonce": challenge["nonce"], "signature": signature, "label": label}
         api_key: str = self._post("/v1/auth/keys", body)["api_key"]
         self._use_key(api_key)

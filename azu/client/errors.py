@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import httpx
 
-from azu import errors
 from azu.errors import AzuError, DeadlineExceeded, Unavailable
 
 
@@ -16,13 +15,16 @@ def _kinds(of: type[AzuError]) -> Iterator[type[AzuError]]:
         yield from _kinds(kind)
 
 
-def error_of(status: int, content: bytes) -> AzuError:
-    """Return the error that an OpenAI-shaped body says, or one that says its body is not of that shape."""
+def error_of(status: int | None, content: bytes) -> AzuError:
+    """Return the error that an OpenAI-shaped body says, or one that says its body is not of that shape.
+
+    An error inside a stream has no status of its own.
+    """
     try:
         said = json.loads(content)["error"]
         message, param, code = str(said["message"]), said.get("param"), said.get("code")
     except (ValueError, KeyError, TypeError, AttributeError):
-        return _kind(status, None)(f"the network answered {status} without an error body")
+        return _kind(status, None)(f"the network answered {status or 'a stream'} without an error body")
     return _kind(status, code)(message, param=param, code=code)
 
 
@@ -32,11 +34,13 @@ def raise_for(response: httpx.Response) -> None:
         raise error_of(response.status_code, response.content)
 
 
-def _kind(status: int, code: str | None) -> type[AzuError]:
+def _kind(status: int | None, code: str | None) -> type[AzuError]:
     """Return the class with that code, else the most general one with that status."""
-    kinds = [kind for kind in _kinds(AzuError) if kind.status == status]
+    kinds = [kind for kind in _kinds(AzuError) if status is None or kind.status == status]
     by_code = [kind for kind in kinds if code is not None and kind.default_code == code]
-    return (by_code or kinds or [errors.InternalError])[0]
+    if by_code:
+        return by_code[0]
+    return kinds[0] if kinds and status is not None else Unavailable
 
 
 @contextmanager

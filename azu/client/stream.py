@@ -62,7 +62,7 @@ class Stream:
                 content = line.removeprefix("data: ")
                 chunk = json.loads(content)
                 if "error" in chunk:
-                    raise error_of(503, content.encode())
+                    raise error_of(None, content.encode())
                 if piece := self._take(chunk):
                     yield piece
 

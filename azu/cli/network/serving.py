@@ -24,7 +24,7 @@ def control_config(
         home=settings.home,
         http_host=settings.http_host,
         http_port=http_port,
-        domain=settings.domain or f"{settings.http_host}:{http_port}",
+        domain=settings.domain or f"{_local_host(settings.http_host)}:{http_port}",
         policy=policy,
         admin_key_sha256=hashlib.sha256(admin_key.encode()).hexdigest(),
         platform_address=chain.platform_address,
@@ -60,8 +60,7 @@ def served(config: ControlConfig, head: str, environment: Mapping[str, str]) -> 
 
 def local_url(config: ControlConfig) -> str:
     """Return where the ingress is found from this machine."""
-    host = "127.0.0.1" if config.http_host in ("0.0.0.0", "::") else config.http_host
-    return f"http://{host}:{config.http_port}"
+    return f"http://{_local_host(config.http_host)}:{config.http_port}"
 
 
 def wait_until_healthy(url: str, timeout_s: float, meanwhile: Callable[[], object]) -> None:
@@ -76,6 +75,10 @@ def wait_until_healthy(url: str, timeout_s: float, meanwhile: Callable[[], objec
             raise DeadlineExceeded(f"the network did not serve in {timeout_s:.0f} s")
         time.sleep(_POLL_S)
     client.close()
+
+
+def _local_host(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
 
 
 @contextmanager

@@ -1,0 +1,305 @@
+"""The client over real HTTP: what it sends, what it makes of the answers, and of the errors."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from eth_account import Account
+from eth_account.messages import encode_defunct
+
+from azu.client import Client
+from azu.errors import (
+    AzuError,
+    DeadlineExceeded,
+    FrameError,
+    InsufficientBalance,
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    RateLimited,
+    Unauthenticated,
+    Unavailable,
+)
+from tests.client.ingress import Ingress, Reply, running_ingress
+
+MODEL = "azu/tiny-dense"
+AZU = {"job_id": "job-1"}
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "cost_lamports": 60}
+
+
+@pytest.fixture
+def ingress() -> Iterator[Ingress]:
+    with running_ingress() as running:
+        yield running
+
+
+@pytest.fixture
+def client(ingress: Ingress) -> Iterator[Client]:
+    client = Client(ingress.url, "azu-sk-key", timeout_s=10)
+    yield client
+    client.close()
+
+
+def piece(text: str, *, finish: str | None = None) -> dict[str, Any]:
+    return {"azu": AZU, "choices": [{"index": 0, "text": text, "finish_reason": finish}]}
+
+
+def delta(text: str | None, *, finish: str | None = None) -> dict[str, Any]:
+    content = {} if text is None else {"content": text}
+    return {"azu": AZU, "choices": [{"index": 0, "delta": content, "finish_reason": finish}]}
+
+
+def usage_chunk() -> dict[str, Any]:
+    return {"azu": AZU, "choices": [], "usage": USAGE}
+
+
+def refusal(error: AzuError) -> Reply:
+    return Reply(error.to_openai(), error.status)
+
+
+def test_a_prompt_is_streamed_piece_by_piece(ingress: Ingress, client: Client) -> None:
+    chunks = (piece("Pa"), piece("ris"), piece("", finish="stop"), usage_chunk(), "[DONE]")
+    ingress.replies["POST /v1/completions"] = Reply(chunks=chunks)
+
+    stream = client.stream("The capital of France is", model=MODEL, max_tokens=7, temperature=0.5)
+
+    assert [text for text in stream if text] == ["Pa", "ris"]
+    generation = stream.result()
+    assert generation.text == "Paris"
+    assert generation.finish_reason == "stop"
+    assert generation.job_id == "job-1"
+    assert (generation.prompt_tokens, generation.completion_tokens) == (3, 2)
+    assert generation.charged_lamports == 60
+    (request,) = ingress.requests
+    assert request.authorization == "Bearer azu-sk-key"
+    assert request.body == {
+        "model": MODEL,
+        "prompt": "The capital of France is",
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def test_generate_returns_the_whole_text(ingress: Ingress, client: Client) -> None:
+    chunks = (piece("Pa"), piece("ris", finish="length"), usage_chunk(), "[DONE]")
+    ingress.replies["POST /v1/completions"] = Reply(chunks=chunks)
+
+    generation = client.generate("The capital of France is", model=MODEL)
+
+    assert (generation.text, generation.finish_reason) == ("Paris", "length")
+
+
+def test_a_chat_goes_through_the_models_template(ingress: Ingress, client: Client) -> None:
+    chunks = (delta(""), delta("東"), delta("京 🗼"), delta(None, finish="stop"), usage_chunk(), "[DONE]")
+    ingress.replies["POST /v1/chat/completions"] = Reply(chunks=chunks)
+    messages = [{"role": "user", "content": "日本の首都は?"}]
+
+    generation = client.chat(messages, model=MODEL)
+
+    assert generation.text == "東京 🗼"
+    assert ingress.requests[0].body["messages"] == messages
+
+
+def test_a_stream_that_breaks_off_is_an_error_not_a_short_answer(ingress: Ingress, client: Client) -> None:
+    ingress.replies["POST /v1/completions"] = Reply(chunks=(piece("Pa"),))
+
+    with pytest.raises(Unavailable):
+        client.generate("The capital of France is", model=MODEL)
+
+
+def test_an_error_in_a_stream_is_raised_after_what_came_before_it(ingress: Ingress, client: Client) -> None:
+    broken = FrameError("node ada sent a frame that is not finite").to_openai()
+    ingress.replies["POST /v1/completions"] = Reply(chunks=(piece("Pa"), broken, "[DONE]"))
+    stream = iter(client.stream("The capital of France is", model=MODEL))
+
+    assert next(stream) == "Pa"
+    with pytest.raises(FrameError, match="not finite"):
+        next(stream)
+
+
+def test_closing_a_stream_hangs_up(ingress: Ingress, client: Client) -> None:
+    endless = tuple(piece("word " * 1000) for _ in range(5000))
+    ingress.replies["POST /v1/completions"] = Reply(chunks=endless)
+    stream = client.stream("Tell me how azu works.", model=MODEL)
+
+    assert next(iter(stream)).startswith("word")
+    stream.close()
+
+    assert ingress.closed_early.wait(10)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequest("must be at least 1", param="max_tokens"),
+        Unauthenticated("unknown key"),
+        InsufficientBalance("you need 7 lamports more"),
+        ModelNotFound("no such model", param="model"),
+        RateLimited("slow down"),
+        InternalError("this should not have happened"),
+    ],
+)
+@pytest.mark.parametrize("streamed", [True, False])
+def test_errors_arrive_as_what_they_were(
+    ingress: Ingress, client: Client, error: AzuError, streamed: bool
+) -> None:
+    ingress.replies["POST /v1/completions"] = refusal(error)
+    ingress.replies["GET /v1/balance"] = refusal(error)
+
+    with pytest.raises(type(error)) as raised:
+        client.generate("Hello", model=MODEL) if streamed else client.balance()
+
+    assert type(raised.value) is type(error)
+    assert (raised.value.message, raised.value.param, raised.value.code) == (
+        error.message, error.param, error.code,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>Bad Gateway</html>", b"[]", b'{"error": "text"}'])
+def test_an_answer_from_something_else_is_an_error_too(
+    ingress: Ingress, client: Client, content: bytes
+) -> None:
+    ingress.replies["GET /v1/balance"] = Reply(content=content, status=503)
+
+    with pytest.raises(Unavailable, match="503"):
+        client.balance()
+
+
+def test_a_good_status_without_json_is_an_error(ingress: Ingress, client: Client) -> None:
+    ingress.replies["GET /v1/balance"] = Reply(content=b"hello")
+
+    with pytest.raises(InternalError):
+        client.balance()
+
+
+def test_a_network_that_is_not_there_says_so() -> None:
+    client = Client("http://127.0.0.1:9", timeout_s=2)
+
+    assert not client.healthy()
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        client.balance()
+
+
+def test_a_network_that_does_not_answer_times_out() -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = Client(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.2)
+        with pytest.raises(DeadlineExceeded):
+            client.balance()
+
+
+def test_health_is_false_while_starting(ingress: Ingress, client: Client) -> None:
+    ingress.replies["GET /health"] = Reply({"status": "starting"}, 503)
+    assert not client.healthy()
+    ingress.replies["GET /health"] = Reply({"status": "ok"})
+    assert client.healthy()
+
+
+def challenge_of(ingress: Ingress, domain: str, address: str) -> str:
+    text = f"{domain} wants you to sign in with your Ethereum account:\n{address}\n\nNonce: n1"
+    ingress.replies["POST /v1/auth/challenge"] = Reply({"nonce": "n1", "message": text})
+    ingress.replies["POST /v1/auth/keys"] = Reply(
+        {"api_key": "azu-sk-new", "key_id": "k1", "address": address.lower()}
+    )
+    return text
+
+
+def test_login_signs_the_challenge_and_uses_the_key(ingress: Ingress, client: Client) -> None:
+    account = Account.create()
+    text = challenge_of(ingress, ingress.url.removeprefix("http://"), account.address)
+    ingress.replies["GET /v1/balance"] = Reply(
+        {"address": account.address.lower(), "available_lamports": 5, "reserved_lamports": 0}
+    )
+
+    assert client.login(account, label="laptop") == "azu-sk-new"
+
+    keys = ingress.requests[1]
+    assert keys.body["label"] == "laptop"
+    signer = Account.recover_message(encode_defunct(text=text), signature=keys.body["signature"])
+    assert signer == account.address
+    assert client.balance().available_lamports == 5
+    assert ingress.requests[2].authorization == "Bearer azu-sk-new"
+
+
+def test_login_takes_a_private_key_and_never_sends_it(ingress: Ingress, client: Client) -> None:
+    account = Account.create()
+    challenge_of(ingress, ingress.url.removeprefix("http://"), account.address)
+
+    client.login(account.key.to_0x_hex())
+
+    assert account.key.hex() not in str(ingress.requests)
+
+
+def test_a_challenge_of_another_network_is_not_signed(ingress: Ingress, client: Client) -> None:
+    account = Account.create()
+    challenge_of(ingress, "azu.example:8000", account.address)
+
+    with pytest.raises(InvalidRequest, match=r"azu\.example:8000"):
+        client.login(account)
+
+    assert [request.path for request in ingress.requests] == ["/v1/auth/challenge"]
+
+
+def test_a_text_that_is_no_challenge_is_not_signed(ingress: Ingress, client: Client) -> None:
+    account = Account.create()
+    ingress.replies["POST /v1/auth/challenge"] = Reply({"nonce": "n", "message": "I owe you 5 HYPE"})
+
+    with pytest.raises(InvalidRequest):
+        client.login(account)
+
+
+def test_a_broken_private_key_is_not_repeated(client: Client) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        client.login("0x" + "zz" * 32)
+
+    assert "zz" not in refused.value.message
+
+
+def test_newer_servers_may_say_more(ingress: Ingress, client: Client) -> None:
+    ingress.replies["GET /v1/balance"] = Reply(
+        {"address": "0x1", "available_lamports": 5, "reserved_lamports": 1, "invented_later": True}
+    )
+
+    assert client.balance().reserved_lamports == 1
+
+
+def test_jobs_submit_results_and_receipts(ingress: Ingress, client: Client) -> None:
+    receipt = {
+        "job_id": "job-1", "model_id": MODEL, "prompt_tokens": 3, "completion_tokens": 2, "num_layers": 6,
+        "token_layers": 30, "charged_lamports": 60, "released_lamports": 40, "platform_lamports": 12,
+        "worker_lamports": {"0xa": 48}, "transfer_id": "settle:job-1",
+        "topology": [{"node": "ada", "actor": "layer:0", "layers": [0, 6], "experts": {"2": [0, 1]}}],
+    }  # fmt: skip
+    ingress.replies["POST /submit"] = Reply({"job_id": "job-1"})
+    ingress.replies["GET /v1/receipts/job-1"] = Reply(receipt)
+    ingress.replies["GET /results/job-1"] = Reply(
+        {"job_id": "job-1", "status": "done", "text": "Paris", "token_ids": [1, 2], "finish_reason": "stop",
+         "error": None, "receipt": receipt}
+    )  # fmt: skip
+
+    job_id = client.submit("The capital", model=MODEL, address="0xa", est_tokens=9)
+
+    assert client.results(job_id).text == "Paris"
+    piece_of_it = client.receipt(job_id).topology[0]
+    assert piece_of_it.layers == (0, 6)
+    assert piece_of_it.experts == {2: (0, 1)}
+    assert ingress.requests[0].body == {
+        "user_address": "0xa", "model_id": MODEL, "prompt": "The capital", "est_tokens": 9,
+    }  # fmt: skip
+
+
+def test_the_environment_says_where_and_with_which_key(
+    ingress: Ingress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import azu
+
+    monkeypatch.setenv("AZU_URL", ingress.url)
+    monkeypatch.setenv("AZU_API_KEY", "azu-sk-env")
+    ingress.replies["POST /v1/completions"] = Reply(chunks=(piece("Paris"), usage_chunk(), "[DONE]"))
+
+    assert azu.generate("The capital of France is", model=MODEL, max_tokens=3).text == "Paris"
+    assert "".join(azu.stream("The capital of France is", model=MODEL)) == "Paris"
+    assert {request.authorization for request in ingress.requests} == {"Bearer azu-sk-env"}
