@@ -23,7 +23,7 @@ from azu.protocol.job import Job, Placement
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, Stage, Topology
-from azu.registry.registry import ModelDescription
+from azu.registry.description import ModelDescription
 
 _PIPELINE_CONCURRENCY = 10_000
 

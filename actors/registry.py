@@ -5,7 +5,7 @@ from pathlib import Path
 
 from azu.config import ControlConfig
 from azu.protocol.structure import Structure
-from azu.registry.registry import ModelDescription
+from azu.registry.description import ModelDescription
 from azu.registry.registry import Registry as ModelRegistry
 from azu.registry.status import ModelStatus, RedisModelStatus
 

@@ -1,5 +1,7 @@
 """The ingress as a Ray Serve application."""
 
+import logging
+
 from ray import serve
 from ray.serve import Application
 
@@ -26,5 +28,7 @@ def build_app(config: ControlConfig) -> Application:
 
 def start(config: ControlConfig) -> None:
     """Serve the network's ingress from the Ray cluster that this process is connected to."""
+    # It would tell the terminal what the caller already shows as progress.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": config.http_host, "port": config.http_port})
     serve.run(build_app(config), name=NAME, route_prefix="/")

@@ -23,7 +23,7 @@ from azu.jobs.redis import RedisJobs
 from azu.ledger.redis import RedisLedger
 from azu.lifecycle.intake import Intake, JobLimits, ModelFacts
 from azu.protocol.sampling import SamplingParams
-from azu.registry.registry import ModelDescription
+from azu.registry.description import ModelDescription
 from azu.treasury.claims import RedisClaims
 
 _REFRESH_S = 60.0

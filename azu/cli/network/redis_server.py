@@ -11,16 +11,9 @@ from azu.cli.network.children import Children
 from azu.cli.network.ports import free_port
 from azu.cli.network.processes import Command
 from azu.cli.private_file import write_private
+from azu.ledger.durable import DURABLE_CONFIG
 
 NAME = "redis"
-# What was acknowledged is on disk; a damaged file is refused, never cut short in silence; nothing is evicted.
-DURABLE: Mapping[str, str] = {
-    "appendonly": "yes",
-    "appendfsync": "always",
-    "aof-load-truncated": "no",
-    "maxmemory-policy": "noeviction",
-    "save": '""',
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,5 +72,5 @@ def _settings(server: RedisServer, folder: Path) -> Mapping[str, str]:
         "requirepass": server.password,
         "dir": f'"{folder}"',
         "daemonize": "no",
-        **DURABLE,
+        **{name: value or '""' for name, value in DURABLE_CONFIG.items()},
     }
