@@ -3,7 +3,6 @@
 import sys
 from importlib import import_module
 
-import click
 import typer
 
 from azu.errors import AzuError
@@ -46,17 +45,10 @@ for _module, _group in _GROUPS:
 def main() -> None:
     """Run the command line: an AzuError is one line on stderr and exit 1, Ctrl-C exit 130."""
     try:
-        app(standalone_mode=False)
+        app()
     except AzuError as error:
         _tell(error)
         sys.exit(1)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        sys.exit(130)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
 
 
 def _tell(error: AzuError) -> None:
@@ -64,8 +56,9 @@ def _tell(error: AzuError) -> None:
     import json
 
     from rich.console import Console
+    from rich.text import Text
 
     if "--json" in sys.argv:
         typer.echo(json.dumps(error.to_openai()))
     else:
-        Console(stderr=True, highlight=False).print(f"[red]{error.message}[/]", markup=True)
+        Console(stderr=True).print(Text(error.message, style="red"), soft_wrap=True)
