@@ -6,7 +6,6 @@ from pathlib import Path
 from azu.config import ControlConfig
 from azu.protocol.structure import Structure
 from azu.registry.description import ModelDescription
-from azu.registry.registry import Registry as ModelRegistry
 from azu.registry.status import ModelStatus, RedisModelStatus
 
 _CUTS_AT_ONCE = 2
@@ -16,6 +15,9 @@ class Registry:
     """Wraps azu's registry; every call runs in a thread of its own."""
 
     def __init__(self, config: ControlConfig) -> None:
+        # torch is imported here: whoever only starts or calls this actor does without it.
+        from azu.registry.registry import Registry as ModelRegistry
+
         self._status = RedisModelStatus(config.redis_url)
         self._models = ModelRegistry(
             config.home / "registry",

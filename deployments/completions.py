@@ -10,7 +10,6 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from azu.auth.keys import ApiKey
-from azu.engine.tokenizer import TextStream
 from azu.errors import AzuError, InternalError, Unavailable
 from azu.protocol.job import Job, JobOutcome, JobState, TokenEvent
 from deployments.accounts import Key, ServicesNow
@@ -62,7 +61,7 @@ async def follow(
     services: Services, job: Job, model: ServedModel
 ) -> AsyncIterator[tuple[str, JobOutcome | None]]:
     """Yield a job's text in pieces, at last with its outcome; a reader that goes away cancels the job."""
-    text: TextStream = model.tokenizer.stream(job.prompt_token_ids)
+    text = model.tokenizer.stream(job.prompt_token_ids)
     ended = False
     try:
         async for event in services.jobs.events(job.job_id):

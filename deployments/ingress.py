@@ -1,5 +1,6 @@
 """The FastAPI app: routes, one shape for every error, a limit on every body."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from azu.config import ControlConfig
 from azu.errors import AzuError, InternalError, InvalidRequest, NotFound, RequestTooLarge
 from deployments import accounts, completions, jobs, network
-from deployments.services import Services
+from deployments.services import Services, warm_up
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,9 @@ def build_api(config: ControlConfig) -> FastAPI:
     @asynccontextmanager
     async def connected(app: FastAPI) -> AsyncIterator[None]:
         app.state.services = Services(config)
+        warming = asyncio.create_task(asyncio.to_thread(warm_up))
         yield
+        warming.cancel()
 
     api = FastAPI(title="azu", lifespan=connected)
     for routes in (accounts, completions, jobs, network):

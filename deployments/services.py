@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.actor import ActorHandle
 
@@ -17,7 +17,6 @@ from actors.link import as_azu_error
 from azu.auth.keys import ApiKey
 from azu.auth.redis import RedisAuth
 from azu.config import ControlConfig
-from azu.engine.tokenizer import Tokenizer
 from azu.errors import Forbidden, Unavailable
 from azu.jobs.redis import RedisJobs
 from azu.ledger.redis import RedisLedger
@@ -25,6 +24,9 @@ from azu.lifecycle.intake import Intake, JobLimits, ModelFacts
 from azu.protocol.sampling import SamplingParams
 from azu.registry.description import ModelDescription
 from azu.treasury.claims import RedisClaims
+
+if TYPE_CHECKING:
+    from azu.engine.tokenizer import Tokenizer
 
 _REFRESH_S = 60.0
 _KEPT_MODELS = 64
@@ -40,7 +42,7 @@ class ServedModel:
     """A described model with its tokenizer."""
 
     facts: ModelFacts
-    tokenizer: Tokenizer
+    tokenizer: "Tokenizer"
     defaults: SamplingParams
 
 
@@ -109,8 +111,15 @@ class Services:
             raise as_azu_error(error, f"the {actor}") from error
 
 
+def warm_up() -> None:
+    """Import what the first prompt needs; it takes seconds, and nothing else waits for it."""
+    import azu.engine.tokenizer  # noqa: F401, PLC0415
+
+
 def _served(described: ModelDescription) -> ServedModel:
     """Build the tokenizer from the description's files, in memory's own temporary folder."""
+    from azu.engine.tokenizer import Tokenizer  # noqa: PLC0415 - loads transformers
+
     architecture = described.architecture
     with tempfile.TemporaryDirectory(prefix="azu-tokenizer-") as folder:
         _write_all(Path(folder), described.files)

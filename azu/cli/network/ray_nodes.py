@@ -33,6 +33,12 @@ _HEALTH = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
 }
+_ALWAYS = {
+    # When a node is told to end, it ends: azu moves the pieces, Ray has nothing to drain.
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    # Ray runs actors at niceness 15: whatever else the machine does would go before people who wait.
+    "RAY_worker_niceness": "0",
+}
 # The longest path that a Unix socket may have, and what Ray appends to its folder to make one.
 _MAX_SOCKET_PATH = 107
 _SOCKET_SUFFIX = len("/head/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
@@ -134,5 +140,4 @@ def _kept(also_left_out: frozenset[str]) -> dict[str, str]:
     # RAY_ADDRESS is a cluster that the user set up for something else.
     left_out = _SECRETS | also_left_out | {"RAY_ADDRESS"}
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
-    # When a node is told to end, it ends: azu moves the pieces, Ray has nothing to drain.
-    return kept | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    return kept | _ALWAYS
