@@ -109,6 +109,13 @@ def named_embeddings(model: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
             yield name, module
 
 
+def silence_padding_warnings(model: nn.Module) -> None:
+    """Keep families from looking for padding among token ids, which costs time and needs values."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
+
+
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module in the place that a dotted path names."""
     parent, _, name = path.rpartition(".")

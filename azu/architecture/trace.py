@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from azu.architecture.skeleton import LayerList, experts_in, find_layers, named_embeddings, replace_module
+from azu.architecture.skeleton import (
+    LayerList,
+    experts_in,
+    find_layers,
+    named_embeddings,
+    replace_module,
+    silence_padding_warnings,
+)
 from azu.errors import UnsupportedModel
 
 # Odd and larger than one, so that no head count or batch size is taken for it.
@@ -151,8 +158,7 @@ def _why_not(watch: _Watch, kept: list[_KeptValues], logits: Tensor) -> str | No
 def _forward(model: PreTrainedModel, token_ids: Tensor, cache: Cache) -> Tensor:
     # Gradients tell what depends on the tokens: embeddings are the leaves, the last layer's output is cut.
     model.requires_grad_(False)
-    # Families that know a padding token look for it among the ids, which have no values here.
-    model.config.pad_token_id = None
+    silence_padding_warnings(model)
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logits: Tensor = model(input_ids=token_ids, past_key_values=cache, use_cache=True).logits

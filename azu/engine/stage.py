@@ -12,7 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from azu.architecture.config import read_config
 from azu.architecture.description import Architecture
 from azu.architecture.inspection import describe
-from azu.architecture.skeleton import Experts, build_from, experts_in, replace_module
+from azu.architecture.skeleton import (
+    Experts,
+    build_from,
+    experts_in,
+    replace_module,
+    silence_padding_warnings,
+)
 from azu.engine.attention import PACKED
 from azu.engine.experts import HeldExperts, shrink
 from azu.engine.forward import StageModel
@@ -59,6 +65,7 @@ def build_stage(
     }
     spread = {layer: ids for layer, ids in held.items() if len(ids) < structure.layers[layer].num_experts}
     found = {layer: cut.shrink_experts(layer, len(ids)) for layer, ids in spread.items()}
+    _spare_from_initialisation(model)
     load(model, stage_tensors(structure, span, held, shard_paths), device)
     cut.drop_borrowed_embedding()
     if architecture.restart_length is not None:
@@ -89,6 +96,7 @@ def _skeleton(
     if not packed and model._supports_sdpa:
         # Built anew: some families choose the class of their attention when they are built.
         model = build_from(config, dtype=dtype, attention="sdpa")
+    silence_padding_warnings(model)
     for path in architecture.unused:
         replace_module(model, path, nn.Identity())
     return model, packed
@@ -169,6 +177,14 @@ class _Absent(nn.Module):
 
     def forward(self, first: Tensor, *_: object, **__: object) -> Tensor:
         return torch.zeros((), device=first.device) if self._is_embedding else first
+
+
+def _spare_from_initialisation(model: nn.Module) -> None:
+    """Mark modules that lost a child, so that transformers does not initialise what is gone."""
+    for module in model.modules():
+        lost_one = any(isinstance(child, nn.Identity | _Absent) for child in module.children())
+        if lost_one and not [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            module._is_hf_initialized = True  # type: ignore[assignment] # a flag of transformers
 
 
 def _with_parameters(decoder: nn.Module, names: frozenset[str]) -> tuple[str, ...]:
