@@ -110,15 +110,16 @@ def test_a_cut_is_at_least_0_4_as_fast_as_cp(tmp_path):
     fill = values.view(torch.uint8).numpy().tobytes()
     source = large_checkpoint(tmp_path / "source", "llama", "BF16", fill=fill, num_hidden_layers=48)
     weights = source / "model.safetensors"
-    ratios = []
+    copies, cuts = [], []
     for _ in range(3):
         start = time.monotonic()
         subprocess.run(["cp", weights, tmp_path / "copy"], check=True, timeout=600)
-        copied = time.monotonic() - start
-        _, took = timed_cut(source, tmp_path / "out")
-        ratios.append(copied / took)
+        copies.append(time.monotonic() - start)
+        cuts.append(timed_cut(source, tmp_path / "out")[1])
         shutil.rmtree(tmp_path / "out")
         (tmp_path / "copy").unlink()
-    print(f"{weights.stat().st_size / MIB:.0f} MiB cut at {[round(ratio, 2) for ratio in ratios]} of cp")
-    assert max(ratios) >= 0.4
+    ratio = min(copies) / min(cuts)
+    size = weights.stat().st_size / MIB
+    print(f"{size:.0f} MiB: cp {min(copies):.2f} s, cut {min(cuts):.2f} s, {ratio:.2f} of cp")
+    assert ratio >= 0.4
     shutil.rmtree(tmp_path)
