@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner, Result
 
-import typer
 from azu.cli.shard import shard
 from azu.errors import BrokenCheckpoint, InvalidRequest
 from azu.protocol.structure import STRUCTURE_FILE, Structure
