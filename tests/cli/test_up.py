@@ -1,0 +1,105 @@
+"""A network from the command line: up, joined, left and down, with nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from eth_account import Account
+
+from azu.cli.network.ports import free_port
+from azu.cli.network.processes import session_members
+from azu.client import Client
+
+pytestmark = pytest.mark.prove
+
+OWNER = "0x" + "b0" * 20
+START_TIMEOUT_S = 400.0
+
+
+def azu(home: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AZU_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "azu.cli", *arguments],
+        env=kept | {"AZU_HOME": str(home)} | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def eventually(condition: Callable[[], object], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def sessions_of(process: subprocess.Popen[str]) -> list[int]:
+    """Return the sessions that a process started: all that it can leave behind."""
+    return [child.pid for child in psutil.Process(process.pid).children()]
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="azu-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def test_a_network_is_up_joined_left_and_down(home: Path) -> None:
+    up = azu(home, "up", "--workers", "1", "--vram", "512MiB", "--json", AZU_HTTP_PORT=str(free_port()))
+    assert up.stdout is not None
+    facts = json.loads(up.stdout.readline())
+    sessions = sessions_of(up)
+    client = Client(facts["url"])
+    client.login(Account.create())
+
+    def names() -> set[str]:
+        return {node.name for node in client.network().nodes if node.state == "alive"}
+
+    eventually(lambda: names() == {"worker-0"}, 60)
+
+    joined = azu(
+        home / "joined", "join", facts["ticket"], "--vram", "8MiB", "--payout", OWNER, "--name", "ada"
+    )
+    eventually(lambda: names() == {"worker-0", "ada"}, START_TIMEOUT_S)
+    (node,) = (node for node in client.network().nodes if node.name == "ada")
+    assert (node.payout_address, node.vram_total_bytes) == (OWNER, 8 * 1024**2)
+
+    raylets = [p for p in psutil.Process(joined.pid).children(recursive=True) if p.name() == "raylet"]
+    raylets[0].kill()
+    eventually(lambda: names() == {"worker-0"}, 60)
+    eventually(lambda: names() == {"worker-0", "ada"}, START_TIMEOUT_S)
+
+    sessions += sessions_of(joined)
+    joined.send_signal(signal.SIGINT)
+    assert joined.wait(60) == 130
+    eventually(lambda: names() == {"worker-0"}, 60)
+
+    assert azu(home, "down").wait(120) == 0
+    assert up.wait(60) == 130
+    assert [session_members(session) for session in sessions] == [[] for _ in sessions]
+
+
+def test_a_network_that_is_killed_leaves_nothing_behind_and_starts_again(home: Path) -> None:
+    up = azu(home, "up", "--json", AZU_HTTP_PORT=str(free_port()))
+    assert up.stdout is not None
+    assert json.loads(up.stdout.readline())["ticket"]
+    sessions = sessions_of(up)
+
+    up.kill()
+    up.wait(10)
+
+    # Ray's agents try for a minute to tell the dead head of it.
+    eventually(lambda: not any(session_members(session) for session in sessions), 120)
+    again = azu(home, "up", "--json", AZU_HTTP_PORT=str(free_port()))
+    assert again.stdout is not None
+    assert json.loads(again.stdout.readline())["ticket"]
+    again.send_signal(signal.SIGTERM)
+    assert again.wait(60) == 130
