@@ -25,8 +25,11 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The tests that need the cluster run beside those that do not: one waits where the other computes.
 test: lint
-	$(BIN)/pytest -m 'not prove'
+	@$(BIN)/pytest -q -m 'cluster and not prove' >$(VENV)/cluster.log 2>&1 & cluster=$$!; \
+	$(BIN)/pytest -q -m 'not cluster and not prove'; status=$$?; \
+	wait $$cluster || status=1; cat $(VENV)/cluster.log; exit $$status
 
 prove: $(VENV)/.dev
 	$(BIN)/python -m tests.prove --seed $(SEED)
