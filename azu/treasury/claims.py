@@ -29,8 +29,6 @@ _PASSING_ANSWER_MS = 1000
 _FINAL_ANSWER_MS = 60_000
 # The explorer may learn of a hash a little later than the caller.
 _UNKNOWN_PATIENCE_S = 3.0
-# A thousand claims at once are no reason to open a thousand connections.
-_CONNECTIONS = 32
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.4
 
 _FINAL = (SightingState.CREDITED, SightingState.REJECTED)
@@ -71,7 +69,6 @@ class RedisClaims:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._ask_script = redis.register_script(_ASK)
-        self._free = asyncio.Semaphore(_CONNECTIONS)
 
     @classmethod
     def from_url(cls, url: str) -> "RedisClaims":
@@ -119,10 +116,9 @@ class RedisClaims:
     async def _ask(self, tx_hash: str) -> Sighting | None:
         now_s = time.time()
         with typed_redis_errors():
-            async with self._free:
-                answer = await self._ask_script(
-                    [WAITING, _ANSWER + tx_hash], [tx_hash, now_s, now_s - _WAIT_S, _MAX_WAITING]
-                )
+            answer = await self._ask_script(
+                [WAITING, _ANSWER + tx_hash], [tx_hash, now_s, now_s - _WAIT_S, _MAX_WAITING]
+            )
         if answer == "full":
             raise Unavailable("too many claims are waiting for the treasury")
         return _SIGHTING.validate_json(answer) if answer else None
