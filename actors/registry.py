@@ -56,4 +56,4 @@ class Registry:
 
     def file(self, model_id: str, revision: str, name: str) -> bytes:
         """Return a config or tokenizer file."""
-        return self._models.describe(model_id, revision).files[name]
+        return self._models.file(model_id, revision, name)
