@@ -15,6 +15,8 @@ import pytest
 import redis
 from eth_account.signers.local import LocalAccount
 
+from azu.cli.treasury import treasury
+from azu.errors import ConfigurationError
 from azu.ledger.accounts import CHAIN
 from azu.treasury.claims import ClaimStatus
 from tests.treasury.booked import PAID, all_paid, assert_paid_once, earn, fund_platform
@@ -95,15 +97,26 @@ def test_it_waits_for_a_chain_that_is_away(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"SCHEDULER_PRIVATE_KEY": "0x12"}, {"HYPERLIQUID_ADDRESS": "0x" + "12" * 20}]
+    ("variable", "value"),
+    [
+        ("SCHEDULER_PRIVATE_KEY", "0x12"),
+        ("HYPERLIQUID_ADDRESS", "0x" + "12" * 20),
+        ("HYPERLIQUID_RPC_URL", ""),
+        ("REDIS_HOST", ""),
+    ],
 )
-def test_it_does_not_start_with_a_key_that_is_not_the_platforms(world: World, change: dict[str, str]) -> None:
-    done = subprocess.run(
-        TREASURY, env=environment(world) | change, capture_output=True, text=True, timeout=30, check=False
-    )
+def test_it_does_not_start_without_the_platforms_key_its_chain_and_its_books(
+    world: World, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    for name, good in environment(world).items():
+        monkeypatch.setenv(name, good)
+    monkeypatch.setenv(variable, value)
 
-    assert done.returncode != 0
-    assert world.platform.key.hex() not in done.stdout + done.stderr
+    with pytest.raises(ConfigurationError) as caught:
+        treasury()
+
+    assert world.platform.key.hex() not in str(caught.value)
+    assert "SCHEDULER_PRIVATE_KEY" not in os.environ
 
 
 def forget_everything(world: World) -> None:
