@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from azu.engine.attention import CURRENT_LAYOUT
 from azu.engine.kv import PagedKV
 from azu.engine.layout import Layout
+from azu.engine.linear import PackedLinear
 
 
 class StageModel:
@@ -56,8 +57,6 @@ class StageModel:
     def _forward(self, module: nn.Module, rows: Tensor, layout: Layout, kv: PagedKV) -> Any:
         kv.begin(layout)
         inputs = {"attention_mask": layout.attention_mask, "past_key_values": kv, "use_cache": True}
-        if "position_ids" in signature(module.forward).parameters:
-            inputs["position_ids"] = layout.position_ids
         batch = layout.batched(rows)
         if self._embedding_width is None:
             inputs["input_ids"] = batch
@@ -75,8 +74,11 @@ class StageModel:
         if self._embedding_width is not None:
             self.layers[0].register_forward_pre_hook(self._inject, with_kwargs=True)
         self.layers[-1].register_forward_hook(self._capture)
+        if "position_ids" in signature(self._decoder.forward).parameters:
+            # At the decoder itself: models around it do not all hand positions on.
+            self._decoder.register_forward_pre_hook(_place, with_kwargs=True)
         head = self._model.get_output_embeddings()
-        if isinstance(head, nn.Linear):
+        if isinstance(head, nn.Linear | PackedLinear):
             head.register_forward_pre_hook(self._select)
 
     def _inject(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -91,3 +93,7 @@ class StageModel:
         # Only rows that are sampled from are worth the largest product of the model.
         assert self._sampled is not None
         return (args[0].flatten(0, -2)[self._sampled][None], *args[1:])
+
+
+def _place(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args, {**kwargs, "position_ids": CURRENT_LAYOUT.get().position_ids}
