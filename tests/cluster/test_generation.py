@@ -103,7 +103,12 @@ def test_twelve_streams_run_at_once(user: User) -> None:
 
     def stream(index: int) -> str:
         chunks = client.chat.completions.create(
-            model="azu/tiny-dense", messages=[{"role": "user", "content": asked[index]}], stream=True
+            model="azu/tiny-dense",
+            messages=[{"role": "user", "content": asked[index]}],
+            stream=True,
+            # So long that none ends before the others were let in, however busy the machine is.
+            max_tokens=250,
+            extra_body={"ignore_eos": True},
         )
         text = ""
         for chunk in chunks:
