@@ -1,12 +1,19 @@
 """One way to reach Redis, with timeouts on everything; only Redis adapters call it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from redis import Redis as SyncRedis
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as ConnectionLost
+from redis.exceptions import TimeoutError as NoReply
 from redis.retry import Retry as SyncRetry
+
+from azu.errors import Unavailable
 
 CONNECT_TIMEOUT_S = 5.0
 REPLY_TIMEOUT_S = 15.0
@@ -21,11 +28,11 @@ _OPTIONS: dict[str, Any] = {
 
 
 def connect_redis(url: str) -> Redis:
-    """Return a client of the Redis at `url` ("redis://:password@host:port/0") that speaks `str`.
+    """Return a client of the Redis at `url` ("redis://user:password@host:port/0") that speaks `str`.
 
     A blocking read must ask for less than REPLY_TIMEOUT_S. Lost connections are opened again; what
     was sent may have run, so every write must bear being sent twice. Calls beyond the pool's connections
-    wait for one.
+    wait for one. A command or pipeline raises Unavailable when Redis does not answer in the end.
     """
     pool = BlockingConnectionPool.from_url(
         url,
@@ -34,12 +41,35 @@ def connect_redis(url: str) -> Redis:
         retry=Retry(_backoff(), _RETRIES),
         **_OPTIONS,
     )
-    return Redis.from_pool(pool)
+    return _Client.from_pool(pool)
 
 
 def connect_redis_sync(url: str) -> SyncRedis:
     """Return the same for code that runs in threads of its own."""
     return SyncRedis.from_url(url, retry=SyncRetry(_backoff(), _RETRIES), **_OPTIONS)
+
+
+class _Client(Redis):
+    async def execute_command(self, *arguments: Any, **options: Any) -> Any:
+        with _typed_silence():
+            return await super().execute_command(*arguments, **options)  # type: ignore[no-untyped-call]
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
+        return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+
+class _Pipeline(Pipeline):
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        with _typed_silence():
+            return await super().execute(raise_on_error)
+
+
+@contextmanager
+def _typed_silence() -> Iterator[None]:
+    try:
+        yield
+    except (ConnectionLost, NoReply) as error:
+        raise Unavailable(f"Redis did not answer: {error}") from error
 
 
 def _backoff() -> ExponentialBackoff:

@@ -10,7 +10,7 @@ from eth_account.messages import encode_defunct
 
 from azu.auth.redis import RedisAuth
 from azu.connection import connect_redis
-from azu.errors import NotFound, Unauthenticated
+from azu.errors import NotFound, Unauthenticated, Unavailable
 
 WALLET = Account.from_key("0x" + "07" * 32)
 STRANGER = Account.from_key("0x" + "08" * 32)
@@ -173,3 +173,14 @@ def test_nobody_revokes_the_key_of_another_address(play) -> None:
         assert await auth.check(secret, NOW_MS) == key
 
     play(scenario)
+
+
+def test_a_redis_that_is_away_is_unavailable() -> None:
+    async def scenario() -> None:
+        auth = RedisAuth.from_url("redis://127.0.0.1:9/0")
+        with pytest.raises(Unavailable):
+            await auth.check("azu-sk-x", NOW_MS)
+        with pytest.raises(Unavailable):
+            await auth.challenge(ADDRESS, DOMAIN, NOW_MS)
+
+    asyncio.run(scenario())

@@ -4,8 +4,8 @@ import asyncio
 import time
 
 import pytest
-from redis.exceptions import RedisError
 
+from azu.errors import Unavailable
 from azu.jobs.redis import RedisJobs
 from azu.protocol.job import JobOutcome, TokenEvent
 from tests.builders import job
@@ -128,7 +128,7 @@ def test_followers_hear_when_redis_is_gone_instead_of_waiting_for_ever(tmp_path)
         await until_read(jobs, 1)
         await asyncio.sleep(0.05)
         server.kill()
-        with pytest.raises(RedisError):
+        with pytest.raises(Unavailable):
             await asyncio.wait_for(reading, 20)
 
     try:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from azu.errors import InternalError, InvalidRequest, NotFound
+from azu.errors import InternalError, InvalidRequest, NotFound, Unavailable
 from azu.jobs.keys import GROUP, QUEUE, job_key, tokens_key
 from azu.jobs.redis import TOKENS_KEPT_S, RedisJobs
 from azu.protocol.job import FinishReason, JobOutcome, JobState, TokenEvent
@@ -325,3 +325,13 @@ def test_a_lost_answer_is_made_good_by_asking_again(play) -> None:
         assert await jobs.tokens("job-1") == (0, 1, 2, 3, 4)
 
     play(scenario)
+
+
+def test_a_redis_that_is_away_is_unavailable() -> None:
+    async def scenario() -> None:
+        jobs = RedisJobs.from_url("redis://127.0.0.1:9/0")
+        for asked in (jobs.get("job-1"), jobs.submit(job()), jobs.of(ALICE, 1), jobs.cancel("job-1")):
+            with pytest.raises(Unavailable):
+                await asked
+
+    asyncio.run(scenario())
