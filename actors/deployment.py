@@ -132,6 +132,8 @@ class RayBuilder:
         policy = self._config.policy
         describing = self._registry.describe.remote(structure.model_id, structure.revision)
         described: ModelDescription = await asyncio.wait_for(describing, policy.timeouts.describe_s)
+        decoding = self._registry.text_decoder.remote(structure.model_id, structure.revision)
+        text_decoder: str = await asyncio.wait_for(decoding, policy.timeouts.describe_s)
         return start_on_head(
             Pipeline,
             actor_name("pipeline", topology.model_id, topology.epoch),
@@ -144,6 +146,7 @@ class RayBuilder:
                 max_running=policy.engine.max_running,
             ),
             described.architecture.eos_token_ids,
+            text_decoder,
             self._config.redis_url,
             policy.timeouts.step_s,
             max_concurrency=_PIPELINE_CONCURRENCY,

@@ -2,8 +2,9 @@
 
 import asyncio
 import itertools
+from collections import Counter, defaultdict
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import ray
 from ray.actor import ActorHandle
@@ -12,6 +13,7 @@ from actors.link import as_azu_error
 from azu.engine.pipeline import EnginePipeline, SequenceUpdate
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.sequence import Sequence
+from azu.engine.text_decoder import TextDecoder
 from azu.errors import AzuError, WorkerLost
 from azu.jobs.redis import RedisJobs
 from azu.lifecycle.ports import Ran
@@ -20,12 +22,21 @@ from azu.protocol.step import StepResult
 from azu.protocol.structure import Structure
 from azu.protocol.topology import Topology
 
+# A job that several sequences answer has ended as the one that says most did.
+_WORST_LAST = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.ERROR)
+_SEED_RANGE = 2**63
+
 
 @dataclass(slots=True)
 class _Running:
+    """A job whose choices have not all ended."""
+
     job: Job
     ended: asyncio.Future[Ran]
+    open: set[int] = field(default_factory=set)
     delivered: int = 0
+    reason: FinishReason = FinishReason.STOP
+    work: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
 
 class Pipeline:
@@ -37,14 +48,16 @@ class Pipeline:
         topology: Topology,
         scheduling: SchedulerConfig,
         eos_token_ids: Ordered[int],
+        text_decoder: str,
         redis_url: str,
         step_timeout_s: float,
     ) -> None:
         self._engine = EnginePipeline(structure, topology, scheduling, eos_token_ids)
+        self._text = TextDecoder.from_json(text_decoder)
         self._jobs = RedisJobs.from_url(redis_url)
         self._step_timeout_s = step_timeout_s
         self._ids = itertools.count(1)
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, tuple[_Running, int]] = {}  # by sequence, with the choice that it is
         self._updates: asyncio.Queue[list[SequenceUpdate]] = asyncio.Queue()
         self._broken: AzuError | None = None
         self._first: ActorHandle | None = None
@@ -59,19 +72,20 @@ class Pipeline:
         """Run a job to its end; its tokens are in Redis when this returns."""
         if self._broken is not None:
             return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=self._broken)
-        sequence_id = next(self._ids)
         running = _Running(job, asyncio.get_running_loop().create_future())
-        self._engine.add(Sequence(sequence_id, job.prompt_token_ids, job.sampling))
-        self._running[sequence_id] = running
+        for choice in range(job.choices):
+            sequence = self._sequence(job, choice)
+            self._engine.add(sequence)
+            self._running[sequence.sequence_id] = (running, choice)
+            running.open.add(sequence.sequence_id)
         self._pump()
         return await running.ended
 
     async def cancel(self, job_id: str) -> None:
         """End a job's sequence within one step; what was delivered stays delivered."""
-        for sequence_id, running in self._running.items():
+        for sequence_id, (running, _) in self._running.items():
             if running.job.job_id == job_id:
                 self._updates.put_nowait(self._engine.cancel(sequence_id))
-                break
         self._pump()
 
     async def completed(self, result: StepResult) -> None:
@@ -88,6 +102,14 @@ class Pipeline:
         self._broken = WorkerLost(f"stage {stage} was lost: {error.message}")
         self._updates.put_nowait(
             [update for sequence_id in self._running for update in self._engine.cancel(sequence_id)]
+        )
+
+    def _sequence(self, job: Job, choice: int) -> Sequence:
+        # The first choice is what the job would get if it asked for one.
+        sampling = replace(job.sampling, seed=(job.sampling.seed + choice) % _SEED_RANGE)
+        text = self._text.completion(job.prompt_token_ids, sampling) if sampling.stop else None
+        return Sequence(
+            next(self._ids), job.prompt_token_ids, sampling, ends_with=text.ends_with if text else None
         )
 
     def _pump(self) -> None:
@@ -110,9 +132,16 @@ class Pipeline:
                 updates = updates + self._updates.get_nowait()
             events = []
             for update in updates:
-                running = self._running[update.sequence_id]
+                running, choice = self._running[update.sequence_id]
                 if update.token_ids:
-                    event = TokenEvent(running.delivered, update.token_ids, update.logprobs)
+                    event = TokenEvent(
+                        index=running.delivered,
+                        token_ids=update.token_ids,
+                        logprobs=update.logprobs,
+                        top_logprobs=update.top_logprobs,
+                        choice=choice,
+                        finish_reason=update.finish_reason,
+                    )
                     events.append((running.job.job_id, event))
                     running.delivered += len(update.token_ids)
             if events:
@@ -122,14 +151,20 @@ class Pipeline:
                     self._end(update)
 
     def _end(self, update: SequenceUpdate) -> None:
-        running = self._running.pop(update.sequence_id)
+        running, _ = self._running.pop(update.sequence_id)
         assert update.finish_reason is not None
-        broken = self._broken if update.finish_reason is FinishReason.CANCELLED else None
+        running.open.remove(update.sequence_id)
+        running.reason = max(running.reason, update.finish_reason, key=_WORST_LAST.index)
+        for layer, by_node in update.work.items():
+            running.work[layer].update(by_node)
+        if running.open:
+            return
+        broken = self._broken if running.reason is FinishReason.CANCELLED else None
         running.ended.set_result(
             Ran(
                 completion_tokens=running.delivered,
-                finish_reason=FinishReason.ERROR if broken else update.finish_reason,
-                work=update.work,
+                finish_reason=FinishReason.ERROR if broken else running.reason,
+                work={layer: dict(by_node) for layer, by_node in running.work.items()},
                 error=broken,
             )
         )

@@ -31,6 +31,12 @@ class Registry:
         """Return what pricing needs, fetching config and tokenizer only."""
         return self._models.describe(model_id, revision)
 
+    def text_decoder(self, model_id: str, revision: str) -> str:
+        """Return what decodes the model's tokens; raises BrokenCheckpoint when it has no usable tokenizer."""
+        from azu.engine.tokenizer import Tokenizer
+
+        return Tokenizer.from_files(self._models.describe(model_id, revision).files).to_json()
+
     def ensure_cut(self, model_id: str, revision: str) -> Structure:
         """Cut the model unless somebody did."""
         return self._models.ensure_cut(model_id, revision)

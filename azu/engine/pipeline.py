@@ -131,7 +131,7 @@ class EnginePipeline:
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         sampling = sequence.sampling
-        if token_id in sampling.stop_token_ids:
+        if sequence.ends_with(token_id) or token_id in sampling.stop_token_ids:
             return FinishReason.STOP
         if token_id in self._eos_token_ids and not sampling.ignore_eos:
             return FinishReason.STOP

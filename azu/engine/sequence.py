@@ -1,5 +1,6 @@
 """One prompt and what has become of it, as the scheduler sees it. No torch here."""
 
+from collections.abc import Callable
 from enum import StrEnum
 
 from azu.protocol.sampling import SamplingParams
@@ -18,7 +19,8 @@ class Sequence:
 
     `generated` holds completion tokens that exist already when a sequence is taken over. Of its tokens,
     `num_scheduled` were sent to the first stage since it last held blocks, and `num_ran` is the most that
-    ever were: what lies below that is computed again and counts for nobody.
+    ever were: what lies below that is computed again and counts for nobody. `ends_with` is told every
+    completion token once, in order, and says whether the text ends with it.
     """
 
     def __init__(
@@ -27,10 +29,12 @@ class Sequence:
         prompt_token_ids: tuple[int, ...],
         sampling: SamplingParams,
         generated: tuple[int, ...] = (),
+        ends_with: Callable[[int], bool] | None = None,
     ) -> None:
         assert prompt_token_ids, "an empty prompt has nothing to continue"
         self.sequence_id = sequence_id
         self.sampling = sampling
+        self._ends_with = ends_with
         self.num_prompt = len(prompt_token_ids)
         self.token_ids = [*prompt_token_ids, *generated]
         self.state = SequenceState.WAITING
@@ -38,6 +42,8 @@ class Sequence:
         self.num_scheduled = 0
         self.num_ran = 0
         self.steps_in_flight = 0
+        for token_id in generated:
+            self.ends_with(token_id)
 
     @property
     def generated(self) -> tuple[int, ...]:
@@ -58,6 +64,10 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Whether all but the newest token are scheduled."""
         return self.num_pending <= 1
+
+    def ends_with(self, token_id: int) -> bool:
+        """Say whether the text ends with its next token."""
+        return self._ends_with is not None and self._ends_with(token_id)
 
     @property
     def max_length(self) -> int:

@@ -1,21 +1,18 @@
 """Text to token ids and back, as the model's own tokenizer does it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer as Backend
-from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
+from azu.engine.text_decoder import TextDecoder
 from azu.errors import BrokenCheckpoint, InvalidRequest
 
-# How much of a prompt a stream decodes with: enough for any token that joins with the ones before it.
-_CONTEXT_TOKENS = 8
 
-
-class Tokenizer:
+class Tokenizer(TextDecoder):
     """The tokenizer in a folder of config and tokenizer files; never code of the model's own."""
 
     def __init__(self, folder: Path) -> None:
@@ -24,9 +21,17 @@ class Tokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-            self._backend: Backend = self._tokenizer.backend_tokenizer
+            super().__init__(self._tokenizer.backend_tokenizer)
         except Exception as error:  # whatever the libraries meet in foreign files
             raise BrokenCheckpoint(f"the tokenizer cannot be loaded: {error}") from error
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> Self:
+        """Return the tokenizer of config and tokenizer files, by name; raises BrokenCheckpoint."""
+        with tempfile.TemporaryDirectory(prefix="azu-tokenizer-") as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            return cls(Path(folder))
 
     def encode(self, text: str) -> list[int]:
         """Return a text's token ids with the special tokens the model expects around a prompt."""
@@ -52,43 +57,3 @@ class Tokenizer:
             ) from error
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids without special tokens."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
-        return text
-
-    def token_text(self, token_id: int) -> str:
-        """Return one token's text, special or not."""
-        text: str = self._backend.decode([token_id], skip_special_tokens=False)
-        return text
-
-    def stream(self, prompt_token_ids: Sequence[int]) -> "TextStream":
-        """Return a stream of the text that follows a prompt."""
-        return TextStream(self._backend, prompt_token_ids[-_CONTEXT_TOKENS:])
-
-
-class TextStream:
-    """Turns token ids into text as they come; a piece never ends inside a character."""
-
-    def __init__(self, backend: Backend, context: Sequence[int]) -> None:
-        self._backend = backend
-        self._context = list(context)
-        self._stream = DecodeStream(ids=list(context), skip_special_tokens=True)
-        self._token_ids: list[int] = []
-        self._given = 0
-
-    def push(self, token_ids: Iterable[int]) -> str:
-        """Return the text that is certain after these tokens, "" if none is yet."""
-        text = ""
-        for token_id in token_ids:
-            self._token_ids.append(token_id)
-            text += self._stream.step(self._backend, token_id) or ""
-        self._given += len(text)
-        return text
-
-    def finish(self) -> str:
-        """Return what was held back: the start of a character that never came is shown as U+FFFD."""
-        before = self._backend.decode(self._context, skip_special_tokens=True)
-        text: str = self._backend.decode(self._context + self._token_ids, skip_special_tokens=True)
-        return text[len(before) + self._given :]

@@ -1,19 +1,20 @@
 -- Write the new tokens of many jobs. Tokens that exist already are left as they are, so that sending the same
 -- step twice, or from a pipeline that was given up, changes nothing; a job that has ended takes no more.
--- KEYS: job record, token stream of each event.  ARGV: index, count, tokens, logprobs of each event.
+-- KEYS: job record, token stream of each event.
+-- ARGV: index, count, tokens, logprobs, top, choice, finish of each event.
 -- Returns the positions (from 1) of events that leave a gap or name no job; nothing of those is written.
 local refused = {}
 
-local function without_first(numbers, count)
+local function without_first(words, count)
   if count == 0 then
-    return numbers
+    return words
   end
   local kept = {}
-  for number in string.gmatch(numbers, '%S+') do
+  for word in string.gmatch(words, '%S+') do
     if count > 0 then
       count = count - 1
     else
-      kept[#kept + 1] = number
+      kept[#kept + 1] = word
     end
   end
   return table.concat(kept, ' ')
@@ -21,8 +22,8 @@ end
 
 for i = 1, #KEYS / 2 do
   local job, stream = KEYS[2 * i - 1], KEYS[2 * i]
-  local index, count = tonumber(ARGV[4 * i - 3]), tonumber(ARGV[4 * i - 2])
-  local tokens, logprobs = ARGV[4 * i - 1], ARGV[4 * i]
+  local index, count, tokens, logprobs, top, choice, finish = unpack(ARGV, 7 * i - 6, 7 * i)
+  index, count = tonumber(index), tonumber(count)
   local found = redis.call('HMGET', job, 'delivered', 'outcome')
   local delivered = tonumber(found[1] or '-1')
   local last = index + count
@@ -31,7 +32,8 @@ for i = 1, #KEYS / 2 do
   elseif not found[2] and last > delivered then
     local known = delivered - index
     redis.call('XADD', stream, last .. '-0', 'tokens', without_first(tokens, known),
-      'logprobs', without_first(logprobs, known))
+      'logprobs', without_first(logprobs, known), 'top', without_first(top, known),
+      'choice', choice, 'finish', finish)
     redis.call('HSET', job, 'delivered', last)
   end
 end

@@ -1,14 +1,15 @@
 """A job as Redis keeps it, and how its parts become text."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from pydantic import TypeAdapter
 
-from azu.protocol.job import Job, JobOutcome, JobState, TokenEvent
+from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, TokenEvent
 
 JOB = TypeAdapter(Job)
 OUTCOME = TypeAdapter(JobOutcome)
+_NO_ALTERNATIVES = "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +25,33 @@ class JobRecord:
     outcome: JobOutcome | None
     attempts: int
     cancelled: bool = False
+    ending: JobOutcome | None = None
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, str]) -> "JobRecord":
         """Read a record's hash."""
-        outcome = fields.get("outcome")
+        outcome, ending = fields.get("outcome"), fields.get("ending")
         return cls(
             job=JOB.validate_json(fields["job"]),
             state=JobState(fields["state"]),
             outcome=None if outcome is None else OUTCOME.validate_json(outcome),
             attempts=int(fields["attempts"]),
             cancelled="cancelled" in fields,
+            ending=None if ending is None else OUTCOME.validate_json(ending),
         )
 
 
 def words(numbers: tuple[int, ...] | tuple[float, ...]) -> str:
     """Write numbers so that a script can count and cut them; floats keep every bit, infinities included."""
     return " ".join(map(str, numbers))
+
+
+def top_words(top_logprobs: Sequence[Sequence[tuple[int, float]]]) -> str:
+    """Write each token's alternatives as one word, `id:logprob` between commas."""
+    return " ".join(
+        ",".join(f"{token_id}:{logprob}" for token_id, logprob in ranked) or _NO_ALTERNATIVES
+        for ranked in top_logprobs
+    )
 
 
 def event_from_entry(entry_id: str, fields: Mapping[str, str]) -> TokenEvent | JobOutcome:
@@ -52,6 +63,9 @@ def event_from_entry(entry_id: str, fields: Mapping[str, str]) -> TokenEvent | J
         index=end_of(entry_id) - len(token_ids),
         token_ids=token_ids,
         logprobs=tuple(map(float, fields["logprobs"].split())),
+        top_logprobs=tuple(map(_alternatives, fields["top"].split())),
+        choice=int(fields["choice"]),
+        finish_reason=FinishReason(fields["finish"]) if fields["finish"] else None,
     )
 
 
@@ -63,4 +77,17 @@ def end_of(entry_id: str) -> int:
 def without_first(event: TokenEvent, after: int) -> TokenEvent:
     """Return an event without the tokens before completion index `after`."""
     known = max(0, after - event.index)
-    return TokenEvent(event.index + known, event.token_ids[known:], event.logprobs[known:])
+    return replace(
+        event,
+        index=event.index + known,
+        token_ids=event.token_ids[known:],
+        logprobs=event.logprobs[known:],
+        top_logprobs=event.top_logprobs[known:],
+    )
+
+
+def _alternatives(word: str) -> tuple[tuple[int, float], ...]:
+    if word == _NO_ALTERNATIVES:
+        return ()
+    pairs = (pair.partition(":") for pair in word.split(","))
+    return tuple((int(token_id), float(logprob)) for token_id, _, logprob in pairs)

@@ -8,14 +8,16 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from azu.connection import connect_redis
-from azu.errors import InternalError, InvalidRequest, NotFound
-from azu.jobs.keys import CANCELLED, GROUP, QUEUE, address_key, job_key, tokens_key
+from azu.errors import InternalError, InvalidRequest, NotFound, Unavailable
+from azu.jobs.keys import CANCELLED, GROUP, QUEUE, address_key, job_key, lost_key, tokens_key
 from azu.jobs.reader import TokenReader
-from azu.jobs.record import JOB, OUTCOME, JobRecord, event_from_entry, without_first, words
+from azu.jobs.record import JOB, OUTCOME, JobRecord, event_from_entry, top_words, without_first, words
 from azu.jobs.streams import read_all, read_group, read_new
 from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, TokenEvent
 
 TOKENS_KEPT_S = 24 * 3600
+# Longer than any process hangs between the reservation of a job and its submission.
+_LOST_KEPT_S = 7 * 24 * 3600
 _CANCELLATIONS_KEPT = 10_000
 _TAKEN_AT_ONCE = 64
 
@@ -33,6 +35,8 @@ class RedisJobs:
         self._finish = redis.register_script(_source("finish"))
         self._done = redis.register_script(_source("done"))
         self._cancel = redis.register_script(_source("cancel"))
+        self._plan_end = redis.register_script(_source("plan_end"))
+        self._give_up = redis.register_script(_source("give_up"))
         self._has_group = False
 
     @classmethod
@@ -41,9 +45,17 @@ class RedisJobs:
         return cls(connect_redis(url))
 
     async def submit(self, job: Job) -> None:
-        """Write a job down and queue it; a job id that is known changes nothing."""
-        keys = [job_key(job.job_id), QUEUE, address_key(job.address)]
-        await self._submit(keys, [job.job_id, JOB.dump_json(job), job.created_at_ms])
+        """Write a job down and queue it; a job id that is known changes nothing.
+
+        Raises Unavailable for a job that came so late that it was given up for lost.
+        """
+        keys = [job_key(job.job_id), QUEUE, address_key(job.address), lost_key(job.job_id)]
+        if await self._submit(keys, [job.job_id, JOB.dump_json(job), job.created_at_ms]) < 0:
+            raise Unavailable(f"{job.job_id} took too long to be written down; send it again")
+
+    async def give_up(self, job_id: str) -> bool:
+        """Give up a job for lost; False if it was written down, else it never will be."""
+        return bool(await self._give_up([job_key(job_id), lost_key(job_id)], [_LOST_KEPT_S]))
 
     async def get(self, job_id: str) -> JobRecord | None:
         """Return a job's record, or None for an id that was never submitted."""
@@ -89,12 +101,24 @@ class RedisJobs:
         keys: list[str] = []
         arguments: list[int | str] = []
         for job_id, event in events:
-            assert len(event.logprobs) in (0, len(event.token_ids)), "one logprob per token, or none"
+            count = len(event.token_ids)
+            assert {len(event.logprobs), len(event.top_logprobs)} <= {0, count}, "one per token, or none"
             keys += [job_key(job_id), tokens_key(job_id)]
-            arguments += [event.index, len(event.token_ids), words(event.token_ids), words(event.logprobs)]
+            arguments += [event.index, count, words(event.token_ids), words(event.logprobs)]
+            arguments += [top_words(event.top_logprobs), event.choice, event.finish_reason or ""]
         if refused := await self._append(keys, arguments):
             named = ", ".join(f"{events[at - 1][0]} at {events[at - 1][1].index}" for at in refused)
             raise InternalError(f"tokens that do not continue their job were not written: {named}")
+
+    async def plan_end(self, job_id: str, outcome: JobOutcome) -> JobOutcome:
+        """Write down how a job is going to end, before its money is settled; return what was written first.
+
+        Raises NotFound.
+        """
+        first = await self._plan_end([job_key(job_id)], [OUTCOME.dump_json(outcome)])
+        if first is None:
+            raise _unknown(job_id)
+        return OUTCOME.validate_json(first)
 
     async def finish(self, job_id: str, outcome: JobOutcome) -> bool:
         """Write how a job ended and close its stream; says whether this outcome is the first.
@@ -129,12 +153,15 @@ class RedisJobs:
                 for _, fields in entries:
                     yield fields["job"]
 
-    async def tokens(self, job_id: str) -> tuple[int, ...]:
-        """Return a job's completion tokens so far; none once its stream has expired."""
+    async def tokens(self, job_id: str, choice: int = 0) -> tuple[int, ...]:
+        """Return the completion tokens of a job's choice so far; none once its stream has expired."""
         entries = await read_all(self._redis, tokens_key(job_id))
         events = [event_from_entry(*entry) for entry in entries]
         return tuple(
-            token_id for event in events if isinstance(event, TokenEvent) for token_id in event.token_ids
+            token_id
+            for event in events
+            if isinstance(event, TokenEvent) and event.choice == choice
+            for token_id in event.token_ids
         )
 
     async def events(self, job_id: str, after: int = 0) -> AsyncIterator[JobEvent]:

@@ -55,9 +55,14 @@ class Intake:
         return min(self._limits.max_completion_tokens, model.context_length - num_prompt_tokens)
 
     async def accept(
-        self, address: str, model: ModelFacts, prompt_token_ids: tuple[int, ...], sampling: SamplingParams
+        self,
+        address: str,
+        model: ModelFacts,
+        prompt_token_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        choices: int = 1,
     ) -> Job:
-        """Reserve a job's highest price and queue it.
+        """Reserve the highest price of a job with that many answers and queue it.
 
         Raises InvalidRequest for sizes out of range and InsufficientBalance; then nothing was changed. The
         reservation comes first: a job that is written down can always be paid.
@@ -73,9 +78,10 @@ class Intake:
             prompt_token_ids=prompt_token_ids,
             sampling=sampling,
             reserved_lamports=max_charge(
-                len(prompt_token_ids), sampling.max_tokens, model.num_layers, self._price
+                len(prompt_token_ids), choices * sampling.max_tokens, model.num_layers, self._price
             ),
             created_at_ms=now_ms,
+            choices=choices,
         )
         await self._ledger.apply(
             Reserve(

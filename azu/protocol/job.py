@@ -30,7 +30,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One paid prompt. `reserved_lamports` is the most it can cost."""
+    """One paid prompt. `reserved_lamports` is the most it can cost, all its `choices` together."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -43,13 +43,16 @@ class Job:
     sampling: SamplingParams
     reserved_lamports: int
     created_at_ms: int
+    choices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """New tokens of a job, in order. `index` is the completion index of the first one.
+    """New tokens of one of a job's choices, in order.
 
-    `logprobs` is parallel to `token_ids` when the job asked for them, else empty.
+    `index` counts the tokens of all its choices that were written before. `logprobs` and `top_logprobs`
+    (token id and log probability, best first) are parallel to `token_ids` when the job asked for them, else
+    empty. With a `finish_reason` the choice has ended.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -57,6 +60,9 @@ class TokenEvent:
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    choice: int = 0
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True, slots=True)

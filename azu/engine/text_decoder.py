@@ -1,0 +1,101 @@
+"""Token ids to text, as they come. No transformers here: it is quick to load wherever text is looked at."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import DecodeStream
+
+from azu.engine.completion_text import CompletionText
+from azu.protocol.sampling import SamplingParams
+
+# How much of a prompt a stream decodes with: enough for any token that joins with the ones before it.
+_CONTEXT_TOKENS = 8
+_UNKNOWN = "\ufffd"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class TextDecoder:
+    """The half of a tokenizer that makes text."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    @classmethod
+    def from_json(cls, content: str) -> "TextDecoder":
+        """Return the decoder that `to_json` wrote."""
+        return TextDecoder(Backend.from_str(content))
+
+    def to_json(self) -> str:
+        """Return all of the tokenizer that is needed to decode, as text."""
+        content: str = self._backend.to_str()
+        return content
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids without special tokens."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """Return one token's text as it stands inside a text, special or not."""
+        once: str = self._backend.decode([token_id], skip_special_tokens=False)
+        # Many decoders strip the space before a first word.
+        twice: str = self._backend.decode([token_id, token_id], skip_special_tokens=False)
+        return twice.removeprefix(once) if twice.startswith(once) else once
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """Return one token's bytes in UTF-8, also of a part of a character; None if they are not known."""
+        text = self.token_text(token_id)
+        if _UNKNOWN not in text:
+            return text.encode()
+        name = self._backend.id_to_token(token_id) or ""
+        if match := _BYTE_TOKEN.fullmatch(name):
+            return bytes.fromhex(match[1])
+        if name and all(character in _BYTE_OF for character in name):
+            return bytes(_BYTE_OF[character] for character in name)
+        return None
+
+    def stream(self, prompt_token_ids: Sequence[int]) -> "TextStream":
+        """Return a stream of the text that follows a prompt."""
+        return TextStream(self._backend, prompt_token_ids[-_CONTEXT_TOKENS:])
+
+    def completion(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> CompletionText:
+        """Return the text that follows a prompt, up to the stop strings of its sampling."""
+        return CompletionText(self.stream(prompt_token_ids), sampling.stop, sampling.min_tokens)
+
+
+class TextStream:
+    """Turns token ids into text as they come; a piece never ends inside a character."""
+
+    def __init__(self, backend: Backend, context: Sequence[int]) -> None:
+        self._backend = backend
+        self._context = list(context)
+        self._stream = DecodeStream(ids=list(context), skip_special_tokens=True)
+        self._token_ids: list[int] = []
+        self._given = 0
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Return the text that is certain after these tokens, "" if none is yet."""
+        text = ""
+        for token_id in token_ids:
+            self._token_ids.append(token_id)
+            text += self._stream.step(self._backend, token_id) or ""
+        self._given += len(text)
+        return text
+
+    def finish(self) -> str:
+        """Return what was held back: the start of a character that never came is shown as U+FFFD."""
+        before = self._backend.decode(self._context, skip_special_tokens=True)
+        text: str = self._backend.decode(self._context + self._token_ids, skip_special_tokens=True)
+        return text[len(before) + self._given :]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the characters that byte-level tokenizers write bytes with (GPT-2's, used by all of them)."""
+    ranges = (("!", "~"), ("¡", "¬"), ("®", "ÿ"))
+    printable = [byte for first, last in ranges for byte in range(ord(first), ord(last) + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()

@@ -1,0 +1,8 @@
+-- Write down how a job is going to end, once, before its money is settled.
+-- KEYS: job record.  ARGV: outcome JSON.
+-- Returns the outcome that was written first, or nothing if there is no such job.
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  return false
+end
+redis.call('HSETNX', KEYS[1], 'ending', ARGV[1])
+return redis.call('HGET', KEYS[1], 'ending')
