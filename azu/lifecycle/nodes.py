@@ -1,26 +1,70 @@
-"""Which nodes there are, how long ago each spoke, and what room is left on it."""
+"""Which nodes there are, how long each has been silent, and what room is left on it."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from azu.protocol.node import Node, NodeState
 
+# A listener that was busy itself for longer than this between two looks was deaf: no node was silent.
+_LONGEST_LOOK_S = 1.5
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A node's last report, when it came, and from when on the node is given new work."""
+
+    node: Node
+    heard_s: float
+    trusted_s: float
+    is_dead: bool = False
+
 
 class NodeBook:
-    """The last report of every node, judged by its age."""
+    """The last report of every node, judged by the silence since.
 
-    def __init__(self, *, suspect_s: float, dead_s: float) -> None:
+    `on_dead` is told a node's id once for each death, whether silence or Ray says so. A node that comes back
+    from the dead gets no new work before it has spoken for as long as it takes to die. The clock is the
+    caller's, in seconds.
+    """
+
+    def __init__(
+        self, *, suspect_s: float, dead_s: float, on_dead: Callable[[str], None] = lambda _: None
+    ) -> None:
         self._suspect_s = suspect_s
         self._dead_s = dead_s
-        self._reports: dict[str, tuple[float, Node]] = {}
+        self._on_dead = on_dead
+        self._entries: dict[str, _Entry] = {}
+        self._listened_s: float | None = None
 
     def heard(self, node: Node, now_s: float) -> None:
         """Take a node's report."""
-        self._reports[node.node_id] = (now_s, node)
+        before = self._entries.get(node.node_id)
+        if before is None:
+            trusted_s = now_s
+        elif before.is_dead:
+            trusted_s = now_s + self._dead_s
+        else:
+            trusted_s = before.trusted_s
+        self._entries[node.node_id] = _Entry(node, now_s, trusted_s)
+
+    def doubted(self, node_id: str, now_s: float) -> None:
+        """Suspect a node at once whose worker refused, failed or did not acknowledge a frame."""
+        if entry := self._entries.get(node_id):
+            entry.trusted_s = max(entry.trusted_s, now_s + self._suspect_s)
 
     def gone(self, node_id: str) -> None:
         """Forget a node that Ray says is dead or that left."""
-        self._reports.pop(node_id, None)
+        entry = self._entries.pop(node_id, None)
+        if entry is not None and not entry.is_dead:
+            self._on_dead(node_id)
+
+    def judge(self, now_s: float) -> None:
+        """Declare dead who has been silent for too long; to be called once a second."""
+        self._listen(now_s)
+        for node_id, entry in sorted(self._entries.items()):
+            if not entry.is_dead and now_s - entry.heard_s >= self._dead_s:
+                entry.is_dead = True
+                self._on_dead(node_id)
 
     def nodes(self, now_s: float, placed_bytes: Mapping[str, int]) -> tuple[Node, ...]:
         """Return every node with its state and the room that is left beside what is placed on it.
@@ -28,21 +72,39 @@ class NodeBook:
         `placed_bytes` counts pieces that may not be loaded yet: live free memory alone would promise the
         same room twice.
         """
+        self._listen(now_s)
         return tuple(
             replace(
-                node,
-                state=self._state(node, now_s - heard_s),
-                vram_free_bytes=max(
-                    0,
-                    min(node.vram_free_bytes, node.vram_total_bytes - placed_bytes.get(node_id, 0)),
-                ),
+                entry.node,
+                state=self._state(entry, now_s),
+                vram_free_bytes=max(0, _room_bytes(entry.node, placed_bytes.get(node_id, 0))),
             )
-            for node_id, (heard_s, node) in sorted(self._reports.items())
+            for node_id, entry in sorted(self._entries.items())
         )
 
-    def _state(self, node: Node, silence_s: float) -> NodeState:
-        if silence_s >= self._dead_s:
+    def _listen(self, now_s: float) -> None:
+        """Forgive the silence of a time in which nobody listened."""
+        last_s = now_s if self._listened_s is None else self._listened_s
+        deaf_s = now_s - last_s - _LONGEST_LOOK_S
+        if deaf_s > 0:
+            for entry in self._entries.values():
+                entry.heard_s = min(now_s, entry.heard_s + deaf_s)
+        self._listened_s = now_s
+
+    def _state(self, entry: _Entry, now_s: float) -> NodeState:
+        silence_s = now_s - entry.heard_s
+        if entry.is_dead or silence_s >= self._dead_s:
             return NodeState.DEAD
-        if silence_s >= self._suspect_s and node.state is NodeState.ALIVE:
+        is_doubtful = silence_s >= self._suspect_s or now_s < entry.trusted_s
+        if is_doubtful and entry.node.state is NodeState.ALIVE:
             return NodeState.SUSPECT
-        return node.state
+        return entry.node.state
+
+
+def _room_bytes(node: Node, placed_bytes: int) -> int:
+    """Return what may still be placed: within what the owner lends and what the card has for azu."""
+    room = min(node.vram_free_bytes, node.vram_total_bytes - placed_bytes)
+    if node.vram_used_bytes is None:
+        return room
+    # What is placed but not loaded yet still stands as free on the card.
+    return min(room, node.vram_free_bytes + node.vram_used_bytes - placed_bytes)

@@ -22,6 +22,8 @@ class Node:
 
     `vram_free_bytes` is live: what could be loaded now. Bandwidth and compute are measured on the node.
     `cached_shards` holds the sha256 of every shard on its disk; `links_s` the one-way latency to other nodes.
+    `vram_used_bytes` is what azu's own pieces really take, None where they cannot be told from others;
+    `vram_other_bytes` what other programs hold on the card. `load` is the busy part of the device, 0 to 1.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -37,3 +39,6 @@ class Node:
     cached_shards: frozenset[str] = frozenset()
     links_s: Mapping[str, float] = field(default_factory=dict)
     device: str = "cpu"
+    vram_used_bytes: int | None = None
+    vram_other_bytes: int = 0
+    load: float = 0.0

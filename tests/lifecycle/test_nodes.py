@@ -1,6 +1,8 @@
-"""A node is judged by the age of its last word, and its room by what is placed on it."""
+"""A node is judged by the silence since its last word, and its room by what is placed on it."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from azu.lifecycle.nodes import NodeBook
 from azu.protocol.node import NodeState
@@ -8,43 +10,156 @@ from azu.units import MIB
 from tests.builders import node
 
 
-def book() -> NodeBook:
-    return NodeBook(suspect_s=3, dead_s=5)
+def book(died: list[str] | None = None) -> NodeBook:
+    return NodeBook(suspect_s=3, dead_s=5, on_dead=[].append if died is None else died.append)
+
+
+def listen(nodes: NodeBook, from_s: float, until_s: float) -> None:
+    """Judge once a second, as the scheduler does."""
+    now_s = from_s
+    while now_s < until_s:
+        nodes.judge(now_s)
+        now_s += 1
+    nodes.judge(until_s)
+
+
+def state(nodes: NodeBook, now_s: float) -> NodeState:
+    return nodes.nodes(now_s, {})[0].state
 
 
 @pytest.mark.parametrize(
-    ("silence_s", "state"),
+    ("silence_s", "expected"),
     [(0, NodeState.ALIVE), (2.9, NodeState.ALIVE), (3, NodeState.SUSPECT), (5, NodeState.DEAD)],
 )
-def test_silence_makes_a_node_suspect_and_then_dead(silence_s: float, state: NodeState) -> None:
+def test_silence_makes_a_node_suspect_and_then_dead(silence_s: float, expected: NodeState) -> None:
     nodes = book()
     nodes.heard(node("a"), now_s=100)
+    listen(nodes, 100, 100 + silence_s)
 
-    assert nodes.nodes(100 + silence_s, {})[0].state is state
+    assert state(nodes, 100 + silence_s) is expected
 
 
-def test_a_word_brings_a_silent_node_back() -> None:
+def test_a_word_brings_a_suspect_back_at_once() -> None:
     nodes = book()
     nodes.heard(node("a"), now_s=100)
-    nodes.heard(node("a"), now_s=110)
+    listen(nodes, 100, 104)
+    nodes.heard(node("a"), now_s=104)
 
-    assert nodes.nodes(110, {})[0].state is NodeState.ALIVE
+    assert state(nodes, 104) is NodeState.ALIVE
+
+
+def test_a_death_is_told_once_and_again_only_after_a_life() -> None:
+    died: list[str] = []
+    nodes = book(died)
+    nodes.heard(node("a"), now_s=100)
+    listen(nodes, 100, 104.9)
+    assert died == []
+    listen(nodes, 105, 120)
+    assert died == ["a"]
+    nodes.heard(node("a"), now_s=121)
+    listen(nodes, 121, 126)
+    assert died == ["a", "a"]
+
+
+def test_what_ray_says_is_dead_is_told_at_once_and_not_again_after_silence() -> None:
+    died: list[str] = []
+    nodes = book(died)
+    for name in "ab":
+        nodes.heard(node(name), now_s=100)
+    nodes.gone("a")
+    assert died == ["a"]
+    listen(nodes, 100, 106)
+    nodes.gone("b")
+    nodes.gone("stranger")
+
+    assert died == ["a", "b"]
+    assert nodes.nodes(106, {}) == ()
+
+
+def test_a_node_back_from_the_dead_gets_no_work_before_it_has_spoken_for_a_while() -> None:
+    nodes = book()
+    nodes.heard(node("a"), now_s=100)
+    listen(nodes, 100, 110)
+    states = []
+    for now_s in range(110, 118):
+        nodes.heard(node("a"), now_s)
+        nodes.judge(now_s)
+        states.append(state(nodes, now_s))
+
+    assert states == [NodeState.SUSPECT] * 5 + [NodeState.ALIVE] * 3
+
+
+def test_a_node_whose_worker_fails_is_suspect_at_once_however_often_its_agent_reports() -> None:
+    nodes = book()
+    nodes.heard(node("a"), now_s=100)
+    nodes.doubted("a", now_s=100)
+    nodes.doubted("stranger", now_s=100)
+    nodes.heard(node("a"), now_s=101)
+    assert state(nodes, 101) is NodeState.SUSPECT
+    nodes.heard(node("a"), now_s=103)
+    assert state(nodes, 103) is NodeState.ALIVE
+
+
+def test_nobody_dies_of_a_time_in_which_nobody_listened() -> None:
+    died: list[str] = []
+    nodes = book(died)
+    nodes.heard(node("a"), now_s=100)
+    nodes.judge(100)
+    nodes.judge(160)  # the scheduler itself was stopped for a minute
+
+    assert died == []
+    assert state(nodes, 160) is NodeState.ALIVE
+    listen(nodes, 161, 164)
+    assert died == ["a"]
 
 
 def test_a_leaving_node_that_falls_silent_does_not_become_merely_suspect() -> None:
     nodes = book()
     nodes.heard(node("a", state=NodeState.LEAVING), now_s=100)
+    listen(nodes, 100, 104)
 
-    assert nodes.nodes(104, {})[0].state is NodeState.LEAVING
+    assert state(nodes, 104) is NodeState.LEAVING
 
 
-def test_room_is_the_lesser_of_live_free_memory_and_what_is_not_promised() -> None:
+def test_room_without_knowing_our_own_use_is_the_lesser_of_live_and_not_promised() -> None:
     nodes = book()
     nodes.heard(node("a", 10 * MIB, vram_free_bytes=7 * MIB), now_s=0)
 
     assert nodes.nodes(0, {"a": 2 * MIB})[0].vram_free_bytes == 7 * MIB
     assert nodes.nodes(0, {"a": 4 * MIB})[0].vram_free_bytes == 6 * MIB
     assert nodes.nodes(0, {"a": 12 * MIB})[0].vram_free_bytes == 0
+
+
+def test_what_is_placed_but_not_loaded_is_not_promised_again_beside_another_program() -> None:
+    """Of 10 MiB another program holds 4: what is placed takes from the 6, loaded or not."""
+    nodes = book()
+    for used in (0, 1 * MIB, 2 * MIB):
+        report = node("a", 10 * MIB, vram_free_bytes=6 * MIB - used, vram_used_bytes=used)
+        nodes.heard(report, now_s=0)
+        assert nodes.nodes(0, {"a": 2 * MIB})[0].vram_free_bytes == 4 * MIB
+
+
+@given(
+    lent=st.integers(0, 100),
+    other=st.integers(0, 100),
+    placed=st.integers(0, 100),
+    loaded=st.integers(0, 100),
+    is_known=st.booleans(),
+)
+def test_room_never_exceeds_what_the_card_has_nor_what_is_lent(
+    lent: int, other: int, placed: int, loaded: int, is_known: bool
+) -> None:
+    card = 100
+    used = min(loaded, placed)
+    free = max(0, min(lent - used, card - other - used))
+    nodes = book()
+    nodes.heard(node("a", lent, vram_free_bytes=free, vram_used_bytes=used if is_known else None), now_s=0)
+    room = nodes.nodes(0, {"a": placed})[0].vram_free_bytes
+
+    assert room <= max(0, lent - placed)
+    assert room <= free
+    if is_known:
+        assert room <= max(0, card - other - placed)
 
 
 def test_nodes_come_in_the_order_of_their_ids_and_go_when_told() -> None:
