@@ -89,7 +89,9 @@ class Dispatcher:
     async def _live(self, record: JobRecord) -> None:
         job = record.job
         try:
-            if record.outcome is None:
+            if record.outcome is None and record.ending is not None:
+                await self._settlement.conclude(job, record.ending)
+            elif record.outcome is None:
                 if record.cancelled:
                     self._cancelled.add(job.job_id)
                 ran, route = await self._run(job)

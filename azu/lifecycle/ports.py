@@ -43,5 +43,8 @@ class JobStore(Protocol):
     async def submit(self, job: Job) -> None:
         """Write the job and queue it."""
 
+    async def plan_end(self, job_id: str, outcome: JobOutcome) -> JobOutcome:
+        """Write down how a job is going to end; return what was written first."""
+
     async def finish(self, job_id: str, outcome: JobOutcome) -> bool:
         """Write the outcome unless there is one; say if this one was written."""

@@ -25,18 +25,23 @@ class Settlement:
     async def settle(self, job: Job, ran: Ran, route: Route) -> JobOutcome:
         """End a job: settle what was delivered or release all of it, then write the outcome.
 
-        Doing it twice changes nothing: the transfer's id is the job's, and the first outcome stays.
+        How it ends is written down first. Whoever takes the job after a crash, and may have run it again
+        with another result, ends it as it was written then.
         """
-        receipt = self._receipt(job, ran, route)
-        await self._ledger.apply(_transfer(job, receipt))
-        outcome = JobOutcome(
+        planned = JobOutcome(
             state=_STATES.get(ran.finish_reason, JobState.DONE),
             finish_reason=ran.finish_reason,
-            receipt=receipt,
+            receipt=self._receipt(job, ran, route),
             error=ran.error.to_openai()["error"] if ran.error else None,
         )
-        await self._jobs.finish(job.job_id, outcome)
+        outcome = await self._jobs.plan_end(job.job_id, planned)
+        await self.conclude(job, outcome)
         return outcome
+
+    async def conclude(self, job: Job, ending: JobOutcome) -> None:
+        """Do what was written down of a job's end; doing it twice changes nothing."""
+        await self._ledger.apply(_transfer(job, ending.receipt))
+        await self._jobs.finish(job.job_id, ending)
 
     def _receipt(self, job: Job, ran: Ran, route: Route) -> Receipt:
         # Nothing is charged before the first token.

@@ -1,4 +1,4 @@
-"""The treasury's process: watches deposits, answers claims, makes payouts, until it is told to stop."""
+"""The treasury's process: deposits, claims, payouts and lost reservations, until it is told to stop."""
 
 import asyncio
 import logging
@@ -12,12 +12,14 @@ from azu.chain.client import ChainClient
 from azu.chain.tokens import Network
 from azu.connection import connect_redis
 from azu.errors import AzuError
+from azu.jobs.redis import RedisJobs
 from azu.ledger.redis import RedisLedger
 from azu.treasury.claims import RedisClaims
 from azu.treasury.dues import Dues, Threshold
 from azu.treasury.outbox import Lease
 from azu.treasury.payouts import Patience, Payer
 from azu.treasury.redis import RedisCursor, RedisLease, RedisOutbox
+from azu.treasury.sweeper import Sweeper
 from azu.treasury.watcher import DepositWatcher
 
 _LOG = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class TreasuryConfig:
     patience: Patience = field(default_factory=Patience)
     poll_s: float = 5.0
     plan_every_s: float = 60.0
+    sweep_every_s: float = 30.0
     max_open_payouts: int = 20
     lease_s: float = 30.0
 
@@ -61,6 +64,7 @@ async def run(config: TreasuryConfig, *, ready: Callable[[], None]) -> None:
                 tasks.create_task(_every(config.poll_s, treasury.watch, ready)),
                 tasks.create_task(_every(_CLAIMS_EVERY_S, treasury.answer_claims)),
                 tasks.create_task(_every(config.poll_s, treasury.pay)),
+                tasks.create_task(_every(config.sweep_every_s, treasury.sweep)),
             ]
             await stop.wait()
             for duty in duties:
@@ -70,7 +74,7 @@ async def run(config: TreasuryConfig, *, ready: Callable[[], None]) -> None:
 
 
 class _Treasury:
-    """The three duties over one chain and one Redis."""
+    """The duties over one chain and one Redis."""
 
     def __init__(self, config: TreasuryConfig) -> None:
         platform = config.account.address.lower()
@@ -92,6 +96,7 @@ class _Treasury:
             config.patience,
             on_refused=self._dues.pass_over,
         )
+        self._sweeper = Sweeper(self._ledger, RedisJobs(self._redis))
         self._plan_at_s = 0.0
 
     async def watch(self) -> None:
@@ -115,6 +120,9 @@ class _Treasury:
             open_lamports = {payout.address: payout.lamports for payout in await self._outbox.open()}
             dues = await self._dues.pick(open_lamports, self._config.max_open_payouts)
             await self._payer.plan(dues, since_ms)
+
+    async def sweep(self) -> None:
+        await self._sweeper.sweep()
 
     async def close(self) -> None:
         try:

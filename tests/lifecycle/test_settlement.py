@@ -143,3 +143,18 @@ def test_a_job_that_the_balance_does_not_cover_is_not_written_down(redis_url: st
         assert await desk.jobs.of(ALICE, 10) == []
 
     asyncio.run(scenario())
+
+
+def test_a_job_that_ran_again_after_a_crash_ends_as_it_was_first_going_to(redis_url: str) -> None:
+    async def scenario() -> None:
+        desk = Desk(redis_url)
+        await desk.deposit(1_000)
+        job = await desk.accept()
+        first = await desk.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
+
+        again = await desk.settlement.settle(job, Ran(9, FinishReason.LENGTH, {0: {"b": 1}}), ROUTE)
+
+        assert again == first
+        assert await desk.balances() == (1_000 - 80, 0)
+
+    asyncio.run(scenario())

@@ -1,0 +1,119 @@
+"""A real process that takes jobs, runs them on a stand-in model and settles them, until it is killed.
+
+It may kill itself, with SIGKILL, before or after its n-th write. What a job produces differs from process to
+process, as if other nodes had run it.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import random
+import signal
+from dataclasses import dataclass, field
+from typing import Any
+
+from azu.jobs.redis import RedisJobs
+from azu.ledger.redis import RedisLedger
+from azu.lifecycle import dispatch
+from azu.lifecycle.dispatch import Dispatcher
+from azu.lifecycle.ports import Ran, Route
+from azu.lifecycle.settlement import Settlement
+from azu.protocol.job import FinishReason, Job, TokenEvent
+from tests.builders import OWNERS
+
+PRICE, PLATFORM_PERCENT = 2, 20
+PAYOUTS = {"a": OWNERS[0], "b": OWNERS[1], "c": OWNERS[2]}
+EFFECTS = (
+    (RedisLedger, "apply"),
+    (RedisJobs, "set_state"),
+    (RedisJobs, "append"),
+    (RedisJobs, "plan_end"),
+    (RedisJobs, "finish"),
+    (RedisJobs, "done"),
+)
+
+# Forked from a process that has imported everything: a start takes milliseconds instead of a second.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.lifecycle.settling"])
+
+
+@dataclass
+class StandInModel:
+    """Produces random tokens on random nodes, and writes them down as a pipeline does."""
+
+    jobs: RedisJobs
+    dice: random.Random
+    route: Route = field(default_factory=lambda: Route(PAYOUTS, ()))
+    cancelled: set[str] = field(default_factory=set)
+
+    async def run(self, job: Job) -> Ran:
+        record = await self.jobs.get(job.job_id)
+        assert record is not None
+        produced, wanted = 0, self.dice.randint(0, job.sampling.max_tokens)
+        while produced < wanted and job.job_id not in self.cancelled:
+            await self.jobs.append([(job.job_id, TokenEvent(produced, (7,)))])
+            produced += 1
+            await asyncio.sleep(0.002)
+        reason = FinishReason.CANCELLED if job.job_id in self.cancelled else FinishReason.STOP
+        return Ran(produced, reason, self._work(job.num_layers))
+
+    async def cancel(self, job_id: str) -> None:
+        self.cancelled.add(job_id)
+
+    def _work(self, num_layers: int) -> dict[int, dict[str, int]]:
+        return {layer: {self.dice.choice("abc"): self.dice.randint(1, 9)} for layer in range(num_layers)}
+
+
+@dataclass
+class OneModel:
+    """Deployments of which every job gets the same model."""
+
+    model: StandInModel
+
+    async def ensure(self, model_id: str, revision: str) -> StandInModel:
+        return self.model
+
+
+def start_settling(
+    redis_url: str, *, at: int = 0, when: str = "before", seed: int = 0
+) -> "multiprocessing.context.ForkServerProcess":
+    """Start the process; it kills itself before or after its write number `at`, never for 0."""
+    process = _FORKS.Process(target=settle_for_ever, args=(redis_url, at, when, seed), daemon=True)
+    process.start()
+    return process
+
+
+def settle_for_ever(redis_url: str, at: int, when: str, seed: int) -> None:
+    kill_at_effect(EFFECTS, at, after=when == "after")
+    # What a dead process had taken comes back soon.
+    dispatch._TAKE_BLOCK_MS, dispatch._CLAIM_IDLE_MS = 50, 200
+    asyncio.run(_settle(redis_url, random.Random(f"{seed}-{os.getpid()}")))
+
+
+async def _settle(redis_url: str, dice: random.Random) -> None:
+    jobs, ledger = RedisJobs.from_url(redis_url), RedisLedger.from_url(redis_url)
+    settlement = Settlement(ledger, jobs, PRICE, PLATFORM_PERCENT)
+    model = StandInModel(jobs, dice)
+    await Dispatcher(jobs, OneModel(model), settlement, consumer=f"settling-{os.getpid()}").run()
+
+
+def kill_at_effect(effects: tuple[tuple[type, str], ...], at: int, *, after: bool) -> None:
+    """Have this process kill itself before or after the n-th call of any of these methods."""
+    count = 0
+
+    def armed(original: Any) -> Any:
+        async def effect(*arguments: Any) -> Any:
+            nonlocal count
+            count += 1
+            last = count == at
+            if last and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = await original(*arguments)
+            if last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return effect
+
+    for owner, name in effects:
+        setattr(owner, name, armed(getattr(owner, name)))
