@@ -18,6 +18,7 @@ from azu.lifecycle.nodes import NodeBook
 from azu.lifecycle.settlement import Settlement
 from azu.protocol.job import Placement
 from azu.protocol.node import Node
+from azu.protocol.topology import Prediction
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,14 @@ class Scheduler:
     async def nodes(self) -> tuple[Node, ...]:
         """Return the nodes as the planner sees them."""
         return self._book.nodes(time.monotonic(), self._fleet.placed_bytes())
+
+    async def prediction(self, model_id: str, revision: str) -> Prediction | None:
+        """Return what the planner expects of a running model's topology, None for one that does not run."""
+        for model in self._fleet.models:
+            topology = model.topology
+            if (topology.model_id, topology.revision) == (model_id, revision) and not model.broken:
+                return topology.prediction
+        return None
 
     async def deployments(self) -> list[tuple[str, str, str, int, int, tuple[Placement, ...]]]:
         """Return (model id, revision, state, epoch, layers, placements) of each model."""

@@ -4,19 +4,19 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 
 from azu.auth.keys import ApiKey
-from azu.errors import Conflict, Forbidden, NotFound
+from azu.auth.receipts import receipt_facts
+from azu.errors import Forbidden, NotFound
 from azu.jobs.record import JobRecord
-from azu.protocol.job import JobState, Receipt
+from azu.protocol.job import JobState
 from deployments.accounts import Key, ServicesNow
 from deployments.openai import CompletionRequest, Text, usage
 from deployments.sampling import sampling_params
 from deployments.services import Services
 
 router = APIRouter()
-_RECEIPT = TypeAdapter(Receipt)
 
 
 class SubmitRequest(BaseModel):
@@ -47,7 +47,7 @@ async def submit(
 @router.get("/results/{job_id}")
 async def results(job_id: str, key: Key, services: ServicesNow) -> dict[str, Any]:
     """Return a job's state and what it has produced so far."""
-    record = await _owned(services, key, job_id)
+    record = await owned(services, key, job_id)
     model = await services.model(record.job.model_id)
     token_ids = await services.jobs.tokens(job_id)
     text = model.tokenizer.stream(record.job.prompt_token_ids)
@@ -60,7 +60,7 @@ async def results(job_id: str, key: Key, services: ServicesNow) -> dict[str, Any
         "token_ids": token_ids,
         "finish_reason": outcome.finish_reason.value if outcome else None,
         "usage": usage(len(record.job.prompt_token_ids), len(token_ids), receipt),
-        "receipt": receipt_body(receipt) if receipt else None,
+        "receipt": receipt_facts(receipt) if receipt else None,
         "error": outcome.error if outcome else None,
     }
 
@@ -73,22 +73,8 @@ async def jobs(
     return {"data": [_line(record) for record in await services.jobs.of(key.address, limit)]}
 
 
-@router.get("/v1/receipts/{job_id}")
-async def receipt(job_id: str, key: Key, services: ServicesNow) -> dict[str, Any]:
-    """Return what a job cost and who earned it."""
-    record = await _owned(services, key, job_id)
-    if record.outcome is None:
-        raise Conflict(f"{job_id} has not ended", code="job_not_finished")
-    return receipt_body(record.outcome.receipt)
-
-
-def receipt_body(receipt: Receipt) -> dict[str, Any]:
-    """Return a receipt as JSON's values."""
-    body: dict[str, Any] = _RECEIPT.dump_python(receipt, mode="json")
-    return body | {"token_layers": receipt.token_layers}
-
-
-async def _owned(services: Services, key: ApiKey, job_id: str) -> JobRecord:
+async def owned(services: Services, key: ApiKey, job_id: str) -> JobRecord:
+    """Return a job of the key's address; raises NotFound, and Forbidden for another address's."""
     record = await services.jobs.get(job_id)
     if record is None:
         raise NotFound("there is no such job", param="job_id", code="job_not_found")

@@ -24,6 +24,7 @@ from azu.lifecycle.intake import Intake, JobLimits, ModelFacts
 from azu.protocol.sampling import SamplingParams
 from azu.registry.description import ModelDescription
 from azu.treasury.claims import RedisClaims
+from azu.treasury.receipts import RedisReceipts
 
 if TYPE_CHECKING:
     from azu.engine.tokenizer import Tokenizer
@@ -56,6 +57,7 @@ class Services:
         self.jobs = RedisJobs.from_url(config.redis_url)
         self.ledger = RedisLedger.from_url(config.redis_url)
         self.claims = RedisClaims.from_url(config.redis_url)
+        self.receipts = RedisReceipts.from_url(config.redis_url)
         self.intake = Intake(
             self.ledger,
             self.jobs,

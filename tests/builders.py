@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from azu.protocol.job import Job
+from azu.protocol.job import Job, Placement, Receipt
 from azu.protocol.node import Node
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.structure import Layer, LayerKind, Shard, Structure, TensorInfo
@@ -103,3 +103,24 @@ def job(job_id: str = "job-1", *, max_tokens: int = 10, reserved_lamports: int =
         "created_at_ms": 1_000,
     }
     return Job(**(values | given))  # type: ignore[arg-type]
+
+
+def receipt(job_id: str = "job-1", **given: object) -> Receipt:
+    """Return the receipt of a job of 4 prompt and 6 completion tokens over 4 layers on two owners' nodes."""
+    values: dict[str, object] = {
+        "job_id": job_id,
+        "address": ALICE,
+        "model_id": "test/model",
+        "revision": "r1",
+        "prompt_tokens": 4,
+        "completion_tokens": 6,
+        "num_layers": 4,
+        "lamports_per_token_layer": 2,
+        "charged_lamports": 80,
+        "released_lamports": 32,
+        "platform_lamports": 16,
+        "worker_lamports": {OWNERS[0]: 40, OWNERS[1]: 24},
+        "transfer_id": f"settle:{job_id}",
+        "topology": (Placement("ada", "layer:0", (0, 3), {2: (0, 1)}), Placement("ben", "layer:1", (3, 4))),
+    }
+    return Receipt(**(values | given))  # type: ignore[arg-type]

@@ -10,19 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-from eth_account import Account
-from eth_account.messages import encode_defunct
-from eth_keys.exceptions import BadSignature
 from pydantic import TypeAdapter
 from redis.asyncio import Redis
 
 from azu.auth.challenge import CHALLENGE_TTL_S, Challenge, challenge_text, checked_address
 from azu.auth.keys import SECRET_BYTES, ApiKey, key_id_of, new_secret, secret_digest
+from azu.auth.signatures import signer_of_text
 from azu.connection import connect_redis
 from azu.errors import NotFound, Unauthenticated
 
 _NONCE_BYTES = 16
-_SIGNATURE_BYTES = 65
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +73,7 @@ class RedisAuth:
         waiting = None if content is None else _OPEN.validate_json(cast(str, content))
         if waiting is None or waiting.expires_at_ms <= now_ms:
             raise Unauthenticated("this challenge is unknown, used or expired; ask for a new one")
-        if _signer(waiting.message, signature) != waiting.address:
+        if signer_of_text(waiting.message, signature) != waiting.address:
             raise Unauthenticated(f"the challenge was not signed by {waiting.address}")
         secret = new_secret(self._random_bytes(SECRET_BYTES))
         digest = secret_digest(secret)
@@ -128,18 +125,6 @@ class RedisAuth:
             pipeline.delete(_secret_key(digest))
             pipeline.hdel(owner, key_id)
             await pipeline.execute()
-
-
-def _signer(message: str, signature: str) -> str | None:
-    """Return the lower-case address that signed a text, or None if the signature is none."""
-    try:
-        raw = bytes.fromhex(signature.removeprefix("0x"))
-        if len(raw) != _SIGNATURE_BYTES:
-            return None
-        signer: str = Account.recover_message(encode_defunct(text=message), signature=raw)
-    except (ValueError, BadSignature):
-        return None
-    return signer.lower()
 
 
 def _challenge_key(nonce: str) -> str:

@@ -24,7 +24,7 @@ _COMMANDS = (
     ("account", "balance"),
     ("prompt", "prompt"),
     ("prompt", "jobs"),
-    ("prompt", "receipt"),
+    ("receipt", "receipt"),
     ("ps", "ps"),
     ("ps", "models"),
     ("account", "earnings"),

@@ -25,8 +25,10 @@ def login(
 
     settings = Settings.from_environment()
     wallet = unlock(settings.home)
-    api_key = Client(settings.url).login(wallet, label=label)
-    path = store_credential(settings.home, settings.url, Credential(api_key, wallet.address.lower()))
+    client = Client(settings.url)
+    api_key = client.login(wallet, label=label)
+    credential = Credential(api_key, wallet.address.lower(), client.platform().address)
+    path = store_credential(settings.home, settings.url, credential)
     console.print(f"Logged in to {settings.url} as {wallet.address}; the key is in {path}")
 
 

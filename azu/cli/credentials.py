@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,11 @@ _FILE = "credentials.json"
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """A key and the address it spends from."""
+    """A key, the address it spends from, and the platform's address when the key was opened."""
 
     api_key: str
     address: str
+    platform: str
 
 
 def load_credential(home: Path, url: str) -> Credential:
@@ -35,7 +36,7 @@ def store_credential(home: Path, url: str, credential: Credential) -> Path:
     """Keep a key for a network, in place of an older one; returns the file."""
     path = home / _FILE
     known = _read(path)
-    known[url] = {"api_key": credential.api_key, "address": credential.address}
+    known[url] = asdict(credential)
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -43,6 +44,15 @@ def store_credential(home: Path, url: str, credential: Credential) -> Path:
         json.dump(known, file, indent=1)
     temporary.rename(path)
     return path
+
+
+def known_platform() -> str:
+    """Return the address of AZU_URL's platform without asking it.
+
+    That is HYPERLIQUID_ADDRESS, or what the network said at the login.
+    """
+    settings = Settings.from_environment()
+    return settings.platform_address or load_credential(settings.home, settings.url).platform
 
 
 def open_client() -> "Client":

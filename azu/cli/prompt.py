@@ -1,4 +1,4 @@
-"""`azu prompt`, `jobs`, `receipt`: what a user asks and what it cost."""
+"""`azu prompt`, `jobs`: what a user asks and what it cost."""
 
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,11 +46,6 @@ def jobs(
 ) -> None:
     """Show the key's jobs with their errors, charges and releases."""
     show(open_client().jobs(limit), as_json, _jobs)
-
-
-def receipt(job_id: Annotated[str, typer.Argument(help="A job's id.")], as_json: AsJson = False) -> None:
-    """Show what a job cost and who earned it."""
-    show(open_client().receipt(job_id), as_json, receipt_panel)
 
 
 def receipt_panel(found: "ReceiptLines") -> Panel:

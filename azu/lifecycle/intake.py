@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from azu.economics.pricing import max_charge
+from azu.economics.pricing import charge, max_charge
 from azu.errors import InvalidRequest
 from azu.ledger.transfers import Reserve
 from azu.lifecycle.ports import JobStore, TransferLog
@@ -28,6 +28,18 @@ class ModelFacts:
     revision: str
     num_layers: int
     context_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """What a job would cost: at most, and if it produces as many tokens as expected."""
+
+    prompt_tokens: int
+    max_tokens: int
+    expected_tokens: int
+    lamports_per_token_layer: int
+    max_lamports: int
+    expected_lamports: int
 
 
 class Intake:
@@ -67,7 +79,7 @@ class Intake:
         Raises InvalidRequest for sizes out of range and InsufficientBalance; then nothing was changed. The
         reservation comes first: a job that is written down can always be paid.
         """
-        self._check(model, prompt_token_ids, sampling)
+        self._check(model, len(prompt_token_ids), sampling.max_tokens)
         now_ms = self._now_ms()
         job = Job(
             job_id=self._new_job_id(),
@@ -95,8 +107,25 @@ class Intake:
         await self._jobs.submit(job)
         return job
 
-    def _check(self, model: ModelFacts, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> None:
-        num_prompt_tokens = len(prompt_token_ids)
+    def quote(
+        self, model: ModelFacts, num_prompt_tokens: int, max_tokens: int, expected_tokens: int | None
+    ) -> Quote:
+        """Return the price of a prompt of that length; without an expectation, that of all `max_tokens`.
+
+        Raises InvalidRequest for what `accept` would not take.
+        """
+        self._check(model, num_prompt_tokens, max_tokens)
+        expected = max_tokens if expected_tokens is None else min(expected_tokens, max_tokens)
+        return Quote(
+            prompt_tokens=num_prompt_tokens,
+            max_tokens=max_tokens,
+            expected_tokens=expected,
+            lamports_per_token_layer=self._price,
+            max_lamports=max_charge(num_prompt_tokens, max_tokens, model.num_layers, self._price),
+            expected_lamports=charge(num_prompt_tokens, expected, model.num_layers, self._price),
+        )
+
+    def _check(self, model: ModelFacts, num_prompt_tokens: int, max_tokens: int) -> None:
         if num_prompt_tokens == 0:
             raise InvalidRequest("the prompt is empty", param="prompt")
         if num_prompt_tokens > self._limits.max_prompt_tokens or num_prompt_tokens >= model.context_length:
@@ -107,8 +136,8 @@ class Intake:
                 code="context_length_exceeded",
             )
         limit = self.completion_limit(model, num_prompt_tokens)
-        if not 1 <= sampling.max_tokens <= limit:
+        if not 1 <= max_tokens <= limit:
             raise InvalidRequest(
-                f"max_tokens is {sampling.max_tokens}; after this prompt it may be 1 to {limit}",
+                f"max_tokens is {max_tokens}; after this prompt it may be 1 to {limit}",
                 param="max_tokens",
             )

@@ -4,45 +4,27 @@ A claim carries a hash and nothing else: what the caller says is a hint where to
 what the chain says. Any number of claims of one hash are one look.
 """
 
-import asyncio
-import time
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import cast
 
 from pydantic import TypeAdapter
 from redis.asyncio import Redis
 
 from azu.chain.identifiers import parse_address, parse_hash
 from azu.connection import connect_redis
-from azu.errors import DeadlineExceeded, DepositRejected, Forbidden, NotFound, Unavailable
+from azu.errors import DeadlineExceeded, DepositRejected, Forbidden, NotFound
 from azu.treasury.deposits import Sighting, SightingState
-from azu.treasury.errors import typed_redis_errors
+from azu.treasury.questions import RedisQuestions
 
-WAITING = "azu:treasury:claims:waiting"
-_ANSWER = "azu:treasury:claims:answer:"
-# How many hashes may wait at once, and how long one waits for a treasury that is away.
-_MAX_WAITING = 10_000
-_WAIT_S = 60
+_TOPIC = "claims"
 # An answer that may change soon is asked for again after this long.
 _PASSING_ANSWER_MS = 1000
 _FINAL_ANSWER_MS = 60_000
 # The explorer may learn of a hash a little later than the caller.
 _UNKNOWN_PATIENCE_S = 3.0
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.4
 
 _FINAL = (SightingState.CREDITED, SightingState.REJECTED)
 _SIGHTING = TypeAdapter(Sighting)
-
-# The answer if there is one; else the hash waits (once), unless too many do.
-_ASK = """
-local answer = redis.call('GET', KEYS[2])
-if answer then return answer end
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', '(' .. ARGV[3])
-if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[4]) then return 'full' end
-redis.call('ZADD', KEYS[1], 'NX', ARGV[2], ARGV[1])
-return false
-"""
 
 
 class ClaimStatus(StrEnum):
@@ -68,7 +50,7 @@ class RedisClaims:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._ask_script = redis.register_script(_ASK)
+        self._questions = RedisQuestions(redis, _TOPIC)
 
     @classmethod
     def from_url(cls, url: str) -> "RedisClaims":
@@ -87,41 +69,24 @@ class RedisClaims:
         DeadlineExceeded if the treasury does not answer in `timeout_s`, Unavailable if too many claims wait.
         """
         tx_hash, claimant = parse_hash(tx_sig), parse_address(address, param="user_address")
-        started, pause_s, seen = time.monotonic(), _FIRST_PAUSE_S, None
-        while True:
-            seen = await self._ask(tx_hash) or seen
-            waited_s = time.monotonic() - started
+        seen: Sighting | None = None
+        async for waited_s, answer in self._questions.asked(tx_hash):
+            seen = _SIGHTING.validate_json(answer) if answer else seen
             patience_s = timeout_s
             if seen is not None and seen.state is SightingState.UNKNOWN:
                 patience_s = min(timeout_s, _UNKNOWN_PATIENCE_S)
             if (seen is not None and seen.state in _FINAL) or waited_s >= patience_s:
-                return _verdict(seen, tx_hash, claimant)
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 1.5, _LONGEST_PAUSE_S)
+                break
+        return _verdict(seen, tx_hash, claimant)
 
     async def waiting(self, limit: int) -> list[str]:
         """Return hashes that somebody waits for, the oldest first; they wait on until they are answered."""
-        with typed_redis_errors():
-            return cast(list[str], await self._redis.zrange(WAITING, 0, limit - 1))
+        return await self._questions.waiting(limit)
 
     async def answer(self, tx_hash: str, sighting: Sighting) -> None:
         """Answer everybody who waits for a hash."""
         kept_ms = _FINAL_ANSWER_MS if sighting.state in _FINAL else _PASSING_ANSWER_MS
-        with typed_redis_errors():
-            async with self._redis.pipeline(transaction=True) as write:
-                write.set(_ANSWER + tx_hash, _SIGHTING.dump_json(sighting), px=kept_ms)
-                write.zrem(WAITING, tx_hash)
-                await write.execute()
-
-    async def _ask(self, tx_hash: str) -> Sighting | None:
-        now_s = time.time()
-        with typed_redis_errors():
-            answer = await self._ask_script(
-                [WAITING, _ANSWER + tx_hash], [tx_hash, now_s, now_s - _WAIT_S, _MAX_WAITING]
-            )
-        if answer == "full":
-            raise Unavailable("too many claims are waiting for the treasury")
-        return _SIGHTING.validate_json(answer) if answer else None
+        await self._questions.answer(tx_hash, _SIGHTING.dump_json(sighting), kept_ms)
 
 
 def _verdict(seen: Sighting | None, tx_hash: str, claimant: str) -> ClaimVerdict:

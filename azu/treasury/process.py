@@ -1,10 +1,11 @@
-"""The treasury's process: deposits, claims, payouts and lost reservations, until it is told to stop."""
+"""The treasury's process: deposits, payouts, receipts, lost reservations, until it is told to stop."""
 
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from eth_account.signers.local import LocalAccount
 
@@ -18,13 +19,14 @@ from azu.treasury.claims import RedisClaims
 from azu.treasury.dues import Dues, Threshold
 from azu.treasury.outbox import Lease
 from azu.treasury.payouts import Patience, Payer
+from azu.treasury.receipts import ReceiptSigner, RedisReceipts
 from azu.treasury.redis import RedisCursor, RedisLease, RedisOutbox
 from azu.treasury.sweeper import Sweeper
 from azu.treasury.watcher import DepositWatcher
 
 _LOG = logging.getLogger(__name__)
-_CLAIMS_AT_ONCE = 16
-_CLAIMS_EVERY_S = 0.05
+_QUESTIONS_AT_ONCE = 16
+_QUESTIONS_EVERY_S = 0.05
 _LONGEST_PAUSE_S = 5.0
 
 
@@ -62,7 +64,8 @@ async def run(config: TreasuryConfig, *, ready: Callable[[], None]) -> None:
         async with asyncio.TaskGroup() as tasks:
             duties = [
                 tasks.create_task(_every(config.poll_s, treasury.watch, ready)),
-                tasks.create_task(_every(_CLAIMS_EVERY_S, treasury.answer_claims)),
+                tasks.create_task(_every(_QUESTIONS_EVERY_S, treasury.answer_claims)),
+                tasks.create_task(_every(_QUESTIONS_EVERY_S, treasury.sign_receipts)),
                 tasks.create_task(_every(config.poll_s, treasury.pay)),
                 tasks.create_task(_every(config.sweep_every_s, treasury.sweep)),
             ]
@@ -96,18 +99,22 @@ class _Treasury:
             config.patience,
             on_refused=self._dues.pass_over,
         )
-        self._sweeper = Sweeper(self._ledger, RedisJobs(self._redis))
+        jobs = RedisJobs(self._redis)
+        self._sweeper = Sweeper(self._ledger, jobs)
+        self._receipts = RedisReceipts(self._redis)
+        self._receipt_signer = ReceiptSigner(jobs, self._ledger, config.account)
         self._plan_at_s = 0.0
 
     async def watch(self) -> None:
         await self._watcher.poll()
 
     async def answer_claims(self) -> None:
-        waiting = await self._claims.waiting(_CLAIMS_AT_ONCE)
-        answers = (self._answer(tx_hash) for tx_hash in waiting)
-        for outcome in await asyncio.gather(*answers, return_exceptions=True):
-            if outcome is not None:
-                raise outcome
+        waiting = await self._claims.waiting(_QUESTIONS_AT_ONCE)
+        await _all(self._answer(tx_hash) for tx_hash in waiting)
+
+    async def sign_receipts(self) -> None:
+        waiting = await self._receipts.waiting(_QUESTIONS_AT_ONCE)
+        await _all(self._sign(job_id) for job_id in waiting)
 
     async def pay(self) -> None:
         if not await self._lease.hold():
@@ -134,6 +141,16 @@ class _Treasury:
 
     async def _answer(self, tx_hash: str) -> None:
         await self._claims.answer(tx_hash, await self._watcher.look(tx_hash))
+
+    async def _sign(self, job_id: str) -> None:
+        await self._receipts.answer(job_id, await self._receipt_signer.sign(job_id))
+
+
+async def _all(answers: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Let every answer come to its end, then raise the first error."""
+    for outcome in await asyncio.gather(*answers, return_exceptions=True):
+        if outcome is not None:
+            raise outcome
 
 
 async def _every(

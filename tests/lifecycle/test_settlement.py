@@ -158,3 +158,20 @@ def test_a_job_that_ran_again_after_a_crash_ends_as_it_was_first_going_to(redis_
         assert await desk.balances() == (1_000 - 80, 0)
 
     asyncio.run(scenario())
+
+
+def test_a_quote_is_what_is_reserved_at_most_and_refuses_what_would_be_refused(redis_url: str) -> None:
+    async def scenario() -> None:
+        desk = Desk(redis_url)
+        await desk.deposit(1_000)
+        quote = desk.intake.quote(MODEL, 4, 10, expected_tokens=3)
+        job = await desk.accept(prompt_tokens=4, max_tokens=10)
+
+        assert quote.max_lamports == job.reserved_lamports == 112
+        assert (quote.expected_tokens, quote.expected_lamports) == (3, 2 * 4 * (4 + 3))
+        assert desk.intake.quote(MODEL, 4, 10, expected_tokens=None).expected_lamports == 112
+        assert desk.intake.quote(MODEL, 4, 10, expected_tokens=99).expected_lamports == 112
+        with pytest.raises(InvalidRequest):
+            desk.intake.quote(MODEL, 33, 10, None)
+
+    asyncio.run(scenario())

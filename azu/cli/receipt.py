@@ -1,0 +1,77 @@
+"""`azu receipt`: what a job cost, from the network, or checked offline from a file."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.text import Text
+
+from azu.cli.credentials import known_platform, open_client
+from azu.cli.output import AsJson, show
+from azu.cli.prompt import receipt_panel
+
+
+def receipt(
+    job_id: Annotated[str | None, typer.Argument(help="A job's id.")] = None,
+    verify: Annotated[
+        Path | None, typer.Option(help="Check a receipt that `azu receipt JOB --json` printed, offline.")
+    ] = None,
+    platform: Annotated[
+        str | None, typer.Option(help="Whose signature it has to be; else the platform of AZU_URL.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a job cost and who earned it, signed by the platform; or check such a receipt."""
+    from azu.errors import InvalidRequest
+
+    if (job_id is None) == (verify is None):
+        raise InvalidRequest("give either a job's id or --verify FILE")
+    if job_id is not None:
+        show(open_client().signed_receipt(job_id), as_json, _signed)
+        return
+    assert verify is not None
+    document = _read(verify)
+    show(document | {"signed_by": _checked(document, platform)}, as_json, _verified)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    from azu.errors import InvalidRequest
+
+    try:
+        document = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{file} is no receipt: {error}") from error
+    if not isinstance(document, dict):
+        raise InvalidRequest(f"{file} is no receipt")
+    return document
+
+
+def _checked(document: dict[str, Any], platform: str | None) -> str:
+    """Return who signed a receipt; raises InvalidRequest unless that is the platform."""
+    from azu.auth.receipts import verify_receipt
+    from azu.chain.identifiers import parse_address
+    from azu.errors import InvalidRequest
+
+    signer = verify_receipt(document)
+    expected = parse_address(platform, param="platform") if platform else known_platform()
+    if signer != expected:
+        raise InvalidRequest(f"{signer} signed this receipt; the platform is {expected}", param="signer")
+    return signer
+
+
+def _signed(document: dict[str, Any]) -> Group:
+    from azu.client.answers import ReceiptLines, read
+
+    signed = Text(f"signed by {document['signer']}", "green")
+    unsigned = Text("not signed: the treasury is away; ask again later", "yellow")
+    panel = receipt_panel(read(ReceiptLines, document))
+    return Group(panel, signed if document["signature"] else unsigned)
+
+
+def _verified(document: dict[str, Any]) -> Group:
+    from azu.client.answers import ReceiptLines, read
+
+    told = Text(f"✓ signed by the platform, {document['signed_by']}, and not changed since", "green")
+    return Group(receipt_panel(read(ReceiptLines, document)), told)
