@@ -1,4 +1,4 @@
-"""Keys, deposits, balances and earnings over HTTP."""
+"""Deposits, balances and earnings over HTTP."""
 
 from typing import Annotated, Any
 
@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from azu.auth.keys import ApiKey
 from azu.ledger.accounts import user_available, user_reserved, worker_earned, worker_paid, worker_paying
-from deployments.services import Services, now_ms
+from deployments.services import Services
 
 router = APIRouter()
 
@@ -29,43 +29,13 @@ async def key_of(services: ServicesNow, authorization: Annotated[str | None, Hea
 Key = Annotated[ApiKey, Depends(key_of)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class ChallengeRequest(_Body):
-    """POST /v1/auth/challenge."""
-
-    address: str = Field(max_length=64)
-
-
-class KeyRequest(_Body):
-    """POST /v1/auth/keys."""
-
-    nonce: str = Field(max_length=128)
-    signature: str = Field(max_length=256)
-    label: str = Field(default="", max_length=64)
-
-
-class DepositRequest(_Body):
+class DepositRequest(BaseModel):
     """POST /deposit: a hint where to look, never proof."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     tx_sig: str = Field(max_length=128)
     user_address: str = Field(max_length=64)
-
-
-@router.post("/v1/auth/challenge")
-async def challenge(body: ChallengeRequest, services: ServicesNow) -> dict[str, str]:
-    """Return a text to sign with the address's wallet."""
-    made = await services.auth.challenge(body.address, services.config.domain, now_ms())
-    return {"nonce": made.nonce, "message": made.message}
-
-
-@router.post("/v1/auth/keys")
-async def open_key(body: KeyRequest, services: ServicesNow) -> dict[str, str]:
-    """Return a new bearer key for a signed challenge; only its hash is kept here."""
-    secret, key = await services.auth.open_key(body.nonce, body.signature, body.label, now_ms())
-    return {"api_key": secret, "key_id": key.key_id, "address": key.address}
 
 
 @router.get("/v1/platform")

@@ -46,7 +46,7 @@ async def _answer(
 ) -> Response:  # fmt: skip
     limit = services.intake.completion_limit(model.facts, len(prompt))
     sampling = sampling_params(body, model, default_max_tokens=limit)
-    job = await services.intake.accept(key.address, model.facts, prompt, sampling)
+    job = await services.intake.accept(key, model.facts, prompt, sampling)
     answer = Answer(chat=chat, job_id=job.job_id, model=body.model, created_s=int(time.time()))
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage

@@ -40,7 +40,7 @@ async def submit(
     prompt = await asyncio.to_thread(model.tokenizer.encode, body.prompt)
     request = CompletionRequest(model=body.model_id, prompt=body.prompt, max_tokens=body.est_tokens)
     sampling = sampling_params(request, model, default_max_tokens=body.est_tokens)
-    job = await services.intake.accept(key.address, model.facts, tuple(prompt), sampling)
+    job = await services.intake.accept(key, model.facts, tuple(prompt), sampling)
     return {"job_id": job.job_id}
 
 

@@ -16,11 +16,13 @@ from actors.control import REGISTRY, SCHEDULER, find
 from actors.link import as_azu_error
 from azu.auth.keys import ApiKey
 from azu.auth.redis import RedisAuth
+from azu.auth.spending import RedisSpending
 from azu.config import ControlConfig
 from azu.errors import Forbidden, Unavailable
 from azu.jobs.redis import RedisJobs
 from azu.ledger.redis import RedisLedger
 from azu.lifecycle.intake import Intake, JobLimits, ModelFacts
+from azu.lifecycle.spending import SpendLimits
 from azu.protocol.sampling import SamplingParams
 from azu.registry.description import ModelDescription
 from azu.treasury.claims import RedisClaims
@@ -56,11 +58,14 @@ class Services:
         self.auth = RedisAuth.from_url(config.redis_url)
         self.jobs = RedisJobs.from_url(config.redis_url)
         self.ledger = RedisLedger.from_url(config.redis_url)
+        self.spending = RedisSpending.from_url(config.redis_url)
+        self.spend_limits = SpendLimits(self.spending, self.ledger)
         self.claims = RedisClaims.from_url(config.redis_url)
         self.receipts = RedisReceipts.from_url(config.redis_url)
         self.intake = Intake(
             self.ledger,
             self.jobs,
+            self.spend_limits,
             JobLimits(
                 max_prompt_tokens=policy.limits.max_prompt_tokens,
                 max_completion_tokens=policy.limits.max_completion_tokens,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from azu.auth.keys import ApiKey
 from azu.protocol.job import Job, Placement, Receipt
 from azu.protocol.node import Node
 from azu.protocol.sampling import SamplingParams
@@ -124,3 +125,9 @@ def receipt(job_id: str = "job-1", **given: object) -> Receipt:
         "topology": (Placement("ada", "layer:0", (0, 3), {2: (0, 1)}), Placement("ben", "layer:1", (3, 4))),
     }
     return Receipt(**(values | given))  # type: ignore[arg-type]
+
+
+def api_key(address: str = ALICE, **given: object) -> ApiKey:
+    """Return a key without an end or a limit."""
+    values: dict[str, object] = {"key_id": "key-1", "address": address, "label": "", "created_at_ms": 1}
+    return ApiKey(**(values | given))  # type: ignore[arg-type]

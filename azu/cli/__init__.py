@@ -31,10 +31,11 @@ _COMMANDS = (
     ("shard", "shard"),
     ("plan", "plan"),
     ("check", "check"),
+    ("bench", "bench"),
     ("treasury", "treasury"),
     ("devnet", "devnet"),
 )
-_GROUPS = (("wallet", "wallet"), ("ledger", "ledger"))
+_GROUPS = (("wallet", "wallet"), ("keys", "keys"), ("ledger", "ledger"))
 
 for _module, _function in _COMMANDS:
     app.command()(getattr(import_module(f"azu.cli.{_module}"), _function))

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from azu.client.answers import Balance, Earnings
 
 _CREDIT_ATTEMPTS = 20
+_DAY_S = 86_400
 
 
 def login(
     label: Annotated[str, typer.Option(help="A name for the key, to tell it from others.")] = "cli",
+    limit: Annotated[str | None, typer.Option(help="The most HYPE that the key may ever spend.")] = None,
+    days: Annotated[int | None, typer.Option(min=1, help="How long the key is good.")] = None,
 ) -> None:
     """Open an API key with the wallet's signature and keep it on this machine."""
     from azu.cli.wallet import unlock
@@ -26,7 +29,12 @@ def login(
     settings = Settings.from_environment()
     wallet = unlock(settings.home)
     client = Client(settings.url)
-    api_key = client.login(wallet, label=label)
+    api_key = client.login(
+        wallet,
+        label=label,
+        expires_in_s=None if days is None else days * _DAY_S,
+        spend_limit_lamports=None if limit is None else lamports_from_hype(limit),
+    )
     credential = Credential(api_key, wallet.address.lower(), client.platform().address)
     path = store_credential(settings.home, settings.url, credential)
     console.print(f"Logged in to {settings.url} as {wallet.address}; the key is in {path}")

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A finished text, what it took and what it cost."""
+    """A finished text, what it took and what it cost; `texts` holds that of every choice."""
 
     text: str
     model: str
@@ -22,6 +22,7 @@ class Generation:
     prompt_tokens: int
     completion_tokens: int
     charged_lamports: int
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,20 @@ class Balance:
     address: str
     available_lamports: int
     reserved_lamports: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLine:
+    """An API key without its secret. `spent_lamports` counts running jobs by the most they can cost."""
+
+    __pydantic_config__ = _LENIENT
+
+    key_id: str
+    label: str
+    created_at_ms: int
+    expires_at_ms: int | None
+    spend_limit_lamports: int | None
+    spent_lamports: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +150,11 @@ class Results:
 
 @dataclass(frozen=True, slots=True)
 class NodeLine:
-    """A node as `azu ps` shows it."""
+    """A node as `azu ps` shows it.
+
+    `vram_free_bytes` is what may still be placed there, `vram_used_bytes` what azu's processes really hold
+    (None if unknown), `vram_other_bytes` what other programs do; `load` is the busy part of the device.
+    """
 
     __pydantic_config__ = _LENIENT
 
@@ -147,6 +166,9 @@ class NodeLine:
     vram_total_bytes: int
     vram_free_bytes: int
     cached_shards: int
+    vram_used_bytes: int | None = None
+    vram_other_bytes: int = 0
+    load: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

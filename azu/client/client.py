@@ -12,6 +12,7 @@ from azu.client.answers import (
     Earnings,
     Generation,
     JobLine,
+    KeyLine,
     ModelState,
     Network,
     Platform,
@@ -75,18 +76,36 @@ class Client:
             self._http, "/v1/chat/completions", {"model": model, "messages": list(messages), **sampling}
         )
 
-    def login(self, key: "str | LocalAccount", *, label: str = "") -> str:
+    def login(
+        self,
+        key: "str | LocalAccount",
+        *,
+        label: str = "",
+        expires_in_s: int | None = None,
+        spend_limit_lamports: int | None = None,
+    ) -> str:
         """Open an API key with a wallet's signature, use it from now on and return it.
 
-        `key` is the wallet or its private key in hex; it never leaves this process.
+        `key` is the wallet or its private key in hex; it never leaves this process. An API key with an end or
+        a limit may only revoke itself.
         """
         wallet = wallet_of(key)
         challenge = self._post("/v1/auth/challenge", {"address": wallet.address})
         signature = sign_challenge(wallet, challenge["message"], str(self._http.base_url))
         body = {"nonce": challenge["nonce"], "signature": signature, "label": label}
+        body = _given(body, expires_in_s=expires_in_s, spend_limit_lamports=spend_limit_lamports)
         api_key: str = self._post("/v1/auth/keys", body)["api_key"]
         self._use_key(api_key)
         return api_key
+
+    def keys(self) -> list[KeyLine]:
+        """Return the keys of the key's address, in the order they were opened."""
+        return [read(KeyLine, line) for line in self._get("/v1/auth/keys")["data"]]
+
+    def revoke_key(self, key_id: str) -> None:
+        """Make one of the address's keys invalid at once."""
+        with translated():
+            raise_for(self._http.delete(f"/v1/auth/keys/{key_id}"))
 
     def platform(self) -> Platform:
         """Return where deposits go."""

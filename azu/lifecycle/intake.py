@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from azu.auth.keys import ApiKey
 from azu.economics.pricing import charge, max_charge
-from azu.errors import InvalidRequest
+from azu.errors import InsufficientBalance, InvalidRequest
 from azu.ledger.transfers import Reserve
 from azu.lifecycle.ports import JobStore, TransferLog
+from azu.lifecycle.spending import SpendLimits
 from azu.protocol.job import Job
 from azu.protocol.sampling import SamplingParams
 
@@ -49,6 +51,7 @@ class Intake:
         self,
         ledger: TransferLog,
         jobs: JobStore,
+        spend_limits: SpendLimits,
         limits: JobLimits,
         lamports_per_token_layer: int,
         *,
@@ -57,6 +60,7 @@ class Intake:
     ) -> None:
         self._ledger = ledger
         self._jobs = jobs
+        self._spend_limits = spend_limits
         self._limits = limits
         self._price = lamports_per_token_layer
         self._now_ms = now_ms
@@ -68,22 +72,23 @@ class Intake:
 
     async def accept(
         self,
-        address: str,
+        key: ApiKey,
         model: ModelFacts,
         prompt_token_ids: tuple[int, ...],
         sampling: SamplingParams,
         choices: int = 1,
     ) -> Job:
-        """Reserve the highest price of a job with that many answers and queue it.
+        """Reserve the highest price of a job with that many answers and queue it, for the key's owner.
 
-        Raises InvalidRequest for sizes out of range and InsufficientBalance; then nothing was changed. The
+        Raises InvalidRequest for sizes out of range, Unauthenticated for a key that has ended, and
+        InsufficientBalance, also where the key's limit does not bear it; then nothing was changed. The
         reservation comes first: a job that is written down can always be paid.
         """
         self._check(model, len(prompt_token_ids), sampling.max_tokens)
         now_ms = self._now_ms()
         job = Job(
             job_id=self._new_job_id(),
-            address=address,
+            address=key.address,
             model_id=model.model_id,
             revision=model.revision,
             num_layers=model.num_layers,
@@ -95,17 +100,24 @@ class Intake:
             created_at_ms=now_ms,
             choices=choices,
         )
-        await self._ledger.apply(
-            Reserve(
-                id=f"reserve:{job.job_id}",
-                address=address,
-                job_id=job.job_id,
-                lamports=job.reserved_lamports,
-                expires_at_ms=now_ms + self._limits.reservation_ttl_ms,
-            )
-        )
+        await self._reserve(key, job)
         await self._jobs.submit(job)
         return job
+
+    async def _reserve(self, key: ApiKey, job: Job) -> None:
+        await self._spend_limits.take(key, job.job_id, job.reserved_lamports, job.created_at_ms)
+        reserve = Reserve(
+            id=f"reserve:{job.job_id}",
+            address=job.address,
+            job_id=job.job_id,
+            lamports=job.reserved_lamports,
+            expires_at_ms=job.created_at_ms + self._limits.reservation_ttl_ms,
+        )
+        try:
+            await self._ledger.apply(reserve)
+        except InsufficientBalance:
+            await self._spend_limits.give_back(key, job.job_id)
+            raise
 
     def quote(
         self, model: ModelFacts, num_prompt_tokens: int, max_tokens: int, expected_tokens: int | None

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from azu.auth.spending import RedisSpending
 from azu.errors import InsufficientBalance, InvalidRequest, WorkerLost
 from azu.jobs.redis import RedisJobs
 from azu.ledger.accounts import user_available, user_reserved, worker_earned
@@ -12,9 +13,10 @@ from azu.ledger.transfers import Deposit
 from azu.lifecycle.intake import Intake, JobLimits, ModelFacts
 from azu.lifecycle.ports import Ran, Route
 from azu.lifecycle.settlement import Settlement
+from azu.lifecycle.spending import SpendLimits
 from azu.protocol.job import FinishReason, Job, JobState
 from azu.protocol.sampling import SamplingParams
-from tests.builders import ALICE, OWNERS
+from tests.builders import ALICE, OWNERS, api_key
 
 MODEL = ModelFacts(model_id="test/model", revision="r1", num_layers=4, context_length=64)
 ROUTE = Route(payout_by_node={"a": OWNERS[0], "b": OWNERS[1]}, placements=())
@@ -27,19 +29,28 @@ class Desk:
     def __init__(self, redis_url: str) -> None:
         self.ledger = RedisLedger.from_url(redis_url)
         self.jobs = RedisJobs.from_url(redis_url)
-        ids = iter(f"job-{n}" for n in range(100))
+        self.spend_limits = SpendLimits(RedisSpending.from_url(redis_url), self.ledger)
+        ids = iter(f"job-{n}" for n in range(10_000))
         limits = JobLimits(max_prompt_tokens=32, max_completion_tokens=40, reservation_ttl_ms=600_000)
         self.intake = Intake(
-            self.ledger, self.jobs, limits, 2, now_ms=lambda: 1_000, new_job_id=lambda: next(ids)
+            self.ledger,
+            self.jobs,
+            self.spend_limits,
+            limits,
+            2,
+            now_ms=lambda: 1_000,
+            new_job_id=lambda: next(ids),
         )
         self.settlement = Settlement(self.ledger, self.jobs, 2, platform_percent=20)
 
     async def deposit(self, lamports: int) -> None:
         await self.ledger.apply(Deposit(id="deposit:0x" + "11" * 32, address=ALICE, lamports=lamports))
 
-    async def accept(self, prompt_tokens: int = 4, max_tokens: int = 10) -> Job:
+    async def accept(self, prompt_tokens: int = 4, max_tokens: int = 10, **key: object) -> Job:
+        """Accept a job for a key of Alice's."""
         sampling = SamplingParams(max_tokens=max_tokens)
-        return await self.intake.accept(ALICE, MODEL, tuple(range(1, prompt_tokens + 1)), sampling)
+        prompt = tuple(range(1, prompt_tokens + 1))
+        return await self.intake.accept(api_key(**key), MODEL, prompt, sampling)
 
     async def balances(self) -> tuple[int, int]:
         return (

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import redis
 
+from azu.auth.spending import RedisSpending
 from azu.connection import connect_redis
 from azu.jobs.redis import RedisJobs
 from azu.ledger.accounts import CHAIN, user_available, user_reserved
@@ -16,10 +17,11 @@ from azu.ledger.audit import audit
 from azu.ledger.redis import RedisLedger
 from azu.ledger.transfers import Deposit, Expire, Release, Reserve, Settle
 from azu.lifecycle.intake import Intake, JobLimits
+from azu.lifecycle.spending import SpendLimits
 from azu.protocol.job import Job
 from azu.protocol.sampling import SamplingParams
 from azu.treasury.sweeper import Sweeper
-from tests.builders import ALICE
+from tests.builders import ALICE, api_key
 from tests.lifecycle.settling import PRICE, start_settling
 from tests.lifecycle.test_settlement import MODEL
 from tests.treasury.world import SEED
@@ -42,13 +44,18 @@ async def books(redis_url: str) -> AsyncIterator[tuple[RedisLedger, RedisJobs]]:
 async def submitted(redis_url: str, dice: random.Random, count: int) -> list[Job]:
     """Deposit, submit jobs of which some are cancelled, and reserve for one that is never written down."""
     async with books(redis_url) as (ledger, jobs):
-        return await submit(ledger, jobs, dice, count)
+        spend_limits = SpendLimits(RedisSpending.from_url(redis_url), ledger)
+        return await submit(ledger, jobs, spend_limits, dice, count)
 
 
-async def submit(ledger: RedisLedger, jobs: RedisJobs, dice: random.Random, count: int) -> list[Job]:
+async def submit(
+    ledger: RedisLedger, jobs: RedisJobs, spend_limits: SpendLimits, dice: random.Random, count: int
+) -> list[Job]:
     ids = iter(f"job-{number}" for number in range(count))
     limits = JobLimits(max_prompt_tokens=32, max_completion_tokens=40, reservation_ttl_ms=1)
-    intake = Intake(ledger, jobs, limits, PRICE, now_ms=lambda: 1_000, new_job_id=lambda: next(ids))
+    intake = Intake(
+        ledger, jobs, spend_limits, limits, PRICE, now_ms=lambda: 1_000, new_job_id=lambda: next(ids)
+    )
     await ledger.apply(Deposit(id="deposit:0x1", address=ALICE, lamports=DEPOSITED))
     lost = Reserve(id="reserve:lost", address=ALICE, job_id=LOST, lamports=500, expires_at_ms=1_000)
     await ledger.apply(lost)
@@ -56,7 +63,7 @@ async def submit(ledger: RedisLedger, jobs: RedisJobs, dice: random.Random, coun
     for _ in range(count):
         prompt = tuple(range(1, dice.randint(2, 6)))
         sampling = SamplingParams(max_tokens=dice.randint(1, 3))
-        accepted.append(await intake.accept(ALICE, MODEL, prompt, sampling))
+        accepted.append(await intake.accept(api_key(), MODEL, prompt, sampling))
     if dice.random() < 0.3:
         await jobs.cancel(accepted[0].job_id)
     return accepted

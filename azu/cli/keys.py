@@ -1,0 +1,50 @@
+"""`azu keys list|revoke`: the API keys of an address."""
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from azu.cli.credentials import open_client
+from azu.cli.output import AsJson, show, table
+
+if TYPE_CHECKING:
+    from azu.client.answers import KeyLine
+
+keys = typer.Typer(no_args_is_help=True, help="The API keys of your address; `azu login` opens one.")
+
+
+@keys.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """Show the keys of this machine's address, with their limits."""
+    show(open_client().keys(), as_json, _drawn)
+
+
+@keys.command()
+def revoke(
+    key_id: Annotated[str, typer.Argument(help="The key's id, as `azu keys list` shows it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a key invalid at once."""
+    open_client().revoke_key(key_id)
+    show({"revoked": key_id}, as_json, lambda _: f"{key_id} is revoked")
+
+
+def _drawn(found: "list[KeyLine]") -> Table:
+    rows = [
+        (
+            key.key_id,
+            key.label,
+            _day(key.created_at_ms),
+            "never" if key.expires_at_ms is None else _day(key.expires_at_ms),
+            key.spend_limit_lamports,
+            key.spent_lamports,
+        )
+        for key in found
+    ]
+    return table(["key", "label", "opened", "ends", "limit, lamports", "spent lamports"], rows)
+
+
+def _day(at_ms: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_ms / 1000))
