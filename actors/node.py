@@ -1,19 +1,30 @@
 """NodeAgent: one per worker node; says how the node is and keeps its shards on disk."""
 
 import asyncio
-from collections.abc import Sequence
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
 from ray.actor import ActorHandle
 
 from actors.placement import WorkerNode
-from azu.engine.device import DeviceMeter
+from azu.engine.device import DeviceMemory, open_meter
+from azu.engine.speed import device_speed
 from azu.errors import ShardError
 from azu.protocol.node import Node
 from azu.protocol.structure import ModelFile, Shard, Structure
 from azu.sharding.cache import ShardCache
 
+log = logging.getLogger(__name__)
+
 _CHUNK_BYTES = 8 * 1024 * 1024
+# Ray names an actor's process by its class; these two hold pieces of models.
+_PIECES = ("ray::LayerActor", "ray::ExpertActor")
+_PINGS = 5
+_PING_TIMEOUT_S = 2.0
 
 
 class NodeAgent:
@@ -23,22 +34,50 @@ class NodeAgent:
         self._node = node
         self._cache = ShardCache(home / "shards" / node.name)
         self._files = home / "models" / node.name
-        self._meter = DeviceMeter(node.device, node.vram_bytes)
+        self._lent_bytes = node.vram_bytes
+        self._speed = device_speed(node.device, home / "speeds")
+        self._meter = open_meter(self._speed)
+        self._links_s: dict[str, float] = {}
 
     async def report(self) -> Node:
         """Return the node's live state."""
-        speed = self._meter.speed
+        memory = await asyncio.to_thread(self._memory)
         return Node(
             node_id=self._node.node_id,
             name=self._node.name,
             payout_address=self._node.payout_address,
-            vram_total_bytes=self._node.vram_bytes,
-            vram_free_bytes=self._meter.free_bytes(),
-            memory_bytes_per_s=speed.memory_bytes_per_s,
-            flops_per_s=speed.flops_per_s,
+            vram_total_bytes=self._lent_bytes,
+            vram_free_bytes=memory.free_bytes,
+            memory_bytes_per_s=self._speed.memory_bytes_per_s,
+            flops_per_s=self._speed.flops_per_s,
             cached_shards=self._cache.contents(),
+            links_s=dict(self._links_s),
             device=self._node.device,
+            vram_used_bytes=memory.used_bytes,
+            vram_other_bytes=memory.other_bytes,
+            load=self._meter.load(),
         )
+
+    async def lend(self, vram_bytes: int) -> None:
+        """Lend more or less from now on, at most what the node joined with."""
+        self._lent_bytes = min(vram_bytes, self._node.vram_bytes)
+
+    async def ping(self) -> None:
+        """Answer at once."""
+
+    async def measure_links(self, peers: Mapping[str, ActorHandle]) -> None:
+        """Measure the way to other nodes' agents, by node id, and report it from now on.
+
+        A peer that does not answer keeps what was measured before.
+        """
+        for node_id, peer in peers.items():
+            try:
+                self._links_s[node_id] = await _one_way_s(peer)
+            except Exception as error:
+                log.warning("no link to node %s: %s", node_id[:8], type(error).__name__)
+
+    def _memory(self) -> DeviceMemory:
+        return self._meter.memory(self._lent_bytes, _piece_pids())
 
     async def fetch(
         self, structure: Structure, names: Sequence[str], registry: ActorHandle
@@ -73,6 +112,32 @@ class NodeAgent:
                 content = await registry.file.remote(structure.model_id, structure.revision, file.name)
                 _write(folder, file, content)
         return folder
+
+
+async def _one_way_s(peer: ActorHandle) -> float:
+    """Return half of the quickest round trip: a busy machine only ever adds to it."""
+    rounds_s = []
+    for _ in range(_PINGS):
+        started_s = time.perf_counter()
+        await asyncio.wait_for(peer.ping.remote(), _PING_TIMEOUT_S)
+        rounds_s.append(time.perf_counter() - started_s)
+    return min(rounds_s) / 2
+
+
+def _piece_pids() -> list[int]:
+    """Return this node's processes that hold pieces: those of its raylet, which is our parent."""
+    return [
+        process.pid
+        for process in psutil.Process(os.getppid()).children()
+        if _title(process).startswith(_PIECES)
+    ]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return (process.cmdline() or [""])[0]
+    except psutil.Error:
+        return ""  # it ended, or is not ours
 
 
 def _write(folder: Path, file: ModelFile, content: bytes) -> None:

@@ -5,6 +5,7 @@ import logging
 import time
 
 from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError
 
 from actors.deployment import RayBuilder
 from actors.node import NodeAgent
@@ -22,6 +23,9 @@ from azu.protocol.topology import Prediction
 
 log = logging.getLogger(__name__)
 
+# A node measures its links to so many others; the rest count as the policy's hop.
+_MOST_PEERS = 32
+
 
 class Scheduler:
     """Wraps a Dispatcher and its Fleet."""
@@ -29,9 +33,13 @@ class Scheduler:
     def __init__(self, config: ControlConfig, registry: ActorHandle) -> None:
         policy = config.policy
         self._config = config
-        self._book = NodeBook(suspect_s=policy.heartbeat.suspect_s, dead_s=policy.heartbeat.dead_s)
+        self._book = NodeBook(
+            suspect_s=policy.heartbeat.suspect_s, dead_s=policy.heartbeat.dead_s, on_dead=self._died
+        )
         self._agents: dict[str, ActorHandle] = {}
         self._nodes: dict[str, Node] = {}
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._linked: set[str] = set()
         builder = RayBuilder(config, registry, self._agents, self._nodes)
         self._fleet = Fleet(
             builder, lambda placed: self._book.nodes(time.monotonic(), placed), policy.plan_policy()
@@ -50,6 +58,7 @@ class Scheduler:
         """Begin to hear nodes and to take jobs."""
         if not self._loops:
             self._loops = (
+                asyncio.create_task(self._meet()),
                 asyncio.create_task(self._hear()),
                 asyncio.create_task(self._dispatcher.run()),
             )
@@ -84,15 +93,14 @@ class Scheduler:
             for model in self._fleet.models
         ] + [(model_id, revision, "deploying", 0, 0, ()) for model_id, revision in self._fleet.deploying]
 
-    async def _hear(self) -> None:
-        period_s = self._config.policy.heartbeat.period_s
+    async def _meet(self) -> None:
+        """Follow which nodes Ray has; it may be slow to say so, and nobody's silence counts by it."""
         while True:
             try:
                 await self._meet_nodes()
             except Exception:
                 log.exception("Ray did not say which nodes there are")
-            await asyncio.gather(*(self._ask(node_id) for node_id in list(self._agents)))
-            await asyncio.sleep(period_s)
+            await asyncio.sleep(self._config.policy.heartbeat.period_s)
 
     async def _meet_nodes(self) -> None:
         """Start an agent on each new node and forget those that Ray says are gone."""
@@ -107,13 +115,43 @@ class Scheduler:
                 NodeAgent, name, node_id, node, self._config.home, max_concurrency=100
             )
 
+    async def _hear(self) -> None:
+        """Ask every node each period; one that does not answer keeps nobody else waiting."""
+        while True:
+            for node_id in self._agents.keys() - self._asking.keys():
+                self._asking[node_id] = asyncio.create_task(self._ask(node_id))
+            self._book.judge(time.monotonic())
+            await asyncio.sleep(self._config.policy.heartbeat.period_s)
+
     async def _ask(self, node_id: str) -> None:
+        agent = self._agents[node_id]
         try:
             # The first answer takes as long as the agent takes to start; silence is judged by the book.
-            report = self._agents[node_id].report.remote()
-            node: Node = await asyncio.wait_for(report, self._config.policy.heartbeat.dead_s)
+            node: Node = await asyncio.wait_for(agent.report.remote(), self._config.policy.heartbeat.dead_s)
+        except ActorDiedError:
+            log.warning("the agent of node %s died; it is started again", node_id[:8])
+            self._linked.discard(node_id)
+            if self._agents.get(node_id) is agent:
+                del self._agents[node_id]
         except Exception as error:
             log.warning("node %s did not report: %s", node_id[:8], type(error).__name__)
         else:
-            self._nodes[node_id] = node
-            self._book.heard(node, time.monotonic())
+            # Ray may have declared it gone while it answered.
+            if self._agents.get(node_id) is agent:
+                self._nodes[node_id] = node
+                self._book.heard(node, time.monotonic())
+                self._measure_links(node_id)
+        finally:
+            del self._asking[node_id]
+
+    def _measure_links(self, node_id: str) -> None:
+        """Have a new node measure, once, the way to some that were there before."""
+        if node_id in self._linked:
+            return
+        peers = {other: self._agents[other] for other in sorted(self._linked & self._agents.keys())}
+        self._linked.add(node_id)
+        self._agents[node_id].measure_links.remote(dict(list(peers.items())[:_MOST_PEERS]))
+
+    def _died(self, node_id: str) -> None:
+        log.warning("node %s is dead", node_id[:8])
+        self._linked.discard(node_id)

@@ -32,12 +32,15 @@ def _network(found: "Network") -> Group:
             node.device,
             format_bytes(node.vram_total_bytes),
             format_bytes(node.vram_free_bytes),
+            "?" if node.vram_used_bytes is None else format_bytes(node.vram_used_bytes),
+            format_bytes(node.vram_other_bytes),
+            f"{node.load:.0%}",
             node.cached_shards,
             node.payout_address,
         )
         for node in found.nodes
     ]
-    columns = ["node", "state", "device", "VRAM", "free", "cached shards", "payout"]
+    columns = ["node", "state", "device", "VRAM", "free", "used", "others", "load", "cached shards", "payout"]
     return Group(table(columns, nodes, title="nodes"), *(_deployment(one) for one in found.deployments))
 
 

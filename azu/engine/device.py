@@ -1,75 +1,67 @@
-"""What a node's device has: live free memory and measured speed. torch is loaded for a GPU only."""
+"""What a node's device has now: live free memory, who holds the rest, and how busy it is."""
 
-import time
-from collections.abc import Callable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
+import psutil
 
-_COPY_BYTES = 32 * 1024 * 1024
-_MATRIX = 512
-_ROUNDS = 4
+from azu.engine.speed import DeviceSpeed
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceSpeed:
-    """Measured on the device: how fast weights are read, how fast float32 matrices are multiplied."""
+class DeviceMemory:
+    """Bytes at one moment.
 
-    memory_bytes_per_s: float
-    flops_per_s: float
+    `free_bytes` is what azu may still take; `used_bytes` what its own processes hold, None where they cannot
+    be told from others; `other_bytes` what other programs hold on the card.
+    """
 
-
-class DeviceMeter:
-    """Measures one device, "cpu" or "cuda:0". `lent_bytes` is what its owner lends."""
-
-    def __init__(self, device: str, lent_bytes: int) -> None:
-        self._device = device
-        self._lent_bytes = lent_bytes
-        self.speed = _cpu_speed() if device == "cpu" else _gpu_speed(device)
-
-    def free_bytes(self) -> int:
-        """Return what could be loaded now: on a GPU never more than the card has free, whoever uses it."""
-        if self._device == "cpu":
-            return self._lent_bytes
-        import torch  # noqa: PLC0415
-
-        free, _ = torch.cuda.mem_get_info(self._device)
-        return min(self._lent_bytes, free)
+    free_bytes: int
+    used_bytes: int | None
+    other_bytes: int
 
 
-def _cpu_speed() -> DeviceSpeed:
-    source = np.zeros(_COPY_BYTES, dtype=np.uint8)
-    target = np.empty_like(source)
-    matrix = np.ones((_MATRIX, _MATRIX), dtype=np.float32)
-    return _speed(lambda: np.copyto(target, source), lambda: matrix @ matrix)
+class DeviceMeter(Protocol):
+    """Reads one device."""
+
+    def memory(self, lent_bytes: int, own_pids: Collection[int]) -> DeviceMemory:
+        """Return what a device has, of which its owner lends `lent_bytes`, beside azu's processes there."""
+
+    def load(self) -> float:
+        """Return the part of the time since the last call that the device was busy, 0 to 1."""
 
 
-def _gpu_speed(device: str) -> DeviceSpeed:
-    import torch  # noqa: PLC0415
+def open_meter(speed: DeviceSpeed) -> DeviceMeter:
+    """Return the meter of a device that was measured; a GPU's needs NVIDIA's driver."""
+    if speed.gpu_uuid is None:
+        return CpuMeter()
+    from azu.engine.nvidia import NvidiaMeter  # noqa: PLC0415 - its driver is on machines with a GPU only
 
-    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    matrix = torch.ones(_MATRIX, _MATRIX, device=device)
-
-    def finished(work: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            work()
-            torch.cuda.synchronize(device)
-
-        return run
-
-    return _speed(finished(lambda: target.copy_(source)), finished(lambda: matrix @ matrix))
+    return NvidiaMeter(speed.gpu_uuid)
 
 
-def _speed(copy: Callable[[], object], product: Callable[[], object]) -> DeviceSpeed:
-    # A copy reads and writes every byte.
-    return DeviceSpeed(2 * _COPY_BYTES / _best_s(copy), 2 * _MATRIX**3 / _best_s(product))
+class CpuMeter:
+    """A budget of main memory.
+
+    What the processes really hold is told beside it: a good part of it is their code, which no plan counts.
+    """
+
+    def memory(self, lent_bytes: int, own_pids: Collection[int]) -> DeviceMemory:
+        """Return the budget, or less where the machine itself has less to give."""
+        available = int(psutil.virtual_memory().available)
+        return DeviceMemory(min(lent_bytes, available), _resident_bytes(own_pids), other_bytes=0)
+
+    def load(self) -> float:
+        """Return the busy part of all cores."""
+        return psutil.cpu_percent() / 100
 
 
-def _best_s(work: Callable[[], object]) -> float:
-    best = float("inf")
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - started)
-    return best
+def _resident_bytes(pids: Iterable[int]) -> int:
+    total = 0
+    for pid in pids:
+        try:
+            total += int(psutil.Process(pid).memory_info().rss)
+        except psutil.NoSuchProcess:
+            continue  # it ended between two looks
+    return total
