@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from azu.planner.demand import Demand
 from azu.planner.pool import Pool
-from azu.planner.stages import Route
+from azu.planner.search import Route
 from azu.protocol.topology import LayerSpan
 
 Experts = Mapping[int, tuple[int, ...]]
@@ -89,7 +89,8 @@ class _Holders:
     def _best(self, layer: int, wanted: int, router: int) -> tuple[int, int]:
         """Return the node that takes the most experts of a layer, and how many.
 
-        Ties go to the faster node, then to the one with more of the layer on its disk, then to the lower id.
+        Ties go to the node that is nearer to the router, to the faster one, to the one with more of the layer
+        on its disk, to the lower id.
         """
         if not len(self._left):
             return 0, 0
@@ -97,5 +98,8 @@ class _Holders:
         fitting = np.clip(fitting, 0, wanted)
         fitting[router] = 0
         fitting[[node for node, experts in self.held.items() if layer in experts]] = 0
-        ranked = np.lexsort((-self._pool.cached_bytes[:, layer], self._pool.seconds_per_byte, -fitting))
+        links_s = self._pool.links_s
+        nearness = np.zeros(len(fitting)) if links_s is None else links_s[router]
+        cached = self._pool.cached_bytes[:, layer]
+        ranked = np.lexsort((-cached, self._pool.seconds_per_byte, nearness, -fitting))
         return int(ranked[0]), int(fitting[ranked[0]])

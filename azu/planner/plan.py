@@ -6,12 +6,14 @@ from azu.errors import InsufficientCapacity, InvalidRequest
 from azu.planner.demand import Demand
 from azu.planner.experts import Spread, spread_experts
 from azu.planner.policy import PlanPolicy
-from azu.planner.pool import Pool, seconds_per_byte
+from azu.planner.pool import Pool
+from azu.planner.prediction import predicted
+from azu.planner.search import Route
 from azu.planner.shortage import shortage
-from azu.planner.stages import Route, best_routes
+from azu.planner.stages import best_routes
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
-from azu.protocol.topology import ExpertSet, LayerSpan, Prediction, Stage, Topology
+from azu.protocol.topology import ExpertSet, LayerSpan, Stage, Topology
 
 # What a place for one expert is worth, in frames.
 _ROOM_PRICES = (0.0, 0.25, 1.0, 4.0, 1e6)
@@ -38,19 +40,6 @@ def plan(structure: Structure, nodes: Sequence[Node], policy: PlanPolicy, *, epo
                 return _topology(demand, pool, route, spread, epoch)
             tried.append(spread)
     raise InsufficientCapacity(shortage(demand, pool, tried))
-
-
-def _step_seconds(demand: Demand, pool: Pool, route: Route, spread: Spread, batch_size: int) -> float:
-    """Return the time of one step of `batch_size` sequences."""
-    # One frame into each stage and one answer; a router asks its experts and waits for them: two more.
-    frames = len(route.spans) + 1 + 2 * spread.layers_apart
-    speeds = seconds_per_byte([pool.nodes[node] for node, _ in route.spans], demand, batch_size)
-    sums = demand.active_sums
-    computing = sum(
-        float(sums[span.end] - sums[span.start]) * float(speed)
-        for (_, span), speed in zip(route.spans, speeds, strict=True)
-    )
-    return frames * demand.policy.hop_s + computing
 
 
 def _topology(demand: Demand, pool: Pool, route: Route, spread: Spread, epoch: int) -> Topology:
@@ -82,9 +71,5 @@ def _topology(demand: Demand, pool: Pool, route: Route, spread: Spread, epoch: i
         expert_sets=expert_sets,
         num_blocks=policy.num_blocks,
         block_size=policy.block_size,
-        prediction=Prediction(
-            tokens_per_s=policy.batch_size / _step_seconds(demand, pool, route, spread, policy.batch_size),
-            time_per_output_token_s=_step_seconds(demand, pool, route, spread, 1),
-            lamports_per_token=policy.lamports_per_token_layer * structure.num_layers,
-        ),
+        prediction=predicted(demand, pool.nodes, stages, expert_sets),
     )

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from azu.planner.demand import Demand
+from azu.planner.links import link_matrix, rounded
 from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import EMBED, Shard, Structure
 from azu.units import MIB
@@ -18,13 +19,15 @@ class Pool:
 
     `room_bytes` is free VRAM in whole MiB, as Ray hands it out. `seconds_per_byte` is a node's time per
     weight byte that a token touches: read once a step, multiplied once per sequence.
-    `cached_bytes[node, layer]` counts what of a layer is on the node's disk.
+    `cached_bytes[node, layer]` counts what of a layer is on the node's disk. `links_s[node, other]` is the
+    time of a frame between two, at least the policy's hop; None when no link was measured.
     """
 
     nodes: tuple[Node, ...]
     room_bytes: NDArray[np.int64]
     seconds_per_byte: NDArray[np.float64]
     cached_bytes: NDArray[np.int64]
+    links_s: NDArray[np.float64] | None = None
 
     @classmethod
     def of(cls, nodes: Sequence[Node], demand: Demand) -> "Pool":
@@ -35,6 +38,7 @@ class Pool:
             room_bytes=np.array([node.vram_free_bytes // MIB * MIB for node in alive], np.int64),
             seconds_per_byte=seconds_per_byte(alive, demand, demand.policy.batch_size),
             cached_bytes=_cached_bytes(alive, demand.structure),
+            links_s=link_matrix(alive, demand.policy.hop_s),
         )
 
 
@@ -42,17 +46,9 @@ def seconds_per_byte(nodes: Sequence[Node], demand: Demand, batch_size: int) -> 
     """Return each node's time per weight byte touched, at a batch of `batch_size` sequences."""
     flops_per_byte = 2 * batch_size / demand.structure.dtype_bytes
     return np.array(
-        [
-            1 / _rounded(node.memory_bytes_per_s) + flops_per_byte / _rounded(node.flops_per_s)
-            for node in nodes
-        ],
+        [1 / rounded(node.memory_bytes_per_s) + flops_per_byte / rounded(node.flops_per_s) for node in nodes],
         np.float64,
     )
-
-
-def _rounded(speed: float) -> float:
-    """Round a measured speed to two digits: the third is noise, and must not outweigh a cached shard."""
-    return float(f"{speed:.1e}")
 
 
 def _cached_bytes(nodes: Sequence[Node], structure: Structure) -> NDArray[np.int64]:

@@ -1,9 +1,10 @@
 """The best plan of a small network, found by trying everything. Experts are all of one size."""
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 
 from azu.planner.demand import Demand
+from azu.planner.links import link_s
 from azu.planner.policy import PlanPolicy
 from azu.planner.pool import Pool
 from azu.protocol.node import Node
@@ -46,4 +47,8 @@ def _seconds(demand: Demand, pool: Pool, route: list[tuple[int, int, int]]) -> f
         left[node] = left[node] // MIB * MIB
     if waiting > sum(max(0, (room - demand.expert_set_overhead_bytes) // expert) for room in left if expert):
         return None
-    return (len(route) + 1 + 2 * layers_apart) * demand.policy.hop_s + computing
+    hop_s = demand.policy.hop_s
+    between = [
+        link_s(pool.nodes[node], pool.nodes[after], hop_s) for (node, *_), (after, *_) in pairwise(route)
+    ]
+    return float(sum(between) + (2 + 2 * layers_apart) * hop_s + computing)
