@@ -5,7 +5,7 @@ from pathlib import Path
 
 from azu.config import ControlConfig
 from azu.protocol.structure import Structure
-from azu.registry.description import ModelDescription
+from azu.registry.description import KnownModel, ModelDescription
 from azu.registry.status import ModelStatus, RedisModelStatus
 
 _CUTS_AT_ONCE = 2
@@ -51,6 +51,10 @@ class Registry:
     def status(self, model_id: str) -> ModelStatus:
         """Return how far the model is."""
         return self._status.get(model_id)
+
+    def known(self) -> list[KnownModel]:
+        """Return the models that can be asked for without a first cut of the Hub's."""
+        return self._models.known()
 
     def read(self, model_id: str, revision: str, shard_name: str, offset: int, size: int) -> bytes:
         """Return a chunk of a shard; large ones travel through the object store."""

@@ -4,16 +4,21 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from azu.auth.keys import ApiKey
 from azu.errors import AzuError, InternalError, Unavailable
-from azu.protocol.job import Job, JobOutcome, JobState, TokenEvent
+from azu.protocol.job import Job, JobOutcome, JobState
 from deployments.accounts import Key, ServicesNow
-from deployments.openai import Answer, ChatRequest, CompletionRequest, usage
+from deployments.answers import Answer, Part, usage
+from deployments.following import follow
+from deployments.openai import ChatRequest, CompletionRequest
 from deployments.sampling import sampling_params
 from deployments.services import ServedModel, Services
 
@@ -46,66 +51,83 @@ async def _answer(
 ) -> Response:  # fmt: skip
     limit = services.intake.completion_limit(model.facts, len(prompt))
     sampling = sampling_params(body, model, default_max_tokens=limit)
-    job = await services.intake.accept(key, model.facts, prompt, sampling)
-    answer = Answer(chat=chat, job_id=job.job_id, model=body.model, created_s=int(time.time()))
-    if body.stream:
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        pieces = _stream(services, job, model, answer, include_usage=include_usage)
-        return StreamingResponse(
-            pieces, media_type="text/event-stream", headers={"cache-control": "no-cache"}
-        )
-    return await _whole(services, job, model, answer)
+    accepting = services.intake.accept(key, model.facts, prompt, sampling, body.n or 1)
+    job = await _finished_or_given_up(services, asyncio.create_task(accepting))
+    answer = Answer(
+        chat=chat, job_id=job.job_id, model=body.model, created_s=int(time.time()), decoder=model.tokenizer
+    )
+    if not body.stream:
+        return await _whole(services, job, model, answer)
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    return _JobStream(services, job, _events(services, job, model, answer, include_usage=include_usage))
 
 
-async def follow(
-    services: Services, job: Job, model: ServedModel
-) -> AsyncIterator[tuple[str, JobOutcome | None]]:
-    """Yield a job's text in pieces, at last with its outcome; a reader that goes away cancels the job."""
-    text = model.tokenizer.stream(job.prompt_token_ids)
-    ended = False
+async def _finished_or_given_up(services: Services, accepting: asyncio.Task[Job]) -> Job:
+    """Let a job be accepted or refused in full, even if whoever asked for it is gone meanwhile."""
     try:
-        async for event in services.jobs.events(job.job_id):
-            if isinstance(event, TokenEvent):
-                if piece := text.push(event.token_ids):
-                    yield piece, None
-            else:
-                ended = True
-                yield text.finish(), event
+        return await asyncio.shield(accepting)
+    except asyncio.CancelledError:
+        job = await accepting
+        await services.jobs.cancel(job.job_id)
+        raise
+
+
+@asynccontextmanager
+async def _while_wanted(services: Services, job: Job) -> AsyncIterator[None]:
+    """Cancel a job whose reader goes away; one that has ended stays as it is."""
+    try:
+        yield
     finally:
-        if not ended:
-            await asyncio.shield(services.jobs.cancel(job.job_id))
+        await asyncio.shield(services.jobs.cancel(job.job_id))
+
+
+class _JobStream(StreamingResponse):
+    """A job's events as they come; whatever ends the response, even before its first byte, ends the job."""
+
+    def __init__(self, services: Services, job: Job, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._services = services
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with _while_wanted(self._services, self._job):
+            await super().__call__(scope, receive, send)
 
 
 async def _whole(services: Services, job: Job, model: ServedModel, answer: Answer) -> Response:
-    text, outcome = "", None
-    async for piece, outcome in follow(services, job, model):  # noqa: B007
-        text += piece
-    if outcome is None:
-        raise InternalError(f"{job.job_id} ended without an outcome")
-    if outcome.state is JobState.FAILED:
-        error = _error_of(outcome)
-        headers = _NO_RETRY if outcome.receipt.charged_lamports else None
-        return JSONResponse(error.to_openai(), error.status, headers=headers)
-    return JSONResponse(answer.whole(text, outcome.finish_reason, _usage(job, outcome)))
+    choices = [Part(index) for index in range(job.choices)]
+    async with _while_wanted(services, job):
+        async for part in follow(services.jobs, job, model.tokenizer):
+            if isinstance(part, Part):
+                choices[part.choice] = _joined(choices[part.choice], part)
+            elif part.state is JobState.FAILED:
+                error = _error_of(part)
+                headers = _NO_RETRY if part.receipt.charged_lamports else None
+                return JSONResponse(error.to_openai(), error.status, headers=headers)
+            else:
+                return JSONResponse(answer.whole(choices, _usage(job, part)))
+    raise InternalError(f"{job.job_id} ended without an outcome")
 
 
-async def _stream(
+async def _events(
     services: Services, job: Job, model: ServedModel, answer: Answer, *, include_usage: bool
 ) -> AsyncIterator[str]:
-    if opening := answer.opening():
-        yield _event(opening)
-    async for piece, outcome in follow(services, job, model):
-        if piece:
-            yield _event(answer.piece(piece))
-        if outcome is None:
-            continue
-        if outcome.state is JobState.FAILED:
-            yield _event(_error_of(outcome).to_openai())
-        else:
-            yield _event(answer.closing(outcome.finish_reason))
-            if include_usage:
-                yield _event(answer.usage_chunk(_usage(job, outcome)))
+    for choice in range(job.choices):
+        if opening := answer.opening(choice):
+            yield _event(opening)
+    async for part in follow(services.jobs, job, model.tokenizer):
+        if isinstance(part, Part):
+            for chunk in answer.chunks(part):
+                yield _event(chunk)
+        elif part.state is JobState.FAILED:
+            yield _event(_error_of(part).to_openai())
+        elif include_usage:
+            yield _event(answer.usage_chunk(_usage(job, part)))
     yield "data: [DONE]\n\n"
+
+
+def _joined(before: Part, new: Part) -> Part:
+    return replace(new, text=before.text + new.text, scores=before.scores + new.scores)
 
 
 def _usage(job: Job, outcome: JobOutcome) -> dict[str, int]:

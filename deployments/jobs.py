@@ -12,9 +12,10 @@ from azu.errors import Forbidden, NotFound
 from azu.jobs.record import JobRecord
 from azu.protocol.job import JobState
 from deployments.accounts import Key, ServicesNow
-from deployments.openai import CompletionRequest, Text, usage
+from deployments.answers import usage
+from deployments.openai import CompletionRequest, Text
 from deployments.sampling import sampling_params
-from deployments.services import Services
+from deployments.services import ServedModel, Services
 
 router = APIRouter()
 
@@ -49,17 +50,20 @@ async def results(job_id: str, key: Key, services: ServicesNow) -> dict[str, Any
     """Return a job's state and what it has produced so far."""
     record = await owned(services, key, job_id)
     model = await services.model(record.job.model_id)
-    token_ids = await services.jobs.tokens(job_id)
-    text = model.tokenizer.stream(record.job.prompt_token_ids)
+    choices = [
+        _choice(model, record, await services.jobs.tokens(job_id, index))
+        for index in range(record.job.choices)
+    ]
+    completion_tokens = sum(len(choice["token_ids"]) for choice in choices)
     outcome = record.outcome
     receipt = outcome.receipt if outcome else None
     return {
         "job_id": job_id,
         "status": record.state.value,
-        "text": text.push(token_ids) + text.finish(),
-        "token_ids": token_ids,
+        **choices[0],
+        "choices": choices,
         "finish_reason": outcome.finish_reason.value if outcome else None,
-        "usage": usage(len(record.job.prompt_token_ids), len(token_ids), receipt),
+        "usage": usage(len(record.job.prompt_token_ids), completion_tokens, receipt),
         "receipt": receipt_facts(receipt) if receipt else None,
         "error": outcome.error if outcome else None,
     }
@@ -71,6 +75,14 @@ async def jobs(
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the caller's jobs, newest first."""
     return {"data": [_line(record) for record in await services.jobs.of(key.address, limit)]}
+
+
+def _choice(model: ServedModel, record: JobRecord, token_ids: tuple[int, ...]) -> dict[str, Any]:
+    text = model.tokenizer.completion(record.job.prompt_token_ids, record.job.sampling)
+    shown = [text.push(token_id).text for token_id in token_ids]
+    if record.outcome is not None:
+        shown.append(text.finish().text)
+    return {"text": "".join(shown), "token_ids": token_ids}
 
 
 async def owned(services: Services, key: ApiKey, job_id: str) -> JobRecord:

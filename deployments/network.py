@@ -11,8 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from azu.errors import AzuError, Unauthenticated
 from azu.protocol.job import Placement
 from azu.protocol.node import Node
+from azu.registry.description import KnownModel
 from azu.registry.status import ModelStatus
 from deployments.accounts import Key, ServicesNow
+from deployments.services import Services
 
 router = APIRouter()
 _STATUS = TypeAdapter(ModelStatus)
@@ -60,18 +62,22 @@ async def network(_: Key, services: ServicesNow) -> dict[str, Any]:
 
 @router.get("/v1/models")
 async def models(_: Key, services: ServicesNow) -> dict[str, Any]:
-    """Return the models that can be asked for without a first cut."""
-    return {"object": "list", "data": [_model(model_id) for model_id in await services.registry("known")]}
+    """Return the models that are built in or cut."""
+    known: list[KnownModel] = await services.registry("known")
+    deployed = await _deployed(services)
+    data = [
+        _model(services, one.model_id, one.num_layers, one.context_length, one.model_id in deployed)
+        for one in known
+    ]
+    return {"object": "list", "data": data}
 
 
 @router.get("/v1/models/{model_id:path}")
 async def model(model_id: str, _: Key, services: ServicesNow) -> dict[str, Any]:
     """Return one model, known or not yet cut; raises ModelNotFound."""
-    served = await services.model(model_id)
-    return _model(model_id) | {
-        "context_length": served.facts.context_length,
-        "num_layers": served.facts.num_layers,
-    }
+    facts = (await services.model(model_id)).facts
+    deployed = model_id in await _deployed(services)
+    return _model(services, model_id, facts.num_layers, facts.context_length, deployed)
 
 
 @router.post("/models/shard")
@@ -108,12 +114,31 @@ def _node(node: Node) -> dict[str, Any]:
         "device": node.device,
         "vram_total_bytes": node.vram_total_bytes,
         "vram_free_bytes": node.vram_free_bytes,
+        "vram_used_bytes": node.vram_used_bytes,
+        "vram_other_bytes": node.vram_other_bytes,
+        "load": node.load,
         "cached_shards": len(node.cached_shards),
     }
 
 
-def _model(model_id: str) -> dict[str, Any]:
-    return {"id": model_id, "object": "model", "created": 0, "owned_by": model_id.split("/", maxsplit=1)[0]}
+async def _deployed(services: Services) -> set[str]:
+    deployments = await services.scheduler("deployments")
+    return {model_id for model_id, _, state, *_ in deployments if state == "running"}
+
+
+def _model(
+    services: Services, model_id: str, num_layers: int, context_length: int, deployed: bool
+) -> dict[str, Any]:
+    return {
+        "id": model_id,
+        "object": "model",
+        "created": 0,
+        "owned_by": model_id.split("/", maxsplit=1)[0],
+        "context_length": context_length,
+        "num_layers": num_layers,
+        "lamports_per_token": num_layers * services.config.policy.price.lamports_per_token_layer,
+        "deployed": deployed,
+    }
 
 
 def _status(status: ModelStatus) -> dict[str, Any]:

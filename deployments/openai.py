@@ -1,11 +1,10 @@
-"""OpenAI's request schema to our sampling, and our tokens to OpenAI's answers."""
+"""OpenAI's requests: what azu takes of them, and by which name it refuses the rest."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from azu.errors import InvalidRequest
-from azu.protocol.job import FinishReason, Receipt
 
 # Parameters azu does not have, with the values that ask for nothing: others would change the output.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -14,17 +13,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (None, False),
     "function_call": (None, "none"),
     "functions": (None, []),
-    "logprobs": (None, False, 0),
     "modalities": (None, ["text"]),
-    "n": (None, 1),
     "prediction": (None,),
     "reasoning_effort": (None,),
     "response_format": (None, {"type": "text"}),
-    "stop": (None, [], ""),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
-    "top_logprobs": (None, 0),
     "verbosity": (None,),
     "web_search_options": (None,),
 }
@@ -37,6 +32,12 @@ _IGNORED = frozenset(
 )  # fmt: skip
 
 
+_MAX_CHOICES = 128
+_MAX_STOPS = 16
+_MAX_STOP_CHARACTERS = 256
+_MAX_TOP_LOGPROBS = 20
+
+
 def _finite_text(text: Any) -> Any:
     # A lone surrogate is no character: it cannot be written down or tokenised.
     if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
@@ -44,7 +45,15 @@ def _finite_text(text: Any) -> Any:
     return text
 
 
+def _stop_strings(stop: Any) -> Any:
+    """Take one stop string for a list of one; an empty one asks for nothing."""
+    if stop is None or stop == "":
+        return []
+    return [stop] if isinstance(stop, str) else stop
+
+
 Text = Annotated[str, BeforeValidator(_finite_text)]
+StopString = Annotated[Text, Field(min_length=1, max_length=_MAX_STOP_CHARACTERS)]
 
 
 class StreamOptions(BaseModel):
@@ -74,6 +83,11 @@ class _Generation(BaseModel):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool = False
+    n: int | None = Field(default=None, ge=1, le=_MAX_CHOICES)
+    stop: Annotated[list[StopString], BeforeValidator(_stop_strings)] = Field(
+        default=[], max_length=_MAX_STOPS
+    )
+    stop_token_ids: list[int] | None = Field(default=None, max_length=_MAX_STOPS)
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -119,72 +133,26 @@ class ChatRequest(_Generation):
 
     messages: list[Message] = Field(min_length=1, max_length=1024)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=_MAX_TOP_LOGPROBS)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives to say beside each token's own log probability, None for neither."""
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+        return None
 
 
 class CompletionRequest(_Generation):
     """POST /v1/completions: the prompt is taken as it is."""
 
     prompt: Text = Field(min_length=1)
-
-
-def usage(prompt_tokens: int, completion_tokens: int, receipt: Receipt | None) -> dict[str, int]:
-    """Return OpenAI's usage with the charge beside it."""
-    counted = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-    return counted if receipt is None else counted | {"cost_lamports": receipt.charged_lamports}
-
-
-def finish_reason(reason: FinishReason) -> str:
-    """Return OpenAI's word; a cancelled text just stops."""
-    return FinishReason.LENGTH.value if reason is FinishReason.LENGTH else FinishReason.STOP.value
-
-
-class Answer:
-    """The objects of one answer, whole or as chunks of a stream."""
-
-    def __init__(self, *, chat: bool, job_id: str, model: str, created_s: int) -> None:
-        self._chat = chat
-        self._head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{job_id}",
-            "created": created_s,
-            "model": model,
-            "azu": {"job_id": job_id},
-        }
-
-    def whole(self, text: str, reason: FinishReason, counted: dict[str, int]) -> dict[str, Any]:
-        """Return the answer in one piece."""
-        body: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}}
-            if self._chat
-            else {"text": text}
-        )
-        choice = {"index": 0, **body, "logprobs": None, "finish_reason": finish_reason(reason)}
-        kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._head, "object": kind, "choices": [choice], "usage": counted}
-
-    def opening(self) -> dict[str, Any] | None:
-        """Return the chunk before the first piece; only chats have one."""
-        return self._chunk({"delta": {"role": "assistant", "content": ""}}, None) if self._chat else None
-
-    def piece(self, text: str) -> dict[str, Any]:
-        """Return a chunk with a piece of text."""
-        return self._chunk({"delta": {"content": text}} if self._chat else {"text": text}, None)
-
-    def closing(self, reason: FinishReason) -> dict[str, Any]:
-        """Return the chunk that ends the text."""
-        return self._chunk({"delta": {}} if self._chat else {"text": ""}, finish_reason(reason))
-
-    def usage_chunk(self, counted: dict[str, int]) -> dict[str, Any]:
-        """Return the chunk that carries the usage: it has no choices."""
-        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": counted}
+    logprobs: int | None = Field(default=None, ge=0, le=_MAX_TOP_LOGPROBS)
 
     @property
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self._chat else "text_completion"
-
-    def _chunk(self, body: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, **body, "logprobs": None, "finish_reason": reason}
-        return {**self._head, "object": self._chunk_kind, "choices": [choice]}
+    def num_logprobs(self) -> int | None:
+        """How many alternatives to say beside each token's own log probability, None for neither."""
+        return self.logprobs

@@ -1,6 +1,7 @@
 """A request's parameters, completed by the model's own defaults, as the engine takes them."""
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import replace
 
 from azu.errors import InvalidRequest
@@ -20,14 +21,26 @@ def sampling_params(
 ) -> SamplingParams:
     """Return the sampling that a request asks for; raises InvalidRequest that names the parameter."""
     given = {name: value for name in _PASSED if (value := getattr(body, name)) is not None}
-    return replace(
+    bias = _logit_bias(body.logit_bias)
+    _check_tokens("logit_bias", bias, model.vocab_size)
+    _check_tokens("stop_token_ids", body.stop_token_ids or (), model.vocab_size)
+    sampling = replace(
         model.defaults,
         **given,
         max_tokens=_max_tokens(body, default_max_tokens),
         ignore_eos=body.ignore_eos,
-        logit_bias=_logit_bias(body.logit_bias),
+        logit_bias=bias,
         seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
+        stop=tuple(body.stop),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        logprobs=body.num_logprobs,
     )
+    if (body.min_tokens or 0) > sampling.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens is {body.min_tokens}, more than max_tokens {sampling.max_tokens}",
+            param="min_tokens",
+        )
+    return sampling
 
 
 def _max_tokens(body: ChatRequest | CompletionRequest, default: int) -> int:
@@ -45,3 +58,9 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
     if not all(-100 <= value <= 100 for value in checked.values()):
         raise InvalidRequest("its values must lie between -100 and 100", param="logit_bias")
     return checked
+
+
+def _check_tokens(param: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    """Refuse ids that the model has no logit for: the last stage could not look them up."""
+    if not all(0 <= token_id < vocab_size for token_id in token_ids):
+        raise InvalidRequest(f"its token ids must lie between 0 and {vocab_size - 1}", param=param)

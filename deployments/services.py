@@ -2,12 +2,9 @@
 
 import asyncio
 import secrets
-import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray.actor import ActorHandle
@@ -27,6 +24,8 @@ from azu.protocol.sampling import SamplingParams
 from azu.registry.description import ModelDescription
 from azu.treasury.claims import RedisClaims
 from azu.treasury.receipts import RedisReceipts
+from azu.treasury.withdrawals import RedisWithdrawals
+from deployments.defaults import default_sampling
 
 if TYPE_CHECKING:
     from azu.engine.tokenizer import Tokenizer
@@ -45,6 +44,7 @@ class ServedModel:
     """A described model with its tokenizer."""
 
     facts: ModelFacts
+    vocab_size: int
     tokenizer: "Tokenizer"
     defaults: SamplingParams
 
@@ -62,6 +62,7 @@ class Services:
         self.spend_limits = SpendLimits(self.spending, self.ledger)
         self.claims = RedisClaims.from_url(config.redis_url)
         self.receipts = RedisReceipts.from_url(config.redis_url)
+        self.withdrawals = RedisWithdrawals.from_url(config.redis_url)
         self.intake = Intake(
             self.ledger,
             self.jobs,
@@ -124,23 +125,18 @@ def warm_up() -> None:
 
 
 def _served(described: ModelDescription) -> ServedModel:
-    """Build the tokenizer from the description's files, in memory's own temporary folder."""
     from azu.engine.tokenizer import Tokenizer  # noqa: PLC0415 - loads transformers
 
     architecture = described.architecture
-    with tempfile.TemporaryDirectory(prefix="azu-tokenizer-") as folder:
-        _write_all(Path(folder), described.files)
-        tokenizer = Tokenizer(Path(folder))
-        defaults = SamplingParams(max_tokens=1)
     facts = ModelFacts(
         model_id=described.model_id,
         revision=described.revision,
         num_layers=len(architecture.layers),
         context_length=architecture.context_length,
     )
-    return ServedModel(facts, tokenizer, defaults)
-
-
-def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+    return ServedModel(
+        facts,
+        vocab_size=architecture.vocab_size,
+        tokenizer=Tokenizer.from_files(described.files),
+        defaults=default_sampling(described.files),
+    )

@@ -1,6 +1,7 @@
 """An answer as it comes."""
 
 import json
+from collections import defaultdict
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from azu.errors import Unavailable
 class Stream:
     """The pieces of one answer as they come; `result()` after the last one.
 
+    Of several choices the first one's pieces are given, and the result has all.
     Leaving the loop early or calling `close()` cancels the job: what was delivered is paid.
     """
 
@@ -22,7 +24,7 @@ class Stream:
             "POST", path, json=body | {"stream": True, "stream_options": {"include_usage": True}}
         )
         self._model = body["model"]
-        self._text: list[str] = []
+        self._texts: defaultdict[int, list[str]] = defaultdict(list)
         self._job_id = ""
         self._finish_reason = ""
         self._usage: dict[str, int] | None = None
@@ -42,13 +44,14 @@ class Stream:
         if self._usage is None:
             raise Unavailable("the stream ended before its usage was said")
         return Generation(
-            text="".join(self._text),
+            text="".join(self._texts[0]),
             model=self._model,
             job_id=self._job_id,
             finish_reason=self._finish_reason,
             prompt_tokens=self._usage["prompt_tokens"],
             completion_tokens=self._usage["completion_tokens"],
             charged_lamports=self._usage["cost_lamports"],
+            texts=tuple("".join(pieces) for _, pieces in sorted(self._texts.items())),
         )
 
     def _read(self) -> Generator[str, None, None]:
@@ -69,9 +72,11 @@ class Stream:
     def _take(self, chunk: dict[str, Any]) -> str:
         self._job_id = chunk["azu"]["job_id"]
         self._usage = chunk.get("usage") or self._usage
-        piece = ""
+        given = ""
         for choice in chunk["choices"]:
             piece = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-            self._finish_reason = choice["finish_reason"] or self._finish_reason
-        self._text.append(piece)
-        return piece
+            self._texts[choice["index"]].append(piece)
+            if choice["index"] == 0:
+                given += piece
+                self._finish_reason = choice["finish_reason"] or self._finish_reason
+        return given

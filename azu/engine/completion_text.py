@@ -20,7 +20,7 @@ class Decoder(Protocol):
 class Piece:
     """Text that may be shown, and where in the text each token that is settled with it begins.
 
-    The tokens are the next ones of the completion, in order; those that only wrote a stop string never come.
+    The tokens are the next ones of the completion, in order; those that wrote at a stop string never come.
     """
 
     text: str = ""
@@ -42,7 +42,7 @@ class CompletionText:
         self._num_decoded = 0
         self._num_shown = 0
         self._held = ""
-        self._unsettled: deque[int] = deque()
+        self._unsettled: deque[tuple[int, int]] = deque()  # where each token's text begins and ends
         self.stopped = False
 
     def ends_with(self, token_id: int) -> bool:
@@ -55,12 +55,12 @@ class CompletionText:
         if self.stopped:
             return Piece()
         self._num_tokens += 1
-        self._unsettled.append(self._num_decoded)
+        begin = self._num_decoded
         self._take(self._decoder.push([token_id]))
+        self._unsettled.append((begin, self._num_decoded))
         if self._num_tokens >= self._min_tokens and (end := self._first_stop()) is not None:
             return self._end_at(end)
-        piece = self._show(len(self._held) - self._num_undecided())
-        return Piece(piece, self._settle(self._num_shown))
+        return self._show(len(self._held) - self._num_undecided())
 
     def finish(self) -> Piece:
         """Return the rest of a completion that has ended."""
@@ -69,7 +69,8 @@ class CompletionText:
         self._take(self._decoder.finish())
         if self._num_tokens >= self._min_tokens and (end := self._first_stop()) is not None:
             return self._end_at(end)
-        return Piece(self._show(len(self._held)), self._settle(self._num_decoded + 1))
+        rest = tuple(begin for begin, _ in self._unsettled)
+        return Piece(self._held, rest)
 
     def _take(self, text: str) -> None:
         self._held += text
@@ -77,19 +78,19 @@ class CompletionText:
 
     def _end_at(self, end: int) -> Piece:
         self.stopped = True
-        return Piece(self._show(end), self._settle(self._num_shown))
+        return self._show(end)
 
-    def _show(self, num_characters: int) -> str:
-        shown, self._held = self._held[:num_characters], self._held[num_characters:]
+    def _show(self, num_characters: int) -> Piece:
+        text, self._held = self._held[:num_characters], self._held[num_characters:]
         self._num_shown += num_characters
-        return shown
-
-    def _settle(self, end: int) -> tuple[int, ...]:
-        """Return the offsets of tokens whose text begins before `end`."""
         settled = []
-        while self._unsettled and self._unsettled[0] < end:
-            settled.append(self._unsettled.popleft())
-        return tuple(settled)
+        while self._unsettled and self._is_shown(*self._unsettled[0]):
+            settled.append(self._unsettled.popleft()[0])
+        return Piece(text, tuple(settled))
+
+    def _is_shown(self, begin: int, end: int) -> bool:
+        # A token without text, such as a part of a character, waits for the text after it.
+        return begin < self._num_shown and end <= self._num_shown
 
     def _first_stop(self) -> int | None:
         found = (self._held.find(stop) for stop in self._stop)

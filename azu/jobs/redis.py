@@ -84,11 +84,16 @@ class RedisJobs:
         assert all(records), "a job is written down and queued in one script"
         return [record for record in records if record is not None]
 
-    async def set_state(self, job_id: str, state: JobState) -> None:
-        """Record that a job is QUEUED or RUNNING; a job that has ended stays as it is. Raises NotFound."""
+    async def set_state(self, job_id: str, state: JobState) -> bool:
+        """Record that a job is QUEUED or RUNNING; says whether its user gave it up before.
+
+        A job that has ended stays as it is. Raises NotFound.
+        """
         assert state in (JobState.QUEUED, JobState.RUNNING), "finish() ends a job"
-        if await self._set_state([job_key(job_id)], [state.value]) < 0:
+        cancelled = await self._set_state([job_key(job_id)], [state.value])
+        if cancelled < 0:
             raise _unknown(job_id)
+        return bool(cancelled)
 
     async def append(self, events: Sequence[tuple[str, TokenEvent]]) -> None:
         """Write the new tokens of many jobs in one round trip.

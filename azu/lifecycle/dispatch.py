@@ -45,8 +45,8 @@ class JobQueue(Protocol):
     async def take(self, consumer: str, block_ms: int, claim_idle_ms: int) -> list[JobRecord]:
         """Return jobs that are this consumer's now, waiting up to `block_ms` for one."""
 
-    async def set_state(self, job_id: str, state: JobState) -> None:
-        """Record the job's state."""
+    async def set_state(self, job_id: str, state: JobState) -> bool:
+        """Record the job's state; say whether its user gave it up before."""
 
     async def done(self, job_id: str) -> None:
         """Take the job out of the queue."""
@@ -108,10 +108,11 @@ class Dispatcher:
     async def _run(self, job: Job) -> tuple[Ran, Route]:
         try:
             model = await self._deployments.ensure(job.model_id, job.revision)
-            if job.job_id in self._cancelled:
+            given_up = await self._jobs.set_state(job.job_id, JobState.RUNNING)
+            if given_up or job.job_id in self._cancelled:
                 return Ran(completion_tokens=0, finish_reason=FinishReason.CANCELLED), _EMPTY_ROUTE
+            # Nothing may come between: a cancellation reaches the model behind the job, or is seen above.
             self._models[job.job_id] = model
-            await self._jobs.set_state(job.job_id, JobState.RUNNING)
             return await model.run(job), model.route
         except AzuError as error:
             return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=error), _EMPTY_ROUTE

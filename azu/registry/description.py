@@ -14,3 +14,13 @@ class ModelDescription:
     revision: str
     architecture: Architecture
     files: Mapping[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model that can be asked for at once: it is built in or cut."""
+
+    model_id: str
+    revision: str
+    num_layers: int
+    context_length: int

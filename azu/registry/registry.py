@@ -12,9 +12,9 @@ from filelock import FileLock, Timeout
 import azu.architecture
 from azu.errors import AzuError, InvalidRequest, NotFound, Unavailable
 from azu.protocol.structure import STRUCTURE_FILE, Shard, Structure
-from azu.registry.description import ModelDescription
+from azu.registry.description import KnownModel, ModelDescription
 from azu.registry.report import Report
-from azu.registry.sources import Source, find, folder_name
+from azu.registry.sources import Source, built_in_models, find, folder_name
 from azu.registry.status import ModelStatusStore
 from azu.sharding.checkpoint import MODEL_FILES, contained_file
 from azu.sharding.cut import cut
@@ -106,6 +106,23 @@ class Registry:
                 return None
             self._structures[model_id, revision] = structure
         return self._structures[model_id, revision]
+
+    def known(self) -> list[KnownModel]:
+        """Return the models that are built in or cut, by id."""
+        built_in = {model_id: self.describe(model_id) for model_id in built_in_models()}
+        found = {
+            model_id: KnownModel(
+                model_id, one.revision, len(one.architecture.layers), one.architecture.context_length
+            )
+            for model_id, one in built_in.items()
+        }
+        for status in self._status.ready():
+            cut_model = self.structure(status.model_id, status.revision)
+            if status.model_id not in found and cut_model is not None:
+                found[status.model_id] = KnownModel(
+                    status.model_id, status.revision, cut_model.num_layers, cut_model.context_length
+                )
+        return sorted(found.values(), key=lambda model: model.model_id)
 
     def path(self, model_id: str, revision: str, shard_name: str) -> Path:
         """Return where a shard lies on this machine's disk; raises NotFound when it is not there."""

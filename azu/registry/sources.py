@@ -14,6 +14,7 @@ from azu.registry.hub import find_on_hub
 _BUILT_IN = re.compile(r"azu/([a-z0-9]+(?:-[a-z0-9]+)*)")
 # What Git and the Hub allow, less what could leave a folder.
 _REVISION = re.compile(r"[A-Za-z0-9_]+(?:[./-][A-Za-z0-9_]+)*")
+_BUILT_IN_FOLDER = Path(str(resources.files("configs"))) / "models"
 _MAX_ID_CHARS = 512
 _MAX_READABLE_CHARS = 64
 
@@ -58,6 +59,11 @@ def find(model_id: str, revision: str | None, roots: Sequence[Path]) -> Source:
     return find_on_hub(model_id, revision)
 
 
+def built_in_models() -> list[str]:
+    """Return the ids of the models that come with azu."""
+    return sorted(f"azu/{config.parent.name}" for config in _BUILT_IN_FOLDER.glob("*/config.json"))
+
+
 def folder_name(model_id: str) -> str:
     """Return the name of the folder that a model's revisions lie in: readable, and another for every id."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", model_id).strip("-.")[-_MAX_READABLE_CHARS:]
@@ -66,7 +72,7 @@ def folder_name(model_id: str) -> str:
 
 def _built_in(model_id: str) -> Path:
     match = _BUILT_IN.fullmatch(model_id)
-    folder = Path(str(resources.files("configs"))) / "models" / match[1] if match else None
+    folder = _BUILT_IN_FOLDER / match[1] if match else None
     if folder is None or not folder.is_dir():
         raise ModelNotFound(f"there is no built-in model {model_id!r}", param="model")
     return folder

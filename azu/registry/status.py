@@ -12,6 +12,8 @@ from redis import RedisError
 from azu.connection import connect_redis_sync
 from azu.errors import Unavailable
 
+_SCANNED_AT_ONCE = 1000
+
 
 class ModelState(StrEnum):
     """DESCRIBED models can be priced, READY ones placed; a FAILED one is tried again when asked for."""
@@ -47,6 +49,9 @@ class ModelStatusStore(Protocol):
     def get(self, model_id: str) -> ModelStatus:
         """Return the model's status, UNKNOWN for one never heard of."""
 
+    def ready(self) -> list[ModelStatus]:
+        """Return the models that are cut, by id."""
+
 
 class RedisModelStatus:
     """Model status in Redis, one key per model id; raises Unavailable when Redis does not answer."""
@@ -66,6 +71,13 @@ class RedisModelStatus:
         if content is None:
             return ModelStatus(model_id=model_id, revision="", state=ModelState.UNKNOWN)
         return _ADAPTER.validate_json(content)
+
+    def ready(self) -> list[ModelStatus]:
+        """Return the models that are cut, by id."""
+        with _redis_errors():
+            contents = self._redis.mget(sorted(self._redis.scan_iter(_key("*"), count=_SCANNED_AT_ONCE)))
+        found = [_ADAPTER.validate_json(content) for content in contents if content is not None]
+        return [status for status in found if status.state is ModelState.READY]
 
 
 @contextmanager

@@ -4,9 +4,9 @@ import pytest
 from pydantic import ValidationError
 
 from azu.errors import InvalidRequest
-from azu.protocol.job import FinishReason
-from deployments.openai import Answer, ChatRequest, CompletionRequest, Message
+from deployments.openai import ChatRequest, CompletionRequest, Message
 
+TEXT = {"model": "m", "prompt": "Hello"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -28,8 +28,9 @@ def test_what_asks_for_nothing_is_taken(neutral: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        ("n", 2),
-        ("n", True),
+        ("best_of", 2),
+        ("echo", True),
+        ("suffix", "x"),
         ("tools", [{"type": "function"}]),
         ("response_format", {"type": "json_object"}),
         ("audio", {}),
@@ -56,6 +57,16 @@ def test_what_would_change_the_output_is_refused_by_name(param: str, value: obje
         {"messages": [{"role": "wizard", "content": "x"}]},
         {"messages": [{"role": "user", "content": "\ud800"}]},
         {"stream": "yes"},
+        {"n": 0},
+        {"n": 129},
+        {"n": True},
+        {"stop": ["a", ""]},
+        {"stop": [7]},
+        {"stop": 7},
+        {"stop": ["x"] * 17},
+        {"stop": "x" * 257},
+        {"top_logprobs": 21, "logprobs": True},
+        {"stop_token_ids": ["7"]},
     ],
 )
 def test_values_out_of_range_and_unknown_keys_are_refused(change: dict[str, object]) -> None:
@@ -76,20 +87,35 @@ def test_a_completion_takes_one_prompt_as_it_is() -> None:
         CompletionRequest.model_validate({"model": "m", "prompt": ["a", "b"]})
 
 
-def test_a_streamed_chat_opens_with_its_role_and_closes_with_its_reason() -> None:
-    answer = Answer(chat=True, job_id="job-1", model="m", created_s=7)
-
-    opening, closing = answer.opening(), answer.closing(FinishReason.LENGTH)
-
-    assert opening is not None
-    assert opening["object"] == "chat.completion.chunk"
-    assert opening["choices"][0]["delta"]["role"] == "assistant"
-    assert closing["choices"][0]["finish_reason"] == "length"
-    assert answer.usage_chunk({})["choices"] == []
+def test_stop_is_one_string_or_several() -> None:
+    assert CompletionRequest.model_validate(TEXT | {"stop": "END"}).stop == ["END"]
+    assert CompletionRequest.model_validate(TEXT | {"stop": ["a", "b"]}).stop == ["a", "b"]
+    assert CompletionRequest.model_validate(TEXT).stop == []
 
 
-@pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.CANCELLED])
-def test_a_text_that_was_cut_off_by_its_reader_just_stops(reason: FinishReason) -> None:
-    answer = Answer(chat=False, job_id="job-1", model="m", created_s=7)
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, None),
+        ({"logprobs": False}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 3}, 3),
+    ],
+)
+def test_a_chat_asks_for_log_probabilities_in_two_words(
+    asked: dict[str, object], expected: int | None
+) -> None:
+    assert ChatRequest.model_validate(CHAT | asked).num_logprobs == expected
 
-    assert answer.whole("text", reason, {})["choices"][0]["finish_reason"] == "stop"
+
+def test_top_logprobs_without_logprobs_are_refused() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        _ = ChatRequest.model_validate(CHAT | {"top_logprobs": 3}).num_logprobs
+
+    assert refused.value.param == "top_logprobs"
+
+
+def test_a_completion_asks_for_log_probabilities_with_a_number() -> None:
+    assert CompletionRequest.model_validate(TEXT | {"logprobs": 2}).num_logprobs == 2
+    with pytest.raises(ValidationError):
+        CompletionRequest.model_validate(TEXT | {"logprobs": True})

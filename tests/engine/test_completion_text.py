@@ -94,8 +94,8 @@ def test_tokens_are_settled_with_their_text_and_those_of_a_stop_string_never() -
 
     settled = [text.push(index).token_offsets for index in range(6)]
 
-    # The space belongs to the fourth token, so that one is shown in part.
-    assert settled == [(0,), (), (2, 2), (8,), (), ()]
+    # The fourth token's space is shown, but the token itself would tell how the stop string begins.
+    assert settled == [(0,), (), (2, 2), (), (), ()]
 
 
 def test_all_tokens_are_settled_at_the_end_of_an_ordinary_text() -> None:

@@ -15,6 +15,9 @@ class Recorder:
     def get(self, model_id: str) -> ModelStatus:
         raise NotImplementedError
 
+    def ready(self) -> list[ModelStatus]:
+        raise NotImplementedError
+
 
 def test_a_status_is_what_was_put_last(redis_url):
     store = RedisModelStatus(redis_url)
@@ -31,12 +34,24 @@ def test_a_model_never_heard_of_is_unknown(redis_url):
     assert (status.state, status.error) == (ModelState.UNKNOWN, None)
 
 
+def test_only_models_that_are_cut_are_ready(redis_url):
+    store = RedisModelStatus(redis_url)
+    cut = ModelStatus("org/cut", "r1", ModelState.READY, 10, 10)
+    store.put(ModelStatus("org/described", "r1", ModelState.DESCRIBED))
+    store.put(cut)
+    store.put(ModelStatus("org/failed", "r1", ModelState.FAILED))
+    assert cut in store.ready()
+    assert {status.model_id for status in store.ready()}.isdisjoint({"org/described", "org/failed"})
+
+
 def test_a_redis_that_does_not_answer_is_unavailable():
     store = RedisModelStatus("redis://127.0.0.1:9/0")
     with pytest.raises(Unavailable):
         store.put(ModelStatus("org/model", "r1", ModelState.READY))
     with pytest.raises(Unavailable):
         store.get("org/model")
+    with pytest.raises(Unavailable):
+        store.ready()
 
 
 def test_progress_is_written_seldom_and_every_change_of_state_at_once():

@@ -1,0 +1,149 @@
+"""OpenAI's answers, whole or as the chunks of a stream."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from azu.engine.text_decoder import TextDecoder
+from azu.protocol.job import FinishReason, Receipt
+
+# JSON has no infinity; OpenAI says this for what is next to impossible.
+_LOWEST_LOGPROB = -9999.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token of a completion with its log probability and those of its alternatives, best first.
+
+    `offset` is where its text begins in the completion's text.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is new of one choice; with a `finish_reason` it was the last of it."""
+
+    choice: int
+    text: str = ""
+    scores: tuple[TokenScore, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+def usage(prompt_tokens: int, completion_tokens: int, receipt: Receipt | None) -> dict[str, int]:
+    """Return OpenAI's usage with the charge beside it."""
+    counted = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+    return counted if receipt is None else counted | {"cost_lamports": receipt.charged_lamports}
+
+
+def finish_reason(reason: FinishReason) -> str:
+    """Return OpenAI's word; a cancelled text just stops."""
+    return FinishReason.LENGTH.value if reason is FinishReason.LENGTH else FinishReason.STOP.value
+
+
+class Answer:
+    """The objects of one answer. `decoder` writes tokens as text where log probabilities were asked for."""
+
+    def __init__(
+        self, *, chat: bool, job_id: str, model: str, created_s: int, decoder: TextDecoder | None = None
+    ) -> None:
+        self._chat = chat
+        self._decoder = decoder
+        self._head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{job_id}",
+            "created": created_s,
+            "model": model,
+            "azu": {"job_id": job_id},
+        }
+
+    def whole(self, choices: Sequence[Part], counted: dict[str, int]) -> dict[str, Any]:
+        """Return the answer in one piece."""
+        kind = "chat.completion" if self._chat else "text_completion"
+        found = [self._whole_choice(choice) for choice in choices]
+        return {**self._head, "object": kind, "choices": found, "usage": counted}
+
+    def opening(self, choice: int) -> dict[str, Any] | None:
+        """Return the chunk before a choice's first piece; only chats have one."""
+        return self._chunk(choice, {"delta": {"role": "assistant", "content": ""}}) if self._chat else None
+
+    def chunks(self, part: Part) -> list[dict[str, Any]]:
+        """Return the chunks that say what is new of a choice."""
+        chunks = []
+        if part.text or part.scores:
+            new = {"delta": {"content": part.text}} if self._chat else {"text": part.text}
+            chunks.append(self._chunk(part.choice, new, self._logprobs(part.scores)))
+        if part.finish_reason is not None:
+            nothing: dict[str, Any] = {"delta": {}} if self._chat else {"text": ""}
+            chunks.append(self._chunk(part.choice, nothing, reason=finish_reason(part.finish_reason)))
+        return chunks
+
+    def usage_chunk(self, counted: dict[str, int]) -> dict[str, Any]:
+        """Return the chunk that carries the usage: it has no choices."""
+        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": counted}
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self._chat else "text_completion"
+
+    def _whole_choice(self, part: Part) -> dict[str, Any]:
+        message = {"role": "assistant", "content": part.text, "refusal": None}
+        return {
+            "index": part.choice,
+            **({"message": message} if self._chat else {"text": part.text}),
+            "logprobs": self._logprobs(part.scores),
+            "finish_reason": finish_reason(part.finish_reason or FinishReason.STOP),
+        }
+
+    def _chunk(
+        self,
+        choice: int,
+        body: Mapping[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        reason: str | None = None,
+    ) -> dict[str, Any]:
+        found = {"index": choice, **body, "logprobs": logprobs, "finish_reason": reason}
+        return {**self._head, "object": self._chunk_kind, "choices": [found]}
+
+    def _logprobs(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+        if not scores or self._decoder is None:
+            return None
+        return chat_logprobs(scores, self._decoder) if self._chat else text_logprobs(scores, self._decoder)
+
+
+def chat_logprobs(scores: Sequence[TokenScore], decoder: TextDecoder) -> dict[str, Any]:
+    """Return log probabilities as chats have them."""
+
+    def said(token_id: int, logprob: float) -> dict[str, Any]:
+        content = decoder.token_bytes(token_id)
+        return {
+            "token": decoder.token_text(token_id),
+            "logprob": max(logprob, _LOWEST_LOGPROB),
+            "bytes": None if content is None else list(content),
+        }
+
+    tokens = [
+        said(score.token_id, score.logprob) | {"top_logprobs": [said(*one) for one in score.top]}
+        for score in scores
+    ]
+    return {"content": tokens, "refusal": None}
+
+
+def text_logprobs(scores: Sequence[TokenScore], decoder: TextDecoder) -> dict[str, Any]:
+    """Return log probabilities as plain completions have them."""
+    return {
+        "tokens": [decoder.token_text(score.token_id) for score in scores],
+        "token_logprobs": [max(score.logprob, _LOWEST_LOGPROB) for score in scores],
+        "top_logprobs": [
+            {decoder.token_text(token_id): max(logprob, _LOWEST_LOGPROB) for token_id, logprob in score.top}
+            for score in scores
+        ],
+        "text_offset": [score.offset for score in scores],
+    }
