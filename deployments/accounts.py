@@ -6,7 +6,14 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from azu.auth.keys import ApiKey
-from azu.ledger.accounts import user_available, user_reserved, worker_earned, worker_paid, worker_paying
+from azu.ledger.accounts import (
+    user_available,
+    user_reserved,
+    user_withdrawing,
+    worker_earned,
+    worker_paid,
+    worker_paying,
+)
 from deployments.services import Services
 
 router = APIRouter()
@@ -61,13 +68,14 @@ async def deposit(
 
 @router.get("/v1/balance")
 async def balance(key: Key, services: ServicesNow) -> dict[str, Any]:
-    """Return what the key's address may spend and what its jobs hold."""
-    available = await services.ledger.balance(user_available(key.address))
-    reserved = await services.ledger.balance(user_reserved(key.address))
+    """Return what the key's address may spend, what its jobs hold and what is being sent back to it."""
+    accounts = (user_available(key.address), user_reserved(key.address), user_withdrawing(key.address))
+    available, reserved, withdrawing = await services.ledger.balances_of(*accounts)
     return {
         "address": key.address,
         "available_lamports": available,
         "reserved_lamports": reserved,
+        "withdrawing_lamports": withdrawing,
     }
 
 
@@ -81,9 +89,8 @@ async def earnings(
     """Return what the key's address earned by lending, what is on its way and what was paid."""
     if address is not None:
         await services.owner(authorization, address)
-    earned = await services.ledger.balance(worker_earned(key.address))
-    paying = await services.ledger.balance(worker_paying(key.address))
-    paid = await services.ledger.balance(worker_paid(key.address))
+    accounts = (worker_earned(key.address), worker_paying(key.address), worker_paid(key.address))
+    earned, paying, paid = await services.ledger.balances_of(*accounts)
     return {
         "address": key.address,
         "earned_lamports": earned,

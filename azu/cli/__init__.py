@@ -21,6 +21,7 @@ _COMMANDS = (
     ("down", "down"),
     ("account", "login"),
     ("account", "deposit"),
+    ("withdraw", "withdraw"),
     ("account", "balance"),
     ("prompt", "prompt"),
     ("prompt", "jobs"),

@@ -79,6 +79,7 @@ def _balance(found: "Balance") -> Table:
     rows = [
         ("available", found.available_lamports, hype_from_lamports(found.available_lamports)),
         ("reserved by running jobs", found.reserved_lamports, hype_from_lamports(found.reserved_lamports)),
+        ("on its way back", found.withdrawing_lamports, hype_from_lamports(found.withdrawing_lamports)),
     ]
     return table(["", "lamports", "HYPE"], rows, title=found.address)
 

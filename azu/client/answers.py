@@ -27,13 +27,14 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """What an address may spend, and what its running jobs hold."""
+    """What an address may spend, what its running jobs hold, and what is being sent back to it."""
 
     __pydantic_config__ = _LENIENT
 
     address: str
     available_lamports: int
     reserved_lamports: int
+    withdrawing_lamports: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,17 @@ class DepositState:
     status: str
     lamports: int
     transfer_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class WithdrawalLine:
+    """`state` is "waiting", "sending", "paid", or "refused" for the `reason`."""
+
+    __pydantic_config__ = _LENIENT
+
+    nonce: int
+    state: str
+    reason: str | None
 
 
 @dataclass(frozen=True, slots=True)

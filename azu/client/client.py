@@ -1,11 +1,13 @@
 """The client: one class over the ingress's HTTP API."""
 
 import os
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from azu.auth.withdrawals import Withdrawal, sign_withdrawal
 from azu.client.answers import (
     Balance,
     DepositState,
@@ -18,6 +20,7 @@ from azu.client.answers import (
     Platform,
     ReceiptLines,
     Results,
+    WithdrawalLine,
     read,
 )
 from azu.client.errors import raise_for, translated
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 DEFAULT_URL = "http://127.0.0.1:8000"
 _TIMEOUT_S = 600.0
 _CONNECT_TIMEOUT_S = 5.0
+_WITHDRAWAL_LIFE_S = 600
 
 Message = dict[str, str]
 
@@ -118,6 +122,29 @@ class Client:
     def balance(self) -> Balance:
         """Return the key's balance."""
         return read(Balance, self._get("/v1/balance"))
+
+    def withdraw(
+        self, wallet: "LocalAccount", lamports: int, *, life_s: int = _WITHDRAWAL_LIFE_S
+    ) -> WithdrawalLine:
+        """Have lamports of the key's address sent back to it, by its wallet's own signature."""
+        withdrawal = Withdrawal(
+            address=wallet.address.lower(),
+            lamports=lamports,
+            nonce=time.time_ns(),
+            expires_at_ms=time.time_ns() // 1_000_000 + 1000 * life_s,
+        )
+        signature = sign_withdrawal(wallet, withdrawal, self.platform().address)
+        body = {
+            "lamports": lamports,
+            "nonce": withdrawal.nonce,
+            "expires_at_ms": withdrawal.expires_at_ms,
+            "signature": signature,
+        }
+        return read(WithdrawalLine, self._post("/v1/withdrawals", body))
+
+    def withdrawal(self, nonce: int) -> WithdrawalLine:
+        """Return how far a withdrawal is."""
+        return read(WithdrawalLine, self._get(f"/v1/withdrawals/{nonce}"))
 
     def earnings(self) -> Earnings:
         """Return what the key's address earned by lending."""

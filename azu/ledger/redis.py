@@ -8,11 +8,9 @@ from typing import cast
 
 from redis import RedisError
 from redis.asyncio import Redis
-from redis.exceptions import ConnectionError as ConnectionLost
-from redis.exceptions import TimeoutError as NoReply
 
 from azu.connection import connect_redis
-from azu.errors import LedgerError, Unavailable
+from azu.errors import LedgerError
 from azu.ledger.holds import Reservation, decode_hold, reservation_name
 from azu.ledger.posting import Posting, hold_name, post
 from azu.ledger.records import (
@@ -79,9 +77,14 @@ class RedisLedger:
 
     async def balance(self, account: str) -> int:
         """Return an account's lamports; zero for one that was never touched."""
+        return (await self.balances_of(account))[0]
+
+    async def balances_of(self, *accounts: str) -> tuple[int, ...]:
+        """Return the lamports of several accounts at one moment."""
         async with self._asking():
-            value = await cast(Awaitable[str | None], self._redis.hget(BALANCES, account))
-        return whole_numbers({account: value or "0"})[account]
+            values = await cast(Awaitable[list[str | None]], self._redis.hmget(BALANCES, list(accounts)))
+        stored = {account: value or "0" for account, value in zip(accounts, values, strict=True)}
+        return tuple(whole_numbers(stored)[account] for account in accounts)
 
     async def balances(self) -> Mapping[str, int]:
         """Return every account that was ever touched, at one moment."""
@@ -141,8 +144,6 @@ class RedisLedger:
         async with self._turns:
             try:
                 yield
-            except (ConnectionLost, NoReply) as error:
-                raise Unavailable(f"the ledger's Redis did not answer: {error}") from error
             except RedisError as error:
                 raise LedgerError(f"the ledger's Redis refused: {error}") from error
 

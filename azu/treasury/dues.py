@@ -22,7 +22,7 @@ _ASK_AGAIN_MS = 600_000
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """What a worker's address is owed."""
+    """What an address is owed."""
 
     address: str
     lamports: int
@@ -69,10 +69,7 @@ class Dues:
         owed = await self._owed(open_lamports)
         if not owed:
             return []
-        budget = await self._chain.actions_left(self._platform) - _ACTIONS_KEPT
-        room = min(max_open, budget // _ACTIONS_PER_PAYOUT) - len(open_lamports)
-        held = await self._chain.spot_balance(self._platform)
-        funds = held - KEPT_LAMPORTS - sum(open_lamports.values())
+        room, funds = await self.spare(open_lamports, max_open)
         picked: list[Due] = []
         for due in owed:
             if len(picked) >= room:
@@ -80,10 +77,27 @@ class Dues:
             if due.lamports > funds:
                 _LOG.error("the platform's wallet cannot spare what is owed: %s", due)
                 self.pass_over(due.address)
-            elif await self._payable(due):
+            elif await self.payable(due):
                 picked.append(due)
                 funds -= due.lamports
+            else:
+                self.pass_over(due.address)
         return picked
+
+    async def spare(self, open_lamports: Mapping[str, int], max_open: int) -> tuple[int, int]:
+        """Return how many payouts and lamports can be sent beside the open ones. Raises ChainError."""
+        budget = await self._chain.actions_left(self._platform) - _ACTIONS_KEPT
+        room = min(max_open, budget // _ACTIONS_PER_PAYOUT) - len(open_lamports)
+        held = await self._chain.spot_balance(self._platform)
+        return room, held - KEPT_LAMPORTS - sum(open_lamports.values())
+
+    async def payable(self, due: Due) -> bool:
+        """Say whether an address can be paid, and it is worth what that costs. Raises ChainError."""
+        destination = await self._chain.destination(due.address, self._platform)
+        if destination.sanctioned:
+            _LOG.error("the chain bars an address that is owed: %s", due)
+            return False
+        return destination.exists or due.lamports >= self._threshold.new_account_lamports
 
     def pass_over(self, address: str) -> None:
         """Leave an address out for a while."""
@@ -102,12 +116,3 @@ class Dues:
                 if due.address not in open_lamports and not left_out:
                     owed.append(due)
         return sorted(owed, key=lambda due: (-due.lamports, due.address))
-
-    async def _payable(self, due: Due) -> bool:
-        destination = await self._chain.destination(due.address, self._platform)
-        if destination.sanctioned:
-            _LOG.error("the chain bars an address that is owed: %s", due)
-        elif destination.exists or due.lamports >= self._threshold.new_account_lamports:
-            return True
-        self.pass_over(due.address)
-        return False

@@ -10,12 +10,12 @@ carried on without a lamport lost or paid twice.
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pydantic import ConfigDict, TypeAdapter
 
 from azu.chain.hyperliquid import SignedAction
-from azu.ledger.transfers import PayoutPaid, PayoutPlanned, PayoutRefused, Transfer
+from azu.ledger.transfers import PayoutPaid, PayoutPlanned, PayoutRefused, Transfer, WithdrawalPlanned
 
 
 class PayoutState(StrEnum):
@@ -32,7 +32,7 @@ class PayoutState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Payout:
-    """One payment of earned lamports to a worker's address.
+    """One payment to the address of a worker who earned it, or of a user who withdraws it.
 
     `since_ms` is a time of the chain before which its ledger cannot show the payout. `body` is the signed
     action, posted as it is; `attempts` and `tried_at_ms` tell of posts. `burned_at_ms` is when the chain
@@ -54,6 +54,7 @@ class Payout:
     burned_at_ms: int = 0
     tx_hash: str = ""
     reason: str = ""
+    payee: Literal["worker", "user"] = "worker"
 
     def signed(self, action: SignedAction) -> "Payout":
         """Store the bytes."""
@@ -110,7 +111,8 @@ class Payout:
         """The ledger's transfer for the state; its id says what it does, so it is applied once."""
         match self.state:
             case PayoutState.PLANNED:
-                return PayoutPlanned(
+                plan = PayoutPlanned if self.payee == "worker" else WithdrawalPlanned
+                return plan(
                     id=f"{self.payout_id}:planned",
                     payout_id=self.payout_id,
                     address=self.address,

@@ -1,16 +1,16 @@
-"""Pays workers: plans what is due, and carries every open payout on until the chain's ledger decides it."""
+"""Pays workers and users: carries every open payout on until the chain's ledger decides it."""
 
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from eth_account.signers.local import LocalAccount
 
 from azu.chain.hyperliquid import sign_noop, sign_send_asset
 from azu.chain.replies import LedgerTransfer
-from azu.errors import AzuError, ChainError, LedgerError
+from azu.errors import AzuError, ChainError, InsufficientBalance, LedgerError
 from azu.treasury.clock import wall_clock_ms
 from azu.treasury.deposits import same_amount
 from azu.treasury.dues import Due
@@ -40,6 +40,10 @@ class Superseded(Exception):
     """Another process has carried the payout on since it was read."""
 
 
+async def _ignore(_: Payout) -> None:
+    """Do nothing: what a worker earned stays earned."""
+
+
 class Payer:
     """Carries payouts on, one step at a time; safe to kill anywhere and to run twice."""
 
@@ -52,6 +56,7 @@ class Payer:
         patience: Patience,
         *,
         on_refused: Callable[[str], None],
+        on_dropped: Callable[[Payout], Awaitable[None]] = _ignore,
         now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._chain = chain
@@ -61,6 +66,7 @@ class Payer:
         self._platform = account.address.lower()
         self._patience = patience
         self._on_refused = on_refused
+        self._on_dropped = on_dropped
         self._now_ms = now_ms
         self._overdue: set[str] = set()
 
@@ -141,10 +147,15 @@ class Payer:
         """Have the ledger set the money aside, then sign once and store the bytes."""
         try:
             await self._ledger.apply(payout.booking)
-        except LedgerError:
+        except (LedgerError, InsufficientBalance):
             if await self._ledger.result(payout.booking.id) is not None:
                 raise
-            _LOG.exception("%s is dropped: the worker's account does not bear it", payout.payout_id)
+            _LOG.exception("%s is dropped: its account does not bear it", payout.payout_id)
+            await self._on_dropped(payout)
+            await self._outbox.remove(payout)
+            return
+        if await self._has_ended(payout):
+            _LOG.warning("%s was carried out before; another process planned it late", payout.payout_id)
             await self._outbox.remove(payout)
             return
         nonce = await self._outbox.next_nonce(self._now_ms())
@@ -156,6 +167,11 @@ class Payer:
             nonce=nonce,
         )
         await self._send(await self._become(payout, payout.signed(action)))
+
+    async def _has_ended(self, payout: Payout) -> bool:
+        """Say whether the books have its end: one of which the id is known may be planned a second time."""
+        ends = (f"{payout.payout_id}:paid", f"{payout.payout_id}:refused")
+        return any([await self._ledger.result(end) is not None for end in ends])
 
     async def _send(self, payout: Payout) -> None:
         payout = await self._become(payout, payout.sending(self._now_ms()))

@@ -23,6 +23,7 @@ from azu.treasury.receipts import ReceiptSigner, RedisReceipts
 from azu.treasury.redis import RedisCursor, RedisLease, RedisOutbox
 from azu.treasury.sweeper import Sweeper
 from azu.treasury.watcher import DepositWatcher
+from azu.treasury.withdrawals import RedisWithdrawals, Withdrawals
 
 _LOG = logging.getLogger(__name__)
 _QUESTIONS_AT_ONCE = 16
@@ -91,6 +92,9 @@ class _Treasury:
         self._lease: Lease = RedisLease(self._redis, ttl_ms=round(config.lease_s * 1000))
         self._watcher = DepositWatcher(self._chain, self._ledger, self._cursor, platform=platform)
         self._dues = Dues(self._chain, self._ledger, platform, config.threshold)
+        self._withdrawals = Withdrawals(
+            RedisWithdrawals(self._redis), self._ledger, self._outbox, self._dues, platform=platform
+        )
         self._payer = Payer(
             self._chain,
             self._ledger,
@@ -98,6 +102,7 @@ class _Treasury:
             config.account,
             config.patience,
             on_refused=self._dues.pass_over,
+            on_dropped=self._withdrawals.dropped,
         )
         jobs = RedisJobs(self._redis)
         self._sweeper = Sweeper(self._ledger, jobs)
@@ -120,12 +125,13 @@ class _Treasury:
         if not await self._lease.hold():
             return
         await self._payer.carry_on()
+        since_ms, max_open = await self._cursor.read(), self._config.max_open_payouts
+        await self._withdrawals.plan(max_open, since_ms)
         now_s = asyncio.get_running_loop().time()
         if now_s >= self._plan_at_s:
             self._plan_at_s = now_s + self._config.plan_every_s
-            since_ms = await self._cursor.read()
             open_lamports = {payout.address: payout.lamports for payout in await self._outbox.open()}
-            dues = await self._dues.pick(open_lamports, self._config.max_open_payouts)
+            dues = await self._dues.pick(open_lamports, max_open)
             await self._payer.plan(dues, since_ms)
 
     async def sweep(self) -> None:

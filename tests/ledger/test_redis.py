@@ -12,7 +12,7 @@ from azu.ledger.records import BALANCES, ENTRIES, EXPIRIES, HOLDS, JOURNAL
 from azu.ledger.redis import RedisLedger
 from azu.ledger.rules import Result
 from azu.ledger.transfers import MAX_LAMPORTS, Transfer
-from tests.builders import ALICE, OWNERS
+from tests.builders import ALICE, BOB, OWNERS
 from tests.ledger import moves
 from tests.ledger.opened import apply_all, open_ledger, with_ledger
 
@@ -255,3 +255,12 @@ def test_a_redis_that_does_not_answer_is_unavailable() -> None:
             await ledger.apply(moves.deposit(1))
 
     with_ledger("redis://127.0.0.1:1/0", scenario)
+
+
+def test_several_balances_are_read_at_one_moment(redis_url: str) -> None:
+    async def scenario(ledger: RedisLedger) -> None:
+        await apply_all(ledger, moves.deposit(100), moves.reserve("job-1", 30))
+        accounts = user_reserved(ALICE), user_available(ALICE), user_available(BOB)
+        assert await ledger.balances_of(*accounts) == (30, 70, 0)
+
+    with_ledger(redis_url, scenario)

@@ -1,0 +1,49 @@
+"""`azu withdraw`: money back to the wallet."""
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from azu.cli.credentials import open_client
+from azu.cli.output import AsJson, console, show
+from azu.units import lamports_from_hype
+
+if TYPE_CHECKING:
+    from azu.client.answers import WithdrawalLine
+
+_LOOK_EVERY_S = 0.5
+_PATIENCE_S = 120.0
+_DECIDED = ("paid", "refused")
+
+
+def withdraw(
+    amount: Annotated[str, typer.Argument(help="HYPE, for example 0.5")], as_json: AsJson = False
+) -> None:
+    """Have HYPE of your balance sent back to the wallet; exit 0 once the chain shows it."""
+    from azu.cli.wallet import unlock
+    from azu.config import Settings
+
+    lamports = lamports_from_hype(amount)
+    wallet = unlock(Settings.from_environment().home)
+    client = open_client()
+    with console.status(f"Signing the withdrawal of {amount} HYPE") as status:
+        state = client.withdraw(wallet, lamports)
+        deadline = time.monotonic() + _PATIENCE_S
+        while state.state not in _DECIDED and time.monotonic() < deadline:
+            status.update(f"The withdrawal of {amount} HYPE is {state.state}")
+            time.sleep(_LOOK_EVERY_S)
+            state = client.withdrawal(state.nonce)
+    show(state, as_json, lambda found: _told(found, amount, wallet.address))
+    if state.state != "paid":
+        raise typer.Exit(1)
+
+
+def _told(found: "WithdrawalLine", amount: str, address: str) -> str:
+    match found.state:
+        case "paid":
+            return f"{amount} HYPE are back at {address}"
+        case "refused":
+            return f"[red]refused: {found.reason}[/]"
+        case _:
+            return f"[yellow]still {found.state}; it goes on by itself, and is in `azu balance`[/]"

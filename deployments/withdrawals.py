@@ -1,0 +1,58 @@
+"""Users take their money back: by a signature of their own address, never by a bearer key alone."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+
+from azu.auth.withdrawals import LONGEST_LIFE_MS, Withdrawal, is_signed
+from azu.errors import Forbidden, InsufficientBalance, InvalidRequest
+from azu.ledger.accounts import user_available
+from azu.ledger.transfers import MAX_LAMPORTS
+from azu.treasury.withdrawals import LEAST_LAMPORTS, Signed
+from deployments.accounts import Key, ServicesNow
+from deployments.services import Services, now_ms
+
+router = APIRouter()
+_MAX_NONCE = 2**63 - 1
+
+
+class WithdrawalRequest(BaseModel):
+    """POST /v1/withdrawals: `signature` is the EIP-712 signature of the key's address over the rest."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    lamports: int = Field(ge=LEAST_LAMPORTS, le=MAX_LAMPORTS)
+    nonce: int = Field(ge=0, le=_MAX_NONCE)
+    expires_at_ms: int = Field(ge=0, le=_MAX_NONCE)
+    signature: str = Field(max_length=256)
+
+
+@router.post("/v1/withdrawals")
+async def withdraw(body: WithdrawalRequest, key: Key, services: ServicesNow) -> dict[str, Any]:
+    """Hand a signed withdrawal to the treasury; the same one sent again changes nothing."""
+    withdrawal = Withdrawal(
+        address=key.address, lamports=body.lamports, nonce=body.nonce, expires_at_ms=body.expires_at_ms
+    )
+    if not is_signed(withdrawal, services.config.platform_address, body.signature):
+        raise Forbidden("this withdrawal was not signed by the key's address", param="signature")
+    if not 0 < body.expires_at_ms - now_ms() <= LONGEST_LIFE_MS:
+        raise InvalidRequest("a withdrawal is good for at most a day, from now on", param="expires_at_ms")
+    if await services.ledger.result(f"{withdrawal.payout_id}:planned") is None:
+        available = await services.ledger.balance(user_available(key.address))
+        if body.lamports > available:
+            raise InsufficientBalance(f"the account holds {available} lamports; this takes {body.lamports}")
+        await services.withdrawals.hand_in(Signed(withdrawal, body.signature))
+    return await _state(services, withdrawal.payout_id, body.nonce)
+
+
+@router.get("/v1/withdrawals/{nonce}")
+async def withdrawal(nonce: int, key: Key, services: ServicesNow) -> dict[str, Any]:
+    """Return how far one of the key's address's withdrawals is."""
+    named = Withdrawal(address=key.address, lamports=0, nonce=nonce, expires_at_ms=0)
+    return await _state(services, named.payout_id, nonce)
+
+
+async def _state(services: Services, payout_id: str, nonce: int) -> dict[str, Any]:
+    state, reason = await services.withdrawals.state(payout_id, services.ledger)
+    return {"nonce": nonce, "state": state.value, "reason": reason}
