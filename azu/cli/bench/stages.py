@@ -1,0 +1,210 @@
+"""Real LayerActors, each in a process of its own, before them the engine's loop without jobs and money."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from actors.layer import LayerActor
+from azu.cli.bench.model import BenchModel, random_prompts
+from azu.engine.local import local_topology
+from azu.engine.pipeline import EnginePipeline
+from azu.engine.scheduler import SchedulerConfig
+from azu.engine.sequence import Sequence as EngineSequence
+from azu.engine.spec import StageSpec
+from azu.errors import InternalError
+from azu.protocol.sampling import SamplingParams
+from azu.protocol.step import StepResult
+from azu.protocol.structure import Structure
+from azu.protocol.topology import Topology
+
+_TIMEOUT_S = 600.0
+_BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt that comes `after_s` seconds into the run and is continued greedily to the last token."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    after_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The tokens of a request, and when each was known, in seconds since the request came."""
+
+    token_ids: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What came of a run of requests. `busy` is the share of the run that each stage was computing."""
+
+    answers: tuple[Answer, ...]
+    seconds: float
+    busy: tuple[float, ...]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Completion tokens over the whole run's time."""
+        return sum(len(answer.token_ids) for answer in self.answers) / self.seconds
+
+
+class MeasuredStage(LayerActor):
+    """A LayerActor that counts the seconds it computes."""
+
+    def load(self, *args: Any, **kwargs: Any) -> None:
+        """Load as a LayerActor does."""
+        super().load(*args, **kwargs)
+        self._computing_s = 0.0
+        assert self._runner is not None, "a LayerActor that is loaded has one"
+        run = self._runner.run
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            output = run(*args, **kwargs)
+            self._computing_s += time.perf_counter() - started
+            return output
+
+        self._runner.run = timed  # type: ignore[method-assign] # to see it from outside
+
+    def computing_s(self) -> float:
+        """Return the seconds spent computing since the last question."""
+        seconds, self._computing_s = self._computing_s, 0.0
+        return seconds
+
+
+class Driver:
+    """Runs requests through the first stage, as a Pipeline does, and notes when each token is known."""
+
+    def __init__(self, structure: Structure, topology: Topology, scheduling: SchedulerConfig) -> None:
+        self._engine = EnginePipeline(structure, topology, scheduling, eos_token_ids=())
+        self._ids = iter(range(1, 1 << 30))
+        self._running: dict[int, _Running] = {}
+        self._failed: asyncio.Future[None] | None = None
+
+    async def start(self, first_stage: ActorHandle) -> None:
+        """Learn the first stage."""
+        self._first = first_stage
+        self._failed = asyncio.get_running_loop().create_future()
+
+    async def run(self, requests: Sequence[Request]) -> tuple[list[Answer], float]:
+        """Run requests to their ends; raises what a stage reports."""
+        assert self._failed is not None, "start() comes first"
+        started = time.perf_counter()
+        answers = asyncio.gather(*(self._one(request) for request in requests))
+        either: list[asyncio.Future[Any]] = [answers, self._failed]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if self._failed.done():
+            self._failed.result()
+        return await answers, time.perf_counter() - started
+
+    async def completed(self, result: StepResult) -> None:
+        """Take the last stage's tokens and send the next step off."""
+        updates = self._engine.complete(result)
+        self._pump()
+        now = time.perf_counter()
+        for update in updates:
+            running = self._running[update.sequence_id]
+            running.token_ids += update.token_ids
+            running.times += [now] * len(update.token_ids)
+            if update.finish_reason is not None:
+                running.ended.set_result(None)
+
+    async def lost(self, stage: int, error: Exception, *_: object) -> None:
+        """Hear that a stage failed: so does the run."""
+        if self._failed is not None and not self._failed.done():
+            self._failed.set_exception(InternalError(f"stage {stage}: {error}"))
+
+    async def _one(self, request: Request) -> Answer:
+        await asyncio.sleep(request.after_s)
+        sequence_id = next(self._ids)
+        running = _Running([], [], asyncio.get_running_loop().create_future())
+        self._running[sequence_id] = running
+        sampling = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True)
+        came = time.perf_counter()
+        self._engine.add(EngineSequence(sequence_id, request.prompt, sampling))
+        self._pump()
+        await running.ended
+        return Answer(tuple(running.token_ids), tuple(when - came for when in running.times))
+
+    def _pump(self) -> None:
+        while (batch := self._engine.next_batch()) is not None:
+            self._first.step.remote(batch, None)
+
+
+@dataclass(slots=True)
+class _Running:
+    token_ids: list[int]
+    times: list[float]
+    ended: asyncio.Future[None]
+
+
+class Deployment:
+    """A model over stages of one thread each."""
+
+    def __init__(self, driver: ActorHandle, stages: Sequence[ActorHandle]) -> None:
+        self._driver = driver
+        self._stages = stages
+
+    def run(self, requests: Sequence[Request]) -> Run:
+        """Run requests to their ends."""
+        self._computing()
+        answers, seconds = ray.get(self._driver.run.remote(requests), timeout=_TIMEOUT_S)
+        return Run(tuple(answers), seconds, tuple(each / seconds for each in self._computing()))
+
+    def _computing(self) -> list[float]:
+        computing: list[float] = ray.get(
+            [stage.computing_s.remote() for stage in self._stages], timeout=_TIMEOUT_S
+        )
+        return computing
+
+
+@contextmanager
+def deployed(
+    model: BenchModel, boundaries: Sequence[int], num_blocks: int, micro_batches: int | None = None
+) -> Iterator[Deployment]:
+    """Have a model's stages between the boundaries loaded, in Ray's running cluster."""
+    structure = model.structure
+    topology = local_topology(structure, boundaries, num_blocks=num_blocks, block_size=_BLOCK_SIZE)
+    scheduling = SchedulerConfig(num_blocks, _BLOCK_SIZE, micro_batches=micro_batches)
+    driver = ray.remote(Driver).options(num_cpus=0).remote(structure, topology, scheduling)
+    actor = ray.remote(concurrency_groups={"control": 2})(MeasuredStage)
+    stages = [actor.options(num_cpus=0).remote() for _ in topology.stages]
+    try:
+        paths = {shard.name: model.shards / shard.file_name for shard in structure.shards}
+        loading = [
+            stage.load.remote(
+                StageSpec(
+                    structure=structure,
+                    stage=what,
+                    epoch=topology.epoch,
+                    num_blocks=num_blocks,
+                    block_size=_BLOCK_SIZE,
+                    shard_paths=paths,
+                    config_folder=model.shards,
+                    device="cpu",
+                ),
+                {},
+                after,
+                driver,
+                _TIMEOUT_S,
+            )
+            for stage, what, after in zip(stages, topology.stages, [*stages[1:], None], strict=True)
+        ]
+        ray.get([*loading, driver.start.remote(stages[0])], timeout=_TIMEOUT_S)
+        deployment = Deployment(driver, stages)
+        # What is made at first use is not what is measured.
+        deployment.run([Request(random_prompts(structure, 1, 4)[0], max_tokens=2)])
+        yield deployment
+    finally:
+        for one in (driver, *stages):
+            ray.kill(one)

@@ -1,0 +1,47 @@
+"""Every measurement on a model so small that only the way is measured, not the speed."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from azu.cli.bench.results import Figure
+from azu.cli.bench.suite import MEASUREMENTS, run_bench
+from azu.engine.reference import ModelShape
+from azu.errors import InvalidRequest
+
+TINY = ModelShape(4, 64, 4, 2, 96, 97, 2048)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+def figures(name: str) -> tuple[Figure, ...]:
+    (measured,) = run_bench((name,), TINY).measured
+    assert measured.measurement == name
+    return measured.figures
+
+
+def test_a_name_that_is_no_measurement_is_refused_with_those_that_are() -> None:
+    with pytest.raises(InvalidRequest, match=r"no measurement 'spede'.*settling"):
+        run_bench(("spede",), TINY)
+
+
+@pytest.mark.parametrize("name", ["settling", "sharding"])
+def test_measures_without_stages(name: str) -> None:
+    (figure,) = figures(name)
+
+    assert math.isfinite(figure.ratio)
+    assert figure.value > 0
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("name", sorted(set(MEASUREMENTS) - {"settling", "sharding"}))
+def test_measures_over_real_actors(name: str) -> None:
+    found = figures(name)
+
+    assert all(figure.value > 0 and math.isfinite(figure.ratio) for figure in found)
+    if name == "many_streams":
+        assert found[0].notes["equal streams"] == 16
