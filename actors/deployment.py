@@ -147,7 +147,7 @@ class RayBuilder:
             ),
             described.architecture.eos_token_ids,
             text_decoder,
-            self._config.redis_url,
+            self._config.pipeline_redis_url,
             policy.timeouts.step_s,
             max_concurrency=_PIPELINE_CONCURRENCY,
         )

@@ -25,7 +25,6 @@ from azu.registry.description import ModelDescription
 from azu.treasury.claims import RedisClaims
 from azu.treasury.receipts import RedisReceipts
 from azu.treasury.withdrawals import RedisWithdrawals
-from azu.treasury.withdrawals import RedisWithdrawals
 from deployments.defaults import default_sampling
 
 if TYPE_CHECKING:
@@ -63,7 +62,6 @@ class Services:
         self.spend_limits = SpendLimits(self.spending, self.ledger)
         self.claims = RedisClaims.from_url(config.redis_url)
         self.receipts = RedisReceipts.from_url(config.redis_url)
-        self.withdrawals = RedisWithdrawals.from_url(config.redis_url)
         self.withdrawals = RedisWithdrawals.from_url(config.redis_url)
         self.intake = Intake(
             self.ledger,

@@ -11,10 +11,12 @@ class ControlConfig:
     """One network's control plane.
 
     `domain` is the name under which clients know the ingress: it stands in every text that they sign.
+    `redis_url` is for whoever holds this, `pipeline_redis_url` for the pipelines that it starts.
     `admin_key_sha256` is in hex. Folders are taken as models from under `model_roots` alone.
     """
 
     redis_url: str = field(repr=False)
+    pipeline_redis_url: str = field(repr=False)
     home: Path
     http_host: str
     http_port: int

@@ -50,6 +50,7 @@ class Settings(BaseSettings):
     platform_address: Address | None = Field(None, validation_alias="HYPERLIQUID_ADDRESS")
     redis_host: str | None = Field(None, validation_alias="REDIS_HOST")
     redis_port: Port = Field(6379, validation_alias="REDIS_PORT")
+    redis_username: str = Field("", validation_alias="REDIS_USERNAME")
     redis_password: SecretStr | None = Field(None, validation_alias="REDIS_PASSWORD")
     hf_token: SecretStr | None = Field(None, validation_alias="HF_TOKEN")
     home: HomePath = Field(Path("~/.azu"), validation_alias="AZU_HOME", validate_default=True)
@@ -80,10 +81,10 @@ class Settings(BaseSettings):
         """The configured Redis, None when azu starts its own."""
         if self.redis_host is None:
             return None
-        password = (
-            f":{quote(self.redis_password.get_secret_value(), safe='')}@" if self.redis_password else ""
-        )
-        return f"redis://{password}{self.redis_host}:{self.redis_port}/0"
+        user, at = quote(self.redis_username, safe=""), ""
+        if self.redis_password:
+            at = f"{user}:{quote(self.redis_password.get_secret_value(), safe='')}@"
+        return f"redis://{at}{self.redis_host}:{self.redis_port}/0"
 
 
 def _refuse_unknown(environment: Mapping[str, str], known: set[str]) -> None:

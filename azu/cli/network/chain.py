@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from azu.cli.network.children import Children
 from azu.cli.network.ports import free_port
@@ -65,7 +65,7 @@ def start_treasury(children: Children, settings: Settings, chain: Chain, redis_u
         **chain.treasury_key,
     }
     if redis.password:
-        environment["REDIS_PASSWORD"] = redis.password
+        environment |= {"REDIS_USERNAME": redis.username or "", "REDIS_PASSWORD": unquote(redis.password)}
     children.start(Command(TREASURY, _azu("treasury"), environment, restart=True))
 
 

@@ -20,7 +20,7 @@ from azu.cli.network.chain import (
 from azu.cli.network.children import Children
 from azu.cli.network.ports import free_port
 from azu.cli.network.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment, socket_folder
-from azu.cli.network.redis_server import start_redis, wait_for_redis
+from azu.cli.network.redis_server import RedisUrls, start_redis, wait_for_redis
 from azu.cli.network.running import running_in
 from azu.cli.network.serving import control_config, local_url, served, wait_until_healthy
 from azu.cli.network.tickets import Ticket
@@ -108,24 +108,24 @@ def local_network(
         host, port = RayHost(ray_folder, token_path, ip, dashboard), free_port()
         nodes.start(host.head(port))
         chain = choose_chain(settings)
-        redis_url = _start_books(services, settings, chain, timeout_s)
+        redis = _start_books(services, settings, chain, timeout_s)
         nodes.wait_until_said(HEAD, STARTED, timeout_s)
         progress("Starting the workers and the treasury")
         head = f"{ip or '127.0.0.1'}:{port}"
         _start_workers(nodes, host, head, file.workers)
-        start_treasury(treasury, settings, chain, redis_url)
+        start_treasury(treasury, settings, chain, redis.treasury)
         treasury.wait_until_said(TREASURY, TREASURY_READY, timeout_s)
         for worker in file.workers:
             nodes.wait_until_said(worker.name, STARTED, timeout_s)
         admin_key = settings.admin_key.get_secret_value() if settings.admin_key else _new_admin_key()
         config = control_config(
-            settings, file.policy, chain, redis_url, settings.http_port or free_port(), admin_key
+            settings, file.policy, chain, redis, settings.http_port or free_port(), admin_key
         )
         progress("Starting the control plane")
-        with served(config, head, driver_environment(token_path)) as address:
+        with served(config, redis.ingress, head, driver_environment(token_path)) as address:
             network = LocalNetwork(
                 url=local_url(config),
-                redis_url=redis_url,
+                redis_url=redis.owner,
                 chain_url=chain.url,
                 platform_address=chain.platform_address,
                 admin_key=admin_key,
@@ -137,18 +137,19 @@ def local_network(
             yield network
 
 
-def _start_books(services: Children, settings: Settings, chain: Chain, timeout_s: float) -> str:
-    """Start the Redis and the devnet that are not configured; returns Redis's URL."""
+def _start_books(services: Children, settings: Settings, chain: Chain, timeout_s: float) -> RedisUrls:
+    """Start the Redis and the devnet that are not configured; returns how each process finds Redis."""
     if chain.is_devnet:
         start_devnet(services, chain)
-    redis_url = settings.redis_url
-    if redis_url is None:
-        redis = start_redis(services, settings.home / "redis")
-        wait_for_redis(services, redis, timeout_s)
-        redis_url = redis.url
+    if settings.redis_url is None:
+        server = start_redis(services, settings.home / "redis")
+        wait_for_redis(services, server, timeout_s)
+        urls = server.urls
+    else:
+        urls = RedisUrls.same(settings.redis_url)
     if chain.is_devnet:
         services.wait_until_said(DEVNET, DEVNET_READY, timeout_s)
-    return redis_url
+    return urls
 
 
 def _start_workers(nodes: Children, host: RayHost, head: str, workers: Sequence[LocalWorker]) -> None:

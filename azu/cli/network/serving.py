@@ -6,9 +6,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 from azu.cli.network.chain import Chain
 from azu.cli.network.interrupts import handlers_kept
+from azu.cli.network.redis_server import RedisUrls
 from azu.config import ControlConfig, NetworkPolicy, Settings
 from azu.errors import DeadlineExceeded
 
@@ -16,11 +18,12 @@ _POLL_S = 0.1
 
 
 def control_config(
-    settings: Settings, policy: NetworkPolicy, chain: Chain, redis_url: str, http_port: int, admin_key: str
+    settings: Settings, policy: NetworkPolicy, chain: Chain, redis: RedisUrls, http_port: int, admin_key: str
 ) -> ControlConfig:
     """Return what the control plane has to know of its network."""
     return ControlConfig(
-        redis_url=redis_url,
+        redis_url=redis.scheduler,
+        pipeline_redis_url=redis.pipeline,
         home=settings.home,
         http_host=settings.http_host,
         http_port=http_port,
@@ -36,7 +39,9 @@ def control_config(
 
 
 @contextmanager
-def served(config: ControlConfig, head: str, environment: Mapping[str, str]) -> Iterator[str]:
+def served(
+    config: ControlConfig, ingress_redis_url: str, head: str, environment: Mapping[str, str]
+) -> Iterator[str]:
     """Start the control plane in the cluster at `head`, and stay connected to it for the length of the block.
 
     Yields the address ("host:port") that the cluster's head is known by.
@@ -52,7 +57,7 @@ def served(config: ControlConfig, head: str, environment: Mapping[str, str]) -> 
             with handlers_kept():
                 ray.init(head, namespace="azu", log_to_driver=False, logging_level=logging.ERROR)
             control.start(config)
-            app.start(config)
+            app.start(replace(config, redis_url=ingress_redis_url, pipeline_redis_url=""))
             yield ray.get_runtime_context().gcs_address
         finally:
             ray.shutdown()
