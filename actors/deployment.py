@@ -19,6 +19,7 @@ from azu.config import ControlConfig
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.spec import StageSpec
 from azu.lifecycle.ports import Ran, Route
+from azu.planner.admission import refuse_what_never_fits
 from azu.protocol.job import Job, Placement
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
@@ -55,7 +56,10 @@ class RayDeployment:
         return len(self._running)
 
     async def run(self, job: Job) -> Ran:
-        """Run a job in the model's pipeline."""
+        """Run a job in the model's pipeline; raises InvalidRequest when its KV would never fit."""
+        refuse_what_never_fits(
+            self.structure, self.topology, len(job.prompt_token_ids) + job.sampling.max_tokens
+        )
         self._running.add(job.job_id)
         try:
             ran: Ran = await self._pipeline.run.remote(job)

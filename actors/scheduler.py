@@ -17,6 +17,7 @@ from azu.lifecycle.dispatch import Dispatcher
 from azu.lifecycle.fleet import Fleet
 from azu.lifecycle.nodes import NodeBook
 from azu.lifecycle.settlement import Settlement
+from azu.planner.shrink import Placed, ShrinkOrder, shrink_orders
 from azu.protocol.job import Placement
 from azu.protocol.node import Node
 from azu.protocol.topology import Prediction
@@ -92,6 +93,13 @@ class Scheduler:
             )
             for model in self._fleet.models
         ] + [(model_id, revision, "deploying", 0, 0, ()) for model_id, revision in self._fleet.deploying]
+
+    async def shrink_orders(self) -> tuple[ShrinkOrder, ...]:
+        """Return which deployed models have to give up KV, for nodes that have less room than was planned."""
+        kv = self._config.policy.kv
+        least_blocks = -(-kv.tokens_per_sequence // kv.block_size)
+        placed = [Placed(model.structure, model.topology, least_blocks) for model in self._fleet.models]
+        return shrink_orders(placed, self._book.reports())
 
     async def _meet(self) -> None:
         """Follow which nodes Ray has; it may be slow to say so, and nobody's silence counts by it."""

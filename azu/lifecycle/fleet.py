@@ -7,6 +7,7 @@ from typing import Protocol
 
 from azu.errors import InsufficientCapacity
 from azu.lifecycle.dispatch import RunningModel
+from azu.planner.admission import refuse_what_no_waiting_helps
 from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
 from azu.protocol.node import Node
@@ -82,7 +83,8 @@ class Fleet:
     async def ensure(self, model_id: str, revision: str) -> RunningModel:
         """Return the running model, deploying it first when it is not up.
 
-        Raises InsufficientCapacity when it does not fit even after idle models were taken down.
+        Raises InsufficientCapacity when it does not fit even after idle models were taken down; its code is
+        "never_fits" when waiting does not help either.
         """
         key = (model_id, revision)
         async with self._locks.setdefault(key, asyncio.Lock()):
@@ -116,11 +118,12 @@ class Fleet:
 
     async def _plan(self, structure: Structure) -> Topology:
         while True:
+            nodes = self._nodes(self.placed_bytes())
             try:
                 self._epoch += 1
-                nodes = self._nodes(self.placed_bytes())
                 return plan(structure, nodes, self._policy, epoch=self._epoch)
             except InsufficientCapacity:
+                refuse_what_no_waiting_helps(structure, nodes, self._policy)
                 idle = next((key for key, model in self._models.items() if not model.running_jobs), None)
                 if idle is None:
                     raise

@@ -77,10 +77,14 @@ class NodeBook:
             replace(
                 entry.node,
                 state=self._state(entry, now_s),
-                vram_free_bytes=max(0, _room_bytes(entry.node, placed_bytes.get(node_id, 0))),
+                vram_free_bytes=max(0, entry.node.room_bytes(placed_bytes.get(node_id, 0))),
             )
             for node_id, entry in sorted(self._entries.items())
         )
+
+    def reports(self) -> tuple[Node, ...]:
+        """Return what each node that is not dead said last, as it said it."""
+        return tuple(entry.node for _, entry in sorted(self._entries.items()) if not entry.is_dead)
 
     def _listen(self, now_s: float) -> None:
         """Forgive the silence of a time in which nobody listened."""
@@ -99,12 +103,3 @@ class NodeBook:
         if is_doubtful and entry.node.state is NodeState.ALIVE:
             return NodeState.SUSPECT
         return entry.node.state
-
-
-def _room_bytes(node: Node, placed_bytes: int) -> int:
-    """Return what may still be placed: within what the owner lends and what the card has for azu."""
-    room = min(node.vram_free_bytes, node.vram_total_bytes - placed_bytes)
-    if node.vram_used_bytes is None:
-        return room
-    # What is placed but not loaded yet still stands as free on the card.
-    return min(room, node.vram_free_bytes + node.vram_used_bytes - placed_bytes)

@@ -42,3 +42,14 @@ class Node:
     vram_used_bytes: int | None = None
     vram_other_bytes: int = 0
     load: float = 0.0
+
+    def room_bytes(self, placed_bytes: int) -> int:
+        """Return what may still be placed beside pieces of `placed_bytes`, loaded or not yet.
+
+        Negative when the owner lends less, or other programs hold more, than what is placed needs.
+        """
+        room = min(self.vram_free_bytes, self.vram_total_bytes - placed_bytes)
+        if self.vram_used_bytes is None:
+            return room
+        # What is placed but not loaded yet still stands as free on the card.
+        return min(room, self.vram_free_bytes + self.vram_used_bytes - placed_bytes)

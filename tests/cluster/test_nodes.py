@@ -68,9 +68,12 @@ def test_an_owner_who_lends_less_is_heard_within_seconds(network: LocalNetwork) 
     try:
         ray.get(agent("ada").lend.remote(before // 2), timeout=30)
         wait_for(lambda found: found["ada"].vram_total_bytes == before // 2, timeout_s=5)
+        orders = ray.get(find(SCHEDULER).shrink_orders.remote(), timeout=30)
+        assert orders, "pieces that filled the node have to give up room"
     finally:
         ray.get(agent("ada").lend.remote(2**60), timeout=30)
     wait_for(lambda found: found["ada"].vram_total_bytes == before, timeout_s=5)
+    assert ray.get(find(SCHEDULER).shrink_orders.remote(), timeout=30) == ()
 
 
 def test_a_frozen_node_is_suspect_in_seconds_while_the_others_stay_trusted(network: LocalNetwork) -> None:

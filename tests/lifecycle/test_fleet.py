@@ -43,10 +43,11 @@ class CountingBuilder:
 
     built: list[str] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
+    num_layers: int = 4
 
     async def structure(self, model_id: str, revision: str) -> Structure:
         await asyncio.sleep(0)
-        return structure(4, model_id=model_id)
+        return structure(self.num_layers, model_id=model_id)
 
     async def build(self, structure: Structure, topology: Topology) -> StandingModel:
         await asyncio.sleep(0.01)
@@ -103,6 +104,19 @@ def test_an_idle_model_makes_room_and_a_busy_one_does_not() -> None:
         first.running_jobs = 0
         await models.ensure("m/two", "r1")
         assert builder.closed == ["m/one"]
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_never_fits_is_refused_for_good_and_takes_nobody_down() -> None:
+    async def scenario() -> None:
+        models, builder = fleet(vram_bytes=6 * MIB)
+        await models.ensure("m/one", "r1")
+        builder.num_layers = 400
+        with pytest.raises(InsufficientCapacity) as refused:
+            await models.ensure("m/two", "r1")
+        assert refused.value.code == "never_fits"
+        assert builder.closed == []
 
     asyncio.run(scenario())
 
