@@ -19,14 +19,17 @@ class WorkAccount:
     """Counts the work of every sequence of one deployment."""
 
     def __init__(self, structure: Structure, topology: Topology) -> None:
+        self._structure = structure
         self._tokens: dict[int, int] = defaultdict(int)
-        self._spread: dict[int, dict[tuple[int, str], int]] = {}
-        # layer -> the stage's node and the bytes it activates per token, whatever the router chooses
-        self._fixed = {
-            layer.index: (stage.node_id, _fixed_bytes(structure, layer, stage))
-            for stage in topology.stages
-            for layer in structure.layers[stage.span.start : stage.span.end]
-        }
+        # sequence -> (layer, node id) -> bytes that are counted already
+        self._counted: dict[int, dict[tuple[int, str], int]] = {}
+        self._fixed = _fixed_bytes_by_layer(structure, topology)
+
+    def move(self, topology: Topology) -> None:
+        """Count what runs from now on where it is now; whoever ran something before keeps that."""
+        for sequence_id in list(self._tokens):
+            self._count(sequence_id)
+        self._fixed = _fixed_bytes_by_layer(self._structure, topology)
 
     def ran(self, sequence_id: int, num_tokens: int) -> None:
         """Count tokens that ran through all layers for the first time."""
@@ -35,27 +38,43 @@ class WorkAccount:
     def reported(self, work: Iterable[ExpertWork]) -> None:
         """Count what stages report of layers whose experts are spread."""
         for entry in work:
-            spread = self._spread.setdefault(entry.sequence_id, defaultdict(int))
-            spread[entry.layer, entry.node_id] += entry.activated_bytes
+            counted = self._counted.setdefault(entry.sequence_id, defaultdict(int))
+            counted[entry.layer, entry.node_id] += entry.activated_bytes
 
     def close(self, sequence_id: int) -> Work:
         """Return a sequence's work, layer -> node id -> activated bytes, and forget it."""
-        num_tokens = self._tokens.pop(sequence_id, 0)
-        spread = self._spread.pop(sequence_id, {})
-        if not num_tokens:
-            return {}
-        work: dict[int, dict[str, int]] = {
-            layer: {node_id: activated * num_tokens} if activated else {}
-            for layer, (node_id, activated) in self._fixed.items()
-        }
-        for (layer, node_id), activated in spread.items():
-            work[layer][node_id] = work[layer].get(node_id, 0) + activated
+        self._count(sequence_id)
+        counted = self._counted.pop(sequence_id, {})
+        work: dict[int, dict[str, int]] = (
+            {layer.index: {} for layer in self._structure.layers} if counted else {}
+        )
+        for (layer, node_id), activated in counted.items():
+            work[layer][node_id] = activated
         return work
+
+    def _count(self, sequence_id: int) -> None:
+        """Add what a sequence's tokens activated whatever the routers chose."""
+        num_tokens = self._tokens.pop(sequence_id, 0)
+        if not num_tokens:
+            return
+        counted = self._counted.setdefault(sequence_id, defaultdict(int))
+        for layer, (node_id, activated) in self._fixed.items():
+            if activated:
+                counted[layer, node_id] += activated * num_tokens
 
 
 def is_spread(layer: Layer, stage: Stage) -> bool:
     """Say whether some experts of a layer are apart from its router."""
     return layer.kind is LayerKind.MOE and len(stage.experts.get(layer.index, ())) < layer.num_experts
+
+
+def _fixed_bytes_by_layer(structure: Structure, topology: Topology) -> Mapping[int, tuple[str, int]]:
+    """Return layer -> the stage's node and the bytes it activates per token, whatever the router chooses."""
+    return {
+        layer.index: (stage.node_id, _fixed_bytes(structure, layer, stage))
+        for stage in topology.stages
+        for layer in structure.layers[stage.span.start : stage.span.end]
+    }
 
 
 def _fixed_bytes(structure: Structure, layer: Layer, stage: Stage) -> int:

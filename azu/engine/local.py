@@ -49,39 +49,42 @@ class LocalPipeline:
         on_logits: Callable[[Sequence[int], Tensor], None] | None = None,
     ) -> None:
         """Load every piece on the CPU; `on_logits` sees what the last stage samples from."""
-        paths = {shard.name: shard_folder / shard.file_name for shard in structure.shards}
-        link = _LocalExpertLink(
-            {
-                chosen.index: ExpertRunner(structure, chosen.experts, paths, shard_folder, "cpu")
-                for chosen in topology.expert_sets
-            }
+        self._structure = structure
+        self._folder = shard_folder
+        self._paths = {shard.name: shard_folder / shard.file_name for shard in structure.shards}
+        self._on_logits = on_logits
+        self.topology = topology
+        self.link = LocalExpertLink(
+            {chosen.index: self.load_experts(chosen) for chosen in topology.expert_sets}
         )
-        self.stages = tuple(
-            StageRunner(
-                StageSpec(
-                    structure=structure,
-                    stage=stage,
-                    epoch=topology.epoch,
-                    num_blocks=topology.num_blocks,
-                    block_size=topology.block_size,
-                    shard_paths=paths,
-                    config_folder=shard_folder,
-                    device="cpu",
-                    expert_sets=topology.expert_sets,
-                ),
-                link,
-                on_logits=on_logits,
-            )
-            for stage in topology.stages
-        )
+        self.stages = [self.load_stage(stage) for stage in topology.stages]
         self.engine = EnginePipeline(
             structure,
             topology,
             scheduling or SchedulerConfig(topology.num_blocks, topology.block_size),
             eos_token_ids(shard_folder, read_config(shard_folder)),
         )
-        self._in_flight: deque[StepBatch] = deque()
+        self.in_flight: deque[StepBatch] = deque()
         self._ids = count(1)
+
+    def load_stage(self, stage: Stage) -> StageRunner:
+        """Load a stage of the topology."""
+        spec = StageSpec(
+            structure=self._structure,
+            stage=stage,
+            epoch=self.topology.epoch,
+            num_blocks=self.topology.num_blocks,
+            block_size=self.topology.block_size,
+            shard_paths=self._paths,
+            config_folder=self._folder,
+            device="cpu",
+            expert_sets=self.topology.expert_sets,
+        )
+        return StageRunner(spec, self.link, on_logits=self._on_logits)
+
+    def load_experts(self, chosen: ExpertSet) -> ExpertRunner:
+        """Load an expert set of the topology."""
+        return ExpertRunner(self._structure, chosen.experts, self._paths, self._folder, "cpu")
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
@@ -101,14 +104,15 @@ class LocalPipeline:
     def step(self) -> list[SequenceUpdate]:
         """Send as many steps off as may be in flight, then take the oldest of them through all stages."""
         while (batch := self.engine.next_batch()) is not None:
-            self._in_flight.append(batch)
-        if not self._in_flight:
+            self.in_flight.append(batch)
+        if not self.in_flight:
             raise InternalError("sequences wait, but nothing can run")
-        return self.engine.complete(self._through(self._in_flight.popleft()))
+        return self.engine.complete(self._through(self.in_flight.popleft()))
 
     def _through(self, batch: StepBatch) -> StepResult:
         frame: bytes | None = None
-        for stage in self.stages:
+        first = max(0, batch.replay.first - 1) if batch.replay else 0
+        for stage in self.stages[first:]:
             output = stage.run(batch, frame)
             if not isinstance(output, Handoff):
                 return output
@@ -176,15 +180,16 @@ class _Pending:
             raise DeadlineExceeded("experts did not answer in time") from error
 
 
-class _LocalExpertLink:
+class LocalExpertLink:
     """Calls expert sets in threads of their own, so that they work while the router goes on."""
 
     def __init__(self, runners: dict[int, ExpertRunner]) -> None:
-        self._runners = runners
+        self.runners = runners
         self._threads = ThreadPoolExecutor(max(1, len(runners)), thread_name_prefix="experts")
 
     def start(self, expert_set: int, layer: int, request: bytes) -> _Pending:
-        return _Pending(self._threads.submit(self._runners[expert_set].run, layer, request))
+        """Run a request in another thread."""
+        return _Pending(self._threads.submit(self.runners[expert_set].run, layer, request))
 
 
 def _apply(completion: Completion, update: SequenceUpdate) -> None:

@@ -1,15 +1,18 @@
 """The loop of a model's sequences: steps for the first stage, token ids from the last. No torch here."""
 
-from collections.abc import Collection, Iterable
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from azu.engine.accounting import Work, WorkAccount
 from azu.engine.scheduler import Scheduler, SchedulerConfig
 from azu.engine.sequence import Sequence
 from azu.protocol.job import FinishReason
-from azu.protocol.step import OpenedSequence, SampledToken, Slice, StepBatch, StepResult
+from azu.protocol.step import OpenedSequence, Replay, SampledToken, Slice, StepBatch, StepResult
 from azu.protocol.structure import Structure
 from azu.protocol.topology import Topology
+
+Chosen = tuple[tuple[Sequence, Slice], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,11 @@ class EnginePipeline:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[int, Sequence] = {}
         self._in_flight: dict[int, _Step] = {}
-        self._opened: set[int] = set()
+        self._replays: deque[tuple[Replay, Chosen]] = deque()
+        self._unfilled: set[int] = set()  # stages whose replays are not all through
+        self._suspended = False
+        self._opened: set[int] = set()  # stages know of them
+        self._reopen: set[int] = set()  # and the last one may know too much, or nothing
         self._closed: list[int] = []
         self._steps = 0
 
@@ -57,6 +64,16 @@ class EnginePipeline:
         """KV blocks that no sequence holds, the same on every stage."""
         return self._scheduler.num_free_blocks
 
+    @property
+    def num_cached(self) -> Mapping[int, int]:
+        """How many tokens of each running sequence are in the KV caches, as far as nothing is in flight."""
+        return {key: one.num_scheduled for key, one in self._sequences.items() if one.num_scheduled}
+
+    @property
+    def unfilled_stages(self) -> frozenset[int]:
+        """Stages that were lost and are not filled yet, after a `suspend` that came too early for it."""
+        return frozenset(self._unfilled)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises Unavailable when the KV cache could not hold it even alone."""
         assert sequence.sequence_id not in self._sequences, "a sequence id is used once"
@@ -68,41 +85,93 @@ class EnginePipeline:
         sequence = self._sequences.get(sequence_id)
         return [] if sequence is None else [self._finish(sequence, FinishReason.CANCELLED)]
 
-    def next_batch(self) -> StepBatch | None:
-        """Return the next step for the first stage, None when there is none before another completes."""
-        if len(self._in_flight) >= self._scheduler.micro_batches:
-            return None
-        chosen = self._scheduler.next_slices()
-        if not chosen:
-            return None
-        self._steps += 1
-        taken = {step.micro_batch for step in self._in_flight.values()}
-        micro_batch = min(set(range(self._scheduler.micro_batches)) - taken)
-        self._in_flight[self._steps] = _Step(micro_batch, tuple(chosen))
-        closed, self._closed = tuple(self._closed), []
-        return StepBatch(
-            epoch=self._epoch,
-            step=self._steps,
-            micro_batch=micro_batch,
-            slices=tuple(piece for _, piece in chosen),
-            token_ids=tuple(
-                token
-                for sequence, piece in chosen
-                for token in sequence.token_ids[piece.position : piece.position + piece.num_tokens]
-            ),
-            opened=self._open(sequence for sequence, _ in chosen),
-            closed=closed,
+    def suspend(self) -> None:
+        """Schedule nothing until `resume`, and forget what is in flight: it will not be waited for.
+
+        Every sequence stands where its last completed step left it.
+        """
+        self._suspended = True
+        self._replays.clear()
+        for step in self._in_flight.values():
+            self._closed += step.closed
+            for sequence, piece in () if step.replay else step.chosen:
+                self._scheduler.rewind(sequence, piece.position)
+        self._in_flight.clear()
+        self._reopen.update(self._sequences)
+
+    def resume(
+        self, topology: Topology, lost_stages: Collection[int], num_sent: Mapping[int, Mapping[int, int]]
+    ) -> None:
+        """Go on under a topology of the same spans, in which some stages begin with empty KV caches.
+
+        `num_sent[stage]` says how many rows of which sequences the stage before a lost one can send again;
+        what nobody can send again is computed from its tokens. Unfilled stages count as lost again.
+        """
+        assert self._suspended, "suspend() comes first"
+        self._suspended = False
+        self._epoch = topology.epoch
+        self._account.move(topology)
+        self._unfilled.update(lost_stages)
+        replays = _neighbours(self._unfilled)
+        cached = {key: self._sequences[key] for key in self.num_cached}
+        for key in list(cached):
+            senders = [num_sent.get(replay.first - 1, {}) for replay in replays if replay.first]
+            if any(sent.get(key, 0) < cached[key].num_scheduled for sent in senders):
+                self._scheduler.rewind(cached.pop(key), 0)
+        self._replays.extend(
+            (replay, chosen) for replay in replays for chosen in self._scheduler.replays(cached.values())
         )
+        if not self._replays:
+            self._unfilled.clear()
+
+    def next_batch(self) -> StepBatch | None:
+        """Return the next step, None when there is none before another completes.
+
+        A replay goes to the stage before the first that it fills, anything else to the first stage.
+        """
+        if self._suspended or len(self._in_flight) >= self._scheduler.micro_batches:
+            return None
+        if self._replays:
+            return self._send(*self._replays.popleft())
+        if any(step.replay for step in self._in_flight.values()):
+            return None  # it takes another way: a step sent behind it might come before it
+        chosen = self._scheduler.next_slices()
+        return self._send(None, tuple(chosen)) if chosen else None
 
     def complete(self, result: StepResult) -> list[SequenceUpdate]:
         """Take a step back from the last stage; one of another epoch or not in flight changes nothing."""
         if result.epoch != self._epoch or result.step not in self._in_flight:
             return []
         step = self._in_flight.pop(result.step)
+        if step.replay:
+            if not self._replays and not self._in_flight:
+                self._unfilled.clear()
+            return []
         counted = {sequence.sequence_id for sequence, piece in step.chosen if self._returned(sequence, piece)}
         self._account.reported(work for work in result.expert_work if work.sequence_id in counted)
         updates = (self._sampled(token) for token in result.tokens)
         return [update for update in updates if update is not None]
+
+    def _send(self, replay: Replay | None, chosen: Chosen) -> StepBatch:
+        self._steps += 1
+        taken = {step.micro_batch for step in self._in_flight.values()}
+        micro_batch = min(set(range(self._scheduler.micro_batches)) - taken)
+        closed: tuple[int, ...] = ()
+        opened: tuple[OpenedSequence, ...] = ()
+        if replay is None:
+            closed, self._closed = tuple(self._closed), []
+            opened = self._open(sequence for sequence, _ in chosen)
+        self._in_flight[self._steps] = _Step(micro_batch, chosen, closed, replay)
+        return StepBatch(
+            epoch=self._epoch,
+            step=self._steps,
+            micro_batch=micro_batch,
+            slices=tuple(piece for _, piece in chosen),
+            token_ids=() if replay and replay.first else _tokens(chosen),
+            opened=opened,
+            closed=closed,
+            replay=replay,
+        )
 
     def _returned(self, sequence: Sequence, piece: Slice) -> bool:
         """Take one slice back; say if it counts: not when it was computed before or nobody waits for it."""
@@ -140,6 +209,7 @@ class EnginePipeline:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> SequenceUpdate:
         del self._sequences[sequence.sequence_id]
         self._scheduler.finish(sequence)
+        self._reopen.discard(sequence.sequence_id)
         if sequence.sequence_id in self._opened:
             self._opened.remove(sequence.sequence_id)
             self._closed.append(sequence.sequence_id)
@@ -147,8 +217,13 @@ class EnginePipeline:
         return SequenceUpdate(sequence.sequence_id, finish_reason=reason, work=work)
 
     def _open(self, sequences: Iterable[Sequence]) -> tuple[OpenedSequence, ...]:
-        new = [sequence for sequence in sequences if sequence.sequence_id not in self._opened]
+        new = [
+            sequence
+            for sequence in sequences
+            if sequence.sequence_id not in self._opened or sequence.sequence_id in self._reopen
+        ]
         self._opened.update(sequence.sequence_id for sequence in new)
+        self._reopen.difference_update(sequence.sequence_id for sequence in new)
         return tuple(
             OpenedSequence(
                 sequence_id=sequence.sequence_id,
@@ -165,4 +240,25 @@ class _Step:
     """A step on its way."""
 
     micro_batch: int
-    chosen: tuple[tuple[Sequence, Slice], ...]
+    chosen: Chosen
+    closed: tuple[int, ...]
+    replay: Replay | None
+
+
+def _tokens(chosen: Chosen) -> tuple[int, ...]:
+    return tuple(
+        token
+        for sequence, piece in chosen
+        for token in sequence.token_ids[piece.position : piece.position + piece.num_tokens]
+    )
+
+
+def _neighbours(stages: Collection[int]) -> list[Replay]:
+    """Return the runs of consecutive stages."""
+    replays: list[Replay] = []
+    for stage in sorted(stages):
+        if replays and replays[-1].last == stage - 1:
+            replays[-1] = Replay(replays[-1].first, stage)
+        else:
+            replays.append(Replay(stage, stage))
+    return replays

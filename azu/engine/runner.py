@@ -1,7 +1,7 @@
 """StageRunner: one stage of a model, from the bytes that arrive to the bytes that leave."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,13 +14,15 @@ from azu.engine.experts import ExpertLink, HeldExperts
 from azu.engine.kv import PagedKV
 from azu.engine.layout import Layout, LayoutBuilder
 from azu.engine.sampler import Sampler
-from azu.engine.spec import Handoff, StageSpec
+from azu.engine.sent_log import SentLog
+from azu.engine.spec import Handoff, OldEpoch, StageSpec
 from azu.engine.spread import SpreadExperts, SpreadLayer
 from azu.engine.stage import BuiltStage, build_stage
-from azu.engine.tensors import dtype_name, payload_of, tensor_of
+from azu.engine.tensors import payload_of, tensor_of
 from azu.errors import FrameError
 from azu.protocol.frame import Frame, FrameRow
 from azu.protocol.step import ExpertWork, StepBatch, StepResult
+from azu.protocol.topology import Topology
 
 
 class StageRunner:
@@ -45,26 +47,62 @@ class StageRunner:
         self._kv = PagedKV(len(span), spec.num_blocks, spec.block_size)
         self._layouts = LayoutBuilder(spec.num_blocks, spec.block_size, self._device)
         self._sampler = Sampler(built.eos_token_ids)
+        self._sent = SentLog(spec.structure.hidden_size * spec.structure.dtype_bytes, spec.sent_log_bytes)
         self._context = StepContext()
         self._lock = threading.Lock()
         self._is_last = span.end == spec.structure.num_layers
-        for layer, held in built.spread.items():
-            self._spread(built, layer, held, experts)
+        self._spread_layers = [
+            self._spread(built, layer, held, experts) for layer, held in built.spread.items()
+        ]
 
     def run(self, batch: StepBatch, frame: bytes | None) -> Handoff | StepResult:
         """Run one step: the first stage takes tokens from the batch, the others hidden states from the frame.
 
-        Raises FrameError, which names who sent it, for anything that does not fit this stage, epoch and step.
+        The stage before those that a replay fills again sends what it sent before. Raises OldEpoch for a step
+        that was given up, FrameError, which names who sent it, for anything else that does not fit here.
         """
         with self._lock, torch.inference_mode():
+            self._refuse_epoch(batch)
+            self._sent.drop(batch.closed)
+            if batch.replay is not None and self._spec.stage.index < batch.replay.first:
+                return Handoff(batch, self._frame(batch, self._kept(batch)))
             rows = self._tokens(batch, frame) if self._spec.stage.index == 0 else self._received(batch, frame)
             layout = self._layout(batch)
             self._context.begin(self._step_id(batch), layout)
             if self._is_last:
                 return self._finish(batch, rows, layout)
-            hidden = self._model.hidden(rows, layout, self._kv)
-            onward = replace(batch, token_ids=(), expert_work=self._work(batch))
-            return Handoff(onward, self._frame(batch, hidden))
+            return self._hand_on(batch, self._model.hidden(rows, layout, self._kv))
+
+    def relink(self, topology: Topology, experts: ExpertLink | None) -> None:
+        """Go on under a topology whose epoch is higher; this stage's own piece is as it was.
+
+        Waits for the step under way: what is older comes to nothing from now on.
+        """
+        with self._lock:
+            assert topology.epoch > self._spec.epoch, "an epoch never comes twice"
+            self._spec = replace(self._spec, epoch=topology.epoch, expert_sets=topology.expert_sets)
+            for module in self._spread_layers:
+                assert experts is not None, "there is no way to the experts that are elsewhere"
+                module.relink(topology.expert_sets, experts)
+
+    def num_sent(self, sequence_ids: Sequence[int]) -> Mapping[int, int]:
+        """Return how many rows of hidden states can be sent again, of each sequence that has any."""
+        with self._lock:
+            return self._sent.num_rows(sequence_ids)
+
+    def _hand_on(self, batch: StepBatch, hidden: Tensor) -> Handoff | StepResult:
+        payload = payload_of(hidden)
+        self._sent.record(batch.slices, payload)
+        if batch.replay is not None and self._spec.stage.index == batch.replay.last:
+            return StepResult(batch.epoch, batch.step, batch.micro_batch, tokens=())
+        onward = replace(batch, token_ids=(), expert_work=self._work(batch))
+        return Handoff(onward, self._frame(batch, payload))
+
+    def _kept(self, batch: StepBatch) -> bytes:
+        rows = self._sent.rows(batch.slices)
+        if rows is None:
+            raise FrameError(f"stage {self._spec.stage.index} did not keep what step {batch.step} asks for")
+        return rows
 
     def _finish(self, batch: StepBatch, rows: Tensor, layout: Layout) -> StepResult:
         self._sampler.open(batch.opened)
@@ -78,8 +116,8 @@ class StageRunner:
         return StepResult(batch.epoch, batch.step, batch.micro_batch, tokens, self._work(batch))
 
     def _tokens(self, batch: StepBatch, frame: bytes | None) -> Tensor:
-        if frame is not None or batch.epoch != self._spec.epoch:
-            raise FrameError(f"step {batch.step} of epoch {batch.epoch} is not for this first stage")
+        if frame is not None:
+            raise FrameError(f"step {batch.step} came with a frame to the first stage")
         ids, vocab_size = batch.token_ids, self._spec.structure.vocab_size
         if not ids or len(ids) != batch.num_tokens or not 0 <= min(ids) <= max(ids) < vocab_size:
             raise FrameError(
@@ -98,9 +136,15 @@ class StageRunner:
         except FrameError as error:
             raise FrameError(f"stage {sender} sent a bad frame: {error.message}") from error
 
+    def _refuse_epoch(self, batch: StepBatch) -> None:
+        if batch.epoch < self._spec.epoch:
+            raise OldEpoch(f"step {batch.step} of epoch {batch.epoch} came when {self._spec.epoch} runs")
+        if batch.epoch > self._spec.epoch:
+            raise FrameError(f"step {batch.step} is of epoch {batch.epoch}, which this stage does not know")
+
     def _refuse(self, batch: StepBatch, frame: Frame, sender: int) -> None:
-        if batch.epoch != self._spec.epoch or frame.epoch != batch.epoch:
-            raise FrameError(f"epochs {frame.epoch} and {batch.epoch}, where {self._spec.epoch} runs")
+        if frame.epoch != batch.epoch:
+            raise FrameError(f"a frame of epoch {frame.epoch} came with a step of epoch {batch.epoch}")
         if (frame.step, frame.micro_batch, frame.stage) != (batch.step, batch.micro_batch, sender):
             raise FrameError(
                 f"step {frame.step}.{frame.micro_batch} of stage {frame.stage} came with step {batch.step}"
@@ -118,21 +162,21 @@ class StageRunner:
         build = self._layouts.packed if self._model.packed else self._layouts.padded
         return build(batch.slices)
 
-    def _frame(self, batch: StepBatch, hidden: Tensor) -> bytes:
+    def _frame(self, batch: StepBatch, payload: bytes | memoryview) -> bytes:
         return Frame(
             epoch=batch.epoch,
             step=batch.step,
             micro_batch=batch.micro_batch,
             stage=self._spec.stage.index,
-            dtype=dtype_name(hidden.dtype),
-            shape=tuple(hidden.shape),
+            dtype=self._spec.structure.dtype,
+            shape=(batch.num_tokens, self._spec.structure.hidden_size),
             rows=_rows(batch),
-            payload=payload_of(hidden),
+            payload=payload,
         ).encode()
 
     def _spread(
         self, built: BuiltStage, layer: int, held: HeldExperts | None, link: ExpertLink | None
-    ) -> None:
+    ) -> SpreadExperts:
         spec, structure = self._spec, self._spec.structure
         assert link is not None, f"the experts of layer {layer} are elsewhere and there is no way to them"
         facts = SpreadLayer(
@@ -146,6 +190,7 @@ class StageRunner:
         module = SpreadExperts(facts, held, link, self._context, spec.expert_timeout_s)
         block = self._model.layers[layer - spec.stage.span.start]
         replace_module(block, built.expert_paths[layer], module)
+        return module
 
     def _step_id(self, batch: StepBatch) -> StepId:
         return StepId(batch.epoch, batch.step, batch.micro_batch, self._spec.stage.index)

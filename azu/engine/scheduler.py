@@ -6,6 +6,7 @@ every stage busy; stages run them in order, so that the chunks of one prompt may
 """
 
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from azu.engine.sequence import Sequence, SequenceState
@@ -81,13 +82,42 @@ class Scheduler:
         if sequence.state is SequenceState.FINISHED and not sequence.steps_in_flight:
             self._release(sequence)
 
+    def rewind(self, sequence: Sequence, position: int) -> None:
+        """Take a sequence back to `position`, because what is in flight of it will never return.
+
+        At 0 all of it is computed again; its blocks are written a second time.
+        """
+        sequence.steps_in_flight = 0
+        if sequence.state is SequenceState.FINISHED:
+            self._release(sequence)
+        sequence.num_scheduled = min(sequence.num_scheduled, position)
+
+    def replays(self, sequences: Iterable[Sequence]) -> Iterator[tuple[tuple[Sequence, Slice], ...]]:
+        """Yield steps that run again what is in the KV cache of some sequences, in chunks like prefills."""
+        chunk: list[tuple[Sequence, Slice]] = []
+        room = self._config.prefill_chunk_tokens
+        for sequence in sorted(sequences, key=self._is_long):
+            position = 0
+            while position < sequence.num_scheduled:
+                if chunk and (not room or self._is_long(chunk[-1][0]) is not self._is_long(sequence)):
+                    yield tuple(chunk)
+                    chunk, room = [], self._config.prefill_chunk_tokens
+                num_tokens = min(room, sequence.num_scheduled - position)
+                chunk.append((sequence, _piece(sequence, position, num_tokens, sample=False)))
+                position += num_tokens
+                room -= num_tokens
+        if chunk:
+            yield tuple(chunk)
+
     def next_slices(self) -> list[tuple[Sequence, Slice]]:
         """Choose the next micro-batch; empty when nothing can run before something returns."""
         self._admit()
-        ready = self._one_kind([sequence for sequence in self._running if sequence.num_pending])
-        wanted = [*self._decodes(ready), *self._prefills(ready)]
-        pieces = ((sequence, self._slice(sequence, num_tokens)) for sequence, num_tokens in wanted)
-        return [(sequence, piece) for sequence, piece in pieces if piece is not None]
+        for ready in self._kinds([sequence for sequence in self._running if sequence.num_pending]):
+            wanted = [*self._decodes(ready), *self._prefills(ready)]
+            pieces = ((sequence, self._slice(sequence, num_tokens)) for sequence, num_tokens in wanted)
+            if chosen := [(sequence, piece) for sequence, piece in pieces if piece is not None]:
+                return chosen
+        return []
 
     def _admit(self) -> None:
         committed = sum(self._blocks_for(len(one.token_ids)) - len(one.block_ids) for one in self._running)
@@ -100,16 +130,17 @@ class Scheduler:
             sequence.state = SequenceState.RUNNING
             self._running.append(sequence)
 
-    def _one_kind(self, ready: list[Sequence]) -> list[Sequence]:
-        """Leave out those that are past the restart length, or those that are not, in turns."""
-        if self._restart_length is None or not ready:
-            return ready
-        limit = self._restart_length
-        kinds = {
-            is_long: [s for s in ready if (len(s.token_ids) > limit) is is_long] for is_long in (True, False)
-        }
-        self._long_step = not self._long_step if kinds[not self._long_step] else self._long_step
-        return kinds[self._long_step]
+    def _kinds(self, ready: list[Sequence]) -> Iterator[list[Sequence]]:
+        """Yield those that may share a step: past the restart length or not, in turns.
+
+        The second kind is for when nothing of the first finds room.
+        """
+        if self._restart_length is None:
+            yield ready
+            return
+        for _ in range(2):
+            self._long_step = not self._long_step
+            yield [sequence for sequence in ready if self._is_long(sequence) is self._long_step]
 
     def _decodes(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
         """Return an even share of the decoding sequences, so that no micro-batch waits for another."""
@@ -147,14 +178,7 @@ class Scheduler:
         position = sequence.num_scheduled
         sequence.num_scheduled += num_tokens
         sequence.steps_in_flight += 1
-        return Slice(
-            sequence_id=sequence.sequence_id,
-            position=position,
-            num_tokens=num_tokens,
-            block_ids=tuple(sequence.block_ids),
-            sample=sequence.num_pending == 0,
-            sequence_length=len(sequence.token_ids),
-        )
+        return _piece(sequence, position, num_tokens, sample=sequence.num_pending == 0)
 
     def _preempt_after(self, sequence: Sequence) -> bool:
         """Take the blocks of the youngest sequence after this one that has nothing in flight."""
@@ -168,12 +192,26 @@ class Scheduler:
                 return True
         return False
 
+    def _is_long(self, sequence: Sequence) -> bool:
+        return self._restart_length is not None and len(sequence.token_ids) > self._restart_length
+
     def _release(self, sequence: Sequence) -> None:
         self._free += reversed(sequence.block_ids)
         sequence.block_ids.clear()
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)
+
+
+def _piece(sequence: Sequence, position: int, num_tokens: int, *, sample: bool) -> Slice:
+    return Slice(
+        sequence_id=sequence.sequence_id,
+        position=position,
+        num_tokens=num_tokens,
+        block_ids=tuple(sequence.block_ids),
+        sample=sample,
+        sequence_length=len(sequence.token_ids),
+    )
 
 
 def _chunk(sequence: Sequence) -> int:

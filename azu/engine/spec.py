@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from azu.errors import FrameError
 from azu.protocol.step import StepBatch
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, Stage
+from azu.units import GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +16,7 @@ class StageSpec:
     """All that a stage is built from. `shard_paths` maps the names of its shards to files on this node.
 
     `num_blocks` of `block_size` tokens is its KV capacity; `expert_sets` are those of the whole topology.
+    `sent_log_bytes` of host memory keep what it sent, for a receiver that is lost.
     """
 
     structure: Structure
@@ -26,6 +29,11 @@ class StageSpec:
     device: str
     expert_sets: tuple[ExpertSet, ...] = ()
     expert_timeout_s: float = 30.0
+    sent_log_bytes: int = GIB
+
+
+class OldEpoch(FrameError):
+    """A step of a topology that was given up: to be dropped, nobody is to blame."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The module that stands where a layer's experts were, when some of them are on other nodes."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,13 @@ class SpreadExperts(nn.Module):
         self._context = context
         self._timeout_s = timeout_s
         self._holders = _holders(spread, held)
+
+    def relink(self, expert_sets: Iterable[ExpertSet], link: ExpertLink) -> None:
+        """Learn where the experts are now; those beside the router stay."""
+        layer = self._spread.layer
+        chosen = tuple(one for one in expert_sets if layer in one.experts)
+        self._spread, self._link = replace(self._spread, expert_sets=chosen), link
+        self._holders = _holders(self._spread, self._held)
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted sum [T, H] of every token's experts."""

@@ -46,11 +46,23 @@ class ExpertWork:
 
 
 @dataclass(frozen=True, slots=True)
+class Replay:
+    """Neighbouring stages, `first` to `last`, that were lost and have to fill their KV caches again.
+
+    The stage before them sends what it sent before; nothing is sampled, and nothing leaves `last`.
+    """
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """One step for every stage: the slices, in the order of their rows in the frame beside it.
 
     `token_ids` holds the tokens of all slices for the first stage and is empty after it.
-    `closed` names sequences whose state the last stage may drop. `expert_work` grows on the way.
+    `closed` names sequences whose state every stage may drop. `expert_work` grows on the way.
+    A step with a `replay` goes through its stages only.
     """
 
     epoch: int
@@ -61,6 +73,7 @@ class StepBatch:
     opened: tuple[OpenedSequence, ...] = ()
     closed: tuple[int, ...] = ()
     expert_work: tuple[ExpertWork, ...] = ()
+    replay: Replay | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -80,7 +93,7 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the last stage tells the pipeline: token ids only, never hidden states."""
+    """What the last stage of a step tells the pipeline: token ids only, never hidden states."""
 
     epoch: int
     step: int

@@ -48,6 +48,28 @@ class ExpertSet:
 
 
 @dataclass(frozen=True, slots=True)
+class Loss:
+    """Pieces of a topology, by index, that are gone."""
+
+    stages: frozenset[int] = frozenset()
+    expert_sets: frozenset[int] = frozenset()
+
+    def __or__(self, other: "Loss") -> "Loss":
+        return Loss(self.stages | other.stages, self.expert_sets | other.expert_sets)
+
+    def __sub__(self, other: "Loss") -> "Loss":
+        return Loss(self.stages - other.stages, self.expert_sets - other.expert_sets)
+
+    def __bool__(self) -> bool:
+        return bool(self.stages or self.expert_sets)
+
+    def __str__(self) -> str:
+        stages = [f"stage {index}" for index in sorted(self.stages)]
+        sets = [f"expert set {index}" for index in sorted(self.expert_sets)]
+        return ", ".join(stages + sets) or "nothing"
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """What the planner expects of a topology at the batch its policy asked for."""
 

@@ -9,7 +9,7 @@ from azu.engine.scheduler import SchedulerConfig
 from azu.engine.sequence import Sequence
 from azu.protocol.job import FinishReason
 from azu.protocol.sampling import SamplingParams
-from azu.protocol.step import ExpertWork, SampledToken, StepBatch, StepResult
+from azu.protocol.step import ExpertWork, Replay, SampledToken, StepBatch, StepResult
 from azu.protocol.topology import ExpertSet, LayerSpan, Stage
 from tests import builders
 
@@ -200,3 +200,79 @@ def test_logprobs_come_only_when_they_were_asked_for(logprob: float | None) -> N
 
     assert update.logprobs == (() if logprob is None else (logprob,))
     assert update.top_logprobs == (() if logprob is None else (((9, -0.5),),))
+
+
+def _two_stages() -> EnginePipeline:
+    return EnginePipeline(
+        builders.structure(4), builders.topology({"a": (0, 2), "b": (2, 4)}), SchedulerConfig(64, 4), (_EOS,)
+    )
+
+
+def test_suspended_pipeline_sends_nothing_and_goes_on_behind_its_last_completed_step() -> None:
+    pipeline = _two_stages()
+    _add(pipeline, prompt=3)
+    pipeline.complete(_answer(_next(pipeline), token=20))
+    lost = _next(pipeline)
+    pipeline.suspend()
+    assert pipeline.next_batch() is None
+
+    pipeline.resume(builders.topology({"c": (0, 2), "b": (2, 4)}, epoch=5), (), {})
+
+    assert pipeline.complete(_answer(lost)) == []
+    again = _next(pipeline)
+    assert (again.epoch, again.token_ids) == (5, (20,))
+    # The last stage may have sampled what never came back.
+    assert [one.generated for one in again.opened] == [(20,)]
+
+
+def test_a_lost_stage_is_filled_before_anything_else_runs() -> None:
+    pipeline = _two_stages()
+    _add(pipeline, prompt=3)
+    pipeline.complete(_answer(_next(pipeline)))
+    pipeline.suspend()
+    pipeline.resume(builders.topology({"a": (0, 2), "c": (2, 4)}, epoch=2), (1,), {0: {1: 3}})
+
+    fill = _next(pipeline)
+    assert fill.replay == Replay(1, 1)
+    assert [(piece.position, piece.num_tokens, piece.sample) for piece in fill.slices] == [(0, 3, False)]
+    assert pipeline.next_batch() is None
+    assert pipeline.unfilled_stages == {1}
+    assert pipeline.complete(replace(_answer(fill), epoch=2)) == []
+
+    assert pipeline.unfilled_stages == frozenset()
+    assert _next(pipeline).replay is None
+
+
+def test_a_sequence_whose_rows_are_gone_runs_again_from_its_first_token() -> None:
+    pipeline = _two_stages()
+    _add(pipeline, prompt=3)
+    pipeline.complete(_answer(_next(pipeline), token=20))
+    pipeline.suspend()
+    pipeline.resume(builders.topology({"a": (0, 2), "c": (2, 4)}, epoch=2), (1,), {0: {1: 2}})
+
+    again = _next(pipeline)
+    assert (again.replay, again.token_ids) == (None, (10, 11, 12))
+
+
+def test_what_was_closed_in_a_step_that_was_lost_is_closed_again() -> None:
+    pipeline = _two_stages()
+    _add(pipeline, 1, max_tokens=1)
+    pipeline.complete(_answer(_next(pipeline)))
+    _add(pipeline, 2)
+    assert _next(pipeline).closed == (1,)
+    pipeline.suspend()
+    pipeline.resume(builders.topology({"a": (0, 2), "b": (2, 4)}, epoch=2), (), {})
+
+    assert _next(pipeline).closed == (1,)
+
+
+def test_a_sequence_cancelled_while_nothing_runs_gives_its_blocks_back() -> None:
+    pipeline = _two_stages()
+    _add(pipeline)
+    _next(pipeline)
+    pipeline.suspend()
+
+    (update,) = pipeline.cancel(1)
+
+    assert update.finish_reason is FinishReason.CANCELLED
+    assert pipeline.num_free_blocks == 64

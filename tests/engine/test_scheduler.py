@@ -3,7 +3,7 @@
 from collections import deque
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from azu.engine.scheduler import Scheduler, SchedulerConfig
@@ -91,6 +91,8 @@ _JOBS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, 
     max_running=st.integers(1, 6),
     restart_length=st.one_of(st.none(), st.integers(1, 30)),
 )
+# A turn of short sequences for which there is no block: the long one has to run meanwhile.
+@example(jobs=[(18, 9), (6, 12)], num_blocks=11, chunk=3, micro_batches=1, max_running=2, restart_length=17)
 def test_every_sequence_ends_and_every_block_comes_back(
     jobs: list[tuple[int, int]],
     num_blocks: int,
