@@ -1,0 +1,76 @@
+"""Lost pieces find a new node; nothing else moves."""
+
+from dataclasses import replace
+
+import pytest
+
+from azu.errors import InsufficientCapacity
+from azu.planner.policy import PlanPolicy
+from azu.planner.replan import replan
+from azu.protocol.node import Node, NodeState
+from azu.protocol.topology import ExpertSet, Loss, Topology
+from azu.units import MIB
+from tests import builders
+
+_POLICY = PlanPolicy(promised_sequences=1, tokens_per_sequence=64)
+_STRUCTURE = builders.structure(4, moe_layers={1: 4})
+_TOPOLOGY = replace(
+    builders.topology({"a": (0, 2), "b": (2, 4)}, vram_bytes=4 * MIB),
+    expert_sets=(ExpertSet(0, "c", {1: (0, 1)}, 2 * MIB), ExpertSet(1, "d", {1: (2, 3)}, 2 * MIB)),
+)
+
+
+def _nodes(**free_mib: int) -> list[Node]:
+    return [
+        builders.node(name, vram_bytes=8 * MIB, vram_free_bytes=free * MIB) for name, free in free_mib.items()
+    ]
+
+
+def _replan(loss: Loss, nodes: list[Node]) -> Topology:
+    return replan(_STRUCTURE, _TOPOLOGY, loss, nodes, _POLICY, epoch=7)
+
+
+def test_only_the_lost_pieces_move() -> None:
+    moved = _replan(Loss(frozenset({1}), frozenset({0})), _nodes(a=0, b=0, c=0, d=0, e=4, f=2))
+
+    assert moved.epoch == 7
+    assert [stage.node_id for stage in moved.stages] == ["a", "e"]
+    assert [chosen.node_id for chosen in moved.expert_sets] == ["f", "d"]
+    assert [stage.span for stage in moved.stages] == [stage.span for stage in _TOPOLOGY.stages]
+    assert [chosen.experts for chosen in moved.expert_sets] == [
+        chosen.experts for chosen in _TOPOLOGY.expert_sets
+    ]
+
+
+def test_a_node_that_has_the_shards_goes_before_a_faster_one() -> None:
+    fast, cached = builders.node("e", memory_bytes_per_s=1e12), builders.node("f")
+    shards = {_STRUCTURE.shard(name).sha256 for name in ("layer_2_dense", "layer_3_dense", "head")}
+    cached = replace(cached, cached_shards=frozenset(shards))
+
+    assert _replan(Loss(frozenset({1})), [fast, cached]).stages[1].node_id == "f"
+    assert _replan(Loss(frozenset({0})), [fast, cached]).stages[0].node_id == "e"
+
+
+def test_several_lost_pieces_never_share_the_same_room() -> None:
+    loss = Loss(frozenset({0, 1}), frozenset({0, 1}))
+    moved = _replan(loss, _nodes(e=8, f=4))
+
+    assert moved.vram_bytes_by_node == {"e": 8 * MIB, "f": 4 * MIB}
+
+
+def test_a_piece_that_finds_no_room_is_named_with_the_bytes_that_are_missing() -> None:
+    with pytest.raises(InsufficientCapacity, match=rf"stage 0 .* {MIB} bytes are missing"):
+        _replan(Loss(frozenset({0})), _nodes(a=3, b=3))
+
+
+@pytest.mark.parametrize("state", [NodeState.SUSPECT, NodeState.LEAVING, NodeState.DEAD])
+def test_nothing_goes_to_a_node_that_is_not_well(state: NodeState) -> None:
+    with pytest.raises(InsufficientCapacity):
+        _replan(Loss(frozenset({0})), [builders.node("e", state=state)])
+
+
+def test_what_survives_on_a_node_that_nobody_hears_stays_there() -> None:
+    moved = _replan(Loss(frozenset({1})), _nodes(e=4))
+
+    assert [stage.node_id for stage in moved.stages] == ["a", "e"]
+    assert moved.prediction == _TOPOLOGY.prediction
