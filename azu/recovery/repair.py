@@ -1,0 +1,116 @@
+"""Repair: puts lost pieces of one running model elsewhere and lets its sequences go on."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay
+from tenacity.wait import wait_random_exponential
+
+from azu.errors import InsufficientCapacity, WorkerLost
+from azu.protocol.topology import Loss, Topology
+
+log = logging.getLogger(__name__)
+
+Replan = Callable[[Loss], Awaitable[Topology]]
+
+# Whoever loses pieces this often without a step in between does not lose them by accident.
+_MOST_FRUITLESS = 5
+_MOST_ROUNDS = 5
+# What a lost piece held is reported as free a heartbeat later.
+_FIRST_LOOK_S = 0.25
+_LONGEST_LOOK_S = 1.0
+
+
+class Pieces(Protocol):
+    """The actors of one deployed model: its stages, its expert sets and its pipeline."""
+
+    async def pause(self) -> int:
+        """Have the pipeline forget what is in flight and wait; return how many steps it has completed.
+
+        Raises WorkerLost when it is the pipeline that is gone.
+        """
+
+    async def fence(self, loss: Loss) -> None:
+        """Make sure that what is lost stays lost, and give its memory back."""
+
+    async def bring_up(self, topology: Topology, loss: Loss) -> Loss:
+        """Load lost pieces where the topology has them now; return those that it did not work for."""
+
+    async def relink(self, topology: Topology, fresh: Loss) -> Loss:
+        """Tell every stage but the fresh ones its new neighbours; return those that did not take it."""
+
+    async def resume(self, topology: Topology, empty_stages: frozenset[int]) -> None:
+        """Have the pipeline fill the empty stages and go on; raises WorkerLost when it is gone."""
+
+
+class Repair:
+    """Waits for losses and repairs one after another, those that come meanwhile included.
+
+    `replan` finds new places under a new epoch; it raises InsufficientCapacity when there is none, and is
+    asked again for `patience_s`.
+    """
+
+    def __init__(self, pieces: Pieces, replan: Replan, *, patience_s: float) -> None:
+        self._pieces = pieces
+        self._replan = replan
+        self._patience_s = patience_s
+        self._lost = Loss()
+        self._noticed = asyncio.Event()
+        self._last_completed = -1
+        self._fruitless = 0
+
+    def lost(self, loss: Loss) -> None:
+        """Hear of a loss, from whoever notices; hearing of it twice changes nothing."""
+        self._lost |= loss
+        if self._lost:
+            self._noticed.set()
+
+    async def run(self) -> None:
+        """Repair until cancelled; raises what made a repair impossible, an AzuError."""
+        while True:
+            await self._noticed.wait()
+            await self._repair()
+
+    async def _repair(self) -> None:
+        self._count_fruitless(await self._pieces.pause())
+        empty: frozenset[int] = frozenset()
+        down = self._take()
+        for _ in range(_MOST_ROUNDS):
+            log.warning("lost %s", down)
+            await self._pieces.fence(down)
+            topology = await self._place(down)
+            empty |= down.stages
+            failed = await self._pieces.bring_up(topology, down)
+            down = failed | await self._pieces.relink(topology, down) | self._take()
+            if not down:
+                await self._pieces.resume(topology, empty)
+                return
+        raise WorkerLost(f"{down} could not be brought up in {_MOST_ROUNDS} tries")
+
+    async def _place(self, down: Loss) -> Topology:
+        looks = AsyncRetrying(
+            retry=retry_if_exception_type(InsufficientCapacity),
+            stop=stop_after_delay(self._patience_s),
+            wait=wait_random_exponential(multiplier=_FIRST_LOOK_S, max=_LONGEST_LOOK_S),
+            before_sleep=_say,
+            reraise=True,
+        )
+        return await looks(self._replan, down)
+
+    def _take(self) -> Loss:
+        lost, self._lost = self._lost, Loss()
+        self._noticed.clear()
+        return lost
+
+    def _count_fruitless(self, completed: int) -> None:
+        self._fruitless = self._fruitless + 1 if completed == self._last_completed else 0
+        self._last_completed = completed
+        if self._fruitless >= _MOST_FRUITLESS:
+            raise WorkerLost(f"{self._lost} was lost {_MOST_FRUITLESS} times without a step in between")
+
+
+def _say(state: RetryCallState) -> None:
+    assert state.outcome is not None
+    log.warning("%s", state.outcome.exception())
