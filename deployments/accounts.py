@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from azu.auth.keys import ApiKey
+from azu.errors import Forbidden
 from azu.ledger.accounts import (
     user_available,
     user_reserved,
@@ -43,6 +44,14 @@ class DepositRequest(BaseModel):
 
     tx_sig: str = Field(max_length=128)
     user_address: str = Field(max_length=64)
+
+
+class ClaimRequest(BaseModel):
+    """POST /v1/earnings/claim: `signature` is the EIP-712 signature of the key's address."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    signature: str = Field(max_length=256)
 
 
 @router.get("/v1/platform")
@@ -97,4 +106,13 @@ async def earnings(
         "paying_lamports": paying,
         "paid_lamports": paid,
         "payout_threshold_lamports": services.config.policy.payout_threshold_lamports,
+        "claimed": await services.payees.has_claimed(key.address),
     }
+
+
+@router.post("/v1/earnings/claim")
+async def claim_earnings(body: ClaimRequest, key: Key, services: ServicesNow) -> dict[str, Any]:
+    """Have what the key's address earned paid to it, from the threshold on."""
+    if not await services.payees.claim(key.address, body.signature):
+        raise Forbidden("this claim was not signed by the key's address", param="signature")
+    return {"address": key.address, "claimed": True}

@@ -95,4 +95,5 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
 
     process.send_signal(signal.SIGINT)
 
-    assert process.wait(20) == 130
+    # Python and its imports come up slowly on a busy machine, and go down as slowly.
+    assert process.wait(90) == 130
