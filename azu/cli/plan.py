@@ -28,18 +28,30 @@ def plan(
         Path | None, typer.Option(help="Network file with the policy; AZU_NETWORK if not given.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    pipelines: Annotated[
+        int, typer.Option(min=1, help="At most so many pipelines of the model; they share no node.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Show where a model's pieces would go; a model that is not cut yet is cut first."""
     from azu.config import Settings, load_network
+    from azu.planner.moves import cold_start_s
     from azu.planner.nodes_file import read_nodes
-    from azu.planner.plan import plan as place
+    from azu.planner.replicas import plan_replicas
 
     settings = Settings.from_environment()
     policy = load_network(network or settings.network).policy.plan_policy()
     structure = _structure(model, revision, settings.home / "shards")
     found = read_nodes(nodes, structure)
-    show(place(structure, found, policy), as_json, lambda topology: _draw(topology, found))
+    planned = plan_replicas(structure, found, policy, most=pipelines)
+
+    def draw(topology: "Topology") -> Group:
+        return _draw(topology, found, cold_start_s(structure, topology, found, policy))
+
+    if pipelines == 1:
+        show(planned[0], as_json, draw)
+    else:
+        show(planned, as_json, lambda topologies: Group(*map(draw, topologies)))
 
 
 def _structure(model: str, revision: str | None, shards: Path) -> "Structure":
@@ -72,7 +84,7 @@ def _structure(model: str, revision: str | None, shards: Path) -> "Structure":
         )
 
 
-def _draw(topology: "Topology", nodes: "Sequence[Node]") -> Group:
+def _draw(topology: "Topology", nodes: "Sequence[Node]", start_s: float) -> Group:
     free = {node.node_id: node.vram_free_bytes for node in nodes}
     rows = [
         (
@@ -102,7 +114,8 @@ def _draw(topology: "Topology", nodes: "Sequence[Node]") -> Group:
         f"predicted {prediction.tokens_per_s:,.1f} tokens/s, "
         f"{prediction.time_per_output_token_s * 1000:,.1f} ms per token of one sequence; "
         f"{prediction.lamports_per_token} lamports per token",
-        f"KV for {topology.num_blocks * topology.block_size:,} tokens on every stage",
+        f"KV for {topology.num_blocks * topology.block_size:,} tokens on every stage; "
+        f"up {start_s:,.1f} s after it is asked for",
     )
 
 

@@ -31,12 +31,17 @@ class KvCapacity(_Section):
 
 
 class Planner(_Section):
-    """What the planner keeps free on every piece, and what it counts with when it predicts speed."""
+    """What the planner keeps free on every piece, and what it counts with when it predicts speed or moves."""
 
     margin_bytes: Size
     margin_fraction: Annotated[float, Field(ge=0, le=1)]
     hop_s: Seconds
     batch_size: Count
+    fetch_bytes_per_s: Annotated[Size, Field(ge=1)]
+    load_bytes_per_s: Annotated[Size, Field(ge=1)]
+    horizon_s: Seconds
+    least_gain: Annotated[float, Field(ge=0, le=10)]
+    least_replica_speed: Annotated[float, Field(ge=0, le=1)]
 
 
 class Engine(_Section):
@@ -99,5 +104,10 @@ class NetworkPolicy(_Section):
             margin_fraction=self.planner.margin_fraction,
             hop_s=self.planner.hop_s,
             batch_size=self.planner.batch_size,
+            fetch_bytes_per_s=self.planner.fetch_bytes_per_s,
+            load_bytes_per_s=self.planner.load_bytes_per_s,
+            horizon_s=self.planner.horizon_s,
+            least_gain=self.planner.least_gain,
+            least_replica_speed=self.planner.least_replica_speed,
             lamports_per_token_layer=self.price.lamports_per_token_layer,
         )

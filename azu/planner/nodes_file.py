@@ -7,10 +7,12 @@
         tflops: 80                # in the serving dtype; 20 if not given
         state: alive              # alive (if not given), suspect, leaving or dead; pieces go to alive ones
         cached_shards: [embed, layer_0_dense]   # names of shards on its disk; "all" for every one
+        links_ms: {ben: 20}       # one-way latency to other nodes of the file; the policy's hop if not given
 
 Only `name` and `vram` are required. Unknown keys are refused.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,6 +47,7 @@ class _PlannedNode(BaseModel):
     tflops: Speed = 20.0
     state: NodeState = NodeState.ALIVE
     cached_shards: tuple[str, ...] | Literal["all"] = ()
+    links_ms: Mapping[str, Speed] = Field(default_factory=dict)
 
 
 class _NodesFile(BaseModel):
@@ -68,6 +71,8 @@ def read_nodes(path: Path, structure: Structure) -> tuple[Node, ...]:
     names = [node.name for node in found.nodes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigurationError(f"{path}: several nodes are called {', '.join(twice)}", param="nodes")
+    if strangers := sorted({name for node in found.nodes for name in node.links_ms} - set(names)):
+        raise ConfigurationError(f"{path}: links to unknown nodes: {', '.join(strangers)}", param="nodes")
     return tuple(_node(path, node, structure) for node in found.nodes)
 
 
@@ -88,4 +93,5 @@ def _node(path: Path, planned: _PlannedNode, structure: Structure) -> Node:
         flops_per_s=planned.tflops * 1e12,
         state=planned.state,
         cached_shards=frozenset(by_name[name] for name in cached),
+        links_s={name: latency_ms / 1000 for name, latency_ms in planned.links_ms.items()},
     )

@@ -10,7 +10,11 @@ class PlanPolicy:
     Every stage holds the KV of `promised_sequences` sequences of `tokens_per_sequence` tokens, in blocks of
     `block_size`. `activation_tokens` is the largest step. The margin is kept free beside all of it on every
     piece: `margin_bytes` plus `margin_fraction` of its weights. `hop_s` is the cost of one frame between two
-    nodes; `batch_size` the number of sequences that the predicted tokens per second are for.
+    nodes, at least; `batch_size` the number of sequences that the predicted tokens per second are for.
+
+    A cold piece is fetched at `fetch_bytes_per_s` and loaded at `load_bytes_per_s`. Pieces move when that
+    pays back within `horizon_s` with `least_gain` (a fraction) on top; a further pipeline of a model is at
+    least `least_replica_speed` (a fraction) as fast as the first.
     """
 
     promised_sequences: int
@@ -22,6 +26,11 @@ class PlanPolicy:
     hop_s: float = 0.001
     batch_size: int = 8
     lamports_per_token_layer: int = 2
+    fetch_bytes_per_s: float = 100e6
+    load_bytes_per_s: float = 1e9
+    horizon_s: float = 600.0
+    least_gain: float = 0.1
+    least_replica_speed: float = 0.25
 
     @property
     def num_blocks(self) -> int:

@@ -77,6 +77,15 @@ def test_experts_that_go_apart_are_shown_with_their_node(place, tmp_path: Path) 
     assert all(name in printed for name in held)
 
 
+def test_several_pipelines_are_shown_as_far_as_nodes_allow(place, tmp_path: Path) -> None:
+    folder = shards_of(tmp_path / "model", num_layers=2)
+    pipelines = json.loads(place(folder, "--json", "--pipelines", "9").stdout)
+
+    assert [len(one["stages"]) for one in pipelines] == [1, 1, 1]
+    assert len({one["stages"][0]["node_id"] for one in pipelines}) == 3
+    assert place(folder, "--pipelines", "9").stdout.count("tokens/s") == 3
+
+
 def test_a_model_that_is_not_cut_is_cut_first(place, tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "source", "qwen2_moe")
     topology = json.loads(place(source, "--json").stdout)

@@ -59,6 +59,7 @@ def test_the_planner_gets_its_part_of_the_policy(tmp_path: Path) -> None:
 
     assert plan_policy.promised_sequences == 3
     assert plan_policy.tokens_per_sequence == 100
+    assert plan_policy.fetch_bytes_per_s == 100 * MIB
     engine = load_network(path).policy.engine
     assert plan_policy.activation_tokens >= engine.prefill_chunk_tokens
 

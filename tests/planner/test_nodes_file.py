@@ -25,7 +25,8 @@ def test_sizes_speeds_and_cached_shards_are_read(tmp_path: Path) -> None:
         tmp_path,
         """
         nodes:
-          - {name: ada, vram: 24GiB, memory_gb_per_s: 1008, tflops: 165, cached_shards: [embed]}
+          - {name: ada, vram: 24GiB, memory_gb_per_s: 1008, tflops: 165,
+             cached_shards: [embed], links_ms: {ben: 20}}
           - {name: ben, vram: 1.5GiB, state: leaving, cached_shards: all}
         """,
     )
@@ -33,6 +34,7 @@ def test_sizes_speeds_and_cached_shards_are_read(tmp_path: Path) -> None:
     assert (ada.node_id, ada.vram_free_bytes, ada.vram_total_bytes) == ("ada", 24 * GIB, 24 * GIB)
     assert (ada.memory_bytes_per_s, ada.flops_per_s, ada.state) == (1.008e12, 1.65e14, NodeState.ALIVE)
     assert ada.cached_shards == {MODEL.shard("embed").sha256}
+    assert ada.links_s == {"ben": 0.02}
     assert (ben.vram_free_bytes, ben.state) == (3 * GIB // 2, NodeState.LEAVING)
     assert ben.cached_shards == {shard.sha256 for shard in MODEL.shards}
 
@@ -55,6 +57,8 @@ def test_the_example_is_a_nodes_file() -> None:
         ("nodes: [{name: a, vram: 1GiB, state: asleep}]", r"nodes\.0\.state"),
         ("nodes: [{name: a, vram: 1GiB}, {name: b, vram: 1GiB}, {name: a, vram: 1GiB}]", "called a$"),
         ("nodes: [{name: a, vram: 1GiB, cached_shards: [embed, layer_9_dense]}]", "a: .*layer_9_dense"),
+        ("nodes: [{name: a, vram: 1GiB, links_ms: {b: 5}}]", "unknown nodes: b$"),
+        ("nodes: [{name: a, vram: 1GiB, links_ms: {a: -5}}]", "links_ms.*greater than 0"),
         ("nodes: []", "nodes: "),
         ("", "nodes.yaml: "),
         ("nodes: [", "nodes.yaml: "),
