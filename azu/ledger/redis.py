@@ -86,13 +86,6 @@ class RedisLedger:
         stored = {account: value or "0" for account, value in zip(accounts, values, strict=True)}
         return tuple(whole_numbers(stored)[account] for account in accounts)
 
-    async def balances_of(self, *accounts: str) -> tuple[int, ...]:
-        """Return several accounts' lamports at one moment: what moves between them is counted once."""
-        async with self._asking():
-            values = await cast(Awaitable[list[str | None]], self._redis.hmget(BALANCES, list(accounts)))
-        found = {account: value or "0" for account, value in zip(accounts, values, strict=True)}
-        return tuple(whole_numbers(found).values())
-
     async def balances(self) -> Mapping[str, int]:
         """Return every account that was ever touched, at one moment."""
         async with self._asking():
