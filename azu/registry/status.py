@@ -12,7 +12,7 @@ from redis import RedisError
 from azu.connection import connect_redis_sync
 from azu.errors import Unavailable
 
-_SCANNED_AT_ONCE = 1000
+_READY = "azu:model:ready"
 
 
 class ModelState(StrEnum):
@@ -54,15 +54,21 @@ class ModelStatusStore(Protocol):
 
 
 class RedisModelStatus:
-    """Model status in Redis, one key per model id; raises Unavailable when Redis does not answer."""
+    """Model status in Redis, one key per model id, and the set of those that are cut.
+
+    Raises Unavailable when Redis does not answer.
+    """
 
     def __init__(self, url: str) -> None:
         self._redis = connect_redis_sync(url)
 
     def put(self, status: ModelStatus) -> None:
         """Replace the model's status."""
-        with _redis_errors():
-            self._redis.set(_key(status.model_id), _ADAPTER.dump_json(status))
+        with _redis_errors(), self._redis.pipeline() as pipeline:
+            pipeline.set(_key(status.model_id), _ADAPTER.dump_json(status))
+            note = pipeline.sadd if status.state is ModelState.READY else pipeline.srem
+            note(_READY, status.model_id)
+            pipeline.execute()
 
     def get(self, model_id: str) -> ModelStatus:
         """Return the model's status, UNKNOWN for one never heard of."""
@@ -75,9 +81,8 @@ class RedisModelStatus:
     def ready(self) -> list[ModelStatus]:
         """Return the models that are cut, by id."""
         with _redis_errors():
-            contents = self._redis.mget(sorted(self._redis.scan_iter(_key("*"), count=_SCANNED_AT_ONCE)))
-        found = [_ADAPTER.validate_json(content) for content in contents if content is not None]
-        return [status for status in found if status.state is ModelState.READY]
+            model_ids = self._redis.smembers(_READY)
+        return [self.get(model_id) for model_id in sorted(map(str, model_ids))]
 
 
 @contextmanager
@@ -89,7 +94,7 @@ def _redis_errors() -> Iterator[None]:
 
 
 def _key(model_id: str) -> str:
-    return f"azu:model:{model_id}"
+    return f"azu:model:status:{model_id}"
 
 
 _ADAPTER = TypeAdapter(ModelStatus)

@@ -1,7 +1,7 @@
 """One network for all cluster tests: the demo's, started once."""
 
-import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,24 +11,30 @@ from azu.units import LAMPORTS_PER_HYPE
 from tests.cluster.user import User, log_in
 
 DEPOSIT_LAMPORTS = LAMPORTS_PER_HYPE
+UNUSED_KEY = "5ec12e7" * 9 + "0"
 
 
 @pytest.fixture(scope="session")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNetwork]:
+def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the network takes models from."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def network(tmp_path_factory: pytest.TempPathFactory, model_root: Path) -> Iterator[LocalNetwork]:
     """The demo's network, with both built-in models deployed, the dense one first."""
-    # Nothing here may reach the Hub: an id that is not on this machine is unknown.
-    before = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
+    with pytest.MonkeyPatch.context() as environment:
+        # Nothing here may reach the Hub: an id that is not on this machine is unknown.
+        environment.setenv("HF_HUB_OFFLINE", "1")
+        environment.setenv("AZU_MODEL_ROOTS", str(model_root))
+        # As it stands where somebody starts a network: nothing that Ray starts may have it.
+        environment.setenv("SCHEDULER_PRIVATE_KEY", UNUSED_KEY)
         with demo_network(tmp_path_factory.mktemp("azu"), print) as running:
             user = paying_user(running, "warm-up")
             for model in ("azu/tiny-dense", "azu/tiny-moe"):
                 body = {"model": model, "prompt": "Hello", "max_tokens": 1}
                 user.http.post("/v1/completions", json=body).raise_for_status()
             yield running
-    finally:
-        if before is None:
-            del os.environ["HF_HUB_OFFLINE"]
 
 
 @pytest.fixture(scope="session")

@@ -177,3 +177,80 @@ def test_curl_deposits_submits_and_reads_results(user: User) -> None:
 
     assert finished(user, job_id)["status"] == "done"
     assert "Paris" in str(curl("GET", f"/results/{job_id}")["text"])
+
+
+def test_several_choices_pay_for_their_prompt_once(user: User) -> None:
+    client = openai.OpenAI(base_url=f"{user.url}/v1", api_key=user.api_key)
+    asked = {
+        "model": "azu/tiny-dense",
+        "messages": [{"role": "user", "content": "Tell me how azu works."}],
+        "temperature": 1.5,
+        "seed": 11,
+        "max_tokens": 20,
+    }
+
+    alone = client.chat.completions.create(**asked)
+    several = client.chat.completions.create(**asked, n=3)
+    pieces = client.chat.completions.create(**asked, n=3, stream=True)
+
+    texts = [choice.message.content for choice in several.choices]
+    assert [choice.index for choice in several.choices] == [0, 1, 2]
+    assert texts[0] == alone.choices[0].message.content, "the first choice is what one alone would be"
+    assert len(set(texts)) == 3
+    streamed = ["", "", ""]
+    for chunk in pieces:
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+    counts = [len(choice["token_ids"]) for choice in user.results(several.azu["job_id"])["choices"]]
+    assert several.usage.completion_tokens == sum(counts)
+    assert several.usage.prompt_tokens == alone.usage.prompt_tokens
+    assert several.usage.cost_lamports == 2 * 6 * (several.usage.prompt_tokens + sum(counts))
+
+
+@pytest.mark.parametrize("model_id", MODELS)
+def test_log_probabilities_are_those_of_the_whole_model(user: User, model_id: str) -> None:
+    client = openai.OpenAI(base_url=f"{user.url}/v1", api_key=user.api_key)
+    text = chat_text(model_id, "What is the capital of France?")
+
+    answer = client.completions.create(model=model_id, prompt=text, max_tokens=8, logprobs=3)
+
+    tokenizer, model = reference(model_id)
+    prompt = tokenizer(text)["input_ids"]
+    generated = user.results(answer.azu["job_id"])["token_ids"]
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *generated]])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs.token_logprobs == pytest.approx(
+        expected[range(len(generated)), generated].tolist(), abs=1e-3
+    )
+    for theirs, ours in zip(expected.topk(3).values.tolist(), logprobs.top_logprobs, strict=True):
+        assert list(ours.values()) == pytest.approx(theirs, abs=1e-3)
+
+
+def test_a_stop_token_and_a_least_length_are_heeded(user: User) -> None:
+    text = chat_text("azu/tiny-dense", "What is the capital of France?")
+    whole = expected_token_ids("azu/tiny-dense", text)
+
+    def token_ids(**asked: object) -> list[int]:
+        body = {"model": "azu/tiny-dense", "prompt": text, "max_tokens": 60, **asked}
+        reply = user.http.post("/v1/completions", json=body).raise_for_status().json()
+        return user.results(reply["azu"]["job_id"])["token_ids"]
+
+    assert token_ids(stop_token_ids=[whole[3]]) == whole[: whole.index(whole[3]) + 1]
+    assert len(token_ids(min_tokens=40)) >= 40
+    assert whole[0] not in token_ids(logit_bias={str(whole[0]): -100}, max_tokens=5)
+
+
+def test_the_models_at_hand_are_listed_with_what_they_cost(user: User) -> None:
+    listed = {model["id"]: model for model in user.http.get("/v1/models").raise_for_status().json()["data"]}
+
+    for model_id in MODELS:
+        found = listed[model_id]
+        assert (found["object"], found["owned_by"]) == ("model", "azu")
+        assert found["context_length"] == 1024
+        assert found["lamports_per_token"] == 2 * 6
+        assert found == user.http.get(f"/v1/models/{model_id}").json()
+    running = {one["model_id"] for one in user.http.get("/v1/network").json()["deployments"]}
+    assert {model_id for model_id, model in listed.items() if model["deployed"]} == running

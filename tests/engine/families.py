@@ -166,8 +166,13 @@ MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "
 
 def build_model(family: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return a tiny model of a family; the same one every time."""
+    return build_lively(FAMILIES[family](), dtype=dtype)
+
+
+def build_lively(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return a model of a config with random weights that make every token matter."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
