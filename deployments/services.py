@@ -23,6 +23,7 @@ from azu.lifecycle.spending import SpendLimits
 from azu.protocol.sampling import SamplingParams
 from azu.registry.description import ModelDescription
 from azu.treasury.claims import RedisClaims
+from azu.treasury.payees import RedisPayees
 from azu.treasury.receipts import RedisReceipts
 from azu.treasury.withdrawals import RedisWithdrawals
 from deployments.defaults import default_sampling
@@ -61,6 +62,7 @@ class Services:
         self.spending = RedisSpending.from_url(config.redis_url)
         self.spend_limits = SpendLimits(self.spending, self.ledger)
         self.claims = RedisClaims.from_url(config.redis_url)
+        self.payees = RedisPayees.from_url(config.redis_url, config.platform_address)
         self.receipts = RedisReceipts.from_url(config.redis_url)
         self.withdrawals = RedisWithdrawals.from_url(config.redis_url)
         self.intake = Intake(

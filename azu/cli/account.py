@@ -70,9 +70,20 @@ def balance(as_json: AsJson = False) -> None:
     show(open_client().balance(), as_json, _balance)
 
 
-def earnings(as_json: AsJson = False) -> None:
+def earnings(
+    claim: Annotated[
+        bool, typer.Option("--claim", help="Sign with the wallet that its address is to be paid.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show what the key's address earned by lending, what is on its way and what was paid."""
-    show(open_client().earnings(), as_json, _earnings)
+    client = open_client()
+    if claim:
+        from azu.cli.wallet import unlock
+        from azu.config import Settings
+
+        client.claim_earnings(unlock(Settings.from_environment().home))
+    show(client.earnings(), as_json, _earnings)
 
 
 def _balance(found: "Balance") -> Table:
@@ -93,4 +104,5 @@ def _earnings(found: "Earnings") -> Table:
         ("missing for the next payout", missing),
     ]
     rows = [(name, lamports, hype_from_lamports(lamports)) for name, lamports in named]
-    return table(["", "lamports", "HYPE"], rows, title=found.address)
+    claimed = "claimed" if found.claimed else "not claimed: run `azu earnings --claim` to be paid"
+    return table(["", "lamports", "HYPE"], rows, title=f"{found.address}, {claimed}")

@@ -18,7 +18,7 @@ keys = typer.Typer(no_args_is_help=True, help="The API keys of your address; `az
 @keys.command("list")
 def list_(as_json: AsJson = False) -> None:
     """Show the keys of this machine's address, with their limits."""
-    show(open_client().keys(), as_json, _drawn)
+    show(open_client().api_keys(), as_json, _drawn)
 
 
 @keys.command()

@@ -85,7 +85,10 @@ class WithdrawalLine:
 
 @dataclass(frozen=True, slots=True)
 class Earnings:
-    """What an address earned by lending and has not got yet, what is on its way, and what was paid."""
+    """What an address earned by lending and has not got yet, what is on its way, and what was paid.
+
+    Nothing is paid before the address has `claimed` it.
+    """
 
     __pydantic_config__ = _LENIENT
 
@@ -94,6 +97,7 @@ class Earnings:
     paying_lamports: int
     paid_lamports: int
     payout_threshold_lamports: int
+    claimed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

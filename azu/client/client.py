@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from azu.auth.payees import sign_claim
 from azu.auth.withdrawals import Withdrawal, sign_withdrawal
 from azu.client.answers import (
     Balance,
@@ -102,7 +103,7 @@ class Client:
         self._use_key(api_key)
         return api_key
 
-    def keys(self) -> list[KeyLine]:
+    def api_keys(self) -> list[KeyLine]:
         """Return the keys of the key's address, in the order they were opened."""
         return [read(KeyLine, line) for line in self._get("/v1/auth/keys")["data"]]
 
@@ -145,6 +146,11 @@ class Client:
     def withdrawal(self, nonce: int) -> WithdrawalLine:
         """Return how far a withdrawal is."""
         return read(WithdrawalLine, self._get(f"/v1/withdrawals/{nonce}"))
+
+    def claim_earnings(self, wallet: "LocalAccount") -> None:
+        """Claim what the key's address earns, by its wallet's own signature; before that nothing is paid."""
+        signature = sign_claim(wallet, self.platform().address)
+        self._post("/v1/earnings/claim", {"signature": signature})
 
     def earnings(self) -> Earnings:
         """Return what the key's address earned by lending."""

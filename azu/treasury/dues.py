@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from azu.treasury.clock import wall_clock_ms
 from azu.treasury.ports import Chain, Ledger
@@ -40,6 +41,13 @@ class Threshold:
     new_account_lamports: int
 
 
+class Payees(Protocol):
+    """Who has claimed what is earned in its name."""
+
+    async def has_claimed(self, address: str) -> bool:
+        """Say whether an address may be paid what it earned."""
+
+
 class Dues:
     """Picks who is paid next."""
 
@@ -47,6 +55,7 @@ class Dues:
         self,
         chain: Chain,
         ledger: Ledger,
+        payees: Payees,
         platform: str,
         threshold: Threshold,
         *,
@@ -54,6 +63,7 @@ class Dues:
     ) -> None:
         self._chain = chain
         self._ledger = ledger
+        self._payees = payees
         self._platform = platform
         self._threshold = threshold
         self._now_ms = now_ms
@@ -77,7 +87,7 @@ class Dues:
             if due.lamports > funds:
                 _LOG.error("the platform's wallet cannot spare what is owed: %s", due)
                 self.pass_over(due.address)
-            elif await self.payable(due):
+            elif await self._payees.has_claimed(due.address) and await self.payable(due):
                 picked.append(due)
                 funds -= due.lamports
             else:

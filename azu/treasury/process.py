@@ -18,6 +18,7 @@ from azu.ledger.redis import RedisLedger
 from azu.treasury.claims import RedisClaims
 from azu.treasury.dues import Dues, Threshold
 from azu.treasury.outbox import Lease
+from azu.treasury.payees import RedisPayees
 from azu.treasury.payouts import Patience, Payer
 from azu.treasury.receipts import ReceiptSigner, RedisReceipts
 from azu.treasury.redis import RedisCursor, RedisLease, RedisOutbox
@@ -91,7 +92,8 @@ class _Treasury:
         self._outbox = RedisOutbox(self._redis)
         self._lease: Lease = RedisLease(self._redis, ttl_ms=round(config.lease_s * 1000))
         self._watcher = DepositWatcher(self._chain, self._ledger, self._cursor, platform=platform)
-        self._dues = Dues(self._chain, self._ledger, platform, config.threshold)
+        payees = RedisPayees(self._redis, platform)
+        self._dues = Dues(self._chain, self._ledger, payees, platform, config.threshold)
         self._withdrawals = Withdrawals(
             RedisWithdrawals(self._redis), self._ledger, self._outbox, self._dues, platform=platform
         )

@@ -2,7 +2,11 @@
 
 import asyncio
 import time
+from collections.abc import Iterable
 
+from eth_account import Account
+
+from azu.auth.payees import sign_claim
 from azu.chain.devnet.state import USDC
 from azu.ledger.accounts import worker_earned, worker_paid, worker_paying
 from azu.ledger.transfers import Deposit, Reserve, Settle
@@ -10,6 +14,15 @@ from tests.treasury.world import Open, World
 
 # Worker number n earns this and n lamports.
 PAID = 20_000_000
+
+
+async def owners_who_claimed(world: World, parts: Open, keys: Iterable[int]) -> list[str]:
+    """Return the addresses of these private keys, which have claimed what they earn with the platform."""
+    platform = world.platform.address.lower()
+    accounts = [Account.from_key(f"0x{key:064x}") for key in keys]
+    for account in accounts:
+        assert await parts.payees.claim(account.address.lower(), sign_claim(account, platform))
+    return [account.address.lower() for account in accounts]
 
 
 def fund_platform(world: World) -> None:

@@ -5,8 +5,9 @@ import asyncio
 import pytest
 
 from azu.chain.devnet.state import HYPE
-from azu.treasury.dues import KEPT_LAMPORTS, Due, Dues, Threshold
+from azu.treasury.dues import KEPT_LAMPORTS, Due, Dues, Payees, Threshold
 from tests.treasury.simulated import PLATFORM, Simulation
+from tests.treasury.world import Everybody
 
 KNOWN, NEW, THIRD = ("0x" + digits * 20 for digits in ("0a", "0b", "0c"))
 THRESHOLD = Threshold(lamports=100, new_account_lamports=400)
@@ -18,8 +19,9 @@ def simulation(funds: int = 10**9) -> Simulation:
     return made
 
 
-def dues(world: Simulation) -> Dues:
-    return Dues(world.chain, world.ledger, PLATFORM.address.lower(), THRESHOLD, now_ms=world.clock)
+def dues(world: Simulation, payees: Payees | None = None) -> Dues:
+    platform = PLATFORM.address.lower()
+    return Dues(world.chain, world.ledger, payees or Everybody(), platform, THRESHOLD, now_ms=world.clock)
 
 
 def pick(world: Simulation, open_lamports: dict[str, int] | None = None, max_open: int = 10) -> list[Due]:
@@ -87,3 +89,21 @@ def test_an_address_that_was_passed_over_is_asked_about_again_later() -> None:
     after = asyncio.run(choosing.pick({}, 10))
 
     assert (before, after) == ([], [Due(KNOWN, 500)])
+
+
+def test_an_address_that_has_not_claimed_its_earnings_is_asked_about_again_later() -> None:
+    world = simulation()
+    world.ledger.earn(KNOWN, 100)
+
+    class Claims:
+        claimed = False
+
+        async def has_claimed(self, address: str) -> bool:
+            return self.claimed
+
+    payees = Claims()
+    payer = dues(world, payees)
+    assert asyncio.run(payer.pick({}, 10)) == []
+    payees.claimed = True
+    world.clock.ms += 600_000
+    assert asyncio.run(payer.pick({}, 10)) == [Due(KNOWN, 100)]

@@ -11,7 +11,7 @@ from azu.treasury.dues import Dues, Threshold
 from azu.treasury.payouts import Patience, Payer
 from tests.chain.running import fresh_address, running_devnet
 from tests.treasury.booked import PAID, all_paid, assert_paid_once, earn, fund_platform
-from tests.treasury.world import SEED, Open, World
+from tests.treasury.world import SEED, Everybody, Open, World
 
 FAULTS = (
     "reply_dropped_before",
@@ -39,7 +39,7 @@ async def pay_for_ever(world: World, parts: Open) -> None:
     # Shorter than the delay.
     chain = ChainClient(world.devnet.network, httpx.AsyncClient(timeout=1.0))
     platform = world.platform.address.lower()
-    dues = Dues(chain, parts.ledger, platform, Threshold(PAID, PAID))
+    dues = Dues(chain, parts.ledger, Everybody(), platform, Threshold(PAID, PAID))
     payer = Payer(
         chain,
         parts.ledger,

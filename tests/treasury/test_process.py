@@ -19,7 +19,7 @@ from azu.cli.treasury import treasury
 from azu.errors import ConfigurationError
 from azu.ledger.accounts import CHAIN
 from azu.treasury.claims import ClaimStatus
-from tests.treasury.booked import PAID, all_paid, assert_paid_once, earn, fund_platform
+from tests.treasury.booked import PAID, all_paid, assert_paid_once, earn, fund_platform, owners_who_claimed
 from tests.treasury.world import SEED, Open, World
 
 TREASURY = [sys.executable, "-c", "from azu.cli.treasury import treasury; treasury()"]
@@ -142,7 +142,7 @@ def test_it_is_killed_at_every_write_and_send_and_pays_and_credits_once(world: W
         deaths = 0
         for at in range(1, 100):
             forget_everything(world)
-            owners = [f"0x{at:040x}"]
+            owners = await owners_who_claimed(world, parts, [at])
             await earn(parts, owners)
             deposit = await parts.pay_platform(alice, at)
             claim = asyncio.create_task(parts.claims.ask(deposit, alice.address, 60.0))
@@ -170,9 +170,9 @@ def test_it_is_killed_at_every_write_and_send_and_pays_and_credits_once(world: W
 def test_it_is_killed_at_random_under_faults_and_pays_everybody_once(world: World, run: int) -> None:
     dice = random.Random(SEED + run)
     fund_platform(world)
-    owners = [f"0x{index:040x}" for index in range(1, 21)]
 
     async def scenario(parts: Open) -> None:
+        owners = await owners_who_claimed(world, parts, range(1000, 1020))
         await earn(parts, owners)
         for kind in ("reply_dropped_before", "reply_dropped_after", "server_error_after", "rate_limited"):
             world.devnet.fault(kind, times=None, chance=0.1)

@@ -16,7 +16,7 @@ from azu.treasury.payouts import Patience, Payer
 from azu.treasury.withdrawals import LEAST_LAMPORTS, RedisWithdrawals, Signed, Withdrawals, WithdrawalState
 from tests.ledger import moves
 from tests.treasury.booked import fund_platform
-from tests.treasury.world import Open, World
+from tests.treasury.world import Everybody, Open, World
 
 HELD = 5 * LEAST_LAMPORTS
 THRESHOLD = Threshold(LEAST_LAMPORTS, 4 * LEAST_LAMPORTS)
@@ -41,7 +41,7 @@ class Treasury:
         platform = world.platform.address.lower()
         self.desk = RedisWithdrawals.from_url(world.redis_url)
         self.ledger = parts.ledger
-        dues = Dues(parts.chain, parts.ledger, platform, THRESHOLD)
+        dues = Dues(parts.chain, parts.ledger, Everybody(), platform, THRESHOLD)
         self.withdrawals = Withdrawals(self.desk, parts.ledger, parts.outbox, dues, platform=platform)
         self.payer = Payer(
             parts.chain,

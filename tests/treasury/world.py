@@ -16,6 +16,7 @@ from azu.connection import connect_redis
 from azu.ledger.accounts import user_available
 from azu.ledger.redis import RedisLedger
 from azu.treasury.claims import RedisClaims
+from azu.treasury.payees import RedisPayees
 from azu.treasury.redis import RedisCursor, RedisOutbox
 from azu.treasury.watcher import DepositWatcher
 from azu.units import LAMPORTS_PER_HYPE
@@ -24,6 +25,13 @@ from tests.chain.running import RunningDevnet
 # The seed of everything that happens at random here; each run of a test adds its number.
 SEED = 1000 * int(os.environ.get("AZU_TEST_SEED", "1"))
 FUNDS = 10 * LAMPORTS_PER_HYPE
+
+
+class Everybody:
+    """Payees of whom all have claimed what they earn."""
+
+    async def has_claimed(self, address: str) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Open:
     cursor: RedisCursor
     claims: RedisClaims
     outbox: RedisOutbox
+    payees: RedisPayees
     watcher: DepositWatcher
     platform: LocalAccount
 
@@ -81,7 +90,9 @@ class World:
         ledger, cursor = RedisLedger(redis), RedisCursor(redis)
         watcher = DepositWatcher(chain, ledger, cursor, platform=self.platform.address.lower())
         try:
-            yield Open(chain, ledger, cursor, RedisClaims(redis), RedisOutbox(redis), watcher, self.platform)
+            payees = RedisPayees(redis, self.platform.address.lower())
+            claims, outbox = RedisClaims(redis), RedisOutbox(redis)
+            yield Open(chain, ledger, cursor, claims, outbox, payees, watcher, self.platform)
         finally:
             await chain.close()
             await redis.aclose()

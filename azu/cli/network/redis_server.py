@@ -16,7 +16,12 @@ from azu.ledger.durable import DURABLE_CONFIG
 
 NAME = "redis"
 # Whom the ingress asks, by the keys that both use.
-_ASKED = ("azu:treasury:claims:*", "azu:treasury:receipts:*", "azu:treasury:withdrawals:*")
+_ASKED = (
+    "azu:treasury:claims:*",
+    "azu:treasury:payees",
+    "azu:treasury:receipts:*",
+    "azu:treasury:withdrawals:*",
+)
 # What each user of the server reaches.
 KEYS_OF: Mapping[str, tuple[str, ...]] = {
     "ingress": ("azu:auth:*", "azu:job:*", "azu:jobs:*", "azu:ledger:*", *_ASKED),
