@@ -71,7 +71,7 @@ def test_a_wrong_command_line_ends_with_2(tmp_path: Path, arguments: tuple[str, 
 
 
 def test_facts_are_printed_as_json(tmp_path: Path) -> None:
-    balance = {"address": "0xa", "available_lamports": 5, "reserved_lamports": 1}
+    balance = {"address": "0xa", "available_lamports": 5, "reserved_lamports": 1, "withdrawing_lamports": 2}
     with running_ingress() as ingress:
         ingress.replies["GET /v1/balance"] = Reply(balance)
 

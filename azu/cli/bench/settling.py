@@ -28,7 +28,7 @@ def measure(_shape: ModelShape) -> tuple[Figure, ...]:
     with tempfile.TemporaryDirectory(prefix="azu-bench-") as folder, Children(Path(folder)) as children:
         server = start_redis(children, Path(folder) / "redis")
         wait_for_redis(children, server, _START_TIMEOUT_S)
-        settled_s, written_s = asyncio.run(_measure(server.url))
+        settled_s, written_s = asyncio.run(_measure(server.urls.owner))
     return (
         Figure(
             name="settlements on a flushing Redis",
