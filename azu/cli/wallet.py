@@ -1,4 +1,4 @@
-"""`azu wallet new|import|show`: the user's key on this machine."""
+"""`azu wallet new|import|show|fund`: the user's key on this machine."""
 
 import os
 from pathlib import Path
@@ -53,6 +53,23 @@ def show_address(as_json: AsJson = False) -> None:
 
     path = _path(Settings.from_environment().home)
     _show(keystore.address_of(path), path, as_json)
+
+
+@wallet.command()
+def fund(
+    amount: Annotated[str, typer.Argument(help="HYPE, for example 10")] = "10", as_json: AsJson = False
+) -> None:
+    """Get play money from the faucet of AZU_URL's chain; only a devnet has one."""
+    from azu.chain import wallet as keystore
+    from azu.chain.devnet import faucet
+    from azu.client import Client
+    from azu.units import hype_from_lamports, lamports_from_hype
+
+    settings = Settings.from_environment()
+    address, lamports = keystore.address_of(_path(settings.home)), lamports_from_hype(amount)
+    tx_hash = faucet.fund(Client(settings.url).platform().chain_url, address, lamports)
+    facts = {"address": address, "lamports": lamports, "tx_hash": tx_hash}
+    show(facts, as_json, lambda _: f"{address} got {hype_from_lamports(lamports)} HYPE of play money")
 
 
 def unlock(home: Path) -> "LocalAccount":

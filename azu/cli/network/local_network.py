@@ -27,10 +27,8 @@ from azu.cli.network.tickets import Ticket
 from azu.cli.private_file import write_private
 from azu.config import LocalWorker, NetworkFile, Settings, load_network
 from azu.errors import Unavailable
-from azu.units import hype_from_lamports
 
 Progress = Callable[[str], None]
-_HTTP_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +45,9 @@ class LocalNetwork:
 
     def fund(self, address: str, lamports: int) -> None:
         """Give an address HYPE from the devnet's faucet."""
-        import httpx
+        from azu.chain.devnet.faucet import fund
 
-        body = {"address": address, "amount": hype_from_lamports(lamports)}
-        httpx.post(f"{self.chain_url}/devnet/fund", json=body, timeout=_HTTP_TIMEOUT_S).raise_for_status()
+        fund(self.chain_url, address, lamports)
 
     def revive(self) -> list[str]:
         """Start again which processes died, and return their names.
