@@ -93,6 +93,8 @@ class RayHost:
         environment["CUDA_VISIBLE_DEVICES"] = worker.cuda_device or ""
         # Ray would hide the GPU from actors that ask it for none; azu places by VRAM, and a node is one GPU.
         environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+        # torch makes this folder where it is imported; in /tmp it would outlive the network.
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "torch")
         return Command(worker.name, self._start(str(worker.index), *options), environment, restart=True)
 
     def _start(self, folder: str, *options: str) -> tuple[str, ...]:
