@@ -26,12 +26,16 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is new of one choice; with a `finish_reason` it was the last of it."""
+    """What is new of one choice; with a `finish_reason` it was the last of it.
+
+    `after` counts the job's completion tokens up to here: whoever comes back asks for what follows them.
+    """
 
     choice: int
     text: str = ""
     scores: tuple[TokenScore, ...] = ()
     finish_reason: FinishReason | None = None
+    after: int = 0
 
 
 def usage(prompt_tokens: int, completion_tokens: int, receipt: Receipt | None) -> dict[str, int]:
@@ -57,7 +61,7 @@ class Answer:
     ) -> None:
         self._chat = chat
         self._decoder = decoder
-        self._head = {
+        self._head: dict[str, Any] = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{job_id}",
             "created": created_s,
             "model": model,
@@ -79,10 +83,11 @@ class Answer:
         chunks = []
         if part.text or part.scores:
             new = {"delta": {"content": part.text}} if self._chat else {"text": part.text}
-            chunks.append(self._chunk(part.choice, new, self._logprobs(part.scores)))
+            chunks.append(self._chunk(part.choice, new, self._logprobs(part.scores), after=part.after))
         if part.finish_reason is not None:
             nothing: dict[str, Any] = {"delta": {}} if self._chat else {"text": ""}
-            chunks.append(self._chunk(part.choice, nothing, reason=finish_reason(part.finish_reason)))
+            reason = finish_reason(part.finish_reason)
+            chunks.append(self._chunk(part.choice, nothing, reason=reason, after=part.after))
         return chunks
 
     def usage_chunk(self, counted: dict[str, int]) -> dict[str, Any]:
@@ -108,9 +113,11 @@ class Answer:
         body: Mapping[str, Any],
         logprobs: dict[str, Any] | None = None,
         reason: str | None = None,
+        after: int = 0,
     ) -> dict[str, Any]:
         found = {"index": choice, **body, "logprobs": logprobs, "finish_reason": reason}
-        return {**self._head, "object": self._chunk_kind, "choices": [found]}
+        extra = self._head["azu"] | {"after": after}
+        return {**self._head, "azu": extra, "object": self._chunk_kind, "choices": [found]}
 
     def _logprobs(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
         if not scores or self._decoder is None:

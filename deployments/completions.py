@@ -5,19 +5,19 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from azu.auth.keys import ApiKey
-from azu.errors import AzuError, InternalError, Unavailable
+from azu.errors import AzuError, InternalError, InvalidRequest, Unavailable
 from azu.protocol.job import Job, JobOutcome, JobState
 from deployments.accounts import Key, ServicesNow
 from deployments.answers import Answer, Part, usage
-from deployments.following import follow
+from deployments.following import follow, joined
+from deployments.jobs import owned
 from deployments.openai import ChatRequest, CompletionRequest
 from deployments.sampling import sampling_params
 from deployments.services import ServedModel, Services
@@ -26,6 +26,7 @@ router = APIRouter()
 
 # OpenAI's clients retry 5xx by themselves; once something was charged they must not.
 _NO_RETRY = {"x-should-retry": "false"}
+_NO_CACHE = {"cache-control": "no-cache"}
 
 
 @router.post("/v1/chat/completions", response_model=None)
@@ -43,6 +44,31 @@ async def completions(body: CompletionRequest, key: Key, services: ServicesNow) 
     model = await services.model(body.model)
     prompt = await asyncio.to_thread(model.tokenizer.encode, body.prompt)
     return await _answer(services, key, model, tuple(prompt), body, chat=False)
+
+
+@router.get("/v1/jobs/{job_id}/stream", response_model=None)
+async def job_stream(
+    job_id: str,
+    key: Key,
+    services: ServicesNow,
+    after: Annotated[int, Query(ge=0)] = 0,
+    chat: bool = False,
+) -> Response:
+    """Stream a job's answer from its completion token `after` on, as the chunks of a text or of a chat.
+
+    Every chunk's `azu.after` says where to go on if no other arrives. Leaving does not end the job.
+    """
+    record = await owned(services, key, job_id)
+    job = record.job
+    if after > record.delivered:
+        raise InvalidRequest(f"after is {after}; the job has {record.delivered} tokens so far", param="after")
+    model = await services.model(job.model_id)
+    answer = Answer(
+        chat=chat, job_id=job_id, model=job.model_id, created_s=job.created_at_ms // 1000,
+        decoder=model.tokenizer,
+    )  # fmt: skip
+    events = _events(services, job, model, answer, include_usage=True, after=after)
+    return StreamingResponse(events, media_type="text/event-stream", headers=_NO_CACHE)
 
 
 async def _answer(
@@ -85,7 +111,7 @@ class _JobStream(StreamingResponse):
     """A job's events as they come; whatever ends the response, even before its first byte, ends the job."""
 
     def __init__(self, services: Services, job: Job, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        super().__init__(events, media_type="text/event-stream", headers=_NO_CACHE)
         self._services = services
         self._job = job
 
@@ -99,7 +125,7 @@ async def _whole(services: Services, job: Job, model: ServedModel, answer: Answe
     async with _while_wanted(services, job):
         async for part in follow(services.jobs, job, model.tokenizer):
             if isinstance(part, Part):
-                choices[part.choice] = _joined(choices[part.choice], part)
+                choices[part.choice] = joined(choices[part.choice], part)
             elif part.state is JobState.FAILED:
                 error = _error_of(part)
                 headers = _NO_RETRY if part.receipt.charged_lamports else None
@@ -110,24 +136,20 @@ async def _whole(services: Services, job: Job, model: ServedModel, answer: Answe
 
 
 async def _events(
-    services: Services, job: Job, model: ServedModel, answer: Answer, *, include_usage: bool
+    services: Services, job: Job, model: ServedModel, answer: Answer, *, include_usage: bool, after: int = 0
 ) -> AsyncIterator[str]:
-    for choice in range(job.choices):
+    for choice in range(0 if after else job.choices):
         if opening := answer.opening(choice):
             yield _event(opening)
-    async for part in follow(services.jobs, job, model.tokenizer):
+    async for part in follow(services.jobs, job, model.tokenizer, after):
         if isinstance(part, Part):
             for chunk in answer.chunks(part):
                 yield _event(chunk)
-        elif part.state is JobState.FAILED:
+        elif part.state is not JobState.DONE:
             yield _event(_error_of(part).to_openai())
         elif include_usage:
             yield _event(answer.usage_chunk(_usage(job, part)))
     yield "data: [DONE]\n\n"
-
-
-def _joined(before: Part, new: Part) -> Part:
-    return replace(new, text=before.text + new.text, scores=before.scores + new.scores)
 
 
 def _usage(job: Job, outcome: JobOutcome) -> dict[str, int]:
@@ -135,6 +157,8 @@ def _usage(job: Job, outcome: JobOutcome) -> dict[str, int]:
 
 
 def _error_of(outcome: JobOutcome) -> AzuError:
+    if outcome.state is JobState.CANCELLED:
+        return Unavailable("whoever read this answer went away before its end", code="job_cancelled")
     said = outcome.error or {}
     return Unavailable(str(said.get("message")), param=said.get("param"), code=said.get("code"))
 

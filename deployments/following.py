@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from azu.engine.completion_text import Piece
 from azu.engine.text_decoder import TextDecoder
@@ -10,13 +11,22 @@ from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, TokenEvent
 from deployments.answers import Part, TokenScore
 
 
-async def follow(jobs: RedisJobs, job: Job, decoder: TextDecoder) -> AsyncIterator[Part | JobOutcome]:
-    """Yield what is new of a job's choices, at last its outcome."""
+async def follow(
+    jobs: RedisJobs, job: Job, decoder: TextDecoder, after: int = 0
+) -> AsyncIterator[Part | JobOutcome]:
+    """Yield what a job's choices show behind completion token `after`, at last its outcome.
+
+    The tokens before are read too: what was held back of them is shown with those that follow.
+    """
     choices = [_Choice(index, job, decoder) for index in range(job.choices)]
     async for event in jobs.events(job.job_id):
         if isinstance(event, TokenEvent):
             for part in choices[event.choice].take(event):
-                yield part
+                if part.after > after:
+                    yield part
+                elif part.after == after and part.finish_reason is not None:
+                    # Its reader may have got the last token and not that it was the last.
+                    yield replace(part, text="", scores=())
             continue
         for choice in choices:
             # A choice that was cut off shows what it has; one that failed is followed by the error.
@@ -32,14 +42,19 @@ class _Choice:
         self._index = index
         self._text = decoder.completion(job.prompt_token_ids, job.sampling)
         self._unsettled: deque[tuple[int, float, tuple[tuple[int, float], ...]]] = deque()
+        self._after = 0
         self.ended = False
 
     def take(self, event: TokenEvent) -> list[Part]:
         """Take new tokens and return what they show."""
         self._unsettled += zip(event.token_ids, event.logprobs, event.top_logprobs, strict=False)
-        parts = [self._part(self._text.push(token_id)) for token_id in event.token_ids]
+        parts: list[Part] = []
+        for token_id in event.token_ids:
+            self._after = event.index + len(parts) + 1
+            parts.append(self._part(self._text.push(token_id)))
         if event.finish_reason is not None:
-            parts.append(self.end(event.finish_reason))
+            # With the last token comes all that was held back: nothing is shown behind the last `after`.
+            parts.append(joined(parts.pop(), self.end(event.finish_reason)))
         return [part for part in parts if part.text or part.scores or part.finish_reason]
 
     def end(self, reason: FinishReason) -> Part:
@@ -51,4 +66,9 @@ class _Choice:
         scores: tuple[TokenScore, ...] = ()
         if self._unsettled:
             scores = tuple(TokenScore(*self._unsettled.popleft(), offset) for offset in piece.token_offsets)
-        return Part(self._index, piece.text, scores, reason)
+        return Part(self._index, piece.text, scores, reason, self._after)
+
+
+def joined(before: Part, new: Part) -> Part:
+    """Return two parts of one choice as one."""
+    return replace(new, text=before.text + new.text, scores=before.scores + new.scores)

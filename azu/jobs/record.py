@@ -16,8 +16,8 @@ _NO_ALTERNATIVES = "-"
 class JobRecord:
     """A job, how far it is and how it ended.
 
-    `attempts` counts how often it began to run; `cancelled` says that its user gave it up, which may be
-    before anybody has acted on it.
+    `attempts` counts how often it began to run, `delivered` its completion tokens so far; `cancelled` says
+    that its user gave it up, which may be before anybody has acted on it.
     """
 
     job: Job
@@ -26,6 +26,7 @@ class JobRecord:
     attempts: int
     cancelled: bool = False
     ending: JobOutcome | None = None
+    delivered: int = 0
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, str]) -> "JobRecord":
@@ -38,6 +39,7 @@ class JobRecord:
             attempts=int(fields["attempts"]),
             cancelled="cancelled" in fields,
             ending=None if ending is None else OUTCOME.validate_json(ending),
+            delivered=int(fields["delivered"]),
         )
 
 

@@ -16,6 +16,7 @@ from azu.errors import (
     InternalError,
     InvalidRequest,
     ModelNotFound,
+    NotFound,
     RateLimited,
     Unauthenticated,
     Unavailable,
@@ -40,8 +41,8 @@ def client(ingress: Ingress) -> Iterator[Client]:
     client.close()
 
 
-def piece(text: str, *, finish: str | None = None) -> dict[str, Any]:
-    return {"azu": AZU, "choices": [{"index": 0, "text": text, "finish_reason": finish}]}
+def piece(text: str, *, finish: str | None = None, after: int = 0) -> dict[str, Any]:
+    return {"azu": AZU | {"after": after}, "choices": [{"index": 0, "text": text, "finish_reason": finish}]}
 
 
 def delta(text: str | None, *, finish: str | None = None) -> dict[str, Any]:
@@ -105,8 +106,20 @@ def test_a_chat_goes_through_the_models_template(ingress: Ingress, client: Clien
 def test_a_stream_that_breaks_off_is_an_error_not_a_short_answer(ingress: Ingress, client: Client) -> None:
     ingress.replies["POST /v1/completions"] = Reply(chunks=(piece("Pa"),))
 
-    with pytest.raises(Unavailable):
+    with pytest.raises(NotFound):
         client.generate("The capital of France is", model=MODEL)
+
+
+def test_a_stream_that_breaks_off_goes_on_behind_its_last_piece(ingress: Ingress, client: Client) -> None:
+    ingress.replies["POST /v1/completions"] = Reply(chunks=(piece("Pa", after=1),))
+    again = "GET /v1/jobs/job-1/stream?chat=false&after="
+    ingress.replies[f"{again}1"] = Reply(chunks=(piece("ri", after=3),))
+    rest = (piece("s", after=4), piece("", finish="stop", after=4), usage_chunk(), "[DONE]")
+    ingress.replies[f"{again}3"] = Reply(chunks=rest)
+
+    generation = client.generate("The capital of France is", model=MODEL)
+
+    assert (generation.text, generation.finish_reason) == ("Paris", "stop")
 
 
 def test_an_error_in_a_stream_is_raised_after_what_came_before_it(ingress: Ingress, client: Client) -> None:

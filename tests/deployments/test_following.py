@@ -32,7 +32,7 @@ def outcome(job: Job, state: JobState, reason: FinishReason) -> JobOutcome:
 
 
 def followed(
-    redis_url: str, tokenizer: Tokenizer, job: Job, events: list[TokenEvent], end: JobOutcome
+    redis_url: str, tokenizer: Tokenizer, job: Job, events: list[TokenEvent], end: JobOutcome, after: int = 0
 ) -> list[Part | JobOutcome]:
     async def play() -> list[Part | JobOutcome]:
         jobs = RedisJobs.from_url(redis_url)
@@ -40,7 +40,7 @@ def followed(
         for event in events:
             await jobs.append([(job.job_id, event)])
         await jobs.finish(job.job_id, end)
-        return [part async for part in follow(jobs, job, tokenizer)]
+        return [part async for part in follow(jobs, job, tokenizer, after)]
 
     return asyncio.run(asyncio.wait_for(play(), 20))
 
@@ -48,6 +48,10 @@ def followed(
 def texts(parts: list[Part | JobOutcome], num_choices: int = 1) -> list[str]:
     found = [part for part in parts if isinstance(part, Part)]
     return ["".join(part.text for part in found if part.choice == n) for n in range(num_choices)]
+
+
+def scored(parts: list[Part | JobOutcome]) -> list[float]:
+    return sorted(score.logprob for part in parts if isinstance(part, Part) for score in part.scores)
 
 
 def test_the_choices_of_a_job_are_told_apart(redis_url: str, tokenizer: Tokenizer) -> None:
@@ -69,6 +73,34 @@ def test_the_choices_of_a_job_are_told_apart(redis_url: str, tokenizer: Tokenize
     }
     assert reasons == {0: STOP, 1: LENGTH}
     assert parts[-1] == end
+
+
+def test_whoever_comes_back_gets_what_was_not_shown_and_nothing_twice(
+    redis_url: str, tokenizer: Tokenizer
+) -> None:
+    job = builders.job(choices=2, sampling=SamplingParams(max_tokens=50, stop=("漢字!", "😀😀"), logprobs=0))
+    written = [tokenizer.encode(text) for text in ("one 漢字 😀 漢", "two 😀 and 漢字!")]
+    events: list[TokenEvent] = []
+    for choice, ids in ((0, written[0][:3]), (1, written[1][:-1]), (0, written[0][3:]), (1, written[1][-1:])):
+        reason = STOP if len(events) >= 2 else None
+        index = sum(len(event.token_ids) for event in events)
+        scores = tuple(-float(index + n) for n in range(len(ids)))
+        top = tuple(() for _ in ids)
+        events.append(TokenEvent(index, tuple(ids), scores, top, choice, reason))
+    parts = followed(redis_url, tokenizer, job, events, end := outcome(job, JobState.DONE, STOP))
+
+    for seen in {part.after for part in parts if isinstance(part, Part)} | {0}:
+        shown = [part for part in parts if isinstance(part, Part) and part.after <= seen]
+
+        again = followed(redis_url, tokenizer, job, events, end, after=seen)
+
+        assert again[-1] == end
+        assert [a + b for a, b in zip(texts(shown, 2), texts(again, 2), strict=True)] == texts(parts, 2)
+        assert scored([*shown, *again]) == scored(parts)
+        assert {
+            part.choice for part in [*shown, *again] if isinstance(part, Part) and part.finish_reason
+        } == {0, 1}
+    assert texts(parts, 2) == ["one 漢字 😀 漢", "two 😀 and "]
 
 
 def test_a_stop_string_is_never_shown_and_neither_are_its_tokens(
