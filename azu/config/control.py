@@ -3,7 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from azu.config.fields import refused
 from azu.config.policy import NetworkPolicy
+from azu.errors import ConfigurationError
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +18,8 @@ class ControlConfig:
     `redis_url` is for whoever holds this, `pipeline_redis_url` for the pipelines that it starts.
     `admin_key_sha256` is in hex. Folders are taken as models from under `model_roots` alone.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     redis_url: str = field(repr=False)
     pipeline_redis_url: str = field(repr=False)
@@ -28,3 +34,20 @@ class ControlConfig:
     model_roots: tuple[Path, ...]
     max_model_bytes: int
     hf_token: str | None = field(default=None, repr=False)
+
+    def to_json(self) -> str:
+        """Return it for a file that only its owner reads: there are passwords in it."""
+        return _CONTROL.dump_json(self).decode()
+
+    @classmethod
+    def from_file(cls, path: Path) -> "ControlConfig":
+        """Return what `to_json` wrote; raises ConfigurationError that names the file and its faults."""
+        try:
+            return _CONTROL.validate_json(path.read_bytes())
+        except OSError as error:
+            raise ConfigurationError(f"{path}: {error.strerror}") from error
+        except ValidationError as error:
+            raise refused(error, str(path)) from error
+
+
+_CONTROL = TypeAdapter(ControlConfig)

@@ -7,20 +7,11 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-from azu.cli.network.chain import (
-    DEVNET,
-    DEVNET_READY,
-    TREASURY,
-    TREASURY_READY,
-    Chain,
-    choose_chain,
-    start_devnet,
-    start_treasury,
-)
+from azu.cli.network.books import admin_key_of, start_books
+from azu.cli.network.chain import TREASURY, TREASURY_READY, choose_chain, start_treasury
 from azu.cli.network.children import Children
 from azu.cli.network.ports import free_port
 from azu.cli.network.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment, socket_folder
-from azu.cli.network.redis_server import RedisUrls, start_redis, wait_for_redis
 from azu.cli.network.running import running_in
 from azu.cli.network.serving import control_config, local_url, served, wait_until_healthy
 from azu.cli.network.tickets import Ticket
@@ -105,7 +96,7 @@ def local_network(
         host, port = RayHost(ray_folder, token_path, ip, dashboard), free_port()
         nodes.start(host.head(port))
         chain = choose_chain(settings)
-        redis = _start_books(services, settings, chain, timeout_s)
+        redis = start_books(services, settings, chain, timeout_s)
         nodes.wait_until_said(HEAD, STARTED, timeout_s)
         progress("Starting the workers and the treasury")
         head = f"{ip or '127.0.0.1'}:{port}"
@@ -114,7 +105,7 @@ def local_network(
         treasury.wait_until_said(TREASURY, TREASURY_READY, timeout_s)
         for worker in file.workers:
             nodes.wait_until_said(worker.name, STARTED, timeout_s)
-        admin_key = settings.admin_key.get_secret_value() if settings.admin_key else _new_admin_key()
+        admin_key = admin_key_of(settings)
         config = control_config(
             settings, file.policy, chain, redis, settings.http_port or free_port(), admin_key
         )
@@ -134,26 +125,7 @@ def local_network(
             yield network
 
 
-def _start_books(services: Children, settings: Settings, chain: Chain, timeout_s: float) -> RedisUrls:
-    """Start the Redis and the devnet that are not configured; returns how each process finds Redis."""
-    if chain.is_devnet:
-        start_devnet(services, chain)
-    if settings.redis_url is None:
-        server = start_redis(services, settings.home / "redis")
-        wait_for_redis(services, server, timeout_s)
-        urls = server.urls
-    else:
-        urls = RedisUrls.same(settings.redis_url)
-    if chain.is_devnet:
-        services.wait_until_said(DEVNET, DEVNET_READY, timeout_s)
-    return urls
-
-
 def _start_workers(nodes: Children, host: RayHost, head: str, workers: Sequence[LocalWorker]) -> None:
     for index, worker in enumerate(workers):
         cuda_device = None if worker.device == "cpu" else worker.device.removeprefix("cuda:")
         nodes.start(host.worker(head, Worker(index, worker.name, worker.vram, worker.payout, cuda_device)))
-
-
-def _new_admin_key() -> str:
-    return f"azu-admin-{secrets.token_urlsafe(32)}"
