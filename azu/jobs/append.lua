@@ -1,7 +1,7 @@
 -- Write the new tokens of many jobs. Tokens that exist already are left as they are, so that sending the same
 -- step twice, or from a pipeline that was given up, changes nothing; a job that has ended takes no more.
 -- KEYS: job record, token stream of each event.
--- ARGV: index, count, tokens, logprobs, top, choice, finish of each event.
+-- ARGV: index, count, tokens, logprobs, top, choice, finish, work of each event.
 -- Returns the positions (from 1) of events that leave a gap or name no job; nothing of those is written.
 local refused = {}
 
@@ -22,7 +22,7 @@ end
 
 for i = 1, #KEYS / 2 do
   local job, stream = KEYS[2 * i - 1], KEYS[2 * i]
-  local index, count, tokens, logprobs, top, choice, finish = unpack(ARGV, 7 * i - 6, 7 * i)
+  local index, count, tokens, logprobs, top, choice, finish, work = unpack(ARGV, 8 * i - 7, 8 * i)
   index, count = tonumber(index), tonumber(count)
   local found = redis.call('HMGET', job, 'delivered', 'outcome')
   local delivered = tonumber(found[1] or '-1')
@@ -33,7 +33,7 @@ for i = 1, #KEYS / 2 do
     local known = delivered - index
     redis.call('XADD', stream, last .. '-0', 'tokens', without_first(tokens, known),
       'logprobs', without_first(logprobs, known), 'top', without_first(top, known),
-      'choice', choice, 'finish', finish)
+      'choice', choice, 'finish', finish, 'work', work)
     redis.call('HSET', job, 'delivered', last)
   end
 end

@@ -5,8 +5,8 @@
                        outcome that is being settled) and `outcome` (JSON).
 `azu:job:{id}:tokens`  stream: entry `{n}-0` ends with completion token n and belongs to one `choice`
                        (`tokens`, `logprobs`, `top`: one word per token, separated by spaces; `finish`: why
-                       the choice ended, or nothing); `{n}-1` carries the `outcome` after token n. Expires
-                       some time after the outcome.
+                       the choice ended, and `work`: who ran it, or nothing); `{n}-1` carries the `outcome`
+                       after token n. Expires some time after the outcome.
 `azu:job:{id}:lost`    marks a job that was reserved for but never written down, so that it never is; expires.
 `azu:jobs:queue`       stream of `job` ids, read by the consumer group `schedulers`; an entry lives until
                        its job is done.

@@ -1,13 +1,14 @@
 """A job as Redis keeps it, and how its parts become text."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from pydantic import TypeAdapter
 
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, TokenEvent
 
 JOB = TypeAdapter(Job)
+WORK = TypeAdapter(Mapping[int, Mapping[str, int]])
 OUTCOME = TypeAdapter(JobOutcome)
 _NO_ALTERNATIVES = "-"
 
@@ -43,6 +44,37 @@ class JobRecord:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ChoiceSoFar:
+    """What is written of one of a job's choices; with a `finish_reason` that is all of it."""
+
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    work: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class JobSoFar:
+    """From where a job that somebody else began goes on; `cancelled` says that its user gave it up."""
+
+    choices: tuple[ChoiceSoFar, ...]
+    cancelled: bool
+
+    @property
+    def delivered(self) -> int:
+        """Completion tokens of all choices."""
+        return sum(len(choice.token_ids) for choice in self.choices)
+
+
+def so_far(events: Iterable[TokenEvent], num_choices: int, *, cancelled: bool) -> JobSoFar:
+    """Put a job's events together."""
+    choices = [ChoiceSoFar()] * num_choices
+    for event in events:
+        token_ids = choices[event.choice].token_ids + event.token_ids
+        choices[event.choice] = ChoiceSoFar(token_ids, event.finish_reason, event.work)
+    return JobSoFar(tuple(choices), cancelled)
+
+
 def words(numbers: tuple[int, ...] | tuple[float, ...]) -> str:
     """Write numbers so that a script can count and cut them; floats keep every bit, infinities included."""
     return " ".join(map(str, numbers))
@@ -68,6 +100,7 @@ def event_from_entry(entry_id: str, fields: Mapping[str, str]) -> TokenEvent | J
         top_logprobs=tuple(map(_alternatives, fields["top"].split())),
         choice=int(fields["choice"]),
         finish_reason=FinishReason(fields["finish"]) if fields["finish"] else None,
+        work=WORK.validate_json(fields["work"]) if fields["work"] else {},
     )
 
 

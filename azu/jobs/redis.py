@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from importlib.resources import files
-from typing import cast
+from typing import Any, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -11,7 +11,18 @@ from azu.connection import connect_redis
 from azu.errors import InternalError, InvalidRequest, NotFound, Unavailable
 from azu.jobs.keys import CANCELLED, GROUP, QUEUE, address_key, job_key, lost_key, tokens_key
 from azu.jobs.reader import TokenReader
-from azu.jobs.record import JOB, OUTCOME, JobRecord, event_from_entry, top_words, without_first, words
+from azu.jobs.record import (
+    JOB,
+    OUTCOME,
+    WORK,
+    JobRecord,
+    JobSoFar,
+    event_from_entry,
+    so_far,
+    top_words,
+    without_first,
+    words,
+)
 from azu.jobs.streams import read_all, read_group, read_new
 from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, TokenEvent
 
@@ -84,6 +95,32 @@ class RedisJobs:
         assert all(records), "a job is written down and queued in one script"
         return [record for record in records if record is not None]
 
+    async def take_over(self, consumer: str) -> list[JobRecord]:
+        """Return every job that was taken but not done, whoever took it: all are `consumer`'s from now on.
+
+        For whoever knows that no other consumer is left.
+        """
+        await self._make_group()
+        job_ids: list[str] = []
+        cursor = "0-0"
+        while True:
+            answer: Any = await self._redis.xautoclaim(
+                QUEUE, GROUP, consumer, min_idle_time=0, start_id=cursor, count=_TAKEN_AT_ONCE
+            )
+            # Redis 6.2 answers nil for an entry that was deleted.
+            cursor, entries = answer[0], [entry for entry in answer[1] if entry and entry[1]]
+            job_ids += [fields["job"] for _, fields in entries]
+            if cursor == "0-0":
+                return [record for record in await self._records(job_ids) if record is not None]
+
+    async def so_far(self, job: Job) -> JobSoFar:
+        """Return what is written of a job, for whoever goes on with it."""
+        cancelled = await self._redis.hexists(job_key(job.job_id), "cancelled")
+        entries = await read_all(self._redis, tokens_key(job.job_id))
+        events = [event_from_entry(*entry) for entry in entries]
+        written = [event for event in events if isinstance(event, TokenEvent)]
+        return so_far(written, job.choices, cancelled=bool(cancelled))
+
     async def set_state(self, job_id: str, state: JobState) -> bool:
         """Record that a job is QUEUED or RUNNING; says whether its user gave it up before.
 
@@ -104,13 +141,14 @@ class RedisJobs:
         if not events:
             return
         keys: list[str] = []
-        arguments: list[int | str] = []
+        arguments: list[int | str | bytes] = []
         for job_id, event in events:
             count = len(event.token_ids)
             assert {len(event.logprobs), len(event.top_logprobs)} <= {0, count}, "one per token, or none"
             keys += [job_key(job_id), tokens_key(job_id)]
             arguments += [event.index, count, words(event.token_ids), words(event.logprobs)]
             arguments += [top_words(event.top_logprobs), event.choice, event.finish_reason or ""]
+            arguments += [WORK.dump_json(event.work) if event.work else ""]
         if refused := await self._append(keys, arguments):
             named = ", ".join(f"{events[at - 1][0]} at {events[at - 1][1].index}" for at in refused)
             raise InternalError(f"tokens that do not continue their job were not written: {named}")

@@ -52,7 +52,8 @@ class TokenEvent:
 
     `index` counts the tokens of all its choices that were written before. `logprobs` and `top_logprobs`
     (token id and log probability, best first) are parallel to `token_ids` when the job asked for them, else
-    empty. With a `finish_reason` the choice has ended.
+    empty. With a `finish_reason` the choice has ended, and `work` (layer -> node id -> parameter bytes
+    activated) says who ran it.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -63,6 +64,7 @@ class TokenEvent:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     choice: int = 0
     finish_reason: FinishReason | None = None
+    work: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import pytest
 
 from azu.errors import InternalError, InvalidRequest, NotFound, Unavailable
 from azu.jobs.keys import GROUP, QUEUE, job_key, tokens_key
+from azu.jobs.record import ChoiceSoFar
 from azu.jobs.redis import TOKENS_KEPT_S, RedisJobs
 from azu.protocol.job import FinishReason, JobOutcome, JobState, TokenEvent
 from azu.protocol.sampling import SamplingParams
@@ -106,6 +107,45 @@ def test_an_idle_job_is_found_behind_a_thousand_running_ones(play) -> None:
         await jobs._redis.xclaim(QUEUE, GROUP, "dead", 0, [entry_id], idle=2 * LATER_MS)
 
         assert await taken(jobs, "heir") == ["job-last"]
+
+    play(scenario)
+
+
+def test_whoever_takes_over_gets_every_open_job_at_once(play) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        names = [f"job-{n:03}" for n in range(150)]
+        for name in names:
+            await jobs.submit(job(name))
+        while await taken(jobs, "dead"):
+            pass
+        await jobs.submit(job("job-new"))
+        await jobs.done("job-007")
+
+        records = await jobs.take_over("heir")
+
+        assert sorted(record.job.job_id for record in records) == sorted(set(names) - {"job-007"})
+        assert await taken(jobs, "heir") == ["job-new"]
+
+    play(scenario)
+
+
+def test_a_job_goes_on_from_what_is_written_of_it(play) -> None:
+    two = job(choices=2)
+    work = {0: {"node-a": 2**60}, 3: {"node-a": 1, "node-b": 2}}
+    ended = TokenEvent(3, (8,), choice=1, finish_reason=FinishReason.STOP, work=work)
+
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(two)
+        assert (await jobs.so_far(two)).choices == (ChoiceSoFar(), ChoiceSoFar())
+        events = [TokenEvent(0, (5, 6), choice=0), TokenEvent(2, (7,), choice=1), ended, ended]
+        await jobs.append([("job-1", event) for event in events])
+
+        found = await jobs.so_far(two)
+
+        assert found.choices == (ChoiceSoFar((5, 6)), ChoiceSoFar((7, 8), FinishReason.STOP, work))
+        assert (found.delivered, found.cancelled) == (4, False)
+        await jobs.cancel("job-1")
+        assert (await jobs.so_far(two)).cancelled
 
     play(scenario)
 
