@@ -6,9 +6,9 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from azu.auth.withdrawals import LONGEST_LIFE_MS, Withdrawal, is_signed
-from azu.errors import Forbidden, InsufficientBalance, InvalidRequest
+from azu.errors import Conflict, Forbidden, InsufficientBalance, InvalidRequest
 from azu.ledger.accounts import user_available
-from azu.ledger.transfers import MAX_LAMPORTS
+from azu.ledger.transfers import MAX_LAMPORTS, Transfer, WithdrawalPlanned
 from azu.treasury.withdrawals import LEAST_LAMPORTS, Signed
 from deployments.accounts import Key, ServicesNow
 from deployments.services import Services, now_ms
@@ -38,21 +38,27 @@ async def withdraw(body: WithdrawalRequest, key: Key, services: ServicesNow) -> 
         raise Forbidden("this withdrawal was not signed by the key's address", param="signature")
     if not 0 < body.expires_at_ms - now_ms() <= LONGEST_LIFE_MS:
         raise InvalidRequest("a withdrawal is good for at most a day, from now on", param="expires_at_ms")
-    if await services.ledger.result(f"{withdrawal.payout_id}:planned") is None:
+    planned = await services.ledger.result(f"{withdrawal.payout_id}:planned")
+    if planned is None:
         available = await services.ledger.balance(user_available(key.address))
         if body.lamports > available:
             raise InsufficientBalance(f"the account holds {available} lamports; this takes {body.lamports}")
         await services.withdrawals.hand_in(Signed(withdrawal, body.signature))
-    return await _state(services, withdrawal.payout_id, body.nonce)
+    elif not _carries_out(planned.entry.transfer, withdrawal):
+        raise Conflict("this nonce was used before for another withdrawal", param="nonce")
+    return await _state(services, withdrawal)
 
 
 @router.get("/v1/withdrawals/{nonce}")
 async def withdrawal(nonce: int, key: Key, services: ServicesNow) -> dict[str, Any]:
     """Return how far one of the key's address's withdrawals is."""
-    named = Withdrawal(address=key.address, lamports=0, nonce=nonce, expires_at_ms=0)
-    return await _state(services, named.payout_id, nonce)
+    return await _state(services, Withdrawal(address=key.address, lamports=0, nonce=nonce, expires_at_ms=0))
 
 
-async def _state(services: Services, payout_id: str, nonce: int) -> dict[str, Any]:
-    state, reason = await services.withdrawals.state(payout_id, services.ledger)
-    return {"nonce": nonce, "state": state.value, "reason": reason}
+def _carries_out(transfer: Transfer, withdrawal: Withdrawal) -> bool:
+    return isinstance(transfer, WithdrawalPlanned) and transfer.lamports == withdrawal.lamports
+
+
+async def _state(services: Services, named: Withdrawal) -> dict[str, Any]:
+    state, reason = await services.withdrawals.state(named, services.ledger)
+    return {"nonce": named.nonce, "state": state.value, "reason": reason}

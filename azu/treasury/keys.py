@@ -10,6 +10,7 @@ from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
 from azu.errors import ConfigurationError
+from azu.treasury.environment import take_variable
 
 KEY = "SCHEDULER_PRIVATE_KEY"
 KEY_FILE = "AZU_PRIVATE_KEY_FILE"
@@ -22,7 +23,7 @@ def take_private_key(environment: MutableMapping[str, str]) -> LocalAccount:
     The key is a JSON array of 32 bytes or 64 hex digits. Raises ConfigurationError, which never repeats the
     key, if there is none, more than one, or one in a file that others can read.
     """
-    key, file = environment.pop(KEY, None), environment.pop(KEY_FILE, None)
+    key, file = take_variable(environment, KEY), take_variable(environment, KEY_FILE)
     if key is not None and file is not None:
         raise ConfigurationError(f"set {KEY} or {KEY_FILE}, not both")
     if file is not None:

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from eth_account.signers.local import LocalAccount
 
@@ -40,8 +41,24 @@ class Superseded(Exception):
     """Another process has carried the payout on since it was read."""
 
 
-async def _ignore(_: Payout) -> None:
-    """Do nothing: what a worker earned stays earned."""
+class Withdrawals(Protocol):
+    """Where payouts to users come from."""
+
+    async def was_refused(self, payout: Payout) -> bool:
+        """Say whether a payout's user was told that nothing will come of it."""
+
+    async def dropped(self, payout: Payout) -> None:
+        """Hear of a payout for which the ledger set nothing aside."""
+
+
+class _NoWithdrawals:
+    """For workers alone: what they earned stays earned."""
+
+    async def was_refused(self, _: Payout) -> bool:
+        return False
+
+    async def dropped(self, _: Payout) -> None:
+        return None
 
 
 class Payer:
@@ -56,7 +73,7 @@ class Payer:
         patience: Patience,
         *,
         on_refused: Callable[[str], None],
-        on_dropped: Callable[[Payout], Awaitable[None]] = _ignore,
+        withdrawals: Withdrawals | None = None,
         now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._chain = chain
@@ -66,7 +83,7 @@ class Payer:
         self._platform = account.address.lower()
         self._patience = patience
         self._on_refused = on_refused
-        self._on_dropped = on_dropped
+        self._withdrawals = withdrawals or _NoWithdrawals()
         self._now_ms = now_ms
         self._overdue: set[str] = set()
 
@@ -145,13 +162,16 @@ class Payer:
 
     async def _sign(self, payout: Payout) -> None:
         """Have the ledger set the money aside, then sign once and store the bytes."""
+        if await self._withdrawals.was_refused(payout):
+            await self._outbox.remove(payout)
+            return
         try:
             await self._ledger.apply(payout.booking)
         except (LedgerError, InsufficientBalance):
             if await self._ledger.result(payout.booking.id) is not None:
                 raise
             _LOG.exception("%s is dropped: its account does not bear it", payout.payout_id)
-            await self._on_dropped(payout)
+            await self._withdrawals.dropped(payout)
             await self._outbox.remove(payout)
             return
         if await self._has_ended(payout):

@@ -104,7 +104,7 @@ class _Treasury:
             config.account,
             config.patience,
             on_refused=self._dues.pass_over,
-            on_dropped=self._withdrawals.dropped,
+            withdrawals=self._withdrawals,
         )
         jobs = RedisJobs(self._redis)
         self._sweeper = Sweeper(self._ledger, jobs)
@@ -164,9 +164,12 @@ async def _all(answers: Iterable[Coroutine[Any, Any, None]]) -> None:
 async def _every(
     period_s: float, duty: Callable[[], Awaitable[None]], done_once: Callable[[], None] | None = None
 ) -> None:
-    """Do a duty again and again; when the chain or Redis is away, pause longer each time."""
+    """Do a duty until it is cancelled; when the chain or Redis is away, pause longer each time."""
+    task = asyncio.current_task()
+    assert task is not None
     pause_s = period_s
-    while True:
+    # A cancellation that arrives together with an answer is swallowed by the library that waited for it.
+    while not task.cancelling():
         try:
             await duty()
         except AzuError as error:

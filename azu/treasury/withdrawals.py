@@ -1,7 +1,7 @@
 """Withdrawals: how signed ones reach the treasury, and how they become payouts."""
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, cast
@@ -26,6 +26,12 @@ _REFUSAL_KEPT_S = 30 * 86_400
 _MOST_WAITING = 10_000
 # The chain sweeps balances under 0.01 HYPE.
 LEAST_LAMPORTS = 1_000_000
+
+# Only what is still there: another one of the same address may wait by now.
+_TAKE_OUT = """
+if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then redis.call('HDEL', KEYS[1], ARGV[1]) end
+return 1
+"""
 
 
 class WithdrawalState(StrEnum):
@@ -60,11 +66,13 @@ class Ledger(Protocol):
 class RedisWithdrawals:
     """Both ends: the ingress hands signed withdrawals in, the treasury takes them out.
 
-    Every method raises Unavailable when Redis does not answer, and may be called again.
+    Of an address at most one waits, so that nobody keeps the others waiting. Every method raises Unavailable
+    when Redis does not answer, and may be called again.
     """
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._take_out = redis.register_script(_TAKE_OUT)
 
     @classmethod
     def from_url(cls, url: str) -> "RedisWithdrawals":
@@ -74,17 +82,17 @@ class RedisWithdrawals:
     async def hand_in(self, signed: Signed) -> None:
         """Write a withdrawal down for the treasury.
 
-        Raises Conflict if its nonce was used for another one that waits, Unavailable if too many wait.
+        Raises Conflict while another one of its address waits, Unavailable if too many wait.
         """
-        content, payout_id = _SIGNED.dump_json(signed).decode(), signed.withdrawal.payout_id
+        content, address = _encoded(signed), signed.withdrawal.address
         with typed_redis_errors():
             if await self._redis.hlen(_WAITING) >= _MOST_WAITING:
                 raise Unavailable("too many withdrawals are waiting for the treasury")
-            if await self._redis.hsetnx(_WAITING, payout_id, content):
+            if await self._redis.hsetnx(_WAITING, address, content):
                 return
-            found = await cast(Awaitable[str | None], self._redis.hget(_WAITING, payout_id))
-        if found is not None and _SIGNED.validate_json(found).withdrawal != signed.withdrawal:
-            raise Conflict("this nonce was used before for another withdrawal", param="nonce")
+        found = await self._waiting_of(address)
+        if found is not None and found.withdrawal != signed.withdrawal:
+            raise Conflict("another withdrawal of this address waits for the treasury", param="nonce")
 
     async def waiting(self) -> list[Signed]:
         """Return what was handed in and not taken out yet."""
@@ -92,10 +100,10 @@ class RedisWithdrawals:
             contents = await cast(Awaitable[list[str]], self._redis.hvals(_WAITING))
         return [_SIGNED.validate_json(content) for content in contents]
 
-    async def take_out(self, payout_id: str) -> None:
+    async def take_out(self, signed: Signed) -> None:
         """Have a withdrawal wait no more."""
         with typed_redis_errors():
-            await self._redis.hdel(_WAITING, payout_id)
+            await self._take_out([_WAITING], [signed.withdrawal.address, _encoded(signed)])
 
     async def refuse(self, payout_id: str, reason: str) -> None:
         """Say why nothing will come of a withdrawal."""
@@ -107,8 +115,9 @@ class RedisWithdrawals:
         with typed_redis_errors():
             return cast(str | None, await self._redis.get(_REFUSED + payout_id))
 
-    async def state(self, payout_id: str, ledger: Ledger) -> tuple[WithdrawalState, str | None]:
-        """Return how far a withdrawal is and why it was refused; raises NotFound."""
+    async def state(self, withdrawal: Withdrawal, ledger: Ledger) -> tuple[WithdrawalState, str | None]:
+        """Return how far the one of this address and nonce is and why it was refused; raises NotFound."""
+        payout_id = withdrawal.payout_id
         if await ledger.result(f"{payout_id}:paid"):
             return WithdrawalState.PAID, None
         if await ledger.result(f"{payout_id}:refused"):
@@ -117,10 +126,19 @@ class RedisWithdrawals:
             return WithdrawalState.SENDING, None
         if reason := await self.refusal(payout_id):
             return WithdrawalState.REFUSED, reason
-        with typed_redis_errors():
-            if await self._redis.hexists(_WAITING, payout_id):
-                return WithdrawalState.WAITING, None
+        waiting = await self._waiting_of(withdrawal.address)
+        if waiting is not None and waiting.withdrawal.payout_id == payout_id:
+            return WithdrawalState.WAITING, None
         raise NotFound("there is no such withdrawal", param="nonce", code="withdrawal_not_found")
+
+    async def _waiting_of(self, address: str) -> Signed | None:
+        with typed_redis_errors():
+            found = await cast(Awaitable[str | None], self._redis.hget(_WAITING, address))
+        return None if found is None else _SIGNED.validate_json(found)
+
+
+def _encoded(signed: Signed) -> str:
+    return _SIGNED.dump_json(signed).decode()
 
 
 class Withdrawals:
@@ -149,18 +167,41 @@ class Withdrawals:
         A withdrawal waits until the ledger has set its money aside or it was refused: at no moment is it
         nowhere. `since_ms` is a time of the chain that is not in its future.
         """
-        for signed in await self._withdrawals.waiting():
-            payout_id = signed.withdrawal.payout_id
-            if await self._is_decided(payout_id):
-                await self._withdrawals.take_out(payout_id)
-                continue
-            open_lamports = {payout.address: payout.lamports for payout in await self._outbox.open()}
-            if signed.withdrawal.address in open_lamports:
+        undecided = [
+            signed for signed in await self._withdrawals.waiting() if not await self._settled(signed)
+        ]
+        if not undecided:
+            return
+        open_lamports = {payout.address: payout.lamports for payout in await self._outbox.open()}
+        room, funds = await self._dues.spare(open_lamports, max_open)
+        for signed in undecided:
+            withdrawal = signed.withdrawal
+            if withdrawal.address in open_lamports:
                 continue  # this one, or another payout to the same address
-            if reason := self._fault(signed):
-                await self._withdrawals.refuse(payout_id, reason)
+            if reason := self._fault(signed) or await self._obstacle(withdrawal):
+                await self._withdrawals.refuse(withdrawal.payout_id, reason)
+                await self._withdrawals.take_out(signed)
+            elif room <= 0 or withdrawal.lamports > funds:
+                _LOG.error("the platform cannot send a withdrawal now: %s", withdrawal)
             else:
-                await self._plan(signed.withdrawal, open_lamports, max_open, since_ms)
+                await self._plan(withdrawal, since_ms)
+                room, funds = room - 1, funds - withdrawal.lamports
+
+    async def was_refused(self, payout: Payout) -> bool:
+        """Say whether a payout's user was told that nothing will come of it."""
+        return payout.payee == "user" and await self._withdrawals.refusal(payout.payout_id) is not None
+
+    async def dropped(self, payout: Payout) -> None:
+        """Hear of a payout for which the ledger set nothing aside."""
+        if payout.payee == "user":
+            await self._withdrawals.refuse(payout.payout_id, "the account does not hold so much any more")
+
+    async def _settled(self, signed: Signed) -> bool:
+        """Take a withdrawal out if the ledger has set its money aside or it was refused; say if so."""
+        if not await self._is_decided(signed.withdrawal.payout_id):
+            return False
+        await self._withdrawals.take_out(signed)
+        return True
 
     async def _is_decided(self, payout_id: str) -> bool:
         if await self._ledger.result(f"{payout_id}:planned") is not None:
@@ -177,17 +218,13 @@ class Withdrawals:
             return f"it is less than {LEAST_LAMPORTS} lamports, which the chain would sweep away"
         return None
 
-    async def _plan(
-        self, withdrawal: Withdrawal, open_lamports: Mapping[str, int], max_open: int, since_ms: int
-    ) -> None:
-        room, funds = await self._dues.spare(open_lamports, max_open)
-        if room <= 0 or withdrawal.lamports > funds:
-            _LOG.error("the platform cannot send a withdrawal now: %s", withdrawal)
-            return
-        if not await self._dues.payable(Due(withdrawal.address, withdrawal.lamports)):
-            reason = "the address is new to the chain, or barred there, and it is too little for that"
-            await self._withdrawals.refuse(withdrawal.payout_id, reason)
-            return
+    async def _obstacle(self, withdrawal: Withdrawal) -> str | None:
+        """Say why the chain would not carry a withdrawal out, or not for what it costs."""
+        if await self._dues.payable(Due(withdrawal.address, withdrawal.lamports)):
+            return None
+        return "the address is new to the chain, or barred there, and it is too little for that"
+
+    async def _plan(self, withdrawal: Withdrawal, since_ms: int) -> None:
         payout = Payout(
             payout_id=withdrawal.payout_id,
             address=withdrawal.address,
@@ -198,8 +235,3 @@ class Withdrawals:
         )
         if await self._outbox.add(payout):
             _LOG.info("planned %s of %d lamports", payout.payout_id, payout.lamports)
-
-    async def dropped(self, payout: Payout) -> None:
-        """Hear of a payout for which the ledger set nothing aside."""
-        if payout.payee == "user":
-            await self._withdrawals.refuse(payout.payout_id, "the account does not hold so much any more")

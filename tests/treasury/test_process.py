@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -19,6 +20,7 @@ from azu.cli.treasury import treasury
 from azu.errors import ConfigurationError
 from azu.ledger.accounts import CHAIN
 from azu.treasury.claims import ClaimStatus
+from azu.treasury.process import _every
 from tests.treasury.booked import PAID, all_paid, assert_paid_once, earn, fund_platform, owners_who_claimed
 from tests.treasury.world import SEED, Open, World
 
@@ -69,6 +71,9 @@ def test_it_credits_deposits_answers_claims_and_stops_when_told(world: World) ->
             tx_hash = await parts.pay_platform(alice, 60)
             verdict = await parts.claims.ask(tx_hash, alice.address, 10.0)
             assert (verdict.status, verdict.lamports) == (ClaimStatus.CREDITED, 60)
+            shown = Path(f"/proc/{process.pid}/environ").read_text()
+            assert "SCHEDULER_PRIVATE_KEY" in shown
+            assert world.platform.key.hex() not in shown
 
             process.send_signal(signal.SIGTERM)
             out, log = await asyncio.to_thread(process.communicate, timeout=10)
@@ -80,6 +85,23 @@ def test_it_credits_deposits_answers_claims_and_stops_when_told(world: World) ->
         assert await parts.available(alice) == 65
 
     world.run(scenario)
+
+
+def test_a_duty_ends_though_a_library_swallowed_its_cancellation() -> None:
+    async def scenario() -> None:
+        reached = asyncio.Event()
+
+        async def deaf() -> None:
+            reached.set()
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+
+        duty = asyncio.create_task(_every(0.001, deaf))
+        await reached.wait()
+        duty.cancel()
+        await asyncio.wait_for(duty, 5)
+
+    asyncio.run(scenario())
 
 
 def test_it_waits_for_a_chain_that_is_away(world: World) -> None:

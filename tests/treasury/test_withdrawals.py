@@ -50,7 +50,7 @@ class Treasury:
             world.platform,
             Patience(conclude_ms=1_500),
             on_refused=lambda _address: None,
-            on_dropped=self.withdrawals.dropped,
+            withdrawals=self.withdrawals,
         )
 
     async def step(self) -> None:
@@ -60,13 +60,13 @@ class Treasury:
         except ChainError:
             await asyncio.sleep(0.05)
 
-    async def until_decided(self, payout_id: str) -> tuple[WithdrawalState, str | None]:
+    async def until_decided(self, asked: Signed) -> tuple[WithdrawalState, str | None]:
         """Go on until a withdrawal has come to its end and waits no more."""
         for _ in range(400):
             await self.step()
-            state, reason = await self.desk.state(payout_id, self.ledger)
-            waiting = [asked.withdrawal.payout_id for asked in await self.desk.waiting()]
-            if state in (WithdrawalState.PAID, WithdrawalState.REFUSED) and payout_id not in waiting:
+            state, reason = await self.desk.state(asked.withdrawal, self.ledger)
+            decided = state in (WithdrawalState.PAID, WithdrawalState.REFUSED)
+            if decided and asked not in await self.desk.waiting():
                 return state, reason
             await asyncio.sleep(0.02)
         raise AssertionError(state)
@@ -91,14 +91,13 @@ def test_a_withdrawal_arrives_once_however_often_it_is_handed_in(world: World) -
         treasury = Treasury(world, parts)
         await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
         asked = signed(world, alice, 3 * LEAST_LAMPORTS)
-        payout_id = asked.withdrawal.payout_id
         await treasury.desk.hand_in(asked)
-        assert await treasury.desk.state(payout_id, parts.ledger) == (WithdrawalState.WAITING, None)
-        assert await treasury.until_decided(payout_id) == (WithdrawalState.PAID, None)
+        assert await treasury.desk.state(asked.withdrawal, parts.ledger) == (WithdrawalState.WAITING, None)
+        assert await treasury.until_decided(asked) == (WithdrawalState.PAID, None)
 
         for _ in range(3):
             await treasury.desk.hand_in(asked)
-            assert await treasury.until_decided(payout_id) == (WithdrawalState.PAID, None)
+            assert await treasury.until_decided(asked) == (WithdrawalState.PAID, None)
 
         assert received(world, alice) == ["0.03"]
         assert await parts.available(alice) == HELD - 3 * LEAST_LAMPORTS
@@ -120,7 +119,7 @@ def test_a_withdrawal_arrives_once_under_a_fault(world: World, kind: str) -> Non
         asked = signed(world, alice, HELD)
         await treasury.desk.hand_in(asked)
 
-        assert await treasury.until_decided(asked.withdrawal.payout_id) == (WithdrawalState.PAID, None)
+        assert await treasury.until_decided(asked) == (WithdrawalState.PAID, None)
         assert received(world, alice) == ["0.05"]
         assert await parts.available(alice) == 0
 
@@ -145,7 +144,7 @@ def test_what_nobody_may_withdraw_is_refused_and_nothing_moves(world: World) -> 
         }
         for reason, asked in cases.items():
             await treasury.desk.hand_in(asked)
-            state, said = await treasury.until_decided(asked.withdrawal.payout_id)
+            state, said = await treasury.until_decided(asked)
             assert state is WithdrawalState.REFUSED
             assert reason in str(said)
 
@@ -161,13 +160,60 @@ def test_of_two_withdrawals_that_the_balance_does_not_bear_one_is_refused(world:
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
         await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
-        both = [signed(world, alice, HELD, nonce=nonce) for nonce in (1, 2)]
-        for asked in both:
-            await treasury.desk.hand_in(asked)
-        ends = [(await treasury.until_decided(asked.withdrawal.payout_id))[0] for asked in both]
+        first, second = (signed(world, alice, HELD, nonce=nonce) for nonce in (1, 2))
+        await treasury.desk.hand_in(first)
+        with pytest.raises(Conflict, match="waits"):
+            await treasury.desk.hand_in(second)
+        assert (await treasury.until_decided(first))[0] is WithdrawalState.PAID
+        await treasury.desk.hand_in(second)
+        assert (await treasury.until_decided(second))[0] is WithdrawalState.REFUSED
 
-        assert sorted(ends) == [WithdrawalState.PAID, WithdrawalState.REFUSED]
         assert received(world, alice) == ["0.05"]
+
+    world.run(scenario)
+
+
+def test_one_address_does_not_keep_the_others_waiting(world: World) -> None:
+    alice, bob = credited(world), world.payer()
+
+    async def scenario(parts: Open) -> None:
+        treasury = Treasury(world, parts)
+        for number, account in enumerate((alice, bob)):
+            deposit = moves.deposit(HELD, address=account.address.lower(), tx_hash=f"0x{number}")
+            await parts.ledger.apply(deposit)
+        refused = 0
+        for nonce in range(100):
+            try:
+                await treasury.desk.hand_in(signed(world, alice, HELD, nonce=nonce))
+            except Conflict:
+                refused += 1
+        asked = signed(world, bob, HELD)
+        await treasury.desk.hand_in(asked)
+
+        assert refused == 99
+        assert len(await treasury.desk.waiting()) == 2
+        assert (await treasury.until_decided(asked))[0] is WithdrawalState.PAID
+
+    world.run(scenario)
+
+
+def test_what_was_refused_stays_refused_though_its_treasury_died_over_it(world: World) -> None:
+    alice = credited(world)
+
+    async def scenario(parts: Open) -> None:
+        treasury = Treasury(world, parts)
+        asked = signed(world, alice, HELD)
+        await treasury.desk.hand_in(asked)
+        await treasury.withdrawals.plan(20, 0)
+        [planned] = await parts.outbox.open()
+        # It died here: the user was told, the outbox still has the payout. Meanwhile money arrives.
+        await treasury.withdrawals.dropped(planned)
+        await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
+
+        assert (await treasury.until_decided(asked))[0] is WithdrawalState.REFUSED
+        assert await parts.outbox.open() == ()
+        assert await parts.available(alice) == HELD
+        assert received(world, alice) == []
 
     world.run(scenario)
 
@@ -184,7 +230,7 @@ def test_a_withdrawal_that_another_process_plans_again_after_its_end_is_not_sent
             await treasury.step()
         [planned] = await parts.outbox.open()
         as_planned = replace(planned, state=type(planned.state).PLANNED, nonce=0, body="", attempts=0)
-        await treasury.until_decided(asked.withdrawal.payout_id)
+        await treasury.until_decided(asked)
 
         # A process that hung since before the first was sent.
         assert await parts.outbox.add(as_planned)
@@ -206,6 +252,6 @@ def test_a_nonce_stands_for_one_withdrawal(world: World) -> None:
         with pytest.raises(Conflict):
             await desk.hand_in(signed(world, alice, HELD - 1))
         with pytest.raises(NotFound):
-            await desk.state(signed(world, alice, HELD, nonce=9).withdrawal.payout_id, parts.ledger)
+            await desk.state(signed(world, alice, HELD, nonce=9).withdrawal, parts.ledger)
 
     world.run(scenario)

@@ -12,6 +12,7 @@ from azu.cli.network.processes import Command
 from azu.cli.private_file import write_private
 from azu.config import Settings
 from azu.errors import ConfigurationError
+from azu.treasury.environment import take_variable
 
 DEVNET = "devnet"
 TREASURY = "treasury"
@@ -35,12 +36,13 @@ class Chain:
 def choose_chain(settings: Settings) -> Chain:
     """Return the configured chain, or a devnet on a free port whose platform key is made here once.
 
-    The key of a configured chain is not read, only handed to the treasury. Raises ConfigurationError when it
-    or the platform's address is missing.
+    The key of a configured chain is not looked at, only handed to the treasury; either way it is gone from
+    this process's environment. Raises ConfigurationError when it or the platform's address is missing.
     """
+    taken = {name: take_variable(os.environ, name) for name in (_KEY, _KEY_FILE)}
     if settings.chain_url is None:
         return _devnet(settings)
-    key = {name: os.environ[name] for name in (_KEY, _KEY_FILE) if name in os.environ}
+    key = {name: value for name, value in taken.items() if value is not None}
     if settings.platform_address is None or not key:
         raise ConfigurationError(f"a chain needs HYPERLIQUID_ADDRESS, and {_KEY} or {_KEY_FILE}")
     return Chain(settings.chain_url, settings.platform_address, is_devnet=False, treasury_key=key)
@@ -49,13 +51,13 @@ def choose_chain(settings: Settings) -> Chain:
 def start_devnet(children: Children, chain: Chain) -> None:
     """Start the devnet; it may not answer yet, see DEVNET_READY."""
     port = str(urlsplit(chain.url).port)
-    children.start(Command(DEVNET, _azu("devnet", "--port", port), _without_keys(), restart=True))
+    children.start(Command(DEVNET, _azu("devnet", "--port", port), dict(os.environ), restart=True))
 
 
 def start_treasury(children: Children, settings: Settings, chain: Chain, redis_url: str) -> None:
     """Start the treasury, the only process that gets the platform's key."""
     redis = urlsplit(redis_url)
-    environment = _without_keys() | {
+    environment = dict(os.environ) | {
         "HYPERLIQUID_RPC_URL": chain.url,
         "HYPERLIQUID_ADDRESS": chain.platform_address,
         "REDIS_HOST": redis.hostname or "",
@@ -83,7 +85,3 @@ def _devnet(settings: Settings) -> Chain:
 
 def _azu(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "azu.cli", *arguments)
-
-
-def _without_keys() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in (_KEY, _KEY_FILE)}

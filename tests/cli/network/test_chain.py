@@ -1,5 +1,8 @@
 """The platform's key reaches the treasury and nobody else."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,23 @@ def test_a_configured_chain_needs_the_platforms_address_and_key(
     assert not chain.is_devnet
     assert chain.platform_address == ADDRESS
     assert "11" * 32 not in repr(chain)
+
+
+def test_the_key_is_gone_from_what_the_kernel_shows_of_the_process(settings: Settings) -> None:
+    script = f"""
+from pathlib import Path
+from azu.cli.network.chain import choose_chain
+from azu.config import Settings
+
+settings = Settings(home={str(settings.home)!r}, redis_host=None, platform_address={ADDRESS!r},
+                    chain_url="https://api.hyperliquid.xyz")
+assert "{"11" * 32}" in Path("/proc/self/environ").read_text()
+assert choose_chain(settings).treasury_key == {{"SCHEDULER_PRIVATE_KEY": "{"11" * 32}"}}
+assert "{"11" * 32}" not in Path("/proc/self/environ").read_text()
+"""
+    environment = os.environ | {"SCHEDULER_PRIVATE_KEY": "11" * 32}
+
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
 
 
 def test_devnet_and_treasury_come_up_on_our_redis(settings: Settings, tmp_path: Path, redis_url: str) -> None:
