@@ -24,6 +24,7 @@ class Registry:
             model_roots=config.model_roots,
             status=self._status,
             max_model_bytes=config.max_model_bytes,
+            offered=config.policy.models,
         )
         self._cuts = ThreadPoolExecutor(_CUTS_AT_ONCE, thread_name_prefix="cut")
 

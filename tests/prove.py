@@ -86,6 +86,11 @@ PARTS = (
         "a network from the command line, with nothing left behind",
         pytest("tests/cli/test_up.py", "-m", "prove"),
     ),
+    Part(
+        "damaged files",
+        "nodes, network, ticket, receipt, keystore, credentials and structure files: read or refused by name",
+        ("env", "AZU_TEST_FILE_MUTANTS=600", *pytest("tests/cli/test_hostile_files.py")),
+    ),
 )
 
 

@@ -7,16 +7,18 @@ import secrets
 import stat
 import time
 from pathlib import Path
-from typing import Any
 
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
+from pydantic import ValidationError
 
 from azu.chain.client import ChainClient
 from azu.chain.hyperliquid import SignedAction, sign_send_asset
 from azu.chain.identifiers import parse_address
+from azu.chain.keystore import Keystore
 from azu.chain.replies import Refusal
 from azu.chain.tokens import network_at
+from azu.documents import read_json
 from azu.errors import ChainError, ConfigurationError, DeadlineExceeded, InvalidRequest
 
 _PATIENCE_S = 30.0
@@ -57,31 +59,29 @@ def load(path: Path, password: str) -> LocalAccount:
     """Open a wallet; raises ConfigurationError if its file is bad or the password is not its own."""
     keystore = _read(path)
     try:
-        return Account.from_key(Account.decrypt(keystore, password))
+        return Account.from_key(Account.decrypt(keystore.contents(), password))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(f"{path} is damaged, or the password is wrong") from error
 
 
 def address_of(path: Path) -> str:
     """Return a wallet's address; raises ConfigurationError if its file is bad."""
-    keystore = _read(path)
-    try:
-        return parse_address(f"0x{keystore['address']}")
-    except (KeyError, InvalidRequest) as error:
-        raise ConfigurationError(f"{path} is damaged") from error
+    return parse_address(f"0x{_read(path).address.removeprefix('0x')}")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Keystore:
     try:
-        content = path.read_bytes()
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise ConfigurationError(f"{path} can be read by others; make its mode 0600")
-        keystore: dict[str, Any] = json.loads(content)
-    except FileNotFoundError as error:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
         raise ConfigurationError(f"there is no wallet at {path}; `azu wallet new` makes one") from error
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is damaged") from error
-    return keystore
+    if mode & 0o077:
+        raise ConfigurationError(f"{path} can be read by others; make its mode 0600")
+    try:
+        return Keystore.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigurationError(f"{path} is damaged: {place}: {first['msg']}") from error
 
 
 def transfer_hype(account: LocalAccount, destination: str, lamports: int, *, chain_url: str) -> str:

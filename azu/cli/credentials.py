@@ -1,12 +1,14 @@
 """API keys on this machine: one file that only its owner can read, a key per network."""
 
-import json
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from azu.cli.private_file import write_private
 from azu.config import Settings
+from azu.documents import read_json
 from azu.errors import ConfigurationError, Unauthenticated
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ _FILE = "credentials.json"
 class Credential:
     """A key, the address it spends from, and the platform's address when the key was opened."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     api_key: str
     address: str
     platform: str
@@ -29,20 +33,15 @@ def load_credential(home: Path, url: str) -> Credential:
     found = _read(home / _FILE).get(url)
     if found is None:
         raise Unauthenticated(f"no key for {url} on this machine; run `azu login`")
-    return Credential(**found)
+    return found
 
 
 def store_credential(home: Path, url: str, credential: Credential) -> Path:
     """Keep a key for a network, in place of an older one; returns the file."""
     path = home / _FILE
     known = _read(path)
-    known[url] = asdict(credential)
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(known, file, indent=1)
-    temporary.rename(path)
+    known[url] = credential
+    write_private(path, _KNOWN.dump_json(known, indent=1).decode())
     return path
 
 
@@ -65,13 +64,14 @@ def open_client() -> "Client":
     return Client(settings.url, load_credential(settings.home, settings.url).api_key)
 
 
-def _read(path: Path) -> dict[str, dict[str, str]]:
-    try:
-        known = json.loads(path.read_text())
-    except FileNotFoundError:
+def _read(path: Path) -> dict[str, Credential]:
+    if not path.exists():
         return {}
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is damaged; remove it and run `azu login`") from error
-    if not isinstance(known, dict):
-        raise ConfigurationError(f"{path} is damaged; remove it and run `azu login`")
-    return known
+    try:
+        return _KNOWN.validate_python(read_json(path))
+    except (ConfigurationError, ValidationError):
+        # Without the cause: it would quote the keys.
+        raise ConfigurationError(f"{path} is damaged; remove it and run `azu login`") from None
+
+
+_KNOWN = TypeAdapter(dict[str, Credential])

@@ -1,6 +1,5 @@
 """`azu receipt`: what a job cost, from the network, or checked offline from a file."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,14 +36,16 @@ def receipt(
 
 
 def _read(file: Path) -> dict[str, Any]:
-    from azu.errors import InvalidRequest
+    from azu.client.answers import ReceiptLines, read
+    from azu.documents import read_json
+    from azu.errors import InternalError, InvalidRequest
 
+    document = read_json(file)
     try:
-        document = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InvalidRequest(f"{file} is no receipt: {error}") from error
-    if not isinstance(document, dict):
-        raise InvalidRequest(f"{file} is no receipt")
+        read(ReceiptLines, document)
+    except InternalError as error:
+        raise InvalidRequest(f"{file} is no receipt: {error.message}") from error
+    assert isinstance(document, dict), "nothing else reads as a receipt"
     return document
 
 

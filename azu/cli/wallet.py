@@ -37,9 +37,13 @@ def import_(key_file: KeyFile = None, as_json: AsJson = False) -> None:
     from azu.chain import wallet as keystore
     from azu.errors import InvalidRequest
 
-    text = key_file.read_text() if key_file else typer.prompt("Private key (hex)", hide_input=True, err=True)
     try:
+        text = (
+            key_file.read_text() if key_file else typer.prompt("Private key (hex)", hide_input=True, err=True)
+        )
         key = bytes.fromhex(text.strip().removeprefix("0x"))
+    except OSError as error:
+        raise InvalidRequest(f"{key_file} cannot be read: {error.strerror}", param="key") from error
     except ValueError:
         raise InvalidRequest("this is not a private key in hex", param="key") from None
     path = _path(Settings.from_environment().home)

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from azu.errors import InternalError
 
 # A client may be older than the server: what it does not know yet is no error.
 _LENIENT = ConfigDict(extra="ignore")
@@ -226,5 +228,10 @@ class ModelState:
 
 
 def read(kind: type[T], body: Any) -> T:
-    """Return a value of a kind from parsed JSON."""
-    return TypeAdapter(kind).validate_python(body)
+    """Return a value of a kind from parsed JSON; raises InternalError for an answer of another shape."""
+    try:
+        return TypeAdapter(kind).validate_python(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InternalError(f"the answer is no {kind.__name__}: {place}: {first['msg']}") from error

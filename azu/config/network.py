@@ -6,11 +6,11 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from azu.config.fields import Address, Size, refused
 from azu.config.policy import NetworkPolicy
+from azu.documents import read_yaml
 from azu.errors import ConfigurationError
 from azu.units import MIB
 
@@ -51,10 +51,7 @@ def load_network(path: Path | Traversable | None = None) -> NetworkFile:
 
 
 def _read(path: Path | Traversable) -> Mapping[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"{path}: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} is not a mapping of keys to values")
     return content

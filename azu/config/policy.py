@@ -81,8 +81,9 @@ class Timeouts(_Section):
 
 
 class NetworkPolicy(_Section):
-    """Everything a network's owner decides."""
+    """Everything a network's owner decides; `models` are the ids that it offers, or patterns of them."""
 
+    models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
     price: Price
     payout_threshold_lamports: Count
     kv: KvCapacity

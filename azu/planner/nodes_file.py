@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from azu.documents import read_yaml
 from azu.errors import AzuError, ConfigurationError
 from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import Structure
@@ -62,9 +62,7 @@ def read_nodes(path: Path, structure: Structure) -> tuple[Node, ...]:
     Raises ConfigurationError that names the file and every key at fault.
     """
     try:
-        found = _NodesFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"{path}: {error}", param="nodes") from error
+        found = _NodesFile.model_validate(read_yaml(path))
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise ConfigurationError(f"{path}: {'; '.join(faults)}", param="nodes") from error

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from azu.errors import BrokenCheckpoint
 
@@ -13,6 +13,13 @@ STRUCTURE_FILE = "structure.json"
 STRUCTURE_VERSION = 1
 EMBED = "embed"
 HEAD = "head"
+
+# Checked where a structure is read. Names become paths, and sizes are allocated.
+_Count = Annotated[int, Field(ge=0, lt=2**48)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_ShardName = Annotated[str, Field(pattern=r"^(embed|head|layer_\d{1,6}_(dense|router|expert_\d{1,6}))$")]
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
+_Dtype = Annotated[str, Field(pattern=r"^(float32|float16|bfloat16)$")]
 
 
 class LayerKind(StrEnum):
@@ -32,11 +39,11 @@ class Layer:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    index: int
+    index: _Count
     kind: LayerKind
-    kv_bytes_per_token: int
-    num_experts: int = 0
-    experts_per_token: int = 0
+    kv_bytes_per_token: _Count
+    num_experts: _Count = 0
+    experts_per_token: _Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +53,7 @@ class TensorInfo:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[_Count, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +67,11 @@ class Shard:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    name: str
-    size_bytes: int
-    weight_bytes: int
-    sha256: str
-    active_parameters: int
+    name: _ShardName
+    size_bytes: _Count
+    weight_bytes: _Count
+    sha256: _Sha256
+    active_parameters: _Count
     tensors: Mapping[str, TensorInfo]
 
     @property
@@ -79,9 +86,9 @@ class ModelFile:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    name: str
-    size_bytes: int
-    sha256: str
+    name: _FileName
+    size_bytes: _Count
+    sha256: _Sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +100,11 @@ class Structure:
     model_id: str
     revision: str
     architecture: str
-    dtype: str
-    hidden_size: int
-    vocab_size: int
-    context_length: int
-    layers: tuple[Layer, ...]
+    dtype: _Dtype
+    hidden_size: Annotated[_Count, Field(ge=1)]
+    vocab_size: Annotated[_Count, Field(ge=1)]
+    context_length: Annotated[_Count, Field(ge=1)]
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=1024)]
     shards: tuple[Shard, ...]
     files: tuple[ModelFile, ...]
     # The head's weight is the embedding's: the last stage loads the embed shard too.
@@ -149,11 +156,34 @@ class Structure:
     def from_json(cls, content: bytes | str, *, where: str = STRUCTURE_FILE) -> "Structure":
         """Parse structure.json; raises BrokenCheckpoint that names `where` if it is not one."""
         try:
-            return _ADAPTER.validate_json(content, strict=True)
+            structure = _ADAPTER.validate_json(content, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             raise BrokenCheckpoint(f"{where}: {place}: {first['msg']}") from error
+        if fault := _contradiction(structure):
+            raise BrokenCheckpoint(f"{where}: {fault}")
+        return structure
+
+
+def _contradiction(structure: Structure) -> str | None:
+    """Return what the parts of a structure say against each other."""
+    if structure.version != STRUCTURE_VERSION:
+        return f"version {structure.version!r}, where this azu reads {STRUCTURE_VERSION}"
+    expected = [EMBED, HEAD]
+    for position, layer in enumerate(structure.layers):
+        is_moe = layer.kind is LayerKind.MOE
+        if layer.index != position or is_moe != (layer.num_experts > 0):
+            return f"layer {position} is not what it says"
+        if layer.experts_per_token > layer.num_experts:
+            return f"layer {position} sends a token to more experts than it has"
+        if layer.num_experts > len(structure.shards):
+            return f"layer {position} has more experts than there are shards"
+        expected.append(f"layer_{position}_{'router' if is_moe else 'dense'}")
+        expected += [f"layer_{position}_expert_{expert}" for expert in range(layer.num_experts)]
+    if sorted(expected) != sorted(shard.name for shard in structure.shards):
+        return "its shards are not those of its layers"
+    return None
 
 
 _ADAPTER = TypeAdapter(Structure)

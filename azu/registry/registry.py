@@ -10,11 +10,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 import azu.architecture
-from azu.errors import AzuError, InvalidRequest, NotFound, Unavailable
+from azu.errors import AzuError, Forbidden, InvalidRequest, NotFound, Unavailable
 from azu.protocol.structure import STRUCTURE_FILE, Shard, Structure
 from azu.registry.description import KnownModel, ModelDescription
 from azu.registry.report import Report
-from azu.registry.sources import Source, built_in_models, find, folder_name
+from azu.registry.sources import Source, built_in_models, find, folder_name, is_offered
 from azu.registry.status import ModelStatusStore
 from azu.sharding.checkpoint import MODEL_FILES, contained_file
 from azu.sharding.cut import cut
@@ -31,14 +31,22 @@ _REVISION = re.compile(r"[0-9a-f]{40,64}")
 class Registry:
     """Models of one network, their shards under `root`; methods block and may be called from many threads.
 
-    Folders are taken from under `model_roots` alone; weights above `max_model_bytes` are never fetched.
+    Folders are taken from under `model_roots` alone; weights above `max_model_bytes` are never fetched, and
+    nothing whose id matches none of `offered`.
     """
 
     def __init__(
-        self, root: Path, *, model_roots: Sequence[Path], status: ModelStatusStore, max_model_bytes: int
+        self,
+        root: Path,
+        *,
+        model_roots: Sequence[Path],
+        status: ModelStatusStore,
+        max_model_bytes: int,
+        offered: Sequence[str] = ("*",),
     ) -> None:
         self._root = root
         self._model_roots = tuple(model_roots)
+        self._offered = tuple(offered)
         self._status = status
         self._max_model_bytes = max_model_bytes
         # A model is described once at a time; a few locks, since ids are anybody's.
@@ -51,9 +59,16 @@ class Registry:
     def describe(self, model_id: str, revision: str | None = None) -> ModelDescription:
         """Return a model at one revision, the newest by default, fetching config and tokenizer only.
 
-        Raises InvalidRequest for an id that is none or a model too large, ModelNotFound, UnsupportedModel,
-        BrokenCheckpoint, and Unavailable when the Hub does not answer.
+        Raises InvalidRequest for an id that is none or a model too large, Forbidden for one that is not
+        offered, ModelNotFound, UnsupportedModel, BrokenCheckpoint, and Unavailable when the Hub does not
+        answer.
         """
+        if not is_offered(model_id, self._offered):
+            raise Forbidden(
+                f"{model_id[:80]!r} is not among the models that this network offers",
+                param="model",
+                code="model_not_offered",
+            )
         with self._describing[hash(model_id) % len(self._describing)]:
             commit = self._recent_commit(model_id, revision)
             known = None if commit is None else self._described.get((model_id, commit))
@@ -109,7 +124,8 @@ class Registry:
 
     def known(self) -> list[KnownModel]:
         """Return the models that are built in or cut, by id."""
-        built_in = {model_id: self.describe(model_id) for model_id in built_in_models()}
+        offered = [model_id for model_id in built_in_models() if is_offered(model_id, self._offered)]
+        built_in = {model_id: self.describe(model_id) for model_id in offered}
         found = {
             model_id: KnownModel(
                 model_id, one.revision, len(one.architecture.layers), one.architecture.context_length
@@ -117,8 +133,10 @@ class Registry:
             for model_id, one in built_in.items()
         }
         for status in self._status.ready():
+            if status.model_id in found or not is_offered(status.model_id, self._offered):
+                continue
             cut_model = self.structure(status.model_id, status.revision)
-            if status.model_id not in found and cut_model is not None:
+            if cut_model is not None:
                 found[status.model_id] = KnownModel(
                     status.model_id, status.revision, cut_model.num_layers, cut_model.context_length
                 )

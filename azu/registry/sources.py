@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -57,6 +58,11 @@ def find(model_id: str, revision: str | None, roots: Sequence[Path]) -> Source:
     if model_id.startswith("azu/"):
         return FolderSource.find(model_id, _built_in(model_id), revision)
     return find_on_hub(model_id, revision)
+
+
+def is_offered(model_id: str, patterns: Sequence[str]) -> bool:
+    """Say whether an id is one of the patterns or matches one such as "azu/*"; case matters."""
+    return any(fnmatchcase(model_id, pattern) for pattern in patterns)
 
 
 def built_in_models() -> list[str]:

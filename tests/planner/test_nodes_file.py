@@ -61,7 +61,7 @@ def test_the_example_is_a_nodes_file() -> None:
         ("nodes: [{name: a, vram: 1GiB, links_ms: {a: -5}}]", "links_ms.*greater than 0"),
         ("nodes: []", "nodes: "),
         ("", "nodes.yaml: "),
-        ("nodes: [", "nodes.yaml: "),
+        ("nodes: [", "nodes.yaml is damaged: .*line 1"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_file(tmp_path: Path, content: str, told: str) -> None:

@@ -34,6 +34,12 @@ def test_shards_are_found_by_what_they_are() -> None:
         {"shards": [{"name": "embed"}]},
         {"hidden_size": "64"},
         {"version": None},
+        {"version": 2},
+        {"dtype": "int4"},
+        {"context_length": 0},
+        {"layers": []},
+        {"shards": []},
+        {"files": [{"name": "../../etc/passwd", "size_bytes": 1, "sha256": "0" * 64}]},
     ],
 )
 def test_anything_else_is_refused_by_name(change: dict[str, object]) -> None:
@@ -41,6 +47,45 @@ def test_anything_else_is_refused_by_name(change: dict[str, object]) -> None:
 
     with pytest.raises(BrokenCheckpoint, match=r"here/structure\.json"):
         Structure.from_json(json.dumps(content), where="here/structure.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../../../etc/shadow"},
+        {"name": "layer_0_dense/../../x"},
+        {"name": "head"},
+        {"size_bytes": -1},
+        {"size_bytes": 2**62},
+        {"sha256": "0" * 63},
+        {"sha256": "../" * 21 + "0"},
+    ],
+)
+def test_a_shard_that_leads_elsewhere_or_is_no_size_is_refused(change: dict[str, object]) -> None:
+    content = json.loads(structure().to_json())
+    content["shards"][2] |= change
+
+    with pytest.raises(BrokenCheckpoint):
+        Structure.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"index": 3},
+        {"num_experts": 0},
+        {"num_experts": 2**40},
+        {"experts_per_token": 9},
+        {"kind": "dense"},
+        {"kv_bytes_per_token": -5},
+    ],
+)
+def test_layers_that_contradict_their_shards_are_refused(change: dict[str, object]) -> None:
+    content = json.loads(structure(4, moe_layers={1: 8}).to_json())
+    content["layers"][1] |= change
+
+    with pytest.raises(BrokenCheckpoint):
+        Structure.from_json(json.dumps(content))
 
 
 def test_text_that_is_no_json_is_refused() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from azu.errors import BrokenCheckpoint, InvalidRequest, ModelNotFound, NotFound, UnsupportedModel
+from azu.errors import BrokenCheckpoint, Forbidden, InvalidRequest, ModelNotFound, NotFound, UnsupportedModel
 from azu.protocol.structure import STRUCTURE_FILE
 from azu.registry import registry as registry_module
 from azu.registry.registry import Registry
@@ -271,3 +271,19 @@ def test_processes_that_share_a_root_cut_once(hub, tmp_path):
     (structure,) = (tmp_path / "root").rglob(STRUCTURE_FILE)
     written = {path.stat().st_mtime_ns for path in structure.parent.glob("*.safetensors")}
     assert max(written) <= structure.stat().st_mtime_ns
+
+
+def test_a_model_that_is_not_offered_is_refused_before_it_is_looked_for(tmp_path, models, status):
+    registry = Registry(
+        tmp_path / "registry",
+        model_roots=[models],
+        status=status,
+        max_model_bytes=10**9,
+        offered=["azu/tiny-dense", "azu/tiny-m*"],
+    )
+    assert [model.model_id for model in registry.known()] == ["azu/tiny-dense", "azu/tiny-moe"]
+    assert registry.describe("azu/tiny-moe").model_id == "azu/tiny-moe"
+    for model_id in ("azu/tiny-dense2", "AZU/tiny-dense", "somebody/something", str(models / "any"), "*", ""):
+        with pytest.raises(Forbidden) as refused:
+            registry.describe(model_id)
+        assert refused.value.param == "model"

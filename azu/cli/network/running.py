@@ -1,18 +1,34 @@
 """Which process runs a network out of a home folder: at most one, and `azu down` finds it."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import psutil
 from filelock import FileLock, Timeout
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from azu.cli.private_file import write_private
-from azu.errors import Conflict, DeadlineExceeded, NotFound
+from azu.documents import read_json
+from azu.errors import ConfigurationError, Conflict, DeadlineExceeded, NotFound
 
 _LOCK = "network.lock"
 _FILE = "network.json"
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """The process that runs a network; it was created then."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
+    created_s: float
+
+
+_RUNNING = TypeAdapter(_Running)
 
 
 @contextmanager
@@ -22,7 +38,7 @@ def running_in(home: Path) -> Iterator[None]:
     try:
         with FileLock(home / _LOCK, timeout=0):
             this = psutil.Process()
-            write_private(home / _FILE, json.dumps({"pid": this.pid, "created_s": this.create_time()}))
+            write_private(home / _FILE, _RUNNING.dump_json(_Running(this.pid, this.create_time())).decode())
             try:
                 yield
             finally:
@@ -47,10 +63,13 @@ def stop_running(home: Path, timeout_s: float) -> None:
 
 
 def _find(home: Path) -> psutil.Process | None:
+    path = home / _FILE
     try:
-        known = json.loads((home / _FILE).read_text())
-        process = psutil.Process(known["pid"])
-    except (FileNotFoundError, psutil.NoSuchProcess):
+        known = _RUNNING.validate_python(read_json(path)) if path.exists() else None
+        process = psutil.Process(known.pid) if known else None
+    except psutil.NoSuchProcess:
         return None
+    except ValidationError as error:
+        raise ConfigurationError(f"{path} is damaged; remove it once no network runs there") from error
     # A process id is used again; a process that was not created then is somebody else's.
-    return process if process.create_time() == known["created_s"] else None
+    return process if known and process and process.create_time() == known.created_s else None

@@ -1,0 +1,191 @@
+"""Whatever a file holds, it is read or refused by a typed error: no file ends a command with a traceback."""
+
+import base64
+import json
+import os
+import random
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import yaml
+from eth_account import Account
+
+from azu.auth.receipts import sealed, sign_receipt
+from azu.chain import wallet
+from azu.cli.credentials import Credential, load_credential, store_credential
+from azu.cli.network.running import stop_running
+from azu.cli.network.tickets import Ticket
+from azu.cli.receipt import _checked, _read
+from azu.config import load_network
+from azu.documents import MAX_DOCUMENT_BYTES, read_json, read_yaml
+from azu.errors import AzuError, ConfigurationError
+from azu.planner.nodes_file import read_nodes
+from azu.protocol.structure import Structure
+from tests.builders import receipt, structure
+
+SEED = int(os.environ.get("AZU_TEST_SEED", "1"))
+MUTANTS = int(os.environ.get("AZU_TEST_FILE_MUTANTS", "20"))
+URL = "http://127.0.0.1:9"
+MODEL = structure()
+PLATFORM = Account.from_key("0x" + "09" * 32)
+
+# What stands in the place of a value: other types, sizes, and what parsers stumble over.
+STRANGE = (
+    None, True, -1, 0, 2**63, 10**400, 1e308, float("nan"), "", "\0", "x" * 5000, "../../etc/passwd", [],
+    [[]], {}, {"a": {"b": []}}, "😀", "0x" + "f" * 40, "2001-99-99", "1_000", "=", "~",
+)  # fmt: skip
+
+
+def mutated_value(value: object, chance: random.Random) -> object:
+    """Return the value with one thing in it changed."""
+    if isinstance(value, dict) and value and chance.random() < 0.85:
+        key = chance.choice(sorted(value))
+        kind = chance.random()
+        if kind < 0.1:
+            return {other: kept for other, kept in value.items() if other != key}
+        if kind < 0.2:
+            return value | {f"{key}_": value[key]}
+        return value | {key: mutated_value(value[key], chance)}
+    if isinstance(value, list) and value and chance.random() < 0.85:
+        place = chance.randrange(len(value))
+        return [*value[:place], mutated_value(value[place], chance), *value[place + 1 :]]
+    return chance.choice(STRANGE)
+
+
+def mutated_bytes(content: bytes, chance: random.Random) -> bytes:
+    """Return the bytes cut, flipped, doubled or nested."""
+    at = chance.randrange(len(content) + 1)
+    match chance.randrange(5):
+        case 0:
+            return content[:at]
+        case 1:
+            return content[:at] + chance.randbytes(chance.randrange(1, 9)) + content[at:]
+        case 2:
+            return content[:at] + content[at + 1 :]
+        case 3:
+            return content[:at] + content
+        case _:
+            return chance.choice((b"[", b"{'a':", b'{"a":', b"- ", b"&a [*a, ", b"!!python/none ")) * 1200
+
+
+def _read_ticket(path: Path) -> object:
+    return Ticket.decode(path.read_bytes().decode("latin-1"))
+
+
+def _read_receipt(path: Path) -> object:
+    return _checked(_read(path), PLATFORM.address)
+
+
+def _write_keystore(path: Path) -> None:
+    path.write_text(json.dumps(Account.encrypt("0x" + "07" * 32, "secret", kdf="pbkdf2", iterations=2)))
+
+
+def _read_keystore(path: Path) -> object:
+    path.chmod(0o600)
+    return wallet.address_of(path), wallet.load(path, "secret")
+
+
+def _write_credentials(path: Path) -> None:
+    store_credential(path.parent, URL, Credential("azu-sk-x", "0x" + "a1" * 20, "0x" + "b1" * 20))
+
+
+def _write_receipt(path: Path) -> None:
+    path.write_text(
+        json.dumps(sealed(receipt(), PLATFORM.address.lower(), sign_receipt(PLATFORM, receipt())))
+    )
+
+
+def _configuration(name: str) -> str:
+    return (files("configs") / name).read_text()
+
+
+# file name, how a good one is written, how it is read
+READERS: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object]]] = {
+    "nodes": (
+        "nodes.yaml",
+        lambda path: path.write_text(_configuration("nodes.example.yaml")),
+        lambda path: read_nodes(path, MODEL),
+    ),
+    "network": ("network.yaml", lambda path: path.write_text(_configuration("demo.yaml")), load_network),
+    "policy": ("network.yaml", lambda path: path.write_text(_configuration("network.yaml")), load_network),
+    "ticket": (
+        "ticket",
+        lambda path: path.write_text(Ticket(address="10.0.0.1:6379", token="0" * 64).encode()),
+        _read_ticket,
+    ),
+    "receipt": ("receipt.json", _write_receipt, _read_receipt),
+    "keystore": ("wallet.json", _write_keystore, _read_keystore),
+    "credentials": ("credentials.json", _write_credentials, lambda path: load_credential(path.parent, URL)),
+    "running": (
+        "network.json",
+        lambda path: path.write_text(json.dumps({"pid": 2**30, "created_s": 1.5})),
+        lambda path: stop_running(path.parent, 0.1),
+    ),
+    "structure": (
+        "structure.json",
+        lambda path: path.write_bytes(MODEL.to_json()),
+        lambda path: Structure.from_json(path.read_bytes(), where=str(path)),
+    ),
+}
+
+
+def mutants(name: str, good: bytes, chance: random.Random) -> list[bytes]:
+    """Return mutants of a file: half of its text, half of what it says."""
+    found = [mutated_bytes(good, chance) for _ in range(MUTANTS // 2)]
+    for _ in range(MUTANTS // 2):
+        if name == "ticket":
+            said = json.loads(base64.urlsafe_b64decode(good + b"=="))
+            changed = json.dumps(mutated_value(said, chance)).encode()
+            found.append(base64.urlsafe_b64encode(changed).rstrip(b"="))
+        else:
+            said = yaml.safe_load(good)
+            found.append(json.dumps(mutated_value(said, chance)).encode())
+    return found
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_damaged_file_is_refused_by_a_typed_error_or_says_the_same(tmp_path: Path, kind: str) -> None:
+    name, write, read = READERS[kind]
+    path = tmp_path / name
+    write(path)
+    good = path.read_bytes()
+    refused = []
+
+    for content in mutants(kind, good, random.Random(f"{SEED} {kind}")):
+        path.write_bytes(content)
+        try:
+            read(path)
+        except AzuError as error:
+            refused.append(error)
+
+    assert len(refused) > MUTANTS // 3, "most of what stands in a file matters"
+    for error in refused:
+        assert 400 <= error.status < 500, error
+        assert len(error.message) < 4096
+        assert "azu-sk-x" not in error.message
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+def test_a_file_is_read_only_up_to_a_limit(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(64 * MAX_DOCUMENT_BYTES)
+
+    with pytest.raises(ConfigurationError, match="large is larger"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "kdf", [{"n": 2**30}, {"n": 2**18, "r": 64}, {"n": 1000}, {"p": 10**6}, {"dklen": 2**31}]
+)
+def test_a_wallet_that_would_take_all_memory_to_open_is_refused(tmp_path: Path, kdf: dict[str, int]) -> None:
+    path = tmp_path / "wallet.json"
+    keystore = Account.encrypt("0x" + "07" * 32, "secret", iterations=2)
+    keystore["crypto"]["kdfparams"] |= kdf
+    path.write_text(json.dumps(keystore))
+    path.chmod(0o600)
+
+    with pytest.raises(ConfigurationError, match=r"wallet\.json is damaged"):
+        wallet.load(path, "secret")
