@@ -77,7 +77,7 @@ class RayHost:
             *("--head", "--port", str(port), "--no-monitor"),
             *("--include-dashboard", str(self.dashboard), "--dashboard-port", str(free_port())),
         )
-        environment = _kept(frozenset()) | driver_environment(self.token_path) | _HEALTH
+        environment = self._environment(frozenset()) | _HEALTH
         return Command(HEAD, self._start("head", *options), environment)
 
     def worker(self, head: str, worker: Worker) -> Command:
@@ -89,13 +89,16 @@ class RayHost:
             *("--resources", json.dumps({"VRAM": worker.vram_bytes // MIB})),
             *("--labels", ",".join(f"{name}={value}" for name, value in labels.items())),
         )
-        environment = _kept(frozenset({"HF_TOKEN"})) | driver_environment(self.token_path)
+        environment = self._environment(frozenset({"HF_TOKEN"}))
         environment["CUDA_VISIBLE_DEVICES"] = worker.cuda_device or ""
         # Ray would hide the GPU from actors that ask it for none; azu places by VRAM, and a node is one GPU.
         environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-        # torch makes this folder where it is imported; in /tmp it would outlive the network.
-        environment["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "torch")
         return Command(worker.name, self._start(str(worker.index), *options), environment, restart=True)
+
+    def _environment(self, left_out: frozenset[str]) -> dict[str, str]:
+        # torch makes this folder where it is imported; in /tmp it would outlive the network.
+        torch_folder = {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "torch")}
+        return _kept(left_out) | driver_environment(self.token_path) | torch_folder
 
     def _start(self, folder: str, *options: str) -> tuple[str, ...]:
         return (
