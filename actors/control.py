@@ -3,13 +3,12 @@
 import ray
 from ray.actor import ActorHandle
 
-from actors.placement import NAMESPACE, start_on_head
+from actors.placement import NAMESPACE, SCHEDULER, start_on_head
 from actors.registry import Registry
 from actors.scheduler import Scheduler
 from azu.config import ControlConfig
 
 REGISTRY = "registry"
-SCHEDULER = "scheduler"
 _START_TIMEOUT_S = 60.0
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,8 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.link import as_azu_error
+from actors.metrics import open_meter
+from azu.engine.pace import Pace
 from azu.engine.pipeline import EnginePipeline, SequenceUpdate
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.sequence import Sequence
@@ -53,6 +56,8 @@ class Pipeline:
         step_timeout_s: float,
     ) -> None:
         self._engine = EnginePipeline(structure, topology, scheduling, eos_token_ids)
+        meter = open_meter(lambda: self._pace.stand(self._engine))
+        self._pace = Pace(structure.model_id, scheduling.num_blocks, meter)
         self._text = TextDecoder.from_json(text_decoder)
         self._jobs = RedisJobs.from_url(redis_url)
         self._step_timeout_s = step_timeout_s
@@ -76,6 +81,7 @@ class Pipeline:
         for choice in range(job.choices):
             sequence = self._sequence(job, choice)
             self._engine.add(sequence)
+            self._pace.began(sequence.sequence_id, len(job.prompt_token_ids), time.monotonic())
             self._running[sequence.sequence_id] = (running, choice)
             running.open.add(sequence.sequence_id)
         self._pump()
@@ -130,6 +136,7 @@ class Pipeline:
             updates = await self._updates.get()
             while not self._updates.empty():
                 updates = updates + self._updates.get_nowait()
+            self._pace.went_on(updates, time.monotonic())
             events = []
             for update in updates:
                 running, choice = self._running[update.sequence_id]

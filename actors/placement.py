@@ -17,6 +17,7 @@ from azu.errors import InsufficientCapacity
 from azu.units import MIB
 
 NAMESPACE = "azu"
+SCHEDULER = "scheduler"
 VRAM = "VRAM"
 NODE_ID_LABEL = "ray.io/node-id"
 NAME_LABEL = "azu-name"

@@ -8,15 +8,20 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError
 
 from actors.deployment import RayBuilder
+from actors.metrics import RayMeter
 from actors.node import NodeAgent
-from actors.placement import actor_name, start_on_node, worker_nodes
+from actors.placement import SCHEDULER, actor_name, start_on_node, worker_nodes
 from azu.config import ControlConfig
+from azu.errors import AzuError
 from azu.jobs.redis import RedisJobs
 from azu.ledger.redis import RedisLedger
 from azu.lifecycle.dispatch import Dispatcher
+from azu.lifecycle.figures import show_books, show_jobs, show_nodes
 from azu.lifecycle.fleet import Fleet
 from azu.lifecycle.nodes import NodeBook
 from azu.lifecycle.settlement import Settlement
+from azu.metrics.meter import Picture
+from azu.metrics.together import Together
 from azu.planner.shrink import Placed, ShrinkOrder, shrink_orders
 from azu.protocol.job import Placement
 from azu.protocol.node import Node
@@ -26,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # A node measures its links to so many others; the rest count as the policy's hop.
 _MOST_PEERS = 32
+_MEASURE_S = 2.0
 
 
 class Scheduler:
@@ -46,13 +52,16 @@ class Scheduler:
             builder, lambda placed: self._book.nodes(time.monotonic(), placed), policy.plan_policy()
         )
         jobs = RedisJobs.from_url(config.redis_url)
+        self._ledger = RedisLedger.from_url(config.redis_url)
+        self._meter = RayMeter()
+        self._together = Together()
         settlement = Settlement(
-            RedisLedger.from_url(config.redis_url),
+            self._ledger,
             jobs,
             policy.price.lamports_per_token_layer,
             policy.price.platform_percent,
         )
-        self._dispatcher = Dispatcher(jobs, self._fleet, settlement, consumer="scheduler")
+        self._dispatcher = Dispatcher(jobs, self._fleet, settlement, consumer="scheduler", meter=self._meter)
         self._loops: tuple[asyncio.Task[None], ...] = ()
 
     async def start(self) -> None:
@@ -62,6 +71,7 @@ class Scheduler:
                 asyncio.create_task(self._meet()),
                 asyncio.create_task(self._hear()),
                 asyncio.create_task(self._dispatcher.run()),
+                asyncio.create_task(self._measure()),
             )
 
     async def ready(self) -> bool:
@@ -100,6 +110,26 @@ class Scheduler:
         least_blocks = -(-kv.tokens_per_sequence // kv.block_size)
         placed = [Placed(model.structure, model.topology, least_blocks) for model in self._fleet.models]
         return shrink_orders(placed, self._book.reports())
+
+    async def hear(self, source: str, picture: Picture) -> None:
+        """Take what another process's meter shows."""
+        self._together.hear(source, picture, time.monotonic())
+
+    async def picture(self) -> Picture:
+        """Return what the network's meters show, all together."""
+        return self._together.picture(time.monotonic())
+
+    async def _measure(self) -> None:
+        """Show nodes, jobs and books."""
+        while True:
+            try:
+                show_nodes(self._meter, await self.nodes())
+                show_jobs(self._meter, self._dispatcher.num_waiting, self._dispatcher.num_running)
+                show_books(self._meter, await self._ledger.balances())
+            except AzuError as error:
+                log.warning("the books cannot be shown: %s", error.message)
+            await self.hear(SCHEDULER, self._meter.picture())
+            await asyncio.sleep(_MEASURE_S)
 
     async def _meet(self) -> None:
         """Follow which nodes Ray has; it may be slow to say so, and nobody's silence counts by it."""

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from azu.config import ControlConfig
 from azu.errors import AzuError, InternalError, InvalidRequest, NotFound, RequestTooLarge
-from deployments import accounts, completions, jobs, keys, network, quotes, receipts, withdrawals
+from deployments import accounts, completions, jobs, keys, metrics, network, quotes, receipts, withdrawals
 from deployments.services import Services, warm_up
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def build_api(config: ControlConfig) -> FastAPI:
         warming.cancel()
 
     api = FastAPI(title="azu", lifespan=connected)
-    for routes in (accounts, completions, jobs, keys, network, quotes, receipts, withdrawals):
+    for routes in (accounts, completions, jobs, keys, metrics, network, quotes, receipts, withdrawals):
         api.include_router(routes.router)
     api.add_exception_handler(AzuError, _refused)
     api.add_exception_handler(RequestValidationError, _invalid)

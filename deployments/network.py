@@ -1,19 +1,18 @@
 """What the network is made of: health, nodes, models and where their pieces are."""
 
-import hashlib
-import hmac
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from azu.errors import AzuError, Unauthenticated
+from azu.errors import AzuError
 from azu.protocol.job import Placement
 from azu.protocol.node import Node
 from azu.registry.description import KnownModel
 from azu.registry.status import ModelStatus
 from deployments.accounts import Key, ServicesNow
+from deployments.metrics import check_admin
 from deployments.services import Services
 
 router = APIRouter()
@@ -85,7 +84,7 @@ async def shard(
     body: ShardRequest, services: ServicesNow, authorization: Annotated[str | None, Header()] = None
 ) -> dict[str, Any]:
     """Start to cut a model; needs the admin key."""
-    _check_admin(authorization, services.config.admin_key_sha256)
+    check_admin(authorization, services.config.admin_key_sha256)
     status: ModelStatus = await services.registry("start_cut", body.model_id)
     return _status(status)
 
@@ -96,13 +95,6 @@ async def status(
 ) -> dict[str, Any]:
     """Return how far a model's cut is."""
     return _status(await services.registry("status", model_id))
-
-
-def _check_admin(authorization: str | None, admin_key_sha256: str) -> None:
-    _, _, bearer = (authorization or "").partition(" ")
-    given = hashlib.sha256(bearer.encode()).hexdigest()
-    if not hmac.compare_digest(given, admin_key_sha256):
-        raise Unauthenticated("this endpoint needs the admin key")
 
 
 def _node(node: Node) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ray.actor import ActorHandle
 
-from actors.control import REGISTRY, SCHEDULER, find
+from actors.control import REGISTRY, find
 from actors.link import as_azu_error
+from actors.placement import SCHEDULER
 from azu.auth.keys import ApiKey
 from azu.auth.redis import RedisAuth
 from azu.auth.spending import RedisSpending

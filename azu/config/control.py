@@ -16,7 +16,9 @@ class ControlConfig:
 
     `domain` is the name under which clients know the ingress: it stands in every text that they sign.
     `redis_url` is for whoever holds this, `pipeline_redis_url` for the pipelines that it starts.
-    `admin_key_sha256` is in hex. Folders are taken as models from under `model_roots` alone.
+    `admin_key_sha256` is in hex.
+    With `open_metrics` nobody needs the admin key to read the metrics.
+    Folders are taken as models from under `model_roots` alone.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", hide_input_in_errors=True)
@@ -33,6 +35,7 @@ class ControlConfig:
     chain_url: str
     model_roots: tuple[Path, ...]
     max_model_bytes: int
+    open_metrics: bool = False
     hf_token: str | None = field(default=None, repr=False)
 
     def to_json(self) -> str:

@@ -60,6 +60,7 @@ class Settings(BaseSettings):
     http_port: Port = Field(8000, validation_alias="AZU_HTTP_PORT")
     domain: str | None = Field(None, validation_alias="AZU_DOMAIN")
     admin_key: SecretStr | None = Field(None, validation_alias="AZU_ADMIN_KEY")
+    open_metrics: bool = Field(False, validation_alias="AZU_OPEN_METRICS")
     model_roots: PathList = Field((), validation_alias="AZU_MODEL_ROOTS")
     max_model_bytes: Size = Field(64 * 1024**3, validation_alias="AZU_MAX_MODEL_BYTES")
     network: HomePath | None = Field(None, validation_alias="AZU_NETWORK")

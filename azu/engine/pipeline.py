@@ -60,6 +60,11 @@ class EnginePipeline:
         return len(self._sequences)
 
     @property
+    def num_waiting(self) -> int:
+        """Those of them that hold no blocks yet, or no longer."""
+        return self._scheduler.num_waiting
+
+    @property
     def num_free_blocks(self) -> int:
         """KV blocks that no sequence holds, the same on every stage."""
         return self._scheduler.num_free_blocks

@@ -48,6 +48,11 @@ class Scheduler:
         """Blocks that no sequence holds."""
         return len(self._free)
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold no blocks yet, or no longer."""
+        return len(self._waiting)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises Unavailable when it could not run even alone."""
         if self._blocks_for(sequence.max_length) > self._config.num_blocks:

@@ -9,6 +9,8 @@ from azu.errors import AzuError, InternalError
 from azu.jobs.record import JobRecord
 from azu.lifecycle.ports import Ran, Route
 from azu.lifecycle.settlement import Settlement
+from azu.metrics.catalogue import JOBS_ENDED
+from azu.metrics.meter import Meter
 from azu.protocol.job import FinishReason, Job, JobState
 
 log = logging.getLogger(__name__)
@@ -59,15 +61,27 @@ class Dispatcher:
     """Runs every queued job once, many at a time."""
 
     def __init__(
-        self, jobs: JobQueue, deployments: Deployments, settlement: Settlement, *, consumer: str
-    ) -> None:
+        self, jobs: JobQueue, deployments: Deployments, settlement: Settlement, *, consumer: str,
+        meter: Meter | None = None,
+    ) -> None:  # fmt: skip
         self._jobs = jobs
         self._deployments = deployments
         self._settlement = settlement
         self._consumer = consumer
+        self._meter = meter or Meter()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._models: dict[str, RunningModel] = {}
         self._cancelled: set[str] = set()
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that are taken and whose model is not up yet."""
+        return len(self._running) - len(self._models)
+
+    @property
+    def num_running(self) -> int:
+        """Jobs that their models have."""
+        return len(self._models)
 
     async def run(self) -> None:
         """Take jobs until cancelled."""
@@ -95,7 +109,8 @@ class Dispatcher:
                 if record.cancelled:
                     self._cancelled.add(job.job_id)
                 ran, route = await self._run(job)
-                await self._settlement.settle(job, ran, route)
+                outcome = await self._settlement.settle(job, ran, route)
+                self._meter.count(JOBS_ENDED, 1, job.model_id, outcome.state.value)
             await self._jobs.done(job.job_id)
         except Exception:
             # The job stays in the queue: it is claimed again once idle, and settles under the same id.

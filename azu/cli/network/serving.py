@@ -33,6 +33,7 @@ def control_config(
         platform_address=chain.platform_address,
         chain_url=chain.url,
         model_roots=settings.model_roots,
+        open_metrics=settings.open_metrics,
         max_model_bytes=settings.max_model_bytes,
         hf_token=settings.hf_token.get_secret_value() if settings.hf_token else None,
     )

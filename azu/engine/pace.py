@@ -1,0 +1,81 @@
+"""How fast the sequences of one deployment go, as seen where their tokens come out."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from azu.engine.pipeline import SequenceUpdate
+from azu.metrics import catalogue as metrics
+from azu.metrics.meter import Meter
+
+STALL_S = 1.0
+
+
+class Load(Protocol):
+    """What a pipeline has to do, in sequences and KV blocks."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that have not finished."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Those of them that hold no blocks yet, or no longer."""
+
+    @property
+    def num_free_blocks(self) -> int:
+        """KV blocks that no sequence holds."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """When the last token came, or the sequence while there was none."""
+
+    last_s: float
+    has_token: bool = False
+
+
+class Pace:
+    """Counts tokens and the time between them into a meter."""
+
+    def __init__(self, model_id: str, num_blocks: int, meter: Meter) -> None:
+        self._model_id = model_id
+        self._num_blocks = num_blocks
+        self._meter = meter
+        self._sequences: dict[int, _Sequence] = {}
+
+    def began(self, sequence_id: int, num_prompt: int, now_s: float) -> None:
+        """Count a new sequence."""
+        self._sequences[sequence_id] = _Sequence(now_s)
+        self._meter.count(metrics.PROMPT_TOKENS, num_prompt, self._model_id)
+
+    def went_on(self, updates: Iterable[SequenceUpdate], now_s: float) -> None:
+        """Count what is new of sequences."""
+        for update in updates:
+            sequence = self._sequences.get(update.sequence_id)
+            if sequence is None:
+                continue
+            if update.token_ids:
+                self._tokens(sequence, len(update.token_ids), now_s)
+            if update.finish_reason is not None:
+                del self._sequences[update.sequence_id]
+
+    def stand(self, load: Load) -> None:
+        """Show what the pipeline has to do now."""
+        waiting, model_id = load.num_waiting, self._model_id
+        running = load.num_sequences - waiting
+        show = self._meter.show
+        show(metrics.SEQUENCES, {(model_id, "running"): running, (model_id, "waiting"): waiting})
+        show(metrics.KV_BLOCKS, {(model_id,): self._num_blocks})
+        show(metrics.KV_BLOCKS_USED, {(model_id,): self._num_blocks - load.num_free_blocks})
+
+    def _tokens(self, sequence: _Sequence, number: int, now_s: float) -> None:
+        wait_s, model_id = now_s - sequence.last_s, self._model_id
+        self._meter.count(metrics.GENERATED_TOKENS, number, model_id)
+        if not sequence.has_token:
+            self._meter.observe(metrics.TIME_TO_FIRST_TOKEN, wait_s, model_id)
+        else:
+            self._meter.observe(metrics.TIME_PER_TOKEN, wait_s / number, model_id)
+            if wait_s >= STALL_S:
+                self._meter.count(metrics.STALLS, 1, model_id)
+        sequence.last_s, sequence.has_token = now_s, True
