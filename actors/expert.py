@@ -1,5 +1,6 @@
 """ExpertActor: experts of some layers on one node, apart from their routers."""
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,3 +34,7 @@ class ExpertActor:
         """Run token slices through the experts of a layer."""
         assert self._runner is not None, "load() comes first"
         return self._runner.run(layer, request)
+
+    def alive(self, seconds: float) -> None:
+        """Return after some seconds: whoever waits hears at once when this process dies."""
+        threading.Event().wait(seconds)

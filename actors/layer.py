@@ -1,17 +1,23 @@
 """LayerActor: one stage of a model on one node."""
 
-from collections.abc import Mapping
+import logging
+import threading
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ray.actor import ActorHandle
 
 from actors.link import Acknowledgements, RayExpertLink
+from azu.engine.faults import OldEpoch, blamed
 from azu.engine.spec import Handoff, StageSpec
 from azu.errors import AzuError
 from azu.protocol.step import StepBatch
+from azu.protocol.topology import Loss, Topology
 
 if TYPE_CHECKING:
     from azu.engine.runner import StageRunner
+
+log = logging.getLogger(__name__)
 
 
 class LayerActor:
@@ -34,19 +40,40 @@ class LayerActor:
 
         self._runner = StageRunner(spec, RayExpertLink(expert_sets) if expert_sets else None)
         self._index = spec.stage.index
-        self._next = next_stage
         self._pipeline = pipeline
-        self._acks = Acknowledgements(
-            f"stage {self._index + 1}", ack_timeout_s, lambda error: self._report(self._index + 1, error)
-        )
+        self._ack_timeout_s = ack_timeout_s
+        self._next = next_stage
+        self._acks = self._expect_from(self._index + 1, spec.epoch)
+
+    def relink(
+        self, topology: Topology, expert_sets: Mapping[int, ActorHandle], next_stage: ActorHandle | None
+    ) -> None:
+        """Go on under a newer topology with other neighbours; what is older is dropped from now on."""
+        assert self._runner is not None, "load() comes first"
+        self._runner.relink(topology, RayExpertLink(expert_sets) if expert_sets else None)
+        self._acks.close()
+        self._next = next_stage
+        self._acks = self._expect_from(self._index + 1, topology.epoch)
+
+    def num_sent(self, sequence_ids: Sequence[int]) -> Mapping[int, int]:
+        """Return how many rows of which sequences can be sent to the next stage again."""
+        assert self._runner is not None, "load() comes first"
+        return self._runner.num_sent(sequence_ids)
+
+    def alive(self, seconds: float) -> None:
+        """Return after some seconds: whoever waits hears at once when this process dies."""
+        threading.Event().wait(seconds)
 
     def step(self, batch: StepBatch, frame: bytes | None) -> None:
         """Run one step and pass it on; whoever called takes the return as acknowledgement."""
         assert self._runner is not None, "load() comes first"
         try:
             output = self._runner.run(batch, frame)
+        except OldEpoch as error:
+            log.info("%s", error.message)
+            return
         except AzuError as error:
-            self._report(self._index, error)
+            self._report(blamed(error, self._index), error, batch.epoch)
             return
         if isinstance(output, Handoff):
             assert self._next is not None
@@ -54,5 +81,12 @@ class LayerActor:
         else:
             self._pipeline.completed.remote(output)
 
-    def _report(self, stage: int, error: AzuError) -> None:
-        self._pipeline.lost.remote(stage, error)
+    def _expect_from(self, stage: int, epoch: int) -> Acknowledgements:
+        loss = Loss(stages=frozenset({stage}))
+        return Acknowledgements(
+            f"stage {stage}", self._ack_timeout_s, lambda error: self._report(loss, error, epoch)
+        )
+
+    def _report(self, loss: Loss, error: AzuError, epoch: int) -> None:
+        log.warning("%s is to blame: %s", loss, error.message)
+        self._pipeline.lost.remote(loss, error.message, epoch)

@@ -1,6 +1,5 @@
 """How stages and experts reach each other over Ray: raw bytes in plain actor calls."""
 
-import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -11,8 +10,6 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from azu.errors import AzuError, DeadlineExceeded, InternalError, WorkerLost
-
-log = logging.getLogger(__name__)
 
 
 def get(ref: ray.ObjectRef, timeout_s: float, what: str) -> object:
@@ -69,17 +66,23 @@ class Acknowledgements:
         self._what = what
         self._timeout_s = timeout_s
         self._lost = lost
-        self._sent: queue.SimpleQueue[ray.ObjectRef] = queue.SimpleQueue()
+        self._sent: queue.SimpleQueue[ray.ObjectRef | None] = queue.SimpleQueue()
+        self._closed = False
         threading.Thread(target=self._watch, name="acknowledgements", daemon=True).start()
 
     def expect(self, ref: ray.ObjectRef) -> None:
         """Watch one more call; calls are answered in the order they were sent."""
         self._sent.put(ref)
 
+    def close(self) -> None:
+        """Watch no longer: nobody waits for what is still on its way."""
+        self._closed = True
+        self._sent.put(None)
+
     def _watch(self) -> None:
-        while True:
+        while not self._closed and (ref := self._sent.get()) is not None:
             try:
-                get(self._sent.get(), self._timeout_s, self._what)
+                get(ref, self._timeout_s, self._what)
             except AzuError as error:
-                log.warning("%s", error.message)
-                self._lost(error)
+                if not self._closed:
+                    self._lost(error)

@@ -2,8 +2,10 @@
 
 import asyncio
 import itertools
+import logging
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
 
@@ -12,18 +14,21 @@ from ray.actor import ActorHandle
 
 from actors.link import as_azu_error
 from actors.metrics import open_meter
+from actors.placement import CONTROL
 from azu.engine.pace import Pace
 from azu.engine.pipeline import EnginePipeline, SequenceUpdate
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.sequence import Sequence
 from azu.engine.text_decoder import TextDecoder
-from azu.errors import AzuError, WorkerLost
+from azu.errors import AzuError
 from azu.jobs.redis import RedisJobs
 from azu.lifecycle.ports import Ran
 from azu.protocol.job import FinishReason, Job, TokenEvent
 from azu.protocol.step import StepResult
 from azu.protocol.structure import Structure
-from azu.protocol.topology import Topology
+from azu.protocol.topology import Loss, Topology
+
+log = logging.getLogger(__name__)
 
 # A job that several sequences answer has ended as the one that says most did.
 _WORST_LAST = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.ERROR)
@@ -55,6 +60,7 @@ class Pipeline:
         redis_url: str,
         step_timeout_s: float,
     ) -> None:
+        self._epoch = topology.epoch
         self._engine = EnginePipeline(structure, topology, scheduling, eos_token_ids)
         meter = open_meter(lambda: self._pace.stand(self._engine))
         self._pace = Pace(structure.model_id, scheduling.num_blocks, meter)
@@ -65,12 +71,14 @@ class Pipeline:
         self._running: dict[int, tuple[_Running, int]] = {}  # by sequence, with the choice that it is
         self._updates: asyncio.Queue[list[SequenceUpdate]] = asyncio.Queue()
         self._broken: AzuError | None = None
-        self._first: ActorHandle | None = None
+        self._stages: Ordered[ActorHandle] = ()
+        self._losses: asyncio.Queue[tuple[Loss, int]] = asyncio.Queue()
+        self._is_paused = False
         self._watchers: set[asyncio.Task[None]] = set()
 
-    async def start(self, first_stage: ActorHandle) -> None:
-        """Learn the first stage and begin to write tokens."""
-        self._first = first_stage
+    async def start(self, stages: Ordered[ActorHandle]) -> None:
+        """Learn the stages, in order, and begin to write tokens."""
+        self._stages = stages
         self._writer = asyncio.create_task(self._write())
 
     async def run(self, job: Job) -> Ran:
@@ -101,14 +109,55 @@ class Pipeline:
         self._pump()
         self._updates.put_nowait(updates)
 
-    async def lost(self, stage: int, error: AzuError) -> None:
-        """Hear that a stage refused a step, failed or is gone: what runs here ends with what it has."""
-        if self._broken is not None:
-            return
-        self._broken = WorkerLost(f"stage {stage} was lost: {error.message}")
+    async def lost(self, loss: Loss, fault: str, epoch: int) -> None:
+        """Hear that pieces refused a step, failed or are gone: nothing is scheduled until `resume`."""
+        if epoch != self._epoch or self._is_paused:
+            return  # whoever was running then is repaired already
+        log.warning("%s: %s", loss, fault)
+        self._engine.suspend()
+        self._losses.put_nowait((loss, epoch))
+
+    async def next_loss(self) -> tuple[Loss, int]:
+        """Wait for what the stages report as lost, and from which epoch."""
+        return await self._losses.get()
+
+    async def pause(self) -> int:
+        """Schedule nothing until `resume`, forget what is in flight; return how many steps were completed."""
+        self._is_paused = True
+        self._engine.suspend()
+        return self._engine.num_completed
+
+    async def resume(
+        self, topology: Topology, stages: Ordered[ActorHandle], empty_stages: frozenset[int]
+    ) -> None:
+        """Go on under a newer topology: empty stages are filled, then every sequence goes on as it stood."""
+        empty = empty_stages | self._engine.unfilled_stages
+        cached = tuple(self._engine.num_cached)
+        senders = sorted({stage - 1 for stage in empty if stage})
+        num_sent = await asyncio.gather(*(self._num_sent(stages[sender], cached) for sender in senders))
+        self._epoch = topology.epoch
+        self._is_paused = False
+        self._stages = stages
+        self._engine.resume(topology, empty, dict(zip(senders, num_sent, strict=True)))
+        self._pump()
+
+    async def fail(self, error: AzuError) -> None:
+        """End everything that runs here with what it has."""
+        self._broken = error
+        self._engine.suspend()
         self._updates.put_nowait(
             [update for sequence_id in self._running for update in self._engine.cancel(sequence_id)]
         )
+
+    async def _num_sent(self, stage: ActorHandle, sequence_ids: Ordered[int]) -> Mapping[int, int]:
+        asking = stage.num_sent.options(concurrency_group=CONTROL).remote(sequence_ids)
+        try:
+            num_sent: Mapping[int, int] = await asyncio.wait_for(asking, self._step_timeout_s)
+        except Exception as error:
+            # Without its rows everything is computed again; if it is gone, that is noticed elsewhere.
+            log.warning("a stage does not say what it can send again: %s", type(error).__name__)
+            return {}
+        return num_sent
 
     def _sequence(self, job: Job, choice: int) -> Sequence:
         # The first choice is what the job would get if it asked for one.
@@ -120,16 +169,18 @@ class Pipeline:
 
     def _pump(self) -> None:
         while self._broken is None and (batch := self._engine.next_batch()) is not None:
-            assert self._first is not None, "start() comes first"
-            watcher = asyncio.create_task(self._watch(self._first.step.remote(batch, None)))
+            stage = max(0, batch.replay.first - 1) if batch.replay else 0
+            sent = self._stages[stage].step.remote(batch, None)
+            watcher = asyncio.create_task(self._watch(sent, stage, batch.epoch))
             self._watchers.add(watcher)
             watcher.add_done_callback(self._watchers.discard)
 
-    async def _watch(self, acknowledgement: ray.ObjectRef) -> None:
+    async def _watch(self, acknowledgement: ray.ObjectRef, stage: int, epoch: int) -> None:
         try:
             await asyncio.wait_for(acknowledgement, self._step_timeout_s)
         except Exception as error:
-            await self.lost(0, as_azu_error(error, "stage 0"))
+            fault = as_azu_error(error, f"stage {stage}")
+            await self.lost(Loss(stages=frozenset({stage})), fault.message, epoch)
 
     async def _write(self) -> None:
         while True:

@@ -19,10 +19,13 @@ from azu.units import MIB
 NAMESPACE = "azu"
 SCHEDULER = "scheduler"
 VRAM = "VRAM"
+CONTROL = "control"
 NODE_ID_LABEL = "ray.io/node-id"
 NAME_LABEL = "azu-name"
 PAYOUT_LABEL = "azu-payout"
 DEVICE_LABEL = "azu-device"
+# One waits in `alive`; the others are for calls that end.
+_CONTROL_THREADS = 3
 _HEAD = "node:__internal_head__"
 # azu restarts what died, Ray only says so. An actor's default of one CPU does not fit a bundle of VRAM.
 _ALWAYS = {"num_cpus": 0, "max_restarts": 0, "lifetime": "detached", "namespace": NAMESPACE}
@@ -79,10 +82,10 @@ def start_on_node(cls: type, name: str, node_id: str, *args: Any, max_concurrenc
 def start_in_group(cls: type, name: str, group: PlacementGroup, *args: Any) -> ActorHandle:
     """Start an actor that holds a piece of a model in its placement group.
 
-    One thread runs the steps in order; the "control" group answers while a step computes.
+    One thread runs the steps in order; the CONTROL group answers while a step computes.
     """
     options = {**_ALWAYS, "name": name, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0)}
-    return ray.remote(concurrency_groups={"control": 2})(cls).options(**options).remote(*args)
+    return ray.remote(concurrency_groups={CONTROL: _CONTROL_THREADS})(cls).options(**options).remote(*args)
 
 
 async def reserve(name: str, node_id: str, vram_bytes: int, timeout_s: float) -> PlacementGroup:
@@ -97,7 +100,12 @@ async def reserve(name: str, node_id: str, vram_bytes: int, timeout_s: float) ->
         lifetime="detached",
         bundle_label_selector=[{NODE_ID_LABEL: node_id}],
     )
-    if not await asyncio.to_thread(group.wait, timeout_s):
+    try:
+        is_ready = await asyncio.to_thread(group.wait, timeout_s)
+    except asyncio.CancelledError:
+        remove_placement_group(group)
+        raise
+    if not is_ready:
         remove_placement_group(group)
         raise InsufficientCapacity(f"node {node_id[:8]} did not give {mib} MiB of VRAM in {timeout_s:.0f} s")
     return group

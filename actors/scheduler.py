@@ -10,6 +10,7 @@ from ray.exceptions import ActorDiedError
 from actors.deployment import RayBuilder
 from actors.metrics import RayMeter
 from actors.node import NodeAgent
+from actors.pieces import Site
 from actors.placement import SCHEDULER, actor_name, start_on_node, worker_nodes
 from azu.config import ControlConfig
 from azu.errors import AzuError
@@ -47,7 +48,7 @@ class Scheduler:
         self._nodes: dict[str, Node] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._linked: set[str] = set()
-        builder = RayBuilder(config, registry, self._agents, self._nodes)
+        builder = RayBuilder(Site(policy, registry, self._agents, self._nodes), config.pipeline_redis_url)
         self._fleet = Fleet(
             builder, lambda placed: self._book.nodes(time.monotonic(), placed), policy.plan_policy()
         )
@@ -192,4 +193,5 @@ class Scheduler:
 
     def _died(self, node_id: str) -> None:
         log.warning("node %s is dead", node_id[:8])
+        self._fleet.node_died(node_id)
         self._linked.discard(node_id)

@@ -31,7 +31,10 @@ class SequenceUpdate:
 
 
 class EnginePipeline:
-    """Schedules the sequences of one deployment and counts what ran; whoever owns it moves the bytes."""
+    """Schedules the sequences of one deployment and counts what ran; whoever owns it moves the bytes.
+
+    `num_completed` counts the steps that brought sequences on.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class EnginePipeline:
         self._reopen: set[int] = set()  # and the last one may know too much, or nothing
         self._closed: list[int] = []
         self._steps = 0
+        self.num_completed = 0
 
     @property
     def num_sequences(self) -> int:
@@ -152,6 +156,7 @@ class EnginePipeline:
             if not self._replays and not self._in_flight:
                 self._unfilled.clear()
             return []
+        self.num_completed += 1
         counted = {sequence.sequence_id for sequence, piece in step.chosen if self._returned(sequence, piece)}
         self._account.reported(work for work in result.expert_work if work.sequence_id in counted)
         updates = (self._sampled(token) for token in result.tokens)

@@ -11,11 +11,12 @@ from azu.architecture.skeleton import replace_module
 from azu.engine.context import StepContext
 from azu.engine.expert_frames import StepId
 from azu.engine.experts import ExpertLink, HeldExperts
+from azu.engine.faults import BadFrame, OldEpoch
 from azu.engine.kv import PagedKV
 from azu.engine.layout import Layout, LayoutBuilder
 from azu.engine.sampler import Sampler
 from azu.engine.sent_log import SentLog
-from azu.engine.spec import Handoff, OldEpoch, StageSpec
+from azu.engine.spec import Handoff, StageSpec
 from azu.engine.spread import SpreadExperts, SpreadLayer
 from azu.engine.stage import BuiltStage, build_stage
 from azu.engine.tensors import payload_of, tensor_of
@@ -128,13 +129,13 @@ class StageRunner:
     def _received(self, batch: StepBatch, frame: bytes | None) -> Tensor:
         sender = self._spec.stage.index - 1
         if frame is None:
-            raise FrameError(f"stage {sender} sent step {batch.step} without hidden states")
+            raise BadFrame(sender, f"step {batch.step} without hidden states")
         try:
             received = Frame.decode(frame)
             self._refuse(batch, received, sender)
             return tensor_of(received, self._device)
         except FrameError as error:
-            raise FrameError(f"stage {sender} sent a bad frame: {error.message}") from error
+            raise BadFrame(sender, error.message) from error
 
     def _refuse_epoch(self, batch: StepBatch) -> None:
         if batch.epoch < self._spec.epoch:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from azu.errors import FrameError
 from azu.protocol.step import StepBatch
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, Stage
@@ -30,10 +29,6 @@ class StageSpec:
     expert_sets: tuple[ExpertSet, ...] = ()
     expert_timeout_s: float = 30.0
     sent_log_bytes: int = GIB
-
-
-class OldEpoch(FrameError):
-    """A step of a topology that was given up: to be dropped, nobody is to blame."""
 
 
 @dataclass(frozen=True, slots=True)

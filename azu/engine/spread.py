@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from azu.engine.context import StepContext
 from azu.engine.expert_frames import TokenSlices, decode_answer
 from azu.engine.experts import ExpertLink, HeldExperts, PendingExperts
-from azu.errors import FrameError
+from azu.engine.faults import ExpertsFailed
+from azu.errors import AzuError, FrameError
 from azu.protocol.topology import ExpertSet
 
 _HERE = -1
@@ -114,11 +115,10 @@ class SpreadExperts(nn.Module):
         return _Asked(chosen, rows, sent, self._link.start(chosen.index, self._spread.layer, sent.encode()))
 
     def _answer(self, asked: _Asked, device: torch.device) -> Tensor:
-        answer = asked.pending.result(self._timeout_s)
         try:
-            return decode_answer(answer, asked.sent, device)
-        except FrameError as error:
-            raise FrameError(f"expert set {asked.expert_set.index}: {error.message}") from error
+            return decode_answer(asked.pending.result(self._timeout_s), asked.sent, device)
+        except AzuError as error:
+            raise ExpertsFailed(asked.expert_set.index, error.message) from error
 
     def _owners(self, ids: Tensor) -> Tensor:
         """Return who serves each choice [T, k]: an expert set's index or _HERE; replicas share by load."""

@@ -2,29 +2,33 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from azu.errors import InsufficientCapacity
 from azu.lifecycle.dispatch import RunningModel
-from azu.planner.admission import refuse_what_no_waiting_helps
+from azu.planner.admission import NEVER_FITS, refuse_what_no_waiting_helps
 from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
+from azu.planner.replan import replan
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
-from azu.protocol.topology import Topology
+from azu.protocol.topology import Loss, Topology
 
 log = logging.getLogger(__name__)
 
 ModelKey = tuple[str, str]  # model id, revision
+# Where a model's lost pieces go: a topology of a newer epoch. Raises InsufficientCapacity when nowhere.
+Replan = Callable[[Loss], Awaitable[Topology]]
 
 
 class DeployedModel(RunningModel, Protocol):
     """A running model that the fleet may also take down."""
 
-    @property
-    def topology(self) -> Topology:
-        """Where its pieces are."""
+    # Where its pieces are; the fleet sets it when some were lost.
+    topology: Topology
 
     @property
     def structure(self) -> Structure:
@@ -36,7 +40,10 @@ class DeployedModel(RunningModel, Protocol):
 
     @property
     def broken(self) -> bool:
-        """Whether a piece was lost: it takes no new jobs."""
+        """Whether what was lost could not be replaced: it takes no new jobs."""
+
+    def node_died(self, node_id: str) -> None:
+        """Hear that a node is dead."""
 
     async def close(self) -> None:
         """Take every piece down."""
@@ -48,8 +55,11 @@ class Builder(Protocol):
     async def structure(self, model_id: str, revision: str) -> Structure:
         """Return the structure of a model, cutting it first when nobody has."""
 
-    async def build(self, structure: Structure, topology: Topology) -> DeployedModel:
-        """Bring up every piece of a topology; what was half up is taken down when it fails."""
+    async def build(self, structure: Structure, topology: Topology, replan: Replan) -> DeployedModel:
+        """Bring up every piece of a topology; what was half up is taken down when it fails.
+
+        `replan` is for pieces that are lost later.
+        """
 
 
 class Fleet:
@@ -63,6 +73,8 @@ class Fleet:
         self._policy = policy
         self._models: dict[ModelKey, DeployedModel] = {}  # the least recently used first
         self._locks: dict[ModelKey, asyncio.Lock] = {}
+        self._promised: dict[ModelKey, Topology] = {}
+        # One plan at a time: two must not promise the same room.
         self._placing = asyncio.Lock()
         self._epoch = 0
         self.deploying: set[ModelKey] = set()
@@ -73,12 +85,9 @@ class Fleet:
         return tuple(self._models.values())
 
     def placed_bytes(self) -> dict[str, int]:
-        """Return the VRAM taken on each node by what is deployed."""
-        placed: dict[str, int] = {}
-        for model in self._models.values():
-            for node_id, size in model.topology.vram_bytes_by_node.items():
-                placed[node_id] = placed.get(node_id, 0) + size
-        return placed
+        """Return the VRAM taken on each node by what is deployed or being brought up."""
+        topologies = [model.topology for model in self._models.values()]
+        return _sums(topology.vram_bytes_by_node for topology in (*topologies, *self._promised.values()))
 
     async def ensure(self, model_id: str, revision: str) -> RunningModel:
         """Return the running model, deploying it first when it is not up.
@@ -97,6 +106,11 @@ class Fleet:
             self._models[key] = model
             return model
 
+    def node_died(self, node_id: str) -> None:
+        """Tell every model that a node is dead."""
+        for model in self._models.values():
+            model.node_died(node_id)
+
     async def close(self) -> None:
         """Take every model down."""
         while self._models:
@@ -107,25 +121,56 @@ class Fleet:
         self.deploying.add(key)
         try:
             structure = await self._builder.structure(*key)
-            # One at a time: two plans must not promise the same room.
             async with self._placing:
-                topology = await self._plan(structure)
-                model = await self._builder.build(structure, topology)
-                self._models[key] = model
-                return model
+                self._promised[key] = await self._plan(structure)
+            self._models[key] = model = await self._builder.build(
+                structure, self._promised[key], partial(self._replan, key)
+            )
+            return model
         finally:
+            self._promised.pop(key, None)
             self.deploying.discard(key)
 
     async def _plan(self, structure: Structure) -> Topology:
-        while True:
-            nodes = self._nodes(self.placed_bytes())
+        def on(nodes: Sequence[Node]) -> Topology:
             try:
-                self._epoch += 1
                 return plan(structure, nodes, self._policy, epoch=self._epoch)
             except InsufficientCapacity:
                 refuse_what_no_waiting_helps(structure, nodes, self._policy)
-                idle = next((key for key, model in self._models.items() if not model.running_jobs), None)
-                if idle is None:
+                raise
+
+        return await self._place((structure.model_id, structure.revision), on, {})
+
+    async def _replan(self, key: ModelKey, loss: Loss) -> Topology:
+        async with self._placing:
+            model = self._models[key]
+            before = model.topology
+
+            def on(nodes: Sequence[Node]) -> Topology:
+                return replan(model.structure, before, loss, nodes, self._policy, epoch=self._epoch)
+
+            given_back = {node_id: -size for node_id, size in before.vram_bytes_of(loss).items()}
+            model.topology = await self._place(key, on, given_back)
+            return model.topology
+
+    async def _place(
+        self, key: ModelKey, on: Callable[[Sequence[Node]], Topology], given_back: Mapping[str, int]
+    ) -> Topology:
+        """Plan on the nodes as they are; while there is no room, idle models of others are taken down."""
+        while True:
+            self._epoch += 1
+            try:
+                return on(self._nodes(_sums([self.placed_bytes(), given_back])))
+            except InsufficientCapacity as error:
+                idle = [other for other, one in self._models.items() if other != key and not one.running_jobs]
+                if not idle or error.code == NEVER_FITS:
                     raise
-                log.info("taking %s down to make room for %s", idle[0], structure.model_id)
-                await self._models.pop(idle).close()
+                log.info("taking %s down to make room for %s", idle[0][0], key[0])
+                await self._models.pop(idle[0]).close()
+
+
+def _sums(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for by_node in sizes:
+        total.update(by_node)
+    return dict(total)

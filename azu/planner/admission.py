@@ -10,6 +10,9 @@ from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import Structure
 from azu.protocol.topology import Topology
 
+# The code of errors that waiting does not help.
+NEVER_FITS = "never_fits"
+
 
 def refuse_what_never_fits(structure: Structure, topology: Topology, num_tokens: int) -> None:
     """Raise InvalidRequest with the bytes missing when `num_tokens` of one sequence never find room."""
@@ -38,4 +41,4 @@ def refuse_what_no_waiting_helps(structure: Structure, nodes: Sequence[Node], po
     try:
         plan(structure, idle, policy)
     except InsufficientCapacity as error:
-        raise InsufficientCapacity(error.message, code="never_fits") from error
+        raise InsufficientCapacity(error.message, code=NEVER_FITS) from error

@@ -1,6 +1,6 @@
 """Where the pieces of a model are: what the planner returns and everything else follows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pydantic import ConfigDict
@@ -106,8 +106,18 @@ class Topology:
     @property
     def vram_bytes_by_node(self) -> dict[str, int]:
         """VRAM that the topology takes on each node it uses."""
-        used: dict[str, int] = {}
-        pieces: tuple[Stage | ExpertSet, ...] = (*self.stages, *self.expert_sets)
-        for piece in pieces:
-            used[piece.node_id] = used.get(piece.node_id, 0) + piece.vram_bytes
-        return used
+        return _vram_bytes_by_node((*self.stages, *self.expert_sets))
+
+    def vram_bytes_of(self, loss: Loss) -> dict[str, int]:
+        """Return the VRAM that some pieces take, by node."""
+        stages = [stage for stage in self.stages if stage.index in loss.stages]
+        return _vram_bytes_by_node(
+            (*stages, *(chosen for chosen in self.expert_sets if chosen.index in loss.expert_sets))
+        )
+
+
+def _vram_bytes_by_node(pieces: Iterable[Stage | ExpertSet]) -> dict[str, int]:
+    used: dict[str, int] = {}
+    for piece in pieces:
+        used[piece.node_id] = used.get(piece.node_id, 0) + piece.vram_bytes
+    return used

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from azu.engine.faults import OldEpoch
 from azu.engine.local import LocalPipeline, local_topology
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.sequence import Sequence as EngineSequence
-from azu.engine.spec import Handoff, OldEpoch
+from azu.engine.spec import Handoff
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.topology import Stage
 from tests.engine.conftest import CutModel

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from azu.errors import InsufficientCapacity
-from azu.lifecycle.fleet import Fleet
+from azu.lifecycle.fleet import Fleet, Replan
 from azu.lifecycle.ports import Ran, Route
 from azu.planner.policy import PlanPolicy
 from azu.protocol.job import Job
@@ -23,6 +23,7 @@ class StandingModel:
     structure: Structure
     topology: Topology
     builder: "CountingBuilder"
+    replan: Replan
     running_jobs: int = 0
     broken: bool = False
     route: Route = field(default_factory=lambda: Route({}, ()))
@@ -32,6 +33,9 @@ class StandingModel:
 
     async def cancel(self, job_id: str) -> None:
         raise AssertionError("the fleet cancels no jobs")
+
+    def node_died(self, node_id: str) -> None:
+        raise AssertionError("no node dies here")
 
     async def close(self) -> None:
         self.builder.closed.append(self.topology.model_id)
@@ -49,10 +53,10 @@ class CountingBuilder:
         await asyncio.sleep(0)
         return structure(self.num_layers, model_id=model_id)
 
-    async def build(self, structure: Structure, topology: Topology) -> StandingModel:
+    async def build(self, structure: Structure, topology: Topology, replan: Replan) -> StandingModel:
         await asyncio.sleep(0.01)
         self.built.append(structure.model_id)
-        return StandingModel(structure, topology, self)
+        return StandingModel(structure, topology, self, replan)
 
 
 def fleet(vram_bytes: int = 64 * MIB) -> tuple[Fleet, CountingBuilder]:
