@@ -6,9 +6,8 @@ import time
 
 import httpx
 import pytest
-import ray
 
-from tests.cluster.test_hidden_states import actors_named
+from tests.cluster.actors import actors_named, ask_inside
 from tests.cluster.test_money import settled
 from tests.cluster.user import User
 
@@ -27,7 +26,7 @@ def wait_until_free(prefix: str) -> float:
     """Wait until the pipeline holds nothing and return how long it took."""
     started_s = time.monotonic()
     (pipeline,) = actors_named(prefix)
-    while (found := ray.get(pipeline.__ray_call__.remote(held), timeout=30)) != (0, 0):
+    while (found := ask_inside(pipeline, held)) != (0, 0):
         assert time.monotonic() - started_s < 30, found
         time.sleep(0.01)
     return time.monotonic() - started_s

@@ -1,13 +1,11 @@
 """Hidden states travel from stage to stage: none is ever in the Pipeline's or the head's memory."""
 
-import os
 from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
-from actors.placement import NAMESPACE
+from tests.cluster.actors import actors_named, ask_inside, pid_of
 from tests.cluster.test_generation import chat_text, finished
 from tests.cluster.user import User
 
@@ -33,15 +31,6 @@ def keep_frames(actor: object) -> None:
 
 def kept_frames(actor: object) -> list[bytes]:
     return actor._runner.kept_frames
-
-
-def pid_of(_: object) -> int:
-    return os.getpid()
-
-
-def actors_named(prefix: str) -> list[ray.actor.ActorHandle]:
-    names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
-    return [ray.get_actor(name, namespace=NAMESPACE) for name in sorted(names) if name.startswith(prefix)]
 
 
 def memory_holds(pid: int, pattern: bytes) -> bool:
@@ -77,20 +66,21 @@ def test_no_hidden_state_is_in_the_pipelines_or_the_heads_memory(user: User) -> 
     finished(user, user.submit(text, est_tokens=2).json()["job_id"])  # the model is deployed now
     stages = actors_named("layer:azu-tiny-dense")
     assert len(stages) >= 2
-    ray.get([stage.__ray_call__.remote(keep_frames) for stage in stages[1:]], timeout=30)
+    for stage in stages[1:]:
+        ask_inside(stage, keep_frames)
 
     # A long prompt too: its frames are full prefill chunks.
     long_text = text * 12
     finished(user, user.submit(text, est_tokens=20).json()["job_id"])
     finished(user, user.submit(long_text, est_tokens=2).json()["job_id"])
 
-    frames = ray.get(stages[1].__ray_call__.remote(kept_frames), timeout=30)
+    frames = ask_inside(stages[1], kept_frames)
     assert len(frames) > 20
     longest = max(frames, key=len)
     assert len(longest) > 30 * 1024
     patterns = [frame[len(frame) // 2 :][:PATTERN_BYTES] for frame in (longest, frames[-1], frames[5])]
     on_head = actors_named("pipeline:azu-tiny-dense") + actors_named("scheduler") + actors_named("registry")
-    head_pids = ray.get([actor.__ray_call__.remote(pid_of) for actor in on_head], timeout=30)
+    head_pids = [pid_of(actor) for actor in on_head]
     head_pids += [
         process.pid
         for process in psutil.process_iter(["name", "cmdline"])
@@ -98,7 +88,7 @@ def test_no_hidden_state_is_in_the_pipelines_or_the_heads_memory(user: User) -> 
         or (process.info["name"] == "raylet" and "--head" in process.info["cmdline"])
     ]
     assert len(head_pids) >= len(on_head) + 2
-    stage_pid = ray.get(stages[1].__ray_call__.remote(pid_of), timeout=30)
+    stage_pid = pid_of(stages[1])
     try:
         found_at_stage = [memory_holds(stage_pid, pattern) for pattern in patterns]
     except PermissionError:

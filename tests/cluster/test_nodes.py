@@ -12,7 +12,7 @@ from actors.control import SCHEDULER, find
 from azu.cli.network.local_network import LocalNetwork
 from azu.protocol.node import Node, NodeState
 from azu.units import MIB
-from tests.cluster.test_hidden_states import actors_named
+from tests.cluster.actors import actors_named, pid_of
 from tests.cluster.user import User
 
 pytestmark = pytest.mark.cluster
@@ -40,8 +40,7 @@ def agent(name: str) -> ray.actor.ActorHandle:
 
 
 def agent_pid(name: str) -> int:
-    # A lambda travels as it is; a named function would have the agent import this test first.
-    return ray.get(agent(name).__ray_call__.remote(lambda _: os.getpid()), timeout=30)
+    return pid_of(agent(name))
 
 
 def test_every_node_tells_its_memory_speed_shards_and_links(user: User, network: LocalNetwork) -> None:

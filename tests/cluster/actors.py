@@ -1,0 +1,37 @@
+"""The network's actors, seen from a test: found by name, asked from inside, their processes known."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import ray
+from ray import cloudpickle
+from ray.actor import ActorHandle
+
+from actors.placement import NAMESPACE
+
+_TIMEOUT_S = 30
+_Answer = TypeVar("_Answer")
+
+
+def actors_named(prefix: str) -> list[ActorHandle]:
+    """Return the living actors whose names begin with a prefix, in the order of their names."""
+    names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
+    return [ray.get_actor(name, namespace=NAMESPACE) for name in sorted(names) if name.startswith(prefix)]
+
+
+def ask_inside(actor: ActorHandle, question: Callable[[object], _Answer]) -> _Answer:
+    """Run a function of a test's inside an actor; it is given the object that the actor wraps."""
+    # By name the actor would import the test first, and answer nobody for as long as that takes.
+    cloudpickle.register_pickle_by_value(sys.modules[question.__module__])
+    return ray.get(actor.__ray_call__.remote(question), timeout=_TIMEOUT_S)
+
+
+def pid_of(actor: ActorHandle) -> int:
+    """Return an actor's process id."""
+    return ask_inside(actor, _own_pid)
+
+
+def _own_pid(_: object) -> int:
+    return os.getpid()
