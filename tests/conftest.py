@@ -10,6 +10,8 @@ from tests.redis_server import RunningRedis, start_redis
 
 # Ray reads its mode once, when it is imported: before the first test that imports it.
 os.environ["RAY_AUTH_MODE"] = "token"
+# Beside the cluster's tests a second thread waits for its turn longer than it computes: read by torch, once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
