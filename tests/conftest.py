@@ -1,6 +1,7 @@
 """Fixtures that tests of every part share."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,21 @@ from tests.redis_server import RunningRedis, start_redis
 os.environ["RAY_AUTH_MODE"] = "token"
 # Beside the cluster's tests a second thread waits for its turn longer than it computes: read by torch, once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_FIGURES = pytest.StashKey[Counter[str]]()
+
+
+@pytest.fixture(scope="session")
+def figures(pytestconfig: pytest.Config) -> Counter[str]:
+    """What tests measured or counted, by what it is; printed when all have run."""
+    return pytestconfig.stash.setdefault(_FIGURES, Counter())
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    for what, figure in config.stash.get(_FIGURES, Counter()).items():
+        terminalreporter.write_line(f"{figure:,} {what}")
 
 
 @pytest.fixture(scope="session")

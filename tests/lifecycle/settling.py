@@ -5,12 +5,10 @@ process, as if other nodes had run it.
 """
 
 import asyncio
-import multiprocessing
 import os
 import random
-import signal
 from dataclasses import dataclass, field
-from typing import Any
+from multiprocessing.process import BaseProcess
 
 from azu.jobs.redis import RedisJobs
 from azu.ledger.redis import RedisLedger
@@ -20,6 +18,7 @@ from azu.lifecycle.ports import Ran, Route
 from azu.lifecycle.settlement import Settlement
 from azu.protocol.job import FinishReason, Job, TokenEvent
 from tests.builders import OWNERS
+from tests.killing import Death, kill_at_effect, start
 
 PRICE, PLATFORM_PERCENT = 2, 20
 PAYOUTS = {"a": OWNERS[0], "b": OWNERS[1], "c": OWNERS[2]}
@@ -32,9 +31,7 @@ EFFECTS = (
     (RedisJobs, "done"),
 )
 
-# Forked from a process that has imported everything: a start takes milliseconds instead of a second.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.lifecycle.settling"])
+_NEVER = Death()
 
 
 @dataclass
@@ -74,17 +71,13 @@ class OneModel:
         return self.model
 
 
-def start_settling(
-    redis_url: str, *, at: int = 0, when: str = "before", seed: int = 0
-) -> "multiprocessing.context.ForkServerProcess":
-    """Start the process; it kills itself before or after its write number `at`, never for 0."""
-    process = _FORKS.Process(target=settle_for_ever, args=(redis_url, at, when, seed), daemon=True)
-    process.start()
-    return process
+def start_settling(redis_url: str, *, death: Death = _NEVER, seed: int = 0) -> BaseProcess:
+    """Start the process; it kills itself where `death` says."""
+    return start(settle_for_ever, redis_url, death, seed)
 
 
-def settle_for_ever(redis_url: str, at: int, when: str, seed: int) -> None:
-    kill_at_effect(EFFECTS, at, after=when == "after")
+def settle_for_ever(redis_url: str, death: Death, seed: int) -> None:
+    kill_at_effect(EFFECTS, death)
     # What a dead process had taken comes back soon.
     dispatch._TAKE_BLOCK_MS, dispatch._CLAIM_IDLE_MS = 50, 200
     asyncio.run(_settle(redis_url, random.Random(f"{seed}-{os.getpid()}")))
@@ -95,25 +88,3 @@ async def _settle(redis_url: str, dice: random.Random) -> None:
     settlement = Settlement(ledger, jobs, PRICE, PLATFORM_PERCENT)
     model = StandInModel(jobs, dice)
     await Dispatcher(jobs, OneModel(model), settlement, consumer=f"settling-{os.getpid()}").run()
-
-
-def kill_at_effect(effects: tuple[tuple[type, str], ...], at: int, *, after: bool) -> None:
-    """Have this process kill itself before or after the n-th call of any of these methods."""
-    count = 0
-
-    def armed(original: Any) -> Any:
-        async def effect(*arguments: Any) -> Any:
-            nonlocal count
-            count += 1
-            last = count == at
-            if last and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = await original(*arguments)
-            if last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return effect
-
-    for owner, name in effects:
-        setattr(owner, name, armed(getattr(owner, name)))

@@ -22,6 +22,7 @@ from azu.protocol.job import Job
 from azu.protocol.sampling import SamplingParams
 from azu.treasury.sweeper import Sweeper
 from tests.builders import ALICE, api_key
+from tests.killing import Death
 from tests.lifecycle.settling import PRICE, start_settling
 from tests.lifecycle.test_settlement import MODEL
 from tests.treasury.world import SEED
@@ -117,7 +118,7 @@ async def assert_books(ledger: RedisLedger, jobs: RedisJobs, accepted: list[Job]
 
 def died_and_went_on(redis_url: str, accepted: list[Job], at: int, when: str, seed: int) -> bool:
     """Run until every job has ended, starting again when the process dies; say if it died."""
-    running = [start_settling(redis_url, at=at, when=when, seed=seed)]
+    running = [start_settling(redis_url, death=Death(at, when), seed=seed)]
     try:
         deadline = time.monotonic() + TIMEOUT_S
         while not asyncio.run(all_ended(redis_url, accepted)):

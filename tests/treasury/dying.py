@@ -1,72 +1,69 @@
-"""A real treasury process that kills itself, with SIGKILL, before or after its n-th effect.
-
-Arguments: Redis URL, chain URL, the threshold in lamports, the effect's number (0: never) and "before" or
-"after". The key comes from the environment, as the treasury's own.
-"""
+"""A real treasury process that kills itself, with SIGKILL, before or after its n-th effect."""
 
 import asyncio
-import os
-import signal
-import sys
-from typing import Any
+import logging
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+
+from eth_account import Account
 
 from azu.chain.client import ChainClient
 from azu.chain.tokens import network_at
+from azu.jobs.redis import RedisJobs
 from azu.ledger.redis import RedisLedger
 from azu.treasury.claims import RedisClaims
 from azu.treasury.dues import Threshold
-from azu.treasury.keys import take_private_key
 from azu.treasury.payouts import Patience
 from azu.treasury.process import TreasuryConfig, run
-from azu.treasury.redis import RedisOutbox
+from azu.treasury.receipts import RedisReceipts
+from azu.treasury.redis import RedisCursor, RedisLease, RedisOutbox
+from azu.treasury.withdrawals import RedisWithdrawals
+from tests.killing import Death, kill_at_effect, start
 
 EFFECTS = (
     (RedisLedger, "apply"),
     (RedisClaims, "answer"),
+    (RedisCursor, "advance"),
+    (RedisLease, "hold"),
     (RedisOutbox, "add"),
     (RedisOutbox, "next_nonce"),
     (RedisOutbox, "replace"),
     (RedisOutbox, "remove"),
+    (RedisReceipts, "answer"),
+    (RedisWithdrawals, "refuse"),
+    (RedisWithdrawals, "take_out"),
+    (RedisJobs, "give_up"),
     (ChainClient, "post_action"),
 )
+_NEVER = Death()
 
 
-def arm(at: int, after: bool) -> None:
-    effects = 0
+@dataclass(frozen=True)
+class Treasury:
+    """Whom a treasury works for, and from how much on it pays."""
 
-    def armed(original: Any) -> Any:
-        async def effect(*arguments: Any) -> Any:
-            nonlocal effects
-            effects += 1
-            last = effects == at
-            if last and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = await original(*arguments)
-            if last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+    redis_url: str
+    chain_url: str
+    key: str
+    threshold_lamports: int
 
-        return effect
-
-    for owner, name in EFFECTS:
-        setattr(owner, name, armed(getattr(owner, name)))
+    def start(self, death: Death = _NEVER) -> BaseProcess:
+        """Start it; it kills itself where `death` says."""
+        return start(_live, self, death)
 
 
-def main() -> None:
-    redis_url, chain_url, threshold, at, when = sys.argv[1:]
-    arm(int(at), when == "after")
+def _live(treasury: Treasury, death: Death) -> None:
+    logging.disable()
+    kill_at_effect(EFFECTS, death)
     config = TreasuryConfig(
-        redis_url=redis_url,
-        network=network_at(chain_url),
-        account=take_private_key(os.environ),
-        threshold=Threshold(int(threshold), int(threshold)),
+        redis_url=treasury.redis_url,
+        network=network_at(treasury.chain_url),
+        account=Account.from_key(treasury.key),
+        threshold=Threshold(treasury.threshold_lamports, treasury.threshold_lamports),
         patience=Patience(conclude_ms=3_000),
         poll_s=0.05,
         plan_every_s=0.1,
-        lease_s=0.5,
+        sweep_every_s=0.1,
+        lease_s=0.3,
     )
-    asyncio.run(run(config, ready=lambda: print("treasury ready", flush=True)))
-
-
-if __name__ == "__main__":
-    main()
+    asyncio.run(run(config, ready=lambda: None))

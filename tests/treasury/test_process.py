@@ -6,15 +6,12 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-import redis
-from eth_account.signers.local import LocalAccount
 
 from azu.cli.treasury import treasury
 from azu.errors import ConfigurationError
@@ -22,6 +19,7 @@ from azu.ledger.accounts import CHAIN
 from azu.treasury.claims import ClaimStatus
 from azu.treasury.process import _every
 from tests.treasury.booked import PAID, all_paid, assert_paid_once, earn, fund_platform, owners_who_claimed
+from tests.treasury.dying import Treasury
 from tests.treasury.world import SEED, Open, World
 
 TREASURY = [sys.executable, "-c", "from azu.cli.treasury import treasury; treasury()"]
@@ -39,20 +37,15 @@ def environment(world: World) -> dict[str, str]:
 
 
 @contextmanager
-def running(world: World, command: list[str] = TREASURY) -> Iterator[subprocess.Popen[str]]:
+def running(world: World) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        command, env=environment(world), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        TREASURY, env=environment(world), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         yield process
     finally:
         process.kill()
         process.communicate(timeout=10)
-
-
-def dying(world: World, at: int = 0, when: str = "before") -> list[str]:
-    arguments = [world.redis_url, world.devnet.url, str(PAID), str(at), when]
-    return [sys.executable, "-m", "tests.treasury.dying", *arguments]
 
 
 def wait_until_ready(process: subprocess.Popen[str]) -> None:
@@ -141,52 +134,6 @@ def test_it_does_not_start_without_the_platforms_key_its_chain_and_its_books(
     assert "SCHEDULER_PRIVATE_KEY" not in os.environ
 
 
-def forget_everything(world: World) -> None:
-    with redis.Redis.from_url(world.redis_url) as client:
-        client.flushall()
-
-
-async def all_booked(parts: Open, addresses: list[str], user: LocalAccount, lamports: int) -> bool:
-    paid = await all_paid(parts, addresses, 60.0)
-    deadline = time.monotonic() + 30.0
-    while await parts.available(user) < lamports and time.monotonic() < deadline:
-        await asyncio.sleep(0.05)
-    return paid and await parts.available(user) == lamports
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_it_is_killed_at_every_write_and_send_and_pays_and_credits_once(world: World, when: str) -> None:
-    alice = world.payer()
-    fund_platform(world)
-
-    async def scenario(parts: Open) -> None:
-        deaths = 0
-        for at in range(1, 100):
-            forget_everything(world)
-            owners = await owners_who_claimed(world, parts, [at])
-            await earn(parts, owners)
-            deposit = await parts.pay_platform(alice, at)
-            claim = asyncio.create_task(parts.claims.ask(deposit, alice.address, 60.0))
-            # Everything alice ever sent: the cursor was forgotten with the ledger.
-            done = asyncio.create_task(all_booked(parts, owners, alice, sum(range(1, at + 1))))
-            with running(world, dying(world, at, when)) as first:
-                while first.poll() is None and not done.done():
-                    await asyncio.sleep(0.02)
-                died = first.poll() == -signal.SIGKILL
-            deaths += died
-            with running(world, dying(world)):
-                assert await done, f"killed {when} effect {at}"
-                assert (await claim).lamports == at
-
-            await assert_paid_once(world, parts, owners)
-            if not died:
-                break
-        assert deaths >= 15
-
-    world.run(scenario)
-
-
 @pytest.mark.prove
 @pytest.mark.parametrize("run", range(3))
 def test_it_is_killed_at_random_under_faults_and_pays_everybody_once(world: World, run: int) -> None:
@@ -201,13 +148,14 @@ def test_it_is_killed_at_random_under_faults_and_pays_everybody_once(world: Worl
             world.devnet.fault(kind, times=None, chance=0.05, path="/info")
         world.devnet.fault("rows_late", times=None, chance=0.3, seconds=1.0)
         world.devnet.fault("rows_twice", times=None, chance=0.3)
+        treasury = Treasury(world.redis_url, world.devnet.url, world.platform.key.hex(), PAID)
         for _ in range(12):
-            with running(world, dying(world)) as process:
-                await asyncio.to_thread(wait_until_ready, process)
-                await asyncio.sleep(dice.uniform(0.0, 1.0))
-                process.send_signal(signal.SIGKILL)
-        with running(world, dying(world)):
-            assert await all_paid(parts, owners, 120.0)
+            process = treasury.start()
+            await asyncio.sleep(dice.uniform(0.2, 1.5))
+            process.kill()
+        process = treasury.start()
+        assert await all_paid(parts, owners, 120.0)
+        process.kill()
 
         await assert_paid_once(world, parts, owners)
         assert (await parts.ledger.balances())[CHAIN] == -sum(PAID + index for index in range(20))
