@@ -87,6 +87,38 @@ PARTS = (
         pytest("tests/cli/test_up.py", "-m", "prove"),
     ),
     Part(
+        "money: rules in Redis",
+        "the Redis adapter answers as the pure rules do; kill -9 under load loses no acknowledged transfer",
+        pytest("tests/ledger/test_same_answers.py", "tests/ledger/test_durability.py", "-m", "prove"),
+    ),
+    Part(
+        "money: crash points",
+        "treasury and settling process killed before and after every write and send, 20 seeds each",
+        pytest(
+            "tests/treasury/test_crash_points.py", "tests/lifecycle/test_settling_process.py", "-m", "prove"
+        ),
+    ),
+    Part(
+        "money: claims",
+        "1,000 copies of one claim credit once, 1,000 bad claims credit nothing",
+        pytest("tests/treasury/test_claims.py", "-m", "prove"),
+    ),
+    Part(
+        "money: submits",
+        "1,000 submits at once against a balance for 10 jobs start exactly 10, through the real ingress",
+        pytest("tests/cluster/test_submits.py"),
+    ),
+    Part(
+        "money: payouts",
+        "50 workers, every devnet fault at random, 20 seeds: each is paid exactly once",
+        pytest("tests/treasury/test_payouts_on_devnet.py", "-m", "prove"),
+    ),
+    Part(
+        "money: soak",
+        "8 clients do all at random for 10 minutes while who keeps their money dies; the audit is clean",
+        pytest("tests/cluster/test_soak.py"),
+    ),
+    Part(
         "damaged files",
         "nodes, network, ticket, receipt, keystore, credentials and structure files: read or refused by name",
         ("env", "AZU_TEST_FILE_MUTANTS=600", *pytest("tests/cli/test_hostile_files.py")),

@@ -55,14 +55,17 @@ def poor_user(network: LocalNetwork) -> User:
     return log_in(network.url, "poor")
 
 
-def paying_user(network: LocalNetwork, label: str) -> User:
-    """Make a user, move 1 HYPE to the platform and claim the deposit."""
+def paying_user(network: LocalNetwork, label: str, lamports: int = DEPOSIT_LAMPORTS) -> User:
+    """Make a user, move HYPE to the platform and claim the deposit."""
     user = log_in(network.url, label)
     network.fund(user.address, 2 * DEPOSIT_LAMPORTS)
-    tx_hash = transfer_hype(
-        user.account, network.platform_address, DEPOSIT_LAMPORTS, chain_url=network.chain_url
-    )
+    return user.with_deposit(deposited(network, user, lamports))
+
+
+def deposited(network: LocalNetwork, user: User, lamports: int) -> str:
+    """Move a user's HYPE to the platform, claim the deposit and return its hash."""
+    tx_hash = transfer_hype(user.account, network.platform_address, lamports, chain_url=network.chain_url)
     body = {"tx_sig": tx_hash, "user_address": user.address}
     credited = user.http.post("/deposit", json=body).raise_for_status().json()
-    assert credited["lamports"] == DEPOSIT_LAMPORTS
-    return user.with_deposit(tx_hash)
+    assert credited["lamports"] == lamports
+    return tx_hash
