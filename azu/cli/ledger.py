@@ -33,8 +33,8 @@ def audit(
 ) -> None:
     """Rebuild the books from their journal and compare; exit 0 only if everything agrees.
 
-    The books are those of REDIS_HOST, or of the network that runs in AZU_HOME. The chain is asked if
-    HYPERLIQUID_RPC_URL and HYPERLIQUID_ADDRESS are set.
+    The books are those of REDIS_HOST, or of the network that runs in AZU_HOME. The chain is that of
+    HYPERLIQUID_RPC_URL and HYPERLIQUID_ADDRESS, or that network's devnet; without one it is not asked.
     """
     report = asyncio.run(_audit(Settings.from_environment(), wallet_lamports))
     show(report, as_json, _drawn_audit)
@@ -61,24 +61,35 @@ async def _audit(settings: Settings, wallet_lamports: int | None) -> "Audit":
     from azu.ledger.redis import RedisLedger
 
     books = RedisLedger.from_url(settings.redis_url or _own_redis_url(settings.home))
+    chain = None if wallet_lamports is not None else _chain(settings)
     try:
-        if wallet_lamports is not None or settings.chain_url is None or settings.platform_address is None:
-            return await _look(books, wallet_lamports)
-        report = await _look(books, await _wallet(settings.chain_url, settings.platform_address))
+        report = await _look(books, chain, wallet_lamports)
         for _ in range(_MORE_LOOKS):
-            if report.agrees:
+            if report.agrees or chain is None:
                 break
             await asyncio.sleep(_LOOK_AGAIN_S)
-            report = await _look(books, await _wallet(settings.chain_url, settings.platform_address))
+            report = await _look(books, chain, wallet_lamports)
         return report
     finally:
         await books.close()
 
 
-async def _look(books: "RedisLedger", wallet_lamports: int | None) -> "Audit":
+async def _look(books: "RedisLedger", chain: tuple[str, str] | None, wallet_lamports: int | None) -> "Audit":
     from azu.ledger.audit import audit as audit_books
 
+    if chain is not None:
+        wallet_lamports = await _wallet(*chain)
     return await audit_books(await books.snapshot(), books.journal(), wallet_lamports)
+
+
+def _chain(settings: Settings) -> tuple[str, str] | None:
+    """Return the chain's URL and the platform's address there, if they are known."""
+    from azu.cli.network.chain import devnet_of
+
+    if settings.chain_url is not None and settings.platform_address is not None:
+        return settings.chain_url, settings.platform_address
+    devnet = devnet_of(settings.home) if settings.redis_url is None and settings.chain_url is None else None
+    return None if devnet is None else (devnet.url, devnet.platform_address)
 
 
 async def _wallet(chain_url: str, platform_address: str) -> int:

@@ -1,9 +1,11 @@
 """The chain and the treasury beside a network: the configured ones, or a devnet with play money."""
 
+import json
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from azu.cli.network.children import Children
@@ -19,6 +21,7 @@ TREASURY = "treasury"
 # What they print once they are.
 DEVNET_READY = r"^devnet ready "
 TREASURY_READY = r"^treasury ready$"
+_DEVNET_FILE = "devnet.json"
 _KEY = "SCHEDULER_PRIVATE_KEY"
 _KEY_FILE = "AZU_PRIVATE_KEY_FILE"
 
@@ -71,6 +74,15 @@ def start_treasury(children: Children, settings: Settings, chain: Chain, redis_u
     children.start(Command(TREASURY, _azu("treasury"), environment, restart=True))
 
 
+def devnet_of(home: Path) -> Chain | None:
+    """Return the devnet that a network of this home folder started last; None if there was none."""
+    try:
+        known = json.loads((home / _DEVNET_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    return Chain(known["url"], known["platform_address"], is_devnet=True, treasury_key={})
+
+
 def _devnet(settings: Settings) -> Chain:
     from eth_account import Account
 
@@ -80,6 +92,7 @@ def _devnet(settings: Settings) -> Chain:
         write_private(path, Account.create().key.hex())
     address = Account.from_key(path.read_text()).address.lower()
     url = f"http://127.0.0.1:{free_port()}"
+    write_private(settings.home / _DEVNET_FILE, json.dumps({"url": url, "platform_address": address}))
     return Chain(url, address, is_devnet=True, treasury_key={_KEY_FILE: str(path)})
 
 

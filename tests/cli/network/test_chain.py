@@ -15,6 +15,7 @@ from azu.cli.network.chain import (
     TREASURY,
     TREASURY_READY,
     choose_chain,
+    devnet_of,
     start_devnet,
     start_treasury,
 )
@@ -42,6 +43,10 @@ def test_without_a_chain_there_is_a_devnet_with_a_platform_that_stays(settings: 
     key_file = Path(first.treasury_key["AZU_PRIVATE_KEY_FILE"])
     assert key_file.stat().st_mode & 0o777 == 0o600
     assert Account.from_key(key_file.read_text()).address.lower() == first.platform_address
+
+
+def test_a_home_without_a_network_has_no_devnet(tmp_path: Path) -> None:
+    assert devnet_of(tmp_path) is None
 
 
 def test_a_real_key_is_never_used_on_a_devnet(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,5 +98,8 @@ def test_devnet_and_treasury_come_up_on_our_redis(settings: Settings, tmp_path: 
         devnet_environment = Path(f"/proc/{services.pid(DEVNET)}/environ").read_text()
         treasury_environment = Path(f"/proc/{treasury.pid(TREASURY)}/environ").read_text()
 
+    known = devnet_of(settings.home)
+    assert known is not None
+    assert (known.url, known.platform_address) == (chain.url, chain.platform_address)
     assert "PRIVATE_KEY" not in devnet_environment
     assert "AZU_PRIVATE_KEY_FILE" in treasury_environment
