@@ -3,7 +3,7 @@
 import ray
 from ray.actor import ActorHandle
 
-from actors.placement import NAMESPACE, SCHEDULER, start_on_head
+from actors.placement import NAMESPACE, SCHEDULER, release_all, start_on_head
 from actors.registry import Registry
 from actors.scheduler import Scheduler
 from azu.config import ControlConfig
@@ -17,6 +17,11 @@ def start(config: ControlConfig) -> None:
     registry = start_on_head(Registry, REGISTRY, config, max_concurrency=16)
     scheduler = start_on_head(Scheduler, SCHEDULER, config, registry, max_concurrency=1000)
     ray.get(scheduler.start.remote(), timeout=_START_TIMEOUT_S)
+
+
+def stop() -> None:
+    """Take down the control plane and all that it placed, whoever started it."""
+    release_all()
 
 
 def find(name: str) -> ActorHandle:

@@ -2,12 +2,19 @@
 
 import asyncio
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._raylet import PlacementGroupID
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -26,6 +33,8 @@ PAYOUT_LABEL = "azu-payout"
 DEVICE_LABEL = "azu-device"
 # One waits in `alive`; the others are for calls that end.
 _CONTROL_THREADS = 3
+# What the names of groups begin with that hold pieces of models.
+PIECES = ("layer:", "expert:")
 _HEAD = "node:__internal_head__"
 # azu restarts what died, Ray only says so. An actor's default of one CPU does not fit a bundle of VRAM.
 _ALWAYS = {"num_cpus": 0, "max_restarts": 0, "lifetime": "detached", "namespace": NAMESPACE}
@@ -117,3 +126,14 @@ def release(actor: ActorHandle | None, group: PlacementGroup | None) -> None:
         ray.kill(actor)
     if group is not None:
         remove_placement_group(group)
+
+
+def release_all() -> None:
+    """Take down every actor and group of azu's in the cluster that this process is connected to."""
+    for named in ray.util.list_named_actors(all_namespaces=True):
+        if named["namespace"] == NAMESPACE:
+            with suppress(ValueError):  # it ended meanwhile
+                ray.kill(ray.get_actor(named["name"], namespace=NAMESPACE))
+    for group_id, group in placement_group_table().items():
+        if group["state"] != "REMOVED" and group["name"].startswith(PIECES):
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))

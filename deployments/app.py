@@ -1,29 +1,45 @@
-"""The ingress as a Ray Serve application."""
+"""The ingress as a Ray Serve application; for `serve deploy` with its control plane."""
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
 
 from azu.config import ControlConfig
+from deployments.control_plane import ControlPlane, unless_changed
 from deployments.ingress import build_api
 
 NAME = "azu"
 # Serve's default of 5 would let streams in by waves.
 _MAX_ONGOING_REQUESTS = 1000
-_HEAD = {"node:__internal_head__": 0.001}
+_ON_HEAD = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+# The books' passwords are new after they were opened anew: soon noticed, soon served again.
+_HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 15.0}
+
+
+class NetworkArgs(BaseModel):
+    """What a Serve config says of a network: the folder on the head that `azu serve --books` writes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: Path
+
+
+def network(args: NetworkArgs) -> Application:
+    """Return a network's control plane and ingress as one Serve application."""
+    control = serve.deployment(ControlPlane, name="control", ray_actor_options=_ON_HEAD, **_HEALTH)
+    path = args.folder / "ingress.json"
+    ingress = _ingress(lambda: build_api(ControlConfig.from_file(path.expanduser())))
+    return ingress.options(**_HEALTH).bind(path, control.bind(args.folder / "control.json"))
 
 
 def build_app(config: ControlConfig) -> Application:
-    """Return the Serve application of a network."""
-    ingress = serve.ingress(lambda: build_api(config))()
-    deployment = serve.deployment(
-        ingress,
-        name="ingress",
-        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": 0, "resources": _HEAD},
-    )
-    return deployment.bind()
+    """Return the Serve application of a network whose control plane somebody else starts."""
+    return _ingress(lambda: build_api(config)).bind()
 
 
 def start(config: ControlConfig) -> None:
@@ -32,3 +48,30 @@ def start(config: ControlConfig) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": config.http_host, "port": config.http_port})
     serve.run(build_app(config), name=NAME, route_prefix="/")
+
+
+def stop() -> None:
+    """Take the ingress down, and leave Serve to whatever else it runs."""
+    if NAME in serve.status().applications:
+        serve.delete(NAME)
+
+
+class _Ingress:
+    """The replica behind the API; one that was built from a file is replaced when that changes."""
+
+    def __init__(self, path: Path | None = None, *_: object) -> None:
+        self._path = path and path.expanduser()
+        self._config = self._path and ControlConfig.from_file(self._path)
+
+    def check_health(self) -> None:
+        if self._path and self._config:
+            unless_changed(self._path, self._config)
+
+
+def _ingress(build: Callable[[], FastAPI]) -> serve.Deployment:
+    return serve.deployment(
+        serve.ingress(build)(_Ingress),
+        name="ingress",
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        ray_actor_options=_ON_HEAD,
+    )

@@ -17,6 +17,7 @@ app = typer.Typer(
 _COMMANDS = (
     ("demo", "demo"),
     ("up", "up"),
+    ("serve", "serve"),
     ("join", "join"),
     ("down", "down"),
     ("account", "login"),

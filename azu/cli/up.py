@@ -1,12 +1,10 @@
 """`azu up`: a network on this machine that others can join."""
 
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
@@ -16,14 +14,13 @@ if TYPE_CHECKING:
     from azu.cli.network.local_network import LocalNetwork
     from azu.config import LocalWorker
 
-_WATCH_S = 1.0
-
 Workers = Annotated[int, typer.Option(min=0, max=64, help="Workers to start on this machine.")]
 Vram = Annotated[str, typer.Option(help="What each of them lends, in whole MiB.")]
 Payout = Annotated[str | None, typer.Option(help="Who is paid for them; a devnet's play money needs nobody.")]
 File = Annotated[Path | None, typer.Option(help="A network file; see configs/network.yaml.")]
 Ip = Annotated[str | None, typer.Option(help="The address at which other machines reach this one.")]
 Dashboard = Annotated[bool, typer.Option(help="Start Ray's dashboard too.")]
+Background = Annotated[bool, typer.Option("--background", help="Return once it is up.")]
 
 
 def up(
@@ -33,18 +30,24 @@ def up(
     network: File = None,
     ip: Ip = None,
     dashboard: Dashboard = False,
+    background: Background = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a network on this machine until Ctrl-C or `azu down`; prints its address, ticket and admin key."""
     from azu.cli.demo.show import Narrator
+    from azu.cli.network.background import in_background
     from azu.cli.network.interrupts import ending_as_interrupt
     from azu.cli.network.local_network import local_network
+    from azu.cli.network.watching import watch
     from azu.config import Settings, load_network
 
     settings = Settings.from_environment()
     if network is not None:
         settings = settings.model_copy(update={"network": network.absolute()})
     file = load_network(settings.network)
+    if background:
+        show(in_background(settings.home, 4 * file.policy.timeouts.start_s), as_json, _panel)
+        return
     own = _workers(workers, vram, payout, play_money=settings.chain_url is None)
     file = file.model_copy(update={"workers": (*file.workers, *own)})
     with ExitStack() as stack:
@@ -52,7 +55,7 @@ def up(
         with Narrator(quiet=as_json).steps() as step:
             running = stack.enter_context(local_network(settings, file, step, ip=ip, dashboard=dashboard))
         show(_facts(running), as_json, _panel)
-        _watch(running)
+        watch(running.revive)
 
 
 def _workers(number: int, vram: str, payout: str | None, *, play_money: bool) -> "list[LocalWorker]":
@@ -97,12 +100,4 @@ def _panel(facts: dict[str, str]) -> Panel:
         grid.add_row(name.replace("_", " "), facts[name])
     grid.add_row("to join", f"azu join {facts['ticket']} --vram 8GiB --payout 0x...")
     grid.add_row("", "[dim]whoever joins can run code here: give the ticket to people you trust[/]")
-    return Panel(grid, title="azu is up; Ctrl-C or `azu down` stops it", title_align="left", expand=False)
-
-
-def _watch(running: "LocalNetwork") -> None:
-    console = Console(stderr=True, highlight=False)
-    while True:
-        for name in running.revive():
-            console.print(f"[yellow]{name} had ended and was started again[/]")
-        time.sleep(_WATCH_S)
+    return Panel(grid, title="azu is up; `azu down` stops it", title_align="left", expand=False)

@@ -47,21 +47,47 @@ def served(
 
     Yields the address ("host:port") that the cluster's head is known by.
     """
+    with connected(head, environment) as address:
+        start(config, ingress_redis_url)
+        yield address
+
+
+@contextmanager
+def connected(head: str, environment: Mapping[str, str]) -> Iterator[str]:
+    """Be connected to the cluster at `head` for the length of the block; yields its head's address."""
     with _environment(environment):
         import ray
 
-        from actors import control
-        from deployments import app
-
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
             with handlers_kept():
                 ray.init(head, namespace="azu", log_to_driver=False, logging_level=logging.ERROR)
-            control.start(config)
-            app.start(replace(config, redis_url=ingress_redis_url, pipeline_redis_url=""))
             yield ray.get_runtime_context().gcs_address
         finally:
             ray.shutdown()
+
+
+def start(config: ControlConfig, ingress_redis_url: str) -> None:
+    """Start the control plane and the ingress in the cluster that this process is connected to."""
+    from actors import control
+    from deployments import app
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    control.start(config)
+    app.start(of_ingress(config, ingress_redis_url))
+
+
+def stop() -> None:
+    """Take down what `start` started, and whatever came of it."""
+    from actors import control
+    from deployments import app
+
+    app.stop()
+    control.stop()
+
+
+def of_ingress(config: ControlConfig, ingress_redis_url: str) -> ControlConfig:
+    """Return as much of it as the ingress gets."""
+    return replace(config, redis_url=ingress_redis_url, pipeline_redis_url="")
 
 
 def local_url(config: ControlConfig) -> str:

@@ -1,0 +1,87 @@
+"""`azu serve`: a network on a Ray cluster that somebody else brings up, such as `ray up`."""
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.panel import Panel
+from rich.table import Table
+
+from azu.cli.output import AsJson, show
+
+if TYPE_CHECKING:
+    from azu.config import NetworkFile, Settings
+
+Address = Annotated[str | None, typer.Option(help='The head "host:port"; else RAY_ADDRESS or this machine.')]
+File = Annotated[Path | None, typer.Option(help="A network file; see configs/network.yaml.")]
+BooksOnly = Annotated[
+    bool, typer.Option("--books", help="Only what stands beside Ray; then `serve deploy configs/serve.yaml`.")
+]
+Background = Annotated[bool, typer.Option("--background", help="Return once it is up; `azu down` stops it.")]
+
+
+def serve(
+    address: Address = None,
+    network: File = None,
+    books: BooksOnly = False,
+    background: Background = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a network on this machine's Ray head until Ctrl-C, `azu down` or the end of the head."""
+    from azu.cli.demo.show import Narrator
+    from azu.cli.network.background import in_background
+    from azu.cli.network.interrupts import ending_as_interrupt
+    from azu.cli.network.watching import watch
+    from azu.config import Settings, load_network
+
+    settings = Settings.from_environment()
+    if network is not None:
+        settings = settings.model_copy(update={"network": network.absolute()})
+    file = load_network(settings.network)
+    if background:
+        facts = in_background(settings.home, 4 * file.policy.timeouts.start_s)
+        show(facts, as_json, _panel)
+        return
+    with ExitStack() as stack:
+        stack.enter_context(ending_as_interrupt())
+        if books:
+            running, facts = _books(stack, settings, file)
+        else:
+            from azu.cli.network.attached import attached_network
+
+            with Narrator(quiet=as_json).steps() as step:
+                head = address or os.environ.get("RAY_ADDRESS") or "auto"
+                running = stack.enter_context(attached_network(settings, file, head, step))
+            names = ("url", "chain_url", "platform_address", "admin_key", "head")
+            facts = {name: getattr(running, name) for name in names}
+        show(facts, as_json, _panel)
+        watch(running.revive)
+
+
+def _books(stack: ExitStack, settings: "Settings", file: "NetworkFile") -> tuple[Any, dict[str, str]]:
+    """Keep the books, and write down for Serve's replicas on this machine how they are reached."""
+    from azu.cli.network.books import admin_key_of, books_kept
+    from azu.cli.network.serving import control_config, of_ingress
+    from azu.cli.private_file import write_private
+
+    kept = stack.enter_context(books_kept(settings, file.policy.timeouts.start_s))
+    admin_key = admin_key_of(settings)
+    config = control_config(settings, file.policy, kept.chain, kept.redis, settings.http_port, admin_key)
+    folder = settings.home / "serve"
+    write_private(folder / "control.json", config.to_json())
+    write_private(folder / "ingress.json", of_ingress(config, kept.redis.ingress).to_json())
+    return kept, {
+        "chain_url": kept.chain.url,
+        "platform_address": kept.chain.platform_address,
+        "admin_key": admin_key,
+        "folder": str(folder),
+    }
+
+
+def _panel(facts: dict[str, str]) -> Panel:
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        grid.add_row(name.replace("_", " "), value)
+    return Panel(grid, title="azu is up; `azu down` stops it", title_align="left", expand=False)

@@ -1,0 +1,37 @@
+"""The control plane as a Serve deployment: registry and scheduler live and die with its one replica."""
+
+import asyncio
+from pathlib import Path
+
+from actors import control
+from actors.placement import SCHEDULER
+from azu.config import ControlConfig
+from azu.errors import Unavailable
+
+_ANSWER_TIMEOUT_S = 10.0
+
+
+def unless_changed(path: Path, config: ControlConfig) -> None:
+    """Raise Unavailable when the file says something else now: the books were opened anew."""
+    if ControlConfig.from_file(path) != config:
+        raise Unavailable(f"{path} has changed; whoever has read it starts again")
+
+
+class ControlPlane:
+    """Starts the control plane; when that is gone, Serve replaces the replica and so the control plane."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.expanduser()
+        self._config = ControlConfig.from_file(self._path)
+        control.stop()  # what a replica left that was killed
+        control.start(self._config)
+
+    async def check_health(self) -> None:
+        """Raise when the control plane does not answer, or when its books are others now."""
+        unless_changed(self._path, self._config)
+        scheduler = await asyncio.to_thread(control.find, SCHEDULER)
+        await asyncio.wait_for(scheduler.ready.remote(), _ANSWER_TIMEOUT_S)
+        await asyncio.to_thread(control.find, control.REGISTRY)
+
+    def __del__(self) -> None:
+        control.stop()
