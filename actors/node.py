@@ -5,12 +5,14 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 from ray.actor import ActorHandle
 
 from actors.placement import WorkerNode
+from actors.waiting import is_one_waiting, start_waiting
 from azu.engine.device import DeviceMemory, open_meter
 from azu.engine.speed import device_speed
 from azu.errors import ShardError
@@ -77,7 +79,15 @@ class NodeAgent:
                 log.warning("no link to node %s: %s", node_id[:8], type(error).__name__)
 
     def _memory(self) -> DeviceMemory:
-        return self._meter.memory(self._lent_bytes, _piece_pids())
+        titles = _titles()
+        if not is_one_waiting(titles.values()):
+            try:
+                start_waiting(self._node.raylet)
+            except Exception as error:
+                # Pieces come up without it too, only later.
+                log.warning("no process waits for the next piece: %s", error)
+        pieces = [pid for pid, title in titles.items() if title.startswith(_PIECES)]
+        return self._meter.memory(self._lent_bytes, pieces)
 
     async def fetch(
         self, structure: Structure, names: Sequence[str], registry: ActorHandle
@@ -124,20 +134,13 @@ async def _one_way_s(peer: ActorHandle) -> float:
     return min(rounds_s) / 2
 
 
-def _piece_pids() -> list[int]:
-    """Return this node's processes that hold pieces: those of its raylet, which is our parent."""
-    return [
-        process.pid
-        for process in psutil.Process(os.getppid()).children()
-        if _title(process).startswith(_PIECES)
-    ]
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return (process.cmdline() or [""])[0]
-    except psutil.Error:
-        return ""  # it ended, or is not ours
+def _titles() -> dict[int, str]:
+    """Return the command lines of this node's processes by id: those of its raylet, which is our parent."""
+    titles = {}
+    for process in psutil.Process(os.getppid()).children():
+        with suppress(psutil.Error):  # it ended, or is not ours
+            titles[process.pid] = " ".join(process.cmdline())
+    return titles
 
 
 def _write(folder: Path, file: ModelFile, content: bytes) -> None:

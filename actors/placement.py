@@ -42,13 +42,14 @@ _ALWAYS = {"num_cpus": 0, "max_restarts": 0, "lifetime": "detached", "namespace"
 
 @dataclass(frozen=True, slots=True)
 class WorkerNode:
-    """A Ray node that lends VRAM, as Ray knows it."""
+    """A Ray node that lends VRAM, as Ray knows it; `raylet` is where its raylet listens, "host:port"."""
 
     node_id: str
     name: str
     payout_address: str
     device: str
     vram_bytes: int
+    raylet: str
 
 
 def worker_nodes() -> tuple[WorkerNode, ...]:
@@ -60,6 +61,7 @@ def worker_nodes() -> tuple[WorkerNode, ...]:
             payout_address=node["Labels"][PAYOUT_LABEL],
             device=node["Labels"].get(DEVICE_LABEL, "cpu"),
             vram_bytes=int(node["Resources"][VRAM]) * MIB,
+            raylet=f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}",
         )
         for node in ray.nodes()
         if node["Alive"] and node["Resources"].get(VRAM) and PAYOUT_LABEL in node["Labels"]

@@ -62,7 +62,14 @@ class Scheduler:
             policy.price.lamports_per_token_layer,
             policy.price.platform_percent,
         )
-        self._dispatcher = Dispatcher(jobs, self._fleet, settlement, consumer="scheduler", meter=self._meter)
+        self._dispatcher = Dispatcher(
+            jobs,
+            self._fleet,
+            settlement,
+            consumer="scheduler",
+            patience=policy.patience(),
+            meter=self._meter,
+        )
         self._loops: tuple[asyncio.Task[None], ...] = ()
 
     async def start(self) -> None:

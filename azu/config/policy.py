@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from azu.config.fields import Size
+from azu.lifecycle.tries import Patience
 from azu.planner.policy import PlanPolicy
 
 Count = Annotated[int, Field(ge=1)]
@@ -59,6 +60,14 @@ class Heartbeat(_Section):
     dead_s: Seconds
 
 
+class Requeue(_Section):
+    """How a job waits whose workers are gone, and after how long without a new token it fails."""
+
+    first_s: Seconds
+    longest_s: Seconds
+    budget_s: Seconds
+
+
 class Limits(_Section):
     """What one request may ask for, and how long its reservation stands without a sign of life."""
 
@@ -90,8 +99,13 @@ class NetworkPolicy(_Section):
     planner: Planner
     engine: Engine
     heartbeat: Heartbeat
+    requeue: Requeue
     limits: Limits
     timeouts: Timeouts
+
+    def patience(self) -> Patience:
+        """Return how long jobs wait for workers."""
+        return Patience(self.requeue.first_s, self.requeue.longest_s, self.requeue.budget_s)
 
     def plan_policy(self) -> PlanPolicy:
         """Return what of it the planner needs."""

@@ -2,13 +2,16 @@
 
 import asyncio
 import logging
+import random
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Protocol
 
 from azu.errors import AzuError, InternalError
 from azu.jobs.record import JobRecord
 from azu.lifecycle.ports import Ran, Route
 from azu.lifecycle.settlement import Settlement
+from azu.lifecycle.tries import Patience, keep_trying
 from azu.metrics.catalogue import JOBS_ENDED
 from azu.metrics.meter import Meter
 from azu.protocol.job import FinishReason, Job, JobState
@@ -62,16 +65,19 @@ class Dispatcher:
 
     def __init__(
         self, jobs: JobQueue, deployments: Deployments, settlement: Settlement, *, consumer: str,
-        meter: Meter | None = None,
+        patience: Patience, meter: Meter | None = None,
     ) -> None:  # fmt: skip
         self._jobs = jobs
         self._deployments = deployments
         self._settlement = settlement
         self._consumer = consumer
+        self._patience = patience
+        self._chance = random.Random()  # noqa: S311 - nothing secret
         self._meter = meter or Meter()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._models: dict[str, RunningModel] = {}
         self._cancelled: set[str] = set()
+        self._waiting: dict[str, asyncio.Event] = {}  # jobs between two tries; set when nobody wants one
 
     @property
     def num_waiting(self) -> int:
@@ -99,6 +105,8 @@ class Dispatcher:
                 await model.cancel(job_id)
             elif job_id in self._running:
                 self._cancelled.add(job_id)
+                if waiting := self._waiting.get(job_id):
+                    waiting.set()
 
     async def _live(self, record: JobRecord) -> None:
         job = record.job
@@ -108,7 +116,12 @@ class Dispatcher:
             elif record.outcome is None:
                 if record.cancelled:
                     self._cancelled.add(job.job_id)
-                ran, route = await self._run(job)
+                ran, route = await keep_trying(
+                    partial(self._run, job),
+                    self._patience,
+                    wait=partial(self._wait, job),
+                    chance=self._chance,
+                )
                 outcome = await self._settlement.settle(job, ran, route)
                 self._meter.count(JOBS_ENDED, 1, job.model_id, outcome.state.value)
             await self._jobs.done(job.job_id)
@@ -119,6 +132,20 @@ class Dispatcher:
             self._running.pop(job.job_id, None)
             self._models.pop(job.job_id, None)
             self._cancelled.discard(job.job_id)
+
+    async def _wait(self, job: Job, seconds: float) -> bool:
+        """Let a job wait between two tries; say whether it is still wanted."""
+        self._models.pop(job.job_id, None)
+        if await self._jobs.set_state(job.job_id, JobState.QUEUED) or job.job_id in self._cancelled:
+            return False
+        self._waiting[job.job_id] = given_up = asyncio.Event()
+        try:
+            await asyncio.wait_for(given_up.wait(), seconds)
+        except TimeoutError:
+            return True
+        finally:
+            del self._waiting[job.job_id]
+        return False
 
     async def _run(self, job: Job) -> tuple[Ran, Route]:
         try:

@@ -16,10 +16,12 @@ from azu.lifecycle import dispatch
 from azu.lifecycle.dispatch import Dispatcher
 from azu.lifecycle.ports import Ran, Route
 from azu.lifecycle.settlement import Settlement
+from azu.lifecycle.tries import Patience
 from azu.protocol.job import FinishReason, Job, TokenEvent
 from tests.builders import OWNERS
 from tests.killing import Death, kill_at_effect, start
 
+PATIENCE = Patience(first_s=1, longest_s=1, budget_s=1)
 PRICE, PLATFORM_PERCENT = 2, 20
 PAYOUTS = {"a": OWNERS[0], "b": OWNERS[1], "c": OWNERS[2]}
 EFFECTS = (
@@ -87,4 +89,5 @@ async def _settle(redis_url: str, dice: random.Random) -> None:
     jobs, ledger = RedisJobs.from_url(redis_url), RedisLedger.from_url(redis_url)
     settlement = Settlement(ledger, jobs, PRICE, PLATFORM_PERCENT)
     model = StandInModel(jobs, dice)
-    await Dispatcher(jobs, OneModel(model), settlement, consumer=f"settling-{os.getpid()}").run()
+    consumer = f"settling-{os.getpid()}"
+    await Dispatcher(jobs, OneModel(model), settlement, consumer=consumer, patience=PATIENCE).run()

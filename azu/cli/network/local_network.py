@@ -51,8 +51,13 @@ class LocalNetwork:
 
 
 @contextmanager
-def demo_network(home: Path, progress: Progress) -> Iterator[LocalNetwork]:
-    """Run the demo's network in a folder of its own, whatever else this machine is set up for."""
+def demo_network(
+    home: Path, progress: Progress, workers: Sequence[LocalWorker] = ()
+) -> Iterator[LocalNetwork]:
+    """Run the demo's network in a folder of its own, whatever else this machine is set up for.
+
+    `workers` take the place of the demo's own.
+    """
     settings = Settings.from_environment().model_copy(
         update={
             "home": home,
@@ -64,7 +69,10 @@ def demo_network(home: Path, progress: Progress) -> Iterator[LocalNetwork]:
             "redis_host": None,
         }
     )
-    with local_network(settings, load_network(settings.network), progress) as network:
+    file = load_network(settings.network)
+    if workers:
+        file = file.model_copy(update={"workers": tuple(workers)})
+    with local_network(settings, file, progress) as network:
         yield network
 
 

@@ -39,6 +39,8 @@ _ALWAYS = {
     # Ray runs actors at niceness 15: whatever else the machine does would go before people who wait.
     "RAY_worker_niceness": "0",
 }
+# What a piece of a model is made with: importing it takes most of the time in which a piece comes up.
+_PRELOADED = "azu.engine.runner,azu.engine.experts"
 # The longest path that a Unix socket may have, and what Ray appends to its folder to make one.
 _MAX_SOCKET_PATH = 107
 _SOCKET_SUFFIX = len("/head/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
@@ -93,6 +95,7 @@ class RayHost:
         environment["CUDA_VISIBLE_DEVICES"] = worker.cuda_device or ""
         # Ray would hide the GPU from actors that ask it for none; azu places by VRAM, and a node is one GPU.
         environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+        environment["RAY_preload_python_modules"] = _PRELOADED
         return Command(worker.name, self._start(str(worker.index), *options), environment, restart=True)
 
     def _environment(self, left_out: frozenset[str]) -> dict[str, str]:
