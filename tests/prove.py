@@ -119,6 +119,27 @@ PARTS = (
         pytest("tests/cluster/test_soak.py"),
     ),
     Part(
+        "kill matrix",
+        "each piece killed in prefill, at the first, a middle and the last token, several at once: "
+        "4 streams go on, identical and charged as undisturbed",
+        pytest("tests/cluster/test_kill_matrix.py", "-m", "prove", "-s"),
+    ),
+    Part(
+        "node loss",
+        "each whole node killed, each piece and node frozen and woken: 4 streams go on, identical",
+        pytest("tests/cluster/test_node_loss.py", "-m", "prove", "-s"),
+    ),
+    Part(
+        "nobody fits",
+        "jobs without workers wait, go on when a node joins, else end with their reason and a release",
+        pytest("tests/cluster/test_nobody_fits.py", "-m", "prove", "-s"),
+    ),
+    Part(
+        "random kills",
+        "60 kills in 15 minutes with 8 clients: every job identical, books clean",
+        pytest("tests/cluster/test_random_kills.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "damaged files",
         "nodes, network, ticket, receipt, keystore, credentials and structure files: read or refused by name",
         ("env", "AZU_TEST_FILE_MUTANTS=600", *pytest("tests/cli/test_hostile_files.py")),

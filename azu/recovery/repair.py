@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -74,18 +75,25 @@ class Repair:
             await self._repair()
 
     async def _repair(self) -> None:
+        watch = _Watch()
         self._count_fruitless(await self._pieces.pause())
         empty: frozenset[int] = frozenset()
         down = self._take()
         for _ in range(_MOST_ROUNDS):
             log.warning("lost %s", down)
             await self._pieces.fence(down)
+            watch.passed("fenced")
             topology = await self._place(down)
+            watch.passed("placed")
             empty |= down.stages
             failed = await self._pieces.bring_up(topology, down)
+            watch.passed("up")
             down = failed | await self._pieces.relink(topology, down) | self._take()
+            watch.passed("linked")
             if not down:
                 await self._pieces.resume(topology, empty)
+                watch.passed("resumed")
+                log.warning("repaired: %s", watch)
                 return
         raise WorkerLost(f"{down} could not be brought up in {_MOST_ROUNDS} tries")
 
@@ -109,6 +117,20 @@ class Repair:
         self._last_completed = completed
         if self._fruitless >= _MOST_FRUITLESS:
             raise WorkerLost(f"{self._lost} was lost {_MOST_FRUITLESS} times without a step in between")
+
+
+class _Watch:
+    """How many seconds into a repair each of its steps was done."""
+
+    def __init__(self) -> None:
+        self._begun_s = time.monotonic()
+        self._steps: list[str] = []
+
+    def passed(self, step: str) -> None:
+        self._steps.append(f"{step} {time.monotonic() - self._begun_s:.2f} s")
+
+    def __str__(self) -> str:
+        return ", ".join(self._steps)
 
 
 def _say(state: RetryCallState) -> None:

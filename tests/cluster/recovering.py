@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from threading import Thread
 from typing import Any
 
@@ -16,9 +17,10 @@ import psutil
 import pytest
 import ray
 
-from azu.cli.network.local_network import LocalNetwork, demo_network
-from azu.config import LocalWorker
-from tests.cluster.actors import actors_named, ask_inside
+from actors.placement import NAMESPACE
+from azu.cli.network.local_network import DEMO, LocalNetwork, demo_network
+from azu.config import LocalWorker, NetworkFile, load_network
+from tests.cluster.actors import actors_named, ask_inside, pid_of
 from tests.cluster.conftest import paying_user
 from tests.cluster.user import User
 
@@ -26,24 +28,38 @@ MODELS = ("azu/tiny-dense", "azu/tiny-moe")
 TIMEOUT_S = 120.0
 _POLL_S = 0.005
 
+_SHOWN: list[str] = []
 
-def workers(**mebibytes: int) -> tuple[LocalWorker, ...]:
-    """Return workers by name and what they lend."""
-    return tuple(
+Running = tuple[LocalNetwork, User]
+
+
+def spared(*, budget_s: float = 120.0, **mebibytes: int) -> NetworkFile:
+    """Return the demo's network with other workers, by name and what they lend.
+
+    `budget_s` is how long a job waits for workers.
+    """
+    demo = load_network(DEMO)
+    lenders = tuple(
         LocalWorker(name=name, vram=f"{mib}MiB", payout=f"0x{index:040x}")
         for index, (name, mib) in enumerate(mebibytes.items(), start=1)
     )
+    requeue = demo.policy.requeue.model_copy(update={"budget_s": budget_s})
+    policy = demo.policy.model_copy(update={"requeue": requeue})
+    return demo.model_copy(update={"workers": lenders, "policy": policy})
 
 
 @contextmanager
-def network_of(home: Path, lenders: Sequence[LocalWorker]) -> Iterator[tuple[LocalNetwork, User]]:
-    """Run a network of such workers and a user who has deposited 1 HYPE."""
+def network_of(
+    home: Path, file: NetworkFile, *, ip: str | None = None
+) -> Iterator[tuple[LocalNetwork, User]]:
+    """Run a network and a user who has deposited 1 HYPE."""
     if ray.is_initialized():
         pytest.skip("a network runs in this process already: run this file by itself")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("HF_HUB_OFFLINE", "1")
-        with demo_network(home, print, lenders) as network:
+        with demo_network(home, print, file, ip=ip) as network:
             yield network, paying_user(network, "recovering")
+    print("\n".join(_SHOWN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +191,16 @@ class Streams:
             assert time.monotonic() < deadline_s, [stream.num_tokens for stream in self.each]
             time.sleep(_POLL_S)
 
-    def answers(self) -> list[Answer]:
-        """Wait for all ends and return what came."""
+    def join(self) -> None:
+        """Wait for all ends."""
         deadline_s = time.monotonic() + TIMEOUT_S
         for thread in self._threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
         assert all(stream.ended for stream in self.each), [stream.num_tokens for stream in self.each]
+
+    def answers(self) -> list[Answer]:
+        """Wait for all ends and return what came."""
+        self.join()
         return [stream.answer(self._user) for stream in self.each]
 
     def longest_stall_s(self) -> float:
@@ -201,6 +221,15 @@ def pieces_of(model: str) -> list[str]:
     return [":".join(words) for words in sorted(own, key=lambda words: (words[0], int(words[3])))]
 
 
+def wait_for_pieces(model: str, count: int) -> list[str]:
+    """Wait until a model has all its pieces again, and return their names."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while len(found := pieces_of(model)) != count:
+        assert time.monotonic() < deadline_s, found
+        time.sleep(0.05)
+    return found
+
+
 def is_prefilling(pipeline: object) -> bool:
     """Runs inside a Pipeline: a prompt has begun to run, and none has its first token."""
     found = pipeline._engine._sequences.values()
@@ -213,17 +242,115 @@ def wait_until_prefilling(model: str, streams: Streams) -> None:
     streams.wait_until(lambda: ask_inside(pipeline, is_prefilling))
 
 
-def node_pids(network_home: Path, name: str) -> list[int]:
+def node_pids(home: Path, name: str) -> list[int]:
     """Return every process of a worker's Ray node: its raylet, known by its labels, and its children."""
-    for process in psutil.process_iter(["name", "cmdline"]):
-        command = " ".join(process.info["cmdline"] or ())
-        if process.info["name"] == "raylet" and str(network_home) in command and f'"{name}"' in command:
-            return [process.pid, *(child.pid for child in process.children(recursive=True))]
+    for raylet in raylets(home):
+        if f'"{name}"' in " ".join(raylet.cmdline()):
+            return [raylet.pid, *(child.pid for child in raylet.children(recursive=True))]
     raise AssertionError(f"{name} has no raylet")
+
+
+def raylets(home: Path) -> list[psutil.Process]:
+    """Return the raylets of a network."""
+    return [
+        process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "raylet" and str(home) in " ".join(process.info["cmdline"] or ())
+    ]
+
+
+def piece_pids(home: Path) -> set[int]:
+    """Return the processes that hold pieces of models, or are about to."""
+    found = set()
+    for raylet in raylets(home):
+        for child in raylet.children():
+            with suppress(psutil.Error):  # it ended
+                if child.cmdline()[0].startswith(("ray::LayerActor", "ray::ExpertActor")):
+                    found.add(child.pid)
+    return found
+
+
+def kill_and_kill_again(home: Path, pid: int, next_pid: Callable[[set[int]], int]) -> None:
+    """Kill a piece, wait until a process for its replacement is there, then kill what `next_pid` chooses.
+
+    It is given the new processes.
+    """
+    before = piece_pids(home)
+    kill_all([pid])
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not (fresh := piece_pids(home) - before):
+        assert time.monotonic() < deadline_s, "nothing comes up in its place"
+    kill_all([next_pid(fresh)])
 
 
 def kill_all(pids: Sequence[int]) -> None:
     """Kill processes that the test's own network started."""
+    signal_all(pids, signal.SIGKILL)
+
+
+def signal_all(pids: Sequence[int], number: signal.Signals) -> None:
+    """Send a signal to processes that the test's own network started."""
     for pid in pids:
-        with suppress(ProcessLookupError):  # its parent took it along
-            os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def node_names(user: User, model: str) -> list[str]:
+    """Return the names of the nodes that hold a piece of a model."""
+    deployments = user.http.get("/v1/network").raise_for_status().json()["deployments"]
+    (topology,) = [one["topology"] for one in deployments if one["model_id"] == model]
+    return sorted({piece["node"] for piece in topology})
+
+
+def wait_until_alive(network: LocalNetwork, user: User, names: Sequence[str]) -> None:
+    """Start again who died until all of these nodes take new work."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while True:
+        network.revive()
+        nodes = user.http.get("/v1/network").raise_for_status().json()["nodes"]
+        alive = {node["name"] for node in nodes if node["state"] == "alive"}
+        if alive >= set(names):
+            return
+        assert time.monotonic() < deadline_s, nodes
+        time.sleep(0.2)
+
+
+def show_stalls(what: str, stalls_s: Sequence[float]) -> None:
+    """Add to the report how long streams stood still whose answers were as undisturbed."""
+    show(
+        f"{what}: {len(stalls_s)} times, 4 streams each, identical; longest stall: median "
+        f"{median(stalls_s):.2f} s, worst {max(stalls_s):.2f} s (load {os.getloadavg()[0]:.1f})"
+    )
+
+
+def show(line: str) -> None:
+    """Add a line to the report, which comes last: what Ray prints of killed workers is in its way."""
+    print(line)
+    _SHOWN.append(line)
+
+
+def undisturbed(user: User, model: str, num_tokens: int) -> list[Answer]:
+    """Return what the four streams answer when nothing happens."""
+    return Streams(user, four(model, num_tokens)).answers()
+
+
+def disturbed(
+    user: User, model: str, num_tokens: int, moment: str, disturb: Callable[[], object]
+) -> tuple[list[Answer], float]:
+    """Do something at a moment of four streams; return their answers and the longest stall.
+
+    Moments count the first stream's tokens.
+    """
+    streams = Streams(user, four(model, num_tokens))
+    least = {"first token": 1, "middle": num_tokens // 2, "last token": num_tokens - 2}
+    if moment == "prefill":
+        wait_until_prefilling(model, streams)
+    else:
+        streams.wait_until(lambda: streams.each[0].num_tokens >= least[moment])
+    disturb()
+    return streams.answers(), streams.longest_stall_s()
+
+
+def pids(names: Sequence[str]) -> list[int]:
+    """Return the process ids of actors."""
+    return [pid_of(ray.get_actor(name, namespace=NAMESPACE)) for name in names]

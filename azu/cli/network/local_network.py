@@ -21,6 +21,8 @@ from azu.errors import Unavailable
 
 Progress = Callable[[str], None]
 
+DEMO = Path(str(files("configs") / "demo.yaml"))
+
 
 @dataclass(frozen=True, slots=True)
 class LocalNetwork:
@@ -52,16 +54,16 @@ class LocalNetwork:
 
 @contextmanager
 def demo_network(
-    home: Path, progress: Progress, workers: Sequence[LocalWorker] = ()
+    home: Path, progress: Progress, file: NetworkFile | None = None, *, ip: str | None = None
 ) -> Iterator[LocalNetwork]:
     """Run the demo's network in a folder of its own, whatever else this machine is set up for.
 
-    `workers` take the place of the demo's own.
+    `file` takes the place of the demo's; `ip` is the address that other machines reach this one at.
     """
     settings = Settings.from_environment().model_copy(
         update={
             "home": home,
-            "network": Path(str(files("configs") / "demo.yaml")),
+            "network": DEMO,
             "http_host": "127.0.0.1",
             "http_port": free_port(),
             "domain": None,
@@ -69,10 +71,7 @@ def demo_network(
             "redis_host": None,
         }
     )
-    file = load_network(settings.network)
-    if workers:
-        file = file.model_copy(update={"workers": tuple(workers)})
-    with local_network(settings, file, progress) as network:
+    with local_network(settings, file or load_network(DEMO), progress, ip=ip) as network:
         yield network
 
 

@@ -96,6 +96,9 @@ class RayHost:
         # Ray would hide the GPU from actors that ask it for none; azu places by VRAM, and a node is one GPU.
         environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
         environment["RAY_preload_python_modules"] = _PRELOADED
+        # Ray would say so too late, when torch is imported already: threads of several nodes on one machine
+        # would wait for each other.
+        environment.setdefault("OMP_NUM_THREADS", "1")
         return Command(worker.name, self._start(str(worker.index), *options), environment, restart=True)
 
     def _environment(self, left_out: frozenset[str]) -> dict[str, str]:
