@@ -6,34 +6,55 @@ and never carries a secret.
 
 from typing import ClassVar
 
+_MAX_MESSAGE_CHARACTERS = 4096
+_MAX_PARAM_CHARACTERS = 256
+
 
 class AzuError(Exception):
     """Base of every error that azu raises on purpose.
 
     `param` names the request field at fault and `code` is a stable word for programs; both may be None.
+    `retry_after_s` says when the same request may fare better, where that is known.
     """
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     default_code: ClassVar[str | None] = None
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code if code is not None else self.default_code
+        self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process borders; the default would lose the keyword arguments.
-        return _rebuild, (type(self), self.message, self.param, self.code)
+        return _rebuild, (type(self), self.message, self.param, self.code, self.retry_after_s)
 
     def to_openai(self) -> dict[str, dict[str, str | None]]:
         """Return the body that an OpenAI client expects: `{"error": {message, type, param, code}}`."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        # Both may quote the request: nothing that is no character, and not without end.
+        message = _printable(self.message, _MAX_MESSAGE_CHARACTERS)
+        param = None if self.param is None else _printable(self.param, _MAX_PARAM_CHARACTERS)
+        return {"error": {"message": message, "type": self.type, "param": param, "code": self.code}}
 
 
-def _rebuild(kind: type[AzuError], message: str, param: str | None, code: str | None) -> AzuError:
-    return kind(message, param=param, code=code)
+def _printable(text: str, most: int) -> str:
+    return text[:most].encode("utf-8", "backslashreplace").decode()
+
+
+def _rebuild(
+    kind: type[AzuError], message: str, param: str | None, code: str | None, retry_after_s: float | None
+) -> AzuError:
+    return kind(message, param=param, code=code, retry_after_s=retry_after_s)
 
 
 class InvalidRequest(AzuError):

@@ -1,10 +1,11 @@
 """OpenAI's answers, whole or as the chunks of a stream."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from azu.engine.text_decoder import TextDecoder
+from azu.protocol.answer import ToolCall
 from azu.protocol.job import FinishReason, Receipt
 
 # JSON has no infinity; OpenAI says this for what is next to impossible.
@@ -29,6 +30,7 @@ class Part:
     """What is new of one choice; with a `finish_reason` it was the last of it.
 
     `after` counts the job's completion tokens up to here: whoever comes back asks for what follows them.
+    `num_calls` counts the choice's tool calls up to here, these included.
     """
 
     choice: int
@@ -36,6 +38,20 @@ class Part:
     scores: tuple[TokenScore, ...] = ()
     finish_reason: FinishReason | None = None
     after: int = 0
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    num_calls: int = 0
+
+
+def joined(before: Part, new: Part) -> Part:
+    """Return two parts of one choice as one."""
+    return replace(
+        new,
+        text=before.text + new.text,
+        scores=before.scores + new.scores,
+        reasoning=before.reasoning + new.reasoning,
+        tool_calls=before.tool_calls + new.tool_calls,
+    )
 
 
 def usage(prompt_tokens: int, completion_tokens: int, receipt: Receipt | None) -> dict[str, int]:
@@ -48,8 +64,10 @@ def usage(prompt_tokens: int, completion_tokens: int, receipt: Receipt | None) -
     return counted if receipt is None else counted | {"cost_lamports": receipt.charged_lamports}
 
 
-def finish_reason(reason: FinishReason) -> str:
+def finish_reason(reason: FinishReason, num_calls: int = 0) -> str:
     """Return OpenAI's word; a cancelled text just stops."""
+    if num_calls and reason is FinishReason.STOP:
+        return "tool_calls"
     return FinishReason.LENGTH.value if reason is FinishReason.LENGTH else FinishReason.STOP.value
 
 
@@ -61,6 +79,7 @@ class Answer:
     ) -> None:
         self._chat = chat
         self._decoder = decoder
+        self._call_prefix = f"call_{job_id.removeprefix('job-')}"
         self._head: dict[str, Any] = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{job_id}",
             "created": created_s,
@@ -81,12 +100,17 @@ class Answer:
     def chunks(self, part: Part) -> list[dict[str, Any]]:
         """Return the chunks that say what is new of a choice."""
         chunks = []
+        if part.reasoning:
+            chunks.append(self._chunk(part.choice, {"delta": {"reasoning_content": part.reasoning}}))
         if part.text or part.scores:
             new = {"delta": {"content": part.text}} if self._chat else {"text": part.text}
             chunks.append(self._chunk(part.choice, new, self._logprobs(part.scores), after=part.after))
+        if part.tool_calls:
+            calls = [{"index": index} | call for index, call in self._calls(part)]
+            chunks.append(self._chunk(part.choice, {"delta": {"tool_calls": calls}}, after=part.after))
         if part.finish_reason is not None:
             nothing: dict[str, Any] = {"delta": {}} if self._chat else {"text": ""}
-            reason = finish_reason(part.finish_reason)
+            reason = finish_reason(part.finish_reason, part.num_calls)
             chunks.append(self._chunk(part.choice, nothing, reason=reason, after=part.after))
         return chunks
 
@@ -99,13 +123,33 @@ class Answer:
         return "chat.completion.chunk" if self._chat else "text_completion"
 
     def _whole_choice(self, part: Part) -> dict[str, Any]:
-        message = {"role": "assistant", "content": part.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": part.text, "refusal": None}
+        if part.tool_calls:
+            message["content"] = part.text or None
+            message["tool_calls"] = [call for _, call in self._calls(part)]
+        if part.reasoning:
+            message["reasoning_content"] = part.reasoning
         return {
             "index": part.choice,
             **({"message": message} if self._chat else {"text": part.text}),
             "logprobs": self._logprobs(part.scores),
-            "finish_reason": finish_reason(part.finish_reason or FinishReason.STOP),
+            "finish_reason": finish_reason(part.finish_reason or FinishReason.STOP, part.num_calls),
         }
+
+    def _calls(self, part: Part) -> list[tuple[int, dict[str, Any]]]:
+        """Return a part's tool calls with their places among the choice's."""
+        first = part.num_calls - len(part.tool_calls)
+        return [
+            (
+                index,
+                {
+                    "id": f"{self._call_prefix}_{part.choice}_{index}",
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                },
+            )
+            for index, call in enumerate(part.tool_calls, first)
+        ]
 
     def _chunk(
         self,

@@ -33,13 +33,13 @@ def network(args: NetworkArgs) -> Application:
     """Return a network's control plane and ingress as one Serve application."""
     control = serve.deployment(ControlPlane, name="control", ray_actor_options=_ON_HEAD, **_HEALTH)
     path = args.folder / "ingress.json"
-    ingress = _ingress(lambda: build_api(ControlConfig.from_file(path.expanduser())))
+    ingress = _ingress(lambda: _api(ControlConfig.from_file(path.expanduser())))
     return ingress.options(**_HEALTH).bind(path, control.bind(args.folder / "control.json"))
 
 
 def build_app(config: ControlConfig) -> Application:
     """Return the Serve application of a network whose control plane somebody else starts."""
-    return _ingress(lambda: build_api(config)).bind()
+    return _ingress(lambda: _api(config)).bind()
 
 
 def start(config: ControlConfig) -> None:
@@ -54,6 +54,11 @@ def stop() -> None:
     """Take the ingress down, and leave Serve to whatever else it runs."""
     if NAME in serve.status().applications:
         serve.delete(NAME)
+
+
+def _api(config: ControlConfig) -> FastAPI:
+    # Serve's proxy says a request's id by itself.
+    return build_api(config, echo_ids=False)
 
 
 class _Ingress:

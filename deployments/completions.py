@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -15,35 +15,50 @@ from azu.auth.keys import ApiKey
 from azu.errors import AzuError, InternalError, InvalidRequest, Unavailable
 from azu.protocol.job import Job, JobOutcome, JobState
 from deployments.accounts import Key, ServicesNow
-from deployments.answers import Answer, Part, usage
-from deployments.following import follow, joined
+from deployments.answers import Answer, Part, joined, usage
+from deployments.following import follow
 from deployments.jobs import owned
 from deployments.openai import ChatRequest, CompletionRequest
-from deployments.sampling import sampling_params
+from deployments.refusals import refusal
+from deployments.request_limits import check_limits
+from deployments.sampling import check_tokens, sampling_params
 from deployments.services import ServedModel, Services
+from deployments.tools import with_calls
 
 router = APIRouter()
+Parts = AsyncIterator[Part | JobOutcome]
 
-# OpenAI's clients retry 5xx by themselves; once something was charged they must not.
-_NO_RETRY = {"x-should-retry": "false"}
 _NO_CACHE = {"cache-control": "no-cache"}
 
 
 @router.post("/v1/chat/completions", response_model=None)
 async def chat_completions(body: ChatRequest, key: Key, services: ServicesNow) -> Response:
     """Answer a chat through the model's own template."""
+    check_limits(body, services.config.policy.limits)
     model = await services.model(body.model)
+    tools = body.offered_tools
+    if tools and not model.tokenizer.takes_tools():
+        raise InvalidRequest(
+            f"{body.model} has no template that tells of tools and tells calls from text",
+            param="tools",
+            code="unsupported_parameter",
+        )
     messages = [message.for_template() for message in body.messages]
-    prompt = await asyncio.to_thread(model.tokenizer.render_chat, messages)
-    return await _answer(services, key, model, tuple(prompt), body, chat=True)
+    prompt = await asyncio.to_thread(model.tokenizer.render_chat, messages, tools or None)
+    return await _answer(services, key, model, tuple(prompt), body, tools)
 
 
 @router.post("/v1/completions", response_model=None)
 async def completions(body: CompletionRequest, key: Key, services: ServicesNow) -> Response:
     """Continue a prompt as it is."""
+    check_limits(body, services.config.policy.limits)
     model = await services.model(body.model)
-    prompt = await asyncio.to_thread(model.tokenizer.encode, body.prompt)
-    return await _answer(services, key, model, tuple(prompt), body, chat=False)
+    if isinstance(body.prompt, str):
+        prompt = await asyncio.to_thread(model.tokenizer.encode, body.prompt)
+    else:
+        prompt = body.prompt
+        check_tokens("prompt", prompt, model.vocab_size)
+    return await _answer(services, key, model, tuple(prompt), body, [])
 
 
 @router.get("/v1/jobs/{job_id}/stream", response_model=None)
@@ -67,25 +82,32 @@ async def job_stream(
         chat=chat, job_id=job_id, model=job.model_id, created_s=job.created_at_ms // 1000,
         decoder=model.tokenizer,
     )  # fmt: skip
-    events = _events(services, job, model, answer, include_usage=True, after=after)
+    parts = follow(services.jobs, job, model.tokenizer, after)
+    events = _events(job, parts, answer, include_usage=True, after=after)
     return StreamingResponse(events, media_type="text/event-stream", headers=_NO_CACHE)
 
 
 async def _answer(
     services: Services, key: ApiKey, model: ServedModel, prompt: tuple[int, ...],
-    body: ChatRequest | CompletionRequest, *, chat: bool,
+    body: ChatRequest | CompletionRequest, tools: Sequence[Mapping[str, Any]],
 ) -> Response:  # fmt: skip
     limit = services.intake.completion_limit(model.facts, len(prompt))
     sampling = sampling_params(body, model, default_max_tokens=limit)
-    accepting = services.intake.accept(key, model.facts, prompt, sampling, body.n or 1)
+    choices = body.n or 1
+    parsers = [model.tokenizer.answer_parser(prompt, tools) for _ in range(choices if tools else 0)]
+    accepting = services.intake.accept(key, model.facts, prompt, sampling, choices)
     job = await _finished_or_given_up(services, asyncio.create_task(accepting))
     answer = Answer(
-        chat=chat, job_id=job.job_id, model=body.model, created_s=int(time.time()), decoder=model.tokenizer
-    )
+        chat=isinstance(body, ChatRequest), job_id=job.job_id, model=body.model, created_s=int(time.time()),
+        decoder=model.tokenizer,
+    )  # fmt: skip
+    parts = follow(services.jobs, job, model.tokenizer, raw=bool(tools))
+    if tools:
+        parts = with_calls(parts, parsers)
     if not body.stream:
-        return await _whole(services, job, model, answer)
+        return await _whole(services, job, parts, answer)
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return _JobStream(services, job, _events(services, job, model, answer, include_usage=include_usage))
+    return _JobStream(services, job, _events(job, parts, answer, include_usage=include_usage))
 
 
 async def _finished_or_given_up(services: Services, accepting: asyncio.Task[Job]) -> Job:
@@ -120,28 +142,30 @@ class _JobStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _whole(services: Services, job: Job, model: ServedModel, answer: Answer) -> Response:
+async def _whole(services: Services, job: Job, parts: Parts, answer: Answer) -> Response:
     choices = [Part(index) for index in range(job.choices)]
-    async with _while_wanted(services, job):
-        async for part in follow(services.jobs, job, model.tokenizer):
-            if isinstance(part, Part):
-                choices[part.choice] = joined(choices[part.choice], part)
-            elif part.state is JobState.FAILED:
-                error = _error_of(part)
-                headers = _NO_RETRY if part.receipt.charged_lamports else None
-                return JSONResponse(error.to_openai(), error.status, headers=headers)
-            else:
-                return JSONResponse(answer.whole(choices, _usage(job, part)))
-    raise InternalError(f"{job.job_id} ended without an outcome")
+    try:
+        async with _while_wanted(services, job):
+            async for part in parts:
+                if isinstance(part, Part):
+                    choices[part.choice] = joined(choices[part.choice], part)
+                elif part.state is JobState.FAILED:
+                    return refusal(_error_of(part), may_be_charged=part.receipt.charged_lamports > 0)
+                else:
+                    return JSONResponse(answer.whole(choices, _usage(job, part)))
+        raise InternalError(f"{job.job_id} ended without an outcome")
+    except AzuError as error:
+        # The job may go on without its reader, and be charged.
+        return refusal(error, may_be_charged=True)
 
 
 async def _events(
-    services: Services, job: Job, model: ServedModel, answer: Answer, *, include_usage: bool, after: int = 0
+    job: Job, parts: Parts, answer: Answer, *, include_usage: bool, after: int = 0
 ) -> AsyncIterator[str]:
     for choice in range(0 if after else job.choices):
         if opening := answer.opening(choice):
             yield _event(opening)
-    async for part in follow(services.jobs, job, model.tokenizer, after):
+    async for part in parts:
         if isinstance(part, Part):
             for chunk in answer.chunks(part):
                 yield _event(chunk)

@@ -4,21 +4,25 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
-from azu.engine.completion_text import Piece
+from azu.engine.completion_text import CompletionText, Piece
 from azu.engine.text_decoder import TextDecoder
 from azu.jobs.redis import RedisJobs
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, TokenEvent
-from deployments.answers import Part, TokenScore
+from deployments.answers import Part, TokenScore, joined
 
 
 async def follow(
-    jobs: RedisJobs, job: Job, decoder: TextDecoder, after: int = 0
+    jobs: RedisJobs, job: Job, decoder: TextDecoder, after: int = 0, *, raw: bool = False
 ) -> AsyncIterator[Part | JobOutcome]:
     """Yield what a job's choices show behind completion token `after`, at last its outcome.
 
-    The tokens before are read too: what was held back of them is shown with those that follow.
+    The tokens before are read too: what was held back of them is shown with those that follow. `raw` texts
+    have special tokens in them.
     """
-    choices = [_Choice(index, job, decoder) for index in range(job.choices)]
+    choices = [
+        _Choice(index, decoder.completion(job.prompt_token_ids, job.sampling, raw=raw))
+        for index in range(job.choices)
+    ]
     async for event in jobs.events(job.job_id):
         if isinstance(event, TokenEvent):
             for part in choices[event.choice].take(event):
@@ -38,9 +42,9 @@ async def follow(
 class _Choice:
     """One of the texts that a job makes."""
 
-    def __init__(self, index: int, job: Job, decoder: TextDecoder) -> None:
+    def __init__(self, index: int, text: CompletionText) -> None:
         self._index = index
-        self._text = decoder.completion(job.prompt_token_ids, job.sampling)
+        self._text = text
         self._unsettled: deque[tuple[int, float, tuple[tuple[int, float], ...]]] = deque()
         self._after = 0
         self.ended = False
@@ -67,8 +71,3 @@ class _Choice:
         if self._unsettled:
             scores = tuple(TokenScore(*self._unsettled.popleft(), offset) for offset in piece.token_offsets)
         return Part(self._index, piece.text, scores, reason, self._after)
-
-
-def joined(before: Part, new: Part) -> Part:
-    """Return two parts of one choice as one."""
-    return replace(new, text=before.text + new.text, scores=before.scores + new.scores)

@@ -13,7 +13,8 @@ from azu.jobs.record import JobRecord
 from azu.protocol.job import JobState
 from deployments.accounts import Key, ServicesNow
 from deployments.answers import usage
-from deployments.openai import CompletionRequest, Text
+from deployments.messages import Text
+from deployments.openai import CompletionRequest
 from deployments.sampling import sampling_params
 from deployments.services import ServedModel, Services
 

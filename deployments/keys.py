@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from azu.auth.keys import ApiKey
@@ -38,15 +38,17 @@ class KeyRequest(_Body):
 
 
 @router.post("/v1/auth/challenge")
-async def challenge(body: ChallengeRequest, services: ServicesNow) -> dict[str, str]:
+async def challenge(body: ChallengeRequest, request: Request, services: ServicesNow) -> dict[str, str]:
     """Return a text to sign with the address's wallet."""
+    await services.count_sign_in(request.client)
     made = await services.auth.challenge(body.address, services.config.domain, now_ms())
     return {"nonce": made.nonce, "message": made.message}
 
 
 @router.post("/v1/auth/keys")
-async def open_key(body: KeyRequest, services: ServicesNow) -> dict[str, str]:
+async def open_key(body: KeyRequest, request: Request, services: ServicesNow) -> dict[str, str]:
     """Return a new bearer key for a signed challenge; only its hash is kept here."""
+    await services.count_sign_in(request.client)
     now = now_ms()
     secret, key = await services.auth.open_key(
         body.nonce,
@@ -55,6 +57,7 @@ async def open_key(body: KeyRequest, services: ServicesNow) -> dict[str, str]:
         now,
         expires_at_ms=None if body.expires_in_s is None else now + 1000 * body.expires_in_s,
         spend_limit_lamports=body.spend_limit_lamports,
+        max_keys=services.config.policy.limits.max_keys,
     )
     return {"api_key": secret, "key_id": key.key_id, "address": key.address}
 

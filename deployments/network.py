@@ -121,12 +121,14 @@ async def _deployed(services: Services) -> set[str]:
 def _model(
     services: Services, model_id: str, num_layers: int, context_length: int, deployed: bool
 ) -> dict[str, Any]:
+    limits = services.config.policy.limits
     return {
         "id": model_id,
         "object": "model",
         "created": 0,
         "owned_by": model_id.split("/", maxsplit=1)[0],
         "context_length": context_length,
+        "max_model_len": min(context_length, limits.max_prompt_tokens + limits.max_completion_tokens),
         "num_layers": num_layers,
         "lamports_per_token": num_layers * services.config.policy.price.lamports_per_token_layer,
         "deployed": deployed,

@@ -1,10 +1,12 @@
 """OpenAI's requests: what azu takes of them, and by which name it refuses the rest."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from azu.errors import InvalidRequest
+from deployments.messages import Message, Text, finite_text
+from deployments.tools import Tool, ToolChoice
 
 # Parameters azu does not have, with the values that ask for nothing: others would change the output.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -18,31 +20,18 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (None,),
     "response_format": (None, {"type": "text"}),
     "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
     "verbosity": (None,),
     "web_search_options": (None,),
 }
 # Parameters that change nothing about the text.
 _IGNORED = frozenset(
     {
-        "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier",
-        "store", "user",
+        "metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user",
     }
 )  # fmt: skip
 
 
-_MAX_CHOICES = 128
-_MAX_STOPS = 16
-_MAX_STOP_CHARACTERS = 256
 _MAX_TOP_LOGPROBS = 20
-
-
-def _finite_text(text: Any) -> Any:
-    # A lone surrogate is no character: it cannot be written down or tokenised.
-    if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("is not valid Unicode")
-    return text
 
 
 def _stop_strings(stop: Any) -> Any:
@@ -52,8 +41,20 @@ def _stop_strings(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-Text = Annotated[str, BeforeValidator(_finite_text)]
-StopString = Annotated[Text, Field(min_length=1, max_length=_MAX_STOP_CHARACTERS)]
+StopString = Annotated[Text, Field(min_length=1)]
+
+
+def _one_prompt(prompt: Any) -> Any:
+    """Take a list of one prompt for that prompt, which is a text or a list of token ids."""
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    is_tokens = isinstance(prompt, list) and all(type(token_id) is int for token_id in prompt)
+    if not prompt or not (is_tokens or isinstance(prompt, str)):
+        raise ValueError("must be one text or one list of token ids, and not empty")
+    return finite_text(prompt)
+
+
+Prompt = Annotated[str | list[int], BeforeValidator(_one_prompt)]
 
 
 class StreamOptions(BaseModel):
@@ -79,15 +80,13 @@ class _Generation(BaseModel):
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=1024)
+    logit_bias: dict[str, float] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool = False
-    n: int | None = Field(default=None, ge=1, le=_MAX_CHOICES)
-    stop: Annotated[list[StopString], BeforeValidator(_stop_strings)] = Field(
-        default=[], max_length=_MAX_STOPS
-    )
-    stop_token_ids: list[int] | None = Field(default=None, max_length=_MAX_STOPS)
+    n: int | None = Field(default=None, ge=1)
+    stop: Annotated[list[StopString], BeforeValidator(_stop_strings)] = []
+    stop_token_ids: list[int] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -104,37 +103,36 @@ class _Generation(BaseModel):
         return {key: value for key, value in body.items() if key not in _NEUTRAL and key not in _IGNORED}
 
 
-class TextPart(BaseModel):
-    """A text part of a message's content."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["text"]
-    text: Text
-
-
-class Message(BaseModel):
-    """One turn of a chat."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: Text | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """Return the message as chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
 class ChatRequest(_Generation):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=1024)
+    messages: list[Message] = Field(min_length=1)
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=_MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _refuse_what_tools_rule_out(self) -> Self:
+        if self.offered_tools:
+            # Nothing keeps the model to one call, and a call is not the tokens that it was read from.
+            for name, value in (("parallel_tool_calls", False), ("logprobs", True)):
+                if getattr(self, name) is value:
+                    raise InvalidRequest(
+                        f"{name} is not supported with this value beside tools",
+                        param=name,
+                        code="unsupported_parameter",
+                    )
+        return self
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model is told of, as its template takes them."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.for_template() for tool in self.tools or ()]
 
     @property
     def num_logprobs(self) -> int | None:
@@ -149,7 +147,7 @@ class ChatRequest(_Generation):
 class CompletionRequest(_Generation):
     """POST /v1/completions: the prompt is taken as it is."""
 
-    prompt: Text = Field(min_length=1)
+    prompt: Prompt
     logprobs: int | None = Field(default=None, ge=0, le=_MAX_TOP_LOGPROBS)
 
     @property

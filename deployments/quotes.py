@@ -11,7 +11,7 @@ from azu.errors import InvalidRequest
 from azu.protocol.job import JobState
 from azu.protocol.topology import Prediction
 from deployments.accounts import Key, ServicesNow
-from deployments.openai import Text
+from deployments.messages import Text
 from deployments.services import Services
 
 router = APIRouter()

@@ -22,8 +22,8 @@ def sampling_params(
     """Return the sampling that a request asks for; raises InvalidRequest that names the parameter."""
     given = {name: value for name in _PASSED if (value := getattr(body, name)) is not None}
     bias = _logit_bias(body.logit_bias)
-    _check_tokens("logit_bias", bias, model.vocab_size)
-    _check_tokens("stop_token_ids", body.stop_token_ids or (), model.vocab_size)
+    check_tokens("logit_bias", bias, model.vocab_size)
+    check_tokens("stop_token_ids", body.stop_token_ids or (), model.vocab_size)
     sampling = replace(
         model.defaults,
         **given,
@@ -52,7 +52,7 @@ def _max_tokens(body: ChatRequest | CompletionRequest, default: int) -> int:
 
 def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
     try:
-        checked = {int(token_id): value for token_id, value in (bias or {}).items()}
+        checked = {_token_id(token_id): value for token_id, value in (bias or {}).items()}
     except ValueError as error:
         raise InvalidRequest("its keys must be token ids", param="logit_bias") from error
     if not all(-100 <= value <= 100 for value in checked.values()):
@@ -60,7 +60,13 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
     return checked
 
 
-def _check_tokens(param: str, token_ids: Iterable[int], vocab_size: int) -> None:
+def _token_id(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError("not a number")
+    return int(text)
+
+
+def check_tokens(param: str, token_ids: Iterable[int], vocab_size: int) -> None:
     """Refuse ids that the model has no logit for: the last stage could not look them up."""
     if not all(0 <= token_id < vocab_size for token_id in token_ids):
         raise InvalidRequest(f"its token ids must lie between 0 and {vocab_size - 1}", param=param)

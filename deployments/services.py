@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray.actor import ActorHandle
+from starlette.datastructures import Address
 
 from actors.control import REGISTRY, find
 from actors.link import as_azu_error
 from actors.placement import SCHEDULER
+from azu.auth.flights import RedisFlights
 from azu.auth.keys import ApiKey
+from azu.auth.rates import Rate, RedisRates
 from azu.auth.redis import RedisAuth
 from azu.auth.spending import RedisSpending
 from azu.config import ControlConfig
 from azu.errors import Forbidden, Unavailable
 from azu.jobs.redis import RedisJobs
 from azu.ledger.redis import RedisLedger
+from azu.lifecycle.flight import FlightLimits
 from azu.lifecycle.intake import Intake, JobLimits, ModelFacts
 from azu.lifecycle.spending import SpendLimits
 from azu.protocol.sampling import SamplingParams
@@ -70,6 +74,9 @@ class Services:
             self.ledger,
             self.jobs,
             self.spend_limits,
+            FlightLimits(
+                RedisFlights.from_url(config.redis_url), self.jobs, policy.limits.max_jobs_in_flight
+            ),
             JobLimits(
                 max_prompt_tokens=policy.limits.max_prompt_tokens,
                 max_completion_tokens=policy.limits.max_completion_tokens,
@@ -79,18 +86,27 @@ class Services:
             now_ms=now_ms,
             new_job_id=lambda: f"job-{secrets.token_hex(12)}",
         )
+        self._rates = RedisRates.from_url(config.redis_url)
+        self._key_rate = Rate(policy.limits.requests_per_minute, policy.limits.request_burst)
+        self._sign_in_rate = Rate(policy.limits.sign_ins_per_minute, policy.limits.sign_in_burst)
         self._models: OrderedDict[str, tuple[float, ServedModel]] = OrderedDict()
 
     async def owner(self, authorization: str | None, claimed_address: str | None = None) -> ApiKey:
-        """Return the key behind an Authorization header.
+        """Return the key behind an Authorization header and count the request as its own.
 
-        Raises Unauthenticated without a good key, Forbidden when the request speaks for another address.
+        Raises Unauthenticated without a good key, RateLimited for one that asks too often, Forbidden when the
+        request speaks for another address.
         """
         scheme, _, bearer = (authorization or "").partition(" ")
         key = await self.auth.check(bearer if scheme.lower() == "bearer" else None, now_ms())
+        await self._rates.take(key.key_id, self._key_rate)
         if claimed_address is not None and claimed_address.lower() != key.address:
             raise Forbidden("this key belongs to another address", param="user_address")
         return key
+
+    async def count_sign_in(self, client: Address | None) -> None:
+        """Count a request that no key is needed for; raises RateLimited."""
+        await self._rates.take(f"from:{client.host if client else ''}", self._sign_in_rate)
 
     async def registry(self, method: str, *arguments: Any) -> Any:
         """Call the registry; raises Unavailable while it is away."""

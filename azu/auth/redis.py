@@ -17,9 +17,16 @@ from azu.auth.challenge import CHALLENGE_TTL_S, Challenge, challenge_text, check
 from azu.auth.keys import SECRET_BYTES, ApiKey, key_id_of, new_secret, secret_digest
 from azu.auth.signatures import signer_of_text
 from azu.connection import connect_redis
-from azu.errors import NotFound, Unauthenticated
+from azu.errors import Forbidden, NotFound, Unauthenticated
 
 _NONCE_BYTES = 16
+_MAX_KEYS = 100
+_ADD = """
+if redis.call('HLEN', KEYS[1]) >= tonumber(ARGV[4]) then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('SET', KEYS[2], ARGV[3])
+return 1
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,7 @@ class RedisAuth:
 
     def __init__(self, redis: Redis, random_bytes: Callable[[int], bytes] = secrets.token_bytes) -> None:
         self._redis = redis
+        self._add = redis.register_script(_ADD)
         self._random_bytes = random_bytes
 
     @classmethod
@@ -63,11 +71,13 @@ class RedisAuth:
         *,
         expires_at_ms: int | None = None,
         spend_limit_lamports: int | None = None,
+        max_keys: int = _MAX_KEYS,
     ) -> tuple[str, ApiKey]:
         """Return the secret of a new key, which is kept nowhere, and the key.
 
         `signature` is the wallet's over the challenge's text (EIP-191), in hex. Raises Unauthenticated when
-        the challenge is unknown, used or expired, or was signed by another address. It is used up either way.
+        the challenge is unknown, used or expired, or was signed by another address; Forbidden when the
+        address has `max_keys` already. The challenge is used up either way.
         """
         content = await self._redis.getdel(_challenge_key(nonce))
         waiting = None if content is None else _OPEN.validate_json(cast(str, content))
@@ -85,11 +95,17 @@ class RedisAuth:
             expires_at_ms=expires_at_ms,
             spend_limit_lamports=spend_limit_lamports,
         )
-        async with self._redis.pipeline() as pipeline:
-            pipeline.set(_secret_key(digest), _KEY.dump_json(key))
-            pipeline.hset(_address_key(key.address), key.key_id, digest)
-            await pipeline.execute()
+        if not await self._store(digest, key, max_keys):
+            for old in await self.list(key.address):
+                if old.expires_at_ms is not None and old.expires_at_ms <= now_ms:
+                    await self.revoke(key.address, old.key_id)
+            if not await self._store(digest, key, max_keys):
+                raise Forbidden(f"this address has {max_keys} keys; revoke one", code="too_many_keys")
         return secret, key
+
+    async def _store(self, digest: str, key: ApiKey, max_keys: int) -> bool:
+        keys = [_address_key(key.address), _secret_key(digest)]
+        return bool(await self._add(keys, [key.key_id, digest, _KEY.dump_json(key), max_keys]))
 
     async def check(self, bearer: str | None, now_ms: int) -> ApiKey:
         """Return the key of a bearer secret; raises Unauthenticated when there is none that is valid now."""

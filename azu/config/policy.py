@@ -69,11 +69,27 @@ class Requeue(_Section):
 
 
 class Limits(_Section):
-    """What one request may ask for, and how long its reservation stands without a sign of life."""
+    """What one request may ask for, how many a caller may send, and how long a reservation stands by itself.
+
+    `requests_per_minute` and `max_jobs_in_flight` are a key's, `sign_ins_per_minute` those of a network
+    address that asks for challenges and keys, `max_keys` an account's. The bursts may be sent at once.
+    """
 
     max_body_bytes: Size
     max_prompt_tokens: Count
     max_completion_tokens: Count
+    max_choices: Count
+    max_stop_strings: Count
+    max_stop_characters: Count
+    max_logit_bias: Count
+    max_messages: Count
+    max_tools: Count
+    requests_per_minute: Annotated[int, Field(ge=1, le=60_000_000)]
+    request_burst: Count
+    sign_ins_per_minute: Annotated[int, Field(ge=1, le=60_000_000)]
+    sign_in_burst: Count
+    max_keys: Count
+    max_jobs_in_flight: Count
     reservation_ttl_s: Count
 
 

@@ -16,10 +16,11 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TextDecoder:
-    """The half of a tokenizer that makes text."""
+    """The half of a tokenizer that makes text; `ends` are the tokens that end an answer."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, ends: frozenset[int] = frozenset()) -> None:
         self._backend = backend
+        self._ends = ends
 
     @classmethod
     def from_json(cls, content: str) -> "TextDecoder":
@@ -59,18 +60,32 @@ class TextDecoder:
         """Return a stream of the text that follows a prompt."""
         return TextStream(self._backend, prompt_token_ids[-_CONTEXT_TOKENS:])
 
-    def completion(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> CompletionText:
-        """Return the text that follows a prompt, up to the stop strings of its sampling."""
-        return CompletionText(self.stream(prompt_token_ids), sampling.stop, sampling.min_tokens)
+    def completion(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, raw: bool = False
+    ) -> CompletionText:
+        """Return the text that follows a prompt, up to the stop strings of its sampling.
+
+        `raw` text has the special tokens in it, all but those that end it.
+        """
+        hidden = self._ends if raw else None
+        stream = TextStream(self._backend, prompt_token_ids[-_CONTEXT_TOKENS:], hidden)
+        return CompletionText(stream, sampling.stop, sampling.min_tokens)
 
 
 class TextStream:
-    """Turns token ids into text as they come; a piece never ends inside a character."""
+    """Turns token ids into text as they come; a piece never ends inside a character.
 
-    def __init__(self, backend: Backend, context: Sequence[int]) -> None:
+    Special tokens are left out, or with `hidden` those alone.
+    """
+
+    def __init__(
+        self, backend: Backend, context: Sequence[int], hidden: frozenset[int] | None = None
+    ) -> None:
         self._backend = backend
         self._context = list(context)
-        self._stream = DecodeStream(ids=list(context), skip_special_tokens=True)
+        self._skips = hidden is None
+        self._hidden = hidden or frozenset()
+        self._stream = DecodeStream(ids=list(context), skip_special_tokens=self._skips)
         self._token_ids: list[int] = []
         self._given = 0
 
@@ -78,6 +93,8 @@ class TextStream:
         """Return the text that is certain after these tokens, "" if none is yet."""
         text = ""
         for token_id in token_ids:
+            if token_id in self._hidden:
+                continue
             self._token_ids.append(token_id)
             text += self._stream.step(self._backend, token_id) or ""
         self._given += len(text)
@@ -85,8 +102,9 @@ class TextStream:
 
     def finish(self) -> str:
         """Return what was held back: the start of a character that never came is shown as U+FFFD."""
-        before = self._backend.decode(self._context, skip_special_tokens=True)
-        text: str = self._backend.decode(self._context + self._token_ids, skip_special_tokens=True)
+        before = self._backend.decode(self._context, skip_special_tokens=self._skips)
+        everything = self._context + self._token_ids
+        text: str = self._backend.decode(everything, skip_special_tokens=self._skips)
         return text[len(before) + self._given :]
 
 

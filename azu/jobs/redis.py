@@ -72,6 +72,14 @@ class RedisJobs:
         """Return a job's record, or None for an id that was never submitted."""
         return (await self._records([job_id]))[0]
 
+    async def states(self, job_ids: Sequence[str]) -> list[JobState | None]:
+        """Return how far jobs are; None for an id that was never submitted."""
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for job_id in job_ids:
+                pipeline.hget(job_key(job_id), "state")
+            found = await pipeline.execute()
+        return [None if state is None else JobState(state) for state in found]
+
     async def of(self, address: str, limit: int) -> list[JobRecord]:
         """Return the latest jobs of an address, newest first."""
         job_ids = cast(list[str], await self._redis.zrevrange(address_key(address), 0, limit - 1))

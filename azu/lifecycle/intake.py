@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from azu.auth.keys import ApiKey
 from azu.economics.pricing import charge, max_charge
-from azu.errors import InsufficientBalance, InvalidRequest
+from azu.errors import AzuError, InsufficientBalance, InvalidRequest
 from azu.ledger.transfers import Reserve
+from azu.lifecycle.flight import FlightLimits
 from azu.lifecycle.ports import JobStore, TransferLog
 from azu.lifecycle.spending import SpendLimits
 from azu.protocol.job import Job
@@ -52,6 +53,7 @@ class Intake:
         ledger: TransferLog,
         jobs: JobStore,
         spend_limits: SpendLimits,
+        flight_limits: FlightLimits,
         limits: JobLimits,
         lamports_per_token_layer: int,
         *,
@@ -61,6 +63,7 @@ class Intake:
         self._ledger = ledger
         self._jobs = jobs
         self._spend_limits = spend_limits
+        self._flight_limits = flight_limits
         self._limits = limits
         self._price = lamports_per_token_layer
         self._now_ms = now_ms
@@ -80,9 +83,10 @@ class Intake:
     ) -> Job:
         """Reserve the highest price of a job with that many answers and queue it, for the key's owner.
 
-        Raises InvalidRequest for sizes out of range, Unauthenticated for a key that has ended, and
-        InsufficientBalance, also where the key's limit does not bear it; then nothing was changed. The
-        reservation comes first: a job that is written down can always be paid.
+        Raises InvalidRequest for sizes out of range, RateLimited for a key with too many jobs in flight,
+        Unauthenticated for a key that has ended, and InsufficientBalance, also where the key's limit does not
+        bear it; then nothing was changed. The reservation comes first: a job that is written down can always
+        be paid.
         """
         self._check(model, len(prompt_token_ids), sampling.max_tokens)
         now_ms = self._now_ms()
@@ -100,7 +104,12 @@ class Intake:
             created_at_ms=now_ms,
             choices=choices,
         )
-        await self._reserve(key, job)
+        await self._flight_limits.take(key, job.job_id, now_ms)
+        try:
+            await self._reserve(key, job)
+        except AzuError:
+            await self._flight_limits.give_back(key, job.job_id)
+            raise
         await self._jobs.submit(job)
         return job
 

@@ -24,50 +24,13 @@ from azu.errors import AzuError, ConfigurationError
 from azu.planner.nodes_file import read_nodes
 from azu.protocol.structure import Structure
 from tests.builders import receipt, structure
+from tests.mutations import mutated_bytes, mutated_value
 
 SEED = int(os.environ.get("AZU_TEST_SEED", "1"))
 MUTANTS = int(os.environ.get("AZU_TEST_FILE_MUTANTS", "20"))
 URL = "http://127.0.0.1:9"
 MODEL = structure()
 PLATFORM = Account.from_key("0x" + "09" * 32)
-
-# What stands in the place of a value: other types, sizes, and what parsers stumble over.
-STRANGE = (
-    None, True, -1, 0, 2**63, 10**400, 1e308, float("nan"), "", "\0", "x" * 5000, "../../etc/passwd", [],
-    [[]], {}, {"a": {"b": []}}, "😀", "0x" + "f" * 40, "2001-99-99", "1_000", "=", "~",
-)  # fmt: skip
-
-
-def mutated_value(value: object, chance: random.Random) -> object:
-    """Return the value with one thing in it changed."""
-    if isinstance(value, dict) and value and chance.random() < 0.85:
-        key = chance.choice(sorted(value))
-        kind = chance.random()
-        if kind < 0.1:
-            return {other: kept for other, kept in value.items() if other != key}
-        if kind < 0.2:
-            return value | {f"{key}_": value[key]}
-        return value | {key: mutated_value(value[key], chance)}
-    if isinstance(value, list) and value and chance.random() < 0.85:
-        place = chance.randrange(len(value))
-        return [*value[:place], mutated_value(value[place], chance), *value[place + 1 :]]
-    return chance.choice(STRANGE)
-
-
-def mutated_bytes(content: bytes, chance: random.Random) -> bytes:
-    """Return the bytes cut, flipped, doubled or nested."""
-    at = chance.randrange(len(content) + 1)
-    match chance.randrange(5):
-        case 0:
-            return content[:at]
-        case 1:
-            return content[:at] + chance.randbytes(chance.randrange(1, 9)) + content[at:]
-        case 2:
-            return content[:at] + content[at + 1 :]
-        case 3:
-            return content[:at] + content
-        case _:
-            return chance.choice((b"[", b"{'a':", b'{"a":', b"- ", b"&a [*a, ", b"!!python/none ")) * 1200
 
 
 def _read_ticket(path: Path) -> object:

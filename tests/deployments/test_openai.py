@@ -3,11 +3,16 @@
 import pytest
 from pydantic import ValidationError
 
+from azu.config import load_network
 from azu.errors import InvalidRequest
-from deployments.openai import ChatRequest, CompletionRequest, Message
+from deployments.messages import Message
+from deployments.openai import ChatRequest, CompletionRequest
+from deployments.request_limits import check_limits
 
 TEXT = {"model": "m", "prompt": "Hello"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +36,11 @@ def test_what_asks_for_nothing_is_taken(neutral: dict[str, object]) -> None:
         ("best_of", 2),
         ("echo", True),
         ("suffix", "x"),
-        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("functions", [{"name": "f"}]),
+        ("response_format", {"type": "json_schema", "json_schema": {}}),
+        ("response_format", "text"),
         ("response_format", {"type": "json_object"}),
         ("audio", {}),
         ("modalities", ["audio"]),
@@ -58,13 +67,24 @@ def test_what_would_change_the_output_is_refused_by_name(param: str, value: obje
         {"messages": [{"role": "user", "content": "\ud800"}]},
         {"stream": "yes"},
         {"n": 0},
-        {"n": 129},
         {"n": True},
         {"stop": ["a", ""]},
         {"stop": [7]},
         {"stop": 7},
-        {"stop": ["x"] * 17},
-        {"stop": "x" * 257},
+        {"tools": [{"type": "function"}]},
+        {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
+        {"tools": [{"type": "retrieval"}]},
+        {"messages": [{"role": "user", "content": None}]},
+        {"messages": [{"role": "tool", "content": "4"}]},
+        {"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]},
+        {"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]},
+        {"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]},
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "["}}]}
+            ]
+        },
         {"top_logprobs": 21, "logprobs": True},
         {"stop_token_ids": ["7"]},
     ],
@@ -81,10 +101,70 @@ def test_a_message_in_parts_is_joined_and_a_developer_is_a_system() -> None:
     assert message.for_template() == {"role": "system", "content": "Hello"}
 
 
-def test_a_completion_takes_one_prompt_as_it_is() -> None:
-    assert CompletionRequest.model_validate({"model": "m", "prompt": " x"}).prompt == " x"
+def test_an_answer_is_taken_back_as_it_was_given_and_its_calls_reach_the_template_as_values() -> None:
+    answer = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [CALL], "annotations": []}
+    result = {"role": "tool", "content": "4", "tool_call_id": "call_1"}
+    body = ChatRequest.model_validate(CHAT | {"messages": [answer, result], "tools": TOOLS})
+
+    called, told = (message.for_template() for message in body.messages)
+
+    assert called["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+    assert told == {"role": "tool", "content": "4", "tool_call_id": "call_1"}
+
+
+@pytest.mark.parametrize(
+    ("param", "value"), [("parallel_tool_calls", False), ("logprobs", True), ("tool_choice", "any")]
+)
+def test_what_cannot_be_kept_to_beside_tools_is_refused_by_name(param: str, value: object) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        ChatRequest.model_validate(CHAT | {"tools": TOOLS, param: value})
+
+    assert refused.value.param == param
+
+
+def test_tools_that_may_not_be_called_are_not_offered() -> None:
+    asked = CHAT | {"tools": TOOLS, "parallel_tool_calls": True}
+
+    assert ChatRequest.model_validate(asked).offered_tools == TOOLS
+    assert ChatRequest.model_validate(asked | {"tool_choice": "none"}).offered_tools == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [(" x", " x"), ([" x"], " x"), ([5, 6], [5, 6]), ([[5, 6]], [5, 6])],
+)
+def test_a_completion_takes_one_prompt_as_it_is(prompt: object, expected: object) -> None:
+    assert CompletionRequest.model_validate({"model": "m", "prompt": prompt}).prompt == expected
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [], [[]], "", [""], [5, "a"], [True], [[5], [6]], None, {}])
+def test_a_completion_takes_no_other_prompt(prompt: object) -> None:
     with pytest.raises(ValidationError):
-        CompletionRequest.model_validate({"model": "m", "prompt": ["a", "b"]})
+        CompletionRequest.model_validate({"model": "m", "prompt": prompt})
+
+
+@pytest.mark.parametrize(
+    ("param", "asked"),
+    [
+        ("n", {"n": 3}),
+        ("stop", {"stop": ["x"] * 3}),
+        ("stop", {"stop": "xxxx"}),
+        ("stop_token_ids", {"stop_token_ids": [1, 2, 3]}),
+        ("logit_bias", {"logit_bias": {"1": 1, "2": 1, "3": 1}}),
+        ("messages", {"messages": CHAT["messages"] * 3}),
+        ("tools", {"tools": TOOLS * 3}),
+    ],
+)
+def test_what_is_beyond_the_networks_limits_is_refused_by_name(param: str, asked: dict[str, object]) -> None:
+    limits = load_network().policy.limits
+    standard = ChatRequest.model_validate(CHAT | asked)
+    check_limits(standard, limits)
+    two = {name: 2 for name in vars(limits) if name.startswith("max_")} | {"max_stop_characters": 3}
+
+    with pytest.raises(InvalidRequest) as refused:
+        check_limits(standard, limits.model_copy(update=two))
+
+    assert refused.value.param == param
 
 
 def test_stop_is_one_string_or_several() -> None:

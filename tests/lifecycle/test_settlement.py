@@ -4,12 +4,14 @@ import asyncio
 
 import pytest
 
+from azu.auth.flights import RedisFlights
 from azu.auth.spending import RedisSpending
 from azu.errors import InsufficientBalance, InvalidRequest, WorkerLost
 from azu.jobs.redis import RedisJobs
 from azu.ledger.accounts import user_available, user_reserved, worker_earned
 from azu.ledger.redis import RedisLedger
 from azu.ledger.transfers import Deposit
+from azu.lifecycle.flight import FlightLimits
 from azu.lifecycle.intake import Intake, JobLimits, ModelFacts
 from azu.lifecycle.ports import Ran, Route
 from azu.lifecycle.settlement import Settlement
@@ -36,6 +38,7 @@ class Desk:
             self.ledger,
             self.jobs,
             self.spend_limits,
+            FlightLimits(RedisFlights.from_url(redis_url), self.jobs, 10_000),
             limits,
             2,
             now_ms=lambda: 1_000,

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 import redis
 
+from azu.auth.flights import RedisFlights
 from azu.auth.spending import RedisSpending
 from azu.connection import connect_redis
 from azu.jobs.redis import RedisJobs
@@ -17,6 +18,7 @@ from azu.ledger.accounts import CHAIN, user_available, user_reserved
 from azu.ledger.audit import audit
 from azu.ledger.redis import RedisLedger
 from azu.ledger.transfers import Deposit, Expire, Release, Reserve, Settle
+from azu.lifecycle.flight import FlightLimits
 from azu.lifecycle.intake import Intake, JobLimits
 from azu.lifecycle.spending import SpendLimits
 from azu.protocol.job import Job
@@ -47,17 +49,30 @@ async def submitted(redis_url: str, dice: random.Random, count: int) -> list[Job
     """Deposit, submit jobs of which some are cancelled, and reserve for one that is never written down."""
     async with books(redis_url) as (ledger, jobs):
         spend_limits = SpendLimits(RedisSpending.from_url(redis_url), ledger)
-        return await submit(ledger, jobs, spend_limits, dice, count)
+        flight_limits = FlightLimits(RedisFlights.from_url(redis_url), jobs, 10_000)
+        return await submit(ledger, jobs, spend_limits, flight_limits, dice, count)
 
 
 async def submit(
-    ledger: RedisLedger, jobs: RedisJobs, spend_limits: SpendLimits, dice: random.Random, count: int
+    ledger: RedisLedger,
+    jobs: RedisJobs,
+    spend_limits: SpendLimits,
+    flight_limits: FlightLimits,
+    dice: random.Random,
+    count: int,
 ) -> list[Job]:
     ids = iter(f"job-{number}" for number in range(count))
     limits = JobLimits(max_prompt_tokens=32, max_completion_tokens=40, reservation_ttl_ms=1)
     intake = Intake(
-        ledger, jobs, spend_limits, limits, PRICE, now_ms=lambda: 1_000, new_job_id=lambda: next(ids)
-    )
+        ledger,
+        jobs,
+        spend_limits,
+        flight_limits,
+        limits,
+        PRICE,
+        now_ms=lambda: 1_000,
+        new_job_id=lambda: next(ids),
+    )  # fmt: skip
     await ledger.apply(Deposit(id="deposit:0x1", address=ALICE, lamports=DEPOSITED))
     lost = Reserve(id="reserve:lost", address=ALICE, job_id=LOST, lamports=500, expires_at_ms=1_000)
     await ledger.apply(lost)

@@ -1,0 +1,186 @@
+"""The ingress in this process, on real Redis, registry, dispatcher and ledger; the model is scripted."""
+
+import asyncio
+import hashlib
+import inspect
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from eth_account import Account
+from eth_account.messages import encode_defunct
+from eth_account.signers.local import LocalAccount
+from fastapi import FastAPI
+
+from actors.control import REGISTRY, SCHEDULER
+from actors.registry import Registry
+from azu.config import ControlConfig, NetworkPolicy, load_network
+from azu.errors import AzuError
+from azu.jobs.redis import RedisJobs
+from azu.ledger.redis import RedisLedger
+from azu.ledger.transfers import Deposit
+from azu.lifecycle.dispatch import Dispatcher
+from azu.lifecycle.ports import Ran, Route
+from azu.lifecycle.settlement import Settlement
+from azu.protocol.job import FinishReason, Job, TokenEvent
+from azu.units import LAMPORTS_PER_HYPE
+from deployments.ingress import build_api
+from deployments.services import Services
+from tests.builders import OWNERS
+
+ADMIN_KEY = "azu-admin-of-the-test"
+PLATFORM = "0x" + "99" * 20
+EOS = 2
+
+
+@dataclass
+class ScriptedModel:
+    """Answers every prompt with the same tokens and the EOS token, or breaks with `error` after them.
+
+    It begins after `delay_s`.
+    """
+
+    jobs: RedisJobs
+    token_ids: tuple[int, ...] = (70, 71)
+    error: AzuError | None = None
+    delay_s: float = 0.0
+    route: Route = field(default_factory=lambda: Route({"node": OWNERS[0]}, ()))
+
+    async def run(self, job: Job) -> Ran:
+        await asyncio.sleep(self.delay_s)
+        written = 0
+        for choice in range(job.choices):
+            for position, token_id in enumerate((*self.token_ids, EOS)[: job.sampling.max_tokens]):
+                last = position == len(self.token_ids)
+                finish = FinishReason.STOP if last and self.error is None else None
+                event = TokenEvent(written, (token_id,), choice=choice, finish_reason=finish)
+                await self.jobs.append([(job.job_id, event)])
+                written += 1
+        work = {layer: {"node": 1} for layer in range(job.num_layers)}
+        reason = FinishReason.STOP if self.error is None else FinishReason.ERROR
+        return Ran(written, reason, work, self.error)
+
+    async def cancel(self, job_id: str) -> None:
+        pass
+
+    async def ensure(self, model_id: str, revision: str) -> "ScriptedModel":
+        return self
+
+
+class NoNodes:
+    """The scheduler's answers while nothing is deployed."""
+
+    async def ready(self) -> bool:
+        return True
+
+    async def nodes(self) -> tuple[()]:
+        return ()
+
+    async def deployments(self) -> tuple[()]:
+        return ()
+
+    async def prediction(self, model_id: str, revision: str) -> None:
+        return None
+
+
+class LocalServices(Services):
+    """The ingress's services with the control plane in this process."""
+
+    def __init__(self, config: ControlConfig) -> None:
+        super().__init__(config)
+        self._actors: Mapping[str, Any] = {REGISTRY: Registry(config), SCHEDULER: NoNodes()}
+
+    async def _call(self, actor: str, method: str, timeout_s: float, *arguments: Any) -> Any:
+        called = getattr(self._actors[actor], method)
+        if inspect.iscoroutinefunction(called):
+            return await called(*arguments)
+        return await asyncio.to_thread(called, *arguments)
+
+
+@dataclass
+class LocalIngress:
+    """The running ingress; `transport` leads to it."""
+
+    config: ControlConfig
+    app: FastAPI
+    transport: httpx.ASGITransport
+    model: ScriptedModel
+    ledger: RedisLedger
+
+    def client(self, api_key: str = "", **given: Any) -> httpx.AsyncClient:
+        """Return a client with a bearer key."""
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        return httpx.AsyncClient(
+            transport=self.transport, base_url="http://azu.test", headers=headers, timeout=60, **given
+        )
+
+    async def open_key(self, account: LocalAccount, **asked: Any) -> str:
+        """Open a key as any client does."""
+        async with self.client() as client:
+            made = (await client.post("/v1/auth/challenge", json={"address": account.address})).json()
+            signature = account.sign_message(encode_defunct(text=made["message"])).signature.to_0x_hex()
+            body = {"nonce": made["nonce"], "signature": signature, "label": "test", **asked}
+            opened = (await client.post("/v1/auth/keys", json=body)).raise_for_status().json()
+        return str(opened["api_key"])
+
+    async def user(self, lamports: int = LAMPORTS_PER_HYPE) -> tuple[str, str]:
+        """Return the address and a key of a user with so much money."""
+        account: LocalAccount = Account.create()
+        address = account.address.lower()
+        if lamports:
+            deposit = f"deposit:0x{hashlib.sha256(address.encode()).hexdigest()}"
+            await self.ledger.apply(Deposit(id=deposit, address=address, lamports=lamports))
+        return address, await self.open_key(account)
+
+
+def config_of(
+    redis_url: str, home: Path, policy: NetworkPolicy, model_roots: tuple[Path, ...]
+) -> ControlConfig:
+    """Return what an ingress has to know."""
+    return ControlConfig(
+        redis_url=redis_url,
+        pipeline_redis_url=redis_url,
+        home=home,
+        http_host="127.0.0.1",
+        http_port=8000,
+        domain="azu.test",
+        policy=policy,
+        admin_key_sha256=hashlib.sha256(ADMIN_KEY.encode()).hexdigest(),
+        platform_address=PLATFORM,
+        chain_url="http://127.0.0.1:9",
+        model_roots=model_roots,
+        max_model_bytes=2**30,
+    )
+
+
+def policy_with(**limits: int) -> NetworkPolicy:
+    """Return the standard policy with other limits."""
+    policy = load_network().policy
+    timeouts = policy.timeouts.model_copy(update={"deposit_s": 0.2})
+    return policy.model_copy(update={"limits": policy.limits.model_copy(update=limits), "timeouts": timeouts})
+
+
+@asynccontextmanager
+async def local_ingress(
+    redis_url: str, home: Path, policy: NetworkPolicy | None = None, model_roots: tuple[Path, ...] = ()
+) -> AsyncIterator[LocalIngress]:
+    """Run an ingress and what takes its jobs for the length of the block."""
+    config = config_of(redis_url, home, policy or policy_with(), model_roots)
+    api = build_api(config, LocalServices)
+    jobs, ledger = RedisJobs.from_url(redis_url), RedisLedger.from_url(redis_url)
+    model = ScriptedModel(jobs)
+    price = config.policy.price
+    settlement = Settlement(ledger, jobs, price.lamports_per_token_layer, price.platform_percent)
+    running = asyncio.create_task(Dispatcher(jobs, model, settlement, consumer="test").run())
+    try:
+        async with api.router.lifespan_context(api):
+            transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+            yield LocalIngress(config, api, transport, model, ledger)
+    finally:
+        # A cancellation may be lost where a connection is being made.
+        while not running.done():
+            running.cancel()
+            await asyncio.wait([running], timeout=0.1)

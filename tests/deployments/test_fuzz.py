@@ -1,0 +1,78 @@
+"""Whatever is sent to the ingress, it answers, never with a 5xx, and a refused request moves no money."""
+
+import asyncio
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from azu.config import NetworkPolicy
+from azu.jobs.redis import RedisJobs
+from azu.ledger.accounts import user_available, user_reserved, user_withdrawing, worker_earned
+from azu.ledger.audit import audit
+from tests.deployments.asgi import AsgiTarget
+from tests.deployments.fuzz import Found, Sender, fuzz
+from tests.deployments.local import ADMIN_KEY, LocalIngress, local_ingress, policy_with
+
+pytestmark = pytest.mark.prove
+
+SEED = int(os.environ.get("AZU_TEST_SEED", "1"))
+REQUESTS = int(os.environ.get("AZU_TEST_FUZZ_REQUESTS", "3000"))
+SENDERS = 24
+
+
+def unhurried() -> NetworkPolicy:
+    """Return a policy that lets everybody ask as fast as they like."""
+    return policy_with(
+        requests_per_minute=60_000_000,
+        request_burst=10**6,
+        sign_ins_per_minute=60_000_000,
+        sign_in_burst=10**6,
+    )
+
+
+async def sender_at(ingress: LocalIngress) -> Sender:
+    address, api_key = await ingress.user()
+    accounts = [of(address) for of in (user_available, user_reserved, user_withdrawing, worker_earned)]
+    return Sender(address, api_key, lambda: ingress.ledger.balances_of(*accounts))
+
+
+async def transfers_by_address(ingress: LocalIngress) -> Mapping[str, set[str]]:
+    """Return the jobs that anything was booked for, by whose money it was."""
+    found: dict[str, set[str]] = {}
+    async for entry in ingress.ledger.journal():
+        transfer = entry.transfer
+        if job_id := getattr(transfer, "job_id", None):
+            found.setdefault(transfer.address, set()).add(job_id)
+    return found
+
+
+def test_no_request_breaks_it_and_none_that_is_refused_moves_money(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nothing here may reach the Hub; and nobody is there to sign receipts.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("deployments.receipts._SIGNATURE_TIMEOUT_S", 0.05)
+
+    async def scenario() -> Found:
+        async with local_ingress(redis_url, tmp_path, unhurried()) as ingress:
+            senders = [await sender_at(ingress) for _ in range(SENDERS)]
+            found = await fuzz(
+                AsgiTarget(ingress.app), senders, requests=REQUESTS, seed=SEED, admin_key=ADMIN_KEY
+            )
+            booked = await transfers_by_address(ingress)
+            jobs = RedisJobs.from_url(redis_url)
+            for sender in senders:
+                written = {record.job.job_id for record in await jobs.of(sender.address, REQUESTS)}
+                assert booked.get(sender.address, set()) <= written
+            assert (await audit(await ingress.ledger.snapshot(), ingress.ledger.journal())).agrees
+            return found
+
+    found = asyncio.run(scenario())
+
+    assert found.faults == []
+    assert sum(found.statuses.values()) == REQUESTS
+    assert found.statuses[200] > REQUESTS / 20, "some must be good, or nothing is shown"
+    assert found.refused > REQUESTS / 4
