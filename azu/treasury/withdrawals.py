@@ -178,14 +178,19 @@ class Withdrawals:
             withdrawal = signed.withdrawal
             if withdrawal.address in open_lamports:
                 continue  # this one, or another payout to the same address
-            if reason := self._fault(signed) or await self._obstacle(withdrawal):
-                await self._withdrawals.refuse(withdrawal.payout_id, reason)
-                await self._withdrawals.take_out(signed)
+            if fault := self._fault(signed):
+                await self._refuse(signed, fault)
             elif room <= 0 or withdrawal.lamports > funds:
                 _LOG.error("the platform cannot send a withdrawal now: %s", withdrawal)
+            elif obstacle := await self._obstacle(withdrawal):
+                await self._refuse(signed, obstacle)
             else:
                 await self._plan(withdrawal, since_ms)
                 room, funds = room - 1, funds - withdrawal.lamports
+
+    async def _refuse(self, signed: Signed, reason: str) -> None:
+        await self._withdrawals.refuse(signed.withdrawal.payout_id, reason)
+        await self._withdrawals.take_out(signed)
 
     async def was_refused(self, payout: Payout) -> bool:
         """Say whether a payout's user was told that nothing will come of it."""
