@@ -2,15 +2,19 @@
 
 import logging
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ray.actor import ActorHandle
 
 from actors.link import Acknowledgements, RayExpertLink
+from actors.metrics import open_meter
 from azu.engine.faults import OldEpoch, blamed
+from azu.engine.hops import StageClock, Stay, hop_s
 from azu.engine.spec import Handoff, StageSpec
 from azu.errors import AzuError
+from azu.metrics.catalogue import HOP
 from azu.protocol.step import StepBatch
 from azu.protocol.topology import Loss, Topology
 
@@ -40,6 +44,9 @@ class LayerActor:
 
         self._runner = StageRunner(spec, RayExpertLink(expert_sets) if expert_sets else None)
         self._index = spec.stage.index
+        self._model_id = spec.structure.model_id
+        self._clock = StageClock()
+        self._meter = open_meter()
         self._pipeline = pipeline
         self._ack_timeout_s = ack_timeout_s
         self._next = next_stage
@@ -64,8 +71,13 @@ class LayerActor:
         """Return after some seconds: whoever waits hears at once when this process dies."""
         threading.Event().wait(seconds)
 
-    def step(self, batch: StepBatch, frame: bytes | None) -> None:
+    def step(self, batch: StepBatch, frame: bytes | None) -> Stay:
         """Run one step and pass it on; whoever called takes the return as acknowledgement."""
+        taken_s = time.perf_counter()
+        self._run(batch, frame)
+        return self._clock.stay(taken_s, time.perf_counter())
+
+    def _run(self, batch: StepBatch, frame: bytes | None) -> None:
         assert self._runner is not None, "load() comes first"
         try:
             output = self._runner.run(batch, frame)
@@ -84,8 +96,16 @@ class LayerActor:
     def _expect_from(self, stage: int, epoch: int) -> Acknowledgements:
         loss = Loss(stages=frozenset({stage}))
         return Acknowledgements(
-            f"stage {stage}", self._ack_timeout_s, lambda error: self._report(loss, error, epoch)
+            f"stage {stage}",
+            self._ack_timeout_s,
+            lost=lambda error: self._report(loss, error, epoch),
+            answered=self._answered,
         )
+
+    def _answered(self, seconds: float, stay: object) -> None:
+        assert isinstance(stay, Stay)
+        if (hop := hop_s(seconds, stay)) is not None:
+            self._meter.observe(HOP, hop, self._model_id, str(self._index))
 
     def _report(self, loss: Loss, error: AzuError, epoch: int) -> None:
         log.warning("%s is to blame: %s", loss, error.message)

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -60,19 +61,29 @@ class RayExpertLink:
 
 
 class Acknowledgements:
-    """Watches sent calls in a thread of its own, so that the sender never waits for the next stage."""
+    """Watches sent calls in a thread of its own, so that the sender never waits for the next stage.
 
-    def __init__(self, what: str, timeout_s: float, lost: Callable[[AzuError], None]) -> None:
+    `answered` is called with the seconds that a call took and what it returned.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        timeout_s: float,
+        lost: Callable[[AzuError], None],
+        answered: Callable[[float, object], None],
+    ) -> None:
         self._what = what
         self._timeout_s = timeout_s
         self._lost = lost
-        self._sent: queue.SimpleQueue[ray.ObjectRef | None] = queue.SimpleQueue()
+        self._answered = answered
+        self._sent: queue.SimpleQueue[tuple[ray.ObjectRef, float] | None] = queue.SimpleQueue()
         self._closed = False
         threading.Thread(target=self._watch, name="acknowledgements", daemon=True).start()
 
     def expect(self, ref: ray.ObjectRef) -> None:
         """Watch one more call; calls are answered in the order they were sent."""
-        self._sent.put(ref)
+        self._sent.put((ref, time.perf_counter()))
 
     def close(self) -> None:
         """Watch no longer: nobody waits for what is still on its way."""
@@ -80,9 +91,11 @@ class Acknowledgements:
         self._sent.put(None)
 
     def _watch(self) -> None:
-        while not self._closed and (ref := self._sent.get()) is not None:
+        while not self._closed and (sent := self._sent.get()) is not None:
+            ref, sent_s = sent
             try:
-                get(ref, self._timeout_s, self._what)
+                answer = get(ref, self._timeout_s, self._what)
+                self._answered(time.perf_counter() - sent_s, answer)
             except AzuError as error:
                 if not self._closed:
                     self._lost(error)

@@ -139,11 +139,13 @@ class Pipeline:
         self._is_paused = False
         self._stages = stages
         self._engine.resume(topology, empty, dict(zip(senders, num_sent, strict=True)))
+        self._pace.repaired()
         self._pump()
 
     async def fail(self, error: AzuError) -> None:
         """End everything that runs here with what it has."""
         self._broken = error
+        self._pace.repaired(given_up=True)
         self._engine.suspend()
         self._updates.put_nowait(
             [update for sequence_id in self._running for update in self._engine.cancel(sequence_id)]

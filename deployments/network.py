@@ -1,5 +1,6 @@
 """What the network is made of: health, nodes, models and where their pieces are."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
@@ -7,6 +8,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from azu.errors import AzuError
+from azu.metrics.activity import activity_of
+from azu.metrics.catalogue import JOBS
+from azu.metrics.meter import Picture
 from azu.protocol.job import Placement
 from azu.protocol.node import Node
 from azu.registry.description import KnownModel
@@ -40,10 +44,15 @@ async def health(services: ServicesNow) -> JSONResponse:
 
 @router.get("/v1/network")
 async def network(_: Key, services: ServicesNow) -> dict[str, Any]:
-    """Return nodes and deployments."""
+    """Return nodes and deployments, and what they do."""
     nodes = await services.scheduler("nodes")
     deployments = await services.scheduler("deployments")
+    picture: Picture = await services.scheduler("picture")
     return {
+        "jobs": {
+            state: round(picture.value(JOBS, state))  # of all users
+            for state in ("running", "waiting")
+        },
         "nodes": [_node(node) for node in nodes],
         "deployments": [
             {
@@ -52,6 +61,7 @@ async def network(_: Key, services: ServicesNow) -> dict[str, Any]:
                 "state": state,
                 "epoch": epoch,
                 "num_layers": num_layers,
+                "activity": asdict(activity_of(picture, model_id)),
                 "topology": _PLACEMENTS.dump_python(placements, mode="json"),
             }
             for model_id, revision, state, epoch, num_layers, placements in deployments

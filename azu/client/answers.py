@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from azu.errors import InternalError
+from azu.metrics.activity import Activity
 
 # A client may be older than the server: what it does not know yet is no error.
 _LENIENT = ConfigDict(extra="ignore")
@@ -201,16 +202,28 @@ class DeploymentLine:
     epoch: int
     num_layers: int
     topology: tuple[PieceLine, ...]
+    activity: Activity = field(default_factory=Activity)
+
+
+@dataclass(frozen=True, slots=True)
+class JobCounts:
+    """Jobs of all users that have not ended: in their models, or waiting for them."""
+
+    __pydantic_config__ = _LENIENT
+
+    running: int = 0
+    waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """Nodes and deployments."""
+    """Nodes and deployments, and the jobs on them."""
 
     __pydantic_config__ = _LENIENT
 
     nodes: tuple[NodeLine, ...]
     deployments: tuple[DeploymentLine, ...]
+    jobs: JobCounts = field(default_factory=JobCounts)
 
 
 @dataclass(frozen=True, slots=True)

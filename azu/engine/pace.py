@@ -9,6 +9,7 @@ from azu.metrics import catalogue as metrics
 from azu.metrics.meter import Meter
 
 STALL_S = 1.0
+_RESULTS = ("repaired", "given_up")
 
 
 class Load(Protocol):
@@ -43,6 +44,10 @@ class Pace:
         self._num_blocks = num_blocks
         self._meter = meter
         self._sequences: dict[int, _Sequence] = {}
+        for counter in (metrics.PROMPT_TOKENS, metrics.GENERATED_TOKENS, metrics.STALLS):
+            meter.count(counter, 0, model_id)
+        for result in _RESULTS:
+            meter.count(metrics.RECOVERIES, 0, model_id, result)
 
     def began(self, sequence_id: int, num_prompt: int, now_s: float) -> None:
         """Count a new sequence."""
@@ -59,6 +64,10 @@ class Pace:
                 self._tokens(sequence, len(update.token_ids), now_s)
             if update.finish_reason is not None:
                 del self._sequences[update.sequence_id]
+
+    def repaired(self, *, given_up: bool = False) -> None:
+        """Count that lost pieces came up elsewhere, or that none of them could."""
+        self._meter.count(metrics.RECOVERIES, 1, self._model_id, _RESULTS[given_up])
 
     def stand(self, load: Load) -> None:
         """Show what the pipeline has to do now."""

@@ -1,0 +1,146 @@
+"""`azu top`: what the network does, as it does it."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from azu.cli.credentials import open_client
+from azu.cli.output import AsJson, console, show
+from azu.units import format_bytes
+
+if TYPE_CHECKING:
+    from azu.client.answers import DeploymentLine, Network, NodeLine
+    from azu.metrics.activity import Speed
+
+_BAR_WIDTH = 24
+
+Period = Annotated[float, typer.Option(min=0.2, max=60, help="Seconds between two looks.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The network at one moment, and each model's speed since the look before, by model id."""
+
+    network: "Network"
+    speeds: "dict[str, Speed]"
+
+
+def top(every: Period = 1.0, as_json: AsJson = False) -> None:
+    """Show speed, queue, KV blocks and live VRAM until Ctrl-C; with --json one sample."""
+    samples = _samples(every)
+    if as_json:
+        sample = next(samples)
+        speeds = {model_id: asdict(speed) for model_id, speed in sample.speeds.items()}
+        show(asdict(sample.network) | {"speeds": speeds}, as_json, lambda _: "")
+        return
+    from rich.live import Live
+
+    try:
+        with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+            for sample in samples:
+                live.update(_screen(sample), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
+def _samples(period_s: float) -> Iterator[Sample]:
+    """Yield what two looks, a period apart, show; the meters of a network speak once a second."""
+    from azu.metrics.activity import Activity, speed_between
+
+    client = open_client()
+    before, looked_s = client.network(), time.monotonic()
+    while True:
+        time.sleep(period_s)
+        after, now_s = client.network(), time.monotonic()
+        known = {model.model_id: model.activity for model in before.deployments}
+        speeds = {
+            model.model_id: speed_between(
+                known.get(model.model_id, Activity()), model.activity, now_s - looked_s
+            )
+            for model in after.deployments
+        }
+        yield Sample(after, speeds)
+        before, looked_s = after, now_s
+
+
+def _screen(sample: Sample) -> Group:
+    found = sample.network
+    alive = sum(node.state == "alive" for node in found.nodes)
+    total = sum(speed.tokens_per_s for speed in sample.speeds.values())
+    summary = Text.assemble(
+        (f"{total:.1f} tokens/s", "bold"),
+        f"   {found.jobs.running} jobs running, {found.jobs.waiting} waiting",
+        f"   {alive} of {len(found.nodes)} nodes alive",
+    )
+    return Group(summary, "", _nodes(found.nodes), "", _models(sample))
+
+
+def _nodes(nodes: "tuple[NodeLine, ...]") -> Table:
+    drawn = _table("node", "state", "VRAM taken", "lent", "free", "used", "others", "load")
+    for node in sorted(nodes, key=lambda node: node.name):
+        used = node.vram_used_bytes
+        drawn.add_row(
+            node.name,
+            Text(node.state, style="green" if node.state == "alive" else "red"),
+            _bar(node.vram_total_bytes - node.vram_free_bytes, node.vram_total_bytes, _BAR_WIDTH),
+            format_bytes(node.vram_total_bytes),
+            format_bytes(node.vram_free_bytes),
+            "?" if used is None else format_bytes(used),
+            format_bytes(node.vram_other_bytes),
+            f"{node.load:.0%}",
+        )
+    return drawn
+
+
+def _models(sample: Sample) -> RenderableType:
+    if not sample.network.deployments:
+        return Text("no model is up; the first prompt brings one up", style="dim")
+    drawn = _table(
+        "model", "tokens/s", "first token", "per token", "hop", "sequences", "KV blocks", "", "stalls",
+        "recoveries",
+    )  # fmt: skip
+    for model in sample.network.deployments:
+        drawn.add_row(*_model(model, sample.speeds[model.model_id]))
+    return drawn
+
+
+def _model(model: "DeploymentLine", speed: "Speed") -> list[RenderableType]:
+    does = model.activity
+    waiting = f" + {does.waiting_sequences} waiting" if does.waiting_sequences else ""
+    return [
+        model.model_id if model.state == "running" else f"{model.model_id} ({model.state})",
+        f"{speed.tokens_per_s:.1f}",
+        _time(speed.time_to_first_token_s),
+        _time(speed.time_per_token_s),
+        _time(speed.hop_s),
+        f"{does.running_sequences}{waiting}",
+        _bar(does.kv_blocks_used, does.kv_blocks, _BAR_WIDTH // 2),
+        f"{does.kv_blocks_used}/{does.kv_blocks}",
+        str(does.stalls),
+        str(does.recoveries),
+    ]
+
+
+def _bar(part: int, whole: int, width: int) -> ProgressBar:
+    # A full one would look as if something had finished.
+    return ProgressBar(total=max(1, whole), completed=part, width=width, finished_style="bar.complete")
+
+
+def _table(*columns: str) -> Table:
+    drawn = Table(box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        drawn.add_column(column, no_wrap=True)
+    return drawn
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
