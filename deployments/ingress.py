@@ -13,7 +13,18 @@ from starlette.exceptions import HTTPException
 
 from azu.config import ControlConfig
 from azu.errors import AzuError, InvalidRequest, NotFound
-from deployments import accounts, completions, jobs, keys, metrics, network, quotes, receipts, withdrawals
+from deployments import (
+    accounts,
+    completions,
+    jobs,
+    keys,
+    metrics,
+    network,
+    page,
+    quotes,
+    receipts,
+    withdrawals,
+)
 from deployments.edge import BodyLimit, RequestIds
 from deployments.refusals import refusal
 from deployments.services import Services, warm_up
@@ -55,7 +66,7 @@ def build_api(
 
     # Their pages would load scripts from elsewhere.
     api = FastAPI(title="azu", lifespan=connected, docs_url=None, redoc_url=None, responses=_REFUSALS)
-    for routes in (accounts, completions, jobs, keys, metrics, network, quotes, receipts, withdrawals):
+    for routes in (accounts, completions, jobs, keys, metrics, network, page, quotes, receipts, withdrawals):
         api.include_router(routes.router)
     api.add_exception_handler(AzuError, _refused)
     api.add_exception_handler(RequestValidationError, _invalid)

@@ -1,0 +1,70 @@
+// The ingress, asked with the key of this tab. What goes wrong is told in sentences.
+
+const KEY = "azu-key";
+
+export const key = {
+  get: () => sessionStorage.getItem(KEY),
+  set: (value) => sessionStorage.setItem(KEY, value),
+  forget: () => sessionStorage.removeItem(KEY),
+};
+
+export class Fault extends Error {
+  constructor(sentence, status = 0) {
+    super(sentence);
+    this.status = status;
+  }
+}
+
+export async function ask(path, { body, signal } = {}) {
+  const headers = { authorization: `Bearer ${key.get()}` };
+  if (body) headers["content-type"] = "application/json";
+  let answer;
+  try {
+    answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Fault("The network does not answer. Check that it is up and that you are online.");
+  }
+  if (!answer.ok) throw await refused(answer);
+  return answer;
+}
+
+export const read = async (path) => (await ask(path)).json();
+
+// Yields the chunks of a streamed answer.
+export async function* chunks(path, body, signal) {
+  const answer = await ask(path, { body, signal });
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      throw new Fault("The connection broke before the answer was complete. What was delivered is charged.");
+    });
+    if (done) break;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines.filter((one) => one.startsWith("data: "))) {
+      const content = line.slice(6);
+      if (content === "[DONE]") return;
+      const chunk = JSON.parse(content);
+      if (chunk.error) throw new Fault(sentence(chunk.error.message));
+      yield chunk;
+    }
+  }
+  throw new Fault("The connection ended before the answer was complete. What was delivered is charged.");
+}
+
+async function refused(answer) {
+  const said = await answer.json().then((body) => body.error?.message ?? "", () => "");
+  const status = answer.status;
+  if (status === 401) return new Fault("This API key is not valid. Check it, or open another one with azu login.", status);
+  if (status === 402) return new Fault(`${sentence(said)} Deposit some HYPE, or ask for fewer tokens.`, status);
+  if (status === 429) return new Fault("That was too much at once. Wait a moment, then try again.", status);
+  return new Fault(said ? sentence(said) : `The network refused this with status ${status}.`, status);
+}
+
+function sentence(message) {
+  const text = message.charAt(0).toUpperCase() + message.slice(1);
+  return /[.!?]$/.test(text) ? text : `${text}.`;
+}

@@ -1,0 +1,77 @@
+// Receipts: what a job cost, who ran what and who earned what.
+
+import { Fault, read } from "./api.js";
+import { count, find, held, hype, make, many, replace, say } from "./dom.js";
+
+const MOST_TRIES = 20;
+const PAUSE_MS = 500;
+
+export function start() {
+  find("find").addEventListener("submit", (event) => {
+    event.preventDefault();
+    location.hash = `#receipts/${find("job").value.trim()}`;
+  });
+}
+
+export async function list() {
+  const { data } = await read("/v1/jobs?limit=20");
+  replace(find("jobs"), ...(data.length ? data.map(line) : [make("li", { textContent: "You have asked nothing yet." })]));
+}
+
+export async function show(jobId) {
+  find("job").value = jobId;
+  say(find("receipt-fault"), "");
+  try {
+    replace(find("receipt"), ...receipt(await ended(jobId)));
+  } catch (error) {
+    replace(find("receipt"));
+    say(find("receipt-fault"), error instanceof Fault ? error.message : `This page made a mistake: ${error.message}`);
+  }
+}
+
+// A job that was stopped a moment ago has its receipt in a moment.
+async function ended(jobId) {
+  for (let tries = 1; ; tries += 1) {
+    try {
+      return await read(`/v1/receipts/${encodeURIComponent(jobId)}`);
+    } catch (error) {
+      if (error.status !== 409 || tries >= MOST_TRIES) throw error;
+      replace(find("receipt"), make("p", { className: "dim", textContent: "The job is ending." }));
+      await new Promise((resolve) => setTimeout(resolve, PAUSE_MS));
+    }
+  }
+}
+
+function line(job) {
+  const cost = job.charged_lamports === null ? job.status : many(job.charged_lamports, "lamport");
+  const at = new Date(job.created_at_ms).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+  return make("li", {},
+    make("a", { href: `#receipts/${job.job_id}`, textContent: job.job_id }),
+    make("span", { className: "dim", textContent: `${at} · ${job.model} · ${cost}` }));
+}
+
+function receipt(one) {
+  const prompt = one.charged_lamports ? one.prompt_tokens : 0;
+  const sum = `(${count(prompt)} prompt + ${count(one.completion_tokens)} completion) tokens × ` +
+    `${many(one.num_layers, "layer")} × ${many(one.lamports_per_token_layer, "lamport")}`;
+  return [
+    make("h2", { textContent: one.job_id }),
+    make("p", { className: "sum" }, make("strong", { textContent: many(one.charged_lamports, "lamport") }), ` = ${hype(one.charged_lamports)}`),
+    make("p", { className: "dim", textContent: `${one.model_id}: ${sum}` }),
+    table("Where it went", ["Who", "Lamports"], [
+      ...Object.entries(one.worker_lamports).map(([address, lamports]) => [address, count(lamports)]),
+      ["The platform", count(one.platform_lamports)],
+      ["Back to you", count(one.released_lamports)],
+    ], "amounts"),
+    table("Who ran what", ["Node", "Layers and experts"], one.topology.map((piece) => [piece.node, held(piece).filter(Boolean).join("; ")])),
+    make("p", { className: "dim id", textContent: `Transfer ${one.transfer_id}` }),
+    make("p", { className: "dim id", textContent: one.signature ? `Signed by ${one.signer}` :
+      "Not signed: the treasury did not answer. Ask again later." }),
+  ];
+}
+
+function table(caption, heads, rows, className = "") {
+  return make("table", { className }, make("caption", { textContent: caption }),
+    make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col", textContent: head })))),
+    make("tbody", {}, ...rows.map((cells) => make("tr", {}, ...cells.map((cell) => make("td", { textContent: cell }))))));
+}
