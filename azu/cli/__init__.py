@@ -28,6 +28,7 @@ _COMMANDS = (
     ("prompt", "jobs"),
     ("receipt", "receipt"),
     ("ps", "ps"),
+    ("top", "top"),
     ("ps", "models"),
     ("account", "earnings"),
     ("shard", "shard"),

@@ -1,0 +1,85 @@
+"""`azu top` against a network that works: one sample for programs, a live picture for people."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.cluster.user import User
+from tests.prove import azu
+
+pytestmark = [pytest.mark.cluster, pytest.mark.prove]
+
+MODEL = "azu/tiny-dense"
+_TIMEOUT_S = 60
+
+
+def environment(user: User) -> dict[str, str]:
+    return os.environ | {"AZU_URL": user.url, "AZU_API_KEY": user.api_key, "COLUMNS": "160"}
+
+
+@contextmanager
+def busy(user: User) -> Iterator[None]:
+    """Keep the model generating."""
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            body = {"model": MODEL, "prompt": "Hello", "max_tokens": 100, "ignore_eos": True}
+            user.http.post("/v1/completions", json=body).raise_for_status()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        asking.join()
+
+
+def test_one_sample_says_how_fast_each_model_is(user: User) -> None:
+    with busy(user):
+        done = subprocess.run(
+            azu("top", "--json", "--every", "3"),
+            env=environment(user),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=True,
+        )
+    sample = json.loads(done.stdout)
+
+    speed = sample["speeds"][MODEL]
+    assert speed["tokens_per_s"] > 0
+    assert 0 < speed["time_per_token_s"] < 10
+    assert 0 < speed["hop_s"] < 1
+    assert len(sample["nodes"]) == 3
+    assert sample["jobs"]["running"] >= 1
+    print(f"\n{speed}")
+
+
+def test_the_live_picture_ends_cleanly(user: User) -> None:
+    with (
+        busy(user),
+        subprocess.Popen(
+            azu("top", "--every", "0.5"),
+            env=environment(user),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        time.sleep(5)
+        process.send_signal(signal.SIGINT)
+        shown, complained = process.communicate(timeout=_TIMEOUT_S)
+
+    assert process.returncode == 0
+    assert complained == ""
+    for words in ("tokens/s", "ada", "ben", "cleo", MODEL, "KV blocks"):
+        assert words in shown
