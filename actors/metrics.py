@@ -30,8 +30,8 @@ class RayMeter(Meter):
     def count(self, metric: Metric, amount: float, *labels: str) -> None:
         """Raise a counter by what is not negative."""
         super().count(metric, amount, *labels)
-        # Its `inc` takes no zero, but a series that begins with its first event hides that event from rates.
-        self._instrument(metric)._record(amount, _tags(metric, labels))
+        if amount > 0:
+            self._instrument(metric).inc(amount, _tags(metric, labels))
 
     def observe(self, metric: Metric, value: float, *labels: str) -> None:
         """Add one observation to a histogram."""

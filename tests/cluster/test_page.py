@@ -7,11 +7,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from selenium.webdriver.common.keys import Keys
 
 from azu.cli.network.local_network import LocalNetwork
 from tests.cluster.browser import Browser, chromium
 from tests.cluster.user import User
+
+pytest.importorskip("selenium")
+from selenium.webdriver.common.keys import Keys
 
 pytestmark = [pytest.mark.cluster, pytest.mark.prove]
 
