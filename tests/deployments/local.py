@@ -25,6 +25,7 @@ from azu.ledger.transfers import Deposit
 from azu.lifecycle.dispatch import Dispatcher
 from azu.lifecycle.ports import Ran, Route
 from azu.lifecycle.settlement import Settlement
+from azu.metrics.meter import Picture
 from azu.protocol.job import FinishReason, Job, TokenEvent
 from azu.units import LAMPORTS_PER_HYPE
 from deployments.ingress import build_api
@@ -81,6 +82,9 @@ class NoNodes:
 
     async def deployments(self) -> tuple[()]:
         return ()
+
+    async def picture(self) -> Picture:
+        return Picture({}, {})
 
     async def prediction(self, model_id: str, revision: str) -> None:
         return None
