@@ -8,7 +8,7 @@ import typer
 from rich.panel import Panel
 from rich.table import Table
 
-from azu.cli.output import AsJson, show
+from azu.cli.output import AsJson, console, show
 
 if TYPE_CHECKING:
     from azu.cli.network.local_network import LocalNetwork
@@ -46,7 +46,7 @@ def up(
         settings = settings.model_copy(update={"network": network.absolute()})
     file = load_network(settings.network)
     if background:
-        show(in_background(settings.home, 4 * file.policy.timeouts.start_s), as_json, _panel)
+        _tell(in_background(settings.home, 4 * file.policy.timeouts.start_s), as_json)
         return
     own = _workers(workers, vram, payout, play_money=settings.chain_url is None)
     file = file.model_copy(update={"workers": (*file.workers, *own)})
@@ -54,7 +54,7 @@ def up(
         stack.enter_context(ending_as_interrupt())
         with Narrator(quiet=as_json).steps() as step:
             running = stack.enter_context(local_network(settings, file, step, ip=ip, dashboard=dashboard))
-        show(_facts(running), as_json, _panel)
+        _tell(_facts(running), as_json)
         watch(running.revive)
 
 
@@ -94,10 +94,18 @@ def _facts(running: "LocalNetwork") -> dict[str, Any]:
     }
 
 
+def _tell(facts: dict[str, str], as_json: bool) -> None:
+    show(facts, as_json, _panel)
+    if not as_json:
+        # On a line of its own, whole: what a panel breaks cannot be copied.
+        line = f"azu join {facts['ticket']} --vram 8GiB --payout 0x..."
+        console.print(line, soft_wrap=True)
+
+
 def _panel(facts: dict[str, str]) -> Panel:
     grid = Table.grid(padding=(0, 2))
     for name in ("url", "chain_url", "platform_address", "admin_key"):
         grid.add_row(name.replace("_", " "), facts[name])
-    grid.add_row("to join", f"azu join {facts['ticket']} --vram 8GiB --payout 0x...")
+    grid.add_row("to join", "the command below, on any machine")
     grid.add_row("", "[dim]whoever joins can run code here: give the ticket to people you trust[/]")
     return Panel(grid, title="azu is up; `azu down` stops it", title_align="left", expand=False)

@@ -1,7 +1,6 @@
 """A network on a Ray cluster that somebody else brings up and down, such as `ray up`."""
 
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,11 +9,10 @@ from azu.cli.network import serving
 from azu.cli.network.books import Books, admin_key_of, books_kept
 from azu.cli.network.ports import free_port
 from azu.config import NetworkFile, Settings
-from azu.errors import DeadlineExceeded, Unavailable
+from azu.errors import Unavailable
 
 Progress = Callable[[str], None]
 _LOOK_TIMEOUT_S = 2.0
-_POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +63,12 @@ def attached_network(
             try:
                 serving.stop()  # what a network left that was killed
                 serving.start(config, books.redis.ingress)
-                _wait_until_it_answers(network, timeout_s)
+                # A cluster that grows when it is asked has no workers yet.
+                serving.wait_until_it_answers(network.url, timeout_s, network.revive)
                 yield network
             finally:
                 if _listens(head):
                     serving.stop()
-
-
-def _wait_until_it_answers(network: AttachedNetwork, timeout_s: float) -> None:
-    """Wait for the ingress alone: a cluster that grows when it is asked has no workers yet."""
-    from azu.client import Client
-
-    client = Client(network.url)
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            client.platform()
-            return client.close()
-        except Unavailable as error:
-            network.revive()
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded(f"{network.url} did not answer in {timeout_s:.0f} s") from error
-            time.sleep(_POLL_S)
 
 
 def _listens(address: str) -> bool:

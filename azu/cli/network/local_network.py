@@ -13,7 +13,13 @@ from azu.cli.network.children import Children
 from azu.cli.network.ports import free_port
 from azu.cli.network.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment, socket_folder
 from azu.cli.network.running import running_in
-from azu.cli.network.serving import control_config, local_url, served, wait_until_healthy
+from azu.cli.network.serving import (
+    control_config,
+    local_url,
+    served,
+    wait_until_healthy,
+    wait_until_it_answers,
+)
 from azu.cli.network.tickets import Ticket
 from azu.cli.private_file import write_private
 from azu.config import LocalWorker, NetworkFile, Settings, load_network
@@ -128,7 +134,8 @@ def local_network(
                 _groups=(services, treasury, nodes),
             )
             progress("Waiting until it serves")
-            wait_until_healthy(network.url, timeout_s, network.revive)
+            wait = wait_until_healthy if file.workers else wait_until_it_answers
+            wait(network.url, timeout_s, network.revive)
             yield network
 
 

@@ -12,7 +12,7 @@ from azu.cli.network.chain import Chain
 from azu.cli.network.interrupts import handlers_kept
 from azu.cli.network.redis_server import RedisUrls
 from azu.config import ControlConfig, NetworkPolicy, Settings
-from azu.errors import DeadlineExceeded
+from azu.errors import DeadlineExceeded, Unavailable
 
 _POLL_S = 0.1
 
@@ -107,6 +107,23 @@ def wait_until_healthy(url: str, timeout_s: float, meanwhile: Callable[[], objec
             raise DeadlineExceeded(f"the network did not serve in {timeout_s:.0f} s")
         time.sleep(_POLL_S)
     client.close()
+
+
+def wait_until_it_answers(url: str, timeout_s: float, meanwhile: Callable[[], object]) -> None:
+    """Wait until the ingress at `url` is there; whoever lends may come later."""
+    from azu.client import Client
+
+    client = Client(url)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            client.platform()
+            return client.close()
+        except Unavailable as error:
+            meanwhile()
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(f"{url} did not answer in {timeout_s:.0f} s") from error
+            time.sleep(_POLL_S)
 
 
 def _local_host(host: str) -> str:

@@ -1,0 +1,138 @@
+"""The README's walk, run from the README: what a newcomer types, and what comes of it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from azu.cli.network.ports import free_port
+from azu.cli.network.processes import session_members
+
+pytestmark = pytest.mark.prove
+
+README = Path(__file__).parents[2] / "README.md"
+# What the README writes in capitals stands for what an earlier command printed.
+PRINTED = {
+    "TICKET": re.compile(r"azu join (\S+)"),
+    "0xYOURS": re.compile(r"^(0x[0-9a-f]{40})  \(", re.MULTILINE),
+    "JOB": re.compile(r"(job-[0-9a-f]{24})"),
+}
+STEPS = [
+    "up", "wallet new", "join", "wallet fund", "login", "deposit", "prompt", "jobs", "receipt", "earnings",
+    "balance", "ps", "down",
+]  # fmt: skip
+TIMEOUT_S = 400
+
+
+def walk() -> list[str]:
+    """Return the commands of the README's walk, in order."""
+    section = README.read_text().partition("## A walk through it\n")[2].partition("\n## ")[0]
+    block = re.search(r"((?:    azu .*\n)+)", section)
+    assert block is not None
+    lines = [line.partition("#")[0].strip() for line in block[1].splitlines()]
+    return [command.strip() for line in lines for command in line.split(";")]
+
+
+def test_the_walk_has_every_step() -> None:
+    assert all(command.startswith(f"azu {step}") for command, step in zip(walk(), STEPS, strict=True)), walk()
+
+
+class Newcomer:
+    """Types commands into two terminals of one machine, and copies what was printed from one to the next."""
+
+    def __init__(self, home: Path) -> None:
+        port = free_port()
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("AZU_")}
+        self._environment = kept | {
+            "AZU_HOME": str(home),
+            "AZU_HTTP_PORT": str(port),
+            "AZU_URL": f"http://127.0.0.1:{port}",
+            "AZU_WALLET_PASSWORD": "walk",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            # As wide as a terminal is that shows a table whole.
+            "COLUMNS": "160",
+        }
+        self._known: dict[str, str] = {}
+        self.joined: subprocess.Popen[str] | None = None
+
+    def type(self, command: str) -> str:
+        """Return what a command prints; one that lends goes on in the second terminal."""
+        for word, value in self._known.items():
+            command = re.sub(rf"\b{word}\b", value, command)
+        if command.startswith("azu join"):
+            self.joined = self._start(command)
+            return ""
+        process = self._start(command)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0, f"{command}\n{output}"
+        for word, pattern in PRINTED.items():
+            if word not in self._known and (found := pattern.search(output)):
+                self._known[word] = found[1]
+        return output
+
+    def leave(self) -> list[int]:
+        """End what goes on in the second terminal; returns the sessions it had."""
+        if self.joined is None:
+            return []
+        sessions = [child.pid for child in psutil.Process(self.joined.pid).children()]
+        self.joined.send_signal(signal.SIGINT)
+        self.joined.wait(60)
+        return sessions
+
+    def _start(self, command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", "-c", f"exec {command}"],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+@pytest.fixture
+def newcomer() -> Iterator[Newcomer]:
+    with tempfile.TemporaryDirectory(prefix="azu-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        person = Newcomer(Path(folder))
+        try:
+            yield person
+        finally:
+            person.leave()
+            if (Path(folder) / "network.json").exists():
+                person.type("azu down")
+
+
+def test_a_newcomer_lends_pays_and_earns(newcomer: Newcomer) -> None:
+    printed, seconds = {}, {}
+    for command, step in zip(walk(), STEPS, strict=True):
+        began = time.monotonic()
+        printed[step] = newcomer.type(command)
+        seconds[step] = time.monotonic() - began
+
+    charged = charge(printed["prompt"], "charged")
+    earned = charge(printed["receipt"], "worker 0x[0-9a-f]{40}")
+    assert charged == charge(printed["receipt"], "charged") > 0
+    assert "signed by" in printed["receipt"]
+    # The only worker gets all that workers get.
+    assert earned == charged - charge(printed["receipt"], "platform") == charged * 80 // 100
+    assert re.search(rf"earned, not yet paid\D+{earned}\b", printed["earnings"])
+    assert "not claimed" not in printed["earnings"]
+    assert re.search(rf"available\D+{5 * 10**8 - charged}\b", printed["balance"])
+    assert all(not session_members(session) for session in newcomer.leave())
+    print(f"\n{charged} lamports charged, {earned} earned; seconds: ", end="")
+    print(", ".join(f"{step} {taken:.1f}" for step, taken in seconds.items()))
+
+
+def charge(output: str, what: str) -> int:
+    """Return the lamports beside a word in a receipt."""
+    found = re.search(rf"{what} +(\d+) lamports", output)
+    assert found is not None, output
+    return int(found[1])

@@ -1,0 +1,41 @@
+"""Runs on a head: asks Ray for room as azu's scheduler does, and says which nodes came of it.
+
+Usage: python -m tests.machines.growing MIB... Prints the nodes that lend after each request as a line of
+JSON, and at the end, with nothing asked for any more, the seconds until the last one was gone.
+"""
+
+import json
+import sys
+import time
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+from actors.placement import VRAM, worker_nodes
+
+TIMEOUT_S = 150.0
+
+
+def main() -> None:
+    ray.init("auto", namespace="azu", log_to_driver=False)
+    for count, mib in enumerate(map(int, sys.argv[1:]), start=1):
+        request_resources(bundles=[{VRAM: int(earlier)} for earlier in sys.argv[1 : 1 + count]])
+        wait_until(lambda count=count: len(worker_nodes()) >= count, f"a node for {mib} MiB")
+        nodes = [(node.vram_bytes, node.payout_address, node.device) for node in worker_nodes()]
+        print(json.dumps(nodes), flush=True)
+    request_resources(bundles=[])
+    began = time.monotonic()
+    wait_until(lambda: not worker_nodes(), "the nodes to go")
+    print(json.dumps({"gone_s": time.monotonic() - began}), flush=True)
+
+
+def wait_until(condition, what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            sys.exit(f"waited {TIMEOUT_S:.0f} s for {what}: {ray.nodes()}")
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    main()
