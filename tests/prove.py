@@ -130,6 +130,11 @@ PARTS = (
         pytest("tests/cluster/test_node_loss.py", "-m", "prove", "-s"),
     ),
     Part(
+        "host cut off",
+        "three hosts, the link of one down for 30 s: 4 streams go on, identical",
+        pytest("tests/cluster/test_host_cut_off.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "nobody fits",
         "jobs without workers wait, go on when a node joins, else end with their reason and a release",
         pytest("tests/cluster/test_nobody_fits.py", "-m", "prove", "-s"),
