@@ -27,6 +27,7 @@ from tests.cluster.user import User
 MODELS = ("azu/tiny-dense", "azu/tiny-moe")
 TIMEOUT_S = 120.0
 _POLL_S = 0.005
+_AT_REST_S = 0.5
 
 _SHOWN: list[str] = []
 
@@ -268,6 +269,25 @@ def piece_pids(home: Path) -> set[int]:
                 if child.cmdline()[0].startswith(("ray::LayerActor", "ray::ExpertActor")):
                     found.add(child.pid)
     return found
+
+
+def wait_for_waiting(home: Path) -> None:
+    """Wait until a process waits on every node and has imported what it will need: it computes no more."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    lenders = [raylet for raylet in raylets(home) if "--head" not in raylet.cmdline()]
+    while not all(is_one_at_rest(raylet) for raylet in lenders):
+        assert time.monotonic() < deadline_s, "no process waits for the next piece"
+
+
+def is_one_at_rest(raylet: psutil.Process) -> bool:
+    """Say whether one of a node's processes has nothing to do and computed nothing for half a second."""
+    with suppress(psutil.Error, IndexError):
+        idle = [child for child in raylet.children() if child.cmdline()[0].startswith("ray::IDLE")]
+        before = [child.cpu_times().user for child in idle]
+        time.sleep(_AT_REST_S)
+        after = [child.cpu_times().user for child in idle]
+        return any(later - earlier < 0.1 * _AT_REST_S for earlier, later in zip(before, after, strict=True))
+    return False
 
 
 def kill_and_kill_again(home: Path, pid: int, next_pid: Callable[[set[int]], int]) -> None:

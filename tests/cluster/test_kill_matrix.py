@@ -18,6 +18,7 @@ from tests.cluster.recovering import (
     spared,
     undisturbed,
     wait_for_pieces,
+    wait_for_waiting,
 )
 
 pytestmark = [pytest.mark.cluster, pytest.mark.prove]
@@ -39,7 +40,7 @@ def running(home: Path) -> Iterator[Running]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_each_piece_killed_at_each_moment(running: Running, model: str) -> None:
+def test_each_piece_killed_at_each_moment(running: Running, home: Path, model: str) -> None:
     _, user = running
     expected = undisturbed(user, model, NUM_TOKENS)
     count = len(pieces_of(model))
@@ -48,6 +49,7 @@ def test_each_piece_killed_at_each_moment(running: Running, model: str) -> None:
         for index in range(count):
             name = wait_for_pieces(model, count)[index]
             doomed = pids([name])
+            wait_for_waiting(home)
             answers, stall_s = disturbed(
                 user, model, NUM_TOKENS, moment, lambda doomed=doomed: kill_all(doomed)
             )

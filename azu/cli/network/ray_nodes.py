@@ -39,8 +39,8 @@ _ALWAYS = {
     # Ray runs actors at niceness 15: whatever else the machine does would go before people who wait.
     "RAY_worker_niceness": "0",
 }
-# What a piece of a model is made with: importing it takes most of the time in which a piece comes up.
-_PRELOADED = "azu.engine.runner,azu.engine.experts"
+# Imported by every process of a lender's node before it has work.
+_PRELOADED = "actors.preloaded"
 # The longest path that a Unix socket may have, and what Ray appends to its folder to make one.
 _MAX_SOCKET_PATH = 107
 _SOCKET_SUFFIX = len("/head/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
