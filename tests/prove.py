@@ -26,7 +26,7 @@ REPORT = ROOT / "tests" / "REPORT.md"
 SHOWN = ROOT / "tests" / "REPORT.json"
 PART_TIMEOUT_S = 3600
 TIMED_OUT = 124
-QUOTED_LINES = 14
+QUOTED_LINES = 40
 
 
 @dataclass(frozen=True, slots=True)

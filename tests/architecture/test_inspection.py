@@ -101,8 +101,9 @@ def test_model_that_cannot_be_cut_is_refused_with_its_reason(model_type: str, tm
     settings, reason = _UNFIT[model_type]
     AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
 
-    with pytest.raises(UnsupportedModel, match=reason):
+    with pytest.raises(UnsupportedModel, match=reason) as refused:
         describe(tmp_path)
+    print(f"\n{model_type}: {refused.value.message}")
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,8 @@ def check_nothing_is_left(user: User, count: int) -> None:
     for job in recent:
         receipt = user.http.get(f"/v1/receipts/{job['job_id']}").json()
         assert receipt["completion_tokens"] < 400, "it ran on although nobody read it"
+    left = "no sequence, block or reservation left"
+    print(f"\n{count} streams dropped, {len(recent)} of them once they were jobs: {left}")
 
 
 def test_streams_dropped_at_random_points_leave_nothing(user: User) -> None:

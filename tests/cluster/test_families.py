@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from azu.units import MIB
 from tests.cluster.models import MODELS, save_with_tokenizer
 from tests.cluster.user import User
 from tests.engine.families import build_lively
@@ -13,7 +14,7 @@ from tests.models.questions import built_in_folder
 
 pytestmark = [pytest.mark.cluster, pytest.mark.prove]
 
-LARGEST_WORKER_BYTES = 8 * 1024**2
+LARGEST_WORKER_BYTES = 8 * MIB
 # Their weights alone are more than any one worker lends.
 TOO_LARGE_FOR_ONE = ("qwen2", "deepseek_v2", "mixtral", "qwen3_moe")
 PROMPTS = ("The", "What is the capital of France?", "azu cuts a model by its layers. " * 6)
@@ -46,4 +47,7 @@ def test_a_family_cut_over_the_nodes_equals_transformers(user: User, model_root:
 
         assert user.results(job_id)["token_ids"] == expected_token_ids(model, prompt), prompt
         receipt = user.http.get(f"/v1/receipts/{job_id}").json()
-        assert len({piece["node"] for piece in receipt["topology"]}) >= 2
+        nodes = {piece["node"] for piece in receipt["topology"]}
+        assert len(nodes) >= 2
+    size = sum(one.nbytes for one in model.parameters()) / MIB
+    print(f"\n{family}: {size:.1f} MiB of weights on {len(nodes)} nodes of at most 8 MiB, all tokens equal")
