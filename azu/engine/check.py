@@ -48,8 +48,10 @@ class CheckReport:
         return self.supported and self.tokens_equal and self.reason is None
 
 
-def check(folder: Path, *, model: str, num_stages: int, expert_holders: int = 0) -> CheckReport:
-    """Run a model folder in stages and whole, in float32, on token ids made up here.
+def check(
+    folder: Path, *, model: str, num_stages: int, expert_holders: int = 0, device: str = "cpu"
+) -> CheckReport:
+    """Run a model folder in stages on a device and whole on the CPU, in float32, on token ids made up here.
 
     With `expert_holders` all experts are spread over that many expert sets. The stages differ in size, for an
     even cut would hide mistakes in counting. Raises InvalidRequest for more stages than the model has layers.
@@ -64,7 +66,7 @@ def check(folder: Path, *, model: str, num_stages: int, expert_holders: int = 0)
     report = CheckReport(model, architecture.name, num_stages, num_layers, False, None, True, None)
     prompts = _prompts(architecture)
     try:
-        tokens, logits = _run_stages(folder, architecture, prompts, num_stages, expert_holders)
+        tokens, logits = _run_stages(folder, architecture, prompts, num_stages, expert_holders, device)
     except (UnsupportedModel, BrokenCheckpoint) as error:
         return replace(report, supported=False, reason=error.message)
     expected_tokens, expected_logits = _run_whole(folder, prompts)
@@ -104,6 +106,7 @@ def _run_stages(
     prompts: Sequence[Sequence[int]],
     num_stages: int,
     expert_holders: int,
+    device: str,
 ) -> tuple[list[list[int]], list[Tensor]]:
     with tempfile.TemporaryDirectory(prefix="azu-check-") as out:
         structure = cut(folder, Path(out), model_id=folder.name, revision="check", architecture=architecture)
@@ -113,7 +116,7 @@ def _run_stages(
 
         def keep(sequence_ids: Sequence[int], logits: Tensor) -> None:
             for sequence_id, row in zip(sequence_ids, logits, strict=True):
-                seen[sequence_id].append(row.clone())
+                seen[sequence_id].append(row.cpu().clone())
 
         longest = max(len(prompt) for prompt in prompts) + _NEW_TOKENS
         num_blocks = len(prompts) * -(-longest // _BLOCK_SIZE)
@@ -128,6 +131,7 @@ def _run_stages(
             ),
             Path(out),
             SchedulerConfig(num_blocks, _BLOCK_SIZE, prefill_chunk_tokens=_PREFILL_CHUNK_TOKENS),
+            device=device,
             on_logits=keep,
         )
         done = pipeline.generate(prompts, SamplingParams(max_tokens=_NEW_TOKENS, ignore_eos=True))

@@ -46,11 +46,13 @@ class LocalPipeline:
         shard_folder: Path,
         scheduling: SchedulerConfig | None = None,
         *,
+        device: str = "cpu",
         on_logits: Callable[[Sequence[int], Tensor], None] | None = None,
     ) -> None:
-        """Load every piece on the CPU; `on_logits` sees what the last stage samples from."""
+        """Load every piece on one device; `on_logits` sees what the last stage samples from."""
         self._structure = structure
         self._folder = shard_folder
+        self._device = device
         self._paths = {shard.name: shard_folder / shard.file_name for shard in structure.shards}
         self._on_logits = on_logits
         self.topology = topology
@@ -77,14 +79,14 @@ class LocalPipeline:
             block_size=self.topology.block_size,
             shard_paths=self._paths,
             config_folder=self._folder,
-            device="cpu",
+            device=self._device,
             expert_sets=self.topology.expert_sets,
         )
         return StageRunner(spec, self.link, on_logits=self._on_logits)
 
     def load_experts(self, chosen: ExpertSet) -> ExpertRunner:
         """Load an expert set of the topology."""
-        return ExpertRunner(self._structure, chosen.experts, self._paths, self._folder, "cpu")
+        return ExpertRunner(self._structure, chosen.experts, self._paths, self._folder, self._device)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
