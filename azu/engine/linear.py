@@ -10,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 # What oneDNN is told to expect; packed weights serve any number of rows.
 _EXPECTED_ROWS = 16
+# With fewer float32 rows it reads weights a seventh slower: they are repeated.
+_LEAST_ROWS = 4
 # Below this the call costs more than the product.
 _MIN_WEIGHT_VALUES = 64 * 1024
 
@@ -25,6 +27,13 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [..., in] times the weight, plus the bias: [..., out]."""
+        rows = x.shape[:-1].numel()
+        if x.dtype is not torch.float32 or not 0 < rows < _LEAST_ROWS:
+            return self._product(x)
+        repeated = x.reshape(rows, -1).repeat(_LEAST_ROWS // rows, 1)
+        return self._product(repeated)[:rows].reshape(*x.shape[:-1], -1)
+
+    def _product(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return out
 

@@ -13,6 +13,9 @@ from azu.engine.sequence import Sequence, SequenceState
 from azu.errors import Unavailable
 from azu.protocol.step import Slice
 
+# A step of fewer tokens takes a stage hardly less time.
+_LEAST_CHUNK_TOKENS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -154,19 +157,28 @@ class Scheduler:
         return [(sequence, 1) for sequence in ready if sequence.is_decoding][:share]
 
     def _prefills(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """Share a step's prompt tokens out: at least half to the oldest prompt, then short ones first."""
+        """Share a step's prompt tokens out: at least half to the oldest prompt, then short ones first.
+
+        A step that reads a short one to its end takes no part of another long one: it would come back later.
+        """
         prefilling = [sequence for sequence in ready if not sequence.is_decoding]
-        budget = self._config.prefill_chunk_tokens
+        budget = self._prefill_budget(prefilling)
         others = sum(sequence.num_pending for sequence in prefilling[1:])
-        limits = [max(budget // 2, budget - others, 1)]
         shares = []
+        limit = max(budget // 2, budget - others, 1)
         for sequence in prefilling[:1] + sorted(prefilling[1:], key=lambda one: one.num_pending):
-            limit = limits.pop() if limits else budget
             num_tokens = min(_chunk(sequence), limit, budget)
+            if num_tokens <= 0 or (len(shares) > 1 and num_tokens < sequence.num_pending):
+                break
+            shares.append((sequence, num_tokens))
             budget -= num_tokens
-            if num_tokens > 0:
-                shares.append((sequence, num_tokens))
+            limit = budget
         return shares
+
+    def _prefill_budget(self, prefilling: list[Sequence]) -> int:
+        """Return a step's prompt tokens: few enough that no stage waits while another reads all of them."""
+        share = -(-sum(sequence.num_pending for sequence in prefilling) // self.micro_batches)
+        return min(self._config.prefill_chunk_tokens, max(share, _LEAST_CHUNK_TOKENS))
 
     def _slice(self, sequence: Sequence, num_tokens: int) -> Slice | None:
         """Give a running sequence blocks for more tokens, as many as there is room for."""

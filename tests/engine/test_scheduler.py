@@ -168,9 +168,25 @@ def test_short_prompt_is_not_kept_waiting_by_long_ones() -> None:
     engine.scheduler.add(short)
 
     engine.send()
+    sizes = [piece.num_tokens for _, piece in engine.in_flight[0]]
     engine.take()
 
     assert short.num_generated == 1
+    assert sizes == [16, 10], "what is left of the step would only keep it waiting"
+
+
+def test_a_lone_prompt_is_cut_so_that_no_stage_waits_for_all_of_it() -> None:
+    engine = _Engine(SchedulerConfig(64, 16, prefill_chunk_tokens=256, micro_batches=2))
+    engine.scheduler.add(_sequence(1, prompt=300, max_tokens=2))
+
+    sizes = []
+    while engine.send():
+        sizes.append(engine.in_flight[-1][0][1].num_tokens)
+        if len(engine.in_flight) == 2:
+            engine.take()
+
+    # A step of fewer than 64 tokens costs as much as one of 64.
+    assert sizes == [150, 75, 64, 11]
 
 
 def test_oldest_prompt_keeps_half_of_every_step() -> None:
