@@ -164,7 +164,7 @@ class Scheduler:
         prefilling = [sequence for sequence in ready if not sequence.is_decoding]
         budget = self._prefill_budget(prefilling)
         others = sum(sequence.num_pending for sequence in prefilling[1:])
-        shares = []
+        shares: list[tuple[Sequence, int]] = []
         limit = max(budget // 2, budget - others, 1)
         for sequence in prefilling[:1] + sorted(prefilling[1:], key=lambda one: one.num_pending):
             num_tokens = min(_chunk(sequence), limit, budget)

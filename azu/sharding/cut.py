@@ -24,7 +24,8 @@ from azu.sharding.writer import write_shard
 _LOCK_FILE = ".cut.lock"
 # How long a cut waits for another process that cuts into the same folder.
 _LOCK_TIMEOUT_S = 3600.0
-_WORKERS = min(4, os.cpu_count() or 1)
+# More than there are cores: some of them wait for the disk.
+_WORKERS = min(8, 2 * (os.cpu_count() or 1))
 
 
 def cut(

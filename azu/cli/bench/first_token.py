@@ -18,7 +18,7 @@ _NUM_BLOCKS = 640
 def measure(shape: ModelShape) -> tuple[Figure, ...]:
     """Return the short prompt's wait, held against three times its lone wait and one chunk."""
     model = bench_model(shape)
-    boundary = balanced_boundary(model.structure)
+    boundary = balanced_boundary(model.structure, sampled_share=0.0)
     short = random_prompts(model.structure, 1, _SHORT_TOKENS)[0]
     *long, chunk = random_prompts(model.structure, _LONG_PROMPTS + 1, _LONG_TOKENS)
     chunk = chunk[: SchedulerConfig(1, 1).prefill_chunk_tokens]

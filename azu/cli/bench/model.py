@@ -49,8 +49,11 @@ def random_prompts(structure: Structure, number: int, length: int) -> list[tuple
     return [tuple(chance.randrange(structure.vocab_size) for _ in range(length)) for _ in range(number)]
 
 
-def balanced_boundary(structure: Structure) -> int:
-    """Return the layer at which two stages of equal machines share the work: the head counts to the last."""
+def balanced_boundary(structure: Structure, sampled_share: float = 1.0) -> int:
+    """Return the layer at which two stages of equal machines share the work.
+
+    The head, on the last stage, works for the share of a run's tokens that another is sampled from.
+    """
     layers = [structure.layer_shard(layer.index).active_parameters for layer in structure.layers]
-    whole = sum(layers) + structure.shard("head").active_parameters
+    whole = sum(layers) + sampled_share * structure.shard("head").active_parameters
     return min(range(1, len(layers)), key=lambda boundary: abs(2 * sum(layers[:boundary]) - whole))

@@ -1,12 +1,14 @@
 """Real LayerActors, each in a process of its own, before them the engine's loop without jobs and money."""
 
 import asyncio
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray.actor import ActorHandle
 
@@ -21,7 +23,8 @@ from azu.errors import InternalError
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import StepResult
 from azu.protocol.structure import Structure
-from azu.protocol.topology import Topology
+from azu.protocol.topology import Stage, Topology
+from azu.units import KIB
 
 _TIMEOUT_S = 600.0
 _BLOCK_SIZE = 16
@@ -58,6 +61,21 @@ class Run:
         return sum(len(answer.token_ids) for answer in self.answers) / self.seconds
 
 
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Bytes of a stage's process, now and at most so far, and of what it is there for: weights and KV."""
+
+    resident_bytes: int
+    peak_bytes: int
+    weight_bytes: int
+    kv_bytes: int
+
+    @property
+    def own_bytes(self) -> int:
+        """What the process holds beside weights and KV."""
+        return self.resident_bytes - self.weight_bytes - self.kv_bytes
+
+
 class MeasuredStage(LayerActor):
     """A LayerActor that counts the seconds it computes."""
 
@@ -80,6 +98,10 @@ class MeasuredStage(LayerActor):
         """Return the seconds spent computing since the last question."""
         seconds, self._computing_s = self._computing_s, 0.0
         return seconds
+
+    def resident_bytes(self) -> tuple[int, int]:
+        """Return this process's memory, now and at most so far."""
+        return psutil.Process().memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
 
 
 class Driver:
@@ -151,7 +173,11 @@ class _Running:
 class Deployment:
     """A model over stages of one thread each."""
 
-    def __init__(self, driver: ActorHandle, stages: Sequence[ActorHandle]) -> None:
+    def __init__(
+        self, structure: Structure, topology: Topology, driver: ActorHandle, stages: Sequence[ActorHandle]
+    ) -> None:
+        self._structure = structure
+        self._topology = topology
         self._driver = driver
         self._stages = stages
 
@@ -160,6 +186,24 @@ class Deployment:
         self._computing()
         answers, seconds = ray.get(self._driver.run.remote(requests), timeout=_TIMEOUT_S)
         return Run(tuple(answers), seconds, tuple(each / seconds for each in self._computing()))
+
+    def memory(self) -> list[StageMemory]:
+        """Return what each stage's process holds."""
+        held = ray.get([stage.resident_bytes.remote() for stage in self._stages], timeout=_TIMEOUT_S)
+        return [
+            StageMemory(now, peak, self._weight_bytes(stage), self._kv_bytes(stage))
+            for (now, peak), stage in zip(held, self._topology.stages, strict=True)
+        ]
+
+    def _weight_bytes(self, stage: Stage) -> int:
+        layers = (self._structure.layer_shard(layer) for layer in range(stage.span.start, stage.span.end))
+        edges = self._structure.edge_shards(stage.span.start, stage.span.end)
+        return sum(shard.weight_bytes for shard in (*layers, *edges))
+
+    def _kv_bytes(self, stage: Stage) -> int:
+        layers = self._structure.layers[stage.span.start : stage.span.end]
+        num_slots = self._topology.num_blocks * self._topology.block_size
+        return num_slots * sum(layer.kv_bytes_per_token for layer in layers)
 
     def _computing(self) -> list[float]:
         computing: list[float] = ray.get(
@@ -201,7 +245,7 @@ def deployed(
             for stage, what, after in zip(stages, topology.stages, [*stages[1:], None], strict=True)
         ]
         ray.get([*loading, driver.start.remote(stages[0])], timeout=_TIMEOUT_S)
-        deployment = Deployment(driver, stages)
+        deployment = Deployment(structure, topology, driver, stages)
         # What is made at first use is not what is measured.
         deployment.run([Request(random_prompts(structure, 1, 4)[0], max_tokens=2)])
         yield deployment
