@@ -149,6 +149,32 @@ PARTS = (
         "nodes, network, ticket, receipt, keystore, credentials and structure files: read or refused by name",
         ("env", "AZU_TEST_FILE_MUTANTS=600", *pytest("tests/cli/test_hostile_files.py")),
     ),
+    Part(
+        "families",
+        "every family in 3 uneven stages, every MoE family with experts over 3 holders: as transformers",
+        pytest("tests/engine/test_check.py", "-s"),
+    ),
+    Part(
+        "forms of checkpoints",
+        "per-expert, fused, tied and prefix-less names in three dtypes: as transformers",
+        pytest("tests/engine/test_input_forms.py"),
+    ),
+    Part(
+        "what cannot be cut",
+        "native types that are refused before anything is loaded, each with its reason",
+        pytest("tests/architecture/test_inspection.py", "-s"),
+    ),
+    Part(
+        "engine over the cluster",
+        "six families over nodes too small for one; 24 requests at once as if alone; 100 dropped streams",
+        pytest(
+            "tests/cluster/test_families.py",
+            "tests/cluster/test_crowd.py",
+            "tests/cluster/test_cancel.py",
+            "-s",
+        ),
+    ),
+    Part("bench", "azu beside transformers, cp and Redis in one run", azu("bench")),
 )
 
 
