@@ -65,7 +65,14 @@ def build_api(
         warming.cancel()
 
     # Their pages would load scripts from elsewhere.
-    api = FastAPI(title="azu", lifespan=connected, docs_url=None, redoc_url=None, responses=_REFUSALS)
+    api = FastAPI(
+        title="azu",
+        lifespan=connected,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=_REFUSALS,
+    )
     for routes in (accounts, completions, jobs, keys, metrics, network, page, quotes, receipts, withdrawals):
         api.include_router(routes.router)
     api.add_exception_handler(AzuError, _refused)

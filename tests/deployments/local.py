@@ -27,6 +27,8 @@ from azu.lifecycle.ports import Ran, Route
 from azu.lifecycle.settlement import Settlement
 from azu.metrics.meter import Picture
 from azu.protocol.job import FinishReason, Job, TokenEvent
+from azu.treasury.claims import RedisClaims
+from azu.treasury.deposits import Sighting, SightingState
 from azu.units import LAMPORTS_PER_HYPE
 from deployments.ingress import build_api
 from deployments.services import Services
@@ -163,8 +165,17 @@ def config_of(
 def policy_with(**limits: int) -> NetworkPolicy:
     """Return the standard policy with other limits."""
     policy = load_network().policy
-    timeouts = policy.timeouts.model_copy(update={"deposit_s": 0.2})
+    timeouts = policy.timeouts.model_copy(update={"deposit_s": 10.0})
     return policy.model_copy(update={"limits": policy.limits.model_copy(update=limits), "timeouts": timeouts})
+
+
+async def knows_no_transfer(redis_url: str) -> None:
+    """Answer what the treasury is asked, as if the chain had no transfer at all."""
+    claims = RedisClaims.from_url(redis_url)
+    while True:
+        for tx_hash in await claims.waiting(100):
+            await claims.answer(tx_hash, Sighting(SightingState.UNKNOWN))
+        await asyncio.sleep(0.02)
 
 
 @asynccontextmanager
@@ -178,13 +189,16 @@ async def local_ingress(
     model = ScriptedModel(jobs)
     price = config.policy.price
     settlement = Settlement(ledger, jobs, price.lamports_per_token_layer, price.platform_percent)
-    running = asyncio.create_task(Dispatcher(jobs, model, settlement, consumer="test").run())
+    dispatcher = Dispatcher(jobs, model, settlement, consumer="test", patience=config.policy.patience())
+    running = [asyncio.create_task(one) for one in (dispatcher.run(), knows_no_transfer(redis_url))]
     try:
         async with api.router.lifespan_context(api):
             transport = httpx.ASGITransport(api, raise_app_exceptions=False)
             yield LocalIngress(config, api, transport, model, ledger)
     finally:
         # A cancellation may be lost where a connection is being made.
-        while not running.done():
-            running.cancel()
-            await asyncio.wait([running], timeout=0.1)
+        while running:
+            for task in running:
+                task.cancel()
+            _, unfinished = await asyncio.wait(running, timeout=0.1)
+            running = list(unfinished)
