@@ -4,6 +4,7 @@ Raise the most specific class. `message` is for the person who caused the error:
 and never carries a secret.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 _MAX_MESSAGE_CHARACTERS = 4096
@@ -49,6 +50,13 @@ class AzuError(Exception):
 
 def _printable(text: str, most: int) -> str:
     return text[:most].encode("utf-8", "backslashreplace").decode()
+
+
+def kinds(of: type[AzuError] = AzuError) -> Iterator[type[AzuError]]:
+    """Yield a class of errors and all that are more special."""
+    yield of
+    for kind in of.__subclasses__():
+        yield from kinds(kind)
 
 
 def _rebuild(

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from azu.auth.keys import ApiKey
-from azu.errors import AzuError, InternalError, InvalidRequest, Unavailable
+from azu.errors import AzuError, InternalError, InvalidRequest, Unavailable, kinds
 from azu.protocol.job import Job, JobOutcome, JobState
 from deployments.accounts import Key, ServicesNow
 from deployments.answers import Answer, Part, joined, usage
@@ -184,7 +184,10 @@ def _error_of(outcome: JobOutcome) -> AzuError:
     if outcome.state is JobState.CANCELLED:
         return Unavailable("whoever read this answer went away before its end", code="job_cancelled")
     said = outcome.error or {}
-    return Unavailable(str(said.get("message")), param=said.get("param"), code=said.get("code"))
+    # What a checkpoint lacks is lacking whenever it is asked for: such errors stay what they were.
+    code = said.get("code")
+    kind = next((kind for kind in kinds() if code and kind.default_code == code), Unavailable)
+    return kind(str(said.get("message")), param=said.get("param"), code=code)
 
 
 def _event(body: dict[str, Any]) -> str:

@@ -1,17 +1,10 @@
 """Every error has an HTTP face, and survives a process border."""
 
 import pickle
-from collections.abc import Iterator
 
 import pytest
 
-from azu.errors import AzuError
-
-
-def kinds(of: type[AzuError] = AzuError) -> Iterator[type[AzuError]]:
-    yield of
-    for kind in of.__subclasses__():
-        yield from kinds(kind)
+from azu.errors import AzuError, kinds
 
 
 @pytest.mark.parametrize("kind", list(kinds()))

@@ -6,13 +6,7 @@ from contextlib import contextmanager
 
 import httpx
 
-from azu.errors import AzuError, DeadlineExceeded, Unavailable
-
-
-def _kinds(of: type[AzuError]) -> Iterator[type[AzuError]]:
-    yield of
-    for kind in of.__subclasses__():
-        yield from _kinds(kind)
+from azu.errors import AzuError, DeadlineExceeded, Unavailable, kinds
 
 
 def error_of(status: int | None, content: bytes) -> AzuError:
@@ -36,11 +30,11 @@ def raise_for(response: httpx.Response) -> None:
 
 def _kind(status: int | None, code: str | None) -> type[AzuError]:
     """Return the class with that code, else the most general one with that status."""
-    kinds = [kind for kind in _kinds(AzuError) if status is None or kind.status == status]
-    by_code = [kind for kind in kinds if code is not None and kind.default_code == code]
+    found = [kind for kind in kinds() if status is None or kind.status == status]
+    by_code = [kind for kind in found if code is not None and kind.default_code == code]
     if by_code:
         return by_code[0]
-    return kinds[0] if kinds and status is not None else Unavailable
+    return found[0] if found and status is not None else Unavailable
 
 
 @contextmanager

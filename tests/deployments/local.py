@@ -43,19 +43,20 @@ EOS = 2
 class ScriptedModel:
     """Answers every prompt with the same tokens and the EOS token, or breaks with `error` after them.
 
-    It begins after `delay_s`.
+    It begins after `delay_s`; a `silent` one writes nothing at all.
     """
 
     jobs: RedisJobs
     token_ids: tuple[int, ...] = (70, 71)
     error: AzuError | None = None
     delay_s: float = 0.0
+    silent: bool = False
     route: Route = field(default_factory=lambda: Route({"node": OWNERS[0]}, ()))
 
     async def run(self, job: Job) -> Ran:
         await asyncio.sleep(self.delay_s)
         written = 0
-        for choice in range(job.choices):
+        for choice in range(0 if self.silent else job.choices):
             for position, token_id in enumerate((*self.token_ids, EOS)[: job.sampling.max_tokens]):
                 last = position == len(self.token_ids)
                 finish = FinishReason.STOP if last and self.error is None else None
@@ -63,7 +64,9 @@ class ScriptedModel:
                 await self.jobs.append([(job.job_id, event)])
                 written += 1
         work = {layer: {"node": 1} for layer in range(job.num_layers)}
-        reason = FinishReason.STOP if self.error is None else FinishReason.ERROR
+        cut = job.sampling.max_tokens <= len(self.token_ids)
+        reason = FinishReason.LENGTH if cut else FinishReason.STOP
+        reason = reason if self.error is None else FinishReason.ERROR
         return Ran(written, reason, work, self.error)
 
     async def cancel(self, job_id: str) -> None:
@@ -167,6 +170,16 @@ def policy_with(**limits: int) -> NetworkPolicy:
     policy = load_network().policy
     timeouts = policy.timeouts.model_copy(update={"deposit_s": 10.0})
     return policy.model_copy(update={"limits": policy.limits.model_copy(update=limits), "timeouts": timeouts})
+
+
+def unhurried() -> NetworkPolicy:
+    """Return a policy that lets everybody ask as fast as they like."""
+    return policy_with(
+        requests_per_minute=60_000_000,
+        request_burst=10**6,
+        sign_ins_per_minute=60_000_000,
+        sign_in_burst=10**6,
+    )
 
 
 async def knows_no_transfer(redis_url: str) -> None:

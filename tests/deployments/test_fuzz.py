@@ -7,30 +7,19 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from azu.config import NetworkPolicy
 from azu.jobs.redis import RedisJobs
 from azu.ledger.accounts import user_available, user_reserved, user_withdrawing, worker_earned
 from azu.ledger.audit import audit
 from azu.ledger.transfers import Reserve
 from tests.deployments.asgi import AsgiTarget
 from tests.deployments.fuzz import Found, Sender, fuzz
-from tests.deployments.local import ADMIN_KEY, LocalIngress, local_ingress, policy_with
+from tests.deployments.local import ADMIN_KEY, LocalIngress, local_ingress, unhurried
 
 pytestmark = pytest.mark.prove
 
 SEED = int(os.environ.get("AZU_TEST_SEED", "1"))
 REQUESTS = int(os.environ.get("AZU_TEST_FUZZ_REQUESTS", "3000"))
 SENDERS = 24
-
-
-def unhurried() -> NetworkPolicy:
-    """Return a policy that lets everybody ask as fast as they like."""
-    return policy_with(
-        requests_per_minute=60_000_000,
-        request_burst=10**6,
-        sign_ins_per_minute=60_000_000,
-        sign_in_burst=10**6,
-    )
 
 
 async def sender_at(ingress: LocalIngress) -> Sender:

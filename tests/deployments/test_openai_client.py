@@ -1,0 +1,151 @@
+"""OpenAI's own client, unchanged, against the ingress: streams, usage, exceptions, what it sends again."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from azu.config import NetworkPolicy
+from azu.errors import ShardError
+from tests.deployments.local import LocalIngress, local_ingress, policy_with
+
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+ASKED = {"model": "azu/tiny-dense", "messages": MESSAGES, "max_tokens": 5}
+Scenario = Callable[[LocalIngress, openai.AsyncOpenAI, list[httpx.Request]], Awaitable[None]]
+
+
+@pytest.fixture
+def play(redis_url: str, tmp_path: Path) -> Callable[..., None]:
+    async def run(scenario: Scenario, policy: NetworkPolicy | None, lamports: int) -> None:
+        sent: list[httpx.Request] = []
+
+        async def remember(request: httpx.Request) -> None:
+            sent.append(request)
+
+        async with local_ingress(redis_url, tmp_path, policy) as ingress:
+            _, api_key = await ingress.user(lamports)
+            async with ingress.client(event_hooks={"request": [remember]}) as http:
+                client = openai.AsyncOpenAI(base_url="http://azu.test/v1", api_key=api_key, http_client=http)
+                await asyncio.wait_for(scenario(ingress, client, sent), 120)
+
+    return lambda scenario, policy=None, lamports=10**8: asyncio.run(run(scenario, policy, lamports))
+
+
+def test_a_stream_ends_with_a_usage_chunk_that_says_the_cost(play) -> None:
+    async def scenario(_: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
+        stream = await client.chat.completions.create(
+            **ASKED, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+        answer = await client.chat.completions.create(**ASKED)
+
+        *said, last = chunks
+        assert last.choices == []
+        assert last.usage is not None
+        assert last.usage.total_tokens == last.usage.prompt_tokens + 3
+        assert last.usage.cost_lamports == answer.usage.cost_lamports == 2 * 6 * last.usage.total_tokens
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in said)
+        assert text == answer.choices[0].message.content
+        assert [chunk.choices[0].finish_reason for chunk in said][-1] == "stop"
+        assert all(chunk.usage is None for chunk in said)
+        assert answer._request_id
+        plain = await client.completions.create(model="azu/tiny-dense", prompt=[5, 6, 7], max_tokens=2)
+        assert (plain.usage.prompt_tokens, plain.choices[0].finish_reason) == (3, "length")
+
+    play(scenario)
+
+
+def test_models_say_what_they_cost_and_how_much_they_take(play) -> None:
+    async def scenario(_: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
+        models = {model.id: model async for model in client.models.list()}
+        dense = await client.models.retrieve("azu/tiny-dense")
+
+        assert set(models) == {"azu/tiny-dense", "azu/tiny-moe"}
+        assert models["azu/tiny-dense"] == dense
+        assert dense.context_length == dense.max_model_len == 1024
+        assert dense.lamports_per_token == 2 * dense.num_layers
+        assert dense.deployed is False
+
+    play(scenario)
+
+
+REFUSED = [
+    ({"max_tokens": -1}, openai.BadRequestError, 400, "max_tokens"),
+    ({"response_format": {"type": "json_object"}}, openai.BadRequestError, 400, "response_format"),
+    ({"model": "azu/unknown"}, openai.NotFoundError, 404, "model"),
+    ({"model": "../../etc"}, openai.BadRequestError, 400, "model"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_are_the_clients_own_exceptions_and_not_sent_again(play, stream: bool) -> None:
+    async def scenario(_: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
+        for change, kind, status, param in REFUSED:
+            with pytest.raises(kind) as refused:
+                await client.chat.completions.create(**ASKED | change, stream=stream)
+            assert (refused.value.status_code, refused.value.param) == (status, param)
+        assert len(sent) == len(REFUSED)
+
+        with pytest.raises(openai.AuthenticationError) as unknown:
+            await client.with_options(api_key="azu-sk-wrong").chat.completions.create(**ASKED)
+        assert unknown.value.code == "invalid_api_key"
+
+    play(scenario)
+
+
+def test_without_money_nothing_is_tried_twice(play) -> None:
+    async def scenario(_: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
+        with pytest.raises(openai.APIStatusError) as refused:
+            await client.chat.completions.create(**ASKED)
+        assert (refused.value.status_code, refused.value.code) == (402, "insufficient_balance")
+        assert len(sent) == 1
+
+    play(scenario, lamports=0)
+
+
+def test_what_was_charged_is_not_sent_again_and_what_was_not_is(play) -> None:
+    async def scenario(ingress: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
+        ingress.model.error = ShardError("a shard is damaged")
+        with pytest.raises(openai.InternalServerError) as charged:
+            await client.chat.completions.create(**ASKED)
+        assert charged.value.status_code == 500
+        assert charged.value.response.headers["x-should-retry"] == "false"
+        assert len(sent) == 1
+
+        ingress.model.token_ids, ingress.model.silent = (), True
+        with pytest.raises(openai.InternalServerError) as free:
+            await client.chat.completions.create(**ASKED)
+        assert "x-should-retry" not in free.value.response.headers
+        assert len(sent) == 1 + 3
+
+    play(scenario)
+
+
+def test_an_error_within_a_stream_is_raised_where_it_happens(play) -> None:
+    async def scenario(ingress: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
+        ingress.model.error = ShardError("a shard is damaged")
+        stream = await client.chat.completions.create(**ASKED, stream=True)
+        first = await anext(stream)
+        assert first.choices[0].delta.role == "assistant"
+        with pytest.raises(openai.APIError, match="damaged"):
+            [chunk async for chunk in stream]
+        assert len(sent) == 1
+
+    play(scenario)
+
+
+def test_a_client_that_asks_too_often_waits_as_long_as_it_is_told(play) -> None:
+    async def scenario(_: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
+        impatient = client.with_options(max_retries=0)
+        answers = await asyncio.gather(*(impatient.models.list() for _ in range(9)), return_exceptions=True)
+        refused = [answer for answer in answers if isinstance(answer, openai.RateLimitError)]
+        assert refused
+        assert all(1 <= int(error.response.headers["retry-after"]) <= 3 for error in refused)
+        assert len(sent) == 9
+
+        await client.with_options(max_retries=3).models.list()
+
+    play(scenario, policy_with(requests_per_minute=20, request_burst=2))
