@@ -111,10 +111,14 @@ class RayDeployment:
     async def _hear_pipeline(self) -> None:
         while True:
             try:
-                loss, epoch = await self._pipeline.next_loss.remote()
+                loss, epoch, bad_frame = await self._pipeline.next_loss.remote()
             except Exception as error:
                 raise as_azu_error(error, f"the pipeline of {self.structure.model_id}") from error
-            self._lost(self._pieces.still_there(loss, epoch))
+            lost = self._pieces.still_there(loss, epoch)
+            if bad_frame:
+                for node_id in self._pieces.nodes_of(lost):
+                    self._site.blame(node_id)
+            self._lost(lost)
 
     def _lost(self, loss: Loss) -> None:
         self._repair.lost(loss)

@@ -10,7 +10,7 @@ from ray.actor import ActorHandle
 
 from actors.link import Acknowledgements, RayExpertLink
 from actors.metrics import open_meter
-from azu.engine.faults import OldEpoch, blamed
+from azu.engine.faults import OldEpoch, blamed, is_bad_frame
 from azu.engine.hops import StageClock, Stay, hop_s
 from azu.engine.spec import Handoff, StageSpec
 from azu.errors import AzuError
@@ -109,4 +109,4 @@ class LayerActor:
 
     def _report(self, loss: Loss, error: AzuError, epoch: int) -> None:
         log.warning("%s is to blame: %s", loss, error.message)
-        self._pipeline.lost.remote(loss, error.message, epoch)
+        self._pipeline.lost.remote(loss, error.message, epoch, is_bad_frame(error))

@@ -29,12 +29,16 @@ Key = tuple[type[Stage] | type[ExpertSet], int]  # kind of piece, index
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where pieces come up: the network's policy, its registry, and its nodes and their agents by id."""
+    """Where pieces come up: the network's policy, its registry, and its nodes and their agents by id.
+
+    `blame` is called with the id of a node that sent a bad frame.
+    """
 
     policy: NetworkPolicy
     registry: ActorHandle
     agents: Mapping[str, ActorHandle]
     nodes: Mapping[str, Node]
+    blame: Callable[[str], None] = lambda _: None
 
 
 @dataclass(slots=True)
@@ -139,6 +143,10 @@ class RayPieces:
             for key in _keys(loss)
             if (piece := self._pieces.get(key)) is not None and piece.epoch <= epoch
         )
+
+    def nodes_of(self, loss: Loss) -> frozenset[str]:
+        """Return the nodes that hold some pieces."""
+        return frozenset(self._pieces[key].what.node_id for key in _keys(loss) if key in self._pieces)
 
     def node_died(self, node_id: str) -> None:
         """Give up what is on a node, without waiting for its actors to say so."""

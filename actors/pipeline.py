@@ -72,7 +72,7 @@ class Pipeline:
         self._updates: asyncio.Queue[list[SequenceUpdate]] = asyncio.Queue()
         self._broken: AzuError | None = None
         self._stages: Ordered[ActorHandle] = ()
-        self._losses: asyncio.Queue[tuple[Loss, int]] = asyncio.Queue()
+        self._losses: asyncio.Queue[tuple[Loss, int, bool]] = asyncio.Queue()
         self._is_paused = False
         self._watchers: set[asyncio.Task[None]] = set()
 
@@ -109,16 +109,16 @@ class Pipeline:
         self._pump()
         self._updates.put_nowait(updates)
 
-    async def lost(self, loss: Loss, fault: str, epoch: int) -> None:
-        """Hear that pieces refused a step, failed or are gone: nothing is scheduled until `resume`."""
+    async def lost(self, loss: Loss, fault: str, epoch: int, bad_frame: bool = False) -> None:
+        """Hear that pieces failed, are gone or sent a bad frame: nothing is scheduled until `resume`."""
         if epoch != self._epoch or self._is_paused:
             return  # whoever was running then is repaired already
         log.warning("%s: %s", loss, fault)
         self._engine.suspend()
-        self._losses.put_nowait((loss, epoch))
+        self._losses.put_nowait((loss, epoch, bad_frame))
 
-    async def next_loss(self) -> tuple[Loss, int]:
-        """Wait for what the stages report as lost, and from which epoch."""
+    async def next_loss(self) -> tuple[Loss, int, bool]:
+        """Wait for what the stages report as lost, from which epoch, and whether for a bad frame."""
         return await self._losses.get()
 
     async def pause(self) -> int:

@@ -21,6 +21,7 @@ from azu.lifecycle.figures import show_books, show_jobs, show_nodes
 from azu.lifecycle.fleet import Fleet
 from azu.lifecycle.nodes import NodeBook
 from azu.lifecycle.settlement import Settlement
+from azu.metrics.catalogue import BAD_FRAMES
 from azu.metrics.meter import Picture
 from azu.metrics.together import Together
 from azu.planner.shrink import Placed, ShrinkOrder, shrink_orders
@@ -48,7 +49,8 @@ class Scheduler:
         self._nodes: dict[str, Node] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._linked: set[str] = set()
-        builder = RayBuilder(Site(policy, registry, self._agents, self._nodes), config.pipeline_redis_url)
+        site = Site(policy, registry, self._agents, self._nodes, self._blame)
+        builder = RayBuilder(site, config.pipeline_redis_url)
         self._fleet = Fleet(
             builder, lambda placed: self._book.nodes(time.monotonic(), placed), policy.plan_policy()
         )
@@ -197,6 +199,13 @@ class Scheduler:
         peers = {other: self._agents[other] for other in sorted(self._linked & self._agents.keys())}
         self._linked.add(node_id)
         self._agents[node_id].measure_links.remote(dict(list(peers.items())[:_MOST_PEERS]))
+
+    def _blame(self, node_id: str) -> None:
+        """Count a bad frame against the node that sent it."""
+        self._book.doubted(node_id, time.monotonic())
+        if node := self._nodes.get(node_id):
+            log.warning("node %s sent a bad frame", node.name)
+            self._meter.count(BAD_FRAMES, 1, node.name)
 
     def _died(self, node_id: str) -> None:
         log.warning("node %s is dead", node_id[:8])

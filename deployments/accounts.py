@@ -1,5 +1,6 @@
 """Deposits, balances and earnings over HTTP."""
 
+from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request
@@ -56,8 +57,12 @@ class ClaimRequest(BaseModel):
 
 @router.get("/v1/platform")
 async def platform(services: ServicesNow) -> dict[str, str]:
-    """Return where deposits go."""
-    return {"address": services.config.platform_address, "chain_url": services.config.chain_url}
+    """Return where deposits go, and which version of azu runs here."""
+    return {
+        "address": services.config.platform_address,
+        "chain_url": services.config.chain_url,
+        "version": version("azu"),
+    }
 
 
 @router.post("/deposit")

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
@@ -42,11 +43,19 @@ def build_app(config: ControlConfig) -> Application:
     return _ingress(lambda: _api(config)).bind()
 
 
+def http_options(config: ControlConfig) -> dict[str, Any]:
+    """Return where the ingress listens, and with which certificate."""
+    options: dict[str, Any] = {"host": config.http_host, "port": config.http_port}
+    if config.tls is not None:
+        options |= {"ssl_certfile": str(config.tls.certificate), "ssl_keyfile": str(config.tls.key)}
+    return options
+
+
 def start(config: ControlConfig) -> None:
     """Serve the network's ingress from the Ray cluster that this process is connected to."""
     # It would tell the terminal what the caller already shows as progress.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": config.http_host, "port": config.http_port})
+    serve.start(http_options=http_options(config))
     serve.run(build_app(config), name=NAME, route_prefix="/")
 
 

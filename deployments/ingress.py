@@ -20,6 +20,7 @@ from deployments import (
     keys,
     metrics,
     network,
+    nodes,
     page,
     quotes,
     receipts,
@@ -73,7 +74,9 @@ def build_api(
         redirect_slashes=False,
         responses=_REFUSALS,
     )
-    for routes in (accounts, completions, jobs, keys, metrics, network, page, quotes, receipts, withdrawals):
+    for routes in (
+        accounts, completions, jobs, keys, metrics, network, nodes, page, quotes, receipts, withdrawals,
+    ):  # fmt: skip
         api.include_router(routes.router)
     api.add_exception_handler(AzuError, _refused)
     api.add_exception_handler(RequestValidationError, _invalid)

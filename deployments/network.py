@@ -119,6 +119,7 @@ def _node(node: Node) -> dict[str, Any]:
         "vram_used_bytes": node.vram_used_bytes,
         "vram_other_bytes": node.vram_other_bytes,
         "load": node.load,
+        "bad_frames": node.bad_frames,
         "cached_shards": len(node.cached_shards),
     }
 

@@ -18,6 +18,7 @@ from azu.auth.keys import ApiKey
 from azu.auth.rates import Rate, RedisRates
 from azu.auth.redis import RedisAuth
 from azu.auth.spending import RedisSpending
+from azu.auth.tickets import RedisTickets
 from azu.config import ControlConfig
 from azu.errors import Forbidden, Unavailable
 from azu.jobs.redis import RedisJobs
@@ -64,6 +65,7 @@ class Services:
         self.auth = RedisAuth.from_url(config.redis_url)
         self.jobs = RedisJobs.from_url(config.redis_url)
         self.ledger = RedisLedger.from_url(config.redis_url)
+        self.tickets = RedisTickets.from_url(config.redis_url)
         self.spending = RedisSpending.from_url(config.redis_url)
         self.spend_limits = SpendLimits(self.spending, self.ledger)
         self.claims = RedisClaims.from_url(config.redis_url)

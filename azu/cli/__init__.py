@@ -34,11 +34,12 @@ _COMMANDS = (
     ("shard", "shard"),
     ("plan", "plan"),
     ("check", "check"),
+    ("doctor", "doctor"),
     ("bench", "bench"),
     ("treasury", "treasury"),
     ("devnet", "devnet"),
 )
-_GROUPS = (("wallet", "wallet"), ("keys", "keys"), ("ledger", "ledger"))
+_GROUPS = (("wallet", "wallet"), ("keys", "keys"), ("ledger", "ledger"), ("ticket", "ticket"))
 
 for _module, _function in _COMMANDS:
     app.command()(getattr(import_module(f"azu.cli.{_module}"), _function))

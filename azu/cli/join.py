@@ -2,19 +2,25 @@
 
 import socket
 import time
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from azu.cli.output import console
+from azu.errors import DeadlineExceeded, Unavailable
 from azu.units import format_bytes
 
 if TYPE_CHECKING:
     from azu.cli.network.children import Children
+    from azu.cli.network.membership import Access, Membership
     from azu.cli.network.ray_nodes import Worker
 
 _START_TIMEOUT_S = 120.0
 _WATCH_S = 0.5
+# How often a node that stays up asks whether it may stay.
+_ASK_EVERY_S = 600.0
 
 Word = Annotated[str, typer.Argument(metavar="TICKET", help="What `azu up` printed.")]
 Vram = Annotated[str, typer.Option(help="What each GPU lends, such as 20GiB; without GPUs, this machine.")]
@@ -28,30 +34,44 @@ def join(
     ticket: Word, vram: Vram, payout: Payout, name: Name = None, cpu: Cpu = False, ip: Ip = None
 ) -> None:
     """Lend this machine until Ctrl-C: one Ray node for each GPU, started again when it dies."""
-    import tempfile
-    from pathlib import Path
-
-    from azu.cli.network.children import Children
     from azu.cli.network.interrupts import ending_as_interrupt
-    from azu.cli.network.ray_nodes import RayHost
-    from azu.cli.network.tickets import Ticket
-    from azu.cli.private_file import write_private
+    from azu.cli.network.membership import membership_of
+    from azu.cli.network.ports import address_towards
+    from azu.cli.network.tickets import EnrolmentTicket, decode_ticket
     from azu.config import Settings
 
-    opened = Ticket.decode(ticket)
-    workers = _workers(name or socket.gethostname(), vram, payout, cpu=cpu)
+    opened = decode_ticket(ticket)
+    called = name or socket.gethostname()
+    workers = _workers(called, vram, payout, cpu=cpu)
     home = Settings.from_environment().home
+    if isinstance(opened, EnrolmentTicket):
+        # The certificate has to name the address that Ray gives the node.
+        ip = ip or address_towards(opened.url)
+    membership = membership_of(opened, home, name=called, host=ip or "")
+    with ending_as_interrupt():
+        while True:
+            _lend(membership, workers, ip, home / "logs")
+
+
+def _lend(membership: "Membership", workers: "list[Worker]", ip: str | None, logs: Path) -> None:
+    """Run the nodes until what opened the network to them does so no longer."""
+    import tempfile
+
+    from azu.cli.network.children import Children
+    from azu.cli.network.ray_nodes import RayHost
+    from azu.cli.private_file import write_private
+
+    access = membership.access()
     with (
-        ending_as_interrupt(),
         # Short, or the paths of Ray's sockets would be too long.
         tempfile.TemporaryDirectory(prefix="azu-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        Children(home / "logs") as nodes,
+        Children(logs) as nodes,
     ):
-        host = RayHost(Path(folder), Path(folder) / "token", ip)
-        write_private(host.token_path, opened.token)
+        host = RayHost(Path(folder), Path(folder) / "token", ip, tls=access.tls)
+        write_private(host.token_path, access.token)
         for worker in workers:
-            nodes.start(host.worker(opened.address, worker))
-        _watch(nodes, workers, opened.address)
+            nodes.start(host.worker(access.head, worker))
+        _watch(nodes, workers, membership, access)
 
 
 def _workers(name: str, vram: str, payout: str, *, cpu: bool) -> "list[Worker]":
@@ -75,18 +95,37 @@ def _workers(name: str, vram: str, payout: str, *, cpu: bool) -> "list[Worker]":
     ]
 
 
-def _watch(nodes: "Children", workers: "list[Worker]", address: str) -> None:
-    """Wait until all nodes have joined, then keep them joined, telling what happens."""
+def _watch(nodes: "Children", workers: "list[Worker]", membership: "Membership", access: "Access") -> None:
+    """Wait until all nodes have joined, then keep them joined, telling what happens.
+
+    Returns when they have to be started with something else; raises Unauthenticated when nothing will do.
+    """
     from azu.cli.network.ray_nodes import STARTED
 
-    with console.status(f"Joining {address}") as status:
+    asked_s = time.monotonic()
+    with console.status(f"Joining {access.head}") as status:
         for worker in workers:
             nodes.wait_until_said(worker.name, STARTED, _START_TIMEOUT_S)
             lent = f"{worker.name} lends {format_bytes(worker.vram_bytes)}"
             console.print(f"[green]✓[/] {lent}, paid to {worker.payout_address}")
         while True:
-            for name in nodes.revive():
+            revived = nodes.revive()
+            for name in revived:
                 console.print(f"[yellow]{name} had ended and was started again[/]")
+            if revived or time.monotonic() - asked_s > _ASK_EVERY_S:
+                asked_s = time.monotonic()
+                if _has_moved_on(membership, access):
+                    return
             joined = sum(nodes.said(worker.name, STARTED) for worker in workers)
-            status.update(f"{joined} of {len(workers)} nodes joined to {address}; Ctrl-C leaves")
+            status.update(f"{joined} of {len(workers)} nodes joined to {access.head}; Ctrl-C leaves")
             time.sleep(_WATCH_S)
+
+
+def _has_moved_on(membership: "Membership", access: "Access") -> bool:
+    """Say whether nodes have to be started again, because the network was or their certificate ends."""
+    try:
+        later = membership.access()
+    except (Unavailable, DeadlineExceeded) as error:
+        console.print(f"[yellow]{error.message}[/]")
+        return False
+    return access.outlived_by(later, datetime.now(UTC))

@@ -58,9 +58,10 @@ def repair(
 
 
 async def _audit(settings: Settings, wallet_lamports: int | None) -> "Audit":
+    from azu.cli.network.redis_server import own_redis_url
     from azu.ledger.redis import RedisLedger
 
-    books = RedisLedger.from_url(settings.redis_url or _own_redis_url(settings.home))
+    books = RedisLedger.from_url(settings.redis_url or own_redis_url(settings.home))
     chain = None if wallet_lamports is not None else _chain(settings)
     try:
         report = await _look(books, chain, wallet_lamports)
@@ -101,20 +102,6 @@ async def _wallet(chain_url: str, platform_address: str) -> int:
         return await chain.spot_balance(platform_address)
     finally:
         await chain.close()
-
-
-def _own_redis_url(home: Path) -> str:
-    """Return where the Redis is that azu started in a home folder, from the file that configures it."""
-    from urllib.parse import quote
-
-    from azu.errors import NotFound
-
-    config = home / "redis" / "redis.conf"
-    if not config.is_file():
-        raise NotFound(f"no network ever ran in {home}, and REDIS_HOST is not set")
-    lines = (line.partition(" ") for line in config.read_text().splitlines())
-    values = {name: value for name, _, value in lines}
-    return f"redis://:{quote(values['requirepass'], safe='')}@127.0.0.1:{values['port']}/0"
 
 
 def _drawn_audit(report: "Audit") -> Group:

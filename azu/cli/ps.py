@@ -35,12 +35,25 @@ def _network(found: "Network") -> Group:
             "?" if node.vram_used_bytes is None else format_bytes(node.vram_used_bytes),
             format_bytes(node.vram_other_bytes),
             f"{node.load:.0%}",
+            node.bad_frames,
             node.cached_shards,
             node.payout_address,
         )
         for node in found.nodes
     ]
-    columns = ["node", "state", "device", "VRAM", "free", "used", "others", "load", "cached shards", "payout"]
+    columns = [
+        "node",
+        "state",
+        "device",
+        "VRAM",
+        "free",
+        "used",
+        "others",
+        "load",
+        "bad frames",
+        "cached shards",
+        "payout",
+    ]
     return Group(table(columns, nodes, title="nodes"), *(_deployment(one) for one in found.deployments))
 
 

@@ -19,6 +19,9 @@ Vram = Annotated[str, typer.Option(help="What each of them lends, in whole MiB."
 Payout = Annotated[str | None, typer.Option(help="Who is paid for them; a devnet's play money needs nobody.")]
 File = Annotated[Path | None, typer.Option(help="A network file; see configs/network.yaml.")]
 Ip = Annotated[str | None, typer.Option(help="The address at which other machines reach this one.")]
+Tls = Annotated[
+    bool | None, typer.Option("--tls/--no-tls", help="Encrypt all between machines; on by default with --ip.")
+]
 Dashboard = Annotated[bool, typer.Option(help="Start Ray's dashboard too.")]
 Background = Annotated[bool, typer.Option("--background", help="Return once it is up.")]
 
@@ -29,6 +32,7 @@ def up(
     payout: Payout = None,
     network: File = None,
     ip: Ip = None,
+    tls: Tls = None,
     dashboard: Dashboard = False,
     background: Background = False,
     as_json: AsJson = False,
@@ -53,7 +57,10 @@ def up(
     with ExitStack() as stack:
         stack.enter_context(ending_as_interrupt())
         with Narrator(quiet=as_json).steps() as step:
-            running = stack.enter_context(local_network(settings, file, step, ip=ip, dashboard=dashboard))
+            encrypted = tls if tls is not None else ip is not None
+            running = stack.enter_context(
+                local_network(settings, file, step, ip=ip, dashboard=dashboard, tls=encrypted)
+            )
         _tell(_facts(running), as_json)
         watch(running.revive)
 
@@ -90,11 +97,12 @@ def _facts(running: "LocalNetwork") -> dict[str, Any]:
         "chain_url": running.chain_url,
         "platform_address": running.platform_address,
         "admin_key": running.admin_key,
+        "authority": None if running.authority is None else str(running.authority),
         "ticket": running.ticket.encode(),
     }
 
 
-def _tell(facts: dict[str, str], as_json: bool) -> None:
+def _tell(facts: dict[str, str | None], as_json: bool) -> None:
     show(facts, as_json, _panel)
     if not as_json:
         # On a line of its own, whole: what a panel breaks cannot be copied.
@@ -102,10 +110,12 @@ def _tell(facts: dict[str, str], as_json: bool) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _panel(facts: dict[str, str]) -> Panel:
+def _panel(facts: dict[str, str | None]) -> Panel:
     grid = Table.grid(padding=(0, 2))
     for name in ("url", "chain_url", "platform_address", "admin_key"):
         grid.add_row(name.replace("_", " "), facts[name])
+    if facts["authority"] is not None:
+        grid.add_row("encrypted", f"clients need AZU_TLS_CA={facts['authority']}")
     grid.add_row("to join", "the command below, on any machine")
     grid.add_row("", "[dim]whoever joins can run code here: give the ticket to people you trust[/]")
     return Panel(grid, title="azu is up; `azu down` stops it", title_align="left", expand=False)

@@ -55,6 +55,34 @@ class KeyLine:
 
 
 @dataclass(frozen=True, slots=True)
+class TicketLine:
+    """A ticket without its secret, and the names of the nodes that it let in."""
+
+    __pydantic_config__ = _LENIENT
+
+    ticket_id: str
+    label: str
+    uses: int
+    created_at_ms: int
+    expires_at_ms: int
+    revoked_at_ms: int | None
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NewTicket:
+    """What a node has to know to get in: its secret is told once."""
+
+    __pydantic_config__ = _LENIENT
+
+    ticket_id: str
+    url: str
+    authority_sha256: str
+    publicly_trusted: bool
+    secret: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Platform:
     """Where deposits go: the platform's address on the chain at `chain_url`."""
 
@@ -173,6 +201,7 @@ class NodeLine:
 
     `vram_free_bytes` is what may still be placed there, `vram_used_bytes` what azu's processes really hold
     (None if unknown), `vram_other_bytes` what other programs do; `load` is the busy part of the device.
+    `bad_frames` counts what it sent and others refused.
     """
 
     __pydantic_config__ = _LENIENT
@@ -188,6 +217,7 @@ class NodeLine:
     vram_used_bytes: int | None = None
     vram_other_bytes: int = 0
     load: float = 0.0
+    bad_frames: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The client: one class over the ingress's HTTP API."""
 
 import os
+import ssl
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,15 +19,18 @@ from azu.client.answers import (
     KeyLine,
     ModelState,
     Network,
+    NewTicket,
     Platform,
     ReceiptLines,
     Results,
+    TicketLine,
     WithdrawalLine,
     read,
 )
 from azu.client.errors import raise_for, translated
 from azu.client.login import sign_challenge, wallet_of
 from azu.client.stream import Stream
+from azu.client.tls import trusting
 from azu.errors import InternalError
 
 if TYPE_CHECKING:
@@ -43,16 +47,28 @@ Message = dict[str, str]
 class Client:
     """A network's user. `base_url` and `api_key` default to AZU_URL and AZU_API_KEY.
 
+    An encrypted network's certificate has to be one that everybody trusts, or of the authority whose
+    certificate is in the file AZU_TLS_CA; `tls` says otherwise.
+
     Every method raises the AzuError that the network answered with, Unavailable when it cannot be reached and
     DeadlineExceeded when it takes too long.
     """
 
     def __init__(
-        self, base_url: str | None = None, api_key: str | None = None, *, timeout_s: float = _TIMEOUT_S
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout_s: float = _TIMEOUT_S,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        authority = os.environ.get("AZU_TLS_CA")
+        if tls is None and authority:
+            tls = trusting(authority)
         self._http = httpx.Client(
             base_url=base_url or os.environ.get("AZU_URL") or DEFAULT_URL,
             timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
+            verify=True if tls is None else tls,
         )
         self._use_key(api_key or os.environ.get("AZU_API_KEY"))
 
@@ -189,6 +205,20 @@ class Client:
     def models(self) -> list[str]:
         """Return the models that are known to the network."""
         return [line["id"] for line in self._get("/v1/models")["data"]]
+
+    def new_ticket(self, *, label: str, uses: int, expires_in_s: int) -> NewTicket:
+        """Make a ticket that lets nodes in; the client's key must be the admin key."""
+        body = {"label": label, "uses": uses, "expires_in_s": expires_in_s}
+        return read(NewTicket, self._post("/v1/nodes/tickets", body))
+
+    def tickets(self) -> list[TicketLine]:
+        """Return every ticket; the client's key must be the admin key."""
+        return [read(TicketLine, line) for line in self._get("/v1/nodes/tickets")["data"]]
+
+    def revoke_ticket(self, ticket_id: str) -> None:
+        """Let no node in with a ticket any more; the client's key must be the admin key."""
+        with translated():
+            raise_for(self._http.delete(f"/v1/nodes/tickets/{ticket_id}"))
 
     def shard(self, model: str) -> ModelState:
         """Have a model cut; the client's key must be the admin key."""

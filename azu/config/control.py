@@ -11,6 +11,30 @@ from azu.errors import ConfigurationError
 
 
 @dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """The files of the ingress's own certificate."""
+
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True, slots=True)
+class EnrolmentConfig:
+    """What the head gives to nodes that come with a ticket, and the files it takes that from.
+
+    Nodes ask at `url`, whose certificate is the authority's, or, if it is `publicly_trusted`, anybody's that
+    their system trusts. `head` is where Ray's head is ("host:port").
+    """
+
+    url: str
+    publicly_trusted: bool
+    head: str
+    token_path: Path
+    authority: Path
+    authority_key: Path
+
+
+@dataclass(frozen=True, slots=True)
 class ControlConfig:
     """One network's control plane.
 
@@ -19,6 +43,7 @@ class ControlConfig:
     `admin_key_sha256` is in hex.
     With `open_metrics` nobody needs the admin key to read the metrics.
     Folders are taken as models from under `model_roots` alone.
+    Without `tls` the ingress speaks plain HTTP; without `enrolment` a ticket holds all that a node needs.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", hide_input_in_errors=True)
@@ -37,6 +62,8 @@ class ControlConfig:
     max_model_bytes: int
     open_metrics: bool = False
     hf_token: str | None = field(default=None, repr=False)
+    tls: TlsConfig | None = None
+    enrolment: EnrolmentConfig | None = None
 
     def to_json(self) -> str:
         """Return it for a file that only its owner reads: there are passwords in it."""

@@ -34,7 +34,9 @@ class Settings(BaseSettings):
     """What one machine's owner decides. The platform's private key is never among it.
 
     Without REDIS_HOST azu starts a Redis of its own, without HYPERLIQUID_RPC_URL a devnet. AZU_MODEL_ROOTS
-    are folders separated as in PATH; AZU_MAX_MODEL_BYTES takes sizes such as 64GiB.
+    are folders separated as in PATH; AZU_MAX_MODEL_BYTES takes sizes such as 64GiB. AZU_TLS_CERT and
+    AZU_TLS_KEY are the ingress's certificate chain and key, AZU_TLS_CA whom to trust at AZU_URL beside the
+    system's authorities; AZU_REDIS_TLS encrypts the link to Redis, whose authority AZU_REDIS_CA is.
     """
 
     model_config = SettingsConfigDict(
@@ -52,12 +54,17 @@ class Settings(BaseSettings):
     redis_port: Port = Field(6379, validation_alias="REDIS_PORT")
     redis_username: str = Field("", validation_alias="REDIS_USERNAME")
     redis_password: SecretStr | None = Field(None, validation_alias="REDIS_PASSWORD")
+    redis_tls: bool = Field(False, validation_alias="AZU_REDIS_TLS")
+    redis_ca: HomePath | None = Field(None, validation_alias="AZU_REDIS_CA")
     hf_token: SecretStr | None = Field(None, validation_alias="HF_TOKEN")
     home: HomePath = Field(Path("~/.azu"), validation_alias="AZU_HOME", validate_default=True)
     url: str = Field("http://127.0.0.1:8000", validation_alias="AZU_URL")
+    tls_ca: HomePath | None = Field(None, validation_alias="AZU_TLS_CA")
     api_key: SecretStr | None = Field(None, validation_alias="AZU_API_KEY")
     http_host: str = Field("127.0.0.1", validation_alias="AZU_HTTP_HOST")
     http_port: Port = Field(8000, validation_alias="AZU_HTTP_PORT")
+    tls_cert: HomePath | None = Field(None, validation_alias="AZU_TLS_CERT")
+    tls_key: HomePath | None = Field(None, validation_alias="AZU_TLS_KEY")
     domain: str | None = Field(None, validation_alias="AZU_DOMAIN")
     admin_key: SecretStr | None = Field(None, validation_alias="AZU_ADMIN_KEY")
     open_metrics: bool = Field(False, validation_alias="AZU_OPEN_METRICS")
@@ -73,9 +80,19 @@ class Settings(BaseSettings):
         """
         _refuse_unknown(os.environ, {str(field.validation_alias) for field in cls.model_fields.values()})
         try:
-            return cls()
+            settings = cls()
         except ValidationError as error:
             raise refused(error) from error
+        settings._refuse_half_a_pair()
+        return settings
+
+    def _refuse_half_a_pair(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigurationError("AZU_TLS_CERT and AZU_TLS_KEY go together", param="AZU_TLS_CERT")
+        if self.redis_ca is not None and not self.redis_tls:
+            raise ConfigurationError("AZU_REDIS_CA is for AZU_REDIS_TLS=1", param="AZU_REDIS_CA")
+        if self.redis_tls and self.redis_host is None:
+            raise ConfigurationError("AZU_REDIS_TLS is for the Redis at REDIS_HOST", param="AZU_REDIS_TLS")
 
     @property
     def redis_url(self) -> str | None:
@@ -85,7 +102,12 @@ class Settings(BaseSettings):
         user, at = quote(self.redis_username, safe=""), ""
         if self.redis_password:
             at = f"{user}:{quote(self.redis_password.get_secret_value(), safe='')}@"
-        return f"redis://{at}{self.redis_host}:{self.redis_port}/0"
+        place = f"{at}{self.redis_host}:{self.redis_port}/0"
+        if not self.redis_tls:
+            return f"redis://{place}"
+        if self.redis_ca is None:
+            return f"rediss://{place}"
+        return f"rediss://{place}?ssl_ca_certs={quote(str(self.redis_ca.absolute()), safe='/')}"
 
 
 def _refuse_unknown(environment: Mapping[str, str], known: set[str]) -> None:

@@ -24,6 +24,13 @@ class ExpertsFailed(WorkerLost):
         self.expert_set = expert_set
 
 
+def is_bad_frame(error: AzuError) -> bool:
+    """Say whether a fault is what another piece sent, and not that it is gone or silent."""
+    if isinstance(error, ExpertsFailed):
+        return isinstance(error.__cause__, FrameError)
+    return isinstance(error, BadFrame)
+
+
 def blamed(error: AzuError, stage: int) -> Loss:
     """Return whom a stage's fault is put down to: the stage itself, unless the error names another piece."""
     match error:

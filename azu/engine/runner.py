@@ -51,6 +51,7 @@ class StageRunner:
         self._sent = SentLog(spec.structure.hidden_size * spec.structure.dtype_bytes, spec.sent_log_bytes)
         self._context = StepContext()
         self._lock = threading.Lock()
+        self._last_step = 0
         self._is_last = span.end == spec.structure.num_layers
         self._spread_layers = [
             self._spread(built, layer, held, experts) for layer, held in built.spread.items()
@@ -68,6 +69,7 @@ class StageRunner:
             if batch.replay is not None and self._spec.stage.index < batch.replay.first:
                 return Handoff(batch, self._frame(batch, self._kept(batch)))
             rows = self._tokens(batch, frame) if self._spec.stage.index == 0 else self._received(batch, frame)
+            self._last_step = batch.step
             layout = self._layout(batch)
             self._context.begin(self._step_id(batch), layout)
             if self._is_last:
@@ -81,6 +83,7 @@ class StageRunner:
         """
         with self._lock:
             assert topology.epoch > self._spec.epoch, "an epoch never comes twice"
+            self._last_step = 0
             self._spec = replace(self._spec, epoch=topology.epoch, expert_sets=topology.expert_sets)
             for module in self._spread_layers:
                 assert experts is not None, "there is no way to the experts that are elsewhere"
@@ -119,6 +122,7 @@ class StageRunner:
     def _tokens(self, batch: StepBatch, frame: bytes | None) -> Tensor:
         if frame is not None:
             raise FrameError(f"step {batch.step} came with a frame to the first stage")
+        self._refuse_repeated(batch)
         ids, vocab_size = batch.token_ids, self._spec.structure.vocab_size
         if not ids or len(ids) != batch.num_tokens or not 0 <= min(ids) <= max(ids) < vocab_size:
             raise FrameError(
@@ -143,9 +147,15 @@ class StageRunner:
         if batch.epoch > self._spec.epoch:
             raise FrameError(f"step {batch.step} is of epoch {batch.epoch}, which this stage does not know")
 
+    def _refuse_repeated(self, batch: StepBatch) -> None:
+        # Within an epoch steps come in their order; one that comes again would be sampled twice.
+        if batch.step <= self._last_step:
+            raise FrameError(f"step {batch.step} came after step {self._last_step}")
+
     def _refuse(self, batch: StepBatch, frame: Frame, sender: int) -> None:
         if frame.epoch != batch.epoch:
             raise FrameError(f"a frame of epoch {frame.epoch} came with a step of epoch {batch.epoch}")
+        self._refuse_repeated(batch)
         if (frame.step, frame.micro_batch, frame.stage) != (batch.step, batch.micro_batch, sender):
             raise FrameError(
                 f"step {frame.step}.{frame.micro_batch} of stage {frame.stage} came with step {batch.step}"

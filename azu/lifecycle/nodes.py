@@ -7,6 +7,7 @@ from azu.protocol.node import Node, NodeState
 
 # A listener that was busy itself for longer than this between two looks was deaf: no node was silent.
 _LONGEST_LOOK_S = 1.5
+_MOST_DOUBLINGS = 8
 
 
 @dataclass(slots=True)
@@ -17,6 +18,7 @@ class _Entry:
     heard_s: float
     trusted_s: float
     is_dead: bool = False
+    bad_frames: int = 0
 
 
 class NodeBook:
@@ -45,12 +47,15 @@ class NodeBook:
             trusted_s = now_s + self._dead_s
         else:
             trusted_s = before.trusted_s
-        self._entries[node.node_id] = _Entry(node, now_s, trusted_s)
+        bad_frames = 0 if before is None else before.bad_frames
+        self._entries[node.node_id] = _Entry(node, now_s, trusted_s, bad_frames=bad_frames)
 
     def doubted(self, node_id: str, now_s: float) -> None:
-        """Suspect a node at once whose worker refused, failed or did not acknowledge a frame."""
+        """Suspect a node at once that sent a bad frame, for longer each time it does."""
         if entry := self._entries.get(node_id):
-            entry.trusted_s = max(entry.trusted_s, now_s + self._suspect_s)
+            doubt_s = self._suspect_s * 2 ** min(entry.bad_frames, _MOST_DOUBLINGS)
+            entry.bad_frames += 1
+            entry.trusted_s = max(entry.trusted_s, now_s + doubt_s)
 
     def gone(self, node_id: str) -> None:
         """Forget a node that Ray says is dead or that left."""
@@ -78,6 +83,7 @@ class NodeBook:
                 entry.node,
                 state=self._state(entry, now_s),
                 vram_free_bytes=max(0, entry.node.room_bytes(placed_bytes.get(node_id, 0))),
+                bad_frames=entry.bad_frames,
             )
             for node_id, entry in sorted(self._entries.items())
         )

@@ -83,6 +83,9 @@ NODE_VRAM_OTHER = Metric(
     "azu_node_vram_other_bytes", Kind.GAUGE, "What other programs hold on the node's device.", ("node",)
 )
 NODE_LOAD = Metric("azu_node_load_ratio", Kind.GAUGE, "The busy part of a node's device.", ("node",))
+BAD_FRAMES = Metric(
+    "azu_bad_frames_total", Kind.COUNTER, "Frames that a node sent and their receiver refused.", ("node",)
+)
 LAMPORTS_CHARGED = Metric(
     "azu_lamports_charged_total", Kind.COUNTER, "Lamports charged for jobs since the books were opened."
 )

@@ -24,6 +24,7 @@ class Node:
     `cached_shards` holds the sha256 of every shard on its disk; `links_s` the one-way latency to other nodes.
     `vram_used_bytes` is what azu's own pieces really take, None where they cannot be told from others;
     `vram_other_bytes` what other programs hold on the card. `load` is the busy part of the device, 0 to 1.
+    `bad_frames` counts what the node sent and its receivers refused, since it joined.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -42,6 +43,7 @@ class Node:
     vram_used_bytes: int | None = None
     vram_other_bytes: int = 0
     load: float = 0.0
+    bad_frames: int = 0
 
     def room_bytes(self, placed_bytes: int) -> int:
         """Return what may still be placed beside pieces of `placed_bytes`, loaded or not yet.

@@ -16,7 +16,7 @@ from azu.auth.receipts import sealed, sign_receipt
 from azu.chain import wallet
 from azu.cli.credentials import Credential, load_credential, store_credential
 from azu.cli.network.running import stop_running
-from azu.cli.network.tickets import Ticket
+from azu.cli.network.tickets import EnrolmentTicket, Ticket, decode_ticket
 from azu.cli.receipt import _checked, _read
 from azu.config import load_network
 from azu.documents import MAX_DOCUMENT_BYTES, read_json, read_yaml
@@ -30,11 +30,12 @@ SEED = int(os.environ.get("AZU_TEST_SEED", "1"))
 MUTANTS = int(os.environ.get("AZU_TEST_FILE_MUTANTS", "20"))
 URL = "http://127.0.0.1:9"
 MODEL = structure()
+ENROLMENT = EnrolmentTicket(url="https://10.0.0.1:8000", authority_sha256="0" * 64, secret="0" * 64)
 PLATFORM = Account.from_key("0x" + "09" * 32)
 
 
 def _read_ticket(path: Path) -> object:
-    return Ticket.decode(path.read_bytes().decode("latin-1"))
+    return decode_ticket(path.read_bytes().decode("latin-1"))
 
 
 def _read_receipt(path: Path) -> object:
@@ -78,6 +79,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object]
         lambda path: path.write_text(Ticket(address="10.0.0.1:6379", token="0" * 64).encode()),
         _read_ticket,
     ),
+    "enrolment": ("ticket", lambda path: path.write_text(ENROLMENT.encode()), _read_ticket),
     "receipt": ("receipt.json", _write_receipt, _read_receipt),
     "keystore": ("wallet.json", _write_keystore, _read_keystore),
     "credentials": ("credentials.json", _write_credentials, lambda path: load_credential(path.parent, URL)),

@@ -114,3 +114,35 @@ def test_an_empty_variable_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> No
 
     assert settings.network is None
     assert settings.redis_url is None
+
+
+def test_the_link_to_a_configured_redis_is_encrypted_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_HOST", "books.example")
+    monkeypatch.setenv("AZU_REDIS_TLS", "1")
+
+    assert Settings.from_environment().redis_url == "rediss://books.example:6379/0"
+
+    monkeypatch.setenv("AZU_REDIS_CA", "/etc/our authority.crt")
+    url = Settings.from_environment().redis_url
+    assert url == "rediss://books.example:6379/0?ssl_ca_certs=/etc/our%20authority.crt"
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"AZU_TLS_CERT": "/c"}, "AZU_TLS_CERT"),
+        ({"AZU_TLS_KEY": "/k"}, "AZU_TLS_CERT"),
+        ({"AZU_REDIS_TLS": "1"}, "AZU_REDIS_TLS"),
+        ({"AZU_REDIS_CA": "/c", "REDIS_HOST": "books.example"}, "AZU_REDIS_CA"),
+    ],
+)
+def test_half_of_what_encrypts_is_refused(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], param: str
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(ConfigurationError) as refused:
+        Settings.from_environment()
+
+    assert refused.value.param == param

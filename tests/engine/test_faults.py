@@ -2,8 +2,8 @@
 
 import pytest
 
-from azu.engine.faults import BadFrame, ExpertsFailed, blamed
-from azu.errors import AzuError, FrameError
+from azu.engine.faults import BadFrame, ExpertsFailed, OldEpoch, blamed, is_bad_frame
+from azu.errors import AzuError, DeadlineExceeded, FrameError
 from azu.protocol.topology import Loss
 
 
@@ -17,3 +17,23 @@ from azu.protocol.topology import Loss
 )
 def test_the_piece_at_fault_is_blamed(error: AzuError, loss: Loss) -> None:
     assert blamed(error, stage=2) == loss
+
+
+def _failed_by(cause: AzuError) -> ExpertsFailed:
+    error = ExpertsFailed(0, cause.message)
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "counts"),
+    [
+        (BadFrame(1, "wrong checksum"), True),
+        (_failed_by(FrameError("wrong checksum")), True),
+        (_failed_by(DeadlineExceeded("did not answer in time")), False),
+        (FrameError("logits that are not finite"), False),
+        (OldEpoch("given up"), False),
+    ],
+)
+def test_only_what_another_piece_sent_counts_against_it(error: AzuError, counts: bool) -> None:
+    assert is_bad_frame(error) is counts

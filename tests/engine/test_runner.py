@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import OpenedSequence, Slice, StepBatch, StepResult
 from tests.engine.conftest import CutModel
 
+_STEPS = count(4)
 _BATCH = StepBatch(
     epoch=1,
     step=4,
@@ -53,8 +55,13 @@ def last(cut_model: Callable[[str], CutModel]) -> StageRunner:
     return StageRunner(_spec(cut_model("llama"), 1))
 
 
+def _next(batch: StepBatch) -> StepBatch:
+    """Return a batch as a step that no stage has seen."""
+    return replace(batch, step=next(_STEPS))
+
+
 def _handoff(first: StageRunner) -> Handoff:
-    output = first.run(_BATCH, None)
+    output = first.run(_next(_BATCH), None)
     assert isinstance(output, Handoff)
     return output
 
@@ -78,7 +85,7 @@ def test_handoff_carries_no_token_ids(first: StageRunner) -> None:
     ("changes", "complaint"),
     [
         ({"epoch": 2}, "epoch"),
-        ({"step": 5}, "step"),
+        ({"step": 1}, "step 1"),
         ({"micro_batch": 1}, "came with step"),
         ({"stage": 1}, "of stage 1"),
         ({"dtype": "int32"}, "int32"),
@@ -135,7 +142,18 @@ def test_damaged_or_missing_bytes_are_refused(first: StageRunner, last: StageRun
 )
 def test_first_stage_refuses_steps_it_cannot_run(first: StageRunner, batch: StepBatch) -> None:
     with pytest.raises(FrameError):
-        first.run(batch, None)
+        first.run(_next(batch), None)
+
+
+def test_a_step_that_comes_again_or_too_late_is_refused(first: StageRunner, last: StageRunner) -> None:
+    earlier, later = _handoff(first), _handoff(first)
+    last.run(later.batch, later.frame)
+
+    for handoff in (later, earlier):
+        with pytest.raises(FrameError, match=r"stage 0 sent .*came after step"):
+            last.run(handoff.batch, handoff.frame)
+        with pytest.raises(FrameError, match="came after step"):
+            first.run(replace(_BATCH, step=handoff.batch.step), None)
 
 
 def test_sequence_that_was_never_opened_is_not_sampled(first: StageRunner, last: StageRunner) -> None:

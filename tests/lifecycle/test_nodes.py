@@ -89,7 +89,7 @@ def test_a_node_back_from_the_dead_gets_no_work_before_it_has_spoken_for_a_while
     assert states == [NodeState.SUSPECT] * 5 + [NodeState.ALIVE] * 3
 
 
-def test_a_node_whose_worker_fails_is_suspect_at_once_however_often_its_agent_reports() -> None:
+def test_a_node_that_sends_a_bad_frame_is_suspect_at_once_however_often_its_agent_reports() -> None:
     nodes = book()
     nodes.heard(node("a"), now_s=100)
     nodes.doubted("a", now_s=100)
@@ -98,6 +98,19 @@ def test_a_node_whose_worker_fails_is_suspect_at_once_however_often_its_agent_re
     assert state(nodes, 101) is NodeState.SUSPECT
     nodes.heard(node("a"), now_s=103)
     assert state(nodes, 103) is NodeState.ALIVE
+
+
+def test_each_bad_frame_counts_against_its_sender() -> None:
+    nodes = book()
+    nodes.heard(node("a"), now_s=100)
+    for now_s in (100, 110):
+        nodes.doubted("a", now_s)
+    nodes.heard(node("a"), now_s=114)
+
+    (judged,) = nodes.nodes(114, {})
+    assert (judged.state, judged.bad_frames) == (NodeState.SUSPECT, 2)  # twice as long as the first time
+    nodes.heard(node("a"), now_s=116)
+    assert state(nodes, 116) is NodeState.ALIVE
 
 
 def test_nobody_dies_of_a_time_in_which_nobody_listened() -> None:

@@ -11,8 +11,7 @@ from azu.cli.bench.results import BenchReport, Figure, Measured
 from azu.engine.reference import ModelShape
 from azu.errors import InvalidRequest
 
-# Later: what TLS costs a hop, what keeping inputs for a replay costs a stage.
-MEASUREMENTS = ("settling", "sharding", "hop", "one_stream", "many_streams", "first_token")
+MEASUREMENTS = ("settling", "sharding", "hop", "tls", "one_stream", "many_streams", "first_token")
 _RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -64,7 +64,7 @@ def attached_network(
                 serving.stop()  # what a network left that was killed
                 serving.start(config, books.redis.ingress)
                 # A cluster that grows when it is asked has no workers yet.
-                serving.wait_until_it_answers(network.url, timeout_s, network.revive)
+                serving.wait_until_it_answers(serving.local_client(config), timeout_s, network.revive)
                 yield network
             finally:
                 if _listens(head):

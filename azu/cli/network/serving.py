@@ -7,27 +7,48 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from azu.cli.network.chain import Chain
 from azu.cli.network.interrupts import handlers_kept
+from azu.cli.network.ray_nodes import RayHost
 from azu.cli.network.redis_server import RedisUrls
-from azu.config import ControlConfig, NetworkPolicy, Settings
+from azu.cli.network.tls import TlsFiles, authority_key
+from azu.config import ControlConfig, EnrolmentConfig, NetworkPolicy, Settings, TlsConfig
 from azu.errors import DeadlineExceeded, Unavailable
 
+if TYPE_CHECKING:
+    from azu.client import Client
+
 _POLL_S = 0.1
+_EVERYWHERE = ("0.0.0.0", "::")
 
 
 def control_config(
-    settings: Settings, policy: NetworkPolicy, chain: Chain, redis: RedisUrls, http_port: int, admin_key: str
+    settings: Settings,
+    policy: NetworkPolicy,
+    chain: Chain,
+    redis: RedisUrls,
+    http_port: int,
+    admin_key: str,
+    host: RayHost | None = None,
+    head: str = "",
 ) -> ControlConfig:
-    """Return what the control plane has to know of its network."""
+    """Return what the control plane has to know of its network.
+
+    `host` is where Ray's head is, at `head`, if azu started it; only then nodes are let in by azu.
+    """
+    files, ip = (None, None) if host is None else (host.tls, host.ip)
+    # Whoever listens everywhere is called by the address that others reach it at.
+    listens = ip if ip is not None and settings.http_host in _EVERYWHERE else settings.http_host
+    domain = settings.domain or f"{_local_host(listens)}:{http_port}"
     return ControlConfig(
         redis_url=redis.scheduler,
         pipeline_redis_url=redis.pipeline,
         home=settings.home,
         http_host=settings.http_host,
         http_port=http_port,
-        domain=settings.domain or f"{_local_host(settings.http_host)}:{http_port}",
+        domain=domain,
         policy=policy,
         admin_key_sha256=hashlib.sha256(admin_key.encode()).hexdigest(),
         platform_address=chain.platform_address,
@@ -36,7 +57,24 @@ def control_config(
         open_metrics=settings.open_metrics,
         max_model_bytes=settings.max_model_bytes,
         hf_token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+        tls=_ingress_tls(settings, files),
+        enrolment=None
+        if host is None or files is None
+        else EnrolmentConfig(
+            url=f"https://{domain}",
+            publicly_trusted=settings.tls_cert is not None,
+            head=head,
+            token_path=host.token_path,
+            authority=files.authority,
+            authority_key=authority_key(files.authority.parent),
+        ),
     )
+
+
+def _ingress_tls(settings: Settings, files: TlsFiles | None) -> TlsConfig | None:
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        return TlsConfig(settings.tls_cert.absolute(), settings.tls_key.absolute())
+    return None if files is None else TlsConfig(files.certificate, files.key)
 
 
 @contextmanager
@@ -92,42 +130,45 @@ def of_ingress(config: ControlConfig, ingress_redis_url: str) -> ControlConfig:
 
 def local_url(config: ControlConfig) -> str:
     """Return where the ingress is found from this machine."""
-    return f"http://{_local_host(config.http_host)}:{config.http_port}"
+    scheme = "http" if config.tls is None else "https"
+    return f"{scheme}://{_local_host(config.http_host)}:{config.http_port}"
 
 
-def wait_until_healthy(url: str, timeout_s: float, meanwhile: Callable[[], object]) -> None:
-    """Wait until the ingress at `url` takes prompts, calling `meanwhile` between two looks."""
+def local_client(config: ControlConfig, api_key: str | None = None) -> "Client":
+    """Return a client of the ingress on this machine, whose certificate is known from its file."""
     from azu.client import Client
+    from azu.client.tls import trusting_this
 
-    client = Client(url)
+    tls = None if config.tls is None else trusting_this(config.tls.certificate)
+    return Client(local_url(config), api_key, tls=tls)
+
+
+def wait_until_healthy(client: "Client", timeout_s: float, meanwhile: Callable[[], object]) -> None:
+    """Wait until the ingress takes prompts, calling `meanwhile` between two looks."""
     deadline = time.monotonic() + timeout_s
     while not client.healthy():
         meanwhile()
         if time.monotonic() > deadline:
             raise DeadlineExceeded(f"the network did not serve in {timeout_s:.0f} s")
         time.sleep(_POLL_S)
-    client.close()
 
 
-def wait_until_it_answers(url: str, timeout_s: float, meanwhile: Callable[[], object]) -> None:
-    """Wait until the ingress at `url` is there; whoever lends may come later."""
-    from azu.client import Client
-
-    client = Client(url)
+def wait_until_it_answers(client: "Client", timeout_s: float, meanwhile: Callable[[], object]) -> None:
+    """Wait until the ingress is there; whoever lends may come later."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
             client.platform()
-            return client.close()
+            return
         except Unavailable as error:
             meanwhile()
             if time.monotonic() > deadline:
-                raise DeadlineExceeded(f"{url} did not answer in {timeout_s:.0f} s") from error
+                raise DeadlineExceeded(f"the network did not answer in {timeout_s:.0f} s") from error
             time.sleep(_POLL_S)
 
 
 def _local_host(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return "127.0.0.1" if host in _EVERYWHERE else host
 
 
 @contextmanager

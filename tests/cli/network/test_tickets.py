@@ -5,25 +5,28 @@ import json
 
 import pytest
 
-from azu.cli.network.tickets import Ticket
+from azu.cli.network.tickets import EnrolmentTicket, Ticket, decode_ticket
 from azu.errors import ConfigurationError
 
 TICKET = Ticket(address="192.0.2.7:6379", token="ab" * 32)
+ENROLMENT = EnrolmentTicket(url="https://192.0.2.7:8000", authority_sha256="cd" * 32, secret="ef" * 32)
 
 
 def encoded(**fields: object) -> str:
     return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
 
 
-def test_a_ticket_is_one_word_that_reads_back() -> None:
-    word = TICKET.encode()
+@pytest.mark.parametrize("ticket", [TICKET, ENROLMENT])
+def test_a_ticket_is_one_word_that_reads_back(ticket: Ticket | EnrolmentTicket) -> None:
+    word = ticket.encode()
 
     assert word.split() == [word]
-    assert Ticket.decode(f" {word}\n") == TICKET
+    assert decode_ticket(f" {word}\n") == ticket
 
 
-def test_the_token_is_not_shown() -> None:
+def test_what_opens_a_network_is_not_shown() -> None:
     assert TICKET.token not in repr(TICKET)
+    assert ENROLMENT.secret not in repr(ENROLMENT)
 
 
 @pytest.mark.parametrize(
@@ -40,8 +43,11 @@ def test_the_token_is_not_shown() -> None:
         encoded(address="192.0.2.7", token="ab" * 32, version=1),
         encoded(address="192.0.2.7:6379 --head", token="ab" * 32, version=1),
         encoded(address="192.0.2.7:6379", token="../../etc/passwd", version=1),
+        encoded(url="http://192.0.2.7:8000", authority_sha256="cd" * 32, secret="ef" * 32, version=2),
+        encoded(url="https://192.0.2.7:8000", authority_sha256="cd" * 32, secret="ef", version=2),
+        encoded(url="https://192.0.2.7:8000", authority_sha256="cd" * 32, version=2),
     ],
 )
 def test_a_damaged_ticket_is_refused(word: str) -> None:
     with pytest.raises(ConfigurationError, match="damaged"):
-        Ticket.decode(word)
+        decode_ticket(word)

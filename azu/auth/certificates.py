@@ -1,0 +1,227 @@
+"""A network's own certificate authority: what it signs, and how a node asks for a certificate."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from ipaddress import ip_address
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from azu.errors import InvalidRequest, Unauthenticated
+
+AUTHORITY_LIFE = timedelta(days=3650)
+# The head gets a new one whenever its network starts.
+HEAD_LIFE = timedelta(days=397)
+NODE_LIFE = timedelta(days=90)
+RENEWED_BEFORE_END = timedelta(days=30)
+# Clocks of two machines may differ by this much.
+_SKEW = timedelta(minutes=10)
+_LOOPBACK = ("127.0.0.1", "localhost")
+
+
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """Signs the certificates of one network; its key stays on the head."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    @classmethod
+    def new(cls, now: datetime) -> "Authority":
+        """Return an authority with a key of its own."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = _name("azu network")
+        certificate = (
+            _certificate(name, name, key.public_key(), now, AUTHORITY_LIFE)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(signs=True), critical=True)
+            .sign(key, hashes.SHA256())
+        )
+        return cls(certificate, key)
+
+    @classmethod
+    def load(cls, certificate_pem: bytes, key_pem: bytes) -> "Authority":
+        """Return the authority of two files; raises ValueError when they are none."""
+        return cls(x509.load_pem_x509_certificate(certificate_pem), _private_key(key_pem))
+
+    @property
+    def pem(self) -> bytes:
+        """The authority's certificate, which everybody may see."""
+        return certificate_pem(self.certificate)
+
+    @property
+    def key_pem(self) -> bytes:
+        """The authority's key, which nobody but the head may see."""
+        return _key_pem(self.key)
+
+    def sign(
+        self, key: ec.EllipticCurvePublicKey, hosts: Iterable[str], now: datetime, life: timedelta = NODE_LIFE
+    ) -> x509.Certificate:
+        """Return a certificate for a node's key, good at `hosts` and on its own machine."""
+        names = x509.SubjectAlternativeName(_alternatives(hosts))
+        return self._sign(key, names, now, life)
+
+    def renew(self, certificate: x509.Certificate, now: datetime) -> x509.Certificate:
+        """Return a later certificate for the same key and hosts."""
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return self._sign(public_key(certificate), names, now, NODE_LIFE)
+
+    def _sign(
+        self,
+        key: ec.EllipticCurvePublicKey,
+        names: x509.SubjectAlternativeName,
+        now: datetime,
+        life: timedelta,
+    ) -> x509.Certificate:
+        return (
+            _certificate(_name("azu node"), self.certificate.subject, key, now, life)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(signs=False), critical=True)
+            # Every Ray process is both: it calls and it is called.
+            .add_extension(
+                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
+                critical=False,
+            )
+            .add_extension(names, critical=False)
+            .sign(self.key, hashes.SHA256())
+        )
+
+    def check(self, certificate: x509.Certificate, now: datetime) -> None:
+        """Raise Unauthenticated unless this authority signed the certificate and it is good now."""
+        try:
+            certificate.verify_directly_issued_by(self.certificate)
+        except (ValueError, TypeError, InvalidSignature) as error:
+            raise Unauthenticated("this certificate is not of this network") from error
+        if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
+            raise Unauthenticated("this certificate has ended; ask for a new ticket")
+
+
+def utc_now() -> datetime:
+    """Return the wall clock."""
+    return datetime.now(UTC)
+
+
+def new_key() -> bytes:
+    """Return a new private key as PEM."""
+    return _key_pem(ec.generate_private_key(ec.SECP256R1()))
+
+
+def new_request(key_pem: bytes) -> bytes:
+    """Return a request, signed by a private key, for a certificate of that key."""
+    request = x509.CertificateSigningRequestBuilder().subject_name(_name("azu node"))
+    return request.sign(_private_key(key_pem), hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def sign_text(key_pem: bytes, text: str) -> str:
+    """Return a private key's signature under a text, in hex."""
+    return _private_key(key_pem).sign(text.encode(), ec.ECDSA(hashes.SHA256())).hex()
+
+
+def check_text(certificate: x509.Certificate, text: str, signature: str) -> None:
+    """Raise Unauthenticated unless the certificate's key signed the text."""
+    try:
+        public_key(certificate).verify(bytes.fromhex(signature), text.encode(), ec.ECDSA(hashes.SHA256()))
+    except (ValueError, InvalidSignature) as error:
+        raise Unauthenticated("this was not signed by the certificate's key") from error
+
+
+def certificate_pem(certificate: x509.Certificate) -> bytes:
+    """Return a certificate as PEM."""
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def read_certificate(pem: bytes) -> x509.Certificate:
+    """Return a certificate; raises InvalidRequest when it is none."""
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except ValueError as error:
+        raise InvalidRequest("this is no certificate", param="certificate") from error
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """Return the SHA-256 of a certificate, in hex."""
+    return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def public_key(
+    holder: x509.Certificate | x509.CertificateSigningRequest,
+) -> ec.EllipticCurvePublicKey:
+    """Return the public key that a certificate or request is for; raises InvalidRequest for other kinds."""
+    key = holder.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise InvalidRequest("a node's key lies on the curve P-256", param="request")
+    return key
+
+
+def key_digest(key: ec.EllipticCurvePublicKey) -> str:
+    """Return the SHA-256 of a public key, in hex."""
+    return sha256(
+        key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    ).hexdigest()
+
+
+def read_request(pem: bytes) -> ec.EllipticCurvePublicKey:
+    """Return the key that a request is for; raises InvalidRequest unless that key signed it."""
+    try:
+        request = x509.load_pem_x509_csr(pem)
+    except ValueError as error:
+        raise InvalidRequest("this is no certificate request", param="request") from error
+    if not request.is_signature_valid:
+        raise InvalidRequest("this request was not signed by its own key", param="request")
+    return public_key(request)
+
+
+def _certificate(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: datetime, life: timedelta
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _SKEW)
+        .not_valid_after(now + life)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _name(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def _usage(*, signs: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True, key_cert_sign=signs, crl_sign=signs, content_commitment=False,
+        key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False,
+        decipher_only=False,
+    )  # fmt: skip
+
+
+def _alternatives(hosts: Iterable[str]) -> list[x509.GeneralName]:
+    return [_alternative(host) for host in dict.fromkeys((*hosts, *_LOOPBACK))]
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _private_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    key = serialization.load_pem_private_key(pem, None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("a key of azu's lies on a curve")
+    return key
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )

@@ -1,0 +1,74 @@
+"""`azu ticket new|list|revoke`: who may lend to an encrypted network."""
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from azu.cli.output import AsJson, show, table
+
+if TYPE_CHECKING:
+    from azu.client.answers import TicketLine
+
+_HOUR_S = 3600
+
+ticket = typer.Typer(
+    no_args_is_help=True, help="Tickets of an encrypted network: whoever has one can lend a machine to it."
+)
+
+
+@ticket.command()
+def new(
+    label: Annotated[str, typer.Option(help="Whom it is for.")] = "",
+    uses: Annotated[int, typer.Option(min=1, max=1000, help="How many machines it lets in.")] = 1,
+    hours: Annotated[int, typer.Option(min=1, max=720, help="How long it lets them in.")] = 24,
+    as_json: AsJson = False,
+) -> None:
+    """Make a ticket; give it only to people whom you would give a shell."""
+    from azu.cli.network.admin import admin_client, new_ticket
+    from azu.config import Settings
+
+    client = admin_client(Settings.from_environment())
+    made = new_ticket(client, label=label, uses=uses, expires_in_s=hours * _HOUR_S)
+    show({"ticket": made.encode()}, as_json, lambda facts: facts["ticket"])
+
+
+@ticket.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """Show the tickets and the machines that they let in."""
+    from azu.cli.network.admin import admin_client
+    from azu.config import Settings
+
+    show(admin_client(Settings.from_environment()).tickets(), as_json, _drawn)
+
+
+@ticket.command()
+def revoke(
+    ticket_id: Annotated[str, typer.Argument(help="The ticket's id, as `azu ticket list` shows it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Let nobody in with a ticket any more; machines that came with it are not let in again."""
+    from azu.cli.network.admin import admin_client
+    from azu.config import Settings
+
+    admin_client(Settings.from_environment()).revoke_ticket(ticket_id)
+    show({"revoked": ticket_id}, as_json, lambda _: f"{ticket_id} is revoked")
+
+
+def _drawn(found: "list[TicketLine]") -> Table:
+    rows = [
+        (
+            one.ticket_id,
+            one.label,
+            f"{len(one.nodes)} of {one.uses}",
+            "revoked" if one.revoked_at_ms is not None else _minute(one.expires_at_ms),
+            ", ".join(one.nodes),
+        )
+        for one in found
+    ]
+    return table(["ticket", "label", "used", "ends", "machines"], rows)
+
+
+def _minute(at_ms: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_ms / 1000))

@@ -1,0 +1,152 @@
+"""Nodes that come with a ticket: who lets them in, and what they are given."""
+
+import asyncio
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header
+from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress
+
+from azu.auth.certificates import (
+    Authority,
+    certificate_pem,
+    check_text,
+    fingerprint,
+    key_digest,
+    public_key,
+    read_certificate,
+    read_request,
+    utc_now,
+)
+from azu.auth.tickets import TicketLine
+from azu.client.enrolment import renewal_text
+from azu.config import EnrolmentConfig
+from azu.errors import InternalError, NotFound, Unauthenticated
+from deployments.accounts import ServicesNow
+from deployments.metrics import check_admin
+from deployments.services import now_ms
+
+router = APIRouter(prefix="/v1/nodes")
+
+_MAX_USES = 1000
+_LONGEST_LIFE_S = 30 * 86_400
+_MAX_PEM = 8192
+# A signature of a while ago may have been overheard.
+_FRESH_MS = 300_000
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TicketRequest(_Body):
+    """POST /v1/nodes/tickets: `uses` is how many nodes it lets in."""
+
+    label: str = Field(default="", max_length=64)
+    uses: int = Field(default=1, ge=1, le=_MAX_USES)
+    expires_in_s: int = Field(default=86_400, ge=1, le=_LONGEST_LIFE_S)
+
+
+class EnrolRequest(_Body):
+    """POST /v1/nodes/enrol: `host` is the address at which other nodes reach this one."""
+
+    secret: str = Field(pattern=r"^[0-9a-f]{64}$")
+    name: str = Field(min_length=1, max_length=64)
+    host: IPvAnyAddress
+    request: str = Field(max_length=_MAX_PEM)
+
+
+class RenewRequest(_Body):
+    """POST /v1/nodes/renew: `signature` is that of the certificate's key under `renewal_text`."""
+
+    certificate: str = Field(max_length=_MAX_PEM)
+    signed_at_ms: int
+    signature: str = Field(max_length=256)
+
+
+def enrolment_of(services: ServicesNow) -> EnrolmentConfig:
+    """Return how nodes are let in; raises NotFound where a ticket holds all that a node needs."""
+    if services.config.enrolment is None:
+        raise NotFound("this network is not encrypted: `azu join` needs nothing but its ticket")
+    return services.config.enrolment
+
+
+async def admin_of(services: ServicesNow, authorization: Annotated[str | None, Header()] = None) -> None:
+    """Raise Unauthenticated unless the caller has the admin key."""
+    check_admin(authorization, services.config.admin_key_sha256)
+
+
+Enrolment = Annotated[EnrolmentConfig, Depends(enrolment_of)]
+Admin = Depends(admin_of)
+
+
+@router.get("/authority")
+async def authority(enrolment: Enrolment) -> dict[str, str]:
+    """Return the certificate of the network's authority."""
+    return {"certificate": (await asyncio.to_thread(_authority, enrolment)).pem.decode()}
+
+
+@router.post("/enrol")
+async def enrol(body: EnrolRequest, services: ServicesNow, enrolment: Enrolment) -> dict[str, str]:
+    """Let a node in that shows a ticket's secret, and sign its certificate."""
+    key = read_request(body.request.encode())
+    await services.tickets.admit(body.secret, key_digest(key), body.name, now_ms())
+    signer = await asyncio.to_thread(_authority, enrolment)
+    signed = signer.sign(key, [str(body.host)], utc_now())
+    return await _admission(enrolment, certificate_pem(signed))
+
+
+@router.post("/renew")
+async def renew(body: RenewRequest, services: ServicesNow, enrolment: Enrolment) -> dict[str, str]:
+    """Give a node that shows its certificate a later one, unless its ticket was revoked."""
+    signer = await asyncio.to_thread(_authority, enrolment)
+    certificate = read_certificate(body.certificate.encode())
+    signer.check(certificate, utc_now())
+    check_text(certificate, renewal_text(body.signed_at_ms), body.signature)
+    if abs(now_ms() - body.signed_at_ms) > _FRESH_MS:
+        raise Unauthenticated("this was signed at another time; set the machine's clock")
+    await services.tickets.check_node(key_digest(public_key(certificate)))
+    return await _admission(enrolment, certificate_pem(signer.renew(certificate, utc_now())))
+
+
+@router.post("/tickets", dependencies=[Admin])
+async def new_ticket(body: TicketRequest, services: ServicesNow, enrolment: Enrolment) -> dict[str, Any]:
+    """Return a new ticket's secret, which is kept nowhere, and what else a node has to know."""
+    now = now_ms()
+    secret, ticket = await services.tickets.new(body.label, body.uses, now, now + 1000 * body.expires_in_s)
+    signer = await asyncio.to_thread(_authority, enrolment)
+    return _line(ticket) | {
+        "secret": secret,
+        "url": enrolment.url,
+        "publicly_trusted": enrolment.publicly_trusted,
+        "authority_sha256": fingerprint(signer.certificate),
+    }
+
+
+@router.get("/tickets", dependencies=[Admin])
+async def tickets(services: ServicesNow) -> dict[str, list[dict[str, Any]]]:
+    """Return every ticket with the nodes that it let in."""
+    return {"data": [_line(ticket) for ticket in await services.tickets.list()]}
+
+
+@router.delete("/tickets/{ticket_id}", dependencies=[Admin])
+async def revoke_ticket(ticket_id: str, services: ServicesNow) -> dict[str, str]:
+    """Let no node in with a ticket any more, and renew none that came with it."""
+    await services.tickets.revoke(ticket_id, now_ms())
+    return {"revoked": ticket_id}
+
+
+async def _admission(enrolment: EnrolmentConfig, certificate: bytes) -> dict[str, str]:
+    token = await asyncio.to_thread(enrolment.token_path.read_text)
+    return {"certificate": certificate.decode(), "token": token, "head": enrolment.head}
+
+
+def _authority(enrolment: EnrolmentConfig) -> Authority:
+    try:
+        return Authority.load(enrolment.authority.read_bytes(), enrolment.authority_key.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InternalError("the network's authority cannot be read") from error
+
+
+def _line(ticket: TicketLine) -> dict[str, Any]:
+    return asdict(ticket)

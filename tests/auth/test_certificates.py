@@ -1,0 +1,180 @@
+"""What a network's authority signs is good for its network alone, and until it ends."""
+
+import ipaddress
+import socket
+import ssl
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from azu.auth.certificates import (
+    NODE_LIFE,
+    Authority,
+    certificate_pem,
+    check_text,
+    key_digest,
+    new_key,
+    new_request,
+    public_key,
+    read_request,
+    sign_text,
+    utc_now,
+)
+from azu.errors import InvalidRequest, Unauthenticated
+
+NOW = utc_now()
+HOST = "192.0.2.7"
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority.new(NOW)
+
+
+def signed(by: Authority, key: bytes) -> x509.Certificate:
+    return by.sign(read_request(new_request(key)), [HOST], NOW)
+
+
+class Node:
+    """A certificate and its key in files, as both ends of a connection want them."""
+
+    def __init__(self, folder: Path, by: Authority) -> None:
+        folder.mkdir()
+        self.certificate, self.key, self.authority = (folder / name for name in ("crt", "key", "ca"))
+        key = new_key()
+        self.key.write_bytes(key)
+        self.certificate.write_bytes(certificate_pem(signed(by, key)))
+        self.authority.write_bytes(by.pem)
+
+    def context(self, purpose: ssl.Purpose) -> ssl.SSLContext:
+        context = ssl.create_default_context(purpose, cafile=self.authority)
+        context.load_cert_chain(self.certificate, self.key)
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+
+def speak(server: Node, client: Node, host: str) -> bytes:
+    """Have a client call a server by an address, each asking for the other's certificate."""
+    ours, theirs = socket.socketpair()
+    heard: list[bytes] = []
+
+    def serve() -> None:
+        try:
+            with server.context(ssl.Purpose.CLIENT_AUTH).wrap_socket(theirs, server_side=True) as channel:
+                channel.sendall(channel.recv(5).upper())
+        except OSError:
+            theirs.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        context = client.context(ssl.Purpose.SERVER_AUTH)
+        with context.wrap_socket(ours, server_hostname=host) as channel:
+            channel.sendall(b"hello")
+            heard.append(channel.recv(5))
+    finally:
+        ours.close()
+        thread.join(10)
+    return heard[0]
+
+
+@pytest.mark.parametrize("host", [HOST, "127.0.0.1", "localhost"])
+def test_two_nodes_of_a_network_speak(tmp_path: Path, authority: Authority, host: str) -> None:
+    here, there = Node(tmp_path / "here", authority), Node(tmp_path / "there", authority)
+
+    assert speak(here, there, host) == b"HELLO"
+
+
+def test_a_node_is_not_taken_for_another_address(tmp_path: Path, authority: Authority) -> None:
+    here, there = Node(tmp_path / "here", authority), Node(tmp_path / "there", authority)
+
+    with pytest.raises(ssl.SSLCertVerificationError):
+        speak(here, there, "192.0.2.8")
+
+
+def test_a_node_of_another_network_is_not_spoken_to(tmp_path: Path, authority: Authority) -> None:
+    stranger = Node(tmp_path / "stranger", Authority.new(NOW))
+    here = Node(tmp_path / "here", authority)
+
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        speak(stranger, here, HOST)
+    stranger.authority.write_bytes(authority.pem)  # it may well know whom to trust
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        speak(here, stranger, HOST)
+
+
+def test_what_a_node_was_given_is_no_authority(tmp_path: Path, authority: Authority) -> None:
+    key = new_key()
+    pretender = Authority.load(certificate_pem(signed(authority, key)), key)
+
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        speak(Node(tmp_path / "here", authority), Node(tmp_path / "there", pretender), HOST)
+
+
+def test_a_renewed_certificate_is_for_the_same_key_and_addresses(authority: Authority) -> None:
+    first = signed(authority, new_key())
+    later = NOW + timedelta(days=40)
+
+    renewed = authority.renew(first, later)
+
+    assert key_digest(public_key(renewed)) == key_digest(public_key(first))
+    names = renewed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert ipaddress.ip_address(HOST) in names.get_values_for_type(x509.IPAddress)
+    assert renewed.not_valid_after_utc >= later + NODE_LIFE - timedelta(seconds=1)
+    authority.check(renewed, first.not_valid_after_utc + timedelta(days=1))
+
+
+def test_a_certificate_that_ended_or_is_anothers_is_refused(authority: Authority) -> None:
+    certificate = signed(authority, new_key())
+    authority.check(certificate, NOW)
+
+    with pytest.raises(Unauthenticated, match="ended"):
+        authority.check(certificate, NOW + NODE_LIFE)
+    with pytest.raises(Unauthenticated, match="not of this network"):
+        Authority.new(NOW).check(certificate, NOW)
+
+
+def test_only_the_certificates_key_signs_for_it(authority: Authority) -> None:
+    key = new_key()
+    certificate = signed(authority, key)
+    check_text(certificate, "let me stay", sign_text(key, "let me stay"))
+
+    for text, signature in (
+        ("let me stay", sign_text(new_key(), "let me stay")),
+        ("let me go", sign_text(key, "let me stay")),
+        ("let me stay", "not hex"),
+    ):
+        with pytest.raises(Unauthenticated):
+            check_text(certificate, text, signature)
+
+
+def test_a_request_that_another_key_signed_is_refused() -> None:
+    mine, others = (x509.load_pem_x509_csr(new_request(new_key())) for _ in range(2))
+    # Both are of the same length: only the key differs.
+    point = {"encoding": Encoding.X962, "format": PublicFormat.UncompressedPoint}
+    der = mine.public_bytes(Encoding.DER)
+    swapped = der.replace(mine.public_key().public_bytes(**point), others.public_key().public_bytes(**point))
+    assert swapped != der
+
+    with pytest.raises(InvalidRequest, match="its own key"):
+        read_request(ssl.DER_cert_to_PEM_cert(swapped).replace("CERTIFICATE", "CERTIFICATE REQUEST").encode())
+
+
+@pytest.mark.parametrize(
+    "pem", [b"", b"hello", b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"]
+)
+def test_what_is_no_request_is_refused(pem: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="no certificate request"):
+        read_request(pem)
+
+
+def test_an_authority_is_the_same_after_its_files_are_read(authority: Authority) -> None:
+    again = Authority.load(authority.pem, authority.key_pem)
+
+    again.check(signed(authority, new_key()), NOW)
+    with pytest.raises(ValueError, match="PEM"):
+        Authority.load(authority.pem, b"damaged")

@@ -1,0 +1,144 @@
+"""Three hosts: what crosses the wire between them while prompts are answered, and who is let in."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from azu.cli.network.membership import EnrolledMembership
+from azu.cli.network.ray_nodes import driver_environment
+from azu.cli.network.tickets import EnrolmentTicket, decode_ticket
+from azu.cli.network.tls import TlsFiles
+from azu.client import Client
+from azu.protocol.frame import Frame
+from tests.hosts.capture import Capture, captured
+from tests.hosts.insider import MODEL
+from tests.hosts.namespaces import lan
+from tests.hosts.network import ROOT, HostedNetwork, eventually, hosted, trust
+
+pytestmark = [pytest.mark.prove, pytest.mark.usefixtures("namespaces")]
+
+NUM_REQUESTS = 100
+PATTERN_BYTES = 64
+
+
+@contextmanager
+def insider(network: HostedNetwork) -> Iterator[subprocess.Popen[str]]:
+    """Run `tests.hosts.insider` on the head's host."""
+    files = TlsFiles.of(network.home / "tls") if network.is_encrypted else None
+    process = subprocess.Popen(
+        network.head.command(sys.executable, "-m", "tests.hosts.insider"),
+        env=os.environ | driver_environment(network.home / "ray-token", files),
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(network.facts | {"head": decode_head(network)}) + "\n")
+    process.stdin.flush()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(20)
+
+
+def decode_head(network: HostedNetwork) -> str:
+    ticket = decode_ticket(network.ticket())
+    if isinstance(ticket, EnrolmentTicket):
+        membership = EnrolledMembership(
+            ticket, network.home.parent / "look", name="look", host=network.head.ip
+        )
+        return membership.access().head
+    return ticket.address
+
+
+def ask(network: HostedNetwork, api_key: str, index: int) -> str:
+    client = Client(network.facts["url"], api_key, tls=trust(network.facts))
+    try:
+        return client.generate(f"Question {index}: what is azu?", model=MODEL, max_tokens=8, seed=index).text
+    finally:
+        client.close()
+
+
+def patterns(frame: bytes) -> list[bytes]:
+    """Return what of a frame nobody else says: its hidden states."""
+    payload = bytes(Frame.decode(frame).payload)
+    return [payload[len(payload) * part // 4 :][:PATTERN_BYTES] for part in (0, 1, 2)]
+
+
+def run_requests(folder: Path, *, encrypted: bool) -> tuple[Capture, list[bytes], dict[str, str]]:
+    """Answer NUM_REQUESTS on three hosts; return what crossed the bridge, the frames, and the secrets."""
+    with lan(3) as net, captured(net.bridge) as capture:
+        head, *lenders = net.hosts
+        with hosted(head, folder, encrypted=encrypted) as network:
+            tickets = [network.ticket(), network.ticket()]
+            for host, name, ticket in zip(lenders, ("ada", "ben"), tickets, strict=True):
+                network.join(host, name, ticket)
+            eventually(lambda: network.names() == {"ada", "ben"})
+            with insider(network) as inside:
+                assert inside.stdin is not None
+                assert inside.stdout is not None
+                told = json.loads(inside.stdout.readline())
+                assert told["stages"] == 2
+                started = time.monotonic()
+                with ThreadPoolExecutor(8) as pool:
+                    texts = list(pool.map(lambda i: ask(network, told["api_key"], i), range(NUM_REQUESTS)))
+                seconds = time.monotonic() - started
+                inside.stdin.write("\n")
+                inside.stdin.flush()
+                frames = [bytes.fromhex(frame) for frame in json.loads(inside.stdout.readline())]
+            assert len(texts) == NUM_REQUESTS
+            known = {
+                "the Ray token": network.ray_token(),
+                "a user's API key": told["api_key"],
+                "the admin key": network.facts["admin_key"],
+            }
+            opened = decode_ticket(tickets[0])
+            if isinstance(opened, EnrolmentTicket):
+                known["a ticket's secret"] = opened.secret
+    print(
+        f"\nTLS {'on' if encrypted else 'off'}: {NUM_REQUESTS} requests in {seconds:.1f} s, "
+        f"{len(frames)} frames of hidden states, {capture.num_bytes:,} bytes on the bridge, "
+        f"{capture.lost} packets lost to the capture"
+    )
+    return capture, frames, known
+
+
+def found(capture: Capture, frames: list[bytes], known: dict[str, str]) -> tuple[int, set[str]]:
+    """Return how many frames' hidden states crossed the bridge as they are, and which secrets did."""
+    streams = list(capture.streams().values())
+    seen = [
+        frame for frame in frames if any(part in stream for part in patterns(frame) for stream in streams)
+    ]
+    return len(seen), {name for name, secret in known.items() if capture.holds(secret.encode())}
+
+
+def test_encrypted_hosts_say_nothing_that_a_wire_can_tell(folder: Path) -> None:
+    capture, frames, known = run_requests(folder, encrypted=True)
+
+    num_seen, told = found(capture, frames, known)
+
+    print(f"TLS on: {num_seen} of {len(frames)} frames found on the bridge, secrets found: {told or 'none'}")
+    assert capture.lost == 0
+    assert capture.num_bytes > sum(map(len, frames))
+    assert (num_seen, told) == (0, set())
+
+
+def test_the_same_capture_finds_it_all_without_encryption(folder: Path) -> None:
+    capture, frames, known = run_requests(folder, encrypted=False)
+
+    num_seen, told = found(capture, frames, known)
+
+    print(f"TLS off: {num_seen} of {len(frames)} frames found on the bridge, secrets found: {told}")
+    assert capture.lost == 0
+    assert num_seen == len(frames)
+    assert told == {"the Ray token", "a user's API key"}

@@ -1,0 +1,107 @@
+"""Who joins an encrypted network of several hosts, and who does not."""
+
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from azu.cli.network.children import Children
+from azu.cli.network.membership import EnrolledMembership
+from azu.cli.network.processes import Command
+from azu.cli.network.ray_nodes import RayHost, Worker
+from azu.cli.network.tickets import EnrolmentTicket, decode_ticket
+from azu.cli.network.tls import TlsFiles, head_files
+from azu.cli.private_file import write_private
+from azu.units import MIB
+from tests.hosts.namespaces import Host, lan
+from tests.hosts.network import OWNER, START_TIMEOUT_S, eventually, hosted
+
+pytestmark = [pytest.mark.prove, pytest.mark.usefixtures("namespaces")]
+
+# Nodes that are let in have joined long before.
+REFUSED_FOR_S = 45.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A Ray node that tries to get in: with which certificate, and with which token."""
+
+    name: str
+    tls: TlsFiles | None
+    token: str
+
+
+def strange_files(folder: Path, ip: str, *, true_authority: Path) -> TlsFiles:
+    """Return a certificate of an authority of somebody's own, for whom the network's is the true one."""
+    files = head_files(folder, [ip])
+    files.authority.write_bytes(true_authority.read_bytes())
+    return files
+
+
+def try_to_join(nodes: Children, host: Host, folder: Path, head: str, attempt: Attempt) -> None:
+    """Start a Ray node on a host, as `azu join` does once it has what opens the network."""
+    home = folder / attempt.name
+    ray = RayHost(home, home / "token", host.ip, tls=attempt.tls)
+    write_private(ray.token_path, attempt.token)
+    command = ray.worker(head, Worker(0, attempt.name, 4 * MIB, OWNER))
+    nodes.start(Command(attempt.name, tuple(host.command(*command.arguments)), command.environment))
+
+
+def test_nobody_joins_without_a_certificate_and_the_token(folder: Path) -> None:
+    with lan(2) as net, hosted(net.hosts[0], folder, encrypted=True) as network:
+        host, token = net.hosts[1], network.ray_token()
+        opened = decode_ticket(network.ticket())
+        assert isinstance(opened, EnrolmentTicket)
+        access = EnrolledMembership(opened, folder / "good", name="good", host=host.ip).access()
+        assert access.tls is not None
+        strange = strange_files(folder / "strange", host.ip, true_authority=access.tls.authority)
+        refused = (
+            Attempt("no-cert", None, token),
+            Attempt("odd-cert", strange, token),
+            Attempt("odd-token", access.tls, "ab" * 32),
+        )
+        with Children(folder / "logs") as nodes:
+            for attempt in refused:
+                try_to_join(nodes, host, folder, access.head, attempt)
+            time.sleep(REFUSED_FOR_S)
+            assert network.names() == set()
+            # What differs is what they showed: with both in order the same node is let in.
+            try_to_join(nodes, host, folder, access.head, Attempt("good", access.tls, token))
+            eventually(lambda: network.names() == {"good"})
+        names = ", ".join(attempt.name for attempt in refused)
+        print(f"\nnot let in for {REFUSED_FOR_S:.0f} s: {names}; let in: good")
+
+
+def test_a_ticket_that_is_used_up_or_revoked_lets_nobody_join(folder: Path) -> None:
+    with lan(3) as net, hosted(net.hosts[0], folder, encrypted=True) as network:
+        _, first, second = net.hosts
+        ticket = network.ticket()
+        joined = network.join(first, "ada", ticket)
+        eventually(lambda: network.names() == {"ada"})
+
+        assert "used up" in refusal(network.join(second, "ben", ticket))
+
+        revoked = network.ticket()
+        admin = network.admin()
+        admin.revoke_ticket(admin.tickets()[-1].ticket_id)
+        assert "revoked" in refusal(network.join(second, "cleo", revoked))
+
+        # Whoever is in is not let in again once its ticket is revoked.
+        (line,) = (line for line in admin.tickets() if line.nodes == ("ada",))
+        admin.revoke_ticket(line.ticket_id)
+        for process in psutil.Process(joined.pid).children(recursive=True):
+            if process.name() == "raylet":
+                process.kill()
+        assert "revoked" in refusal(joined)
+        eventually(lambda: network.names() == set())
+    print("\nrefused: a ticket used up, a ticket revoked, a node whose ticket was revoked since")
+
+
+def refusal(joining: subprocess.Popen[str]) -> str:
+    """Return what `azu join` said when it gave up."""
+    said, _ = joining.communicate(timeout=START_TIMEOUT_S)
+    assert joining.returncode == 1, said
+    return said

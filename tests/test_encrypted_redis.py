@@ -1,0 +1,95 @@
+"""The link to Redis, encrypted: by the settings alone, and to nobody but who has the right certificate."""
+
+import asyncio
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from azu.auth.tickets import RedisTickets
+from azu.cli.network.tls import TlsFiles, head_files
+from azu.config import Settings
+from azu.errors import Unavailable
+from tests.redis_server import RunningRedis
+
+
+@contextmanager
+def encrypted(redis: RunningRedis, files: TlsFiles) -> Iterator[int]:
+    """Stand before a Redis as its TLS end; yields the port."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(files.certificate, files.key)
+    loop, ready = asyncio.new_event_loop(), threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    async def relay(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while chunk := await source.read(65536):
+            sink.write(chunk)
+            await sink.drain()
+        sink.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", redis.port)
+        await asyncio.gather(relay(reader, inner_writer), relay(inner_reader, writer), return_exceptions=True)
+
+    def run() -> None:
+        asyncio.set_event_loop(loop)
+        loop.run_until_complete(asyncio.start_server(serve, sock=listener, ssl=context))
+        ready.set()
+        loop.run_forever()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        listener.close()
+
+
+def settings(port: int, authority: Path | None) -> Settings:
+    return Settings(redis_host="127.0.0.1", redis_port=port, redis_tls=True, redis_ca=authority)
+
+
+async def make_ticket(url: str) -> str:
+    tickets = RedisTickets.from_url(url)
+    try:
+        secret, _ = await asyncio.wait_for(tickets.new("lab", 1, 1, 2), 60)
+        return secret
+    finally:
+        await tickets.close()
+
+
+def test_what_is_written_over_an_encrypted_link_is_there(
+    redis_server: RunningRedis, redis_url: str, tmp_path: Path
+) -> None:
+    files = head_files(tmp_path, ["127.0.0.1"])
+    with encrypted(redis_server, files) as port:
+        url = settings(port, files.authority).redis_url
+        assert url is not None
+        asyncio.run(make_ticket(url))
+
+    async def look() -> None:
+        tickets = RedisTickets.from_url(redis_url)
+        (line,) = await tickets.list()
+        assert line.label == "lab"
+        await tickets.close()
+
+    asyncio.run(look())
+
+
+def test_a_redis_that_shows_another_certificate_is_told_nothing(
+    redis_server: RunningRedis, redis_url: str, tmp_path: Path
+) -> None:
+    expected = head_files(tmp_path / "ours", ["127.0.0.1"])
+    with encrypted(redis_server, head_files(tmp_path / "other", ["127.0.0.1"])) as port:
+        for authority in (expected.authority, None):
+            url = settings(port, authority).redis_url
+            assert url is not None
+            with pytest.raises(Unavailable, match="certificate"):
+                asyncio.run(make_ticket(url))
