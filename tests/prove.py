@@ -175,6 +175,21 @@ PARTS = (
         ),
     ),
     Part("bench", "azu beside transformers, cp and Redis in one run", azu("bench")),
+    Part(
+        "ray up",
+        "machines reached by SSH: up, a paid prompt, down; serve deploy; nodes that come when asked for",
+        pytest("tests/test_ray_up.py", "-s"),
+    ),
+    Part(
+        "newcomer's walk",
+        "the README's commands, from up to down: who lends earns what the prompt cost, to the lamport",
+        pytest("tests/cli/test_walk.py", "-s"),
+    ),
+    Part(
+        "containers",
+        "the steps of the container files run in a clean directory",
+        pytest("tests/test_containers.py", "-m", "prove", "-s"),
+    ),
 )
 
 

@@ -88,7 +88,7 @@ def only(output: str, key: str) -> dict[str, Any]:
 def test_a_prompt_is_answered_and_paid_and_nothing_stays(machines: dict[str, Machine]) -> None:
     started = time.monotonic()
     done = machines["laptop"].run(
-        "cd azu && WORKERS=2 tests/cloud.sh local.yaml", timeout_s=UP_TIMEOUT_S, check=False
+        "cd azu && WORKERS=2 LIMIT_S=240 tests/cloud.sh local.yaml", timeout_s=UP_TIMEOUT_S, check=False
     )
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stdout

@@ -1,0 +1,129 @@
+"""The container files: what they say holds, and their steps run in a clean directory, without an engine."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").glob("*.Dockerfile"))
+KNOWN = {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "VOLUME", "EXPOSE", "ENTRYPOINT", "CMD"}
+HOME = "/home/ray"
+STEP_TIMEOUT_S = 800
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One instruction of a container file."""
+
+    word: str
+    rest: str
+
+
+def steps(file: Path) -> list[Step]:
+    """Return the instructions of a container file, comments left out and continued lines joined."""
+    lines = [line for line in file.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ").splitlines()
+    return [Step(*line.split(maxsplit=1)) for line in joined]
+
+
+def only(file: Path, word: str) -> str:
+    """Return what the one instruction of a kind says."""
+    (found,) = [step.rest for step in steps(file) if step.word == word]
+    return found
+
+
+def sources(step: Step) -> list[str]:
+    """Return what a COPY takes, the target last."""
+    return [word for word in step.rest.split() if not word.startswith("--")]
+
+
+def test_there_is_one_for_the_head_and_one_for_a_worker() -> None:
+    assert [file.name for file in FILES] == ["cuda.Dockerfile", "head.Dockerfile"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_it_says_only_what_is_understood_here_and_copies_only_what_is_there(file: Path) -> None:
+    assert {step.word for step in steps(file)} <= KNOWN
+    copied = {name for step in steps(file) if step.word == "COPY" for name in sources(step)[:-1]}
+    assert all((ROOT / name).exists() for name in copied)
+    # All of the product, and nothing of it is left behind.
+    assert {"azu", "actors", "deployments", "configs", "pyproject.toml"} <= copied
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_it_builds_on_the_image_that_the_cluster_uses(file: Path) -> None:
+    images = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())["docker"]
+    kind = "head" if file.name.startswith("head") else "worker"
+    assert only(file, "FROM") == images[f"{kind}_image"]
+    assert f":{ray.__version__}-" in only(file, "FROM")
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_its_steps_run_in_a_clean_directory(file: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    environment = {
+        "PATH": f"{tmp_path}/venv/bin:{os.defpath}",
+        "HOME": str(tmp_path) + HOME,
+        # Where packages come from is the machine's own affair, as it is a container's.
+        **{name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_", "https_"))},
+    }
+    folder = tmp_path
+    for step in steps(file):
+        if step.word == "WORKDIR":
+            folder = Path(str(tmp_path) + step.rest)
+            folder.mkdir(parents=True)
+        elif step.word == "ARG":
+            name, _, value = step.rest.partition("=")
+            environment[name] = json.loads(value)
+        elif step.word == "COPY":
+            copy(sources(step), folder)
+        elif step.word == "RUN":
+            run(["bash", "-c", step.rest], folder, environment)
+
+    entry = json.loads(only(file, "ENTRYPOINT"))
+    command = json.loads(only(file, "CMD"))
+    shown = run([*entry, command[0], "--help"], tmp_path, environment)
+    assert re.search(rf"azu {command[0]}", shown)
+    # Installed, not found in the folder that the test runs in.
+    where = run(["python", "-c", "import azu; print(azu.__file__)"], tmp_path, environment)
+    assert where.startswith(str(tmp_path / "venv"))
+    print(f"\n{file.name}: every step ran in {time.monotonic() - began:.0f} s")
+
+
+def copy(words: list[str], folder: Path) -> None:
+    """Do what COPY does: a folder's content goes into the target, a file into the target folder."""
+    *names, target = words
+    for name in names:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / target)
+
+
+def run(command: list[str], folder: Path, environment: Mapping[str, str]) -> str:
+    """Run a command of the container and return what it printed."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=dict(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=STEP_TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
