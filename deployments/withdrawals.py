@@ -10,6 +10,7 @@ from azu.errors import Conflict, Forbidden, InsufficientBalance, InvalidRequest
 from azu.ledger.accounts import user_available
 from azu.ledger.transfers import MAX_LAMPORTS, Transfer, WithdrawalPlanned
 from azu.treasury.withdrawals import LEAST_LAMPORTS, Signed
+from azu.units import hype_from_lamports
 from deployments.accounts import Key, ServicesNow
 from deployments.services import Services, now_ms
 
@@ -22,7 +23,7 @@ class WithdrawalRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    lamports: int = Field(ge=LEAST_LAMPORTS, le=MAX_LAMPORTS)
+    lamports: int = Field(ge=0, le=MAX_LAMPORTS)
     nonce: int = Field(ge=0, le=_MAX_NONCE)
     expires_at_ms: int = Field(ge=0, le=_MAX_NONCE)
     signature: str = Field(max_length=256)
@@ -31,6 +32,9 @@ class WithdrawalRequest(BaseModel):
 @router.post("/v1/withdrawals")
 async def withdraw(body: WithdrawalRequest, key: Key, services: ServicesNow) -> dict[str, Any]:
     """Hand a signed withdrawal to the treasury; the same one sent again changes nothing."""
+    if body.lamports < LEAST_LAMPORTS:
+        least = hype_from_lamports(LEAST_LAMPORTS)
+        raise InvalidRequest(f"a withdrawal is of at least {least} HYPE", param="lamports")
     withdrawal = Withdrawal(
         address=key.address, lamports=body.lamports, nonce=body.nonce, expires_at_ms=body.expires_at_ms
     )

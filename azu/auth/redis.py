@@ -116,9 +116,9 @@ class RedisAuth:
         content = await self._redis.get(_secret_key(secret_digest(bearer)))
         key = None if content is None else _KEY.validate_json(cast(str, content))
         if key is None:
-            raise Unauthenticated("this API key is unknown or revoked")
+            raise Unauthenticated("this API key is unknown or revoked; `azu login` opens another")
         if key.expires_at_ms is not None and key.expires_at_ms <= now_ms:
-            raise Unauthenticated("this API key has expired")
+            raise Unauthenticated("this API key has expired; `azu login` opens another")
         return key
 
     async def list(self, address: str) -> tuple[ApiKey, ...]:

@@ -69,6 +69,11 @@ class Refusal:
         """
         return "duplicate nonce" in self.reason or "nonce too low" in self.reason
 
+    @property
+    def no_account(self) -> bool:
+        """Whether the chain does not know the sender: it was never paid anything, or was emptied."""
+        return self.reason.startswith("Must deposit")
+
 
 class _Reply(BaseModel):
     model_config = ConfigDict(extra="ignore", alias_generator=to_camel)

@@ -131,6 +131,10 @@ async def send_hype(
         ) from error
     if tx_hash is None:
         assert refusal is not None, "without a refusal it is looked for until the timeout"
+        if refusal.no_account:
+            raise ChainError(
+                f"the chain does not know {account.address}: send HYPE to it first", code="transfer_refused"
+            )
         raise ChainError(f"the chain refused the transfer: {refusal.reason}", code="transfer_refused")
     return tx_hash
 

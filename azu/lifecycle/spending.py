@@ -51,7 +51,7 @@ class SpendLimits:
         key's other jobs and this one might be charged more than its limit.
         """
         if key.expires_at_ms is not None and key.expires_at_ms <= now_ms:
-            raise Unauthenticated("this API key has expired")
+            raise Unauthenticated("this API key has expired; `azu login` opens another")
         if (limit := key.spend_limit_lamports) is None:
             return
         taken = Taken(job_id, lamports, now_ms)

@@ -85,6 +85,11 @@ def test_a_refused_transfer_says_why(devnet: RunningDevnet, bob: str) -> None:
         wallet.transfer_hype(account, bob, 2, chain_url=devnet.url)
 
 
+def test_a_wallet_without_anything_is_told_to_get_some_first(devnet: RunningDevnet, bob: str) -> None:
+    with pytest.raises(ChainError, match="send HYPE to it first"):
+        wallet.transfer_hype(Account.create(), bob, 1, chain_url=devnet.url)
+
+
 def test_a_transfer_of_everything_is_found_though_the_sender_is_gone(devnet: RunningDevnet, bob: str) -> None:
     account = Account.create()
     devnet.fund(account.address, 5)

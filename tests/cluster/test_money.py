@@ -8,6 +8,7 @@ import pytest
 from eth_account import Account
 
 from azu.auth.receipts import verify_receipt
+from azu.auth.withdrawals import Withdrawal, sign_withdrawal
 from azu.cli.network.local_network import LocalNetwork
 from azu.client import Client
 from azu.errors import Forbidden, InsufficientBalance, InvalidRequest, Unauthenticated
@@ -159,7 +160,28 @@ def test_a_withdrawal_is_paid_on_the_chain_and_needs_the_wallets_signature(
     ).json()
     sent = [row["delta"]["amount"] for row in rows if row["delta"].get("user") == network.platform_address]
     assert sent == ["0.05"]
+    assert withdrawn_again(network, user, asked.nonce, 5_000_000).json()["state"] == "paid"
+    assert withdrawn_again(network, user, asked.nonce, 6_000_000).status_code == 409
+    with pytest.raises(InvalidRequest, match=r"at least 0\.01 HYPE"):
+        client.withdraw(user.account, 999_999)
     with pytest.raises(InsufficientBalance):
         client.withdraw(user.account, before)
     with pytest.raises(Forbidden):
         client.withdraw(Account.create(), 5_000_000)
+
+
+def withdrawn_again(network: LocalNetwork, user: User, nonce: int, lamports: int) -> httpx.Response:
+    """Sign a withdrawal under a nonce that was used and hand it in."""
+    asked = Withdrawal(
+        address=user.address,
+        lamports=lamports,
+        nonce=nonce,
+        expires_at_ms=time.time_ns() // 1_000_000 + 60_000,
+    )
+    body = {
+        "lamports": lamports,
+        "nonce": nonce,
+        "expires_at_ms": asked.expires_at_ms,
+        "signature": sign_withdrawal(user.account, asked, network.platform_address),
+    }
+    return user.http.post("/v1/withdrawals", json=body)
