@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from azu.errors import (
     Unavailable,
 )
 from azu.treasury.withdrawals import LEAST_LAMPORTS
-from azu.units import lamports_from_hype
+from azu.units import LAMPORTS_PER_HYPE, lamports_from_hype
 from tests.cluster.conftest import paying_user
 from tests.cluster.user import User
 from tests.treasury.world import SEED
@@ -47,6 +48,7 @@ KILLED = os.environ.get("AZU_TEST_SOAK_KILLS", "treasury").split(",")
 CLIENTS = 8
 MODELS = ("azu/tiny-dense", "azu/tiny-moe")
 REST_S, QUIET_S = 180.0, 5.0
+STARTED_S = 5.0
 # What whoever is being started again answers; whatever was asked for may have happened all the same.
 PASSING = (Conflict, DeadlineExceeded, InsufficientBalance, NotFound, Unavailable)
 
@@ -61,6 +63,7 @@ class Soaker:
     did: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
+        self.network.fund(self.user.address, 100 * LAMPORTS_PER_HYPE)
         self.client = Client(self.user.url, self.user.api_key, timeout_s=60)
 
     def live(self, until_s: float) -> None:
@@ -136,9 +139,12 @@ class Soaker:
 
 def kill_treasury() -> bool:
     for process in psutil.Process().children():
-        if process.status() != psutil.STATUS_ZOMBIE and process.cmdline()[-1:] == ["treasury"]:
-            process.send_signal(signal.SIGKILL)
-            return True
+        with suppress(psutil.Error):
+            lived_s = time.time() - process.create_time()
+            # One that is only starting has nothing in its hands.
+            if process.cmdline()[-1:] == ["treasury"] and lived_s > STARTED_S:
+                process.send_signal(signal.SIGKILL)
+                return True
     return False
 
 
