@@ -6,10 +6,22 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from azu.errors import ModelNotFound
+from azu.errors import BrokenCheckpoint, InvalidRequest, ModelNotFound
 from azu.sharding.checkpoint import INDEX_FILE, MODEL_FILES, contained_file, weight_files
+from azu.units import format_bytes
 
 _REVISION_CHARS = 40
+
+
+def refuse_large(model_id: str, weight_bytes: int, max_weight_bytes: int | None) -> None:
+    """Raise InvalidRequest (`model_too_large`) for more weights than a network takes."""
+    if max_weight_bytes is not None and weight_bytes > max_weight_bytes:
+        raise InvalidRequest(
+            f"{model_id} has {format_bytes(weight_bytes)} of weights; "
+            f"this network takes up to {format_bytes(max_weight_bytes)}",
+            param="model",
+            code="model_too_large",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +34,27 @@ class FolderSource:
     folder: Path
 
     @classmethod
-    def find(cls, model_id: str, folder: Path, revision: str | None) -> "FolderSource":
+    def find(
+        cls, model_id: str, folder: Path, revision: str | None, max_weight_bytes: int | None = None
+    ) -> "FolderSource":
         """Read the folder's files once, to know their hash.
 
-        Raises ModelNotFound when `revision` is another one, BrokenCheckpoint when weights are missing.
+        Raises ModelNotFound when `revision` is another one, BrokenCheckpoint when weights are missing or a
+        file cannot be read, InvalidRequest for more weights than `max_weight_bytes`, unread.
         """
+        try:
+            return cls._read(model_id, folder, revision, max_weight_bytes)
+        except OSError as error:
+            name = Path(error.filename).name if isinstance(error.filename, str) else folder.name
+            raise BrokenCheckpoint(f"{name} cannot be read: {error.strerror}") from error
+
+    @classmethod
+    def _read(
+        cls, model_id: str, folder: Path, revision: str | None, max_weight_bytes: int | None
+    ) -> "FolderSource":
         weights = weight_files(folder, {path.name for path in folder.iterdir()})
+        size = sum(contained_file(folder, name).stat().st_size for name in weights)
+        refuse_large(model_id, size, max_weight_bytes)
         others = [name for name in (*MODEL_FILES, INDEX_FILE) if (folder / name).exists()]
         digest = hashlib.sha256()
         for name in sorted({*weights, *others}):
@@ -37,7 +64,6 @@ class FolderSource:
             raise ModelNotFound(
                 f"{model_id!r} has changed: it is no longer at revision {revision}", param="model"
             )
-        size = sum(contained_file(folder, name).stat().st_size for name in weights)
         return cls(model_id=model_id, revision=found, weight_bytes=size, folder=folder)
 
     def weights(self, progress: Callable[[int, int], None]) -> Path:

@@ -18,7 +18,6 @@ from azu.registry.sources import Source, built_in_models, find, folder_name, is_
 from azu.registry.status import ModelStatusStore
 from azu.sharding.checkpoint import MODEL_FILES, contained_file
 from azu.sharding.cut import cut
-from azu.units import format_bytes
 
 # How long a name such as "main" is taken to lead to the same commit.
 _PINNED_S = 300.0
@@ -167,15 +166,7 @@ class Registry:
         return path
 
     def _find(self, model_id: str, revision: str | None) -> Source:
-        source = find(model_id, revision, self._model_roots)
-        if source.weight_bytes > self._max_model_bytes:
-            raise InvalidRequest(
-                f"{model_id} has {format_bytes(source.weight_bytes)} of weights; "
-                f"this network takes up to {format_bytes(self._max_model_bytes)}",
-                param="model",
-                code="model_too_large",
-            )
-        return source
+        return find(model_id, revision, self._model_roots, self._max_model_bytes)
 
     def _recent_commit(self, model_id: str, revision: str | None) -> str | None:
         if revision is not None and (model_id, revision) in self._described:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from azu.errors import InvalidRequest, ModelNotFound
-from azu.registry.folder import FolderSource
+from azu.registry.folder import FolderSource, refuse_large
 from azu.registry.hub import find_on_hub
 
 _BUILT_IN = re.compile(r"azu/([a-z0-9]+(?:-[a-z0-9]+)*)")
@@ -43,21 +43,27 @@ class Source(Protocol):
         """Return a folder with its weights too; `progress` hears (bytes done, bytes in all)."""
 
 
-def find(model_id: str, revision: str | None, roots: Sequence[Path]) -> Source:
+def find(
+    model_id: str, revision: str | None, roots: Sequence[Path], max_weight_bytes: int | None = None
+) -> Source:
     """Return the model of an id; an absolute path is a folder, "azu/..." built in, all else on the Hub.
 
     Raises InvalidRequest, before a disk or the network is touched, for an id or revision that is none;
-    ModelNotFound when there is no such model or revision.
+    ModelNotFound when there is no such model or revision; InvalidRequest for one with more weights than
+    `max_weight_bytes`, before they are read.
     """
     if not 0 < len(model_id) <= _MAX_ID_CHARS or not model_id.isprintable():
         raise InvalidRequest("the model's id is empty, too long or not printable", param="model")
     if revision is not None and (len(revision) > _MAX_ID_CHARS or not _REVISION.fullmatch(revision)):
         raise InvalidRequest(f"{revision!r} is no revision", param="revision")
     if model_id.startswith("/"):
-        return FolderSource.find(model_id, _allowed_folder(model_id, roots), revision)
+        folder = _allowed_folder(model_id, roots)
+        return FolderSource.find(model_id, folder, revision, max_weight_bytes)
     if model_id.startswith("azu/"):
-        return FolderSource.find(model_id, _built_in(model_id), revision)
-    return find_on_hub(model_id, revision)
+        return FolderSource.find(model_id, _built_in(model_id), revision, max_weight_bytes)
+    source = find_on_hub(model_id, revision)
+    refuse_large(model_id, source.weight_bytes, max_weight_bytes)
+    return source
 
 
 def is_offered(model_id: str, patterns: Sequence[str]) -> bool:
@@ -88,7 +94,10 @@ def _allowed_folder(model_id: str, roots: Sequence[Path]) -> Path:
     asked = PurePosixPath(model_id)
     if ".." in asked.parts or not any(asked.is_relative_to(root) for root in roots):
         raise InvalidRequest(f"{model_id!r} is not under a folder that models may come from", param="model")
-    folder = Path(asked).resolve()
+    try:
+        folder = Path(asked).resolve()
+    except (OSError, RuntimeError) as error:  # links that lead to themselves, names that no disk takes
+        raise InvalidRequest(f"{model_id!r} leads nowhere", param="model") from error
     if not any(folder.is_relative_to(root.resolve()) for root in roots):
         raise InvalidRequest(f"{model_id!r} leads out of the folder that models may come from", param="model")
     if not folder.is_dir():

@@ -83,7 +83,10 @@ def contained_file(folder: Path, name: str) -> Path:
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise BrokenCheckpoint(f"{name!r} points outside the checkpoint's folder")
     home = folder.resolve()
-    path = (home / name).resolve()
+    try:
+        path = (home / name).resolve()
+    except (OSError, RuntimeError) as error:
+        raise BrokenCheckpoint(f"{name} is a link that leads nowhere") from error
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if path.parent not in (home, blobs):
         raise BrokenCheckpoint(f"{name} is a link that leads outside the checkpoint's folder")

@@ -51,6 +51,7 @@ class ScriptedModel:
     error: AzuError | None = None
     delay_s: float = 0.0
     silent: bool = False
+    registry: Registry | None = None
     route: Route = field(default_factory=lambda: Route({"node": OWNERS[0]}, ()))
 
     async def run(self, job: Job) -> Ran:
@@ -73,6 +74,8 @@ class ScriptedModel:
         pass
 
     async def ensure(self, model_id: str, revision: str) -> "ScriptedModel":
+        if self.registry is not None:
+            await asyncio.to_thread(self.registry.ensure_cut, model_id, revision)
         return self
 
 
@@ -100,7 +103,8 @@ class LocalServices(Services):
 
     def __init__(self, config: ControlConfig) -> None:
         super().__init__(config)
-        self._actors: Mapping[str, Any] = {REGISTRY: Registry(config), SCHEDULER: NoNodes()}
+        self.registry_here = Registry(config)
+        self._actors: Mapping[str, Any] = {REGISTRY: self.registry_here, SCHEDULER: NoNodes()}
 
     async def _call(self, actor: str, method: str, timeout_s: float, *arguments: Any) -> Any:
         called = getattr(self._actors[actor], method)
@@ -125,6 +129,10 @@ class LocalIngress:
         return httpx.AsyncClient(
             transport=self.transport, base_url="http://azu.test", headers=headers, timeout=60, **given
         )
+
+    def cut_first(self) -> None:
+        """Have every model cut before it answers, as a scheduler does."""
+        self.model.registry = self.app.state.services.registry_here
 
     async def open_key(self, account: LocalAccount, **asked: Any) -> str:
         """Open a key as any client does."""
