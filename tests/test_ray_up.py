@@ -162,8 +162,9 @@ def test_azu_runs_as_a_serve_application_and_comes_back(machines: dict[str, Mach
     after_books_s = answered(head)
 
     head.run("RAY_AUTH_MODE=token serve shutdown --yes", timeout_s=120)
-    left = head.run(f'RAY_AUTH_MODE=token python -c "{LIST_ACTORS}"', timeout_s=120).stdout
-    assert "LEFT []" in left
+    began = time.monotonic()
+    while "LEFT []" not in head.run(f'RAY_AUTH_MODE=token python -c "{LIST_ACTORS}"').stdout:
+        assert time.monotonic() - began < LEAVE_TIMEOUT_S
     head.run("azu down; ray stop", timeout_s=120)
     worker.run("ray stop", timeout_s=120)
     assert head.processes() + worker.processes() == []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.machines.machine import Machine
 
-_TOOLS = ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", "rsync", "/usr/sbin/sshd")
+_TOOLS = ("ip", "setpriv", "unshare", "nsenter", "ssh", "ssh-keygen", "rsync", "/usr/sbin/sshd")
 
 
 def can_make_machines() -> bool:

@@ -61,19 +61,10 @@ class Machine:
             "KEPT": shlex.join(_kept()),
             "NAME": name,
         }
-        unshare = [
-            "unshare",
-            "--fork",
-            "--kill-child",
-            "--pid",
-            "--mount-proc",
-            "--mount",
-            "--uts",
-            "bash",
-            "-c",
-        ]
+        own = ["unshare", "--fork", "--kill-child", "--pid", "--mount-proc", "--mount", "--uts"]
         self._process = subprocess.Popen(
-            ["ip", "netns", "exec", namespace, *unshare, _INIT],
+            # Whatever ends the test ends its machines.
+            ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", namespace, *own, "bash", "-c", _INIT],
             env=environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
