@@ -190,6 +190,27 @@ PARTS = (
         "the steps of the container files run in a clean directory",
         pytest("tests/test_containers.py", "-m", "prove", "-s"),
     ),
+    Part(
+        "encryption: on the wire",
+        "three hosts answer 100 requests: a capture on their bridge finds every hidden state and the tokens "
+        "with TLS off, none with TLS on",
+        pytest("-s", "tests/hosts/test_encryption.py", "tests/hosts/test_namespaces.py"),
+    ),
+    Part(
+        "encryption: who joins",
+        "no node with a wrong or missing certificate or token, with a ticket used up or revoked",
+        pytest("-s", "tests/hosts/test_joining.py"),
+    ),
+    Part(
+        "encryption: its cost",
+        "a frame's way between two nodes with TLS, beside the same without",
+        azu("bench", "--only", "tls", "--json"),
+    ),
+    Part(
+        "damaged frames",
+        "10,000 frames damaged in flight: each refused, its sender named, every job's output as undisturbed",
+        pytest("-s", "tests/engine/test_corrupted_frames.py", "-m", "prove"),
+    ),
 )
 
 

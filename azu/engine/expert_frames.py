@@ -2,18 +2,20 @@
 
 A request is three frames, each behind its length (unsigned 64 bit, little endian): hidden states
 [tokens, hidden], expert ids [tokens, k], routing weights [tokens, k]. An id of -1 is a choice that somebody
-else serves. The answer is one frame of weighted sums [tokens, hidden].
+else serves. The answer is one frame of weighted sums [tokens, hidden] whose only row names the request by its
+checksum and the layer: no other answer, of another layer or holder or of before, is taken for it.
 """
 
 import struct
 from dataclasses import dataclass
 
 import torch
+import xxhash
 from torch import Tensor
 
 from azu.engine.tensors import dtype_name, payload_of, tensor_of
 from azu.errors import FrameError
-from azu.protocol.frame import Frame
+from azu.protocol.frame import Frame, FrameRow
 
 _LENGTH = struct.Struct("<Q")
 _NUM_FRAMES = 3
@@ -28,7 +30,7 @@ class StepId:
     micro_batch: int
     stage: int
 
-    def frame(self, tensor: Tensor) -> bytes:
+    def frame(self, tensor: Tensor, rows: tuple[FrameRow, ...] = ()) -> bytes:
         """Return a tensor as a frame of this step."""
         return Frame(
             epoch=self.epoch,
@@ -37,7 +39,7 @@ class StepId:
             stage=self.stage,
             dtype=dtype_name(tensor.dtype),
             shape=tuple(tensor.shape),
-            rows=(),
+            rows=rows,
             payload=payload_of(tensor),
         ).encode()
 
@@ -65,12 +67,20 @@ class TokenSlices:
             raise FrameError("an expert request's hidden states, ids and weights do not fit together")
         if ids.dtype is not torch.int32:
             raise FrameError(f"an expert request's ids are {ids.dtype}")
-        first = frames[0]
-        step = StepId(first.epoch, first.step, first.micro_batch, first.stage)
-        return cls(step, hidden, ids.long(), weights)
+        steps = {StepId(one.epoch, one.step, one.micro_batch, one.stage) for one in frames}
+        if len(steps) != 1:
+            raise FrameError("an expert request's parts are of different steps")
+        return cls(steps.pop(), hidden, ids.long(), weights)
 
 
-def decode_answer(answer: bytes, sent: TokenSlices, device: torch.device) -> Tensor:
+def encode_answer(sums: Tensor, request: bytes, step: StepId, layer: int) -> bytes:
+    """Return the experts' answer to a request of a layer."""
+    return step.frame(sums, _rows(request, layer, len(sums)))
+
+
+def decode_answer(
+    answer: bytes, request: bytes, sent: TokenSlices, layer: int, device: torch.device
+) -> Tensor:
     """Check the experts' answer to a request; raises FrameError when it does not belong to it."""
     frame = Frame.decode(answer)
     step = sent.step
@@ -78,7 +88,13 @@ def decode_answer(answer: bytes, sent: TokenSlices, device: torch.device) -> Ten
         raise FrameError(f"experts answered step {frame.step} when asked for step {step.step}")
     if frame.shape != tuple(sent.hidden.shape) or frame.dtype != dtype_name(sent.hidden.dtype):
         raise FrameError(f"experts answered {frame.dtype} {list(frame.shape)} of another size than they got")
+    if frame.rows != _rows(request, layer, len(sent.hidden)):
+        raise FrameError(f"experts answered another request of step {frame.step}")
     return tensor_of(frame, device)
+
+
+def _rows(request: bytes, layer: int, num_tokens: int) -> tuple[FrameRow, ...]:
+    return (FrameRow(xxhash.xxh3_64_intdigest(request), layer, num_tokens),)
 
 
 def _split(request: bytes) -> list[bytes]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from azu.architecture.config import read_config
 from azu.architecture.skeleton import build_from, experts_in, find_layers
-from azu.engine.expert_frames import TokenSlices
+from azu.engine.expert_frames import TokenSlices, encode_answer
 from azu.engine.tensors import dtype_name, dtype_named
 from azu.engine.weights import expert_tensors, load_part
 from azu.errors import FrameError, ShardError
@@ -76,7 +76,8 @@ class ExpertRunner:
             raise FrameError(f"no expert of layer {layer} is held here")
         held, slices = self._held[layer], TokenSlices.decode(request, self._device)
         self._refuse(slices, held)
-        return slices.step.frame(held(slices.hidden, slices.ids, slices.weights))
+        sums = held(slices.hidden, slices.ids, slices.weights)
+        return encode_answer(sums, request, slices.step, layer)
 
     def _refuse(self, slices: TokenSlices, held: HeldExperts) -> None:
         structure = self._structure

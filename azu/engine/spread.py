@@ -38,6 +38,7 @@ class _Asked:
     expert_set: ExpertSet
     rows: Tensor
     sent: TokenSlices
+    request: bytes
     pending: PendingExperts
 
 
@@ -112,11 +113,14 @@ class SpreadExperts(nn.Module):
             ids.masked_fill(~theirs, -1)[rows],
             weights.masked_fill(~theirs, 0)[rows],
         )
-        return _Asked(chosen, rows, sent, self._link.start(chosen.index, self._spread.layer, sent.encode()))
+        request = sent.encode()
+        pending = self._link.start(chosen.index, self._spread.layer, request)
+        return _Asked(chosen, rows, sent, request, pending)
 
     def _answer(self, asked: _Asked, device: torch.device) -> Tensor:
         try:
-            return decode_answer(asked.pending.result(self._timeout_s), asked.sent, device)
+            answer = asked.pending.result(self._timeout_s)
+            return decode_answer(answer, asked.request, asked.sent, self._spread.layer, device)
         except AzuError as error:
             raise ExpertsFailed(asked.expert_set.index, error.message) from error
 

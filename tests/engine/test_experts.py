@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from azu.engine.expert_frames import StepId, TokenSlices, decode_answer
+from azu.engine.expert_frames import StepId, TokenSlices, decode_answer, encode_answer
 from azu.engine.experts import ExpertRunner
 from azu.engine.local import local_topology
 from azu.engine.runner import StageRunner
@@ -188,10 +188,32 @@ def test_lost_holder_ends_the_step_with_its_name(cut_model: Callable[[str], CutM
         _run(runner)
 
 
-def test_answer_to_another_step_is_refused() -> None:
+def test_only_the_answer_to_the_very_request_is_taken() -> None:
     sent = TokenSlices(_STEP, torch.ones(1, 64), torch.tensor([[1, 3]]), torch.ones(1, 2))
-    late = replace(_STEP, step=1).frame(torch.ones(1, 64))
+    request, sums = sent.encode(), torch.ones(1, 64)
+
+    def answered(
+        *, step: StepId = _STEP, to: bytes = request, layer: int = 1, sums: torch.Tensor = sums
+    ) -> torch.Tensor:
+        answer = encode_answer(sums, to, step, layer)
+        return decode_answer(answer, request, sent, 1, torch.device("cpu"))
+
+    assert torch.equal(answered(), sums)
     with pytest.raises(FrameError, match="step 1"):
-        decode_answer(late, sent, torch.device("cpu"))
+        answered(step=replace(_STEP, step=1))
     with pytest.raises(FrameError, match="size"):
-        decode_answer(_STEP.frame(torch.ones(2, 64)), sent, torch.device("cpu"))
+        answered(sums=torch.ones(2, 64))
+    with pytest.raises(FrameError, match="another request"):
+        answered(layer=2)
+    with pytest.raises(FrameError, match="another request"):
+        answered(to=replace(sent, hidden=torch.zeros(1, 64)).encode())
+
+
+def test_a_request_put_together_from_two_is_refused() -> None:
+    one = TokenSlices(_STEP, torch.ones(1, 64), torch.tensor([[1, 3]]), torch.ones(1, 2)).encode()
+    later = replace(_STEP, step=3)
+    other = TokenSlices(later, torch.ones(1, 64), torch.tensor([[1, 3]]), torch.ones(1, 2)).encode()
+    first_part = 8 + int.from_bytes(one[:8], "little")
+
+    with pytest.raises(FrameError, match="different steps"):
+        TokenSlices.decode(one[:first_part] + other[first_part:], torch.device("cpu"))
