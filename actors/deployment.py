@@ -124,6 +124,8 @@ class RayDeployment:
         self._repair.lost(loss)
 
     async def _move(self, loss: Loss) -> Topology:
+        # What died may have died with its whole node, which nobody has missed yet.
+        await self._site.probe(self.topology.vram_bytes_of(loss))
         self.topology = await self._replan(loss)
         self._note_payouts()
         return self.topology

@@ -31,14 +31,16 @@ Key = tuple[type[Stage] | type[ExpertSet], int]  # kind of piece, index
 class Site:
     """Where pieces come up: the network's policy, its registry, and its nodes and their agents by id.
 
-    `blame` is called with the id of a node that sent a bad frame.
+    `blame` is called with the id of a node that sent a bad frame; `probe` has those of some nodes doubted
+    that do not answer.
     """
 
     policy: NetworkPolicy
     registry: ActorHandle
     agents: Mapping[str, ActorHandle]
     nodes: Mapping[str, Node]
-    blame: Callable[[str], None] = lambda _: None
+    blame: Callable[[str], None]
+    probe: Callable[[Iterable[str]], Awaitable[None]]
 
 
 @dataclass(slots=True)

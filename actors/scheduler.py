@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # A node measures its links to so many others; the rest count as the policy's hop.
 _MOST_PEERS = 32
+# A node that lives answers a ping at once; this is for a machine that is very busy.
+_PROBE_S = 2.0
 _MEASURE_S = 2.0
 
 
@@ -49,7 +52,7 @@ class Scheduler:
         self._nodes: dict[str, Node] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._linked: set[str] = set()
-        site = Site(policy, registry, self._agents, self._nodes, self._blame)
+        site = Site(policy, registry, self._agents, self._nodes, self._blame, self._probe)
         builder = RayBuilder(site, config.pipeline_redis_url)
         self._fleet = Fleet(
             builder, lambda placed: self._book.nodes(time.monotonic(), placed), policy.plan_policy()
@@ -206,6 +209,18 @@ class Scheduler:
         if node := self._nodes.get(node_id):
             log.warning("node %s sent a bad frame", node.name)
             self._meter.count(BAD_FRAMES, 1, node.name)
+
+    async def _probe(self, node_ids: Iterable[str]) -> None:
+        """Doubt those nodes that do not answer."""
+
+        async def probe(node_id: str) -> None:
+            try:
+                await asyncio.wait_for(self._agents[node_id].ping.remote(), _PROBE_S)
+            except Exception as error:
+                log.warning("node %s does not answer: %s", node_id[:8], type(error).__name__)
+                self._book.doubted(node_id, time.monotonic())
+
+        await asyncio.gather(*map(probe, node_ids))
 
     def _died(self, node_id: str) -> None:
         log.warning("node %s is dead", node_id[:8])
