@@ -24,6 +24,7 @@ from tests.cluster.recovering import (
     spared,
     undisturbed,
     wait_for_pieces,
+    wait_for_waiting,
     wait_until_alive,
 )
 
@@ -54,6 +55,7 @@ def test_each_node_of_a_model_killed(running: Running, home: Path, model: str) -
         for index in range(len(node_names(user, model))):
             name = node_names(user, model)[index]
             doomed = node_pids(home, name)
+            wait_for_waiting(home)
             answers, stall_s = disturbed(
                 user, model, NUM_TOKENS, moment, lambda doomed=doomed: kill_all(doomed)
             )
