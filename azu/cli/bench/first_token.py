@@ -24,7 +24,9 @@ def measure(shape: ModelShape) -> tuple[Figure, ...]:
     chunk = chunk[: SchedulerConfig(1, 1).prefill_chunk_tokens]
     with ray_here(), deployed(model, (0, boundary, shape.num_layers), _NUM_BLOCKS) as deployment:
         lone_s = deployment.run([Request(short, 1)]).answers[0].seconds[0]
-        chunk_s = deployment.run([Request(chunk, 1)]).answers[0].seconds[0]
+        alone = deployment.run([Request(chunk, 1)])
+        # In the crowd a chunk is one step; alone it is cut so that the stages overlap.
+        chunk_s = sum(alone.busy) * alone.seconds
         crowd = [Request(prompt, 1) for prompt in long]
         run = deployment.run([*crowd, Request(short, 1, after_s=_ARRIVES_AFTER_S)])
     return (
