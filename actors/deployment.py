@@ -3,43 +3,38 @@
 import asyncio
 import logging
 
-import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
-
 from actors.link import as_azu_error
 from actors.pieces import RayPieces, Site
-from actors.pipeline import Pipeline
-from actors.placement import actor_name, start_on_head
-from azu.engine.scheduler import SchedulerConfig
-from azu.errors import WorkerLost
+from actors.placement import sweep
+from actors.reach import REGISTRY, ask
+from actors.seat import PipelineSeat
+from azu.errors import AzuError, WorkerLost
 from azu.lifecycle.fleet import Replan
 from azu.lifecycle.ports import Ran, Route
+from azu.lifecycle.standing import Standing, StandingModels
 from azu.planner.admission import refuse_what_never_fits
 from azu.protocol.job import Job
 from azu.protocol.structure import Structure
 from azu.protocol.topology import Loss, Topology
 from azu.recovery.repair import Repair
-from azu.registry.description import ModelDescription
 
 log = logging.getLogger(__name__)
-
-_PIPELINE_CONCURRENCY = 10_000
 
 
 class RayDeployment:
     """A running model as the fleet sees it; it repairs itself until a repair is impossible."""
 
     def __init__(
-        self, site: Site, structure: Structure, topology: Topology, pipeline: ActorHandle, replan: Replan
+        self, site: Site, standing: StandingModels, structure: Structure, topology: Topology, replan: Replan
     ) -> None:
         self.structure = structure
         self.topology = topology
         self.broken = False
         self._site = site
-        self._pipeline = pipeline
+        self._standing = standing
         self._replan = replan
-        self._pieces = RayPieces(site, structure, pipeline, self._lost)
+        self._seat = PipelineSeat(site.policy, site.redis_url, structure, topology)
+        self._pieces = RayPieces(site, structure, self._seat, lost=self._lost, resumed=self._write_down)
         heartbeat = site.policy.heartbeat
         # Room that a dead process held is reported free by the time its node would be dead itself.
         self._repair = Repair(self._pieces, self._move, patience_s=heartbeat.dead_s)
@@ -60,10 +55,20 @@ class RayDeployment:
     async def start(self) -> None:
         """Bring every piece up; raises the first error of those that did not come up."""
         self._note_payouts()
+        await self._seat.start()
         errors = await self._pieces.try_bring_up(self.topology, _everything(self.topology))
         for error in errors.values():
             raise error
-        await self._pipeline.start.remote(self._pieces.stages())
+        await self._seat.begin(self._pieces.stages())
+        await self._write_down(self.topology)
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def adopt(self, standing: Standing) -> None:
+        """Take over what somebody else brought up; what of it is gone is brought up again."""
+        self._payout_by_node |= standing.payout_by_node
+        await self._seat.adopt(standing.pipeline)
+        self._lost(await self._pieces.adopt(standing.topology, standing.pieces))
+        self._repair.again()
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def run(self, job: Job) -> Ran:
@@ -73,17 +78,13 @@ class RayDeployment:
         )
         self._running.add(job.job_id)
         try:
-            ran: Ran = await self._pipeline.run.remote(job)
-        except Exception as error:
-            self.broken = self.broken or isinstance(error, RayActorError)
-            raise as_azu_error(error, f"the pipeline of {job.model_id}") from error
+            return await self._seat.run(job)
         finally:
             self._running.discard(job.job_id)
-        return ran
 
     async def cancel(self, job_id: str) -> None:
         """End a job's sequence."""
-        await self._pipeline.cancel.remote(job_id)
+        await self._seat.cancel(job_id)
 
     def node_died(self, node_id: str) -> None:
         """Hear that a node is dead: what it held is lost."""
@@ -91,9 +92,10 @@ class RayDeployment:
 
     async def close(self) -> None:
         """Take every piece down and give the VRAM back."""
+        await self._standing.forget(self.topology)
         if self._supervisor is not None:
             self._supervisor.cancel()
-        ray.kill(self._pipeline)
+        self._seat.close()
         self._pieces.take_down()
 
     async def _supervise(self) -> None:
@@ -101,19 +103,22 @@ class RayDeployment:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._repair.run())
                 tasks.create_task(self._hear_pipeline())
-        except* Exception as group:
+        except* AzuError as group:
             fault = "; ".join(str(error) for error in group.exceptions)
-            log.exception("%s is given up", self.structure.model_id)
+            log.error("%s is given up: %s", self.structure.model_id, fault)
             self.broken = True
-            # When it is the pipeline that is gone, its jobs hear of that themselves.
-            self._pipeline.fail.remote(WorkerLost(f"{self.structure.model_id} lost a worker: {fault}"))
+            await self._seat.give_up(WorkerLost(f"{self.structure.model_id} lost a worker: {fault}"))
 
     async def _hear_pipeline(self) -> None:
         while True:
+            sitting = self._seat.sitting
             try:
-                loss, epoch, bad_frame = await self._pipeline.next_loss.remote()
-            except Exception as error:
-                raise as_azu_error(error, f"the pipeline of {self.structure.model_id}") from error
+                loss, epoch, bad_frame = await self._seat.next_loss()
+            except AzuError as error:
+                log.warning("%s", error.message)
+                self._repair.again()
+                await self._seat.another(than=sitting)
+                continue
             lost = self._pieces.still_there(loss, epoch)
             if bad_frame:
                 for node_id in self._pieces.nodes_of(lost):
@@ -132,34 +137,35 @@ class RayDeployment:
 
     def _note_payouts(self) -> None:
         nodes = self._site.nodes
+        # Whoever is not heard of any more was noted when it ran something.
         self._payout_by_node |= {
-            node_id: nodes[node_id].payout_address for node_id in self.topology.vram_bytes_by_node
+            node_id: nodes[node_id].payout_address
+            for node_id in self.topology.vram_bytes_by_node
+            if node_id in nodes
         }
+
+    async def _write_down(self, topology: Topology) -> None:
+        """Keep what stands where for whoever schedules next."""
+        pieces = self._pieces.standing()
+        await self._standing.keep(Standing(topology, pieces, self._seat.name, self._payout_by_node))
 
 
 class RayBuilder:
-    """Brings models up on a site."""
+    """Brings models up on a site, and writes down which stand."""
 
-    def __init__(self, site: Site, redis_url: str) -> None:
-        """`redis_url` is the pipelines'."""
+    def __init__(self, site: Site, standing: StandingModels) -> None:
         self._site = site
-        self._redis_url = redis_url
+        self._standing = standing
 
     async def structure(self, model_id: str, revision: str) -> Structure:
         """Return the model's structure, cutting it first when nobody has."""
-        try:
-            structure: Structure = await self._site.registry.ensure_cut.remote(model_id, revision)
-        except Exception as error:
-            raise as_azu_error(error, "the registry") from error
+        timeout_s = self._site.policy.timeouts.fetch_s
+        structure: Structure = await ask(REGISTRY, "ensure_cut", model_id, revision, timeout_s=timeout_s)
         return structure
 
     async def build(self, structure: Structure, topology: Topology, replan: Replan) -> RayDeployment:
         """Bring up every piece; what was half up is taken down when it fails."""
-        try:
-            pipeline = await self._start_pipeline(structure, topology)
-        except Exception as error:
-            raise as_azu_error(error, f"the pipeline of {topology.model_id}") from error
-        deployment = RayDeployment(self._site, structure, topology, pipeline, replan)
+        deployment = RayDeployment(self._site, self._standing, structure, topology, replan)
         try:
             await deployment.start()
         except BaseException as error:
@@ -169,29 +175,15 @@ class RayBuilder:
             raise
         return deployment
 
-    async def _start_pipeline(self, structure: Structure, topology: Topology) -> ActorHandle:
-        policy = self._site.policy
-        describing = self._site.registry.describe.remote(structure.model_id, structure.revision)
-        described: ModelDescription = await asyncio.wait_for(describing, policy.timeouts.describe_s)
-        decoding = self._site.registry.text_decoder.remote(structure.model_id, structure.revision)
-        text_decoder: str = await asyncio.wait_for(decoding, policy.timeouts.describe_s)
-        return start_on_head(
-            Pipeline,
-            actor_name("pipeline", topology.model_id, topology.epoch),
-            structure,
-            topology,
-            SchedulerConfig(
-                num_blocks=topology.num_blocks,
-                block_size=topology.block_size,
-                prefill_chunk_tokens=policy.engine.prefill_chunk_tokens,
-                max_running=policy.engine.max_running,
-            ),
-            described.architecture.eos_token_ids,
-            text_decoder,
-            self._redis_url,
-            policy.timeouts.step_s,
-            max_concurrency=_PIPELINE_CONCURRENCY,
-        )
+    async def adopt(self, structure: Structure, standing: Standing, replan: Replan) -> RayDeployment:
+        """Take over a model that stands."""
+        deployment = RayDeployment(self._site, self._standing, structure, standing.topology, replan)
+        await deployment.adopt(standing)
+        return deployment
+
+    async def sweep(self, kept: frozenset[str]) -> frozenset[str]:
+        """Take down every piece and pipeline but those of these names; return which of these live."""
+        return await asyncio.to_thread(sweep, kept)
 
 
 def _everything(topology: Topology) -> Loss:

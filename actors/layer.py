@@ -53,11 +53,19 @@ class LayerActor:
         self._acks = self._expect_from(self._index + 1, spec.epoch)
 
     def relink(
-        self, topology: Topology, expert_sets: Mapping[int, ActorHandle], next_stage: ActorHandle | None
+        self,
+        topology: Topology,
+        expert_sets: Mapping[int, ActorHandle],
+        next_stage: ActorHandle | None,
+        pipeline: ActorHandle,
     ) -> None:
         """Go on under a newer topology with other neighbours; what is older is dropped from now on."""
         assert self._runner is not None, "load() comes first"
         self._runner.relink(topology, RayExpertLink(expert_sets) if expert_sets else None)
+        if pipeline != self._pipeline:
+            # Another pipeline numbers its sequences anew, and knows none of the old ones.
+            self._runner.forget_sequences()
+            self._pipeline = pipeline
         self._acks.close()
         self._next = next_stage
         self._acks = self._expect_from(self._index + 1, topology.epoch)

@@ -7,11 +7,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 from ray.actor import ActorHandle
 
 from actors.placement import WorkerNode
+from actors.reach import REGISTRY, ask
 from actors.waiting import is_one_waiting, start_waiting
 from azu.engine.device import DeviceMemory, open_meter
 from azu.engine.speed import device_speed
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 _CHUNK_BYTES = 8 * 1024 * 1024
 # Ray names an actor's process by its class; these two hold pieces of models.
 _PIECES = ("ray::LayerActor", "ray::ExpertActor")
+_ANSWER_TIMEOUT_S = 60.0  # a chunk of a shard, on a slow network too
 _PINGS = 5
 _PING_TIMEOUT_S = 2.0
 
@@ -89,39 +92,41 @@ class NodeAgent:
         pieces = [pid for pid, title in titles.items() if title.startswith(_PIECES)]
         return self._meter.memory(self._lent_bytes, pieces)
 
-    async def fetch(
-        self, structure: Structure, names: Sequence[str], registry: ActorHandle
-    ) -> tuple[dict[str, Path], Path]:
+    async def fetch(self, structure: Structure, names: Sequence[str]) -> tuple[dict[str, Path], Path]:
         """Have shards on this node's disk; returns their paths and the folder with config and tokenizer.
 
         Shards come through the object store in chunks and are verified; a file of the registry that can be
         read from here is mapped in place.
         """
         shards = [structure.shard(name) for name in names]
-        paths = await asyncio.gather(*(self._fetch(structure, shard, registry) for shard in shards))
-        return dict(zip(names, paths, strict=True)), await self._config(structure, registry)
+        paths = await asyncio.gather(*(self._fetch(structure, shard) for shard in shards))
+        return dict(zip(names, paths, strict=True)), await self._config(structure)
 
-    async def _fetch(self, structure: Structure, shard: Shard, registry: ActorHandle) -> Path:
+    async def _fetch(self, structure: Structure, shard: Shard) -> Path:
         if (cached := self._cache.path(shard.sha256)) is not None:
             return cached
         key = (structure.model_id, structure.revision, shard.name)
-        there = Path(await registry.path.remote(*key))
+        there = Path(await _ask("path", *key))
         if there.is_file():
             return await asyncio.to_thread(self._cache.adopt, shard.sha256, there)
         chunks = [
-            await registry.read.remote(*key, offset, _CHUNK_BYTES)
+            await _ask("read", *key, offset, _CHUNK_BYTES)
             for offset in range(0, shard.size_bytes, _CHUNK_BYTES)
         ]
         return await asyncio.to_thread(self._cache.store, shard.sha256, shard.size_bytes, chunks)
 
-    async def _config(self, structure: Structure, registry: ActorHandle) -> Path:
+    async def _config(self, structure: Structure) -> Path:
         folder = self._files / structure.revision
         folder.mkdir(parents=True, exist_ok=True)
         for file in structure.files:
             if not (folder / file.name).exists():
-                content = await registry.file.remote(structure.model_id, structure.revision, file.name)
+                content = await _ask("file", structure.model_id, structure.revision, file.name)
                 _write(folder, file, content)
         return folder
+
+
+async def _ask(method: str, *arguments: object) -> Any:
+    return await ask(REGISTRY, method, *arguments, timeout_s=_ANSWER_TIMEOUT_S)
 
 
 async def _one_way_s(peer: ActorHandle) -> float:

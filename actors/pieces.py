@@ -13,10 +13,12 @@ from ray.util.placement_group import PlacementGroup
 from actors.expert import ExpertActor
 from actors.layer import LayerActor
 from actors.link import as_azu_error
-from actors.placement import CONTROL, actor_name, release, reserve, start_in_group
+from actors.placement import CONTROL, actor_name, find_piece, release, reserve, start_in_group
+from actors.seat import PipelineSeat
 from azu.config import NetworkPolicy
 from azu.engine.spec import StageSpec
 from azu.errors import AzuError, WorkerLost
+from azu.lifecycle.standing import StandingPiece
 from azu.protocol.job import Placement
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
@@ -29,14 +31,14 @@ Key = tuple[type[Stage] | type[ExpertSet], int]  # kind of piece, index
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where pieces come up: the network's policy, its registry, and its nodes and their agents by id.
+    """Where models come up: the network's policy, its nodes and their agents by id, the pipelines' Redis.
 
     `blame` is called with the id of a node that sent a bad frame; `probe` has those of some nodes doubted
     that do not answer.
     """
 
     policy: NetworkPolicy
-    registry: ActorHandle
+    redis_url: str
     agents: Mapping[str, ActorHandle]
     nodes: Mapping[str, Node]
     blame: Callable[[str], None]
@@ -59,16 +61,23 @@ class _Piece:
 class RayPieces:
     """Brings pieces up and down, and says which are lost; one model's, behind one pipeline.
 
-    `lost` is called with what dies after it came up.
+    `lost` is called with what dies after it came up, `resumed` with every topology that runs.
     """
 
     def __init__(
-        self, site: Site, structure: Structure, pipeline: ActorHandle, lost: Callable[[Loss], None]
+        self,
+        site: Site,
+        structure: Structure,
+        seat: PipelineSeat,
+        *,
+        lost: Callable[[Loss], None],
+        resumed: Callable[[Topology], Awaitable[None]],
     ) -> None:
         self._site = site
         self._structure = structure
-        self._pipeline = pipeline
+        self._seat = seat
         self._lost = lost
+        self._resumed = resumed
         self._pieces: dict[Key, _Piece] = {}
 
     def placements(self) -> tuple[Placement, ...]:
@@ -87,10 +96,31 @@ class RayPieces:
             for piece in pieces
         )
 
+    def standing(self) -> tuple[StandingPiece, ...]:
+        """Return the pieces as they are written down."""
+        return tuple(
+            StandingPiece(kind is Stage, index, piece.epoch, piece.name)
+            for (kind, index), piece in self._pieces.items()
+        )
+
+    async def adopt(self, topology: Topology, standing: Iterable[StandingPiece]) -> Loss:
+        """Find pieces that somebody else brought up; return those that are gone."""
+        pieces: tuple[Stage | ExpertSet, ...] = (*topology.stages, *topology.expert_sets)
+        whats = {_key(what): what for what in pieces}
+        for one in standing:
+            what = whats[Stage if one.is_stage else ExpertSet, one.index]
+            actor, group = await asyncio.to_thread(find_piece, one.name)
+            if actor is None:
+                release(None, group)
+                continue
+            piece = _Piece(what, one.epoch, one.name, group, actor)
+            piece.watch = asyncio.create_task(self._watch(piece))
+            self._pieces[_key(what)] = piece
+        return _union(_loss_of(key) for key in whats.keys() - self._pieces.keys())
+
     async def pause(self) -> int:
-        """Have the pipeline wait."""
-        num_completed: int = await self._of_pipeline(self._pipeline.pause.remote())
-        return num_completed
+        """Have the pipeline wait, whoever is the pipeline by then."""
+        return await self._seat.pause()
 
     async def fence(self, loss: Loss) -> None:
         """Kill what is lost, whether it is dead or only seems so, and give its VRAM back."""
@@ -131,7 +161,8 @@ class RayPieces:
 
     async def resume(self, topology: Topology, empty_stages: frozenset[int]) -> None:
         """Have the pipeline fill the empty stages and go on."""
-        await self._of_pipeline(self._pipeline.resume.remote(topology, self.stages(), empty_stages))
+        await self._seat.resume(topology, self.stages(), empty_stages)
+        await self._resumed(topology)
 
     def stages(self) -> list[ActorHandle]:
         """Return the stages in order."""
@@ -165,12 +196,6 @@ class RayPieces:
         while self._pieces:
             _, piece = self._pieces.popitem()
             _take_down(piece)
-
-    async def _of_pipeline(self, asking: Awaitable[Any]) -> Any:
-        try:
-            return await asyncio.wait_for(asking, self._site.policy.timeouts.step_s)
-        except Exception as error:
-            raise as_azu_error(error, f"the pipeline of {self._structure.model_id}") from error
 
     async def _each(
         self, pieces: Sequence[_Piece], action: Callable[[_Piece], Coroutine[Any, Any, None]]
@@ -223,7 +248,7 @@ class RayPieces:
         )  # fmt: skip
         ack_timeout_s = self._site.policy.timeouts.step_s
         loading: Awaitable[None] = actor.load.remote(
-            spec, self._expert_sets(), self._after(stage), self._pipeline, ack_timeout_s
+            spec, self._expert_sets(), self._after(stage), self._seat.actor, ack_timeout_s
         )
         return loading
 
@@ -243,7 +268,7 @@ class RayPieces:
         agent = self._site.agents.get(node_id)
         if agent is None:
             raise WorkerLost(f"node {node_id[:8]} is gone")
-        fetching = agent.fetch.remote(self._structure, names, self._site.registry)
+        fetching = agent.fetch.remote(self._structure, names)
         fetched: tuple[dict[str, Path], Path] = await asyncio.wait_for(
             fetching, self._site.policy.timeouts.fetch_s
         )
@@ -253,7 +278,7 @@ class RayPieces:
         assert piece.actor is not None
         assert isinstance(piece.what, Stage)
         relink = piece.actor.relink.options(concurrency_group=CONTROL)
-        answer = relink.remote(topology, self._expert_sets(), self._after(piece.what))
+        answer = relink.remote(topology, self._expert_sets(), self._after(piece.what), self._seat.actor)
         await asyncio.wait_for(answer, self._site.policy.timeouts.step_s)
 
     def _expert_sets(self) -> dict[int, ActorHandle | None]:

@@ -4,10 +4,12 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import ray
 from ray.actor import ActorHandle
@@ -15,6 +17,8 @@ from ray.actor import ActorHandle
 from actors.link import as_azu_error
 from actors.metrics import open_meter
 from actors.placement import CONTROL
+from azu.connection import until_back
+from azu.engine.accounting import Work
 from azu.engine.pace import Pace
 from azu.engine.pipeline import EnginePipeline, SequenceUpdate
 from azu.engine.scheduler import SchedulerConfig
@@ -33,6 +37,8 @@ log = logging.getLogger(__name__)
 # A job that several sequences answer has ended as the one that says most did.
 _WORST_LAST = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.ERROR)
 _SEED_RANGE = 2**63
+# Whoever asked for a job may die before it hears how the job ended; its heir asks again.
+_KEPT_JOBS = 1000
 
 
 @dataclass(slots=True)
@@ -43,8 +49,26 @@ class _Running:
     ended: asyncio.Future[Ran]
     open: set[int] = field(default_factory=set)
     delivered: int = 0
+    cancelled: bool = False
     reason: FinishReason = FinishReason.STOP
     work: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+
+    def choice_ended(self, reason: FinishReason, work: Work) -> None:
+        """Count a choice that says no more."""
+        self.reason = max(self.reason, reason, key=_WORST_LAST.index)
+        for layer, by_node in work.items():
+            self.work[layer].update(by_node)
+
+    def end(self, broken: AzuError | None) -> None:
+        """Say what became of the job, when no choice is open."""
+        error = broken if self.reason is FinishReason.CANCELLED and not self.cancelled else None
+        ran = Ran(
+            completion_tokens=self.delivered,
+            finish_reason=FinishReason.ERROR if error else self.reason,
+            work={layer: dict(by_node) for layer, by_node in self.work.items()},
+            error=error,
+        )
+        self.ended.set_result(ran)
 
 
 class Pipeline:
@@ -69,10 +93,12 @@ class Pipeline:
         self._step_timeout_s = step_timeout_s
         self._ids = itertools.count(1)
         self._running: dict[int, tuple[_Running, int]] = {}  # by sequence, with the choice that it is
+        self._jobs_by_id: OrderedDict[str, _Running] = OrderedDict()  # those that ended lately too
         self._updates: asyncio.Queue[list[SequenceUpdate]] = asyncio.Queue()
         self._broken: AzuError | None = None
         self._stages: Ordered[ActorHandle] = ()
-        self._losses: asyncio.Queue[tuple[Loss, int, bool]] = asyncio.Queue()
+        self._losses: deque[tuple[Loss, int, bool]] = deque()
+        self._lost = asyncio.Event()
         self._is_paused = False
         self._watchers: set[asyncio.Task[None]] = set()
 
@@ -82,25 +108,28 @@ class Pipeline:
         self._writer = asyncio.create_task(self._write())
 
     async def run(self, job: Job) -> Ran:
-        """Run a job to its end; its tokens are in Redis when this returns."""
-        if self._broken is not None:
-            return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=self._broken)
-        running = _Running(job, asyncio.get_running_loop().create_future())
-        for choice in range(job.choices):
-            sequence = self._sequence(job, choice)
-            self._engine.add(sequence)
-            self._pace.began(sequence.sequence_id, len(job.prompt_token_ids), time.monotonic())
-            self._running[sequence.sequence_id] = (running, choice)
-            running.open.add(sequence.sequence_id)
-        self._pump()
-        return await running.ended
+        """Run a job from what is written of it to its end; its tokens are in Redis when this returns.
+
+        Whoever asks again for a job that runs here, or ended here lately, gets the same answer.
+        """
+        running = self._jobs_by_id.get(job.job_id)
+        if running is None:
+            running = _Running(job, asyncio.get_running_loop().create_future())
+            self._jobs_by_id[job.job_id] = running
+            try:
+                await self._begin(running)
+            except Exception as error:
+                del self._jobs_by_id[job.job_id]
+                running.ended.set_exception(error)
+        return await asyncio.shield(running.ended)
 
     async def cancel(self, job_id: str) -> None:
-        """End a job's sequence within one step; what was delivered stays delivered."""
-        for sequence_id, (running, _) in self._running.items():
-            if running.job.job_id == job_id:
+        """End a job's sequences within one step; what was delivered stays delivered."""
+        if running := self._jobs_by_id.get(job_id):
+            running.cancelled = True
+            for sequence_id in running.open:
                 self._updates.put_nowait(self._engine.cancel(sequence_id))
-        self._pump()
+            self._pump()
 
     async def completed(self, result: StepResult) -> None:
         """Take the last stage's tokens."""
@@ -115,11 +144,22 @@ class Pipeline:
             return  # whoever was running then is repaired already
         log.warning("%s: %s", loss, fault)
         self._engine.suspend()
-        self._losses.put_nowait((loss, epoch, bad_frame))
+        self._losses.append((loss, epoch, bad_frame))
+        self._lost.set()
 
-    async def next_loss(self) -> tuple[Loss, int, bool]:
-        """Wait for what the stages report as lost, from which epoch, and whether for a bad frame."""
-        return await self._losses.get()
+    async def next_loss(self, wait_s: float) -> tuple[Loss, int, bool]:
+        """Return what the stages report as lost, from which epoch, and whether for a bad frame.
+
+        Nothing is lost if nothing is reported for `wait_s`.
+        """
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._lost.wait(), wait_s)
+        if not self._losses:
+            return Loss(), self._epoch, False
+        reported = self._losses.popleft()
+        if not self._losses:
+            self._lost.clear()
+        return reported
 
     async def pause(self) -> int:
         """Schedule nothing until `resume`, forget what is in flight; return how many steps were completed."""
@@ -135,9 +175,12 @@ class Pipeline:
         cached = tuple(self._engine.num_cached)
         senders = sorted({stage - 1 for stage in empty if stage})
         num_sent = await asyncio.gather(*(self._num_sent(stages[sender], cached) for sender in senders))
+        if topology.epoch <= self._epoch:
+            return  # from a scheduler that died meanwhile
         self._epoch = topology.epoch
         self._is_paused = False
         self._stages = stages
+        self._engine.suspend()
         self._engine.resume(topology, empty, dict(zip(senders, num_sent, strict=True)))
         self._pace.repaired()
         self._pump()
@@ -161,13 +204,32 @@ class Pipeline:
             return {}
         return num_sent
 
-    def _sequence(self, job: Job, choice: int) -> Sequence:
+    async def _begin(self, running: _Running) -> None:
+        job = running.job
+        known = await self._jobs.so_far(job)
+        running.delivered = known.delivered
+        running.cancelled |= known.cancelled
+        gone = self._broken is not None or running.cancelled
+        for choice, so_far in enumerate(known.choices):
+            if so_far.finish_reason is not None:
+                running.choice_ended(so_far.finish_reason, so_far.work)
+            elif gone:
+                running.choice_ended(FinishReason.CANCELLED, {})
+            else:
+                sequence = self._sequence(job, choice, so_far.token_ids)
+                self._engine.add(sequence)
+                self._pace.began(sequence.sequence_id, len(job.prompt_token_ids), time.monotonic())
+                self._running[sequence.sequence_id] = (running, choice)
+                running.open.add(sequence.sequence_id)
+        self._end_if_over(running)
+        self._pump()
+
+    def _sequence(self, job: Job, choice: int, generated: tuple[int, ...]) -> Sequence:
         # The first choice is what the job would get if it asked for one.
         sampling = replace(job.sampling, seed=(job.sampling.seed + choice) % _SEED_RANGE)
         text = self._text.completion(job.prompt_token_ids, sampling) if sampling.stop else None
-        return Sequence(
-            next(self._ids), job.prompt_token_ids, sampling, ends_with=text.ends_with if text else None
-        )
+        ends_with = text.ends_with if text else None
+        return Sequence(next(self._ids), job.prompt_token_ids, sampling, generated, ends_with)
 
     def _pump(self) -> None:
         while self._broken is None and (batch := self._engine.next_batch()) is not None:
@@ -201,30 +263,24 @@ class Pipeline:
                         top_logprobs=update.top_logprobs,
                         choice=choice,
                         finish_reason=update.finish_reason,
+                        work=update.work,
                     )
                     events.append((running.job.job_id, event))
                     running.delivered += len(update.token_ids)
-            if events:
-                await self._jobs.append(events)
+            await until_back(partial(self._jobs.append, events))
             for update in updates:
                 if update.finish_reason is not None:
-                    self._end(update)
+                    running, _ = self._running.pop(update.sequence_id)
+                    running.open.remove(update.sequence_id)
+                    running.choice_ended(update.finish_reason, update.work)
+                    self._end_if_over(running)
 
-    def _end(self, update: SequenceUpdate) -> None:
-        running, _ = self._running.pop(update.sequence_id)
-        assert update.finish_reason is not None
-        running.open.remove(update.sequence_id)
-        running.reason = max(running.reason, update.finish_reason, key=_WORST_LAST.index)
-        for layer, by_node in update.work.items():
-            running.work[layer].update(by_node)
+    def _end_if_over(self, running: _Running) -> None:
         if running.open:
             return
-        broken = self._broken if running.reason is FinishReason.CANCELLED else None
-        running.ended.set_result(
-            Ran(
-                completion_tokens=running.delivered,
-                finish_reason=FinishReason.ERROR if broken else running.reason,
-                work={layer: dict(by_node) for layer, by_node in running.work.items()},
-                error=broken,
-            )
-        )
+        running.end(self._broken)
+        while len(self._jobs_by_id) > _KEPT_JOBS:
+            oldest = next(iter(self._jobs_by_id.values()))
+            if not oldest.ended.done():
+                break
+            self._jobs_by_id.popitem(last=False)

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from ray._raylet import PlacementGroupID
 from ray.actor import ActorHandle
 from ray.util.placement_group import (
     PlacementGroup,
+    get_placement_group,
     placement_group,
     placement_group_table,
     remove_placement_group,
@@ -33,8 +35,9 @@ PAYOUT_LABEL = "azu-payout"
 DEVICE_LABEL = "azu-device"
 # One waits in `alive`; the others are for calls that end.
 _CONTROL_THREADS = 3
-# What the names of groups begin with that hold pieces of models.
+# What the names of groups begin with that hold pieces of models, and with the pipelines' those of actors.
 PIECES = ("layer:", "expert:")
+_OF_MODELS = (*PIECES, "pipeline:")
 _HEAD = "node:__internal_head__"
 # azu restarts what died, Ray only says so. An actor's default of one CPU does not fit a bundle of VRAM.
 _ALWAYS = {"num_cpus": 0, "max_restarts": 0, "lifetime": "detached", "namespace": NAMESPACE}
@@ -84,6 +87,8 @@ def start_on_node(cls: type, name: str, node_id: str, *args: Any, max_concurrenc
     options = {
         **_ALWAYS,
         "name": name,
+        # A scheduler that was started again finds those of the one before.
+        "get_if_exists": True,
         "max_concurrency": max_concurrency,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
     }
@@ -136,6 +141,32 @@ def release_all() -> None:
         if named["namespace"] == NAMESPACE:
             with suppress(ValueError):  # it ended meanwhile
                 ray.kill(ray.get_actor(named["name"], namespace=NAMESPACE))
+    _release_groups(frozenset())
+
+
+def find_piece(name: str) -> tuple[ActorHandle | None, PlacementGroup | None]:
+    """Return the actor of a piece and the group that it lies in, each None when it is gone."""
+    actor: ActorHandle | None = None
+    group: PlacementGroup | None = None
+    with suppress(ValueError):
+        actor = ray.get_actor(name, namespace=NAMESPACE)
+    with suppress(ValueError):
+        group = get_placement_group(name)
+    return actor, group
+
+
+def sweep(kept: Collection[str]) -> frozenset[str]:
+    """Take down every piece and pipeline but those of these names; return which of these live."""
+    living = {name for name in ray.util.list_named_actors() if name.startswith(_OF_MODELS)}
+    for name in living.difference(kept):
+        with suppress(ValueError):  # it ended meanwhile
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+    _release_groups(kept)
+    return frozenset(living.intersection(kept))
+
+
+def _release_groups(kept: Collection[str]) -> None:
     for group_id, group in placement_group_table().items():
-        if group["state"] != "REMOVED" and group["name"].startswith(PIECES):
+        name = group["name"]
+        if group["state"] != "REMOVED" and name.startswith(PIECES) and name not in kept:
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))

@@ -22,6 +22,7 @@ from azu.lifecycle.figures import show_books, show_jobs, show_nodes
 from azu.lifecycle.fleet import Fleet
 from azu.lifecycle.nodes import NodeBook
 from azu.lifecycle.settlement import Settlement
+from azu.lifecycle.standing import RedisStanding
 from azu.metrics.catalogue import BAD_FRAMES
 from azu.metrics.meter import Picture
 from azu.metrics.together import Together
@@ -37,12 +38,13 @@ _MOST_PEERS = 32
 # A node that lives answers a ping at once; this is for a machine that is very busy.
 _PROBE_S = 2.0
 _MEASURE_S = 2.0
+_LOOK_S = 0.05
 
 
 class Scheduler:
     """Wraps a Dispatcher and its Fleet."""
 
-    def __init__(self, config: ControlConfig, registry: ActorHandle) -> None:
+    def __init__(self, config: ControlConfig) -> None:
         policy = config.policy
         self._config = config
         self._book = NodeBook(
@@ -52,10 +54,11 @@ class Scheduler:
         self._nodes: dict[str, Node] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._linked: set[str] = set()
-        site = Site(policy, registry, self._agents, self._nodes, self._blame, self._probe)
-        builder = RayBuilder(site, config.pipeline_redis_url)
+        standing = RedisStanding.from_url(config.redis_url)
+        site = Site(policy, config.pipeline_redis_url, self._agents, self._nodes, self._blame, self._probe)
+        builder = RayBuilder(site, standing)
         self._fleet = Fleet(
-            builder, lambda placed: self._book.nodes(time.monotonic(), placed), policy.plan_policy()
+            builder, lambda placed: self._book.nodes(time.monotonic(), placed), policy.plan_policy(), standing
         )
         jobs = RedisJobs.from_url(config.redis_url)
         self._ledger = RedisLedger.from_url(config.redis_url)
@@ -76,20 +79,22 @@ class Scheduler:
             meter=self._meter,
         )
         self._loops: tuple[asyncio.Task[None], ...] = ()
+        self._has_met = False
+        self._has_adopted = False
 
     async def start(self) -> None:
-        """Begin to hear nodes and to take jobs."""
+        """Begin to hear nodes, take over what an earlier scheduler left, then take jobs."""
         if not self._loops:
             self._loops = (
                 asyncio.create_task(self._meet()),
                 asyncio.create_task(self._hear()),
-                asyncio.create_task(self._dispatcher.run()),
+                asyncio.create_task(self._serve()),
                 asyncio.create_task(self._measure()),
             )
 
     async def ready(self) -> bool:
         """Say whether jobs can be run: the loops live and a node has reported."""
-        return bool(self._nodes) and not any(loop.done() for loop in self._loops)
+        return self._has_adopted and bool(self._nodes) and not any(loop.done() for loop in self._loops)
 
     async def nodes(self) -> tuple[Node, ...]:
         """Return the nodes as the planner sees them."""
@@ -144,11 +149,26 @@ class Scheduler:
             await self.hear(SCHEDULER, self._meter.picture())
             await asyncio.sleep(_MEASURE_S)
 
+    async def _serve(self) -> None:
+        await self._first_reports()
+        await self._fleet.adopt()
+        self._has_adopted = True
+        await self._dispatcher.run()
+
+    async def _first_reports(self) -> None:
+        """Wait until every node has reported, or is late: models are taken over together with their nodes."""
+        patience_s = time.monotonic() + self._config.policy.heartbeat.dead_s
+        while not self._has_met or self._agents.keys() - self._nodes.keys():
+            if self._has_met and time.monotonic() > patience_s:
+                return
+            await asyncio.sleep(_LOOK_S)
+
     async def _meet(self) -> None:
         """Follow which nodes Ray has; it may be slow to say so, and nobody's silence counts by it."""
         while True:
             try:
                 await self._meet_nodes()
+                self._has_met = True
             except Exception:
                 log.exception("Ray did not say which nodes there are")
             await asyncio.sleep(self._config.policy.heartbeat.period_s)

@@ -1,8 +1,10 @@
 """One way to reach Redis, with timeouts on everything; only Redis adapters call it."""
 
-from collections.abc import Iterator
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from redis import Redis as SyncRedis
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -15,10 +17,15 @@ from redis.retry import Retry as SyncRetry
 
 from azu.errors import Unavailable
 
+log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
+
 CONNECT_TIMEOUT_S = 5.0
 REPLY_TIMEOUT_S = 15.0
 _MAX_CONNECTIONS = 32
 _RETRIES = 3
+_BACK_S = 0.5
 _OPTIONS: dict[str, Any] = {
     "decode_responses": True,
     "socket_connect_timeout": CONNECT_TIMEOUT_S,
@@ -47,6 +54,16 @@ def connect_redis(url: str) -> Redis:
 def connect_redis_sync(url: str) -> SyncRedis:
     """Return the same for code that runs in threads of its own."""
     return SyncRedis.from_url(url, retry=SyncRetry(_backoff(), _RETRIES), **_OPTIONS)
+
+
+async def until_back(call: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    """Call Redis, again and again while it is away; the call must bear being made twice."""
+    while True:
+        try:
+            return await call()
+        except Unavailable as error:
+            log.warning("%s", error.message)
+            await asyncio.sleep(_BACK_S)
 
 
 class _Client(Redis):

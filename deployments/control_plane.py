@@ -4,7 +4,6 @@ import asyncio
 from pathlib import Path
 
 from actors import control
-from actors.placement import SCHEDULER
 from azu.config import ControlConfig
 from azu.errors import Unavailable
 
@@ -18,7 +17,7 @@ def unless_changed(path: Path, config: ControlConfig) -> None:
 
 
 class ControlPlane:
-    """Starts the control plane; when that is gone, Serve replaces the replica and so the control plane."""
+    """Starts the control plane and keeps it up; Serve replaces a replica, and so all of it, that cannot."""
 
     def __init__(self, path: Path) -> None:
         self._path = path.expanduser()
@@ -27,11 +26,9 @@ class ControlPlane:
         control.start(self._config)
 
     async def check_health(self) -> None:
-        """Raise when the control plane does not answer, or when its books are others now."""
+        """Start again who died; raise when one of them hangs, or when the books are others now."""
         unless_changed(self._path, self._config)
-        scheduler = await asyncio.to_thread(control.find, SCHEDULER)
-        await asyncio.wait_for(scheduler.ready.remote(), _ANSWER_TIMEOUT_S)
-        await asyncio.to_thread(control.find, control.REGISTRY)
+        await asyncio.wait_for(asyncio.to_thread(control.revive, self._config), _ANSWER_TIMEOUT_S)
 
     def __del__(self) -> None:
         control.stop()

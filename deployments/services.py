@@ -7,12 +7,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ray.actor import ActorHandle
 from starlette.datastructures import Address
 
-from actors.control import REGISTRY, find
-from actors.link import as_azu_error
 from actors.placement import SCHEDULER
+from actors.reach import REGISTRY, ask
 from azu.auth.flights import RedisFlights
 from azu.auth.keys import ApiKey
 from azu.auth.rates import Rate, RedisRates
@@ -20,7 +18,7 @@ from azu.auth.redis import RedisAuth
 from azu.auth.spending import RedisSpending
 from azu.auth.tickets import RedisTickets
 from azu.config import ControlConfig
-from azu.errors import Forbidden, Unavailable
+from azu.errors import Forbidden
 from azu.jobs.redis import RedisJobs
 from azu.ledger.redis import RedisLedger
 from azu.lifecycle.flight import FlightLimits
@@ -38,6 +36,7 @@ if TYPE_CHECKING:
     from azu.engine.tokenizer import Tokenizer
 
 _REFRESH_S = 60.0
+_SCHEDULER_BACK_IN_S = 2.0  # nobody's prompt waits for it
 _KEPT_MODELS = 64
 
 
@@ -112,11 +111,12 @@ class Services:
 
     async def registry(self, method: str, *arguments: Any) -> Any:
         """Call the registry; raises Unavailable while it is away."""
-        return await self._call(REGISTRY, method, self.config.policy.timeouts.describe_s, *arguments)
+        return await ask(REGISTRY, method, *arguments, timeout_s=self.config.policy.timeouts.describe_s)
 
     async def scheduler(self, method: str, *arguments: Any) -> Any:
         """Call the scheduler; raises Unavailable while it is away."""
-        return await self._call(SCHEDULER, method, self.config.policy.timeouts.describe_s, *arguments)
+        timeout_s = self.config.policy.timeouts.describe_s
+        return await ask(SCHEDULER, method, *arguments, timeout_s=timeout_s, back_in_s=_SCHEDULER_BACK_IN_S)
 
     async def model(self, model_id: str) -> ServedModel:
         """Return a model that can be priced; raises ModelNotFound or why it cannot be served."""
@@ -129,15 +129,6 @@ class Services:
             while len(self._models) > _KEPT_MODELS:
                 self._models.popitem(last=False)
         return served
-
-    async def _call(self, actor: str, method: str, timeout_s: float, *arguments: Any) -> Any:
-        try:
-            handle: ActorHandle = await asyncio.to_thread(find, actor)
-            return await asyncio.wait_for(getattr(handle, method).remote(*arguments), timeout_s)
-        except ValueError as error:
-            raise Unavailable(f"the {actor} is not up") from error
-        except Exception as error:
-            raise as_azu_error(error, f"the {actor}") from error
 
 
 def warm_up() -> None:

@@ -89,6 +89,12 @@ class StageRunner:
                 assert experts is not None, "there is no way to the experts that are elsewhere"
                 module.relink(topology.expert_sets, experts)
 
+    def forget_sequences(self) -> None:
+        """Drop the state of every sequence; whoever schedules from now on opens its own."""
+        with self._lock:
+            self._sent.clear()
+            self._sampler.clear()
+
     def num_sent(self, sequence_ids: Sequence[int]) -> Mapping[int, int]:
         """Return how many rows of hidden states can be sent again, of each sequence that has any."""
         with self._lock:

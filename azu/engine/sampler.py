@@ -43,6 +43,10 @@ class Sampler:
         for sequence_id in sequence_ids:
             self._open.pop(sequence_id, None)
 
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self._open.clear()
+
     def sample(self, sequence_ids: Sequence[int], logits: Tensor) -> tuple[SampledToken, ...]:
         """Return one new token per row of logits [num_sequences, vocabulary].
 

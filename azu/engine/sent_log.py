@@ -49,6 +49,11 @@ class SentLog:
         for sequence_id in sequence_ids:
             self._num_bytes -= len(self._rows.pop(sequence_id, b""))
 
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self._rows.clear()
+        self._num_bytes = 0
+
     def _put(self, sequence_id: int, begin: int, rows: memoryview) -> None:
         kept = self._rows.get(sequence_id)
         if kept is None and begin == 0:

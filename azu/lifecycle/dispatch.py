@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Protocol
 
+from azu.connection import until_back
 from azu.errors import AzuError, InternalError
 from azu.jobs.record import JobRecord
 from azu.lifecycle.ports import Ran, Route
@@ -49,6 +50,9 @@ class JobQueue(Protocol):
 
     async def take(self, consumer: str, block_ms: int, claim_idle_ms: int) -> list[JobRecord]:
         """Return jobs that are this consumer's now, waiting up to `block_ms` for one."""
+
+    async def take_over(self, consumer: str) -> list[JobRecord]:
+        """Return every job that was taken but not done, whoever took it; they are this consumer's now."""
 
     async def set_state(self, job_id: str, state: JobState) -> bool:
         """Record the job's state; say whether its user gave it up before."""
@@ -93,13 +97,22 @@ class Dispatcher:
         """Take jobs until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow_cancellations())
+            # Whoever had them before is gone: a network has one scheduler.
+            records = await until_back(partial(self._jobs.take_over, self._consumer))
+            take = partial(self._jobs.take, self._consumer, _TAKE_BLOCK_MS, _CLAIM_IDLE_MS)
             while True:
-                for record in await self._jobs.take(self._consumer, _TAKE_BLOCK_MS, _CLAIM_IDLE_MS):
+                for record in records:
                     if record.job.job_id not in self._running:
                         task = group.create_task(self._live(record))
                         self._running[record.job.job_id] = task
+                records = await until_back(take)
 
     async def _follow_cancellations(self) -> None:
+        while True:
+            # From the latest ones on, when Redis was away: to cancel a job twice changes nothing.
+            await until_back(self._hear_cancellations)
+
+    async def _hear_cancellations(self) -> None:
         async for job_id in self._jobs.cancellations():
             if model := self._models.get(job_id):
                 await model.cancel(job_id)
@@ -117,7 +130,7 @@ class Dispatcher:
                 if record.cancelled:
                     self._cancelled.add(job.job_id)
                 ran, route = await keep_trying(
-                    partial(self._run, job),
+                    partial(self._run, record),
                     self._patience,
                     wait=partial(self._wait, job),
                     chance=self._chance,
@@ -136,26 +149,34 @@ class Dispatcher:
     async def _wait(self, job: Job, seconds: float) -> bool:
         """Let a job wait between two tries; say whether it is still wanted."""
         self._models.pop(job.job_id, None)
-        if await self._jobs.set_state(job.job_id, JobState.QUEUED) or job.job_id in self._cancelled:
+        given_up = await until_back(partial(self._jobs.set_state, job.job_id, JobState.QUEUED))
+        if given_up or job.job_id in self._cancelled:
             return False
-        self._waiting[job.job_id] = given_up = asyncio.Event()
+        self._waiting[job.job_id] = unwanted = asyncio.Event()
         try:
-            await asyncio.wait_for(given_up.wait(), seconds)
+            await asyncio.wait_for(unwanted.wait(), seconds)
         except TimeoutError:
             return True
         finally:
             del self._waiting[job.job_id]
         return False
 
-    async def _run(self, job: Job) -> tuple[Ran, Route]:
+    async def _run(self, record: JobRecord) -> tuple[Ran, Route]:
+        job = record.job
         try:
             model = await self._deployments.ensure(job.model_id, job.revision)
             given_up = await self._jobs.set_state(job.job_id, JobState.RUNNING)
-            if given_up or job.job_id in self._cancelled:
+            given_up = given_up or job.job_id in self._cancelled
+            if given_up and not record.attempts:
                 return Ran(completion_tokens=0, finish_reason=FinishReason.CANCELLED), _EMPTY_ROUTE
             # Nothing may come between: a cancellation reaches the model behind the job, or is seen above.
             self._models[job.job_id] = model
-            return await model.run(job), model.route
+            running = asyncio.ensure_future(model.run(job))
+            if given_up:
+                # It ran before, and may have delivered something: the model knows.
+                await asyncio.sleep(0)
+                await model.cancel(job.job_id)
+            return await running, model.route
         except AzuError as error:
             return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=error), _EMPTY_ROUTE
         except Exception:

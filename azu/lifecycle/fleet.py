@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
-from azu.errors import InsufficientCapacity
+from azu.errors import AzuError, InsufficientCapacity, WorkerLost
 from azu.lifecycle.dispatch import RunningModel
+from azu.lifecycle.standing import Standing, StandingModels
 from azu.planner.admission import NEVER_FITS, refuse_what_no_waiting_helps
 from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
@@ -61,14 +62,25 @@ class Builder(Protocol):
         `replan` is for pieces that are lost later.
         """
 
+    async def adopt(self, structure: Structure, standing: Standing, replan: Replan) -> DeployedModel:
+        """Take over a model that another scheduler brought up; what of it is gone is brought up again."""
+
+    async def sweep(self, kept: frozenset[str]) -> frozenset[str]:
+        """Take down every actor of a model but those of these names; return which of these live."""
+
 
 class Fleet:
     """The deployed models. A model is deployed once, however many jobs ask for it at the same time."""
 
     def __init__(
-        self, builder: Builder, nodes: Callable[[dict[str, int]], Sequence[Node]], policy: PlanPolicy
+        self,
+        builder: Builder,
+        nodes: Callable[[dict[str, int]], Sequence[Node]],
+        policy: PlanPolicy,
+        standing: StandingModels,
     ) -> None:
         self._builder = builder
+        self._standing = standing
         self._nodes = nodes
         self._policy = policy
         self._models: dict[ModelKey, DeployedModel] = {}  # the least recently used first
@@ -76,7 +88,6 @@ class Fleet:
         self._promised: dict[ModelKey, Topology] = {}
         # One plan at a time: two must not promise the same room.
         self._placing = asyncio.Lock()
-        self._epoch = 0
         self.deploying: set[ModelKey] = set()
 
     @property
@@ -88,6 +99,28 @@ class Fleet:
         """Return the VRAM taken on each node by what is deployed or being brought up."""
         topologies = [model.topology for model in self._models.values()]
         return _sums(topology.vram_bytes_by_node for topology in (*topologies, *self._promised.values()))
+
+    async def adopt(self) -> None:
+        """Take over the models that another scheduler left standing; whatever else it left is taken down.
+
+        The nodes must have been heard before.
+        """
+        written = await self._standing.all()
+        living = await self._builder.sweep(_names(written))
+        found: list[tuple[ModelKey, Structure, Standing]] = []
+        for standing in written:
+            key = (standing.topology.model_id, standing.topology.revision)
+            try:
+                if not living & standing.names:
+                    raise WorkerLost("nothing of it lives")
+                found.append((key, await self._builder.structure(*key), standing))
+            except AzuError as error:
+                log.warning("%s is not taken over: %s", key[0], error.message)
+                await self._standing.forget(standing.topology)
+        await self._builder.sweep(_names(standing for _, _, standing in found))
+        for key, structure, standing in found:
+            adopting = self._builder.adopt(structure, standing, partial(self._replan, key))
+            self._models[key] = await adopting
 
     async def ensure(self, model_id: str, revision: str) -> RunningModel:
         """Return the running model, deploying it first when it is not up.
@@ -132,9 +165,9 @@ class Fleet:
             self.deploying.discard(key)
 
     async def _plan(self, structure: Structure) -> Topology:
-        def on(nodes: Sequence[Node]) -> Topology:
+        def on(nodes: Sequence[Node], epoch: int) -> Topology:
             try:
-                return plan(structure, nodes, self._policy, epoch=self._epoch)
+                return plan(structure, nodes, self._policy, epoch=epoch)
             except InsufficientCapacity:
                 refuse_what_no_waiting_helps(structure, nodes, self._policy)
                 raise
@@ -146,27 +179,31 @@ class Fleet:
             model = self._models[key]
             before = model.topology
 
-            def on(nodes: Sequence[Node]) -> Topology:
-                return replan(model.structure, before, loss, nodes, self._policy, epoch=self._epoch)
+            def on(nodes: Sequence[Node], epoch: int) -> Topology:
+                return replan(model.structure, before, loss, nodes, self._policy, epoch=epoch)
 
             given_back = {node_id: -size for node_id, size in before.vram_bytes_of(loss).items()}
             model.topology = await self._place(key, on, given_back)
             return model.topology
 
     async def _place(
-        self, key: ModelKey, on: Callable[[Sequence[Node]], Topology], given_back: Mapping[str, int]
+        self, key: ModelKey, on: Callable[[Sequence[Node], int], Topology], given_back: Mapping[str, int]
     ) -> Topology:
         """Plan on the nodes as they are; while there is no room, idle models of others are taken down."""
         while True:
-            self._epoch += 1
+            epoch = await self._standing.next_epoch()
             try:
-                return on(self._nodes(_sums([self.placed_bytes(), given_back])))
+                return on(self._nodes(_sums([self.placed_bytes(), given_back])), epoch)
             except InsufficientCapacity as error:
                 idle = [other for other, one in self._models.items() if other != key and not one.running_jobs]
                 if not idle or error.code == NEVER_FITS:
                     raise
                 log.info("taking %s down to make room for %s", idle[0][0], key[0])
                 await self._models.pop(idle[0]).close()
+
+
+def _names(standing: Iterable[Standing]) -> frozenset[str]:
+    return frozenset[str]().union(*(one.names for one in standing))
 
 
 def _sums(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:

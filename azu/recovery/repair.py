@@ -68,6 +68,10 @@ class Repair:
         if self._lost:
             self._noticed.set()
 
+    def again(self) -> None:
+        """Have everything linked once more, though no piece is lost: somebody else pauses and resumes now."""
+        self._noticed.set()
+
     async def run(self) -> None:
         """Repair until cancelled; raises what made a repair impossible, an AzuError."""
         while True:
@@ -80,7 +84,8 @@ class Repair:
         empty: frozenset[int] = frozenset()
         down = self._take()
         for _ in range(_MOST_ROUNDS):
-            log.warning("lost %s", down)
+            if down:
+                log.warning("lost %s", down)
             await self._pieces.fence(down)
             watch.passed("fenced")
             topology = await self._place(down)

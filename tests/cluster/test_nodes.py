@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import ray
 
-from actors.control import SCHEDULER, find
+from actors.placement import SCHEDULER
+from actors.reach import find
 from azu.cli.network.local_network import LocalNetwork
 from azu.protocol.node import Node, NodeState
 from azu.units import MIB

@@ -5,15 +5,16 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from azu.errors import InsufficientCapacity
+from azu.errors import InsufficientCapacity, ModelNotFound
 from azu.lifecycle.fleet import Fleet, Replan
 from azu.lifecycle.ports import Ran, Route
+from azu.lifecycle.standing import RedisStanding, Standing, StandingPiece
 from azu.planner.policy import PlanPolicy
 from azu.protocol.job import Job
 from azu.protocol.structure import Structure
-from azu.protocol.topology import Topology
+from azu.protocol.topology import Loss, Topology
 from azu.units import MIB
-from tests.builders import node, structure
+from tests.builders import ALICE, node, structure
 
 
 @dataclass
@@ -48,8 +49,13 @@ class CountingBuilder:
     built: list[str] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     num_layers: int = 4
+    swept: frozenset[str] | None = None
+    unknown: str | None = None
+    dead: frozenset[str] = frozenset()
 
     async def structure(self, model_id: str, revision: str) -> Structure:
+        if model_id == self.unknown:
+            raise ModelNotFound(f"there is no {model_id} any more")
         await asyncio.sleep(0)
         return structure(self.num_layers, model_id=model_id)
 
@@ -58,8 +64,16 @@ class CountingBuilder:
         self.built.append(structure.model_id)
         return StandingModel(structure, topology, self, replan)
 
+    async def adopt(self, structure: Structure, standing: Standing, replan: Replan) -> StandingModel:
+        assert self.swept is not None, "what stands in the way goes first"
+        return StandingModel(structure, standing.topology, self, replan)
 
-def fleet(vram_bytes: int = 64 * MIB) -> tuple[Fleet, CountingBuilder]:
+    async def sweep(self, kept: frozenset[str]) -> frozenset[str]:
+        self.swept = kept
+        return kept - self.dead
+
+
+def fleet(redis_url: str, vram_bytes: int = 64 * MIB) -> tuple[Fleet, CountingBuilder]:
     builder = CountingBuilder()
     nodes = [node("a", vram_bytes), node("b", vram_bytes)]
 
@@ -70,12 +84,12 @@ def fleet(vram_bytes: int = 64 * MIB) -> tuple[Fleet, CountingBuilder]:
         ]
 
     policy = PlanPolicy(promised_sequences=2, tokens_per_sequence=128)
-    return Fleet(builder, book, policy), builder
+    return Fleet(builder, book, policy, RedisStanding.from_url(redis_url)), builder
 
 
-def test_many_jobs_at_once_deploy_their_model_once() -> None:
+def test_many_jobs_at_once_deploy_their_model_once(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = fleet()
+        models, builder = fleet(redis_url)
         found = await asyncio.gather(*(models.ensure("m/one", "r1") for _ in range(20)))
 
         assert builder.built == ["m/one"]
@@ -84,9 +98,9 @@ def test_many_jobs_at_once_deploy_their_model_once() -> None:
     asyncio.run(scenario())
 
 
-def test_two_models_share_the_nodes_when_both_fit() -> None:
+def test_two_models_share_the_nodes_when_both_fit(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = fleet(vram_bytes=256 * MIB)
+        models, builder = fleet(redis_url, vram_bytes=256 * MIB)
         await asyncio.gather(models.ensure("m/one", "r1"), models.ensure("m/two", "r1"))
 
         assert sorted(builder.built) == ["m/one", "m/two"]
@@ -96,9 +110,9 @@ def test_two_models_share_the_nodes_when_both_fit() -> None:
     asyncio.run(scenario())
 
 
-def test_an_idle_model_makes_room_and_a_busy_one_does_not() -> None:
+def test_an_idle_model_makes_room_and_a_busy_one_does_not(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = fleet(vram_bytes=6 * MIB)
+        models, builder = fleet(redis_url, vram_bytes=6 * MIB)
         first = await models.ensure("m/one", "r1")
         first.running_jobs = 1
         with pytest.raises(InsufficientCapacity):
@@ -112,9 +126,9 @@ def test_an_idle_model_makes_room_and_a_busy_one_does_not() -> None:
     asyncio.run(scenario())
 
 
-def test_a_model_that_never_fits_is_refused_for_good_and_takes_nobody_down() -> None:
+def test_a_model_that_never_fits_is_refused_for_good_and_takes_nobody_down(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = fleet(vram_bytes=6 * MIB)
+        models, builder = fleet(redis_url, vram_bytes=6 * MIB)
         await models.ensure("m/one", "r1")
         builder.num_layers = 400
         with pytest.raises(InsufficientCapacity) as refused:
@@ -125,9 +139,9 @@ def test_a_model_that_never_fits_is_refused_for_good_and_takes_nobody_down() -> 
     asyncio.run(scenario())
 
 
-def test_a_broken_model_is_taken_down_and_built_again_with_a_higher_epoch() -> None:
+def test_a_broken_model_is_taken_down_and_built_again_with_a_higher_epoch(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = fleet()
+        models, builder = fleet(redis_url)
         first = await models.ensure("m/one", "r1")
         first.broken = True
         second = await models.ensure("m/one", "r1")
@@ -135,5 +149,30 @@ def test_a_broken_model_is_taken_down_and_built_again_with_a_higher_epoch() -> N
         assert builder.closed == ["m/one"]
         assert builder.built == ["m/one", "m/one"]
         assert second.topology.epoch > first.topology.epoch
+
+    asyncio.run(scenario())
+
+
+def test_a_new_scheduler_takes_over_what_stands_and_counts_its_room(redis_url: str) -> None:
+    async def scenario() -> None:
+        models, _ = fleet(redis_url)
+        standing = RedisStanding.from_url(redis_url)
+        for name in ("m/dead", "m/two", "m/one"):
+            stands = await models.ensure(name, "r1")
+            pieces = (StandingPiece(True, 0, stands.topology.epoch, f"layer:{name}"),)
+            await standing.keep(Standing(stands.topology, pieces, f"pipeline:{name}", {"a": ALICE}))
+
+        heirs, heirs_builder = fleet(redis_url)
+        heirs_builder.unknown = "m/two"
+        heirs_builder.dead = frozenset({"layer:m/dead", "pipeline:m/dead"})
+        await heirs.adopt()
+
+        assert heirs_builder.swept == {"layer:m/one", "pipeline:m/one"}
+        adopted = await heirs.ensure("m/one", "r1")
+        assert heirs_builder.built == []
+        assert heirs.placed_bytes() == adopted.topology.vram_bytes_by_node
+        assert [one.topology.model_id for one in await standing.all()] == ["m/one"]
+        moved = await adopted.replan(Loss(stages=frozenset({0})))
+        assert moved.epoch > stands.topology.epoch, "no epoch comes twice, whoever schedules"
 
     asyncio.run(scenario())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from azu.cli.network import serving
 from azu.cli.network.books import Books, admin_key_of, books_kept
 from azu.cli.network.ports import free_port
-from azu.config import NetworkFile, Settings
+from azu.config import ControlConfig, NetworkFile, Settings
 from azu.errors import Unavailable
 
 Progress = Callable[[str], None]
@@ -25,12 +25,13 @@ class AttachedNetwork:
     admin_key: str = field(repr=False)
     head: str
     _books: Books = field(repr=False)
+    _config: ControlConfig = field(repr=False)
 
     def revive(self) -> list[str]:
-        """Start again which processes died, and return their names; raises Unavailable without a head."""
+        """Start again which processes and actors died, and return their names; Unavailable without a head."""
         if not _listens(self.head):
             raise Unavailable(f"the Ray head at {self.head} is gone")
-        return self._books.revive()
+        return self._books.revive() + serving.revive(self._config)
 
 
 @contextmanager
@@ -59,6 +60,7 @@ def attached_network(
                 admin_key=admin_key,
                 head=head,
                 _books=books,
+                _config=config,
             )
             try:
                 serving.stop()  # what a network left that was killed

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from azu.cli.network.serving import (
     control_config,
     local_client,
     local_url,
+    revive,
     served,
     wait_until_healthy,
     wait_until_it_answers,
@@ -45,6 +47,7 @@ class LocalNetwork:
     authority: Path | None
     ticket: AnyTicket = field(repr=False)
     _groups: tuple[Children, ...] = field(repr=False)
+    _revive_control: Callable[[], list[str]] = field(repr=False)
 
     def fund(self, address: str, lamports: int) -> None:
         """Give an address HYPE from the devnet's faucet."""
@@ -53,11 +56,11 @@ class LocalNetwork:
         fund(self.chain_url, address, lamports)
 
     def revive(self) -> list[str]:
-        """Start again which processes died, and return their names.
+        """Start again which processes and actors of the control plane died, and return their names.
 
         Raises Unavailable when Ray's head died: with it went what the network knew in memory.
         """
-        return _revive(*self._groups)
+        return _revive(*self._groups) + self._revive_control()
 
 
 @contextmanager
@@ -147,6 +150,7 @@ def local_network(
                 authority=None if files is None else files.authority,
                 ticket=first_ticket(client) if tls else Ticket(address=address, token=token),
                 _groups=(services, treasury, nodes),
+                _revive_control=partial(revive, config),
             )
             with kept_for_admin(settings.home, network.url, admin_key, config.tls):
                 yield network

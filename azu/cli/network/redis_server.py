@@ -27,7 +27,7 @@ _ASKED = (
 # What each user of the server reaches.
 KEYS_OF: Mapping[str, tuple[str, ...]] = {
     "ingress": ("azu:auth:*", "azu:job:*", "azu:jobs:*", "azu:ledger:*", *_ASKED),
-    "scheduler": ("azu:job:*", "azu:jobs:*", "azu:ledger:*", "azu:model:*"),
+    "scheduler": ("azu:fleet:*", "azu:job:*", "azu:jobs:*", "azu:ledger:*", "azu:model:*"),
     "pipeline": ("azu:job:*",),
     "treasury": ("azu:treasury:*", "azu:ledger:*", "azu:job:*"),
 }

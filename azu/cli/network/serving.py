@@ -128,6 +128,13 @@ def of_ingress(config: ControlConfig, ingress_redis_url: str) -> ControlConfig:
     return replace(config, redis_url=ingress_redis_url, pipeline_redis_url="")
 
 
+def revive(config: ControlConfig) -> list[str]:
+    """Start again who of the control plane died, in the cluster that this process is connected to."""
+    from actors import control
+
+    return control.revive(config)
+
+
 def local_url(config: ControlConfig) -> str:
     """Return where the ingress is found from this machine."""
     scheme = "http" if config.tls is None else "https"
