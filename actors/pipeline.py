@@ -206,7 +206,7 @@ class Pipeline:
 
     async def _begin(self, running: _Running) -> None:
         job = running.job
-        known = await self._jobs.so_far(job)
+        known = await until_back(partial(self._jobs.so_far, job))
         running.delivered = known.delivered
         running.cancelled |= known.cancelled
         gone = self._broken is not None or running.cancelled

@@ -165,7 +165,7 @@ class Dispatcher:
         job = record.job
         try:
             model = await self._deployments.ensure(job.model_id, job.revision)
-            given_up = await self._jobs.set_state(job.job_id, JobState.RUNNING)
+            given_up = await until_back(partial(self._jobs.set_state, job.job_id, JobState.RUNNING))
             given_up = given_up or job.job_id in self._cancelled
             if given_up and not record.attempts:
                 return Ran(completion_tokens=0, finish_reason=FinishReason.CANCELLED), _EMPTY_ROUTE
