@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from azu.engine.tokenizer import Tokenizer
 
 _REFRESH_S = 60.0
-_SCHEDULER_BACK_IN_S = 2.0  # nobody's prompt waits for it
+_BACK_IN_S = 5.0  # who died is soon back; whoever waits longer may as well ask again
 _KEPT_MODELS = 64
 
 
@@ -111,12 +111,11 @@ class Services:
 
     async def registry(self, method: str, *arguments: Any) -> Any:
         """Call the registry; raises Unavailable while it is away."""
-        return await ask(REGISTRY, method, *arguments, timeout_s=self.config.policy.timeouts.describe_s)
+        return await self._call(REGISTRY, method, self.config.policy.timeouts.describe_s, *arguments)
 
     async def scheduler(self, method: str, *arguments: Any) -> Any:
         """Call the scheduler; raises Unavailable while it is away."""
-        timeout_s = self.config.policy.timeouts.describe_s
-        return await ask(SCHEDULER, method, *arguments, timeout_s=timeout_s, back_in_s=_SCHEDULER_BACK_IN_S)
+        return await self._call(SCHEDULER, method, self.config.policy.timeouts.describe_s, *arguments)
 
     async def model(self, model_id: str) -> ServedModel:
         """Return a model that can be priced; raises ModelNotFound or why it cannot be served."""
@@ -129,6 +128,9 @@ class Services:
             while len(self._models) > _KEPT_MODELS:
                 self._models.popitem(last=False)
         return served
+
+    async def _call(self, actor: str, method: str, timeout_s: float, *arguments: Any) -> Any:
+        return await ask(actor, method, *arguments, timeout_s=timeout_s, back_in_s=_BACK_IN_S)
 
 
 def warm_up() -> None:
