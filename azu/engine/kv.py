@@ -18,6 +18,7 @@ class PagedKV(Cache):  # type: ignore[misc] # transformers is untyped
 
     def __init__(self, num_layers: int, num_blocks: int, block_size: int) -> None:
         super().__init__(layers=[DynamicLayer() for _ in range(num_layers)])
+        self._block_size = block_size
         self._num_slots = num_blocks * block_size
         self._pools: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self._layout: Layout | None = None
@@ -49,6 +50,19 @@ class PagedKV(Cache):  # type: ignore[misc] # transformers is untyped
         )
         return keys, values
 
+    def resize(self, num_blocks: int) -> None:
+        """Have more or fewer blocks; what lies in those that stay is kept."""
+        num_slots = num_blocks * self._block_size
+        for layer, pools in enumerate(self._pools):
+            if pools is not None:
+                # One pool at a time: both sizes of all of them may not fit.
+                self._pools[layer] = None
+                keys, values = pools
+                del pools
+                keys = _resized(keys, num_slots)
+                self._pools[layer] = keys, _resized(values, num_slots)
+        self._num_slots = num_slots
+
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the library's signature
         """Return how many tokens lie before this step's, of the longest sequence."""
         return self.layout.longest - self.layout.most_tokens
@@ -78,3 +92,10 @@ class PagedKV(Cache):  # type: ignore[misc] # transformers is untyped
             return read.transpose(0, 1)[None]
         # In memory as a stock cache has it: some of the families that take padded batches rely on it.
         return read.view(len(layout.slices), layout.longest, *read.shape[1:]).transpose(1, 2).contiguous()
+
+
+def _resized(pool: Tensor, num_slots: int) -> Tensor:
+    if num_slots <= len(pool):
+        return pool[:num_slots].clone()
+    more = torch.zeros(num_slots - len(pool), *pool.shape[1:], dtype=pool.dtype, device=pool.device)
+    return torch.cat((pool, more))

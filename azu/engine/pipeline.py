@@ -44,6 +44,7 @@ class EnginePipeline:
         eos_token_ids: Collection[int],
     ) -> None:
         self._epoch = topology.epoch
+        self._num_blocks = config.num_blocks
         self._scheduler = Scheduler(config, len(topology.stages), structure.restart_length)
         self._account = WorkAccount(structure, topology)
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -108,11 +109,21 @@ class EnginePipeline:
         self._in_flight.clear()
         self._reopen.update(self._sequences)
 
+    @property
+    def num_preempted(self) -> int:
+        """How often a sequence lost its blocks to others and had to be computed again."""
+        return self._scheduler.num_preempted
+
+    def limit(self, num_blocks: int) -> int:
+        """Take no sequence that `num_blocks` would not hold alone; return how many are needed still."""
+        return self._scheduler.limit(num_blocks)
+
     def resume(
         self, topology: Topology, lost_stages: Collection[int], num_sent: Mapping[int, Mapping[int, int]]
     ) -> None:
         """Go on under a topology of the same spans, in which some stages begin with empty KV caches.
 
+        Where it has another number of blocks, sequences that lose theirs are computed again.
         `num_sent[stage]` says how many rows of which sequences the stage before a lost one can send again;
         what nobody can send again is computed from its tokens. Unfilled stages count as lost again.
         """
@@ -120,6 +131,9 @@ class EnginePipeline:
         self._suspended = False
         self._epoch = topology.epoch
         self._account.move(topology)
+        if topology.num_blocks != self._num_blocks:
+            self._num_blocks = topology.num_blocks
+            self._scheduler.resize(topology.num_blocks)
         self._unfilled.update(lost_stages)
         replays = _neighbours(self._unfilled)
         cached = {key: self._sequences[key] for key in self.num_cached}

@@ -84,7 +84,15 @@ class StageRunner:
         with self._lock:
             assert topology.epoch > self._spec.epoch, "an epoch never comes twice"
             self._last_step = 0
-            self._spec = replace(self._spec, epoch=topology.epoch, expert_sets=topology.expert_sets)
+            if topology.num_blocks != self._spec.num_blocks:
+                self._kv.resize(topology.num_blocks)
+                self._layouts = LayoutBuilder(topology.num_blocks, topology.block_size, self._device)
+            self._spec = replace(
+                self._spec,
+                epoch=topology.epoch,
+                expert_sets=topology.expert_sets,
+                num_blocks=topology.num_blocks,
+            )
             for module in self._spread_layers:
                 assert experts is not None, "there is no way to the experts that are elsewhere"
                 module.relink(topology.expert_sets, experts)

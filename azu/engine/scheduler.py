@@ -7,7 +7,7 @@ every stage busy; stages run them in order, so that the chunks of one prompt may
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from azu.engine.sequence import Sequence, SequenceState
 from azu.errors import Unavailable
@@ -42,9 +42,11 @@ class Scheduler:
         self._config = config
         self._restart_length = restart_length
         self._long_step = False
+        self._limit = config.num_blocks
         self._free = list(range(config.num_blocks - 1, -1, -1))
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # oldest first
+        self.num_preempted = 0
 
     @property
     def num_free_blocks(self) -> int:
@@ -58,14 +60,40 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises Unavailable when it could not run even alone."""
-        if self._blocks_for(sequence.max_length) > self._config.num_blocks:
-            capacity = self._config.num_blocks * self._config.block_size
+        if self._blocks_for(sequence.max_length) > self._limit:
+            capacity = self._limit * self._config.block_size
             raise Unavailable(
                 f"the prompt and its completion need {sequence.max_length} tokens of KV cache, "
                 f"this deployment has {capacity}",
                 code="insufficient_kv_cache",
             )
         self._waiting.append(sequence)
+
+    def limit(self, num_blocks: int) -> int:
+        """Take no sequence from now on that would not run in `num_blocks` alone.
+
+        Returns how many blocks are needed all the same, for those that were taken before.
+        """
+        living = [*self._waiting, *self._running]
+        longest = max((self._blocks_for(sequence.max_length) for sequence in living), default=0)
+        self._limit = max(num_blocks, longest)
+        return self._limit
+
+    def resize(self, num_blocks: int) -> None:
+        """Have more or fewer blocks, at least those that `limit` returned; nothing may be in flight.
+
+        Whoever holds a block that is gone is computed again: the oldest first, the youngest wait.
+        """
+        for sequence in self._running:
+            assert not sequence.steps_in_flight, "rewind() comes first"
+            if max(sequence.block_ids, default=-1) >= num_blocks:
+                sequence.block_ids.clear()
+                sequence.num_scheduled = 0
+                self.num_preempted += 1
+        held = {block for sequence in self._running for block in sequence.block_ids}
+        self._free = [block for block in range(num_blocks - 1, -1, -1) if block not in held]
+        self._config = replace(self._config, num_blocks=num_blocks)
+        self._limit = num_blocks
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out; its blocks are free once nothing of it is in flight."""
@@ -205,6 +233,7 @@ class Scheduler:
                 self._release(victim)
                 victim.state = SequenceState.WAITING
                 victim.num_scheduled = 0
+                self.num_preempted += 1
                 self._waiting.appendleft(victim)
                 return True
         return False

@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from azu.planner.shrink import Placed, ShrinkOrder, shrink_orders
+from azu.planner.shrink import Placed, ShrinkOrder, blocks_again, shrink_orders, with_blocks
 from azu.units import MIB
 from tests.builders import node, structure, topology
 
@@ -17,7 +17,7 @@ def placed(
 ) -> Placed:
     """Return a model of 4 layers and 16 blocks that keeps at least 4 of them."""
     shown = replace(topology(spans, vram_bytes=vram_bytes), model_id=model_id)
-    return Placed(structure(4, model_id=model_id), shown, least_blocks=4)
+    return Placed(structure(4, model_id=model_id), shown, least_blocks=4, most_blocks=16)
 
 
 def test_nothing_is_given_back_while_everything_fits() -> None:
@@ -88,3 +88,46 @@ def test_after_the_orders_everything_fits_or_the_missing_bytes_say_why(lent, fre
     assert all(4 <= order.num_blocks <= 16 for order in orders.values())
     if report.room_bytes(needed) >= 0:
         assert not orders
+
+
+def shrunk(one: Placed, num_blocks: int) -> Placed:
+    return replace(one, topology=with_blocks(one.structure, one.topology, num_blocks))
+
+
+def test_a_stage_that_gave_blocks_back_takes_so_much_less() -> None:
+    model = placed({"a": (0, 1), "b": (1, 4)})
+
+    less = shrunk(model, 10).topology
+
+    assert [4 * MIB - stage.vram_bytes for stage in less.stages] == [6 * KV, 6 * 3 * KV]
+    assert shrink_orders([shrunk(model, 10)], [node("a", 4 * MIB - 6 * KV), node("b", 4 * MIB)]) == ()
+
+
+def test_blocks_come_back_with_the_room_as_many_as_were_planned() -> None:
+    model = shrunk(placed({"a": (0, 2), "b": (2, 4)}), 6)
+    low = 4 * MIB - 10 * 2 * KV
+
+    assert blocks_again([model], [node("a", low), node("b")]) == (6,)
+    assert blocks_again([model], [node("a", low + 7 * 2 * KV), node("b")]) == (13,)
+    assert blocks_again([model], [node("a"), node("b")]) == (16,)
+    assert blocks_again([model], [node("a")]) == (6,), "a node that says nothing has no room"
+
+
+def test_a_little_room_is_not_worth_a_change_unless_it_is_all_that_lacks() -> None:
+    spans = {"a": (0, 4)}
+    at = lambda num_blocks, more: blocks_again(  # noqa: E731
+        [shrunk(placed(spans), num_blocks)], [node("a", 4 * MIB - (16 - num_blocks - more) * 4 * KV)]
+    )
+
+    assert at(8, 3) == (8,)
+    assert at(8, 4) == (12,)
+    assert at(14, 2) == (16,)
+
+
+def test_models_that_lack_blocks_share_what_a_node_has_again() -> None:
+    models = [shrunk(placed({"a": (0, 4)}, model_id=name), 8) for name in ("one", "two")]
+    models.append(placed({"a": (0, 4)}, model_id="three"))
+
+    used = sum(one.topology.vram_bytes_by_node["a"] for one in models)
+
+    assert blocks_again(models, [node("a", used + 8 * 4 * KV)]) == (12, 12, 16)
