@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from dataclasses import replace
 
 from actors.link import as_azu_error
 from actors.pieces import RayPieces, Site
@@ -13,6 +14,7 @@ from azu.lifecycle.fleet import Replan
 from azu.lifecycle.ports import Ran, Route
 from azu.lifecycle.standing import Standing, StandingModels
 from azu.planner.admission import refuse_what_never_fits
+from azu.planner.shrink import with_blocks
 from azu.protocol.job import Job
 from azu.protocol.structure import Structure
 from azu.protocol.topology import Loss, Topology
@@ -38,6 +40,7 @@ class RayDeployment:
         heartbeat = site.policy.heartbeat
         # Room that a dead process held is reported free by the time its node would be dead itself.
         self._repair = Repair(self._pieces, self._move, patience_s=heartbeat.dead_s)
+        self._num_blocks = topology.num_blocks
         self._payout_by_node: dict[str, str] = {}
         self._running: set[str] = set()
         self._supervisor: asyncio.Task[None] | None = None
@@ -68,19 +71,26 @@ class RayDeployment:
         self._payout_by_node |= standing.payout_by_node
         await self._seat.adopt(standing.pipeline)
         self._lost(await self._pieces.adopt(standing.topology, standing.pieces))
-        self._repair.again()
+        self._repair.again(is_fault=False)
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def run(self, job: Job) -> Ran:
         """Run a job in the model's pipeline; raises InvalidRequest when its KV would never fit."""
+        planned = self._site.policy.plan_policy()
+        num_tokens = len(job.prompt_token_ids) + job.sampling.max_tokens
         refuse_what_never_fits(
-            self.structure, self.topology, len(job.prompt_token_ids) + job.sampling.max_tokens
+            self.structure, replace(self.topology, num_blocks=planned.num_blocks), num_tokens
         )
         self._running.add(job.job_id)
         try:
             return await self._seat.run(job)
         finally:
             self._running.discard(job.job_id)
+
+    async def resize(self, num_blocks: int) -> None:
+        """Have another number of KV blocks, under a new epoch; those that sequences need alone are kept."""
+        self._num_blocks = await self._seat.limit(num_blocks)
+        self._repair.again(is_fault=False)
 
     async def cancel(self, job_id: str) -> None:
         """End a job's sequence."""
@@ -116,7 +126,7 @@ class RayDeployment:
                 loss, epoch, bad_frame = await self._seat.next_loss()
             except AzuError as error:
                 log.warning("%s", error.message)
-                self._repair.again()
+                self._repair.again(is_fault=True)
                 await self._seat.another(than=sitting)
                 continue
             lost = self._pieces.still_there(loss, epoch)
@@ -131,7 +141,8 @@ class RayDeployment:
     async def _move(self, loss: Loss) -> Topology:
         # What died may have died with its whole node, which nobody has missed yet.
         await self._site.probe(self.topology.vram_bytes_of(loss))
-        self.topology = await self._replan(loss)
+        topology = await self._replan(loss)
+        self.topology = with_blocks(self.structure, topology, self._num_blocks)
         self._note_payouts()
         return self.topology
 

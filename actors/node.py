@@ -18,7 +18,7 @@ from actors.waiting import is_one_waiting, start_waiting
 from azu.engine.device import DeviceMemory, open_meter
 from azu.engine.speed import device_speed
 from azu.errors import ShardError
-from azu.protocol.node import Node
+from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import ModelFile, Shard, Structure
 from azu.sharding.cache import ShardCache
 
@@ -40,6 +40,7 @@ class NodeAgent:
         self._cache = ShardCache(home / "shards" / node.name)
         self._files = home / "models" / node.name
         self._lent_bytes = node.vram_bytes
+        self._state = NodeState.ALIVE
         self._speed = device_speed(node.device, home / "speeds")
         self._meter = open_meter(self._speed)
         self._links_s: dict[str, float] = {}
@@ -61,11 +62,16 @@ class NodeAgent:
             vram_used_bytes=memory.used_bytes,
             vram_other_bytes=memory.other_bytes,
             load=self._meter.load(),
+            state=self._state,
         )
 
     async def lend(self, vram_bytes: int) -> None:
         """Lend more or less from now on, at most what the node joined with."""
         self._lent_bytes = min(vram_bytes, self._node.vram_bytes)
+
+    async def leave(self) -> None:
+        """Say from now on that this node is leaving: it keeps what it has until that is elsewhere."""
+        self._state = NodeState.LEAVING
 
     async def ping(self) -> None:
         """Answer at once."""

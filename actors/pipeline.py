@@ -161,6 +161,10 @@ class Pipeline:
             self._lost.clear()
         return reported
 
+    async def limit(self, num_blocks: int) -> int:
+        """Take no sequence that `num_blocks` would not hold alone; return how many are needed still."""
+        return self._engine.limit(num_blocks)
+
     async def pause(self) -> int:
         """Schedule nothing until `resume`, forget what is in flight; return how many steps were completed."""
         self._is_paused = True

@@ -14,11 +14,12 @@ from actors.node import NodeAgent
 from actors.pieces import Site
 from actors.placement import SCHEDULER, actor_name, start_on_node, worker_nodes
 from azu.config import ControlConfig
-from azu.errors import AzuError
+from azu.errors import AzuError, NotFound
 from azu.jobs.redis import RedisJobs
 from azu.ledger.redis import RedisLedger
 from azu.lifecycle.dispatch import Dispatcher
 from azu.lifecycle.figures import show_books, show_jobs, show_nodes
+from azu.lifecycle.fitting import Fitting
 from azu.lifecycle.fleet import Fleet
 from azu.lifecycle.nodes import NodeBook
 from azu.lifecycle.settlement import Settlement
@@ -26,7 +27,7 @@ from azu.lifecycle.standing import RedisStanding
 from azu.metrics.catalogue import BAD_FRAMES
 from azu.metrics.meter import Picture
 from azu.metrics.together import Together
-from azu.planner.shrink import Placed, ShrinkOrder, shrink_orders
+from azu.planner.shrink import ShrinkOrder
 from azu.protocol.job import Placement
 from azu.protocol.node import Node
 from azu.protocol.topology import Prediction
@@ -60,6 +61,7 @@ class Scheduler:
         self._fleet = Fleet(
             builder, lambda placed: self._book.nodes(time.monotonic(), placed), policy.plan_policy(), standing
         )
+        self._fitting = Fitting(self._fleet, policy.plan_policy())
         jobs = RedisJobs.from_url(config.redis_url)
         self._ledger = RedisLedger.from_url(config.redis_url)
         self._meter = RayMeter()
@@ -124,10 +126,18 @@ class Scheduler:
 
     async def shrink_orders(self) -> tuple[ShrinkOrder, ...]:
         """Return which deployed models have to give up KV, for nodes that have less room than was planned."""
-        kv = self._config.policy.kv
-        least_blocks = -(-kv.tokens_per_sequence // kv.block_size)
-        placed = [Placed(model.structure, model.topology, least_blocks) for model in self._fleet.models]
-        return shrink_orders(placed, self._book.reports())
+        return self._fitting.orders(self._book.reports())
+
+    async def leave(self, name: str, address: str | None) -> bool:
+        """Have a node take nothing new and give away what it holds; False while it still holds something.
+
+        `address` is whose node it has to be, None for anybody's. Raises NotFound for a node that is not here.
+        """
+        for node_id, node in self._nodes.items():
+            if node.name == name and address in (None, node.payout_address) and node_id in self._agents:
+                await self._agents[node_id].leave.remote()
+                return node_id not in self._fleet.placed_bytes()
+        raise NotFound(f"no node {name} of yours lends here", param="name")
 
     async def hear(self, source: str, picture: Picture) -> None:
         """Take what another process's meter shows."""
@@ -149,11 +159,22 @@ class Scheduler:
             await self.hear(SCHEDULER, self._meter.picture())
             await asyncio.sleep(_MEASURE_S)
 
+    async def _fit(self) -> None:
+        """Keep what stands within what the nodes have."""
+        while True:
+            await asyncio.sleep(self._config.policy.heartbeat.period_s)
+            try:
+                await self._fitting.look(self._book.reports(), time.monotonic())
+            except AzuError as error:
+                log.warning("models were not fitted to their nodes: %s", error.message)
+
     async def _serve(self) -> None:
         await self._first_reports()
         await self._fleet.adopt()
         self._has_adopted = True
-        await self._dispatcher.run()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._dispatcher.run())
+            tasks.create_task(self._fit())
 
     async def _first_reports(self) -> None:
         """Wait until every node has reported, or is late: models are taken over together with their nodes."""

@@ -120,6 +120,10 @@ class PipelineSeat:
         except RayActorError:
             log.info("%s is gone: its heir will not run %s", self._what, job_id)
 
+    async def limit(self, num_blocks: int) -> int:
+        """Have no sequence taken that `num_blocks` would not hold; return how many are needed still."""
+        return int(await self._told(self.actor.limit.remote(num_blocks)))
+
     async def pause(self) -> int:
         """Have the pipeline wait; one that is gone or hangs is replaced. Return its completed steps."""
         if self.sitting is not None:

@@ -26,7 +26,12 @@ async def metrics(services: ServicesNow, authorization: Annotated[str | None, He
 
 def check_admin(authorization: str | None, admin_key_sha256: str) -> None:
     """Raise Unauthenticated unless the header carries the admin key."""
+    if not is_admin(authorization, admin_key_sha256):
+        raise Unauthenticated("this endpoint needs the admin key")
+
+
+def is_admin(authorization: str | None, admin_key_sha256: str) -> bool:
+    """Say whether the header carries the admin key."""
     _, _, bearer = (authorization or "").partition(" ")
     given = hashlib.sha256(bearer.encode()).hexdigest()
-    if not hmac.compare_digest(given, admin_key_sha256):
-        raise Unauthenticated("this endpoint needs the admin key")
+    return hmac.compare_digest(given, admin_key_sha256)

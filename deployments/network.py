@@ -16,7 +16,7 @@ from azu.protocol.node import Node
 from azu.registry.description import KnownModel
 from azu.registry.status import ModelStatus
 from deployments.accounts import Key, ServicesNow
-from deployments.metrics import check_admin
+from deployments.metrics import check_admin, is_admin
 from deployments.services import Services
 
 router = APIRouter()
@@ -67,6 +67,20 @@ async def network(_: Key, services: ServicesNow) -> dict[str, Any]:
             for model_id, revision, state, epoch, num_layers, placements in deployments
         ],
     }
+
+
+@router.post("/v1/nodes/{name}/leave")
+async def leave(
+    name: str, services: ServicesNow, authorization: Annotated[str | None, Header()] = None
+) -> dict[str, Any]:
+    """Have a node give away what it holds; for the address that it pays, and for the admin key.
+
+    To be asked again until `left` says that nothing is on it any more.
+    """
+    address = None
+    if not is_admin(authorization, services.config.admin_key_sha256):
+        address = (await services.owner(authorization)).address
+    return {"name": name, "left": await services.scheduler("leave", name, address)}
 
 
 @router.get("/v1/models")

@@ -19,6 +19,7 @@ _COMMANDS = (
     ("up", "up"),
     ("serve", "serve"),
     ("join", "join"),
+    ("leave", "leave"),
     ("down", "down"),
     ("account", "login"),
     ("account", "deposit"),

@@ -5,6 +5,7 @@ import ssl
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import httpx
 
@@ -201,6 +202,11 @@ class Client:
     def network(self) -> Network:
         """Return nodes and deployments."""
         return read(Network, self._get("/v1/network"))
+
+    def leave(self, node: str) -> bool:
+        """Have a node of the key's address give away what it holds; True once it holds nothing."""
+        left: bool = self._post(f"/v1/nodes/{quote(node, safe='')}/leave", {})["left"]
+        return left
 
     def models(self) -> list[str]:
         """Return the models that are known to the network."""

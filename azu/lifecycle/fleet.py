@@ -44,7 +44,10 @@ class DeployedModel(RunningModel, Protocol):
         """Whether what was lost could not be replaced: it takes no new jobs."""
 
     def node_died(self, node_id: str) -> None:
-        """Hear that a node is dead."""
+        """Hear that a node is dead, or is to be left: what it holds comes up elsewhere."""
+
+    async def resize(self, num_blocks: int) -> None:
+        """Have another number of KV blocks; those that sequences need alone are kept."""
 
     async def close(self) -> None:
         """Take every piece down."""
@@ -143,6 +146,30 @@ class Fleet:
         """Tell every model that a node is dead."""
         for model in self._models.values():
             model.node_died(node_id)
+
+    async def vacate(self, node_id: str) -> bool:
+        """Move what is on a node elsewhere, as far as there is room; say whether anything moves.
+
+        Streams stop while what moves is loaded and filled; what finds no room stays where it is.
+        """
+        moves = False
+        for model in self._models.values():
+            loss = model.topology.on_node(node_id)
+            if not loss:
+                continue
+            try:
+                self._find_elsewhere(model, loss, node_id)
+            except InsufficientCapacity as error:
+                log.info("what is on %s stays: %s", node_id[:8], error.message)
+                continue
+            moves = True
+            model.node_died(node_id)
+        return moves
+
+    def _find_elsewhere(self, model: DeployedModel, loss: Loss, node_id: str) -> None:
+        """Raise InsufficientCapacity unless other nodes have room for some pieces."""
+        others = [node for node in self._nodes(self.placed_bytes()) if node.node_id != node_id]
+        replan(model.structure, model.topology, loss, others, self._policy, epoch=model.topology.epoch + 1)
 
     async def close(self) -> None:
         """Take every model down."""

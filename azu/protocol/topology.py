@@ -108,6 +108,13 @@ class Topology:
         """VRAM that the topology takes on each node it uses."""
         return _vram_bytes_by_node((*self.stages, *self.expert_sets))
 
+    def on_node(self, node_id: str) -> Loss:
+        """Return the pieces that a node holds."""
+        return Loss(
+            frozenset(stage.index for stage in self.stages if stage.node_id == node_id),
+            frozenset(chosen.index for chosen in self.expert_sets if chosen.node_id == node_id),
+        )
+
     def vram_bytes_of(self, loss: Loss) -> dict[str, int]:
         """Return the VRAM that some pieces take, by node."""
         stages = [stage for stage in self.stages if stage.index in loss.stages]

@@ -30,7 +30,7 @@ class Pieces(Protocol):
     async def pause(self) -> int:
         """Have the pipeline forget what is in flight and wait; return how many steps it has completed.
 
-        Raises WorkerLost when it is the pipeline that is gone.
+        A pipeline that is gone is replaced by another.
         """
 
     async def fence(self, loss: Loss) -> None:
@@ -58,6 +58,7 @@ class Repair:
         self._replan = replan
         self._patience_s = patience_s
         self._lost = Loss()
+        self._is_fault = False
         self._noticed = asyncio.Event()
         self._last_completed = -1
         self._fruitless = 0
@@ -68,8 +69,9 @@ class Repair:
         if self._lost:
             self._noticed.set()
 
-    def again(self) -> None:
-        """Have everything linked once more, though no piece is lost: somebody else pauses and resumes now."""
+    def again(self, *, is_fault: bool) -> None:
+        """Have everything linked once more, though no piece is lost; a fault may not come again and again."""
+        self._is_fault |= is_fault
         self._noticed.set()
 
     async def run(self) -> None:
@@ -80,7 +82,9 @@ class Repair:
 
     async def _repair(self) -> None:
         watch = _Watch()
-        self._count_fruitless(await self._pieces.pause())
+        completed = await self._pieces.pause()
+        if self._lost or self._is_fault:
+            self._count_fruitless(completed)
         empty: frozenset[int] = frozenset()
         down = self._take()
         for _ in range(_MOST_ROUNDS):
@@ -95,12 +99,21 @@ class Repair:
             watch.passed("up")
             down = failed | await self._pieces.relink(topology, down) | self._take()
             watch.passed("linked")
-            if not down:
-                await self._pieces.resume(topology, empty)
+            if not down and await self._resumed(topology, empty):
                 watch.passed("resumed")
                 log.warning("repaired: %s", watch)
                 return
         raise WorkerLost(f"{down} could not be brought up in {_MOST_ROUNDS} tries")
+
+    async def _resumed(self, topology: Topology, empty: frozenset[int]) -> bool:
+        try:
+            await self._pieces.resume(topology, empty)
+        except WorkerLost as error:
+            log.warning("%s", error.message)
+            # There is another pipeline now, which everything has to be linked to.
+            await self._pieces.pause()
+            return False
+        return True
 
     async def _place(self, down: Loss) -> Topology:
         looks = AsyncRetrying(
@@ -113,7 +126,7 @@ class Repair:
         return await looks(self._replan, down)
 
     def _take(self) -> Loss:
-        lost, self._lost = self._lost, Loss()
+        lost, self._lost, self._is_fault = self._lost, Loss(), False
         self._noticed.clear()
         return lost
 

@@ -1,0 +1,31 @@
+"""`azu leave`: take a node out of the network without anybody noticing."""
+
+import time
+from typing import Annotated
+
+import typer
+
+from azu.cli.credentials import open_client
+from azu.cli.output import AsJson, console, show
+
+_LOOK_S = 0.5
+
+Name = Annotated[str, typer.Argument(help="What the network calls the node; see `azu ps`.")]
+Patience = Annotated[float, typer.Option(min=0, help="How many seconds to wait.")]
+
+
+def leave(name: Name, patience: Patience = 300.0, as_json: AsJson = False) -> None:
+    """Have a node of yours give away what it holds; when it has left, end its `azu join`.
+
+    New work goes elsewhere at once. Pieces move while their streams go on, as soon as other nodes have room.
+    """
+    from azu.errors import DeadlineExceeded
+
+    client = open_client()
+    deadline = time.monotonic() + patience
+    with console.status(f"{name} gives away what it holds"):
+        while not client.leave(name):
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(f"{name} still holds pieces: no other node has room for them")
+            time.sleep(_LOOK_S)
+    show({"name": name, "left": True}, as_json, lambda _: f"[green]✓[/] {name} holds nothing any more")
