@@ -11,7 +11,9 @@ from azu.cli.bench.results import BenchReport, Figure, Measured
 from azu.engine.reference import ModelShape
 from azu.errors import InvalidRequest
 
-MEASUREMENTS = ("settling", "sharding", "hop", "tls", "one_stream", "many_streams", "first_token")
+MEASUREMENTS = (
+    "settling", "sharding", "hop", "tls", "one_stream", "many_streams", "first_token", "input_log",
+)  # fmt: skip
 _RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
