@@ -36,8 +36,6 @@ def measure(shape: ModelShape) -> tuple[Figure, ...]:
 
 def _in_turns(model: BenchModel) -> tuple[list[float], list[float]]:
     """Return tokens/s of rounds with the log, and of rounds without."""
-    import torch
-
     from azu.engine.local import LocalPipeline, local_topology
     from azu.engine.sent_log import SentLog
     from azu.protocol.sampling import SamplingParams
@@ -46,7 +44,6 @@ def _in_turns(model: BenchModel) -> tuple[list[float], list[float]]:
         def record(self, slices: Iterable[Slice], payload: memoryview) -> None:
             """Keep nothing."""
 
-    torch.set_num_threads(1)
     structure = model.structure
     topology = local_topology(structure, (0, balanced_boundary(structure), structure.num_layers))
     pipeline = LocalPipeline(structure, topology, model.shards)
