@@ -118,6 +118,8 @@ class RedisWithdrawals:
     async def state(self, withdrawal: Withdrawal, ledger: Ledger) -> tuple[WithdrawalState, str | None]:
         """Return how far the one of this address and nonce is and why it was refused; raises NotFound."""
         payout_id = withdrawal.payout_id
+        # First: whatever waits no more has left its mark in one of the others before.
+        waiting = await self._waiting_of(withdrawal.address)
         if await ledger.result(f"{payout_id}:paid"):
             return WithdrawalState.PAID, None
         if await ledger.result(f"{payout_id}:refused"):
@@ -126,7 +128,6 @@ class RedisWithdrawals:
             return WithdrawalState.SENDING, None
         if reason := await self.refusal(payout_id):
             return WithdrawalState.REFUSED, reason
-        waiting = await self._waiting_of(withdrawal.address)
         if waiting is not None and waiting.withdrawal.payout_id == payout_id:
             return WithdrawalState.WAITING, None
         raise NotFound("there is no such withdrawal", param="nonce", code="withdrawal_not_found")

@@ -10,6 +10,7 @@ from eth_account.signers.local import LocalAccount
 from azu.auth.withdrawals import Withdrawal, sign_withdrawal
 from azu.errors import ChainError, Conflict, NotFound
 from azu.ledger.accounts import user_withdrawing
+from azu.ledger.rules import Result
 from azu.treasury.clock import wall_clock_ms
 from azu.treasury.dues import Dues, Threshold
 from azu.treasury.payouts import Patience, Payer
@@ -239,6 +240,29 @@ def test_a_withdrawal_that_another_process_plans_again_after_its_end_is_not_sent
 
         assert await parts.outbox.open() == ()
         assert received(world, alice) == ["0.01"]
+
+    world.run(scenario)
+
+
+def test_a_withdrawal_is_known_at_every_moment_of_its_way(world: World) -> None:
+    alice = credited(world)
+
+    async def scenario(parts: Open) -> None:
+        treasury = Treasury(world, parts)
+        await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
+        asked = signed(world, alice, HELD)
+        await treasury.desk.hand_in(asked)
+
+        class OvertakenLedger:
+            """Answers, and has the treasury carry the withdrawal out before the answer is read."""
+
+            async def result(self, transfer_id: str) -> Result | None:
+                answer = await parts.ledger.result(transfer_id)
+                if transfer_id.endswith(":planned"):
+                    await treasury.until_decided(asked)
+                return answer
+
+        assert await treasury.desk.state(asked.withdrawal, OvertakenLedger())
 
     world.run(scenario)
 
