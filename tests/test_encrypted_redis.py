@@ -40,6 +40,9 @@ def encrypted(redis: RunningRedis, files: TlsFiles) -> Iterator[int]:
         loop.run_until_complete(asyncio.start_server(serve, sock=listener, ssl=context))
         ready.set()
         loop.run_forever()
+        for task in (left := asyncio.all_tasks(loop)):
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

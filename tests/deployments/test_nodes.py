@@ -110,7 +110,8 @@ class serving:  # noqa: N801 - a context, used as one
         return self._door
 
     def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
+        # Clients keep their connections: it would wait for them to end.
+        self._server.should_exit = self._server.force_exit = True
         self._thread.join(10)
         self._listener.close()
 
