@@ -35,6 +35,7 @@ test: lint
 	wait $$cluster || status=1; cat $(VENV)/cluster.log; exit $$status
 
 prove: types
+	$(BIN)/pip install --quiet --editable '.[prove]'
 	$(BIN)/python -m tests.prove --seed $(SEED)
 
 clean:

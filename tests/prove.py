@@ -151,6 +151,26 @@ PARTS = (
         pytest("tests/cluster/test_random_kills.py", "-m", "prove", "-s"),
     ),
     Part(
+        "fuzz: mutations",
+        "82,000 good requests with something in them changed: no 5xx, no money moved by a refused one",
+        ("env", "AZU_TEST_FUZZ_REQUESTS=82000", *pytest("tests/deployments/test_fuzz.py", "-s")),
+    ),
+    Part(
+        "fuzz: schema",
+        "schemathesis over the OpenAPI schema, 18,000 requests and more: no 5xx, answers as the schema says",
+        ("env", "AZU_TEST_SCHEMA_EXAMPLES=750", *pytest("tests/deployments/test_schema.py", "-s")),
+    ),
+    Part(
+        "hostile models",
+        "206 hostile ids open no file outside the allowed folders; 20 hostile checkpoints refused by name",
+        pytest("tests/registry/test_hostile_ids.py", "tests/deployments/test_hostile_checkpoints.py", "-s"),
+    ),
+    Part(
+        "clients of others",
+        "LangChain's OpenAI classes work unchanged",
+        pytest("tests/deployments/test_langchain.py", "-s"),
+    ),
+    Part(
         "damaged files",
         "nodes, network, ticket, receipt, keystore, credentials and structure files: read or refused by name",
         ("env", "AZU_TEST_FILE_MUTANTS=600", *pytest("tests/cli/test_hostile_files.py")),
