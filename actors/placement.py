@@ -157,7 +157,9 @@ def find_piece(name: str) -> tuple[ActorHandle | None, PlacementGroup | None]:
 
 def sweep(kept: Collection[str]) -> frozenset[str]:
     """Take down every piece and pipeline but those of these names; return which of these live."""
-    living = {name for name in ray.util.list_named_actors() if name.startswith(_OF_MODELS)}
+    named = ray.util.list_named_actors(all_namespaces=True)
+    ours = {one["name"] for one in named if one["namespace"] == NAMESPACE}
+    living = {name for name in ours if name.startswith(_OF_MODELS)}
     for name in living.difference(kept):
         with suppress(ValueError):  # it ended meanwhile
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))

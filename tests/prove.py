@@ -141,6 +141,11 @@ PARTS = (
         pytest("tests/cluster/test_control_plane.py", "-m", "prove", "-s"),
     ),
     Part(
+        "memory and leaving",
+        "a node loses half its memory under 8 streams, another leaves: every stream goes on, identical",
+        pytest("tests/cluster/test_change.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "nobody fits",
         "jobs without workers wait, go on when a node joins, else end with their reason and a release",
         pytest("tests/cluster/test_nobody_fits.py", "-m", "prove", "-s"),
