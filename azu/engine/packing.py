@@ -22,10 +22,12 @@ def takes_packed_batches(config: PreTrainedConfig, architecture: Architecture) -
     It does when every layer asks transformers' interface for attention, hands masks on untouched, and takes
     the positions of its tokens.
     """
-    model = build_from(config, attention=PACKED)
+    model = build_from(config)
     decoder = model.get_submodule(architecture.layers_path.rpartition(".")[0])
     if not model._supports_attention_backend or "position_ids" not in signature(decoder.forward).parameters:
         return False
+    # Only now: a family without the interface may not even be built with an attention that it does not know.
+    model = build_from(config, attention=PACKED)
     meta = torch.device("meta")
     layout = LayoutBuilder(1, _NUM_TOKENS, meta).packed([Slice(0, 0, _NUM_TOKENS, (0,), sample=False)])
     token = CURRENT_LAYOUT.set(layout)

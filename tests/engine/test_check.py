@@ -10,11 +10,13 @@ from azu.engine.check import CheckReport, check, uneven_boundaries
 from azu.errors import InvalidRequest
 from tests.engine.families import FAMILIES, MOE_FAMILIES, save_model
 
-# One of each kind: grouped heads, tied and learned positions, alibi, softcap and windows, experts, latents.
+# One of each kind: grouped heads, tied and learned positions, alibi twice, softcap and windows, experts,
+# latents.
 _EVERY_TIME = (
     "llama-tied",
     "gpt2",
     "bloom",
+    "falcon-rw",
     "gemma2",
     "qwen2_moe",
     "deepseek_v2",
