@@ -42,7 +42,9 @@ def walk() -> list[str]:
 
 
 def test_the_walk_has_every_step() -> None:
-    assert all(command.startswith(f"azu {step}") for command, step in zip(walk(), STEPS, strict=True)), walk()
+    # In this order; more may be between.
+    commands = iter(walk())
+    assert all(any(command.startswith(f"azu {step}") for command in commands) for step in STEPS), walk()
 
 
 class Newcomer:
@@ -112,7 +114,8 @@ def newcomer() -> Iterator[Newcomer]:
 
 def test_a_newcomer_lends_pays_and_earns(newcomer: Newcomer) -> None:
     printed, seconds = {}, {}
-    for command, step in zip(walk(), STEPS, strict=True):
+    for command in walk():
+        step = next((step for step in STEPS if command.startswith(f"azu {step}")), command)
         began = time.monotonic()
         printed[step] = newcomer.type(command)
         seconds[step] = time.monotonic() - began
