@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from actors.logs import log_as
 from azu.protocol.structure import Structure
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class ExpertActor:
         """Map the experts' shards."""
         from azu.engine.experts import ExpertRunner
 
+        log_as("expert", model_id=structure.model_id)
         self._runner = ExpertRunner(structure, experts, shard_paths, config_folder, device)
 
     def run(self, layer: int, request: bytes) -> bytes:

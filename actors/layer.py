@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ray.actor import ActorHandle
 
 from actors.link import Acknowledgements, RayExpertLink
+from actors.logs import log_as
 from actors.metrics import open_meter
 from azu.engine.faults import OldEpoch, blamed, is_bad_frame
 from azu.engine.hops import StageClock, Stay, hop_s
@@ -42,6 +43,7 @@ class LayerActor:
         # torch is imported here: whoever only places this actor does without it.
         from azu.engine.runner import StageRunner
 
+        log_as("layer", model_id=spec.structure.model_id, stage=spec.stage.index)
         self._runner = StageRunner(spec, RayExpertLink(expert_sets) if expert_sets else None)
         self._index = spec.stage.index
         self._model_id = spec.structure.model_id
@@ -87,6 +89,8 @@ class LayerActor:
 
     def _run(self, batch: StepBatch, frame: bytes | None) -> None:
         assert self._runner is not None, "load() comes first"
+        for sequence in batch.opened:
+            log.info("opened", extra={"sequence_id": sequence.sequence_id, "epoch": batch.epoch})
         try:
             output = self._runner.run(batch, frame)
         except OldEpoch as error:

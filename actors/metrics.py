@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from ray.util import metrics as ray_metrics
 
 from actors.placement import NAMESPACE, SCHEDULER
-from azu.metrics.catalogue import Kind, Metric
+from azu.metrics.catalogue import BY_NAME, Kind, Metric
 from azu.metrics.meter import Labels, Meter
 
 log = logging.getLogger(__name__)
@@ -21,33 +21,33 @@ _ANSWER_TIMEOUT_S = 5.0
 
 
 class RayMeter(Meter):
-    """A meter that Ray's agent on the node exports too, where there is one; names then begin with `ray_`."""
+    """A meter that Ray's agent on this node exports too, where there is one; names then begin with `ray_`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self._is_exported = _has_agent()
+        super().__init__(keep_observations=self._is_exported)
         self._instruments: dict[str, Any] = {}
+        self._exported: dict[tuple[str, Labels], float] = {}
 
-    def count(self, metric: Metric, amount: float, *labels: str) -> None:
-        """Raise a counter by what is not negative."""
-        super().count(metric, amount, *labels)
-        if amount > 0:
-            self._instrument(metric).inc(amount, _tags(metric, labels))
+    def export(self) -> None:
+        """Tell Ray what is new since the last time: it takes too long to do so each time something is."""
+        if not self._is_exported:
+            return
+        for (name, labels), value in self.picture().values.items():
+            metric = BY_NAME[name]
+            if metric.kind is Kind.GAUGE:
+                self._record(metric, value, labels)
+            elif value != (before := self._exported.get((name, labels))):
+                self._record(metric, value - (before or 0), labels)
+                self._exported[name, labels] = value
+        for metric, value, labels in self.take_observations():
+            self._record(metric, value, labels)
 
-    def observe(self, metric: Metric, value: float, *labels: str) -> None:
-        """Add one observation to a histogram."""
-        super().observe(metric, value, *labels)
-        self._instrument(metric).observe(value, _tags(metric, labels))
-
-    def show(self, metric: Metric, values: Mapping[Labels, float]) -> None:
-        """Replace a gauge; Ray forgets by itself what is not shown for a while."""
-        super().show(metric, values)
-        for labels, value in values.items():
-            self._instrument(metric).set(value, _tags(metric, labels))
-
-    def _instrument(self, metric: Metric) -> Any:
+    def _record(self, metric: Metric, value: float, labels: Labels) -> None:
         if metric.name not in self._instruments:
             self._instruments[metric.name] = _new_instrument(metric)
-        return self._instruments[metric.name]
+        # `inc` takes no zero, and a series that begins with its first event hides that event from rates.
+        self._instruments[metric.name]._record(value, dict(zip(metric.labels, labels, strict=True)))
 
 
 def open_meter(look: Callable[[], None] = lambda: None) -> Meter:
@@ -62,11 +62,12 @@ def open_meter(look: Callable[[], None] = lambda: None) -> Meter:
     return meter
 
 
-def _send(meter: Meter, source: str, look: Callable[[], None]) -> None:
+def _send(meter: RayMeter, source: str, look: Callable[[], None]) -> None:
     scheduler: ActorHandle | None = None
     while not threading.Event().wait(PERIOD_S):
         try:
             look()
+            meter.export()
             # It is another one after the control plane was started again.
             scheduler = scheduler or ray.get_actor(SCHEDULER, namespace=NAMESPACE)
             ray.get(scheduler.hear.remote(source, meter.picture()), timeout=_ANSWER_TIMEOUT_S)
@@ -84,5 +85,7 @@ def _new_instrument(metric: Metric) -> Any:
     return kinds[metric.kind](name, metric.help, metric.labels)
 
 
-def _tags(metric: Metric, labels: Labels) -> dict[str, str]:
-    return dict(zip(metric.labels, labels, strict=True))
+def _has_agent() -> bool:
+    """Say whether metrics are exported from this node; a node without Ray's dashboard has no agent for it."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == node_id and node["MetricsExportPort"] > 0 for node in ray.nodes())

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 from ray.actor import ActorHandle
 
+from actors.logs import log_as
 from actors.placement import WorkerNode
 from actors.reach import REGISTRY, ask
 from actors.waiting import is_one_waiting, start_waiting
@@ -36,6 +37,7 @@ class NodeAgent:
     """Wraps a node's ShardCache and DeviceMeter."""
 
     def __init__(self, node: WorkerNode, home: Path) -> None:
+        log_as("node", node=node.name)
         self._node = node
         self._cache = ShardCache(home / "shards" / node.name)
         self._files = home / "models" / node.name

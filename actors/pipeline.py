@@ -15,6 +15,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.link import as_azu_error
+from actors.logs import log_as
 from actors.metrics import open_meter
 from actors.placement import CONTROL
 from azu.connection import until_back
@@ -84,6 +85,7 @@ class Pipeline:
         redis_url: str,
         step_timeout_s: float,
     ) -> None:
+        log_as("pipeline", model_id=structure.model_id)
         self._epoch = topology.epoch
         self._engine = EnginePipeline(structure, topology, scheduling, eos_token_ids)
         meter = open_meter(lambda: self._pace.stand(self._engine))
@@ -225,6 +227,7 @@ class Pipeline:
                 self._pace.began(sequence.sequence_id, len(job.prompt_token_ids), time.monotonic())
                 self._running[sequence.sequence_id] = (running, choice)
                 running.open.add(sequence.sequence_id)
+                log.info("began", extra={"job_id": job.job_id, "sequence_id": sequence.sequence_id})
         self._end_if_over(running)
         self._pump()
 
@@ -276,6 +279,8 @@ class Pipeline:
                 if update.finish_reason is not None:
                     running, _ = self._running.pop(update.sequence_id)
                     running.open.remove(update.sequence_id)
+                    ids = {"job_id": running.job.job_id, "sequence_id": update.sequence_id}
+                    log.info("ended", extra=ids | {"finish_reason": update.finish_reason.value})
                     running.choice_ended(update.finish_reason, update.work)
                     self._end_if_over(running)
 

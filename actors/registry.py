@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from actors.logs import log_as
 from azu.config import ControlConfig
 from azu.protocol.structure import Structure
 from azu.registry.description import KnownModel, ModelDescription
@@ -18,6 +19,7 @@ class Registry:
         # torch is imported here: whoever only starts or calls this actor does without it.
         from azu.registry.registry import Registry as ModelRegistry
 
+        log_as("registry")
         self._status = RedisModelStatus(config.redis_url)
         self._models = ModelRegistry(
             config.home / "registry",

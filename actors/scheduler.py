@@ -9,6 +9,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError
 
 from actors.deployment import RayBuilder
+from actors.logs import log_as
 from actors.metrics import RayMeter
 from actors.node import NodeAgent
 from actors.pieces import Site
@@ -46,6 +47,7 @@ class Scheduler:
     """Wraps a Dispatcher and its Fleet."""
 
     def __init__(self, config: ControlConfig) -> None:
+        log_as("scheduler")
         policy = config.policy
         self._config = config
         self._book = NodeBook(
@@ -156,6 +158,7 @@ class Scheduler:
                 show_books(self._meter, await self._ledger.balances())
             except AzuError as error:
                 log.warning("the books cannot be shown: %s", error.message)
+            self._meter.export()
             await self.hear(SCHEDULER, self._meter.picture())
             await asyncio.sleep(_MEASURE_S)
 

@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve import Application
 
 from azu.config import ControlConfig
+from azu.logs import start_logging
 from deployments.control_plane import ControlPlane, unless_changed
 from deployments.ingress import build_api
 
@@ -66,6 +67,7 @@ def stop() -> None:
 
 
 def _api(config: ControlConfig) -> FastAPI:
+    start_logging("ingress")
     # Serve's proxy says a request's id by itself.
     return build_api(config, echo_ids=False)
 

@@ -3,20 +3,18 @@
 import logging
 import re
 import secrets
-from contextvars import ContextVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from azu.errors import InternalError, RequestTooLarge
+from azu.logs import bound
 from deployments.refusals import refusal
 
 log = logging.getLogger(__name__)
 
 HEADER = "x-request-id"
 _GIVEN = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-# For whatever is logged while a request is served.
-request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 
 class RequestIds:
@@ -46,16 +44,14 @@ class RequestIds:
                     MutableHeaders(scope=message)[HEADER] = name
             await send(message)
 
-        before = request_id.set(name)
-        try:
-            await self._app(scope, receive, named)
-        except Exception:
-            log.exception("%s %s failed, request %s", scope["method"], scope["path"], name)
-            if started:
-                raise
-            await refusal(InternalError("azu failed to serve this request"))(scope, receive, named)
-        finally:
-            request_id.reset(before)
+        with bound(request_id=name):
+            try:
+                await self._app(scope, receive, named)
+            except Exception:
+                log.exception("%s %s failed", scope["method"], scope["path"])
+                if started:
+                    raise
+                await refusal(InternalError("azu failed to serve this request"))(scope, receive, named)
 
 
 class BodyLimit:

@@ -119,6 +119,26 @@ PARTS = (
         pytest("tests/cluster/test_soak.py"),
     ),
     Part(
+        "page",
+        "chat with cost, network and receipts in Chromium at 1280 and 400 pixels, by key and keyboard",
+        pytest("tests/cluster/test_page.py", "-m", "prove"),
+    ),
+    Part(
+        "metrics",
+        "every Grafana panel has data in a Prometheus, from Ray's agents and from the ingress",
+        pytest("tests/cluster/test_grafana.py", "-m", "prove", "-s"),
+    ),
+    Part(
+        "logs",
+        "one job followed by its ids through every process; no key, token or password in any log",
+        pytest("tests/cluster/test_logs.py", "-m", "prove"),
+    ),
+    Part(
+        "azu top",
+        "a live picture and one sample of a network at work",
+        pytest("tests/cluster/test_top.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "kill matrix",
         "each piece killed in prefill, at the first, a middle and the last token, several at once: "
         "4 streams go on, identical and charged as undisturbed",

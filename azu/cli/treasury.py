@@ -1,5 +1,12 @@
 """`azu treasury`: the process that holds the platform's key."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eth_account.signers.local import LocalAccount
+
+    from azu.config import Settings
+
 # Bringing an account to life on the chain costs the platform a dollar: it wants to be worth it.
 _NEW_ACCOUNT_FACTOR = 4
 _DEVNET_POLL_S = 0.2
@@ -12,13 +19,13 @@ def treasury() -> None:
     HYPERLIQUID_RPC_URL, the books from REDIS_HOST, REDIS_PORT and REDIS_PASSWORD.
     """
     import asyncio
-    import logging
     import os
     from dataclasses import replace
 
     from azu.chain.tokens import network_at
     from azu.config import Settings, load_network
     from azu.errors import ConfigurationError
+    from azu.logs import start_logging
     from azu.treasury.dues import Threshold
     from azu.treasury.keys import take_private_key
     from azu.treasury.process import TreasuryConfig, run
@@ -39,6 +46,11 @@ def treasury() -> None:
     if config.network.name == "devnet":
         # The official networks count requests; a local chain does not.
         config = replace(config, poll_s=_DEVNET_POLL_S, plan_every_s=1.0)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    start_logging("treasury", hidden=_secrets(account, settings))
     asyncio.run(run(config, ready=lambda: print("treasury ready", flush=True)))  # noqa: T201
+
+
+def _secrets(account: "LocalAccount", settings: "Settings") -> "list[str]":
+    """Return what no line may show, as this process knows it."""
+    password = settings.redis_password
+    return [account.key.hex(), *([password.get_secret_value()] if password else [])]

@@ -13,9 +13,10 @@ from azu.jobs.record import JobRecord
 from azu.lifecycle.ports import Ran, Route
 from azu.lifecycle.settlement import Settlement
 from azu.lifecycle.tries import Patience, keep_trying
+from azu.logs import bound
 from azu.metrics.catalogue import JOBS_ENDED
 from azu.metrics.meter import Meter
-from azu.protocol.job import FinishReason, Job, JobState
+from azu.protocol.job import FinishReason, Job, JobOutcome, JobState
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,12 @@ class Dispatcher:
                     waiting.set()
 
     async def _live(self, record: JobRecord) -> None:
+        with bound(job_id=record.job.job_id, model_id=record.job.model_id):
+            await self._end(record)
+
+    async def _end(self, record: JobRecord) -> None:
         job = record.job
+        log.info("taken")
         try:
             if record.outcome is None and record.ending is not None:
                 await self._settlement.conclude(job, record.ending)
@@ -137,10 +143,11 @@ class Dispatcher:
                 )
                 outcome = await self._settlement.settle(job, ran, route)
                 self._meter.count(JOBS_ENDED, 1, job.model_id, outcome.state.value)
+                log.info("ended", extra=_told(outcome))
             await self._jobs.done(job.job_id)
         except Exception:
             # The job stays in the queue: it is claimed again once idle, and settles under the same id.
-            log.exception("job %s did not end; it will be taken again", job.job_id)
+            log.exception("it did not end and will be taken again")
         finally:
             self._running.pop(job.job_id, None)
             self._models.pop(job.job_id, None)
@@ -180,6 +187,15 @@ class Dispatcher:
         except AzuError as error:
             return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=error), _EMPTY_ROUTE
         except Exception:
-            log.exception("job %s failed", job.job_id)
+            log.exception("it failed")
             internal = InternalError("the job failed for a reason that is azu's; nothing was charged")
             return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=internal), _EMPTY_ROUTE
+
+
+def _told(outcome: JobOutcome) -> dict[str, object]:
+    return {
+        "state": outcome.state.value,
+        "finish_reason": outcome.finish_reason.value,
+        "completion_tokens": outcome.receipt.completion_tokens,
+        "charged_lamports": outcome.receipt.charged_lamports,
+    }

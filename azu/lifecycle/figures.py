@@ -21,6 +21,8 @@ def show_nodes(meter: Meter, nodes: Iterable[Node]) -> None:
     }
     meter.show(metrics.NODE_VRAM_USED, used)
     meter.show(metrics.NODE_VRAM_OTHER, {(node.name,): node.vram_other_bytes for node in nodes})
+    for node in nodes:
+        meter.count(metrics.BAD_FRAMES, 0, node.name)
     meter.show(metrics.NODE_LOAD, {(node.name,): node.load for node in nodes})
 
 

@@ -1,5 +1,6 @@
 """The first half of a job's life: check it, price it, reserve the price, write it down."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from azu.lifecycle.ports import JobStore, TransferLog
 from azu.lifecycle.spending import SpendLimits
 from azu.protocol.job import Job
 from azu.protocol.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,7 @@ class Intake:
             await self._flight_limits.give_back(key, job.job_id)
             raise
         await self._jobs.submit(job)
+        log.info("accepted", extra=_told(job, key))
         return job
 
     async def _reserve(self, key: ApiKey, job: Job) -> None:
@@ -162,3 +166,14 @@ class Intake:
                 f"max_tokens is {max_tokens}; after this prompt it may be 1 to {limit}",
                 param="max_tokens",
             )
+
+
+def _told(job: Job, key: ApiKey) -> dict[str, object]:
+    return {
+        "job_id": job.job_id,
+        "model_id": job.model_id,
+        "key_id": key.key_id,
+        "prompt_tokens": len(job.prompt_token_ids),
+        "max_tokens": job.sampling.max_tokens,
+        "reserved_lamports": job.reserved_lamports,
+    }

@@ -101,3 +101,4 @@ LAMPORTS_HELD = Metric(
 )  # fmt: skip
 
 CATALOGUE = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
+BY_NAME = {metric.name: metric for metric in CATALOGUE}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from azu.metrics.catalogue import Kind, Metric
 
 Labels = tuple[str, ...]
+Observation = tuple[Metric, float, Labels]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,25 @@ class Picture:
         )
 
 
-class Meter:
-    """Counts, measures and shows; may be called from several threads."""
+@dataclass(slots=True)
+class _Cells:
+    """A histogram that grows."""
 
-    def __init__(self) -> None:
+    counts: list[int]
+    sum: float = 0.0
+
+
+class Meter:
+    """Counts, measures and shows; may be called from several threads.
+
+    With `keep_observations` each one is kept until somebody takes them.
+    """
+
+    def __init__(self, *, keep_observations: bool = False) -> None:
         self._lock = threading.Lock()
         self._values: dict[tuple[str, Labels], float] = {}
-        self._histograms: dict[tuple[str, Labels], Histogram] = {}
+        self._histograms: dict[tuple[str, Labels], _Cells] = {}
+        self._kept: list[Observation] | None = [] if keep_observations else None
 
     def count(self, metric: Metric, amount: float, *labels: str) -> None:
         """Raise a counter by what is not negative."""
@@ -76,12 +89,15 @@ class Meter:
     def observe(self, metric: Metric, value: float, *labels: str) -> None:
         """Add one observation to a histogram."""
         _check(metric, Kind.HISTOGRAM, labels)
-        counts = [0] * (len(metric.buckets) + 1)
-        counts[bisect_left(metric.buckets, value)] = 1
         key = (metric.name, labels)
         with self._lock:
-            before = [self._histograms[key]] if key in self._histograms else []
-            self._histograms[key] = added(metric, (*before, Histogram(tuple(counts), value)))
+            cells = self._histograms.get(key)
+            if cells is None:
+                cells = self._histograms[key] = _Cells([0] * (len(metric.buckets) + 1))
+            cells.counts[bisect_left(metric.buckets, value)] += 1
+            cells.sum += value
+            if self._kept is not None:
+                self._kept.append((metric, value, labels))
 
     def show(self, metric: Metric, values: Mapping[Labels, float]) -> None:
         """Replace a gauge: labels that are not among `values` are no longer shown."""
@@ -95,7 +111,16 @@ class Meter:
     def picture(self) -> Picture:
         """Return what it shows now."""
         with self._lock:
-            return Picture(dict(self._values), dict(self._histograms))
+            histograms = {
+                key: Histogram(tuple(cells.counts), cells.sum) for key, cells in self._histograms.items()
+            }
+            return Picture(dict(self._values), histograms)
+
+    def take_observations(self) -> list[Observation]:
+        """Return what was observed since the last time, one by one, and keep it no longer."""
+        with self._lock:
+            taken, self._kept = self._kept or [], None if self._kept is None else []
+        return taken
 
 
 def added(metric: Metric, histograms: Iterable[Histogram]) -> Histogram:

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 
-from azu.metrics.catalogue import CATALOGUE, Kind
+from azu.metrics.catalogue import BY_NAME, Kind
 from azu.metrics.meter import Histogram, Labels, Picture, added
 
-_BY_NAME = {metric.name: metric for metric in CATALOGUE}
 # Meters speak each second; what a silent one showed last says nothing about now.
 SILENCE_S = 10.0
 _NOTHING = Picture({}, {})
@@ -43,10 +42,10 @@ def merged(pictures: Iterable[Picture]) -> Picture:
             values[key] = values.get(key, 0) + value
         for key, one in picture.histograms.items():
             before = (histograms[key],) if key in histograms else ()
-            histograms[key] = added(_BY_NAME[key[0]], (*before, one))
+            histograms[key] = added(BY_NAME[key[0]], (*before, one))
     return Picture(values, histograms)
 
 
 def _lasting(picture: Picture) -> Picture:
-    counters = {key: value for key, value in picture.values.items() if _BY_NAME[key[0]].kind is Kind.COUNTER}
+    counters = {key: value for key, value in picture.values.items() if BY_NAME[key[0]].kind is Kind.COUNTER}
     return Picture(counters, picture.histograms)

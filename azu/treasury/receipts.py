@@ -84,8 +84,9 @@ class ReceiptSigner:
         receipt = record.outcome.receipt
         result = await self._ledger.result(receipt.transfer_id)
         if result is None or not _booked(result.entry.transfer, receipt):
-            _LOG.error("not signed, the ledger has %s for %s", result, receipt)
+            _LOG.error("not signed, the ledger has %s for %s", result, receipt, extra={"job_id": job_id})
             return ""
+        _LOG.info("signed the receipt", extra={"job_id": job_id})
         return sign_receipt(self._account, receipt)
 
 

@@ -48,4 +48,5 @@ class Sweeper:
             # First the job, then its money: one that is written down meanwhile keeps its reservation.
             if await self._jobs.give_up(reservation.job_id):
                 await self._ledger.apply(Expire(id=f"expire:{reservation.job_id}", job_id=reservation.job_id))
-                _LOG.warning("gave back what was reserved for a lost job: %s", reservation)
+                ids = {"job_id": reservation.job_id}
+                _LOG.warning("gave back what was reserved for a lost job: %s", reservation, extra=ids)

@@ -111,3 +111,17 @@ def test_prometheus_reads_every_family() -> None:
 def test_labels_that_are_missing_are_a_mistake_of_ours() -> None:
     with pytest.raises(AssertionError, match="azu_hop_seconds has the labels"):
         Meter().observe(metrics.HOP, 0.1, "m")
+
+
+def test_observations_are_kept_one_by_one_only_where_somebody_takes_them() -> None:
+    keeping, forgetting = Meter(keep_observations=True), Meter()
+    for meter in (keeping, forgetting):
+        meter.observe(metrics.HOP, 0.1, "m", "0")
+        meter.observe(metrics.HOP, 0.2, "m", "1")
+
+    assert keeping.take_observations() == [
+        (metrics.HOP, 0.1, ("m", "0")),
+        (metrics.HOP, 0.2, ("m", "1")),
+    ]
+    assert keeping.take_observations() == forgetting.take_observations() == []
+    assert keeping.picture() == forgetting.picture()

@@ -1,8 +1,8 @@
 """`ray start` without the parts of Ray that azu has no use for, so that a node is up in a third of the time.
 
 Ray's own script imports the commands of Serve, jobs and state, and opens Ray Client's server, a door more,
-wherever grpc can be imported. With --light there is no dashboard either: its server and agents take longer
-to import than all the rest, and a node whose agent is not there after 30 s gives up.
+wherever grpc can be imported. With --light there is no dashboard either, nor grpc: the dashboard's server and
+agents take longer to import than all the rest, and a node whose agent is not there after 30 s gives up.
 
 Run by its path, without azu: importing the command line costs as much as half of Ray.
 Usage: python -P ray_start.py start [--light] OPTIONS...
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 LIGHT = "--light"
-_UNUSED = ("ray.serve.scripts", "ray.util.state.state_cli", "ray.dashboard.modules.job.cli", "grpc")
+_UNUSED = ("ray.serve.scripts", "ray.util.state.state_cli", "ray.dashboard.modules.job.cli")
+# The dashboard needs it.
+_UNUSED_BY_LIGHT = ("grpc",)
 _AGENT = "--dashboard_agent_command="
 _HEAD_TIMEOUT_S = 60.0
 
@@ -24,15 +26,19 @@ _HEAD_TIMEOUT_S = 60.0
 def main() -> None:
     """Run Ray's command line; a node that joins waits for its head first."""
     # Python's own way to make an import fail.
-    sys.modules.update(dict.fromkeys(_UNUSED))  # type: ignore[arg-type]
-    from ray.scripts.scripts import main as ray
+    is_light = LIGHT in sys.argv
+    unused = (*_UNUSED, *_UNUSED_BY_LIGHT) if is_light else _UNUSED
+    sys.modules.update(dict.fromkeys(unused))  # type: ignore[arg-type]
+    from ray.scripts import scripts
 
-    if LIGHT in sys.argv:
+    # Its server would be a door more.
+    scripts.get_ray_client_dependency_error = lambda: "azu has no use for Ray Client"
+    if is_light:
         sys.argv.remove(LIGHT)
         _leave_out_the_dashboard()
     if "--address" in sys.argv:
         _wait_for_head(sys.argv[sys.argv.index("--address") + 1])
-    ray()
+    scripts.main()
 
 
 def _wait_for_head(address: str) -> None:

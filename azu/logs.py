@@ -1,0 +1,94 @@
+"""Logs as JSON lines: the same in every process, with job and sequence ids, and without secrets."""
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import TextIO
+
+_OURS = ("azu", "actors", "deployments")
+# What Python itself puts into a record; the rest is what `extra` gave.
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_HIDDEN = "[hidden]"
+# Keys, tokens and passwords by their form: bearers, API and admin keys, the Hub's tokens, passwords in URLs,
+# and 32 bytes in hex that are no hash of the chain's.
+_SECRETS = re.compile(
+    r"(?i:(?<=bearer )[\w.~+/=-]+)"
+    r"|azu-(?:sk|admin)-[\w-]+"
+    r"|hf_\w{20,}"
+    r"|(?<=://)[^\s/@\"]*:[^\s/@\"]+(?=@)"
+    r"|(?<![\w])[0-9a-fA-F]{64}(?![\w])"
+)
+# One that is shorter would hide ordinary words.
+_LEAST_SECRET = 8
+_bound: ContextVar[dict[str, object]] = ContextVar("bound", default={})  # noqa: B039 - replaced, never changed
+
+
+@contextmanager
+def bound(**ids: object) -> Iterator[None]:
+    """Put ids into every line that this task or thread logs in the block."""
+    token = _bound.set(_bound.get() | ids)
+    try:
+        yield
+    finally:
+        _bound.reset(token)
+
+
+def start_logging(
+    process: str,
+    ids: Mapping[str, object] = MappingProxyType({}),
+    *,
+    hidden: Iterable[str] = (),
+    stream: TextIO | None = None,
+) -> None:
+    """Log this process's lines from INFO on, and other libraries' from WARNING on, to standard error.
+
+    `hidden` are secrets that this process knows; `ids` stand in each of its lines.
+    """
+    # Whoever replaced sys.stderr, as Serve does, would log our lines as its own.
+    lines = logging.StreamHandler(stream or sys.__stderr__)
+    lines.setFormatter(_Lines({"process": process, **ids}, frozenset(hidden)))
+    lines.addFilter(_with_ids)
+    root = logging.getLogger()
+    root.handlers[:] = [lines]
+    root.setLevel(logging.WARNING)
+    for name in _OURS:
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+class _Lines(logging.Formatter):
+    """One JSON object a line, with everything that looks like a secret, or is a known one, taken out."""
+
+    def __init__(self, ids: dict[str, object], hidden: frozenset[str]) -> None:
+        super().__init__()
+        self._ids = ids
+        known = "|".join(re.escape(secret) for secret in hidden if len(secret) >= _LEAST_SECRET)
+        self._known = re.compile(known) if known else None
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's line."""
+        given = {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        facts = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            **self._ids,
+            "message": record.getMessage(),
+            **given,
+        }
+        if record.exc_info:
+            facts["exception"] = self.formatException(record.exc_info)
+        line = _SECRETS.sub(_HIDDEN, json.dumps(facts, default=str, ensure_ascii=False))
+        return self._known.sub(_HIDDEN, line) if self._known else line
+
+
+def _with_ids(record: logging.LogRecord) -> bool:
+    for name, value in _bound.get().items():
+        if name not in record.__dict__:
+            setattr(record, name, value)
+    return True

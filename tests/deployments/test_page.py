@@ -1,0 +1,72 @@
+"""The page's files: served from here alone, and nothing but them."""
+
+import asyncio
+import re
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.responses import Response
+
+from azu.errors import NotFound
+from deployments import page
+
+SVG = "http://www.w3.org/2000/svg"
+FROM_STRINGS = re.compile(r"innerHTML\s*=|insertAdjacentHTML|document\.write|\beval\(|style=|onclick=")
+
+
+def get(path: str) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        api = FastAPI()
+        api.include_router(page.router)
+        api.add_exception_handler(NotFound, lambda *_: Response(status_code=404))
+        transport = httpx.ASGITransport(api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://azu.test") as client:
+            return await client.get(path)
+
+    return asyncio.run(ask())
+
+
+def parts() -> dict[str, httpx.Response]:
+    """Return every file that the page names, and those that these name."""
+    found, wanted = {}, ["/"]
+    while wanted:
+        path = wanted.pop()
+        if path not in found:
+            found[path] = get(path).raise_for_status()
+            wanted += re.findall(r'(?:href|src)="(/[^"#]*)"', found[path].text)
+            wanted += [f"/page/{name}" for name in re.findall(r'from "\./([^"]+)"', found[path].text)]
+    return found
+
+
+def test_every_part_is_there_and_says_what_it_is() -> None:
+    types = {path: answer.headers["content-type"].partition(";")[0] for path, answer in parts().items()}
+
+    assert types["/"] == "text/html"
+    assert types["/page/style.css"] == "text/css"
+    assert types["/page/app.js"] == types["/page/network.js"] == "text/javascript"
+    assert types["/page/icon.svg"] == "image/svg+xml"
+
+
+def test_nothing_is_loaded_from_elsewhere_or_run_from_a_string() -> None:
+    for path, answer in parts().items():
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert not re.search(r"(https?:)?//\w", answer.text.replace(SVG, "").replace("// ", "")), path
+        assert not re.search(
+            r"innerHTML\s*=|insertAdjacentHTML|document\.write|\beval\(|style=|onclick=", answer.text
+        )
+
+
+def test_a_key_is_kept_in_its_tab_alone() -> None:
+    scripts = "".join(answer.text for path, answer in parts().items() if path.endswith(".js"))
+
+    assert "sessionStorage" in scripts
+    assert not re.search(r"localStorage|document\.cookie|indexedDB", scripts)
+
+
+@pytest.mark.parametrize("name", ["..%2fnetwork.yaml", "network.yaml", "__init__.py", "%00", "app.js%2f.."])
+def test_nothing_else_is_served(name: str) -> None:
+    assert get(f"/page/{name}").status_code == 404
