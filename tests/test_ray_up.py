@@ -1,7 +1,6 @@
 """ray_cluster.yaml on machines that are reached by SSH: azu serves there, is paid, and leaves nothing."""
 
 import json
-import re
 import shlex
 import shutil
 import tempfile
@@ -100,7 +99,6 @@ def test_a_prompt_is_answered_and_paid_and_nothing_stays(machines: dict[str, Mac
         only(done.stdout, "available_lamports")["available_lamports"]
         == 5 * LAMPORTS_PER_HYPE - receipt["charged_lamports"]
     )
-    assert all(re.search(rf"│ {name} +│ alive", done.stdout) for name in OWNERS)
 
     left = time.monotonic()
     cluster = [machines[name] for name in ("head", *OWNERS)]
