@@ -37,8 +37,9 @@ class AzuError(Exception):
         self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions cross process borders; the default would lose the keyword arguments.
-        return _rebuild, (type(self), self.message, self.param, self.code, self.retry_after_s)
+        # Exceptions cross process borders; the default would lose the keyword arguments, and a kind may have
+        # a constructor of its own.
+        return _rebuild, (type(self), self.message), self.__dict__
 
     def to_openai(self) -> dict[str, dict[str, str | None]]:
         """Return the body that an OpenAI client expects: `{"error": {message, type, param, code}}`."""
@@ -59,10 +60,8 @@ def kinds(of: type[AzuError] = AzuError) -> Iterator[type[AzuError]]:
         yield from kinds(kind)
 
 
-def _rebuild(
-    kind: type[AzuError], message: str, param: str | None, code: str | None, retry_after_s: float | None
-) -> AzuError:
-    return kind(message, param=param, code=code, retry_after_s=retry_after_s)
+def _rebuild(kind: type[AzuError], message: str) -> AzuError:
+    return kind.__new__(kind, message)
 
 
 class InvalidRequest(AzuError):

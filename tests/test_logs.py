@@ -1,15 +1,14 @@
 """What log lines carry, and what they never do."""
 
 import asyncio
-import io
 import json
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
-from azu.logs import bound, start_logging
+from azu.logs import bound
+from tests.logged import Lines, logged
 
 log = logging.getLogger("azu.tests")
 PASSWORD = "hunter2 is no pass/word"
@@ -21,17 +20,11 @@ SECRETS = (
     PASSWORD,
 )
 
-Lines = Callable[[], list[dict[str, Any]]]
-
 
 @pytest.fixture
 def lines() -> Iterator[Lines]:
-    stream, root = io.StringIO(), logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    start_logging("test", {"model_id": "m"}, hidden=[PASSWORD], stream=stream)
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with logged({"model_id": "m"}, hidden=[PASSWORD]) as lines:
+        yield lines
 
 
 def test_a_line_says_when_who_and_about_which_job(lines: Lines) -> None:

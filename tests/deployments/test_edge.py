@@ -10,6 +10,7 @@ from eth_account import Account
 from azu.config import NetworkPolicy
 from azu.ledger.accounts import user_available, user_reserved
 from tests.deployments.local import LocalIngress, local_ingress, policy_with
+from tests.logged import logged
 
 Scenario = Callable[[LocalIngress], Awaitable[None]]
 COMPLETION = {"model": "azu/tiny-dense", "prompt": "Hello", "max_tokens": 2}
@@ -48,7 +49,7 @@ def test_a_request_without_a_usable_id_gets_one(play, given: str | None) -> None
     play(scenario)
 
 
-def test_what_breaks_is_told_and_logged_by_the_requests_id(play, caplog, monkeypatch) -> None:
+def test_what_breaks_is_told_and_logged_by_the_requests_id(play, monkeypatch) -> None:
     async def scenario(ingress: LocalIngress) -> None:
         _, api_key = await ingress.user()
 
@@ -63,8 +64,11 @@ def test_what_breaks_is_told_and_logged_by_the_requests_id(play, caplog, monkeyp
         assert "secret" not in reply.text
         assert reply.headers["x-request-id"] == "find-me"
 
-    play(scenario)
-    assert "find-me" in caplog.text
+    with logged() as lines:
+        play(scenario)
+    (failed,) = (line for line in lines() if line["level"] == "ERROR")
+    assert failed["request_id"] == "find-me"
+    assert failed["message"] == "GET /v1/balance failed"
 
 
 def test_a_key_that_asks_too_often_is_told_when_to_come_back(play) -> None:

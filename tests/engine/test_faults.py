@@ -1,5 +1,7 @@
 """Whoever caused a fault is replaced, not whoever noticed it."""
 
+import pickle
+
 import pytest
 
 from azu.engine.faults import BadFrame, ExpertsFailed, OldEpoch, blamed, is_bad_frame
@@ -37,3 +39,10 @@ def _failed_by(cause: AzuError) -> ExpertsFailed:
 )
 def test_only_what_another_piece_sent_counts_against_it(error: AzuError, counts: bool) -> None:
     assert is_bad_frame(error) is counts
+
+
+def test_a_fault_crosses_a_process_border_whole() -> None:
+    arrived = pickle.loads(pickle.dumps(BadFrame(1, "wrong checksum")))
+
+    assert (type(arrived), arrived.sender) == (BadFrame, 1)
+    assert str(arrived) == arrived.message == "stage 1 sent a bad frame: wrong checksum"
