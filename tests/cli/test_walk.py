@@ -82,11 +82,12 @@ class Newcomer:
 
     def leave(self) -> list[int]:
         """End what goes on in the second terminal; returns the sessions it had."""
-        if self.joined is None:
+        joined, self.joined = self.joined, None
+        if joined is None:
             return []
-        sessions = [child.pid for child in psutil.Process(self.joined.pid).children()]
-        self.joined.send_signal(signal.SIGINT)
-        self.joined.wait(60)
+        sessions = [child.pid for child in psutil.Process(joined.pid).children()]
+        joined.send_signal(signal.SIGINT)
+        joined.wait(60)
         return sessions
 
     def _start(self, command: str) -> subprocess.Popen[str]:

@@ -23,7 +23,7 @@ from azu.units import hype_from_lamports
 from tests.cluster.conftest import paying_user
 from tests.cluster.prometheus import Prometheus, prometheus
 from tests.cluster.user import User
-from tests.prove import azu
+from tests.prove.parts import azu
 
 pytestmark = pytest.mark.prove
 

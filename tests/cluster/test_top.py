@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.cluster.user import User
-from tests.prove import azu
+from tests.prove.parts import azu
 
 pytestmark = [pytest.mark.cluster, pytest.mark.prove]
 

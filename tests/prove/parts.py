@@ -1,32 +1,8 @@
-"""`make prove`: everything that takes longer than `make test` may, and the report the README quotes.
+"""The parts: each is a command whose exit status decides and whose last lines are quoted."""
 
-Usage: python -m tests.prove [--seed N] [--only WORD ...] [--list]
-
-Each part is a command; its exit status decides, its last lines are quoted. The seed reaches the tests as
-AZU_TEST_SEED. tests/REPORT.md is written after every part, so that a run that is cut off says how far it
-came; parts that were not run again keep what they showed before, with the commit that showed it.
-"""
-
-import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
-
-ROOT = Path(__file__).resolve().parent.parent
-REPORT = ROOT / "tests" / "REPORT.md"
-SHOWN = ROOT / "tests" / "REPORT.json"
-PART_TIMEOUT_S = 3600
-TIMED_OUT = 124
-QUOTED_LINES = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +12,6 @@ class Part:
     name: str
     shows: str
     command: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """What a part's command printed last, how it ended, and on what."""
-
-    exit_status: int
-    seconds: int
-    tail: str
-    date: str
-    commit: str
-    seed: int
 
 
 def azu(*arguments: str) -> tuple[str, ...]:
@@ -270,100 +234,3 @@ def the_rest() -> Part:
     named = {word for part in PARTS for word in part.command if word.startswith("tests/")}
     left_out = [f"--ignore={word.split('::')[0]}" for word in sorted(named)]
     return Part("long tests", "every other test marked `prove`", pytest("-m", "prove", *left_out))
-
-
-def run(part: Part, seed: int) -> Shown:
-    """Run a part's command to its end."""
-    started = time.monotonic()
-    try:
-        done = subprocess.run(
-            part.command,
-            cwd=ROOT,
-            env=os.environ | {"AZU_TEST_SEED": str(seed)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=PART_TIMEOUT_S,
-            check=False,
-        )
-        exit_status, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        exit_status, output = TIMED_OUT, (error.stdout or b"").decode(errors="replace")
-    tail = "\n".join(output.strip().splitlines()[-QUOTED_LINES:]).replace(str(ROOT), ".")
-    seconds = round(time.monotonic() - started)
-    return Shown(exit_status, seconds, tail, time.strftime("%Y-%m-%d"), commit(), seed)
-
-
-def commit() -> str:
-    """Return the short hash of what is checked out, marked when files differ from it."""
-    told = subprocess.run(
-        ("git", "describe", "--always", "--dirty", "--exclude=*"),
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return told.stdout.strip() or "unknown"
-
-
-def read_shown() -> dict[str, Shown]:
-    """Return what was shown before, by the part's name."""
-    if not SHOWN.exists():
-        return {}
-    return {name: Shown(**fields) for name, fields in json.loads(SHOWN.read_text()).items()}
-
-
-def write_report(parts: tuple[Part, ...], shown: Mapping[str, Shown]) -> None:
-    """Write what every part last showed."""
-    known = {part.name: shown[part.name] for part in parts if part.name in shown}
-    SHOWN.write_text(json.dumps({name: asdict(one) for name, one in known.items()}, indent=1) + "\n")
-    versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "transformers", "redis"))
-    lines = [
-        "# What `make prove` showed",
-        "",
-        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {versions}.",
-        "",
-        "| part | shows | result | seconds | date, commit, seed |",
-        "|---|---|---|---|---|",
-    ]
-    for part in parts:
-        one = known.get(part.name)
-        if one is None:
-            lines.append(f"| {part.name} | {part.shows} | not run | | |")
-            continue
-        result = "passed" if one.exit_status == 0 else f"**exit {one.exit_status}**"
-        when = f"{one.date}, {one.commit}, {one.seed}"
-        lines.append(f"| {part.name} | {part.shows} | {result} | {one.seconds} | {when} |")
-    for name, one in known.items():
-        lines += ["", f"## {name}", "", "```", one.tail, "```"]
-    REPORT.write_text("\n".join(lines) + "\n")
-
-
-def main() -> int:
-    """Run the parts in order; exit 0 only if all passed."""
-    parser = argparse.ArgumentParser(description="Run what takes longer than `make test`.")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--only", nargs="*", default=[], help="run the parts whose name has one of these words"
-    )
-    parser.add_argument("--list", action="store_true", help="print the parts' names and run nothing")
-    arguments = parser.parse_args()
-    console = Console(highlight=False)
-    parts = (*PARTS, the_rest())
-    wanted = [
-        part for part in parts if not arguments.only or any(word in part.name for word in arguments.only)
-    ]
-    if arguments.list:
-        for part in wanted:
-            console.print(f"{part.name} [dim]{part.shows}[/]")
-        return 0
-    shown = read_shown()
-    for part in wanted:
-        with console.status(part.name):
-            shown[part.name] = run(part, arguments.seed)
-        one = shown[part.name]
-        mark = "[green]✓[/]" if one.exit_status == 0 else "[red]✗[/]"
-        console.print(f"{mark} {part.name} [dim]{one.seconds} s[/]")
-        write_report(parts, shown)
-    return int(any(shown[part.name].exit_status for part in wanted))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
