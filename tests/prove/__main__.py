@@ -31,15 +31,17 @@ def main() -> int:
         for part in wanted:
             console.print(f"{part.name} [dim]{part.shows}[/]")
         return 0
-    shown = read_shown()
+    failed = False
     for part in wanted:
         with console.status(part.name):
-            shown[part.name] = run(part, arguments.seed)
-        one = shown[part.name]
-        mark = "[green]✓[/]" if one.exit_status == 0 else "[red]✗[/]"
-        console.print(f"{mark} {part.name} [dim]{one.seconds} s[/]")
-        write_report(parts, shown)
-    return int(any(shown[part.name].exit_status for part in wanted))
+            one = run(part, arguments.seed)
+        failed |= one.exit_status != 0
+        console.print(
+            f"{'[red]✗[/]' if one.exit_status else '[green]✓[/]'} {part.name} [dim]{one.seconds} s[/]"
+        )
+        # Read again: parts may run side by side.
+        write_report(parts, read_shown() | {part.name: one})
+    return int(failed)
 
 
 if __name__ == "__main__":
