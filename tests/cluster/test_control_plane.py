@@ -30,20 +30,25 @@ def layer_pids() -> dict[str, int]:
     return {name: pid_of(actors_named(name)[0]) for name in pieces}
 
 
+def command_line(process: psutil.Process) -> list[str]:
+    """Return a process's words, none if it ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def process_titled(beginning: str) -> int:
     """Return the one process of this network's whose title begins so."""
-    found = [
-        process.pid
-        for process in psutil.Process().children(recursive=True)
-        if (process.cmdline() or [""])[0].startswith(beginning)
-    ]
+    below = psutil.Process().children(recursive=True)
+    found = [process.pid for process in below if (command_line(process) or [""])[0].startswith(beginning)]
     assert len(found) == 1, found
     return found[0]
 
 
 def treasury_pid() -> int:
-    lines = {process.pid: process.cmdline() for process in psutil.Process().children()}
-    (found,) = [pid for pid, words in lines.items() if words[-1:] == ["treasury"]]
+    children = psutil.Process().children()
+    (found,) = [child.pid for child in children if command_line(child)[-1:] == ["treasury"]]
     return found
 
 
