@@ -1,6 +1,7 @@
 """Fixtures that tests of every part share."""
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 
@@ -9,6 +10,9 @@ import redis
 
 from tests.redis_server import RunningRedis, start_redis
 
+# A shell has what it starts in the background ignore Ctrl-C, and so would everything that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ray reads its mode once, when it is imported: before the first test that imports it.
 os.environ["RAY_AUTH_MODE"] = "token"
 # Beside the cluster's tests a second thread waits for its turn longer than it computes: read by torch, once.
