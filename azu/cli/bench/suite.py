@@ -3,11 +3,11 @@
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from azu.cli.bench.results import BenchReport, Figure, Measured
+from azu.cli.network.environment import variables_set
 from azu.engine.reference import ModelShape
 from azu.errors import InvalidRequest
 
@@ -34,7 +34,7 @@ def run_bench(
         )
     measured = []
     # Ray reads some of it when it is imported, which a measurement does first.
-    with _environment(_RAY_ENVIRONMENT):
+    with variables_set(_RAY_ENVIRONMENT):
         for name in MEASUREMENTS:
             if only and name not in only:
                 continue
@@ -43,17 +43,3 @@ def run_bench(
             load, started = os.getloadavg()[0], time.monotonic()
             measured.append(Measured(name, measure(shape), load, round(time.monotonic() - started, 1)))
     return BenchReport(os.cpu_count() or 1, tuple(measured))
-
-
-@contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

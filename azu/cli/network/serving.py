@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from azu.cli.network.chain import Chain
+from azu.cli.network.environment import variables_set
 from azu.cli.network.interrupts import handlers_kept
 from azu.cli.network.ray_nodes import RayHost
 from azu.cli.network.redis_server import RedisUrls
@@ -93,7 +93,7 @@ def served(
 @contextmanager
 def connected(head: str, environment: Mapping[str, str]) -> Iterator[str]:
     """Be connected to the cluster at `head` for the length of the block; yields its head's address."""
-    with _environment(environment):
+    with variables_set(environment):
         import ray
 
         try:
@@ -176,18 +176,3 @@ def wait_until_it_answers(client: "Client", timeout_s: float, meanwhile: Callabl
 
 def _local_host(host: str) -> str:
     return "127.0.0.1" if host in _EVERYWHERE else host
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of this process for the length of the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
