@@ -54,7 +54,10 @@ def running_devnet(seed: int | None = None) -> Iterator[RunningDevnet]:
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
-            with httpx.Client(base_url=url, timeout=10) as http:
+            # A connection kept for the next call may be closed just then by a devnet that waited too long.
+            with httpx.Client(
+                base_url=url, timeout=10, limits=httpx.Limits(max_keepalive_connections=0)
+            ) as http:
                 yield RunningDevnet(url, http)
         finally:
             server.should_exit = True
