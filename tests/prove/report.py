@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +16,8 @@ from tests.prove.parts import Part
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "tests" / "REPORT.md"
 SHOWN = ROOT / "tests" / "REPORT.json"
+# The whole output of each part's last run, for whoever wants to know why it failed.
+OUTPUTS = Path(tempfile.gettempdir()) / "azu-prove"
 PART_TIMEOUT_S = 3600
 TIMED_OUT = 124
 QUOTED_LINES = 14
@@ -49,6 +52,8 @@ def run(part: Part, seed: int) -> Shown:
         exit_status, output = done.returncode, done.stdout
     except subprocess.TimeoutExpired as error:
         exit_status, output = TIMED_OUT, (error.stdout or b"").decode(errors="replace")
+    OUTPUTS.mkdir(exist_ok=True)
+    (OUTPUTS / f"{part.name.replace('/', '-')}.log").write_text(output)
     tail = "\n".join(output.strip().splitlines()[-QUOTED_LINES:]).replace(str(ROOT), ".")
     seconds = round(time.monotonic() - started)
     return Shown(exit_status, seconds, tail, time.strftime("%Y-%m-%d"), commit(), seed)
