@@ -5,10 +5,11 @@ import logging
 from dataclasses import replace
 
 from actors.link import as_azu_error
-from actors.pieces import RayPieces, Site
+from actors.pieces import RayPieces
 from actors.placement import sweep
 from actors.reach import REGISTRY, ask
 from actors.seat import PipelineSeat
+from actors.site import Site
 from azu.errors import AzuError, WorkerLost
 from azu.lifecycle.fleet import Replan
 from azu.lifecycle.ports import Ran, Route

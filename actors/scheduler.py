@@ -12,8 +12,8 @@ from actors.deployment import RayBuilder
 from actors.logs import log_as
 from actors.metrics import RayMeter
 from actors.node import NodeAgent
-from actors.pieces import Site
 from actors.placement import SCHEDULER, actor_name, start_on_node, worker_nodes
+from actors.site import Site
 from azu.config import ControlConfig
 from azu.errors import AzuError, NotFound
 from azu.jobs.redis import RedisJobs

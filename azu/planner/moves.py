@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from azu.planner.policy import PlanPolicy
 from azu.planner.prediction import predict
+from azu.planner.shards import shards_of
 from azu.protocol.node import Node
-from azu.protocol.structure import Shard, Structure
+from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, Stage, Topology
 
 Piece = Stage | ExpertSet
@@ -24,12 +25,12 @@ def cold_start_s(
     Pieces that `current` has on the same node with the same content stay as they are.
     """
     cached = {node.node_id: node.cached_shards for node in nodes}
-    standing = {_content(piece) for piece in _pieces(current)} if current else set()
+    standing = {_content(piece) for piece in current.pieces} if current else set()
     seconds: dict[str, float] = {}
-    for piece in _pieces(topology):
+    for piece in topology.pieces:
         if _content(piece) in standing:
             continue
-        shards = _shards(structure, piece)
+        shards = list(shards_of(structure, piece))
         fetched = sum(one.size_bytes for one in shards if one.sha256 not in cached[piece.node_id])
         loaded = sum(one.weight_bytes for one in shards)
         took_s = fetched / policy.fetch_bytes_per_s + loaded / policy.load_bytes_per_s
@@ -52,18 +53,6 @@ def worth_moving(
     return moves * serving_s > stays * policy.horizon_s * (1 + policy.least_gain)
 
 
-def _pieces(topology: Topology) -> tuple[Piece, ...]:
-    return (*topology.stages, *topology.expert_sets)
-
-
 def _content(piece: Piece) -> tuple[str, tuple[int, int] | None, tuple[tuple[int, tuple[int, ...]], ...]]:
     span = (piece.span.start, piece.span.end) if isinstance(piece, Stage) else None
     return piece.node_id, span, tuple(sorted(piece.experts.items()))
-
-
-def _shards(structure: Structure, piece: Piece) -> list[Shard]:
-    shards = [structure.expert_shard(layer, expert) for layer, ids in piece.experts.items() for expert in ids]
-    if isinstance(piece, Stage):
-        shards += structure.edge_shards(piece.span.start, piece.span.end)
-        shards += [structure.layer_shard(layer) for layer in range(piece.span.start, piece.span.end)]
-    return shards

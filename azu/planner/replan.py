@@ -1,6 +1,6 @@
 """A new place for the pieces that were lost; everything that survives stays where it is."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -9,6 +9,7 @@ from azu.planner.demand import Demand
 from azu.planner.policy import PlanPolicy
 from azu.planner.pool import seconds_per_byte
 from azu.planner.prediction import predicted
+from azu.planner.shards import shards_of
 from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import Shard, Structure
 from azu.protocol.topology import ExpertSet, Loss, Stage, Topology
@@ -73,7 +74,7 @@ class _Rooms:
                 f"{format_bytes(piece.vram_bytes)}; of {len(self._nodes)} live nodes none has more than "
                 f"{format_bytes(most)} free: {piece.vram_bytes - most} bytes are missing"
             )
-        shards = list(_shards(self._structure, piece))
+        shards = list(shards_of(self._structure, piece))
         best = min(fitting, key=lambda node: (_missing_bytes(node, shards), self._slowness[node.node_id]))
         self._free[best.node_id] -= piece.vram_bytes
         self._taken[type(piece), piece.index] = best.node_id
@@ -88,11 +89,3 @@ class _Rooms:
 
 def _missing_bytes(node: Node, shards: Sequence[Shard]) -> int:
     return sum(shard.size_bytes for shard in shards if shard.sha256 not in node.cached_shards)
-
-
-def _shards(structure: Structure, piece: Stage | ExpertSet) -> Iterable[Shard]:
-    if isinstance(piece, Stage):
-        yield from structure.edge_shards(piece.span.start, piece.span.end)
-        yield from (structure.layer_shard(layer) for layer in range(piece.span.start, piece.span.end))
-    for layer, experts in piece.experts.items():
-        yield from (structure.expert_shard(layer, expert) for expert in experts)

@@ -104,9 +104,14 @@ class Topology:
         return next(stage for stage in self.stages if layer in stage.span)
 
     @property
+    def pieces(self) -> tuple[Stage | ExpertSet, ...]:
+        """The stages in order, then the expert sets."""
+        return (*self.stages, *self.expert_sets)
+
+    @property
     def vram_bytes_by_node(self) -> dict[str, int]:
         """VRAM that the topology takes on each node it uses."""
-        return _vram_bytes_by_node((*self.stages, *self.expert_sets))
+        return _vram_bytes_by_node(self.pieces)
 
     def on_node(self, node_id: str) -> Loss:
         """Return the pieces that a node holds."""
