@@ -14,6 +14,7 @@ _EXPECTED_ROWS = 16
 _LEAST_ROWS = 4
 # Below this the call costs more than the product.
 _MIN_WEIGHT_VALUES = 64 * 1024
+_STACK_DIMS = 3  # [experts, out, in]
 
 
 class PackedLinear(nn.Module):
@@ -48,23 +49,40 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @torch.inference_mode()
-def pack(module: nn.Module) -> None:
-    """Replace the linear layers inside a module by packed ones; copy what else is mapped beside them."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if (packed := _packed(child)) is not None:
-                setattr(parent, name, packed)
-    for parameter in module.parameters():
-        if parameter.untyped_storage().nbytes() > parameter.nbytes:
-            # A view of a mapped file would keep in memory all that was read from it.
+def pack(model: nn.Module) -> None:
+    """Replace a model's linear layers by packed ones, and copy what else is mapped of their files.
+
+    One tensor that is left of a mapped file keeps in memory all that was read of it. Embeddings stay mapped,
+    for few of their rows are read, and so does a model without a layer that is worth packing.
+    """
+    if any(_is_worth_packing(module) for module in model.modules()):
+        _pack(model)
+
+
+def _pack(module: nn.Module) -> None:
+    if isinstance(module, nn.Embedding):
+        return
+    for parameter in module.parameters(recurse=False):
+        # Stacks of experts were copied when they were joined.
+        if parameter.dim() < _STACK_DIMS:
             parameter.data = parameter.data.clone()
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, name, buffer.clone())
+    # One by one down the tree: a layer's file is let go before the next one's is read.
+    for name, child in list(module.named_children()):
+        if _is_worth_packing(child):
+            setattr(module, name, _packed(child))
+        else:
+            _pack(child)
 
 
-def _packed(module: nn.Module) -> PackedLinear | None:
-    if type(module) not in (nn.Linear, Conv1D):
-        return None
-    weight, bias = module.get_parameter("weight"), module.bias
+def _packed(linear: nn.Module) -> PackedLinear:
+    weight, bias = linear.get_parameter("weight"), linear.bias
     assert bias is None or isinstance(bias, Tensor)
-    if weight.numel() < _MIN_WEIGHT_VALUES:
-        return None
-    return PackedLinear(weight if type(module) is nn.Linear else weight.t(), bias)
+    return PackedLinear(weight if type(linear) is nn.Linear else weight.t(), bias)
+
+
+def _is_worth_packing(module: nn.Module) -> bool:
+    if type(module) not in (nn.Linear, Conv1D):
+        return False
+    return module.get_parameter("weight").numel() >= _MIN_WEIGHT_VALUES

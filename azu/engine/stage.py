@@ -16,7 +16,7 @@ from azu.engine.attention import PACKED
 from azu.engine.cutting import CutSkeleton
 from azu.engine.experts import HeldExperts
 from azu.engine.forward import StageModel
-from azu.engine.linear import PackedLinear, can_pack, pack
+from azu.engine.linear import can_pack, pack
 from azu.engine.longrope import place_by_sequence_length
 from azu.engine.packing import takes_packed_batches
 from azu.engine.tensors import dtype_named
@@ -61,7 +61,7 @@ def build_stage(
     load(model, stage_tensors(structure, span, held, shard_paths), device)
     cut.drop_borrowed_embedding()
     if can_pack(device, model.dtype):
-        _pack(model, cut.layers)
+        pack(model)
     if architecture.restart_length is not None:
         place_by_sequence_length(model)
     return BuiltStage(
@@ -94,12 +94,3 @@ def _skeleton(
     for path in architecture.unused:
         replace_module(model, path, nn.Identity())
     return model, packed
-
-
-def _pack(model: PreTrainedModel, layers: nn.ModuleList) -> None:
-    for layer in layers:
-        pack(layer)
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        path = next(name for name, module in model.named_modules() if module is head)
-        replace_module(model, path, PackedLinear(head.weight, head.bias))
