@@ -243,27 +243,28 @@ def wait_until_prefilling(model: str, streams: Streams) -> None:
     streams.wait_until(lambda: ask_inside(pipeline, is_prefilling))
 
 
-def node_pids(home: Path, name: str) -> list[int]:
+def node_pids(name: str) -> list[int]:
     """Return every process of a worker's Ray node: its raylet, known by its labels, and its children."""
-    for raylet in raylets(home):
+    for raylet in raylets():
         if f'"{name}"' in " ".join(raylet.cmdline()):
             return [raylet.pid, *(child.pid for child in raylet.children(recursive=True))]
     raise AssertionError(f"{name} has no raylet")
 
 
-def raylets(home: Path) -> list[psutil.Process]:
-    """Return the raylets of a network."""
+def raylets() -> list[psutil.Process]:
+    """Return the raylets of the network that this process is connected to."""
+    head = f"--gcs-address={ray.get_runtime_context().gcs_address}"
     return [
         process
         for process in psutil.process_iter(["name", "cmdline"])
-        if process.info["name"] == "raylet" and str(home) in " ".join(process.info["cmdline"] or ())
+        if process.info["name"] == "raylet" and head in " ".join(process.info["cmdline"] or ())
     ]
 
 
-def piece_pids(home: Path) -> set[int]:
+def piece_pids() -> set[int]:
     """Return the processes that hold pieces of models, or are about to."""
     found = set()
-    for raylet in raylets(home):
+    for raylet in raylets():
         for child in raylet.children():
             with suppress(psutil.Error):  # it ended
                 if child.cmdline()[0].startswith(("ray::LayerActor", "ray::ExpertActor")):
@@ -271,10 +272,10 @@ def piece_pids(home: Path) -> set[int]:
     return found
 
 
-def wait_for_waiting(home: Path) -> None:
+def wait_for_waiting() -> None:
     """Wait until a process waits on every node and has imported what it will need: it computes no more."""
     deadline_s = time.monotonic() + TIMEOUT_S
-    lenders = [raylet for raylet in raylets(home) if "--head" not in raylet.cmdline()]
+    lenders = [raylet for raylet in raylets() if "--head" not in raylet.cmdline()]
     while not all(is_one_at_rest(raylet) for raylet in lenders):
         assert time.monotonic() < deadline_s, "no process waits for the next piece"
 
@@ -290,15 +291,15 @@ def is_one_at_rest(raylet: psutil.Process) -> bool:
     return False
 
 
-def kill_and_kill_again(home: Path, pid: int, next_pid: Callable[[set[int]], int]) -> None:
+def kill_and_kill_again(pid: int, next_pid: Callable[[set[int]], int]) -> None:
     """Kill a piece, wait until a process for its replacement is there, then kill what `next_pid` chooses.
 
     It is given the new processes.
     """
-    before = piece_pids(home)
+    before = piece_pids()
     kill_all([pid])
     deadline_s = time.monotonic() + TIMEOUT_S
-    while not (fresh := piece_pids(home) - before):
+    while not (fresh := piece_pids() - before):
         assert time.monotonic() < deadline_s, "nothing comes up in its place"
     kill_all([next_pid(fresh)])
 

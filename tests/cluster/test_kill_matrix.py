@@ -41,7 +41,7 @@ def running(home: Path) -> Iterator[Running]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_each_piece_killed_at_each_moment(running: Running, home: Path, model: str) -> None:
+def test_each_piece_killed_at_each_moment(running: Running, model: str) -> None:
     _, user = running
     expected = undisturbed(user, model, NUM_TOKENS)
     count = len(pieces_of(model))
@@ -50,7 +50,7 @@ def test_each_piece_killed_at_each_moment(running: Running, home: Path, model: s
         for index in range(count):
             name = wait_for_pieces(model, count)[index]
             doomed = pids([name])
-            wait_for_waiting(home)
+            wait_for_waiting()
             answers, stall_s = disturbed(
                 user, model, NUM_TOKENS, moment, lambda doomed=doomed: kill_all(doomed)
             )
@@ -85,9 +85,7 @@ def test_several_pieces_killed_at_once(running: Running, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_replacement_killed_while_it_loads_or_another_piece_meanwhile(
-    running: Running, home: Path, model: str
-) -> None:
+def test_a_replacement_killed_while_it_loads_or_another_piece_meanwhile(running: Running, model: str) -> None:
     _, user = running
     expected = undisturbed(user, model, NUM_TOKENS)
     count = len(pieces_of(model))
@@ -100,7 +98,7 @@ def test_a_replacement_killed_while_it_loads_or_another_piece_meanwhile(
             model,
             NUM_TOKENS,
             "middle",
-            lambda first=first, choose=choices[index % 2]: kill_and_kill_again(home, first, choose),
+            lambda first=first, choose=choices[index % 2]: kill_and_kill_again(first, choose),
         )
         assert answers == expected, index
         stalls_s.append(stall_s)

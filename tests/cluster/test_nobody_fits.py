@@ -38,20 +38,20 @@ def running(home: Path) -> Iterator[Running]:
         yield started
 
 
-def interrupted(running: Running, home: Path) -> Streams:
+def interrupted(running: Running) -> Streams:
     """Return streams that have lost a node in their middle."""
     streams = Streams(running[1], four(MODEL, NUM_TOKENS))
-    doomed = node_pids(home, "ben")
+    doomed = node_pids("ben")
     streams.wait_until(lambda: streams.each[0].num_tokens >= NUM_TOKENS // 3)
     kill_all(doomed)
     return streams
 
 
-def test_jobs_go_on_when_a_node_joins_in_time(running: Running, home: Path) -> None:
+def test_jobs_go_on_when_a_node_joins_in_time(running: Running) -> None:
     network, user = running
     expected = undisturbed(user, MODEL, NUM_TOKENS)
 
-    streams = interrupted(running, home)
+    streams = interrupted(running)
     streams.wait_until(lambda: all(job_state(running, one.job_id) == "queued" for one in streams.each))
     wait_until_alive(network, user, list(NODES))
 
@@ -59,12 +59,12 @@ def test_jobs_go_on_when_a_node_joins_in_time(running: Running, home: Path) -> N
     show(f"waited for a node and went on, identical; longest stall {streams.longest_stall_s():.1f} s")
 
 
-def test_jobs_end_with_their_reason_and_release_the_rest(running: Running, home: Path) -> None:
+def test_jobs_end_with_their_reason_and_release_the_rest(running: Running) -> None:
     network, user = running
     undisturbed(user, MODEL, NUM_TOKENS)
     before, _ = settled(user)
 
-    streams = interrupted(running, home)
+    streams = interrupted(running)
     streams.join()
 
     after, reserved = settled(user)

@@ -47,15 +47,15 @@ def running(home: Path) -> Iterator[Running]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_each_node_of_a_model_killed(running: Running, home: Path, model: str) -> None:
+def test_each_node_of_a_model_killed(running: Running, model: str) -> None:
     network, user = running
     expected = undisturbed(user, model, NUM_TOKENS)
     stalls_s = []
     for moment in ("first token", "middle"):
         for index in range(len(node_names(user, model))):
             name = node_names(user, model)[index]
-            doomed = node_pids(home, name)
-            wait_for_waiting(home)
+            doomed = node_pids(name)
+            wait_for_waiting()
             answers, stall_s = disturbed(
                 user, model, NUM_TOKENS, moment, lambda doomed=doomed: kill_all(doomed)
             )
@@ -90,13 +90,13 @@ def test_a_piece_that_is_frozen_and_wakes_disturbs_nobody(running: Running, mode
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_node_that_is_frozen_and_wakes_disturbs_nobody(running: Running, home: Path, model: str) -> None:
+def test_a_node_that_is_frozen_and_wakes_disturbs_nobody(running: Running, model: str) -> None:
     network, user = running
     expected = undisturbed(user, model, NUM_TOKENS)
     stalls_s = []
     for index in range(len(node_names(user, model))):
         # Its raylet sleeps too: nobody can end its pieces before they wake.
-        frozen = node_pids(home, node_names(user, model)[index])
+        frozen = node_pids(node_names(user, model)[index])
         waking = Timer(20.0, signal_all, (frozen, signal.SIGCONT))
 
         def freeze(frozen: list[int] = frozen, waking: Timer = waking) -> None:

@@ -95,11 +95,11 @@ def keep_asking(running: Running, expected: dict[Asked, Answer], seen: Seen, sto
         seen.stalls_s.append(stream.longest_stall_s())
 
 
-def kill_something(home: Path, chance: random.Random) -> str:
+def kill_something(chance: random.Random) -> str:
     """Kill a piece of a model or a whole node and say which kind it was."""
     found = [name for model in MODELS for name in pieces_of(model)]
     if not found or chance.randrange(ONE_NODE_IN) == 0:
-        kill_all(node_pids(home, chance.choice(sorted(NODES))))
+        kill_all(node_pids(chance.choice(sorted(NODES))))
         return "node"
     name = chance.choice(found)
     try:
@@ -132,7 +132,7 @@ def test_nobody_notices_random_kills(running: Running, home: Path) -> None:
             network.revive()
             time.sleep(0.2)
         wait_until_alive(network, user, list(NODES))
-        kills[kill_something(home, chance)] += 1
+        kills[kill_something(chance)] += 1
     while time.monotonic() < started_s + SECONDS:
         network.revive()
         time.sleep(0.2)
