@@ -8,6 +8,7 @@ from importlib import import_module
 
 from azu.cli.bench.results import BenchReport, Figure, Measured
 from azu.cli.network.environment import variables_set
+from azu.cli.network.ray_nodes import LARGE_PAGES
 from azu.engine.reference import ModelShape
 from azu.errors import InvalidRequest
 
@@ -20,6 +21,7 @@ _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # As azu's own nodes are started.
     "RAY_worker_niceness": "0",
+    **LARGE_PAGES,
 }
 Measure = Callable[[ModelShape], tuple[Figure, ...]]
 
