@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.logs import log_as
+from azu.engine.heap import keep_between_steps
 from azu.protocol.structure import Structure
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class ExpertActor:
 
         log_as("expert", model_id=structure.model_id)
         self._runner = ExpertRunner(structure, experts, shard_paths, config_folder, device)
+        keep_between_steps()
 
     def run(self, layer: int, request: bytes) -> bytes:
         """Run token slices through the experts of a layer."""

@@ -12,6 +12,7 @@ from actors.link import Acknowledgements, RayExpertLink
 from actors.logs import log_as
 from actors.metrics import open_meter
 from azu.engine.faults import OldEpoch, blamed, is_bad_frame
+from azu.engine.heap import keep_between_steps
 from azu.engine.hops import StageClock, Stay, hop_s
 from azu.engine.spec import Handoff, StageSpec
 from azu.errors import AzuError
@@ -45,6 +46,7 @@ class LayerActor:
 
         log_as("layer", model_id=spec.structure.model_id, stage=spec.stage.index)
         self._runner = StageRunner(spec, RayExpertLink(expert_sets) if expert_sets else None)
+        keep_between_steps()
         self._index = spec.stage.index
         self._model_id = spec.structure.model_id
         self._clock = StageClock()

@@ -12,6 +12,7 @@ from azu.engine.context import StepContext
 from azu.engine.expert_frames import StepId
 from azu.engine.experts import ExpertLink, HeldExperts
 from azu.engine.faults import BadFrame, OldEpoch
+from azu.engine.heap import give_back
 from azu.engine.kv import PagedKV
 from azu.engine.layout import Layout, LayoutBuilder
 from azu.engine.sampler import Sampler
@@ -86,6 +87,7 @@ class StageRunner:
             self._last_step = 0
             if topology.num_blocks != self._spec.num_blocks:
                 self._kv.resize(topology.num_blocks)
+                give_back(self._device.type)
                 self._layouts = LayoutBuilder(topology.num_blocks, topology.block_size, self._device)
             self._spec = replace(
                 self._spec,

@@ -7,7 +7,7 @@ from pathlib import Path
 from azu.protocol.step import StepBatch
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, Stage
-from azu.units import GIB
+from azu.units import MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class StageSpec:
     device: str
     expert_sets: tuple[ExpertSet, ...] = ()
     expert_timeout_s: float = 30.0
-    sent_log_bytes: int = GIB
+    sent_log_bytes: int = 64 * MIB
 
 
 @dataclass(frozen=True, slots=True)

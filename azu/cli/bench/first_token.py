@@ -16,7 +16,7 @@ _NUM_BLOCKS = 640
 
 
 def measure(shape: ModelShape) -> tuple[Figure, ...]:
-    """Return the short prompt's wait, held against three times its lone wait and one chunk."""
+    """Return the short prompt's wait, held against three times its lone wait and one chunk; and memory."""
     model = bench_model(shape)
     boundary = balanced_boundary(model.structure, sampled_share=0.0)
     short = random_prompts(model.structure, 1, _SHORT_TOKENS)[0]
@@ -29,6 +29,7 @@ def measure(shape: ModelShape) -> tuple[Figure, ...]:
         chunk_s = sum(alone.busy) * alone.seconds
         crowd = [Request(prompt, 1) for prompt in long]
         run = deployment.run([*crowd, Request(short, 1, after_s=_ARRIVES_AFTER_S)])
+        memory = deployment.memory()
     return (
         Figure(
             name="first token of a short prompt behind 8 long ones",
@@ -39,4 +40,5 @@ def measure(shape: ModelShape) -> tuple[Figure, ...]:
             at_most=1.0,
             notes={"alone s": lone_s, "one chunk s": chunk_s, "all read s": run.seconds},
         ),
+        *memory,
     )

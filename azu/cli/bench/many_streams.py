@@ -7,14 +7,12 @@ from azu.cli.bench.cluster import ray_here
 from azu.cli.bench.model import balanced_boundary, bench_model, random_prompts
 from azu.cli.bench.one_stream import NEW_TOKENS, PROMPT_TOKENS
 from azu.cli.bench.results import Figure
-from azu.cli.bench.stages import Request, Run, StageMemory, deployed
+from azu.cli.bench.stages import Request, Run, deployed
 from azu.engine.reference import ModelShape, generate
-from azu.units import MIB
 
 _STREAMS = 16
 _TIMEOUT_S = 300.0
 _NUM_BLOCKS = 256
-_OWN_MIB = 600
 
 
 def measure(shape: ModelShape) -> tuple[Figure, ...]:
@@ -72,23 +70,7 @@ def measure(shape: ModelShape) -> tuple[Figure, ...]:
             )
             for stage, busy in enumerate(overlapped.busy)
         ),
-        *(_own_memory(stage, held) for stage, held in enumerate(memory)),
-    )
-
-
-def _own_memory(stage: int, held: StageMemory) -> Figure:
-    return Figure(
-        name=f"memory of stage {stage} beside its weights and KV",
-        unit="MiB",
-        value=held.own_bytes / MIB,
-        reference=_OWN_MIB,
-        reference_name="the limit",
-        at_most=1.0,
-        notes={
-            "weights MiB": held.weight_bytes / MIB,
-            "KV MiB": held.kv_bytes / MIB,
-            "at most so far MiB": held.peak_bytes / MIB,
-        },
+        *memory,
     )
 
 

@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 
 from actors.layer import LayerActor
 from azu.cli.bench.model import BenchModel, random_prompts
+from azu.cli.bench.results import Figure
 from azu.engine.local import local_topology
 from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig
@@ -24,10 +25,11 @@ from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import StepResult
 from azu.protocol.structure import Structure
 from azu.protocol.topology import Stage, Topology
-from azu.units import KIB
+from azu.units import KIB, MIB
 
 _TIMEOUT_S = 600.0
 _BLOCK_SIZE = 16
+_OWN_MIB = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +74,24 @@ class StageMemory:
 
     @property
     def own_bytes(self) -> int:
-        """What the process holds beside weights and KV."""
-        return self.resident_bytes - self.weight_bytes - self.kv_bytes
+        """The most that the process held beside weights and KV."""
+        return self.peak_bytes - self.weight_bytes - self.kv_bytes
+
+    def figure(self, stage: int) -> Figure:
+        """Return it beside the limit."""
+        return Figure(
+            name=f"most memory of stage {stage} beside its weights and KV",
+            unit="MiB",
+            value=self.own_bytes / MIB,
+            reference=_OWN_MIB,
+            reference_name="the limit",
+            at_most=1.0,
+            notes={
+                "weights MiB": self.weight_bytes / MIB,
+                "KV MiB": self.kv_bytes / MIB,
+                "all now MiB": self.resident_bytes / MIB,
+            },
+        )
 
 
 class MeasuredStage(LayerActor):
@@ -187,13 +205,13 @@ class Deployment:
         answers, seconds = ray.get(self._driver.run.remote(requests), timeout=_TIMEOUT_S)
         return Run(tuple(answers), seconds, tuple(each / seconds for each in self._computing()))
 
-    def memory(self) -> list[StageMemory]:
-        """Return what each stage's process holds."""
+    def memory(self) -> tuple[Figure, ...]:
+        """Return what each stage's process holds, beside its limit."""
         held = ray.get([stage.resident_bytes.remote() for stage in self._stages], timeout=_TIMEOUT_S)
-        return [
-            StageMemory(now, peak, self._weight_bytes(stage), self._kv_bytes(stage))
+        return tuple(
+            StageMemory(now, peak, self._weight_bytes(stage), self._kv_bytes(stage)).figure(stage.index)
             for (now, peak), stage in zip(held, self._topology.stages, strict=True)
-        ]
+        )
 
     def _weight_bytes(self, stage: Stage) -> int:
         layers = (self._structure.layer_shard(layer) for layer in range(stage.span.start, stage.span.end))
