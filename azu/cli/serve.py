@@ -45,7 +45,7 @@ def serve(
         show(facts, as_json, _panel)
         return
     with ExitStack() as stack:
-        stack.enter_context(ending_as_interrupt())
+        ending = stack.enter_context(ending_as_interrupt())
         if books:
             running, facts = _books(stack, settings, file)
         else:
@@ -57,7 +57,7 @@ def serve(
             names = ("url", "chain_url", "platform_address", "admin_key", "head")
             facts = {name: getattr(running, name) for name in names}
         show(facts, as_json, _panel)
-        watch(running.revive)
+        watch(running.revive, ending)
 
 
 def _books(stack: ExitStack, settings: "Settings", file: "NetworkFile") -> tuple[Any, dict[str, str]]:

@@ -55,14 +55,14 @@ def up(
     own = _workers(workers, vram, payout, play_money=settings.chain_url is None)
     file = file.model_copy(update={"workers": (*file.workers, *own)})
     with ExitStack() as stack:
-        stack.enter_context(ending_as_interrupt())
+        ending = stack.enter_context(ending_as_interrupt())
         with Narrator(quiet=as_json).steps() as step:
             encrypted = tls if tls is not None else ip is not None
             running = stack.enter_context(
                 local_network(settings, file, step, ip=ip, dashboard=dashboard, tls=encrypted)
             )
         _tell(_facts(running), as_json)
-        watch(running.revive)
+        watch(running.revive, ending)
 
 
 def _workers(number: int, vram: str, payout: str | None, *, play_money: bool) -> "list[LocalWorker]":

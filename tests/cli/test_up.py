@@ -24,14 +24,30 @@ OWNER = "0x" + "b0" * 20
 START_TIMEOUT_S = 400.0
 
 
-def azu(home: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def azu() -> Iterator[Start]:
+    """Start azu's commands; none of them outlives the test."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AZU_")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "azu.cli", *arguments],
-        env=kept | {"AZU_HOME": str(home)} | environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    started = []
+
+    def start(home: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "azu.cli", *arguments],
+            env=kept | {"AZU_HOME": str(home)} | environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        # What it started dies with it.
+        process.kill()
+        process.wait(10)
 
 
 def eventually(condition: Callable[[], object], timeout_s: float) -> None:
@@ -52,7 +68,7 @@ def home() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_a_network_is_up_joined_left_and_down(home: Path) -> None:
+def test_a_network_is_up_joined_left_and_down(azu: Start, home: Path) -> None:
     up = azu(home, "up", "--workers", "1", "--vram", "512MiB", "--json", AZU_HTTP_PORT=str(free_port()))
     assert up.stdout is not None
     facts = json.loads(up.stdout.readline())
@@ -87,7 +103,7 @@ def test_a_network_is_up_joined_left_and_down(home: Path) -> None:
     assert [session_members(session) for session in sessions] == [[] for _ in sessions]
 
 
-def test_a_network_that_is_killed_leaves_nothing_behind_and_starts_again(home: Path) -> None:
+def test_a_network_that_is_killed_leaves_nothing_behind_and_starts_again(azu: Start, home: Path) -> None:
     up = azu(home, "up", "--json", AZU_HTTP_PORT=str(free_port()))
     assert up.stdout is not None
     assert json.loads(up.stdout.readline())["ticket"]

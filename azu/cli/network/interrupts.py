@@ -28,15 +28,32 @@ def interrupts_held() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
-@contextmanager
-def ending_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that whatever it started is stopped."""
+class Ending:
+    """Whether somebody asked a block to end.
 
-    def interrupt(_: int, __: FrameType | None) -> None:
+    An interrupt that came while a finalizer or a callback of Ray's ran is printed there and forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def interrupt(self, _: int, __: FrameType | None) -> None:
+        """Interrupt whatever runs; a signal handler."""
+        self._asked = True
         raise KeyboardInterrupt
 
-    with _handled_by(interrupt):
-        yield
+    def check(self) -> None:
+        """Raise KeyboardInterrupt once more if one came."""
+        if self._asked:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def ending_as_interrupt() -> Iterator[Ending]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that whatever it started is stopped."""
+    ending = Ending()
+    with _handled_by(ending.interrupt):
+        yield ending
 
 
 @contextmanager
