@@ -6,7 +6,7 @@ from dataclasses import asdict, is_dataclass
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, JustifyMethod, RenderableType
 from rich.table import Table
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -22,12 +22,13 @@ def show(facts: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> 
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> Table:
-    """Return a table; columns whose name ends in a unit are right-aligned."""
+    """Return a table; columns whose name ends in a unit are right-aligned, the first is not broken."""
     drawn = Table(title=title, title_justify="left")
-    for column in columns:
+    for index, column in enumerate(columns):
         numeric = column.endswith(("lamports", "HYPE", "bytes", "VRAM", "free", "shards"))
-        # An id that is cut short cannot be copied.
-        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        # An id that is cut short or broken cannot be copied.
+        justify: JustifyMethod = "right" if numeric else "left"
+        drawn.add_column(column, justify=justify, overflow="fold", no_wrap=index == 0)
     for row in rows:
         drawn.add_row(*("" if cell is None else str(cell) for cell in row))
     return drawn

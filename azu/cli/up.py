@@ -97,6 +97,7 @@ def _facts(running: "LocalNetwork") -> dict[str, Any]:
         "chain_url": running.chain_url,
         "platform_address": running.platform_address,
         "admin_key": running.admin_key,
+        "dashboard_url": running.dashboard_url,
         "authority": None if running.authority is None else str(running.authority),
         "ticket": running.ticket.encode(),
     }
@@ -112,8 +113,9 @@ def _tell(facts: dict[str, str | None], as_json: bool) -> None:
 
 def _panel(facts: dict[str, str | None]) -> Panel:
     grid = Table.grid(padding=(0, 2))
-    for name in ("url", "chain_url", "platform_address", "admin_key"):
-        grid.add_row(name.replace("_", " "), facts[name])
+    for name in ("url", "chain_url", "platform_address", "admin_key", "dashboard_url"):
+        if facts[name] is not None:
+            grid.add_row(name.replace("_", " "), facts[name])
     if facts["authority"] is not None:
         grid.add_row("encrypted", f"clients need AZU_TLS_CA={facts['authority']}")
     grid.add_row("to join", "the command below, on any machine")

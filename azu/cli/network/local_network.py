@@ -45,6 +45,7 @@ class LocalNetwork:
     platform_address: str
     admin_key: str = field(repr=False)
     authority: Path | None
+    dashboard_url: str | None
     ticket: AnyTicket = field(repr=False)
     _groups: tuple[Children, ...] = field(repr=False)
     _revive_control: Callable[[], list[str]] = field(repr=False)
@@ -120,7 +121,8 @@ def local_network(
         if tls:
             settings = _listening(settings, ip)
             files = head_files(settings.home / "tls", _hosts(settings, ip))
-        host, port = RayHost(ray_folder, token_path, ip, dashboard, files), free_port()
+        port, dashboard_port = free_port(), free_port() if dashboard else None
+        host = RayHost(ray_folder, token_path, ip, dashboard_port, files)
         nodes.start(host.head(port))
         chain = choose_chain(settings)
         redis = start_books(services, settings, chain, timeout_s)
@@ -148,6 +150,7 @@ def local_network(
                 platform_address=chain.platform_address,
                 admin_key=admin_key,
                 authority=None if files is None else files.authority,
+                dashboard_url=f"http://127.0.0.1:{dashboard_port}" if dashboard else None,
                 ticket=first_ticket(client) if tls else Ticket(address=address, token=token),
                 _groups=(services, treasury, nodes),
                 _revive_control=partial(revive, config),

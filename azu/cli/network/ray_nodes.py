@@ -69,21 +69,22 @@ class RayHost:
     """This machine as a host of Ray nodes.
 
     `folder` holds their sockets and logs, `token_path` the cluster's token; `ip` is the address that they
-    are reached at, None for the one that Ray finds by itself. Without the dashboard they start much faster.
+    are reached at, None for the one that Ray finds by itself. Without a dashboard they start much faster.
     With `tls` they speak to nobody who has no certificate of the network.
     """
 
     folder: Path
     token_path: Path
     ip: str | None = None
-    dashboard: bool = False
+    dashboard_port: int | None = None
     tls: TlsFiles | None = None
 
     def head(self, port: int) -> Command:
         """Return the command of the head: the cluster's books and azu's control plane, no VRAM."""
         options = (
             *("--head", "--port", str(port), "--no-monitor"),
-            *("--include-dashboard", str(self.dashboard), "--dashboard-port", str(free_port())),
+            *("--include-dashboard", str(self.dashboard_port is not None)),
+            *("--dashboard-port", str(self.dashboard_port or free_port())),
         )
         environment = self._environment(frozenset()) | _HEALTH
         return Command(HEAD, self._start("head", *options), environment)
@@ -115,7 +116,7 @@ class RayHost:
     def _start(self, folder: str, *options: str) -> tuple[str, ...]:
         return (
             *(sys.executable, "-P", str(Path(ray_start.__file__)), "start"),
-            *(() if self.dashboard else (ray_start.LIGHT,)),
+            *((ray_start.LIGHT,) if self.dashboard_port is None else ()),
             *("--block", "--disable-usage-stats"),
             # Nodes that start at once in one folder take the same names for their sockets.
             *("--temp-dir", str(self.folder / folder)),
