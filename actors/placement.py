@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray._raylet import PlacementGroupID
 from ray.actor import ActorHandle
+from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -22,7 +23,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from azu.errors import InsufficientCapacity
+from azu.errors import InsufficientCapacity, Unavailable
 from azu.units import MIB
 
 NAMESPACE = "azu"
@@ -33,6 +34,7 @@ NODE_ID_LABEL = "ray.io/node-id"
 NAME_LABEL = "azu-name"
 PAYOUT_LABEL = "azu-payout"
 DEVICE_LABEL = "azu-device"
+_REQUEST_TIMEOUT_S = 15.0
 # One waits in `alive`; the others are for calls that end.
 _CONTROL_THREADS = 3
 # What the names of groups begin with that hold pieces of models, and with the pipelines' those of actors.
@@ -125,6 +127,19 @@ async def reserve(name: str, node_id: str, vram_bytes: int, timeout_s: float) ->
         remove_placement_group(group)
         raise InsufficientCapacity(f"node {node_id[:8]} did not give {mib} MiB of VRAM in {timeout_s:.0f} s")
     return group
+
+
+async def request_nodes(bundles_mib: Sequence[int]) -> None:
+    """Ask Ray's autoscaler for nodes that hold bundles of VRAM, all that there are included.
+
+    The request stands until the next; where no autoscaler runs nothing comes of it. Raises an AzuError when
+    it was not heard.
+    """
+    bundles = [{VRAM: mib} for mib in bundles_mib]
+    try:
+        await asyncio.wait_for(asyncio.to_thread(request_resources, bundles=bundles), _REQUEST_TIMEOUT_S)
+    except Exception as error:
+        raise Unavailable(f"Ray did not hear of {bundles}: {type(error).__name__}: {error}") from error
 
 
 def release(actor: ActorHandle | None, group: PlacementGroup | None) -> None:

@@ -12,7 +12,7 @@ from actors.deployment import RayBuilder
 from actors.logs import log_as
 from actors.metrics import RayMeter
 from actors.node import NodeAgent
-from actors.placement import SCHEDULER, actor_name, start_on_node, worker_nodes
+from actors.placement import SCHEDULER, actor_name, request_nodes, start_on_node, worker_nodes
 from actors.site import Site
 from azu.config import ControlConfig
 from azu.errors import AzuError, NotFound
@@ -22,6 +22,7 @@ from azu.lifecycle.dispatch import Dispatcher
 from azu.lifecycle.figures import show_books, show_jobs, show_nodes
 from azu.lifecycle.fitting import Fitting
 from azu.lifecycle.fleet import Fleet
+from azu.lifecycle.growth import Growth
 from azu.lifecycle.nodes import NodeBook
 from azu.lifecycle.settlement import Settlement
 from azu.lifecycle.standing import RedisStanding
@@ -57,12 +58,18 @@ class Scheduler:
         self._nodes: dict[str, Node] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._linked: set[str] = set()
+        self._lent_bytes: dict[str, int] = {}
         standing = RedisStanding.from_url(config.redis_url)
         site = Site(policy, config.pipeline_redis_url, self._agents, self._nodes, self._blame, self._probe)
         builder = RayBuilder(site, standing)
         self._fleet = Fleet(
-            builder, lambda placed: self._book.nodes(time.monotonic(), placed), policy.plan_policy(), standing
+            builder,
+            lambda placed: self._book.nodes(time.monotonic(), placed),
+            policy.plan_policy(),
+            standing,
+            nodes_come=policy.requeue.nodes_come,
         )
+        self._growth = Growth(self._fleet, request_nodes, patience_s=2 * policy.requeue.longest_s)
         self._fitting = Fitting(self._fleet, policy.plan_policy())
         jobs = RedisJobs.from_url(config.redis_url)
         self._ledger = RedisLedger.from_url(config.redis_url)
@@ -76,7 +83,7 @@ class Scheduler:
         )
         self._dispatcher = Dispatcher(
             jobs,
-            self._fleet,
+            self._growth,
             settlement,
             consumer="scheduler",
             patience=policy.patience(),
@@ -171,6 +178,12 @@ class Scheduler:
             except AzuError as error:
                 log.warning("models were not fitted to their nodes: %s", error.message)
 
+    async def _grow(self) -> None:
+        """Ask for nodes while jobs find no room."""
+        while True:
+            await asyncio.sleep(self._config.policy.heartbeat.period_s)
+            await self._growth.look(self._lent_bytes.values(), self._dispatcher.num_waiting)
+
     async def _serve(self) -> None:
         await self._first_reports()
         await self._fleet.adopt()
@@ -178,6 +191,7 @@ class Scheduler:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._dispatcher.run())
             tasks.create_task(self._fit())
+            tasks.create_task(self._grow())
 
     async def _first_reports(self) -> None:
         """Wait until every node has reported, or is late: models are taken over together with their nodes."""
@@ -200,6 +214,7 @@ class Scheduler:
     async def _meet_nodes(self) -> None:
         """Start an agent on each new node and forget those that Ray says are gone."""
         living = {node.node_id: node for node in await asyncio.to_thread(worker_nodes)}
+        self._lent_bytes = {node_id: node.vram_bytes for node_id, node in living.items()}
         for node_id in self._agents.keys() - living.keys():
             del self._agents[node_id]
             self._book.gone(node_id)

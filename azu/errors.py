@@ -196,9 +196,24 @@ class Unavailable(AzuError):
 
 
 class InsufficientCapacity(Unavailable):
-    """The nodes together cannot hold the model; `missing_bytes` says by how much."""
+    """The nodes together cannot hold the model.
+
+    `missing_bytes` is what more nodes would have to lend, one number for each, where that is known.
+    """
 
     default_code = "insufficient_capacity"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+        missing_bytes: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(message, param=param, code=code, retry_after_s=retry_after_s)
+        self.missing_bytes = missing_bytes
 
 
 class WorkerLost(Unavailable):

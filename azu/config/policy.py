@@ -61,11 +61,15 @@ class Heartbeat(_Section):
 
 
 class Requeue(_Section):
-    """How a job waits whose workers are gone, and after how long without a new token it fails."""
+    """How a job waits whose workers are gone, and after how long without a new token it fails.
+
+    Where `nodes_come` when they are asked for, a job waits for them too that all nodes there are never hold.
+    """
 
     first_s: Seconds
     longest_s: Seconds
     budget_s: Seconds
+    nodes_come: bool
 
 
 class Limits(_Section):

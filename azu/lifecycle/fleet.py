@@ -81,11 +81,15 @@ class Fleet:
         nodes: Callable[[dict[str, int]], Sequence[Node]],
         policy: PlanPolicy,
         standing: StandingModels,
+        *,
+        nodes_come: bool = False,
     ) -> None:
+        """Bring models up by `builder`; where `nodes_come` no model is too large to wait."""
         self._builder = builder
         self._standing = standing
         self._nodes = nodes
         self._policy = policy
+        self._nodes_come = nodes_come
         self._models: dict[ModelKey, DeployedModel] = {}  # the least recently used first
         self._locks: dict[ModelKey, asyncio.Lock] = {}
         self._promised: dict[ModelKey, Topology] = {}
@@ -196,7 +200,8 @@ class Fleet:
             try:
                 return plan(structure, nodes, self._policy, epoch=epoch)
             except InsufficientCapacity:
-                refuse_what_no_waiting_helps(structure, nodes, self._policy)
+                if not self._nodes_come:
+                    refuse_what_no_waiting_helps(structure, nodes, self._policy)
                 raise
 
         return await self._place((structure.model_id, structure.revision), on, {})

@@ -41,4 +41,6 @@ def refuse_what_no_waiting_helps(structure: Structure, nodes: Sequence[Node], po
     try:
         plan(structure, idle, policy)
     except InsufficientCapacity as error:
-        raise InsufficientCapacity(error.message, code=NEVER_FITS) from error
+        raise InsufficientCapacity(
+            error.message, code=NEVER_FITS, missing_bytes=error.missing_bytes
+        ) from error

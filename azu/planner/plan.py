@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from azu.errors import InsufficientCapacity, InvalidRequest
+from azu.errors import InvalidRequest
 from azu.planner.demand import Demand
 from azu.planner.experts import Spread, spread_experts
 from azu.planner.policy import PlanPolicy
@@ -39,7 +39,7 @@ def plan(structure: Structure, nodes: Sequence[Node], policy: PlanPolicy, *, epo
             if not spread.homeless:
                 return _topology(demand, pool, route, spread, epoch)
             tried.append(spread)
-    raise InsufficientCapacity(shortage(demand, pool, tried))
+    raise shortage(demand, pool, tried)
 
 
 def _topology(demand: Demand, pool: Pool, route: Route, spread: Spread, epoch: int) -> Topology:

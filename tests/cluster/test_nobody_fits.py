@@ -1,10 +1,15 @@
 """With nobody left who fits a job waits: it goes on when a node joins in time, else it says why it ends."""
 
-from collections.abc import Iterator
+import json
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray.experimental.internal_kv import _internal_kv_get
 
+from actors.placement import VRAM
 from tests.cluster.recovering import (
     Running,
     Streams,
@@ -52,11 +57,20 @@ def test_jobs_go_on_when_a_node_joins_in_time(running: Running) -> None:
     expected = undisturbed(user, MODEL, NUM_TOKENS)
 
     streams = interrupted(running)
-    streams.wait_until(lambda: all(job_state(running, one.job_id) == "queued" for one in streams.each))
+    # A look a moment: a key may ask only so often.
+    wait_until(lambda: all(job_state(running, one.job_id) == "queued" for one in streams.each))
+    wait_until(lambda: len(asked_for()) > 0)
+    wanted = asked_for()
     wait_until_alive(network, user, list(NODES))
 
     assert streams.answers() == expected
-    show(f"waited for a node and went on, identical; longest stall {streams.longest_stall_s():.1f} s")
+    assert wanted[0] == NODES["ada"], "what there is"
+    assert 0 < sum(wanted[1:]) <= NODES["ben"], "and what is missing beside it"
+    wait_until(lambda: not asked_for())
+    show(
+        f"waited for a node and went on, identical; longest stall {streams.longest_stall_s():.1f} s; "
+        f"Ray was asked for nodes of {wanted} MiB meanwhile, and for none after"
+    )
 
 
 def test_jobs_end_with_their_reason_and_release_the_rest(running: Running) -> None:
@@ -79,6 +93,20 @@ def test_jobs_end_with_their_reason_and_release_the_rest(running: Running) -> No
     assert (before - after, reserved) == (charged, 0)
     show(f"ended: {streams.each[0].fault}")
     wait_until_alive(network, user, list(NODES))
+
+
+def asked_for() -> list[int]:
+    """Return the MiB of each bundle that an autoscaler would read it should have room for."""
+    return [
+        bundle[VRAM] for bundle in json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "[]")
+    ]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + BUDGET_S
+    while not condition():
+        assert time.monotonic() < deadline_s, asked_for()
+        time.sleep(0.3)
 
 
 def job_state(running: Running, job_id: str) -> object:

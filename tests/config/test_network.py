@@ -35,6 +35,14 @@ def test_the_demo_has_three_workers_with_owners_of_their_own() -> None:
     assert demo.policy.price == load_network().policy.price
 
 
+def test_jobs_wait_for_nodes_to_come_only_where_something_brings_them() -> None:
+    standard, autoscaled = load_network(), load_network(files("configs") / "autoscaled.yaml")
+
+    assert not standard.policy.requeue.nodes_come
+    assert autoscaled.policy.requeue.nodes_come
+    assert autoscaled.policy.requeue.budget_s > standard.policy.requeue.budget_s
+
+
 def test_a_file_overrides_single_values(tmp_path: Path) -> None:
     path = network_file(tmp_path, "policy: {price: {platform_percent: 5}, planner: {margin_bytes: 1MiB}}")
 

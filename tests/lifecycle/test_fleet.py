@@ -73,7 +73,9 @@ class CountingBuilder:
         return kept - self.dead
 
 
-def fleet(redis_url: str, vram_bytes: int = 64 * MIB) -> tuple[Fleet, CountingBuilder]:
+def fleet(
+    redis_url: str, vram_bytes: int = 64 * MIB, *, nodes_come: bool = False
+) -> tuple[Fleet, CountingBuilder]:
     builder = CountingBuilder()
     nodes = [node("a", vram_bytes), node("b", vram_bytes)]
 
@@ -84,7 +86,8 @@ def fleet(redis_url: str, vram_bytes: int = 64 * MIB) -> tuple[Fleet, CountingBu
         ]
 
     policy = PlanPolicy(promised_sequences=2, tokens_per_sequence=128)
-    return Fleet(builder, book, policy, RedisStanding.from_url(redis_url)), builder
+    standing = RedisStanding.from_url(redis_url)
+    return Fleet(builder, book, policy, standing, nodes_come=nodes_come), builder
 
 
 def test_many_jobs_at_once_deploy_their_model_once(redis_url: str) -> None:
@@ -135,6 +138,18 @@ def test_a_model_that_never_fits_is_refused_for_good_and_takes_nobody_down(redis
             await models.ensure("m/two", "r1")
         assert refused.value.code == "never_fits"
         assert builder.closed == []
+
+    asyncio.run(scenario())
+
+
+def test_where_nodes_come_no_model_is_too_large_to_wait_for_them(redis_url: str) -> None:
+    async def scenario() -> None:
+        models, builder = fleet(redis_url, vram_bytes=6 * MIB, nodes_come=True)
+        builder.num_layers = 400
+        with pytest.raises(InsufficientCapacity) as refused:
+            await models.ensure("m/one", "r1")
+        assert refused.value.code != "never_fits"
+        assert refused.value.missing_bytes
 
     asyncio.run(scenario())
 

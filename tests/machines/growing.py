@@ -4,14 +4,15 @@ Usage: python -m tests.machines.growing MIB... Prints the nodes that lend after 
 JSON, and at the end, with nothing asked for any more, the seconds until the last one was gone.
 """
 
+import asyncio
 import json
 import sys
 import time
 
 import ray
-from ray.autoscaler.sdk import request_resources
 
-from actors.placement import VRAM, worker_nodes
+from actors.placement import request_nodes, worker_nodes
+from azu.units import MIB
 
 TIMEOUT_S = 150.0
 
@@ -19,11 +20,12 @@ TIMEOUT_S = 150.0
 def main() -> None:
     ray.init("auto", namespace="azu", log_to_driver=False)
     for count, mib in enumerate(map(int, sys.argv[1:]), start=1):
-        request_resources(bundles=[{VRAM: int(earlier)} for earlier in sys.argv[1 : 1 + count]])
+        lent = [node.vram_bytes // MIB for node in worker_nodes()]
+        asyncio.run(request_nodes([*lent, mib]))
         wait_until(lambda count=count: len(worker_nodes()) >= count, f"a node for {mib} MiB")
         nodes = [(node.vram_bytes, node.payout_address, node.device) for node in worker_nodes()]
         print(json.dumps(nodes), flush=True)
-    request_resources(bundles=[])
+    asyncio.run(request_nodes([]))
     began = time.monotonic()
     wait_until(lambda: not worker_nodes(), "the nodes to go")
     print(json.dumps({"gone_s": time.monotonic() - began}), flush=True)

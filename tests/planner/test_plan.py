@@ -268,7 +268,7 @@ def test_plans_are_as_good_as_the_best_that_trying_everything_finds(num_networks
     assert missed <= equal * 0.01
 
 
-def test_one_more_node_with_the_missing_bytes_is_enough() -> None:
+def test_one_more_node_with_the_missing_bytes_is_enough_and_so_are_several_with_a_part_each() -> None:
     helped = in_vain = 0
     for seed in range(600):
         model, nodes = random_network(seed)
@@ -277,14 +277,28 @@ def test_one_more_node_with_the_missing_bytes_is_enough() -> None:
         except InsufficientCapacity as error:
             missing = re.search(r"(\d+) bytes are missing", error.message)
             assert missing is not None
-            try:
-                plan(model, [*nodes, node("z", int(missing[1]))], POLICY)
-                helped += 1
-            except InsufficientCapacity:
-                in_vain += 1
+            several = [node(f"z{index}", size) for index, size in enumerate(error.missing_bytes)]
+            for more in ([node("z", int(missing[1]))], several):
+                try:
+                    plan(model, [*nodes, *more], POLICY)
+                    helped += 1
+                except InsufficientCapacity:
+                    in_vain += 1
     assert helped >= 100
     # The fast search tries three orders of the nodes; a few networks without any slack need another one.
     assert in_vain <= helped * 0.02
+
+
+def test_what_is_missing_is_asked_of_nodes_like_the_largest_there_is() -> None:
+    def missing_mib(*nodes: Node) -> list[int]:
+        with pytest.raises(InsufficientCapacity) as refused:
+            plan(structure(6), nodes, POLICY)
+        return [size // MIB for size in refused.value.missing_bytes]
+
+    one_layer, three_layers = missing_mib()[1], missing_mib(node("a", 5 * MIB))
+    assert len(missing_mib()) == 6, "nobody knows what nodes will come: layer by layer"
+    assert len(three_layers) < 6
+    assert one_layer < max(three_layers) <= 5
 
 
 def test_a_thousand_nodes_and_256_experts_are_planned_in_two_seconds() -> None:
