@@ -189,6 +189,11 @@ PARTS = (
             "-s",
         ),
     ),
+    Part(
+        "plans, measured",
+        "on two networks of unlike processes a plan's stages are faster than equal ones",
+        pytest("tests/planner/test_measured_split.py", "-m", "prove", "-s"),
+    ),
     Part("bench", "azu beside transformers, cp and Redis in one run", azu("bench")),
     Part(
         "ray up",

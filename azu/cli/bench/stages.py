@@ -197,7 +197,7 @@ class Deployment:
         self._structure = structure
         self._topology = topology
         self._driver = driver
-        self._stages = stages
+        self.stages = stages
 
     def run(self, requests: Sequence[Request]) -> Run:
         """Run requests to their ends."""
@@ -207,7 +207,7 @@ class Deployment:
 
     def memory(self) -> tuple[Figure, ...]:
         """Return what each stage's process holds, beside its limit."""
-        held = ray.get([stage.resident_bytes.remote() for stage in self._stages], timeout=_TIMEOUT_S)
+        held = ray.get([stage.resident_bytes.remote() for stage in self.stages], timeout=_TIMEOUT_S)
         return tuple(
             StageMemory(now, peak, self._weight_bytes(stage), self._kv_bytes(stage)).figure(stage.index)
             for (now, peak), stage in zip(held, self._topology.stages, strict=True)
@@ -225,7 +225,7 @@ class Deployment:
 
     def _computing(self) -> list[float]:
         computing: list[float] = ray.get(
-            [stage.computing_s.remote() for stage in self._stages], timeout=_TIMEOUT_S
+            [stage.computing_s.remote() for stage in self.stages], timeout=_TIMEOUT_S
         )
         return computing
 

@@ -15,7 +15,7 @@ from azu.errors import InvalidRequest
 MEASUREMENTS = (
     "settling", "sharding", "hop", "tls", "one_stream", "many_streams", "first_token", "input_log",
 )  # fmt: skip
-_RAY_ENVIRONMENT = {
+RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -36,7 +36,7 @@ def run_bench(
         )
     measured = []
     # Ray reads some of it when it is imported, which a measurement does first.
-    with variables_set(_RAY_ENVIRONMENT):
+    with variables_set(RAY_ENVIRONMENT):
         for name in MEASUREMENTS:
             if only and name not in only:
                 continue
