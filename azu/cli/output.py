@@ -25,7 +25,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
     """Return a table; columns whose name ends in a unit are right-aligned, the first is not broken."""
     drawn = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        numeric = column.endswith(("lamports", "HYPE", "bytes", "VRAM", "free", "shards"))
+        numeric = column.endswith(
+            ("lamports", "charged", "released", "HYPE", "bytes", "VRAM", "free", "shards")
+        )
         # An id that is cut short or broken cannot be copied.
         justify: JustifyMethod = "right" if numeric else "left"
         drawn.add_column(column, justify=justify, overflow="fold", no_wrap=index == 0)

@@ -4,6 +4,7 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -63,18 +64,19 @@ def receipt_panel(found: "ReceiptLines") -> Panel:
     return Panel(grid, title=f"{found.model_id}  {found.transfer_id}", title_align="left", expand=False)
 
 
-def _jobs(found: "list[JobLine]") -> Table:
+def _jobs(found: "list[JobLine]") -> Group:
+    columns = ["job", "model", "status", "created", "charged", "released"]
     rows = [
         (
             job.job_id,
             job.model,
             job.status,
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.created_at_ms / 1000)),
+            time.strftime("%m-%d %H:%M", time.localtime(job.created_at_ms / 1000)),
             job.charged_lamports,
             job.released_lamports,
-            (job.error or {}).get("message"),
         )
         for job in found
     ]
-    columns = ["job", "model", "status", "created", "charged lamports", "released lamports", "error"]
-    return table(columns, rows)
+    # An error is a sentence or two: no column is wide enough for it.
+    errors = [Text(f"{job.job_id}: {job.error['message']}", style="yellow") for job in found if job.error]
+    return Group(table(columns, rows, title="amounts in lamports"), *errors)
