@@ -11,10 +11,11 @@ from actors.reach import REGISTRY, ask
 from actors.seat import PipelineSeat
 from actors.site import Site
 from azu.errors import AzuError, WorkerLost
-from azu.lifecycle.fleet import Replan
+from azu.lifecycle.deployed import Commit, Replan
 from azu.lifecycle.ports import Ran, Route
 from azu.lifecycle.standing import Standing, StandingModels
 from azu.planner.admission import refuse_what_never_fits
+from azu.planner.moves import Change
 from azu.planner.shrink import with_blocks
 from azu.protocol.job import Job
 from azu.protocol.structure import Structure
@@ -45,6 +46,7 @@ class RayDeployment:
         self._payout_by_node: dict[str, str] = {}
         self._running: set[str] = set()
         self._supervisor: asyncio.Task[None] | None = None
+        self._moving: asyncio.Task[bool] | None = None
 
     @property
     def running_jobs(self) -> int:
@@ -93,6 +95,15 @@ class RayDeployment:
         self._num_blocks = await self._seat.limit(num_blocks)
         self._repair.again(is_fault=False)
 
+    async def move(self, change: Change, commit: Commit, *, beside: bool) -> bool:
+        """Go over to other places, brought up `beside` what runs if there is room for both.
+
+        False when it came to nothing: a piece was lost or did not come up, or the model was closed.
+        """
+        self._moving = asyncio.create_task(self._go_over(change, commit, beside=beside))
+        await asyncio.wait({self._moving})
+        return not self._moving.cancelled() and self._moving.result()
+
     async def cancel(self, job_id: str) -> None:
         """End a job's sequence."""
         await self._seat.cancel(job_id)
@@ -106,6 +117,8 @@ class RayDeployment:
         await self._standing.forget(self.topology)
         if self._supervisor is not None:
             self._supervisor.cancel()
+        if self._moving is not None:
+            self._moving.cancel()
         self._seat.close()
         self._pieces.take_down()
 
@@ -118,6 +131,8 @@ class RayDeployment:
             fault = "; ".join(str(error) for error in group.exceptions)
             log.error("%s is given up: %s", self.structure.model_id, fault)
             self.broken = True
+            if self._moving is not None:
+                self._moving.cancel()
             await self._seat.give_up(WorkerLost(f"{self.structure.model_id} lost a worker: {fault}"))
 
     async def _hear_pipeline(self) -> None:
@@ -142,7 +157,23 @@ class RayDeployment:
     async def _move(self, loss: Loss) -> Topology:
         # What died may have died with its whole node, which nobody has missed yet.
         await self._site.probe(self.topology.vram_bytes_of(loss))
-        topology = await self._replan(loss)
+        return self._take(await self._replan(loss))
+
+    async def _go_over(self, change: Change, commit: Commit, *, beside: bool) -> bool:
+        now = self.topology
+
+        async def switch() -> Topology:
+            return self._take(await commit())
+
+        try:
+            planned = with_blocks(self.structure, change.topology, self._num_blocks)
+            if beside and not await self._pieces.prepare(planned, change.fresh):
+                return False
+            return self.topology is now and await self._repair.move(change, switch)
+        finally:
+            self._pieces.discard()
+
+    def _take(self, topology: Topology) -> Topology:
         self.topology = with_blocks(self.structure, topology, self._num_blocks)
         self._note_payouts()
         return self.topology

@@ -34,11 +34,15 @@ class Neighbours:
 
 
 class RayPiece:
-    """A stage or expert set on its node; `epoch` is the one that it came up under."""
+    """A stage or expert set on its node.
+
+    `epoch` is the one that it came up under, `linked_epoch` that of the neighbours which a stage knows.
+    """
 
     def __init__(self, site: Site, structure: Structure, what: Stage | ExpertSet, epoch: int) -> None:
         self.what = what
         self.epoch = epoch
+        self.linked_epoch = epoch
         kind = "layer" if isinstance(what, Stage) else "expert"
         self.name = actor_name(kind, structure.model_id, epoch, what.index)
         self.actor: ActorHandle | None = None
@@ -79,6 +83,7 @@ class RayPiece:
         relink = self.actor.relink.options(concurrency_group=CONTROL)
         answer = relink.remote(topology, neighbours.expert_sets, neighbours.after, neighbours.pipeline)
         await asyncio.wait_for(answer, self._site.policy.timeouts.step_s)
+        self.linked_epoch = topology.epoch
 
     def watch(self, died: Callable[[], None]) -> None:
         """Say from now on when its process dies or does not answer any more."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -44,6 +44,7 @@ class RayPieces:
         self._lost = lost
         self._resumed = resumed
         self._pieces: dict[Key, RayPiece] = {}
+        self._beside: dict[Key, RayPiece] = {}
 
     def placements(self) -> tuple[Placement, ...]:
         """Return the receipt's lines: which node runs what in which actor."""
@@ -63,7 +64,8 @@ class RayPieces:
             what = whats[Stage if one.is_stage else ExpertSet, one.index]
             piece = RayPiece(self._site, self._structure, what, one.epoch)
             if await piece.found(one.name):
-                self._come_up(piece)
+                self._pieces[key_of(what)] = piece
+                self._watch(key_of(what))
         return loss_of(whats.keys() - self._pieces.keys())
 
     async def pause(self) -> int:
@@ -76,6 +78,27 @@ class RayPieces:
             if piece := self._pieces.pop(key, None):
                 piece.take_down()
 
+    async def prepare(self, topology: Topology, fresh: Loss) -> bool:
+        """Bring pieces up beside those that run, for `install`; say whether all came up."""
+        self._beside = self._made(topology, fresh)
+        errors = await self._up(self._beside, topology, self._pieces | self._beside)
+        for key, error in errors.items():
+            log.warning("%s was not prepared: %s", loss_of([key]), error.message)
+        return not errors
+
+    def install(self) -> Loss:
+        """Take what was prepared as the model's; return which pieces these are."""
+        installed, self._beside = self._beside, {}
+        self._pieces |= installed
+        for key in installed:
+            self._watch(key)
+        return loss_of(installed)
+
+    def discard(self) -> None:
+        """Take down what was prepared and not installed."""
+        while self._beside:
+            self._beside.popitem()[1].take_down()
+
     async def bring_up(self, topology: Topology, loss: Loss) -> Loss:
         """Bring lost pieces up; return those that it did not work for."""
         errors = await self.try_bring_up(topology, loss)
@@ -85,25 +108,23 @@ class RayPieces:
 
     async def try_bring_up(self, topology: Topology, loss: Loss) -> Mapping[Key, AzuError]:
         """Bring pieces up where the topology has them; return what went wrong for which."""
-        wanted = [what for what in topology.pieces if key_of(what) in keys_of(loss)]
-        coming = [RayPiece(self._site, self._structure, what, topology.epoch) for what in wanted]
-        self._pieces |= {key_of(piece.what): piece for piece in coming}
-        errors = await _each(coming, RayPiece.start)
-        started = [piece for piece in coming if key_of(piece.what) not in errors]
-        errors |= await _each(started, lambda piece: piece.load(topology, self._neighbours(piece)))
-        for piece in started:
-            if key_of(piece.what) not in errors:
-                self._come_up(piece)
+        coming = self._made(topology, loss)
+        self._pieces |= coming
+        errors = await self._up(coming, topology, self._pieces)
+        for key in coming.keys() - errors.keys():
+            self._watch(key)
         return errors
 
-    async def relink(self, topology: Topology, fresh: Loss) -> Loss:
-        """Tell every stage but the fresh ones its new neighbours; return those that did not take it."""
-        survivors = [
-            piece
+    async def relink(self, topology: Topology) -> Loss:
+        """Tell every stage its new neighbours that does not know them; return those that did not take it."""
+        behind = {
+            key: piece
             for key, piece in self._pieces.items()
-            if key not in keys_of(fresh) and isinstance(piece.what, Stage)
-        ]
-        return loss_of(await _each(survivors, lambda piece: piece.relink(topology, self._neighbours(piece))))
+            if isinstance(piece.what, Stage) and piece.linked_epoch < topology.epoch
+        }
+        return loss_of(
+            await _each(behind, lambda piece: piece.relink(topology, self._neighbours(piece, self._pieces)))
+        )
 
     async def resume(self, topology: Topology, empty_stages: frozenset[int]) -> None:
         """Have the pipeline fill the empty stages and go on."""
@@ -132,27 +153,44 @@ class RayPieces:
         for key, piece in self._pieces.items():
             if piece.what.node_id == node_id and not piece.node_died():
                 self._lost(loss_of([key]))
+        for piece in self._beside.values():
+            if piece.what.node_id == node_id:
+                piece.node_died()
 
     def take_down(self) -> None:
         """Take every piece down and give the VRAM back."""
+        self.discard()
         while self._pieces:
             _, piece = self._pieces.popitem()
             piece.take_down()
 
-    def _come_up(self, piece: RayPiece) -> None:
-        key = key_of(piece.what)
-        self._pieces[key] = piece
-        piece.watch(lambda: self._lost(loss_of([key])))
+    def _made(self, topology: Topology, loss: Loss) -> dict[Key, RayPiece]:
+        return {
+            key_of(what): RayPiece(self._site, self._structure, what, topology.epoch)
+            for what in topology.pieces
+            if key_of(what) in keys_of(loss)
+        }
 
-    def _neighbours(self, piece: RayPiece) -> Neighbours:
-        expert_sets = {key[1]: one.actor for key, one in self._pieces.items() if key[0] is ExpertSet}
-        after = self._pieces.get((Stage, piece.what.index + 1))
+    async def _up(
+        self, coming: Mapping[Key, RayPiece], topology: Topology, among: Mapping[Key, RayPiece]
+    ) -> dict[Key, AzuError]:
+        """Bring pieces up whose neighbours are `among` some; return what went wrong for which."""
+        errors = await _each(coming, RayPiece.start)
+        started = {key: piece for key, piece in coming.items() if key not in errors}
+        return errors | await _each(
+            started, lambda piece: piece.load(topology, self._neighbours(piece, among))
+        )
+
+    def _watch(self, key: Key) -> None:
+        self._pieces[key].watch(lambda: self._lost(loss_of([key])))
+
+    def _neighbours(self, piece: RayPiece, among: Mapping[Key, RayPiece]) -> Neighbours:
+        expert_sets = {key[1]: one.actor for key, one in among.items() if key[0] is ExpertSet}
+        after = among.get((Stage, piece.what.index + 1))
         return Neighbours(expert_sets, after.actor if after else None, self._seat.actor)
 
 
-async def _each(pieces: Sequence[RayPiece], step: Step) -> dict[Key, AzuError]:
+async def _each(pieces: Mapping[Key, RayPiece], step: Step) -> dict[Key, AzuError]:
     """Take a step with several pieces at once; return the errors of those it failed for."""
-    errors = await asyncio.gather(*(piece.attempt(step(piece)) for piece in pieces))
-    return {
-        key_of(piece.what): error for piece, error in zip(pieces, errors, strict=True) if error is not None
-    }
+    errors = await asyncio.gather(*(piece.attempt(step(piece)) for piece in pieces.values()))
+    return {key: error for key, error in zip(pieces, errors, strict=True) if error is not None}

@@ -177,7 +177,7 @@ class Pipeline:
         self, topology: Topology, stages: Ordered[ActorHandle], empty_stages: frozenset[int]
     ) -> None:
         """Go on under a newer topology: empty stages are filled, then every sequence goes on as it stood."""
-        empty = empty_stages | self._engine.unfilled_stages
+        empty = (empty_stages | self._engine.unfilled_stages) & frozenset(range(len(stages)))
         cached = tuple(self._engine.num_cached)
         senders = sorted({stage - 1 for stage in empty if stage})
         num_sent = await asyncio.gather(*(self._num_sent(stages[sender], cached) for sender in senders))

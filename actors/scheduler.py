@@ -23,6 +23,7 @@ from azu.lifecycle.figures import show_books, show_jobs, show_nodes
 from azu.lifecycle.fitting import Fitting
 from azu.lifecycle.fleet import Fleet
 from azu.lifecycle.growth import Growth
+from azu.lifecycle.moving import Moving
 from azu.lifecycle.nodes import NodeBook
 from azu.lifecycle.settlement import Settlement
 from azu.lifecycle.standing import RedisStanding
@@ -64,13 +65,14 @@ class Scheduler:
         builder = RayBuilder(site, standing)
         self._fleet = Fleet(
             builder,
-            lambda placed: self._book.nodes(time.monotonic(), placed),
+            lambda placed, given_back: self._book.nodes(time.monotonic(), placed, given_back),
             policy.plan_policy(),
             standing,
             nodes_come=policy.requeue.nodes_come,
         )
         self._growth = Growth(self._fleet, request_nodes, patience_s=2 * policy.requeue.longest_s)
         self._fitting = Fitting(self._fleet, policy.plan_policy())
+        self._moving = Moving(self._fleet, rest_s=policy.moves.rest_s)
         jobs = RedisJobs.from_url(config.redis_url)
         self._ledger = RedisLedger.from_url(config.redis_url)
         self._meter = RayMeter()
@@ -178,6 +180,15 @@ class Scheduler:
             except AzuError as error:
                 log.warning("models were not fitted to their nodes: %s", error.message)
 
+    async def _move(self) -> None:
+        """Have models use what is better now than where they are."""
+        while True:
+            await asyncio.sleep(self._config.policy.moves.look_s)
+            try:
+                await self._moving.look()
+            except AzuError as error:
+                log.warning("a model was not moved: %s", error.message)
+
     async def _grow(self) -> None:
         """Ask for nodes while jobs find no room."""
         while True:
@@ -192,6 +203,7 @@ class Scheduler:
             tasks.create_task(self._dispatcher.run())
             tasks.create_task(self._fit())
             tasks.create_task(self._grow())
+            tasks.create_task(self._move())
 
     async def _first_reports(self) -> None:
         """Wait until every node has reported, or is late: models are taken over together with their nodes."""

@@ -72,6 +72,13 @@ class Requeue(_Section):
     nodes_come: bool
 
 
+class Moves(_Section):
+    """How often models look for better places, and how long each stays where it came up."""
+
+    look_s: Seconds
+    rest_s: Seconds
+
+
 class Limits(_Section):
     """What one request may ask for, how many a caller may send, and how long a reservation stands by itself.
 
@@ -120,6 +127,7 @@ class NetworkPolicy(_Section):
     engine: Engine
     heartbeat: Heartbeat
     requeue: Requeue
+    moves: Moves
     limits: Limits
     timeouts: Timeouts
 

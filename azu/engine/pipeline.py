@@ -121,7 +121,9 @@ class EnginePipeline:
     def resume(
         self, topology: Topology, lost_stages: Collection[int], num_sent: Mapping[int, Mapping[int, int]]
     ) -> None:
-        """Go on under a topology of the same spans, in which some stages begin with empty KV caches.
+        """Go on under another topology, in which some stages begin with empty KV caches.
+
+        Every other stage has the span that it had, in its old place.
 
         Where it has another number of blocks, sequences that lose theirs are computed again.
         `num_sent[stage]` says how many rows of which sequences the stage before a lost one can send again;
@@ -131,10 +133,12 @@ class EnginePipeline:
         self._suspended = False
         self._epoch = topology.epoch
         self._account.move(topology)
+        self._scheduler.follow(len(topology.stages))
         if topology.num_blocks != self._num_blocks:
             self._num_blocks = topology.num_blocks
             self._scheduler.resize(topology.num_blocks)
         self._unfilled.update(lost_stages)
+        self._unfilled.intersection_update(range(len(topology.stages)))
         replays = _neighbours(self._unfilled)
         cached = {key: self._sequences[key] for key in self.num_cached}
         for key in list(cached):

@@ -69,6 +69,10 @@ class Scheduler:
             )
         self._waiting.append(sequence)
 
+    def follow(self, num_stages: int) -> None:
+        """Keep another number of stages busy, unless the config says how many steps are in flight."""
+        self.micro_batches = self._config.micro_batches or num_stages
+
     def limit(self, num_blocks: int) -> int:
         """Take no sequence from now on that would not run in `num_blocks` alone.
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from azu.lifecycle.fleet import DeployedModel
+from azu.lifecycle.deployed import DeployedModel
 from azu.planner.policy import PlanPolicy
 from azu.planner.shrink import Placed, ShrinkOrder, blocks_again, shrink_orders
 from azu.protocol.node import Node, NodeState

@@ -3,14 +3,16 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Protocol
 
 from azu.errors import AzuError, InsufficientCapacity, WorkerLost
+from azu.lifecycle.deployed import Builder, DeployedModel
 from azu.lifecycle.dispatch import RunningModel
 from azu.lifecycle.standing import Standing, StandingModels
 from azu.planner.admission import NEVER_FITS, refuse_what_no_waiting_helps
+from azu.planner.moves import better_place, fits
 from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
 from azu.planner.replan import replan
@@ -21,55 +23,6 @@ from azu.protocol.topology import Loss, Topology
 log = logging.getLogger(__name__)
 
 ModelKey = tuple[str, str]  # model id, revision
-# Where a model's lost pieces go: a topology of a newer epoch. Raises InsufficientCapacity when nowhere.
-Replan = Callable[[Loss], Awaitable[Topology]]
-
-
-class DeployedModel(RunningModel, Protocol):
-    """A running model that the fleet may also take down."""
-
-    # Where its pieces are; the fleet sets it when some were lost.
-    topology: Topology
-
-    @property
-    def structure(self) -> Structure:
-        """What it is made of."""
-
-    @property
-    def running_jobs(self) -> int:
-        """Jobs that have not ended."""
-
-    @property
-    def broken(self) -> bool:
-        """Whether what was lost could not be replaced: it takes no new jobs."""
-
-    def node_died(self, node_id: str) -> None:
-        """Hear that a node is dead, or is to be left: what it holds comes up elsewhere."""
-
-    async def resize(self, num_blocks: int) -> None:
-        """Have another number of KV blocks; those that sequences need alone are kept."""
-
-    async def close(self) -> None:
-        """Take every piece down."""
-
-
-class Builder(Protocol):
-    """Cuts models and brings their pieces up on nodes."""
-
-    async def structure(self, model_id: str, revision: str) -> Structure:
-        """Return the structure of a model, cutting it first when nobody has."""
-
-    async def build(self, structure: Structure, topology: Topology, replan: Replan) -> DeployedModel:
-        """Bring up every piece of a topology; what was half up is taken down when it fails.
-
-        `replan` is for pieces that are lost later.
-        """
-
-    async def adopt(self, structure: Structure, standing: Standing, replan: Replan) -> DeployedModel:
-        """Take over a model that another scheduler brought up; what of it is gone is brought up again."""
-
-    async def sweep(self, kept: frozenset[str]) -> frozenset[str]:
-        """Take down every actor of a model but those of these names; return which of these live."""
 
 
 class Fleet:
@@ -78,7 +31,7 @@ class Fleet:
     def __init__(
         self,
         builder: Builder,
-        nodes: Callable[[dict[str, int]], Sequence[Node]],
+        nodes: Callable[[Mapping[str, int], Mapping[str, int]], Sequence[Node]],
         policy: PlanPolicy,
         standing: StandingModels,
         *,
@@ -92,7 +45,7 @@ class Fleet:
         self._nodes_come = nodes_come
         self._models: dict[ModelKey, DeployedModel] = {}  # the least recently used first
         self._locks: dict[ModelKey, asyncio.Lock] = {}
-        self._promised: dict[ModelKey, Topology] = {}
+        self._promised: dict[ModelKey, Mapping[str, int]] = {}
         # One plan at a time: two must not promise the same room.
         self._placing = asyncio.Lock()
         self.deploying: set[ModelKey] = set()
@@ -104,8 +57,8 @@ class Fleet:
 
     def placed_bytes(self) -> dict[str, int]:
         """Return the VRAM taken on each node by what is deployed or being brought up."""
-        topologies = [model.topology for model in self._models.values()]
-        return _sums(topology.vram_bytes_by_node for topology in (*topologies, *self._promised.values()))
+        placed = [model.topology.vram_bytes_by_node for model in self._models.values()]
+        return _sums([*placed, *self._promised.values()])
 
     async def adopt(self) -> None:
         """Take over the models that another scheduler left standing; whatever else it left is taken down.
@@ -172,8 +125,51 @@ class Fleet:
 
     def _find_elsewhere(self, model: DeployedModel, loss: Loss, node_id: str) -> None:
         """Raise InsufficientCapacity unless other nodes have room for some pieces."""
-        others = [node for node in self._nodes(self.placed_bytes()) if node.node_id != node_id]
+        others = [node for node in self._nodes(self.placed_bytes(), {}) if node.node_id != node_id]
         replan(model.structure, model.topology, loss, others, self._policy, epoch=model.topology.epoch + 1)
+
+    async def improve(self, model: DeployedModel) -> bool:
+        """Move a model to where a plan over the nodes that there are now has it, if that is worth it.
+
+        It serves meanwhile, but for as long as it takes to fill what moves. Says whether a move was tried.
+        """
+        key, before = (model.topology.model_id, model.topology.revision), model.topology
+        nodes = self._without(before.vram_bytes_by_node)
+        # A plan takes a second where there are a thousand nodes.
+        change = await asyncio.to_thread(better_place, model.structure, before, nodes, self._policy)
+        if change is None:
+            return False
+        async with self._placing:
+            if self._models.get(key) is not model or model.topology is not before:
+                return False
+            given_back = before.vram_bytes_of(change.gone)
+            beside = fits(change.fresh_bytes, self._nodes(self.placed_bytes(), {}))
+            if not beside and not fits(change.fresh_bytes, self._without(given_back)):
+                return False
+            change = replace(change, topology=await self._with_epoch(change.topology))
+            needed = _sums([change.fresh_bytes, {} if beside else _negated(given_back)])
+            self._promised[key] = needed
+        try:
+            await model.move(change, partial(self._commit, key, change.topology), beside=beside)
+        finally:
+            if self._promised.get(key) is needed:
+                del self._promised[key]
+        return True
+
+    async def _commit(self, key: ModelKey, topology: Topology) -> Topology:
+        """Have a planned topology run, under an epoch that is newer than those of its pieces."""
+        async with self._placing:
+            topology = await self._with_epoch(topology)
+            self._promised.pop(key, None)
+            self._models[key].topology = topology
+            return topology
+
+    async def _with_epoch(self, topology: Topology) -> Topology:
+        return replace(topology, epoch=await self._standing.next_epoch())
+
+    def _without(self, given_back: Mapping[str, int]) -> Sequence[Node]:
+        """Return the nodes with the room that there would be if some loaded pieces were gone."""
+        return self._nodes(_sums([self.placed_bytes(), _negated(given_back)]), given_back)
 
     async def close(self) -> None:
         """Take every model down."""
@@ -186,10 +182,10 @@ class Fleet:
         try:
             structure = await self._builder.structure(*key)
             async with self._placing:
-                self._promised[key] = await self._plan(structure)
-            self._models[key] = model = await self._builder.build(
-                structure, self._promised[key], partial(self._replan, key)
-            )
+                topology = await self._plan(structure)
+                self._promised[key] = topology.vram_bytes_by_node
+            building = self._builder.build(structure, topology, partial(self._replan, key))
+            self._models[key] = model = await building
             return model
         finally:
             self._promised.pop(key, None)
@@ -214,8 +210,7 @@ class Fleet:
             def on(nodes: Sequence[Node], epoch: int) -> Topology:
                 return replan(model.structure, before, loss, nodes, self._policy, epoch=epoch)
 
-            given_back = {node_id: -size for node_id, size in before.vram_bytes_of(loss).items()}
-            model.topology = await self._place(key, on, given_back)
+            model.topology = await self._place(key, on, before.vram_bytes_of(loss))
             return model.topology
 
     async def _place(
@@ -225,7 +220,8 @@ class Fleet:
         while True:
             epoch = await self._standing.next_epoch()
             try:
-                return on(self._nodes(_sums([self.placed_bytes(), given_back])), epoch)
+                # What is lost may hold its memory still: it counts as free once it is reported so.
+                return on(self._nodes(_sums([self.placed_bytes(), _negated(given_back)]), {}), epoch)
             except InsufficientCapacity as error:
                 idle = [other for other, one in self._models.items() if other != key and not one.running_jobs]
                 if not idle or error.code == NEVER_FITS:
@@ -236,6 +232,10 @@ class Fleet:
 
 def _names(standing: Iterable[Standing]) -> frozenset[str]:
     return frozenset[str]().union(*(one.names for one in standing))
+
+
+def _negated(sizes: Mapping[str, int]) -> Mapping[str, int]:
+    return {node_id: -size for node_id, size in sizes.items()}
 
 
 def _sums(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from azu.protocol.node import Node, NodeState
 
@@ -71,18 +72,25 @@ class NodeBook:
                 entry.is_dead = True
                 self._on_dead(node_id)
 
-    def nodes(self, now_s: float, placed_bytes: Mapping[str, int]) -> tuple[Node, ...]:
+    def nodes(
+        self,
+        now_s: float,
+        placed_bytes: Mapping[str, int],
+        given_back_bytes: Mapping[str, int] = MappingProxyType({}),
+    ) -> tuple[Node, ...]:
         """Return every node with its state and the room that is left beside what is placed on it.
 
         `placed_bytes` counts pieces that may not be loaded yet: live free memory alone would promise the
-        same room twice.
+        same room twice. `given_back_bytes` are those of loaded pieces that would be gone.
         """
         self._listen(now_s)
         return tuple(
             replace(
                 entry.node,
                 state=self._state(entry, now_s),
-                vram_free_bytes=max(0, entry.node.room_bytes(placed_bytes.get(node_id, 0))),
+                vram_free_bytes=max(
+                    0, entry.node.room_bytes(placed_bytes.get(node_id, 0), given_back_bytes.get(node_id, 0))
+                ),
                 bad_frames=entry.bad_frames,
             )
             for node_id, entry in sorted(self._entries.items())

@@ -1,15 +1,69 @@
 """What it costs to bring pieces up, and whether a better placement is worth it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 
+from azu.errors import InsufficientCapacity
+from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
 from azu.planner.prediction import predict
 from azu.planner.shards import shards_of
-from azu.protocol.node import Node
+from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import Structure
-from azu.protocol.topology import ExpertSet, Stage, Topology
+from azu.protocol.topology import ExpertSet, Loss, Stage, Topology
 
 Piece = Stage | ExpertSet
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A topology in the place of another; every other piece stays as it is.
+
+    `gone` are pieces of the old one by its indices, `fresh` are those of the new one that have to come up.
+    """
+
+    topology: Topology
+    gone: Loss
+    fresh: Loss
+
+    @property
+    def fresh_bytes(self) -> dict[str, int]:
+        """VRAM that what comes up takes, by node."""
+        return self.topology.vram_bytes_of(self.fresh)
+
+
+def better_place(
+    structure: Structure, current: Topology, nodes: Sequence[Node], policy: PlanPolicy
+) -> Change | None:
+    """Return what would have to change for a placement that is worth moving to; None when there is none.
+
+    `nodes` have the room that there would be without `current`.
+    """
+    if not current.vram_bytes_by_node.keys() <= {node.node_id for node in nodes}:
+        return None  # a node that is not heard of: whoever runs there is about to be placed anew
+    try:
+        candidate = plan(structure, nodes, policy, epoch=current.epoch + 1)
+    except InsufficientCapacity:
+        return None
+    if not worth_moving(structure, current, candidate, nodes, policy):
+        return None
+    return change_to(current, candidate)
+
+
+def change_to(current: Topology, candidate: Topology) -> Change:
+    """Return what changes: a piece with the same content on the same node stays, if a stage in its place.
+
+    Expert sets that stay keep their indices, which nobody has to be told then.
+    """
+    candidate = replace(candidate, expert_sets=_renumbered(current, candidate))
+    return Change(candidate, gone=_not_in(candidate, current), fresh=_not_in(current, candidate))
+
+
+def fits(needed_bytes: Mapping[str, int], nodes: Sequence[Node]) -> bool:
+    """Return whether live nodes have room for what is needed on each."""
+    free = {node.node_id: node.vram_free_bytes for node in nodes if node.state is NodeState.ALIVE}
+    return all(needed <= free.get(node_id, -1) for node_id, needed in needed_bytes.items())
 
 
 def cold_start_s(
@@ -51,6 +105,26 @@ def worth_moving(
     # Counted as if nothing were served meanwhile: a stage that moves stops its whole pipeline.
     serving_s = policy.horizon_s - cold_start_s(structure, candidate, nodes, policy, current=current)
     return moves * serving_s > stays * policy.horizon_s * (1 + policy.least_gain)
+
+
+def _not_in(other: Topology, topology: Topology) -> Loss:
+    """Return the pieces of a topology that another one does not have."""
+    there = {(piece.index, _content(piece)) for piece in other.pieces}
+    missing = [piece for piece in topology.pieces if (piece.index, _content(piece)) not in there]
+    return Loss(
+        frozenset(piece.index for piece in missing if isinstance(piece, Stage)),
+        frozenset(piece.index for piece in missing if isinstance(piece, ExpertSet)),
+    )
+
+
+def _renumbered(current: Topology, candidate: Topology) -> tuple[ExpertSet, ...]:
+    before = {_content(chosen): chosen.index for chosen in current.expert_sets}
+    kept = {before[_content(chosen)] for chosen in candidate.expert_sets if _content(chosen) in before}
+    free = (index for index in count() if index not in kept)
+    return tuple(
+        replace(chosen, index=before[_content(chosen)] if _content(chosen) in before else next(free))
+        for chosen in candidate.expert_sets
+    )
 
 
 def _content(piece: Piece) -> tuple[str, tuple[int, int] | None, tuple[tuple[int, tuple[int, ...]], ...]]:

@@ -45,12 +45,13 @@ class Node:
     load: float = 0.0
     bad_frames: int = 0
 
-    def room_bytes(self, placed_bytes: int) -> int:
+    def room_bytes(self, placed_bytes: int, given_back_bytes: int = 0) -> int:
         """Return what may still be placed beside pieces of `placed_bytes`, loaded or not yet.
 
+        `given_back_bytes` are those of loaded pieces that would be gone, which are not placed any more.
         Negative when the owner lends less, or other programs hold more, than what is placed needs.
         """
-        room = min(self.vram_free_bytes, self.vram_total_bytes - placed_bytes)
+        room = min(self.vram_free_bytes + given_back_bytes, self.vram_total_bytes - placed_bytes)
         if self.vram_used_bytes is None:
             return room
         # What is placed but not loaded yet still stands as free on the card.

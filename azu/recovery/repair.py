@@ -1,20 +1,24 @@
-"""Repair: puts lost pieces of one running model elsewhere and lets its sequences go on."""
+"""Repair: puts pieces of one running model elsewhere, lost or not, and lets its sequences go on."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay
 from tenacity.wait import wait_random_exponential
 
 from azu.errors import InsufficientCapacity, WorkerLost
+from azu.planner.moves import Change
 from azu.protocol.topology import Loss, Topology
 
 log = logging.getLogger(__name__)
 
 Replan = Callable[[Loss], Awaitable[Topology]]
+# Makes a planned topology the one that runs, under a new epoch.
+Commit = Callable[[], Awaitable[Topology]]
 
 # Whoever loses pieces this often without a step in between does not lose them by accident.
 _MOST_FRUITLESS = 5
@@ -36,14 +40,48 @@ class Pieces(Protocol):
     async def fence(self, loss: Loss) -> None:
         """Make sure that what is lost stays lost, and give its memory back."""
 
+    def install(self) -> Loss:
+        """Take what was brought up beside the running pieces as theirs; return which these are."""
+
     async def bring_up(self, topology: Topology, loss: Loss) -> Loss:
         """Load lost pieces where the topology has them now; return those that it did not work for."""
 
-    async def relink(self, topology: Topology, fresh: Loss) -> Loss:
-        """Tell every stage but the fresh ones its new neighbours; return those that did not take it."""
+    async def relink(self, topology: Topology) -> Loss:
+        """Tell every stage its new neighbours that does not know them; return those that did not take it."""
 
     async def resume(self, topology: Topology, empty_stages: frozenset[int]) -> None:
         """Have the pipeline fill the empty stages and go on; raises WorkerLost when it is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """A change that is wanted; `done` says whether it was made."""
+
+    change: Change
+    commit: Commit
+    done: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def is_on(self, lost: Loss) -> bool:
+        """Say whether it can be made: nothing is lost, and whoever wants it still waits."""
+        if lost and not self.done.done():
+            self.done.set_result(False)
+        return not self.done.done()
+
+    def ended(self) -> str:
+        """Say that it was made, unless it was given up before; return what became of the model."""
+        if not self.done.done():
+            self.done.set_result(True)
+            return "moved"
+        return "repaired"
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A topology that is to run now: the pieces that hold nothing yet, and those of them that are not up."""
+
+    topology: Topology
+    fresh: Loss
+    missing: Loss
 
 
 class Repair:
@@ -60,6 +98,8 @@ class Repair:
         self._lost = Loss()
         self._is_fault = False
         self._noticed = asyncio.Event()
+        self._wanted: _Move | None = None
+        self._is_busy = False
         self._last_completed = -1
         self._fruitless = 0
 
@@ -74,36 +114,65 @@ class Repair:
         self._is_fault |= is_fault
         self._noticed.set()
 
+    async def move(self, change: Change, commit: Commit) -> bool:
+        """Change places though nothing is lost; False when something is, and everything stays as it was.
+
+        A change counts from the topology that runs now: whoever is repairing it comes first.
+        """
+        if self._is_busy or self._wanted is not None:
+            return False
+        self._wanted = move = _Move(change, commit)
+        self._noticed.set()
+        return await move.done
+
     async def run(self) -> None:
         """Repair until cancelled; raises what made a repair impossible, an AzuError."""
         while True:
             await self._noticed.wait()
-            await self._repair()
+            self._is_busy = True
+            move, self._wanted = self._wanted, None
+            await self._repair(move)
+            self._is_busy = False
 
-    async def _repair(self) -> None:
+    async def _repair(self, move: _Move | None) -> None:
         watch = _Watch()
         completed = await self._pieces.pause()
         if self._lost or self._is_fault:
             self._count_fruitless(completed)
         empty: frozenset[int] = frozenset()
         down = self._take()
+        turn = await self._switch(move) if move is not None and move.is_on(down) else None
         for _ in range(_MOST_ROUNDS):
-            if down:
-                log.warning("lost %s", down)
-            await self._pieces.fence(down)
-            watch.passed("fenced")
-            topology = await self._place(down)
-            watch.passed("placed")
-            empty |= down.stages
-            failed = await self._pieces.bring_up(topology, down)
+            turn = turn or await self._replace(down, watch)
+            empty |= turn.fresh.stages
+            failed = await self._pieces.bring_up(turn.topology, turn.missing)
             watch.passed("up")
-            down = failed | await self._pieces.relink(topology, down) | self._take()
+            down = failed | await self._pieces.relink(turn.topology) | self._take()
             watch.passed("linked")
-            if not down and await self._resumed(topology, empty):
+            if not down and await self._resumed(turn.topology, empty):
                 watch.passed("resumed")
-                log.warning("repaired: %s", watch)
+                log.warning("%s: %s", "repaired" if move is None else move.ended(), watch)
                 return
+            turn = None
         raise WorkerLost(f"{down} could not be brought up in {_MOST_ROUNDS} tries")
+
+    async def _replace(self, down: Loss, watch: "_Watch") -> "_Turn":
+        """Find new places for what is lost."""
+        if down:
+            log.warning("lost %s", down)
+        await self._pieces.fence(down)
+        watch.passed("fenced")
+        topology = await self._place(down)
+        watch.passed("placed")
+        return _Turn(topology, fresh=down, missing=down)
+
+    async def _switch(self, move: _Move) -> "_Turn":
+        """Go over to another topology."""
+        # From here on a loss is one by the new indices: nothing that goes is heard of any more.
+        await self._pieces.fence(move.change.gone)
+        installed = self._pieces.install()
+        fresh = move.change.fresh
+        return _Turn(await move.commit(), fresh, missing=fresh - installed)
 
     async def _resumed(self, topology: Topology, empty: frozenset[int]) -> bool:
         try:

@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from azu.engine.accounting import Work
 from azu.engine.faults import OldEpoch
 from azu.engine.local import LocalPipeline, local_topology
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.sequence import Sequence as EngineSequence
 from azu.engine.spec import Handoff
+from azu.planner.moves import change_to
 from azu.protocol.sampling import SamplingParams
-from azu.protocol.topology import Stage
+from azu.protocol.topology import Loss, Stage
 from tests.engine.conftest import CutModel
 from tests.engine.families import VOCAB_SIZE
 
@@ -39,9 +41,10 @@ class _Deployment:
             model.structure, boundaries, expert_holders=holders, num_blocks=num_blocks, block_size=4
         )
         scheduling = SchedulerConfig(num_blocks, 4, prefill_chunk_tokens=chunk)
+        self.structure = model.structure
         self.pipeline = LocalPipeline(model.structure, topology, model.shards, scheduling)
         self.tokens: dict[int, list[int]] = {}
-        self.work: dict[int, object] = {}
+        self.work: dict[int, Work] = {}
         self.num_replays = 0
 
     def add(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> None:
@@ -80,6 +83,29 @@ class _Deployment:
             if index not in logs_gone
         }
         engine.resume(pipeline.topology, stages, num_sent)
+
+    def cut_anew(self, *boundaries: int) -> Loss:
+        """Go over to stages between other boundaries; return those that had to be loaded."""
+        pipeline, engine = self.pipeline, self.pipeline.engine
+        engine.suspend()
+        pipeline.in_flight.clear()
+        before = pipeline.topology
+        cut = local_topology(self.structure, boundaries, expert_holders=len(before.expert_sets))
+        change = change_to(before, replace(before, epoch=before.epoch + 1, stages=cut.stages))
+        pipeline.topology = change.topology
+        kept = pipeline.stages
+        pipeline.stages = [
+            pipeline.load_stage(stage) if stage.index in change.fresh.stages else kept[stage.index]
+            for stage in change.topology.stages
+        ]
+        for index, stage in enumerate(pipeline.stages):
+            if index not in change.fresh.stages:
+                stage.relink(change.topology, pipeline.link)
+        num_sent = {
+            index: stage.num_sent(list(engine.num_cached)) for index, stage in enumerate(pipeline.stages)
+        }
+        engine.resume(change.topology, change.fresh.stages, num_sent)
+        return change.fresh
 
     def _leave_behind(self, lost: int) -> None:
         """Have what is in flight run as far as the lost stage: what it writes there must not matter."""
@@ -190,6 +216,60 @@ def test_a_stage_lost_while_another_is_filled_again(cut_model: Callable[[str], C
 
     assert deployment.tokens == _undisturbed(model).tokens
     assert deployment.work == _undisturbed(model).work
+
+
+_CUTS = {(0, 6): {0}, (0, 2, 4, 6): {0, 1, 2}, (0, 2, 3, 6): {1, 2}, (0, 2, 6): {1}}
+
+
+@pytest.mark.parametrize(
+    ("family", "cuts"),
+    [
+        ("llama", {(0, 1, 6): {1}}),
+        pytest.param("llama", _CUTS, marks=pytest.mark.prove),
+        pytest.param("qwen2_moe", _CUTS, marks=pytest.mark.prove),
+    ],
+)
+def test_another_cut_into_stages_changes_no_token_and_no_layers_share(
+    cut_model: Callable[[str], CutModel], family: str, cuts: dict[tuple[int, ...], set[int]]
+) -> None:
+    model = cut_model(family)
+    holders = 2 if family == "qwen2_moe" else 0
+    deployment = _Deployment(model, holders=holders)
+    deployment.add(_PROMPTS, _SAMPLING)
+    for boundaries, fresh in cuts.items():
+        for _ in range(5):
+            deployment.step()
+        assert deployment.cut_anew(*boundaries).stages == fresh
+        deployment.step()
+    deployment.run()
+
+    expected = _undisturbed(model, holders)
+    assert deployment.tokens == expected.tokens
+    assert _by_layer(deployment) == _by_layer(expected)
+    assert deployment.pipeline.engine.num_free_blocks == 64
+
+
+@pytest.mark.prove
+def test_a_cut_while_a_stage_is_filled_again_fills_the_new_ones(cut_model: Callable[[str], CutModel]) -> None:
+    model = cut_model("llama")
+    deployment = _Deployment(model)
+    deployment.add(_PROMPTS, _SAMPLING)
+    for _ in range(8):
+        deployment.step()
+    deployment.lose(3)
+    deployment.step()
+    deployment.cut_anew(0, 1, 6)
+    deployment.run()
+
+    assert deployment.tokens == _undisturbed(model).tokens
+
+
+def _by_layer(deployment: _Deployment) -> dict[int, dict[int, int]]:
+    """Return sequence -> layer -> activated bytes, whoever activated them."""
+    return {
+        sequence_id: {layer: sum(by_node.values()) for layer, by_node in work.items()}
+        for sequence_id, work in deployment.work.items()
+    }
 
 
 def test_what_nobody_kept_is_computed_again_from_its_tokens(cut_model: Callable[[str], CutModel]) -> None:

@@ -1,16 +1,20 @@
 """Models are deployed when a job needs them, once, and idle ones make room."""
 
 import asyncio
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from azu.errors import InsufficientCapacity, ModelNotFound
-from azu.lifecycle.fleet import Fleet, Replan
+from azu.lifecycle.deployed import Commit, Replan
+from azu.lifecycle.fleet import Fleet
 from azu.lifecycle.ports import Ran, Route
 from azu.lifecycle.standing import RedisStanding, Standing, StandingPiece
+from azu.planner.moves import Change
 from azu.planner.policy import PlanPolicy
 from azu.protocol.job import Job
+from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import Loss, Topology
 from azu.units import MIB
@@ -38,6 +42,13 @@ class StandingModel:
     def node_died(self, node_id: str) -> None:
         raise AssertionError("no node dies here")
 
+    async def move(self, change: Change, commit: Commit, *, beside: bool) -> bool:
+        self.builder.moves.append((change, beside))
+        if not self.builder.on_move():
+            return False
+        await commit()
+        return True
+
     async def close(self) -> None:
         self.builder.closed.append(self.topology.model_id)
 
@@ -51,7 +62,10 @@ class CountingBuilder:
     num_layers: int = 4
     swept: frozenset[str] | None = None
     unknown: str | None = None
+    nodes: list[Node] = field(default_factory=list)
     dead: frozenset[str] = frozenset()
+    moves: list[tuple[Change, bool]] = field(default_factory=list)
+    on_move: Callable[[], bool] = lambda: True
 
     async def structure(self, model_id: str, revision: str) -> Structure:
         if model_id == self.unknown:
@@ -77,13 +91,11 @@ def fleet(
     redis_url: str, vram_bytes: int = 64 * MIB, *, nodes_come: bool = False
 ) -> tuple[Fleet, CountingBuilder]:
     builder = CountingBuilder()
-    nodes = [node("a", vram_bytes), node("b", vram_bytes)]
+    builder.nodes = [node("a", vram_bytes), node("b", vram_bytes)]
 
-    def book(placed: dict[str, int]):
-        return [
-            node(n.node_id, n.vram_total_bytes, vram_free_bytes=n.vram_total_bytes - placed.get(n.node_id, 0))
-            for n in nodes
-        ]
+    def book(placed: Mapping[str, int], given_back: Mapping[str, int]) -> list[Node]:
+        free = {one.node_id: one.vram_total_bytes - placed.get(one.node_id, 0) for one in builder.nodes}
+        return [replace(one, vram_free_bytes=max(0, free[one.node_id])) for one in builder.nodes]
 
     policy = PlanPolicy(promised_sequences=2, tokens_per_sequence=128)
     standing = RedisStanding.from_url(redis_url)
@@ -189,5 +201,54 @@ def test_a_new_scheduler_takes_over_what_stands_and_counts_its_room(redis_url: s
         assert [one.topology.model_id for one in await standing.all()] == ["m/one"]
         moved = await adopted.replan(Loss(stages=frozenset({0})))
         assert moved.epoch > stands.topology.epoch, "no epoch comes twice, whoever schedules"
+
+    asyncio.run(scenario())
+
+
+def used(topology: Topology) -> set[str]:
+    return set(topology.vram_bytes_by_node)
+
+
+@pytest.mark.parametrize(("vram_mib", "joins_mib", "beside"), [(6, 64, True), (6, 5, False)])
+def test_a_model_moves_to_a_node_that_joins_and_the_room_of_both_is_kept_meanwhile(
+    redis_url: str, vram_mib: int, joins_mib: int, beside: bool
+) -> None:
+    async def scenario() -> None:
+        models, builder = fleet(redis_url, vram_bytes=vram_mib * MIB)
+        builder.num_layers = 6
+        builder.nodes = [replace(one, memory_bytes_per_s=1e7) for one in builder.nodes]
+        model = await models.ensure("m/one", "r1")
+        before = model.topology
+        assert used(before) == {"a", "b"}
+        assert not await models.improve(model), "it is where it belongs"
+
+        builder.nodes.append(node("c", joins_mib * MIB, memory_bytes_per_s=1e13, flops_per_s=1e14))
+        counted: list[dict[str, int]] = []
+        builder.on_move = lambda: counted.append(models.placed_bytes()) is None
+        assert await models.improve(model)
+
+        ((change, was_beside),) = builder.moves
+        assert was_beside is beside
+        needed = change.fresh_bytes if beside else model.topology.vram_bytes_by_node
+        assert all(counted[0][node_id] >= size for node_id, size in needed.items())
+        assert "c" in used(model.topology)
+        assert model.topology.epoch > change.topology.epoch > before.epoch, "what was loaded is older"
+        assert models.placed_bytes() == model.topology.vram_bytes_by_node
+
+    asyncio.run(scenario())
+
+
+def test_a_move_that_comes_to_nothing_leaves_everything_as_it_was(redis_url: str) -> None:
+    async def scenario() -> None:
+        models, builder = fleet(redis_url, vram_bytes=6 * MIB)
+        builder.num_layers = 6
+        model = await models.ensure("m/one", "r1")
+        before = model.topology
+        builder.nodes.append(node("c", 64 * MIB, memory_bytes_per_s=1e13, flops_per_s=1e14))
+        builder.on_move = lambda: False
+
+        assert await models.improve(model), "it was tried"
+        assert model.topology is before
+        assert models.placed_bytes() == before.vram_bytes_by_node
 
     asyncio.run(scenario())

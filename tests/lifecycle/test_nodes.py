@@ -134,6 +134,17 @@ def test_a_leaving_node_that_falls_silent_does_not_become_merely_suspect() -> No
     assert state(nodes, 104) is NodeState.LEAVING
 
 
+def test_pieces_that_would_be_gone_give_back_what_they_hold_and_no_more() -> None:
+    nodes = book()
+    nodes.heard(node("a", 10 * MIB, vram_free_bytes=3 * MIB, vram_used_bytes=6 * MIB), 0)
+
+    (beside,), (without,) = nodes.nodes(0, {"a": 7 * MIB}), nodes.nodes(0, {"a": 2 * MIB}, {"a": 5 * MIB})
+
+    assert beside.vram_free_bytes == 2 * MIB
+    # One MiB belongs to other programs.
+    assert without.vram_free_bytes == 7 * MIB
+
+
 def test_room_without_knowing_our_own_use_is_the_lesser_of_live_and_not_promised() -> None:
     nodes = book()
     nodes.heard(node("a", 10 * MIB, vram_free_bytes=7 * MIB), now_s=0)

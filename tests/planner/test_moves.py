@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from azu.planner.moves import cold_start_s, worth_moving
+from azu.planner.moves import better_place, change_to, cold_start_s, fits, worth_moving
 from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
-from azu.protocol.node import Node
+from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import Structure
-from azu.protocol.topology import Topology
+from azu.protocol.topology import ExpertSet, Loss, Topology
 from azu.units import MIB
-from tests.builders import node, structure
+from tests.builders import node, structure, topology
 
 POLICY = PlanPolicy(
     promised_sequences=1, tokens_per_sequence=128, activation_tokens=64,
@@ -97,3 +97,81 @@ def test_no_two_placements_are_each_worth_moving_to_from_the_other() -> None:
         there = worth_moving(MODEL, on("a", nodes), on("b", nodes), nodes, POLICY)
         back = worth_moving(MODEL, on("b", nodes), on("a", nodes), nodes, POLICY)
         assert not (there and back)
+
+
+SLOW, FAST = 1e7, 1e8  # bytes a second; frames cost little beside that
+
+
+def place(nodes: list[Node]) -> dict[str, tuple[int, int]] | None:
+    """Return where a model would better be that two slow nodes hold; None where it is."""
+    here = plan(MODEL, [one for one in nodes if one.node_id in "ab"], POLICY)
+    assert [stage.node_id for stage in here.stages] == ["a", "b"]
+    change = better_place(MODEL, here, nodes, POLICY)
+    if change is None:
+        return None
+    return {one.node_id: (one.span.start, one.span.end) for one in change.topology.stages}
+
+
+@pytest.mark.parametrize(
+    ("joins", "expected"),
+    [
+        pytest.param([], None, id="nobody"),
+        pytest.param([node("c", 64 * MIB, memory_bytes_per_s=FAST)], {"c": (0, 4)}, id="large and fast"),
+        pytest.param(
+            [node("c", 5 * MIB, memory_bytes_per_s=FAST)], {"c": (0, 3), "a": (3, 4)}, id="small and fast"
+        ),
+        pytest.param([node("c", 5 * MIB, memory_bytes_per_s=SLOW)], None, id="no faster"),
+        pytest.param([node("c", 5 * MIB, memory_bytes_per_s=SLOW * 1.1)], None, id="hardly faster"),
+        pytest.param([node("c", MIB, memory_bytes_per_s=FAST)], None, id="too small"),
+        pytest.param(
+            [node("c", memory_bytes_per_s=FAST, state=NodeState.SUSPECT)], None, id="not trusted yet"
+        ),
+    ],
+)
+def test_a_node_that_joins_is_used_when_that_pays(joins, expected) -> None:
+    slow = [node(name, 5 * MIB, memory_bytes_per_s=SLOW) for name in "ab"]
+    found = place([*slow, *joins])
+
+    assert found is None if expected is None else found is not None and found.keys() == expected.keys()
+
+
+def test_who_runs_on_a_node_that_is_not_heard_of_is_left_alone() -> None:
+    fast = node("c", memory_bytes_per_s=FAST)
+    assert better_place(MODEL, topology({"gone": (0, 4)}), [fast], POLICY) is None
+
+
+def test_what_stays_in_its_place_is_no_change_and_the_rest_goes_and_comes() -> None:
+    before = topology({"a": (0, 2), "b": (2, 3), "c": (3, 4)})
+
+    same = change_to(before, replace(before, epoch=2))
+    moved = change_to(before, topology({"a": (0, 2), "d": (2, 3), "c": (3, 4)}))
+    shorter = change_to(before, topology({"a": (0, 2), "b": (2, 4)}))
+
+    assert (same.gone, same.fresh) == (Loss(), Loss())
+    assert (moved.gone, moved.fresh) == (Loss(frozenset({1})), Loss(frozenset({1})))
+    assert moved.fresh_bytes == {"d": MIB}
+    assert (shorter.gone, shorter.fresh) == (Loss(frozenset({1, 2})), Loss(frozenset({1})))
+
+
+def test_expert_sets_that_stay_keep_their_indices() -> None:
+    def with_sets(**experts: tuple[int, ...]) -> Topology:
+        sets = tuple(
+            ExpertSet(index, name, {1: ids}, MIB) for index, (name, ids) in enumerate(experts.items())
+        )
+        return replace(topology({"a": (0, 4)}), expert_sets=sets)
+
+    change = change_to(with_sets(c=(0, 1), d=(2, 3)), with_sets(b=(0,), d=(2, 3), e=(1,)))
+
+    assert {(one.node_id, one.index) for one in change.topology.expert_sets} == {("d", 1), ("b", 0), ("e", 2)}
+    assert change.gone == Loss(expert_sets=frozenset({0}))
+    assert change.fresh == Loss(expert_sets=frozenset({0, 2}))
+
+
+def test_what_comes_up_has_to_fit_on_each_node() -> None:
+    nodes = [node("a", 2 * MIB), node("b", 2 * MIB, state=NodeState.LEAVING)]
+
+    assert fits({}, nodes)
+    assert fits({"a": 2 * MIB}, nodes)
+    assert not fits({"a": 2 * MIB + 1}, nodes)
+    assert not fits({"b": MIB}, nodes)
+    assert not fits({"z": MIB}, nodes)

@@ -130,8 +130,14 @@ PARTS = (
         pytest("tests/cluster/test_change.py", "-m", "prove", "-s"),
     ),
     Part(
+        "better places",
+        "a larger node joins, another lends more: the model moves there under 4 streams, identical",
+        pytest("tests/cluster/test_better_place.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "nobody fits",
-        "jobs without workers wait, go on when a node joins, else end with their reason and a release",
+        "jobs without workers wait while Ray is asked for nodes, go on when one joins, else end with their "
+        "reason and a release",
         pytest("tests/cluster/test_nobody_fits.py", "-m", "prove", "-s"),
     ),
     Part(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from azu.errors import InsufficientCapacity, WorkerLost
+from azu.planner.moves import Change
 from azu.protocol.topology import Loss, Topology
 from azu.recovery.repair import Repair
 from tests import builders
@@ -32,6 +33,7 @@ class _Model:
     during_bring_up: list[Callable[[], None]] = field(default_factory=list)
     unable: list[Loss] = field(default_factory=list)
     deaf: list[Loss] = field(default_factory=list)
+    beside: Loss = field(default_factory=Loss)
 
     def lose(self, loss: Loss) -> None:
         self.up -= loss.stages
@@ -62,10 +64,19 @@ class _Model:
             self.during_bring_up.pop(0)()
         return failed
 
-    async def relink(self, topology: Topology, fresh: Loss) -> Loss:
+    async def relink(self, topology: Topology) -> Loss:
         deaf = self.deaf.pop(0) if self.deaf else Loss()
-        self.epochs |= dict.fromkeys(self.up - fresh.stages - deaf.stages, topology.epoch)
+        self.epochs |= dict.fromkeys(self.up - deaf.stages, topology.epoch)
         return deaf
+
+    def install(self) -> Loss:
+        installed, self.beside = self.beside, Loss()
+        self.up |= installed.stages
+        self.sets_up |= installed.expert_sets
+        return installed
+
+    async def commit(self) -> Topology:
+        return await self.replan(Loss())
 
     async def resume(self, topology: Topology, empty_stages: frozenset[int]) -> None:
         assert self.up == {0, 1, 2, 3}
@@ -174,6 +185,72 @@ def test_room_that_is_reported_a_moment_later_is_waited_for() -> None:
     _run(model, _lose_and_wait(model, _stages(1)))
 
     assert len(asked) == 3
+
+
+_FRESH = _stages(1, 2) | Loss(expert_sets=frozenset({1}))
+_CHANGE = Change(builders.topology({"a": (0, 4)}), gone=_FRESH, fresh=_FRESH)
+
+
+@pytest.mark.parametrize("beside", [_FRESH, Loss(), _stages(2)])
+def test_a_move_loads_what_was_not_loaded_beside_and_fills_all_that_is_fresh(beside: Loss) -> None:
+    model = _Model(beside=beside)
+
+    async def scenario(repair: Repair) -> None:
+        assert await repair.move(_CHANGE, model.commit)
+        assert model.running
+
+    _run(model, scenario)
+
+    assert model.brought_up == [_FRESH - beside]
+    assert model.empty == set()
+
+
+def test_a_move_is_given_up_for_a_loss_and_what_is_lost_is_repaired() -> None:
+    model = _Model(beside=_FRESH)
+
+    async def scenario(repair: Repair) -> None:
+        moving = asyncio.create_task(repair.move(_CHANGE, model.commit))
+        await asyncio.sleep(0)
+        model.lose(_stages(3))
+        repair.lost(_stages(3))
+        assert not await moving
+        await model.resumed.wait()
+
+    _run(model, scenario)
+
+    assert model.brought_up == [_stages(3)]
+    assert model.beside == _FRESH, "nobody took it"
+
+
+def test_what_is_lost_during_a_move_is_repaired_where_it_is_then() -> None:
+    model = _Model()
+
+    async def scenario(repair: Repair) -> None:
+        def another() -> None:
+            model.lose(_stages(3))
+            repair.lost(_stages(3))
+
+        model.during_bring_up.append(another)
+        assert await repair.move(_CHANGE, model.commit)
+
+    _run(model, scenario)
+
+    assert model.brought_up == [_FRESH, _stages(3)]
+    assert model.empty == set()
+
+
+def test_whoever_repairs_is_not_asked_to_move() -> None:
+    model = _Model(unable=[_stages(1)])  # the repair takes two rounds
+
+    async def scenario(repair: Repair) -> None:
+        refused: list[asyncio.Task[bool]] = []
+        model.during_bring_up.append(
+            lambda: refused.append(asyncio.create_task(repair.move(_CHANGE, model.commit)))
+        )
+        await _lose_and_wait(model, _stages(1))(repair)
+        assert not await refused[0]
+
+    _run(model, scenario)
 
 
 def test_a_repair_that_finds_no_room_gives_up_and_says_so() -> None:
