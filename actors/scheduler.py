@@ -3,16 +3,12 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
 
-from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError
-
+from actors.agents import RayAgents
 from actors.deployment import RayBuilder
 from actors.logs import log_as
 from actors.metrics import RayMeter
-from actors.node import NodeAgent
-from actors.placement import SCHEDULER, actor_name, request_nodes, start_on_node, worker_nodes
+from actors.placement import SCHEDULER, request_nodes
 from actors.site import Site
 from azu.config import ControlConfig
 from azu.errors import AzuError, NotFound
@@ -37,12 +33,7 @@ from azu.protocol.topology import Prediction
 
 log = logging.getLogger(__name__)
 
-# A node measures its links to so many others; the rest count as the policy's hop.
-_MOST_PEERS = 32
-# A node that lives answers a ping at once; this is for a machine that is very busy.
-_PROBE_S = 2.0
 _MEASURE_S = 2.0
-_LOOK_S = 0.05
 
 
 class Scheduler:
@@ -55,13 +46,11 @@ class Scheduler:
         self._book = NodeBook(
             suspect_s=policy.heartbeat.suspect_s, dead_s=policy.heartbeat.dead_s, on_dead=self._died
         )
-        self._agents: dict[str, ActorHandle] = {}
-        self._nodes: dict[str, Node] = {}
-        self._asking: dict[str, asyncio.Task[None]] = {}
-        self._linked: set[str] = set()
-        self._lent_bytes: dict[str, int] = {}
+        self._agents = agents = RayAgents(policy.heartbeat, config.home, self._book)
         standing = RedisStanding.from_url(config.redis_url)
-        site = Site(policy, config.pipeline_redis_url, self._agents, self._nodes, self._blame, self._probe)
+        site = Site(
+            policy, config.pipeline_redis_url, agents.by_node, agents.nodes, self._blame, agents.probe
+        )
         builder = RayBuilder(site, standing)
         self._fleet = Fleet(
             builder,
@@ -92,22 +81,21 @@ class Scheduler:
             meter=self._meter,
         )
         self._loops: tuple[asyncio.Task[None], ...] = ()
-        self._has_met = False
         self._has_adopted = False
 
     async def start(self) -> None:
         """Begin to hear nodes, take over what an earlier scheduler left, then take jobs."""
         if not self._loops:
             self._loops = (
-                asyncio.create_task(self._meet()),
-                asyncio.create_task(self._hear()),
+                asyncio.create_task(self._agents.meet()),
+                asyncio.create_task(self._agents.hear()),
                 asyncio.create_task(self._serve()),
                 asyncio.create_task(self._measure()),
             )
 
     async def ready(self) -> bool:
         """Say whether jobs can be run: the loops live and a node has reported."""
-        return self._has_adopted and bool(self._nodes) and not any(loop.done() for loop in self._loops)
+        return self._has_adopted and bool(self._agents.nodes) and not any(loop.done() for loop in self._loops)
 
     async def nodes(self) -> tuple[Node, ...]:
         """Return the nodes as the planner sees them."""
@@ -144,9 +132,10 @@ class Scheduler:
 
         `address` is whose node it has to be, None for anybody's. Raises NotFound for a node that is not here.
         """
-        for node_id, node in self._nodes.items():
-            if node.name == name and address in (None, node.payout_address) and node_id in self._agents:
-                await self._agents[node_id].leave.remote()
+        for node_id, node in self._agents.nodes.items():
+            agent = self._agents.by_node.get(node_id)
+            if agent is not None and node.name == name and address in (None, node.payout_address):
+                await agent.leave.remote()
                 return node_id not in self._fleet.placed_bytes()
         raise NotFound(f"no node {name} of yours lends here", param="name")
 
@@ -193,10 +182,10 @@ class Scheduler:
         """Ask for nodes while jobs find no room."""
         while True:
             await asyncio.sleep(self._config.policy.heartbeat.period_s)
-            await self._growth.look(self._lent_bytes.values(), self._dispatcher.num_waiting)
+            await self._growth.look(self._agents.lent_bytes.values(), self._dispatcher.num_waiting)
 
     async def _serve(self) -> None:
-        await self._first_reports()
+        await self._agents.first_reports()
         await self._fleet.adopt()
         self._has_adopted = True
         async with asyncio.TaskGroup() as tasks:
@@ -205,95 +194,14 @@ class Scheduler:
             tasks.create_task(self._grow())
             tasks.create_task(self._move())
 
-    async def _first_reports(self) -> None:
-        """Wait until every node has reported, or is late: models are taken over together with their nodes."""
-        patience_s = time.monotonic() + self._config.policy.heartbeat.dead_s
-        while not self._has_met or self._agents.keys() - self._nodes.keys():
-            if self._has_met and time.monotonic() > patience_s:
-                return
-            await asyncio.sleep(_LOOK_S)
-
-    async def _meet(self) -> None:
-        """Follow which nodes Ray has; it may be slow to say so, and nobody's silence counts by it."""
-        while True:
-            try:
-                await self._meet_nodes()
-                self._has_met = True
-            except Exception:
-                log.exception("Ray did not say which nodes there are")
-            await asyncio.sleep(self._config.policy.heartbeat.period_s)
-
-    async def _meet_nodes(self) -> None:
-        """Start an agent on each new node and forget those that Ray says are gone."""
-        living = {node.node_id: node for node in await asyncio.to_thread(worker_nodes)}
-        self._lent_bytes = {node_id: node.vram_bytes for node_id, node in living.items()}
-        for node_id in self._agents.keys() - living.keys():
-            del self._agents[node_id]
-            self._book.gone(node_id)
-        for node_id in living.keys() - self._agents.keys():
-            node = living[node_id]
-            name = actor_name("node", node.name, node_id[:8])
-            self._agents[node_id] = start_on_node(
-                NodeAgent, name, node_id, node, self._config.home, max_concurrency=100
-            )
-
-    async def _hear(self) -> None:
-        """Ask every node each period; one that does not answer keeps nobody else waiting."""
-        while True:
-            for node_id in self._agents.keys() - self._asking.keys():
-                self._asking[node_id] = asyncio.create_task(self._ask(node_id))
-            self._book.judge(time.monotonic())
-            await asyncio.sleep(self._config.policy.heartbeat.period_s)
-
-    async def _ask(self, node_id: str) -> None:
-        agent = self._agents[node_id]
-        try:
-            # The first answer takes as long as the agent takes to start; silence is judged by the book.
-            node: Node = await asyncio.wait_for(agent.report.remote(), self._config.policy.heartbeat.dead_s)
-        except ActorDiedError:
-            log.warning("the agent of node %s died; it is started again", node_id[:8])
-            self._linked.discard(node_id)
-            if self._agents.get(node_id) is agent:
-                del self._agents[node_id]
-        except Exception as error:
-            log.warning("node %s did not report: %s", node_id[:8], type(error).__name__)
-        else:
-            # Ray may have declared it gone while it answered.
-            if self._agents.get(node_id) is agent:
-                self._nodes[node_id] = node
-                self._book.heard(node, time.monotonic())
-                self._measure_links(node_id)
-        finally:
-            del self._asking[node_id]
-
-    def _measure_links(self, node_id: str) -> None:
-        """Have a new node measure, once, the way to some that were there before."""
-        if node_id in self._linked:
-            return
-        peers = {other: self._agents[other] for other in sorted(self._linked & self._agents.keys())}
-        self._linked.add(node_id)
-        self._agents[node_id].measure_links.remote(dict(list(peers.items())[:_MOST_PEERS]))
-
     def _blame(self, node_id: str) -> None:
         """Count a bad frame against the node that sent it."""
         self._book.doubted(node_id, time.monotonic())
-        if node := self._nodes.get(node_id):
+        if node := self._agents.nodes.get(node_id):
             log.warning("node %s sent a bad frame", node.name)
             self._meter.count(BAD_FRAMES, 1, node.name)
-
-    async def _probe(self, node_ids: Iterable[str]) -> None:
-        """Doubt those nodes that do not answer."""
-
-        async def probe(node_id: str) -> None:
-            try:
-                await asyncio.wait_for(self._agents[node_id].ping.remote(), _PROBE_S)
-            except Exception as error:
-                log.warning("node %s does not answer: %s", node_id[:8], type(error).__name__)
-                self._book.doubted(node_id, time.monotonic())
-
-        await asyncio.gather(*map(probe, node_ids))
 
     def _died(self, node_id: str) -> None:
         log.warning("node %s is dead", node_id[:8])
         self._fleet.node_died(node_id)
-        self._linked.discard(node_id)
+        self._agents.died(node_id)
