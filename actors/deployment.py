@@ -45,13 +45,26 @@ class RayDeployment:
         self._num_blocks = topology.num_blocks
         self._payout_by_node: dict[str, str] = {}
         self._running: set[str] = set()
+        self._held: frozenset[str] = frozenset()
         self._supervisor: asyncio.Task[None] | None = None
         self._moving: asyncio.Task[bool] | None = None
 
     @property
     def running_jobs(self) -> int:
-        """Jobs that have not ended."""
+        """Jobs that are expected here and were not let go."""
         return len(self._running)
+
+    def expect(self, job_id: str) -> None:
+        """Hear that a job is going to run here."""
+        self._running.add(job_id)
+
+    def let_go(self, job_id: str) -> None:
+        """Hear that nobody waits for a job here any more, whether it ran or not."""
+        self._running.discard(job_id)
+
+    def holds(self, job_id: str) -> bool:
+        """Whether a job runs here, or did without coming to an end: nobody else may run it."""
+        return job_id in self._running or job_id in self._held
 
     @property
     def route(self) -> Route:
@@ -73,6 +86,7 @@ class RayDeployment:
         """Take over what somebody else brought up; what of it is gone is brought up again."""
         self._payout_by_node |= standing.payout_by_node
         await self._seat.adopt(standing.pipeline)
+        self._held = await self._seat.jobs()
         self._lost(await self._pieces.adopt(standing.topology, standing.pieces))
         self._repair.again(is_fault=False)
         self._supervisor = asyncio.create_task(self._supervise())
@@ -84,11 +98,10 @@ class RayDeployment:
         refuse_what_never_fits(
             self.structure, replace(self.topology, num_blocks=planned.num_blocks), num_tokens
         )
-        self._running.add(job.job_id)
-        try:
-            return await self._seat.run(job)
-        finally:
-            self._running.discard(job.job_id)
+        self._held |= {job.job_id}
+        ran = await self._seat.run(job)
+        self._held -= {job.job_id}
+        return ran
 
     async def resize(self, num_blocks: int) -> None:
         """Have another number of KV blocks, under a new epoch; those that sequences need alone are kept."""

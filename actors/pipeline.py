@@ -125,6 +125,10 @@ class Pipeline:
                 running.ended.set_exception(error)
         return await asyncio.shield(running.ended)
 
+    async def jobs(self) -> frozenset[str]:
+        """Return the jobs that have not ended here."""
+        return frozenset(job_id for job_id, one in self._jobs_by_id.items() if not one.ended.done())
+
     async def cancel(self, job_id: str) -> None:
         """End a job's sequences within one step; what was delivered stays delivered."""
         if running := self._jobs_by_id.get(job_id):

@@ -23,6 +23,7 @@ from azu.lifecycle.moving import Moving
 from azu.lifecycle.nodes import NodeBook
 from azu.lifecycle.settlement import Settlement
 from azu.lifecycle.standing import RedisStanding
+from azu.lifecycle.widening import Widening
 from azu.metrics.catalogue import BAD_FRAMES
 from azu.metrics.meter import Picture
 from azu.metrics.together import Together
@@ -62,6 +63,7 @@ class Scheduler:
         self._growth = Growth(self._fleet, request_nodes, patience_s=2 * policy.requeue.longest_s)
         self._fitting = Fitting(self._fleet, policy.plan_policy())
         self._moving = Moving(self._fleet, rest_s=policy.moves.rest_s)
+        self._widening = Widening(self._fleet, policy.kv.promised_sequences)
         jobs = RedisJobs.from_url(config.redis_url)
         self._ledger = RedisLedger.from_url(config.redis_url)
         self._meter = RayMeter()
@@ -175,8 +177,10 @@ class Scheduler:
             await asyncio.sleep(self._config.policy.moves.look_s)
             try:
                 await self._moving.look()
-            except AzuError as error:
-                log.warning("a model was not moved: %s", error.message)
+                await self._widening.look()
+            except Exception:
+                # What runs goes on where it is, and jobs are taken as ever.
+                log.exception("models were not moved")
 
     async def _grow(self) -> None:
         """Ask for nodes while jobs find no room."""

@@ -91,6 +91,17 @@ class PipelineSeat:
         except ValueError:
             log.warning("%s is gone", name)
 
+    async def jobs(self) -> frozenset[str]:
+        """Return the jobs that run here; nobody's when the pipeline is gone."""
+        if self.sitting is None:
+            return frozenset()
+        try:
+            jobs: frozenset[str] = await self._told(self.sitting.jobs.remote())
+        except AzuError as error:
+            log.warning("%s", error.message)
+            return frozenset()
+        return jobs
+
     async def run(self, job: Job) -> Ran:
         """Run a job in whoever sits here; raises WorkerLost once the model is given up."""
         while True:

@@ -106,7 +106,8 @@ def _models(sample: Sample) -> RenderableType:
         "model", "tokens/s", "first token", "per token", "hop", "sequences", "KV blocks", "", "stalls",
         "recoveries",
     )  # fmt: skip
-    for model in sample.network.deployments:
+    # The pipelines of one model count together.
+    for model in {one.model_id: one for one in sample.network.deployments}.values():
         drawn.add_row(*_model(model, sample.speeds[model.model_id]))
     return drawn
 

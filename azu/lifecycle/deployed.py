@@ -27,7 +27,13 @@ class DeployedModel(RunningModel, Protocol):
 
     @property
     def running_jobs(self) -> int:
-        """Jobs that have not ended."""
+        """Jobs that are expected here and were not let go."""
+
+    def expect(self, job_id: str) -> None:
+        """Hear that a job is going to run here."""
+
+    def holds(self, job_id: str) -> bool:
+        """Whether a job runs here, or did without coming to an end: nobody else may run it."""
 
     @property
     def broken(self) -> bool:

@@ -38,12 +38,15 @@ class RunningModel(Protocol):
     async def cancel(self, job_id: str) -> None:
         """End a job's sequence within one step."""
 
+    def let_go(self, job_id: str) -> None:
+        """Hear that nobody waits for a job here any more, whether it ran or not."""
+
 
 class Deployments(Protocol):
     """Brings models up on the nodes."""
 
-    async def ensure(self, model_id: str, revision: str) -> RunningModel:
-        """Return the running model, deploying it first when it is not; raises an AzuError when it cannot."""
+    async def ensure(self, model_id: str, revision: str, job_id: str) -> RunningModel:
+        """Return the running model for a job, deploying it first when it is not; raises an AzuError."""
 
 
 class JobQueue(Protocol):
@@ -170,8 +173,9 @@ class Dispatcher:
 
     async def _run(self, record: JobRecord) -> tuple[Ran, Route]:
         job = record.job
+        model: RunningModel | None = None
         try:
-            model = await self._deployments.ensure(job.model_id, job.revision)
+            model = await self._deployments.ensure(job.model_id, job.revision, job.job_id)
             given_up = await until_back(partial(self._jobs.set_state, job.job_id, JobState.RUNNING))
             given_up = given_up or job.job_id in self._cancelled
             if given_up and not record.attempts:
@@ -190,6 +194,9 @@ class Dispatcher:
             log.exception("it failed")
             internal = InternalError("the job failed for a reason that is azu's; nothing was charged")
             return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=internal), _EMPTY_ROUTE
+        finally:
+            if model is not None:
+                model.let_go(job.job_id)
 
 
 def _told(outcome: JobOutcome) -> dict[str, object]:

@@ -16,17 +16,18 @@ from azu.planner.moves import better_place, fits
 from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
 from azu.planner.replan import replan
+from azu.planner.replicas import plan_another, takes_spare_room
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
-from azu.protocol.topology import Loss, Topology
+from azu.protocol.topology import Loss, PipelineKey, Topology
 
 log = logging.getLogger(__name__)
 
-ModelKey = tuple[str, str]  # model id, revision
-
 
 class Fleet:
-    """The deployed models. A model is deployed once, however many jobs ask for it at the same time."""
+    """The deployed models. A model is deployed once, however many jobs ask for it at the same time; `widen`
+    gives it more pipelines.
+    """
 
     def __init__(
         self,
@@ -43,12 +44,12 @@ class Fleet:
         self._nodes = nodes
         self._policy = policy
         self._nodes_come = nodes_come
-        self._models: dict[ModelKey, DeployedModel] = {}  # the least recently used first
-        self._locks: dict[ModelKey, asyncio.Lock] = {}
-        self._promised: dict[ModelKey, Mapping[str, int]] = {}
+        self._models: dict[PipelineKey, DeployedModel] = {}  # the least recently used first
+        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+        self._promised: dict[PipelineKey, Mapping[str, int]] = {}
         # One plan at a time: two must not promise the same room.
         self._placing = asyncio.Lock()
-        self.deploying: set[ModelKey] = set()
+        self.deploying: set[tuple[str, str]] = set()
 
     @property
     def models(self) -> tuple[DeployedModel, ...]:
@@ -67,37 +68,63 @@ class Fleet:
         """
         written = await self._standing.all()
         living = await self._builder.sweep(_names(written))
-        found: list[tuple[ModelKey, Structure, Standing]] = []
+        found: list[tuple[Structure, Standing]] = []
         for standing in written:
-            key = (standing.topology.model_id, standing.topology.revision)
+            model_id, revision, _ = standing.topology.key
             try:
                 if not living & standing.names:
                     raise WorkerLost("nothing of it lives")
-                found.append((key, await self._builder.structure(*key), standing))
+                found.append((await self._builder.structure(model_id, revision), standing))
             except AzuError as error:
-                log.warning("%s is not taken over: %s", key[0], error.message)
+                log.warning("%s is not taken over: %s", model_id, error.message)
                 await self._standing.forget(standing.topology)
-        await self._builder.sweep(_names(standing for _, _, standing in found))
-        for key, structure, standing in found:
+        await self._builder.sweep(_names(standing for _, standing in found))
+        for structure, standing in found:
+            key = standing.topology.key
             adopting = self._builder.adopt(structure, standing, partial(self._replan, key))
             self._models[key] = await adopting
 
-    async def ensure(self, model_id: str, revision: str) -> RunningModel:
-        """Return the running model, deploying it first when it is not up.
+    async def ensure(self, model_id: str, revision: str, job_id: str) -> RunningModel:
+        """Return the running model for a job, deploying it first when it is not up.
 
-        Raises InsufficientCapacity when it does not fit even after idle models were taken down; its code is
-        "never_fits" when waiting does not help either.
+        A job goes where it is, any other to the pipeline with the fewest. Raises InsufficientCapacity when
+        the model does not fit even after idle ones were taken down; its code is "never_fits" when waiting
+        does not help either.
         """
-        key = (model_id, revision)
-        async with self._locks.setdefault(key, asyncio.Lock()):
-            model = self._models.pop(key, None)
-            if model is not None and model.broken:
-                await model.close()
-                model = None
-            if model is None:
-                model = await self._deploy(key)
-            self._models[key] = model
+        async with self._locks.setdefault((model_id, revision), asyncio.Lock()):
+            for one in self._pipelines(model_id, revision):
+                if one.broken and self._models.pop(one.topology.key, None) is one:
+                    await one.close()
+            if pipelines := self._pipelines(model_id, revision):
+                model = min(pipelines, key=lambda one: (not one.holds(job_id), one.running_jobs))
+            else:
+                model = await self._deploy(model_id, revision)
+            self._models[model.topology.key] = self._models.pop(model.topology.key)
+            model.expect(job_id)
             return model
+
+    async def widen(self, model_id: str, revision: str) -> None:
+        """Bring up one more pipeline of a running model on nodes of its own, where there are some.
+
+        Other models keep the room that they need if a node dies; this one goes on in its other pipeline.
+        """
+        async with self._placing:
+            running = self._pipelines(model_id, revision)
+            if not running:
+                return
+            structure, topologies = running[0].structure, [one.topology for one in running]
+            nodes = self._nodes(self.placed_bytes(), {})
+            epoch = await self._standing.next_epoch()
+            topology = plan_another(structure, topologies, nodes, self._policy, epoch=epoch)
+            others = [(one.structure, one.topology) for one in self._models.values() if one not in running]
+            if topology is None or takes_spare_room(topology, others, nodes, self._policy):
+                return
+            self._promised[topology.key] = topology.vram_bytes_by_node
+        log.warning("%s gets pipeline %d", model_id, topology.replica)
+        await self._bring_up(structure, topology)
+
+    def _pipelines(self, model_id: str, revision: str) -> list[DeployedModel]:
+        return [one for key, one in self._models.items() if key[:2] == (model_id, revision)]
 
     def node_died(self, node_id: str) -> None:
         """Tell every model that a node is dead."""
@@ -133,7 +160,7 @@ class Fleet:
 
         It serves meanwhile, but for as long as it takes to fill what moves. Says whether a move was tried.
         """
-        key, before = (model.topology.model_id, model.topology.revision), model.topology
+        key, before = model.topology.key, model.topology
         nodes = self._without(before.vram_bytes_by_node)
         # A plan takes a second where there are a thousand nodes.
         change = await asyncio.to_thread(better_place, model.structure, before, nodes, self._policy)
@@ -156,7 +183,7 @@ class Fleet:
                 del self._promised[key]
         return True
 
-    async def _commit(self, key: ModelKey, topology: Topology) -> Topology:
+    async def _commit(self, key: PipelineKey, topology: Topology) -> Topology:
         """Have a planned topology run, under an epoch that is newer than those of its pieces."""
         async with self._placing:
             topology = await self._with_epoch(topology)
@@ -177,19 +204,25 @@ class Fleet:
             _, model = self._models.popitem()
             await model.close()
 
-    async def _deploy(self, key: ModelKey) -> DeployedModel:
-        self.deploying.add(key)
+    async def _deploy(self, model_id: str, revision: str) -> DeployedModel:
+        self.deploying.add((model_id, revision))
         try:
-            structure = await self._builder.structure(*key)
+            structure = await self._builder.structure(model_id, revision)
             async with self._placing:
                 topology = await self._plan(structure)
-                self._promised[key] = topology.vram_bytes_by_node
+                self._promised[topology.key] = topology.vram_bytes_by_node
+            return await self._bring_up(structure, topology)
+        finally:
+            self.deploying.discard((model_id, revision))
+
+    async def _bring_up(self, structure: Structure, topology: Topology) -> DeployedModel:
+        key = topology.key
+        try:
             building = self._builder.build(structure, topology, partial(self._replan, key))
             self._models[key] = model = await building
             return model
         finally:
             self._promised.pop(key, None)
-            self.deploying.discard(key)
 
     async def _plan(self, structure: Structure) -> Topology:
         def on(nodes: Sequence[Node], epoch: int) -> Topology:
@@ -200,9 +233,9 @@ class Fleet:
                     refuse_what_no_waiting_helps(structure, nodes, self._policy)
                 raise
 
-        return await self._place((structure.model_id, structure.revision), on, {})
+        return await self._place((structure.model_id, structure.revision, 0), on, {})
 
-    async def _replan(self, key: ModelKey, loss: Loss) -> Topology:
+    async def _replan(self, key: PipelineKey, loss: Loss) -> Topology:
         async with self._placing:
             model = self._models[key]
             before = model.topology
@@ -214,7 +247,7 @@ class Fleet:
             return model.topology
 
     async def _place(
-        self, key: ModelKey, on: Callable[[Sequence[Node], int], Topology], given_back: Mapping[str, int]
+        self, key: PipelineKey, on: Callable[[Sequence[Node], int], Topology], given_back: Mapping[str, int]
     ) -> Topology:
         """Plan on the nodes as they are; while there is no room, idle models of others are taken down."""
         while True:

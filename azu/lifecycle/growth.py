@@ -38,10 +38,10 @@ class Growth:
         # Whoever was here before may have asked for something.
         self._asked: tuple[int, ...] | None = None
 
-    async def ensure(self, model_id: str, revision: str) -> RunningModel:
+    async def ensure(self, model_id: str, revision: str, job_id: str) -> RunningModel:
         """Return the running model, or remember what it lacks."""
         try:
-            model = await self._deployments.ensure(model_id, revision)
+            model = await self._deployments.ensure(model_id, revision, job_id)
         except InsufficientCapacity as error:
             self._missing[model_id] = (error.missing_bytes, self._clock())
             raise

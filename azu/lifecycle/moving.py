@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from azu.lifecycle.deployed import DeployedModel
+from azu.protocol.topology import PipelineKey
 
 
 class Movable(Protocol):
@@ -38,7 +39,7 @@ class Moving:
         self._fleet = fleet
         self._rest_s = rest_s
         self._clock = clock
-        self._seen: dict[tuple[str, str], _Seen] = {}
+        self._seen: dict[PipelineKey, _Seen] = {}
 
     async def look(self) -> None:
         """Move who has rested and gains."""
@@ -47,15 +48,11 @@ class Moving:
                 self._see(model)
 
     def _has_rested(self, model: DeployedModel) -> bool:
-        seen = self._seen.get(_key(model))
+        seen = self._seen.get(model.topology.key)
         if seen is None or seen.epoch != model.topology.epoch:
             seen = self._see(model)
         return self._clock() - seen.since_s >= self._rest_s
 
     def _see(self, model: DeployedModel) -> _Seen:
-        self._seen[_key(model)] = seen = _Seen(model.topology.epoch, self._clock())
+        self._seen[model.topology.key] = seen = _Seen(model.topology.epoch, self._clock())
         return seen
-
-
-def _key(model: DeployedModel) -> tuple[str, str]:
-    return model.topology.model_id, model.topology.revision

@@ -1,7 +1,7 @@
 """Which models stand, written down so that whoever schedules next finds their pieces again.
 
 `azu:fleet:epoch`  the highest epoch that a topology was given.
-`azu:fleet:models` hash: model id and revision -> the standing model (JSON).
+`azu:fleet:models` hash: model id, revision and replica -> the standing model (JSON).
 """
 
 from collections.abc import Mapping
@@ -99,4 +99,4 @@ class RedisStanding:
 
 
 def _field(topology: Topology) -> str:
-    return f"{topology.model_id}@{topology.revision}"
+    return f"{topology.model_id}@{topology.revision}#{topology.replica}"

@@ -46,6 +46,7 @@ def better_place(
         candidate = plan(structure, nodes, policy, epoch=current.epoch + 1)
     except InsufficientCapacity:
         return None
+    candidate = replace(candidate, replica=current.replica)
     if not worth_moving(structure, current, candidate, nodes, policy):
         return None
     return change_to(current, candidate)

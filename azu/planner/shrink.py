@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
-from azu.protocol.topology import Stage, Topology
+from azu.protocol.topology import PipelineKey, Stage, Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,12 @@ class ShrinkOrder:
     revision: str
     num_blocks: int
     missing_bytes: int
+    replica: int = 0
+
+    @property
+    def key(self) -> PipelineKey:
+        """Which pipeline it is for."""
+        return self.model_id, self.revision, self.replica
 
 
 def shrink_orders(placed: Sequence[Placed], reports: Iterable[Node]) -> tuple[ShrinkOrder, ...]:
@@ -58,7 +64,7 @@ def shrink_orders(placed: Sequence[Placed], reports: Iterable[Node]) -> tuple[Sh
             if used[index]:
                 missing[index] = max(missing[index], excess - total)
     return tuple(
-        ShrinkOrder(one.topology.model_id, one.topology.revision, num_blocks, lacking)
+        ShrinkOrder(one.topology.model_id, one.topology.revision, num_blocks, lacking, one.topology.replica)
         for one, num_blocks, lacking in zip(placed, kept, missing, strict=True)
         if num_blocks < one.topology.num_blocks or lacking
     )

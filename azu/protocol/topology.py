@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from pydantic import ConfigDict
 
+PipelineKey = tuple[str, str, int]  # model id, revision, replica
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class LayerSpan:
@@ -86,6 +88,7 @@ class Topology:
 
     `epoch` rises with every change; whoever gets something of an older one drops it.
     `num_blocks` is the KV capacity that every stage has, in blocks of `block_size` tokens.
+    Pipelines of the same model are told apart by `replica`.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -98,6 +101,12 @@ class Topology:
     num_blocks: int
     block_size: int
     prediction: Prediction
+    replica: int = 0
+
+    @property
+    def key(self) -> PipelineKey:
+        """What its pipeline is known by."""
+        return self.model_id, self.revision, self.replica
 
     def stage_of(self, layer: int) -> Stage:
         """Return the stage that runs a layer."""

@@ -41,6 +41,14 @@ def test_a_working_network_shows_its_speed_queue_and_memory() -> None:
         assert words in line
 
 
+def test_the_pipelines_of_one_model_are_one_line() -> None:
+    pipelines = tuple(DeploymentLine("m/one", "r1", "running", epoch, 6, ()) for epoch in (1, 2))
+
+    shown = drawn(Sample(Network((), pipelines), {"m/one": Speed(41.25, 1.5, 0.0312, None)}))
+
+    assert shown.count("m/one") == 1
+
+
 def test_an_empty_network_says_so() -> None:
     shown = drawn(Sample(Network((), ()), {}))
 

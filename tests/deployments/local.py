@@ -73,7 +73,10 @@ class ScriptedModel:
     async def cancel(self, job_id: str) -> None:
         pass
 
-    async def ensure(self, model_id: str, revision: str) -> "ScriptedModel":
+    def let_go(self, job_id: str) -> None:
+        pass
+
+    async def ensure(self, model_id: str, revision: str, job_id: str) -> "ScriptedModel":
         if self.registry is not None:
             await asyncio.to_thread(self.registry.ensure_cut, model_id, revision)
         return self

@@ -59,6 +59,9 @@ class StandInModel:
     async def cancel(self, job_id: str) -> None:
         self.cancelled.add(job_id)
 
+    def let_go(self, job_id: str) -> None:
+        pass
+
     def _work(self, num_layers: int) -> dict[int, dict[str, int]]:
         return {layer: {self.dice.choice("abc"): self.dice.randint(1, 9)} for layer in range(num_layers)}
 
@@ -69,7 +72,7 @@ class OneModel:
 
     model: StandInModel
 
-    async def ensure(self, model_id: str, revision: str) -> StandInModel:
+    async def ensure(self, model_id: str, revision: str, job_id: str) -> StandInModel:
         return self.model
 
 

@@ -29,9 +29,20 @@ class StandingModel:
     topology: Topology
     builder: "CountingBuilder"
     replan: Replan
-    running_jobs: int = 0
+    running: set[str] = field(default_factory=set)
+    held: set[str] = field(default_factory=set)
     broken: bool = False
     route: Route = field(default_factory=lambda: Route({}, ()))
+
+    @property
+    def running_jobs(self) -> int:
+        return len(self.running)
+
+    def expect(self, job_id: str) -> None:
+        self.running.add(job_id)
+
+    def holds(self, job_id: str) -> bool:
+        return job_id in self.held
 
     async def run(self, job: Job) -> Ran:
         raise AssertionError("the fleet runs no jobs")
@@ -105,7 +116,7 @@ def fleet(
 def test_many_jobs_at_once_deploy_their_model_once(redis_url: str) -> None:
     async def scenario() -> None:
         models, builder = fleet(redis_url)
-        found = await asyncio.gather(*(models.ensure("m/one", "r1") for _ in range(20)))
+        found = await asyncio.gather(*(models.ensure("m/one", "r1", "job-1") for _ in range(20)))
 
         assert builder.built == ["m/one"]
         assert all(model is found[0] for model in found)
@@ -116,7 +127,7 @@ def test_many_jobs_at_once_deploy_their_model_once(redis_url: str) -> None:
 def test_two_models_share_the_nodes_when_both_fit(redis_url: str) -> None:
     async def scenario() -> None:
         models, builder = fleet(redis_url, vram_bytes=256 * MIB)
-        await asyncio.gather(models.ensure("m/one", "r1"), models.ensure("m/two", "r1"))
+        await asyncio.gather(models.ensure("m/one", "r1", "job-1"), models.ensure("m/two", "r1", "job-1"))
 
         assert sorted(builder.built) == ["m/one", "m/two"]
         assert builder.closed == []
@@ -128,14 +139,13 @@ def test_two_models_share_the_nodes_when_both_fit(redis_url: str) -> None:
 def test_an_idle_model_makes_room_and_a_busy_one_does_not(redis_url: str) -> None:
     async def scenario() -> None:
         models, builder = fleet(redis_url, vram_bytes=6 * MIB)
-        first = await models.ensure("m/one", "r1")
-        first.running_jobs = 1
+        first = await models.ensure("m/one", "r1", "job-1")
         with pytest.raises(InsufficientCapacity):
-            await models.ensure("m/two", "r1")
+            await models.ensure("m/two", "r1", "job-1")
         assert builder.closed == []
 
-        first.running_jobs = 0
-        await models.ensure("m/two", "r1")
+        first.running.clear()
+        await models.ensure("m/two", "r1", "job-1")
         assert builder.closed == ["m/one"]
 
     asyncio.run(scenario())
@@ -144,10 +154,10 @@ def test_an_idle_model_makes_room_and_a_busy_one_does_not(redis_url: str) -> Non
 def test_a_model_that_never_fits_is_refused_for_good_and_takes_nobody_down(redis_url: str) -> None:
     async def scenario() -> None:
         models, builder = fleet(redis_url, vram_bytes=6 * MIB)
-        await models.ensure("m/one", "r1")
+        await models.ensure("m/one", "r1", "job-1")
         builder.num_layers = 400
         with pytest.raises(InsufficientCapacity) as refused:
-            await models.ensure("m/two", "r1")
+            await models.ensure("m/two", "r1", "job-1")
         assert refused.value.code == "never_fits"
         assert builder.closed == []
 
@@ -159,7 +169,7 @@ def test_where_nodes_come_no_model_is_too_large_to_wait_for_them(redis_url: str)
         models, builder = fleet(redis_url, vram_bytes=6 * MIB, nodes_come=True)
         builder.num_layers = 400
         with pytest.raises(InsufficientCapacity) as refused:
-            await models.ensure("m/one", "r1")
+            await models.ensure("m/one", "r1", "job-1")
         assert refused.value.code != "never_fits"
         assert refused.value.missing_bytes
 
@@ -169,9 +179,9 @@ def test_where_nodes_come_no_model_is_too_large_to_wait_for_them(redis_url: str)
 def test_a_broken_model_is_taken_down_and_built_again_with_a_higher_epoch(redis_url: str) -> None:
     async def scenario() -> None:
         models, builder = fleet(redis_url)
-        first = await models.ensure("m/one", "r1")
+        first = await models.ensure("m/one", "r1", "job-1")
         first.broken = True
-        second = await models.ensure("m/one", "r1")
+        second = await models.ensure("m/one", "r1", "job-1")
 
         assert builder.closed == ["m/one"]
         assert builder.built == ["m/one", "m/one"]
@@ -185,7 +195,7 @@ def test_a_new_scheduler_takes_over_what_stands_and_counts_its_room(redis_url: s
         models, _ = fleet(redis_url)
         standing = RedisStanding.from_url(redis_url)
         for name in ("m/dead", "m/two", "m/one"):
-            stands = await models.ensure(name, "r1")
+            stands = await models.ensure(name, "r1", "job-1")
             pieces = (StandingPiece(True, 0, stands.topology.epoch, f"layer:{name}"),)
             await standing.keep(Standing(stands.topology, pieces, f"pipeline:{name}", {"a": ALICE}))
 
@@ -195,7 +205,7 @@ def test_a_new_scheduler_takes_over_what_stands_and_counts_its_room(redis_url: s
         await heirs.adopt()
 
         assert heirs_builder.swept == {"layer:m/one", "pipeline:m/one"}
-        adopted = await heirs.ensure("m/one", "r1")
+        adopted = await heirs.ensure("m/one", "r1", "job-1")
         assert heirs_builder.built == []
         assert heirs.placed_bytes() == adopted.topology.vram_bytes_by_node
         assert [one.topology.model_id for one in await standing.all()] == ["m/one"]
@@ -217,7 +227,7 @@ def test_a_model_moves_to_a_node_that_joins_and_the_room_of_both_is_kept_meanwhi
         models, builder = fleet(redis_url, vram_bytes=vram_mib * MIB)
         builder.num_layers = 6
         builder.nodes = [replace(one, memory_bytes_per_s=1e7) for one in builder.nodes]
-        model = await models.ensure("m/one", "r1")
+        model = await models.ensure("m/one", "r1", "job-1")
         before = model.topology
         assert used(before) == {"a", "b"}
         assert not await models.improve(model), "it is where it belongs"
@@ -242,7 +252,7 @@ def test_a_move_that_comes_to_nothing_leaves_everything_as_it_was(redis_url: str
     async def scenario() -> None:
         models, builder = fleet(redis_url, vram_bytes=6 * MIB)
         builder.num_layers = 6
-        model = await models.ensure("m/one", "r1")
+        model = await models.ensure("m/one", "r1", "job-1")
         before = model.topology
         builder.nodes.append(node("c", 64 * MIB, memory_bytes_per_s=1e13, flops_per_s=1e14))
         builder.on_move = lambda: False
@@ -250,5 +260,77 @@ def test_a_move_that_comes_to_nothing_leaves_everything_as_it_was(redis_url: str
         assert await models.improve(model), "it was tried"
         assert model.topology is before
         assert models.placed_bytes() == before.vram_bytes_by_node
+
+    asyncio.run(scenario())
+
+
+async def two_pipelines(redis_url: str) -> tuple[Fleet, CountingBuilder]:
+    """Return a fleet of one model that has a pipeline on each of two nodes."""
+    models, builder = fleet(redis_url)
+    await models.ensure("m/one", "r1", "job-1")
+    await models.widen("m/one", "r1")
+    assert [used(one.topology) for one in models.models] == [{"a"}, {"b"}]
+    return models, builder
+
+
+def test_a_job_goes_to_the_pipeline_with_the_fewest_unless_it_is_in_one(redis_url: str) -> None:
+    async def scenario() -> None:
+        models, builder = await two_pipelines(redis_url)
+        first, second = models.models
+        assert (first.running_jobs, second.running_jobs) == (1, 0)
+
+        together = [models.ensure("m/one", "r1", f"job-{number}") for number in range(2, 7)]
+        assert (await asyncio.gather(*together))[0] is second
+        assert (first.running_jobs, second.running_jobs) == (3, 3)
+        second.held.add("job-7")
+        assert await models.ensure("m/one", "r1", "job-7") is second
+        second.broken = True
+        assert await models.ensure("m/one", "r1", "job-7") is first
+        assert builder.closed == ["m/one"]
+
+    asyncio.run(scenario())
+
+
+def test_no_pipeline_comes_where_no_node_is_left_and_none_for_a_model_that_is_gone(redis_url: str) -> None:
+    async def scenario() -> None:
+        models, builder = await two_pipelines(redis_url)
+        await models.widen("m/one", "r1")
+        await models.widen("m/two", "r1")
+
+        assert builder.built == ["m/one", "m/one"]
+
+    asyncio.run(scenario())
+
+
+def test_an_idle_pipeline_makes_room_for_another_model(redis_url: str) -> None:
+    async def scenario() -> None:
+        models, builder = fleet(redis_url, vram_bytes=9 * MIB)
+        first = await models.ensure("m/one", "r1", "job-1")
+        await models.widen("m/one", "r1")
+        await models.ensure("m/two", "r1", "job-2")
+
+        assert builder.closed == ["m/one"]
+        assert first in models.models
+
+    asyncio.run(scenario())
+
+
+def test_a_new_scheduler_takes_every_pipeline_over(redis_url: str) -> None:
+    async def scenario() -> None:
+        models, _ = await two_pipelines(redis_url)
+        standing = RedisStanding.from_url(redis_url)
+        for one in models.models:
+            pieces = (StandingPiece(True, 0, one.topology.epoch, f"layer:{one.topology.replica}"),)
+            await standing.keep(
+                Standing(one.topology, pieces, f"pipeline:{one.topology.replica}", {"a": ALICE})
+            )
+
+        heirs, builder = fleet(redis_url)
+        await heirs.adopt()
+
+        assert [one.topology for one in heirs.models] == [one.topology for one in models.models]
+        lost = await heirs.models[1].replan(Loss(stages=frozenset({0})))
+        assert lost.replica == 1
+        assert builder.built == []
 
     asyncio.run(scenario())

@@ -22,7 +22,7 @@ class Network:
     def __post_init__(self) -> None:
         self.growth = Growth(self, self.ask, patience_s=30, clock=lambda: self.now_s)
 
-    async def ensure(self, model_id: str, revision: str) -> object:
+    async def ensure(self, model_id: str, revision: str, job_id: str) -> object:
         if (missing := self.short_of.get(model_id)) is None:
             return model_id
         raise InsufficientCapacity("too large", missing_bytes=missing)
@@ -35,7 +35,7 @@ class Network:
     def try_all(self) -> None:
         for model in list(self.short_of):
             with pytest.raises(InsufficientCapacity):
-                asyncio.run(self.growth.ensure(model, "r1"))
+                asyncio.run(self.growth.ensure(model, "r1", "job-1"))
 
     def look(self, *lent_mib: int, waiting: int = 1) -> None:
         asyncio.run(self.growth.look([mib * MIB for mib in lent_mib], waiting))
@@ -65,7 +65,7 @@ def nothing_waits(network: Network) -> None:
 
 def it_fits(network: Network) -> None:
     network.short_of.clear()
-    assert asyncio.run(network.growth.ensure("m/one", "r1")) == "m/one"
+    assert asyncio.run(network.growth.ensure("m/one", "r1", "job-1")) == "m/one"
     network.look(7)
 
 

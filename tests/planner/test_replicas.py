@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from azu.errors import InsufficientCapacity
 from azu.planner.plan import plan
-from azu.planner.replicas import plan_replicas, with_hot_replicas
+from azu.planner.replicas import plan_replicas, takes_spare_room, with_hot_replicas
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import Topology
@@ -59,6 +59,24 @@ def test_pipelines_are_whole_share_no_node_and_come_fastest_first(model, nodes, 
     shuffled = list(nodes)
     shuffle.shuffle(shuffled)
     assert plan_replicas(model, shuffled, POLICY, most=most) == pipelines
+
+
+@pytest.mark.parametrize(
+    ("sizes", "takes"),
+    [
+        pytest.param({"b": 64, "c": 64}, False, id="enough for both"),
+        pytest.param({"b": 8}, True, id="the only spare node"),
+        pytest.param({"b": 8, "c": 8}, False, id="another spare node is left"),
+        pytest.param({"b": 5}, False, id="it was no spare node for the other model before"),
+    ],
+)
+def test_a_further_pipeline_leaves_others_the_room_for_what_they_may_lose(sizes, takes) -> None:
+    small, large = structure(2), structure(4)
+    nodes = [node("a", 8 * MIB), *(node(name, mib * MIB) for name, mib in sizes.items())]
+    other = plan(large, nodes[:1], POLICY)
+    another = plan(small, nodes[1:2], POLICY)
+
+    assert takes_spare_room(another, [(large, other)], rooms_beside(other, nodes), POLICY) is takes
 
 
 def rooms_beside(topology: Topology, nodes: list[Node]) -> list[Node]:

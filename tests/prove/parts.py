@@ -135,6 +135,11 @@ PARTS = (
         pytest("tests/cluster/test_better_place.py", "-m", "prove", "-s"),
     ),
     Part(
+        "more pipelines",
+        "a busy model gets a second pipeline; each job goes on in its own when the scheduler dies, identical",
+        pytest("tests/cluster/test_more_pipelines.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "nobody fits",
         "jobs without workers wait while Ray is asked for nodes, go on when one joins, else end with their "
         "reason and a release",
