@@ -232,9 +232,9 @@ def wait_for_pieces(model: str, count: int) -> list[str]:
 
 
 def is_prefilling(pipeline: object) -> bool:
-    """Runs inside a Pipeline: a prompt has begun to run, and none has its first token."""
+    """Runs inside a Pipeline: a prompt has begun to run that has no first token."""
     found = pipeline._engine._sequences.values()
-    return any(one.num_scheduled for one in found) and not any(one.num_generated for one in found)
+    return any(one.num_scheduled and not one.num_generated for one in found)
 
 
 def wait_until_prefilling(model: str, streams: Streams) -> None:
