@@ -1,6 +1,5 @@
 """The azu command: the composition root."""
 
-import os
 import sys
 from importlib import import_module
 
@@ -55,20 +54,7 @@ def main() -> None:
         app()
     except AzuError as error:
         _tell(error)
-        _end(1)
-    except SystemExit as ending:
-        _end(ending.code if isinstance(ending.code, int) else 0)
-
-
-def _end(status: int) -> None:
-    """End this process; whatever a command started was stopped when the command returned."""
-    if "ray" in sys.modules:
-        # Seen after a node had died: Ray breaks the interpreter's list of objects, through which the last
-        # collection then walks in a circle for ever.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+        sys.exit(1)
 
 
 def _tell(error: AzuError) -> None:

@@ -1,5 +1,6 @@
 """Which process runs a network out of a home folder: at most one, and `azu down` finds it."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from azu.errors import ConfigurationError, Conflict, DeadlineExceeded, NotFound
 
 _LOCK = "network.lock"
 _FILE = "network.json"
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +58,19 @@ def stop_running(home: Path, timeout_s: float) -> None:
     if process is None:
         raise NotFound(f"no network runs in {home}")
     process.terminate()
+    deadline = time.monotonic() + timeout_s
+    while not _ended(process):
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(f"process {process.pid} has not stopped in {timeout_s:.0f} s")
+        time.sleep(_POLL_S)
+
+
+def _ended(process: psutil.Process) -> bool:
+    """Say whether a process is over, even if whoever started it has not looked yet."""
     try:
-        process.wait(timeout_s)
-    except psutil.TimeoutExpired as error:
-        raise DeadlineExceeded(f"process {process.pid} has not stopped in {timeout_s:.0f} s") from error
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _find(home: Path) -> psutil.Process | None:
