@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from azu.architecture.config import read_config
 from azu.architecture.skeleton import build_from, experts_in, find_layers
 from azu.engine.expert_frames import TokenSlices, encode_answer
+from azu.engine.shortage import run_in_parts
 from azu.engine.tensors import dtype_name, dtype_named
 from azu.engine.weights import expert_tensors, load_part
 from azu.errors import FrameError, ShardError
@@ -76,7 +77,13 @@ class ExpertRunner:
             raise FrameError(f"no expert of layer {layer} is held here")
         held, slices = self._held[layer], TokenSlices.decode(request, self._device)
         self._refuse(slices, held)
-        sums = held(slices.hidden, slices.ids, slices.weights)
+
+        def run(rows: range) -> Tensor:
+            part = slice(rows.start, rows.stop)
+            return held(slices.hidden[part], slices.ids[part], slices.weights[part])
+
+        parts = run_in_parts(run, range(len(slices.ids)), _halved, self._device.type)
+        sums = parts[0] if len(parts) == 1 else torch.cat(parts)
         return encode_answer(sums, request, slices.step, layer)
 
     def _refuse(self, slices: TokenSlices, held: HeldExperts) -> None:
@@ -89,6 +96,11 @@ class ExpertRunner:
         asked = set(slices.ids.flatten().tolist()) - {-1}
         if not asked <= set(held.experts):
             raise FrameError(f"stage {slices.step.stage} asked for experts that are not held here")
+
+
+def _halved(rows: range) -> tuple[range, range] | None:
+    half = len(rows) // 2
+    return (rows[:half], rows[half:]) if half else None
 
 
 def shrink(module: nn.Module, num_experts: int) -> None:

@@ -24,6 +24,10 @@ class ExpertsFailed(WorkerLost):
         self.expert_set = expert_set
 
 
+class OutOfMemory(WorkerLost):
+    """A piece that has no memory left for the smallest step."""
+
+
 def is_bad_frame(error: AzuError) -> bool:
     """Say whether a fault is what another piece sent, and not that it is gone or silent."""
     if isinstance(error, ExpertsFailed):

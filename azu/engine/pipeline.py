@@ -170,6 +170,8 @@ class EnginePipeline:
         if result.epoch != self._epoch or result.step not in self._in_flight:
             return []
         step = self._in_flight.pop(result.step)
+        if result.most_tokens is not None:
+            self._scheduler.shorten_steps(result.most_tokens)
         if step.replay:
             if not self._replays and not self._in_flight:
                 self._unfilled.clear()

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,13 +17,14 @@ from azu.engine.kv import PagedKV
 from azu.engine.layout import Layout, LayoutBuilder
 from azu.engine.sampler import Sampler
 from azu.engine.sent_log import SentLog
+from azu.engine.shortage import StepPart, run_in_parts
 from azu.engine.spec import Handoff, StageSpec
 from azu.engine.spread import SpreadExperts, SpreadLayer
 from azu.engine.stage import BuiltStage, build_stage
 from azu.engine.tensors import payload_of, tensor_of
 from azu.errors import FrameError
 from azu.protocol.frame import Frame, FrameRow
-from azu.protocol.step import ExpertWork, StepBatch, StepResult
+from azu.protocol.step import ExpertWork, SampledToken, Slice, StepBatch, StepResult
 from azu.protocol.topology import Topology
 
 
@@ -71,11 +72,11 @@ class StageRunner:
                 return Handoff(batch, self._frame(batch, self._kept(batch)))
             rows = self._tokens(batch, frame) if self._spec.stage.index == 0 else self._received(batch, frame)
             self._last_step = batch.step
-            layout = self._layout(batch)
-            self._context.begin(self._step_id(batch), layout)
+            if not batch.slices:
+                raise FrameError(f"step {batch.step} is empty")
             if self._is_last:
-                return self._finish(batch, rows, layout)
-            return self._hand_on(batch, self._model.hidden(rows, layout, self._kv))
+                return self._finish(*self._computed(batch, rows, self._logits))
+            return self._hand_on(*self._computed(batch, rows, self._hidden))
 
     def relink(self, topology: Topology, experts: ExpertLink | None) -> None:
         """Go on under a topology whose epoch is higher; this stage's own piece is as it was.
@@ -110,13 +111,38 @@ class StageRunner:
         with self._lock:
             return self._sent.num_rows(sequence_ids)
 
+    def _computed(
+        self, batch: StepBatch, rows: Tensor, compute: Callable[[Tensor, Layout], Tensor]
+    ) -> tuple[StepBatch, Tensor]:
+        """Run a step's rows, in parts where memory runs out; return the step as it goes on and outputs."""
+
+        def run(part: StepPart) -> _Ran:
+            layout = self._layout(part.slices)
+            self._context.begin(self._step_id(batch), layout)
+            return _Ran(compute(part.rows, layout), len(part.rows), self._context.work)
+
+        parts = run_in_parts(run, StepPart(batch.slices, rows), StepPart.halves, self._device.type)
+        work = (*batch.expert_work, *(one for part in parts for one in part.work))
+        batch = replace(batch, expert_work=work)
+        if len(parts) == 1:
+            return batch, parts[0].out
+        most_tokens = min(max(part.num_tokens for part in parts), batch.most_tokens or batch.num_tokens)
+        filled = [part.out for part in parts if len(part.out)]
+        return replace(batch, most_tokens=most_tokens), torch.cat(filled) if filled else parts[0].out
+
+    def _hidden(self, rows: Tensor, layout: Layout) -> Tensor:
+        return self._model.hidden(rows, layout, self._kv)
+
+    def _logits(self, rows: Tensor, layout: Layout) -> Tensor:
+        places = [index for index, piece in enumerate(layout.slices) if piece.sample]
+        return self._model.logits(rows, layout, self._kv, layout.last_rows[places])
+
     def _hand_on(self, batch: StepBatch, hidden: Tensor) -> Handoff | StepResult:
         payload = payload_of(hidden)
         self._sent.record(batch.slices, payload)
         if batch.replay is not None and self._spec.stage.index == batch.replay.last:
-            return StepResult(batch.epoch, batch.step, batch.micro_batch, tokens=())
-        onward = replace(batch, token_ids=(), expert_work=self._work(batch))
-        return Handoff(onward, self._frame(batch, payload))
+            return _result(batch, (), ())
+        return Handoff(replace(batch, token_ids=()), self._frame(batch, payload))
 
     def _kept(self, batch: StepBatch) -> bytes:
         rows = self._sent.rows(batch.slices)
@@ -124,16 +150,14 @@ class StageRunner:
             raise FrameError(f"stage {self._spec.stage.index} did not keep what step {batch.step} asks for")
         return rows
 
-    def _finish(self, batch: StepBatch, rows: Tensor, layout: Layout) -> StepResult:
+    def _finish(self, batch: StepBatch, logits: Tensor) -> StepResult:
         self._sampler.open(batch.opened)
-        places = [index for index, piece in enumerate(batch.slices) if piece.sample]
-        sequence_ids = [batch.slices[index].sequence_id for index in places]
-        logits = self._model.logits(rows, layout, self._kv, layout.last_rows[places])
-        if self._on_logits is not None and places:
+        sequence_ids = [piece.sequence_id for piece in batch.slices if piece.sample]
+        if self._on_logits is not None and sequence_ids:
             self._on_logits(sequence_ids, logits)
-        tokens = self._sampler.sample(sequence_ids, logits) if places else ()
+        tokens = self._sampler.sample(sequence_ids, logits) if sequence_ids else ()
         self._sampler.close(batch.closed)
-        return StepResult(batch.epoch, batch.step, batch.micro_batch, tokens, self._work(batch))
+        return _result(batch, tokens, batch.expert_work)
 
     def _tokens(self, batch: StepBatch, frame: bytes | None) -> Tensor:
         if frame is not None:
@@ -183,11 +207,9 @@ class StageRunner:
         if frame.shape != shape or frame.dtype != structure.dtype:
             raise FrameError(f"step {frame.step}: {frame.dtype} {list(frame.shape)}, not {list(shape)}")
 
-    def _layout(self, batch: StepBatch) -> Layout:
-        if not batch.slices:
-            raise FrameError(f"step {batch.step} is empty")
+    def _layout(self, slices: Sequence[Slice]) -> Layout:
         build = self._layouts.packed if self._model.packed else self._layouts.padded
-        return build(batch.slices)
+        return build(slices)
 
     def _frame(self, batch: StepBatch, payload: bytes | memoryview) -> bytes:
         return Frame(
@@ -222,9 +244,19 @@ class StageRunner:
     def _step_id(self, batch: StepBatch) -> StepId:
         return StepId(batch.epoch, batch.step, batch.micro_batch, self._spec.stage.index)
 
-    def _work(self, batch: StepBatch) -> tuple[ExpertWork, ...]:
-        return (*batch.expert_work, *self._context.work)
+
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """What came of some tokens of a step."""
+
+    out: Tensor
+    num_tokens: int
+    work: tuple[ExpertWork, ...]
 
 
 def _rows(batch: StepBatch) -> tuple[FrameRow, ...]:
     return tuple(FrameRow(piece.sequence_id, piece.position, piece.num_tokens) for piece in batch.slices)
+
+
+def _result(batch: StepBatch, tokens: tuple[SampledToken, ...], work: tuple[ExpertWork, ...]) -> StepResult:
+    return StepResult(batch.epoch, batch.step, batch.micro_batch, tokens, work, batch.most_tokens)

@@ -15,6 +15,8 @@ from azu.protocol.step import Slice
 
 # A step of fewer tokens takes a stage hardly less time.
 _LEAST_CHUNK_TOKENS = 64
+# After so many short steps they may be twice as long again: whoever took the memory may have given it back.
+_SHORT_STEPS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,9 @@ class Scheduler:
         self._restart_length = restart_length
         self._long_step = False
         self._limit = config.num_blocks
+        self._longest_step = config.prefill_chunk_tokens + config.max_running
+        self._most_tokens = self._longest_step
+        self._short_steps = 0
         self._free = list(range(config.num_blocks - 1, -1, -1))
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # oldest first
@@ -99,6 +104,11 @@ class Scheduler:
         self._config = replace(self._config, num_blocks=num_blocks)
         self._limit = num_blocks
 
+    def shorten_steps(self, most_tokens: int) -> None:
+        """Have steps of at most `most_tokens` for a while: that is what a stage had memory for."""
+        self._most_tokens = max(1, min(self._most_tokens, most_tokens))
+        self._short_steps = _SHORT_STEPS
+
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out; its blocks are free once nothing of it is in flight."""
         if sequence.state is SequenceState.WAITING:
@@ -135,13 +145,13 @@ class Scheduler:
     def replays(self, sequences: Iterable[Sequence]) -> Iterator[tuple[tuple[Sequence, Slice], ...]]:
         """Yield steps that run again what is in the KV cache of some sequences, in chunks like prefills."""
         chunk: list[tuple[Sequence, Slice]] = []
-        room = self._config.prefill_chunk_tokens
+        room = whole = min(self._config.prefill_chunk_tokens, self._most_tokens)
         for sequence in sorted(sequences, key=self._is_long):
             position = 0
             while position < sequence.num_scheduled:
                 if chunk and (not room or self._is_long(chunk[-1][0]) is not self._is_long(sequence)):
                     yield tuple(chunk)
-                    chunk, room = [], self._config.prefill_chunk_tokens
+                    chunk, room = [], whole
                 num_tokens = min(room, sequence.num_scheduled - position)
                 chunk.append((sequence, _piece(sequence, position, num_tokens, sample=False)))
                 position += num_tokens
@@ -153,9 +163,11 @@ class Scheduler:
         """Choose the next micro-batch; empty when nothing can run before something returns."""
         self._admit()
         for ready in self._kinds([sequence for sequence in self._running if sequence.num_pending]):
-            wanted = [*self._decodes(ready), *self._prefills(ready)]
+            decodes = self._decodes(ready)
+            wanted = [*decodes, *self._prefills(ready, max(1, self._most_tokens - len(decodes)))]
             pieces = ((sequence, self._slice(sequence, num_tokens)) for sequence, num_tokens in wanted)
             if chosen := [(sequence, piece) for sequence, piece in pieces if piece is not None]:
+                self._lengthen_steps()
                 return chosen
         return []
 
@@ -182,19 +194,26 @@ class Scheduler:
             self._long_step = not self._long_step
             yield [sequence for sequence in ready if self._is_long(sequence) is self._long_step]
 
+    def _lengthen_steps(self) -> None:
+        if self._short_steps:
+            self._short_steps -= 1
+            if not self._short_steps:
+                self._most_tokens = min(2 * self._most_tokens, self._longest_step)
+                self._short_steps = _SHORT_STEPS if self._most_tokens < self._longest_step else 0
+
     def _decodes(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
         """Return an even share of the decoding sequences, so that no micro-batch waits for another."""
         decoding = sum(sequence.is_decoding for sequence in self._running)
-        share = -(-decoding // self.micro_batches)
+        share = min(-(-decoding // self.micro_batches), self._most_tokens)
         return [(sequence, 1) for sequence in ready if sequence.is_decoding][:share]
 
-    def _prefills(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
+    def _prefills(self, ready: list[Sequence], most_tokens: int) -> list[tuple[Sequence, int]]:
         """Share a step's prompt tokens out: at least half to the oldest prompt, then short ones first.
 
         A step that reads a short one to its end takes no part of another long one: it would come back later.
         """
         prefilling = [sequence for sequence in ready if not sequence.is_decoding]
-        budget = self._prefill_budget(prefilling)
+        budget = min(self._prefill_budget(prefilling), most_tokens)
         others = sum(sequence.num_pending for sequence in prefilling[1:])
         shares: list[tuple[Sequence, int]] = []
         limit = max(budget // 2, budget - others, 1)

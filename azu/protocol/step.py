@@ -62,7 +62,8 @@ class StepBatch:
 
     `token_ids` holds the tokens of all slices for the first stage and is empty after it.
     `closed` names sequences whose state every stage may drop. `expert_work` grows on the way.
-    A step with a `replay` goes through its stages only.
+    A step with a `replay` goes through its stages only. `most_tokens` is what the tightest stage ran at once,
+    when memory ran out and it ran the step in parts.
     """
 
     epoch: int
@@ -74,6 +75,7 @@ class StepBatch:
     closed: tuple[int, ...] = ()
     expert_work: tuple[ExpertWork, ...] = ()
     replay: Replay | None = None
+    most_tokens: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -93,10 +95,14 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the last stage of a step tells the pipeline: token ids only, never hidden states."""
+    """What the last stage of a step tells the pipeline: token ids only, never hidden states.
+
+    `most_tokens` is the step's, None when every stage ran it whole.
+    """
 
     epoch: int
     step: int
     micro_batch: int
     tokens: tuple[SampledToken, ...]
     expert_work: tuple[ExpertWork, ...] = ()
+    most_tokens: int | None = None

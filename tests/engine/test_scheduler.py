@@ -240,3 +240,23 @@ def test_youngest_gives_way_when_blocks_run_out() -> None:
     assert young.state == "waiting"
     engine.run_dry()
     assert young.num_generated == 6
+
+
+def test_steps_are_short_for_a_while_after_a_stage_ran_out_of_memory() -> None:
+    engine = _Engine(SchedulerConfig(num_blocks=4096, block_size=16, prefill_chunk_tokens=256))
+    for index in range(60):
+        engine.scheduler.add(_sequence(index, prompt=1000, max_tokens=2))
+
+    def largest_of(num_steps: int) -> int:
+        sizes = []
+        for _ in range(num_steps):
+            assert engine.send()
+            sizes.append(sum(piece.num_tokens for _, piece in engine.in_flight[-1]))
+            engine.take()
+        return max(sizes)
+
+    assert largest_of(4) > 128
+    engine.scheduler.shorten_steps(100)
+    assert largest_of(128) == 100
+    assert 100 < largest_of(128) <= 200
+    assert largest_of(20) > 200

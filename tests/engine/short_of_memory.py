@@ -1,0 +1,89 @@
+"""A model in a process that may not take much more memory: FOLDER MIB prints what it answers as JSON.
+
+The limit is the system's own, so this needs a process of its own.
+"""
+
+import json
+import logging
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from azu.architecture import describe
+from azu.engine.local import LocalPipeline, local_topology
+from azu.engine.scheduler import SchedulerConfig
+from azu.protocol.sampling import SamplingParams
+from azu.protocol.structure import STRUCTURE_FILE, Structure
+from azu.sharding.cut import cut
+from azu.units import KIB, MIB
+from tests.engine.families import FAMILIES, build_lively
+
+_NUM_BLOCKS = 256
+_PROMPTS = [[(7 * index + place) % 89 + 3 for place in range(400)] for index in range(4)]
+_SAMPLING = SamplingParams(max_tokens=6, ignore_eos=True)
+# Few and narrow layers with wide activations: a step takes much more than the weights.
+_CHANGES = {
+    "hidden_size": 256,
+    "intermediate_size": 8192,
+    "moe_intermediate_size": 4096,
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "max_position_embeddings": 1024,
+    "layer_types": None,
+}
+
+
+def save_wide(family: str, folder: Path) -> Structure:
+    """Write and cut a model whose steps take much more than its weights."""
+    config = FAMILIES[family]().to_dict()
+    config |= {name: value for name, value in _CHANGES.items() if name in config}
+    build_lively(AutoConfig.for_model(**config)).save_pretrained(folder / "model")
+    architecture = describe(folder / "model")
+    return cut(folder / "model", folder, model_id=family, revision="r", architecture=architecture)
+
+
+@contextmanager
+def room(size_bytes: int) -> Iterator[None]:
+    """Take no more than so much on top of what is taken."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    taken = next(int(line.split()[1]) * KIB for line in status if line.startswith("VmSize"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+class _Counted(logging.Handler):
+    """Counts what the engine says of memory."""
+
+    number = 0
+
+    def emit(self, _: logging.LogRecord) -> None:
+        self.number += 1
+
+
+def main(folder: Path, room_mib: int) -> None:
+    """Answer with little room, then with all there is."""
+    logging.getLogger("azu.engine.shortage").addHandler(counted := _Counted())
+    structure = Structure.from_json((folder / STRUCTURE_FILE).read_bytes())
+    holders = 2 if any(layer.num_experts for layer in structure.layers) else 0
+    topology = local_topology(structure, (0, 1, 2), num_blocks=_NUM_BLOCKS, expert_holders=holders)
+    scheduling = SchedulerConfig(_NUM_BLOCKS, topology.block_size, prefill_chunk_tokens=1024)
+    pipeline = LocalPipeline(structure, topology, folder, scheduling)
+    # What is made at first use is there.
+    pipeline.generate([[3, 4, 5]], _SAMPLING)
+    with room(room_mib * MIB):
+        short = [one.token_ids for one in pipeline.generate(_PROMPTS, _SAMPLING)]
+    shortages = counted.number
+    whole = [one.token_ids for one in pipeline.generate(_PROMPTS, _SAMPLING)]
+    print(json.dumps({"short": short, "whole": whole, "shortages": shortages}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
