@@ -130,6 +130,11 @@ PARTS = (
         pytest("tests/cluster/test_change.py", "-m", "prove", "-s"),
     ),
     Part(
+        "memory planned",
+        "50 sequences on a stage with KV for four: its process never takes more than planned",
+        pytest("tests/engine/test_planned_memory.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "better places",
         "a larger node joins, another lends more: the model moves there under 4 streams, identical",
         pytest("tests/cluster/test_better_place.py", "-m", "prove", "-s"),
