@@ -5,6 +5,7 @@ everywhere; decimal strings exist only at the chain's edge and for people.
 """
 
 import re
+import reprlib
 from decimal import Decimal, InvalidOperation
 
 from azu.errors import InvalidRequest
@@ -50,7 +51,7 @@ def parse_bytes(size: str | int) -> int:
         return size
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
     if match is None:
-        raise InvalidRequest(f"{size!r} is not a size; write it like 24GiB or 512MiB")
+        raise InvalidRequest(f"{reprlib.repr(size)} is not a size; write it like 24GiB or 512MiB")
     factor = _SIZE_FACTORS[match[2].lower().rstrip("b").rstrip("i")]
     return int(Decimal(match[1]) * factor)
 

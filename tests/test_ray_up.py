@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
+from ray.autoscaler._private.fake_multi_node.node_provider import (
+    FAKE_HEAD_NODE_ID,
+    FAKE_HEAD_NODE_TYPE,
+    FakeMultiNodeProvider,
+)
 
 from azu.units import LAMPORTS_PER_HYPE, MIB
 from tests.machines import Machine, can_make_machines, lan
@@ -210,8 +214,11 @@ def with_made_up_nodes() -> dict[str, Any]:
     types[FAKE_HEAD_NODE_TYPE] = types.pop(config["head_node_type"])
     commands = [key for key in config if key.endswith("_commands")]
     commands += ["initialization_commands", "head_setup_commands", "worker_setup_commands"]
+    # By the name "fake_multinode" Ray looks for a file of defaults that its wheel lacks.
+    module = f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__qualname__}"
+    provider = {"type": "external", "module": module}
     return config | {
-        "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID},
+        "provider": provider | {"launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID},
         "head_node_type": FAKE_HEAD_NODE_TYPE,
         "idle_timeout_minutes": 0.05,
         "auth": {},
