@@ -60,6 +60,11 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
 def save_with_tokenizer(folder: Path, family: str) -> Path:
     """Write a family's model as an ordinary Hugging Face folder with a tokenizer."""
     build_lively(MODELS[family]()).save_pretrained(folder)
+    return save_tokenizer(folder)
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """Put the built-in models' tokenizer beside a model."""
     for file in built_in_folder("azu/tiny-dense").glob("token*"):
         shutil.copy(file, folder)
     return folder
