@@ -145,6 +145,11 @@ PARTS = (
         pytest("tests/cluster/test_more_pipelines.py", "-m", "prove", "-s"),
     ),
     Part(
+        "memory admitted",
+        "50 jobs at once on nodes that hold the KV of four: no stage's process takes more than was planned",
+        pytest("tests/cluster/test_admission.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "nobody fits",
         "jobs without workers wait while Ray is asked for nodes, go on when one joins, else end with their "
         "reason and a release",
