@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from actors.control import REGISTRY, SCHEDULER
 from actors.registry import Registry
 from azu.config import ControlConfig, NetworkPolicy, load_network
-from azu.errors import AzuError
+from azu.errors import AzuError, NotFound
 from azu.jobs.redis import RedisJobs
 from azu.ledger.redis import RedisLedger
 from azu.ledger.transfers import Deposit
@@ -99,6 +99,9 @@ class NoNodes:
 
     async def prediction(self, model_id: str, revision: str) -> None:
         return None
+
+    async def leave(self, name: str, address: str | None) -> bool:
+        raise NotFound(f"no node {name} of yours lends here", param="name")
 
 
 class LocalServices(Services):
