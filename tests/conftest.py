@@ -13,6 +13,8 @@ from tests.redis_server import RunningRedis, start_redis
 # A shell has what it starts in the background ignore Ctrl-C, and so would everything that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Ray reads its mode once, when it is imported: before the first test that imports it.
 os.environ["RAY_AUTH_MODE"] = "token"
 # Beside the cluster's tests a second thread waits for its turn longer than it computes: read by torch, once.

@@ -43,10 +43,12 @@ def kill_at_effect(effects: Effects, death: Death) -> None:
             seen.add(call)
             if hit and death.when == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = await original(*arguments)
-            if hit:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return await original(*arguments)
+            finally:
+                # Also when it failed, as a send does whose answer was lost.
+                if hit:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return effect
 
