@@ -34,12 +34,9 @@ def serve(
     from azu.cli.network.background import in_background
     from azu.cli.network.interrupts import ending_as_interrupt
     from azu.cli.network.watching import watch
-    from azu.config import Settings, load_network
+    from azu.config import load_settings
 
-    settings = Settings.from_environment()
-    if network is not None:
-        settings = settings.model_copy(update={"network": network.absolute()})
-    file = load_network(settings.network)
+    settings, file = load_settings(network)
     if background:
         facts = in_background(settings.home, 4 * file.policy.timeouts.start_s)
         show(facts, as_json, _panel)

@@ -43,12 +43,9 @@ def up(
     from azu.cli.network.interrupts import ending_as_interrupt
     from azu.cli.network.local_network import local_network
     from azu.cli.network.watching import watch
-    from azu.config import Settings, load_network
+    from azu.config import load_settings
 
-    settings = Settings.from_environment()
-    if network is not None:
-        settings = settings.model_copy(update={"network": network.absolute()})
-    file = load_network(settings.network)
+    settings, file = load_settings(network)
     if background:
         _tell(in_background(settings.home, 4 * file.policy.timeouts.start_s), as_json)
         return

@@ -1,7 +1,7 @@
 """Settings from the environment and from configs/: unknown keys are refused."""
 
 from azu.config.control import ControlConfig, EnrolmentConfig, TlsConfig
-from azu.config.network import LocalWorker, NetworkFile, load_network
+from azu.config.network import LocalWorker, NetworkFile, load_network, load_settings
 from azu.config.policy import NetworkPolicy
 from azu.config.settings import Settings
 
@@ -14,4 +14,5 @@ __all__ = [
     "Settings",
     "TlsConfig",
     "load_network",
+    "load_settings",
 ]

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from azu.config.fields import Address, Size, refused
 from azu.config.policy import NetworkPolicy
+from azu.config.settings import Settings
 from azu.documents import read_yaml
 from azu.errors import ConfigurationError
 from azu.units import MIB
@@ -35,6 +36,17 @@ class NetworkFile(BaseModel):
 
     policy: NetworkPolicy
     workers: tuple[LocalWorker, ...] = ()
+
+
+def load_settings(network: Path | None = None) -> tuple[Settings, NetworkFile]:
+    """Return the environment's settings, with another network file if one is given, and what that file says.
+
+    Raises ConfigurationError as `load_network` does.
+    """
+    settings = Settings.from_environment()
+    if network is not None:
+        settings = settings.model_copy(update={"network": network.absolute()})
+    return settings, load_network(settings.network)
 
 
 def load_network(path: Path | Traversable | None = None) -> NetworkFile:

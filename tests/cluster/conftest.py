@@ -14,6 +14,12 @@ DEPOSIT_LAMPORTS = LAMPORTS_PER_HYPE
 UNUSED_KEY = "5ec12e7" * 9 + "0"
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a module's own network."""
+    return tmp_path_factory.mktemp("azu")
+
+
 @pytest.fixture(scope="session")
 def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the network takes models from."""

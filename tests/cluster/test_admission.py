@@ -39,11 +39,6 @@ _LOOK_EVERY = 10
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("azu")
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 190 MB, so that weights and KV are much more than what a process wavers by."""
     folder = tmp_path_factory.mktemp("models") / "wide"

@@ -37,11 +37,6 @@ LOOKS = 4
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("azu")
-
-
-@pytest.fixture(scope="module")
 def running(home: Path) -> Iterator[Running]:
     """Two nodes that lend half a model's room each, and one that has room for all of it and is not there."""
     file = spared(ada=WHOLE_MIB, ben=HALF_MIB, cleo=MORE_MIB)

@@ -29,11 +29,6 @@ MOMENTS = ("prefill", "first token", "middle", "last token")
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("azu")
-
-
-@pytest.fixture(scope="module")
 def running(home: Path) -> Iterator[Running]:
     """A network so small that experts are spread; what dies finds its own room again."""
     with network_of(home, spared(ada=7, ben=7, cleo=8)) as started:

@@ -32,11 +32,6 @@ BUDGET_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("azu")
-
-
-@pytest.fixture(scope="module")
 def running(home: Path) -> Iterator[Running]:
     """A network that needs both of its nodes."""
     with network_of(home, spared(budget_s=BUDGET_S, **NODES)) as started:

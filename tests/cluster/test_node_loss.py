@@ -35,11 +35,6 @@ NODES = {"ada": 7, "ben": 7, "cleo": 8, "dora": 8}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("azu")
-
-
-@pytest.fixture(scope="module")
 def running(home: Path) -> Iterator[Running]:
     """A network in which any one node can be done without."""
     with network_of(home, spared(**NODES)) as started:

@@ -41,18 +41,23 @@ class Bouncer:
         return self._arrived
 
 
+def hops_s(left: ActorHandle, right: ActorHandle, frame_bytes: int, rounds: int) -> list[float]:
+    """Have a frame go to and fro between two Bouncers; return half the time of each round."""
+    ray.get([left.meet.remote(right), right.meet.remote(left)], timeout=_TIMEOUT_S)
+    left.bounce.remote(bytes(frame_bytes), 2 * rounds)
+    arrived: list[float] = []
+    deadline = time.monotonic() + _TIMEOUT_S
+    while len(arrived) <= rounds and time.monotonic() < deadline:
+        time.sleep(1.0)
+        arrived = ray.get(left.arrived.remote(), timeout=_TIMEOUT_S)
+    return [(later - earlier) / 2 for earlier, later in pairwise(arrived)]
+
+
 def measure(_shape: ModelShape) -> tuple[Figure, ...]:
     """Return the median of half a round between two actors."""
     with ray_here():
         left, right = (ray.remote(Bouncer).options(num_cpus=0).remote() for _ in range(2))
-        ray.get([left.meet.remote(right), right.meet.remote(left)], timeout=_TIMEOUT_S)
-        left.bounce.remote(bytes(_FRAME_BYTES), 2 * _ROUNDS)
-        arrived: list[float] = []
-        deadline = time.monotonic() + _TIMEOUT_S
-        while len(arrived) <= _ROUNDS and time.monotonic() < deadline:
-            time.sleep(1.0)
-            arrived = ray.get(left.arrived.remote(), timeout=_TIMEOUT_S)
-    hops = sorted((later - earlier) / 2 for earlier, later in pairwise(arrived))
+        hops = sorted(hops_s(left, right, _FRAME_BYTES, _ROUNDS))
     return (
         Figure(
             name="hop of an 8 KiB frame between actors",

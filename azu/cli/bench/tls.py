@@ -3,8 +3,6 @@
 import os
 import secrets
 import tempfile
-import time
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -67,7 +65,7 @@ def _hops_ms(*, tls: bool) -> dict[int, float]:
 def _hop_ms(head: str, size: int, rounds: int) -> float:
     import ray
 
-    from azu.cli.bench.hop import Bouncer
+    from azu.cli.bench.hop import Bouncer, hops_s
 
     ray.init(head, namespace="azu", log_to_driver=False, logging_level="error")
     try:
@@ -75,14 +73,7 @@ def _hop_ms(head: str, size: int, rounds: int) -> float:
             ray.remote(Bouncer).options(num_cpus=0, label_selector={"azu-name": f"node-{index}"}).remote()
             for index in range(2)
         )
-        ray.get([left.meet.remote(right), right.meet.remote(left)], timeout=_START_TIMEOUT_S)
-        left.bounce.remote(bytes(size), 2 * rounds)
-        arrived: list[float] = []
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while len(arrived) <= rounds and time.monotonic() < deadline:
-            time.sleep(1.0)
-            arrived = ray.get(left.arrived.remote(), timeout=_START_TIMEOUT_S)
-        return median((later - earlier) / 2 for earlier, later in pairwise(arrived)) * 1e3
+        return median(hops_s(left, right, size, rounds)) * 1e3
     finally:
         ray.shutdown()
 

@@ -40,8 +40,7 @@ _ALWAYS = {
     # Ray runs actors at niceness 15: whatever else the machine does would go before people who wait.
     "RAY_worker_niceness": "0",
 }
-# What stages are started with: glibc reads it before Python runs. With large pages 256 tokens of prompts take
-# 40 page faults instead of 22,000, weights are read faster, and half as much memory lies beside them.
+# What stages are started with, for glibc reads it before Python runs: in large pages weights are read faster.
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # Imported by every process of a lender's node before it has work.
 _PRELOADED = "actors.preloaded"
