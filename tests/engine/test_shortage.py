@@ -14,11 +14,9 @@ from azu.protocol.step import Slice
 from tests.engine.short_of_memory import save_wide
 
 
-@pytest.mark.parametrize(("family", "room_mib"), [("llama", 24), ("bloom", 12), ("qwen3_moe", 24)])
-def test_answers_are_the_same_when_memory_runs_out_inside_steps(
-    family: str, room_mib: int, tmp_path: Path
-) -> None:
-    command = [sys.executable, "-m", "tests.engine.short_of_memory", str(tmp_path), str(room_mib)]
+@pytest.mark.parametrize("family", ["llama", "bloom", "qwen3_moe"])
+def test_answers_are_the_same_when_memory_runs_out_inside_steps(family: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.engine.short_of_memory", str(tmp_path)]
     save_wide(family, tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
