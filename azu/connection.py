@@ -68,7 +68,7 @@ async def until_back(call: Callable[[], Awaitable[_Answer]]) -> _Answer:
 
 class _Client(Redis):
     async def execute_command(self, *arguments: Any, **options: Any) -> Any:
-        with _typed_silence():
+        with _as_asked_for():
             return await super().execute_command(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
@@ -77,16 +77,24 @@ class _Client(Redis):
 
 class _Pipeline(Pipeline):
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
-        with _typed_silence():
+        with _as_asked_for():
             return await super().execute(raise_on_error)
 
 
 @contextmanager
-def _typed_silence() -> Iterator[None]:
+def _as_asked_for() -> Iterator[None]:
+    """Have silence typed, and a cancellation reach its task: where a connection is made, some get lost."""
+    task = asyncio.current_task()
+    assert task is not None
+    cancellations = task.cancelling()
     try:
         yield
     except (ConnectionLost, NoReply) as error:
+        if task.cancelling() > cancellations:
+            raise asyncio.CancelledError from error
         raise Unavailable(f"Redis did not answer: {error}") from error
+    if task.cancelling() > cancellations:
+        raise asyncio.CancelledError
 
 
 def _backoff() -> ExponentialBackoff:

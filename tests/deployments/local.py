@@ -223,9 +223,6 @@ async def local_ingress(
             transport = httpx.ASGITransport(api, raise_app_exceptions=False)
             yield LocalIngress(config, api, transport, model, ledger)
     finally:
-        # A cancellation may be lost where a connection is being made.
-        while running:
-            for task in running:
-                task.cancel()
-            _, unfinished = await asyncio.wait(running, timeout=0.1)
-            running = list(unfinished)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
