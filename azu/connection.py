@@ -90,11 +90,11 @@ def _as_asked_for() -> Iterator[None]:
     try:
         yield
     except (ConnectionLost, NoReply) as error:
-        if task.cancelling() > cancellations:
-            raise asyncio.CancelledError from error
         raise Unavailable(f"Redis did not answer: {error}") from error
-    if task.cancelling() > cancellations:
-        raise asyncio.CancelledError
+    finally:
+        # Whatever was answered instead: the caller may expect it, and go on.
+        if task.cancelling() > cancellations:
+            raise asyncio.CancelledError
 
 
 def _backoff() -> ExponentialBackoff:
