@@ -15,6 +15,7 @@ from azu.lifecycle.deployed import Commit, Replan
 from azu.lifecycle.ports import Ran, Route
 from azu.lifecycle.standing import Standing, StandingModels
 from azu.planner.admission import refuse_what_never_fits
+from azu.planner.hot_experts import Counts
 from azu.planner.moves import Change
 from azu.planner.shrink import with_blocks
 from azu.protocol.job import Job
@@ -102,6 +103,10 @@ class RayDeployment:
         ran = await self._seat.run(job)
         self._held -= {job.job_id}
         return ran
+
+    async def num_chosen(self) -> Counts:
+        """Ask the stages how often each expert was chosen."""
+        return await self._pieces.num_chosen()
 
     async def resize(self, num_blocks: int) -> None:
         """Have another number of KV blocks, under a new epoch; those that sequences need alone are kept."""

@@ -79,6 +79,11 @@ class LayerActor:
         assert self._runner is not None, "load() comes first"
         return self._runner.num_sent(sequence_ids)
 
+    def num_chosen(self) -> Mapping[int, Sequence[int]]:
+        """Return how often each expert was chosen, for the layers that have experts elsewhere."""
+        assert self._runner is not None, "load() comes first"
+        return self._runner.num_chosen()
+
     def alive(self, seconds: float) -> None:
         """Return after some seconds: whoever waits hears at once when this process dies."""
         threading.Event().wait(seconds)

@@ -17,6 +17,7 @@ from actors.placement import CONTROL, actor_name, find_piece, release, reserve, 
 from actors.site import Site
 from azu.engine.spec import StageSpec
 from azu.errors import AzuError, WorkerLost
+from azu.planner.hot_experts import Counts
 from azu.planner.shards import shards_of
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, Stage, Topology
@@ -84,6 +85,16 @@ class RayPiece:
         answer = relink.remote(topology, neighbours.expert_sets, neighbours.after, neighbours.pipeline)
         await asyncio.wait_for(answer, self._site.policy.timeouts.step_s)
         self.linked_epoch = topology.epoch
+
+    async def num_chosen(self) -> Counts:
+        """Ask a stage how often each expert was chosen; raises an AzuError when it does not say."""
+        assert self.actor is not None
+        asking = self.actor.num_chosen.options(concurrency_group=CONTROL).remote()
+        try:
+            counts: Counts = await asyncio.wait_for(asking, self._site.policy.timeouts.step_s)
+        except Exception as error:
+            raise as_azu_error(error, self.name) from error
+        return counts
 
     def watch(self, died: Callable[[], None]) -> None:
         """Say from now on when its process dies or does not answer any more."""

@@ -13,6 +13,7 @@ from actors.site import Site
 from azu.errors import AzuError
 from azu.lifecycle.placements import placements
 from azu.lifecycle.standing import StandingPiece
+from azu.planner.hot_experts import Counts
 from azu.protocol.job import Placement
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, Loss, Stage, Topology
@@ -135,6 +136,12 @@ class RayPieces:
         """Return the stages in order."""
         found = sorted((key[1], piece.actor) for key, piece in self._pieces.items() if key[0] is Stage)
         return [actor for _, actor in found]
+
+    async def num_chosen(self) -> Counts:
+        """Return how often each expert was chosen, in layers that have experts apart from their router."""
+        stages = [piece for (kind, _), piece in self._pieces.items() if kind is Stage]
+        answers = await asyncio.gather(*(piece.num_chosen() for piece in stages))
+        return {layer: counts for answer in answers for layer, counts in answer.items()}
 
     def still_there(self, loss: Loss, epoch: int) -> Loss:
         """Return what of a loss in an epoch was not replaced since."""

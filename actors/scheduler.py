@@ -21,6 +21,8 @@ from azu.lifecycle.fleet import Fleet
 from azu.lifecycle.growth import Growth
 from azu.lifecycle.moving import Moving
 from azu.lifecycle.nodes import NodeBook
+from azu.lifecycle.replicating import Replicating
+from azu.lifecycle.rest import Rest
 from azu.lifecycle.settlement import Settlement
 from azu.lifecycle.standing import RedisStanding
 from azu.lifecycle.widening import Widening
@@ -62,7 +64,8 @@ class Scheduler:
         )
         self._growth = Growth(self._fleet, request_nodes, patience_s=2 * policy.requeue.longest_s)
         self._fitting = Fitting(self._fleet, policy.plan_policy())
-        self._moving = Moving(self._fleet, rest_s=policy.moves.rest_s)
+        self._moving = Moving(self._fleet, Rest(policy.moves.rest_s))
+        self._replicating = Replicating(self._fleet, Rest(policy.moves.rest_s))
         self._widening = Widening(self._fleet, policy.kv.promised_sequences)
         jobs = RedisJobs.from_url(config.redis_url)
         self._ledger = RedisLedger.from_url(config.redis_url)
@@ -178,6 +181,7 @@ class Scheduler:
             try:
                 await self._moving.look()
                 await self._widening.look()
+                await self._replicating.look(is_short=self._growth.is_short)
             except Exception:
                 # What runs goes on where it is, and jobs are taken as ever.
                 log.exception("models were not moved")

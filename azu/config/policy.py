@@ -43,6 +43,7 @@ class Planner(_Section):
     horizon_s: Seconds
     least_gain: Annotated[float, Field(ge=0, le=10)]
     least_replica_speed: Annotated[float, Field(ge=0, le=1)]
+    hot_expert: Annotated[float, Field(gt=1)]
 
 
 class Engine(_Section):
@@ -152,5 +153,6 @@ class NetworkPolicy(_Section):
             horizon_s=self.planner.horizon_s,
             least_gain=self.planner.least_gain,
             least_replica_speed=self.planner.least_replica_speed,
+            hot_expert=self.planner.hot_expert,
             lamports_per_token_layer=self.price.lamports_per_token_layer,
         )

@@ -111,6 +111,10 @@ class StageRunner:
         with self._lock:
             return self._sent.num_rows(sequence_ids)
 
+    def num_chosen(self) -> Mapping[int, Sequence[int]]:
+        """Return how often each expert was chosen, for the layers that have experts elsewhere."""
+        return {module.layer: module.num_chosen for module in self._spread_layers}
+
     def _computed(
         self, batch: StepBatch, rows: Tensor, compute: Callable[[Tensor, Layout], Tensor]
     ) -> tuple[StepBatch, Tensor]:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from azu.lifecycle.dispatch import RunningModel
 from azu.lifecycle.standing import Standing
+from azu.planner.hot_experts import Counts
 from azu.planner.moves import Change
 from azu.protocol.structure import Structure
 from azu.protocol.topology import Loss, Topology
@@ -44,6 +45,12 @@ class DeployedModel(RunningModel, Protocol):
 
     async def move(self, change: Change, commit: Commit, *, beside: bool) -> bool:
         """Go over to other places, brought up `beside` what runs; False when everything stays as it was."""
+
+    async def num_chosen(self) -> Counts:
+        """Return how often each expert was chosen in layers that have experts apart from their router.
+
+        Raises an AzuError when a stage does not say.
+        """
 
     async def resize(self, num_blocks: int) -> None:
         """Have another number of KV blocks; those that sequences need alone are kept."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,9 +9,11 @@ from functools import partial
 from azu.errors import AzuError, InsufficientCapacity, WorkerLost
 from azu.lifecycle.deployed import Builder, DeployedModel
 from azu.lifecycle.dispatch import RunningModel
+from azu.lifecycle.rooms import Nodes, Rooms, negated, sums
 from azu.lifecycle.standing import Standing, StandingModels
 from azu.planner.admission import NEVER_FITS, refuse_what_no_waiting_helps
-from azu.planner.moves import better_place, fits
+from azu.planner.hot_experts import Heat, with_hot_replicas
+from azu.planner.moves import Change, better_place, change_to, fits
 from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
 from azu.planner.replan import replan
@@ -32,7 +33,7 @@ class Fleet:
     def __init__(
         self,
         builder: Builder,
-        nodes: Callable[[Mapping[str, int], Mapping[str, int]], Sequence[Node]],
+        nodes: Nodes,
         policy: PlanPolicy,
         standing: StandingModels,
         *,
@@ -41,14 +42,11 @@ class Fleet:
         """Bring models up by `builder`; where `nodes_come` no model is too large to wait."""
         self._builder = builder
         self._standing = standing
-        self._nodes = nodes
         self._policy = policy
         self._nodes_come = nodes_come
         self._models: dict[PipelineKey, DeployedModel] = {}  # the least recently used first
+        self._rooms = Rooms(nodes, self._models)
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
-        self._promised: dict[PipelineKey, Mapping[str, int]] = {}
-        # One plan at a time: two must not promise the same room.
-        self._placing = asyncio.Lock()
         self.deploying: set[tuple[str, str]] = set()
 
     @property
@@ -58,8 +56,7 @@ class Fleet:
 
     def placed_bytes(self) -> dict[str, int]:
         """Return the VRAM taken on each node by what is deployed or being brought up."""
-        placed = [model.topology.vram_bytes_by_node for model in self._models.values()]
-        return _sums([*placed, *self._promised.values()])
+        return self._rooms.placed_bytes()
 
     async def adopt(self) -> None:
         """Take over the models that another scheduler left standing; whatever else it left is taken down.
@@ -108,18 +105,18 @@ class Fleet:
 
         Other models keep the room that they need if a node dies; this one goes on in its other pipeline.
         """
-        async with self._placing:
+        async with self._rooms.placing:
             running = self._pipelines(model_id, revision)
             if not running:
                 return
             structure, topologies = running[0].structure, [one.topology for one in running]
-            nodes = self._nodes(self.placed_bytes(), {})
+            nodes = self._rooms.now()
             epoch = await self._standing.next_epoch()
             topology = plan_another(structure, topologies, nodes, self._policy, epoch=epoch)
             others = [(one.structure, one.topology) for one in self._models.values() if one not in running]
-            if topology is None or takes_spare_room(topology, others, nodes, self._policy):
+            if topology is None or takes_spare_room(topology.vram_bytes_by_node, others, nodes, self._policy):
                 return
-            self._promised[topology.key] = topology.vram_bytes_by_node
+            self._rooms.promised[topology.key] = topology.vram_bytes_by_node
         log.warning("%s gets pipeline %d", model_id, topology.replica)
         await self._bring_up(structure, topology)
 
@@ -152,7 +149,7 @@ class Fleet:
 
     def _find_elsewhere(self, model: DeployedModel, loss: Loss, node_id: str) -> None:
         """Raise InsufficientCapacity unless other nodes have room for some pieces."""
-        others = [node for node in self._nodes(self.placed_bytes(), {}) if node.node_id != node_id]
+        others = [node for node in self._rooms.now() if node.node_id != node_id]
         replan(model.structure, model.topology, loss, others, self._policy, epoch=model.topology.epoch + 1)
 
     async def improve(self, model: DeployedModel) -> bool:
@@ -160,43 +157,61 @@ class Fleet:
 
         It serves meanwhile, but for as long as it takes to fill what moves. Says whether a move was tried.
         """
-        key, before = model.topology.key, model.topology
-        nodes = self._without(before.vram_bytes_by_node)
+        before = model.topology
+        nodes = self._rooms.without(before.vram_bytes_by_node)
         # A plan takes a second where there are a thousand nodes.
         change = await asyncio.to_thread(better_place, model.structure, before, nodes, self._policy)
-        if change is None:
-            return False
-        async with self._placing:
+        return change is not None and await self._change(model, before, change)
+
+    async def replicate(self, model: DeployedModel, heat: Heat) -> bool:
+        """Hold the hot experts of a model a second time where nobody needs the room, and no others.
+
+        Says whether a change was tried.
+        """
+        before = model.topology
+        nodes = self._rooms.without(before.vram_bytes_of(before.replicas))
+        models = [(one.structure, one.topology) for one in self._models.values()]
+
+        def wanted() -> Topology:
+            hot = with_hot_replicas(model.structure, before, nodes, self._policy, heat)
+            for one in (hot, before):
+                if not takes_spare_room(one.vram_bytes_of(one.replicas), models, nodes, self._policy):
+                    return one
+            return before.without(before.replicas)
+
+        change = change_to(before, await asyncio.to_thread(wanted))
+        return bool(change.gone or change.fresh) and await self._change(model, before, change)
+
+    async def _change(self, model: DeployedModel, before: Topology, change: Change) -> bool:
+        """Have a model change its places, if there is room and nothing came between; say if it was tried."""
+        key = before.key
+        async with self._rooms.placing:
             if self._models.get(key) is not model or model.topology is not before:
                 return False
             given_back = before.vram_bytes_of(change.gone)
-            beside = fits(change.fresh_bytes, self._nodes(self.placed_bytes(), {}))
-            if not beside and not fits(change.fresh_bytes, self._without(given_back)):
+            beside = fits(change.fresh_bytes, self._rooms.now())
+            if not beside and not fits(change.fresh_bytes, self._rooms.without(given_back)):
                 return False
             change = replace(change, topology=await self._with_epoch(change.topology))
-            needed = _sums([change.fresh_bytes, {} if beside else _negated(given_back)])
-            self._promised[key] = needed
+            needed = sums([change.fresh_bytes, {} if beside else negated(given_back)])
+            self._rooms.promised[key] = needed
         try:
             await model.move(change, partial(self._commit, key, change.topology), beside=beside)
         finally:
-            if self._promised.get(key) is needed:
-                del self._promised[key]
+            if self._rooms.promised.get(key) is needed:
+                del self._rooms.promised[key]
         return True
 
     async def _commit(self, key: PipelineKey, topology: Topology) -> Topology:
         """Have a planned topology run, under an epoch that is newer than those of its pieces."""
-        async with self._placing:
+        async with self._rooms.placing:
             topology = await self._with_epoch(topology)
-            self._promised.pop(key, None)
+            self._rooms.promised.pop(key, None)
             self._models[key].topology = topology
             return topology
 
     async def _with_epoch(self, topology: Topology) -> Topology:
         return replace(topology, epoch=await self._standing.next_epoch())
-
-    def _without(self, given_back: Mapping[str, int]) -> Sequence[Node]:
-        """Return the nodes with the room that there would be if some loaded pieces were gone."""
-        return self._nodes(_sums([self.placed_bytes(), _negated(given_back)]), given_back)
 
     async def close(self) -> None:
         """Take every model down."""
@@ -208,9 +223,9 @@ class Fleet:
         self.deploying.add((model_id, revision))
         try:
             structure = await self._builder.structure(model_id, revision)
-            async with self._placing:
+            async with self._rooms.placing:
                 topology = await self._plan(structure)
-                self._promised[topology.key] = topology.vram_bytes_by_node
+                self._rooms.promised[topology.key] = topology.vram_bytes_by_node
             return await self._bring_up(structure, topology)
         finally:
             self.deploying.discard((model_id, revision))
@@ -222,7 +237,7 @@ class Fleet:
             self._models[key] = model = await building
             return model
         finally:
-            self._promised.pop(key, None)
+            self._rooms.promised.pop(key, None)
 
     async def _plan(self, structure: Structure) -> Topology:
         def on(nodes: Sequence[Node], epoch: int) -> Topology:
@@ -236,7 +251,7 @@ class Fleet:
         return await self._place((structure.model_id, structure.revision, 0), on, {})
 
     async def _replan(self, key: PipelineKey, loss: Loss) -> Topology:
-        async with self._placing:
+        async with self._rooms.placing:
             model = self._models[key]
             before = model.topology
 
@@ -254,7 +269,7 @@ class Fleet:
             epoch = await self._standing.next_epoch()
             try:
                 # What is lost may hold its memory still: it counts as free once it is reported so.
-                return on(self._nodes(_sums([self.placed_bytes(), _negated(given_back)]), {}), epoch)
+                return on(self._rooms.now(given_back), epoch)
             except InsufficientCapacity as error:
                 idle = [other for other, one in self._models.items() if other != key and not one.running_jobs]
                 if not idle or error.code == NEVER_FITS:
@@ -265,14 +280,3 @@ class Fleet:
 
 def _names(standing: Iterable[Standing]) -> frozenset[str]:
     return frozenset[str]().union(*(one.names for one in standing))
-
-
-def _negated(sizes: Mapping[str, int]) -> Mapping[str, int]:
-    return {node_id: -size for node_id, size in sizes.items()}
-
-
-def _sums(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for by_node in sizes:
-        total.update(by_node)
-    return dict(total)

@@ -38,6 +38,11 @@ class Growth:
         # Whoever was here before may have asked for something.
         self._asked: tuple[int, ...] | None = None
 
+    @property
+    def is_short(self) -> bool:
+        """Whether jobs wait that found no room."""
+        return bool(self._missing)
+
     async def ensure(self, model_id: str, revision: str, job_id: str) -> RunningModel:
         """Return the running model, or remember what it lacks."""
         try:

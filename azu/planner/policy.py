@@ -14,7 +14,8 @@ class PlanPolicy:
 
     A cold piece is fetched at `fetch_bytes_per_s` and loaded at `load_bytes_per_s`. Pieces move when that
     pays back within `horizon_s` with `least_gain` (a fraction) on top; a further pipeline of a model is at
-    least `least_replica_speed` (a fraction) as fast as the first.
+    least `least_replica_speed` (a fraction) as fast as the first. An expert that is chosen `hot_expert` times
+    as often as an even one is held twice.
     """
 
     promised_sequences: int
@@ -31,6 +32,7 @@ class PlanPolicy:
     horizon_s: float = 600.0
     least_gain: float = 0.1
     least_replica_speed: float = 0.25
+    hot_expert: float = 2.0
 
     @property
     def num_blocks(self) -> int:

@@ -30,9 +30,11 @@ def replan(
     """Put the lost stages and expert sets, whole and under their old indices, on live nodes.
 
     The free bytes of `nodes` are those beside all that survives. Where the shards lie on disk goes first,
-    then speed. Raises InsufficientCapacity when a piece finds no node; the same input gives the same output.
+    then speed. A replica that is lost is left out. Raises InsufficientCapacity when a piece finds no node;
+    the same input gives the same output.
     """
     assert epoch > topology.epoch, "an epoch never comes twice"
+    topology, loss = topology.without(loss & topology.replicas), loss - topology.replicas
     rooms = _Rooms(structure, nodes, policy)
     # The largest first: what is left over is for the small ones.
     lost: list[Stage | ExpertSet] = [stage for stage in topology.stages if stage.index in loss.stages]

@@ -1,7 +1,7 @@
 """Where the pieces of a model are: what the planner returns and everything else follows."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ConfigDict
 
@@ -39,7 +39,10 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class ExpertSet:
-    """Experts on a node apart from their routers: layer -> expert ids; replicas stand in several sets."""
+    """Experts on a node apart from their routers: layer -> expert ids.
+
+    Those of a replica are in other sets too: when it is lost nothing is missing.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -47,6 +50,7 @@ class ExpertSet:
     node_id: str
     experts: Mapping[int, tuple[int, ...]]
     vram_bytes: int
+    is_replica: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,9 @@ class Loss:
 
     def __or__(self, other: "Loss") -> "Loss":
         return Loss(self.stages | other.stages, self.expert_sets | other.expert_sets)
+
+    def __and__(self, other: "Loss") -> "Loss":
+        return Loss(self.stages & other.stages, self.expert_sets & other.expert_sets)
 
     def __sub__(self, other: "Loss") -> "Loss":
         return Loss(self.stages - other.stages, self.expert_sets - other.expert_sets)
@@ -113,6 +120,11 @@ class Topology:
         return next(stage for stage in self.stages if layer in stage.span)
 
     @property
+    def replicas(self) -> Loss:
+        """The expert sets that it would be whole without."""
+        return Loss(expert_sets=frozenset(one.index for one in self.expert_sets if one.is_replica))
+
+    @property
     def pieces(self) -> tuple[Stage | ExpertSet, ...]:
         """The stages in order, then the expert sets."""
         return (*self.stages, *self.expert_sets)
@@ -121,6 +133,11 @@ class Topology:
     def vram_bytes_by_node(self) -> dict[str, int]:
         """VRAM that the topology takes on each node it uses."""
         return _vram_bytes_by_node(self.pieces)
+
+    def without(self, replicas: Loss) -> "Topology":
+        """Return the topology without some of its replicas."""
+        left = tuple(one for one in self.expert_sets if one.index not in replicas.expert_sets)
+        return replace(self, expert_sets=left)
 
     def on_node(self, node_id: str) -> Loss:
         """Return the pieces that a node holds."""

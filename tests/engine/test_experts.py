@@ -9,6 +9,7 @@ import torch
 
 from azu.engine.expert_frames import StepId, TokenSlices, decode_answer, encode_answer
 from azu.engine.experts import ExpertRunner
+from azu.engine.faults import ExpertsFailed
 from azu.engine.local import local_topology
 from azu.engine.runner import StageRunner
 from azu.engine.spec import StageSpec
@@ -217,3 +218,39 @@ def test_a_request_put_together_from_two_is_refused() -> None:
 
     with pytest.raises(FrameError, match="different steps"):
         TokenSlices.decode(one[:first_part] + other[first_part:], torch.device("cpu"))
+
+
+def test_a_replica_serves_at_once_when_a_set_is_gone_and_is_paid_for_it(
+    cut_model: Callable[[str], CutModel],
+) -> None:
+    model = cut_model("mixtral")
+    whole = _run(_stage(model, (), _everywhere(model, tuple(range(8))), _Link({})))
+    sets = (
+        ExpertSet(0, "first", _everywhere(model, (0, 1, 2, 3)), 0),
+        ExpertSet(1, "second", _everywhere(model, (0, 1)), 0, is_replica=True),
+        ExpertSet(2, "third", _everywhere(model, (2, 3)), 0, is_replica=True),
+    )
+    link = _link(model, *sets)
+    link.lost = 0
+    runner = _stage(model, sets, _everywhere(model, (4, 5, 6, 7)), link)
+    result = _run(runner)
+
+    assert [token.token_id for token in result.tokens] == [token.token_id for token in whole.tokens]
+    assert {work.node_id for work in result.expert_work} == {"router", "second", "third"}
+    per_layer = Counter(layer for chosen, layer, _ in link.asked if chosen == 0)
+    assert set(per_layer.values()) == {1}, "it is asked once, then left alone"
+    assert sum(sum(counts) for counts in runner.num_chosen().values()) == 9 * 2 * len(per_layer)
+
+
+def test_without_a_replica_of_everything_that_is_gone_the_set_is_to_blame(
+    cut_model: Callable[[str], CutModel],
+) -> None:
+    model = cut_model("mixtral")
+    sets = (
+        ExpertSet(0, "first", _everywhere(model, (0, 1, 2, 3)), 0),
+        ExpertSet(1, "second", _everywhere(model, (0,)), 0, is_replica=True),
+    )
+    link = _link(model, *sets)
+    link.lost = 0
+    with pytest.raises(ExpertsFailed, match="expert set 0"):
+        _run(_stage(model, sets, _everywhere(model, (4, 5, 6, 7)), link))

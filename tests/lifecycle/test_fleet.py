@@ -20,6 +20,8 @@ from azu.protocol.topology import Loss, Topology
 from azu.units import MIB
 from tests.builders import ALICE, node, structure
 
+POLICY = PlanPolicy(promised_sequences=2, tokens_per_sequence=128)
+
 
 @dataclass
 class StandingModel:
@@ -99,16 +101,20 @@ class CountingBuilder:
 
 
 def fleet(
-    redis_url: str, vram_bytes: int = 64 * MIB, *, nodes_come: bool = False
+    redis_url: str,
+    vram_bytes: int = 64 * MIB,
+    *,
+    nodes_come: bool = False,
+    builder: CountingBuilder | None = None,
+    policy: PlanPolicy = POLICY,
 ) -> tuple[Fleet, CountingBuilder]:
-    builder = CountingBuilder()
+    builder = builder or CountingBuilder()
     builder.nodes = [node("a", vram_bytes), node("b", vram_bytes)]
 
     def book(placed: Mapping[str, int], given_back: Mapping[str, int]) -> list[Node]:
         free = {one.node_id: one.vram_total_bytes - placed.get(one.node_id, 0) for one in builder.nodes}
         return [replace(one, vram_free_bytes=max(0, free[one.node_id])) for one in builder.nodes]
 
-    policy = PlanPolicy(promised_sequences=2, tokens_per_sequence=128)
     standing = RedisStanding.from_url(redis_url)
     return Fleet(builder, book, policy, standing, nodes_come=nodes_come), builder
 

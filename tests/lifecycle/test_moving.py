@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from azu.lifecycle.moving import Moving
+from azu.lifecycle.rest import Rest
 from azu.protocol.topology import Topology
 from tests.builders import topology
 
@@ -35,7 +36,7 @@ class Network:
 
     def __post_init__(self) -> None:
         self.models = (self.model,)
-        self.moving = Moving(self, rest_s=REST_S, clock=lambda: self.now_s)
+        self.moving = Moving(self, Rest(REST_S, clock=lambda: self.now_s))
 
     async def improve(self, model: Model) -> bool:
         self.asked_s.append(self.now_s)

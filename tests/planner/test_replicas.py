@@ -1,4 +1,4 @@
-"""Several pipelines where nodes allow, hot experts twice where there is room."""
+"""Several pipelines where nodes allow."""
 
 from dataclasses import replace
 
@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from azu.errors import InsufficientCapacity
 from azu.planner.plan import plan
-from azu.planner.replicas import plan_replicas, takes_spare_room, with_hot_replicas
+from azu.planner.replicas import plan_replicas, takes_spare_room
 from azu.protocol.node import Node
-from azu.protocol.structure import Structure
 from azu.protocol.topology import Topology
 from azu.units import MIB
 from tests.builders import node, structure
@@ -74,7 +73,7 @@ def test_a_further_pipeline_leaves_others_the_room_for_what_they_may_lose(sizes,
     small, large = structure(2), structure(4)
     nodes = [node("a", 8 * MIB), *(node(name, mib * MIB) for name, mib in sizes.items())]
     other = plan(large, nodes[:1], POLICY)
-    another = plan(small, nodes[1:2], POLICY)
+    another = plan(small, nodes[1:2], POLICY).vram_bytes_by_node
 
     assert takes_spare_room(another, [(large, other)], rooms_beside(other, nodes), POLICY) is takes
 
@@ -83,68 +82,3 @@ def rooms_beside(topology: Topology, nodes: list[Node]) -> list[Node]:
     """Return the nodes with the room that a topology leaves."""
     used = topology.vram_bytes_by_node
     return [replace(one, vram_free_bytes=one.vram_free_bytes - used.get(one.node_id, 0)) for one in nodes]
-
-
-def spread_over(sizes: dict[str, int]) -> tuple[Structure, list[Node], Topology]:
-    """Return a model whose last two experts are apart from their router on "r"."""
-    model = structure(1, moe_layers={0: 8})
-    nodes = [node("r", 10 * MIB, memory_bytes_per_s=1e12)]
-    nodes += [node(name, mib * MIB) for name, mib in sizes.items()]
-    topology = plan(model, nodes, POLICY)
-    assert [chosen.experts for chosen in topology.expert_sets] == [{0: (6, 7)}]
-    return model, nodes, topology
-
-
-def test_the_hottest_expert_gets_the_room_that_is_left() -> None:
-    model, nodes, topology = spread_over({"a": 4, "b": 2})
-    heat = {(0, 6): 0.1, (0, 7): 0.7, (0, 0): 0.9}
-    sets = with_hot_replicas(model, topology, rooms_beside(topology, nodes), POLICY, heat).expert_sets
-
-    assert [(chosen.index, chosen.node_id, chosen.experts) for chosen in sets] == [
-        (0, "a", {0: (6, 7)}),
-        (1, "b", {0: (7,)}),
-    ]
-
-
-def test_experts_without_heat_or_beside_their_router_get_no_replica() -> None:
-    model, nodes, topology = spread_over({"a": 4, "b": 8})
-    left = rooms_beside(topology, nodes)
-
-    for heat in ({}, {(0, 6): 0.0}, {(0, 0): 1.0}):
-        assert with_hot_replicas(model, topology, left, POLICY, heat) == topology
-
-
-def test_without_room_nothing_changes() -> None:
-    model, nodes, topology = spread_over({"a": 4})
-    assert (
-        with_hot_replicas(model, topology, rooms_beside(topology, nodes), POLICY, {(0, 6): 1.0}) == topology
-    )
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    model=models.filter(lambda one: any(layer.num_experts for layer in one.layers)),
-    nodes=nodes_of_all_kinds,
-    heats=st.lists(st.floats(0, 1), min_size=96, max_size=96),
-)
-def test_replicas_stay_within_memory_and_take_nothing_away(model, nodes, heats) -> None:
-    try:
-        topology = plan(model, nodes, POLICY)
-    except InsufficientCapacity:
-        return
-    pairs = [(layer.index, e) for layer in model.layers for e in range(layer.num_experts)]
-    heat = dict(zip(pairs, heats, strict=False))
-    grown = with_hot_replicas(model, topology, rooms_beside(topology, nodes), POLICY, heat)
-
-    free = {one.node_id: one.vram_free_bytes for one in nodes}
-    assert all(used <= free[node_id] for node_id, used in grown.vram_bytes_by_node.items())
-    assert [chosen.index for chosen in grown.expert_sets] == list(range(len(grown.expert_sets)))
-    after = {chosen.node_id: chosen.experts for chosen in grown.expert_sets}
-    for chosen in topology.expert_sets:
-        for layer, ids in chosen.experts.items():
-            assert set(ids) <= set(after[chosen.node_id][layer])
-    for layer in model.layers:
-        held = [e for experts in after.values() for e in experts.get(layer.index, ())]
-        assert all(held.count(e) <= 2 for e in held)
-        assert all(len(set(ids)) == len(ids) for experts in after.values() for ids in experts.values())
-        assert layer.index not in after.get(grown.stage_of(layer.index).node_id, {})
