@@ -145,6 +145,11 @@ PARTS = (
         pytest("tests/cluster/test_more_pipelines.py", "-m", "prove", "-s"),
     ),
     Part(
+        "hot experts",
+        "experts chosen more than others get replicas under 4 streams; each set killed in turn: all identical",
+        pytest("tests/cluster/test_hot_experts.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "memory admitted",
         "50 jobs at once on nodes that hold the KV of four: no stage's process takes more than was planned",
         pytest("tests/cluster/test_admission.py", "-m", "prove", "-s"),
