@@ -146,7 +146,7 @@ PARTS = (
     ),
     Part(
         "hot experts",
-        "experts chosen more than others get replicas under 4 streams; each set killed in turn: all identical",
+        "hot experts get replicas under 4 streams; each set of experts killed in turn: all identical",
         pytest("tests/cluster/test_hot_experts.py", "-m", "prove", "-s"),
     ),
     Part(
