@@ -145,6 +145,11 @@ PARTS = (
         pytest("tests/cluster/test_more_pipelines.py", "-m", "prove", "-s"),
     ),
     Part(
+        "GCS restart",
+        "Ray's GCS killed and started again, its tables in Redis: actors answer meanwhile, are found again",
+        pytest("tests/test_gcs_restart.py", "-s"),
+    ),
+    Part(
         "hot experts",
         "hot experts get replicas under 4 streams; each set of experts killed in turn: all identical",
         pytest("tests/cluster/test_hot_experts.py", "-m", "prove", "-s"),
