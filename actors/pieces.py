@@ -127,9 +127,9 @@ class RayPieces:
             await _each(behind, lambda piece: piece.relink(topology, self._neighbours(piece, self._pieces)))
         )
 
-    async def resume(self, topology: Topology, empty_stages: frozenset[int]) -> None:
+    async def resume(self, topology: Topology, empty_stages: frozenset[int], *, is_repair: bool) -> None:
         """Have the pipeline fill the empty stages and go on."""
-        await self._seat.resume(topology, self.stages(), empty_stages)
+        await self._seat.resume(topology, self.stages(), empty_stages, is_repair=is_repair)
         await self._resumed(topology)
 
     def stages(self) -> list[ActorHandle]:

@@ -178,7 +178,7 @@ class Pipeline:
         return self._engine.num_completed
 
     async def resume(
-        self, topology: Topology, stages: Ordered[ActorHandle], empty_stages: frozenset[int]
+        self, topology: Topology, stages: Ordered[ActorHandle], empty_stages: frozenset[int], is_repair: bool
     ) -> None:
         """Go on under a newer topology: empty stages are filled, then every sequence goes on as it stood."""
         empty = (empty_stages | self._engine.unfilled_stages) & frozenset(range(len(stages)))
@@ -192,7 +192,8 @@ class Pipeline:
         self._stages = stages
         self._engine.suspend()
         self._engine.resume(topology, empty, dict(zip(senders, num_sent, strict=True)))
-        self._pace.repaired()
+        if is_repair:
+            self._pace.repaired()
         self._pump()
 
     async def fail(self, error: AzuError) -> None:

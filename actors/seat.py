@@ -148,11 +148,16 @@ class PipelineSeat:
         return int(await self._told(self.actor.pause.remote()))
 
     async def resume(
-        self, topology: Topology, stages: Sequence[ActorHandle], empty_stages: frozenset[int]
+        self,
+        topology: Topology,
+        stages: Sequence[ActorHandle],
+        empty_stages: frozenset[int],
+        *,
+        is_repair: bool,
     ) -> None:
         """Have the pipeline fill the empty stages and go on."""
         self._topology = topology
-        await self._told(self.actor.resume.remote(topology, stages, empty_stages))
+        await self._told(self.actor.resume.remote(topology, stages, empty_stages, is_repair))
 
     async def next_loss(self) -> tuple[Loss, int, bool]:
         """Wait for what the stages report as lost, from which epoch, and whether for a bad frame.

@@ -49,8 +49,11 @@ class Pieces(Protocol):
     async def relink(self, topology: Topology) -> Loss:
         """Tell every stage its new neighbours that does not know them; return those that did not take it."""
 
-    async def resume(self, topology: Topology, empty_stages: frozenset[int]) -> None:
-        """Have the pipeline fill the empty stages and go on; raises WorkerLost when it is gone."""
+    async def resume(self, topology: Topology, empty_stages: frozenset[int], *, is_repair: bool) -> None:
+        """Have the pipeline fill the empty stages and go on; raises WorkerLost when it is gone.
+
+        `is_repair` says that something was lost or at fault, and not only moved or resized.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,7 @@ class Repair:
     async def _repair(self, move: _Move | None) -> None:
         watch = _Watch()
         completed = await self._pieces.pause()
-        if self._lost or self._is_fault:
+        if is_repair := bool(self._lost) or self._is_fault:
             self._count_fruitless(completed)
         empty: frozenset[int] = frozenset()
         down = self._take()
@@ -149,7 +152,8 @@ class Repair:
             watch.passed("up")
             down = failed | await self._pieces.relink(turn.topology) | self._take()
             watch.passed("linked")
-            if not down and await self._resumed(turn.topology, empty):
+            is_repair |= bool(down)
+            if not down and await self._resumed(turn.topology, empty, is_repair=is_repair):
                 watch.passed("resumed")
                 log.warning("%s: %s", "repaired" if move is None else move.ended(), watch)
                 return
@@ -174,9 +178,9 @@ class Repair:
         fresh = move.change.fresh
         return _Turn(await move.commit(), fresh, missing=fresh - installed)
 
-    async def _resumed(self, topology: Topology, empty: frozenset[int]) -> bool:
+    async def _resumed(self, topology: Topology, empty: frozenset[int], *, is_repair: bool) -> bool:
         try:
-            await self._pieces.resume(topology, empty)
+            await self._pieces.resume(topology, empty, is_repair=is_repair)
         except WorkerLost as error:
             log.warning("%s", error.message)
             # There is another pipeline now, which everything has to be linked to.

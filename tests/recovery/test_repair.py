@@ -34,6 +34,7 @@ class _Model:
     unable: list[Loss] = field(default_factory=list)
     deaf: list[Loss] = field(default_factory=list)
     beside: Loss = field(default_factory=Loss)
+    repairs: list[bool] = field(default_factory=list)
 
     def lose(self, loss: Loss) -> None:
         self.up -= loss.stages
@@ -78,13 +79,14 @@ class _Model:
     async def commit(self) -> Topology:
         return await self.replan(Loss())
 
-    async def resume(self, topology: Topology, empty_stages: frozenset[int]) -> None:
+    async def resume(self, topology: Topology, empty_stages: frozenset[int], *, is_repair: bool) -> None:
         assert self.up == {0, 1, 2, 3}
         assert self.sets_up == {0, 1}
         assert empty_stages >= self.empty, "what is empty is filled"
         assert set(self.epochs.values()) == {topology.epoch}, "nobody lags behind"
         self.empty -= empty_stages
         self.running = True
+        self.repairs.append(is_repair)
         self.resumed.set()
 
 
@@ -121,6 +123,7 @@ def test_one_repair_takes_all_that_is_lost_at_once() -> None:
 
     assert model.brought_up == [both]
     assert model.running
+    assert model.repairs == [True]
 
 
 def test_what_is_lost_during_a_repair_is_repaired_before_anything_goes_on() -> None:
@@ -203,6 +206,7 @@ def test_a_move_loads_what_was_not_loaded_beside_and_fills_all_that_is_fresh(bes
 
     assert model.brought_up == [_FRESH - beside]
     assert model.empty == set()
+    assert model.repairs == [False], "nothing was lost"
 
 
 def test_a_move_is_given_up_for_a_loss_and_what_is_lost_is_repaired() -> None:
@@ -237,6 +241,7 @@ def test_what_is_lost_during_a_move_is_repaired_where_it_is_then() -> None:
 
     assert model.brought_up == [_FRESH, _stages(3)]
     assert model.empty == set()
+    assert model.repairs == [True]
 
 
 def test_whoever_repairs_is_not_asked_to_move() -> None:
