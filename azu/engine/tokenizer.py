@@ -11,10 +11,18 @@ from transformers import AutoTokenizer
 from azu.architecture.config import GENERATION_CONFIG_FILE, read_json
 from azu.engine.answer_parser import AnswerParser
 from azu.engine.text_decoder import TextDecoder
+from azu.engine.time_limit import OutOfTime, time_limit
 from azu.errors import BrokenCheckpoint, InvalidRequest
 
 # What transformers parses chat templates with beside Jinja's own.
 _EXTENSIONS = ("jinja2.ext.loopcontrols",)
+# A template is a program by whoever made the model, and takes milliseconds.
+_TEMPLATE_S = 5.0
+# What one raises that was not made for the messages, or for any.
+_REFUSALS = (
+    TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    MemoryError,
+)  # fmt: skip
 
 
 class Tokenizer(TextDecoder):
@@ -69,16 +77,22 @@ class Tokenizer(TextDecoder):
     ) -> list[int]:
         """Return the token ids of a chat in the model's own template, ready for the assistant's answer.
 
-        Raises InvalidRequest when the model has no template or the template refuses the messages.
+        Raises InvalidRequest when the model has no template, or the template refuses the messages or does not
+        come to an end.
         """
         if not self._tokenizer.chat_template:
             raise InvalidRequest("this model has no chat template; use completions", param="messages")
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tools=tools, add_generation_prompt=True, tokenize=False
-            )
+            with time_limit(_TEMPLATE_S):
+                text = self._tokenizer.apply_chat_template(
+                    list(messages), tools=tools, add_generation_prompt=True, tokenize=False
+                )
             ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        except OutOfTime as error:
+            raise InvalidRequest(
+                f"the chat template was not done in {_TEMPLATE_S:.0f} s", param="messages"
+            ) from error
+        except _REFUSALS as error:
             raise InvalidRequest(
                 f"the chat template refuses the messages: {error}", param="messages"
             ) from error

@@ -81,6 +81,26 @@ def test_messages_that_the_template_refuses_are_an_invalid_request(
     assert refused.value.param == "messages"
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "not done in"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages | upper | int / messages.nothing.more }}", "refuses"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "recursion"),
+    ],
+)
+def test_a_template_that_breaks_or_never_ends_is_an_invalid_request(
+    tmp_path: Path, template: str, reason: str
+) -> None:
+    for file in _FOLDER.glob("token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(template)
+
+    with pytest.raises(InvalidRequest, match=reason):
+        Tokenizer(tmp_path).render_chat([{"role": "user", "content": "x"}])
+
+
 def test_model_without_a_template_has_no_chat(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((_FOLDER / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
