@@ -220,12 +220,12 @@ class Pipeline:
         known = await until_back(partial(self._jobs.so_far, job))
         running.delivered = known.delivered
         running.cancelled |= known.cancelled
-        gone = self._broken is not None or running.cancelled
         for choice, so_far in enumerate(known.choices):
             if so_far.finish_reason is not None:
                 running.choice_ended(so_far.finish_reason, so_far.work)
-            elif gone:
-                running.choice_ended(FinishReason.CANCELLED, {})
+            elif self._broken is not None or running.cancelled:
+                work = self._engine.presumed_work(len(job.prompt_token_ids), len(so_far.token_ids))
+                running.choice_ended(FinishReason.CANCELLED, work)
             else:
                 sequence = self._sequence(job, choice, so_far.token_ids)
                 self._engine.add(sequence)

@@ -20,6 +20,7 @@ class WorkAccount:
 
     def __init__(self, structure: Structure, topology: Topology) -> None:
         self._structure = structure
+        self._topology = topology
         self._tokens: dict[int, int] = defaultdict(int)
         # sequence -> (layer, node id) -> bytes that are counted already
         self._counted: dict[int, dict[tuple[int, str], int]] = {}
@@ -29,7 +30,22 @@ class WorkAccount:
         """Count what runs from now on where it is now; whoever ran something before keeps that."""
         for sequence_id in list(self._tokens):
             self._count(sequence_id)
+        self._topology = topology
         self._fixed = _fixed_bytes_by_layer(self._structure, topology)
+
+    def presumed(self, prompt_tokens: int, completion_tokens: int) -> Work:
+        """Return the work of a completion whose record is lost, as if all had been done where things are now.
+
+        Of experts that are apart from their router each counts as chosen as often as any other.
+        """
+        num_tokens = prompt_tokens + completion_tokens - 1 if completion_tokens else 0
+        return {
+            layer.index: {
+                node_id: activated * num_tokens
+                for node_id, activated in _presumed_bytes(self._structure, self._topology, layer).items()
+            }
+            for layer in self._structure.layers
+        }
 
     def ran(self, sequence_id: int, num_tokens: int) -> None:
         """Count tokens that ran through all layers for the first time."""
@@ -75,6 +91,22 @@ def _fixed_bytes_by_layer(structure: Structure, topology: Topology) -> Mapping[i
         for stage in topology.stages
         for layer in structure.layers[stage.span.start : stage.span.end]
     }
+
+
+def _presumed_bytes(structure: Structure, topology: Topology, layer: Layer) -> Mapping[str, int]:
+    """Return node id -> the bytes that it activates per token of a layer, on average."""
+    stage = topology.stage_of(layer.index)
+    presumed = {stage.node_id: _fixed_bytes(structure, layer, stage)}
+    if not is_spread(layer, stage):
+        return presumed
+    presumed[stage.node_id] += structure.layer_shard(layer.index).active_parameters * structure.dtype_bytes
+    chosen = layer.experts_per_token * structure.expert_shard(layer.index, 0).active_parameters
+    holders = [(one.node_id, one.experts) for one in topology.expert_sets if not one.is_replica]
+    for node_id, experts in (*holders, (stage.node_id, stage.experts)):
+        held = len(experts.get(layer.index, ()))
+        activated = chosen * structure.dtype_bytes * held // layer.num_experts
+        presumed[node_id] = presumed.get(node_id, 0) + activated
+    return presumed
 
 
 def _fixed_bytes(structure: Structure, layer: Layer, stage: Stage) -> int:

@@ -64,6 +64,10 @@ class EnginePipeline:
         """Sequences that have not finished."""
         return len(self._sequences)
 
+    def presumed_work(self, prompt_tokens: int, completion_tokens: int) -> Work:
+        """Return the work of a completion that an earlier pipeline left no record of."""
+        return self._account.presumed(prompt_tokens, completion_tokens)
+
     @property
     def num_waiting(self) -> int:
         """Those of them that hold no blocks yet, or no longer."""
