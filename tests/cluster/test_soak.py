@@ -44,7 +44,7 @@ from tests.treasury.world import SEED
 pytestmark = [pytest.mark.cluster, pytest.mark.prove]
 
 SOAK_S = float(os.environ.get("AZU_TEST_SOAK_S", "600"))
-KILLED = os.environ.get("AZU_TEST_SOAK_KILLS", "treasury").split(",")
+KILLED = os.environ.get("AZU_TEST_SOAK_KILLS", "treasury,scheduler").split(",")
 CLIENTS = 8
 MODELS = ("azu/tiny-dense", "azu/tiny-moe")
 REST_S, QUIET_S = 180.0, 5.0
