@@ -1,15 +1,13 @@
-"""What a cut costs in memory and time, on checkpoints larger than it may hold in memory."""
+"""What a cut costs in memory, on checkpoints larger than it may hold."""
 
 import json
 import math
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoConfig
 
 from azu.architecture.skeleton import build
@@ -19,7 +17,7 @@ from azu.units import MIB
 pytestmark = pytest.mark.prove
 
 _CUT = """
-import sys, threading, time
+import sys, threading
 from pathlib import Path
 from azu.architecture import describe
 from azu.sharding.cut import cut
@@ -35,17 +33,15 @@ watcher = threading.Thread(target=watch)
 watcher.start()
 source, out = map(Path, sys.argv[1:])
 architecture = describe(source)
-start = time.monotonic()
 cut(source, out, model_id="test/model", revision="0" * 40, architecture=architecture)
-took = time.monotonic() - start
 over.set()
 watcher.join()
-print(peak, took)
+print(peak)
 """
 
 
-def large_checkpoint(folder: Path, family: str, stored: str, *, fill: bytes, **sizes: object) -> Path:
-    """Write a checkpoint of gigabytes without building the model; empty `fill` leaves a hole of zeros."""
+def large_checkpoint(folder: Path, family: str, stored: str, **sizes: object) -> Path:
+    """Write a checkpoint of gigabytes, all zeros in a hole of its file, without building the model."""
     config = AutoConfig.for_model(
         family,
         vocab_size=32000,
@@ -67,19 +63,13 @@ def large_checkpoint(folder: Path, family: str, stored: str, *, fill: bytes, **s
     content += b" " * (-len(content) % 8)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
-        if fill:
-            for start in range(0, offset, len(fill)):
-                file.write(fill[: offset - start])
-        else:
-            file.truncate(8 + len(content) + offset)
+        file.truncate(8 + len(content) + offset)
     return folder
 
 
-def timed_cut(source: Path, out: Path) -> tuple[int, float]:
-    """Cut in a process of its own; returns its largest anonymous memory in bytes and the seconds it took."""
-    printed = subprocess.check_output([sys.executable, "-c", _CUT, source, out], text=True, timeout=600)
-    peak, took = printed.split()
-    return int(peak), float(took)
+def peak_of_cut(source: Path, out: Path) -> int:
+    """Cut in a process of its own; return its largest anonymous memory in bytes."""
+    return int(subprocess.check_output([sys.executable, "-c", _CUT, source, out], text=True, timeout=600))
 
 
 @pytest.mark.parametrize(
@@ -95,31 +85,11 @@ def timed_cut(source: Path, out: Path) -> tuple[int, float]:
     ids=["fused experts", "cast"],
 )
 def test_a_cut_needs_one_output_file_and_300_mib_at_most(tmp_path, family, stored, sizes):
-    source = large_checkpoint(tmp_path / "source", family, stored, fill=b"", **sizes)
-    peak, _ = timed_cut(source, tmp_path / "out")
+    source = large_checkpoint(tmp_path / "source", family, stored, **sizes)
+    peak = peak_of_cut(source, tmp_path / "out")
     structure = Structure.from_json((tmp_path / "out" / STRUCTURE_FILE).read_bytes())
     limit = max(shard.size_bytes for shard in structure.shards) + 300 * MIB
     assert (source / "model.safetensors").stat().st_size > 2 * limit
     print(f"{family}: peak {peak / MIB:.0f} MiB, limit {limit / MIB:.0f} MiB")
     assert peak < limit
-    shutil.rmtree(tmp_path)
-
-
-def test_a_cut_is_at_least_0_4_as_fast_as_cp(tmp_path):
-    values = torch.randn(32 * MIB, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    fill = values.view(torch.uint8).numpy().tobytes()
-    source = large_checkpoint(tmp_path / "source", "llama", "BF16", fill=fill, num_hidden_layers=48)
-    weights = source / "model.safetensors"
-    copies, cuts = [], []
-    for _ in range(3):
-        start = time.monotonic()
-        subprocess.run(["cp", weights, tmp_path / "copy"], check=True, timeout=600)
-        copies.append(time.monotonic() - start)
-        cuts.append(timed_cut(source, tmp_path / "out")[1])
-        shutil.rmtree(tmp_path / "out")
-        (tmp_path / "copy").unlink()
-    ratio = min(copies) / min(cuts)
-    size = weights.stat().st_size / MIB
-    print(f"{size:.0f} MiB: cp {min(copies):.2f} s, cut {min(cuts):.2f} s, {ratio:.2f} of cp")
-    assert ratio >= 0.4
     shutil.rmtree(tmp_path)
