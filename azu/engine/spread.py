@@ -153,11 +153,12 @@ class SpreadExperts(nn.Module):
         Raises the error without them, and for a bad answer: whoever sent it is to be put away first.
         """
         holders = {
-            expert: tuple(one for one in them if one != chosen.index)
+            # Whoever is the only one is asked again, and is to blame then.
+            expert: tuple(one for one in them if one != chosen.index) or them
             for expert, them in self._holders.items()
         }
         asked = set(ids.flatten().tolist()) - {-1}
-        if is_bad_frame(error) or not all(holders[expert] for expert in asked):
+        if is_bad_frame(error) or any(chosen.index in holders[expert] for expert in asked):
             raise error
         self._holders = holders
 

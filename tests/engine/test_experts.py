@@ -254,3 +254,23 @@ def test_without_a_replica_of_everything_that_is_gone_the_set_is_to_blame(
     link.lost = 0
     with pytest.raises(ExpertsFailed, match="expert set 0"):
         _run(_stage(model, sets, _everywhere(model, (4, 5, 6, 7)), link))
+
+
+def test_a_set_that_was_done_without_is_to_blame_for_an_expert_that_only_it_holds(
+    cut_model: Callable[[str], CutModel],
+) -> None:
+    model = cut_model("mixtral")
+    sets = (
+        ExpertSet(0, "first", _everywhere(model, (0, 1, 2, 3)), 0),
+        ExpertSet(1, "second", _everywhere(model, (0, 1)), 0, is_replica=True),
+    )
+    link = _link(model, *sets)
+    runner = _stage(model, sets, _everywhere(model, (4, 5, 6, 7)), link)
+    _run(runner)
+    link.lost = 0
+    layer, hidden, weights = runner._spread_layers[0], torch.ones(9, 64), torch.full((9, 2), 0.5)
+
+    with torch.inference_mode():
+        layer(hidden, torch.tensor([[0, 1]] * 9), weights)
+        with pytest.raises(ExpertsFailed, match="expert set 0"):
+            layer(hidden, torch.tensor([[2, 4]] * 9), weights)
