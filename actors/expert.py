@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actors.logs import log_as
-from azu.engine.heap import keep_between_steps
+from actors.telemetry import log_as
+from azu.engine.malloc import keep_between_steps
 from azu.protocol.structure import Structure
 
 if TYPE_CHECKING:

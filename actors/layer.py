@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING
 
 from ray.actor import ActorHandle
 
-from actors.link import Acknowledgements, RayExpertLink
-from actors.logs import log_as
-from actors.metrics import open_meter
-from azu.engine.faults import OldEpoch, blamed, is_bad_frame
-from azu.engine.heap import keep_between_steps
-from azu.engine.hops import StageClock, Stay, hop_s
-from azu.engine.spec import Handoff, StageSpec
+from actors.links import Acknowledgements, RayExpertLink
+from actors.telemetry import log_as, open_meter
+from azu.engine.malloc import keep_between_steps
+from azu.engine.stage_contract import Handoff, OldEpoch, StageSpec, blamed, is_bad_frame
+from azu.engine.timing import StageClock, StageTiming, hop_s
 from azu.errors import AzuError
-from azu.metrics.catalogue import HOP
+from azu.metrics import HOP
 from azu.protocol.step import StepBatch
-from azu.protocol.topology import Loss, Topology
+from azu.protocol.topology import PieceSet, Topology
 
 if TYPE_CHECKING:
-    from azu.engine.runner import StageRunner
+    from azu.engine.stage_runner import StageRunner
+
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ class LayerActor:
     ) -> None:
         """Map the stage's shards and learn where its hidden states go."""
         # torch is imported here: whoever only places this actor does without it.
-        from azu.engine.runner import StageRunner
+        from azu.engine.stage_runner import StageRunner
 
         log_as("layer", model_id=spec.structure.model_id, stage=spec.stage.index)
         self._runner = StageRunner(spec, RayExpertLink(expert_sets) if expert_sets else None)
@@ -88,7 +87,7 @@ class LayerActor:
         """Return after some seconds: whoever waits hears at once when this process dies."""
         threading.Event().wait(seconds)
 
-    def step(self, batch: StepBatch, frame: bytes | None) -> Stay:
+    def step(self, batch: StepBatch, frame: bytes | None) -> StageTiming:
         """Run one step and pass it on; whoever called takes the return as acknowledgement."""
         taken_s = time.perf_counter()
         self._run(batch, frame)
@@ -113,7 +112,7 @@ class LayerActor:
             self._pipeline.completed.remote(output)
 
     def _expect_from(self, stage: int, epoch: int) -> Acknowledgements:
-        loss = Loss(stages=frozenset({stage}))
+        loss = PieceSet(stages=frozenset({stage}))
         return Acknowledgements(
             f"stage {stage}",
             self._ack_timeout_s,
@@ -122,10 +121,10 @@ class LayerActor:
         )
 
     def _answered(self, seconds: float, stay: object) -> None:
-        assert isinstance(stay, Stay)
+        assert isinstance(stay, StageTiming)
         if (hop := hop_s(seconds, stay)) is not None:
             self._meter.observe(HOP, hop, self._model_id, str(self._index))
 
-    def _report(self, loss: Loss, error: AzuError, epoch: int) -> None:
+    def _report(self, loss: PieceSet, error: AzuError, epoch: int) -> None:
         log.warning("%s is to blame: %s", loss, error.message)
         self._pipeline.lost.remote(loss, error.message, epoch, is_bad_frame(error))

@@ -4,72 +4,33 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import ray
 from ray.actor import ActorHandle
 
-from actors.link import as_azu_error
-from actors.logs import log_as
-from actors.metrics import open_meter
+from actors.links import as_azu_error
 from actors.placement import CONTROL
-from azu.connection import until_back
-from azu.engine.accounting import Work
-from azu.engine.pace import Pace
+from actors.telemetry import log_as, open_meter
 from azu.engine.pipeline import EnginePipeline, SequenceUpdate
-from azu.engine.scheduler import SchedulerConfig
-from azu.engine.sequence import Sequence
-from azu.engine.text_decoder import TextDecoder
+from azu.engine.scheduler import SchedulerConfig, Sequence
+from azu.engine.text import TextDecoder
+from azu.engine.timing import PipelineMetrics
 from azu.errors import AzuError
+from azu.jobs.job_runner import _KEPT_JOBS, _SEED_RANGE, _ActiveJob
 from azu.jobs.redis import RedisJobs
-from azu.lifecycle.ports import Ran
-from azu.protocol.job import FinishReason, Job, TokenEvent
+from azu.protocol.job import FinishReason, Job, Ran, TokenEvent
 from azu.protocol.step import StepResult
 from azu.protocol.structure import Structure
-from azu.protocol.topology import Loss, Topology
+from azu.protocol.topology import PieceSet, Topology
+from azu.redis_client import until_back
 
 log = logging.getLogger(__name__)
-
-# A job that several sequences answer has ended as the one that says most did.
-_WORST_LAST = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.ERROR)
-_SEED_RANGE = 2**63
-# Whoever asked for a job may die before it hears how the job ended; its heir asks again.
-_KEPT_JOBS = 1000
-
-
-@dataclass(slots=True)
-class _Running:
-    """A job whose choices have not all ended."""
-
-    job: Job
-    ended: asyncio.Future[Ran]
-    open: set[int] = field(default_factory=set)
-    delivered: int = 0
-    cancelled: bool = False
-    reason: FinishReason = FinishReason.STOP
-    work: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-
-    def choice_ended(self, reason: FinishReason, work: Work) -> None:
-        """Count a choice that says no more."""
-        self.reason = max(self.reason, reason, key=_WORST_LAST.index)
-        for layer, by_node in work.items():
-            self.work[layer].update(by_node)
-
-    def end(self, broken: AzuError | None) -> None:
-        """Say what became of the job, when no choice is open."""
-        error = broken if self.reason is FinishReason.CANCELLED and not self.cancelled else None
-        ran = Ran(
-            completion_tokens=self.delivered,
-            finish_reason=FinishReason.ERROR if error else self.reason,
-            work={layer: dict(by_node) for layer, by_node in self.work.items()},
-            error=error,
-        )
-        self.ended.set_result(ran)
 
 
 class Pipeline:
@@ -89,17 +50,17 @@ class Pipeline:
         self._epoch = topology.epoch
         self._engine = EnginePipeline(structure, topology, scheduling, eos_token_ids)
         meter = open_meter(lambda: self._pace.stand(self._engine))
-        self._pace = Pace(structure.model_id, scheduling.num_blocks, meter)
+        self._pace = PipelineMetrics(structure.model_id, scheduling.num_blocks, meter)
         self._text = TextDecoder.from_json(text_decoder)
         self._jobs = RedisJobs.from_url(redis_url)
         self._step_timeout_s = step_timeout_s
         self._ids = itertools.count(1)
-        self._running: dict[int, tuple[_Running, int]] = {}  # by sequence, with the choice that it is
-        self._jobs_by_id: OrderedDict[str, _Running] = OrderedDict()  # those that ended lately too
+        self._running: dict[int, tuple[_ActiveJob, int]] = {}  # by sequence, with the choice that it is
+        self._jobs_by_id: OrderedDict[str, _ActiveJob] = OrderedDict()  # those that ended lately too
         self._updates: asyncio.Queue[list[SequenceUpdate]] = asyncio.Queue()
         self._broken: AzuError | None = None
         self._stages: Ordered[ActorHandle] = ()
-        self._losses: deque[tuple[Loss, int, bool]] = deque()
+        self._losses: deque[tuple[PieceSet, int, bool]] = deque()
         self._lost = asyncio.Event()
         self._is_paused = False
         self._watchers: set[asyncio.Task[None]] = set()
@@ -116,7 +77,7 @@ class Pipeline:
         """
         running = self._jobs_by_id.get(job.job_id)
         if running is None:
-            running = _Running(job, asyncio.get_running_loop().create_future())
+            running = _ActiveJob(job, asyncio.get_running_loop().create_future())
             self._jobs_by_id[job.job_id] = running
             try:
                 await self._begin(running)
@@ -144,7 +105,7 @@ class Pipeline:
         self._pump()
         self._updates.put_nowait(updates)
 
-    async def lost(self, loss: Loss, fault: str, epoch: int, bad_frame: bool = False) -> None:
+    async def lost(self, loss: PieceSet, fault: str, epoch: int, bad_frame: bool = False) -> None:
         """Hear that pieces failed, are gone or sent a bad frame: nothing is scheduled until `resume`."""
         if epoch != self._epoch or self._is_paused:
             return  # whoever was running then is repaired already
@@ -153,7 +114,7 @@ class Pipeline:
         self._losses.append((loss, epoch, bad_frame))
         self._lost.set()
 
-    async def next_loss(self, wait_s: float) -> tuple[Loss, int, bool]:
+    async def next_loss(self, wait_s: float) -> tuple[PieceSet, int, bool]:
         """Return what the stages report as lost, from which epoch, and whether for a bad frame.
 
         Nothing is lost if nothing is reported for `wait_s`.
@@ -161,7 +122,7 @@ class Pipeline:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._lost.wait(), wait_s)
         if not self._losses:
-            return Loss(), self._epoch, False
+            return PieceSet(), self._epoch, False
         reported = self._losses.popleft()
         if not self._losses:
             self._lost.clear()
@@ -215,7 +176,7 @@ class Pipeline:
             return {}
         return num_sent
 
-    async def _begin(self, running: _Running) -> None:
+    async def _begin(self, running: _ActiveJob) -> None:
         job = running.job
         known = await until_back(partial(self._jobs.so_far, job))
         running.delivered = known.delivered
@@ -256,7 +217,7 @@ class Pipeline:
             await asyncio.wait_for(acknowledgement, self._step_timeout_s)
         except Exception as error:
             fault = as_azu_error(error, f"stage {stage}")
-            await self.lost(Loss(stages=frozenset({stage})), fault.message, epoch)
+            await self.lost(PieceSet(stages=frozenset({stage})), fault.message, epoch)
 
     async def _write(self) -> None:
         while True:
@@ -289,7 +250,7 @@ class Pipeline:
                     running.choice_ended(update.finish_reason, update.work)
                     self._end_if_over(running)
 
-    def _end_if_over(self, running: _Running) -> None:
+    def _end_if_over(self, running: _ActiveJob) -> None:
         if running.open:
             return
         running.end(self._broken)

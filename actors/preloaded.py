@@ -22,4 +22,4 @@ def _is_agent_there() -> bool:
 
 if _is_agent_there():
     import azu.engine.experts
-    import azu.engine.runner  # noqa: F401
+    import azu.engine.stage_runner  # noqa: F401

@@ -3,11 +3,11 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from actors.logs import log_as
+from actors.telemetry import log_as
 from azu.config import ControlConfig
+from azu.models.description import KnownModel, ModelDescription
+from azu.models.status import ModelStatus, RedisModelStatus
 from azu.protocol.structure import Structure
-from azu.registry.description import KnownModel, ModelDescription
-from azu.registry.status import ModelStatus, RedisModelStatus
 
 _CUTS_AT_ONCE = 2
 
@@ -17,7 +17,7 @@ class Registry:
 
     def __init__(self, config: ControlConfig) -> None:
         # torch is imported here: whoever only starts or calls this actor does without it.
-        from azu.registry.registry import Registry as ModelRegistry
+        from azu.models.registry import ModelRegistry
 
         log_as("registry")
         self._status = RedisModelStatus(config.redis_url)

@@ -4,32 +4,23 @@ import asyncio
 import logging
 import time
 
-from actors.agents import RayAgents
-from actors.deployment import RayBuilder
-from actors.logs import log_as
-from actors.metrics import RayMeter
+from actors.deployment import RayBuilder, Site
+from actors.node import NodeAgents
 from actors.placement import SCHEDULER, request_nodes
-from actors.site import Site
+from actors.telemetry import RayMeter, log_as, show_jobs, show_nodes
+from azu.cluster.cluster import Cluster
+from azu.cluster.deployment_store import RedisStanding
+from azu.cluster.nodes import NodeTable
+from azu.cluster.scaling import Cooldown, ExpertReplication, KvPressure, NodeRequest, Rebalance, ScaleOut
 from azu.config import ControlConfig
 from azu.errors import AzuError, NotFound
+from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
-from azu.ledger.redis import RedisLedger
-from azu.lifecycle.dispatch import Dispatcher
-from azu.lifecycle.figures import show_books, show_jobs, show_nodes
-from azu.lifecycle.fitting import Fitting
-from azu.lifecycle.fleet import Fleet
-from azu.lifecycle.growth import Growth
-from azu.lifecycle.moving import Moving
-from azu.lifecycle.nodes import NodeBook
-from azu.lifecycle.replicating import Replicating
-from azu.lifecycle.rest import Rest
-from azu.lifecycle.settlement import Settlement
-from azu.lifecycle.standing import RedisStanding
-from azu.lifecycle.widening import Widening
-from azu.metrics.catalogue import BAD_FRAMES
-from azu.metrics.meter import Picture
-from azu.metrics.together import Together
-from azu.planner.shrink import ShrinkOrder
+from azu.jobs.settlement import Settlement
+from azu.metrics import BAD_FRAMES, MetricsSnapshot, MetricsSum
+from azu.money.books import show_books
+from azu.money.ledger.redis import RedisLedger
+from azu.planner.kv_blocks import KvReduction
 from azu.protocol.job import Placement
 from azu.protocol.node import Node
 from azu.protocol.topology import Prediction
@@ -46,31 +37,31 @@ class Scheduler:
         log_as("scheduler")
         policy = config.policy
         self._config = config
-        self._book = NodeBook(
+        self._book = NodeTable(
             suspect_s=policy.heartbeat.suspect_s, dead_s=policy.heartbeat.dead_s, on_dead=self._died
         )
-        self._agents = agents = RayAgents(policy.heartbeat, config.home, self._book)
+        self._agents = agents = NodeAgents(policy.heartbeat, config.home, self._book)
         standing = RedisStanding.from_url(config.redis_url)
         site = Site(
             policy, config.pipeline_redis_url, agents.by_node, agents.nodes, self._blame, agents.probe
         )
         builder = RayBuilder(site, standing)
-        self._fleet = Fleet(
+        self._fleet = Cluster(
             builder,
             lambda placed, given_back: self._book.nodes(time.monotonic(), placed, given_back),
             policy.plan_policy(),
             standing,
             nodes_come=policy.requeue.nodes_come,
         )
-        self._growth = Growth(self._fleet, request_nodes, patience_s=2 * policy.requeue.longest_s)
-        self._fitting = Fitting(self._fleet, policy.plan_policy())
-        self._moving = Moving(self._fleet, Rest(policy.moves.rest_s))
-        self._replicating = Replicating(self._fleet, Rest(policy.moves.rest_s))
-        self._widening = Widening(self._fleet, policy.kv.promised_sequences)
+        self._growth = NodeRequest(self._fleet, request_nodes, patience_s=2 * policy.requeue.longest_s)
+        self._fitting = KvPressure(self._fleet, policy.plan_policy())
+        self._moving = Rebalance(self._fleet, Cooldown(policy.moves.rest_s))
+        self._replicating = ExpertReplication(self._fleet, Cooldown(policy.moves.rest_s))
+        self._widening = ScaleOut(self._fleet, policy.kv.promised_sequences)
         jobs = RedisJobs.from_url(config.redis_url)
         self._ledger = RedisLedger.from_url(config.redis_url)
         self._meter = RayMeter()
-        self._together = Together()
+        self._together = MetricsSum()
         settlement = Settlement(
             self._ledger,
             jobs,
@@ -128,7 +119,7 @@ class Scheduler:
             for model in self._fleet.models
         ] + [(model_id, revision, "deploying", 0, 0, ()) for model_id, revision in self._fleet.deploying]
 
-    async def shrink_orders(self) -> tuple[ShrinkOrder, ...]:
+    async def shrink_orders(self) -> tuple[KvReduction, ...]:
         """Return which deployed models have to give up KV, for nodes that have less room than was planned."""
         return self._fitting.orders(self._book.reports())
 
@@ -144,11 +135,11 @@ class Scheduler:
                 return node_id not in self._fleet.placed_bytes()
         raise NotFound(f"no node {name} of yours lends here", param="name")
 
-    async def hear(self, source: str, picture: Picture) -> None:
+    async def hear(self, source: str, picture: MetricsSnapshot) -> None:
         """Take what another process's meter shows."""
         self._together.hear(source, picture, time.monotonic())
 
-    async def picture(self) -> Picture:
+    async def picture(self) -> MetricsSnapshot:
         """Return what the network's meters show, all together."""
         return self._together.picture(time.monotonic())
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from azu.client import Client, Generation, Stream
 
+
 __all__ = ["Client", "generate", "stream"]
 
 

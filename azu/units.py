@@ -64,3 +64,7 @@ def format_bytes(size: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} TiB"
+
+
+# All HYPE there can be: 10^9 of 10^8 lamports each.
+MAX_LAMPORTS = 10**17

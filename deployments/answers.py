@@ -1,12 +1,17 @@
 """OpenAI's answers, whole or as the chunks of a stream."""
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from azu.engine.text_decoder import TextDecoder
-from azu.protocol.answer import ToolCall
-from azu.protocol.job import FinishReason, Receipt
+from azu.engine.text import CompletionText, TextDecoder, TextDelta, ToolCall
+from azu.jobs.redis import RedisJobs
+from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, Receipt, TokenEvent
+
+if TYPE_CHECKING:
+    from azu.engine.tokenizer import AnswerParser
+
 
 # JSON has no infinity; OpenAI says this for what is next to impossible.
 _LOWEST_LOGPROB = -9999.0
@@ -25,8 +30,15 @@ class TokenScore:
     offset: int
 
 
+def finish_reason(reason: FinishReason, num_calls: int = 0) -> str:
+    """Return OpenAI's word; a cancelled text just stops."""
+    if num_calls and reason is FinishReason.STOP:
+        return "tool_calls"
+    return FinishReason.LENGTH.value if reason is FinishReason.LENGTH else FinishReason.STOP.value
+
+
 @dataclass(frozen=True, slots=True)
-class Part:
+class TextPart:
     """What is new of one choice; with a `finish_reason` it was the last of it.
 
     `after` counts the job's completion tokens up to here: whoever comes back asks for what follows them.
@@ -43,7 +55,7 @@ class Part:
     num_calls: int = 0
 
 
-def joined(before: Part, new: Part) -> Part:
+def joined(before: TextPart, new: TextPart) -> TextPart:
     """Return two parts of one choice as one."""
     return replace(
         new,
@@ -64,14 +76,7 @@ def usage(prompt_tokens: int, completion_tokens: int, receipt: Receipt | None) -
     return counted if receipt is None else counted | {"cost_lamports": receipt.charged_lamports}
 
 
-def finish_reason(reason: FinishReason, num_calls: int = 0) -> str:
-    """Return OpenAI's word; a cancelled text just stops."""
-    if num_calls and reason is FinishReason.STOP:
-        return "tool_calls"
-    return FinishReason.LENGTH.value if reason is FinishReason.LENGTH else FinishReason.STOP.value
-
-
-class Answer:
+class AnswerFormatter:
     """The objects of one answer. `decoder` writes tokens as text where log probabilities were asked for."""
 
     def __init__(
@@ -87,7 +92,7 @@ class Answer:
             "azu": {"job_id": job_id},
         }
 
-    def whole(self, choices: Sequence[Part], counted: dict[str, int]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[TextPart], counted: dict[str, int]) -> dict[str, Any]:
         """Return the answer in one piece."""
         kind = "chat.completion" if self._chat else "text_completion"
         found = [self._whole_choice(choice) for choice in choices]
@@ -97,7 +102,7 @@ class Answer:
         """Return the chunk before a choice's first piece; only chats have one."""
         return self._chunk(choice, {"delta": {"role": "assistant", "content": ""}}) if self._chat else None
 
-    def chunks(self, part: Part) -> list[dict[str, Any]]:
+    def chunks(self, part: TextPart) -> list[dict[str, Any]]:
         """Return the chunks that say what is new of a choice."""
         chunks = []
         if part.reasoning:
@@ -122,7 +127,7 @@ class Answer:
     def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self._chat else "text_completion"
 
-    def _whole_choice(self, part: Part) -> dict[str, Any]:
+    def _whole_choice(self, part: TextPart) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": part.text, "refusal": None}
         if part.tool_calls:
             message["content"] = part.text or None
@@ -136,7 +141,7 @@ class Answer:
             "finish_reason": finish_reason(part.finish_reason or FinishReason.STOP, part.num_calls),
         }
 
-    def _calls(self, part: Part) -> list[tuple[int, dict[str, Any]]]:
+    def _calls(self, part: TextPart) -> list[tuple[int, dict[str, Any]]]:
         """Return a part's tool calls with their places among the choice's."""
         first = part.num_calls - len(part.tool_calls)
         return [
@@ -198,3 +203,89 @@ def text_logprobs(scores: Sequence[TokenScore], decoder: TextDecoder) -> dict[st
         ],
         "text_offset": [score.offset for score in scores],
     }
+
+
+async def follow(
+    jobs: RedisJobs, job: Job, decoder: TextDecoder, after: int = 0, *, raw: bool = False
+) -> AsyncIterator[TextPart | JobOutcome]:
+    """Yield what a job's choices show behind completion token `after`, at last its outcome.
+
+    The tokens before are read too: what was held back of them is shown with those that follow. `raw` texts
+    have special tokens in them.
+    """
+    choices = [
+        _Choice(index, decoder.completion(job.prompt_token_ids, job.sampling, raw=raw))
+        for index in range(job.choices)
+    ]
+    async for event in jobs.events(job.job_id):
+        if isinstance(event, TokenEvent):
+            for part in choices[event.choice].take(event):
+                if part.after > after:
+                    yield part
+                elif part.after == after and part.finish_reason is not None:
+                    # Its reader may have got the last token and not that it was the last.
+                    yield replace(part, text="", scores=())
+            continue
+        for choice in choices:
+            # A choice that was cut off shows what it has; one that failed is followed by the error.
+            if not choice.ended and event.state is not JobState.FAILED:
+                yield choice.end(event.finish_reason)
+        yield event
+
+
+class _Choice:
+    """One of the texts that a job makes."""
+
+    def __init__(self, index: int, text: CompletionText) -> None:
+        self._index = index
+        self._text = text
+        self._unsettled: deque[tuple[int, float, tuple[tuple[int, float], ...]]] = deque()
+        self._after = 0
+        self.ended = False
+
+    def take(self, event: TokenEvent) -> list[TextPart]:
+        """Take new tokens and return what they show."""
+        self._unsettled += zip(event.token_ids, event.logprobs, event.top_logprobs, strict=False)
+        parts: list[TextPart] = []
+        for token_id in event.token_ids:
+            self._after = event.index + len(parts) + 1
+            parts.append(self._part(self._text.push(token_id)))
+        if event.finish_reason is not None:
+            # With the last token comes all that was held back: nothing is shown behind the last `after`.
+            parts.append(joined(parts.pop(), self.end(event.finish_reason)))
+        return [part for part in parts if part.text or part.scores or part.finish_reason]
+
+    def end(self, reason: FinishReason) -> TextPart:
+        """Return the last part."""
+        self.ended = True
+        return self._part(self._text.finish(), reason)
+
+    def _part(self, piece: TextDelta, reason: FinishReason | None = None) -> TextPart:
+        scores: tuple[TokenScore, ...] = ()
+        if self._unsettled:
+            scores = tuple(TokenScore(*self._unsettled.popleft(), offset) for offset in piece.token_offsets)
+        return TextPart(self._index, piece.text, scores, reason, self._after)
+
+
+async def with_calls(
+    parts: AsyncIterator[TextPart | JobOutcome], parsers: "Sequence[AnswerParser]"
+) -> AsyncIterator[TextPart | JobOutcome]:
+    """Tell the calls in the texts of a job's choices from the rest; the parsers are the choices' own."""
+    counts = [0] * len(parsers)
+    async for part in parts:
+        if isinstance(part, JobOutcome):
+            yield part
+            continue
+        parser = parsers[part.choice]
+        found = [parser.push(part.text)]
+        if part.finish_reason is not None:
+            found.append(parser.finish())
+        calls = tuple(call for one in found for call in one.tool_calls)
+        counts[part.choice] += len(calls)
+        yield replace(
+            part,
+            text="".join(one.content for one in found),
+            reasoning="".join(one.reasoning for one in found),
+            tool_calls=calls,
+            num_calls=counts[part.choice],
+        )

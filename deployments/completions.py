@@ -11,22 +11,17 @@ from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from azu.auth.keys import ApiKey
+from azu.api.openai import ChatRequest, CompletionRequest
+from azu.auth.api_keys import ApiKey
 from azu.errors import AzuError, InternalError, InvalidRequest, Unavailable, kinds
 from azu.protocol.job import Job, JobOutcome, JobState
-from deployments.accounts import Key, ServicesNow
-from deployments.answers import Answer, Part, joined, usage
-from deployments.following import follow
-from deployments.jobs import owned
-from deployments.openai import ChatRequest, CompletionRequest
-from deployments.refusals import refusal
-from deployments.request_limits import check_limits
-from deployments.sampling import check_tokens, sampling_params
-from deployments.services import ServedModel, Services
-from deployments.tools import with_calls
+from deployments.answers import AnswerFormatter, TextPart, follow, joined, usage, with_calls
+from deployments.middleware import refusal
+from deployments.sampling import check_limits, check_tokens, sampling_params
+from deployments.services import Key, ServedModel, Services, ServicesNow, owned
 
 router = APIRouter()
-Parts = AsyncIterator[Part | JobOutcome]
+Parts = AsyncIterator[TextPart | JobOutcome]
 
 _NO_CACHE = {"cache-control": "no-cache"}
 
@@ -78,7 +73,7 @@ async def job_stream(
     if after > record.delivered:
         raise InvalidRequest(f"after is {after}; the job has {record.delivered} tokens so far", param="after")
     model = await services.model(job.model_id)
-    answer = Answer(
+    answer = AnswerFormatter(
         chat=chat, job_id=job_id, model=job.model_id, created_s=job.created_at_ms // 1000,
         decoder=model.tokenizer,
     )  # fmt: skip
@@ -97,7 +92,7 @@ async def _answer(
     parsers = [model.tokenizer.answer_parser(prompt, tools) for _ in range(choices if tools else 0)]
     accepting = services.intake.accept(key, model.facts, prompt, sampling, choices)
     job = await _finished_or_given_up(services, asyncio.create_task(accepting))
-    answer = Answer(
+    answer = AnswerFormatter(
         chat=isinstance(body, ChatRequest), job_id=job.job_id, model=body.model, created_s=int(time.time()),
         decoder=model.tokenizer,
     )  # fmt: skip
@@ -142,12 +137,12 @@ class _JobStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _whole(services: Services, job: Job, parts: Parts, answer: Answer) -> Response:
-    choices = [Part(index) for index in range(job.choices)]
+async def _whole(services: Services, job: Job, parts: Parts, answer: AnswerFormatter) -> Response:
+    choices = [TextPart(index) for index in range(job.choices)]
     try:
         async with _while_wanted(services, job):
             async for part in parts:
-                if isinstance(part, Part):
+                if isinstance(part, TextPart):
                     choices[part.choice] = joined(choices[part.choice], part)
                 elif part.state is JobState.FAILED:
                     return refusal(_error_of(part), may_be_charged=part.receipt.charged_lamports > 0)
@@ -160,13 +155,13 @@ async def _whole(services: Services, job: Job, parts: Parts, answer: Answer) -> 
 
 
 async def _events(
-    job: Job, parts: Parts, answer: Answer, *, include_usage: bool, after: int = 0
+    job: Job, parts: Parts, answer: AnswerFormatter, *, include_usage: bool, after: int = 0
 ) -> AsyncIterator[str]:
     for choice in range(0 if after else job.choices):
         if opening := answer.opening(choice):
             yield _event(opening)
     async for part in parts:
-        if isinstance(part, Part):
+        if isinstance(part, TextPart):
             for chunk in answer.chunks(part):
                 yield _event(chunk)
         elif part.state is not JobState.DONE:

@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from actors import control
+from actors import control_plane
 from azu.config import ControlConfig
 from azu.errors import Unavailable
 
@@ -22,13 +22,13 @@ class ControlPlane:
     def __init__(self, path: Path) -> None:
         self._path = path.expanduser()
         self._config = ControlConfig.from_file(self._path)
-        control.stop()  # what a replica left that was killed
-        control.start(self._config)
+        control_plane.stop()  # what a replica left that was killed
+        control_plane.start(self._config)
 
     async def check_health(self) -> None:
         """Start again who died; raise when one of them hangs, or when the books are others now."""
         unless_changed(self._path, self._config)
-        await asyncio.wait_for(asyncio.to_thread(control.revive, self._config), _ANSWER_TIMEOUT_S)
+        await asyncio.wait_for(asyncio.to_thread(control_plane.revive, self._config), _ANSWER_TIMEOUT_S)
 
     def __del__(self) -> None:
-        control.stop()
+        control_plane.stop()

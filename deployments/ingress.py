@@ -8,41 +8,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from azu.api.base import ErrorBody
 from azu.config import ControlConfig
 from azu.errors import AzuError, InvalidRequest, NotFound
-from deployments import (
-    accounts,
-    completions,
-    jobs,
-    keys,
-    metrics,
-    network,
-    nodes,
-    page,
-    quotes,
-    receipts,
-    withdrawals,
-)
-from deployments.edge import BodyLimit, RequestIds
-from deployments.refusals import refusal
+from deployments import accounts, completions, jobs, network, nodes, page
+from deployments.middleware import BodyLimit, RequestIds, refusal
 from deployments.services import Services, warm_up
-
-
-class _Error(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """What every refused request gets."""
-
-    error: _Error
-
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "Refused; nothing was changed"},
@@ -74,9 +47,7 @@ def build_api(
         redirect_slashes=False,
         responses=_REFUSALS,
     )
-    for routes in (
-        accounts, completions, jobs, keys, metrics, network, nodes, page, quotes, receipts, withdrawals,
-    ):  # fmt: skip
+    for routes in (accounts, completions, jobs, network, nodes, page):
         api.include_router(routes.router)
     api.add_exception_handler(AzuError, _refused)
     api.add_exception_handler(RequestValidationError, _invalid)

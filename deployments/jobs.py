@@ -1,35 +1,23 @@
 """Jobs by id: submit now, ask for results later."""
 
 import asyncio
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
-from pydantic import BaseModel, ConfigDict, Field
 
-from azu.auth.keys import ApiKey
-from azu.auth.receipts import receipt_facts
-from azu.errors import Forbidden, NotFound
+from azu.api.jobs import QuoteRequest, SubmitRequest
+from azu.api.openai import CompletionRequest
+from azu.auth.signatures import receipt_facts, sealed
+from azu.errors import Conflict, InvalidRequest
 from azu.jobs.record import JobRecord
 from azu.protocol.job import JobState
-from deployments.accounts import Key, ServicesNow
+from azu.protocol.topology import Prediction
 from deployments.answers import usage
-from deployments.messages import Text
-from deployments.openai import CompletionRequest
 from deployments.sampling import sampling_params
-from deployments.services import ServedModel, Services
+from deployments.services import Key, ServedModel, Services, ServicesNow, owned
 
 router = APIRouter()
-
-
-class SubmitRequest(BaseModel):
-    """POST /submit: `est_tokens` is the most new tokens the caller pays for."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    user_address: str = Field(max_length=64)
-    model_id: Text = Field(min_length=1, max_length=256)
-    prompt: Text = Field(min_length=1)
-    est_tokens: int = Field(ge=1)
 
 
 @router.post("/submit")
@@ -86,16 +74,6 @@ def _choice(model: ServedModel, record: JobRecord, token_ids: tuple[int, ...]) -
     return {"text": "".join(shown), "token_ids": token_ids}
 
 
-async def owned(services: Services, key: ApiKey, job_id: str) -> JobRecord:
-    """Return a job of the key's address; raises NotFound, and Forbidden for another address's."""
-    record = await services.jobs.get(job_id)
-    if record is None:
-        raise NotFound("there is no such job", param="job_id", code="job_not_found")
-    if record.job.address != key.address:
-        raise Forbidden("this job belongs to another address", param="job_id")
-    return record
-
-
 def _line(record: JobRecord) -> dict[str, Any]:
     outcome = record.outcome
     ended = record.state not in (JobState.QUEUED, JobState.RUNNING)
@@ -110,3 +88,54 @@ def _line(record: JobRecord) -> dict[str, Any]:
         "released_lamports": outcome.receipt.released_lamports if outcome else None,
         "error": outcome.error if outcome else None,
     }
+
+
+# So many of the caller's latest jobs say how long an answer is expected to be.
+_JOBS_LOOKED_AT = 50
+
+
+@router.post("/v1/quote")
+async def quote(body: QuoteRequest, key: Key, services: ServicesNow) -> dict[str, Any]:
+    """Return the highest and the expected price; `prediction` is null for a model that is not deployed."""
+    if (body.prompt is None) == (body.tokens is None):
+        raise InvalidRequest("give either the prompt or the number of its tokens", param="prompt")
+    model = await services.model(body.model)
+    num_tokens = body.tokens or 0
+    if body.prompt is not None:
+        num_tokens = len(await asyncio.to_thread(model.tokenizer.encode, body.prompt))
+    max_tokens = body.max_tokens or services.intake.completion_limit(model.facts, num_tokens)
+    expected_tokens = await _usual_tokens(services, key.address, model.facts.model_id)
+    quoted = services.intake.quote(model.facts, num_tokens, max_tokens, expected_tokens)
+    prediction: Prediction | None = await services.scheduler(
+        "prediction", model.facts.model_id, model.facts.revision
+    )
+    return {
+        "model": body.model,
+        "num_layers": model.facts.num_layers,
+        **asdict(quoted),
+        "prediction": None if prediction is None else asdict(prediction),
+    }
+
+
+async def _usual_tokens(services: Services, address: str, model_id: str) -> int | None:
+    """Return the average length of the address's latest answers of a model; None if it had none."""
+    lengths = [
+        record.outcome.receipt.completion_tokens
+        for record in await services.jobs.of(address, _JOBS_LOOKED_AT)
+        if record.job.model_id == model_id and record.outcome and record.state is JobState.DONE
+    ]
+    return round(sum(lengths) / len(lengths)) if lengths else None
+
+
+# Signing takes the treasury a moment; while it is away a receipt is handed out unsigned.
+_SIGNATURE_TIMEOUT_S = 5.0
+
+
+@router.get("/v1/receipts/{job_id}")
+async def receipt(job_id: str, key: Key, services: ServicesNow) -> dict[str, Any]:
+    """Return what a job cost, who ran what and earned what; `signature` is null while nobody can sign."""
+    record = await owned(services, key, job_id)
+    if record.outcome is None:
+        raise Conflict(f"{job_id} has not ended", code="job_not_finished")
+    signature = await services.receipts.ask(job_id, _SIGNATURE_TIMEOUT_S)
+    return sealed(record.outcome.receipt, services.config.platform_address, signature)

@@ -4,32 +4,74 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from fastapi.responses import JSONResponse, Response
+from pydantic import TypeAdapter
 
+from azu.api.network import Activity, ShardRequest, TimeTotal
 from azu.errors import AzuError
-from azu.metrics.activity import activity_of
-from azu.metrics.catalogue import JOBS
-from azu.metrics.meter import Picture
+from azu.metrics import (
+    CONTENT_TYPE,
+    GENERATED_TOKENS,
+    HOP,
+    JOBS,
+    KV_BLOCKS,
+    KV_BLOCKS_USED,
+    PROMPT_TOKENS,
+    RECOVERIES,
+    SEQUENCES,
+    STALLS,
+    TIME_PER_TOKEN,
+    TIME_TO_FIRST_TOKEN,
+    Metric,
+    MetricsSnapshot,
+    exposition,
+)
+from azu.models.description import KnownModel
+from azu.models.status import ModelStatus
 from azu.protocol.job import Placement
 from azu.protocol.node import Node
-from azu.registry.description import KnownModel
-from azu.registry.status import ModelStatus
-from deployments.accounts import Key, ServicesNow
-from deployments.metrics import check_admin, is_admin
-from deployments.services import Services
+from deployments.services import Key, Services, ServicesNow, check_admin, is_admin
+
+
+def activity_of(picture: MetricsSnapshot, model_id: str) -> Activity:
+    """Return what a network's picture says of a model."""
+
+    def spent(metric: Metric) -> TimeTotal:
+        histogram = picture.histogram(metric, model_id)
+        return TimeTotal(histogram.count, histogram.sum)
+
+    def whole(metric: Metric, *labels: str) -> int:
+        return round(picture.value(metric, model_id, *labels))
+
+    return Activity(
+        running_sequences=whole(SEQUENCES, "running"),
+        waiting_sequences=whole(SEQUENCES, "waiting"),
+        kv_blocks=whole(KV_BLOCKS),
+        kv_blocks_used=whole(KV_BLOCKS_USED),
+        prompt_tokens=whole(PROMPT_TOKENS),
+        generated_tokens=whole(GENERATED_TOKENS),
+        stalls=whole(STALLS),
+        recoveries=whole(RECOVERIES),
+        time_to_first_token=spent(TIME_TO_FIRST_TOKEN),
+        time_per_token=spent(TIME_PER_TOKEN),
+        hop=spent(HOP),
+    )
+
 
 router = APIRouter()
+
+
+@router.get("/metrics")
+async def metrics(services: ServicesNow, authorization: Annotated[str | None, Header()] = None) -> Response:
+    """Return all metrics; needs the admin key unless the network's owner opened them."""
+    if not services.config.open_metrics:
+        check_admin(authorization, services.config.admin_key_sha256)
+    picture: MetricsSnapshot = await services.scheduler("picture")
+    return Response(exposition(picture), headers={"content-type": CONTENT_TYPE})
+
+
 _STATUS = TypeAdapter(ModelStatus)
 _PLACEMENTS = TypeAdapter(tuple[Placement, ...])
-
-
-class ShardRequest(BaseModel):
-    """POST /models/shard."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model_id: str = Field(min_length=1, max_length=256)
 
 
 @router.get("/health")
@@ -47,7 +89,7 @@ async def network(_: Key, services: ServicesNow) -> dict[str, Any]:
     """Return nodes and deployments, and what they do."""
     nodes = await services.scheduler("nodes")
     deployments = await services.scheduler("deployments")
-    picture: Picture = await services.scheduler("picture")
+    picture: MetricsSnapshot = await services.scheduler("picture")
     return {
         "jobs": {
             state: round(picture.value(JOBS, state))  # of all users

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header
-from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress
 
+from azu.api.network import EnrolRequest, RenewRequest, TicketRequest
 from azu.auth.certificates import (
     Authority,
     certificate_pem,
@@ -16,52 +16,17 @@ from azu.auth.certificates import (
     public_key,
     read_certificate,
     read_request,
+    renewal_text,
     utc_now,
 )
-from azu.auth.tickets import TicketLine
-from azu.client.enrolment import renewal_text
+from azu.auth.tickets import TicketRecord
 from azu.config import EnrolmentConfig
 from azu.errors import InternalError, NotFound, Unauthenticated
-from deployments.accounts import ServicesNow
-from deployments.metrics import check_admin
-from deployments.services import now_ms
+from deployments.services import ServicesNow, check_admin, now_ms
 
 router = APIRouter(prefix="/v1/nodes")
-
-_MAX_USES = 1000
-_LONGEST_LIFE_S = 30 * 86_400
-_MAX_PEM = 8192
 # A signature of a while ago may have been overheard.
 _FRESH_MS = 300_000
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TicketRequest(_Body):
-    """POST /v1/nodes/tickets: `uses` is how many nodes it lets in."""
-
-    label: str = Field(default="", max_length=64)
-    uses: int = Field(default=1, ge=1, le=_MAX_USES)
-    expires_in_s: int = Field(default=86_400, ge=1, le=_LONGEST_LIFE_S)
-
-
-class EnrolRequest(_Body):
-    """POST /v1/nodes/enrol: `host` is the address at which other nodes reach this one."""
-
-    secret: str = Field(pattern=r"^[0-9a-f]{64}$")
-    name: str = Field(min_length=1, max_length=64)
-    host: IPvAnyAddress
-    request: str = Field(max_length=_MAX_PEM)
-
-
-class RenewRequest(_Body):
-    """POST /v1/nodes/renew: `signature` is that of the certificate's key under `renewal_text`."""
-
-    certificate: str = Field(max_length=_MAX_PEM)
-    signed_at_ms: int
-    signature: str = Field(max_length=256)
 
 
 def enrolment_of(services: ServicesNow) -> EnrolmentConfig:
@@ -148,5 +113,5 @@ def _authority(enrolment: EnrolmentConfig) -> Authority:
         raise InternalError("the network's authority cannot be read") from error
 
 
-def _line(ticket: TicketLine) -> dict[str, Any]:
+def _line(ticket: TicketRecord) -> dict[str, Any]:
     return asdict(ticket)

@@ -4,9 +4,10 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import replace
 
+from azu.api.openai import ChatRequest, CompletionRequest
+from azu.config.network import Limits
 from azu.errors import InvalidRequest
 from azu.protocol.sampling import SamplingParams
-from deployments.openai import ChatRequest, CompletionRequest
 from deployments.services import ServedModel
 
 # What is passed through when the request gives it; the rest is the model's default.
@@ -70,3 +71,25 @@ def check_tokens(param: str, token_ids: Iterable[int], vocab_size: int) -> None:
     """Refuse ids that the model has no logit for: the last stage could not look them up."""
     if not all(0 <= token_id < vocab_size for token_id in token_ids):
         raise InvalidRequest(f"its token ids must lie between 0 and {vocab_size - 1}", param=param)
+
+
+def check_limits(body: ChatRequest | CompletionRequest, limits: Limits) -> None:
+    """Raise InvalidRequest that names the first parameter beyond its limit."""
+    counted = {
+        "n": (body.n or 1, limits.max_choices),
+        "stop": (len(body.stop), limits.max_stop_strings),
+        "stop_token_ids": (len(body.stop_token_ids or ()), limits.max_stop_strings),
+        "logit_bias": (len(body.logit_bias or ()), limits.max_logit_bias),
+    }
+    if isinstance(body, ChatRequest):
+        counted["messages"] = (len(body.messages), limits.max_messages)
+        counted["tools"] = (len(body.tools or ()), limits.max_tools)
+    for param, (asked, most) in counted.items():
+        if asked > most:
+            raise InvalidRequest(f"{param}: {asked}, where at most {most} are taken here", param=param)
+    longest = max(map(len, body.stop), default=0)
+    if longest > limits.max_stop_characters:
+        raise InvalidRequest(
+            f"stop: {longest} characters, where at most {limits.max_stop_characters} are taken here",
+            param="stop",
+        )

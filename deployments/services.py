@@ -1,39 +1,85 @@
 """What the ingress calls: accounts, jobs, the registry and the scheduler, each over its own connection."""
 
 import asyncio
+import hashlib
+import hmac
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from fastapi import Depends, Header, Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import Address
 
+from actors.links import REGISTRY, ask
 from actors.placement import SCHEDULER
-from actors.reach import REGISTRY, ask
-from azu.auth.flights import RedisFlights
-from azu.auth.keys import ApiKey
-from azu.auth.rates import Rate, RedisRates
-from azu.auth.redis import RedisAuth
-from azu.auth.spending import RedisSpending
+from azu.auth.api_keys import ApiKey, RedisAuth
+from azu.auth.rate_limit import Rate, RedisRates
 from azu.auth.tickets import RedisTickets
 from azu.config import ControlConfig
-from azu.errors import Forbidden
+from azu.errors import BrokenCheckpoint, Forbidden, NotFound, Unauthenticated
+from azu.jobs.in_flight_limit import FlightLimits, RedisFlights
+from azu.jobs.intake import Intake, JobLimits, ModelFacts
+from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
-from azu.ledger.redis import RedisLedger
-from azu.lifecycle.flight import FlightLimits
-from azu.lifecycle.intake import Intake, JobLimits, ModelFacts
-from azu.lifecycle.spending import SpendLimits
+from azu.models.description import ModelDescription
+from azu.money.ledger.redis import RedisLedger
+from azu.money.spend_limits import RedisSpending, SpendLimits
+from azu.money.treasury.redis import EarningsClaims
+from azu.money.treasury.request_reply import DepositRequests, RedisReceipts
+from azu.money.treasury.withdrawals import RedisWithdrawals
 from azu.protocol.sampling import SamplingParams
-from azu.registry.description import ModelDescription
-from azu.treasury.claims import RedisClaims
-from azu.treasury.payees import RedisPayees
-from azu.treasury.receipts import RedisReceipts
-from azu.treasury.withdrawals import RedisWithdrawals
-from deployments.defaults import default_sampling
 
 if TYPE_CHECKING:
     from azu.engine.tokenizer import Tokenizer
+
+
+_FILE = "generation_config.json"
+# What generate samples with when the file says no more than that it samples.
+_TOP_K = 50
+_TEMPERATURE = 1.0
+
+
+class _GenerationConfig(BaseModel):
+    """The part of the file that azu has; others' files hold much more."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    do_sample: bool | None = None
+    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    top_k: int | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    min_new_tokens: int | None = Field(default=None, ge=0)
+
+
+def default_sampling(files: Mapping[str, bytes]) -> SamplingParams:
+    """Return the sampling of a model whose config files these are, greedy when they say nothing.
+
+    Raises BrokenCheckpoint when generation_config.json is malformed.
+    """
+    try:
+        found = _GenerationConfig.model_validate_json(files.get(_FILE, b"{}"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise BrokenCheckpoint(f"{_FILE}: {place or 'the file'}: {first['msg']}") from error
+    temperature = _TEMPERATURE if found.temperature is None else found.temperature
+    top_k = _TOP_K if found.do_sample and found.top_k is None else found.top_k or 0
+    return SamplingParams(
+        max_tokens=1,
+        temperature=temperature if found.do_sample else 0.0,
+        top_k=top_k,
+        top_p=1.0 if found.top_p is None else found.top_p,
+        min_p=found.min_p or 0.0,
+        repetition_penalty=1.0 if found.repetition_penalty is None else found.repetition_penalty,
+        min_tokens=found.min_new_tokens or 0,
+    )
+
 
 _REFRESH_S = 60.0
 _BACK_IN_S = 5.0  # who died is soon back; whoever waits longer may as well ask again
@@ -67,8 +113,8 @@ class Services:
         self.tickets = RedisTickets.from_url(config.redis_url)
         self.spending = RedisSpending.from_url(config.redis_url)
         self.spend_limits = SpendLimits(self.spending, self.ledger)
-        self.claims = RedisClaims.from_url(config.redis_url)
-        self.payees = RedisPayees.from_url(config.redis_url, config.platform_address)
+        self.claims = DepositRequests.from_url(config.redis_url)
+        self.payees = EarningsClaims.from_url(config.redis_url, config.platform_address)
         self.receipts = RedisReceipts.from_url(config.redis_url)
         self.withdrawals = RedisWithdrawals.from_url(config.redis_url)
         self.intake = Intake(
@@ -154,3 +200,43 @@ def _served(described: ModelDescription) -> ServedModel:
         tokenizer=Tokenizer.from_files(described.files),
         defaults=default_sampling(described.files),
     )
+
+
+def services_of(request: Request) -> Services:
+    """Return the replica's services."""
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesNow = Annotated[Services, Depends(services_of)]
+
+
+async def key_of(services: ServicesNow, authorization: Annotated[str | None, Header()] = None) -> ApiKey:
+    """Return the caller's key; raises Unauthenticated."""
+    return await services.owner(authorization)
+
+
+Key = Annotated[ApiKey, Depends(key_of)]
+
+
+async def owned(services: Services, key: ApiKey, job_id: str) -> JobRecord:
+    """Return a job of the key's address; raises NotFound, and Forbidden for another address's."""
+    record = await services.jobs.get(job_id)
+    if record is None:
+        raise NotFound("there is no such job", param="job_id", code="job_not_found")
+    if record.job.address != key.address:
+        raise Forbidden("this job belongs to another address", param="job_id")
+    return record
+
+
+def check_admin(authorization: str | None, admin_key_sha256: str) -> None:
+    """Raise Unauthenticated unless the header carries the admin key."""
+    if not is_admin(authorization, admin_key_sha256):
+        raise Unauthenticated("this endpoint needs the admin key")
+
+
+def is_admin(authorization: str | None, admin_key_sha256: str) -> bool:
+    """Say whether the header carries the admin key."""
+    _, _, bearer = (authorization or "").partition(" ")
+    given = hashlib.sha256(bearer.encode()).hexdigest()
+    return hmac.compare_digest(given, admin_key_sha256)

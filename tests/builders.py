@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from azu.auth.keys import ApiKey
+from azu.auth.api_keys import ApiKey
 from azu.protocol.job import Job, Placement, Receipt
 from azu.protocol.node import Node
 from azu.protocol.sampling import SamplingParams

@@ -11,7 +11,7 @@ Effects = tuple[tuple[type, str], ...]
 
 # Forked from a process that has imported everything: a start takes milliseconds instead of seconds.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["__main__", "tests.lifecycle.settling", "tests.treasury.dying"])
+_FORKS.set_forkserver_preload(["__main__", "tests.jobs.settling", "tests.money.treasury.dying"])
 
 
 @dataclass(frozen=True)

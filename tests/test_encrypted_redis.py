@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from azu.auth.tickets import RedisTickets
-from azu.cli.network.tls import TlsFiles, head_files
 from azu.config import Settings
 from azu.errors import Unavailable
+from azu.launch.membership import TlsFiles, head_files
 from tests.redis_server import RunningRedis
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from azu.cli.network.ports import free_port
+from azu.launch.processes import free_port
 from tests.redis_server import start_redis
 
 pytestmark = pytest.mark.prove

@@ -225,3 +225,8 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
+
+
+def renewal_text(signed_at_ms: int) -> str:
+    """Return what a node signs to get its certificate renewed."""
+    return f"azu node renewal at {signed_at_ms}"

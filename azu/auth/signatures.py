@@ -1,11 +1,18 @@
 """Who signed a text or typed data."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from eth_account import Account
 from eth_account.messages import SignableMessage, encode_defunct, encode_typed_data
+from eth_account.signers.local import LocalAccount
 from eth_keys.exceptions import BadSignature
+from pydantic import ConfigDict, TypeAdapter
+
+from azu.errors import InvalidRequest
+from azu.protocol.job import Receipt
 
 _SIGNATURE_BYTES = 65
 
@@ -32,3 +39,138 @@ def _signer(message: SignableMessage, signature: str) -> str | None:
     except (ValueError, BadSignature):
         return None
     return signer.lower()
+
+
+def sign_claim(account: LocalAccount, platform: str) -> str:
+    """Return the account's claim, in hex, to what it earns with the platform."""
+    signed = account.sign_typed_data(full_message=_claim_data(account.address, platform))
+    signature: str = signed.signature.to_0x_hex()
+    return signature
+
+
+def is_claim(address: str, platform: str, signature: str) -> bool:
+    """Say whether a lower-case address itself signed that it claims its earnings."""
+    return signer_of_data(_claim_data(address, platform), signature) == address
+
+
+def _claim_data(address: str, platform: str) -> dict[str, Any]:
+    return {
+        "primaryType": "PayoutAddress",
+        "domain": {"name": "azu", "version": "1", "verifyingContract": platform},
+        "types": {
+            "EIP712Domain": [
+                {"name": "name", "type": "string"},
+                {"name": "version", "type": "string"},
+                {"name": "verifyingContract", "type": "address"},
+            ],
+            "PayoutAddress": [{"name": "account", "type": "address"}],
+        },
+        "message": {"account": address},
+    }
+
+
+_RECEIPT = TypeAdapter(Receipt)
+# Not part of what is signed.
+_SEAL = ("signer", "signature")
+
+
+def receipt_facts(receipt: Receipt) -> dict[str, Any]:
+    """Return a receipt as JSON's values: what is signed."""
+    facts: dict[str, Any] = _RECEIPT.dump_python(receipt, mode="json")
+    return facts | {"token_layers": receipt.token_layers}
+
+
+def sign_receipt(account: LocalAccount, receipt: Receipt) -> str:
+    """Return the account's signature of a receipt, in hex."""
+    # Through JSON: its names are strings, where ours may be numbers.
+    facts = json.loads(json.dumps(receipt_facts(receipt)))
+    signature: str = account.sign_message(encode_defunct(text=_text(facts))).signature.to_0x_hex()
+    return signature
+
+
+def sealed(receipt: Receipt, signer: str, signature: str | None) -> dict[str, Any]:
+    """Return the receipt as it is handed out; without a signature it proves nothing."""
+    return receipt_facts(receipt) | {"signer": signer, "signature": signature}
+
+
+def verify_receipt(document: Mapping[str, Any]) -> str:
+    """Return the address, in lower case, whose key signed a receipt of which nothing was changed since.
+
+    Raises InvalidRequest for a receipt that is not signed or not signed by whom it says. Whether that is the
+    platform is the caller's to know.
+    """
+    signer, signature = document.get("signer"), document.get("signature")
+    if not isinstance(signer, str) or not isinstance(signature, str):
+        raise InvalidRequest("this receipt is not signed", param="signature")
+    facts = {name: value for name, value in document.items() if name not in _SEAL}
+    found = signer_of_text(_text(facts), signature)
+    if found is None or found != signer.lower():
+        raise InvalidRequest(f"this receipt was changed, or not signed by {signer}", param="signature")
+    return found
+
+
+def _text(facts: Mapping[str, Any]) -> str:
+    return f"azu receipt\n{json.dumps(facts, sort_keys=True, separators=(',', ':'))}"
+
+
+LONGEST_LIFE_MS = 24 * 3_600_000
+
+_FIELDS = [
+    {"name": "account", "type": "address"},
+    {"name": "lamports", "type": "uint256"},
+    {"name": "nonce", "type": "uint256"},
+    {"name": "expiresAtMs", "type": "uint256"},
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Withdrawal:
+    """Send `lamports` from an address's account to that same address, before `expires_at_ms`.
+
+    A nonce is used once; the address chooses it.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    address: str
+    lamports: int
+    nonce: int
+    expires_at_ms: int
+
+    @property
+    def payout_id(self) -> str:
+        """The one payout that can come of it."""
+        return f"payout:{self.address}:withdrawal-{self.nonce}"
+
+
+def sign_withdrawal(account: LocalAccount, withdrawal: Withdrawal, platform: str) -> str:
+    """Return the account's signature, in hex, for the platform's network alone."""
+    signed = account.sign_typed_data(full_message=_withdrawal_data(withdrawal, platform))
+    signature: str = signed.signature.to_0x_hex()
+    return signature
+
+
+def is_signed(withdrawal: Withdrawal, platform: str, signature: str) -> bool:
+    """Say whether the address itself signed this withdrawal for this platform."""
+    return signer_of_data(_withdrawal_data(withdrawal, platform), signature) == withdrawal.address
+
+
+def _withdrawal_data(withdrawal: Withdrawal, platform: str) -> dict[str, Any]:
+    return {
+        "primaryType": "Withdrawal",
+        "domain": {"name": "azu", "version": "1", "verifyingContract": platform},
+        "types": {
+            "EIP712Domain": [
+                {"name": "name", "type": "string"},
+                {"name": "version", "type": "string"},
+                {"name": "verifyingContract", "type": "address"},
+            ],
+            "Withdrawal": _FIELDS,
+        },
+        "message": {
+            "account": withdrawal.address,
+            "lamports": withdrawal.lamports,
+            "nonce": withdrawal.nonce,
+            "expiresAtMs": withdrawal.expires_at_ms,
+        },
+    }

@@ -15,8 +15,8 @@ from typing import cast
 
 from redis.asyncio import Redis
 
-from azu.connection import connect_redis
 from azu.errors import NotFound, Unauthenticated
+from azu.redis_client import connect_redis
 
 _SECRET_BYTES = 32
 _ID_DIGITS = 16
@@ -39,7 +39,7 @@ return ''
 
 
 @dataclass(frozen=True, slots=True)
-class TicketLine:
+class TicketRecord:
     """A ticket without its secret, which is kept nowhere. `nodes` are the names of those it let in."""
 
     ticket_id: str
@@ -68,10 +68,10 @@ class RedisTickets:
         """Close the connections."""
         await self._redis.aclose()
 
-    async def new(self, label: str, uses: int, now_ms: int, expires_at_ms: int) -> tuple[str, TicketLine]:
+    async def new(self, label: str, uses: int, now_ms: int, expires_at_ms: int) -> tuple[str, TicketRecord]:
         """Return the secret of a new ticket in hex, and the ticket."""
         secret = self._random_bytes(_SECRET_BYTES).hex()
-        ticket = TicketLine(_id_of(secret), label, uses, now_ms, expires_at_ms)
+        ticket = TicketRecord(_id_of(secret), label, uses, now_ms, expires_at_ms)
         facts: dict[str, str | int] = {
             "digest": _digest(secret),
             "label": label,
@@ -105,7 +105,7 @@ class RedisTickets:
         if ticket_id is None or revoked is not None:
             raise Unauthenticated("the ticket of this node was revoked", code="invalid_ticket")
 
-    async def list(self) -> tuple[TicketLine, ...]:
+    async def list(self) -> tuple[TicketRecord, ...]:
         """Return every ticket in the order they were made."""
         ids = cast("list[str]", await self._redis.zrange(_TICKETS, 0, -1))
         return tuple([await self._line(ticket_id) for ticket_id in ids])
@@ -116,11 +116,11 @@ class RedisTickets:
             raise NotFound(f"there is no ticket {ticket_id}", param="ticket_id", code="ticket_not_found")
         await self._redis.hsetnx(_key(ticket_id), "revoked_at_ms", str(now_ms))
 
-    async def _line(self, ticket_id: str) -> TicketLine:
+    async def _line(self, ticket_id: str) -> TicketRecord:
         facts = cast(dict[str, str], await self._redis.hgetall(_key(ticket_id)))
         names = cast("list[str]", await self._redis.hvals(_nodes_key(ticket_id)))
         revoked = facts.get("revoked_at_ms")
-        return TicketLine(
+        return TicketRecord(
             ticket_id,
             facts["label"],
             int(facts["uses"]),

@@ -10,7 +10,8 @@ from azu.cli.output import AsJson, console, show, table
 from azu.units import hype_from_lamports, lamports_from_hype
 
 if TYPE_CHECKING:
-    from azu.client.answers import Balance, Earnings
+    from azu.api.accounts import Balance, Earnings
+
 
 _CREDIT_ATTEMPTS = 20
 _DAY_S = 86_400
@@ -44,10 +45,10 @@ def deposit(
     amount: Annotated[str, typer.Argument(help="HYPE, for example 0.5")], as_json: AsJson = False
 ) -> None:
     """Move HYPE from the wallet to the platform and wait for the credit."""
-    from azu.chain.wallet import transfer_hype
     from azu.cli.wallet import unlock
     from azu.config import Settings
     from azu.errors import DeadlineExceeded
+    from azu.money.chain.wallet import transfer_hype
 
     lamports = lamports_from_hype(amount)
     wallet = unlock(Settings.from_environment().home)

@@ -22,7 +22,7 @@ def check(
 ) -> None:
     """Cut a model, run it stage by stage and whole, and compare; exit 0 only if the answers are equal."""
     from azu.engine.check import check as run_check
-    from azu.registry.sources import find
+    from azu.models.sources import find
 
     folder = Path(model)
     if not folder.is_dir():

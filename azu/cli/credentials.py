@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from azu.cli.private_file import write_private
 from azu.config import Settings
-from azu.documents import read_json
 from azu.errors import ConfigurationError, Unauthenticated
+from azu.files import read_json, write_private
 
 if TYPE_CHECKING:
     from azu.client import Client
+
 
 _FILE = "credentials.json"
 

@@ -11,6 +11,6 @@ def devnet(
     seed: Annotated[int | None, typer.Option(help="Seed of the faults that strike at random.")] = None,
 ) -> None:
     """Run a local chain that speaks Hyperliquid's HTTP API; it forgets everything when it stops."""
-    from azu.chain.devnet.server import serve
+    from azu.devnet.server import serve
 
     serve(host, port, seed=seed, ready=lambda url: print(f"devnet ready {url}", flush=True))  # noqa: T201

@@ -7,8 +7,8 @@ _TIMEOUT_S = 60.0
 
 def down() -> None:
     """Stop the network that runs out of AZU_HOME, and everything it started."""
-    from azu.cli.network.running import stop_running
     from azu.config import Settings
+    from azu.launch.network_process import stop_running
 
     home = Settings.from_environment().home
     with console.status(f"Stopping the network in {home}"):

@@ -13,9 +13,10 @@ from azu.errors import DeadlineExceeded, Unavailable
 from azu.units import format_bytes
 
 if TYPE_CHECKING:
-    from azu.cli.network.children import Children
-    from azu.cli.network.membership import Access, Membership
-    from azu.cli.network.ray_nodes import Worker
+    from azu.launch.membership import ClusterAccess, Membership
+    from azu.launch.processes import ProcessGroup
+    from azu.launch.ray_nodes import Worker
+
 
 _START_TIMEOUT_S = 120.0
 _WATCH_S = 0.5
@@ -24,21 +25,19 @@ _ASK_EVERY_S = 600.0
 
 Word = Annotated[str, typer.Argument(metavar="TICKET", help="What `azu up` printed.")]
 Vram = Annotated[str, typer.Option(help="What each GPU lends, such as 20GiB; without GPUs, this machine.")]
-Payout = Annotated[str, typer.Option(help="The address that is paid.")]
+PayoutOption = Annotated[str, typer.Option(help="The address that is paid.")]
 Name = Annotated[str | None, typer.Option(help="What the network calls this machine.")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Lend the CPU although there are GPUs.")]
 Ip = Annotated[str | None, typer.Option(help="The address at which the network reaches this machine.")]
 
 
 def join(
-    ticket: Word, vram: Vram, payout: Payout, name: Name = None, cpu: Cpu = False, ip: Ip = None
+    ticket: Word, vram: Vram, payout: PayoutOption, name: Name = None, cpu: Cpu = False, ip: Ip = None
 ) -> None:
     """Lend this machine until Ctrl-C: one Ray node for each GPU, started again when it dies."""
-    from azu.cli.network.interrupts import ending_as_interrupt
-    from azu.cli.network.membership import membership_of
-    from azu.cli.network.ports import address_towards
-    from azu.cli.network.tickets import EnrolmentTicket, decode_ticket
     from azu.config import Settings
+    from azu.launch.membership import EnrolmentTicket, decode_ticket, membership_of
+    from azu.launch.processes import address_towards, ending_as_interrupt
 
     opened = decode_ticket(ticket)
     called = name or socket.gethostname()
@@ -57,15 +56,15 @@ def _lend(membership: "Membership", workers: "list[Worker]", ip: str | None, log
     """Run the nodes until what opened the network to them does so no longer."""
     import tempfile
 
-    from azu.cli.network.children import Children
-    from azu.cli.network.ray_nodes import RayHost
-    from azu.cli.private_file import write_private
+    from azu.files import write_private
+    from azu.launch.processes import ProcessGroup
+    from azu.launch.ray_nodes import RayHost
 
     access = membership.access()
     with (
         # Short, or the paths of Ray's sockets would be too long.
         tempfile.TemporaryDirectory(prefix="azu-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        Children(logs) as nodes,
+        ProcessGroup(logs) as nodes,
     ):
         host = RayHost(Path(folder), Path(folder) / "token", ip, tls=access.tls)
         write_private(host.token_path, access.token)
@@ -78,10 +77,9 @@ def _workers(name: str, vram: str, payout: str, *, cpu: bool) -> "list[Worker]":
     """Return one worker for each GPU, or one for the CPU."""
     from pydantic import ValidationError
 
-    from azu.cli.network.gpus import cuda_devices
-    from azu.cli.network.ray_nodes import Worker
     from azu.config import LocalWorker
-    from azu.config.fields import refused
+    from azu.config.settings import refused
+    from azu.launch.ray_nodes import Worker, cuda_devices
 
     gpus = () if cpu else cuda_devices()
     try:
@@ -95,12 +93,14 @@ def _workers(name: str, vram: str, payout: str, *, cpu: bool) -> "list[Worker]":
     ]
 
 
-def _watch(nodes: "Children", workers: "list[Worker]", membership: "Membership", access: "Access") -> None:
+def _watch(
+    nodes: "ProcessGroup", workers: "list[Worker]", membership: "Membership", access: "ClusterAccess"
+) -> None:
     """Wait until all nodes have joined, then keep them joined, telling what happens.
 
     Returns when they have to be started with something else; raises Unauthenticated when nothing will do.
     """
-    from azu.cli.network.ray_nodes import STARTED
+    from azu.launch.ray_nodes import STARTED
 
     asked_s = time.monotonic()
     with console.status(f"Joining {access.head}") as status:
@@ -121,7 +121,7 @@ def _watch(nodes: "Children", workers: "list[Worker]", membership: "Membership",
             time.sleep(_WATCH_S)
 
 
-def _has_moved_on(membership: "Membership", access: "Access") -> bool:
+def _has_moved_on(membership: "Membership", access: "ClusterAccess") -> bool:
     """Say whether nodes have to be started again, because the network was or their certificate ends."""
     try:
         later = membership.access()

@@ -10,7 +10,8 @@ from azu.cli.credentials import open_client
 from azu.cli.output import AsJson, show, table
 
 if TYPE_CHECKING:
-    from azu.client.answers import KeyLine
+    from azu.api.accounts import KeyLine
+
 
 keys = typer.Typer(no_args_is_help=True, help="The API keys of your address; `azu login` opens one.")
 

@@ -11,10 +11,10 @@ from azu.cli.output import AsJson, console, show
 _LOOK_S = 0.5
 
 Name = Annotated[str, typer.Argument(help="What the network calls the node; see `azu ps`.")]
-Patience = Annotated[float, typer.Option(min=0, help="How many seconds to wait.")]
+WaitOption = Annotated[float, typer.Option(min=0, help="How many seconds to wait.")]
 
 
-def leave(name: Name, patience: Patience = 300.0, as_json: AsJson = False) -> None:
+def leave(name: Name, patience: WaitOption = 300.0, as_json: AsJson = False) -> None:
     """Have a node of yours give away what it holds; when it has left, end its `azu join`.
 
     New work goes elsewhere at once. Pieces move while their streams go on, as soon as other nodes have room.

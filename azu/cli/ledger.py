@@ -13,9 +13,10 @@ from azu.config import Settings
 from azu.units import format_bytes, hype_from_lamports
 
 if TYPE_CHECKING:
-    from azu.ledger.audit import Audit
-    from azu.ledger.redis import RedisLedger
-    from azu.ledger.repair import Repair
+    from azu.money.ledger.audit import Audit
+    from azu.money.ledger.durability import FileRepair
+    from azu.money.ledger.redis import RedisLedger
+
 
 # At a chain that disagrees: a deposit or payout may be on its way into the books.
 _MORE_LOOKS = 4
@@ -50,16 +51,16 @@ def repair(
     as_json: AsJson = False,
 ) -> None:
     """Cut a torn tail back to the last whole transfer and say what was dropped; Redis must be stopped."""
-    from azu.ledger.durable import APPEND_ONLY_FILE
-    from azu.ledger.repair import repair as cut_tail
+    from azu.money.ledger.durability import APPEND_ONLY_FILE
+    from azu.money.ledger.durability import repair as cut_tail
 
     path = file or Settings.from_environment().home / "redis" / APPEND_ONLY_FILE
     show(cut_tail(path), as_json, _drawn_repair)
 
 
 async def _audit(settings: Settings, wallet_lamports: int | None) -> "Audit":
-    from azu.cli.network.redis_server import own_redis_url
-    from azu.ledger.redis import RedisLedger
+    from azu.launch.redis_server import own_redis_url
+    from azu.money.ledger.redis import RedisLedger
 
     books = RedisLedger.from_url(settings.redis_url or own_redis_url(settings.home))
     chain = None if wallet_lamports is not None else _chain(settings)
@@ -76,7 +77,7 @@ async def _audit(settings: Settings, wallet_lamports: int | None) -> "Audit":
 
 
 async def _look(books: "RedisLedger", chain: tuple[str, str] | None, wallet_lamports: int | None) -> "Audit":
-    from azu.ledger.audit import audit as audit_books
+    from azu.money.ledger.audit import audit as audit_books
 
     if chain is not None:
         wallet_lamports = await _wallet(*chain)
@@ -85,7 +86,7 @@ async def _look(books: "RedisLedger", chain: tuple[str, str] | None, wallet_lamp
 
 def _chain(settings: Settings) -> tuple[str, str] | None:
     """Return the chain's URL and the platform's address there, if they are known."""
-    from azu.cli.network.chain import devnet_of
+    from azu.launch.sidecars import devnet_of
 
     if settings.chain_url is not None and settings.platform_address is not None:
         return settings.chain_url, settings.platform_address
@@ -94,8 +95,8 @@ def _chain(settings: Settings) -> tuple[str, str] | None:
 
 
 async def _wallet(chain_url: str, platform_address: str) -> int:
-    from azu.chain.client import ChainClient
-    from azu.chain.tokens import network_at
+    from azu.money.chain.api import ChainClient
+    from azu.money.chain.networks import network_at
 
     chain = ChainClient(network_at(chain_url))
     try:
@@ -124,7 +125,7 @@ def _hype(lamports: int | None) -> str:
     return "not asked" if lamports is None else hype_from_lamports(lamports)
 
 
-def _drawn_repair(done: "Repair") -> Text:
+def _drawn_repair(done: "FileRepair") -> Text:
     if not done.dropped_bytes:
         return Text(f"{done.file} is whole: {format_bytes(done.kept_bytes)}, nothing dropped.", "green")
     transfers = ", ".join(done.dropped_transfers) or "none that can be read"

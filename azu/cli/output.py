@@ -1,13 +1,17 @@
 """What commands print: tables for people, one JSON object for programs."""
 
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, JustifyMethod, RenderableType
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 console = Console(highlight=False)
@@ -42,3 +46,62 @@ def _plain(facts: Any) -> Any:
     if isinstance(facts, set | frozenset | tuple):
         return list(facts)
     return facts
+
+
+Step = Callable[[str], None]
+
+
+class ProgressPrinter:
+    """Tells a person what happens; with `quiet` it says nothing."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = Console(quiet=quiet, highlight=False)
+        self._status: Status | None = None
+
+    @contextmanager
+    def steps(self) -> Iterator[Step]:
+        """Show the running step with a spinner, and each finished one with its time."""
+        started = time.monotonic()
+        current = ""
+
+        def finish() -> None:
+            if current:
+                self._console.print(f"[green]✓[/] {current} [dim]{time.monotonic() - started:.1f} s[/]")
+
+        with self._console.status("Starting") as self._status:
+
+            def step(text: str) -> None:
+                nonlocal current, started
+                finish()
+                current, started = text, time.monotonic()
+                assert self._status is not None
+                self._status.update(text)
+
+            yield step
+            finish()
+        self._status = None
+
+    @contextmanager
+    def answer(self, model: str, question: str) -> Iterator[Step]:
+        """Show an answer's pieces as they come."""
+        first = True
+
+        def say(piece: str) -> None:
+            nonlocal first
+            if first:
+                # A spinner and a line that grows cannot share the terminal.
+                if self._status is not None:
+                    self._status.stop()
+                self._console.print(f"\n[bold]{question}[/] [dim]{model}[/]")
+                first = False
+            self._console.print(Text(piece), end="")
+
+        yield say
+        self._console.print("\n")
+        if self._status is not None:
+            self._status.start()
+
+    def print(self, *renderables: RenderableType) -> None:
+        """Print what a finished step has to show."""
+        for renderable in renderables:
+            self._console.print(renderable)

@@ -35,8 +35,8 @@ def plan(
 ) -> None:
     """Show where a model's pieces would go; a model that is not cut yet is cut first."""
     from azu.config import Settings, load_network
-    from azu.planner.moves import cold_start_s
-    from azu.planner.nodes_file import read_nodes
+    from azu.config.nodes_file import read_nodes
+    from azu.planner.migration import cold_start_s
     from azu.planner.replicas import plan_replicas
 
     settings = Settings.from_environment()
@@ -63,9 +63,9 @@ def _structure(model: str, revision: str | None, shards: Path) -> "Structure":
         path = folder / STRUCTURE_FILE
         return Structure.from_json(path.read_bytes(), where=str(path))
 
-    from azu.architecture import describe
-    from azu.registry.sources import find, folder_name
-    from azu.sharding.cut import cut
+    from azu.models import describe
+    from azu.models.cut import cut
+    from azu.models.sources import find, folder_name
 
     model_id = str(folder.resolve()) if folder.is_dir() else model
     source = find(model_id, revision, [folder.resolve().parent] if folder.is_dir() else [])

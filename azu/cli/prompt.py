@@ -13,7 +13,7 @@ from azu.cli.credentials import open_client
 from azu.cli.output import AsJson, console, show, table
 
 if TYPE_CHECKING:
-    from azu.client.answers import JobLine, ReceiptLines
+    from azu.api.jobs import JobLine, ReceiptLines
 
 
 def prompt(

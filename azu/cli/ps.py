@@ -10,7 +10,7 @@ from azu.cli.output import AsJson, show, table
 from azu.units import format_bytes
 
 if TYPE_CHECKING:
-    from azu.client.answers import DeploymentLine, Network, PieceLine
+    from azu.api.network import DeploymentLine, NetworkResponse, PieceLine
 
 
 def ps(as_json: AsJson = False) -> None:
@@ -24,7 +24,7 @@ def models(as_json: AsJson = False) -> None:
     show(found, as_json, lambda ids: table(["model"], [[model_id] for model_id in ids]))
 
 
-def _network(found: "Network") -> Group:
+def _network(found: "NetworkResponse") -> Group:
     nodes = [
         (
             node.name,

@@ -36,9 +36,10 @@ def receipt(
 
 
 def _read(file: Path) -> dict[str, Any]:
-    from azu.client.answers import ReceiptLines, read
-    from azu.documents import read_json
+    from azu.api.base import read
+    from azu.api.jobs import ReceiptLines
     from azu.errors import InternalError, InvalidRequest
+    from azu.files import read_json
 
     document = read_json(file)
     try:
@@ -51,8 +52,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _checked(document: dict[str, Any], platform: str | None) -> str:
     """Return who signed a receipt; raises InvalidRequest unless that is the platform."""
-    from azu.auth.receipts import verify_receipt
-    from azu.chain.identifiers import parse_address
+    from azu.addresses import parse_address
+    from azu.auth.signatures import verify_receipt
     from azu.errors import InvalidRequest
 
     signer = verify_receipt(document)
@@ -63,7 +64,8 @@ def _checked(document: dict[str, Any], platform: str | None) -> str:
 
 
 def _signed(document: dict[str, Any]) -> Group:
-    from azu.client.answers import ReceiptLines, read
+    from azu.api.base import read
+    from azu.api.jobs import ReceiptLines
 
     signed = Text(f"signed by {document['signer']}", "green")
     unsigned = Text("not signed: the treasury is away; ask again later", "yellow")
@@ -72,7 +74,8 @@ def _signed(document: dict[str, Any]) -> Group:
 
 
 def _verified(document: dict[str, Any]) -> Group:
-    from azu.client.answers import ReceiptLines, read
+    from azu.api.base import read
+    from azu.api.jobs import ReceiptLines
 
     told = Text(f"✓ signed by the platform, {document['signed_by']}, and not changed since", "green")
     return Group(receipt_panel(read(ReceiptLines, document)), told)

@@ -14,6 +14,7 @@ from azu.cli.output import AsJson, show
 if TYPE_CHECKING:
     from azu.config import NetworkFile, Settings
 
+
 Address = Annotated[str | None, typer.Option(help='The head "host:port"; else RAY_ADDRESS or this machine.')]
 File = Annotated[Path | None, typer.Option(help="A network file; see configs/network.yaml.")]
 BooksOnly = Annotated[
@@ -30,11 +31,10 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Run a network on this machine's Ray head until Ctrl-C, `azu down` or the end of the head."""
-    from azu.cli.demo.show import Narrator
-    from azu.cli.network.background import in_background
-    from azu.cli.network.interrupts import ending_as_interrupt
-    from azu.cli.network.watching import watch
+    from azu.cli.output import ProgressPrinter
     from azu.config import load_settings
+    from azu.launch.network_process import in_background, watch
+    from azu.launch.processes import ending_as_interrupt
 
     settings, file = load_settings(network)
     if background:
@@ -46,9 +46,9 @@ def serve(
         if books:
             running, facts = _books(stack, settings, file)
         else:
-            from azu.cli.network.attached import attached_network
+            from azu.launch.attached_network import attached_network
 
-            with Narrator(quiet=as_json).steps() as step:
+            with ProgressPrinter(quiet=as_json).steps() as step:
                 head = address or os.environ.get("RAY_ADDRESS") or "auto"
                 running = stack.enter_context(attached_network(settings, file, head, step))
             names = ("url", "chain_url", "platform_address", "admin_key", "head")
@@ -59,9 +59,9 @@ def serve(
 
 def _books(stack: ExitStack, settings: "Settings", file: "NetworkFile") -> tuple[Any, dict[str, str]]:
     """Keep the books, and write down for Serve's replicas on this machine how they are reached."""
-    from azu.cli.network.books import admin_key_of, books_kept
-    from azu.cli.network.serving import control_config, of_ingress
-    from azu.cli.private_file import write_private
+    from azu.files import write_private
+    from azu.launch.serving import control_config, of_ingress
+    from azu.launch.sidecars import admin_key_of, books_kept
 
     kept = stack.enter_context(books_kept(settings, file.policy.timeouts.start_s))
     admin_key = admin_key_of(settings)

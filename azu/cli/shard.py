@@ -43,10 +43,10 @@ def shard(
     as_json: AsJson = False,
 ) -> None:
     """Cut a model into one file per layer, router and expert; a cut that was interrupted is resumed."""
-    from azu.architecture import describe
     from azu.config import Settings
-    from azu.registry.sources import find, folder_name
-    from azu.sharding.cut import cut
+    from azu.models import describe
+    from azu.models.cut import cut
+    from azu.models.sources import find, folder_name
 
     folder = Path(model)
     model_id = str(folder.resolve()) if folder.is_dir() else model

@@ -9,7 +9,8 @@ from rich.table import Table
 from azu.cli.output import AsJson, show, table
 
 if TYPE_CHECKING:
-    from azu.client.answers import TicketLine
+    from azu.api.network import TicketResponse
+
 
 _HOUR_S = 3600
 
@@ -26,8 +27,8 @@ def new(
     as_json: AsJson = False,
 ) -> None:
     """Make a ticket; give it only to people whom you would give a shell."""
-    from azu.cli.network.admin import admin_client, new_ticket
     from azu.config import Settings
+    from azu.launch.admin import admin_client, new_ticket
 
     client = admin_client(Settings.from_environment())
     made = new_ticket(client, label=label, uses=uses, expires_in_s=hours * _HOUR_S)
@@ -37,8 +38,8 @@ def new(
 @ticket.command("list")
 def list_(as_json: AsJson = False) -> None:
     """Show the tickets and the machines that they let in."""
-    from azu.cli.network.admin import admin_client
     from azu.config import Settings
+    from azu.launch.admin import admin_client
 
     show(admin_client(Settings.from_environment()).tickets(), as_json, _drawn)
 
@@ -49,14 +50,14 @@ def revoke(
     as_json: AsJson = False,
 ) -> None:
     """Let nobody in with a ticket any more; machines that came with it are not let in again."""
-    from azu.cli.network.admin import admin_client
     from azu.config import Settings
+    from azu.launch.admin import admin_client
 
     admin_client(Settings.from_environment()).revoke_ticket(ticket_id)
     show({"revoked": ticket_id}, as_json, lambda _: f"{ticket_id} is revoked")
 
 
-def _drawn(found: "list[TicketLine]") -> Table:
+def _drawn(found: "list[TicketResponse]") -> Table:
     rows = [
         (
             one.ticket_id,

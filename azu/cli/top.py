@@ -11,13 +11,35 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from azu.api.network import Activity
 from azu.cli.credentials import open_client
 from azu.cli.output import AsJson, console, show
 from azu.units import format_bytes
 
 if TYPE_CHECKING:
-    from azu.client.answers import DeploymentLine, Network, NodeLine
-    from azu.metrics.activity import Speed
+    from azu.api.network import DeploymentLine, NetworkResponse, NodeLine
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What a model did in the time between two looks; None where nothing was measured."""
+
+    tokens_per_s: float
+    time_to_first_token_s: float | None
+    time_per_token_s: float | None
+    hop_s: float | None
+
+
+def speed_between(before: Activity, after: Activity, seconds: float) -> Speed:
+    """Return how fast a model was from one look to another, `seconds` apart."""
+    tokens = after.generated_tokens - before.generated_tokens
+    return Speed(
+        tokens_per_s=max(0, tokens) / seconds,
+        time_to_first_token_s=after.time_to_first_token.mean_s(before.time_to_first_token),
+        time_per_token_s=after.time_per_token.mean_s(before.time_per_token),
+        hop_s=after.hop.mean_s(before.hop),
+    )
+
 
 _BAR_WIDTH = 24
 
@@ -28,7 +50,7 @@ Period = Annotated[float, typer.Option(min=0.2, max=60, help="Seconds between tw
 class Sample:
     """The network at one moment, and each model's speed since the look before, by model id."""
 
-    network: "Network"
+    network: "NetworkResponse"
     speeds: "dict[str, Speed]"
 
 
@@ -52,7 +74,7 @@ def top(every: Period = 1.0, as_json: AsJson = False) -> None:
 
 def _samples(period_s: float) -> Iterator[Sample]:
     """Yield what two looks, a period apart, show; the meters of a network speak once a second."""
-    from azu.metrics.activity import Activity, speed_between
+    from azu.api.network import Activity
 
     client = open_client()
     before, looked_s = client.network(), time.monotonic()

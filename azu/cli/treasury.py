@@ -7,6 +7,7 @@ if TYPE_CHECKING:
 
     from azu.config import Settings
 
+
 # Bringing an account to life on the chain costs the platform a dollar: it wants to be worth it.
 _NEW_ACCOUNT_FACTOR = 4
 _DEVNET_POLL_S = 0.2
@@ -22,13 +23,13 @@ def treasury() -> None:
     import os
     from dataclasses import replace
 
-    from azu.chain.tokens import network_at
     from azu.config import Settings, load_network
     from azu.errors import ConfigurationError
     from azu.logs import start_logging
-    from azu.treasury.dues import Threshold
-    from azu.treasury.keys import take_private_key
-    from azu.treasury.process import TreasuryConfig, run
+    from azu.money.chain.networks import network_at
+    from azu.money.treasury.payouts import Threshold
+    from azu.money.treasury.platform_key import take_private_key
+    from azu.money.treasury.process import TreasuryConfig, run
 
     account = take_private_key(os.environ)
     settings = Settings.from_environment()

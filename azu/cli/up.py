@@ -11,12 +11,15 @@ from rich.table import Table
 from azu.cli.output import AsJson, console, show
 
 if TYPE_CHECKING:
-    from azu.cli.network.local_network import LocalNetwork
     from azu.config import LocalWorker
+    from azu.launch.local_network import LocalNetwork
+
 
 Workers = Annotated[int, typer.Option(min=0, max=64, help="Workers to start on this machine.")]
 Vram = Annotated[str, typer.Option(help="What each of them lends, in whole MiB.")]
-Payout = Annotated[str | None, typer.Option(help="Who is paid for them; a devnet's play money needs nobody.")]
+PayoutOption = Annotated[
+    str | None, typer.Option(help="Who is paid for them; a devnet's play money needs nobody.")
+]
 File = Annotated[Path | None, typer.Option(help="A network file; see configs/network.yaml.")]
 Ip = Annotated[str | None, typer.Option(help="The address at which other machines reach this one.")]
 Tls = Annotated[
@@ -29,7 +32,7 @@ Background = Annotated[bool, typer.Option("--background", help="Return once it i
 def up(
     workers: Workers = 0,
     vram: Vram = "2GiB",
-    payout: Payout = None,
+    payout: PayoutOption = None,
     network: File = None,
     ip: Ip = None,
     tls: Tls = None,
@@ -38,12 +41,11 @@ def up(
     as_json: AsJson = False,
 ) -> None:
     """Run a network on this machine until Ctrl-C or `azu down`; prints its address, ticket and admin key."""
-    from azu.cli.demo.show import Narrator
-    from azu.cli.network.background import in_background
-    from azu.cli.network.interrupts import ending_as_interrupt
-    from azu.cli.network.local_network import local_network
-    from azu.cli.network.watching import watch
+    from azu.cli.output import ProgressPrinter
     from azu.config import load_settings
+    from azu.launch.local_network import local_network
+    from azu.launch.network_process import in_background, watch
+    from azu.launch.processes import ending_as_interrupt
 
     settings, file = load_settings(network)
     if background:
@@ -53,7 +55,7 @@ def up(
     file = file.model_copy(update={"workers": (*file.workers, *own)})
     with ExitStack() as stack:
         ending = stack.enter_context(ending_as_interrupt())
-        with Narrator(quiet=as_json).steps() as step:
+        with ProgressPrinter(quiet=as_json).steps() as step:
             encrypted = tls if tls is not None else ip is not None
             running = stack.enter_context(
                 local_network(settings, file, step, ip=ip, dashboard=dashboard, tls=encrypted)
@@ -66,10 +68,10 @@ def _workers(number: int, vram: str, payout: str | None, *, play_money: bool) ->
     """Return workers of this machine, on its GPUs as far as there are any."""
     from pydantic import ValidationError
 
-    from azu.cli.network.gpus import cuda_devices
     from azu.config import LocalWorker
-    from azu.config.fields import refused
+    from azu.config.settings import refused
     from azu.errors import ConfigurationError
+    from azu.launch.ray_nodes import cuda_devices
 
     if number and payout is None and not play_money:
         raise ConfigurationError("say with --payout who is paid for this machine's workers", param="payout")

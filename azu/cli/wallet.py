@@ -12,6 +12,7 @@ from azu.config import Settings
 if TYPE_CHECKING:
     from eth_account.signers.local import LocalAccount
 
+
 PASSWORD = "AZU_WALLET_PASSWORD"  # noqa: S105 (its name)
 
 KeyFile = Annotated[
@@ -24,7 +25,7 @@ wallet = typer.Typer(no_args_is_help=True, help="The key that pays, on this mach
 @wallet.command()
 def new(as_json: AsJson = False) -> None:
     """Make a wallet on this machine, encrypted with a password."""
-    from azu.chain import wallet as keystore
+    from azu.money.chain import wallet as keystore
 
     path = _path(Settings.from_environment().home)
     account = keystore.create(path, _password(confirm=True))
@@ -34,8 +35,8 @@ def new(as_json: AsJson = False) -> None:
 @wallet.command("import")
 def import_(key_file: KeyFile = None, as_json: AsJson = False) -> None:
     """Store a private key you have on this machine, encrypted with a password."""
-    from azu.chain import wallet as keystore
     from azu.errors import InvalidRequest
+    from azu.money.chain import wallet as keystore
 
     try:
         text = (
@@ -53,7 +54,7 @@ def import_(key_file: KeyFile = None, as_json: AsJson = False) -> None:
 @wallet.command("show")
 def show_address(as_json: AsJson = False) -> None:
     """Show the wallet's address; needs no password."""
-    from azu.chain import wallet as keystore
+    from azu.money.chain import wallet as keystore
 
     path = _path(Settings.from_environment().home)
     _show(keystore.address_of(path), path, as_json)
@@ -64,9 +65,9 @@ def fund(
     amount: Annotated[str, typer.Argument(help="HYPE, for example 10")] = "10", as_json: AsJson = False
 ) -> None:
     """Get play money from the faucet of AZU_URL's chain; only a devnet has one."""
-    from azu.chain import wallet as keystore
-    from azu.chain.devnet import faucet
     from azu.client import Client
+    from azu.devnet import faucet
+    from azu.money.chain import wallet as keystore
     from azu.units import hype_from_lamports, lamports_from_hype
 
     settings = Settings.from_environment()
@@ -78,7 +79,7 @@ def fund(
 
 def unlock(home: Path) -> "LocalAccount":
     """Return this machine's wallet, opened with AZU_WALLET_PASSWORD or the password that the user types."""
-    from azu.chain import wallet as keystore
+    from azu.money.chain import wallet as keystore
 
     path = _path(home)
     keystore.address_of(path)  # says what is wrong with the file before a password is asked for

@@ -10,7 +10,8 @@ from azu.cli.output import AsJson, console, show
 from azu.units import lamports_from_hype
 
 if TYPE_CHECKING:
-    from azu.client.answers import WithdrawalLine
+    from azu.api.accounts import WithdrawalLine
+
 
 _LOOK_EVERY_S = 0.5
 _PATIENCE_S = 120.0

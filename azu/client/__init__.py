@@ -1,7 +1,6 @@
 """The light client: generate, stream, log in, deposit."""
 
-from azu.client.answers import Generation
 from azu.client.client import Client
-from azu.client.stream import Stream
+from azu.client.stream import Generation, Stream
 
 __all__ = ["Client", "Generation", "Stream"]

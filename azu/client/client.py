@@ -4,38 +4,61 @@ import os
 import ssl
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from typing import Any
+from urllib.parse import quote, urlsplit
 
 import httpx
+from eth_account import Account
+from eth_account.messages import encode_defunct
+from eth_account.signers.local import LocalAccount
 
-from azu.auth.payees import sign_claim
-from azu.auth.withdrawals import Withdrawal, sign_withdrawal
-from azu.client.answers import (
-    Balance,
-    DepositState,
-    Earnings,
-    Generation,
-    JobLine,
-    KeyLine,
-    ModelState,
-    Network,
-    NewTicket,
-    Platform,
-    ReceiptLines,
-    Results,
-    TicketLine,
-    WithdrawalLine,
-    read,
-)
-from azu.client.errors import raise_for, translated
-from azu.client.login import sign_challenge, wallet_of
-from azu.client.stream import Stream
-from azu.client.tls import trusting
-from azu.errors import InternalError
+from azu.api.accounts import Balance, DepositState, Earnings, KeyLine, Platform, WithdrawalLine
+from azu.api.base import read
+from azu.api.jobs import JobLine, ReceiptLines, Results
+from azu.api.network import ModelStatusResponse, NetworkResponse, NewTicket, TicketResponse
+from azu.auth.signatures import Withdrawal, sign_claim, sign_withdrawal
+from azu.client.http import raise_for, translated, trusting
+from azu.client.stream import Generation, Stream
+from azu.errors import InternalError, InvalidRequest
 
-if TYPE_CHECKING:
-    from eth_account.signers.local import LocalAccount
+_WANTS = " wants you to sign in with your Ethereum account:"
+
+
+def wallet_of(key: str | LocalAccount) -> LocalAccount:
+    """Return the wallet of a private key in hex, or the wallet itself."""
+    if isinstance(key, LocalAccount):
+        return key
+    try:
+        wallet: LocalAccount = Account.from_key(key)
+    except Exception:
+        # The library's own message may quote the key: it must not travel on.
+        raise InvalidRequest("this is no private key", param="private_key") from None
+    return wallet
+
+
+def sign_challenge(wallet: LocalAccount, text: str, url: str) -> str:
+    """Sign a network's challenge as wallets do (EIP-191) and return the signature in hex.
+
+    Raises InvalidRequest for a text that is no challenge (EIP-4361) of the network at `url` for this wallet:
+    a network that hands on another one's challenge would get a key there.
+    """
+    first, _, rest = text.partition("\n")
+    domain = first.removesuffix(_WANTS)
+    if domain == first or not rest.startswith(f"{wallet.address}\n"):
+        raise InvalidRequest("the network wants something signed that is no sign-in of this wallet")
+    here = urlsplit(url).netloc
+    if _loopback_as_one(domain) != _loopback_as_one(here):
+        raise InvalidRequest(
+            f"the network at {here} wants a sign-in at {domain}; its AZU_DOMAIN has to be {here}"
+        )
+    signature: str = wallet.sign_message(encode_defunct(text=text)).signature.to_0x_hex()
+    return signature
+
+
+def _loopback_as_one(netloc: str) -> str:
+    host, colon, port = netloc.lower().rpartition(":")
+    return f"127.0.0.1{colon}{port}" if host == "localhost" else netloc.lower()
+
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _TIMEOUT_S = 600.0
@@ -199,9 +222,9 @@ class Client:
         document: dict[str, Any] = self._get(f"/v1/receipts/{job_id}")
         return document
 
-    def network(self) -> Network:
+    def network(self) -> NetworkResponse:
         """Return nodes and deployments."""
-        return read(Network, self._get("/v1/network"))
+        return read(NetworkResponse, self._get("/v1/network"))
 
     def leave(self, node: str) -> bool:
         """Have a node of the key's address give away what it holds; True once it holds nothing."""
@@ -217,22 +240,22 @@ class Client:
         body = {"label": label, "uses": uses, "expires_in_s": expires_in_s}
         return read(NewTicket, self._post("/v1/nodes/tickets", body))
 
-    def tickets(self) -> list[TicketLine]:
+    def tickets(self) -> list[TicketResponse]:
         """Return every ticket; the client's key must be the admin key."""
-        return [read(TicketLine, line) for line in self._get("/v1/nodes/tickets")["data"]]
+        return [read(TicketResponse, line) for line in self._get("/v1/nodes/tickets")["data"]]
 
     def revoke_ticket(self, ticket_id: str) -> None:
         """Let no node in with a ticket any more; the client's key must be the admin key."""
         with translated():
             raise_for(self._http.delete(f"/v1/nodes/tickets/{ticket_id}"))
 
-    def shard(self, model: str) -> ModelState:
+    def shard(self, model: str) -> ModelStatusResponse:
         """Have a model cut; the client's key must be the admin key."""
-        return read(ModelState, self._post("/models/shard", {"model_id": model}))
+        return read(ModelStatusResponse, self._post("/models/shard", {"model_id": model}))
 
-    def model_status(self, model: str) -> ModelState:
+    def model_status(self, model: str) -> ModelStatusResponse:
         """Return how far a model's cut is."""
-        return read(ModelState, self._get("/models/status", model_id=model))
+        return read(ModelStatusResponse, self._get("/models/status", model_id=model))
 
     def healthy(self) -> bool:
         """Say whether the network serves prompts now."""

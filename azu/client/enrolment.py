@@ -1,29 +1,16 @@
 """How a machine becomes a node of an encrypted network: it comes with a ticket and gets a certificate."""
 
 import ssl
-from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from pydantic import ConfigDict
 
-from azu.client.answers import read
-from azu.client.errors import raise_for, translated
-from azu.client.tls import fingerprint
+from azu.api.base import read
+from azu.api.network import NodeAdmission
+from azu.client.http import fingerprint, raise_for, translated
 from azu.errors import InternalError, Unauthenticated
 
 _TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """A node's certificate (PEM), the token that opens the cluster, and where its head is ("host:port")."""
-
-    __pydantic_config__ = ConfigDict(extra="ignore")
-
-    certificate: str
-    token: str = field(repr=False)
-    head: str
 
 
 def fetch_authority(url: str, sha256: str) -> str:
@@ -41,7 +28,7 @@ def fetch_authority(url: str, sha256: str) -> str:
 
 def enrol(
     url: str, trust: ssl.SSLContext, *, secret: str, name: str, host: str, request_pem: str
-) -> Admission:
+) -> NodeAdmission:
     """Show a ticket's secret and return what it opens; `host` is where others reach the node.
 
     Raises Unauthenticated when the ticket lets nobody in any more.
@@ -52,7 +39,7 @@ def enrol(
 
 def renew(
     url: str, trust: ssl.SSLContext, *, certificate_pem: str, signed_at_ms: int, signature: str
-) -> Admission:
+) -> NodeAdmission:
     """Show a certificate and return a later one, and what opens the cluster now.
 
     `signature` is that of the certificate's key under `renewal_text`. Raises Unauthenticated when the
@@ -62,14 +49,9 @@ def renew(
     return _ask(url, trust, "/v1/nodes/renew", body)
 
 
-def renewal_text(signed_at_ms: int) -> str:
-    """Return what a node signs to get its certificate renewed."""
-    return f"azu node renewal at {signed_at_ms}"
-
-
-def _ask(url: str, trust: ssl.SSLContext, path: str, body: dict[str, Any]) -> Admission:
+def _ask(url: str, trust: ssl.SSLContext, path: str, body: dict[str, Any]) -> NodeAdmission:
     with translated(), httpx.Client(base_url=url, timeout=_TIMEOUT_S, verify=trust) as http:
-        return read(Admission, _object(http.post(path, json=body)))
+        return read(NodeAdmission, _object(http.post(path, json=body)))
 
 
 def _object(response: httpx.Response) -> dict[str, Any]:

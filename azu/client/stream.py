@@ -5,13 +5,28 @@ import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from azu.client.answers import Generation
-from azu.client.errors import error_of, raise_for, translated
+from azu.client.http import error_of, raise_for, translated
 from azu.errors import Unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished text, what it took and what it cost; `texts` holds that of every choice."""
+
+    text: str
+    model: str
+    job_id: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    charged_lamports: int
+    texts: tuple[str, ...] = ()
+
 
 # How long to wait before coming back, again and again, while the network is away.
 _RETURNS_S = (0.2, 0.5, 1.0, 2.0, 2.0, 4.0, 4.0, 8.0)

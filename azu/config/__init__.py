@@ -1,8 +1,7 @@
 """Settings from the environment and from configs/: unknown keys are refused."""
 
 from azu.config.control import ControlConfig, EnrolmentConfig, TlsConfig
-from azu.config.network import LocalWorker, NetworkFile, load_network, load_settings
-from azu.config.policy import NetworkPolicy
+from azu.config.network import LocalWorker, NetworkFile, NetworkPolicy, load_network, load_settings
 from azu.config.settings import Settings
 
 __all__ = [

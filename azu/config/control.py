@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from azu.config.fields import refused
-from azu.config.policy import NetworkPolicy
+from azu.config.network import NetworkPolicy
+from azu.config.settings import refused
 from azu.errors import ConfigurationError
 
 

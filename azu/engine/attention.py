@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from azu.engine.layout import Layout, Singles, Span
+from azu.engine.layout import DecodeRows, Layout, Span
 from azu.errors import UnsupportedModel
 
 PACKED = "azu_packed"
@@ -37,7 +37,7 @@ class MaskPattern:
         """Whether a query sees every key up to its own."""
         return self._function is causal_mask_function
 
-    def of_singles(self, singles: Singles) -> Tensor | None:
+    def of_singles(self, singles: DecodeRows) -> Tensor | None:
         """Return the mask [num_slices, 1, 1, num_keys] of slices of one token, None if all is seen."""
         if -1 not in self._masks:
             needless = self.is_causal and not singles.ragged
@@ -129,7 +129,7 @@ class _Kernel:
 
 
 def _attend_singles(
-    kernel: _Kernel, query: Tensor, key: Tensor, value: Tensor, singles: Singles, pattern: MaskPattern
+    kernel: _Kernel, query: Tensor, key: Tensor, value: Tensor, singles: DecodeRows, pattern: MaskPattern
 ) -> Tensor:
     """Return [num_slices, heads, value width] for all slices of one token."""
     own_keys, own_values = (

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from azu.architecture.description import Architecture
-from azu.architecture.inspection import describe
 from azu.engine.local import LocalPipeline, local_topology
 from azu.engine.scheduler import SchedulerConfig
 from azu.errors import BrokenCheckpoint, InvalidRequest, UnsupportedModel
+from azu.models.cut import cut
+from azu.models.description import Architecture
+from azu.models.inspection import describe
 from azu.protocol.sampling import SamplingParams
-from azu.sharding.cut import cut
 
 _NEW_TOKENS = 12
 _PROMPT_LENGTHS = (5, 19, 1, 11)

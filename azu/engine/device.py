@@ -1,12 +1,144 @@
 """What a node's device has now: live free memory, who holds the rest, and how busy it is."""
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import psutil
+import pynvml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from azu.engine.speed import DeviceSpeed
+from azu.errors import DeadlineExceeded, InternalError
+from azu.files import replacing, write_all
+from azu.units import MIB
+
+log = logging.getLogger(__name__)
+
+# Copies have to exceed the device's caches, products have to fill its units.
+_CPU_COPY_BYTES, _CPU_MATRIX = 64 * MIB, 512
+_GPU_COPY_BYTES, _GPU_MATRIX = 512 * MIB, 4096
+_ROUNDS = 5
+_MEASURE_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpeed:
+    """How fast weights are read and matrices are multiplied: float32 on a CPU, bfloat16 on a GPU.
+
+    `hardware` names the device and, for a GPU, its `gpu_uuid` as NVML knows it.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    hardware: str
+    memory_bytes_per_s: float
+    flops_per_s: float
+    gpu_uuid: str | None = None
+
+
+_SPEED = TypeAdapter(DeviceSpeed)
+
+
+def device_speed(device: str, folder: Path) -> DeviceSpeed:
+    """Return the best that was ever measured of "cpu" or "cuda:0"; `folder` remembers it.
+
+    A busy machine measures too little, never too much, so that the best is the steadiest. Raises
+    DeadlineExceeded or InternalError when a GPU cannot be measured.
+    """
+    now = _cpu_speed() if device == "cpu" else _measured_apart(device)
+    path = folder / f"{hashlib.sha256(now.hardware.encode()).hexdigest()[:16]}.json"
+    before = _remembered(path)
+    if before is not None and before.hardware == now.hardware:
+        now = replace(
+            now,
+            memory_bytes_per_s=max(now.memory_bytes_per_s, before.memory_bytes_per_s),
+            flops_per_s=max(now.flops_per_s, before.flops_per_s),
+        )
+    if now != before:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path, part=path.with_name(f".{path.name}.{os.getpid()}.part")) as file:
+            write_all(file, _SPEED.dump_json(now))
+    return now
+
+
+def _remembered(path: Path) -> DeviceSpeed | None:
+    try:
+        return _SPEED.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError:
+        log.warning("%s is not a speed; it is measured again", path)
+        return None
+
+
+def _measured_apart(device: str) -> DeviceSpeed:
+    command = [sys.executable, "-m", "azu.engine.device", device]
+    try:
+        done = subprocess.run(command, capture_output=True, check=True, timeout=_MEASURE_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise DeadlineExceeded(f"{device} was not measured in {_MEASURE_TIMEOUT_S:.0f} s") from error
+    except subprocess.CalledProcessError as error:
+        raise InternalError(f"{device} cannot be measured: {error.stderr.decode()[-500:]}") from error
+    return _SPEED.validate_json(done.stdout)
+
+
+def _cpu_speed() -> DeviceSpeed:
+    source = np.zeros(_CPU_COPY_BYTES, dtype=np.uint8)
+    target = np.empty_like(source)
+    matrix = np.ones((_CPU_MATRIX, _CPU_MATRIX), dtype=np.float32)
+    return DeviceSpeed(
+        f"{platform.node()} {platform.machine()} {os.cpu_count()} cores",
+        # A copy reads and writes every byte.
+        2 * _CPU_COPY_BYTES / _best_s(lambda: np.copyto(target, source)),
+        2 * _CPU_MATRIX**3 / _best_s(lambda: matrix @ matrix),
+    )
+
+
+def _gpu_speed(device: str) -> DeviceSpeed:
+    import torch  # noqa: PLC0415
+
+    found = torch.cuda.get_device_properties(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    size = min(_GPU_COPY_BYTES, free // 4)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    matrix = torch.ones(_GPU_MATRIX, _GPU_MATRIX, device=device, dtype=torch.bfloat16)
+
+    def finished(work: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            work()
+            torch.cuda.synchronize(device)
+
+        return run
+
+    return DeviceSpeed(
+        f"{found.name} {found.uuid}",
+        2 * size / _best_s(finished(lambda: target.copy_(source))),
+        2 * _GPU_MATRIX**3 / _best_s(finished(lambda: matrix @ matrix)),
+        f"GPU-{found.uuid}",
+    )
+
+
+def _best_s(work: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(_SPEED.dump_json(_gpu_speed(sys.argv[1])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +168,6 @@ def open_meter(speed: DeviceSpeed) -> DeviceMeter:
     """Return the meter of a device that was measured; a GPU's needs NVIDIA's driver."""
     if speed.gpu_uuid is None:
         return CpuMeter()
-    from azu.engine.nvidia import NvidiaMeter  # noqa: PLC0415 - its driver is on machines with a GPU only
-
     return NvidiaMeter(speed.gpu_uuid)
 
 
@@ -65,3 +195,40 @@ def _resident_bytes(pids: Iterable[int]) -> int:
         except psutil.NoSuchProcess:
             continue  # it ended between two looks
     return total
+
+
+class NvidiaMeter:
+    """Reads one GPU through NVML."""
+
+    def __init__(self, gpu_uuid: str) -> None:
+        """Raises pynvml.NVMLError when the driver does not know the card."""
+        pynvml.nvmlInit()
+        self._card = pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid)
+
+    def memory(self, lent_bytes: int, own_pids: Collection[int]) -> DeviceMemory:
+        """Return what the card has free, within what its owner lends."""
+        card = pynvml.nvmlDeviceGetMemoryInfo(self._card)
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(self._card)
+        used = own_bytes({process.pid: process.usedGpuMemory for process in running}, own_pids)
+        left = lent_bytes if used is None else lent_bytes - used
+        return DeviceMemory(
+            free_bytes=max(0, min(int(card.free), left)),
+            used_bytes=used,
+            other_bytes=int(card.used) - (used or 0),
+        )
+
+    def load(self) -> float:
+        """Return the busy part of the driver's last sample."""
+        return int(pynvml.nvmlDeviceGetUtilizationRates(self._card).gpu) / 100
+
+
+def own_bytes(bytes_by_pid: Mapping[int, int | None], own_pids: Collection[int]) -> int | None:
+    """Return what our processes hold, or None when the driver cannot say.
+
+    In a container it names processes by ids that mean nothing inside, and under Windows it knows no sizes.
+    """
+    listed = [bytes_by_pid[pid] for pid in own_pids if pid in bytes_by_pid]
+    if own_pids and bytes_by_pid and not listed:
+        return None
+    sizes = [size for size in listed if size is not None]
+    return sum(sizes) if len(sizes) == len(listed) else None

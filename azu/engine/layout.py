@@ -22,7 +22,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Singles:
+class DecodeRows:
     """All slices of one token, attended in one call: their keys come first, `num_keys` places for each.
 
     `rows` [num_slices] and `positions` [num_slices] say where each stands; a sequence that is shorter
@@ -57,7 +57,7 @@ class Layout:
     most_tokens: int
     sequence_length: int
     spans: tuple[Span, ...] = ()
-    singles: Singles | None = None
+    singles: DecodeRows | None = None
     padding: Tensor | None = None
     attention_mask: Tensor | None = None
 
@@ -134,12 +134,12 @@ class LayoutBuilder:
             attention_mask=self._put((reach >= longest - lengths).long()),
         )
 
-    def _singles(self, slices: Sequence[Slice], starts: Sequence[int]) -> Singles | None:
+    def _singles(self, slices: Sequence[Slice], starts: Sequence[int]) -> DecodeRows | None:
         indices = _single(slices)
         if not indices:
             return None
         positions = [slices[index].position for index in indices]
-        return Singles(
+        return DecodeRows(
             rows=self._put(torch.tensor([starts[index] for index in indices])),
             positions=self._put(torch.tensor(positions)),
             num_keys=max(positions) + 1,

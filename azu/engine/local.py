@@ -10,15 +10,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from azu.architecture.config import eos_token_ids, read_config
-from azu.engine import sequence as engine_sequence
+from azu.engine import scheduler as engine_sequence
 from azu.engine.accounting import Work
 from azu.engine.experts import ExpertRunner
 from azu.engine.pipeline import EnginePipeline, SequenceUpdate
-from azu.engine.runner import StageRunner
 from azu.engine.scheduler import SchedulerConfig
-from azu.engine.spec import Handoff, StageSpec
+from azu.engine.stage_contract import Handoff, StageSpec
+from azu.engine.stage_runner import StageRunner
 from azu.errors import DeadlineExceeded, InternalError
+from azu.models.config_json import eos_token_ids, read_config
 from azu.protocol.job import FinishReason
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import StepBatch, StepResult

@@ -5,8 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from azu.engine.accounting import Work, WorkAccount
-from azu.engine.scheduler import Scheduler, SchedulerConfig
-from azu.engine.sequence import Sequence
+from azu.engine.scheduler import BatchScheduler, SchedulerConfig, Sequence
 from azu.protocol.job import FinishReason
 from azu.protocol.step import OpenedSequence, Replay, SampledToken, Slice, StepBatch, StepResult
 from azu.protocol.structure import Structure
@@ -45,7 +44,7 @@ class EnginePipeline:
     ) -> None:
         self._epoch = topology.epoch
         self._num_blocks = config.num_blocks
-        self._scheduler = Scheduler(config, len(topology.stages), structure.restart_length)
+        self._scheduler = BatchScheduler(config, len(topology.stages), structure.restart_length)
         self._account = WorkAccount(structure, topology)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[int, Sequence] = {}

@@ -1,18 +1,129 @@
 """Text to token ids and back, as the model's own tokenizer does it."""
 
+import ctypes
+import json
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from jinja2 import Environment, TemplateError, meta
 from transformers import AutoTokenizer
+from transformers.utils.chat_parsing import ResponseParser
 
-from azu.architecture.config import GENERATION_CONFIG_FILE, read_json
-from azu.engine.answer_parser import AnswerParser
-from azu.engine.text_decoder import TextDecoder
-from azu.engine.time_limit import OutOfTime, time_limit
+from azu.engine.text import ParsedAnswer, TextDecoder, ToolCall
 from azu.errors import BrokenCheckpoint, InvalidRequest
+from azu.models.config_json import GENERATION_CONFIG_FILE, read_json
+
+_CONTENT = "content"
+_CALLS = "tool_calls"
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+
+
+class AnswerParser:
+    """Takes an answer's text as it comes, special tokens included.
+
+    What begins like a tool call and is none is content, as the model wrote it.
+    """
+
+    def __init__(self, template: Mapping[str, Any], prompt: str, tools: Sequence[Mapping[str, Any]]) -> None:
+        """Raises BrokenCheckpoint for a template that is none."""
+        try:
+            self._parser = ResponseParser(dict(template), prefix=prompt, tools=[dict(tool) for tool in tools])
+        except Exception as error:  # whatever the library meets in a foreign template
+            raise BrokenCheckpoint(f"the response template cannot be used: {error}") from error
+        self._broken = False
+        # What the model wrote since all of it was read, and what of it is shown.
+        self._written = self._shown = ""
+
+    def push(self, text: str) -> ParsedAnswer:
+        """Return what is certain after more text."""
+        if self._broken:
+            return ParsedAnswer(content=text)
+        self._written += text
+        return self._read(lambda: self._parser.feed(text))
+
+    def finish(self) -> ParsedAnswer:
+        """Return what was held back."""
+        return ParsedAnswer() if self._broken else self._read(lambda: self._parser.finalize()[1])
+
+    def _read(self, events: Callable[[], Sequence[Mapping[str, Any]]]) -> ParsedAnswer:
+        try:
+            parsed, closed = _parsed(events())
+        except Exception:  # the model's text is not what its template promises
+            self._broken = True
+            return ParsedAnswer(content=self._written.removeprefix(self._shown))
+        self._shown += parsed.content
+        if closed or self._shown == self._written:
+            self._written = self._shown = ""
+        return parsed
+
+
+def _parsed(events: Sequence[Mapping[str, Any]]) -> tuple[ParsedAnswer, bool]:
+    """Return what events say, and whether a region that is no content has ended."""
+    content, reasoning, closed = "", "", False
+    calls: list[ToolCall] = []
+    for event in events:
+        kind, name = event["type"], event["field"]
+        if kind == "region_chunk" and name == _CONTENT:
+            content += event["text"]
+        elif kind == "region_chunk" and name in _REASONING:
+            reasoning += event["text"]
+        elif kind == "region_close" and name != _CONTENT:
+            closed = True
+            calls += _calls(event["value"]) if name == _CALLS else ()
+    return ParsedAnswer(content, reasoning, tuple(calls)), closed
+
+
+def _calls(value: Any) -> list[ToolCall]:
+    """Return the calls of a region; raises ValueError for what is no call."""
+    calls = []
+    for one in value if isinstance(value, list) else [value]:
+        function = one.get("function", one) if isinstance(one, dict) else {}
+        name, arguments = function.get("name"), function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(arguments, dict):
+            raise ValueError("not a call of a function")
+        calls.append(ToolCall(name, json.dumps(arguments)))
+    return calls
+
+
+class OutOfTime(BaseException):
+    """Raised inside the code whose time is over; whatever that catches, this it does not."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End what this thread runs in the block once it has taken so long; raises OutOfTime.
+
+    Only Python code ends, between two of its instructions: one call into C goes on to its end.
+    """
+    thread_id = ctypes.c_ulong(threading.get_ident())
+    lock, is_over = threading.Lock(), False
+
+    def end() -> None:
+        with lock:
+            if not is_over:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, ctypes.py_object(OutOfTime))
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        # If `end` has the lock already, OutOfTime comes up here.
+        with lock:
+            is_over = True
+        timer.cancel()
+
 
 # What transformers parses chat templates with beside Jinja's own.
 _EXTENSIONS = ("jinja2.ext.loopcontrols",)

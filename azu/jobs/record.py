@@ -126,3 +126,33 @@ def _alternatives(word: str) -> tuple[tuple[int, float], ...]:
         return ()
     pairs = (pair.partition(":") for pair in word.split(","))
     return tuple((int(token_id), float(logprob)) for token_id, _, logprob in pairs)
+
+
+QUEUE = "azu:jobs:queue"
+GROUP = "schedulers"
+CANCELLED = "azu:jobs:cancelled"
+
+
+def job_key(job_id: str) -> str:
+    """Return the key of a job's record."""
+    return f"azu:job:{job_id}"
+
+
+def tokens_key(job_id: str) -> str:
+    """Return the key of a job's token stream."""
+    return f"azu:job:{job_id}:tokens"
+
+
+def lost_key(job_id: str) -> str:
+    """Return the key that marks a job as given up for lost."""
+    return f"azu:job:{job_id}:lost"
+
+
+def address_key(address: str) -> str:
+    """Return the key of an address's jobs."""
+    return f"azu:jobs:of:{address}"
+
+
+def wake_key(name: str) -> str:
+    """Return the key that wakes a reader."""
+    return f"azu:jobs:wake:{name}"

@@ -1,30 +1,164 @@
-"""Jobs in Redis: the durable record, the queue, and one token stream per job. Keys: azu/jobs/keys.py."""
+"""Jobs in Redis: the durable record, the queue, and one token stream per job. Keys: azu/jobs/record.py."""
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from azu.connection import connect_redis
 from azu.errors import InternalError, InvalidRequest, NotFound, Unavailable
-from azu.jobs.keys import CANCELLED, GROUP, QUEUE, address_key, job_key, lost_key, tokens_key
-from azu.jobs.reader import TokenReader
 from azu.jobs.record import (
+    CANCELLED,
+    GROUP,
     JOB,
     OUTCOME,
+    QUEUE,
     WORK,
     JobRecord,
     JobSoFar,
+    address_key,
+    end_of,
     event_from_entry,
+    job_key,
+    lost_key,
     so_far,
+    tokens_key,
     top_words,
+    wake_key,
     without_first,
     words,
 )
-from azu.jobs.streams import read_all, read_group, read_new
 from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, TokenEvent
+from azu.redis_client import connect_redis
+
+# Shorter than the connection's own timeout, so that a quiet stream is not taken for a lost connection.
+BLOCK_MS = 5_000
+
+Entry = tuple[str, dict[str, str]]
+
+
+async def read_new(
+    redis: Redis, positions: Mapping[str, str], *, count: int
+) -> list[tuple[str, list[Entry]]]:
+    """Return (stream, entries behind its position), waiting up to BLOCK_MS for a first one."""
+    streams: dict[Any, Any] = dict(positions)
+    return cast(list[tuple[str, list[Entry]]], await redis.xread(streams, count=count, block=BLOCK_MS))
+
+
+async def read_group(
+    redis: Redis, group: str, consumer: str, stream: str, *, count: int, block_ms: int
+) -> list[Entry]:
+    """Return entries that nobody in the group was given, waiting up to `block_ms` for a first one."""
+    wait_ms = min(max(block_ms, 1), BLOCK_MS)  # Redis waits for ever at 0
+    answer: Any = await redis.xreadgroup(group, consumer, {stream: ">"}, count, wait_ms)
+    return [entry for _, entries in answer for entry in entries]
+
+
+async def read_all(redis: Redis, stream: str, *, after: str | None = None) -> list[Entry]:
+    """Return a stream's entries, or those behind the entry `after`."""
+    return cast(list[Entry], await redis.xrange(stream, min="-" if after is None else f"({after}"))
+
+
+_ENTRIES_PER_STREAM = 256
+_WAKE_KEPT_S = 600
+
+_Arrival = JobEvent | Exception
+
+
+class _Subscription:
+    """One follower of one job; `position` counts the completion tokens it was given."""
+
+    def __init__(self, job_id: str, position: int) -> None:
+        self.job_id = job_id
+        self.position = position
+        self.ended = False
+        self.arrivals: asyncio.Queue[_Arrival] = asyncio.Queue()
+
+    def give(self, entry_id: str, event: JobEvent) -> None:
+        """Hand over an entry, without what this follower has."""
+        if self.ended:
+            return
+        if not isinstance(event, TokenEvent):
+            self.ended = True
+            self.arrivals.put_nowait(event)
+        elif (end := end_of(entry_id)) > self.position:
+            self.arrivals.put_nowait(without_first(event, self.position))
+            self.position = end
+
+
+class TokenReader:
+    """Follows any number of jobs over one connection.
+
+    The reading task lives while somebody follows a job. A new follower wakes the blocked read through a
+    stream of the reader's own, so that its first token comes as soon as it exists.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._wake = wake_key(secrets.token_hex(8))
+        self._followers: set[_Subscription] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    async def follow(self, job_id: str, after: int) -> AsyncIterator[JobEvent]:
+        """Yield a running job's events behind completion token `after`, up to its outcome."""
+        subscription = _Subscription(job_id, after)
+        self._followers.add(subscription)
+        try:
+            await self._look_again()
+            while True:
+                arrival = await subscription.arrivals.get()
+                if isinstance(arrival, Exception):
+                    raise arrival
+                yield arrival
+                if not isinstance(arrival, TokenEvent):
+                    return
+        finally:
+            self._followers.discard(subscription)
+
+    async def _look_again(self) -> None:
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._read(), name="token-reader")
+            return
+        async with self._redis.pipeline() as pipeline:
+            pipeline.xadd(self._wake, {"look": "again"}, maxlen=1, approximate=False)
+            pipeline.expire(self._wake, _WAKE_KEPT_S)
+            await pipeline.execute()
+
+    async def _read(self) -> None:
+        try:
+            woken = "0-0"
+            while self._followers:
+                streams = self._positions() | {self._wake: woken}
+                answer = dict(await read_new(self._redis, streams, count=_ENTRIES_PER_STREAM))
+                if wakes := answer.pop(self._wake, None):
+                    woken = wakes[-1][0]
+                self._hand_out(answer)
+        except Exception as error:
+            # Whoever follows has to hear of it; the next follower starts a new task.
+            for follower in self._followers:
+                follower.arrivals.put_nowait(error)
+
+    def _positions(self) -> dict[str, str]:
+        """Return each followed stream and the entry from which somebody needs it."""
+        positions: dict[str, int] = {}
+        for follower in self._followers:
+            if not follower.ended:
+                key = tokens_key(follower.job_id)
+                positions[key] = min(positions.get(key, follower.position), follower.position)
+        return {key: f"{position}-0" for key, position in positions.items()}
+
+    def _hand_out(self, answer: Mapping[str, list[Entry]]) -> None:
+        events = {
+            key: [(entry_id, event_from_entry(entry_id, fields)) for entry_id, fields in entries]
+            for key, entries in answer.items()
+        }
+        for follower in self._followers:
+            for entry_id, event in events.get(tokens_key(follower.job_id), ()):
+                follower.give(entry_id, event)
+
 
 TOKENS_KEPT_S = 24 * 3600
 # Longer than any process hangs between the reservation of a job and its submission.

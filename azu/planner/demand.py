@@ -1,6 +1,6 @@
 """How many bytes each piece of a model takes on a node, and how many of them one token touches."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from azu.planner.policy import PlanPolicy
 from azu.protocol.structure import EMBED, LayerKind, Shard, Structure
-from azu.protocol.topology import LayerSpan
+from azu.protocol.topology import ExpertSet, LayerSpan, Stage
 from azu.units import MIB
 
 Bytes = NDArray[np.int64]
@@ -22,7 +22,7 @@ _WIDE_ROWS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class MemoryDemand:
     """A model under a policy, in bytes that include the policy's margin on weights.
 
     `stage_bytes[start, end]` is what a stage of layers [start, end) takes without any expert, and
@@ -39,7 +39,7 @@ class Demand:
     expert_set_overhead_bytes: int
 
     @classmethod
-    def of(cls, structure: Structure, policy: PlanPolicy) -> "Demand":
+    def of(cls, structure: Structure, policy: PlanPolicy) -> "MemoryDemand":
         """Read a structure once."""
         # A node is sized for the largest expert of a layer; they are all alike in practice.
         experts = [
@@ -143,3 +143,12 @@ def running_sums(values: Iterable[int]) -> Bytes:
 def span_sums(sums: Bytes) -> Bytes:
     """Return [start, end] -> sum of a span, from running sums."""
     return sums[None, :] - sums[:, None]
+
+
+def shards_of(structure: Structure, piece: Stage | ExpertSet) -> Iterator[Shard]:
+    """Yield the shards that a stage or an expert set needs on its node's disk."""
+    if isinstance(piece, Stage):
+        yield from structure.edge_shards(piece.span.start, piece.span.end)
+        yield from (structure.layer_shard(layer) for layer in range(piece.span.start, piece.span.end))
+    for layer, experts in piece.experts.items():
+        yield from (structure.expert_shard(layer, expert) for expert in experts)

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from azu.planner.demand import Demand
-from azu.planner.links import link_s
+from azu.planner.demand import MemoryDemand
+from azu.planner.node_pool import link_s, seconds_per_byte
 from azu.planner.policy import PlanPolicy
-from azu.planner.pool import seconds_per_byte
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, Prediction, Stage, Topology
@@ -19,11 +18,11 @@ def predict(
 
     `nodes` must hold every node that the topology uses.
     """
-    return predicted(Demand.of(structure, policy), nodes, topology.stages, topology.expert_sets)
+    return predicted(MemoryDemand.of(structure, policy), nodes, topology.stages, topology.expert_sets)
 
 
 def predicted(
-    demand: Demand, nodes: Sequence[Node], stages: Sequence[Stage], expert_sets: Sequence[ExpertSet]
+    demand: MemoryDemand, nodes: Sequence[Node], stages: Sequence[Stage], expert_sets: Sequence[ExpertSet]
 ) -> Prediction:
     """Return the speed of a model whose pieces are placed."""
     policy = demand.policy
@@ -41,7 +40,7 @@ def predicted(
 
 
 def _computing_s(
-    demand: Demand, by_id: Mapping[str, Node], stages: Sequence[Stage], batch_size: int
+    demand: MemoryDemand, by_id: Mapping[str, Node], stages: Sequence[Stage], batch_size: int
 ) -> float:
     """Return the layers' time; experts apart count as if they ran as fast as beside their router."""
     speeds = seconds_per_byte([by_id[stage.node_id] for stage in stages], demand, batch_size)

@@ -5,14 +5,13 @@ from dataclasses import replace
 from typing import TypeVar
 
 from azu.errors import InsufficientCapacity
-from azu.planner.demand import Demand
+from azu.planner.demand import MemoryDemand, shards_of
+from azu.planner.node_pool import seconds_per_byte
 from azu.planner.policy import PlanPolicy
-from azu.planner.pool import seconds_per_byte
 from azu.planner.prediction import predicted
-from azu.planner.shards import shards_of
 from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import Shard, Structure
-from azu.protocol.topology import ExpertSet, Loss, Stage, Topology
+from azu.protocol.topology import ExpertSet, PieceSet, Stage, Topology
 from azu.units import MIB, format_bytes
 
 _Piece = TypeVar("_Piece", Stage, ExpertSet)
@@ -21,7 +20,7 @@ _Piece = TypeVar("_Piece", Stage, ExpertSet)
 def replan(
     structure: Structure,
     topology: Topology,
-    loss: Loss,
+    loss: PieceSet,
     nodes: Sequence[Node],
     policy: PlanPolicy,
     *,
@@ -49,7 +48,7 @@ def replan(
     )
     if not set(moved.vram_bytes_by_node) <= {node.node_id for node in nodes}:
         return moved  # a node that was not heard of lately: nobody knows how fast it is
-    demand = Demand.of(structure, policy)
+    demand = MemoryDemand.of(structure, policy)
     return replace(moved, prediction=predicted(demand, nodes, moved.stages, moved.expert_sets))
 
 
@@ -59,7 +58,7 @@ class _Rooms:
     def __init__(self, structure: Structure, nodes: Sequence[Node], policy: PlanPolicy) -> None:
         self._structure = structure
         self._nodes = sorted((n for n in nodes if n.state is NodeState.ALIVE), key=lambda n: n.node_id)
-        demand = Demand.of(structure, policy)
+        demand = MemoryDemand.of(structure, policy)
         slowness = seconds_per_byte(self._nodes, demand, policy.batch_size).tolist()
         self._slowness = dict(zip((node.node_id for node in self._nodes), slowness, strict=True))
         self._free = {node.node_id: node.vram_free_bytes // MIB * MIB for node in self._nodes}

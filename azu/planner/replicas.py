@@ -5,13 +5,17 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 
+import numpy as np
+
 from azu.errors import InsufficientCapacity
+from azu.planner.demand import MemoryDemand
+from azu.planner.node_pool import NodePool
 from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
 from azu.planner.replan import replan
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
-from azu.protocol.topology import Topology
+from azu.protocol.topology import ExpertSet, Topology
 
 
 def plan_replicas(
@@ -80,3 +84,107 @@ def _replaceable(
             replan(structure, topology, topology.on_node(node_id), others, policy, epoch=topology.epoch + 1)
             found.add(node_id)
     return found
+
+
+Counts = Mapping[int, Sequence[int]]  # layer -> how often each expert was chosen
+Heat = Mapping[tuple[int, int], float]  # (layer, expert) -> how many times its even part it was chosen
+
+# What has a replica keeps it until it is this much cooler than what gets one: heat wavers.
+_COOLED = 0.5
+
+
+def heat_of(before: Counts, now: Counts, *, least_choices: int) -> Heat:
+    """Return the heat between two counts; nothing of a layer that made fewer choices than `least_choices`.
+
+    A stage that came up in between counts from nothing.
+    """
+    heat = {}
+    for layer, counts in now.items():
+        earlier = before.get(layer, (0,) * len(counts))
+        started_anew = any(one < was for one, was in zip(counts, earlier, strict=True))
+        chosen = counts if started_anew else [one - was for one, was in zip(counts, earlier, strict=True)]
+        if total := sum(chosen) if sum(chosen) >= least_choices else 0:
+            heat.update({(layer, expert): one * len(chosen) / total for expert, one in enumerate(chosen)})
+    return heat
+
+
+def with_hot_replicas(
+    structure: Structure, topology: Topology, nodes: Sequence[Node], policy: PlanPolicy, heat: Heat
+) -> Topology:
+    """Return the topology with a second copy of each hot expert that is apart from its router.
+
+    `nodes` have the room that is left beside everything but the replicas. An expert is hot from
+    `policy.hot_expert` times its even part on. A replica with nothing warm any more is left out; the others
+    stay as they are, and new ones are sets of their own: nothing that serves is loaded again. The hottest
+    goes first, to the fastest node with room; ties go to the lower id.
+    """
+    warm = policy.hot_expert * _COOLED
+    replicas = _Replicas(MemoryDemand.of(structure, policy), topology, nodes)
+    for chosen in topology.expert_sets:
+        if chosen.is_replica and any(heat.get(one, 0.0) >= warm for one in _members(chosen)):
+            replicas.keep(chosen)
+    apart = {one for chosen in topology.expert_sets if not chosen.is_replica for one in _members(chosen)}
+    hot = [one for one in apart & heat.keys() if heat[one] >= policy.hot_expert]
+    for layer, expert in sorted(hot, key=lambda one: (-heat[one], one)):
+        replicas.hold_again(layer, expert)
+    whole = topology.without(topology.replicas)
+    return replace(whole, expert_sets=(*whole.expert_sets, *replicas.sets()))
+
+
+def _members(chosen: ExpertSet) -> list[tuple[int, int]]:
+    return [(layer, expert) for layer, ids in chosen.experts.items() for expert in ids]
+
+
+class _Replicas:
+    """Replicas that stay and those that are new, and the room beside them."""
+
+    def __init__(self, demand: MemoryDemand, topology: Topology, nodes: Sequence[Node]) -> None:
+        self._demand = demand
+        self._topology = topology
+        self._pool = NodePool.of(nodes, demand)
+        self._places = {node.node_id: place for place, node in enumerate(self._pool.nodes)}
+        self._kept: list[ExpertSet] = []
+        self._new: dict[str, dict[int, tuple[int, ...]]] = {}
+        self._taken: dict[str, int] = {}
+
+    def keep(self, chosen: ExpertSet) -> None:
+        """Keep a replica while its node has the room."""
+        place = self._places.get(chosen.node_id)
+        if place is not None and chosen.vram_bytes <= self._pool.room_bytes[place]:
+            self._pool.room_bytes[place] -= chosen.vram_bytes
+            self._kept.append(chosen)
+
+    def hold_again(self, layer: int, expert: int) -> None:
+        """Have one more copy of an expert that has none, if it fits anywhere."""
+        if any((layer, expert) in _members(chosen) for chosen in self._kept):
+            return
+        for place in np.argsort(self._pool.seconds_per_byte, kind="stable"):
+            node_id = self._pool.nodes[place].node_id
+            if self._has(node_id, layer, expert):
+                continue
+            before = self._new.get(node_id, {})
+            grown = before | {layer: tuple(sorted((*before.get(layer, ()), expert)))}
+            added = self._demand.expert_set_vram_bytes(grown) - self._taken.get(node_id, 0)
+            if added <= self._pool.room_bytes[place]:
+                self._pool.room_bytes[place] -= added
+                self._new[node_id] = grown
+                self._taken[node_id] = self._taken.get(node_id, 0) + added
+                return
+
+    def sets(self) -> tuple[ExpertSet, ...]:
+        """Return the replicas; those that stay keep their index."""
+        used = {one.index for one in self._topology.expert_sets if not one.is_replica}
+        used |= {one.index for one in self._kept}
+        free = (index for index in count() if index not in used)
+        new = (
+            ExpertSet(next(free), node_id, experts, self._taken[node_id], is_replica=True)
+            for node_id, experts in sorted(self._new.items())
+        )
+        return (*self._kept, *new)
+
+    def _has(self, node_id: str, layer: int, expert: int) -> bool:
+        """Say whether a node has an expert, or the router that would ask for it."""
+        return self._topology.stage_of(layer).node_id == node_id or any(
+            chosen.node_id == node_id and expert in chosen.experts.get(layer, ())
+            for chosen in self._topology.expert_sets
+        )

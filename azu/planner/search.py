@@ -4,24 +4,83 @@ Leaving out is always allowed, so one more node never makes the best route slowe
 comes first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from azu.planner.demand import Demand
-from azu.planner.pool import Pool
-from azu.planner.spans import Costs, SpanCosts
+from azu.planner.demand import MemoryDemand, running_sums, span_sums
+from azu.planner.node_pool import NodePool
 from azu.protocol.topology import LayerSpan
+from azu.units import MIB
+
+Costs = NDArray[np.float64]
+
+# What fetching a byte weighs: enough to decide between equal routes, far too little to choose a slower one.
+_FETCH_S_PER_BYTE = 1e-19
+_TRIFLE = 1e-9
+
+
+class SpanCosts:
+    """Costs of every span at once, in seconds of a step, without the frame that brings the hidden states.
+
+    `price_s` is what a place for an expert is worth: a span that takes it away pays for it.
+    """
+
+    def __init__(self, demand: MemoryDemand, pool: NodePool, price_s: float) -> None:
+        self._demand, self._pool, self._price_s = demand, pool, price_s
+        has_layers = span_sums(np.arange(demand.structure.num_layers + 1)) > 0
+        self._stage_bytes = np.where(has_layers, demand.stage_bytes, np.inf)
+        self._active_bytes = span_sums(demand.active_sums).astype(np.float64)
+        self._experts = span_sums(running_sums(demand.num_experts)).astype(np.float64)
+        self._experts_per_layer = max(demand.num_experts)
+        self._expert_bytes = max(demand.expert_bytes)
+        # Sizes in experts, a trifle less, so that what just fits does so in floats as well.
+        self._stage_in_experts = demand.stage_bytes / max(1, self._expert_bytes) - _TRIFLE
+        self._known: dict[int, Costs] = {}
+
+    def on(self, node: int) -> Costs:
+        """Return [start, end] -> cost of a span on a node, infinite where it does not fit."""
+        if node not in self._known:
+            self._known[node] = self._costs(node)
+        return self._known[node]
+
+    def _costs(self, node: int) -> Costs:
+        costs: Costs = self._active_bytes * self._pool.seconds_per_byte[node]
+        if self._expert_bytes:
+            costs += self._expert_costs(float(self._pool.room_bytes[node]))
+        cached = self._pool.cached_bytes[node]
+        if cached.any():
+            costs -= _FETCH_S_PER_BYTE * span_sums(running_sums(cached))
+        costs[self._stage_bytes > self._pool.room_bytes[node]] = np.inf
+        return costs
+
+    def _expert_costs(self, room_bytes: float) -> Costs:
+        """Return [start, end] -> cost of the experts that a node with that room cannot keep."""
+        room = room_bytes / self._expert_bytes
+        left = room - self._stage_in_experts
+        places = np.minimum(np.floor(left), self._experts)
+        # A router asks its experts and waits for them: two frames for each layer that is spread.
+        costs: Costs = np.ceil((self._experts - places) / self._experts_per_layer)
+        costs *= 2 * self._demand.policy.hop_s
+        if self._price_s:
+            # What a stage leaves is handed out in whole MiB, to a set that has an overhead of its own.
+            expert_in_mib = self._expert_bytes / MIB
+            overhead = self._demand.expert_set_overhead_bytes / self._expert_bytes
+            spare = np.floor((left - places) * expert_in_mib) / expert_in_mib
+            places += np.maximum(0, np.floor(spare - overhead))
+            costs += self._price_s * (max(0, np.floor(room - overhead)) - places)
+        return costs
+
 
 # Sums of floats differ by less than this when their parts are the same.
 _NOISE = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class LayerRoute:
     """Consecutive spans, each with its node's index in the pool.
 
     `cost` is the time of one step at the policy's batch, counted as if experts that go apart ran as fast as
@@ -40,11 +99,11 @@ class Search(Protocol):
     def reach(self) -> int:
         """How many layers from the first on have a route."""
 
-    def route(self) -> Route:
+    def route(self) -> LayerRoute:
         """Return the best route as far as there is one."""
 
 
-def search(demand: Demand, pool: Pool, costs: SpanCosts, order: Sequence[int]) -> Search:
+def search(demand: MemoryDemand, pool: NodePool, costs: SpanCosts, order: Sequence[int]) -> Search:
     """Search the routes whose nodes follow each other in an order."""
     if pool.links_s is None:
         return _EqualLinks(demand, costs, order)
@@ -54,7 +113,7 @@ def search(demand: Demand, pool: Pool, costs: SpanCosts, order: Sequence[int]) -
 class _EqualLinks:
     """Every frame costs the same: which node held the layers before does not matter. O(nodes x layers^2)."""
 
-    def __init__(self, demand: Demand, costs: SpanCosts, order: Sequence[int]) -> None:
+    def __init__(self, demand: MemoryDemand, costs: SpanCosts, order: Sequence[int]) -> None:
         self._order = order
         num_ends = demand.structure.num_layers + 1
         self._costs = np.full(num_ends, np.inf)
@@ -67,7 +126,7 @@ class _EqualLinks:
     def reach(self) -> int:
         return _last_finite(self._costs)
 
-    def route(self) -> Route:
+    def route(self) -> LayerRoute:
         spans: list[tuple[int, LayerSpan]] = []
         end = self.reach
         for node, starts in zip(reversed(self._order), reversed(self._starts), strict=True):
@@ -75,7 +134,7 @@ class _EqualLinks:
                 spans.append((node, LayerSpan(start, end)))
                 end = start
         assert end == 0, "every route begins at layer 0"
-        return Route(tuple(reversed(spans)), float(self._costs[self.reach]))
+        return LayerRoute(tuple(reversed(spans)), float(self._costs[self.reach]))
 
     def _extend(self, total: Costs) -> None:
         """Let a node take the last span of any route so far."""
@@ -91,7 +150,7 @@ class _MeasuredLinks:
     """A frame costs what its link does, so that routes are kept by their last node. O(nodes^2 x layers)."""
 
     def __init__(
-        self, demand: Demand, costs: SpanCosts, order: Sequence[int], links_s: NDArray[np.float64]
+        self, demand: MemoryDemand, costs: SpanCosts, order: Sequence[int], links_s: NDArray[np.float64]
     ) -> None:
         self._order = order
         shape = (demand.structure.num_layers + 1, len(order))
@@ -117,20 +176,61 @@ class _MeasuredLinks:
     def reach(self) -> int:
         return _last_finite(self._costs.min(axis=1, initial=np.inf))
 
-    def route(self) -> Route:
+    def route(self) -> LayerRoute:
         spans: list[tuple[int, LayerSpan]] = []
         end = self.reach
         if not end:
-            return Route((), np.inf)
+            return LayerRoute((), np.inf)
         place = int(self._costs[end].argmin())
         cost = float(self._costs[end, place])
         while end:
             start = int(self._starts[end, place])
             spans.append((self._order[place], LayerSpan(start, end)))
             place, end = int(self._before[start, place]), start
-        return Route(tuple(reversed(spans)), cost)
+        return LayerRoute(tuple(reversed(spans)), cost)
 
 
 def _last_finite(costs: Costs) -> int:
     found = np.flatnonzero(np.isfinite(costs))
     return int(found[-1]) if len(found) else 0
+
+
+# Nodes around which others are sorted by their links. Beyond this many nodes it is a choice among them.
+_MOST_CENTRES = 6
+
+
+def best_routes(demand: MemoryDemand, pool: NodePool, *, price_s: float) -> list[LayerRoute]:
+    """Return the best route of each node order, the very best first.
+
+    `price_s` is what a place for an expert is worth: 0 gives the fastest routes, a high one those that leave
+    the most room for experts. Any of them may leave too little.
+    """
+    searches = _searches(demand, pool, price_s)
+    routes = [found.route() for found in searches if found.reach == demand.structure.num_layers]
+    return sorted(routes, key=lambda route: float(f"{route.cost:.9e}"))
+
+
+def longest_route(demand: MemoryDemand, pool: NodePool) -> LayerRoute:
+    """Return the route that gets furthest, when none gets to the end."""
+    return max(_searches(demand, pool, price_s=0), key=lambda found: found.reach).route()
+
+
+def _searches(demand: MemoryDemand, pool: NodePool, price_s: float) -> list[Search]:
+    costs = SpanCosts(demand, pool, price_s)
+    return [search(demand, pool, costs, order) for order in _orders(pool)]
+
+
+def _orders(pool: NodePool) -> Iterator[Sequence[int]]:
+    """Yield orders in which nodes may follow each other in a pipeline.
+
+    Each sorts by what a node is, or by its link to one other, never by its neighbours: one more node leaves
+    all routes of the others possible. Where all links are equal, time per token is a sum and the same in
+    every order; room at the ends is not.
+    """
+    by_id = range(len(pool.nodes))
+    yield by_id
+    yield sorted(by_id, key=lambda node: pool.room_bytes[node])
+    yield sorted(by_id, key=lambda node: -pool.room_bytes[node])
+    if pool.links_s is not None:
+        for centre in by_id[:_MOST_CENTRES]:
+            yield [int(node) for node in np.argsort(pool.links_s[centre], kind="stable")]

@@ -1,12 +1,17 @@
 """A job as it is written to Redis, and what its token stream carries."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 from pydantic import ConfigDict
 
+from azu.errors import AzuError
+from azu.money.ledger.transfers import Transfer
+from azu.protocol.node import Node
 from azu.protocol.sampling import SamplingParams
+from azu.protocol.topology import ExpertSet, Stage
 
 
 class JobState(StrEnum):
@@ -123,3 +128,62 @@ class JobOutcome:
 
 
 JobEvent = TokenEvent | JobOutcome
+
+
+def placements(
+    pieces: Iterable[tuple[Stage | ExpertSet, str]], nodes: Mapping[str, Node]
+) -> tuple[Placement, ...]:
+    """Return a line for each piece and its actor's name: stages in order, then expert sets."""
+    ordered = sorted(pieces, key=lambda one: (isinstance(one[0], ExpertSet), one[0].index))
+    return tuple(
+        Placement(node=nodes[what.node_id].name, actor=actor, layers=_layers(what), experts=what.experts)
+        for what, actor in ordered
+    )
+
+
+def _layers(what: Stage | ExpertSet) -> tuple[int, int]:
+    """Return the span of layers that a piece runs; an expert set runs none of them whole."""
+    if isinstance(what, Stage):
+        return what.span.start, what.span.end
+    return min(what.experts), min(what.experts)
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a job's sequence did until it ended, as its pipeline counted it.
+
+    `work` maps layer -> node id -> parameter bytes activated for tokens that are charged.
+    """
+
+    completion_tokens: int
+    finish_reason: FinishReason
+    work: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    error: AzuError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a deployed model runs: who is paid for each node, and the receipt's lines."""
+
+    payout_by_node: Mapping[str, str]
+    placements: tuple[Placement, ...]
+
+
+class TransferLog(Protocol):
+    """The ledger: a transfer with a known id is answered with its first result."""
+
+    async def apply(self, transfer: Transfer) -> object:
+        """Apply a transfer once."""
+
+
+class JobStore(Protocol):
+    """Durable jobs."""
+
+    async def submit(self, job: Job) -> None:
+        """Write the job and queue it."""
+
+    async def plan_end(self, job_id: str, outcome: JobOutcome) -> JobOutcome:
+        """Write down how a job is going to end; return what was written first."""
+
+    async def finish(self, job_id: str, outcome: JobOutcome) -> bool:
+        """Write the outcome unless there is one; say if this one was written."""

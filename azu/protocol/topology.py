@@ -54,20 +54,20 @@ class ExpertSet:
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
+class PieceSet:
     """Pieces of a topology, by index, that are gone."""
 
     stages: frozenset[int] = frozenset()
     expert_sets: frozenset[int] = frozenset()
 
-    def __or__(self, other: "Loss") -> "Loss":
-        return Loss(self.stages | other.stages, self.expert_sets | other.expert_sets)
+    def __or__(self, other: "PieceSet") -> "PieceSet":
+        return PieceSet(self.stages | other.stages, self.expert_sets | other.expert_sets)
 
-    def __and__(self, other: "Loss") -> "Loss":
-        return Loss(self.stages & other.stages, self.expert_sets & other.expert_sets)
+    def __and__(self, other: "PieceSet") -> "PieceSet":
+        return PieceSet(self.stages & other.stages, self.expert_sets & other.expert_sets)
 
-    def __sub__(self, other: "Loss") -> "Loss":
-        return Loss(self.stages - other.stages, self.expert_sets - other.expert_sets)
+    def __sub__(self, other: "PieceSet") -> "PieceSet":
+        return PieceSet(self.stages - other.stages, self.expert_sets - other.expert_sets)
 
     def __bool__(self) -> bool:
         return bool(self.stages or self.expert_sets)
@@ -120,9 +120,9 @@ class Topology:
         return next(stage for stage in self.stages if layer in stage.span)
 
     @property
-    def replicas(self) -> Loss:
+    def replicas(self) -> PieceSet:
         """The expert sets that it would be whole without."""
-        return Loss(expert_sets=frozenset(one.index for one in self.expert_sets if one.is_replica))
+        return PieceSet(expert_sets=frozenset(one.index for one in self.expert_sets if one.is_replica))
 
     @property
     def pieces(self) -> tuple[Stage | ExpertSet, ...]:
@@ -134,19 +134,19 @@ class Topology:
         """VRAM that the topology takes on each node it uses."""
         return _vram_bytes_by_node(self.pieces)
 
-    def without(self, replicas: Loss) -> "Topology":
+    def without(self, replicas: PieceSet) -> "Topology":
         """Return the topology without some of its replicas."""
         left = tuple(one for one in self.expert_sets if one.index not in replicas.expert_sets)
         return replace(self, expert_sets=left)
 
-    def on_node(self, node_id: str) -> Loss:
+    def on_node(self, node_id: str) -> PieceSet:
         """Return the pieces that a node holds."""
-        return Loss(
+        return PieceSet(
             frozenset(stage.index for stage in self.stages if stage.node_id == node_id),
             frozenset(chosen.index for chosen in self.expert_sets if chosen.node_id == node_id),
         )
 
-    def vram_bytes_of(self, loss: Loss) -> dict[str, int]:
+    def vram_bytes_of(self, loss: PieceSet) -> dict[str, int]:
         """Return the VRAM that some pieces take, by node."""
         stages = [stage for stage in self.stages if stage.index in loss.stages]
         return _vram_bytes_by_node(
@@ -159,3 +159,26 @@ def _vram_bytes_by_node(pieces: Iterable[Stage | ExpertSet]) -> dict[str, int]:
     for piece in pieces:
         used[piece.node_id] = used.get(piece.node_id, 0) + piece.vram_bytes
     return used
+
+
+PieceKey = tuple[type[Stage] | type[ExpertSet], int]  # kind of piece, index
+
+
+def key_of(piece: Stage | ExpertSet) -> PieceKey:
+    """Return what a piece is known by."""
+    return type(piece), piece.index
+
+
+def keys_of(loss: PieceSet) -> frozenset[PieceKey]:
+    """Return what is lost, piece by piece."""
+    stages: list[PieceKey] = [(Stage, index) for index in loss.stages]
+    return frozenset(stages + [(ExpertSet, index) for index in loss.expert_sets])
+
+
+def loss_of(keys: Iterable[PieceKey]) -> PieceSet:
+    """Return the loss of some pieces."""
+    found = frozenset(keys)
+    return PieceSet(
+        stages=frozenset(index for kind, index in found if kind is Stage),
+        expert_sets=frozenset(index for kind, index in found if kind is ExpertSet),
+    )

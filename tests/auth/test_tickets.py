@@ -7,8 +7,8 @@ import pytest
 import redis
 
 from azu.auth.tickets import RedisTickets
-from azu.connection import connect_redis
 from azu.errors import NotFound, Unauthenticated
+from azu.redis_client import connect_redis
 
 NOW_MS = 1_700_000_000_000
 ENDS_MS = NOW_MS + 3_600_000

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from azu.cli.doctor import books, machine, network
-from azu.cli.doctor.findings import Finding, State, looked
-from azu.cli.network.tls import head_files
+from azu.cli import doctor_checks
+from azu.cli import doctor_checks as network
+from azu.cli.doctor_checks import Finding, Severity, looked
 from azu.config import Settings
-from azu.ledger.durable import DURABLE_CONFIG
+from azu.launch.membership import head_files
+from azu.money.ledger.durability import DURABLE_CONFIG
 from tests.client.ingress import Ingress, Reply, running_ingress
 from tests.redis_server import RunningRedis, start_redis
 
@@ -27,60 +28,60 @@ def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def state_of(about: str, findings: Iterable[Finding]) -> State:
+def state_of(about: str, findings: Iterable[Finding]) -> Severity:
     (one,) = (finding for finding in findings if finding.about == about)
-    assert one.state is State.OK or one.advice, "whatever is not well comes with what to do"
+    assert one.state is Severity.OK or one.advice, "whatever is not well comes with what to do"
     return one.state
 
 
 def test_this_machine_can_run_azu(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     for about in ("Python", "packages", "key files", "open files"):
-        found = looked(about, partial(machine.LOOKS[about], settings))
-        assert all(one.state is not State.BAD for one in found)
+        found = looked(about, partial(doctor_checks.LOOKS[about], settings))
+        assert all(one.state is not Severity.BAD for one in found)
 
 
 def test_a_key_file_that_others_can_read_is_named(tmp_path: Path) -> None:
     head_files(tmp_path / "tls", ["192.0.2.1"])
     settings = Settings(home=tmp_path)
-    assert state_of("key files", machine.secrets(settings)) is State.OK
+    assert state_of("key files", doctor_checks.secrets(settings)) is Severity.OK
 
     (tmp_path / "tls" / "authority.key").chmod(0o644)
 
-    (finding,) = machine.secrets(settings)
-    assert finding.state is State.BAD
+    (finding,) = doctor_checks.secrets(settings)
+    assert finding.state is Severity.BAD
     assert finding.advice == f"chmod 600 {tmp_path}/tls/authority.key"
 
 
 def test_a_taken_port_is_seen(tmp_path: Path, redis_server: RunningRedis) -> None:
     settings = Settings(home=tmp_path, http_port=redis_server.port)
 
-    assert state_of(f"port {redis_server.port}", machine.ports(settings)) is State.WARNING
+    assert state_of(f"port {redis_server.port}", doctor_checks.ports(settings)) is Severity.WARNING
 
 
 def test_a_redis_that_could_lose_money_is_bad(tmp_path: Path, redis_server: RunningRedis) -> None:
     settings = Settings(home=tmp_path, redis_host="127.0.0.1", redis_port=redis_server.port)
-    found = list(books.redis(settings))
+    found = list(doctor_checks.redis(settings))
 
-    assert state_of("append-only file", found) is State.BAD
-    assert state_of("durability", found) is State.BAD
-    assert state_of("Redis link", found) is State.OK  # it does not leave the machine
+    assert state_of("append-only file", found) is Severity.BAD
+    assert state_of("durability", found) is Severity.BAD
+    assert state_of("Redis link", found) is Severity.OK  # it does not leave the machine
 
 
 def test_a_redis_as_azu_starts_it_is_well(tmp_path: Path) -> None:
     running = start_redis(tmp_path, DURABLE_CONFIG)
     settings = Settings(home=tmp_path / "home", redis_host="127.0.0.1", redis_port=running.port)
 
-    found = list(books.redis(settings))
+    found = list(doctor_checks.redis(settings))
     running.stop()
 
     assert {one.about: one.state for one in found} == {
-        "Redis link": State.OK,
-        "Redis": State.OK,
-        "append-only file": State.OK,
-        "durability": State.OK,
+        "Redis link": Severity.OK,
+        "Redis": Severity.OK,
+        "append-only file": Severity.OK,
+        "durability": Severity.OK,
     }
-    assert state_of("Redis", books.redis(settings)) is State.BAD  # nobody answers now
+    assert state_of("Redis", doctor_checks.redis(settings)) is Severity.BAD  # nobody answers now
 
 
 def test_books_with_a_torn_tail_are_to_be_repaired(tmp_path: Path) -> None:
@@ -89,17 +90,17 @@ def test_books_with_a_torn_tail_are_to_be_repaired(tmp_path: Path) -> None:
     (folder / "redis.conf").write_text("requirepass x\nport 1\n")
     (folder / "appendonly.aof").write_bytes(b"*2\r\n$6\r\nSELECT\r\n$1\r\n0\r\n*2\r\n$4\r\nINC")
 
-    found = list(books.redis(Settings(home=tmp_path)))
+    found = list(doctor_checks.redis(Settings(home=tmp_path)))
 
     assert [one.advice for one in found if one.about == "append-only file"] == ["azu ledger repair"]
 
 
 def test_a_redis_far_away_has_to_be_reached_encrypted(tmp_path: Path) -> None:
-    for tls, state in ((False, State.BAD), (True, State.OK)):
+    for tls, state in ((False, Severity.BAD), (True, Severity.OK)):
         # Nobody is there: how it would be reached is said all the same.
         settings = Settings(home=tmp_path, redis_host="redis.invalid", redis_tls=tls)
 
-        assert state_of("Redis link", books.redis(settings)) is state
+        assert state_of("Redis link", doctor_checks.redis(settings)) is state
 
 
 def answering(ingress: Ingress, *, encrypted_nodes: bool, chain_url: str = "http://127.0.0.1:1") -> Ingress:
@@ -117,51 +118,51 @@ def answering(ingress: Ingress, *, encrypted_nodes: bool, chain_url: str = "http
 def test_what_is_encrypted_is_told(tmp_path: Path, encrypted_nodes: bool) -> None:
     with running_ingress() as ingress:
         answering(ingress, encrypted_nodes=encrypted_nodes)
-        found = list(network.diagnose(Settings(home=tmp_path, url=ingress.url)))
+        found = list(doctor_checks.diagnose(Settings(home=tmp_path, url=ingress.url)))
 
     told = {one.about: one.found for one in found}
     assert told["between nodes"].startswith("encrypted" if encrypted_nodes else "not encrypted")
     assert told["ingress link"].startswith("not encrypted, but within this machine")
-    assert state_of("azu's version", found) is State.OK
-    assert state_of("nodes", found) is State.UNKNOWN  # nobody logged in here
+    assert state_of("azu's version", found) is Severity.OK
+    assert state_of("nodes", found) is Severity.UNKNOWN  # nobody logged in here
 
 
 def test_a_chain_far_away_in_the_clear_is_warned_of(tmp_path: Path) -> None:
     with running_ingress() as ingress:
         answering(ingress, encrypted_nodes=True, chain_url="http://chain.example")
-        found = list(network.diagnose(Settings(home=tmp_path, url=ingress.url)))
+        found = list(doctor_checks.diagnose(Settings(home=tmp_path, url=ingress.url)))
 
-    assert state_of("chain link", found) is State.WARNING
+    assert state_of("chain link", found) is Severity.WARNING
 
 
 def test_clocks_that_differ_are_seen(tmp_path: Path) -> None:
     import httpx
 
-    for ahead_s, state in ((0, State.OK), (-60, State.BAD), (60, State.BAD)):
+    for ahead_s, state in ((0, Severity.OK), (-60, Severity.BAD), (60, Severity.BAD)):
         now = 1_700_000_000.5
         reply = httpx.Response(200, headers={"date": formatdate(now + ahead_s, usegmt=True)})
 
-        assert state_of("clock", network._clock(reply, now, now + 0.1)) is state
+        assert state_of("clock", doctor_checks._clock(reply, now, now + 0.1)) is state
 
 
 def test_an_ingress_that_is_gone_is_bad_only_where_one_is_meant(tmp_path: Path) -> None:
     meant = Settings(home=tmp_path, url="http://127.0.0.1:9")
 
-    assert state_of("ingress", network.diagnose(meant)) is State.BAD
-    assert state_of("ingress", network.diagnose(Settings(home=tmp_path, http_port=9))) in (
-        State.WARNING,
-        State.OK,  # if the machine that tests has a network of its own
+    assert state_of("ingress", doctor_checks.diagnose(meant)) is Severity.BAD
+    assert state_of("ingress", doctor_checks.diagnose(Settings(home=tmp_path, http_port=9))) in (
+        Severity.WARNING,
+        Severity.OK,  # if the machine that tests has a network of its own
     )
 
 
 def test_a_certificate_that_ends_soon_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head_files(tmp_path / "tls", ["192.0.2.1"])
     settings = Settings(home=tmp_path)
-    assert state_of("head's certificate", network._own_certificates(settings)) is State.OK
+    assert state_of("head's certificate", doctor_checks._own_certificates(settings)) is Severity.OK
 
-    monkeypatch.setattr(network, "_SOON", network._SOON * 1000)
+    monkeypatch.setattr(network, "_SOON", doctor_checks._SOON * 1000)
 
-    assert state_of("head's certificate", network._own_certificates(settings)) is State.WARNING
+    assert state_of("head's certificate", doctor_checks._own_certificates(settings)) is Severity.WARNING
 
 
 def test_the_command_prints_json_and_says_by_its_status_if_something_is_bad(tmp_path: Path) -> None:

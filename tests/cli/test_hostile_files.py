@@ -12,16 +12,16 @@ import pytest
 import yaml
 from eth_account import Account
 
-from azu.auth.receipts import sealed, sign_receipt
-from azu.chain import wallet
+from azu.auth.signatures import sealed, sign_receipt
 from azu.cli.credentials import Credential, load_credential, store_credential
-from azu.cli.network.running import stop_running
-from azu.cli.network.tickets import EnrolmentTicket, Ticket, decode_ticket
 from azu.cli.receipt import _checked, _read
 from azu.config import load_network
-from azu.documents import MAX_DOCUMENT_BYTES, read_json, read_yaml
+from azu.config.nodes_file import read_nodes
 from azu.errors import AzuError, ConfigurationError
-from azu.planner.nodes_file import read_nodes
+from azu.files import MAX_DOCUMENT_BYTES, read_json, read_yaml
+from azu.launch.membership import EnrolmentTicket, Ticket, decode_ticket
+from azu.launch.network_process import stop_running
+from azu.money.chain import wallet
 from azu.protocol.structure import Structure
 from tests.builders import receipt, structure
 from tests.mutations import mutated_bytes, mutated_value

@@ -12,14 +12,13 @@ from typer.testing import CliRunner, Result
 
 from azu.cli import ledger as commands
 from azu.errors import AzuError, Conflict, NotFound
-from azu.ledger.accounts import CHAIN
-from azu.ledger.durable import APPEND_ONLY_FILE, DURABLE_CONFIG
-from azu.ledger.records import BALANCES
-from azu.ledger.redis import RedisLedger
-from azu.ledger.transfers import Transfer
+from azu.money.ledger.durability import APPEND_ONLY_FILE, DURABLE_CONFIG
+from azu.money.ledger.records import BALANCES
+from azu.money.ledger.redis import RedisLedger
+from azu.money.ledger.transfers import CHAIN, Transfer
 from tests.builders import BOB
-from tests.chain.running import running_devnet
-from tests.ledger import moves
+from tests.money.chain.running import running_devnet
+from tests.money.ledger import moves
 from tests.redis_server import RunningRedis, start_redis
 
 PLANNED = (moves.deposit(1_000), moves.plan_withdrawal("p1", 100))

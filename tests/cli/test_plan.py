@@ -11,7 +11,7 @@ from azu.cli.plan import plan
 from azu.errors import InsufficientCapacity
 from azu.protocol.structure import STRUCTURE_FILE
 from tests.builders import structure
-from tests.sharding.checkpoints import save_checkpoint
+from tests.models.checkpoints import save_checkpoint
 
 ROOM = """
 nodes:

@@ -7,7 +7,7 @@ import pytest
 from eth_account import Account
 from typer.testing import CliRunner
 
-from azu.auth.receipts import sealed, sign_receipt
+from azu.auth.signatures import sealed, sign_receipt
 from azu.cli import app
 from azu.cli.credentials import Credential, store_credential
 from azu.errors import InvalidRequest, Unauthenticated

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 from azu.cli.shard import shard
 from azu.errors import BrokenCheckpoint, InvalidRequest
 from azu.protocol.structure import STRUCTURE_FILE, Structure
-from tests.sharding.checkpoints import load_checkpoint, reassemble, save_checkpoint
+from tests.models.checkpoints import load_checkpoint, reassemble, save_checkpoint
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 from rich.console import Console
 
-from azu.cli.top import Sample, _screen
-from azu.client.answers import DeploymentLine, JobCounts, Network, NodeLine
-from azu.metrics.activity import Activity, Speed
+from azu.api.network import Activity, DeploymentLine, JobCounts, NetworkResponse, NodeLine
+from azu.cli.top import Sample, Speed, _screen
 from azu.units import MIB
 
 
@@ -27,7 +26,7 @@ def drawn(sample: Sample) -> str:
 def test_a_working_network_shows_its_speed_queue_and_memory() -> None:
     activity = Activity(running_sequences=3, waiting_sequences=1, kv_blocks=128, kv_blocks_used=50, stalls=2)
     model = DeploymentLine("m/one", "r1", "running", 1, 6, (), activity)
-    network = Network((node("ben", state="suspect"), node("ada")), (model,), JobCounts(4, 2))
+    network = NetworkResponse((node("ben", state="suspect"), node("ada")), (model,), JobCounts(4, 2))
 
     shown = drawn(Sample(network, {"m/one": Speed(41.25, 1.5, 0.0312, None)}))
 
@@ -44,17 +43,17 @@ def test_a_working_network_shows_its_speed_queue_and_memory() -> None:
 def test_the_pipelines_of_one_model_are_one_line() -> None:
     pipelines = tuple(DeploymentLine("m/one", "r1", "running", epoch, 6, ()) for epoch in (1, 2))
 
-    shown = drawn(Sample(Network((), pipelines), {"m/one": Speed(41.25, 1.5, 0.0312, None)}))
+    shown = drawn(Sample(NetworkResponse((), pipelines), {"m/one": Speed(41.25, 1.5, 0.0312, None)}))
 
     assert shown.count("m/one") == 1
 
 
 def test_an_empty_network_says_so() -> None:
-    shown = drawn(Sample(Network((), ()), {}))
+    shown = drawn(Sample(NetworkResponse((), ()), {}))
 
     assert "0 of 0 nodes alive" in shown
     assert "no model is up" in shown
 
 
 def test_memory_that_nobody_can_tell_apart_is_not_invented() -> None:
-    assert "?" in drawn(Sample(Network((node("ada", vram_used_bytes=None),), ()), {}))
+    assert "?" in drawn(Sample(NetworkResponse((node("ada", vram_used_bytes=None),), ()), {}))

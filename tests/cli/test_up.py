@@ -14,9 +14,8 @@ import psutil
 import pytest
 from eth_account import Account
 
-from azu.cli.network.ports import free_port
-from azu.cli.network.processes import session_members
 from azu.client import Client
+from azu.launch.processes import free_port, session_members
 
 pytestmark = pytest.mark.prove
 

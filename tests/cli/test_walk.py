@@ -13,8 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from azu.cli.network.ports import free_port
-from azu.cli.network.processes import session_members
+from azu.launch.processes import free_port, session_members
 
 pytestmark = pytest.mark.prove
 

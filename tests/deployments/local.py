@@ -15,20 +15,20 @@ from eth_account.messages import encode_defunct
 from eth_account.signers.local import LocalAccount
 from fastapi import FastAPI
 
-from actors.control import REGISTRY, SCHEDULER
+from actors.links import REGISTRY
+from actors.placement import SCHEDULER
 from actors.registry import Registry
 from azu.config import ControlConfig, NetworkPolicy, load_network
 from azu.errors import AzuError, NotFound
+from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
-from azu.ledger.redis import RedisLedger
-from azu.ledger.transfers import Deposit
-from azu.lifecycle.dispatch import Dispatcher
-from azu.lifecycle.ports import Ran, Route
-from azu.lifecycle.settlement import Settlement
-from azu.metrics.meter import Picture
-from azu.protocol.job import FinishReason, Job, TokenEvent
-from azu.treasury.claims import RedisClaims
-from azu.treasury.deposits import Sighting, SightingState
+from azu.jobs.settlement import Settlement
+from azu.metrics import MetricsSnapshot
+from azu.money.ledger.redis import RedisLedger
+from azu.money.ledger.transfers import Deposit
+from azu.money.treasury.deposits import DepositStatus, SightingState
+from azu.money.treasury.request_reply import DepositRequests
+from azu.protocol.job import FinishReason, Job, Ran, Route, TokenEvent
 from azu.units import LAMPORTS_PER_HYPE
 from deployments.ingress import build_api
 from deployments.services import Services
@@ -94,8 +94,8 @@ class NoNodes:
     async def deployments(self) -> tuple[()]:
         return ()
 
-    async def picture(self) -> Picture:
-        return Picture({}, {})
+    async def picture(self) -> MetricsSnapshot:
+        return MetricsSnapshot({}, {})
 
     async def prediction(self, model_id: str, revision: str) -> None:
         return None
@@ -198,10 +198,10 @@ def unhurried() -> NetworkPolicy:
 
 async def knows_no_transfer(redis_url: str) -> None:
     """Answer what the treasury is asked, as if the chain had no transfer at all."""
-    claims = RedisClaims.from_url(redis_url)
+    claims = DepositRequests.from_url(redis_url)
     while True:
         for tx_hash in await claims.waiting(100):
-            await claims.answer(tx_hash, Sighting(SightingState.UNKNOWN))
+            await claims.answer(tx_hash, DepositStatus(SightingState.UNKNOWN))
         await asyncio.sleep(0.02)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import uvicorn
 
-from azu.ledger.accounts import user_available, user_reserved
+from azu.money.ledger.transfers import user_available, user_reserved
 from tests.deployments.local import LocalIngress, local_ingress, unhurried
 
 _PATIENCE_S = 60

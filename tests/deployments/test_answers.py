@@ -1,14 +1,28 @@
 """Answers have OpenAI's shapes, as OpenAI's own types read them."""
 
+import asyncio
+import json
+import shutil
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
+import openai
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from transformers import AutoTokenizer
 
-from azu.engine.tokenizer import Tokenizer
-from azu.protocol.job import FinishReason
-from deployments.answers import Answer, Part, TokenScore
+from azu.engine.text import ToolCall
+from azu.engine.tokenizer import AnswerParser, Tokenizer
+from azu.errors import BrokenCheckpoint
+from azu.jobs.redis import RedisJobs
+from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, Receipt, TokenEvent
+from azu.protocol.sampling import SamplingParams
+from deployments.answers import AnswerFormatter, TextPart, TokenScore, follow
+from tests import builders
+from tests.deployments.local import LocalIngress, local_ingress
+from tests.models.questions import built_in_folder
 
 FOLDER = Path(__file__).parents[2] / "configs" / "models" / "tiny-dense"
 
@@ -18,8 +32,8 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(FOLDER)
 
 
-def answer(tokenizer: Tokenizer, *, chat: bool) -> Answer:
-    return Answer(chat=chat, job_id="job-1", model="m", created_s=7, decoder=tokenizer)
+def answer(tokenizer: Tokenizer, *, chat: bool) -> AnswerFormatter:
+    return AnswerFormatter(chat=chat, job_id="job-1", model="m", created_s=7, decoder=tokenizer)
 
 
 def scores(tokenizer: Tokenizer, text: str) -> tuple[TokenScore, ...]:
@@ -35,7 +49,7 @@ def test_a_streamed_chat_opens_with_its_role_and_closes_with_its_reason(tokenize
     made = answer(tokenizer, chat=True)
 
     opening = made.opening(1)
-    piece, closing = made.chunks(Part(1, "Hi", (), FinishReason.LENGTH))
+    piece, closing = made.chunks(TextPart(1, "Hi", (), FinishReason.LENGTH))
 
     assert opening is not None
     first, second, last = map(ChatCompletionChunk.model_validate, (opening, piece, closing))
@@ -47,13 +61,13 @@ def test_a_streamed_chat_opens_with_its_role_and_closes_with_its_reason(tokenize
 
 @pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.CANCELLED])
 def test_a_text_that_was_cut_off_by_its_reader_just_stops(tokenizer: Tokenizer, reason: FinishReason) -> None:
-    whole = answer(tokenizer, chat=False).whole([Part(0, "text", (), reason)], {})
+    whole = answer(tokenizer, chat=False).whole([TextPart(0, "text", (), reason)], {})
 
     assert whole["choices"][0]["finish_reason"] == "stop"
 
 
 def test_all_choices_are_in_one_answer(tokenizer: Tokenizer) -> None:
-    parts = [Part(0, "a", (), FinishReason.STOP), Part(1, "b", (), FinishReason.LENGTH)]
+    parts = [TextPart(0, "a", (), FinishReason.STOP), TextPart(1, "b", (), FinishReason.LENGTH)]
     counted = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 
     whole = ChatCompletion.model_validate(answer(tokenizer, chat=True).whole(parts, counted))
@@ -63,7 +77,7 @@ def test_all_choices_are_in_one_answer(tokenizer: Tokenizer) -> None:
 
 
 def test_a_chats_log_probabilities_carry_the_tokens_bytes(tokenizer: Tokenizer) -> None:
-    part = Part(0, "ok 😀", scores(tokenizer, "ok 😀"), FinishReason.STOP)
+    part = TextPart(0, "ok 😀", scores(tokenizer, "ok 😀"), FinishReason.STOP)
 
     (choice,) = ChatCompletion.model_validate(
         answer(tokenizer, chat=True).whole([part], {}) | {"usage": None}
@@ -78,7 +92,7 @@ def test_a_chats_log_probabilities_carry_the_tokens_bytes(tokenizer: Tokenizer) 
 
 def test_a_completions_log_probabilities_are_parallel_lists(tokenizer: Tokenizer) -> None:
     found = scores(tokenizer, "two words")
-    part = Part(0, "two words", found, FinishReason.STOP)
+    part = TextPart(0, "two words", found, FinishReason.STOP)
 
     (choice,) = Completion.model_validate(
         answer(tokenizer, chat=False).whole([part], {}) | {"usage": None}
@@ -88,3 +102,298 @@ def test_a_completions_log_probabilities_are_parallel_lists(tokenizer: Tokenizer
     assert choice.logprobs.text_offset == [score.offset for score in found]
     assert choice.logprobs.token_logprobs == [-0.5] * len(found)
     assert len(choice.logprobs.tokens or []) == len(choice.logprobs.top_logprobs or []) == len(found)
+
+
+STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
+
+
+def outcome(job: Job, state: JobState, reason: FinishReason) -> JobOutcome:
+    receipt = Receipt(
+        job_id=job.job_id, address=job.address, model_id=job.model_id, revision=job.revision, prompt_tokens=4,
+        completion_tokens=1, num_layers=4, lamports_per_token_layer=2, charged_lamports=0,
+        released_lamports=0, platform_lamports=0, worker_lamports={}, transfer_id="t",
+    )  # fmt: skip
+    return JobOutcome(state, reason, receipt)
+
+
+def followed(
+    redis_url: str, tokenizer: Tokenizer, job: Job, events: list[TokenEvent], end: JobOutcome, after: int = 0
+) -> list[TextPart | JobOutcome]:
+    async def play() -> list[TextPart | JobOutcome]:
+        jobs = RedisJobs.from_url(redis_url)
+        await jobs.submit(job)
+        for event in events:
+            await jobs.append([(job.job_id, event)])
+        await jobs.finish(job.job_id, end)
+        return [part async for part in follow(jobs, job, tokenizer, after)]
+
+    return asyncio.run(asyncio.wait_for(play(), 20))
+
+
+def texts(parts: list[TextPart | JobOutcome], num_choices: int = 1) -> list[str]:
+    found = [part for part in parts if isinstance(part, TextPart)]
+    return ["".join(part.text for part in found if part.choice == n) for n in range(num_choices)]
+
+
+def scored(parts: list[TextPart | JobOutcome]) -> list[float]:
+    return sorted(score.logprob for part in parts if isinstance(part, TextPart) for score in part.scores)
+
+
+def test_the_choices_of_a_job_are_told_apart(redis_url: str, tokenizer: Tokenizer) -> None:
+    job = builders.job(choices=2)
+    one, two = tokenizer.encode("one 😀"), tokenizer.encode("two 漢字")
+    events, index = [], 0
+    for position in range(max(len(one), len(two))):
+        for choice, ids in enumerate((one, two)):
+            if position < len(ids):
+                reason = (STOP, LENGTH)[choice] if position == len(ids) - 1 else None
+                events.append(TokenEvent(index, (ids[position],), choice=choice, finish_reason=reason))
+                index += 1
+
+    parts = followed(redis_url, tokenizer, job, events, end := outcome(job, JobState.DONE, LENGTH))
+
+    assert [text.strip() for text in texts(parts, 2)] == ["one 😀", "two 漢字"]
+    reasons = {
+        part.choice: part.finish_reason for part in parts if isinstance(part, TextPart) and part.finish_reason
+    }
+    assert reasons == {0: STOP, 1: LENGTH}
+    assert parts[-1] == end
+
+
+def test_whoever_comes_back_gets_what_was_not_shown_and_nothing_twice(
+    redis_url: str, tokenizer: Tokenizer
+) -> None:
+    job = builders.job(choices=2, sampling=SamplingParams(max_tokens=50, stop=("漢字!", "😀😀"), logprobs=0))
+    written = [tokenizer.encode(text) for text in ("one 漢字 😀 漢", "two 😀 and 漢字!")]
+    events: list[TokenEvent] = []
+    for choice, ids in ((0, written[0][:3]), (1, written[1][:-1]), (0, written[0][3:]), (1, written[1][-1:])):
+        reason = STOP if len(events) >= 2 else None
+        index = sum(len(event.token_ids) for event in events)
+        scores = tuple(-float(index + n) for n in range(len(ids)))
+        top = tuple(() for _ in ids)
+        events.append(TokenEvent(index, tuple(ids), scores, top, choice, reason))
+    parts = followed(redis_url, tokenizer, job, events, end := outcome(job, JobState.DONE, STOP))
+
+    for seen in {part.after for part in parts if isinstance(part, TextPart)} | {0}:
+        shown = [part for part in parts if isinstance(part, TextPart) and part.after <= seen]
+
+        again = followed(redis_url, tokenizer, job, events, end, after=seen)
+
+        assert again[-1] == end
+        assert [a + b for a, b in zip(texts(shown, 2), texts(again, 2), strict=True)] == texts(parts, 2)
+        assert scored([*shown, *again]) == scored(parts)
+        assert {
+            part.choice for part in [*shown, *again] if isinstance(part, TextPart) and part.finish_reason
+        } == {0, 1}
+    assert texts(parts, 2) == ["one 漢字 😀 漢", "two 😀 and "]
+
+
+def test_a_stop_string_is_never_shown_and_neither_are_its_tokens(
+    redis_url: str, tokenizer: Tokenizer
+) -> None:
+    job = builders.job(sampling=SamplingParams(max_tokens=50, stop=("capital of",), logprobs=1))
+    ids = tuple(tokenizer.encode("the capital of"))
+    logprobs = tuple(-float(n) for n in range(len(ids)))
+    top = tuple(((token, logprob),) for token, logprob in zip(ids, logprobs, strict=True))
+    events = [
+        TokenEvent(
+            n,
+            ids[n : n + 1],
+            logprobs[n : n + 1],
+            top[n : n + 1],
+            finish_reason=STOP if n == len(ids) - 1 else None,
+        )
+        for n in range(len(ids))
+    ]
+
+    parts = followed(redis_url, tokenizer, job, events, outcome(job, JobState.DONE, STOP))
+
+    assert texts(parts)[0].strip() == "the"
+    shown = [score for part in parts if isinstance(part, TextPart) for score in part.scores]
+    assert [score.logprob for score in shown] == list(logprobs[: len(shown)])
+    assert 0 < len(shown) < len(ids)
+    assert "capital" not in "".join(tokenizer.token_text(score.token_id) for score in shown)
+
+
+def test_a_choice_that_was_cut_off_shows_what_it_has(redis_url: str, tokenizer: Tokenizer) -> None:
+    job = builders.job(sampling=SamplingParams(max_tokens=50, stop=("two three",)))
+    event = TokenEvent(0, tuple(tokenizer.encode("one two")))
+
+    parts = followed(
+        redis_url, tokenizer, job, [event], outcome(job, JobState.CANCELLED, FinishReason.CANCELLED)
+    )
+
+    assert texts(parts)[0].strip() == "one two"
+
+
+def test_a_job_that_failed_ends_with_its_outcome_alone(redis_url: str, tokenizer: Tokenizer) -> None:
+    job = builders.job()
+    end = outcome(job, JobState.FAILED, FinishReason.ERROR)
+
+    parts = followed(redis_url, tokenizer, job, [TokenEvent(0, tuple(tokenizer.encode("one")))], end)
+
+    assert not any(isinstance(part, TextPart) and part.finish_reason for part in parts)
+    assert parts[-1] == end
+
+
+# Tools as JSON, calls between <tool_call> tags, thoughts between <think> tags: as Qwen's models have it.
+TEMPLATE = (
+    "{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ eos_token }}{% endif %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>"
+    "{% endfor %}"
+    "{{ eos_token }}{% endfor %}<|assistant|>"
+)
+RESPONSE = {
+    "start_anchor": "<|assistant|>",
+    "defaults": {"role": "assistant"},
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>"},
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "content": "json",
+            "repeats": True,
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {},
+    },
+}
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Adds two numbers.",
+            "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+        },
+    }
+]
+MESSAGES: list[Any] = [{"role": "user", "content": "What is 2 + 2?"}]
+ADD = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": "😀"}}</tool_call>'
+TWICE = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
+Scenario = Callable[[LocalIngress, str], Awaitable[None]]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models: one whose template takes tools, one that has no response template."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("caller", "talker"):
+        shutil.copytree(built_in_folder("azu/tiny-dense"), folder / name)
+        (folder / name / "chat_template.jinja").write_text(TEMPLATE)
+    path = folder / "caller" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"response_template": RESPONSE}))
+    return folder
+
+
+def spoken(text: str) -> tuple[int, ...]:
+    tokenizer = AutoTokenizer.from_pretrained(built_in_folder("azu/tiny-dense"))
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@pytest.fixture
+def play(redis_url: str, tmp_path: Path, root: Path) -> Callable[..., None]:
+    async def run(scenario: Scenario, text: str) -> None:
+        async with local_ingress(redis_url, tmp_path, model_roots=(root,)) as ingress:
+            ingress.model.token_ids = spoken(text)
+            _, api_key = await ingress.user()
+            async with ingress.client(api_key) as http:
+                client = openai.AsyncOpenAI(base_url="http://azu.test/v1", api_key=api_key, http_client=http)
+                await asyncio.wait_for(scenario(client, str(root / "caller")), 120)
+
+    return lambda scenario, text: asyncio.run(run(scenario, text))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_come_apart_from_the_text_and_end_the_turn(play, stream: bool) -> None:
+    async def scenario(client: openai.AsyncOpenAI, model: str) -> None:
+        asked = {"model": model, "messages": MESSAGES, "tools": TOOLS, "max_tokens": 200}
+        if stream:
+            content, calls, reasons = "", {}, []
+            async for chunk in await client.chat.completions.create(**asked, stream=True):
+                choice = chunk.choices[0]
+                content += choice.delta.content or ""
+                for call in choice.delta.tool_calls or []:
+                    calls[call.index] = call
+                reasons.append(choice.finish_reason)
+            calls, reason = [call for _, call in sorted(calls.items())], reasons[-1]
+        else:
+            choice = (await client.chat.completions.create(**asked)).choices[0]
+            content, calls, reason = choice.message.content, choice.message.tool_calls, choice.finish_reason
+            assert choice.message.reasoning_content == "hm"
+
+        assert content == "Let me see. "
+        assert [(call.type, call.function.name) for call in calls] == [("function", "add")] * 2
+        assert [json.loads(call.function.arguments) for call in calls] == [{"a": 2, "b": "😀"}, {}]
+        assert len({call.id for call in calls}) == 2
+        assert reason == "tool_calls"
+
+    play(scenario, f"<think>hm</think>Let me see. {ADD}{TWICE}")
+
+
+def test_the_answer_and_the_tools_result_are_taken_back(play) -> None:
+    async def scenario(client: openai.AsyncOpenAI, model: str) -> None:
+        asked = {"model": model, "tools": TOOLS, "max_tokens": 200}
+        answer = await client.chat.completions.create(**asked, messages=MESSAGES)
+        message = answer.choices[0].message
+        result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "4"}
+
+        again = await client.chat.completions.create(**asked, messages=[*MESSAGES, message, result])
+
+        written = len(spoken(ADD))
+        assert again.usage.prompt_tokens > answer.usage.prompt_tokens + written
+
+    play(scenario, ADD)
+
+
+@pytest.mark.parametrize(
+    "text", ["Just words.", "<tool_call>no JSON</tool_call> after", "<tool_call>{", "a <tool"]
+)
+def test_what_is_no_call_is_content_as_the_model_wrote_it(play, text: str) -> None:
+    async def scenario(client: openai.AsyncOpenAI, model: str) -> None:
+        asked = {"model": model, "messages": MESSAGES, "tools": TOOLS, "max_tokens": 200}
+        choice = (await client.chat.completions.create(**asked)).choices[0]
+        assert choice.message.content == text
+        assert not choice.message.tool_calls
+        assert choice.finish_reason == "stop"
+
+    play(scenario, text)
+
+
+def test_tools_are_refused_by_name_where_the_template_does_not_support_them(play) -> None:
+    async def scenario(client: openai.AsyncOpenAI, model: str) -> None:
+        for other in ("azu/tiny-dense", model.replace("caller", "talker")):
+            with pytest.raises(openai.BadRequestError) as refused:
+                await client.chat.completions.create(model=other, messages=MESSAGES, tools=TOOLS)
+            assert refused.value.param == "tools"
+            answer = await client.chat.completions.create(
+                model=other, messages=MESSAGES, tools=TOOLS, tool_choice="none", max_tokens=200
+            )
+            assert answer.choices[0].message.content == ADD
+
+    play(scenario, ADD)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_an_answer_is_read_the_same_in_pieces_of_any_size(size: int) -> None:
+    text = f"<think>hm</think>Well. {ADD}and{TWICE} <tool_call>[1]</tool_call> x"
+    parser = AnswerParser(RESPONSE, "<|user|>x<|assistant|>", TOOLS)
+
+    parts = [parser.push(text[at : at + size]) for at in range(0, len(text), size)]
+    parts.append(parser.finish())
+
+    calls = [call for part in parts for call in part.tool_calls]
+    assert [call.name for call in calls] == (["add", "add"] if size < 1000 else [])
+    if size == 1:
+        assert "".join(part.reasoning for part in parts) == "hm"
+        assert "".join(part.content for part in parts) == "Well. and <tool_call>[1]</tool_call> x"
+        assert calls[1] == ToolCall("add", "{}")
+
+
+@pytest.mark.parametrize(
+    "template", [{}, {"fields": 7}, {"start_anchor": "x", "fields": {"content": {"open": 7}}}]
+)
+def test_a_template_that_is_none_is_a_broken_checkpoint(template: dict[str, object]) -> None:
+    with pytest.raises(BrokenCheckpoint):
+        AnswerParser(template, "", TOOLS)

@@ -8,9 +8,8 @@ import pytest
 from huggingface_hub import constants
 
 from azu.jobs.redis import RedisJobs
-from azu.ledger.accounts import user_available, user_reserved, user_withdrawing, worker_earned
-from azu.ledger.audit import audit
-from azu.ledger.transfers import Reserve
+from azu.money.ledger.audit import audit
+from azu.money.ledger.transfers import Reserve, user_available, user_reserved, user_withdrawing, worker_earned
 from tests.deployments.asgi import AsgiTarget
 from tests.deployments.fuzz import Found, Sender, fuzz
 from tests.deployments.local import ADMIN_KEY, LocalIngress, local_ingress, unhurried
@@ -42,7 +41,7 @@ def test_no_request_breaks_it_and_none_that_is_refused_moves_money(
 ) -> None:
     # Nothing here may reach the Hub; and nobody is there to sign receipts.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("deployments.receipts._SIGNATURE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("deployments.jobs._SIGNATURE_TIMEOUT_S", 0.05)
 
     async def scenario() -> Found:
         async with local_ingress(redis_url, tmp_path, unhurried()) as ingress:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from azu.ledger.accounts import user_available, user_reserved
+from azu.money.ledger.transfers import user_available, user_reserved
 from tests.deployments.local import LocalIngress, local_ingress
 from tests.models.questions import built_in_folder
 

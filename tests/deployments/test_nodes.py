@@ -20,14 +20,12 @@ from fastapi.exceptions import RequestValidationError
 
 from azu.auth.certificates import key_digest, public_key, read_certificate
 from azu.auth.tickets import RedisTickets
-from azu.cli.network.membership import EnrolledMembership
-from azu.cli.network.tickets import EnrolmentTicket
-from azu.cli.network.tls import TlsFiles, authority_key, head_files
 from azu.client import Client
-from azu.client.tls import trusting
+from azu.client.http import trusting
 from azu.config import EnrolmentConfig
-from azu.connection import connect_redis
 from azu.errors import AzuError, NotFound, Unauthenticated, Unavailable
+from azu.launch.membership import EnrolledMembership, EnrolmentTicket, TlsFiles, authority_key, head_files
+from azu.redis_client import connect_redis
 from deployments import nodes
 from deployments.ingress import _invalid, _refused
 

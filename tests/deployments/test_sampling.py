@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from azu.api.openai import ChatRequest, CompletionRequest
 from azu.engine.tokenizer import Tokenizer
 from azu.errors import InvalidRequest
-from azu.lifecycle.intake import ModelFacts
+from azu.jobs.intake import ModelFacts
 from azu.protocol.sampling import SamplingParams
-from deployments.openai import ChatRequest, CompletionRequest
 from deployments.sampling import sampling_params
 from deployments.services import ServedModel
 

@@ -38,7 +38,7 @@ def test_every_endpoint_keeps_to_the_schema_whatever_is_sent(
     redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("deployments.receipts._SIGNATURE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("deployments.jobs._SIGNATURE_TIMEOUT_S", 0.05)
     with served(redis_url, tmp_path) as here:
         schema = schemathesis.openapi.from_url(f"{here.url}/openapi.json")
         headers = {"authorization": f"Bearer {here.api_key}"}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from azu.architecture import describe
+from azu.models import describe
+from azu.models.cut import cut
 from azu.protocol.structure import Structure
-from azu.sharding.cut import cut
 from tests.engine.families import save_model
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import psutil
 
-from actors.layer import LayerActor  # noqa: F401 - what a process that waits for a piece has imported
-from azu.engine.heap import keep_between_steps
 from azu.engine.local import LocalPipeline, local_topology
-from azu.planner.demand import Demand
+from azu.engine.malloc import keep_between_steps
+from azu.planner.demand import MemoryDemand
 from azu.planner.policy import PlanPolicy
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.structure import STRUCTURE_FILE, Structure
@@ -54,7 +53,7 @@ def main(folder: Path) -> None:
     done = pipeline.generate(prompts, sampling)
     ended.set()
     thread.join()
-    planned = Demand.of(structure, _POLICY).stage_vram_bytes(whole, {})
+    planned = MemoryDemand.of(structure, _POLICY).stage_vram_bytes(whole, {})
     found = {
         "finished": sum(len(one.token_ids) == sampling.max_tokens for one in done),
         "preempted": pipeline.engine.num_preempted,

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from azu.architecture import describe
 from azu.engine.local import LocalPipeline, local_topology
 from azu.engine.scheduler import SchedulerConfig
+from azu.models import describe
+from azu.models.cut import cut
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.structure import STRUCTURE_FILE, Structure
-from azu.sharding.cut import cut
 from azu.units import KIB, MIB
 from tests.engine.families import FAMILIES, build_lively
 
@@ -85,7 +85,7 @@ class _Counted(logging.Handler):
 
 def main(folder: Path) -> None:
     """Answer with little room, then with all there is."""
-    logging.getLogger("azu.engine.shortage").addHandler(counted := _Counted())
+    logging.getLogger("azu.engine.out_of_memory").addHandler(counted := _Counted())
     structure = Structure.from_json((folder / STRUCTURE_FILE).read_bytes())
     holders = 2 if any(layer.num_experts for layer in structure.layers) else 0
     topology = local_topology(structure, (0, 1, 2), num_blocks=_NUM_BLOCKS, expert_holders=holders)

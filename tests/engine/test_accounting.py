@@ -1,8 +1,8 @@
 """Who activated what: counted where it ran, presumed where its record is lost."""
 
 from azu.engine.accounting import WorkAccount
-from azu.planner.hot_experts import with_hot_replicas
 from azu.planner.plan import plan
+from azu.planner.replicas import with_hot_replicas
 from azu.protocol.topology import Topology
 from azu.units import MIB
 from tests.builders import node, structure

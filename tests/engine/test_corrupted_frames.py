@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from azu.engine import runner
-from azu.engine.faults import BadFrame, blamed
-from azu.engine.spec import Handoff
+from azu.engine import stage_runner as runner
+from azu.engine.stage import build_stage
+from azu.engine.stage_contract import BadFrame, Handoff, blamed
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import StepBatch, StepResult
 from tests.engine.conftest import CutModel
@@ -96,7 +96,7 @@ def _run(model: CutModel, link_chance: random.Random | None) -> tuple[_Deploymen
 def _weights_mapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that is brought up again has its weights at hand: only its KV cache is new, and empty."""
     built: dict[Any, Any] = {}
-    build = runner.build_stage
+    build = build_stage
 
     def build_once(structure: Any, span: Any, *rest: Any) -> Any:
         if span not in built:

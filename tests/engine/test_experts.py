@@ -7,12 +7,10 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from azu.engine.expert_frames import StepId, TokenSlices, decode_answer, encode_answer
-from azu.engine.experts import ExpertRunner
-from azu.engine.faults import ExpertsFailed
+from azu.engine.experts import ExpertRunner, StepId, TokenSlices, decode_answer, encode_answer
 from azu.engine.local import local_topology
-from azu.engine.runner import StageRunner
-from azu.engine.spec import StageSpec
+from azu.engine.stage_contract import ExpertsFailed, StageSpec
+from azu.engine.stage_runner import StageRunner
 from azu.engine.tensors import tensor_of
 from azu.errors import FrameError, WorkerLost
 from azu.protocol.frame import Frame

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from azu.engine.pipeline import EnginePipeline, SequenceUpdate
-from azu.engine.scheduler import SchedulerConfig
-from azu.engine.sequence import Sequence
+from azu.engine.scheduler import SchedulerConfig, Sequence
 from azu.protocol.job import FinishReason
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import ExpertWork, Replay, SampledToken, StepBatch, StepResult

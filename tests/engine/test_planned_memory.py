@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from azu.architecture import describe
-from azu.sharding.cut import cut
+from azu.models import describe
+from azu.models.cut import cut
 from azu.units import MIB
 from tests.engine.families import VOCAB_SIZE, build_lively
 from tests.engine.planned_memory import NUM_SEQUENCES

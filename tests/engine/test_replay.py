@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from azu.engine.accounting import Work
-from azu.engine.faults import OldEpoch
 from azu.engine.local import LocalPipeline, local_topology
 from azu.engine.scheduler import SchedulerConfig
-from azu.engine.sequence import Sequence as EngineSequence
-from azu.engine.spec import Handoff
-from azu.planner.moves import change_to
+from azu.engine.scheduler import Sequence as EngineSequence
+from azu.engine.stage_contract import Handoff, OldEpoch
+from azu.planner.migration import change_to
 from azu.protocol.sampling import SamplingParams
-from azu.protocol.topology import Loss, Stage
+from azu.protocol.topology import PieceSet, Stage
 from tests.engine.conftest import CutModel
 from tests.engine.families import VOCAB_SIZE
 
@@ -84,7 +83,7 @@ class _Deployment:
         }
         engine.resume(pipeline.topology, stages, num_sent)
 
-    def cut_anew(self, *boundaries: int) -> Loss:
+    def cut_anew(self, *boundaries: int) -> PieceSet:
         """Go over to stages between other boundaries; return those that had to be loaded."""
         pipeline, engine = self.pipeline, self.pipeline.engine
         engine.suspend()

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from azu.engine.scheduler import Scheduler, SchedulerConfig
-from azu.engine.sequence import Sequence
+from azu.engine.scheduler import BatchScheduler, SchedulerConfig, Sequence
 from azu.errors import Unavailable
 from azu.protocol.sampling import SamplingParams
 from tests.engine.conftest import CutModel
@@ -66,7 +65,7 @@ def test_no_block_that_is_gone_is_ever_used_again(dense: CutModel) -> None:
 
 
 def test_the_longest_that_was_taken_keeps_its_room_and_a_longer_one_is_refused() -> None:
-    scheduler = Scheduler(SchedulerConfig(num_blocks=100, block_size=4), num_stages=1)
+    scheduler = BatchScheduler(SchedulerConfig(num_blocks=100, block_size=4), num_stages=1)
     scheduler.add(Sequence(1, (1,) * 40, SamplingParams(max_tokens=1)))
 
     assert scheduler.limit(3) == 10

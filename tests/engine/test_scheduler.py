@@ -6,8 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from azu.engine.scheduler import Scheduler, SchedulerConfig
-from azu.engine.sequence import Sequence
+from azu.engine.scheduler import BatchScheduler, SchedulerConfig, Sequence
 from azu.errors import Unavailable
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import Slice
@@ -24,7 +23,7 @@ class _Engine:
 
     def __init__(self, config: SchedulerConfig, restart_length: int | None = None) -> None:
         self.config = config
-        self.scheduler = Scheduler(config, num_stages=1, restart_length=restart_length)
+        self.scheduler = BatchScheduler(config, num_stages=1, restart_length=restart_length)
         self.in_flight: deque[_Step] = deque()
         self.cached: dict[int, list[tuple[int, int]]] = {}  # slot -> who wrote it for which position
         self.restart_length = restart_length
@@ -137,7 +136,7 @@ def test_sequences_that_are_given_up_leave_no_block(
 
 
 def test_sequence_that_could_never_run_is_refused() -> None:
-    scheduler = Scheduler(SchedulerConfig(num_blocks=4, block_size=4), num_stages=1)
+    scheduler = BatchScheduler(SchedulerConfig(num_blocks=4, block_size=4), num_stages=1)
 
     scheduler.add(_sequence(1, prompt=10, max_tokens=7))  # 16 tokens in the cache
     with pytest.raises(Unavailable, match="17 tokens"):

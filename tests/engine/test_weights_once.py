@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from azu.architecture import describe
-from azu.engine.linear import can_pack
 from azu.engine.local import local_topology
 from azu.engine.stage import build_stage
-from azu.sharding.cut import cut
+from azu.engine.weights import can_pack
+from azu.models import describe
+from azu.models.cut import cut
 from tests.engine.conftest import CutModel
 from tests.engine.families import FAMILIES, build_lively
 

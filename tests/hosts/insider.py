@@ -11,13 +11,13 @@ import sys
 import ray
 from eth_account import Account
 
-from azu.chain.devnet.faucet import fund
-from azu.chain.wallet import transfer_hype
 from azu.client import Client
+from azu.devnet.faucet import fund
+from azu.money.chain.wallet import transfer_hype
 from azu.units import LAMPORTS_PER_HYPE
-from tests.cluster.actors import actors_named, ask_inside
-from tests.cluster.test_hidden_states import keep_frames, kept_frames
 from tests.hosts.network import trust
+from tests.network.actors import actors_named, ask_inside
+from tests.network.test_hidden_states import keep_frames, kept_frames
 
 MODEL = "azu/tiny-dense"
 

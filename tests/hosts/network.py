@@ -13,9 +13,9 @@ from pathlib import Path
 import yaml
 from eth_account import Account
 
-from azu.cli.network.admin import new_ticket
 from azu.client import Client
-from azu.client.tls import trusting
+from azu.client.http import trusting
+from azu.launch.admin import new_ticket
 from tests.hosts.namespaces import Host
 
 START_TIMEOUT_S = 240.0

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from azu.cli.network.membership import EnrolledMembership
-from azu.cli.network.ray_nodes import driver_environment
-from azu.cli.network.tickets import EnrolmentTicket, decode_ticket
-from azu.cli.network.tls import TlsFiles
 from azu.client import Client
+from azu.launch.membership import EnrolledMembership, EnrolmentTicket, TlsFiles, decode_ticket
+from azu.launch.ray_nodes import driver_environment
 from azu.protocol.frame import Frame
 from tests.hosts.capture import Capture, captured
 from tests.hosts.insider import MODEL

@@ -8,13 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from azu.cli.network.children import Children
-from azu.cli.network.membership import EnrolledMembership
-from azu.cli.network.processes import Command
-from azu.cli.network.ray_nodes import RayHost, Worker
-from azu.cli.network.tickets import EnrolmentTicket, decode_ticket
-from azu.cli.network.tls import TlsFiles, head_files
-from azu.cli.private_file import write_private
+from azu.files import write_private
+from azu.launch.membership import EnrolledMembership, EnrolmentTicket, TlsFiles, decode_ticket, head_files
+from azu.launch.processes import ProcessGroup, ProcessSpec
+from azu.launch.ray_nodes import RayHost, Worker
 from azu.units import MIB
 from tests.hosts.namespaces import Host, lan
 from tests.hosts.network import OWNER, START_TIMEOUT_S, eventually, hosted
@@ -41,13 +38,13 @@ def strange_files(folder: Path, ip: str, *, true_authority: Path) -> TlsFiles:
     return files
 
 
-def try_to_join(nodes: Children, host: Host, folder: Path, head: str, attempt: Attempt) -> None:
+def try_to_join(nodes: ProcessGroup, host: Host, folder: Path, head: str, attempt: Attempt) -> None:
     """Start a Ray node on a host, as `azu join` does once it has what opens the network."""
     home = folder / attempt.name
     ray = RayHost(home, home / "token", host.ip, tls=attempt.tls)
     write_private(ray.token_path, attempt.token)
     command = ray.worker(head, Worker(0, attempt.name, 4 * MIB, OWNER))
-    nodes.start(Command(attempt.name, tuple(host.command(*command.arguments)), command.environment))
+    nodes.start(ProcessSpec(attempt.name, tuple(host.command(*command.arguments)), command.environment))
 
 
 def test_nobody_joins_without_a_certificate_and_the_token(folder: Path) -> None:
@@ -63,7 +60,7 @@ def test_nobody_joins_without_a_certificate_and_the_token(folder: Path) -> None:
             Attempt("odd-cert", strange, token),
             Attempt("odd-token", access.tls, "ab" * 32),
         )
-        with Children(folder / "logs") as nodes:
+        with ProcessGroup(folder / "logs") as nodes:
             for attempt in refused:
                 try_to_join(nodes, host, folder, access.head, attempt)
             time.sleep(REFUSED_FOR_S)

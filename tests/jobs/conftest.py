@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from azu.connection import connect_redis
 from azu.jobs.redis import RedisJobs
+from azu.redis_client import connect_redis
 
 Scenario = Callable[[RedisJobs], Awaitable[None]]
 

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise, permutations
 
-from azu.planner.demand import Demand
-from azu.planner.links import link_s
+from azu.planner.demand import MemoryDemand
+from azu.planner.node_pool import NodePool, link_s
 from azu.planner.policy import PlanPolicy
-from azu.planner.pool import Pool
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.units import MIB
@@ -14,8 +13,8 @@ from azu.units import MIB
 
 def best_tokens_per_s(structure: Structure, nodes: Sequence[Node], policy: PlanPolicy) -> float | None:
     """Return the highest predicted speed of any route, or None when nothing fits."""
-    demand = Demand.of(structure, policy)
-    pool = Pool.of(nodes, demand)
+    demand = MemoryDemand.of(structure, policy)
+    pool = NodePool.of(nodes, demand)
     times = [_seconds(demand, pool, route) for route in _routes(len(pool.nodes), structure.num_layers)]
     found = [seconds for seconds in times if seconds is not None]
     return policy.batch_size / min(found) if found else None
@@ -29,7 +28,7 @@ def _routes(num_nodes: int, num_layers: int) -> Iterator[list[tuple[int, int, in
                 yield list(zip(order, ends[:-1], ends[1:], strict=True))
 
 
-def _seconds(demand: Demand, pool: Pool, route: list[tuple[int, int, int]]) -> float | None:
+def _seconds(demand: MemoryDemand, pool: NodePool, route: list[tuple[int, int, int]]) -> float | None:
     expert = max(demand.expert_bytes)
     left = list(pool.room_bytes)
     waiting, layers_apart, computing = 0, 0, 0.0

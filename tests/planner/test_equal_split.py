@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from statistics import median
 
-from azu.planner.demand import Demand
+from azu.planner.demand import MemoryDemand
 from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
 from azu.planner.prediction import predict
@@ -40,7 +40,7 @@ def heterogeneous(seed: int) -> tuple[Structure, list[Node]]:
 def equal_split(model: Structure, nodes: list[Node]) -> Topology:
     """Return every node with as many layers as any other, give or take one, in the order of their ids."""
     cuts = [round(index * model.num_layers / len(nodes)) for index in range(len(nodes) + 1)]
-    demand = Demand.of(model, POLICY)
+    demand = MemoryDemand.of(model, POLICY)
     spans = [LayerSpan(start, end) for start, end in pairwise(cuts)]
     stages = tuple(
         Stage(index, one.node_id, span, {}, demand.stage_vram_bytes(span, {}))

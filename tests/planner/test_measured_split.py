@@ -11,18 +11,17 @@ from statistics import median
 import psutil
 import pytest
 
-from azu.cli.bench.cluster import ray_here
-from azu.cli.bench.model import BenchModel, bench_model, random_prompts
-from azu.cli.bench.stages import Request, deployed
-from azu.cli.bench.suite import RAY_ENVIRONMENT
-from azu.cli.network.environment import variables_set
-from azu.engine.reference import ModelShape
-from azu.planner.demand import Demand
+from azu.bench.model import BenchModel, ModelShape, bench_model, random_prompts
+from azu.bench.report import ray_here
+from azu.bench.streams import Request, deployed
+from azu.bench.suite import RAY_ENVIRONMENT
+from azu.launch.processes import variables_set
+from azu.planner.demand import MemoryDemand
 from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
 from azu.protocol.topology import LayerSpan
 from tests.builders import node
-from tests.cluster.actors import pid_of
+from tests.network.actors import pid_of
 
 pytestmark = [
     pytest.mark.prove,
@@ -89,7 +88,7 @@ def time_per_token_s(model: BenchModel, boundaries: Sequence[int], cores: Sequen
 def test_a_plan_beats_equal_stages_on_real_processes(others: Mapping[str, int]) -> None:
     model = bench_model(ModelShape())
     structure, core_of = model.structure, {name: core for core, name in enumerate(others)}
-    demand = Demand.of(structure, POLICY)
+    demand = MemoryDemand.of(structure, POLICY)
     ends = ((0, MOST_LAYERS), (structure.num_layers - MOST_LAYERS, structure.num_layers))
     room = max(demand.stage_vram_bytes(LayerSpan(*span), {}) for span in ends)
 

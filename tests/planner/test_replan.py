@@ -8,7 +8,7 @@ from azu.errors import InsufficientCapacity
 from azu.planner.policy import PlanPolicy
 from azu.planner.replan import replan
 from azu.protocol.node import Node, NodeState
-from azu.protocol.topology import ExpertSet, Loss, Topology
+from azu.protocol.topology import ExpertSet, PieceSet, Topology
 from azu.units import MIB
 from tests import builders
 
@@ -26,12 +26,12 @@ def _nodes(**free_mib: int) -> list[Node]:
     ]
 
 
-def _replan(loss: Loss, nodes: list[Node]) -> Topology:
+def _replan(loss: PieceSet, nodes: list[Node]) -> Topology:
     return replan(_STRUCTURE, _TOPOLOGY, loss, nodes, _POLICY, epoch=7)
 
 
 def test_only_the_lost_pieces_move() -> None:
-    moved = _replan(Loss(frozenset({1}), frozenset({0})), _nodes(a=0, b=0, c=0, d=0, e=4, f=2))
+    moved = _replan(PieceSet(frozenset({1}), frozenset({0})), _nodes(a=0, b=0, c=0, d=0, e=4, f=2))
 
     assert moved.epoch == 7
     assert [stage.node_id for stage in moved.stages] == ["a", "e"]
@@ -47,12 +47,12 @@ def test_a_node_that_has_the_shards_goes_before_a_faster_one() -> None:
     shards = {_STRUCTURE.shard(name).sha256 for name in ("layer_2_dense", "layer_3_dense", "head")}
     cached = replace(cached, cached_shards=frozenset(shards))
 
-    assert _replan(Loss(frozenset({1})), [fast, cached]).stages[1].node_id == "f"
-    assert _replan(Loss(frozenset({0})), [fast, cached]).stages[0].node_id == "e"
+    assert _replan(PieceSet(frozenset({1})), [fast, cached]).stages[1].node_id == "f"
+    assert _replan(PieceSet(frozenset({0})), [fast, cached]).stages[0].node_id == "e"
 
 
 def test_several_lost_pieces_never_share_the_same_room() -> None:
-    loss = Loss(frozenset({0, 1}), frozenset({0, 1}))
+    loss = PieceSet(frozenset({0, 1}), frozenset({0, 1}))
     moved = _replan(loss, _nodes(e=8, f=4))
 
     assert moved.vram_bytes_by_node == {"e": 8 * MIB, "f": 4 * MIB}
@@ -60,17 +60,17 @@ def test_several_lost_pieces_never_share_the_same_room() -> None:
 
 def test_a_piece_that_finds_no_room_is_named_with_the_bytes_that_are_missing() -> None:
     with pytest.raises(InsufficientCapacity, match=rf"stage 0 .* {MIB} bytes are missing"):
-        _replan(Loss(frozenset({0})), _nodes(a=3, b=3))
+        _replan(PieceSet(frozenset({0})), _nodes(a=3, b=3))
 
 
 @pytest.mark.parametrize("state", [NodeState.SUSPECT, NodeState.LEAVING, NodeState.DEAD])
 def test_nothing_goes_to_a_node_that_is_not_well(state: NodeState) -> None:
     with pytest.raises(InsufficientCapacity):
-        _replan(Loss(frozenset({0})), [builders.node("e", state=state)])
+        _replan(PieceSet(frozenset({0})), [builders.node("e", state=state)])
 
 
 def test_what_survives_on_a_node_that_nobody_hears_stays_there() -> None:
-    moved = _replan(Loss(frozenset({1})), _nodes(e=4))
+    moved = _replan(PieceSet(frozenset({1})), _nodes(e=4))
 
     assert [stage.node_id for stage in moved.stages] == ["a", "e"]
     assert moved.prediction == _TOPOLOGY.prediction

@@ -53,81 +53,83 @@ PARTS = (
     Part(
         "money: rules in Redis",
         "the Redis adapter answers as the pure rules do; kill -9 under load loses no acknowledged transfer",
-        pytest("tests/ledger/test_same_answers.py", "tests/ledger/test_durability.py", "-m", "prove"),
+        pytest(
+            "tests/money/ledger/test_same_answers.py", "tests/money/ledger/test_durability.py", "-m", "prove"
+        ),
     ),
     Part(
         "money: crash points",
         "treasury and settling process killed before and after every write and send, 20 seeds each",
         pytest(
-            "tests/treasury/test_crash_points.py", "tests/lifecycle/test_settling_process.py", "-m", "prove"
+            "tests/money/treasury/test_crash_points.py", "tests/jobs/test_settling_process.py", "-m", "prove"
         ),
     ),
     Part(
         "money: claims",
         "1,000 copies of one claim credit once, 1,000 bad claims credit nothing",
-        pytest("tests/treasury/test_claims.py", "-m", "prove"),
+        pytest("tests/money/treasury/test_request_reply.py", "-m", "prove"),
     ),
     Part(
         "money: submits",
         "1,000 submits at once against a balance for 10 jobs start exactly 10, through the real ingress",
-        pytest("tests/cluster/test_submits.py"),
+        pytest("tests/network/test_submits.py"),
     ),
     Part(
         "money: payouts",
         "50 workers, every devnet fault at random, 20 seeds: each is paid exactly once",
-        pytest("tests/treasury/test_payouts_on_devnet.py", "-m", "prove"),
+        pytest("tests/money/treasury/test_payouts_on_devnet.py", "-m", "prove"),
     ),
     Part(
         "money: soak",
         "8 clients do all at random for 10 minutes while who keeps their money dies; the audit is clean",
-        pytest("tests/cluster/test_soak.py"),
+        pytest("tests/network/test_soak.py"),
     ),
     Part(
         "page",
         "chat with cost, network and receipts in Chromium at 1280 and 400 pixels, by key and keyboard",
-        pytest("tests/cluster/test_page.py", "-m", "prove"),
+        pytest("tests/network/test_page.py", "-m", "prove"),
     ),
     Part(
         "metrics",
         "every Grafana panel has data in a Prometheus, from Ray's agents and from the ingress",
-        pytest("tests/cluster/test_grafana.py", "-m", "prove", "-s"),
+        pytest("tests/network/test_grafana.py", "-m", "prove", "-s"),
     ),
     Part(
         "logs",
         "one job followed by its ids through every process; no key, token or password in any log",
-        pytest("tests/cluster/test_logs.py", "-m", "prove"),
+        pytest("tests/network/test_logs.py", "-m", "prove"),
     ),
     Part(
         "azu top",
         "a live picture and one sample of a network at work",
-        pytest("tests/cluster/test_top.py", "-m", "prove", "-s"),
+        pytest("tests/network/test_top.py", "-m", "prove", "-s"),
     ),
     Part(
         "kill matrix",
         "each piece killed in prefill, at the first, a middle and the last token, several at once: "
         "4 streams go on, identical and charged as undisturbed",
-        pytest("tests/cluster/test_kill_matrix.py", "-m", "prove", "-s"),
+        pytest("tests/network/test_kill_matrix.py", "-m", "prove", "-s"),
     ),
     Part(
         "node loss",
         "each whole node killed, each piece and node frozen and woken: 4 streams go on, identical",
-        pytest("tests/cluster/test_node_loss.py", "-m", "prove", "-s"),
+        pytest("tests/network/test_node_loss.py", "-m", "prove", "-s"),
     ),
     Part(
         "host cut off",
         "three hosts, the link of one down for 30 s: 4 streams go on, identical",
-        pytest("tests/cluster/test_host_cut_off.py", "-m", "prove", "-s"),
+        pytest("tests/network/test_host_cut_off.py", "-m", "prove", "-s"),
     ),
     Part(
         "control plane",
         "registry, scheduler, pipelines, ingress and treasury killed 5 times each under 4 clients: "
         "every job done, right and charged once, and nobody who holds weights starts again",
-        pytest("tests/cluster/test_control_plane.py", "-m", "prove", "-s"),
+        pytest("tests/network/test_control_plane.py", "-m", "prove", "-s"),
     ),
     Part(
         "memory and leaving",
         "a node loses half its memory under 8 streams, another leaves: every stream goes on, identical",
-        pytest("tests/cluster/test_change.py", "-m", "prove", "-s"),
+        pytest("tests/network/test_change.py", "-m", "prove", "-s"),
     ),
     Part(
         "memory planned",
@@ -137,12 +139,12 @@ PARTS = (
     Part(
         "better places",
         "a larger node joins, another lends more: the model moves there under 4 streams, identical",
-        pytest("tests/cluster/test_better_place.py", "-m", "prove", "-s"),
+        pytest("tests/network/test_better_place.py", "-m", "prove", "-s"),
     ),
     Part(
         "more pipelines",
         "a busy model gets a second pipeline; each job goes on in its own when the scheduler dies, identical",
-        pytest("tests/cluster/test_more_pipelines.py", "-m", "prove", "-s"),
+        pytest("tests/network/test_more_pipelines.py", "-m", "prove", "-s"),
     ),
     Part(
         "GCS restart",
@@ -152,23 +154,23 @@ PARTS = (
     Part(
         "hot experts",
         "hot experts get replicas under 4 streams; each set of experts killed in turn: all identical",
-        pytest("tests/cluster/test_hot_experts.py", "-m", "prove", "-s"),
+        pytest("tests/network/test_hot_experts.py", "-m", "prove", "-s"),
     ),
     Part(
         "memory admitted",
         "50 jobs at once on nodes that hold the KV of four: no stage's process takes more than was planned",
-        pytest("tests/cluster/test_admission.py", "-m", "prove", "-s"),
+        pytest("tests/network/test_admission.py", "-m", "prove", "-s"),
     ),
     Part(
         "nobody fits",
         "jobs without workers wait while Ray is asked for nodes, go on when one joins, else end with their "
         "reason and a release",
-        pytest("tests/cluster/test_nobody_fits.py", "-m", "prove", "-s"),
+        pytest("tests/network/test_nobody_fits.py", "-m", "prove", "-s"),
     ),
     Part(
         "random kills",
         "60 kills in 15 minutes with 8 clients: every job identical, books clean",
-        pytest("tests/cluster/test_random_kills.py", "-m", "prove", "-s"),
+        pytest("tests/network/test_random_kills.py", "-m", "prove", "-s"),
     ),
     Part(
         "fuzz: mutations",
@@ -183,7 +185,7 @@ PARTS = (
     Part(
         "hostile models",
         "206 hostile ids open no file outside the allowed folders; 20 hostile checkpoints refused by name",
-        pytest("tests/registry/test_hostile_ids.py", "tests/deployments/test_hostile_checkpoints.py", "-s"),
+        pytest("tests/models/test_hostile_ids.py", "tests/deployments/test_hostile_checkpoints.py", "-s"),
     ),
     Part(
         "clients of others",
@@ -208,15 +210,15 @@ PARTS = (
     Part(
         "what cannot be cut",
         "native types that are refused before anything is loaded, each with its reason",
-        pytest("tests/architecture/test_inspection.py", "-s"),
+        pytest("tests/models/test_inspection.py", "-s"),
     ),
     Part(
         "engine over the cluster",
         "six families over nodes too small for one; 24 requests at once as if alone; 100 dropped streams",
         pytest(
-            "tests/cluster/test_families.py",
-            "tests/cluster/test_crowd.py",
-            "tests/cluster/test_cancel.py",
+            "tests/network/test_families.py",
+            "tests/network/test_crowd.py",
+            "tests/network/test_cancel.py",
             "-s",
         ),
     ),

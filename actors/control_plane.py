@@ -1,0 +1,72 @@
+"""The control plane: registry and scheduler on the head, started again when they die."""
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from actors.links import REGISTRY, find
+from actors.placement import SCHEDULER, release_all, start_on_head
+from actors.registry import Registry
+from actors.scheduler import Scheduler
+from azu.config import ControlConfig
+
+_START_TIMEOUT_S = 60.0
+# Whoever says nothing for so long hangs; a machine that is merely busy answers before.
+_SILENCE_S = 30.0
+_REGISTRY_CONCURRENCY = 16
+_SCHEDULER_CONCURRENCY = 1000
+
+
+def start(config: ControlConfig) -> None:
+    """Start the control plane in the Ray cluster that this process is connected to."""
+    _start_registry(config)
+    ray.get(_start_scheduler(config), timeout=_START_TIMEOUT_S)
+
+
+def stop() -> None:
+    """Take down the control plane and all that it placed, whoever started it."""
+    release_all()
+
+
+def revive(config: ControlConfig) -> list[str]:
+    """Start again who died or hangs, and return their names; to be called once a second.
+
+    What they knew is in Redis and in the actors that live on.
+    """
+    revived = []
+    if _is_gone(REGISTRY):
+        _start_registry(config)
+        revived.append(REGISTRY)
+    if _is_gone(SCHEDULER) or _is_silent(SCHEDULER):
+        _start_scheduler(config)
+        revived.append(SCHEDULER)
+    return revived
+
+
+def _start_registry(config: ControlConfig) -> None:
+    start_on_head(Registry, REGISTRY, config, max_concurrency=_REGISTRY_CONCURRENCY)
+
+
+def _start_scheduler(config: ControlConfig) -> ray.ObjectRef:
+    scheduler = start_on_head(Scheduler, SCHEDULER, config, max_concurrency=_SCHEDULER_CONCURRENCY)
+    return scheduler.start.remote()
+
+
+def _is_gone(name: str) -> bool:
+    try:
+        find(name)
+    except ValueError:
+        return True
+    return False
+
+
+def _is_silent(name: str) -> bool:
+    """Say whether an actor hangs; it is killed then. One that dies meanwhile is seen at the next look."""
+    actor = find(name)
+    try:
+        ray.get(actor.ready.remote(), timeout=_SILENCE_S)
+    except GetTimeoutError:
+        ray.kill(actor)
+        return True
+    except RayActorError:
+        return False
+    return False

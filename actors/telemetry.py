@@ -1,0 +1,122 @@
+"""How a process's meter reaches the scheduler, which adds all of them up, and Ray's own metrics."""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.util import metrics as ray_metrics
+
+from actors.placement import NAMESPACE, SCHEDULER
+from azu import metrics
+from azu.logs import start_logging
+from azu.metrics import BY_NAME, Kind, Labels, Meter, Metric
+from azu.protocol.node import Node, NodeState
+
+log = logging.getLogger(__name__)
+
+PERIOD_S = 1.0
+_ANSWER_TIMEOUT_S = 5.0
+
+
+class RayMeter(Meter):
+    """A meter that Ray's agent on this node exports too, where there is one; names then begin with `ray_`."""
+
+    def __init__(self) -> None:
+        self._is_exported = _has_agent()
+        super().__init__(keep_observations=self._is_exported)
+        self._instruments: dict[str, Any] = {}
+        self._exported: dict[tuple[str, Labels], float] = {}
+
+    def export(self) -> None:
+        """Tell Ray what is new since the last time: it takes too long to do so each time something is."""
+        if not self._is_exported:
+            return
+        for (name, labels), value in self.picture().values.items():
+            metric = BY_NAME[name]
+            if metric.kind is Kind.GAUGE:
+                self._record(metric, value, labels)
+            elif value != (before := self._exported.get((name, labels))):
+                self._record(metric, value - (before or 0), labels)
+                self._exported[name, labels] = value
+        for metric, value, labels in self.take_observations():
+            self._record(metric, value, labels)
+
+    def _record(self, metric: Metric, value: float, labels: Labels) -> None:
+        if metric.name not in self._instruments:
+            self._instruments[metric.name] = _new_instrument(metric)
+        # `inc` takes no zero, and a series that begins with its first event hides that event from rates.
+        self._instruments[metric.name]._record(value, dict(zip(metric.labels, labels, strict=True)))
+
+
+def open_meter(look: Callable[[], None] = lambda: None) -> Meter:
+    """Return this actor's meter, which is sent to the scheduler each second.
+
+    `look` is called before, in a thread of its own, to show what changes without being counted.
+    """
+    meter = RayMeter()
+    source = ray.get_runtime_context().get_actor_id()
+    thread = threading.Thread(target=_send, args=(meter, source, look), name="metrics", daemon=True)
+    thread.start()
+    return meter
+
+
+def _send(meter: RayMeter, source: str, look: Callable[[], None]) -> None:
+    scheduler: ActorHandle | None = None
+    while not threading.Event().wait(PERIOD_S):
+        try:
+            look()
+            meter.export()
+            # It is another one after the control plane was started again.
+            scheduler = scheduler or ray.get_actor(SCHEDULER, namespace=NAMESPACE)
+            ray.get(scheduler.hear.remote(source, meter.picture()), timeout=_ANSWER_TIMEOUT_S)
+        except (RayError, ValueError) as error:
+            log.debug("the scheduler did not take this process's metrics: %s", type(error).__name__)
+            scheduler = None
+
+
+def _new_instrument(metric: Metric) -> Any:
+    # Prometheus puts the ending of counters there itself.
+    name = metric.name.removesuffix("_total")
+    if metric.kind is Kind.HISTOGRAM:
+        return ray_metrics.Histogram(name, metric.help, list(metric.buckets), metric.labels)
+    kinds = {Kind.COUNTER: ray_metrics.Counter, Kind.GAUGE: ray_metrics.Gauge}
+    return kinds[metric.kind](name, metric.help, metric.labels)
+
+
+def _has_agent() -> bool:
+    """Say whether metrics are exported from this node; a node without Ray's dashboard has no agent for it."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == node_id and node["MetricsExportPort"] > 0 for node in ray.nodes())
+
+
+def log_as(process: str, **ids: object) -> None:
+    """Log as this actor from now on; an actor that a test made of its plain class leaves logging alone."""
+    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+        start_logging(process, ids)
+
+
+def show_nodes(meter: Meter, nodes: Iterable[Node]) -> None:
+    """Show every node's live memory and load, and how many there are in each state."""
+    nodes = list(nodes)
+    states = Counter(node.state for node in nodes)
+    meter.show(metrics.NODES, {(state.value,): states[state] for state in NodeState})
+    meter.show(metrics.NODE_VRAM, {(node.name,): node.vram_total_bytes for node in nodes})
+    meter.show(metrics.NODE_VRAM_FREE, {(node.name,): node.vram_free_bytes for node in nodes})
+    used: dict[Labels, float] = {
+        (node.name,): node.vram_used_bytes for node in nodes if node.vram_used_bytes is not None
+    }
+    meter.show(metrics.NODE_VRAM_USED, used)
+    meter.show(metrics.NODE_VRAM_OTHER, {(node.name,): node.vram_other_bytes for node in nodes})
+    for node in nodes:
+        meter.count(metrics.BAD_FRAMES, 0, node.name)
+    meter.show(metrics.NODE_LOAD, {(node.name,): node.load for node in nodes})
+
+
+def show_jobs(meter: Meter, num_waiting: int, num_running: int) -> None:
+    """Show the jobs that have not ended."""
+    meter.show(metrics.JOBS, {("waiting",): num_waiting, ("running",): num_running})

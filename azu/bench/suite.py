@@ -1,0 +1,55 @@
+"""All measurements, in the order they are run; another is a module here with a function `measure`."""
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from azu.bench.model import ModelShape
+from azu.bench.report import BenchReport, Measured, Measurement
+from azu.errors import InvalidRequest
+from azu.launch.processes import variables_set
+from azu.launch.ray_nodes import LARGE_PAGES
+
+# Each measurement is `measure_<name>` in the module named here, in the order of the report.
+MEASUREMENTS = {
+    "settling": "micro",
+    "sharding": "micro",
+    "hop": "micro",
+    "tls": "micro",
+    "one_stream": "streams",
+    "many_streams": "streams",
+    "first_token": "streams",
+    "input_log": "micro",
+}
+RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # As azu's own nodes are started.
+    "RAY_worker_niceness": "0",
+    **LARGE_PAGES,
+}
+Measure = Callable[[ModelShape], tuple[Measurement, ...]]
+
+
+def run_bench(
+    only: Sequence[str], shape: ModelShape, progress: Callable[[str], None] = lambda _: None
+) -> BenchReport:
+    """Run the measurements named, all if none is; raises InvalidRequest for a name that is none."""
+    if unknown := set(only) - set(MEASUREMENTS):
+        raise InvalidRequest(
+            f"there is no measurement {min(unknown)!r}: {', '.join(MEASUREMENTS)}", param="only"
+        )
+    measured = []
+    # Ray reads some of it when it is imported, which a measurement does first.
+    with variables_set(RAY_ENVIRONMENT):
+        for name, module in MEASUREMENTS.items():
+            if only and name not in only:
+                continue
+            progress(f"Measuring {name.replace('_', ' ')}")
+            measure: Measure = getattr(import_module(f"azu.bench.{module}"), f"measure_{name}")
+            load, started = os.getloadavg()[0], time.monotonic()
+            measured.append(Measured(name, measure(shape), load, round(time.monotonic() - started, 1)))
+    return BenchReport(os.cpu_count() or 1, tuple(measured))

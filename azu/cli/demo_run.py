@@ -1,0 +1,144 @@
+"""The demo's steps, from an empty machine to a receipt."""
+
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from eth_account import Account
+from rich.panel import Panel
+from rich.table import Table
+
+from azu.cli.output import ProgressPrinter
+from azu.client import Client
+from azu.launch.local_network import LocalNetwork, demo_network
+from azu.money.chain.wallet import transfer_hype
+from azu.money.ledger.redis import RedisLedger
+from azu.units import LAMPORTS_PER_HYPE, hype_from_lamports
+
+MODELS = ("azu/tiny-dense", "azu/tiny-moe")
+QUESTION = "What is the capital of France?"
+_FUNDED_LAMPORTS = 10 * LAMPORTS_PER_HYPE
+_DEPOSIT_LAMPORTS = LAMPORTS_PER_HYPE
+
+
+@dataclass(frozen=True, slots=True)
+class DemoRun:
+    """One paid prompt."""
+
+    model: str
+    prompt: str
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    layers: int
+    token_layers: int
+    charged_lamports: int
+    platform_lamports: int
+    worker_lamports: Mapping[str, int]
+    balance_before_lamports: int
+    balance_after_lamports: int
+    topology: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """What the demo showed. `ledger_sum_lamports` is the sum of all accounts: always zero."""
+
+    runs: tuple[DemoRun, ...]
+    ledger_sum_lamports: int
+    seconds: float
+
+    def to_json(self) -> str:
+        """Return the report as one JSON object."""
+        return json.dumps(asdict(self))
+
+
+def run_demo(narrator: ProgressPrinter) -> DemoReport:
+    """Run the demo; whatever it started is gone when it returns, also when it is interrupted."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="azu-") as home:
+        with narrator.steps() as step, demo_network(Path(home), progress=step) as network:
+            client = _paying_client(network, step)
+            runs = tuple(_ask(client, model, step, narrator) for model in MODELS)
+            ledger_sum = asyncio.run(_ledger_sum(network.redis_url))
+            step("Stopping everything")
+        report = DemoReport(runs, ledger_sum, round(time.monotonic() - started, 1))
+    for run in report.runs:
+        narrator.print(_topology(run), _receipt(run))
+    narrator.print(f"All accounts sum to {ledger_sum} lamports. Done in {report.seconds:.1f} s.")
+    return report
+
+
+def _paying_client(network: LocalNetwork, step: Any) -> Client:
+    """Make a wallet, move HYPE on the devnet to the platform and claim the deposit."""
+    step("Depositing 1 HYPE from a new wallet")
+    account = Account.create()
+    network.fund(account.address, _FUNDED_LAMPORTS)
+    tx_hash = transfer_hype(account, network.platform_address, _DEPOSIT_LAMPORTS, chain_url=network.chain_url)
+    client = Client(network.url)
+    client.login(account, label="demo")
+    client.deposit(tx_hash, account.address)
+    return client
+
+
+def _ask(client: Client, model: str, step: Any, narrator: ProgressPrinter) -> DemoRun:
+    step(f"Cutting and placing {model}")
+    before = client.balance().available_lamports
+    stream = client.chat_stream([{"role": "user", "content": QUESTION}], model=model)
+    with narrator.answer(model, QUESTION) as say:
+        for piece in stream:
+            say(piece)
+    generation = stream.result()
+    receipt = client.receipt(generation.job_id)
+    return DemoRun(
+        model=model,
+        prompt=QUESTION,
+        text=generation.text,
+        prompt_tokens=receipt.prompt_tokens,
+        completion_tokens=receipt.completion_tokens,
+        layers=receipt.num_layers,
+        token_layers=receipt.token_layers,
+        charged_lamports=receipt.charged_lamports,
+        platform_lamports=receipt.platform_lamports,
+        worker_lamports=dict(receipt.worker_lamports),
+        balance_before_lamports=before,
+        balance_after_lamports=client.balance().available_lamports,
+        topology=tuple(asdict(placement) for placement in receipt.topology),
+    )
+
+
+async def _ledger_sum(redis_url: str) -> int:
+    return sum((await RedisLedger.from_url(redis_url).balances()).values())
+
+
+def _topology(run: DemoRun) -> Table:
+    table = Table(title=f"{run.model}: who ran what", title_justify="left")
+    for column in ("node", "actor", "layers", "experts beside or apart"):
+        table.add_column(column)
+    for line in run.topology:
+        start, end = line["layers"]
+        experts = "; ".join(
+            f"layer {layer}: {', '.join(map(str, ids))}" for layer, ids in line["experts"].items()
+        )
+        table.add_row(line["node"], line["actor"], f"{start} to {end - 1}" if end > start else "", experts)
+    return table
+
+
+def _receipt(run: DemoRun) -> Panel:
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(justify="right")
+    tokens = f"{run.prompt_tokens} prompt + {run.completion_tokens} completion"
+    table.add_row(f"{tokens} tokens x {run.layers} layers", f"{run.token_layers} token-layers")
+    table.add_row("charged", f"{run.charged_lamports} lamports")
+    table.add_row("platform", f"{run.platform_lamports} lamports")
+    for address, lamports in sorted(run.worker_lamports.items()):
+        table.add_row(f"worker {address}", f"{lamports} lamports")
+    before, after = run.balance_before_lamports, run.balance_after_lamports
+    table.add_row("balance", f"{hype_from_lamports(before)} to {hype_from_lamports(after)} HYPE")
+    return Panel(table, title=f"receipt: {run.model}", title_align="left", expand=False)

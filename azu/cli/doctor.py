@@ -1,0 +1,46 @@
+"""`azu doctor`: is this machine fit, is the network well, what is encrypted, and what to do where not."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import typer
+
+from azu.cli.output import AsJson, show, table
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+    from azu.cli.doctor_checks import Diagnosis, Finding
+
+
+_MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "bad": "[red]✗[/]", "unknown": "[dim]?[/]"}
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Look at this machine and at the network that it runs or uses; exit 1 when something is bad."""
+    from azu.cli import doctor_checks
+    from azu.cli.doctor_checks import Diagnosis, looked
+    from azu.config import Settings
+
+    settings = Settings.from_environment()
+    looks = {**doctor_checks.LOOKS, "Redis": doctor_checks.redis}
+    found = [one for about, look in looks.items() for one in looked(about, partial(look, settings))]
+    diagnosis = Diagnosis(tuple(found), tuple(looked("network", partial(doctor_checks.diagnose, settings))))
+    show(diagnosis, as_json, _drawn)
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
+
+
+def _drawn(diagnosis: "Diagnosis") -> "Group":
+    from rich.console import Group
+
+    return Group(_part("this machine", diagnosis.machine), _part("the network", diagnosis.network))
+
+
+def _part(title: str, findings: "Sequence[Finding]") -> "Table":
+    from rich.markup import escape
+
+    rows = [(_MARKS[one.state.value], one.about, escape(one.found), escape(one.advice)) for one in findings]
+    return table(["", "what", "found", "to do"], rows, title=title)

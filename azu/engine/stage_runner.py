@@ -1,0 +1,321 @@
+"""StageRunner: one stage of a model, from the bytes that arrive to the bytes that leave."""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from azu.engine.experts import ExpertLink, HeldExperts, SpreadExperts, SpreadLayer, StepContext, StepId
+from azu.engine.kv import PagedKV
+from azu.engine.layout import Layout, LayoutBuilder
+from azu.engine.malloc import give_back
+from azu.engine.out_of_memory import StepPart, run_in_parts
+from azu.engine.sampler import Sampler
+from azu.engine.stage import BuiltStage, build_stage
+from azu.engine.stage_contract import BadFrame, Handoff, OldEpoch, StageSpec
+from azu.engine.tensors import payload_of, tensor_of
+from azu.errors import FrameError
+from azu.models.skeleton import replace_module
+from azu.protocol.frame import Frame, FrameRow
+from azu.protocol.step import ExpertWork, SampledToken, Slice, StepBatch, StepResult
+from azu.protocol.topology import Topology
+
+
+class SentLog:
+    """Rows of hidden states by sequence and position, at most `max_bytes` of them.
+
+    When there are too many, the sequence that was begun first is dropped: whoever needs its rows computes
+    them again from its tokens. A sequence is kept from its position 0 on or not at all.
+    """
+
+    def __init__(self, row_bytes: int, max_bytes: int) -> None:
+        self._row_bytes = row_bytes
+        self._max_bytes = max_bytes
+        self._rows: dict[int, bytearray] = {}
+        self._num_bytes = 0
+
+    def record(self, slices: Iterable[Slice], payload: memoryview) -> None:
+        """Keep the rows of a step, in the order of its slices; those computed again replace the old."""
+        offset = 0
+        for piece in slices:
+            size = piece.num_tokens * self._row_bytes
+            self._put(piece.sequence_id, piece.position * self._row_bytes, payload[offset : offset + size])
+            offset += size
+        while self._num_bytes > self._max_bytes:
+            self._num_bytes -= len(self._rows.pop(next(iter(self._rows))))
+
+    def num_rows(self, sequence_ids: Iterable[int]) -> Mapping[int, int]:
+        """Return how many rows are kept of each sequence that is known."""
+        return {one: len(self._rows[one]) // self._row_bytes for one in sequence_ids if one in self._rows}
+
+    def rows(self, slices: Sequence[Slice]) -> bytes | None:
+        """Return the rows of some slices one after another, None unless all of them are kept."""
+        parts = []
+        for piece in slices:
+            begin = piece.position * self._row_bytes
+            end = begin + piece.num_tokens * self._row_bytes
+            kept = self._rows.get(piece.sequence_id, b"")
+            if len(kept) < end:
+                return None
+            parts.append(kept[begin:end])
+        return b"".join(parts)
+
+    def drop(self, sequence_ids: Iterable[int]) -> None:
+        """Forget sequences that are over; unknown ones are no error."""
+        for sequence_id in sequence_ids:
+            self._num_bytes -= len(self._rows.pop(sequence_id, b""))
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self._rows.clear()
+        self._num_bytes = 0
+
+    def _put(self, sequence_id: int, begin: int, rows: memoryview) -> None:
+        kept = self._rows.get(sequence_id)
+        if kept is None and begin == 0:
+            kept = self._rows[sequence_id] = bytearray()
+        if kept is None or begin > len(kept):
+            return
+        before = len(kept)
+        kept[begin : begin + len(rows)] = rows
+        self._num_bytes += len(kept) - before
+
+
+class StageRunner:
+    """Runs steps through the layers of one stage; one at a time, in the order they come."""
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        experts: ExpertLink | None = None,
+        *,
+        on_logits: Callable[[Sequence[int], Tensor], None] | None = None,
+    ) -> None:
+        """Load the stage. `on_logits` sees sequence ids and logits [n, vocabulary] that are sampled from."""
+        self._spec = spec
+        self._device = torch.device(spec.device)
+        self._on_logits = on_logits
+        span = spec.stage.span
+        built = build_stage(
+            spec.structure, span, spec.stage.experts, spec.shard_paths, spec.config_folder, self._device
+        )
+        self._model = built.model
+        self._kv = PagedKV(len(span), spec.num_blocks, spec.block_size)
+        self._layouts = LayoutBuilder(spec.num_blocks, spec.block_size, self._device)
+        self._sampler = Sampler(built.eos_token_ids)
+        self._sent = SentLog(spec.structure.hidden_size * spec.structure.dtype_bytes, spec.sent_log_bytes)
+        self._context = StepContext()
+        self._lock = threading.Lock()
+        self._last_step = 0
+        self._is_last = span.end == spec.structure.num_layers
+        self._spread_layers = [
+            self._spread(built, layer, held, experts) for layer, held in built.spread.items()
+        ]
+
+    def run(self, batch: StepBatch, frame: bytes | None) -> Handoff | StepResult:
+        """Run one step: the first stage takes tokens from the batch, the others hidden states from the frame.
+
+        The stage before those that a replay fills again sends what it sent before. Raises OldEpoch for a step
+        that was given up, FrameError, which names who sent it, for anything else that does not fit here.
+        """
+        with self._lock, torch.inference_mode():
+            self._refuse_epoch(batch)
+            self._sent.drop(batch.closed)
+            if batch.replay is not None and self._spec.stage.index < batch.replay.first:
+                return Handoff(batch, self._frame(batch, self._kept(batch)))
+            rows = self._tokens(batch, frame) if self._spec.stage.index == 0 else self._received(batch, frame)
+            self._last_step = batch.step
+            if not batch.slices:
+                raise FrameError(f"step {batch.step} is empty")
+            if self._is_last:
+                return self._finish(*self._computed(batch, rows, self._logits))
+            return self._hand_on(*self._computed(batch, rows, self._hidden))
+
+    def relink(self, topology: Topology, experts: ExpertLink | None) -> None:
+        """Go on under a topology whose epoch is higher; this stage's own piece is as it was.
+
+        Waits for the step under way: what is older comes to nothing from now on.
+        """
+        with self._lock:
+            assert topology.epoch > self._spec.epoch, "an epoch never comes twice"
+            self._last_step = 0
+            if topology.num_blocks != self._spec.num_blocks:
+                self._kv.resize(topology.num_blocks)
+                give_back(self._device.type)
+                self._layouts = LayoutBuilder(topology.num_blocks, topology.block_size, self._device)
+            self._spec = replace(
+                self._spec,
+                epoch=topology.epoch,
+                expert_sets=topology.expert_sets,
+                num_blocks=topology.num_blocks,
+            )
+            for module in self._spread_layers:
+                assert experts is not None, "there is no way to the experts that are elsewhere"
+                module.relink(topology.expert_sets, experts)
+
+    def forget_sequences(self) -> None:
+        """Drop the state of every sequence; whoever schedules from now on opens its own."""
+        with self._lock:
+            self._sent.clear()
+            self._sampler.clear()
+
+    def num_sent(self, sequence_ids: Sequence[int]) -> Mapping[int, int]:
+        """Return how many rows of hidden states can be sent again, of each sequence that has any."""
+        with self._lock:
+            return self._sent.num_rows(sequence_ids)
+
+    def num_chosen(self) -> Mapping[int, Sequence[int]]:
+        """Return how often each expert was chosen, for the layers that have experts elsewhere."""
+        return {module.layer: module.num_chosen for module in self._spread_layers}
+
+    def _computed(
+        self, batch: StepBatch, rows: Tensor, compute: Callable[[Tensor, Layout], Tensor]
+    ) -> tuple[StepBatch, Tensor]:
+        """Run a step's rows, in parts where memory runs out; return the step as it goes on and outputs."""
+
+        def run(part: StepPart) -> _Ran:
+            layout = self._layout(part.slices)
+            self._context.begin(self._step_id(batch), layout)
+            return _Ran(compute(part.rows, layout), len(part.rows), self._context.work)
+
+        parts = run_in_parts(run, StepPart(batch.slices, rows), StepPart.halves, self._device.type)
+        work = (*batch.expert_work, *(one for part in parts for one in part.work))
+        batch = replace(batch, expert_work=work)
+        if len(parts) == 1:
+            return batch, parts[0].out
+        most_tokens = min(max(part.num_tokens for part in parts), batch.most_tokens or batch.num_tokens)
+        filled = [part.out for part in parts if len(part.out)]
+        return replace(batch, most_tokens=most_tokens), torch.cat(filled) if filled else parts[0].out
+
+    def _hidden(self, rows: Tensor, layout: Layout) -> Tensor:
+        return self._model.hidden(rows, layout, self._kv)
+
+    def _logits(self, rows: Tensor, layout: Layout) -> Tensor:
+        places = [index for index, piece in enumerate(layout.slices) if piece.sample]
+        return self._model.logits(rows, layout, self._kv, layout.last_rows[places])
+
+    def _hand_on(self, batch: StepBatch, hidden: Tensor) -> Handoff | StepResult:
+        payload = payload_of(hidden)
+        self._sent.record(batch.slices, payload)
+        if batch.replay is not None and self._spec.stage.index == batch.replay.last:
+            return _result(batch, (), ())
+        return Handoff(replace(batch, token_ids=()), self._frame(batch, payload))
+
+    def _kept(self, batch: StepBatch) -> bytes:
+        rows = self._sent.rows(batch.slices)
+        if rows is None:
+            raise FrameError(f"stage {self._spec.stage.index} did not keep what step {batch.step} asks for")
+        return rows
+
+    def _finish(self, batch: StepBatch, logits: Tensor) -> StepResult:
+        self._sampler.open(batch.opened)
+        sequence_ids = [piece.sequence_id for piece in batch.slices if piece.sample]
+        if self._on_logits is not None and sequence_ids:
+            self._on_logits(sequence_ids, logits)
+        tokens = self._sampler.sample(sequence_ids, logits) if sequence_ids else ()
+        self._sampler.close(batch.closed)
+        return _result(batch, tokens, batch.expert_work)
+
+    def _tokens(self, batch: StepBatch, frame: bytes | None) -> Tensor:
+        if frame is not None:
+            raise FrameError(f"step {batch.step} came with a frame to the first stage")
+        self._refuse_repeated(batch)
+        ids, vocab_size = batch.token_ids, self._spec.structure.vocab_size
+        if not ids or len(ids) != batch.num_tokens or not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise FrameError(
+                f"step {batch.step}: its token ids are not {batch.num_tokens} of the vocabulary's"
+            )
+        return torch.tensor(ids, device=self._device)
+
+    def _received(self, batch: StepBatch, frame: bytes | None) -> Tensor:
+        sender = self._spec.stage.index - 1
+        if frame is None:
+            raise BadFrame(sender, f"step {batch.step} without hidden states")
+        try:
+            received = Frame.decode(frame)
+            self._refuse(batch, received, sender)
+            return tensor_of(received, self._device)
+        except FrameError as error:
+            raise BadFrame(sender, error.message) from error
+
+    def _refuse_epoch(self, batch: StepBatch) -> None:
+        if batch.epoch < self._spec.epoch:
+            raise OldEpoch(f"step {batch.step} of epoch {batch.epoch} came when {self._spec.epoch} runs")
+        if batch.epoch > self._spec.epoch:
+            raise FrameError(f"step {batch.step} is of epoch {batch.epoch}, which this stage does not know")
+
+    def _refuse_repeated(self, batch: StepBatch) -> None:
+        # Within an epoch steps come in their order; one that comes again would be sampled twice.
+        if batch.step <= self._last_step:
+            raise FrameError(f"step {batch.step} came after step {self._last_step}")
+
+    def _refuse(self, batch: StepBatch, frame: Frame, sender: int) -> None:
+        if frame.epoch != batch.epoch:
+            raise FrameError(f"a frame of epoch {frame.epoch} came with a step of epoch {batch.epoch}")
+        self._refuse_repeated(batch)
+        if (frame.step, frame.micro_batch, frame.stage) != (batch.step, batch.micro_batch, sender):
+            raise FrameError(
+                f"step {frame.step}.{frame.micro_batch} of stage {frame.stage} came with step {batch.step}"
+            )
+        if frame.rows != _rows(batch):
+            raise FrameError(f"step {frame.step}: its rows are not those of the batch")
+        structure = self._spec.structure
+        shape = (batch.num_tokens, structure.hidden_size)
+        if frame.shape != shape or frame.dtype != structure.dtype:
+            raise FrameError(f"step {frame.step}: {frame.dtype} {list(frame.shape)}, not {list(shape)}")
+
+    def _layout(self, slices: Sequence[Slice]) -> Layout:
+        build = self._layouts.packed if self._model.packed else self._layouts.padded
+        return build(slices)
+
+    def _frame(self, batch: StepBatch, payload: bytes | memoryview) -> bytes:
+        return Frame(
+            epoch=batch.epoch,
+            step=batch.step,
+            micro_batch=batch.micro_batch,
+            stage=self._spec.stage.index,
+            dtype=self._spec.structure.dtype,
+            shape=(batch.num_tokens, self._spec.structure.hidden_size),
+            rows=_rows(batch),
+            payload=payload,
+        ).encode()
+
+    def _spread(
+        self, built: BuiltStage, layer: int, held: HeldExperts | None, link: ExpertLink | None
+    ) -> SpreadExperts:
+        spec, structure = self._spec, self._spec.structure
+        assert link is not None, f"the experts of layer {layer} are elsewhere and there is no way to them"
+        facts = SpreadLayer(
+            layer=layer,
+            num_experts=structure.layers[layer].num_experts,
+            node_id=spec.stage.node_id,
+            router_bytes=structure.layer_shard(layer).active_parameters * structure.dtype_bytes,
+            expert_bytes=structure.expert_shard(layer, 0).active_parameters * structure.dtype_bytes,
+            expert_sets=tuple(chosen for chosen in spec.expert_sets if layer in chosen.experts),
+        )
+        module = SpreadExperts(facts, held, link, self._context, spec.expert_timeout_s)
+        block = self._model.layers[layer - spec.stage.span.start]
+        replace_module(block, built.expert_paths[layer], module)
+        return module
+
+    def _step_id(self, batch: StepBatch) -> StepId:
+        return StepId(batch.epoch, batch.step, batch.micro_batch, self._spec.stage.index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """What came of some tokens of a step."""
+
+    out: Tensor
+    num_tokens: int
+    work: tuple[ExpertWork, ...]
+
+
+def _rows(batch: StepBatch) -> tuple[FrameRow, ...]:
+    return tuple(FrameRow(piece.sequence_id, piece.position, piece.num_tokens) for piece in batch.slices)
+
+
+def _result(batch: StepBatch, tokens: tuple[SampledToken, ...], work: tuple[ExpertWork, ...]) -> StepResult:
+    return StepResult(batch.epoch, batch.step, batch.micro_batch, tokens, work, batch.most_tokens)

@@ -1,0 +1,178 @@
+"""The first half of a job's life: check it, price it, reserve the price, write it down."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from azu.auth.api_keys import ApiKey
+from azu.errors import AzuError, InsufficientBalance, InvalidRequest
+from azu.jobs.in_flight_limit import FlightLimits
+from azu.money.ledger.transfers import Reserve
+from azu.money.pricing import charge, max_charge
+from azu.money.spend_limits import SpendLimits
+from azu.protocol.job import Job, JobStore, TransferLog
+from azu.protocol.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class JobLimits:
+    """What one job may ask for, and how long its reservation stands without a sign of life."""
+
+    max_prompt_tokens: int
+    max_completion_tokens: int
+    reservation_ttl_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What has to be known of a model to price a job for it."""
+
+    model_id: str
+    revision: str
+    num_layers: int
+    context_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """What a job would cost: at most, and if it produces as many tokens as expected."""
+
+    prompt_tokens: int
+    max_tokens: int
+    expected_tokens: int
+    lamports_per_token_layer: int
+    max_lamports: int
+    expected_lamports: int
+
+
+class Intake:
+    """Turns a checked prompt into a durable job whose most possible price is reserved."""
+
+    def __init__(
+        self,
+        ledger: TransferLog,
+        jobs: JobStore,
+        spend_limits: SpendLimits,
+        flight_limits: FlightLimits,
+        limits: JobLimits,
+        lamports_per_token_layer: int,
+        *,
+        now_ms: Callable[[], int],
+        new_job_id: Callable[[], str],
+    ) -> None:
+        self._ledger = ledger
+        self._jobs = jobs
+        self._spend_limits = spend_limits
+        self._flight_limits = flight_limits
+        self._limits = limits
+        self._price = lamports_per_token_layer
+        self._now_ms = now_ms
+        self._new_job_id = new_job_id
+
+    def completion_limit(self, model: ModelFacts, num_prompt_tokens: int) -> int:
+        """Return the most new tokens a prompt of that length may ask for."""
+        return min(self._limits.max_completion_tokens, model.context_length - num_prompt_tokens)
+
+    async def accept(
+        self,
+        key: ApiKey,
+        model: ModelFacts,
+        prompt_token_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        choices: int = 1,
+    ) -> Job:
+        """Reserve the highest price of a job with that many answers and queue it, for the key's owner.
+
+        Raises InvalidRequest for sizes out of range, RateLimited for a key with too many jobs in flight,
+        Unauthenticated for a key that has ended, and InsufficientBalance, also where the key's limit does not
+        bear it; then nothing was changed. The reservation comes first: a job that is written down can always
+        be paid.
+        """
+        self._check(model, len(prompt_token_ids), sampling.max_tokens)
+        now_ms = self._now_ms()
+        job = Job(
+            job_id=self._new_job_id(),
+            address=key.address,
+            model_id=model.model_id,
+            revision=model.revision,
+            num_layers=model.num_layers,
+            prompt_token_ids=prompt_token_ids,
+            sampling=sampling,
+            reserved_lamports=max_charge(
+                len(prompt_token_ids), choices * sampling.max_tokens, model.num_layers, self._price
+            ),
+            created_at_ms=now_ms,
+            choices=choices,
+        )
+        await self._flight_limits.take(key, job.job_id, now_ms)
+        try:
+            await self._reserve(key, job)
+        except AzuError:
+            await self._flight_limits.give_back(key, job.job_id)
+            raise
+        await self._jobs.submit(job)
+        log.info("accepted", extra=_told(job, key))
+        return job
+
+    async def _reserve(self, key: ApiKey, job: Job) -> None:
+        await self._spend_limits.take(key, job.job_id, job.reserved_lamports, job.created_at_ms)
+        reserve = Reserve(
+            id=f"reserve:{job.job_id}",
+            address=job.address,
+            job_id=job.job_id,
+            lamports=job.reserved_lamports,
+            expires_at_ms=job.created_at_ms + self._limits.reservation_ttl_ms,
+        )
+        try:
+            await self._ledger.apply(reserve)
+        except InsufficientBalance:
+            await self._spend_limits.give_back(key, job.job_id)
+            raise
+
+    def quote(
+        self, model: ModelFacts, num_prompt_tokens: int, max_tokens: int, expected_tokens: int | None
+    ) -> Quote:
+        """Return the price of a prompt of that length; without an expectation, that of all `max_tokens`.
+
+        Raises InvalidRequest for what `accept` would not take.
+        """
+        self._check(model, num_prompt_tokens, max_tokens)
+        expected = max_tokens if expected_tokens is None else min(expected_tokens, max_tokens)
+        return Quote(
+            prompt_tokens=num_prompt_tokens,
+            max_tokens=max_tokens,
+            expected_tokens=expected,
+            lamports_per_token_layer=self._price,
+            max_lamports=max_charge(num_prompt_tokens, max_tokens, model.num_layers, self._price),
+            expected_lamports=charge(num_prompt_tokens, expected, model.num_layers, self._price),
+        )
+
+    def _check(self, model: ModelFacts, num_prompt_tokens: int, max_tokens: int) -> None:
+        if num_prompt_tokens == 0:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if num_prompt_tokens > self._limits.max_prompt_tokens or num_prompt_tokens >= model.context_length:
+            limit = min(self._limits.max_prompt_tokens, model.context_length - 1)
+            raise InvalidRequest(
+                f"the prompt has {num_prompt_tokens} tokens; {model.model_id} takes at most {limit} here",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        limit = self.completion_limit(model, num_prompt_tokens)
+        if not 1 <= max_tokens <= limit:
+            raise InvalidRequest(
+                f"max_tokens is {max_tokens}; after this prompt it may be 1 to {limit}",
+                param="max_tokens",
+            )
+
+
+def _told(job: Job, key: ApiKey) -> dict[str, object]:
+    return {
+        "job_id": job.job_id,
+        "model_id": job.model_id,
+        "key_id": key.key_id,
+        "prompt_tokens": len(job.prompt_token_ids),
+        "max_tokens": job.sampling.max_tokens,
+        "reserved_lamports": job.reserved_lamports,
+    }

@@ -1,0 +1,105 @@
+"""The second half of a job's life: charge what was delivered, share it out, release the rest, say so."""
+
+from collections.abc import Mapping
+
+from azu.money.ledger.transfers import Release, Settle, Transfer
+from azu.money.pricing import charge, divide
+from azu.protocol.job import (
+    FinishReason,
+    Job,
+    JobOutcome,
+    JobState,
+    JobStore,
+    Ran,
+    Receipt,
+    Route,
+    TransferLog,
+)
+
+_STATES = {FinishReason.ERROR: JobState.FAILED, FinishReason.CANCELLED: JobState.CANCELLED}
+
+
+class Settlement:
+    """Ends jobs: one transfer under the job's id, one receipt, one outcome."""
+
+    def __init__(
+        self, ledger: TransferLog, jobs: JobStore, lamports_per_token_layer: int, platform_percent: int
+    ) -> None:
+        self._ledger = ledger
+        self._jobs = jobs
+        self._price = lamports_per_token_layer
+        self._platform_percent = platform_percent
+
+    async def settle(self, job: Job, ran: Ran, route: Route) -> JobOutcome:
+        """End a job: settle what was delivered or release all of it, then write the outcome.
+
+        How it ends is written down first. Whoever takes the job after a crash, and may have run it again
+        with another result, ends it as it was written then.
+        """
+        planned = JobOutcome(
+            state=_STATES.get(ran.finish_reason, JobState.DONE),
+            finish_reason=ran.finish_reason,
+            receipt=self._receipt(job, ran, route),
+            error=ran.error.to_openai()["error"] if ran.error else None,
+        )
+        outcome = await self._jobs.plan_end(job.job_id, planned)
+        await self.conclude(job, outcome)
+        return outcome
+
+    async def conclude(self, job: Job, ending: JobOutcome) -> None:
+        """Do what was written down of a job's end; doing it twice changes nothing."""
+        await self._ledger.apply(_transfer(job, ending.receipt))
+        await self._jobs.finish(job.job_id, ending)
+
+    def _receipt(self, job: Job, ran: Ran, route: Route) -> Receipt:
+        # Nothing is charged before the first token.
+        prompt_tokens = len(job.prompt_token_ids) if ran.completion_tokens else 0
+        charged = charge(prompt_tokens, ran.completion_tokens, job.num_layers, self._price)
+        division = divide(
+            charged, self._platform_percent, _by_payout(ran.work, route.payout_by_node), job.num_layers
+        )
+        return Receipt(
+            job_id=job.job_id,
+            address=job.address,
+            model_id=job.model_id,
+            revision=job.revision,
+            prompt_tokens=len(job.prompt_token_ids),
+            completion_tokens=ran.completion_tokens,
+            num_layers=job.num_layers,
+            lamports_per_token_layer=self._price,
+            charged_lamports=charged,
+            released_lamports=job.reserved_lamports - charged,
+            platform_lamports=division.platform_lamports,
+            worker_lamports=division.workers,
+            transfer_id=_transfer_id(job, charged),
+            topology=route.placements,
+        )
+
+
+def _transfer_id(job: Job, charged: int) -> str:
+    return f"{'settle' if charged else 'release'}:{job.job_id}"
+
+
+def _transfer(job: Job, receipt: Receipt) -> Transfer:
+    if not receipt.charged_lamports:
+        return Release(id=receipt.transfer_id, job_id=job.job_id)
+    return Settle(
+        id=receipt.transfer_id,
+        job_id=job.job_id,
+        charged_lamports=receipt.charged_lamports,
+        platform_lamports=receipt.platform_lamports,
+        shares=receipt.worker_lamports,
+    )
+
+
+def _by_payout(
+    work: Mapping[int, Mapping[str, int]], payout_by_node: Mapping[str, str]
+) -> dict[int, dict[str, int]]:
+    """Return work keyed by payout address; several nodes of one owner add up."""
+    merged: dict[int, dict[str, int]] = {}
+    for layer, by_node in work.items():
+        shares = merged.setdefault(layer, {})
+        for node_id, activated in by_node.items():
+            payout = payout_by_node[node_id]
+            shares[payout] = shares.get(payout, 0) + activated
+    return merged

@@ -1,0 +1,187 @@
+"""A whole network on this machine: Redis, chain, treasury, Ray nodes, control plane, ingress."""
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+
+from azu.config import LocalWorker, NetworkFile, Settings, load_network
+from azu.errors import ConfigurationError, Unavailable
+from azu.files import write_private
+from azu.launch.admin import first_ticket, kept_for_admin
+from azu.launch.membership import AnyTicket, Ticket, head_files
+from azu.launch.network_process import running_in
+from azu.launch.processes import ProcessGroup, free_port
+from azu.launch.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment, socket_folder
+from azu.launch.serving import (
+    control_config,
+    local_client,
+    local_url,
+    revive,
+    served,
+    wait_until_healthy,
+    wait_until_it_answers,
+)
+from azu.launch.sidecars import (
+    TREASURY,
+    TREASURY_READY,
+    admin_key_of,
+    choose_chain,
+    start_books,
+    start_treasury,
+)
+
+Progress = Callable[[str], None]
+
+DEMO = Path(str(files("configs") / "demo.yaml"))
+
+
+@dataclass(frozen=True, slots=True)
+class LocalNetwork:
+    """A running network and how to reach it; `authority` is whom an encrypted one's clients have to trust."""
+
+    url: str
+    redis_url: str = field(repr=False)
+    chain_url: str
+    platform_address: str
+    admin_key: str = field(repr=False)
+    authority: Path | None
+    dashboard_url: str | None
+    ticket: AnyTicket = field(repr=False)
+    _groups: tuple[ProcessGroup, ...] = field(repr=False)
+    _revive_control: Callable[[], list[str]] = field(repr=False)
+
+    def fund(self, address: str, lamports: int) -> None:
+        """Give an address HYPE from the devnet's faucet."""
+        from azu.devnet.faucet import fund
+
+        fund(self.chain_url, address, lamports)
+
+    def revive(self) -> list[str]:
+        """Start again which processes and actors of the control plane died, and return their names.
+
+        Raises Unavailable when Ray's head died: with it went what the network knew in memory.
+        """
+        return _revive(*self._groups) + self._revive_control()
+
+
+@contextmanager
+def demo_network(
+    home: Path, progress: Progress, file: NetworkFile | None = None, *, ip: str | None = None
+) -> Iterator[LocalNetwork]:
+    """Run the demo's network in a folder of its own, whatever else this machine is set up for.
+
+    `file` takes the place of the demo's; `ip` is the address that other machines reach this one at.
+    """
+    settings = Settings.from_environment().model_copy(
+        update={
+            "home": home,
+            "network": DEMO,
+            "http_host": "127.0.0.1",
+            "http_port": free_port(),
+            "domain": None,
+            "chain_url": None,
+            "redis_host": None,
+        }
+    )
+    with local_network(settings, file or load_network(DEMO), progress, ip=ip) as network:
+        yield network
+
+
+@contextmanager
+def local_network(
+    settings: Settings,
+    file: NetworkFile,
+    progress: Progress,
+    *,
+    ip: str | None = None,
+    dashboard: bool = False,
+    tls: bool = False,
+) -> Iterator[LocalNetwork]:
+    """Run a network until the context is left; everything it started is gone then.
+
+    `ip` is the address that other machines reach this one at; with `tls`, which needs it, the ingress listens
+    there too unless the settings say where, and nothing crosses to another machine that is not encrypted.
+    Raises Conflict when a network runs in the same home, Unavailable or DeadlineExceeded with the last words
+    of the process that did not come up.
+    """
+    if tls and ip is None:
+        raise ConfigurationError("an encrypted network needs the address that others reach it at", param="ip")
+    logs, timeout_s = settings.home / "logs", file.policy.timeouts.start_s
+    token_path, token = settings.home / "ray-token", secrets.token_hex(32)
+    with (
+        running_in(settings.home),
+        socket_folder(settings.home / "ray") as ray_folder,
+        ProcessGroup(logs) as services,
+        ProcessGroup(logs) as treasury,
+        ProcessGroup(logs) as nodes,
+    ):
+        progress("Starting Redis, the chain and Ray's head")
+        write_private(token_path, token)
+        files = None
+        if tls:
+            settings = _listening(settings, ip)
+            files = head_files(settings.home / "tls", _hosts(settings, ip))
+        port, dashboard_port = free_port(), free_port() if dashboard else None
+        host = RayHost(ray_folder, token_path, ip, dashboard_port, files)
+        nodes.start(host.head(port))
+        chain = choose_chain(settings)
+        redis = start_books(services, settings, chain, timeout_s)
+        nodes.wait_until_said(HEAD, STARTED, timeout_s)
+        progress("Starting the workers and the treasury")
+        head = f"{ip or '127.0.0.1'}:{port}"
+        _start_workers(nodes, host, head, file.workers)
+        start_treasury(treasury, settings, chain, redis.treasury)
+        treasury.wait_until_said(TREASURY, TREASURY_READY, timeout_s)
+        for worker in file.workers:
+            nodes.wait_until_said(worker.name, STARTED, timeout_s)
+        admin_key = admin_key_of(settings)
+        http_port = settings.http_port or free_port()
+        config = control_config(settings, file.policy, chain, redis, http_port, admin_key, host, head)
+        progress("Starting the control plane")
+        with served(config, redis.ingress, head, driver_environment(token_path, files)) as address:
+            progress("Waiting until it serves")
+            client = local_client(config, admin_key)
+            wait = wait_until_healthy if file.workers else wait_until_it_answers
+            wait(client, timeout_s, lambda: _revive(services, treasury, nodes))
+            network = LocalNetwork(
+                url=local_url(config),
+                redis_url=redis.owner,
+                chain_url=chain.url,
+                platform_address=chain.platform_address,
+                admin_key=admin_key,
+                authority=None if files is None else files.authority,
+                dashboard_url=f"http://127.0.0.1:{dashboard_port}" if dashboard else None,
+                ticket=first_ticket(client) if tls else Ticket(address=address, token=token),
+                _groups=(services, treasury, nodes),
+                _revive_control=partial(revive, config),
+            )
+            with kept_for_admin(settings.home, network.url, admin_key, config.tls):
+                yield network
+
+
+def _listening(settings: Settings, ip: str | None) -> Settings:
+    if "http_host" in settings.model_fields_set:
+        return settings
+    return settings.model_copy(update={"http_host": ip})
+
+
+def _hosts(settings: Settings, ip: str | None) -> list[str]:
+    """Return every name that clients and nodes may call the head by."""
+    names = [] if settings.domain is None else [settings.domain.rpartition(":")[0] or settings.domain]
+    return [str(ip), settings.http_host, *names]
+
+
+def _revive(*groups: ProcessGroup) -> list[str]:
+    if any(HEAD in group.ended() for group in groups):
+        raise Unavailable(f"{HEAD} ended; start the network again")
+    return [name for group in groups for name in group.revive()]
+
+
+def _start_workers(nodes: ProcessGroup, host: RayHost, head: str, workers: Sequence[LocalWorker]) -> None:
+    for index, worker in enumerate(workers):
+        cuda_device = None if worker.device == "cpu" else worker.device.removeprefix("cuda:")
+        nodes.start(host.worker(head, Worker(index, worker.name, worker.vram, worker.payout, cuda_device)))

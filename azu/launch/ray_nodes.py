@@ -1,0 +1,184 @@
+"""Ray nodes as child processes: one head, and one node for each GPU that is lent."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from azu.launch import ray_start
+from azu.launch.membership import TlsFiles
+from azu.launch.processes import ProcessSpec, free_port
+from azu.units import MIB
+
+HEAD = "ray-head"
+# What a node prints once it has joined its cluster.
+STARTED = r"Ray runtime started\."
+_OBJECT_STORE_BYTES = 256 * MIB
+# Any task can read the environment that its node was started with.
+_SECRETS = frozenset(
+    {
+        "AZU_ADMIN_KEY", "AZU_API_KEY", "AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD", "REDIS_PASSWORD",
+        "SCHEDULER_PRIVATE_KEY",
+    }
+)  # fmt: skip
+# A killed node is noticed after 3 s and a silent one after 9 s, instead of 15 s and a minute.
+_HEALTH = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+_ALWAYS = {
+    # When a node is told to end, it ends: azu moves the pieces, Ray has nothing to drain.
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    # Ray runs actors at niceness 15: whatever else the machine does would go before people who wait.
+    "RAY_worker_niceness": "0",
+}
+# What stages are started with, for glibc reads it before Python runs: in large pages weights are read faster.
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# Imported by every process of a lender's node before it has work.
+_PRELOADED = "actors.preloaded"
+# The longest path that a Unix socket may have, and what Ray appends to its folder to make one.
+_MAX_SOCKET_PATH = 107
+_SOCKET_SUFFIX = len("/head/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One node that lends VRAM, in whole MiB. `cuda_device` is the GPU that it sees, None for a CPU.
+
+    `index` tells it from the other workers of its machine.
+    """
+
+    index: int
+    name: str
+    vram_bytes: int
+    payout_address: str
+    cuda_device: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RayHost:
+    """This machine as a host of Ray nodes.
+
+    `folder` holds their sockets and logs, `token_path` the cluster's token; `ip` is the address that they
+    are reached at, None for the one that Ray finds by itself. Without a dashboard they start much faster.
+    With `tls` they speak to nobody who has no certificate of the network.
+    """
+
+    folder: Path
+    token_path: Path
+    ip: str | None = None
+    dashboard_port: int | None = None
+    tls: TlsFiles | None = None
+
+    def head(self, port: int) -> ProcessSpec:
+        """Return the command of the head: the cluster's books and azu's control plane, no VRAM."""
+        options = (
+            *("--head", "--port", str(port), "--no-monitor"),
+            *("--include-dashboard", str(self.dashboard_port is not None)),
+            *("--dashboard-port", str(self.dashboard_port or free_port())),
+        )
+        environment = self._environment(frozenset()) | _HEALTH
+        return ProcessSpec(HEAD, self._start("head", *options), environment)
+
+    def worker(self, head: str, worker: Worker) -> ProcessSpec:
+        """Return the command of a node that joins the head at "host:port" as soon as it is there."""
+        device = "cpu" if worker.cuda_device is None else "cuda:0"
+        labels = {"azu-name": worker.name, "azu-payout": worker.payout_address, "azu-device": device}
+        options = (
+            *("--address", head),
+            *("--resources", json.dumps({"VRAM": worker.vram_bytes // MIB})),
+            *("--labels", ",".join(f"{name}={value}" for name, value in labels.items())),
+        )
+        environment = LARGE_PAGES | self._environment(frozenset({"HF_TOKEN"}))
+        environment["CUDA_VISIBLE_DEVICES"] = worker.cuda_device or ""
+        # Ray would hide the GPU from actors that ask it for none; azu places by VRAM, and a node is one GPU.
+        environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+        environment["RAY_preload_python_modules"] = _PRELOADED
+        # Ray would say so too late, when torch is imported already: threads of several nodes on one machine
+        # would wait for each other.
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        return ProcessSpec(worker.name, self._start(str(worker.index), *options), environment, restart=True)
+
+    def _environment(self, left_out: frozenset[str]) -> dict[str, str]:
+        # torch makes this folder where it is imported; in /tmp it would outlive the network.
+        torch_folder = {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "torch")}
+        return _kept(left_out) | driver_environment(self.token_path, self.tls) | torch_folder
+
+    def _start(self, folder: str, *options: str) -> tuple[str, ...]:
+        return (
+            *(sys.executable, "-P", str(Path(ray_start.__file__)), "start"),
+            *((ray_start.LIGHT,) if self.dashboard_port is None else ()),
+            *("--block", "--disable-usage-stats"),
+            # Nodes that start at once in one folder take the same names for their sockets.
+            *("--temp-dir", str(self.folder / folder)),
+            *("--num-cpus", "0", "--num-gpus", "0", "--object-store-memory", str(_OBJECT_STORE_BYTES)),
+            # It would send every actor's lines to the driver's terminal; the files in the folder are enough.
+            *("--include-log-monitor", "false"),
+            *(() if self.ip is None else ("--node-ip-address", self.ip)),
+            *options,
+        )
+
+
+@contextmanager
+def socket_folder(preferred: Path) -> Iterator[Path]:
+    """Hold an empty folder for Ray: the preferred one if its sockets' paths are short enough, else another.
+
+    The preferred one stays, with the logs of this run, until it is held again.
+    """
+    if len(str(preferred)) + _SOCKET_SUFFIX > _MAX_SOCKET_PATH:
+        with tempfile.TemporaryDirectory(prefix="azu-ray-", dir="/tmp", ignore_cleanup_errors=True) as short:
+            yield Path(short)
+        return
+    if preferred.exists():
+        shutil.rmtree(preferred)
+    preferred.mkdir(mode=0o700, parents=True)
+    yield preferred
+
+
+def driver_environment(token_path: Path, tls: TlsFiles | None = None) -> dict[str, str]:
+    """Return what a process needs in its environment to speak to the cluster."""
+    return {
+        # Whatever is set for a cluster of the user's own does not count here.
+        "RAY_USE_TLS": "0",
+        **({} if tls is None else tls.ray_environment()),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_path),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def _kept(also_left_out: frozenset[str]) -> dict[str, str]:
+    """Return this process's environment without secrets, and without what would change azu's own cluster."""
+    # RAY_ADDRESS is a cluster that the user set up for something else.
+    left_out = _SECRETS | also_left_out | {"RAY_ADDRESS"}
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    return kept | _ALWAYS
+
+
+_TIMEOUT_S = 20.0
+
+
+def cuda_devices() -> tuple[str, ...]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        return tuple(name for name in allowed.split(",") if name.strip())
+    try:
+        found = subprocess.run(
+            ("nvidia-smi", "--query-gpu=index", "--format=csv,noheader"),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=True,
+        )
+    except (FileNotFoundError, subprocess.SubprocessError):
+        return ()
+    return tuple(found.stdout.split())

@@ -1,0 +1,178 @@
+"""The control plane and the ingress on a cluster whose nodes are up."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from azu.config import ControlConfig, EnrolmentConfig, NetworkPolicy, Settings, TlsConfig
+from azu.errors import DeadlineExceeded, Unavailable
+from azu.launch.membership import TlsFiles, authority_key
+from azu.launch.processes import handlers_kept, variables_set
+from azu.launch.ray_nodes import RayHost
+from azu.launch.redis_server import RedisUrls
+from azu.launch.sidecars import ChainSettings
+
+if TYPE_CHECKING:
+    from azu.client import Client
+
+
+_POLL_S = 0.1
+_EVERYWHERE = ("0.0.0.0", "::")
+
+
+def control_config(
+    settings: Settings,
+    policy: NetworkPolicy,
+    chain: ChainSettings,
+    redis: RedisUrls,
+    http_port: int,
+    admin_key: str,
+    host: RayHost | None = None,
+    head: str = "",
+) -> ControlConfig:
+    """Return what the control plane has to know of its network.
+
+    `host` is where Ray's head is, at `head`, if azu started it; only then nodes are let in by azu.
+    """
+    files, ip = (None, None) if host is None else (host.tls, host.ip)
+    # Whoever listens everywhere is called by the address that others reach it at.
+    listens = ip if ip is not None and settings.http_host in _EVERYWHERE else settings.http_host
+    domain = settings.domain or f"{_local_host(listens)}:{http_port}"
+    return ControlConfig(
+        redis_url=redis.scheduler,
+        pipeline_redis_url=redis.pipeline,
+        home=settings.home,
+        http_host=settings.http_host,
+        http_port=http_port,
+        domain=domain,
+        policy=policy,
+        admin_key_sha256=hashlib.sha256(admin_key.encode()).hexdigest(),
+        platform_address=chain.platform_address,
+        chain_url=chain.url,
+        model_roots=settings.model_roots,
+        open_metrics=settings.open_metrics,
+        max_model_bytes=settings.max_model_bytes,
+        hf_token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+        tls=_ingress_tls(settings, files),
+        enrolment=None
+        if host is None or files is None
+        else EnrolmentConfig(
+            url=f"https://{domain}",
+            publicly_trusted=settings.tls_cert is not None,
+            head=head,
+            token_path=host.token_path,
+            authority=files.authority,
+            authority_key=authority_key(files.authority.parent),
+        ),
+    )
+
+
+def _ingress_tls(settings: Settings, files: TlsFiles | None) -> TlsConfig | None:
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        return TlsConfig(settings.tls_cert.absolute(), settings.tls_key.absolute())
+    return None if files is None else TlsConfig(files.certificate, files.key)
+
+
+@contextmanager
+def served(
+    config: ControlConfig, ingress_redis_url: str, head: str, environment: Mapping[str, str]
+) -> Iterator[str]:
+    """Start the control plane in the cluster at `head`, and stay connected to it for the length of the block.
+
+    Yields the address ("host:port") that the cluster's head is known by.
+    """
+    with connected(head, environment) as address:
+        start(config, ingress_redis_url)
+        yield address
+
+
+@contextmanager
+def connected(head: str, environment: Mapping[str, str]) -> Iterator[str]:
+    """Be connected to the cluster at `head` for the length of the block; yields its head's address."""
+    with variables_set(environment):
+        import ray
+
+        try:
+            with handlers_kept():
+                ray.init(head, namespace="azu", log_to_driver=False, logging_level=logging.ERROR)
+            yield ray.get_runtime_context().gcs_address
+        finally:
+            ray.shutdown()
+
+
+def start(config: ControlConfig, ingress_redis_url: str) -> None:
+    """Start the control plane and the ingress in the cluster that this process is connected to."""
+    from actors import control_plane
+    from deployments import app
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    control_plane.start(config)
+    app.start(of_ingress(config, ingress_redis_url))
+
+
+def stop() -> None:
+    """Take down what `start` started, and whatever came of it."""
+    from actors import control_plane
+    from deployments import app
+
+    app.stop()
+    control_plane.stop()
+
+
+def of_ingress(config: ControlConfig, ingress_redis_url: str) -> ControlConfig:
+    """Return as much of it as the ingress gets."""
+    return replace(config, redis_url=ingress_redis_url, pipeline_redis_url="")
+
+
+def revive(config: ControlConfig) -> list[str]:
+    """Start again who of the control plane died, in the cluster that this process is connected to."""
+    from actors import control_plane
+
+    return control_plane.revive(config)
+
+
+def local_url(config: ControlConfig) -> str:
+    """Return where the ingress is found from this machine."""
+    scheme = "http" if config.tls is None else "https"
+    return f"{scheme}://{_local_host(config.http_host)}:{config.http_port}"
+
+
+def local_client(config: ControlConfig, api_key: str | None = None) -> "Client":
+    """Return a client of the ingress on this machine, whose certificate is known from its file."""
+    from azu.client import Client
+    from azu.client.http import trusting_this
+
+    tls = None if config.tls is None else trusting_this(config.tls.certificate)
+    return Client(local_url(config), api_key, tls=tls)
+
+
+def wait_until_healthy(client: "Client", timeout_s: float, meanwhile: Callable[[], object]) -> None:
+    """Wait until the ingress takes prompts, calling `meanwhile` between two looks."""
+    deadline = time.monotonic() + timeout_s
+    while not client.healthy():
+        meanwhile()
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(f"the network did not serve in {timeout_s:.0f} s")
+        time.sleep(_POLL_S)
+
+
+def wait_until_it_answers(client: "Client", timeout_s: float, meanwhile: Callable[[], object]) -> None:
+    """Wait until the ingress is there; whoever lends may come later."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            client.platform()
+            return
+        except Unavailable as error:
+            meanwhile()
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(f"the network did not answer in {timeout_s:.0f} s") from error
+            time.sleep(_POLL_S)
+
+
+def _local_host(host: str) -> str:
+    return "127.0.0.1" if host in _EVERYWHERE else host

@@ -1,0 +1,158 @@
+"""The plain processes beside a network's Ray cluster: Redis, chain and treasury."""
+
+import json
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from azu.config import Settings
+from azu.errors import ConfigurationError
+from azu.files import write_private
+from azu.launch.network_process import running_in
+from azu.launch.processes import ProcessGroup, ProcessSpec, free_port
+from azu.launch.redis_server import RedisUrls, start_redis, wait_for_redis
+from azu.money.treasury.environment import take_variable
+
+DEVNET = "devnet"
+TREASURY = "treasury"
+# What they print once they are.
+DEVNET_READY = r"^devnet ready "
+TREASURY_READY = r"^treasury ready$"
+_DEVNET_FILE = "devnet.json"
+_KEY = "SCHEDULER_PRIVATE_KEY"
+_KEY_FILE = "AZU_PRIVATE_KEY_FILE"
+
+
+@dataclass(frozen=True, slots=True)
+class ChainSettings:
+    """Where the chain is, who the platform is there, and how its treasury finds the platform's key."""
+
+    url: str
+    platform_address: str
+    is_devnet: bool
+    treasury_key: Mapping[str, str] = field(repr=False)
+
+
+def choose_chain(settings: Settings) -> ChainSettings:
+    """Return the configured chain, or a devnet on a free port whose platform key is made here once.
+
+    The key of a configured chain is not looked at, only handed to the treasury; either way it is gone from
+    this process's environment. Raises ConfigurationError when it or the platform's address is missing.
+    """
+    taken = {name: take_variable(os.environ, name) for name in (_KEY, _KEY_FILE)}
+    if settings.chain_url is None:
+        return _devnet(settings)
+    key = {name: value for name, value in taken.items() if value is not None}
+    if settings.platform_address is None or not key:
+        raise ConfigurationError(f"a chain needs HYPERLIQUID_ADDRESS, and {_KEY} or {_KEY_FILE}")
+    return ChainSettings(settings.chain_url, settings.platform_address, is_devnet=False, treasury_key=key)
+
+
+def start_devnet(children: ProcessGroup, chain: ChainSettings) -> None:
+    """Start the devnet; it may not answer yet, see DEVNET_READY."""
+    port = str(urlsplit(chain.url).port)
+    children.start(ProcessSpec(DEVNET, _azu("devnet", "--port", port), dict(os.environ), restart=True))
+
+
+def start_treasury(children: ProcessGroup, settings: Settings, chain: ChainSettings, redis_url: str) -> None:
+    """Start the treasury, the only process that gets the platform's key."""
+    redis = urlsplit(redis_url)
+    environment = dict(os.environ) | {
+        "HYPERLIQUID_RPC_URL": chain.url,
+        "HYPERLIQUID_ADDRESS": chain.platform_address,
+        "REDIS_HOST": redis.hostname or "",
+        "REDIS_PORT": str(redis.port),
+        "AZU_HOME": str(settings.home),
+        "AZU_NETWORK": str(settings.network or ""),
+        "AZU_REDIS_TLS": str(redis.scheme == "rediss"),
+        **chain.treasury_key,
+    }
+    if redis.scheme != "rediss":
+        environment.pop("AZU_REDIS_CA", None)
+    if redis.password:
+        environment |= {"REDIS_USERNAME": redis.username or "", "REDIS_PASSWORD": unquote(redis.password)}
+    children.start(ProcessSpec(TREASURY, _azu("treasury"), environment, restart=True))
+
+
+def devnet_of(home: Path) -> ChainSettings | None:
+    """Return the devnet that a network of this home folder started last; None if there was none."""
+    try:
+        known = json.loads((home / _DEVNET_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    return ChainSettings(known["url"], known["platform_address"], is_devnet=True, treasury_key={})
+
+
+def _devnet(settings: Settings) -> ChainSettings:
+    from eth_account import Account
+
+    # A key of its own: what is signed for a devnet is valid on the testnet too.
+    path = settings.home / "devnet.key"
+    if not path.exists():
+        write_private(path, Account.create().key.hex())
+    address = Account.from_key(path.read_text()).address.lower()
+    url = f"http://127.0.0.1:{free_port()}"
+    write_private(settings.home / _DEVNET_FILE, json.dumps({"url": url, "platform_address": address}))
+    return ChainSettings(url, address, is_devnet=True, treasury_key={_KEY_FILE: str(path)})
+
+
+def _azu(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "azu.cli", *arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecars:
+    """A chain, a treasury that runs, and where each process finds Redis."""
+
+    chain: ChainSettings
+    redis: RedisUrls
+    _groups: tuple[ProcessGroup, ...] = field(repr=False)
+
+    def revive(self) -> list[str]:
+        """Start again which processes died, and return their names."""
+        return [name for group in self._groups for name in group.revive()]
+
+
+@contextmanager
+def books_kept(settings: Settings, timeout_s: float) -> Iterator[Sidecars]:
+    """Run what a network on somebody else's Ray cluster needs beside it, until the context is left.
+
+    Raises Conflict when a network runs in the same home, Unavailable or DeadlineExceeded with the last words
+    of the process that did not come up.
+    """
+    logs = settings.home / "logs"
+    with running_in(settings.home), ProcessGroup(logs) as services, ProcessGroup(logs) as treasury:
+        chain = choose_chain(settings)
+        redis = start_books(services, settings, chain, timeout_s)
+        start_treasury(treasury, settings, chain, redis.treasury)
+        treasury.wait_until_said(TREASURY, TREASURY_READY, timeout_s)
+        yield Sidecars(chain, redis, (services, treasury))
+
+
+def start_books(
+    services: ProcessGroup, settings: Settings, chain: ChainSettings, timeout_s: float
+) -> RedisUrls:
+    """Start the Redis and the devnet that are not configured; returns how each process finds Redis."""
+    if chain.is_devnet:
+        start_devnet(services, chain)
+    if settings.redis_url is None:
+        server = start_redis(services, settings.home / "redis")
+        wait_for_redis(services, server, timeout_s)
+        urls = server.urls
+    else:
+        urls = RedisUrls.same(settings.redis_url)
+    if chain.is_devnet:
+        services.wait_until_said(DEVNET, DEVNET_READY, timeout_s)
+    return urls
+
+
+def admin_key_of(settings: Settings) -> str:
+    """Return the admin's key of the settings, else a new one."""
+    if settings.admin_key is not None:
+        return settings.admin_key.get_secret_value()
+    return f"azu-admin-{secrets.token_urlsafe(32)}"

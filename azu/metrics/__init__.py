@@ -1,1 +1,0 @@
-"""What a network counts and measures of itself: names, meters, and how it is told to Prometheus."""

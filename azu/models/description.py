@@ -1,0 +1,58 @@
+"""What a model's config says of it, before any weight is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from azu.protocol.structure import Layer
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A causal language model's shape.
+
+    `layers_path` is the dotted path of the decoder's layer list ("model.layers", "transformer.h");
+    `front` and `back` name the decoder's children that run before and after the layers; `unused` holds the
+    paths of modules that text never runs through, such as a vision tower;
+    `layer_parameters[i]` counts layer i, `expert_parameters[i]` one of its experts (0
+    for a dense layer), `embed_parameters` and `head_parameters` those of the edges. Nothing was downloaded
+    or allocated to learn this but config.json.
+    """
+
+    name: str
+    dtype: str
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    layers: tuple[Layer, ...]
+    layers_path: str
+    front: frozenset[str]
+    back: frozenset[str]
+    tied_head: bool
+    layer_parameters: tuple[int, ...]
+    expert_parameters: tuple[int, ...]
+    embed_parameters: int
+    head_parameters: int
+    eos_token_ids: tuple[int, ...]
+    # A sequence that grows past this many tokens is computed anew: all its positions change (longrope).
+    restart_length: int | None = None
+    unused: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What pricing and tokenising need; `files` holds the config and tokenizer files by name."""
+
+    model_id: str
+    revision: str
+    architecture: Architecture
+    files: Mapping[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model that can be asked for at once: it is built in or cut."""
+
+    model_id: str
+    revision: str
+    num_layers: int
+    context_length: int

@@ -1,0 +1,148 @@
+"""A model on the Hugging Face Hub; its library heeds HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from httpx2 import HTTPError
+from huggingface_hub import HfApi, get_session, is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not re-exported
+from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
+
+from azu.errors import BrokenCheckpoint, InvalidRequest, ModelNotFound, Unavailable
+from azu.models.checkpoint import CONFIG_FILE, INDEX_FILE, MODEL_FILES, weight_files
+
+# The library waits for ever otherwise.
+_REPLY_TIMEOUT_S = 20.0
+# Config, tokenizer and index come before anybody has paid: no honest ones are larger.
+_MAX_DESCRIPTION_BYTES = 256 * 1024 * 1024
+_DESCRIPTION_FILES = (*MODEL_FILES, INDEX_FILE)
+
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """A repository at one commit; `folder` is its snapshot in the library's cache, so far without weights."""
+
+    model_id: str
+    revision: str
+    folder: Path
+    weight_names: tuple[str, ...]
+    weight_bytes: int
+
+    def weights(self, progress: Callable[[int, int], None]) -> Path:
+        """Download the weight files that are not in the cache yet, nothing else."""
+        with _hub_errors(self.model_id):
+            folder = _download(
+                self.model_id,
+                self.revision,
+                self.weight_names,
+                lambda done: progress(min(done, self.weight_bytes), self.weight_bytes),
+            )
+        progress(self.weight_bytes, self.weight_bytes)
+        return folder
+
+
+def find_on_hub(model_id: str, revision: str | None) -> HubSource:
+    """Pin a repository to a commit and fetch its config, tokenizer and index.
+
+    Raises InvalidRequest for an id that no repository can have, before anything is asked; ModelNotFound;
+    BrokenCheckpoint when it has no safetensors weights; Unavailable when the Hub does not answer and the
+    cache does not know.
+    """
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError as error:
+        raise InvalidRequest(f"{model_id!r} is no model id", param="model") from error
+    get_session().timeout = _REPLY_TIMEOUT_S
+    with _hub_errors(model_id):
+        commit = HfApi().resolve_revision(model_id, revision=revision).resolved
+        listing = _listing(model_id, commit)
+        if listing is not None:
+            _refuse_unfit(model_id, listing)
+        folder = _download(model_id, commit, _DESCRIPTION_FILES)
+    present = listing or {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    names = weight_files(folder, present)
+    missing = [name for name in names if name not in present]
+    if missing and listing is None:
+        raise Unavailable(f"the Hub cannot be reached, and {model_id} is not whole in the cache")
+    if missing:
+        raise BrokenCheckpoint(f"{model_id} has no {missing[0]}, which its {INDEX_FILE} names")
+    return HubSource(model_id, commit, folder, names, sum(present[name] for name in names))
+
+
+def _refuse_unfit(model_id: str, listing: Mapping[str, int]) -> None:
+    """Refuse what need not even be downloaded to be described."""
+    if CONFIG_FILE not in listing:
+        raise BrokenCheckpoint(f"{model_id} has no {CONFIG_FILE}")
+    if sum(listing.get(name, 0) for name in _DESCRIPTION_FILES) > _MAX_DESCRIPTION_BYTES:
+        raise BrokenCheckpoint(f"{model_id}: config and tokenizer exceed {_MAX_DESCRIPTION_BYTES} bytes")
+
+
+def _listing(model_id: str, commit: str) -> Mapping[str, int] | None:
+    """Return the sizes of the repository's files by name, or None when the Hub cannot be reached."""
+    try:
+        info = HfApi().model_info(model_id, revision=commit, files_metadata=True, timeout=_REPLY_TIMEOUT_S)
+        return {file.rfilename: file.size for file in info.siblings or () if file.size is not None}
+    except HfHubHTTPError as error:
+        if error.response.status_code < 500:
+            raise
+        return None
+    except (HTTPError, OfflineModeIsEnabled):
+        return None
+
+
+def _download(
+    model_id: str, commit: str, names: Sequence[str], report: Callable[[int], None] | None = None
+) -> Path:
+    return Path(
+        snapshot_download(
+            model_id, revision=commit, allow_patterns=list(names), tqdm_class=_reporting(report)
+        )
+    )
+
+
+@contextmanager
+def _hub_errors(model_id: str) -> Iterator[None]:
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ModelNotFound(f"{model_id} is gated: HF_TOKEN has no access to it", param="model") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ModelNotFound(f"the Hub has no such model or revision: {model_id}", param="model") from error
+    except (RevisionResolutionError, LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError) as error:
+        if is_offline_mode():
+            raise ModelNotFound(
+                f"{model_id} is not in the cache, and HF_HUB_OFFLINE is set", param="model"
+            ) from error
+        raise Unavailable(f"the Hub cannot be reached, and {model_id} is not in the cache") from error
+
+
+def _reporting(report: Callable[[int], None] | None) -> type[hub_tqdm]:
+    """Return a progress bar that shows nothing but reports the bytes of all files together."""
+    done = 0
+
+    class Reporting(hub_tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._counts_bytes = kwargs.get("name") == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal done
+            if report is not None and self._counts_bytes:
+                done += int(n or 0)
+                report(done)
+            return None
+
+    return Reporting

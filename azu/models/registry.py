@@ -1,0 +1,215 @@
+"""The registry: models by id, described before they are paid for and cut once for the whole network."""
+
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+import azu.models
+from azu.errors import AzuError, Forbidden, InvalidRequest, NotFound, Unavailable
+from azu.models.checkpoint import MODEL_FILES, contained_file
+from azu.models.cut import cut
+from azu.models.description import KnownModel, ModelDescription
+from azu.models.sources import Source, built_in_models, find, folder_name, is_offered
+from azu.models.status import ModelStatusStore, StatusReporter
+from azu.protocol.structure import STRUCTURE_FILE, Shard, Structure
+
+# How long a name such as "main" is taken to lead to the same commit.
+_PINNED_S = 300.0
+_MAX_DESCRIBED = 64
+# How long a caller waits for another one that cuts the same model.
+_CUT_TIMEOUT_S = 6 * 3600.0
+_REVISION = re.compile(r"[0-9a-f]{40,64}")
+
+
+class ModelRegistry:
+    """Models of one network, their shards under `root`; methods block and may be called from many threads.
+
+    Folders are taken from under `model_roots` alone; weights above `max_model_bytes` are never fetched, and
+    nothing whose id matches none of `offered`.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        model_roots: Sequence[Path],
+        status: ModelStatusStore,
+        max_model_bytes: int,
+        offered: Sequence[str] = ("*",),
+    ) -> None:
+        self._root = root
+        self._model_roots = tuple(model_roots)
+        self._offered = tuple(offered)
+        self._status = status
+        self._max_model_bytes = max_model_bytes
+        # A model is described once at a time; a few locks, since ids are anybody's.
+        self._describing = tuple(threading.Lock() for _ in range(_MAX_DESCRIBED))
+        self._pins: dict[tuple[str, str | None], tuple[str, float]] = {}
+        self._described: dict[tuple[str, str], ModelDescription] = {}
+        self._structures: dict[tuple[str, str], Structure] = {}
+        root.mkdir(parents=True, exist_ok=True)
+
+    def describe(self, model_id: str, revision: str | None = None) -> ModelDescription:
+        """Return a model at one revision, the newest by default, fetching config and tokenizer only.
+
+        Raises InvalidRequest for an id that is none or a model too large, Forbidden for one that is not
+        offered, ModelNotFound, UnsupportedModel, BrokenCheckpoint, and Unavailable when the Hub does not
+        answer.
+        """
+        if not is_offered(model_id, self._offered):
+            raise Forbidden(
+                f"{model_id[:80]!r} is not among the models that this network offers",
+                param="model",
+                code="model_not_offered",
+            )
+        with self._describing[hash(model_id) % len(self._describing)]:
+            commit = self._recent_commit(model_id, revision)
+            known = None if commit is None else self._described.get((model_id, commit))
+            if known is not None:
+                return known
+            source = self._find(model_id, revision)
+            self._pins[model_id, revision] = (source.revision, time.monotonic())
+            known = self._described.get((model_id, source.revision))
+            return self._remember(source) if known is None else known
+
+    def ensure_cut(self, model_id: str, revision: str) -> Structure:
+        """Return the model's structure once all its shards are there; only the first caller fetches and cuts.
+
+        Raises what `describe` and `cut` raise; the status says so too.
+        """
+        ready = self.structure(model_id, revision)
+        if ready is not None:
+            return ready
+        folder = self._folder(model_id, revision)
+        with _only_one(folder):
+            ready = self.structure(model_id, revision)
+            if ready is not None:
+                return ready
+            report = StatusReporter(self._status, model_id, revision)
+            try:
+                source = self._find(model_id, revision)
+                structure = cut(
+                    source.weights(report.fetching),
+                    folder,
+                    model_id=model_id,
+                    revision=revision,
+                    architecture=azu.models.describe(source.folder),
+                    progress=report.cutting,
+                )
+            except Exception as error:
+                report.failed(error.message if isinstance(error, AzuError) else repr(error))
+                raise
+            report.ready(sum(shard.weight_bytes for shard in structure.shards))
+            return structure
+
+    def structure(self, model_id: str, revision: str) -> Structure | None:
+        """Return the structure of a model that is cut, None for one that is not (or no longer whole)."""
+        folder = self._folder(model_id, revision)
+        path = folder / STRUCTURE_FILE
+        if not path.exists():
+            return None
+        if (model_id, revision) not in self._structures:
+            structure = Structure.from_json(path.read_bytes(), where=str(path))
+            if not all(_has_size(folder / shard.file_name, shard) for shard in structure.shards):
+                return None
+            self._structures[model_id, revision] = structure
+        return self._structures[model_id, revision]
+
+    def known(self) -> list[KnownModel]:
+        """Return the models that are built in or cut, by id."""
+        offered = [model_id for model_id in built_in_models() if is_offered(model_id, self._offered)]
+        built_in = {model_id: self.describe(model_id) for model_id in offered}
+        found = {
+            model_id: KnownModel(
+                model_id, one.revision, len(one.architecture.layers), one.architecture.context_length
+            )
+            for model_id, one in built_in.items()
+        }
+        for status in self._status.ready():
+            if status.model_id in found or not is_offered(status.model_id, self._offered):
+                continue
+            cut_model = self.structure(status.model_id, status.revision)
+            if cut_model is not None:
+                found[status.model_id] = KnownModel(
+                    status.model_id, status.revision, cut_model.num_layers, cut_model.context_length
+                )
+        return sorted(found.values(), key=lambda model: model.model_id)
+
+    def path(self, model_id: str, revision: str, shard_name: str) -> Path:
+        """Return where a shard lies on this machine's disk; raises NotFound when it is not there."""
+        structure = self.structure(model_id, revision)
+        names = {shard.name: shard.file_name for shard in structure.shards} if structure else {}
+        return self._cut_file(model_id, revision, names.get(shard_name))
+
+    def read(self, model_id: str, revision: str, shard_name: str, offset: int, size: int) -> bytes:
+        """Return up to `size` bytes of a shard from `offset` on, fewer only at its end."""
+        with self.path(model_id, revision, shard_name).open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def file(self, model_id: str, revision: str, name: str) -> bytes:
+        """Return a config or tokenizer file of a model that is cut; raises NotFound."""
+        structure = self.structure(model_id, revision)
+        names = {file.name for file in structure.files} if structure else set()
+        return self._cut_file(model_id, revision, name if name in names else None).read_bytes()
+
+    def _cut_file(self, model_id: str, revision: str, name: str | None) -> Path:
+        path = self._folder(model_id, revision) / name if name else None
+        if path is None or not path.is_file():
+            raise NotFound(f"{model_id} at {revision} has no such file here")
+        return path
+
+    def _find(self, model_id: str, revision: str | None) -> Source:
+        return find(model_id, revision, self._model_roots, self._max_model_bytes)
+
+    def _recent_commit(self, model_id: str, revision: str | None) -> str | None:
+        if revision is not None and (model_id, revision) in self._described:
+            return revision
+        commit, pinned_at_s = self._pins.get((model_id, revision), (None, 0.0))
+        # A folder may change at any time, and looking costs nothing.
+        expired = model_id.startswith("/") or time.monotonic() - pinned_at_s > _PINNED_S
+        return None if expired else commit
+
+    def _remember(self, source: Source) -> ModelDescription:
+        key = (source.model_id, source.revision)
+        description = _describe(source)
+        if self.structure(*key) is None:
+            StatusReporter(self._status, *key).described(source.weight_bytes)
+        for oldest in list(self._described)[: 1 - _MAX_DESCRIBED]:
+            self._described.pop(oldest, None)
+        self._described[key] = description
+        return description
+
+    def _folder(self, model_id: str, revision: str) -> Path:
+        if not _REVISION.fullmatch(revision):
+            raise InvalidRequest(f"{revision!r} is no commit", param="revision")
+        return self._root / folder_name(model_id) / revision
+
+
+def _describe(source: Source) -> ModelDescription:
+    names = [name for name in MODEL_FILES if (source.folder / name).exists()]
+    return ModelDescription(
+        model_id=source.model_id,
+        revision=source.revision,
+        architecture=azu.models.describe(source.folder),  # loads torch, so only now
+        files={name: contained_file(source.folder, name).read_bytes() for name in names},
+    )
+
+
+def _has_size(path: Path, shard: Shard) -> bool:
+    return path.is_file() and path.stat().st_size == shard.size_bytes
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=_CUT_TIMEOUT_S):
+            yield
+    except Timeout as error:
+        raise Unavailable("another process has been cutting this model for hours") from error

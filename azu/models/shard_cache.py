@@ -1,0 +1,110 @@
+"""A node's shards on disk, by their sha256."""
+
+import hashlib
+import os
+import re
+import stat
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+from azu.errors import ShardError
+from azu.files import replacing, write_all
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SUFFIX = ".safetensors"
+_PART_SUFFIX = ".part"
+# A part that nobody has written to for this long belongs to a process that died.
+_STALE_PART_S = 3600.0
+
+
+class ShardCache:
+    """A folder of verified shards; several processes may use it at once.
+
+    A shard is a file, or a link to a file that was verified where it lies.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        root.mkdir(parents=True, exist_ok=True)
+        for part in root.glob(f"*{_PART_SUFFIX}"):
+            _remove_if_stale(part)
+
+    def path(self, sha256: str) -> Path | None:
+        """Return the shard's file, or None when it is not here or was changed since it was verified."""
+        entry = self._entry(sha256)
+        return entry.resolve() if _is_unchanged(entry) else None
+
+    def contents(self) -> frozenset[str]:
+        """Return the sha256 of every shard that is here."""
+        return frozenset(
+            entry.stem
+            for entry in self._root.glob(f"*{_SUFFIX}")
+            if _SHA256.fullmatch(entry.stem) and _is_unchanged(entry)
+        )
+
+    def store(self, sha256: str, size_bytes: int, chunks: Iterable[bytes]) -> Path:
+        """Write a shard from its chunks and return its path; nothing is kept unless it is the right one.
+
+        Raises ShardError when the chunks are more or fewer bytes than `size_bytes` or have another sha256.
+        """
+        if (present := self.path(sha256)) is not None:
+            return present
+        entry = self._entry(sha256)
+        digest = hashlib.sha256()
+        received = 0
+        with replacing(entry, part=self._part()) as file:
+            for chunk in chunks:
+                received += len(chunk)
+                if received > size_bytes:
+                    raise ShardError(f"shard {sha256} is longer than its {size_bytes} bytes")
+                digest.update(chunk)
+                write_all(file, chunk)
+            if received != size_bytes or digest.hexdigest() != sha256:
+                raise ShardError(f"{received} bytes of shard {sha256} have the sha256 {digest.hexdigest()}")
+        return entry
+
+    def adopt(self, sha256: str, path: Path) -> Path:
+        """Use a file that can be read where it lies; it is read once, to verify it.
+
+        Raises ShardError when it is not the shard.
+        """
+        entry = self._entry(sha256)
+        if _is_unchanged(entry):
+            return entry.resolve()
+        with path.open("rb") as file:
+            changed_at = os.fstat(file.fileno()).st_ctime_ns
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256 or path.stat().st_ctime_ns != changed_at:
+            raise ShardError(f"{path.name} has the sha256 {found} instead of {sha256}")
+        link = self._part()
+        link.symlink_to(path.resolve())
+        link.replace(entry)
+        return entry.resolve()
+
+    def _entry(self, sha256: str) -> Path:
+        if _SHA256.fullmatch(sha256) is None:
+            raise ShardError(f"{sha256!r} is no sha256")
+        return self._root / f"{sha256}{_SUFFIX}"
+
+    def _part(self) -> Path:
+        return self._root / f"{uuid.uuid4().hex}{_PART_SUFFIX}"
+
+
+def _is_unchanged(entry: Path) -> bool:
+    """Say whether an entry is there and, if it is a link, its target is as old as the check of it."""
+    try:
+        own = entry.lstat()
+        # Nobody can set a file's change time back, so a target older than its link is what was verified.
+        return not stat.S_ISLNK(own.st_mode) or entry.stat().st_ctime_ns <= own.st_ctime_ns
+    except FileNotFoundError:
+        return False
+
+
+def _remove_if_stale(part: Path) -> None:
+    try:
+        if time.time() - part.lstat().st_mtime > _STALE_PART_S:
+            part.unlink()
+    except FileNotFoundError:
+        pass  # another process finished or removed it

@@ -1,0 +1,122 @@
+"""The whole model on the meta device, and where its layers, edges and experts are: no weight is allocated."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from azu.errors import AzuError, BrokenCheckpoint, UnsupportedModel
+from azu.models.config_json import read_config
+
+SERVED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerList:
+    """Where a model keeps its decoder layers: child `attribute` of the module at `decoder_path`."""
+
+    decoder_path: str
+    attribute: str
+
+    @property
+    def path(self) -> str:
+        """The list's dotted path, such as "model.layers"."""
+        return f"{self.decoder_path}.{self.attribute}".lstrip(".")
+
+
+def build(config_folder: Path, *, attention: str = "eager") -> PreTrainedModel:
+    """Return the model of a folder's config.json on the meta device, in its serving dtype.
+
+    `attention` names an attention implementation; a saved one belongs to the machine that saved it.
+    Raises UnsupportedModel or BrokenCheckpoint when transformers cannot build it.
+    """
+    return build_from(read_config(config_folder), attention=attention)
+
+
+def build_from(
+    config: PreTrainedConfig, *, dtype: torch.dtype | None = None, attention: str = "eager"
+) -> PreTrainedModel:
+    """Return the model of a config on the meta device, in `dtype` or the config's own; see `build`."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or serving_dtype(config), attn_implementation=attention
+            )
+    except AzuError:
+        raise
+    except Exception as error:  # transformers' constructors raise whatever a wrong number meets first
+        raise BrokenCheckpoint(f"config.json cannot be built as {config.model_type}: {error}") from error
+    return model.eval()
+
+
+def serving_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """Return the dtype the config asks for, float32 if it says nothing."""
+    dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+    if dtype not in SERVED_DTYPES:
+        raise UnsupportedModel(f"weights in {dtype} cannot be served")
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def find_layers(model: PreTrainedModel) -> LayerList:
+    """Return the decoder's layer list: of all lists with one entry per layer the one with most parameters."""
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    sizes = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    }
+    if not sizes:
+        raise UnsupportedModel(f"{type(model).__name__} has no list of {num_layers} layers")
+    decoder_path, _, attribute = max(sizes, key=lambda name: sizes[name]).rpartition(".")
+    return LayerList(decoder_path, attribute)
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A layer's experts.
+
+    The module at `path` in the layer maps (hidden [T, H], expert ids [T, k], weights [T, k]) to [T, H].
+    """
+
+    path: str
+    module: nn.Module
+    num_experts: int
+
+
+def experts_in(layer: nn.Module) -> Experts | None:
+    """Return a layer's experts, None for a dense layer; raises UnsupportedModel for two such modules."""
+    # The attribute that transformers' use_experts_implementation gives to every module of that contract.
+    found = [
+        Experts(name, module, module.num_experts)
+        for name, module in layer.named_modules()
+        if hasattr(module, "_is_expert_parallel") and isinstance(module.num_experts, int)
+    ]
+    if len(found) > 1:
+        raise UnsupportedModel("a layer has two sets of experts")
+    return found[0] if found else None
+
+
+def named_embeddings(model: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
+    """Yield every embedding table with its path."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            yield name, module
+
+
+def silence_padding_warnings(model: nn.Module) -> None:
+    """Keep families from looking for padding among token ids, which costs time and needs values."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
+
+
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place that a dotted path names."""
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)

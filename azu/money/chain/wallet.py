@@ -1,0 +1,216 @@
+"""A user's wallet: an encrypted keystore file, and moving HYPE with it."""
+
+import asyncio
+import json
+import os
+import secrets
+import stat
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from azu.addresses import parse_address
+from azu.errors import ChainError, ConfigurationError, DeadlineExceeded, InvalidRequest
+from azu.files import read_json
+from azu.money.chain.actions import sign_send_asset
+from azu.money.chain.api import ChainClient
+from azu.money.chain.networks import network_at
+from azu.money.chain.port import Refusal, SignedAction
+
+_Hex = Annotated[str, Field(pattern=r"^(0x)?([0-9a-fA-F]{2})+$", max_length=512)]
+# What deriving the key from the password may take: others use 2^18 rounds of 1 KiB, or some 260,000.
+_MOST_SCRYPT_BYTES = 512 * 1024 * 1024
+_MOST_PBKDF2_ROUNDS = 10_000_000
+
+
+class _Part(BaseModel):
+    # Others' files say more than is needed here.
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, hide_input_in_errors=True)
+
+
+class _Scrypt(_Part):
+    dklen: Literal[32]
+    n: Annotated[int, Field(ge=2, le=2**24)]
+    r: Annotated[int, Field(ge=1, le=64)]
+    p: Annotated[int, Field(ge=1, le=16)]
+    salt: _Hex
+
+    @model_validator(mode="after")
+    def _affordable(self) -> Self:
+        if self.n & (self.n - 1) or 128 * self.n * self.r > _MOST_SCRYPT_BYTES:
+            raise ValueError("n is no power of two, or takes too much memory")
+        return self
+
+
+class _Pbkdf2(_Part):
+    dklen: Literal[32]
+    c: Annotated[int, Field(ge=1, le=_MOST_PBKDF2_ROUNDS)]
+    prf: Literal["hmac-sha256"]
+    salt: _Hex
+
+
+class _CipherParams(_Part):
+    iv: _Hex
+
+
+class _Crypto(_Part):
+    cipher: Literal["aes-128-ctr"]
+    cipherparams: _CipherParams
+    ciphertext: _Hex
+    kdf: Literal["scrypt", "pbkdf2"]
+    kdfparams: _Scrypt | _Pbkdf2
+    mac: _Hex
+
+
+class Keystore(_Part):
+    """What a key file must say; `address` has no 0x in files of most wallets."""
+
+    address: Annotated[str, Field(pattern=r"^(0x)?[0-9a-fA-F]{40}$")]
+    crypto: _Crypto
+    version: Literal[3]
+
+    def contents(self) -> dict[str, Any]:
+        """Return what eth-account opens."""
+        return self.model_dump(mode="json")
+
+
+_PATIENCE_S = 30.0
+_CLOCK_SLACK_MS = 60_000
+_LOOK_EVERY_S = 0.2
+_SETTLE_S = 2.0
+
+
+def create(path: Path, password: str) -> LocalAccount:
+    """Make a new key and store it encrypted; raises ConfigurationError if there is a file already."""
+    return import_key(path, secrets.token_bytes(32), password)
+
+
+def import_key(path: Path, key: bytes, password: str) -> LocalAccount:
+    """Store a private key of 32 bytes encrypted, in a file that only its owner can read.
+
+    Raises InvalidRequest for a bad key or an empty password, ConfigurationError if there is a file already.
+    """
+    if not password:
+        raise InvalidRequest("a wallet needs a password", param="password")
+    try:
+        account: LocalAccount = Account.from_key(key)
+    except Exception as error:
+        raise InvalidRequest("this is not a private key", param="key") from error.with_traceback(None)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise ConfigurationError(f"{path} exists; a wallet is never overwritten") from error
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(account.encrypt(password), file)
+        file.flush()
+        os.fsync(file.fileno())
+    return account
+
+
+def load(path: Path, password: str) -> LocalAccount:
+    """Open a wallet; raises ConfigurationError if its file is bad or the password is not its own."""
+    keystore = _read(path)
+    try:
+        return Account.from_key(Account.decrypt(keystore.contents(), password))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"{path} is damaged, or the password is wrong") from error
+
+
+def address_of(path: Path) -> str:
+    """Return a wallet's address; raises ConfigurationError if its file is bad."""
+    return parse_address(f"0x{_read(path).address.removeprefix('0x')}")
+
+
+def _read(path: Path) -> Keystore:
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        raise ConfigurationError(f"there is no wallet at {path}; `azu wallet new` makes one") from error
+    if mode & 0o077:
+        raise ConfigurationError(f"{path} can be read by others; make its mode 0600")
+    try:
+        return Keystore.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigurationError(f"{path} is damaged: {place}: {first['msg']}") from error
+
+
+def transfer_hype(account: LocalAccount, destination: str, lamports: int, *, chain_url: str) -> str:
+    """Move HYPE and return the hash of the transfer, for callers without an event loop.
+
+    Raises what `send_hype` raises.
+    """
+
+    async def send() -> str:
+        chain = ChainClient(network_at(chain_url))
+        try:
+            return await send_hype(chain, account, destination, lamports)
+        finally:
+            await chain.close()
+
+    return asyncio.run(send())
+
+
+async def send_hype(
+    chain: ChainClient,
+    account: LocalAccount,
+    destination: str,
+    lamports: int,
+    *,
+    patience_s: float = _PATIENCE_S,
+) -> str:
+    """Sign a transfer of HYPE once, post it until the chain shows it, and return its hash.
+
+    Raises InvalidRequest for a bad amount or address, ChainError if the chain refuses it, DeadlineExceeded if
+    after `patience_s` it is still unknown whether the chain carried it out.
+    """
+    if lamports <= 0:
+        raise InvalidRequest("an amount is at least one lamport", param="amount")
+    destination = parse_address(destination, param="destination")
+    nonce = time.time_ns() // 1_000_000
+    action = sign_send_asset(account, chain.network, destination=destination, lamports=lamports, nonce=nonce)
+    try:
+        async with asyncio.timeout(patience_s):
+            refusal = await _post_until_answered(chain, action)
+            final = refusal is not None and not refusal.nonce_used
+            # Words of refusal may follow a success whose answer was lost: even then look for a while.
+            look_s = _SETTLE_S if final else patience_s
+            tx_hash = await _find(chain, account.address.lower(), destination, nonce, look_s)
+    except TimeoutError as error:
+        raise DeadlineExceeded(
+            f"the chain has not shown the transfer with nonce {nonce} yet; look before you send again"
+        ) from error
+    if tx_hash is None:
+        assert refusal is not None, "without a refusal it is looked for until the timeout"
+        if refusal.no_account:
+            raise ChainError(
+                f"the chain does not know {account.address}: send HYPE to it first", code="transfer_refused"
+            )
+        raise ChainError(f"the chain refused the transfer: {refusal.reason}", code="transfer_refused")
+    return tx_hash
+
+
+async def _post_until_answered(chain: ChainClient, action: SignedAction) -> Refusal | None:
+    while True:
+        try:
+            return await chain.post_action(action.body)
+        except ChainError:
+            await asyncio.sleep(_LOOK_EVERY_S)  # the same bytes again: a nonce is carried out once
+
+
+async def _find(chain: ChainClient, sender: str, destination: str, nonce: int, look_s: float) -> str | None:
+    # In the receiver's ledger: a sender that is emptied loses its own.
+    deadline = time.monotonic() + look_s
+    while time.monotonic() < deadline:
+        async for page in chain.ledger_updates(destination, nonce - _CLOCK_SLACK_MS):
+            for transfer in page:
+                if (transfer.sender, transfer.nonce) == (sender, nonce):
+                    return transfer.hash
+        await asyncio.sleep(_LOOK_EVERY_S)
+    return None

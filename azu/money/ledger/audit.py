@@ -1,0 +1,146 @@
+"""Proof that the books are right: every entry replayed by the rules, and compared with all that is stored."""
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from azu.errors import AzuError, LedgerError
+from azu.money.ledger.records import Snapshot
+from azu.money.ledger.rules import Entry, Hold, Reservation, booked, hold_name, owner_sign, post
+from azu.money.ledger.transfers import PLATFORM, is_account, is_in_transit, is_outside
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What the books say in sum, and every way in which they are wrong.
+
+    Liabilities are owed to users and workers; what is in transit is part of them. `wallet_lamports` is None
+    if the chain was not asked; else what is in flight has left the wallet and is not booked as paid yet.
+    """
+
+    entries: int
+    accounts: int
+    liabilities_lamports: int
+    revenue_lamports: int
+    in_transit_lamports: int
+    findings: tuple[str, ...]
+    wallet_lamports: int | None = None
+    in_flight_lamports: int | None = None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether everything agrees with everything."""
+        return not self.findings
+
+
+async def audit(stored: Snapshot, journal: AsyncIterator[Entry], wallet_lamports: int | None = None) -> Audit:
+    """Rebuild the books from the journal and compare: balances, holds, ids, sums, and the chain's wallet.
+
+    `journal` may have grown since the snapshot; what came later is not looked at.
+    """
+    replay = _Replay()
+    try:
+        async for entry in journal:
+            if entry.number > stored.length or not replay.take(entry):
+                break
+    except LedgerError as error:
+        replay.findings.append(error.message)
+    liabilities = sum(
+        lamports
+        for account, lamports in stored.balances.items()
+        if not is_outside(account) and account != PLATFORM
+    )
+    revenue = stored.balances.get(PLATFORM, 0)
+    in_transit = sum(n for account, n in stored.balances.items() if is_in_transit(account))
+    in_flight = None if wallet_lamports is None else liabilities + revenue - wallet_lamports
+    return Audit(
+        entries=stored.length,
+        accounts=len(stored.balances),
+        liabilities_lamports=liabilities,
+        revenue_lamports=revenue,
+        in_transit_lamports=in_transit,
+        findings=(
+            *replay.findings,
+            *(_differences(stored, replay) if not replay.findings else ()),
+            *_impossible(stored.balances),
+            *_strayed(in_flight, in_transit),
+        ),
+        wallet_lamports=wallet_lamports,
+        in_flight_lamports=in_flight,
+    )
+
+
+@dataclass(slots=True)
+class _Replay:
+    """The books as the journal alone makes them; it stops at the first entry that breaks a rule."""
+
+    balances: dict[str, int] = field(default_factory=dict)
+    holds: dict[str, Hold] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+    findings: list[str] = field(default_factory=list)
+
+    def take(self, entry: Entry) -> bool:
+        """Apply the next entry; False, with a finding, if the rules would not have written it."""
+        fault = self._fault(entry)
+        if fault:
+            self.findings.append(f"journal entry {entry.number}: {fault}")
+        return not fault
+
+    def _fault(self, entry: Entry) -> str | None:
+        expected, id_ = len(self.numbers) + 1, entry.transfer.id
+        if entry.number != expected:
+            return f"comes where {expected} is missing"
+        if id_ in self.numbers:
+            return f"{id_} was entry {self.numbers[id_]} already"
+        try:
+            posting = post(entry.transfer, self.holds.get(hold_name(entry.transfer)))
+            changed = booked(self.balances, posting)
+        except AzuError as error:
+            return error.message
+        if posting.legs != entry.legs:
+            return f"{id_} booked {_told(entry)}, which is not what it says"
+        self.balances.update(changed)
+        self.numbers[id_] = entry.number
+        if posting.after is not None:
+            self.holds[posting.hold_name] = posting.after
+        return None
+
+
+def _differences(stored: Snapshot, replay: _Replay) -> Iterator[str]:
+    if len(replay.numbers) != stored.length:
+        yield f"the journal has {stored.length} entries, of which {len(replay.numbers)} can be read"
+    yield from _unequal("account", stored.balances, replay.balances)
+    yield from _unequal("hold", stored.holds, replay.holds)
+    yield from _unequal("number of", stored.numbers, replay.numbers)
+    due = {
+        name: hold.expires_at_ms
+        for name, hold in replay.holds.items()
+        if isinstance(hold, Reservation) and hold.ended_by is None
+    }
+    yield from _unequal("expiry of", stored.expiries, due)
+
+
+def _unequal(what: str, stored: Mapping[str, object], replayed: Mapping[str, object]) -> Iterator[str]:
+    for name in sorted(stored.keys() | replayed.keys()):
+        if stored.get(name) != replayed.get(name):
+            yield f"{what} {name} is {stored.get(name)}; the journal makes it {replayed.get(name)}"
+
+
+def _impossible(balances: Mapping[str, int]) -> Iterator[str]:
+    if total := sum(balances.values()):
+        yield f"all accounts sum to {total} lamports, not to zero"
+    for account, lamports in sorted(balances.items()):
+        if not is_account(account):
+            yield f"{account!r} is no account"
+        if owner_sign(account) * lamports < 0:
+            yield f"{account} stands at {lamports} lamports, on the wrong side of zero"
+
+
+def _strayed(in_flight: int | None, in_transit: int) -> Iterator[str]:
+    if in_flight is not None and in_flight < 0:
+        yield f"the wallet holds {-in_flight} lamports more than the books: a deposit that is not credited?"
+    if in_flight is not None and in_flight > in_transit:
+        yield f"the wallet lacks {in_flight} lamports; only {in_transit} are on their way out of it"
+
+
+def _told(entry: Entry) -> str:
+    return ", ".join(f"{leg.lamports:+} on {leg.account}" for leg in entry.legs) or "nothing"

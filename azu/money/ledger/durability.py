@@ -1,0 +1,223 @@
+"""Cuts a torn tail off Redis's append-only file, keeps it aside, and says what it held."""
+
+import mmap
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from azu.errors import Conflict, LedgerError, NotFound
+from azu.money.ledger.records import JOURNAL
+from azu.money.ledger.transfers import decode_transfer
+
+FileCommand = tuple[bytes, ...]
+
+_LENGTH_BYTES = 20
+_NEXT_COMMAND = re.compile(rb"\r\n\*\d+\r\n\$\d+\r\n")
+_RDB = b"REDIS"
+
+
+@dataclass(frozen=True, slots=True)
+class FileTail:
+    """A file's first `whole_bytes` are whole; of what follows, `unfinished` are the commands that are."""
+
+    whole_bytes: int
+    unfinished: tuple[FileCommand, ...]
+
+
+class _Torn(Exception):
+    """The file ends within a command."""
+
+
+def read(content: mmap.mmap | bytes) -> FileTail:
+    """Find the end of the last command, or last MULTI to EXEC, that is wholly in the file.
+
+    Only a tail may be torn: raises LedgerError for anything else that is not a command, for damage with
+    commands behind it, and for a file that begins with a snapshot.
+    """
+    if content[: len(_RDB)] == _RDB:
+        raise LedgerError("the file begins with a snapshot (aof-use-rdb-preamble): use redis-check-aof")
+    whole = 0
+    unfinished: list[FileCommand] = []
+    for end, command in _commands(content):
+        unfinished.append(command)
+        if unfinished[0][0].upper() != b"MULTI" or command[0].upper() == b"EXEC":
+            whole = end
+            unfinished.clear()
+    return FileTail(whole, tuple(unfinished))
+
+
+def _commands(content: mmap.mmap | bytes) -> Iterator[tuple[int, FileCommand]]:
+    """Yield each whole command with the offset behind it; stop at a torn tail."""
+    position = 0
+    while position < len(content):
+        start = position
+        try:
+            command, position = _command(content, start)
+        except _Torn:
+            # A length that was damaged reads like a command that is longer than the file.
+            if _NEXT_COMMAND.search(content, start + 1):
+                raise LedgerError(f"the command at byte {start} is damaged, and others follow it") from None
+            return
+        yield position, command
+
+
+def _command(content: mmap.mmap | bytes, position: int) -> tuple[FileCommand, int]:
+    start = position
+    count, position = _length(content, start, b"*")
+    if count == 0:
+        raise LedgerError(f"the command at byte {start} is empty")
+    arguments = []
+    for _ in range(count):
+        size, position = _length(content, position, b"$")
+        end = position + size
+        if end + 2 > len(content):
+            raise _Torn
+        if content[end : end + 2] != b"\r\n":
+            raise LedgerError(f"byte {end} does not end an argument")
+        arguments.append(content[position:end])
+        position = end + 2
+    return tuple(arguments), position
+
+
+def _length(content: mmap.mmap | bytes, position: int, mark: bytes) -> tuple[int, int]:
+    line = content[position : position + _LENGTH_BYTES]
+    found = re.match(rb"%b(\d+)\r\n" % re.escape(mark), line)
+    if found:
+        return int(found[1]), position + found.end()
+    if len(line) < _LENGTH_BYTES and re.fullmatch(rb"(?:%b(?:\d+\r?)?)?" % re.escape(mark), line):
+        raise _Torn
+    raise LedgerError(f"byte {position} begins neither a command nor an argument")
+
+
+_BLOCK_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class FileRepair:
+    """What was kept and what was cut off: nothing if `dropped_bytes` is 0.
+
+    `dropped_transfers` are the ids of transfers that can be read in the tail: they have not happened.
+    `saved_to` holds the tail's bytes.
+    """
+
+    file: str
+    kept_bytes: int
+    dropped_bytes: int
+    dropped_commands: int
+    dropped_transfers: tuple[str, ...]
+    saved_to: str | None
+
+
+def repair(path: Path) -> FileRepair:
+    """Cut an append-only file back to its last whole transfer; no server may be using it.
+
+    Raises NotFound, Conflict if a process has the file open, and LedgerError if it is damaged elsewhere than
+    at its end: then nothing was changed.
+    """
+    if not path.is_file():
+        raise NotFound(f"there is no file {path}")
+    _refuse_if_open(path)
+    with path.open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        reading = _read(file.fileno(), path)
+        transfers = tuple(_transfer_ids(reading.unfinished))
+        saved_to = None
+        if reading.whole_bytes < size:
+            file.seek(reading.whole_bytes)
+            saved_to = _save(path, reading.whole_bytes, file.read())
+            file.truncate(reading.whole_bytes)
+            os.fsync(file.fileno())
+    return FileRepair(
+        file=str(path),
+        kept_bytes=reading.whole_bytes,
+        dropped_bytes=size - reading.whole_bytes,
+        dropped_commands=len(reading.unfinished),
+        dropped_transfers=transfers,
+        saved_to=str(saved_to) if saved_to else None,
+    )
+
+
+def _read(descriptor: int, path: Path) -> FileTail:
+    written = _written_bytes(descriptor)
+    if written == 0:
+        return FileTail(0, ())
+    try:
+        with mmap.mmap(descriptor, written, access=mmap.ACCESS_READ) as content:
+            return read(content)
+    except LedgerError as error:
+        raise LedgerError(f"{path}: {error.message}") from error
+
+
+def _written_bytes(descriptor: int) -> int:
+    """Return the file's size without the zeros that a power cut may leave at its end."""
+    end = os.fstat(descriptor).st_size
+    while end:
+        start = max(0, end - _BLOCK_BYTES)
+        block = os.pread(descriptor, end - start, start).rstrip(b"\0")
+        if block:
+            return start + len(block)
+        end = start
+    return 0
+
+
+def _save(path: Path, offset: int, tail: bytes) -> Path:
+    """Write the tail beside the file before it is cut off; an earlier repair's is never overwritten."""
+    aside = path.with_name(f"{path.name}.dropped-{offset}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.dropped-{offset}-{number}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(tail)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(path.parent)
+    return aside
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _transfer_ids(commands: tuple[FileCommand, ...]) -> Iterator[str]:
+    for command in commands:
+        if command[0].upper() == b"XADD" and command[1] == JOURNAL.encode():
+            fields = dict(zip(command[3::2], command[4::2], strict=False))
+            yield decode_transfer(fields[b"transfer"].decode()).id
+
+
+def _refuse_if_open(path: Path) -> None:
+    target = path.resolve()
+    for process in psutil.process_iter():
+        try:
+            files = process.open_files()
+        except psutil.Error:
+            continue  # gone meanwhile, or somebody else's
+        if any(Path(file.path) == target for file in files):
+            raise Conflict(f"process {process.pid} has {path} open: stop it first")
+
+
+APPEND_ONLY_FILE = "appendonly.aof"
+
+# What was acknowledged is on disk; a damaged file is refused, never cut short in silence; nothing is evicted.
+DURABLE_CONFIG: Mapping[str, str] = {
+    "appendonly": "yes",
+    "appendfilename": APPEND_ONLY_FILE,
+    "appendfsync": "always",
+    # Not even while the server compacts the file.
+    "no-appendfsync-on-rewrite": "no",
+    "aof-load-truncated": "no",
+    # Commands only: then `azu ledger repair` can read the file to its last byte.
+    "aof-use-rdb-preamble": "no",
+    "maxmemory-policy": "noeviction",
+    "save": "",
+}

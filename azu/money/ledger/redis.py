@@ -1,0 +1,203 @@
+"""The ledger in Redis: a transfer is worked out by the rules, then written by one script or not at all."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import cast
+
+from redis import RedisError
+from redis.asyncio import Redis
+
+from azu.errors import LedgerError
+from azu.money.ledger.records import (
+    BALANCES,
+    ENTRIES,
+    EXPIRIES,
+    HOLDS,
+    JOURNAL,
+    KEYS,
+    Snapshot,
+    entry_from_stream,
+    script_arguments,
+    whole_numbers,
+)
+from azu.money.ledger.rules import (
+    Entry,
+    Posting,
+    Reservation,
+    Result,
+    decode_hold,
+    hold_name,
+    post,
+    refusal,
+    repeat,
+    reservation_name,
+)
+from azu.money.ledger.transfers import Transfer
+from azu.redis_client import connect_redis
+
+_PAGE = 500
+# Whoever comes beyond these waits: the client's connections are bounded, and it refuses instead.
+_AT_ONCE = 32
+# A hold changes twice in its life, so whoever loses every race has looked three times.
+_LOOKS = 3
+
+
+class RedisLedger:
+    """Applies transfers in one Redis; any number of processes may share it.
+
+    Every method raises Unavailable when Redis does not answer: a transfer may then have been applied, and
+    is to be sent again as it is.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self._script = redis.register_script(files(__package__).joinpath("apply.lua").read_text())
+
+    @classmethod
+    def from_url(cls, url: str) -> "RedisLedger":
+        """Return the ledger kept in the Redis at `url`; connects when first used."""
+        return cls(connect_redis(url))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._redis.aclose()
+
+    async def apply(self, transfer: Transfer) -> Result:
+        """Apply a transfer once; a repeated one is answered with its first result.
+
+        Raises TransferConflict, InsufficientBalance and LedgerError as the rules do; then nothing changed.
+        """
+        async with self._asking():
+            for _ in range(_LOOKS):
+                found = await self._hold_text(hold_name(transfer))
+                try:
+                    posting = post(transfer, decode_hold(found) if found else None)
+                except LedgerError:
+                    # One that was applied before finds its hold as it left it.
+                    if repeated := await self._repeated(transfer):
+                        return repeated
+                    raise
+                if result := await self._write(posting, found):
+                    return result
+        raise LedgerError(f"{transfer.id}: its hold changed more often than a hold can")
+
+    async def balance(self, account: str) -> int:
+        """Return an account's lamports; zero for one that was never touched."""
+        return (await self.balances_of(account))[0]
+
+    async def balances_of(self, *accounts: str) -> tuple[int, ...]:
+        """Return the lamports of several accounts at one moment."""
+        async with self._asking():
+            values = await cast(Awaitable[list[str | None]], self._redis.hmget(BALANCES, list(accounts)))
+        stored = {account: value or "0" for account, value in zip(accounts, values, strict=True)}
+        return tuple(whole_numbers(stored)[account] for account in accounts)
+
+    async def balances(self) -> Mapping[str, int]:
+        """Return every account that was ever touched, at one moment."""
+        async with self._asking():
+            return whole_numbers(await cast(Awaitable[dict[str, str]], self._redis.hgetall(BALANCES)))
+
+    async def reservation(self, job_id: str) -> Reservation | None:
+        """Return a job's reservation, open or ended; None if there was never one."""
+        async with self._asking():
+            found = await self._hold_text(reservation_name(job_id))
+        return _reservation(found) if found else None
+
+    async def expired(self, now_ms: int) -> list[Reservation]:
+        """Return the open reservations whose time has come, the oldest first."""
+        async with self._asking():
+            names = cast(list[str], await self._redis.zrangebyscore(EXPIRIES, "-inf", now_ms))
+            contents = await cast(Awaitable[list[str]], self._redis.hmget(HOLDS, names)) if names else []
+        found = [_reservation(content) for content in contents]
+        # One may have ended between the two reads.
+        return [reservation for reservation in found if reservation.ended_by is None]
+
+    async def result(self, transfer_id: str) -> Result | None:
+        """Return what a transfer did, or None if it was never applied."""
+        async with self._asking():
+            entry = await self._entry_of(transfer_id)
+        return Result(entry) if entry else None
+
+    async def journal(self, after: int = 0) -> AsyncIterator[Entry]:
+        """Yield the entries numbered above `after`, up to the newest when it gets there."""
+        while True:
+            async with self._asking():
+                entries = await self._entries(f"{after + 1}-0", "+")
+            for entry in entries:
+                yield entry
+            if len(entries) < _PAGE:
+                return
+            after = entries[-1].number
+
+    async def snapshot(self) -> Snapshot:
+        """Return all that is stored beside the journal, at one moment."""
+        async with self._asking(), self._redis.pipeline(transaction=True) as read:
+            for hash_key in (BALANCES, HOLDS, ENTRIES):
+                read.hgetall(hash_key)
+            read.zrange(EXPIRIES, 0, -1, withscores=True)
+            read.xlen(JOURNAL)
+            balances, holds, numbers, expiries, length = await read.execute()
+        return Snapshot(
+            balances=whole_numbers(balances),
+            holds={name: decode_hold(content) for name, content in holds.items()},
+            numbers=whole_numbers(numbers),
+            expiries={name: int(expires_at_ms) for name, expires_at_ms in expiries},
+            length=length,
+        )
+
+    @asynccontextmanager
+    async def _asking(self) -> AsyncIterator[None]:
+        async with self._turns:
+            try:
+                yield
+            except RedisError as error:
+                raise LedgerError(f"the ledger's Redis refused: {error}") from error
+
+    async def _hold_text(self, name: str) -> str:
+        if not name:
+            return ""
+        return await cast(Awaitable[str | None], self._redis.hget(HOLDS, name)) or ""
+
+    async def _write(self, posting: Posting, found: str) -> Result | None:
+        """Write a posting; None if its hold is another than was found."""
+        transfer = posting.transfer
+        answer = await self._script(KEYS, list(script_arguments(posting, found)))
+        match answer:
+            case ["posted", number, at_ms]:
+                return Result(Entry(int(number), transfer, posting.legs, int(at_ms)))
+            case ["known"]:
+                return await self._repeated(transfer)
+            case ["changed"]:
+                return None
+            case ["refused", index, balance]:
+                leg = posting.legs[index]
+                raise refusal(transfer, leg, whole_numbers({leg.account: balance})[leg.account])
+        raise LedgerError(f"the script answered {answer!r}")
+
+    async def _repeated(self, transfer: Transfer) -> Result | None:
+        entry = await self._entry_of(transfer.id)
+        return repeat(entry, transfer) if entry else None
+
+    async def _entry_of(self, transfer_id: str) -> Entry | None:
+        number = await cast(Awaitable[str | None], self._redis.hget(ENTRIES, transfer_id))
+        return await self._entry(number) if number else None
+
+    async def _entry(self, number: str) -> Entry:
+        entries = await self._entries(f"{number}-0", f"{number}-0")
+        if not entries:
+            raise LedgerError(f"journal entry {number} is missing")
+        return entries[0]
+
+    async def _entries(self, first: str, last: str) -> list[Entry]:
+        rows = await self._redis.xrange(JOURNAL, first, last, count=_PAGE)
+        return [entry_from_stream(*row) for row in cast(list[tuple[str, dict[str, str]]], rows)]
+
+
+def _reservation(content: str) -> Reservation:
+    hold = decode_hold(content)
+    if not isinstance(hold, Reservation):
+        raise LedgerError(f"not a reservation: {hold}")
+    return hold

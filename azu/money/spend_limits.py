@@ -1,0 +1,159 @@
+"""Keeps a key within its spend limit, by what the ledger says of the key's jobs."""
+
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from redis.asyncio import Redis
+
+from azu.auth.api_keys import ApiKey
+from azu.errors import InsufficientBalance, Unauthenticated
+from azu.money.ledger.rules import Reservation, Result
+from azu.money.ledger.transfers import Settle
+from azu.redis_client import connect_redis
+
+ENDED = "ended"
+
+# Lua's numbers are exact to 2^53 lamports, which is 90 million HYPE.
+_TAKE = """
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then return 1 end
+local spent = tonumber(ARGV[2])
+for _, value in ipairs(redis.call('HVALS', KEYS[1])) do
+  spent = spent + tonumber(string.match(value, '^%d+'))
+end
+if spent > tonumber(ARGV[4]) then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3])
+return 1
+"""
+_END = """
+if redis.call('HDEL', KEYS[1], ARGV[1]) == 1 then
+  redis.call('HINCRBY', KEYS[1], ARGV[2], ARGV[3])
+end
+return 1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CountedJob:
+    """The most that a job may be charged to its key, and when that was taken."""
+
+    job_id: str
+    lamports: int
+    at_ms: int
+
+
+class RedisSpending:
+    """Counts against limits; the money itself is the ledger's. Every method may be called again."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._take = redis.register_script(_TAKE)
+        self._end = redis.register_script(_END)
+
+    @classmethod
+    def from_url(cls, url: str) -> "RedisSpending":
+        """Return what is counted in the Redis at `url`; connects when first used."""
+        return cls(connect_redis(url))
+
+    async def take(self, key_id: str, taken: CountedJob, limit_lamports: int) -> bool:
+        """Count a job against its key; False, and nothing is counted, if that exceeded the limit."""
+        arguments: list[str | int] = [taken.job_id, taken.lamports, taken.at_ms, limit_lamports]
+        return bool(await self._take([_key(key_id)], arguments))
+
+    async def open(self, key_id: str) -> list[CountedJob]:
+        """Return the jobs that were taken and not ended."""
+        found = await cast(Awaitable[dict[str, str]], self._redis.hgetall(_key(key_id)))
+        parts = ((job_id, value.split()) for job_id, value in found.items() if job_id != ENDED)
+        return [CountedJob(job_id, int(lamports), int(at_ms)) for job_id, (lamports, at_ms) in parts]
+
+    async def end(self, key_id: str, job_id: str, charged_lamports: int) -> None:
+        """Count what a job was charged in place of what it might have been."""
+        await self._end([_key(key_id)], [job_id, ENDED, charged_lamports])
+
+    async def spent(self, key_id: str) -> int:
+        """Return what is counted against a key's limit, in lamports."""
+        values = await cast(Awaitable[list[str]], self._redis.hvals(_key(key_id)))
+        return sum(int(value.split()[0]) for value in values)
+
+
+def _key(key_id: str) -> str:
+    return f"azu:auth:spent:{key_id}"
+
+
+# Longer than any ingress takes from here to the reservation.
+_LOST_AFTER_MS = 600_000
+
+
+class SpendCounter(Protocol):
+    """What is counted against limits."""
+
+    async def take(self, key_id: str, taken: CountedJob, limit_lamports: int) -> bool:
+        """Count a job against its key; False if that exceeded the limit."""
+
+    async def open(self, key_id: str) -> Sequence[CountedJob]:
+        """Return the jobs that were taken and not ended."""
+
+    async def end(self, key_id: str, job_id: str, charged_lamports: int) -> None:
+        """Count what a job was charged in place of what it might have been."""
+
+
+class Books(Protocol):
+    """The ledger."""
+
+    async def reservation(self, job_id: str) -> Reservation | None:
+        """Return a job's reservation, open or ended; None if there was never one."""
+
+    async def result(self, transfer_id: str) -> Result | None:
+        """Return what a transfer did."""
+
+
+class SpendLimits:
+    """Counts before the reservation and corrects from the ledger: what a key may spend is never exceeded."""
+
+    def __init__(self, spending: SpendCounter, books: Books) -> None:
+        self._spending = spending
+        self._books = books
+
+    async def take(self, key: ApiKey, job_id: str, lamports: int, now_ms: int) -> None:
+        """Count the highest price of a job against its key.
+
+        Raises Unauthenticated for a key that has ended, InsufficientBalance (`spend_limit_reached`) if the
+        key's other jobs and this one might be charged more than its limit.
+        """
+        if key.expires_at_ms is not None and key.expires_at_ms <= now_ms:
+            raise Unauthenticated("this API key has expired; `azu login` opens another")
+        if (limit := key.spend_limit_lamports) is None:
+            return
+        taken = CountedJob(job_id, lamports, now_ms)
+        if await self._spending.take(key.key_id, taken, limit):
+            return
+        await self.correct(key, now_ms)
+        if not await self._spending.take(key.key_id, taken, limit):
+            raise InsufficientBalance(
+                f"this may take {lamports} lamports; the key's limit of {limit} does not bear it",
+                code="spend_limit_reached",
+            )
+
+    async def correct(self, key: ApiKey, now_ms: int) -> None:
+        """Count jobs that have ended by what they were charged."""
+        for taken in await self._spending.open(key.key_id):
+            charged = await self._charged(taken, now_ms)
+            if charged is not None:
+                await self._spending.end(key.key_id, taken.job_id, charged)
+
+    async def give_back(self, key: ApiKey, job_id: str) -> None:
+        """Count nothing for a job for which nothing was reserved."""
+        if key.spend_limit_lamports is not None:
+            await self._spending.end(key.key_id, job_id, 0)
+
+    async def _charged(self, taken: CountedJob, now_ms: int) -> int | None:
+        """Return what a job was charged, None while that is open."""
+        reservation = await self._books.reservation(taken.job_id)
+        if reservation is None:
+            return 0 if now_ms - taken.at_ms > _LOST_AFTER_MS else None
+        if reservation.ended_by is None:
+            return None
+        result = await self._books.result(reservation.ended_by)
+        assert result is not None, "the ledger has every transfer that ended something"
+        transfer = result.entry.transfer
+        return transfer.charged_lamports if isinstance(transfer, Settle) else 0

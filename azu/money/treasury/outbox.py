@@ -1,0 +1,167 @@
+"""A payout's way from the ledger to the chain and back, as a value that changes state by state.
+
+    planned -> signed -> sent -> accepted -> paid
+                           |-----------------> paid
+                           '-> abandoned ----> paid | refused
+
+Every state is durable before what it announces is done: a payout found in any of them, after any crash, is
+carried on without a lamport lost or paid twice.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Literal, Protocol
+
+from pydantic import ConfigDict, TypeAdapter
+
+from azu.money.chain.port import SignedAction
+from azu.money.ledger.transfers import PayoutPaid, PayoutPlanned, PayoutRefused, Transfer, WithdrawalPlanned
+
+
+class PayoutState(StrEnum):
+    """How far a payout has come."""
+
+    PLANNED = "planned"  # written down; the ledger may or may not have set the money aside
+    SIGNED = "signed"  # the ledger has; the bytes are stored and were never posted
+    SENT = "sent"  # posted at least once, or about to be; whether the chain carried it out is unknown
+    ACCEPTED = "accepted"  # the chain said that it carried it out; its ledger has to show it
+    ABANDONED = "abandoned"  # never posted again: its nonce is being used up, then the ledger decides
+    PAID = "paid"  # the chain's ledger shows it; azu's books may or may not
+    REFUSED = "refused"  # it can never be carried out; azu's books may or may not say so
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payout:
+    """One payment to the address of a worker who earned it, or of a user who withdraws it.
+
+    `since_ms` is a time of the chain before which its ledger cannot show the payout. `body` is the signed
+    action, posted as it is; `attempts` and `tried_at_ms` tell of posts. `burned_at_ms` is when the chain
+    confirmed that the nonce of an abandoned payout is used up, 0 before.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    payout_id: str
+    address: str
+    lamports: int
+    planned_at_ms: int
+    since_ms: int
+    state: PayoutState = PayoutState.PLANNED
+    nonce: int = 0
+    body: str = ""
+    attempts: int = 0
+    tried_at_ms: int = 0
+    burned_at_ms: int = 0
+    tx_hash: str = ""
+    reason: str = ""
+    payee: Literal["worker", "user"] = "worker"
+
+    def signed(self, action: SignedAction) -> "Payout":
+        """Store the bytes."""
+        assert self.state is PayoutState.PLANNED
+        return replace(self, state=PayoutState.SIGNED, nonce=action.nonce, body=action.body.decode())
+
+    def sending(self, now_ms: int) -> "Payout":
+        """Announce a post."""
+        assert self.state in (PayoutState.SIGNED, PayoutState.SENT)
+        return replace(self, state=PayoutState.SENT, attempts=self.attempts + 1, tried_at_ms=now_ms)
+
+    def accepted(self) -> "Payout":
+        """Note that the chain said yes."""
+        assert self.state is PayoutState.SENT
+        return replace(self, state=PayoutState.ACCEPTED, reason="")
+
+    def failed(self, reason: str) -> "Payout":
+        """Note why a post, or the burning of the nonce, did not work."""
+        return replace(self, reason=reason)
+
+    def abandoned(self, reason: str) -> "Payout":
+        """Give the payout up: from here on its nonce is burned, never its bytes posted."""
+        assert self.state is PayoutState.SENT
+        return replace(self, state=PayoutState.ABANDONED, reason=reason, attempts=0, tried_at_ms=0)
+
+    def burning(self, now_ms: int) -> "Payout":
+        """Announce a post of the action that uses up the nonce."""
+        assert self.state is PayoutState.ABANDONED
+        return replace(self, attempts=self.attempts + 1, tried_at_ms=now_ms)
+
+    def burned(self, now_ms: int) -> "Payout":
+        """Note that the nonce is used up: by the payout, or by the action that burned it."""
+        assert self.state is PayoutState.ABANDONED
+        return replace(self, burned_at_ms=now_ms)
+
+    def paid(self, tx_hash: str) -> "Payout":
+        """Note that the chain's ledger shows the payout."""
+        assert self.nonce
+        return replace(self, state=PayoutState.PAID, tx_hash=tx_hash)
+
+    def refused(self) -> "Payout":
+        """Note that the chain's ledger does not show the payout and never will."""
+        assert self.state is PayoutState.ABANDONED
+        assert self.burned_at_ms
+        return replace(self, state=PayoutState.REFUSED)
+
+    @property
+    def backoff_ms(self) -> int:
+        """How long after `tried_at_ms` the next try is due."""
+        return min(60_000, 500 << min(self.attempts, 7))
+
+    @property
+    def booking(self) -> Transfer:
+        """The ledger's transfer for the state; its id says what it does, so it is applied once."""
+        match self.state:
+            case PayoutState.PLANNED:
+                plan = PayoutPlanned if self.payee == "worker" else WithdrawalPlanned
+                return plan(
+                    id=f"{self.payout_id}:planned",
+                    payout_id=self.payout_id,
+                    address=self.address,
+                    lamports=self.lamports,
+                )
+            case PayoutState.PAID:
+                return PayoutPaid(id=f"{self.payout_id}:paid", payout_id=self.payout_id)
+            case PayoutState.REFUSED:
+                return PayoutRefused(id=f"{self.payout_id}:refused", payout_id=self.payout_id)
+        raise AssertionError(f"nothing to book in state {self.state}")
+
+
+_PAYOUT = TypeAdapter(Payout)
+
+
+def encode_payout(payout: Payout) -> str:
+    """Return the payout's one JSON text; fields that a later version adds do not change it."""
+    return _PAYOUT.dump_json(payout, exclude_defaults=True).decode()
+
+
+def decode_payout(content: str) -> Payout:
+    """Parse the text of a payout."""
+    return _PAYOUT.validate_json(content)
+
+
+class Outbox(Protocol):
+    """The open payouts, durably, at most one for an address; every write may be sent twice."""
+
+    async def open(self) -> tuple[Payout, ...]:
+        """Return all open payouts."""
+
+    async def add(self, payout: Payout) -> bool:
+        """Write a new payout down; False if its address has another one open."""
+
+    async def replace(self, old: Payout, new: Payout) -> bool:
+        """Write the next state; False if `old` is not what is written there (any more)."""
+
+    async def remove(self, payout: Payout) -> bool:
+        """Close a payout; False if it is not what is written there (any more)."""
+
+    async def next_nonce(self, now_ms: int) -> int:
+        """Return a nonce that is near `now_ms` and that nobody gets again."""
+
+
+class Lease(Protocol):
+    """The right to sign, held by one process at a time."""
+
+    async def hold(self) -> bool:
+        """Take or renew the lease; False while another process has it."""
+
+    async def release(self) -> None:
+        """Give the lease back if it is held."""

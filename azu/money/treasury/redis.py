@@ -1,0 +1,165 @@
+"""The treasury's durable state in Redis: the cursor, the outbox and the signer's lease."""
+
+import secrets
+from collections.abc import Awaitable
+from typing import cast
+
+from redis.asyncio import Redis
+
+from azu.auth.signatures import is_claim
+from azu.money.treasury.outbox import Payout, decode_payout, encode_payout
+from azu.redis_client import connect_redis, typed_redis_errors
+
+CURSOR = "azu:treasury:cursor"
+OUTBOX = "azu:treasury:outbox"
+NONCE = "azu:treasury:nonce"
+SIGNER = "azu:treasury:signer"
+
+# Redis may run a command whose answer is lost, and the client sends it again: so each script answers the
+# same to its own repetition. Times and nonces are milliseconds, which Lua counts exactly.
+_RAISE = """
+local reached = tonumber(redis.call('GET', KEYS[1]) or '0')
+if tonumber(ARGV[1]) > reached then redis.call('SET', KEYS[1], ARGV[1]) end
+return 1
+"""
+_NEXT_NONCE = """
+local last = tonumber(redis.call('GET', KEYS[1]) or '0')
+local nonce = string.format('%.0f', math.max(last + 1, tonumber(ARGV[1])))
+redis.call('SET', KEYS[1], nonce)
+return nonce
+"""
+_REPLACE = """
+local found = redis.call('HGET', KEYS[1], ARGV[1])
+if found == ARGV[3] then return 1 end
+if found ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+return 1
+"""
+_REMOVE = """
+local found = redis.call('HGET', KEYS[1], ARGV[1])
+if found and found ~= ARGV[2] then return 0 end
+redis.call('HDEL', KEYS[1], ARGV[1])
+return 1
+"""
+_HOLD = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+_RELEASE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+return 1
+"""
+
+
+class RedisCursor:
+    """The watcher's cursor."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._raise = redis.register_script(_RAISE)
+
+    async def read(self) -> int:
+        """Return the cursor; 0 before anything was read."""
+        with typed_redis_errors():
+            return int(await self._redis.get(CURSOR) or 0)
+
+    async def advance(self, time_ms: int) -> None:
+        """Move the cursor forward; an earlier time, as of a process with an old view, changes nothing."""
+        with typed_redis_errors():
+            await self._raise([CURSOR], [time_ms])
+
+
+class RedisOutbox:
+    """The outbox: a hash of address -> payout, changed by comparison with what was read."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._replace = redis.register_script(_REPLACE)
+        self._remove = redis.register_script(_REMOVE)
+        self._next_nonce = redis.register_script(_NEXT_NONCE)
+
+    async def open(self) -> tuple[Payout, ...]:
+        """Return all open payouts, the oldest first."""
+        with typed_redis_errors():
+            contents = await cast(Awaitable[list[str]], self._redis.hvals(OUTBOX))
+        payouts = (decode_payout(content) for content in contents)
+        return tuple(sorted(payouts, key=lambda payout: (payout.planned_at_ms, payout.payout_id)))
+
+    async def add(self, payout: Payout) -> bool:
+        """Write a new payout down; False if its address has another one open."""
+        content = encode_payout(payout)
+        with typed_redis_errors():
+            if await self._redis.hsetnx(OUTBOX, payout.address, content):
+                return True
+            return await cast(Awaitable[str | None], self._redis.hget(OUTBOX, payout.address)) == content
+
+    async def replace(self, old: Payout, new: Payout) -> bool:
+        """Write the next state; False if `old` is not what is written there (any more)."""
+        assert old.address == new.address
+        with typed_redis_errors():
+            return bool(await self._replace([OUTBOX], [old.address, encode_payout(old), encode_payout(new)]))
+
+    async def remove(self, payout: Payout) -> bool:
+        """Close a payout; False if it is not what is written there (any more)."""
+        with typed_redis_errors():
+            return bool(await self._remove([OUTBOX], [payout.address, encode_payout(payout)]))
+
+    async def next_nonce(self, now_ms: int) -> int:
+        """Return a nonce that is near `now_ms` and that nobody gets again."""
+        with typed_redis_errors():
+            return int(await self._next_nonce([NONCE], [now_ms]))
+
+
+class RedisLease:
+    """The signer's lease: whoever holds it has to renew it within `ttl_ms`."""
+
+    def __init__(self, redis: Redis, *, ttl_ms: int) -> None:
+        self._token = secrets.token_hex(16)
+        self._ttl_ms = ttl_ms
+        self._hold = redis.register_script(_HOLD)
+        self._release = redis.register_script(_RELEASE)
+
+    async def hold(self) -> bool:
+        """Take or renew the lease; False while another process has it."""
+        with typed_redis_errors():
+            return bool(await self._hold([SIGNER], [self._token, self._ttl_ms]))
+
+    async def release(self) -> None:
+        """Give the lease back if it is held."""
+        with typed_redis_errors():
+            await self._release([SIGNER], [self._token])
+
+
+_CLAIMED = "azu:treasury:payees"
+
+
+class EarningsClaims:
+    """A hash of address -> signature. The ingress writes it; whoever reads it checks the signature again.
+
+    Every method raises Unavailable when Redis does not answer.
+    """
+
+    def __init__(self, redis: Redis, platform: str) -> None:
+        self._redis = redis
+        self._platform = platform
+
+    @classmethod
+    def from_url(cls, url: str, platform: str) -> "EarningsClaims":
+        """Return the claims on a platform in the Redis at `url`; connects when first used."""
+        return cls(connect_redis(url), platform)
+
+    async def claim(self, address: str, signature: str) -> bool:
+        """Write an address's claim down; False if the address did not sign it."""
+        if not is_claim(address, self._platform, signature):
+            return False
+        with typed_redis_errors():
+            await self._redis.hset(_CLAIMED, address, signature)
+        return True
+
+    async def has_claimed(self, address: str) -> bool:
+        """Say whether an address may be paid what it earned."""
+        with typed_redis_errors():
+            signature = await cast(Awaitable[str | None], self._redis.hget(_CLAIMED, address))
+        return signature is not None and is_claim(address, self._platform, signature)

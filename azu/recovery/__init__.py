@@ -1,1 +1,0 @@
-"""What happens after a piece of a running model is lost, as state machines over ports."""

@@ -1,0 +1,111 @@
+"""One way to reach Redis, with timeouts on everything; only Redis adapters call it."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from redis import Redis as SyncRedis
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.client import Pipeline
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as ConnectionLost
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as NoReply
+from redis.retry import Retry as SyncRetry
+
+from azu.errors import Unavailable
+
+log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
+
+CONNECT_TIMEOUT_S = 5.0
+REPLY_TIMEOUT_S = 15.0
+_MAX_CONNECTIONS = 32
+_RETRIES = 3
+_BACK_S = 0.5
+_OPTIONS: dict[str, Any] = {
+    "decode_responses": True,
+    "socket_connect_timeout": CONNECT_TIMEOUT_S,
+    "socket_timeout": REPLY_TIMEOUT_S,
+    "health_check_interval": 15,
+}
+
+
+def connect_redis(url: str) -> Redis:
+    """Return a client of the Redis at `url` ("redis://user:password@host:port/0") that speaks `str`.
+
+    A blocking read must ask for less than REPLY_TIMEOUT_S. Lost connections are opened again; what
+    was sent may have run, so every write must bear being sent twice. Calls beyond the pool's connections
+    wait for one. A command or pipeline raises Unavailable when Redis does not answer in the end.
+    """
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=_MAX_CONNECTIONS,
+        timeout=REPLY_TIMEOUT_S,
+        retry=Retry(_backoff(), _RETRIES),
+        **_OPTIONS,
+    )
+    return _Client.from_pool(pool)
+
+
+def connect_redis_sync(url: str) -> SyncRedis:
+    """Return the same for code that runs in threads of its own."""
+    return SyncRedis.from_url(url, retry=SyncRetry(_backoff(), _RETRIES), **_OPTIONS)
+
+
+async def until_back(call: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    """Call Redis, again and again while it is away; the call must bear being made twice."""
+    while True:
+        try:
+            return await call()
+        except Unavailable as error:
+            log.warning("%s", error.message)
+            await asyncio.sleep(_BACK_S)
+
+
+class _Client(Redis):
+    async def execute_command(self, *arguments: Any, **options: Any) -> Any:
+        with _as_asked_for():
+            return await super().execute_command(*arguments, **options)  # type: ignore[no-untyped-call]
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
+        return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+
+class _Pipeline(Pipeline):
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        with _as_asked_for():
+            return await super().execute(raise_on_error)
+
+
+@contextmanager
+def _as_asked_for() -> Iterator[None]:
+    """Have silence typed, and a cancellation reach its task: where a connection is made, some get lost."""
+    task = asyncio.current_task()
+    assert task is not None
+    cancellations = task.cancelling()
+    try:
+        yield
+    except (ConnectionLost, NoReply) as error:
+        raise Unavailable(f"Redis did not answer: {error}") from error
+    finally:
+        # Whatever was answered instead: the caller may expect it, and go on.
+        if task.cancelling() > cancellations:
+            raise asyncio.CancelledError
+
+
+def _backoff() -> ExponentialBackoff:
+    return ExponentialBackoff(cap=1.0, base=0.05)
+
+
+@contextmanager
+def typed_redis_errors() -> Iterator[None]:
+    """Turn every error of Redis into Unavailable: what was sent may have run, and may be sent again."""
+    try:
+        yield
+    except RedisError as error:
+        raise Unavailable(f"the treasury's Redis did not answer: {error}") from error

@@ -1,1 +1,0 @@
-"""Cutting checkpoints into shards, verifying them, and the node's content-addressed shard cache."""

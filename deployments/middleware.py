@@ -1,0 +1,112 @@
+"""What every request passes before a route sees it: it is named, limited and never left unanswered."""
+
+import logging
+import math
+import re
+import secrets
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from azu.errors import AzuError, InternalError, RequestTooLarge
+from azu.logs import bound
+
+
+def refusal(error: AzuError, *, may_be_charged: bool = False) -> JSONResponse:
+    """Return an error's response.
+
+    OpenAI's clients send a request again by themselves after 408, 409, 429 and 5xx; where something may have
+    been charged for it they are told not to.
+    """
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    if may_be_charged:
+        headers["x-should-retry"] = "false"
+    return JSONResponse(error.to_openai(), error.status, headers)
+
+
+log = logging.getLogger(__name__)
+
+HEADER = "x-request-id"
+_GIVEN = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+class RequestIds:
+    """Names each request, by its caller's own name if that is one, and answers what broke with an error.
+
+    `echo` puts the name into the response, where no server around this one does.
+    """
+
+    def __init__(self, app: ASGIApp, *, echo: bool) -> None:
+        self._app = app
+        self._echo = echo
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on under its name."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(HEADER, "")
+        name = given if _GIVEN.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        started = False
+
+        async def named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                if self._echo:
+                    MutableHeaders(scope=message)[HEADER] = name
+            await send(message)
+
+        with bound(request_id=name):
+            try:
+                await self._app(scope, receive, named)
+            except Exception:
+                log.exception("%s %s failed", scope["method"], scope["path"])
+                if started:
+                    raise
+                await refusal(InternalError("azu failed to serve this request"))(scope, receive, named)
+
+
+class BodyLimit:
+    """Refuses a body that is larger than the limit, said or sent, before anything reads it."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its body read within the limit."""
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        body = await self._read(scope, receive)
+        if body is None:
+            error = RequestTooLarge(f"the body is larger than {self._max_bytes} bytes")
+            await refusal(error)(scope, receive, send)
+            return
+        given = False
+
+        async def replay() -> Message:
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        said = dict(scope["headers"]).get(b"content-length", b"0")
+        if said.isdigit() and int(said) > self._max_bytes:
+            return None
+        body = bytearray()
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                return None
+            if not message.get("more_body"):
+                return bytes(body)

@@ -1,0 +1,63 @@
+"""What the network shows of its nodes and books."""
+
+from actors.telemetry import show_nodes
+from azu import metrics
+from azu.metrics import Meter
+from azu.money.books import show_books
+from azu.money.ledger.transfers import (
+    CHAIN,
+    PLATFORM,
+    user_available,
+    user_reserved,
+    worker_earned,
+    worker_paid,
+    worker_paying,
+)
+from azu.protocol.node import NodeState
+from azu.units import MIB
+from tests.builders import ALICE, BOB, OWNERS, node
+
+
+def test_charges_are_what_platform_and_workers_ever_got() -> None:
+    meter = Meter()
+    balances = {
+        CHAIN: -1_000,
+        PLATFORM: 20,
+        user_available(ALICE): 700,
+        user_available(BOB): 50,
+        user_reserved(ALICE): 150,
+        worker_earned(OWNERS[0]): 10,
+        worker_paying(OWNERS[0]): 40,
+        worker_paid(OWNERS[0]): 25,
+        worker_paid(OWNERS[1]): 5,
+    }
+    show_books(meter, balances)
+
+    shown = meter.picture()
+
+    assert shown.value(metrics.LAMPORTS_EARNED) == 80
+    assert shown.value(metrics.LAMPORTS_CHARGED) == 100
+    assert shown.value(metrics.LAMPORTS_PAID) == 30
+    held = {labels: value for (name, labels), value in shown.values.items() if name == "azu_lamports_held"}
+    assert held == {
+        ("user_available",): 750, ("user_reserved",): 150, ("worker_earned",): 10, ("worker_paying",): 40,
+    }  # fmt: skip
+
+
+def test_nodes_show_their_live_memory_and_a_state_without_nodes_shows_zero() -> None:
+    meter = Meter()
+    show_nodes(
+        meter,
+        [
+            node("ada", 64 * MIB, vram_free_bytes=16 * MIB, vram_used_bytes=40 * MIB, load=0.5),
+            node("ben", 32 * MIB, state=NodeState.DEAD),
+        ],
+    )
+
+    shown = meter.picture()
+
+    assert shown.value(metrics.NODES, "alive") == shown.value(metrics.NODES, "dead") == 1
+    assert shown.values["azu_nodes", ("suspect",)] == 0
+    assert shown.value(metrics.NODE_VRAM_FREE, "ada") == 16 * MIB
+    assert shown.value(metrics.NODE_VRAM_USED) == 40 * MIB
+    assert ("azu_node_vram_used_bytes", ("ben",)) not in shown.values

@@ -1,0 +1,60 @@
+"""A bucket gives its burst at once and then as fast as it refills, whoever takes from it."""
+
+import asyncio
+from pathlib import Path
+
+from azu.auth.rate_limit import Rate, RedisRates
+from azu.errors import RateLimited
+from azu.redis_client import connect_redis_sync
+from tests.redis_server import start_redis
+
+
+async def taken(rates: RedisRates, name: str, rate: Rate, times: int) -> list[float]:
+    """Take so many times at once; return the waits of those that were refused."""
+    answers = await asyncio.gather(*(rates.take(name, rate) for _ in range(times)), return_exceptions=True)
+    refused = [answer for answer in answers if answer is not None]
+    assert all(isinstance(answer, RateLimited) for answer in refused)
+    return [answer.retry_after_s for answer in refused if isinstance(answer, RateLimited)]
+
+
+def test_the_burst_is_given_at_once_and_no_more(redis_url: str) -> None:
+    async def scenario() -> None:
+        one, other = RedisRates.from_url(redis_url), RedisRates.from_url(redis_url)
+        slow = Rate(per_minute=1, burst=5)
+
+        refused = await taken(one, "key-1", slow, 4) + await taken(other, "key-1", slow, 40)
+
+        assert len(refused) == 39
+        assert all(50 < wait_s <= 60 for wait_s in refused)
+        assert await taken(one, "key-2", slow, 5) == []
+
+    asyncio.run(scenario())
+
+
+def test_who_waits_as_long_as_told_is_served(redis_url: str) -> None:
+    async def scenario() -> None:
+        rates, fast = RedisRates.from_url(redis_url), Rate(per_minute=1200, burst=1)
+        await rates.take("key", fast)
+        refused = await taken(rates, "key", fast, 20)
+        assert refused
+
+        await asyncio.sleep(max(refused) + 0.01)
+
+        await rates.take("key", fast)
+
+    asyncio.run(scenario())
+
+
+def test_buckets_go_by_themselves_and_cost_no_write_to_disk(tmp_path: Path) -> None:
+    server = start_redis(tmp_path, {"appendonly": "yes", "appendfsync": "always"})
+    try:
+        asyncio.run(RedisRates.from_url(server.url).take("key", Rate(per_minute=60, burst=5)))
+        with connect_redis_sync(server.url) as redis:
+            assert 0 < redis.pttl("azu:auth:rate:key") <= 1000
+            redis.set("written", "1")
+    finally:
+        server.stop()
+
+    [log] = [path.read_bytes() for path in tmp_path.glob("*.aof")]
+    assert b"written" in log
+    assert b"azu:auth:rate" not in log

@@ -1,0 +1,92 @@
+"""A receipt proves what the platform signed, and nothing that was changed since."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from eth_account import Account
+
+from azu.auth.signatures import Withdrawal, is_signed, sealed, sign_receipt, sign_withdrawal, verify_receipt
+from azu.errors import InvalidRequest
+from tests.builders import BOB, receipt
+
+SIGNER = Account.from_key("0x" + "09" * 32)
+STRANGER = Account.from_key("0x" + "0a" * 32)
+
+
+def document(signer: Any = SIGNER) -> dict[str, Any]:
+    given = receipt()
+    body = sealed(given, SIGNER.address.lower(), sign_receipt(signer, given))
+    # As it comes out of a file, in another order.
+    loaded = json.loads(json.dumps(body))
+    return dict(sorted(loaded.items(), reverse=True))
+
+
+def test_a_signed_receipt_names_its_signer() -> None:
+    assert verify_receipt(document()) == SIGNER.address.lower()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"charged_lamports": 1},
+        {"completion_tokens": 7},
+        {"worker_lamports": {}},
+        {"topology": []},
+        {"note": "paid"},
+        {"signer": STRANGER.address.lower()},
+        {"signature": "0x" + "11" * 65},
+        {"signature": "0x00"},
+        {"signature": None},
+        {"signer": None},
+    ],
+)
+def test_a_receipt_that_was_changed_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        verify_receipt(document() | change)
+
+
+@pytest.mark.parametrize("name", ["charged_lamports", "transfer_id", "token_layers", "signer", "signature"])
+def test_a_receipt_that_lost_a_part_is_refused(name: str) -> None:
+    short = document()
+    del short[name]
+    with pytest.raises(InvalidRequest):
+        verify_receipt(short)
+
+
+def test_a_receipt_signed_by_somebody_else_is_refused() -> None:
+    with pytest.raises(InvalidRequest):
+        verify_receipt(document(STRANGER))
+
+
+ALICE = Account.from_key("0x" + "07" * 32)
+MALLORY = Account.from_key("0x" + "08" * 32)
+PLATFORM = "0x" + "99" * 20
+ASKED = Withdrawal(
+    address=ALICE.address.lower(), lamports=5_000_000, nonce=1_790_000_000_000_000_000, expires_at_ms=9
+)
+
+
+def test_what_its_address_signed_is_signed() -> None:
+    assert is_signed(ASKED, PLATFORM, sign_withdrawal(ALICE, ASKED, PLATFORM))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lamports": 5_000_001}, {"address": BOB}, {"nonce": 1}, {"expires_at_ms": 10}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_changed_withdrawal_is_not_signed(change: dict[str, object]) -> None:
+    signature = sign_withdrawal(ALICE, ASKED, PLATFORM)
+    assert not is_signed(replace(ASKED, **change), PLATFORM, signature)  # type: ignore[arg-type]
+
+
+def test_it_is_not_signed_for_another_platform_or_by_another_address() -> None:
+    assert not is_signed(ASKED, "0x" + "98" * 20, sign_withdrawal(ALICE, ASKED, PLATFORM))
+    assert not is_signed(ASKED, PLATFORM, sign_withdrawal(MALLORY, ASKED, PLATFORM))
+
+
+@pytest.mark.parametrize("signature", ["", "0x", "zz", "0x" + "00" * 65, "0x" + "ff" * 65])
+def test_what_is_no_signature_signs_nothing(signature: str) -> None:
+    assert not is_signed(ASKED, PLATFORM, signature)

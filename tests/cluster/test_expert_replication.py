@@ -1,0 +1,87 @@
+"""Replicas follow what is chosen, and go while jobs find no room."""
+
+import asyncio
+from dataclasses import dataclass, field, replace
+
+from azu.cluster.scaling import Cooldown, ExpertReplication
+from azu.planner.replicas import Counts, Heat
+from azu.protocol.topology import ExpertSet, Topology
+from tests.builders import topology
+
+REST_S = 60.0
+APART = ExpertSet(0, "b", {1: (0, 1)}, 1)
+
+
+@dataclass
+class Model:
+    """A model with experts apart, which says how often they were chosen."""
+
+    topology: Topology = field(default_factory=lambda: replace(topology({"a": (0, 4)}), expert_sets=(APART,)))
+    broken: bool = False
+    counts: Counts = field(default_factory=lambda: {1: (0, 0)})
+
+    async def num_chosen(self) -> Counts:
+        return self.counts
+
+
+@dataclass
+class Network:
+    """One model, a clock, and the heat for which it was asked to have replicas."""
+
+    model: Model = field(default_factory=Model)
+    now_s: float = 0.0
+    asked: list[Heat] = field(default_factory=list)
+    changes: bool = False
+
+    def __post_init__(self) -> None:
+        self.models = (self.model,)
+        rest = Cooldown(REST_S, clock=lambda: self.now_s)
+        self.replicating = ExpertReplication(self, rest, least_choices=10)
+
+    async def replicate(self, model: Model, heat: Heat) -> bool:
+        self.asked.append(heat)
+        return self.changes
+
+    def look(self, at_s: float, counts: tuple[int, int] = (0, 0), *, is_short: bool = False) -> None:
+        self.now_s, self.model.counts = at_s, {1: counts}
+        asyncio.run(self.replicating.look(is_short=is_short))
+
+
+def heat(*each: float) -> Heat:
+    return {(1, expert): one for expert, one in enumerate(each)}
+
+
+def test_a_model_is_judged_by_what_was_chosen_since_it_was_judged_last() -> None:
+    network = Network()
+    network.look(0, (30, 10))
+    assert network.asked == []  # it rests
+
+    network.look(60, (30, 10))
+    network.look(65, (32, 12))  # too few to tell
+    network.look(70, (32, 20))
+    assert network.asked == [heat(1.5, 0.5), heat(2 * 2 / 12, 2 * 10 / 12)]
+
+
+def test_a_model_that_got_replicas_rests() -> None:
+    network = Network(changes=True)
+    for at_s in range(0, 190, 10):
+        network.look(at_s, (at_s, at_s))
+
+    assert len(network.asked) == 3
+
+
+def test_replicas_are_given_back_at_once_while_jobs_find_no_room() -> None:
+    network = Network()
+    network.look(0, (30, 10), is_short=True)
+
+    assert network.asked == [{}]
+
+
+def test_models_that_are_given_up_or_have_all_experts_beside_their_routers_are_not_asked() -> None:
+    whole = Model()
+    whole.topology = replace(whole.topology, expert_sets=())
+    for model in (Model(broken=True), whole):
+        network = Network(model=model)
+        network.look(0, (30, 10))
+        network.look(60, (30, 10), is_short=False)
+        assert network.asked == []

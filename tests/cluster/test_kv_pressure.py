@@ -1,0 +1,90 @@
+"""Models give KV back when their nodes lose room, get it again with the room, and leave nodes that leave."""
+
+import asyncio
+from dataclasses import dataclass, field, replace
+
+from azu.cluster.scaling import KvPressure
+from azu.planner.kv_blocks import with_blocks
+from azu.planner.policy import PlanPolicy
+from azu.protocol.node import Node, NodeState
+from azu.protocol.structure import Structure
+from azu.protocol.topology import Topology
+from azu.units import MIB
+from tests.builders import node, structure, topology
+
+POLICY = PlanPolicy(promised_sequences=4, tokens_per_sequence=64, block_size=16)  # 16 blocks, 4 of them kept
+BLOCK = 16 * 1024  # bytes in one layer
+
+
+@dataclass
+class Model:
+    """A model that does at once what it is told."""
+
+    structure: Structure = field(default_factory=lambda: structure(4))
+    topology: Topology = field(
+        default_factory=lambda: topology({"a": (0, 2), "b": (2, 4)}, vram_bytes=4 * MIB)
+    )
+    sizes: list[int] = field(default_factory=list)
+
+    async def resize(self, num_blocks: int) -> None:
+        self.sizes.append(num_blocks)
+        self.topology = with_blocks(self.structure, self.topology, num_blocks)
+
+
+@dataclass
+class Models:
+    models: tuple[Model, ...]
+    vacated: list[str] = field(default_factory=list)
+
+    async def vacate(self, node_id: str) -> bool:
+        self.vacated.append(node_id)
+        return True
+
+
+def reports(a_bytes: int = 4 * MIB, **given: object) -> list[Node]:
+    return [node("a", a_bytes, **given), node("b", 4 * MIB)]
+
+
+def looked(*looks: tuple[float, list[Node]]) -> Models:
+    fleet = Models((Model(),))
+    fitting = KvPressure(fleet, POLICY)  # type: ignore[arg-type] # as much of a fleet as it uses
+
+    async def look_at_all() -> None:
+        for now_s, seen in looks:
+            await fitting.look(seen, now_s)
+
+    asyncio.run(look_at_all())
+    return fleet
+
+
+def test_a_model_gives_back_what_its_node_lost_and_gets_it_again() -> None:
+    less = reports(4 * MIB - 6 * 2 * BLOCK)
+
+    fleet = looked((0.0, reports()), (1.0, less), (10.0, less), (20.0, reports()), (30.0, reports()))
+
+    assert fleet.models[0].sizes == [10, 16]
+    assert fleet.vacated == []
+
+
+def test_room_that_wavers_moves_nothing_for_a_while() -> None:
+    low, lower = reports(4 * MIB - 2 * 2 * BLOCK), reports(4 * MIB - 8 * 2 * BLOCK)
+
+    fleet = looked((0.0, low), (1.0, lower), (2.0, reports()), (3.0, lower), (6.0, lower))
+
+    assert fleet.models[0].sizes == [14, 8]
+
+
+def test_what_no_kv_gives_back_leaves_the_node() -> None:
+    fleet = looked((0.0, reports(2 * MIB)), (10.0, reports(2 * MIB)))
+
+    assert fleet.models[0].sizes == [4]
+    assert set(fleet.vacated) == {"a"}
+
+
+def test_a_node_that_leaves_is_emptied_and_asked_again_only_after_a_while() -> None:
+    leaving = [replace(one, state=NodeState.LEAVING) if one.node_id == "a" else one for one in reports()]
+
+    fleet = looked((0.0, leaving), (1.0, leaving), (6.0, leaving))
+
+    assert fleet.vacated == ["a", "a"]
+    assert fleet.models[0].sizes == []

@@ -1,0 +1,80 @@
+"""Models look for better places now and then, and rest after every change."""
+
+import asyncio
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from azu.cluster.scaling import Cooldown, Rebalance
+from azu.protocol.topology import Topology
+from tests.builders import topology
+
+REST_S = 60.0
+
+
+@dataclass
+class Model:
+    """A model that moves when it is asked to."""
+
+    topology: Topology = field(default_factory=lambda: topology({"a": (0, 4)}))
+    broken: bool = False
+
+    def change(self) -> None:
+        self.topology = replace(self.topology, epoch=self.topology.epoch + 1)
+
+
+@dataclass
+class Network:
+    """One model, a clock, and when it was asked to move."""
+
+    gains: bool = True
+    works: bool = True
+    model: Model = field(default_factory=Model)
+    now_s: float = 0.0
+    asked_s: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.models = (self.model,)
+        self.moving = Rebalance(self, Cooldown(REST_S, clock=lambda: self.now_s))
+
+    async def improve(self, model: Model) -> bool:
+        self.asked_s.append(self.now_s)
+        if self.gains and self.works:
+            model.change()
+        return self.gains
+
+    def look_until(self, end_s: float, every_s: float = 10.0) -> None:
+        while self.now_s <= end_s:
+            asyncio.run(self.moving.look())
+            self.now_s += every_s
+
+
+def test_a_model_that_came_up_rests_before_it_is_asked() -> None:
+    network = Network(gains=False)
+    network.look_until(90)
+
+    assert network.asked_s == [60, 70, 80, 90]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_however_often_another_place_is_better_a_model_moves_once_in_a_while(works: bool) -> None:
+    network = Network(works=works)
+    network.look_until(250)
+
+    assert network.asked_s == [60, 120, 180, 240]
+
+
+def test_a_model_that_was_repaired_rests_as_well() -> None:
+    network = Network(gains=False)
+    network.look_until(50)
+    network.model.change()
+    network.look_until(120)
+
+    assert network.asked_s == [120]
+
+
+def test_a_model_that_is_given_up_does_not_move() -> None:
+    network = Network(model=Model(broken=True))
+    network.look_until(200)
+
+    assert network.asked_s == []

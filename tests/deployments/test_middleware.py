@@ -1,0 +1,146 @@
+"""What a caller sees of every request: its id, how fast it may ask, and when to try again."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from eth_account import Account
+
+from azu.config import NetworkPolicy
+from azu.money.ledger.transfers import user_available, user_reserved
+from tests.deployments.local import LocalIngress, local_ingress, policy_with
+from tests.logged import logged
+
+Scenario = Callable[[LocalIngress], Awaitable[None]]
+COMPLETION = {"model": "azu/tiny-dense", "prompt": "Hello", "max_tokens": 2}
+
+
+@pytest.fixture
+def play(redis_url: str, tmp_path: Path) -> Callable[..., None]:
+    async def run(scenario: Scenario, policy: NetworkPolicy | None) -> None:
+        async with local_ingress(redis_url, tmp_path, policy) as ingress:
+            await asyncio.wait_for(scenario(ingress), 60)
+
+    return lambda scenario, policy=None: asyncio.run(run(scenario, policy))
+
+
+@pytest.mark.parametrize("given", ["mine-1", "a" * 128, "01890a5d-ac96-774b-bcce-b302099a8057"])
+def test_a_request_keeps_the_id_that_its_caller_gave(play, given: str) -> None:
+    async def scenario(ingress: LocalIngress) -> None:
+        async with ingress.client() as client:
+            for path in ("/v1/platform", "/v1/models", "/nowhere"):
+                reply = await client.get(path, headers={"x-request-id": given})
+                assert reply.headers.get_list("x-request-id") == [given]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("given", [None, "", "a" * 129, "a b", "ä", "%0d%0a<script>"])
+def test_a_request_without_a_usable_id_gets_one(play, given: str | None) -> None:
+    async def scenario(ingress: LocalIngress) -> None:
+        headers = {} if given is None else {"x-request-id": given.encode()}
+        async with ingress.client() as client:
+            replies = [await client.get("/v1/platform", headers=headers) for _ in range(2)]
+        ids = [reply.headers["x-request-id"] for reply in replies]
+        assert all(one.startswith("req-") for one in ids)
+        assert len(set(ids)) == 2
+
+    play(scenario)
+
+
+def test_what_breaks_is_told_and_logged_by_the_requests_id(play, monkeypatch) -> None:
+    async def scenario(ingress: LocalIngress) -> None:
+        _, api_key = await ingress.user()
+
+        async def broken(*_: object) -> None:
+            raise RuntimeError("the secret path /etc/x")
+
+        monkeypatch.setattr("azu.auth.api_keys.RedisAuth.check", broken)
+        async with ingress.client(api_key) as client:
+            reply = await client.get("/v1/balance", headers={"x-request-id": "find-me"})
+        assert reply.status_code == 500
+        assert reply.json()["error"]["code"] == "internal_error"
+        assert "secret" not in reply.text
+        assert reply.headers["x-request-id"] == "find-me"
+
+    with logged() as lines:
+        play(scenario)
+    (failed,) = (line for line in lines() if line["level"] == "ERROR")
+    assert failed["request_id"] == "find-me"
+    assert failed["message"] == "GET /v1/balance failed"
+
+
+def test_a_key_that_asks_too_often_is_told_when_to_come_back(play) -> None:
+    async def scenario(ingress: LocalIngress) -> None:
+        (_, one), (_, other) = await ingress.user(), await ingress.user()
+        async with ingress.client(one) as client, ingress.client(other) as neighbour:
+            replies = await asyncio.gather(*(client.get("/v1/balance") for _ in range(9)))
+            refused = [reply for reply in replies if reply.status_code == 429]
+            assert len(refused) == 4
+            assert {reply.json()["error"]["type"] for reply in refused} == {"rate_limit_error"}
+            assert all(1 <= int(reply.headers["retry-after"]) <= 60 for reply in refused)
+            assert (await neighbour.get("/v1/balance")).status_code == 200
+
+    play(scenario, policy_with(requests_per_minute=1, request_burst=5))
+
+
+def test_sign_ins_are_counted_by_where_they_come_from(play) -> None:
+    async def scenario(ingress: LocalIngress) -> None:
+        async with ingress.client() as client:
+            body = {"address": Account.create().address}
+            replies = [await client.post("/v1/auth/challenge", json=body) for _ in range(5)]
+        assert [reply.status_code for reply in replies] == [200, 200, 200, 429, 429]
+        assert int(replies[-1].headers["retry-after"]) >= 1
+
+    play(scenario, policy_with(sign_ins_per_minute=1, sign_in_burst=3))
+
+
+def test_an_account_has_at_most_so_many_keys(play) -> None:
+    async def scenario(ingress: LocalIngress) -> None:
+        account = Account.create()
+        first = await ingress.open_key(account)
+        await ingress.open_key(account)
+        with pytest.raises(Exception, match="403"):
+            await ingress.open_key(account)
+        async with ingress.client(first) as client:
+            listed = (await client.get("/v1/auth/keys")).json()["data"]
+            await client.delete(f"/v1/auth/keys/{listed[1]['key_id']}")
+        assert len(listed) == 2
+        await ingress.open_key(account)
+
+    play(scenario, policy_with(max_keys=2))
+
+
+def test_a_key_has_at_most_so_many_jobs_in_flight_and_the_refused_one_changes_nothing(play) -> None:
+    async def scenario(ingress: LocalIngress) -> None:
+        address, api_key = await ingress.user()
+        ingress.model.delay_s = 30.0
+        body = {"user_address": address, "model_id": "azu/tiny-dense", "prompt": "Hello", "est_tokens": 2}
+        accounts = (user_available(address), user_reserved(address))
+        async with ingress.client(api_key) as client:
+            taken = [await client.post("/submit", json=body) for _ in range(2)]
+            before = await ingress.ledger.balances_of(*accounts)
+            refused = await client.post("/v1/completions", json=COMPLETION)
+        assert [reply.status_code for reply in taken] == [200, 200]
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "too_many_jobs"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert await ingress.ledger.balances_of(*accounts) == before
+
+    play(scenario, policy_with(max_jobs_in_flight=2))
+
+
+def test_a_body_of_unprintable_keys_is_refused_in_words_that_can_be_sent(play) -> None:
+    async def scenario(ingress: LocalIngress) -> None:
+        _, api_key = await ingress.user()
+        async with ingress.client(api_key) as client:
+            for name in ("\\ud800", "\\u0000", "x" * 100_000):
+                content = f'{{"model": "azu/tiny-dense", "prompt": "x", "{name}": 1}}'
+                reply = await client.post(
+                    "/v1/completions", content=content, headers={"content-type": "application/json"}
+                )
+                assert reply.status_code == 400, reply.text
+                assert len(reply.content) < 10_000
+
+    play(scenario)

@@ -1,0 +1,176 @@
+"""Stop strings: they end the text wherever they begin and end, and nothing of them is ever shown."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
+
+from azu.engine.text import CompletionText, TextDecoder
+from azu.engine.tokenizer import Tokenizer
+from azu.protocol.sampling import SamplingParams
+
+
+class Letters:
+    """Decodes token ids as characters; what is above 1000 is the first half of one and shows nothing yet."""
+
+    def __init__(self) -> None:
+        self._half = ""
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        text = ""
+        for token_id in token_ids:
+            if token_id > 1000:
+                self._half = chr(token_id - 1000)
+            else:
+                text, self._half = text + self._half + chr(token_id), ""
+        return text
+
+    def finish(self) -> str:
+        return self._half
+
+
+def shown(pieces: Iterable[str], *stop: str, min_tokens: int = 0) -> list[str]:
+    """Return what each piece of text showed, at last what the end did."""
+    text = CompletionText(Words(pieces), stop, min_tokens)
+    given = [text.push(index).text for index in range(len(list(pieces)))]
+    return [*given, text.finish().text]
+
+
+class Words:
+    """Decodes token n as the nth piece."""
+
+    def __init__(self, pieces: Iterable[str]) -> None:
+        self._pieces = list(pieces)
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        return "".join(self._pieces[token_id] for token_id in token_ids)
+
+    def finish(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "expected"),
+    [
+        (["Hello", " world", "!"], (), ["Hello", " world", "!", ""]),
+        (["one", "\n", "two"], ("\n",), ["one", "", "", ""]),
+        # It begins inside one piece and ends in the next but one.
+        (["ab E", "N", "D cd"], ("END",), ["ab ", "", "", ""]),
+        # What looked like one was none: it comes as soon as that is certain.
+        (["ab E", "N", "X"], ("END",), ["ab ", "", "ENX", ""]),
+        (["ab EN"], ("END",), ["ab ", "EN"]),
+        # The first one ends the text, whichever was named first.
+        (["x STOP END"], ("END", "STOP"), ["x ", ""]),
+        (["aab", "aac"], ("aac",), ["aab", "", ""]),
+        (["aaa", "b"], ("aab",), ["a", "", ""]),
+    ],
+)
+def test_text_ends_before_a_stop_string(
+    pieces: list[str], stop: tuple[str, ...], expected: list[str]
+) -> None:
+    assert shown(pieces, *stop) == expected
+
+
+def test_a_stop_string_is_ordinary_text_before_the_least_number_of_tokens() -> None:
+    assert shown(["a.", "b.", "c."], ".", min_tokens=2) == ["a.", "b", "", ""]
+
+
+def test_the_sequence_ends_with_the_token_that_completes_the_stop_string() -> None:
+    text = CompletionText(Words(["ab E", "N", "D cd", "more"]), ("END",))
+
+    assert [text.ends_with(index) for index in range(3)] == [False, False, True]
+
+
+def test_a_half_character_at_the_end_may_complete_a_stop_string() -> None:
+    text = CompletionText(Letters(), ("a!",))
+
+    assert text.push(ord("a")).text == ""
+    assert text.push(1000 + ord("!")).text == ""
+    assert text.finish().text == ""
+    assert text.stopped
+
+
+def test_tokens_are_settled_with_their_text_and_those_of_a_stop_string_never() -> None:
+    text = CompletionText(Words(["Hi", "", " there", " E", "N", "D"]), ("END",))
+
+    settled = [text.push(index).token_offsets for index in range(6)]
+
+    # The fourth token's space is shown, but the token itself would tell how the stop string begins.
+    assert settled == [(0,), (), (2, 2), (), (), ()]
+
+
+def test_all_tokens_are_settled_at_the_end_of_an_ordinary_text() -> None:
+    text = CompletionText(Words(["Hi", " E", "N", ""]), ("END",))
+
+    pieces = [*(text.push(index) for index in range(4)), text.finish()]
+
+    assert [offset for piece in pieces for offset in piece.token_offsets] == [0, 2, 4, 5]
+
+
+@given(
+    st.lists(st.text("ab", max_size=3), max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_what_is_shown_is_the_text_up_to_the_first_stop_string(pieces: list[str], stop: list[str]) -> None:
+    whole = "".join(pieces)
+    # A reader sees the text grow: the stop string that is complete first ends it.
+    grown = ("".join(pieces[: n + 1]) for n in range(len(pieces)))
+    complete = next((text for text in grown if any(one in text for one in stop)), None)
+    end = len(whole) if complete is None else min(complete.find(one) for one in stop if one in complete)
+
+    assert "".join(shown(pieces, *stop)) == whole[:end]
+
+
+_FOLDER = Path(__file__).parents[2] / "configs" / "models" / "tiny-dense"
+_TEXT = "plain words 😀 漢字 naïve"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(_FOLDER)
+
+
+def test_bytes_of_all_tokens_are_the_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(_TEXT)
+
+    assert b"".join(tokenizer.token_bytes(token) or b"?" for token in ids).decode().endswith(_TEXT)
+
+
+def test_a_decoder_that_was_sent_elsewhere_reads_the_same_text(tokenizer: Tokenizer) -> None:
+    elsewhere, ids = TextDecoder.from_json(tokenizer.to_json()), tokenizer.encode(_TEXT)
+
+    assert elsewhere.decode(ids) == tokenizer.decode(ids)
+    assert elsewhere.stream(()).push(ids) == tokenizer.stream(()).push(ids)
+
+
+def test_a_stop_string_is_seen_across_the_tokens_of_its_characters(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("ok 😀漢 more")
+    sampling = SamplingParams(max_tokens=99, stop=("😀漢",))
+    text = tokenizer.completion((), sampling)
+
+    shown = "".join(text.push(token).text for token in ids)
+
+    assert shown.strip() == "ok"
+    assert text.stopped
+
+
+def test_a_word_keeps_its_space_and_a_byte_its_value_in_a_sentencepiece_vocabulary() -> None:
+    vocabulary = {"<unk>": 0, "▁Hello": 1, "<0xF0>": 2, "▁": 3}
+    backend = Backend(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    decoder = TextDecoder(backend)
+
+    assert decoder.token_text(1) == " Hello"
+    assert decoder.token_bytes(1) == b" Hello"
+    assert decoder.token_bytes(2) == b"\xf0"

@@ -1,0 +1,95 @@
+"""A real process that takes jobs, runs them on a stand-in model and settles them, until it is killed.
+
+It may kill itself, with SIGKILL, before or after its n-th write. What a job produces differs from process to
+process, as if other nodes had run it.
+"""
+
+import asyncio
+import os
+import random
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+
+from azu.config.network import RetryPolicy
+from azu.jobs import dispatch
+from azu.jobs.dispatch import Dispatcher
+from azu.jobs.redis import RedisJobs
+from azu.jobs.settlement import Settlement
+from azu.money.ledger.redis import RedisLedger
+from azu.protocol.job import FinishReason, Job, Ran, Route, TokenEvent
+from tests.builders import OWNERS
+from tests.killing import Death, kill_at_effect, start
+
+PATIENCE = RetryPolicy(first_s=1, longest_s=1, budget_s=1)
+PRICE, PLATFORM_PERCENT = 2, 20
+PAYOUTS = {"a": OWNERS[0], "b": OWNERS[1], "c": OWNERS[2]}
+EFFECTS = (
+    (RedisLedger, "apply"),
+    (RedisJobs, "set_state"),
+    (RedisJobs, "append"),
+    (RedisJobs, "plan_end"),
+    (RedisJobs, "finish"),
+    (RedisJobs, "done"),
+)
+
+_NEVER = Death()
+
+
+@dataclass
+class StandInModel:
+    """Produces random tokens on random nodes, and writes them down as a pipeline does."""
+
+    jobs: RedisJobs
+    dice: random.Random
+    route: Route = field(default_factory=lambda: Route(PAYOUTS, ()))
+    cancelled: set[str] = field(default_factory=set)
+
+    async def run(self, job: Job) -> Ran:
+        record = await self.jobs.get(job.job_id)
+        assert record is not None
+        produced, wanted = 0, self.dice.randint(0, job.sampling.max_tokens)
+        while produced < wanted and job.job_id not in self.cancelled:
+            await self.jobs.append([(job.job_id, TokenEvent(produced, (7,)))])
+            produced += 1
+            await asyncio.sleep(0.002)
+        reason = FinishReason.CANCELLED if job.job_id in self.cancelled else FinishReason.STOP
+        return Ran(produced, reason, self._work(job.num_layers))
+
+    async def cancel(self, job_id: str) -> None:
+        self.cancelled.add(job_id)
+
+    def let_go(self, job_id: str) -> None:
+        pass
+
+    def _work(self, num_layers: int) -> dict[int, dict[str, int]]:
+        return {layer: {self.dice.choice("abc"): self.dice.randint(1, 9)} for layer in range(num_layers)}
+
+
+@dataclass
+class OneModel:
+    """Deployments of which every job gets the same model."""
+
+    model: StandInModel
+
+    async def ensure(self, model_id: str, revision: str, job_id: str) -> StandInModel:
+        return self.model
+
+
+def start_settling(redis_url: str, *, death: Death = _NEVER, seed: int = 0) -> BaseProcess:
+    """Start the process; it kills itself where `death` says."""
+    return start(settle_for_ever, redis_url, death, seed)
+
+
+def settle_for_ever(redis_url: str, death: Death, seed: int) -> None:
+    kill_at_effect(EFFECTS, death)
+    # What a dead process had taken comes back soon.
+    dispatch._TAKE_BLOCK_MS, dispatch._CLAIM_IDLE_MS = 50, 200
+    asyncio.run(_settle(redis_url, random.Random(f"{seed}-{os.getpid()}")))
+
+
+async def _settle(redis_url: str, dice: random.Random) -> None:
+    jobs, ledger = RedisJobs.from_url(redis_url), RedisLedger.from_url(redis_url)
+    settlement = Settlement(ledger, jobs, PRICE, PLATFORM_PERCENT)
+    model = StandInModel(jobs, dice)
+    consumer = f"settling-{os.getpid()}"
+    await Dispatcher(jobs, OneModel(model), settlement, consumer=consumer, patience=PATIENCE).run()

@@ -1,0 +1,187 @@
+"""A job's end: charged for what was delivered, shared exactly, the rest released, once."""
+
+import asyncio
+
+import pytest
+
+from azu.errors import InsufficientBalance, InvalidRequest, WorkerLost
+from azu.jobs.in_flight_limit import FlightLimits, RedisFlights
+from azu.jobs.intake import Intake, JobLimits, ModelFacts
+from azu.jobs.redis import RedisJobs
+from azu.jobs.settlement import Settlement
+from azu.money.ledger.redis import RedisLedger
+from azu.money.ledger.transfers import Deposit, user_available, user_reserved, worker_earned
+from azu.money.spend_limits import RedisSpending, SpendLimits
+from azu.protocol.job import FinishReason, Job, JobState, Ran, Route
+from azu.protocol.sampling import SamplingParams
+from tests.builders import ALICE, OWNERS, api_key
+
+MODEL = ModelFacts(model_id="test/model", revision="r1", num_layers=4, context_length=64)
+ROUTE = Route(payout_by_node={"a": OWNERS[0], "b": OWNERS[1]}, placements=())
+WORK = {0: {"a": 100}, 1: {"a": 100}, 2: {"b": 100}, 3: {"a": 50, "b": 50}}
+
+
+class Desk:
+    """Intake and settlement over a real Redis."""
+
+    def __init__(self, redis_url: str) -> None:
+        self.ledger = RedisLedger.from_url(redis_url)
+        self.jobs = RedisJobs.from_url(redis_url)
+        self.spend_limits = SpendLimits(RedisSpending.from_url(redis_url), self.ledger)
+        ids = iter(f"job-{n}" for n in range(10_000))
+        limits = JobLimits(max_prompt_tokens=32, max_completion_tokens=40, reservation_ttl_ms=600_000)
+        self.intake = Intake(
+            self.ledger,
+            self.jobs,
+            self.spend_limits,
+            FlightLimits(RedisFlights.from_url(redis_url), self.jobs, 10_000),
+            limits,
+            2,
+            now_ms=lambda: 1_000,
+            new_job_id=lambda: next(ids),
+        )
+        self.settlement = Settlement(self.ledger, self.jobs, 2, platform_percent=20)
+
+    async def deposit(self, lamports: int) -> None:
+        await self.ledger.apply(Deposit(id="deposit:0x" + "11" * 32, address=ALICE, lamports=lamports))
+
+    async def accept(self, prompt_tokens: int = 4, max_tokens: int = 10, **key: object) -> Job:
+        """Accept a job for a key of Alice's."""
+        sampling = SamplingParams(max_tokens=max_tokens)
+        prompt = tuple(range(1, prompt_tokens + 1))
+        return await self.intake.accept(api_key(**key), MODEL, prompt, sampling)
+
+    async def balances(self) -> tuple[int, int]:
+        return (
+            await self.ledger.balance(user_available(ALICE)),
+            await self.ledger.balance(user_reserved(ALICE)),
+        )
+
+
+def test_a_job_reserves_its_highest_price_and_pays_what_was_delivered(redis_url: str) -> None:
+    async def scenario() -> None:
+        desk = Desk(redis_url)
+        await desk.deposit(1_000)
+        job = await desk.accept(prompt_tokens=4, max_tokens=10)
+        assert job.reserved_lamports == 2 * 4 * (4 + 10)
+        assert await desk.balances() == (1_000 - 112, 112)
+
+        outcome = await desk.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
+
+        receipt = outcome.receipt
+        assert receipt.charged_lamports == 2 * 4 * (4 + 6)
+        assert receipt.platform_lamports == 16
+        assert dict(receipt.worker_lamports) == {OWNERS[0]: 40, OWNERS[1]: 24}
+        assert await desk.balances() == (1_000 - 80, 0)
+        assert await desk.ledger.balance(worker_earned(OWNERS[0])) == 40
+        assert sum((await desk.ledger.balances()).values()) == 0
+
+    asyncio.run(scenario())
+
+
+def test_settling_twice_changes_nothing(redis_url: str) -> None:
+    async def scenario() -> None:
+        desk = Desk(redis_url)
+        await desk.deposit(1_000)
+        job = await desk.accept()
+        first = await desk.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
+        balances = await desk.ledger.balances()
+
+        second = await desk.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
+
+        assert second == first
+        assert await desk.ledger.balances() == balances
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_charged_before_the_first_token(redis_url: str) -> None:
+    async def scenario() -> None:
+        desk = Desk(redis_url)
+        await desk.deposit(1_000)
+        job = await desk.accept()
+
+        ran = Ran(0, FinishReason.ERROR, error=WorkerLost("stage 1 was lost"))
+        outcome = await desk.settlement.settle(job, ran, ROUTE)
+
+        assert outcome.state is JobState.FAILED
+        assert outcome.error is not None
+        assert outcome.error["code"] == "worker_lost"
+        assert outcome.receipt.charged_lamports == 0
+        assert await desk.balances() == (1_000, 0)
+        record = await desk.jobs.get(job.job_id)
+        assert record is not None
+        assert record.state is JobState.FAILED
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "max_tokens", "param"),
+    [
+        (0, 5, "prompt"),
+        (33, 5, "prompt"),
+        (4, 0, "max_tokens"),
+        (4, 41, "max_tokens"),
+        (30, 35, "max_tokens"),
+    ],
+)
+def test_a_job_out_of_range_changes_nothing(
+    redis_url: str, prompt_tokens: int, max_tokens: int, param: str
+) -> None:
+    async def scenario() -> None:
+        desk = Desk(redis_url)
+        await desk.deposit(10_000)
+        with pytest.raises(InvalidRequest) as refused:
+            await desk.accept(prompt_tokens, max_tokens)
+
+        assert refused.value.param == param
+        assert await desk.balances() == (10_000, 0)
+        assert await desk.jobs.of(ALICE, 10) == []
+
+    asyncio.run(scenario())
+
+
+def test_a_job_that_the_balance_does_not_cover_is_not_written_down(redis_url: str) -> None:
+    async def scenario() -> None:
+        desk = Desk(redis_url)
+        await desk.deposit(111)
+        with pytest.raises(InsufficientBalance):
+            await desk.accept(prompt_tokens=4, max_tokens=10)
+
+        assert await desk.balances() == (111, 0)
+        assert await desk.jobs.of(ALICE, 10) == []
+
+    asyncio.run(scenario())
+
+
+def test_a_job_that_ran_again_after_a_crash_ends_as_it_was_first_going_to(redis_url: str) -> None:
+    async def scenario() -> None:
+        desk = Desk(redis_url)
+        await desk.deposit(1_000)
+        job = await desk.accept()
+        first = await desk.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
+
+        again = await desk.settlement.settle(job, Ran(9, FinishReason.LENGTH, {0: {"b": 1}}), ROUTE)
+
+        assert again == first
+        assert await desk.balances() == (1_000 - 80, 0)
+
+    asyncio.run(scenario())
+
+
+def test_a_quote_is_what_is_reserved_at_most_and_refuses_what_would_be_refused(redis_url: str) -> None:
+    async def scenario() -> None:
+        desk = Desk(redis_url)
+        await desk.deposit(1_000)
+        quote = desk.intake.quote(MODEL, 4, 10, expected_tokens=3)
+        job = await desk.accept(prompt_tokens=4, max_tokens=10)
+
+        assert quote.max_lamports == job.reserved_lamports == 112
+        assert (quote.expected_tokens, quote.expected_lamports) == (3, 2 * 4 * (4 + 3))
+        assert desk.intake.quote(MODEL, 4, 10, expected_tokens=None).expected_lamports == 112
+        assert desk.intake.quote(MODEL, 4, 10, expected_tokens=99).expected_lamports == 112
+        with pytest.raises(InvalidRequest):
+            desk.intake.quote(MODEL, 33, 10, None)
+
+    asyncio.run(scenario())

@@ -1,0 +1,131 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from azu.errors import Conflict, NotFound, Unavailable
+from azu.launch.network_process import in_background, running_in, stop_running, watch
+from azu.launch.processes import ending_as_interrupt
+from azu.money.chain import wallet
+
+
+def test_an_interrupt_that_a_library_swallowed_ends_the_watch() -> None:
+    looks = []
+
+    def revive() -> list[str]:
+        looks.append(time.monotonic())
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            pass  # as a finalizer does
+        return []
+
+    with ending_as_interrupt() as ending, pytest.raises(KeyboardInterrupt):
+        watch(revive, ending)
+
+    assert len(looks) == 1
+
+
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AZU_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_what_it_shows_comes_back_and_only_its_owner_can_read_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = wallet.create(home / "wallet.json", "password").address.lower()
+    monkeypatch.setattr(sys, "argv", ["azu", "wallet", "show", "--background"])
+
+    assert in_background(home, TIMEOUT_S)["address"] == address
+    files = [home / "background.json", home / "logs" / "background.log"]
+    assert [file.stat().st_mode & 0o077 for file in files] == [0, 0]
+
+
+def test_why_it_did_not_come_up_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["azu", "wallet", "show", "--background"])
+
+    with pytest.raises(Unavailable, match="there is no wallet"):
+        in_background(home, TIMEOUT_S)
+
+
+def test_what_a_bad_option_says_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["azu", "wallet", "show", "--nothing", "--background"])
+
+    with pytest.raises(Unavailable, match="No such option"):
+        in_background(home, TIMEOUT_S)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from azu.launch.network_process import running_in
+with running_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def holder(home: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(home)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_home_has_one_network(tmp_path: Path) -> None:
+    process = holder(tmp_path)
+
+    with pytest.raises(Conflict, match="already runs"), running_in(tmp_path):
+        pass
+
+    process.kill()
+    process.wait()
+
+
+def test_a_network_is_stopped_from_elsewhere(tmp_path: Path) -> None:
+    process = holder(tmp_path)
+
+    # Whoever started it may look after it later.
+    stop_running(tmp_path, 20)
+
+    with running_in(tmp_path):
+        pass
+    process.wait(20)
+
+
+def test_a_network_that_was_killed_does_not_keep_its_home(tmp_path: Path) -> None:
+    process = holder(tmp_path)
+    process.kill()
+    process.wait()
+
+    with pytest.raises(NotFound):
+        stop_running(tmp_path, 1)
+    with running_in(tmp_path):
+        pass
+
+
+def test_a_process_that_only_has_the_same_id_is_let_be(tmp_path: Path) -> None:
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (tmp_path / "network.json").write_text(f'{{"pid": {bystander.pid}, "created_s": 1.0}}')
+
+    with pytest.raises(NotFound):
+        stop_running(tmp_path, 1)
+
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+def test_where_none_runs_none_is_stopped(tmp_path: Path) -> None:
+    with pytest.raises(NotFound):
+        stop_running(tmp_path, 1)

@@ -1,0 +1,198 @@
+"""Ray nodes start side by side on one machine, know nothing secret, and end with everything they started."""
+
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from azu.files import write_private
+from azu.launch.processes import ProcessGroup, free_port, session_members
+from azu.launch.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment, socket_folder
+from azu.units import MIB
+
+START_TIMEOUT_S = 200.0
+OWNER = "0x" + "a1" * 20
+SECRETS = (
+    "SCHEDULER_PRIVATE_KEY", "AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD", "AZU_ADMIN_KEY", "AZU_API_KEY",
+    "REDIS_PASSWORD",
+)  # fmt: skip
+
+
+@pytest.fixture
+def host() -> Iterator[RayHost]:
+    with tempfile.TemporaryDirectory(prefix="azu-test-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        token_path = Path(folder) / "token"
+        write_private(token_path, secrets.token_hex(32))
+        yield RayHost(Path(folder), token_path)
+
+
+def worker(index: int, cuda_device: str | None = None) -> Worker:
+    return Worker(index, f"worker-{index}", 4 * MIB, OWNER, cuda_device)
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_nodes_do_not_inherit_secrets(host: RayHost, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "hunter2")
+
+    for command in (host.head(6379), host.worker("192.0.2.7:6379", worker(0))):
+        assert "hunter2" not in command.environment.values()
+
+
+def test_workers_do_not_get_the_hubs_token(host: RayHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+    assert "HF_TOKEN" in host.head(6379).environment
+    assert "HF_TOKEN" not in host.worker("192.0.2.7:6379", worker(0)).environment
+
+
+def test_every_node_asks_for_the_token(host: RayHost) -> None:
+    for command in (host.head(6379), host.worker("192.0.2.7:6379", worker(0))):
+        assert command.environment["RAY_AUTH_MODE"] == "token"
+        assert command.environment["RAY_AUTH_TOKEN_PATH"] == str(host.token_path)
+
+
+def test_a_cluster_of_the_users_own_is_let_be(host: RayHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "198.51.100.1:6379")
+
+    assert "RAY_ADDRESS" not in host.head(6379).environment
+
+
+def test_a_worker_sees_its_own_gpu_alone(host: RayHost) -> None:
+    on_gpu = host.worker("192.0.2.7:6379", worker(1, "GPU-8f1c"))
+    on_cpu = host.worker("192.0.2.7:6379", worker(0))
+
+    assert on_gpu.environment["CUDA_VISIBLE_DEVICES"] == "GPU-8f1c"
+    assert any("azu-device=cuda:0" in word for word in on_gpu.arguments)
+    assert on_cpu.environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert any("azu-device=cpu" in word for word in on_cpu.arguments)
+
+
+def test_a_home_too_long_for_sockets_gets_a_folder_elsewhere(tmp_path: Path) -> None:
+    far = tmp_path / ("long" * 30)
+    with socket_folder(far) as folder:
+        assert folder != far
+        assert len(str(folder)) < 30
+    assert not folder.exists()
+
+
+def test_a_short_home_keeps_the_logs_until_the_next_time() -> None:
+    with tempfile.TemporaryDirectory(prefix="azu-", dir="/tmp") as home:
+        with socket_folder(Path(home) / "ray") as folder:
+            (folder / "log").touch()
+        assert (folder / "log").exists()
+        with socket_folder(Path(home) / "ray") as again:
+            assert list(again.iterdir()) == []
+
+
+LOOK = """
+import json, ray, sys
+ray.init(sys.argv[1], namespace="azu", log_to_driver=False, logging_level="error")
+
+@ray.remote(num_cpus=0)
+def environment():
+    import os
+    return dict(os.environ)
+
+alive = [node for node in ray.nodes() if node["Alive"]]
+lenders = [(n["Labels"]["azu-name"], n["Resources"]["VRAM"]) for n in alive if "azu-name" in n["Labels"]]
+asked = [environment.options(label_selector={"azu-name": name}).remote() for name, _ in lenders]
+environments = ray.get(asked)
+print(json.dumps({"alive": len(alive), "lenders": sorted(lenders), "environments": environments}))
+"""
+
+
+@pytest.mark.prove
+def test_a_head_and_three_workers_on_one_machine(host: RayHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCHEDULER_PRIVATE_KEY", "hunter2")
+    head = f"127.0.0.1:{(port := free_port())}"
+    with ProcessGroup(host.folder / "logs") as nodes:
+        nodes.start(host.head(port))
+        for index in range(3):
+            nodes.start(host.worker(head, worker(index)))
+        for name in (HEAD, "worker-0", "worker-1", "worker-2"):
+            nodes.wait_until_said(name, STARTED, START_TIMEOUT_S)
+        sessions = [nodes.pid(name) for name in (HEAD, "worker-0", "worker-1", "worker-2")]
+        environment = os.environ | driver_environment(host.token_path)
+        environment.pop("SCHEDULER_PRIVATE_KEY")
+        looked = subprocess.run(
+            [sys.executable, "-c", LOOK, head],
+            env=environment, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False,
+        )  # fmt: skip
+        without_token = subprocess.run(
+            [sys.executable, "-c", LOOK, head],
+            env=environment | {"RAY_AUTH_TOKEN_PATH": _other_token(host.folder)},
+            capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False,
+        )  # fmt: skip
+
+    assert looked.returncode == 0, looked.stderr
+    assert '"alive": 4' in looked.stdout
+    assert '["worker-0", 4.0], ["worker-1", 4.0], ["worker-2", 4.0]' in looked.stdout
+    assert "hunter2" not in looked.stdout
+    assert without_token.returncode != 0
+    assert [session_members(session) for session in sessions] == [[], [], [], []]
+
+
+@pytest.mark.prove
+def test_a_worker_node_that_dies_comes_back(host: RayHost) -> None:
+    head = f"127.0.0.1:{(port := free_port())}"
+    with ProcessGroup(host.folder / "logs") as nodes:
+        nodes.start(host.head(port))
+        nodes.start(host.worker(head, worker(0)))
+        nodes.wait_until_said("worker-0", STARTED, START_TIMEOUT_S)
+        (raylet,) = (p for p in psutil.Process(nodes.pid("worker-0")).children() if "raylet" in p.name())
+
+        raylet.kill()
+
+        deadline = time.monotonic() + 30
+        while nodes.revive() != ["worker-0"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        nodes.wait_until_said("worker-0", STARTED, START_TIMEOUT_S)
+
+
+# A parent that runs a head and a worker until it is killed.
+PARENT = """
+import sys, time
+from pathlib import Path
+from azu.launch.processes import ProcessGroup
+from azu.launch.ray_nodes import STARTED, RayHost, Worker
+
+host = RayHost(Path(sys.argv[1]), Path(sys.argv[1]) / "token")
+with ProcessGroup(host.folder / "logs") as nodes:
+    nodes.start(host.head(int(sys.argv[2])))
+    nodes.start(host.worker(f"127.0.0.1:{sys.argv[2]}", Worker(0, "ada", 4 << 20, "0x" + "a1" * 20)))
+    nodes.wait_until_said("ada", STARTED, 200)
+    print("ready", nodes.pid("ray-head"), nodes.pid("ada"), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.prove
+def test_when_the_parent_is_killed_every_ray_process_ends(host: RayHost) -> None:
+    command = [sys.executable, "-c", PARENT, str(host.folder), str(free_port())]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    sessions = [int(word) for word in parent.stdout.readline().split()[1:]]
+    assert all(session_members(session) for session in sessions)
+
+    parent.kill()
+    parent.wait(20)
+
+    # Ray's agents try for a minute to tell the dead head of it.
+    deadline = time.monotonic() + 120
+    while left := [pid for session in sessions for pid in session_members(session)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def _other_token(folder: Path) -> str:
+    path = folder / "other-token"
+    write_private(path, secrets.token_hex(32))
+    return str(path)

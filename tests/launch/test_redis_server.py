@@ -1,0 +1,204 @@
+"""Our own Redis keeps what it acknowledged, and lets nobody in without its password."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import redis
+from eth_account import Account
+from redis.asyncio import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from azu.auth.api_keys import RedisAuth
+from azu.auth.signatures import Withdrawal
+from azu.errors import DeadlineExceeded, Unavailable
+from azu.jobs.redis import RedisJobs
+from azu.jobs.settlement import Settlement
+from azu.launch.processes import ProcessGroup
+from azu.launch.redis_server import KEYS_OF, NAME, RedisServer, RedisUrls, start_redis, wait_for_redis
+from azu.models.status import RedisModelStatus
+from azu.money.ledger.audit import audit
+from azu.money.ledger.redis import RedisLedger
+from azu.money.spend_limits import CountedJob, RedisSpending
+from azu.money.treasury.expired_reservations import ReservationExpiry
+from azu.money.treasury.receipts import ReceiptSigner
+from azu.money.treasury.redis import RedisCursor, RedisLease, RedisOutbox
+from azu.money.treasury.request_reply import DepositRequests, RedisReceipts
+from azu.money.treasury.withdrawals import RedisWithdrawals, SignedWithdrawal
+from azu.protocol.job import FinishReason, JobState, Ran, Route, TokenEvent
+from azu.redis_client import connect_redis
+from tests.builders import ALICE, job
+from tests.money.ledger import moves
+
+TIMEOUT_S = 15.0
+
+
+def started(children: ProcessGroup, folder: Path) -> RedisServer:
+    server = start_redis(children, folder)
+    wait_for_redis(children, server, TIMEOUT_S)
+    return server
+
+
+def test_it_is_durable_and_evicts_nothing(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path / "logs") as children:
+        server = started(children, tmp_path / "redis")
+        with redis.Redis.from_url(server.urls.owner, decode_responses=True) as client:
+            config = client.config_get("*")
+
+    assert config["appendonly"] == "yes"
+    assert config["appendfsync"] == "always"
+    assert config["aof-load-truncated"] == "no"
+    assert config["maxmemory-policy"] == "noeviction"
+    assert config["bind"] == "127.0.0.1"
+
+
+def test_without_the_password_it_answers_nobody(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path / "logs") as children:
+        server = started(children, tmp_path / "redis")
+        without = redis.Redis(port=server.port, retry=Retry(NoBackoff(), 0))
+        with without as client, pytest.raises(redis.AuthenticationError):
+            client.ping()
+        arguments = Path(f"/proc/{children.pid(NAME)}/cmdline").read_text()
+
+    assert (tmp_path / "redis" / "redis.conf").stat().st_mode & 0o777 == 0o600
+    for password in (server.password, *server.passwords.values()):
+        assert password not in repr(server) + repr(server.urls) + arguments
+
+
+def test_what_was_written_is_there_after_a_kill_and_a_restart(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path / "logs") as children:
+        server = started(children, tmp_path / "redis")
+        with redis.Redis.from_url(server.urls.owner, decode_responses=True) as client:
+            client.set("kept", "yes")
+            os.kill(children.pid(NAME), signal.SIGKILL)
+            while not children.revive():
+                pass
+            wait_for_redis(children, server, TIMEOUT_S)
+            assert client.get("kept") == "yes"
+
+    with ProcessGroup(tmp_path / "logs") as children:
+        server = started(children, tmp_path / "redis")
+        with redis.Redis.from_url(server.urls.owner, decode_responses=True) as client:
+            assert client.get("kept") == "yes"
+
+
+def test_a_damaged_file_is_refused_not_cut_short(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path / "logs") as children:
+        server = started(children, tmp_path / "redis")
+        with redis.Redis.from_url(server.urls.owner) as client:
+            client.set("key", "value")
+    file = tmp_path / "redis" / "appendonly.aof"
+    file.write_bytes(file.read_bytes()[:-3])
+
+    with ProcessGroup(tmp_path / "logs") as children:
+        server = start_redis(children, tmp_path / "redis")
+        with pytest.raises(Unavailable, match=r"end of file|truncated|Bad file format"):
+            wait_for_redis(children, server, TIMEOUT_S)
+
+
+def test_a_folder_with_a_space_in_its_name_will_do(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path / "logs") as children:
+        started(children, tmp_path / "my redis")
+
+    assert (tmp_path / "my redis" / "appendonly.aof").exists()
+
+
+# What each process does with Redis, through its own adapters.
+async def as_ingress(redis: Redis) -> None:
+    auth, jobs, ledger = RedisAuth(redis), RedisJobs(redis), RedisLedger(redis)
+    await auth.challenge(ALICE, "azu.example", 1)
+    assert await auth.list(ALICE) == ()
+    assert await RedisSpending(redis).take("key-1", CountedJob("job-1", 5, 1), 5)
+    await ledger.apply(moves.deposit(100))
+    await ledger.apply(moves.reserve("job-1", 60))
+    await jobs.submit(job())
+    await jobs.cancel("job-1")
+    with pytest.raises(DeadlineExceeded):
+        await DepositRequests(redis).ask("0x" + "12" * 32, ALICE, 0.0)
+    assert await RedisReceipts(redis).ask("job-1", 0.0) is None
+    withdrawal = Withdrawal(address=ALICE, lamports=1, nonce=1, expires_at_ms=1)
+    await RedisWithdrawals(redis).hand_in(SignedWithdrawal(withdrawal, "0x"))
+    following = asyncio.create_task(anext(jobs.events("job-1")))
+    await asyncio.sleep(0.05)
+    following.cancel()
+
+
+async def as_scheduler(redis: Redis) -> None:
+    jobs = RedisJobs(redis)
+    [record] = await jobs.take("scheduler", 1, 60_000)
+    await jobs.set_state("job-1", JobState.RUNNING)
+    ran = Ran(0, FinishReason.CANCELLED)
+    await Settlement(RedisLedger(redis), jobs, 2, 20).settle(record.job, ran, Route({}, ()))
+    await jobs.done("job-1")
+    assert await anext(jobs.cancellations()) == "job-1"
+
+
+async def as_pipeline(redis: Redis) -> None:
+    await RedisJobs(redis).append([("job-1", TokenEvent(0, (1, 2)))])
+
+
+async def as_treasury(redis: Redis) -> None:
+    jobs, ledger = RedisJobs(redis), RedisLedger(redis)
+    await RedisCursor(redis).advance(5)
+    assert await RedisLease(redis, ttl_ms=100).hold()
+    assert await RedisOutbox(redis).open() == ()
+    assert await RedisOutbox(redis).next_nonce(5) == 5
+    assert len(await RedisWithdrawals(redis).waiting()) == 1
+    assert await DepositRequests(redis).waiting(10) == ["0x" + "12" * 32]
+    await ReservationExpiry(ledger, jobs).sweep()
+    signer = ReceiptSigner(jobs, ledger, Account.from_key("0x" + "07" * 32))
+    assert await signer.sign("job-1")
+    assert (await audit(await ledger.snapshot(), ledger.journal())).agrees
+
+
+def test_each_process_reaches_what_it_needs(tmp_path: Path) -> None:
+    async def scenario(urls: RedisUrls) -> None:
+        for url, duty in (
+            (urls.ingress, as_ingress),
+            (urls.pipeline, as_pipeline),
+            (urls.scheduler, as_scheduler),
+            (urls.treasury, as_treasury),
+        ):
+            client = connect_redis(url)
+            await duty(client)
+            await client.aclose()
+
+    with ProcessGroup(tmp_path / "logs") as children:
+        urls = started(children, tmp_path / "redis").urls
+        asyncio.run(asyncio.wait_for(scenario(urls), 20))
+        RedisModelStatus(urls.scheduler).get("azu/tiny-dense")
+
+
+OTHERS_KEYS = {
+    "ingress": ["azu:treasury:outbox", "azu:treasury:nonce", "azu:treasury:signer", "azu:model:x", "other"],
+    "scheduler": ["azu:treasury:outbox", "azu:treasury:claims:waiting", "azu:auth:key:1"],
+    "pipeline": ["azu:treasury:outbox", "azu:ledger:balances", "azu:jobs:queue", "azu:auth:key:1"],
+    "treasury": ["azu:auth:key:1", "azu:jobs:queue", "azu:model:x"],
+}
+
+
+@pytest.mark.parametrize("user", KEYS_OF)
+def test_no_process_reaches_the_others_keys_or_the_server_itself(tmp_path: Path, user: str) -> None:
+    with ProcessGroup(tmp_path / "logs") as children:
+        server = started(children, tmp_path / "redis")
+        with redis.Redis.from_url(getattr(server.urls, user), decode_responses=True) as client:
+            for key in OTHERS_KEYS[user]:
+                for refused in (client.get, client.delete, lambda key: client.hset(key, "a", 1)):
+                    with pytest.raises(redis.exceptions.NoPermissionError):
+                        refused(key)
+                with pytest.raises(redis.ResponseError):
+                    client.eval("return redis.call('HSET', KEYS[1], 'a', 1)", 1, key)
+            for command in (
+                client.flushall,
+                client.config_get,
+                client.keys,
+                client.scan,
+                client.shutdown,
+                client.acl_list,
+                lambda: client.config_set("appendonly", "no"),
+            ):
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    command()

@@ -1,0 +1,105 @@
+"""The platform's key reaches the treasury and nobody else."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from eth_account import Account
+
+from azu.config import Settings
+from azu.errors import ConfigurationError
+from azu.launch.processes import ProcessGroup
+from azu.launch.sidecars import (
+    DEVNET,
+    DEVNET_READY,
+    TREASURY,
+    TREASURY_READY,
+    choose_chain,
+    devnet_of,
+    start_devnet,
+    start_treasury,
+)
+from azu.money.chain.networks import network_at
+
+ADDRESS = "0x" + "a1" * 20
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    for name in ("SCHEDULER_PRIVATE_KEY", "AZU_PRIVATE_KEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    return Settings(home=tmp_path, chain_url=None, platform_address=None, redis_host=None)
+
+
+def test_without_a_chain_there_is_a_devnet_with_a_platform_that_stays(settings: Settings) -> None:
+    first, second = choose_chain(settings), choose_chain(settings)
+
+    assert first.is_devnet
+    assert network_at(first.url).name == "devnet"
+    assert first.platform_address == second.platform_address
+    key_file = Path(first.treasury_key["AZU_PRIVATE_KEY_FILE"])
+    assert key_file.stat().st_mode & 0o777 == 0o600
+    assert Account.from_key(key_file.read_text()).address.lower() == first.platform_address
+
+
+def test_a_home_without_a_network_has_no_devnet(tmp_path: Path) -> None:
+    assert devnet_of(tmp_path) is None
+
+
+def test_a_real_key_is_never_used_on_a_devnet(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCHEDULER_PRIVATE_KEY", "0x" + "11" * 32)
+
+    assert "SCHEDULER_PRIVATE_KEY" not in choose_chain(settings).treasury_key
+
+
+def test_a_configured_chain_needs_the_platforms_address_and_key(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured = settings.model_copy(update={"chain_url": "https://api.hyperliquid.xyz"})
+    with pytest.raises(ConfigurationError, match="HYPERLIQUID_ADDRESS"):
+        choose_chain(configured)
+    monkeypatch.setenv("SCHEDULER_PRIVATE_KEY", "0x" + "11" * 32)
+
+    chain = choose_chain(configured.model_copy(update={"platform_address": ADDRESS}))
+
+    assert not chain.is_devnet
+    assert chain.platform_address == ADDRESS
+    assert "11" * 32 not in repr(chain)
+
+
+def test_the_key_is_gone_from_what_the_kernel_shows_of_the_process(settings: Settings) -> None:
+    script = f"""
+from pathlib import Path
+from azu.launch.sidecars import choose_chain
+from azu.config import Settings
+
+settings = Settings(home={str(settings.home)!r}, redis_host=None, platform_address={ADDRESS!r},
+                    chain_url="https://api.hyperliquid.xyz")
+assert "{"11" * 32}" in Path("/proc/self/environ").read_text()
+assert choose_chain(settings).treasury_key == {{"SCHEDULER_PRIVATE_KEY": "{"11" * 32}"}}
+assert "{"11" * 32}" not in Path("/proc/self/environ").read_text()
+"""
+    environment = os.environ | {"SCHEDULER_PRIVATE_KEY": "11" * 32}
+
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
+
+
+def test_devnet_and_treasury_come_up_on_our_redis(settings: Settings, tmp_path: Path, redis_url: str) -> None:
+    chain = choose_chain(settings)
+    with ProcessGroup(tmp_path / "services") as services, ProcessGroup(tmp_path / "treasury") as treasury:
+        start_devnet(services, chain)
+        services.wait_until_said(DEVNET, DEVNET_READY, TIMEOUT_S)
+        start_treasury(treasury, settings, chain, redis_url)
+        treasury.wait_until_said(TREASURY, TREASURY_READY, TIMEOUT_S)
+
+        devnet_environment = Path(f"/proc/{services.pid(DEVNET)}/environ").read_text()
+        treasury_environment = Path(f"/proc/{treasury.pid(TREASURY)}/environ").read_text()
+
+    known = devnet_of(settings.home)
+    assert known is not None
+    assert (known.url, known.platform_address) == (chain.url, chain.platform_address)
+    assert "PRIVATE_KEY" not in devnet_environment
+    assert "AZU_PRIVATE_KEY_FILE" in treasury_environment

@@ -1,0 +1,289 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from azu.errors import BrokenCheckpoint, Forbidden, InvalidRequest, ModelNotFound, NotFound, UnsupportedModel
+from azu.models import registry as registry_module
+from azu.models.cut import cut
+from azu.models.registry import ModelRegistry
+from azu.models.status import ModelState, RedisModelStatus
+from azu.protocol.structure import STRUCTURE_FILE
+from tests.models.checkpoints import (
+    change_config,
+    load_checkpoint,
+    reassemble,
+    save_checkpoint,
+    store_checkpoint,
+)
+from tests.models.hub_stand_in import COMMIT
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    (tmp_path / "models").mkdir()
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def status(redis_url: str) -> RedisModelStatus:
+    return RedisModelStatus(redis_url)
+
+
+@pytest.fixture
+def registry(tmp_path: Path, models: Path, status: RedisModelStatus) -> ModelRegistry:
+    return ModelRegistry(tmp_path / "registry", model_roots=[models], status=status, max_model_bytes=10**9)
+
+
+def test_describe_says_what_pricing_needs_and_cuts_nothing(registry, models, status, tmp_path):
+    folder = save_checkpoint(models / "moe", "qwen2_moe")
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    description = registry.describe(str(folder))
+    assert description.model_id == str(folder)
+    assert len(description.architecture.layers) == 3
+    assert description.files["tokenizer.json"] == b'{"version": "1.0"}'
+    assert json.loads(description.files["config.json"])["model_type"] == "qwen2_moe"
+    assert registry.describe(str(folder), description.revision) == description
+    assert registry.structure(str(folder), description.revision) is None
+    assert status.get(str(folder)).state is ModelState.DESCRIBED
+    assert not list((tmp_path / "registry").rglob("*.safetensors"))
+
+
+def test_a_model_is_cut_once_and_then_read(registry, models, status):
+    folder = save_checkpoint(models / "moe", "qwen2_moe")
+    key = (str(folder), registry.describe(str(folder)).revision)
+    structure = registry.ensure_cut(*key)
+    assert registry.structure(*key) == structure
+    assert (structure.model_id, structure.revision) == key
+    total = sum(shard.weight_bytes for shard in structure.shards)
+    found = status.get(str(folder))
+    assert (found.state, found.revision, found.done_bytes, found.total_bytes) == (
+        ModelState.READY,
+        key[1],
+        total,
+        total,
+    )
+    for shard in structure.shards:
+        content = registry.path(*key, shard.name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == shard.sha256
+        chunks = [registry.read(*key, shard.name, start, 1000) for start in range(0, shard.size_bytes, 1000)]
+        assert b"".join(chunks) == content
+    tensors = reassemble(registry.path(*key, "head").parent, structure)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in load_checkpoint(folder).items())
+
+
+def test_concurrent_callers_cut_once(registry, models, monkeypatch):
+    cuts = []
+    monkeypatch.setattr(
+        registry_module, "cut", lambda *args, **given: cuts.append(args) or cut(*args, **given)
+    )
+    folder = save_checkpoint(models / "dense")
+    with ThreadPoolExecutor(8) as pool:
+        revisions = set(pool.map(lambda _: registry.describe(str(folder)).revision, range(8)))
+        (revision,) = revisions
+        structures = list(pool.map(lambda _: registry.ensure_cut(str(folder), revision), range(8)))
+    assert len(cuts) == 1
+    assert all(structure == structures[0] for structure in structures)
+
+
+def test_another_registry_finds_what_was_cut(registry, models, status, tmp_path):
+    folder = save_checkpoint(models / "dense")
+    key = (str(folder), registry.describe(str(folder)).revision)
+    structure = registry.ensure_cut(*key)
+    other = ModelRegistry(tmp_path / "registry", model_roots=[], status=status, max_model_bytes=0)
+    assert other.structure(*key) == structure
+    assert other.ensure_cut(*key) == structure
+
+
+def test_a_model_with_a_lost_shard_is_cut_again(registry, models, status, tmp_path):
+    folder = save_checkpoint(models / "dense")
+    key = (str(folder), registry.describe(str(folder)).revision)
+    structure = registry.ensure_cut(*key)
+    registry.path(*key, "layer_1_dense").unlink()
+    other = ModelRegistry(tmp_path / "registry", model_roots=[models], status=status, max_model_bytes=10**9)
+    assert other.structure(*key) is None
+    assert other.ensure_cut(*key) == structure
+    assert other.path(*key, "layer_1_dense").is_file()
+
+
+@pytest.mark.parametrize("name", ["layer_9_dense", "../structure.json", "", "embed.safetensors"])
+def test_only_a_models_shards_are_read(registry, models, name):
+    folder = save_checkpoint(models / "dense")
+    key = (str(folder), registry.describe(str(folder)).revision)
+    with pytest.raises(NotFound):
+        registry.read(*key, "embed", 0, 10)
+    registry.ensure_cut(*key)
+    with pytest.raises(NotFound):
+        registry.read(*key, name, 0, 10)
+
+
+def test_config_files_of_a_cut_model_outlive_their_source(registry, models):
+    folder = save_checkpoint(models / "dense")
+    key = (str(folder), registry.describe(str(folder)).revision)
+    config = (folder / "config.json").read_bytes()
+    with pytest.raises(NotFound):
+        registry.file(*key, "config.json")
+    registry.ensure_cut(*key)
+    change_config(folder, bos_token_id=5)
+    assert registry.file(*key, "config.json") == config
+    for name in ("structure.json", "embed.safetensors", "../x", ""):
+        with pytest.raises(NotFound):
+            registry.file(*key, name)
+
+
+def test_descriptions_are_forgotten_when_there_are_many(registry, models, monkeypatch):
+    monkeypatch.setattr(registry_module, "_MAX_DESCRIBED", 2)
+    folders = [str(save_checkpoint(models / str(index), vocab_size=90 + index)) for index in range(4)]
+    first = registry.describe(folders[0])
+    for folder in folders:
+        registry.describe(folder)
+    assert len(registry._described) == 2
+    assert registry.describe(folders[0]) == first
+
+
+@pytest.mark.parametrize("revision", ["main", "..", "../../x", "", "0" * 39, "G" * 40, "0" * 40 + "\n"])
+def test_only_a_commit_names_a_cut(registry, models, tmp_path, revision):
+    for call in (registry.structure, registry.ensure_cut):
+        with pytest.raises(InvalidRequest):
+            call(str(models / "dense"), revision)
+    assert os.listdir(tmp_path / "registry") == []
+
+
+def test_a_failed_cut_says_why_and_is_tried_again(registry, models, status):
+    folder = save_checkpoint(models / "dense")
+    good = load_checkpoint(folder)
+    store_checkpoint(folder, good | {"lm_head.weight": good["lm_head.weight"] * float("nan")})
+    revision = registry.describe(str(folder)).revision
+    with pytest.raises(BrokenCheckpoint, match=r"model\.safetensors"):
+        registry.ensure_cut(str(folder), revision)
+    failed = status.get(str(folder))
+    assert failed.state is ModelState.FAILED
+    assert "lm_head.weight" in failed.error
+    store_checkpoint(folder, good)
+    with pytest.raises(ModelNotFound, match="changed"):
+        registry.ensure_cut(str(folder), revision)
+    registry.ensure_cut(str(folder), registry.describe(str(folder)).revision)
+    assert status.get(str(folder)).state is ModelState.READY
+
+
+def test_a_model_larger_than_the_network_takes_is_refused_at_once(models, status, tmp_path):
+    folder = save_checkpoint(models / "dense")
+    registry = ModelRegistry(tmp_path / "registry", model_roots=[models], status=status, max_model_bytes=1000)
+    with pytest.raises(InvalidRequest) as caught:
+        registry.describe(str(folder))
+    assert (caught.value.param, caught.value.code) == ("model", "model_too_large")
+
+
+def test_custom_code_is_refused(registry, models):
+    folder = save_checkpoint(models / "dense")
+    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
+    (folder / "modeling_evil.py").write_text(f"open({str(models / 'ran')!r}, 'w')")
+    with pytest.raises(UnsupportedModel):
+        registry.describe(str(folder))
+    assert not (models / "ran").exists()
+
+
+def test_a_folder_that_changes_is_described_anew(registry, models):
+    folder = save_checkpoint(models / "dense")
+    before = registry.describe(str(folder))
+    (folder / "tokenizer.json").write_text("{}")
+    after = registry.describe(str(folder))
+    assert after.revision != before.revision
+    assert "tokenizer.json" in after.files
+
+
+def test_a_hub_models_weights_come_only_when_it_is_cut(registry, hub, models, tmp_path):
+    hub.add("org/model", save_checkpoint(tmp_path / "repository", "llama", shard_size="20KB"))
+    description = registry.describe("org/model")
+    assert description.revision == COMMIT
+    assert not any(name.endswith(".safetensors") for name in hub.downloads())
+    asked = len(hub.requests)
+    assert registry.describe("org/model") is description
+    assert len(hub.requests) == asked
+    structure = registry.ensure_cut("org/model", COMMIT)
+    tensors = reassemble(registry.path("org/model", COMMIT, "head").parent, structure)
+    expected = load_checkpoint(tmp_path / "repository")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_hub_model_that_is_too_large_is_not_downloaded(hub, models, status, tmp_path):
+    hub.add("org/model", save_checkpoint(tmp_path / "repository"))
+    registry = ModelRegistry(tmp_path / "registry", model_roots=[models], status=status, max_model_bytes=1000)
+    with pytest.raises(InvalidRequest, match="weights"):
+        registry.describe("org/model")
+    with pytest.raises(InvalidRequest, match="weights"):
+        registry.ensure_cut("org/model", COMMIT)
+    assert not any(name.endswith(".safetensors") for name in hub.downloads())
+
+
+_USE = """
+import sys
+from pathlib import Path
+from azu.models.registry import ModelRegistry
+class Status:
+    def put(self, status): pass
+registry = Registry(Path(sys.argv[1]), model_roots=[], status=Status(), max_model_bytes=10**9)
+description = registry.describe("org/private")
+structure = registry.ensure_cut("org/private", description.revision)
+print(structure.revision, structure.shards[0].sha256)
+"""
+
+
+@pytest.mark.prove
+def test_the_hubs_own_variables_are_heeded(hub, tmp_path):
+    hub.add("org/private", save_checkpoint(tmp_path / "repository"))
+    hub.token = "hf_secret"
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "hf_secret",
+    }
+
+    def use(root: str, **changes: str) -> str:
+        command = [sys.executable, "-c", _USE, str(tmp_path / root)]
+        return subprocess.check_output(command, env=environment | changes, text=True, timeout=120)
+
+    online = use("one")
+    assert online.startswith(COMMIT)
+    assert list((tmp_path / "home").rglob("snapshots/*/config.json"))
+    hub.requests.clear()
+    assert use("two", HF_HUB_OFFLINE="1") == online
+    assert hub.requests == []
+
+
+@pytest.mark.prove
+def test_processes_that_share_a_root_cut_once(hub, tmp_path):
+    hub.add("org/private", save_checkpoint(tmp_path / "repository", "qwen2_moe"))
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", _USE, str(tmp_path / "root")]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    printed = {process.communicate(timeout=120)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert len(printed) == 1
+    (structure,) = (tmp_path / "root").rglob(STRUCTURE_FILE)
+    written = {path.stat().st_mtime_ns for path in structure.parent.glob("*.safetensors")}
+    assert max(written) <= structure.stat().st_mtime_ns
+
+
+def test_a_model_that_is_not_offered_is_refused_before_it_is_looked_for(tmp_path, models, status):
+    registry = ModelRegistry(
+        tmp_path / "registry",
+        model_roots=[models],
+        status=status,
+        max_model_bytes=10**9,
+        offered=["azu/tiny-dense", "azu/tiny-m*"],
+    )
+    assert [model.model_id for model in registry.known()] == ["azu/tiny-dense", "azu/tiny-moe"]
+    assert registry.describe("azu/tiny-moe").model_id == "azu/tiny-moe"
+    for model_id in ("azu/tiny-dense2", "AZU/tiny-dense", "somebody/something", str(models / "any"), "*", ""):
+        with pytest.raises(Forbidden) as refused:
+            registry.describe(model_id)
+        assert refused.value.param == "model"

@@ -1,0 +1,73 @@
+import pytest
+
+from azu.errors import Unavailable
+from azu.models.status import ModelState, ModelStatus, RedisModelStatus, StatusReporter
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.put_states: list[ModelStatus] = []
+
+    def put(self, status: ModelStatus) -> None:
+        self.put_states.append(status)
+
+    def get(self, model_id: str) -> ModelStatus:
+        raise NotImplementedError
+
+    def ready(self) -> list[ModelStatus]:
+        raise NotImplementedError
+
+
+def test_a_status_is_what_was_put_last(redis_url):
+    store = RedisModelStatus(redis_url)
+    first = ModelStatus("org/model", "r1", ModelState.CUTTING, 5, 10)
+    last = ModelStatus("org/model", "r1", ModelState.FAILED, 0, 0, "model.safetensors is truncated")
+    store.put(first)
+    assert store.get("org/model") == first
+    store.put(last)
+    assert RedisModelStatus(redis_url).get("org/model") == last
+
+
+def test_a_model_never_heard_of_is_unknown(redis_url):
+    status = RedisModelStatus(redis_url).get("org/other")
+    assert (status.state, status.error) == (ModelState.UNKNOWN, None)
+
+
+def test_only_models_that_are_cut_are_ready(redis_url):
+    store = RedisModelStatus(redis_url)
+    cut = ModelStatus("org/cut", "r1", ModelState.READY, 10, 10)
+    store.put(ModelStatus("org/described", "r1", ModelState.DESCRIBED))
+    store.put(cut)
+    store.put(ModelStatus("org/failed", "r1", ModelState.FAILED))
+    assert cut in store.ready()
+    assert {status.model_id for status in store.ready()}.isdisjoint({"org/described", "org/failed"})
+
+
+def test_a_redis_that_does_not_answer_is_unavailable():
+    store = RedisModelStatus("redis://127.0.0.1:9/0")
+    with pytest.raises(Unavailable):
+        store.put(ModelStatus("org/model", "r1", ModelState.READY))
+    with pytest.raises(Unavailable):
+        store.get("org/model")
+    with pytest.raises(Unavailable):
+        store.ready()
+
+
+def test_progress_is_written_seldom_and_every_change_of_state_at_once():
+    store = Recorder()
+    report = StatusReporter(store, "org/model", "r1")
+    report.described(1000)
+    for done in range(1000):
+        report.fetching(done, 1000)
+    for done in range(1000):
+        report.cutting(done, 1000)
+    report.ready(1000)
+    states = [status.state for status in store.put_states]
+    assert [state for index, state in enumerate(states) if state not in states[:index]] == [
+        ModelState.DESCRIBED,
+        ModelState.FETCHING,
+        ModelState.CUTTING,
+        ModelState.READY,
+    ]
+    assert len(states) < 10
+    assert store.put_states[-1] == ModelStatus("org/model", "r1", ModelState.READY, 1000, 1000)

@@ -1,0 +1,192 @@
+"""The client against a running devnet, with the line between them failing."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+
+from azu.devnet.chain import SECOND_HYPE
+from azu.errors import ChainError
+from azu.money.chain.actions import sign_noop, sign_send_asset
+from azu.money.chain.api import ChainClient
+from azu.money.chain.port import LedgerTransfer
+from azu.money.chain.wallet import send_hype
+from azu.units import LAMPORTS_PER_HYPE
+from tests.money.chain.running import RunningDevnet
+
+
+@pytest.fixture
+def alice(devnet: RunningDevnet) -> LocalAccount:
+    account = Account.create()
+    devnet.fund(account.address, 10 * LAMPORTS_PER_HYPE)
+    return account
+
+
+@asynccontextmanager
+async def client(devnet: RunningDevnet, http: httpx.AsyncClient | None = None) -> AsyncIterator[ChainClient]:
+    chain = ChainClient(devnet.network, http)
+    try:
+        yield chain
+    finally:
+        await chain.close()
+
+
+async def transfers(chain: ChainClient, user: str) -> list[LedgerTransfer]:
+    return [transfer async for page in chain.ledger_updates(user, 0) for transfer in page]
+
+
+def test_a_transfer_is_read_back_exactly(devnet: RunningDevnet, bob: str, alice: LocalAccount) -> None:
+    async def scenario() -> None:
+        async with client(devnet) as chain:
+            tx_hash = await send_hype(chain, alice, bob, 123_456_789)
+            [transfer] = await transfers(chain, bob)
+            details = await chain.tx_details(tx_hash)
+
+            assert (transfer.hash, transfer.sender, transfer.destination) == (
+                tx_hash,
+                alice.address.lower(),
+                bob,
+            )
+            assert (transfer.amount, transfer.token_name, transfer.to_spot) == ("1.23456789", "HYPE", True)
+            assert details is not None
+            assert details.action["token"] == devnet.network.hype
+            assert (details.user, details.error) == (transfer.sender, None)
+            assert await chain.spot_balance(bob) == 123_456_789
+
+    asyncio.run(scenario())
+
+
+def test_every_page_of_a_long_ledger_is_read(devnet: RunningDevnet, bob: str, alice: LocalAccount) -> None:
+    async def scenario() -> None:
+        async with client(devnet) as chain:
+            await send_hype(chain, alice, bob, 1)
+            for _ in range(600):
+                devnet.fund(bob, 1)
+            await send_hype(chain, alice, bob, 2)
+            devnet.fault("rows_twice", times=None)
+
+            assert [transfer.amount for transfer in await transfers(chain, bob)] == [
+                "0.00000001",
+                "0.00000002",
+            ]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["reply_dropped_before", "reply_dropped_after", "rate_limited", "server_error_before", "delay"],
+)
+@pytest.mark.parametrize("path", ["/info", "/explorer"])
+def test_a_read_survives_a_passing_failure(
+    devnet: RunningDevnet, kind: str, path: str, alice: LocalAccount
+) -> None:
+    async def scenario() -> None:
+        impatient = httpx.AsyncClient(timeout=0.5)
+        async with client(devnet, impatient) as chain:
+            devnet.fault(kind, path=path, times=2, seconds=0.7)
+            if path == "/info":
+                assert await chain.spot_balance(alice.address.lower()) == 10 * LAMPORTS_PER_HYPE
+            else:
+                assert await chain.tx_details("0x" + "00" * 32) is None
+
+    asyncio.run(scenario())
+
+
+def test_a_read_that_cannot_succeed_is_not_repeated(devnet: RunningDevnet, bob: str) -> None:
+    async def scenario() -> None:
+        async with client(devnet) as chain:
+            devnet.fault("unprocessable", path="/info")
+            with pytest.raises(ChainError):
+                await chain.spot_balance(bob)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "reply_dropped_before",
+        "reply_dropped_after",
+        "rate_limited",
+        "server_error_before",
+        "server_error_after",
+    ],
+)
+def test_an_action_without_an_answer_is_unknown(
+    devnet: RunningDevnet, kind: str, alice: LocalAccount
+) -> None:
+    async def scenario() -> None:
+        async with client(devnet) as chain:
+            action = sign_noop(alice, devnet.network, nonce=now_ms())
+            devnet.fault(kind)
+            with pytest.raises(ChainError):
+                await chain.post_action(action.body)
+
+            refusal = await chain.post_action(action.body)
+
+            executed = kind.endswith("after")
+            assert (refusal is not None and refusal.nonce_used) == executed
+
+    asyncio.run(scenario())
+
+
+def test_a_refusal_comes_in_the_chains_words(devnet: RunningDevnet, bob: str, alice: LocalAccount) -> None:
+    async def scenario() -> None:
+        async with client(devnet) as chain:
+            too_much = sign_send_asset(
+                alice, devnet.network, destination=bob, lamports=11 * LAMPORTS_PER_HYPE, nonce=now_ms()
+            )
+            refusal = await chain.post_action(too_much.body)
+            malformed = await chain.post_action(b"{}")
+
+            assert refusal is not None
+            assert refusal.reason == "Insufficient balance for token transfer"
+            assert not refusal.nonce_used
+            assert malformed is not None
+
+    asyncio.run(scenario())
+
+
+def test_a_balance_counts_the_exact_token_only(devnet: RunningDevnet, bob: str, alice: LocalAccount) -> None:
+    async def scenario() -> None:
+        devnet.fault("second_hype")
+        devnet.fund(bob, 7, token=SECOND_HYPE.full_id)
+        async with client(devnet) as chain:
+            assert await chain.spot_balance(bob) == 0
+            assert await chain.spot_balance(alice.address.lower()) == 10 * LAMPORTS_PER_HYPE
+
+    asyncio.run(scenario())
+
+
+def test_a_destination_and_the_budget_of_actions_are_told(
+    devnet: RunningDevnet, bob: str, alice: LocalAccount
+) -> None:
+    async def scenario() -> None:
+        async with client(devnet) as chain:
+            source = alice.address.lower()
+            assert not (await chain.destination(bob, source)).exists
+            before = await chain.actions_left(source)
+            await send_hype(chain, alice, bob, 1)
+            assert (await chain.destination(bob, source)).exists
+            assert await chain.actions_left(source) == before - 1
+
+    asyncio.run(scenario())
+
+
+def test_a_chain_that_is_away_is_a_chain_error() -> None:
+    async def scenario() -> None:
+        async with client(RunningDevnet("http://127.0.0.1:9", httpx.Client())) as chain:
+            with pytest.raises(ChainError):
+                await chain.post_action(b"{}")
+
+    asyncio.run(scenario())
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000

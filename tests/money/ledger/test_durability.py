@@ -1,0 +1,345 @@
+"""What was acknowledged survives the death of the server, at any moment and under load."""
+
+import asyncio
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from azu.errors import Conflict, InsufficientBalance, LedgerError, NotFound, Unavailable
+from azu.money.ledger.audit import audit
+from azu.money.ledger.durability import APPEND_ONLY_FILE, DURABLE_CONFIG, FileTail, read, repair
+from azu.money.ledger.redis import RedisLedger
+from azu.money.ledger.transfers import Transfer, user_available
+from azu.redis_client import connect_redis
+from tests.builders import ALICE, BOB
+from tests.money.ledger import moves
+from tests.money.ledger.opened import with_ledger
+from tests.redis_server import RedisDidNotStart, RunningRedis, start_redis
+
+CLIENTS = 8
+KILLS = 20
+
+
+class Client:
+    """Sends jobs one after the other, each transfer again until it is acknowledged or its round ends."""
+
+    def __init__(self, name: int, seed: int) -> None:
+        self.name = name
+        self.random = random.Random(f"{seed}-{name}")
+        self.jobs = 0
+        self.unsure: list[Transfer] = []
+        self.acknowledged: list[Transfer] = []
+
+    def next_transfers(self) -> list[Transfer]:
+        self.jobs += 1
+        job = f"{self.name}-{self.jobs}"
+        address, reserved = self.random.choice([ALICE, BOB]), self.random.randrange(1, 50)
+        charged = self.random.randrange(reserved + 1)
+        ends: list[Transfer] = [moves.settle(job, charged, w0=charged // 2), moves.release(job)]
+        return [
+            moves.deposit(60, address=address, tx_hash=f"0x{job}"),
+            moves.reserve(job, reserved, address=address),
+            self.random.choice(ends),
+        ]
+
+    async def work(self, ledger: RedisLedger) -> None:
+        """Work until Redis dies."""
+        try:
+            while True:
+                self.unsure = self.unsure or self.next_transfers()
+                while self.unsure:
+                    await ledger.apply(self.unsure[0])
+                    self.acknowledged.append(self.unsure.pop(0))
+        except Unavailable:
+            return
+
+
+async def round_of_work(server: RunningRedis, clients: list[Client], seconds: float) -> None:
+    ledgers = [RedisLedger.from_url(server.url) for _ in clients]
+    work = [asyncio.create_task(one.work(ledger)) for one, ledger in zip(clients, ledgers, strict=True)]
+    await asyncio.sleep(seconds)
+    server.kill()
+    await asyncio.gather(*work)
+    for ledger in ledgers:
+        await ledger.close()
+
+
+async def check(server: RunningRedis, clients: list[Client]) -> None:
+    ledger = RedisLedger.from_url(server.url)
+    report = await audit(await ledger.snapshot(), ledger.journal())
+    assert report.agrees, report.findings
+    kept = {entry.transfer.id: entry.transfer async for entry in ledger.journal()}
+    for one in clients:
+        for transfer in one.acknowledged:
+            assert kept.pop(transfer.id) == transfer
+    # The rest are those whose answer was lost.
+    assert kept.keys() <= {one.unsure[0].id for one in clients if one.unsure}
+    await ledger.close()
+
+
+@pytest.mark.prove
+def test_a_killed_server_loses_no_acknowledged_transfer(tmp_path: Path, figures: Counter[str]) -> None:
+    seed = int(os.environ.get("AZU_TEST_SEED", "1"))
+    pause = random.Random(seed)
+    clients = [Client(name, seed) for name in range(CLIENTS)]
+    server = start_redis(tmp_path, DURABLE_CONFIG)
+    for _ in range(KILLS):
+        asyncio.run(round_of_work(server, clients, pause.uniform(0.05, 0.6)))
+        server = start_redis(tmp_path, DURABLE_CONFIG, port=server.port)
+        asyncio.run(check(server, clients))
+    server.stop()
+    acknowledged = sum(len(one.acknowledged) for one in clients)
+    assert acknowledged > 10 * KILLS
+    figures["times Redis was killed under load"] += KILLS
+    figures["transfers acknowledged meanwhile, of which none was lost"] += acknowledged
+
+
+def test_a_transfer_is_on_disk_before_it_is_acknowledged(tmp_path: Path) -> None:
+    async def scenario(server: RunningRedis) -> None:
+        ledger = RedisLedger.from_url(server.url)
+        await ledger.apply(moves.deposit(5))
+        written = (tmp_path / DURABLE_CONFIG["appendfilename"]).read_bytes()
+        assert b"deposit:0x01" in written
+        with pytest.raises(InsufficientBalance):
+            await ledger.apply(moves.reserve("job-1", 6))
+        assert b"reserve:job-1" not in (tmp_path / DURABLE_CONFIG["appendfilename"]).read_bytes()
+        await ledger.close()
+
+    server = start_redis(tmp_path, DURABLE_CONFIG)
+    asyncio.run(scenario(server))
+    server.stop()
+
+
+def test_a_ledger_goes_on_when_its_server_has_started_again(tmp_path: Path) -> None:
+    async def scenario(first: RunningRedis) -> RunningRedis:
+        ledger = RedisLedger.from_url(first.url)
+        await ledger.apply(moves.deposit(5))
+        first.kill()
+        with pytest.raises(Unavailable):
+            await ledger.apply(moves.reserve("job-1", 5))
+        second = start_redis(tmp_path, DURABLE_CONFIG, port=first.port)
+        assert (await ledger.apply(moves.deposit(5))).repeated
+        assert not (await ledger.apply(moves.reserve("job-1", 5))).repeated
+        await ledger.close()
+        return second
+
+    asyncio.run(scenario(start_redis(tmp_path, DURABLE_CONFIG))).stop()
+
+
+def test_a_redis_without_memory_refuses_a_transfer_wholly(tmp_path: Path) -> None:
+    async def scenario(server: RunningRedis) -> None:
+        ledger, redis = RedisLedger.from_url(server.url), connect_redis(server.url)
+        await ledger.apply(moves.deposit(5))
+        await redis.config_set("maxmemory", "1")
+        with pytest.raises(LedgerError, match="maxmemory"):
+            await ledger.apply(moves.reserve("job-1", 1))
+        await redis.config_set("maxmemory", "0")
+        assert (await audit(await ledger.snapshot(), ledger.journal())).agrees
+        assert not (await ledger.apply(moves.reserve("job-1", 1))).repeated
+        await redis.aclose()
+        await ledger.close()
+
+    server = start_redis(tmp_path, DURABLE_CONFIG)
+    asyncio.run(scenario(server))
+    server.stop()
+
+
+def command(*arguments: bytes) -> bytes:
+    return b"*%d\r\n" % len(arguments) + b"".join(b"$%d\r\n%b\r\n" % (len(one), one) for one in arguments)
+
+
+SELECT = command(b"SELECT", b"0")
+TRANSFER = command(b"MULTI") + command(b"XADD", b"j", b"1-0", b"a\r\n", b"") + command(b"EXEC")
+PLAIN = command(b"SET", b"job", b"x" * 300)
+PARTS = [SELECT, TRANSFER, PLAIN, TRANSFER]
+FILE = b"".join(PARTS)
+ENDS = [sum(len(part) for part in PARTS[:count]) for count in range(len(PARTS) + 1)]
+
+
+def test_a_whole_file_is_kept_wholly() -> None:
+    assert read(FILE) == FileTail(len(FILE), ())
+    assert read(b"") == FileTail(0, ())
+
+
+def test_a_file_cut_anywhere_is_kept_up_to_its_last_whole_transfer() -> None:
+    for cut in range(len(FILE)):
+        assert read(FILE[:cut]).whole_bytes == max(end for end in ENDS if end <= cut)
+
+
+def test_whole_commands_of_an_unfinished_transfer_are_told() -> None:
+    torn = SELECT + TRANSFER[: -len(command(b"EXEC"))] + b"*1\r\n$4\r\nEX"
+    assert read(torn) == FileTail(len(SELECT), ((b"MULTI",), (b"XADD", b"j", b"1-0", b"a\r\n", b"")))
+
+
+def test_a_byte_that_changed_before_the_last_transfer_never_costs_a_transfer() -> None:
+    for at in range(ENDS[3]):
+        for byte in b"0123456789*$MX\r\n\0\xff":
+            changed = FILE[:at] + bytes([byte]) + FILE[at + 1 :]
+            try:
+                reading = read(changed)
+            except LedgerError:
+                continue
+            assert reading.whole_bytes == len(FILE), (at, byte)
+
+
+@pytest.mark.parametrize(
+    "rubbish", [b"\0" * 8 + FILE, b"hello\r\n", b"$3\r\nabc\r\n", b"*a\r\n", b"*-1\r\n", b"*1\r\n*1\r\n"]
+)
+def test_what_is_no_command_is_refused(rubbish: bytes) -> None:
+    with pytest.raises(LedgerError, match="begins neither"):
+        read(SELECT + rubbish)
+
+
+def test_a_file_that_begins_with_a_snapshot_is_refused() -> None:
+    with pytest.raises(LedgerError, match="redis-check-aof"):
+        read(b"REDIS0009" + FILE)
+
+
+def test_an_empty_command_is_refused() -> None:
+    with pytest.raises(LedgerError, match="empty"):
+        read(SELECT + b"*0\r\n" + FILE)
+
+
+TRANSFERS = 8
+
+
+@pytest.fixture
+def torn(tmp_path: Path) -> tuple[Path, list[int]]:
+    """A durable file of some deposits; the list holds its size after each of them."""
+    file = tmp_path / APPEND_ONLY_FILE
+    sizes: list[int] = []
+
+    async def deposits(ledger: RedisLedger) -> None:
+        for number in range(1, TRANSFERS + 1):
+            await ledger.apply(moves.deposit(number, tx_hash=f"0x{number}"))
+            sizes.append(file.stat().st_size)
+
+    server = start_redis(tmp_path, DURABLE_CONFIG)
+    with_ledger(server.url, deposits)
+    server.kill()
+    return file, sizes
+
+
+def deposited(folder: Path) -> list[int]:
+    """Start Redis on the file, audit it, and return the amounts that were credited."""
+    amounts: list[int] = []
+
+    async def read(ledger: RedisLedger) -> None:
+        report = await audit(await ledger.snapshot(), ledger.journal())
+        assert report.agrees, report.findings
+        amounts.extend([entry.legs[1].lamports async for entry in ledger.journal()])
+        assert await ledger.balance(user_available(ALICE)) == sum(amounts)
+        again = await ledger.apply(moves.deposit(TRANSFERS, tx_hash=f"0x{TRANSFERS}"))
+        assert again.repeated == (TRANSFERS in amounts)
+
+    server = start_redis(folder, DURABLE_CONFIG)
+    with_ledger(server.url, read)
+    server.stop()
+    return amounts
+
+
+BOOKED = b"*4\r\n$7\r\nHINCRBY"
+
+
+@pytest.mark.parametrize(
+    ("behind", "more", "readable"),
+    [(BOOKED, 0, True), (BOOKED, 15, True), (b"XADD", 30, False), (b"MULTI", 2, False), (b"*1", 1, False)],
+)
+def test_a_torn_tail_is_refused_then_mended(
+    torn: tuple[Path, list[int]], behind: bytes, more: int, readable: bool
+) -> None:
+    file, sizes = torn
+    content = file.read_bytes()
+    cut = content.index(behind, sizes[-2]) + more
+    file.write_bytes(content[:cut])
+    with pytest.raises(RedisDidNotStart, match="Unexpected end of file"):
+        start_redis(file.parent, DURABLE_CONFIG)
+
+    done = repair(file)
+
+    assert done.kept_bytes == file.stat().st_size == sizes[-2]
+    assert done.dropped_bytes == cut - sizes[-2]
+    assert done.saved_to is not None
+    assert Path(done.saved_to).read_bytes() == content[sizes[-2] : cut]
+    assert Path(done.saved_to).stat().st_mode & 0o777 == 0o600
+    assert done.dropped_transfers == ((f"deposit:0x{TRANSFERS}",) if readable else ())
+    assert deposited(file.parent) == list(range(1, TRANSFERS))
+
+
+def test_a_whole_file_is_left_as_it_is(torn: tuple[Path, list[int]]) -> None:
+    file, sizes = torn
+    content = file.read_bytes()
+    done = repair(file)
+    assert (done.dropped_bytes, done.saved_to, done.kept_bytes) == (0, None, sizes[-1])
+    assert file.read_bytes() == content
+    assert deposited(file.parent) == list(range(1, TRANSFERS + 1))
+
+
+def test_zeros_that_a_power_cut_left_are_cut_off(torn: tuple[Path, list[int]]) -> None:
+    file, sizes = torn
+    content = file.read_bytes()
+    file.write_bytes(content[: sizes[-2] + 30] + bytes(200_000))
+    assert repair(file).kept_bytes == sizes[-2]
+    assert deposited(file.parent) == list(range(1, TRANSFERS))
+
+
+def test_a_second_repair_of_the_same_tail_keeps_both_tails(torn: tuple[Path, list[int]]) -> None:
+    file, _ = torn
+    content = file.read_bytes()
+    tails = []
+    for cut in (len(content) - 3, len(content) - 7):
+        file.write_bytes(content[:cut])
+        tails.append(repair(file).saved_to)
+    assert len(set(tails)) == 2
+    assert all(tail is not None and Path(tail).exists() for tail in tails)
+
+
+def test_damage_before_the_end_is_refused_and_nothing_changed(torn: tuple[Path, list[int]]) -> None:
+    file, sizes = torn
+    content = bytearray(file.read_bytes())
+    content[sizes[2] + 1] = ord("9")
+    file.write_bytes(content)
+    with pytest.raises(LedgerError, match=APPEND_ONLY_FILE):
+        repair(file)
+    assert file.read_bytes() == content
+    assert [path.name for path in file.parent.glob("*.dropped*")] == []
+
+
+def test_an_empty_file_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "empty.aof"
+    file.touch()
+    assert repair(file).dropped_bytes == 0
+
+
+def test_a_file_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFound):
+        repair(tmp_path / "nothing.aof")
+
+
+def test_a_file_that_a_server_writes_is_not_touched(tmp_path: Path) -> None:
+    server = start_redis(tmp_path, DURABLE_CONFIG)
+    asyncio.run(_deposit_once(server.url))
+    with pytest.raises(Conflict, match=f"process {server.process.pid} "):
+        repair(tmp_path / APPEND_ONLY_FILE)
+    server.stop()
+
+
+async def _deposit_once(url: str) -> None:
+    ledger = RedisLedger.from_url(url)
+    await ledger.apply(moves.deposit(1))
+    await ledger.close()
+
+
+@pytest.mark.prove
+def test_a_file_cut_at_any_byte_keeps_every_transfer_that_is_whole(torn: tuple[Path, list[int]]) -> None:
+    file, sizes = torn
+    content = file.read_bytes()
+    for cut in range(sizes[0], len(content), 7):
+        file.write_bytes(content[:cut])
+        whole = sum(size <= cut for size in sizes)
+        assert repair(file).kept_bytes == sizes[whole - 1]
+        if cut % 5 == 0:
+            assert deposited(file.parent) == list(range(1, whole + 1))

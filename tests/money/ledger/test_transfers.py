@@ -1,0 +1,133 @@
+"""A transfer that exists is well formed, and has one text."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from azu.errors import LedgerError
+from azu.money.ledger import transfers
+from azu.money.ledger.transfers import Deposit, Reserve, Settle, Transfer, decode_transfer, encode_transfer
+from azu.units import MAX_LAMPORTS
+from tests.builders import ALICE, OWNERS
+from tests.money.ledger import moves
+
+ONE_OF_EACH: list[Transfer] = [
+    moves.deposit(MAX_LAMPORTS),
+    moves.reserve("job-1", 0),
+    moves.settle("job-1", 100, w0=40, w1=40),
+    moves.release("job-1"),
+    moves.expire("job-1"),
+    moves.plan_payout("p1", 1),
+    moves.plan_withdrawal("p2", 1),
+    moves.paid("p1", fee_lamports=3),
+    moves.refused("p1"),
+]
+
+
+@pytest.mark.parametrize("transfer", ONE_OF_EACH, ids=lambda transfer: transfer.kind)
+def test_a_transfer_survives_its_text(transfer: Transfer) -> None:
+    assert decode_transfer(encode_transfer(transfer)) == transfer
+
+
+def test_amounts_beyond_a_double_survive_exactly() -> None:
+    assert decode_transfer(encode_transfer(moves.deposit(MAX_LAMPORTS - 1))) == moves.deposit(
+        MAX_LAMPORTS - 1
+    )
+
+
+def test_the_order_of_shares_does_not_matter() -> None:
+    one = moves.settle("job-1", 100, w0=40, w1=40)
+    other = moves.settle("job-1", 100, w1=40, w0=40)
+    assert one == other
+    assert encode_transfer(one) == encode_transfer(other)
+
+
+def test_shares_that_their_caller_changes_later_stay_what_they_were() -> None:
+    shares = {OWNERS[0]: 80}
+    transfer = Settle(id="s", job_id="j", charged_lamports=100, platform_lamports=20, shares=shares)
+    shares[OWNERS[0]] = 90
+    assert transfer.shares == {OWNERS[0]: 80}
+
+
+@pytest.mark.parametrize("lamports", [0, -1, MAX_LAMPORTS + 1, 1.0, True, "1", None])
+def test_a_deposit_of_anything_but_a_whole_positive_amount_is_refused(lamports: Any) -> None:
+    with pytest.raises(LedgerError):
+        Deposit(id="d", address=ALICE, lamports=lamports)
+
+
+@pytest.mark.parametrize("id_", ["", " ", "a b", "a\n", "é", "x" * 201])
+def test_an_id_that_is_not_short_and_printable_is_refused(id_: str) -> None:
+    with pytest.raises(LedgerError):
+        Deposit(id=id_, address=ALICE, lamports=1)
+
+
+@pytest.mark.parametrize(("lamports", "expires_at_ms"), [(-1, 0), (1, -1), (1, 2**53 + 1), (1, 1.5)])
+def test_a_reservation_out_of_range_is_refused(lamports: int, expires_at_ms: Any) -> None:
+    with pytest.raises(LedgerError):
+        Reserve(id="r", address=ALICE, job_id="j", lamports=lamports, expires_at_ms=expires_at_ms)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: moves.settle("job-1", 100, w0=101),
+        lambda: Settle(
+            id="s", job_id="j", charged_lamports=100, platform_lamports=20, shares={OWNERS[0]: 79}
+        ),
+        lambda: Settle(id="s", job_id="j", charged_lamports=100, platform_lamports=20, shares={"0xAB": 80}),
+    ],
+)
+def test_a_settlement_that_does_not_add_up_is_refused(make: Callable[[], Settle]) -> None:
+    with pytest.raises(LedgerError):
+        make()
+
+
+@pytest.mark.parametrize(
+    "change", [{"kind": "gift"}, {"lamports": "5"}, {"lamports": 5.0}, {"note": "hello"}, {"address": "0xAB"}]
+)
+def test_a_text_that_is_no_transfer_of_ours_is_refused(change: dict[str, Any]) -> None:
+    content = json.loads(encode_transfer(moves.deposit(5))) | change
+    with pytest.raises(LedgerError):
+        decode_transfer(json.dumps(content))
+
+
+CONSTRUCTORS = [
+    transfers.user_available,
+    transfers.user_reserved,
+    transfers.user_withdrawing,
+    transfers.worker_earned,
+    transfers.worker_paying,
+    transfers.worker_paid,
+]
+
+
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+@pytest.mark.parametrize(
+    "address", ["", "0x", ALICE.upper(), ALICE[:-1], ALICE + "0", ALICE[2:], ALICE + "\n"]
+)
+def test_no_account_is_made_for_what_is_no_lower_case_address(constructor: object, address: str) -> None:
+    assert callable(constructor)
+    with pytest.raises(LedgerError):
+        constructor(address)
+
+
+def test_every_account_made_is_recognised_and_distinct() -> None:
+    names = [*(constructor(ALICE) for constructor in CONSTRUCTORS), transfers.CHAIN, transfers.PLATFORM]
+    assert len(set(names)) == len(names)
+    assert all(transfers.is_account(name) for name in names)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "chain2", "bank", f"user:{ALICE}:earned", f"worker:{ALICE}", "user:0x1:paid"]
+)
+def test_other_names_are_no_accounts(name: str) -> None:
+    assert not transfers.is_account(name)
+
+
+def test_only_the_chain_and_what_was_paid_out_stand_outside() -> None:
+    inside = [transfers.PLATFORM, *(constructor(ALICE) for constructor in CONSTRUCTORS[:-1])]
+    assert not any(transfers.is_outside(account) for account in inside)
+    assert transfers.is_outside(transfers.CHAIN)
+    assert transfers.is_outside(transfers.worker_paid(ALICE))

@@ -1,0 +1,106 @@
+"""A job costs tokens times layers times the price, and never more than was reserved for it."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from azu.errors import InternalError
+from azu.money.pricing import Division, charge, divide, max_charge
+
+COUNTS = st.integers(0, 10**6)
+
+
+def test_eighty_layers_and_a_hundred_tokens_cost_sixteen_thousand_lamports() -> None:
+    assert charge(prompt_tokens=40, completion_tokens=60, num_layers=80, lamports_per_token_layer=2) == 16_000
+
+
+def test_nothing_is_charged_before_the_first_token() -> None:
+    assert charge(prompt_tokens=1_000, completion_tokens=0, num_layers=80, lamports_per_token_layer=2) == 0
+
+
+@given(prompt=COUNTS, delivered=COUNTS, undelivered=COUNTS, layers=COUNTS, price=COUNTS)
+def test_a_charge_never_exceeds_what_was_reserved(
+    prompt: int, delivered: int, undelivered: int, layers: int, price: int
+) -> None:
+    reserved = max_charge(prompt, delivered + undelivered, layers, price)
+    assert 0 <= charge(prompt, delivered, layers, price) <= reserved
+
+
+A, B, C = (f"0x{digit * 40}" for digit in "abc")
+
+
+def test_sixteen_thousand_lamports_go_20_to_80() -> None:
+    work = {layer: {A if layer < 60 else B: 7} for layer in range(80)}
+    assert divide(16_000, 20, work, 80) == Division(3_200, {A: 9_600, B: 3_200})
+
+
+@pytest.mark.parametrize(
+    ("charged", "platform", "worker"),
+    [(0, 0, 0), (1, 1, 0), (2, 1, 1), (3, 1, 2), (4, 1, 3), (5, 1, 4), (6, 2, 4)],
+)
+def test_what_does_not_divide_20_to_80_is_the_platforms(charged: int, platform: int, worker: int) -> None:
+    assert divide(charged, 20, {0: {A: 1}}, 1) == Division(platform, {A: worker})
+
+
+def test_layers_weigh_the_same_whatever_their_bytes() -> None:
+    assert divide(100, 20, {0: {A: 1}, 1: {B: 10**12}}, 2) == Division(20, {A: 40, B: 40})
+
+
+def test_within_a_layer_the_activated_bytes_count() -> None:
+    assert divide(100, 20, {0: {A: 3, B: 1}}, 1) == Division(20, {A: 60, B: 20})
+
+
+def test_a_worker_that_died_is_paid_for_the_bytes_it_finished() -> None:
+    work = {0: {A: 30, B: 10}, 1: {C: 40}}
+    assert divide(1_000, 20, work, 2) == Division(200, {A: 300, B: 100, C: 400})
+
+
+def test_a_lamport_left_over_goes_to_the_largest_fraction() -> None:
+    # The exact claims are 1 3/7, 2 6/7 and 5 5/7.
+    assert divide(10, 0, {0: {A: 1, B: 2, C: 4}}, 1).workers == {A: 1, B: 3, C: 6}
+
+
+def test_of_equal_fractions_the_lower_address_gets_the_lamport() -> None:
+    assert divide(11, 0, {0: {C: 1, B: 1, A: 1}}, 1).workers == {A: 4, B: 4, C: 3}
+
+
+def test_a_layer_that_nobody_ran_is_the_platforms() -> None:
+    work: dict[int, dict[str, int]] = {0: {A: 1}, 1: {}, 2: {A: 0}}
+    assert divide(400, 20, work, 4) == Division(320, {A: 80})
+    assert divide(400, 20, {}, 4) == Division(400, {})
+
+
+@pytest.mark.parametrize("work", [{4: {A: 1}}, {-1: {A: 1}}, {0: {A: -1, B: 2}}])
+def test_work_that_cannot_have_been_is_refused(work: dict[int, dict[str, int]]) -> None:
+    with pytest.raises(InternalError):
+        divide(100, 20, work, 4)
+
+
+WORK = st.dictionaries(
+    st.integers(0, 11), st.dictionaries(st.sampled_from([A, B, C]), st.integers(0, 10**13), max_size=3)
+)
+
+
+@given(charged=st.integers(0, 10**17), percent=st.integers(0, 100), work=WORK)
+def test_every_division_is_exact_and_fair_to_less_than_a_lamport(
+    charged: int, percent: int, work: dict[int, dict[str, int]]
+) -> None:
+    division = divide(charged, percent, work, 12)
+
+    assert division.platform_lamports + sum(division.workers.values()) == charged
+    assert division.platform_lamports >= Fraction(charged * percent, 100)
+    pot = Fraction(charged * (100 - percent), 100)
+    for payout, lamports in division.workers.items():
+        fair = sum(
+            (
+                pot / 12 * Fraction(layer[payout], sum(layer.values()))
+                for layer in work.values()
+                if layer.get(payout)
+            ),
+            Fraction(),
+        )
+        assert lamports >= 0
+        # One for the remainder among workers, and less than one for that between them and the platform.
+        assert abs(lamports - fair) < 2

@@ -1,0 +1,100 @@
+"""Nobody starts more jobs than the balance, or the key's limit, pays for, however many are sent at once."""
+
+import asyncio
+
+import pytest
+
+from azu.errors import AzuError, InsufficientBalance, Unauthenticated
+from azu.money.ledger.transfers import user_reserved
+from azu.protocol.job import FinishReason, Job, Ran
+from tests.builders import ALICE
+from tests.jobs.test_settlement import ROUTE, WORK, Desk
+
+# 4 prompt and at most 10 completion tokens over 4 layers at 2 lamports.
+MOST = 112
+AT_ONCE = 1_000
+
+
+async def started(desk: Desk, **key: object) -> list[Job]:
+    """Send a thousand jobs at once; return those that were accepted."""
+    sent = (desk.accept(**key) for _ in range(AT_ONCE))
+    answers = await asyncio.gather(*sent, return_exceptions=True)
+    refused = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert all(isinstance(answer, InsufficientBalance) for answer in refused), refused[0]
+    return [answer for answer in answers if isinstance(answer, Job)]
+
+
+def test_a_thousand_submits_against_a_balance_for_ten_jobs_start_ten(redis_url: str) -> None:
+    async def scenario() -> None:
+        desk = Desk(redis_url)
+        await desk.deposit(10 * MOST + 5)
+
+        accepted = await started(desk)
+
+        assert len(accepted) == 10
+        assert await desk.balances() == (5, 10 * MOST)
+        queued = await desk.jobs.take("scheduler", 1, 60_000)
+        assert {record.job.job_id for record in queued} == {job.job_id for job in accepted}
+
+    asyncio.run(scenario())
+
+
+def test_a_thousand_submits_with_a_key_limited_to_ten_jobs_start_ten(redis_url: str) -> None:
+    async def scenario() -> None:
+        desk = Desk(redis_url)
+        await desk.deposit(1_000 * MOST)
+
+        assert len(await started(desk, spend_limit_lamports=10 * MOST + 5)) == 10
+        assert await desk.ledger.balance(user_reserved(ALICE)) == 10 * MOST
+
+    asyncio.run(scenario())
+
+
+async def refusal(desk: Desk, **key: object) -> AzuError:
+    with pytest.raises(AzuError) as refused:
+        await desk.accept(**key)
+    return refused.value
+
+
+def test_what_a_job_did_not_use_of_the_limit_can_be_spent_again(redis_url: str) -> None:
+    async def scenario() -> None:
+        desk = Desk(redis_url)
+        await desk.deposit(10_000)
+        limit = {"spend_limit_lamports": MOST + 80}
+        first = await desk.accept(**limit)
+        assert (await refusal(desk, **limit)).code == "spend_limit_reached"
+
+        # It is charged 80 of its 112.
+        await desk.settlement.settle(first, Ran(6, FinishReason.STOP, WORK), ROUTE)
+        second = await desk.accept(**limit)
+        await desk.settlement.settle(second, Ran(10, FinishReason.LENGTH, WORK), ROUTE)
+
+        assert (await refusal(desk, **limit)).code == "spend_limit_reached"
+        # Other keys of the address are not concerned.
+        await desk.accept(key_id="key-2", spend_limit_lamports=MOST)
+        await desk.accept(key_id="key-3")
+
+    asyncio.run(scenario())
+
+
+def test_a_job_that_the_balance_does_not_bear_takes_nothing_of_the_limit(redis_url: str) -> None:
+    async def scenario() -> None:
+        desk = Desk(redis_url)
+        limit = {"spend_limit_lamports": MOST}
+        assert (await refusal(desk, **limit)).code == "insufficient_balance"
+        await desk.deposit(MOST)
+        await desk.accept(**limit)
+
+    asyncio.run(scenario())
+
+
+def test_a_key_that_ended_reserves_nothing(redis_url: str) -> None:
+    async def scenario() -> None:
+        desk = Desk(redis_url)
+        await desk.deposit(MOST)
+        # The desk's clock stands at 1000.
+        assert isinstance(await refusal(desk, expires_at_ms=1_000), Unauthenticated)
+        assert await desk.balances() == (MOST, 0)
+        await desk.accept(expires_at_ms=1_001)
+
+    asyncio.run(scenario())

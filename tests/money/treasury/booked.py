@@ -1,0 +1,73 @@
+"""Workers' earnings in a real ledger, and what must be true once they are paid."""
+
+import asyncio
+import time
+from collections.abc import Iterable
+
+from eth_account import Account
+
+from azu.auth.signatures import sign_claim
+from azu.devnet.chain import USDC
+from azu.money.ledger.transfers import Deposit, Reserve, Settle, worker_earned, worker_paid, worker_paying
+from tests.money.treasury.world import Open, World
+
+# Worker number n earns this and n lamports.
+PAID = 20_000_000
+
+
+async def owners_who_claimed(world: World, parts: Open, keys: Iterable[int]) -> list[str]:
+    """Return the addresses of these private keys, which have claimed what they earn with the platform."""
+    platform = world.platform.address.lower()
+    accounts = [Account.from_key(f"0x{key:064x}") for key in keys]
+    for account in accounts:
+        assert await parts.payees.claim(account.address.lower(), sign_claim(account, platform))
+    return [account.address.lower() for account in accounts]
+
+
+def fund_platform(world: World) -> None:
+    """Give the platform HYPE to pay with, and dollars to bring its workers' accounts to life."""
+    world.devnet.fund(world.platform.address, 10**11)
+    world.devnet.fund(world.platform.address, 10**11, token=USDC.full_id)
+
+
+async def earn(parts: Open, addresses: list[str]) -> None:
+    """Book a job for every worker, of which it gets all."""
+    for index, address in enumerate(addresses):
+        lamports = PAID + index
+        for transfer in (
+            Deposit(id=f"deposit:{index}", address=address, lamports=lamports),
+            Reserve(
+                id=f"reserve:{index}", address=address, job_id=f"{index}", lamports=lamports, expires_at_ms=1
+            ),
+            Settle(
+                id=f"settle:{index}",
+                job_id=f"{index}",
+                charged_lamports=lamports,
+                platform_lamports=0,
+                shares={address: lamports},
+            ),
+        ):
+            await parts.ledger.apply(transfer)
+
+
+async def all_paid(parts: Open, addresses: list[str], timeout_s: float) -> bool:
+    """Wait until the ledger says that every worker was paid and nothing is open."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        balances = await parts.ledger.balances()
+        arrived = all(balances.get(worker_paid(address), 0) for address in addresses)
+        if arrived and await parts.outbox.open() == ():
+            return True
+        await asyncio.sleep(0.05)
+    return False
+
+
+async def assert_paid_once(world: World, parts: Open, addresses: list[str]) -> None:
+    """The chain's ledger shows every worker exactly one payment of what it earned, and so do the books."""
+    balances = await parts.ledger.balances()
+    assert sum(balances.values()) == 0
+    for index, address in enumerate(addresses):
+        rows = world.devnet.info("userNonFundingLedgerUpdates", address, startTime=0)
+        assert [row["delta"]["amount"] for row in rows] == [f"0.20{index:06d}".rstrip("0")], address
+        assert balances[worker_paid(address)] == PAID + index
+        assert balances[worker_earned(address)] == balances[worker_paying(address)] == 0

@@ -1,0 +1,67 @@
+"""A real treasury process that kills itself, with SIGKILL, before or after its n-th effect."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+
+from eth_account import Account
+
+from azu.jobs.redis import RedisJobs
+from azu.money.chain.api import ChainClient
+from azu.money.chain.networks import network_at
+from azu.money.ledger.redis import RedisLedger
+from azu.money.treasury.payouts import PayoutTimeouts, Threshold
+from azu.money.treasury.process import TreasuryConfig, run
+from azu.money.treasury.redis import RedisCursor, RedisLease, RedisOutbox
+from azu.money.treasury.request_reply import DepositRequests, RedisReceipts
+from azu.money.treasury.withdrawals import RedisWithdrawals
+from tests.killing import Death, kill_at_effect, start
+
+EFFECTS = (
+    (RedisLedger, "apply"),
+    (DepositRequests, "answer"),
+    (RedisCursor, "advance"),
+    (RedisLease, "hold"),
+    (RedisOutbox, "add"),
+    (RedisOutbox, "next_nonce"),
+    (RedisOutbox, "replace"),
+    (RedisOutbox, "remove"),
+    (RedisReceipts, "answer"),
+    (RedisWithdrawals, "refuse"),
+    (RedisWithdrawals, "take_out"),
+    (RedisJobs, "give_up"),
+    (ChainClient, "post_action"),
+)
+_NEVER = Death()
+
+
+@dataclass(frozen=True)
+class Treasury:
+    """Whom a treasury works for, and from how much on it pays."""
+
+    redis_url: str
+    chain_url: str
+    key: str
+    threshold_lamports: int
+
+    def start(self, death: Death = _NEVER) -> BaseProcess:
+        """Start it; it kills itself where `death` says."""
+        return start(_live, self, death)
+
+
+def _live(treasury: Treasury, death: Death) -> None:
+    logging.disable()
+    kill_at_effect(EFFECTS, death)
+    config = TreasuryConfig(
+        redis_url=treasury.redis_url,
+        network=network_at(treasury.chain_url),
+        account=Account.from_key(treasury.key),
+        threshold=Threshold(treasury.threshold_lamports, treasury.threshold_lamports),
+        patience=PayoutTimeouts(conclude_ms=3_000),
+        poll_s=0.05,
+        plan_every_s=0.1,
+        sweep_every_s=0.1,
+        lease_s=0.3,
+    )
+    asyncio.run(run(config, ready=lambda: None))

@@ -1,0 +1,199 @@
+"""Money on its way in every direction at once, and what must be true when all of it has arrived."""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+
+from azu.auth.signatures import Withdrawal, sealed, sign_claim, sign_withdrawal, verify_receipt
+from azu.clock import wall_clock_ms
+from azu.jobs.redis import RedisJobs
+from azu.money.ledger.audit import audit
+from azu.money.ledger.transfers import Deposit, Reserve, Settle, user_reserved, worker_paid
+from azu.money.treasury.request_reply import ClaimStatus, RedisReceipts
+from azu.money.treasury.withdrawals import LEAST_LAMPORTS, RedisWithdrawals, SignedWithdrawal, WithdrawalState
+from azu.protocol.job import FinishReason, JobOutcome, JobState
+from azu.redis_client import connect_redis
+from azu.units import lamports_from_hype
+from tests.builders import ALICE, job, receipt
+from tests.killing import Death
+from tests.money.treasury.dying import Treasury
+from tests.money.treasury.world import Open, World
+
+LOST_LAMPORTS = 700
+COMMISSION_LAMPORTS = 1_000
+# What the platform's wallet holds beside what it owes.
+FLOAT_LAMPORTS = 10**9
+PATIENCE_S = 60.0
+
+
+@dataclass
+class History:
+    """A deposit is claimed, a worker is due, one user withdraws, another tries to, a job got lost.
+
+    `prepare` books what happened before and asks for all that the treasury is to do; `is_over` says when it
+    has done it.
+    """
+
+    world: World
+    parts: Open
+    jobs: RedisJobs
+    withdrawals: RedisWithdrawals
+    receipts: RedisReceipts
+    payer: LocalAccount
+    owner: LocalAccount
+    leaver: LocalAccount
+    dreamer: LocalAccount
+    deposited: int
+    earned: int
+    withdrawn: int
+
+    @property
+    def treasury(self) -> Treasury:
+        """What a treasury for this platform is started with."""
+        world = self.world
+        return Treasury(world.redis_url, world.devnet.url, world.platform.key.hex(), LEAST_LAMPORTS)
+
+    async def prepare(self) -> list[asyncio.Task[object]]:
+        """Return the questions that wait for the treasury's answers: the claim's and the receipt's."""
+        owner, platform = self.owner.address.lower(), self.world.platform.address.lower()
+        charged = self.earned + COMMISSION_LAMPORTS
+        for transfer in (
+            Deposit(id="deposit:0x1", address=ALICE, lamports=charged + LOST_LAMPORTS),
+            Deposit(id="deposit:0x2", address=self.leaver.address.lower(), lamports=self.withdrawn),
+            Reserve(id="reserve:job-1", address=ALICE, job_id="job-1", lamports=charged, expires_at_ms=2**50),
+            Settle(
+                id="settle:job-1",
+                job_id="job-1",
+                charged_lamports=charged,
+                platform_lamports=COMMISSION_LAMPORTS,
+                shares={owner: self.earned},
+            ),
+            Reserve(id="reserve:lost", address=ALICE, job_id="lost", lamports=LOST_LAMPORTS, expires_at_ms=1),
+        ):
+            await self.parts.ledger.apply(transfer)
+        self.world.devnet.fund(platform, charged + LOST_LAMPORTS + self.withdrawn + FLOAT_LAMPORTS)
+        said = receipt(
+            charged_lamports=charged,
+            platform_lamports=COMMISSION_LAMPORTS,
+            worker_lamports={owner: self.earned},
+        )
+        await self.jobs.submit(job())
+        await self.jobs.finish("job-1", JobOutcome(JobState.DONE, FinishReason.STOP, said))
+        assert await self.parts.payees.claim(owner, sign_claim(self.owner, platform))
+        for account, lamports in ((self.leaver, self.withdrawn), (self.dreamer, LEAST_LAMPORTS)):
+            await self.withdrawals.hand_in(self._asked(account, lamports))
+        tx_hash = await self.parts.pay_platform(self.payer, self.deposited)
+        return [asyncio.create_task(self._claim(tx_hash)), asyncio.create_task(self._have_signed())]
+
+    async def is_over(self) -> bool:
+        """Say whether all has arrived where it goes."""
+        ledger = self.parts.ledger
+        balances = await ledger.balances()
+        return (
+            await self._state(self.leaver) is WithdrawalState.PAID
+            and await self._state(self.dreamer) is WithdrawalState.REFUSED
+            and balances.get(worker_paid(self.owner.address.lower())) == self.earned
+            and balances[user_reserved(ALICE)] == 0
+            and await self.parts.available(self.payer) == self.deposited
+            and await self.parts.outbox.open() == ()
+            and await self.withdrawals.waiting() == []
+        )
+
+    async def check(self) -> None:
+        """Nothing was lost, paid twice or stuck, by the books, by the chain, and by both together."""
+        assert self._received(self.owner) == [self.earned]
+        assert self._received(self.leaver) == [self.withdrawn]
+        assert self._received(self.dreamer) == []
+        wallet = await self.parts.chain.spot_balance(self.world.platform.address.lower()) - FLOAT_LAMPORTS
+        books = await self.parts.ledger.snapshot()
+        report = await audit(books, self.parts.ledger.journal(), wallet)
+        assert report.agrees, report.findings
+        assert (report.in_flight_lamports, report.in_transit_lamports) == (0, 0)
+        assert report.revenue_lamports == COMMISSION_LAMPORTS
+        assert report.liabilities_lamports == self.deposited + LOST_LAMPORTS
+
+    def _asked(self, account: LocalAccount, lamports: int) -> SignedWithdrawal:
+        address, platform = account.address.lower(), self.world.platform.address.lower()
+        asked = Withdrawal(
+            address=address, lamports=lamports, nonce=1, expires_at_ms=wall_clock_ms() + 600_000
+        )
+        return SignedWithdrawal(asked, sign_withdrawal(account, asked, platform))
+
+    async def _claim(self, tx_hash: str) -> None:
+        verdict = await self.parts.claims.ask(tx_hash, self.payer.address, PATIENCE_S)
+        assert (verdict.status, verdict.lamports) == (ClaimStatus.CREDITED, self.deposited)
+
+    async def _have_signed(self) -> None:
+        platform = self.world.platform.address.lower()
+        signature = await self.receipts.ask("job-1", PATIENCE_S)
+        record = await self.jobs.get("job-1")
+        assert record is not None
+        assert record.outcome is not None
+        assert verify_receipt(sealed(record.outcome.receipt, platform, signature)) == platform
+
+    async def _state(self, account: LocalAccount) -> WithdrawalState:
+        named = Withdrawal(address=account.address.lower(), lamports=0, nonce=1, expires_at_ms=0)
+        state, _ = await self.withdrawals.state(named, self.parts.ledger)
+        return state
+
+    def _received(self, account: LocalAccount) -> list[int]:
+        """Return what the chain's ledger shows of the platform's payments to an account."""
+        rows = self.world.devnet.info("userNonFundingLedgerUpdates", account.address.lower(), startTime=0)
+        platform = self.world.platform.address.lower()
+        # A fault of this devnet shows a row twice.
+        mine = {row["hash"]: row["delta"] for row in rows if row["delta"].get("user") == platform}
+        return [lamports_from_hype(delta["amount"]) for delta in mine.values()]
+
+
+@asynccontextmanager
+async def history(world: World, dice: random.Random) -> AsyncIterator[History]:
+    """Make a history of random amounts between new accounts, in an empty Redis."""
+    redis = connect_redis(world.redis_url)
+    await redis.flushdb()
+    try:
+        async with world.open() as parts:
+            yield History(
+                world,
+                parts,
+                RedisJobs(redis),
+                RedisWithdrawals(redis),
+                RedisReceipts(redis),
+                payer=world.payer(),
+                owner=Account.create(),
+                leaver=world.payer(),
+                dreamer=world.payer(),
+                deposited=dice.randrange(1, LEAST_LAMPORTS),
+                earned=dice.randrange(LEAST_LAMPORTS, 10 * LEAST_LAMPORTS),
+                withdrawn=dice.randrange(LEAST_LAMPORTS, 10 * LEAST_LAMPORTS),
+            )
+    finally:
+        await redis.aclose()
+
+
+async def play(world: World, dice: random.Random, death: Death) -> bool:
+    """Play a history with a treasury that dies and one that comes after it; say if the first died."""
+    async with history(world, dice) as told:
+        questions = await told.prepare()
+        running = [told.treasury.start(death)]
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            while not await told.is_over():
+                assert time.monotonic() < deadline, f"{death}: something did not arrive"
+                if len(running) == 1 and not running[0].is_alive():
+                    running.append(told.treasury.start())
+                await asyncio.sleep(0.02)
+            await asyncio.gather(*questions)
+            await told.check()
+            # The last write comes after the last thing that can be seen.
+            await asyncio.to_thread(running[0].join, 0.1)
+            return not running[0].is_alive()
+        finally:
+            for process in running:
+                process.kill()
+                process.join(10)

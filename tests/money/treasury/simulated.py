@@ -1,0 +1,242 @@
+"""The treasury's ports in memory, on the devnet's own rules and the ledger's own rules, with a clock by hand.
+
+Whatever is written or posted can be made to crash the caller, before or after it took effect.
+"""
+
+import json
+import random
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+
+from azu.devnet.chain import HYPE, USDC, parse_exchange
+from azu.devnet.chain import DevnetState as DevnetState
+from azu.devnet.server import answer_info
+from azu.errors import ChainError
+from azu.money.chain import api
+from azu.money.chain.networks import ChainNetwork, network_at
+from azu.money.chain.port import LedgerTransfer, Recipient, Refusal, TxDetails
+from azu.money.ledger import rules
+from azu.money.ledger.transfers import (
+    Deposit,
+    Reserve,
+    Settle,
+    Transfer,
+    worker_earned,
+    worker_paid,
+    worker_paying,
+)
+from azu.money.treasury.outbox import Payout, PayoutState, decode_payout, encode_payout
+from azu.money.treasury.payouts import Payer, PayoutTimeouts
+
+PLATFORM = Account.from_key("0x" + "0123456789" * 6 + "0123")
+USER = "0x" + "a1" * 20
+START_MS = 1_790_000_000_000
+
+
+class Crash(Exception):
+    """The process died here."""
+
+
+@dataclass
+class Clock:
+    ms: int = START_MS
+
+    def __call__(self) -> int:
+        return self.ms
+
+
+@dataclass
+class CrashPlan:
+    """Crashes at the n-th effect, before it or after it. Effects are counted through restarts too."""
+
+    at: int | None = None
+    after: bool = False
+    effects: int = 0
+
+    def begin(self) -> bool:
+        """Count an effect; returns whether to crash once it is done."""
+        self.effects += 1
+        hit = self.effects == self.at
+        if hit and not self.after:
+            raise Crash
+        return hit
+
+    def end(self, hit: bool) -> None:
+        if hit:
+            raise Crash
+
+
+@dataclass
+class Line:
+    """How the line to the chain behaves: the chance of each kind of loss, and how late rows come."""
+
+    dice: random.Random = field(default_factory=lambda: random.Random(0))
+    lost_before: float = 0.0
+    lost_after: float = 0.0
+    rows_late_ms: int = 0
+    rows_twice: bool = False
+
+
+@dataclass
+class SimulatedChain:
+    clock: Clock
+    crash: CrashPlan
+    line: Line = field(default_factory=Line)
+    state: DevnetState = field(default_factory=DevnetState)
+    network: ChainNetwork = field(default_factory=lambda: network_at("http://127.0.0.1:1"))
+    posts: list[bytes] = field(default_factory=list)
+
+    async def ledger_updates(self, user: str, start_ms: int) -> AsyncIterator[tuple[LedgerTransfer, ...]]:
+        query = {"type": "userNonFundingLedgerUpdates", "user": user, "startTime": start_ms}
+        rows = api.ledger_rows(answer_info(self.state, query, self.clock(), twice=self.line.rows_twice))
+        yield tuple(transfer for row in rows if (transfer := row.transfer))
+
+    async def tx_details(self, tx_hash: str) -> TxDetails | None:
+        raise NotImplementedError
+
+    async def spot_balance(self, user: str) -> int:
+        return self.state.balance(user, HYPE)
+
+    async def destination(self, user: str, source: str) -> Recipient:
+        return api.destination(answer_info(self.state, {"type": "preTransferCheck", "user": user}, 0))
+
+    async def actions_left(self, user: str) -> int:
+        return api.actions_left(answer_info(self.state, {"type": "userRateLimit", "user": user}, 0))
+
+    async def post_action(self, body: bytes) -> Refusal | None:
+        hit = self.crash.begin()
+        if self.line.dice.random() < self.line.lost_before:
+            raise ChainError("lost on the way there")
+        self.posts.append(body)
+        request, signer, raw = parse_exchange(body)
+        late = self.line.dice.randint(0, self.line.rows_late_ms)
+        answer = self.state.execute(request, signer, raw, self.clock(), rows_late_ms=late)
+        self.crash.end(hit)
+        if self.line.dice.random() < self.line.lost_after:
+            raise ChainError("lost on the way back")
+        return api.refusal(dict(answer))
+
+
+@dataclass
+class MemoryLedger:
+    crash: CrashPlan
+    state: rules.LedgerState = field(default_factory=rules.LedgerState)
+
+    async def apply(self, transfer: Transfer) -> rules.Result:
+        hit = self.crash.begin()
+        self.state, result = rules.apply(self.state, transfer)
+        self.crash.end(hit)
+        return result
+
+    async def result(self, transfer_id: str) -> rules.Result | None:
+        entry = self.state.entries.get(transfer_id)
+        return rules.Result(entry) if entry else None
+
+    async def balances(self) -> Mapping[str, int]:
+        return self.state.balances
+
+    def earn(self, address: str, lamports: int) -> None:
+        """Book a user's job of which the worker gets all."""
+        job = f"job-{len(self.state.entries)}"
+        for transfer in (
+            Deposit(id=f"deposit:{job}", address=USER, lamports=lamports),
+            Reserve(id=f"reserve:{job}", address=USER, job_id=job, lamports=lamports, expires_at_ms=1),
+            Settle(
+                id=f"settle:{job}",
+                job_id=job,
+                charged_lamports=lamports,
+                platform_lamports=0,
+                shares={address: lamports},
+            ),
+        ):
+            self.state, _ = rules.apply(self.state, transfer)
+
+    def worker(self, address: str) -> tuple[int, int, int]:
+        """Return (earned, paying, paid)."""
+        accounts = (worker_earned(address), worker_paying(address), worker_paid(address))
+        earned, paying, paid = (self.state.balances.get(account, 0) for account in accounts)
+        return earned, paying, paid
+
+
+@dataclass
+class MemoryOutbox:
+    crash: CrashPlan
+    contents: dict[str, str] = field(default_factory=dict)
+    nonce: int = 0
+
+    async def open(self) -> tuple[Payout, ...]:
+        return tuple(decode_payout(content) for content in self.contents.values())
+
+    async def add(self, payout: Payout) -> bool:
+        return self._write(payout.address, None, encode_payout(payout))
+
+    async def replace(self, old: Payout, new: Payout) -> bool:
+        return self._write(old.address, encode_payout(old), encode_payout(new))
+
+    async def remove(self, payout: Payout) -> bool:
+        return self._write(payout.address, encode_payout(payout), None)
+
+    async def next_nonce(self, now_ms: int) -> int:
+        hit = self.crash.begin()
+        self.nonce = max(self.nonce + 1, now_ms)
+        self.crash.end(hit)
+        return self.nonce
+
+    def _write(self, address: str, old: str | None, new: str | None) -> bool:
+        hit = self.crash.begin()
+        matches = self.contents.get(address) == old
+        if matches and new is None:
+            del self.contents[address]
+        elif matches and new is not None:
+            self.contents[address] = new
+        self.crash.end(hit)
+        return matches
+
+
+class Simulation:
+    """A platform with funds, its chain, its books and its outbox; payers come and go."""
+
+    def __init__(
+        self,
+        *,
+        crash: CrashPlan | None = None,
+        line: Line | None = None,
+        funds: int = 10**12,
+        dollars: int = 10**12,
+    ) -> None:
+        self.clock = Clock()
+        self.crash = crash or CrashPlan()
+        self.chain = SimulatedChain(self.clock, self.crash, line or Line())
+        self.ledger = MemoryLedger(self.crash)
+        self.outbox = MemoryOutbox(self.crash)
+        self.patience = PayoutTimeouts(conclude_ms=600_000)
+        self.refused: list[str] = []
+        self.platform: LocalAccount = PLATFORM
+        for token, amount in ((HYPE, funds), (USDC, dollars)):
+            if amount:
+                self.chain.state.fund(self.platform.address.lower(), token, amount, self.clock())
+
+    def payer(self) -> Payer:
+        """Return a payer with nothing in its memory, as a process that was just started."""
+        return Payer(
+            self.chain,
+            self.ledger,
+            self.outbox,
+            self.platform,
+            self.patience,
+            on_refused=self.refused.append,
+            now_ms=self.clock,
+        )
+
+    def received(self, address: str) -> list[str]:
+        """Return the amounts that the chain's ledger shows for an address."""
+        return [str(row.delta["amount"]) for row in self.chain.state.rows.get(address, ())]
+
+    def states(self) -> list[PayoutState]:
+        return [decode_payout(content).state for content in self.outbox.contents.values()]
+
+    def is_burned(self) -> bool:
+        return any(json.loads(body)["action"]["type"] == "noop" for body in self.chain.posts)

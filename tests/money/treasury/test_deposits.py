@@ -1,0 +1,313 @@
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from eth_account import Account
+
+from azu.devnet.chain import SECOND_HYPE
+from azu.money.chain.port import LedgerTransfer, TxDetails
+from azu.money.chain.wallet import send_hype
+from azu.money.ledger.transfers import CHAIN
+from azu.money.treasury.deposits import DepositWatcher, SightingState, agrees, is_candidate, judge
+from tests.money.treasury.world import Open, World
+
+ALICE, PLATFORM = "0x" + "a1" * 20, "0x" + "0f" * 20
+HYPE = "HYPE:0x7317beb7cceed72ef0b346074cc8e7ab"
+HASH = "0x" + "12" * 32
+ROW = LedgerTransfer(
+    time_ms=1,
+    hash=HASH,
+    sender=ALICE,
+    destination=PLATFORM,
+    token_name="HYPE",
+    amount="5.0",
+    to_spot=True,
+    nonce=7,
+)
+ACTION = {
+    "type": "sendAsset",
+    "destination": PLATFORM,
+    "sourceDex": "spot",
+    "destinationDex": "spot",
+    "token": HYPE,
+    "amount": "5",
+    "fromSubAccount": "",
+}
+
+
+def judged(error: str | None = None, **changes: Any) -> SightingState:
+    details = TxDetails(hash=HASH, time_ms=1, user=ALICE, action=ACTION | changes, error=error)
+    return judge(details, platform=PLATFORM, hype=HYPE).state
+
+
+def test_hype_sent_to_the_platform_is_good() -> None:
+    sighting = judge(TxDetails(HASH, 1, ALICE, ACTION, None), platform=PLATFORM, hype=HYPE)
+
+    assert (sighting.state, sighting.sender, sighting.lamports) == (
+        SightingState.PENDING,
+        ALICE,
+        500_000_000,
+    )
+    assert agrees(ROW, sighting)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"type": "order"},
+        {"type": "usdSend"},
+        {"destination": ALICE},
+        {"destination": None},
+        {"destinationDex": "xyz"},
+        {"token": "HYPE:0xfa15e000fa15e000fa15e000fa15e000"},
+        {"token": "HYPE"},
+        {"fromSubAccount": ALICE},
+        {"amount": "0.000000001"},
+        {"amount": "nan"},
+        {"amount": None},
+        {"error": "Insufficient balance for token transfer"},
+    ],
+)
+def test_everything_else_is_rejected(changes: dict[str, Any]) -> None:
+    assert judged(**changes) is SightingState.REJECTED
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sender": PLATFORM},
+        {"destination": ALICE},
+        {"token_name": "USDC"},
+        {"to_spot": False},
+        {"hash": "0x" + "00" * 32},
+    ],
+)
+def test_a_row_that_cannot_be_a_deposit_is_passed_over(changes: dict[str, Any]) -> None:
+    assert is_candidate(ROW, PLATFORM)
+    assert not is_candidate(replace(ROW, **changes), PLATFORM)
+
+
+@pytest.mark.parametrize("changes", [{"sender": PLATFORM}, {"amount": "5.00000001"}, {"amount": "x"}])
+def test_a_row_that_says_something_else_than_the_action_is_noticed(changes: dict[str, Any]) -> None:
+    sighting = judge(TxDetails(HASH, 1, ALICE, ACTION, None), platform=PLATFORM, hype=HYPE)
+
+    assert not agrees(replace(ROW, **changes), sighting)
+
+
+BOB = "0x" + "b0" * 20
+
+
+def test_a_transfer_to_the_platform_is_credited_to_its_sender(world: World) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        tx_hash = await parts.pay_platform(alice, 123_456_789)
+        await parts.watcher.poll()
+
+        assert await parts.available(alice) == 123_456_789
+        assert await parts.ledger.result(f"deposit:{tx_hash}") is not None
+
+    world.run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("rows_twice", {"times": None}),
+        ("rows_late", {"seconds": 0.6, "times": 2}),
+        ("rate_limited", {"path": "/info", "times": 3}),
+        ("rate_limited", {"path": "/explorer", "times": 3}),
+        ("reply_dropped_after", {"path": "/info", "times": 3}),
+        ("server_error_before", {"path": "/explorer", "times": 3}),
+        ("delay", {"path": "/info", "times": 3, "seconds": 0.3}),
+        ("restart", {"seconds": 0.7}),
+    ],
+)
+def test_every_deposit_is_credited_once_under_a_fault(
+    world: World, kind: str, options: dict[str, object]
+) -> None:
+    alice, carol = world.payer(), world.payer()
+
+    async def scenario(parts: Open) -> None:
+        if kind == "rows_late":
+            world.devnet.fault(kind, **options)
+        # In a row for each payer; the first of them appear after the last.
+        for lamports in (1, 20, 300):
+            for payer in (alice, carol):
+                await parts.pay_platform(payer, lamports)
+        if kind != "rows_late":
+            world.devnet.fault(kind, **options)
+        for _ in range(4):
+            await parts.watcher.poll()
+            await asyncio.sleep(0.2)
+
+        assert (await parts.available(alice), await parts.available(carol)) == (321, 321)
+        assert (await parts.ledger.balances())[CHAIN] == -642
+
+    world.run(scenario)
+
+
+def test_a_row_that_is_later_than_the_cursor_is_credited(world: World) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        await parts.pay_platform(alice, 1)  # activates the platform's account
+        world.devnet.fault("rows_late", seconds=1.0)
+        late = asyncio.create_task(parts.pay_platform(alice, 20))
+        await asyncio.sleep(0.3)
+        await parts.pay_platform(alice, 300)
+        await parts.watcher.poll()
+        before = await parts.available(alice)
+        await late
+        await parts.watcher.poll()
+
+        assert (before, await parts.available(alice)) == (301, 321)
+
+    world.run(scenario)
+
+
+def test_what_is_not_a_deposit_is_not_credited(world: World) -> None:
+    alice, platform = world.payer(), world.platform.address
+    world.devnet.fault("second_hype")
+    world.devnet.fund(alice.address, 5, token=SECOND_HYPE.full_id)
+    world.devnet.fund(platform, 7_000)  # out of nothing: a row, but not a transfer
+
+    async def scenario(parts: Open) -> None:
+        exchange = second_hype_exchange(world, alice)
+        assert exchange.send_asset(platform, "spot", "spot", SECOND_HYPE.full_id, "0.00000005") == {
+            "status": "ok",
+            "response": {"type": "default"},
+        }
+        exchange.send_asset(platform, "spot", "spot", "USDC:0x6d1e7cde53ba9467b783cb7c530ce054", "1")
+        await send_hype(parts.chain, alice, BOB, 11)
+        await send_hype(parts.chain, parts.platform, alice.address, 13)  # from the platform
+        await parts.watcher.poll()
+
+        assert await parts.ledger.balances() == {}
+
+    world.run(scenario)
+
+
+def test_a_long_history_is_read_to_its_end_and_not_again(world: World) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        await parts.pay_platform(alice, 1)
+        for _ in range(520):
+            world.devnet.fund(world.platform.address, 1)
+        await parts.pay_platform(alice, 2)
+        await parts.watcher.poll()
+
+        assert await parts.available(alice) == 3
+        [*_, last] = world.devnet.info("userNonFundingLedgerUpdates", alice.address, startTime=0)
+        assert await parts.cursor.read() == last["time"]
+
+    world.run(scenario)
+
+
+def test_a_watcher_killed_before_its_cursor_moved_credits_nothing_twice(world: World) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        await parts.pay_platform(alice, 5)
+
+        class Killed(Exception):
+            pass
+
+        class DyingCursor:
+            async def read(self) -> int:
+                return await parts.cursor.read()
+
+            async def advance(self, time_ms: int) -> None:
+                raise Killed
+
+        platform = parts.platform.address.lower()
+        with pytest.raises(Killed):
+            await DepositWatcher(parts.chain, parts.ledger, DyingCursor(), platform=platform).poll()
+        assert await parts.available(alice) == 5
+        again = DepositWatcher(parts.chain, parts.ledger, parts.cursor, platform=platform)
+        await again.poll()
+        await again.poll()
+
+        assert await parts.available(alice) == 5
+
+    world.run(scenario)
+
+
+def test_two_watchers_credit_once(world: World) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        for lamports in range(1, 6):
+            await parts.pay_platform(alice, lamports)
+        platform = parts.platform.address.lower()
+        watchers = [
+            DepositWatcher(parts.chain, parts.ledger, parts.cursor, platform=platform) for _ in range(3)
+        ]
+        await asyncio.gather(*(watcher.poll() for watcher in watchers))
+
+        assert await parts.available(alice) == 15
+
+    world.run(scenario)
+
+
+def test_a_row_the_explorer_does_not_know_yet_holds_the_cursor(world: World) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        tx_hash = await parts.pay_platform(alice, 5)
+        details = await parts.chain.tx_details(tx_hash)
+        assert details is not None
+        explorer_knows = False
+
+        class SlowExplorer:
+            network = parts.chain.network
+            ledger_updates = staticmethod(parts.chain.ledger_updates)
+
+            async def tx_details(self, _hash: str) -> object:
+                return details if explorer_knows else None
+
+        watcher = DepositWatcher(
+            SlowExplorer(),  # type: ignore[arg-type]
+            parts.ledger,
+            parts.cursor,
+            platform=parts.platform.address.lower(),
+        )
+        await watcher.poll()
+        assert await parts.available(alice) == 0
+        assert await parts.cursor.read() <= details.time_ms
+        explorer_knows = True
+        await watcher.poll()
+
+        assert await parts.available(alice) == 5
+
+    world.run(scenario)
+
+
+def test_a_look_at_a_hash_says_what_it_is(world: World) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        good = await parts.pay_platform(alice, 5)
+        elsewhere = await send_hype(parts.chain, alice, BOB, 5)
+        stranger = Account.create().address.lower()
+
+        credited = await parts.watcher.look(good)
+        assert (credited.state, credited.sender, credited.lamports) == (
+            SightingState.CREDITED,
+            alice.address.lower(),
+            5,
+        )
+        assert await parts.available(alice) == 5
+        assert (await parts.watcher.look(elsewhere)).state is SightingState.REJECTED
+        assert (await parts.watcher.look("0x" + "12" * 32)).state is SightingState.UNKNOWN
+        assert await parts.ledger.balance(f"user:{stranger}:available") == 0
+
+    world.run(scenario)
+
+
+def second_hype_exchange(world: World, account: object):  # type: ignore[no-untyped-def]
+    from hyperliquid.exchange import Exchange
+
+    return Exchange(account, world.devnet.url, timeout=5)

@@ -1,0 +1,158 @@
+"""The treasury's durable state in a real Redis, read and written as two processes would."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from eth_account import Account
+from redis.asyncio import Redis
+
+from azu.auth.signatures import sign_claim
+from azu.errors import Unavailable
+from azu.money.chain.port import SignedAction
+from azu.money.treasury.outbox import Payout, PayoutState, decode_payout, encode_payout
+from azu.money.treasury.redis import EarningsClaims, RedisCursor, RedisLease, RedisOutbox
+from azu.redis_client import connect_redis
+
+PAYOUT = Payout(
+    payout_id="payout:1",
+    address="0x" + "0e" * 20,
+    lamports=10**17,
+    planned_at_ms=1_790_000_000_000,
+    since_ms=5,
+)
+SIGNED = PAYOUT.signed(SignedAction(1_790_000_000_001, b'{"action":{}}'))
+
+
+def run(redis_url: str, scenario: Callable[[Redis], Coroutine[Any, Any, None]]) -> None:
+    async def inside() -> None:
+        redis = connect_redis(redis_url)
+        try:
+            await scenario(redis)
+        finally:
+            await redis.aclose()
+
+    asyncio.run(inside())
+
+
+def test_a_cursor_only_moves_forward(redis_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
+        cursor = RedisCursor(redis)
+        assert await cursor.read() == 0
+        for time_ms in (1_790_000_000_002, 1_790_000_000_001, 0):
+            await cursor.advance(time_ms)
+        assert await RedisCursor(redis).read() == 1_790_000_000_002
+
+    run(redis_url, scenario)
+
+
+def test_an_outbox_keeps_a_payout_through_its_states(redis_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
+        outbox = RedisOutbox(redis)
+        assert await outbox.add(PAYOUT)
+        assert await outbox.replace(PAYOUT, SIGNED)
+        assert await RedisOutbox(redis).open() == (SIGNED,)
+        assert await outbox.remove(SIGNED)
+        assert await outbox.open() == ()
+
+    run(redis_url, scenario)
+
+
+def test_a_write_that_is_sent_again_answers_the_same(redis_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
+        outbox = RedisOutbox(redis)
+        assert [await outbox.add(PAYOUT) for _ in range(2)] == [True, True]
+        assert [await outbox.replace(PAYOUT, SIGNED) for _ in range(2)] == [True, True]
+        assert [await outbox.remove(SIGNED) for _ in range(2)] == [True, True]
+
+    run(redis_url, scenario)
+
+
+def test_who_read_an_older_state_changes_nothing(redis_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
+        outbox = RedisOutbox(redis)
+        await outbox.add(PAYOUT)
+        await outbox.replace(PAYOUT, SIGNED)
+
+        assert not await outbox.add(replace(PAYOUT, payout_id="payout:2"))
+        assert not await outbox.replace(PAYOUT, PAYOUT.failed("old"))
+        assert not await outbox.remove(PAYOUT)
+        assert await outbox.open() == (SIGNED,)
+
+    run(redis_url, scenario)
+
+
+def test_nonces_are_near_the_clock_and_never_given_twice(redis_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
+        outboxes = [RedisOutbox(redis) for _ in range(4)]
+        nonces = await asyncio.gather(*(outbox.next_nonce(1_790_000_000_000) for outbox in outboxes * 5))
+        assert sorted(nonces) == [1_790_000_000_000 + index for index in range(20)]
+        # A clock that goes back does not give one again.
+        assert await outboxes[0].next_nonce(1_789_000_000_000) == 1_790_000_000_020
+
+    run(redis_url, scenario)
+
+
+def test_one_signer_holds_the_lease_until_it_is_released_or_silent(redis_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
+        first, second = RedisLease(redis, ttl_ms=400), RedisLease(redis, ttl_ms=400)
+        assert await first.hold()
+        assert not await second.hold()
+        assert await first.hold()
+        await second.release()
+        assert not await second.hold()
+        await first.release()
+        assert await second.hold()
+        await asyncio.sleep(0.5)
+        assert await first.hold()
+
+    run(redis_url, scenario)
+
+
+def test_a_redis_that_is_away_is_unavailable() -> None:
+    async def scenario(redis: Redis) -> None:
+        with pytest.raises(Unavailable):
+            await RedisOutbox(redis).open()
+
+    run("redis://127.0.0.1:9/0", scenario)
+
+
+def test_a_payout_written_before_a_field_existed_is_read_and_written_the_same() -> None:
+    assert encode_payout(decode_payout(encode_payout(SIGNED))) == encode_payout(SIGNED)
+    assert "burned_at_ms" not in encode_payout(SIGNED)
+    assert decode_payout(encode_payout(PAYOUT)).state is PayoutState.PLANNED
+
+
+OWNER = Account.from_key("0x" + "07" * 32)
+MALLORY = Account.from_key("0x" + "08" * 32)
+ADDRESS = OWNER.address.lower()
+PLATFORM, OTHER_PLATFORM = "0x" + "99" * 20, "0x" + "98" * 20
+
+
+def test_an_address_has_claimed_once_it_signed(redis_url: str) -> None:
+    async def scenario() -> None:
+        redis = connect_redis(redis_url)
+        payees = EarningsClaims(redis, PLATFORM)
+        assert not await payees.has_claimed(ADDRESS)
+        for signature in (sign_claim(MALLORY, PLATFORM), sign_claim(OWNER, OTHER_PLATFORM), "0x", "zz"):
+            assert not await payees.claim(ADDRESS, signature)
+        assert not await payees.has_claimed(ADDRESS)
+
+        assert await payees.claim(ADDRESS, sign_claim(OWNER, PLATFORM))
+        assert await payees.has_claimed(ADDRESS)
+        assert not await EarningsClaims(redis, OTHER_PLATFORM).has_claimed(ADDRESS)
+        await redis.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_a_claim_that_somebody_wrote_there_without_a_signature_is_none(redis_url: str) -> None:
+    async def scenario() -> None:
+        redis = connect_redis(redis_url)
+        await redis.hset("azu:treasury:payees", ADDRESS, sign_claim(MALLORY, PLATFORM))
+        assert not await EarningsClaims(redis, PLATFORM).has_claimed(ADDRESS)
+        await redis.aclose()
+
+    asyncio.run(scenario())

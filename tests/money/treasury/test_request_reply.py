@@ -1,0 +1,268 @@
+"""What `POST /deposit` is told, over a real devnet and a real Redis."""
+
+import asyncio
+import json
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+
+from azu.devnet.chain import SECOND_HYPE
+from azu.errors import DeadlineExceeded, DepositRejected, Forbidden, InvalidRequest, NotFound
+from azu.money.chain.actions import sign_send_asset
+from azu.money.treasury.request_reply import ClaimStatus, ClaimVerdict
+from azu.units import LAMPORTS_PER_HYPE
+from tests.money.chain.running import RunningDevnet
+from tests.money.treasury.world import Open, World
+
+BOB = "0x" + "b0" * 20
+TIMEOUT_S = 8.0
+
+
+def with_treasury(world: World, scenario: Callable[[Open], Coroutine[Any, Any, None]]) -> None:
+    """Run a scenario while claims are answered and nothing else looks at the chain."""
+
+    async def inside(parts: Open) -> None:
+        treasury = asyncio.create_task(parts.answer_claims())
+        try:
+            await scenario(parts)
+        finally:
+            treasury.cancel()
+
+    world.run(inside)
+
+
+def test_a_claim_of_ones_own_deposit_credits_it(world: World) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        tx_hash = await parts.pay_platform(alice, 77)
+
+        # As people paste them: in capitals.
+        verdict = await parts.claims.ask("0x" + tx_hash[2:].upper(), alice.address, TIMEOUT_S)
+
+        assert verdict == ClaimVerdict(ClaimStatus.CREDITED, 77)
+        assert await parts.available(alice) == 77
+
+    with_treasury(world, scenario)
+
+
+def test_a_claim_before_the_row_appears_is_credited_when_it_does(world: World) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        first = await parts.pay_platform(alice, 1)
+        world.devnet.fault("rows_late", seconds=1.5)
+        late = asyncio.create_task(parts.pay_platform(alice, 76))
+        while (tx_hash := last_hash(world.devnet, alice)) == first:
+            await asyncio.sleep(0.02)
+
+        impatient = await parts.claims.ask(tx_hash, alice.address, 0.5)
+        patient = await parts.claims.ask(tx_hash, alice.address, TIMEOUT_S)
+
+        assert impatient == ClaimVerdict(ClaimStatus.PENDING, 0)
+        assert patient == ClaimVerdict(ClaimStatus.CREDITED, 76)
+        await late
+
+    with_treasury(world, scenario)
+
+
+def test_another_address_learns_nothing_and_gets_nothing(world: World) -> None:
+    alice, mallory = world.payer(), Account.create()
+
+    async def scenario(parts: Open) -> None:
+        tx_hash = await parts.pay_platform(alice, 77)
+
+        with pytest.raises(Forbidden):
+            await parts.claims.ask(tx_hash, mallory.address, TIMEOUT_S)
+
+        assert await parts.available(mallory) == 0
+
+    with_treasury(world, scenario)
+
+
+def failed(world: World, alice: LocalAccount) -> str:
+    exchange(world, alice).send_asset(
+        world.platform.address, "spot", "spot", world.devnet.network.hype, "999"
+    )
+    return last_hash(world.devnet, alice)
+
+
+def wrong_token(world: World, alice: LocalAccount) -> str:
+    world.devnet.fault("second_hype")
+    world.devnet.fund(alice.address, LAMPORTS_PER_HYPE, token=SECOND_HYPE.full_id)
+    exchange(world, alice).send_asset(world.platform.address, "spot", "spot", SECOND_HYPE.full_id, "1")
+    return last_hash(world.devnet, alice)
+
+
+def to_somebody_else(world: World, alice: LocalAccount) -> str:
+    exchange(world, alice).send_asset(BOB, "spot", "spot", world.devnet.network.hype, "1")
+    return last_hash(world.devnet, alice)
+
+
+def no_transfer(world: World, alice: LocalAccount) -> str:
+    exchange(world, alice).noop(time.time_ns() // 1_000_000)
+    return last_hash(world.devnet, alice)
+
+
+@pytest.mark.parametrize("make", [failed, wrong_token, to_somebody_else, no_transfer])
+def test_what_is_no_deposit_is_rejected_and_credits_nothing(
+    world: World, make: Callable[[World, LocalAccount], str]
+) -> None:
+    alice = world.payer()
+    tx_hash = make(world, alice)
+
+    async def scenario(parts: Open) -> None:
+        with pytest.raises(DepositRejected):
+            await parts.claims.ask(tx_hash, alice.address, TIMEOUT_S)
+        await parts.watcher.poll()
+
+        assert await parts.ledger.balances() == {}
+
+    with_treasury(world, scenario)
+
+
+def test_a_hash_the_chain_does_not_know_is_not_found(world: World) -> None:
+    async def scenario(parts: Open) -> None:
+        with pytest.raises(NotFound):
+            await parts.claims.ask("0x" + "12" * 32, BOB, TIMEOUT_S)
+
+    with_treasury(world, scenario)
+
+
+@pytest.mark.parametrize("tx_sig", ["", "0x12", "12" * 32, "0x" + "zz" * 32, "0x" + "12" * 33])
+def test_a_malformed_hash_is_refused_before_anything_is_asked(world: World, tx_sig: str) -> None:
+    async def scenario(parts: Open) -> None:
+        with pytest.raises(InvalidRequest) as caught:
+            await parts.claims.ask(tx_sig, BOB, TIMEOUT_S)
+
+        assert caught.value.param == "tx_sig"
+        assert await parts.claims.waiting(10) == []
+
+    world.run(scenario)
+
+
+def test_a_treasury_that_is_away_is_said_to_be(world: World) -> None:
+    async def scenario(parts: Open) -> None:
+        with pytest.raises(DeadlineExceeded):
+            await parts.claims.ask("0x" + "12" * 32, BOB, 0.3)
+
+    world.run(scenario)
+
+
+def test_a_claim_outlives_a_treasury_that_dies_over_it(world: World) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        tx_hash = await parts.pay_platform(alice, 77)
+        asking = asyncio.create_task(parts.claims.ask(tx_hash, alice.address, TIMEOUT_S))
+        while not await parts.claims.waiting(1):
+            await asyncio.sleep(0.01)
+        # The first treasury credits and dies before it answers.
+        await parts.watcher.look(tx_hash)
+        second = asyncio.create_task(parts.answer_claims())
+
+        assert await asking == ClaimVerdict(ClaimStatus.CREDITED, 77)
+        assert await parts.available(alice) == 77
+        second.cancel()
+
+    world.run(scenario)
+
+
+def test_many_copies_of_one_claim_credit_once(world: World) -> None:
+    copies_of_one_claim(world, 50)
+
+
+@pytest.mark.prove
+def test_a_thousand_copies_of_one_claim_credit_once(world: World, figures: Counter[str]) -> None:
+    copies_of_one_claim(world, 1000)
+    figures["copies of one claim at once, which credited once"] += 1000
+
+
+def copies_of_one_claim(world: World, copies: int) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        tx_hash = await parts.pay_platform(alice, 77)
+        polls = asyncio.create_task(parts.watcher.poll())
+
+        verdicts = await asyncio.gather(
+            *(parts.claims.ask(tx_hash, alice.address, 60.0) for _ in range(copies))
+        )
+
+        await polls
+        assert set(verdicts) == {ClaimVerdict(ClaimStatus.CREDITED, 77)}
+        assert await parts.available(alice) == 77
+        assert await parts.claims.waiting(10) == []
+
+    with_treasury(world, scenario)
+
+
+@pytest.mark.prove
+def test_a_thousand_bad_claims_credit_nothing(world: World, figures: Counter[str]) -> None:
+    alice, mallory = world.payer(), Account.create()
+    no_deposits = [make(world, alice) for make in (failed, wrong_token, to_somebody_else, no_transfer)]
+
+    async def scenario(parts: Open) -> None:
+        credited = await parts.pay_platform(alice, 5)
+        await parts.claims.ask(credited, alice.address, TIMEOUT_S)
+        claims = [
+            *((tx_hash, alice.address) for tx_hash in no_deposits for _ in range(150)),
+            *((credited, alice.address) for _ in range(100)),
+            *((credited, mallory.address) for _ in range(100)),
+            *((f"0x{secrets.token_hex(32)}", mallory.address) for _ in range(100)),
+            *((expired(world, alice), alice.address) for _ in range(100)),
+        ]
+
+        outcomes = await asyncio.gather(
+            *(parts.claims.ask(tx_hash, address, 120.0) for tx_hash, address in claims),
+            return_exceptions=True,
+        )
+
+        assert len(claims) == 1000
+        assert Counter(type(outcome) for outcome in outcomes) == {
+            DepositRejected: 600,
+            ClaimVerdict: 100,
+            Forbidden: 100,
+            NotFound: 200,
+        }
+        # Whoever claims it again is told the same, and gets nothing more.
+        assert await parts.ledger.balances() == {
+            "chain": -5,
+            f"user:{alice.address.lower()}:available": 5,
+        }
+        figures["forged, foreign, failed, wrong-token, replayed or expired claims, which credited 0"] += 1000
+
+    with_treasury(world, scenario)
+
+
+def expired(world: World, alice: LocalAccount) -> str:
+    """Send a transfer too late for the chain; return what its sender could take for its hash."""
+    action = sign_send_asset(
+        alice,
+        world.devnet.network,
+        destination=world.platform.address,
+        lamports=5,
+        nonce=time.time_ns() // 1_000_000,
+    )
+    request = json.loads(action.body) | {"expiresAfter": 1}
+    reply = world.devnet.http.post("/exchange", json=request).json()
+    assert reply == {"status": "err", "response": "Action expired"}
+    signature_half: str = request["signature"]["r"]
+    return signature_half
+
+
+def exchange(world: World, account: LocalAccount) -> Any:
+    from hyperliquid.exchange import Exchange
+
+    return Exchange(account, world.devnet.url, timeout=5)
+
+
+def last_hash(devnet: RunningDevnet, account: LocalAccount) -> str:
+    tx_hash: str = devnet.txs(account.address)[0]["hash"]
+    return tx_hash

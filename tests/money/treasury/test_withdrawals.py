@@ -1,0 +1,286 @@
+"""Withdrawals over a real devnet and a real Redis: sent back once, to the address that signed them."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+
+from azu.auth.signatures import Withdrawal, sign_withdrawal
+from azu.clock import wall_clock_ms
+from azu.errors import ChainError, Conflict, NotFound
+from azu.money.ledger.rules import Result
+from azu.money.ledger.transfers import user_withdrawing
+from azu.money.treasury.payouts import Payer, PayoutSelector, PayoutTimeouts, Threshold
+from azu.money.treasury.withdrawals import (
+    LEAST_LAMPORTS,
+    RedisWithdrawals,
+    SignedWithdrawal,
+    WithdrawalPlanner,
+    WithdrawalState,
+)
+from tests.money.ledger import moves
+from tests.money.treasury.booked import fund_platform
+from tests.money.treasury.world import Everybody, Open, World
+
+HELD = 5 * LEAST_LAMPORTS
+THRESHOLD = Threshold(LEAST_LAMPORTS, 4 * LEAST_LAMPORTS)
+
+
+def signed(
+    world: World, account: LocalAccount, lamports: int, nonce: int = 1, life_ms: int = 60_000
+) -> SignedWithdrawal:
+    asked = Withdrawal(
+        address=account.address.lower(),
+        lamports=lamports,
+        nonce=nonce,
+        expires_at_ms=wall_clock_ms() + life_ms,
+    )
+    return SignedWithdrawal(asked, sign_withdrawal(account, asked, world.platform.address.lower()))
+
+
+class Treasury:
+    """The treasury's parts that withdrawals pass through."""
+
+    def __init__(self, world: World, parts: Open) -> None:
+        platform = world.platform.address.lower()
+        self.desk = RedisWithdrawals.from_url(world.redis_url)
+        self.ledger = parts.ledger
+        dues = PayoutSelector(parts.chain, parts.ledger, Everybody(), platform, THRESHOLD)
+        self.withdrawals = WithdrawalPlanner(self.desk, parts.ledger, parts.outbox, dues, platform=platform)
+        self.payer = Payer(
+            parts.chain,
+            parts.ledger,
+            parts.outbox,
+            world.platform,
+            PayoutTimeouts(conclude_ms=1_500),
+            on_refused=lambda _address: None,
+            withdrawals=self.withdrawals,
+        )
+
+    async def step(self) -> None:
+        try:
+            await self.payer.carry_on()
+            await self.withdrawals.plan(20, 0)
+        except ChainError:
+            await asyncio.sleep(0.05)
+
+    async def until_decided(self, asked: SignedWithdrawal) -> tuple[WithdrawalState, str | None]:
+        """Go on until a withdrawal has come to its end and waits no more."""
+        for _ in range(400):
+            await self.step()
+            state, reason = await self.desk.state(asked.withdrawal, self.ledger)
+            decided = state in (WithdrawalState.PAID, WithdrawalState.REFUSED)
+            if decided and asked not in await self.desk.waiting():
+                return state, reason
+            await asyncio.sleep(0.02)
+        raise AssertionError(state)
+
+
+def credited(world: World) -> LocalAccount:
+    """Return an account that is alive on the chain."""
+    fund_platform(world)
+    return world.payer()
+
+
+def received(world: World, account: LocalAccount) -> list[str]:
+    rows = world.devnet.info("userNonFundingLedgerUpdates", account.address.lower(), startTime=0)
+    platform = world.platform.address.lower()
+    return [row["delta"]["amount"] for row in rows if row["delta"].get("user") == platform]
+
+
+def test_a_withdrawal_arrives_once_however_often_it_is_handed_in(world: World) -> None:
+    alice = credited(world)
+
+    async def scenario(parts: Open) -> None:
+        treasury = Treasury(world, parts)
+        await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
+        asked = signed(world, alice, 3 * LEAST_LAMPORTS)
+        await treasury.desk.hand_in(asked)
+        assert await treasury.desk.state(asked.withdrawal, parts.ledger) == (WithdrawalState.WAITING, None)
+        assert await treasury.until_decided(asked) == (WithdrawalState.PAID, None)
+
+        for _ in range(3):
+            await treasury.desk.hand_in(asked)
+            assert await treasury.until_decided(asked) == (WithdrawalState.PAID, None)
+
+        assert received(world, alice) == ["0.03"]
+        assert await parts.available(alice) == HELD - 3 * LEAST_LAMPORTS
+        assert await parts.ledger.balance(user_withdrawing(alice.address.lower())) == 0
+
+    world.run(scenario)
+
+
+@pytest.mark.parametrize(
+    "kind", ["reply_dropped_before", "reply_dropped_after", "server_error_after", "rows_late"]
+)
+def test_a_withdrawal_arrives_once_under_a_fault(world: World, kind: str) -> None:
+    alice = credited(world)
+
+    async def scenario(parts: Open) -> None:
+        treasury = Treasury(world, parts)
+        await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
+        world.devnet.fault(kind, times=2, seconds=0.5)
+        asked = signed(world, alice, HELD)
+        await treasury.desk.hand_in(asked)
+
+        assert await treasury.until_decided(asked) == (WithdrawalState.PAID, None)
+        assert received(world, alice) == ["0.05"]
+        assert await parts.available(alice) == 0
+
+    world.run(scenario)
+
+
+def test_what_nobody_may_withdraw_is_refused_and_nothing_moves(world: World) -> None:
+    alice, mallory, newcomer = credited(world), Account.create(), Account.create()
+
+    async def scenario(parts: Open) -> None:
+        treasury = Treasury(world, parts)
+        for number, account in enumerate((alice, newcomer)):
+            deposit = moves.deposit(HELD, address=account.address.lower(), tx_hash=f"0x{number}")
+            await parts.ledger.apply(deposit)
+        forged = signed(world, mallory, HELD, nonce=1)
+        cases = {
+            "signed": replace(forged, withdrawal=replace(forged.withdrawal, address=alice.address.lower())),
+            "expired": signed(world, alice, HELD, nonce=2, life_ms=-1),
+            "sweep": signed(world, alice, LEAST_LAMPORTS - 1, nonce=3),
+            "does not hold": signed(world, alice, HELD + 1, nonce=4),
+            "new to the chain": signed(world, newcomer, LEAST_LAMPORTS, nonce=5),
+        }
+        for reason, asked in cases.items():
+            await treasury.desk.hand_in(asked)
+            state, said = await treasury.until_decided(asked)
+            assert state is WithdrawalState.REFUSED
+            assert reason in str(said)
+
+        assert (await parts.available(alice), await parts.available(newcomer)) == (HELD, HELD)
+        assert received(world, alice) == received(world, newcomer) == []
+
+    world.run(scenario)
+
+
+def test_of_two_withdrawals_that_the_balance_does_not_bear_one_is_refused(world: World) -> None:
+    alice = credited(world)
+
+    async def scenario(parts: Open) -> None:
+        treasury = Treasury(world, parts)
+        await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
+        first, second = (signed(world, alice, HELD, nonce=nonce) for nonce in (1, 2))
+        await treasury.desk.hand_in(first)
+        with pytest.raises(Conflict, match="waits"):
+            await treasury.desk.hand_in(second)
+        assert (await treasury.until_decided(first))[0] is WithdrawalState.PAID
+        await treasury.desk.hand_in(second)
+        assert (await treasury.until_decided(second))[0] is WithdrawalState.REFUSED
+
+        assert received(world, alice) == ["0.05"]
+
+    world.run(scenario)
+
+
+def test_one_address_does_not_keep_the_others_waiting(world: World) -> None:
+    alice, bob = credited(world), world.payer()
+
+    async def scenario(parts: Open) -> None:
+        treasury = Treasury(world, parts)
+        for number, account in enumerate((alice, bob)):
+            deposit = moves.deposit(HELD, address=account.address.lower(), tx_hash=f"0x{number}")
+            await parts.ledger.apply(deposit)
+        refused = 0
+        for nonce in range(100):
+            try:
+                await treasury.desk.hand_in(signed(world, alice, HELD, nonce=nonce))
+            except Conflict:
+                refused += 1
+        asked = signed(world, bob, HELD)
+        await treasury.desk.hand_in(asked)
+
+        assert refused == 99
+        assert len(await treasury.desk.waiting()) == 2
+        assert (await treasury.until_decided(asked))[0] is WithdrawalState.PAID
+
+    world.run(scenario)
+
+
+def test_what_was_refused_stays_refused_though_its_treasury_died_over_it(world: World) -> None:
+    alice = credited(world)
+
+    async def scenario(parts: Open) -> None:
+        treasury = Treasury(world, parts)
+        asked = signed(world, alice, HELD)
+        await treasury.desk.hand_in(asked)
+        await treasury.withdrawals.plan(20, 0)
+        [planned] = await parts.outbox.open()
+        # It died here: the user was told, the outbox still has the payout. Meanwhile money arrives.
+        await treasury.withdrawals.dropped(planned)
+        await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
+
+        assert (await treasury.until_decided(asked))[0] is WithdrawalState.REFUSED
+        assert await parts.outbox.open() == ()
+        assert await parts.available(alice) == HELD
+        assert received(world, alice) == []
+
+    world.run(scenario)
+
+
+def test_a_withdrawal_that_another_process_plans_again_after_its_end_is_not_sent_again(world: World) -> None:
+    alice = credited(world)
+
+    async def scenario(parts: Open) -> None:
+        treasury = Treasury(world, parts)
+        await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
+        asked = signed(world, alice, LEAST_LAMPORTS)
+        await treasury.desk.hand_in(asked)
+        while not await parts.outbox.open():
+            await treasury.step()
+        [planned] = await parts.outbox.open()
+        as_planned = replace(planned, state=type(planned.state).PLANNED, nonce=0, body="", attempts=0)
+        await treasury.until_decided(asked)
+
+        # A process that hung since before the first was sent.
+        assert await parts.outbox.add(as_planned)
+        for _ in range(5):
+            await treasury.step()
+
+        assert await parts.outbox.open() == ()
+        assert received(world, alice) == ["0.01"]
+
+    world.run(scenario)
+
+
+def test_a_withdrawal_is_known_at_every_moment_of_its_way(world: World) -> None:
+    alice = credited(world)
+
+    async def scenario(parts: Open) -> None:
+        treasury = Treasury(world, parts)
+        await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
+        asked = signed(world, alice, HELD)
+        await treasury.desk.hand_in(asked)
+
+        class OvertakenLedger:
+            """Answers, and has the treasury carry the withdrawal out before the answer is read."""
+
+            async def result(self, transfer_id: str) -> Result | None:
+                answer = await parts.ledger.result(transfer_id)
+                if transfer_id.endswith(":planned"):
+                    await treasury.until_decided(asked)
+                return answer
+
+        assert await treasury.desk.state(asked.withdrawal, OvertakenLedger())
+
+    world.run(scenario)
+
+
+def test_a_nonce_stands_for_one_withdrawal(world: World) -> None:
+    alice = credited(world)
+
+    async def scenario(parts: Open) -> None:
+        desk = RedisWithdrawals.from_url(world.redis_url)
+        await desk.hand_in(signed(world, alice, HELD))
+        with pytest.raises(Conflict):
+            await desk.hand_in(signed(world, alice, HELD - 1))
+        with pytest.raises(NotFound):
+            await desk.state(signed(world, alice, HELD, nonce=9).withdrawal, parts.ledger)
+
+    world.run(scenario)

@@ -1,0 +1,106 @@
+"""Whoever of the control plane dies comes back from Redis: no job is lost, none is charged twice."""
+
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+import ray
+
+from actors.links import REGISTRY, find
+from actors.placement import SCHEDULER
+from azu.launch.local_network import LocalNetwork
+from tests.network.actors import actors_named, pid_of
+from tests.network.conftest import paying_user
+from tests.network.load import Books, Load, check_books, loaded, undisturbed
+
+pytestmark = [pytest.mark.cluster, pytest.mark.prove]
+
+KILLS = 5
+CLIENTS = 4
+
+
+def layer_pids() -> dict[str, int]:
+    """Return the process of every piece by its actor's name."""
+    names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
+    pieces = sorted(name for name in names if name.startswith(("layer:", "expert:")))
+    return {name: pid_of(actors_named(name)[0]) for name in pieces}
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """Return a process's words, none if it ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def process_titled(beginning: str) -> int | None:
+    """Return the one process of this network's whose title begins so, if it is there."""
+    below = psutil.Process().children(recursive=True)
+    found = [process.pid for process in below if (command_line(process) or [""])[0].startswith(beginning)]
+    return found[0] if len(found) == 1 else None
+
+
+def treasury_pid() -> int | None:
+    """Return the treasury's process, if it is there: whoever dies young is started again later."""
+    children = psutil.Process().children()
+    found = [child.pid for child in children if command_line(child)[-1:] == ["treasury"]]
+    return found[0] if found else None
+
+
+VICTIMS: dict[str, Callable[[], int | None]] = {
+    "scheduler": lambda: pid_of(find(SCHEDULER)),
+    "registry": lambda: pid_of(find(REGISTRY)),
+    "pipeline of the dense model": lambda: pid_of(actors_named("pipeline:azu-tiny-dense")[0]),
+    "pipeline of the MoE model": lambda: pid_of(actors_named("pipeline:azu-tiny-moe")[0]),
+    "ingress": lambda: process_titled("ray::ServeReplica"),
+    "treasury": treasury_pid,
+}
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_a_killed_part_of_the_control_plane_loses_no_job_and_charges_none_twice(
+    network: LocalNetwork, victim: str
+) -> None:
+    user = paying_user(network, victim)
+    right = undisturbed(user)
+    before, pieces = Books.of(user), layer_pids()
+
+    with loaded(user, CLIENTS, right) as load:
+        for _ in range(KILLS):
+            go_on_for(network, load, answers=6)
+            os.kill(back(network, VICTIMS[victim]), signal.SIGKILL)
+        go_on_for(network, load, answers=10)
+
+    assert load.wrong == []
+    jobs = check_books(user, before, right)
+    assert layer_pids() == pieces, "nobody who holds weights had to start again"
+    print(
+        f"{victim}: {KILLS} kills, {jobs} jobs, all done, right and charged once; longest stall "
+        f"{max(load.stalls_s):.1f} s, median {statistics.median(load.stalls_s):.2f} s; "
+        f"asked again: {dict(load.refused) or 'never'}"
+    )
+
+
+def back(network: LocalNetwork, victim: Callable[[], int | None]) -> int:
+    """Let the network look after itself until the victim is there; return its process."""
+    deadline = time.monotonic() + 90
+    while (pid := victim()) is None:
+        assert time.monotonic() < deadline, "it never came back"
+        network.revive()
+        time.sleep(0.2)
+    return pid
+
+
+def go_on_for(network: LocalNetwork, load: Load, *, answers: int) -> None:
+    """Let the network look after itself until so many more answers have come."""
+    wanted = load.answers + answers
+    deadline = time.monotonic() + 90
+    while load.answers < wanted:
+        assert time.monotonic() < deadline, (load.answers, wanted, load.refused)
+        network.revive()
+        time.sleep(0.2)

@@ -1,0 +1,108 @@
+"""Whole nodes are killed or frozen while streams run: each goes on, token for token, or says why not."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Timer
+
+import pytest
+
+from tests.network.recovering import (
+    MODELS,
+    Running,
+    Streams,
+    disturbed,
+    four,
+    kill_all,
+    network_of,
+    node_names,
+    node_pids,
+    pids,
+    pieces_of,
+    show_stalls,
+    signal_all,
+    spared,
+    undisturbed,
+    wait_for_pieces,
+    wait_for_waiting,
+    wait_until_alive,
+)
+
+pytestmark = [pytest.mark.cluster, pytest.mark.prove]
+
+NUM_TOKENS = 60
+NODES = {"ada": 7, "ben": 7, "cleo": 8, "dora": 8}
+
+
+@pytest.fixture(scope="module")
+def running(home: Path) -> Iterator[Running]:
+    """A network in which any one node can be done without."""
+    with network_of(home, spared(**NODES)) as started:
+        yield started
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_each_node_of_a_model_killed(running: Running, model: str) -> None:
+    network, user = running
+    expected = undisturbed(user, model, NUM_TOKENS)
+    stalls_s = []
+    for moment in ("first token", "middle"):
+        for index in range(len(node_names(user, model))):
+            name = node_names(user, model)[index]
+            doomed = node_pids(name)
+            wait_for_waiting()
+            answers, stall_s = disturbed(
+                user, model, NUM_TOKENS, moment, lambda doomed=doomed: kill_all(doomed)
+            )
+            print(f"{model}: node {name} killed at {moment}: {stall_s:.2f} s")
+            assert answers == expected, (name, moment)
+            stalls_s.append(stall_s)
+            wait_until_alive(network, user, list(NODES))
+    show_stalls(f"{model}, a whole node killed", stalls_s)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_piece_that_is_frozen_and_wakes_disturbs_nobody(running: Running, model: str) -> None:
+    _, user = running
+    expected = undisturbed(user, model, NUM_TOKENS)
+    count = len(pieces_of(model))
+    stalls_s = []
+    # Shorter than the limit: nobody is given up. Longer: it wakes when another has its place.
+    for frozen_s in (2.0, 8.0):
+        for index in range(count):
+            frozen = pids([wait_for_pieces(model, count)[index]])
+            waking = Timer(frozen_s, signal_all, (frozen, signal.SIGCONT))
+
+            def freeze(frozen: list[int] = frozen, waking: Timer = waking) -> None:
+                signal_all(frozen, signal.SIGSTOP)
+                waking.start()
+
+            answers, stall_s = disturbed(user, model, NUM_TOKENS, "middle", freeze)
+            waking.join()
+            assert answers == expected, (index, frozen_s)
+            stalls_s.append(stall_s)
+    show_stalls(f"{model}, a piece frozen for 2 and 8 s", stalls_s)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_node_that_is_frozen_and_wakes_disturbs_nobody(running: Running, model: str) -> None:
+    network, user = running
+    expected = undisturbed(user, model, NUM_TOKENS)
+    stalls_s = []
+    for index in range(len(node_names(user, model))):
+        # Its raylet sleeps too: nobody can end its pieces before they wake.
+        frozen = node_pids(node_names(user, model)[index])
+        waking = Timer(20.0, signal_all, (frozen, signal.SIGCONT))
+
+        def freeze(frozen: list[int] = frozen, waking: Timer = waking) -> None:
+            signal_all(frozen, signal.SIGSTOP)
+            waking.start()
+
+        answers, stall_s = disturbed(user, model, NUM_TOKENS, "middle", freeze)
+        again = Streams(user, four(model, NUM_TOKENS))
+        waking.join()
+        assert answers == expected, index
+        assert again.answers() == expected, "it woke and disturbed the others"
+        stalls_s.append(stall_s)
+        wait_until_alive(network, user, list(NODES))
+    show_stalls(f"{model}, a whole node frozen for 20 s", stalls_s)

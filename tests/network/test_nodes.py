@@ -1,0 +1,109 @@
+"""Nodes say how they are: their memory, their speed, their links; who falls silent is suspect."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+import ray
+
+from actors.links import find
+from actors.placement import SCHEDULER
+from azu.launch.local_network import LocalNetwork
+from azu.protocol.node import Node, NodeState
+from azu.units import MIB
+from tests.network.actors import actors_named, pid_of
+from tests.network.user import User
+
+pytestmark = pytest.mark.cluster
+
+Nodes = dict[str, Node]
+
+
+def nodes() -> Nodes:
+    """Return the scheduler's nodes by name."""
+    return {node.name: node for node in ray.get(find(SCHEDULER).nodes.remote(), timeout=30)}
+
+
+def wait_for(condition: Callable[[Nodes], bool], timeout_s: float) -> float:
+    """Wait until the nodes are as wanted and return how long it took."""
+    started_s = time.monotonic()
+    while not condition(found := nodes()):
+        assert time.monotonic() - started_s < timeout_s, found
+        time.sleep(0.1)
+    return time.monotonic() - started_s
+
+
+def agent(name: str) -> ray.actor.ActorHandle:
+    (found,) = actors_named(f"node:{name}:")
+    return found
+
+
+def agent_pid(name: str) -> int:
+    return pid_of(agent(name))
+
+
+def test_every_node_tells_its_memory_speed_shards_and_links(user: User, network: LocalNetwork) -> None:
+    wait_for(lambda found: sum(len(node.links_s) for node in found.values()) >= 3, timeout_s=30)
+    found = nodes()
+
+    assert {node.state for node in found.values()} == {NodeState.ALIVE}
+    assert all(node.memory_bytes_per_s > 1e8 and node.flops_per_s > 1e8 for node in found.values())
+    assert all(0 <= node.load <= 1 for node in found.values())
+    assert all(0 < link < 1 for node in found.values() for link in node.links_s.values())
+
+    shown = user.http.get("/v1/network").raise_for_status().json()
+    holders = {piece["node"] for model in shown["deployments"] for piece in model["topology"]}
+    lines = {line["name"]: line for line in shown["nodes"]}
+    assert holders
+    for name in holders:
+        # A piece's process holds its code and at least some weights.
+        assert lines[name]["vram_used_bytes"] > 20 * MIB
+        assert lines[name]["cached_shards"] > 0
+
+
+def test_an_owner_who_lends_less_is_heard_within_seconds(network: LocalNetwork) -> None:
+    before = nodes()["ada"].vram_total_bytes
+    try:
+        ray.get(agent("ada").lend.remote(before // 2), timeout=30)
+        wait_for(lambda found: found["ada"].vram_total_bytes == before // 2, timeout_s=5)
+        orders = ray.get(find(SCHEDULER).shrink_orders.remote(), timeout=30)
+        assert orders, "pieces that filled the node have to give up room"
+    finally:
+        ray.get(agent("ada").lend.remote(2**60), timeout=30)
+    wait_for(lambda found: found["ada"].vram_total_bytes == before, timeout_s=5)
+    assert ray.get(find(SCHEDULER).shrink_orders.remote(), timeout=30) == ()
+
+
+def test_a_frozen_node_is_suspect_in_seconds_while_the_others_stay_trusted(network: LocalNetwork) -> None:
+    pid = agent_pid("ben")
+    seen: set[NodeState] = set()
+
+    def is_suspect(found: Nodes) -> bool:
+        seen.update(node.state for name, node in found.items() if name != "ben")
+        return found["ben"].state is NodeState.SUSPECT
+
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        took_s = wait_for(is_suspect, timeout_s=10)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert took_s >= 1.9  # three seconds since its last word, which was up to a second old
+    assert seen == {NodeState.ALIVE}
+    wait_for(lambda found: found["ben"].state is NodeState.ALIVE, timeout_s=10)
+
+
+def test_an_agent_that_is_killed_is_started_again(network: LocalNetwork) -> None:
+    pid = agent_pid("cleo")
+    os.kill(pid, signal.SIGKILL)
+    deadline_s = time.monotonic() + 30
+    while True:
+        try:
+            if agent_pid("cleo") != pid:
+                break
+        except (ray.exceptions.RayActorError, ValueError):
+            pass  # between two lives
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+    wait_for(lambda found: found["cleo"].state is NodeState.ALIVE, timeout_s=30)

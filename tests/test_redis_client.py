@@ -1,0 +1,33 @@
+"""The way to Redis: what is cancelled ends."""
+
+import asyncio
+from contextlib import suppress
+
+from redis.exceptions import ResponseError
+
+from azu.redis_client import connect_redis, until_back
+
+
+async def _ask_for_ever(redis_url: str) -> None:
+    async with connect_redis(redis_url) as redis:
+        while True:
+            await until_back(redis.ping)
+            with suppress(ResponseError):
+                await redis.xgroup_create("no-stream", "group")
+
+
+def test_whoever_asks_for_ever_ends_when_cancelled_at_any_moment(redis_url: str) -> None:
+    async def cancelled_after(seconds: float) -> bool:
+        asking = asyncio.create_task(_ask_for_ever(redis_url))
+        await asyncio.sleep(seconds)
+        asking.cancel()
+        ended, _ = await asyncio.wait([asking], timeout=1)
+        while not asking.done():
+            asking.cancel()
+            await asyncio.wait([asking], timeout=0.01)
+        return bool(ended)
+
+    async def scenario() -> list[bool]:
+        return [await cancelled_after(step * 1e-4) for step in range(50)]
+
+    assert all(asyncio.run(scenario()))
