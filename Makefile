@@ -4,7 +4,7 @@ VENV ?= .venv
 SEED ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types prove clean
+.PHONY: demo test lint types house prove clean
 
 $(VENV)/.node: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ test: lint
 	@$(BIN)/pytest -q -m 'cluster and not prove' >$(VENV)/cluster.log 2>&1 & cluster=$$!; \
 	$(BIN)/pytest -q -m 'not cluster and not prove'; status=$$?; \
 	wait $$cluster || status=1; cat $(VENV)/cluster.log; exit $$status
+
+# The tree in figures. BEFORE is a checkout of an older commit, which becomes a column beside it.
+house: $(VENV)/.dev
+	$(BIN)/python -m tests.house $(BEFORE) .
 
 prove: types
 	$(BIN)/pip install --quiet --editable '.[prove]'
