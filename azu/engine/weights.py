@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from azu.errors import ShardError
-from azu.models.compat import _convert
+from azu.models.compat import convert_and_load
 from azu.protocol.structure import Shard, Structure
 from azu.protocol.topology import LayerSpan
 
@@ -68,7 +68,7 @@ def load(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: torch.de
 
     Raises ShardError for a parameter that the tensors do not fill or fill with another shape.
     """
-    info = _convert(model, tensors, device)
+    info = convert_and_load(model, tensors, device)
     model.mark_tied_weights_as_initialized(info)
     model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), {"": str(device)}, None, None)
     model._initialize_missing_keys(False)
@@ -85,7 +85,7 @@ def load_part(
     model: PreTrainedModel, part: nn.Module, tensors: Mapping[str, Tensor], device: torch.device
 ) -> None:
     """Load one module of a model that stays on the meta device otherwise; see `load`."""
-    info = _convert(model, tensors, device)
+    info = convert_and_load(model, tensors, device)
     wrong = sorted(
         {*info.unexpected_keys, *info.conversion_errors, *(found[0] for found in info.mismatched_keys)}
     )

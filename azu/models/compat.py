@@ -1,7 +1,6 @@
-"""Where transformers puts each tensor of a checkpoint, asked of transformers itself.
+"""Everything that azu uses of transformers beyond its public interface, each with the reason.
 
-Checkpoints name tensors in many ways (with or without a prefix, one tensor per expert or one for all);
-the library's own loading rules map every one of them to a parameter of the model on the meta device.
+A new version of transformers may change any of it: `pyproject.toml` pins the version for that reason.
 """
 
 from collections.abc import Mapping
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, logging
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -21,12 +20,37 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from azu.errors import BrokenCheckpoint
 from azu.models.checkpoint import StoredTensor
 
-_MAX_NAMED = 4
+_MAX_NAMED_PARAMETERS = 4
+
+
+def has_model_type(model_type: str) -> bool:
+    """Say whether transformers itself has a model type; `AutoConfig` would also look for code elsewhere."""
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def has_causal_language_model(model_type: str) -> bool:
+    """Say whether a model type can generate text; `AutoModelForCausalLM` says so only when it builds one."""
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Say whether a model keeps a state other than a KV cache; only the model's class knows that."""
+    return bool(model._is_stateful)
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Say whether a module maps (hidden [T, H], expert ids [T, k], weights [T, k]) to [T, H].
+
+    transformers' `use_experts_implementation` gives this attribute to each such module and to no other; the
+    modules have no class in common.
+    """
+    return hasattr(module, "_is_expert_parallel") and isinstance(module.num_experts, int)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,61 +61,43 @@ class TargetParameter:
     dtype: str
 
 
-def destinations(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> dict[str, TargetParameter]:
-    """Return the destination of every tensor that the model uses, in the checkpoint's natural order.
+def target_parameters(
+    model: PreTrainedModel, tensors: Mapping[str, StoredTensor]
+) -> dict[str, TargetParameter]:
+    """Return the parameter that each tensor belongs to, in the checkpoint's natural order.
 
-    `model` lies on the meta device in the serving dtype. Left out are tensors that it has no place for:
-    the layers of multi-token prediction, old buffers.
+    `model` lies on the meta device in the serving dtype. Tensors that the model has no place for are left
+    out: the layers of multi-token prediction, old buffers.
+    Checkpoints name tensors in many ways (with or without a prefix, one tensor per expert or one for all).
+    The rules that map these names to parameters are only in transformers' loader.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     parameters = model.state_dict()
     prefix = model.base_model_prefix
-    kept = model._get_dtype_plan(model.dtype)
-    kept_names = build_glob_alternation(list(kept))[0] if kept else None
+    # Parameters that a family keeps in float32 whatever the serving dtype is, as globs.
+    float32_globs = model._get_dtype_plan(model.dtype)
+    in_float32 = build_glob_alternation(list(float32_globs))[0] if float32_globs else None
     found: dict[str, TargetParameter] = {}
     for name in sorted(tensors, key=dot_natural_key):
         parameter, _ = rename_source_key(name, renamings, converters, prefix, parameters)
         if parameter not in parameters and name in parameters:
             parameter = name
         if parameter in parameters:
-            exact = kept_names is not None and kept_names.search(parameter)
-            dtype = torch.float32 if exact else parameters[parameter].dtype
+            is_exact = in_float32 is not None and in_float32.search(parameter)
+            dtype = torch.float32 if is_exact else parameters[parameter].dtype
             found[name] = TargetParameter(parameter, str(dtype).removeprefix("torch."))
     return found
 
 
-def refuse_incomplete(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], where: str) -> None:
-    """Load the checkpoint's shapes into the model, which ends on the meta device as it began.
+def convert_and_load(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    """Load tensors under a checkpoint's names into a model and return transformers' loading info.
 
-    Raises BrokenCheckpoint that names `where` and the parameters with no tensor or one of another shape.
+    `from_pretrained` reads whole checkpoints from files; only this function takes some of the tensors.
+    The caller handles missing keys and tied weights.
     """
-    hollow = {
-        name: torch.empty(tensor.shape, dtype=model.dtype, device="meta") for name, tensor in tensors.items()
-    }
     logging.disable_progress_bar()  # transformers draws one for every load
-    rules = LoadStateDictConfig(
-        dtype=model.dtype,
-        weight_mapping=get_model_conversion_mapping(model),
-        device_map={"": "meta"},
-        dtype_plan=model._get_dtype_plan(model.dtype),
-    )
-    info, _ = convert_and_load_state_dict_in_model(model, hollow, rules)
-    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-    model._adjust_missing_and_unexpected_keys(info)
-    for parameter, found, expected in sorted(info.mismatched_keys):
-        raise BrokenCheckpoint(
-            f"{where}: {parameter!r} is {tuple(found)} where config.json says {tuple(expected)}"
-        )
-    broken = sorted({*info.missing_keys, *info.conversion_errors}, key=dot_natural_key)
-    if broken:
-        named = ", ".join(broken[:_MAX_NAMED]) + (", ..." if len(broken) > _MAX_NAMED else "")
-        raise BrokenCheckpoint(f"{where} lacks tensors for {named}")
-
-
-def _convert(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
-    transformers_logging.disable_progress_bar()
     rules = LoadStateDictConfig(
         dtype=model.dtype,
         weight_mapping=get_model_conversion_mapping(model),
@@ -100,3 +106,25 @@ def _convert(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: torc
     )
     info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), rules)
     return info
+
+
+def refuse_incomplete(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], where: str) -> None:
+    """Load the checkpoint's shapes into a model, which stays on the meta device.
+
+    Raises BrokenCheckpoint that names `where` and the parameters with no tensor or one of another shape.
+    The removal of keys that a family expects to miss is private in transformers.
+    """
+    hollow = {
+        name: torch.empty(tensor.shape, dtype=model.dtype, device="meta") for name, tensor in tensors.items()
+    }
+    info = convert_and_load(model, hollow, torch.device("meta"))
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(info)
+    for parameter, found, expected in sorted(info.mismatched_keys):
+        raise BrokenCheckpoint(
+            f"{where}: {parameter!r} is {tuple(found)} where config.json says {tuple(expected)}"
+        )
+    broken = sorted({*info.missing_keys, *info.conversion_errors}, key=dot_natural_key)
+    if broken:
+        more = ", ..." if len(broken) > _MAX_NAMED_PARAMETERS else ""
+        raise BrokenCheckpoint(f"{where} lacks tensors for {', '.join(broken[:_MAX_NAMED_PARAMETERS])}{more}")

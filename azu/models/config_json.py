@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from azu.errors import BrokenCheckpoint, UnsupportedModel
+from azu.models.checkpoint import CONFIG_FILE
+from azu.models.compat import has_causal_language_model, has_model_type
 
-CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 # No honest config is larger; a longer one only costs whoever reads it.
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
@@ -28,7 +27,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     model_type = raw.get("model_type")
     if any(raw.get(key) for key in _CUSTOM_CODE):
         raise UnsupportedModel(f"{CONFIG_FILE} asks for code of its own (auto_map), which azu never runs")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
+    if not isinstance(model_type, str) or not has_model_type(model_type):
         raise UnsupportedModel(f"{CONFIG_FILE}: transformers has no model type {model_type!r}")
     if raw.get("quantization_config"):
         raise UnsupportedModel(f"{CONFIG_FILE} says that the weights are quantised, which cannot be cut yet")
@@ -43,7 +42,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise BrokenCheckpoint(f"{CONFIG_FILE} is not a {model_type} config: {_first_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{model_type} is an encoder-decoder: its layers need the encoder's state too")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not has_causal_language_model(model_type):
         raise UnsupportedModel(f"{model_type} is no causal language model")
     if not isinstance(num_layers, int) or not 0 < num_layers <= _MAX_LAYERS:
         raise BrokenCheckpoint(f"{CONFIG_FILE}: {num_layers!r} layers, where 1 to {_MAX_LAYERS} are served")

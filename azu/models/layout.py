@@ -10,7 +10,7 @@ import numpy as np
 
 from azu.errors import BrokenCheckpoint, UnsupportedModel
 from azu.models.checkpoint import INDEX_FILE, SINGLE_FILE, StoredTensor, read_checkpoint, read_range
-from azu.models.compat import TargetParameter, destinations, refuse_incomplete
+from azu.models.compat import TargetParameter, refuse_incomplete, target_parameters
 from azu.models.description import Architecture
 from azu.models.skeleton import build, named_embeddings
 from azu.protocol.structure import EMBED, HEAD, LayerKind, Shard, TensorInfo
@@ -227,7 +227,7 @@ def plan_shards(source: Path, architecture: Architecture) -> tuple[tuple[ShardPl
     """
     model = build(source)
     stored = read_checkpoint(source)
-    untied = drop_tied_copies(stored, destinations(model, stored), model.all_tied_weights_keys)
+    untied = drop_tied_copies(stored, target_parameters(model, stored), model.all_tied_weights_keys)
     tables = {f"{name}.weight" for name, _ in named_embeddings(model)}
     tied_parameters = sum(model.get_parameter(owner).numel() for owner in untied.tied.values())
     where = SINGLE_FILE if (source / SINGLE_FILE).exists() else INDEX_FILE

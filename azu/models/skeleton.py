@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from azu.errors import AzuError, BrokenCheckpoint, UnsupportedModel
+from azu.models.compat import is_experts_module
 from azu.models.config_json import read_config
 
 SERVED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -91,11 +92,10 @@ class Experts:
 
 def experts_in(layer: nn.Module) -> Experts | None:
     """Return a layer's experts, None for a dense layer; raises UnsupportedModel for two such modules."""
-    # The attribute that transformers' use_experts_implementation gives to every module of that contract.
     found = [
         Experts(name, module, module.num_experts)
         for name, module in layer.named_modules()
-        if hasattr(module, "_is_expert_parallel") and isinstance(module.num_experts, int)
+        if is_experts_module(module)
     ]
     if len(found) > 1:
         raise UnsupportedModel("a layer has two sets of experts")

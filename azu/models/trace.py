@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from azu.errors import UnsupportedModel
+from azu.models.compat import is_recurrent
 from azu.models.skeleton import (
     LayerList,
     experts_in,
@@ -111,7 +112,7 @@ def trace(model: PreTrainedModel) -> Trace:
     Raises UnsupportedModel with the reason when its layers do not pass on exactly one vector per token.
     """
     family = model.config.model_type
-    if model._is_stateful:
+    if is_recurrent(model):
         raise UnsupportedModel(f"{family} is recurrent: its layers keep a state that is no KV cache")
     found = find_layers(model)
     layers = list(model.get_submodule(found.path))
