@@ -10,7 +10,7 @@ from typing import Protocol
 from azu.cluster.deployment import DeployedModel
 from azu.errors import AzuError, InsufficientCapacity
 from azu.jobs.dispatch import Deployments, RunningModel
-from azu.planner.kv_blocks import KvReduction, Placed, blocks_again, shrink_orders
+from azu.planner.kv_blocks import Deployed, KvReduction, kv_reductions, restored_num_blocks
 from azu.planner.policy import PlanPolicy
 from azu.planner.replicas import Counts, Heat, heat_of
 from azu.protocol.node import Node, NodeState
@@ -87,11 +87,11 @@ class KvPressure:
 
     def orders(self, reports: Sequence[Node]) -> tuple[KvReduction, ...]:
         """Return which models have to give up KV, for nodes that have less room than was planned."""
-        return shrink_orders(self._placed(), reports)
+        return kv_reductions(self._deployed(), reports, least_blocks=self._least_blocks)
 
     async def look(self, reports: Sequence[Node], now_s: float) -> None:
         """Have models and nodes changed as the reports ask for."""
-        orders = {order.key: order for order in self.orders(reports)}
+        orders = {order.pipeline: order for order in self.orders(reports)}
         await self._resize(orders, reports, now_s)
         for node in reports:
             if self._has_to_be_left(node, orders) and self._takes_changes(node.node_id, now_s):
@@ -103,7 +103,7 @@ class KvPressure:
         self, orders: Mapping[PipelineKey, KvReduction], reports: Sequence[Node], now_s: float
     ) -> None:
         models = self._fleet.models
-        again = blocks_again(self._placed(), reports)
+        again = restored_num_blocks(self._deployed(), reports, planned_blocks=self._most_blocks)
         for model, blocks in zip(models, again, strict=True):
             topology = model.topology
             order = orders.get(topology.key)
@@ -127,11 +127,8 @@ class KvPressure:
         ]
         return bool(lacking) and node.room_bytes(self._taken()[node.node_id]) < 0
 
-    def _placed(self) -> list[Placed]:
-        return [
-            Placed(model.structure, model.topology, self._least_blocks, self._most_blocks)
-            for model in self._fleet.models
-        ]
+    def _deployed(self) -> list[Deployed]:
+        return [(model.structure, model.topology) for model in self._fleet.models]
 
     def _taken(self) -> Counter[str]:
         taken: Counter[str] = Counter()
