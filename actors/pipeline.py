@@ -178,7 +178,7 @@ class Pipeline:
 
     async def _begin(self, running: _ActiveJob) -> None:
         job = running.job
-        known = await until_back(partial(self._jobs.so_far, job))
+        known = await until_back(partial(self._jobs.progress, job))
         running.delivered = known.delivered
         running.cancelled |= known.cancelled
         for choice, so_far in enumerate(known.choices):

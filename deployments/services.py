@@ -21,7 +21,7 @@ from azu.auth.rate_limit import Rate, RedisRates
 from azu.auth.tickets import RedisTickets
 from azu.config import ControlConfig
 from azu.errors import BrokenCheckpoint, Forbidden, NotFound, Unauthenticated
-from azu.jobs.in_flight_limit import FlightLimits, RedisFlights
+from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts
 from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
@@ -121,9 +121,7 @@ class Services:
             self.ledger,
             self.jobs,
             self.spend_limits,
-            FlightLimits(
-                RedisFlights.from_url(config.redis_url), self.jobs, policy.limits.max_jobs_in_flight
-            ),
+            InFlightLimit.from_url(config.redis_url, self.jobs, policy.limits.max_jobs_in_flight),
             JobLimits(
                 max_prompt_tokens=policy.limits.max_prompt_tokens,
                 max_completion_tokens=policy.limits.max_completion_tokens,

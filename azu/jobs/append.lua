@@ -1,8 +1,8 @@
--- Write the new tokens of many jobs. Tokens that exist already are left as they are, so that sending the same
--- step twice, or from a pipeline that was given up, changes nothing; a job that has ended takes no more.
+-- Write the new tokens of many jobs. Tokens that are already written do not change: a step that is sent twice,
+-- or by a pipeline that was replaced, changes nothing. An ended job takes no more tokens.
 -- KEYS: job record, token stream of each event.
 -- ARGV: index, count, tokens, logprobs, top, choice, finish, work of each event.
--- Returns the positions (from 1) of events that leave a gap or name no job; nothing of those is written.
+-- Returns the positions (from 1) of events that leave a gap or name an unknown job; these are not written.
 local refused = {}
 
 local function without_first(words, count)

@@ -1,5 +1,5 @@
--- Mark a job that has not ended as given up and tell whoever runs it, once.
--- KEYS: job record, cancelled jobs.  ARGV: job id, cancellations that are kept.
+-- Mark a job that has not ended as cancelled, and write its id, once, to the stream that schedulers read.
+-- KEYS: job record, cancelled jobs.  ARGV: job id, number of cancellations that are kept.
 if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('HEXISTS', KEYS[1], 'outcome') == 1 then
   return 0
 end

@@ -1,5 +1,5 @@
--- Return the ids of jobs that were taken but not done, and make them this consumer's.
--- Its own come back after half the time, so that a scheduler that lives renews its hold before another claims.
+-- Return the ids of jobs that are taken and not done, and assign them to this consumer.
+-- Its own jobs are returned after half the time, so that a live scheduler renews its hold before another claims.
 -- KEYS: queue.  ARGV: group, consumer, idle_ms, most.
 local queue, group, consumer, idle_ms, most = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local own_ms = math.floor(idle_ms / 2)
@@ -22,7 +22,7 @@ if #own > 0 then
   end
   keep(redis.call('XCLAIM', queue, group, consumer, own_ms, unpack(ids)))
 end
--- One call looks at a limited number of entries; the running ones in front must not hide an idle one.
+-- One call examines a limited number of entries; running jobs at the front must not hide an idle one.
 local cursor = '0-0'
 repeat
   local answer = redis.call('XAUTOCLAIM', queue, group, consumer, idle_ms, cursor, 'COUNT', most)

@@ -1,6 +1,6 @@
 -- Write a job's outcome and the last event of its stream, once.
 -- KEYS: job record, token stream.  ARGV: state, outcome JSON, seconds that the stream is kept.
--- Returns 1 if this outcome was written, 0 if there was one, -1 if there is no such job.
+-- Returns 1 if this outcome was written, 0 if there was one already, -1 if there is no such job.
 local delivered = redis.call('HGET', KEYS[1], 'delivered')
 if not delivered then
   return -1

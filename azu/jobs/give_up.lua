@@ -1,5 +1,6 @@
--- Give up a job for lost, unless it was written down: from now on it will not be.
--- KEYS: job record, the mark of a lost job.  ARGV: seconds that the mark is kept.
+-- Mark a job as lost unless it is written; after that, submit.lua does not write it.
+-- KEYS: job record, mark of a lost job.  ARGV: seconds that the mark is kept.
+-- Returns 1 if the job is marked, 0 if it is written.
 if redis.call('EXISTS', KEYS[1]) == 1 then
   return 0
 end

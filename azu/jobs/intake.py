@@ -1,4 +1,4 @@
-"""The first half of a job's life: check it, price it, reserve the price, write it down."""
+"""From a checked prompt to a queued job: check the sizes, reserve the highest price, write the job."""
 
 import logging
 from collections.abc import Callable
@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from azu.auth.api_keys import ApiKey
 from azu.errors import AzuError, InsufficientBalance, InvalidRequest
-from azu.jobs.in_flight_limit import FlightLimits
+from azu.jobs.in_flight_limit import InFlightLimit
+from azu.jobs.redis import RedisJobs
+from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Reserve
 from azu.money.pricing import charge, max_charge
 from azu.money.spend_limits import SpendLimits
-from azu.protocol.job import Job, JobStore, TransferLog
+from azu.protocol.job import Job
 from azu.protocol.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -18,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class JobLimits:
-    """What one job may ask for, and how long its reservation stands without a sign of life."""
+    """The sizes that one job may have, and the lifetime of a reservation whose job was never written."""
 
     max_prompt_tokens: int
     max_completion_tokens: int
@@ -27,7 +29,7 @@ class JobLimits:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What has to be known of a model to price a job for it."""
+    """The facts of a model that the price and the limits of a job depend on."""
 
     model_id: str
     revision: str
@@ -37,7 +39,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """What a job would cost: at most, and if it produces as many tokens as expected."""
+    """The price of a job: at most, and for the expected number of tokens."""
 
     prompt_tokens: int
     max_tokens: int
@@ -48,14 +50,14 @@ class Quote:
 
 
 class Intake:
-    """Turns a checked prompt into a durable job whose most possible price is reserved."""
+    """Turns prompts into durable jobs whose highest price is reserved."""
 
     def __init__(
         self,
-        ledger: TransferLog,
-        jobs: JobStore,
+        ledger: RedisLedger,
+        jobs: RedisJobs,
         spend_limits: SpendLimits,
-        flight_limits: FlightLimits,
+        in_flight_limit: InFlightLimit,
         limits: JobLimits,
         lamports_per_token_layer: int,
         *,
@@ -65,14 +67,14 @@ class Intake:
         self._ledger = ledger
         self._jobs = jobs
         self._spend_limits = spend_limits
-        self._flight_limits = flight_limits
+        self._in_flight_limit = in_flight_limit
         self._limits = limits
         self._price = lamports_per_token_layer
         self._now_ms = now_ms
         self._new_job_id = new_job_id
 
     def completion_limit(self, model: ModelFacts, num_prompt_tokens: int) -> int:
-        """Return the most new tokens a prompt of that length may ask for."""
+        """Return the largest `max_tokens` of a job whose prompt has that many tokens."""
         return min(self._limits.max_completion_tokens, model.context_length - num_prompt_tokens)
 
     async def accept(
@@ -83,12 +85,12 @@ class Intake:
         sampling: SamplingParams,
         choices: int = 1,
     ) -> Job:
-        """Reserve the highest price of a job with that many answers and queue it, for the key's owner.
+        """Reserve the highest price of a job with `choices` answers, and queue the job for the key's owner.
 
         Raises InvalidRequest for sizes out of range, RateLimited for a key with too many jobs in flight,
-        Unauthenticated for a key that has ended, and InsufficientBalance, also where the key's limit does not
-        bear it; then nothing was changed. The reservation comes first: a job that is written down can always
-        be paid.
+        Unauthenticated for an expired key, and InsufficientBalance when the balance or the key's spend limit
+        is too low; then nothing has changed. The reservation comes first, so that every written job can be
+        paid.
         """
         self._check(model, len(prompt_token_ids), sampling.max_tokens)
         now_ms = self._now_ms()
@@ -106,14 +108,14 @@ class Intake:
             created_at_ms=now_ms,
             choices=choices,
         )
-        await self._flight_limits.take(key, job.job_id, now_ms)
+        await self._in_flight_limit.add(key, job.job_id, now_ms)
         try:
             await self._reserve(key, job)
         except AzuError:
-            await self._flight_limits.give_back(key, job.job_id)
+            await self._in_flight_limit.remove(key, job.job_id)
             raise
         await self._jobs.submit(job)
-        log.info("accepted", extra=_told(job, key))
+        log.info("accepted", extra=_log_fields(job, key))
         return job
 
     async def _reserve(self, key: ApiKey, job: Job) -> None:
@@ -134,9 +136,9 @@ class Intake:
     def quote(
         self, model: ModelFacts, num_prompt_tokens: int, max_tokens: int, expected_tokens: int | None
     ) -> Quote:
-        """Return the price of a prompt of that length; without an expectation, that of all `max_tokens`.
+        """Return the price of a job; `expected_tokens` defaults to `max_tokens`.
 
-        Raises InvalidRequest for what `accept` would not take.
+        Raises InvalidRequest for sizes that `accept` refuses.
         """
         self._check(model, num_prompt_tokens, max_tokens)
         expected = max_tokens if expected_tokens is None else min(expected_tokens, max_tokens)
@@ -167,7 +169,7 @@ class Intake:
             )
 
 
-def _told(job: Job, key: ApiKey) -> dict[str, object]:
+def _log_fields(job: Job, key: ApiKey) -> dict[str, object]:
     return {
         "job_id": job.job_id,
         "model_id": job.model_id,

@@ -1,6 +1,6 @@
--- Write down how a job is going to end, once, before its money is settled.
+-- Fix a job's outcome, once, before its money is settled.
 -- KEYS: job record.  ARGV: outcome JSON.
--- Returns the outcome that was written first, or nothing if there is no such job.
+-- Returns the outcome that was fixed first, or false if there is no such job.
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return false
 end

@@ -1,4 +1,4 @@
-"""A job as Redis keeps it, and how its parts become text."""
+"""A job as Redis keeps it: its keys, its record, and its token stream as text."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,18 +7,47 @@ from pydantic import TypeAdapter
 
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, TokenEvent
 
+QUEUE = "azu:jobs:queue"
+GROUP = "schedulers"
+CANCELLED = "azu:jobs:cancelled"
+
 JOB = TypeAdapter(Job)
 WORK = TypeAdapter(Mapping[int, Mapping[str, int]])
 OUTCOME = TypeAdapter(JobOutcome)
 _NO_ALTERNATIVES = "-"
 
 
+def job_key(job_id: str) -> str:
+    """Return the key of a job's record."""
+    return f"azu:job:{job_id}"
+
+
+def tokens_key(job_id: str) -> str:
+    """Return the key of a job's token stream."""
+    return f"azu:job:{job_id}:tokens"
+
+
+def lost_key(job_id: str) -> str:
+    """Return the key of the mark that a job is lost."""
+    return f"azu:job:{job_id}:lost"
+
+
+def address_key(address: str) -> str:
+    """Return the key of an address's jobs."""
+    return f"azu:jobs:of:{address}"
+
+
+def wake_key(name: str) -> str:
+    """Return the key of the stream that wakes a blocked reader."""
+    return f"azu:jobs:wake:{name}"
+
+
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job, how far it is and how it ended.
+    """A job, its state and its outcome.
 
-    `attempts` counts how often it began to run, `delivered` its completion tokens so far; `cancelled` says
-    that its user gave it up, which may be before anybody has acted on it.
+    `attempts` counts how often the job began to run, `delivered` its completion tokens so far. `cancelled` is
+    set as soon as the user asks for it, `ending` as soon as the outcome is fixed, before the job is settled.
     """
 
     job: Job
@@ -45,8 +74,8 @@ class JobRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class ChoiceSoFar:
-    """What is written of one of a job's choices; with a `finish_reason` that is all of it."""
+class ChoiceProgress:
+    """The written part of one of a job's choices; with a `finish_reason` the choice is complete."""
 
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
@@ -54,10 +83,10 @@ class ChoiceSoFar:
 
 
 @dataclass(frozen=True, slots=True)
-class JobSoFar:
-    """From where a job that somebody else began goes on; `cancelled` says that its user gave it up."""
+class JobProgress:
+    """The point from which a pipeline resumes a job; `cancelled` if its user cancelled it."""
 
-    choices: tuple[ChoiceSoFar, ...]
+    choices: tuple[ChoiceProgress, ...]
     cancelled: bool
 
     @property
@@ -65,47 +94,47 @@ class JobSoFar:
         """Completion tokens of all choices."""
         return sum(len(choice.token_ids) for choice in self.choices)
 
+    @classmethod
+    def from_events(cls, events: Iterable[TokenEvent], num_choices: int, *, cancelled: bool) -> "JobProgress":
+        """Combine the events of a job's token stream, in order."""
+        choices = [ChoiceProgress()] * num_choices
+        for event in events:
+            token_ids = choices[event.choice].token_ids + event.token_ids
+            choices[event.choice] = ChoiceProgress(token_ids, event.finish_reason, event.work)
+        return cls(tuple(choices), cancelled)
 
-def so_far(events: Iterable[TokenEvent], num_choices: int, *, cancelled: bool) -> JobSoFar:
-    """Put a job's events together."""
-    choices = [ChoiceSoFar()] * num_choices
-    for event in events:
-        token_ids = choices[event.choice].token_ids + event.token_ids
-        choices[event.choice] = ChoiceSoFar(token_ids, event.finish_reason, event.work)
-    return JobSoFar(tuple(choices), cancelled)
 
-
-def words(numbers: tuple[int, ...] | tuple[float, ...]) -> str:
-    """Write numbers so that a script can count and cut them; floats keep every bit, infinities included."""
+def encode_numbers(numbers: tuple[int, ...] | tuple[float, ...]) -> str:
+    """Write numbers as words that a Lua script can count and cut; floats, also infinite ones, stay exact."""
     return " ".join(map(str, numbers))
 
 
-def top_words(top_logprobs: Sequence[Sequence[tuple[int, float]]]) -> str:
-    """Write each token's alternatives as one word, `id:logprob` between commas."""
+def encode_top_logprobs(top_logprobs: Sequence[Sequence[tuple[int, float]]]) -> str:
+    """Write each token's alternatives as one word: `id:logprob` pairs between commas."""
     return " ".join(
         ",".join(f"{token_id}:{logprob}" for token_id, logprob in ranked) or _NO_ALTERNATIVES
         for ranked in top_logprobs
     )
 
 
-def event_from_entry(entry_id: str, fields: Mapping[str, str]) -> TokenEvent | JobOutcome:
-    """Read one entry of a token stream; its id says how many tokens there are up to its end."""
+def decode_event(entry_id: str, fields: Mapping[str, str]) -> TokenEvent | JobOutcome:
+    """Read one entry of a token stream."""
     if "outcome" in fields:
         return OUTCOME.validate_json(fields["outcome"])
     token_ids = tuple(map(int, fields["tokens"].split()))
     return TokenEvent(
-        index=end_of(entry_id) - len(token_ids),
+        index=token_count(entry_id) - len(token_ids),
         token_ids=token_ids,
         logprobs=tuple(map(float, fields["logprobs"].split())),
-        top_logprobs=tuple(map(_alternatives, fields["top"].split())),
+        top_logprobs=tuple(map(_decode_alternatives, fields["top"].split())),
         choice=int(fields["choice"]),
         finish_reason=FinishReason(fields["finish"]) if fields["finish"] else None,
         work=WORK.validate_json(fields["work"]) if fields["work"] else {},
     )
 
 
-def end_of(entry_id: str) -> int:
-    """Return the number of completion tokens that exist up to an entry's end."""
+def token_count(entry_id: str) -> int:
+    """Return the number of completion tokens up to and including an entry; the entry's id holds it."""
     return int(entry_id.partition("-")[0])
 
 
@@ -121,38 +150,8 @@ def without_first(event: TokenEvent, after: int) -> TokenEvent:
     )
 
 
-def _alternatives(word: str) -> tuple[tuple[int, float], ...]:
+def _decode_alternatives(word: str) -> tuple[tuple[int, float], ...]:
     if word == _NO_ALTERNATIVES:
         return ()
     pairs = (pair.partition(":") for pair in word.split(","))
     return tuple((int(token_id), float(logprob)) for token_id, _, logprob in pairs)
-
-
-QUEUE = "azu:jobs:queue"
-GROUP = "schedulers"
-CANCELLED = "azu:jobs:cancelled"
-
-
-def job_key(job_id: str) -> str:
-    """Return the key of a job's record."""
-    return f"azu:job:{job_id}"
-
-
-def tokens_key(job_id: str) -> str:
-    """Return the key of a job's token stream."""
-    return f"azu:job:{job_id}:tokens"
-
-
-def lost_key(job_id: str) -> str:
-    """Return the key that marks a job as given up for lost."""
-    return f"azu:job:{job_id}:lost"
-
-
-def address_key(address: str) -> str:
-    """Return the key of an address's jobs."""
-    return f"azu:jobs:of:{address}"
-
-
-def wake_key(name: str) -> str:
-    """Return the key that wakes a reader."""
-    return f"azu:jobs:wake:{name}"

@@ -1,4 +1,7 @@
-"""Jobs in Redis: the durable record, the queue, and one token stream per job. Keys: azu/jobs/record.py."""
+"""Jobs in Redis: the records, the queue, and one token stream per job.
+
+Keys and encodings: azu/jobs/record.py. A change of several keys is one of the Lua scripts beside this file.
+"""
 
 import asyncio
 import secrets
@@ -17,171 +20,50 @@ from azu.jobs.record import (
     OUTCOME,
     QUEUE,
     WORK,
+    JobProgress,
     JobRecord,
-    JobSoFar,
     address_key,
-    end_of,
-    event_from_entry,
+    decode_event,
+    encode_numbers,
+    encode_top_logprobs,
     job_key,
     lost_key,
-    so_far,
+    token_count,
     tokens_key,
-    top_words,
     wake_key,
     without_first,
-    words,
 )
 from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, TokenEvent
 from azu.redis_client import connect_redis
 
-# Shorter than the connection's own timeout, so that a quiet stream is not taken for a lost connection.
-BLOCK_MS = 5_000
-
-Entry = tuple[str, dict[str, str]]
-
-
-async def read_new(
-    redis: Redis, positions: Mapping[str, str], *, count: int
-) -> list[tuple[str, list[Entry]]]:
-    """Return (stream, entries behind its position), waiting up to BLOCK_MS for a first one."""
-    streams: dict[Any, Any] = dict(positions)
-    return cast(list[tuple[str, list[Entry]]], await redis.xread(streams, count=count, block=BLOCK_MS))
-
-
-async def read_group(
-    redis: Redis, group: str, consumer: str, stream: str, *, count: int, block_ms: int
-) -> list[Entry]:
-    """Return entries that nobody in the group was given, waiting up to `block_ms` for a first one."""
-    wait_ms = min(max(block_ms, 1), BLOCK_MS)  # Redis waits for ever at 0
-    answer: Any = await redis.xreadgroup(group, consumer, {stream: ">"}, count, wait_ms)
-    return [entry for _, entries in answer for entry in entries]
-
-
-async def read_all(redis: Redis, stream: str, *, after: str | None = None) -> list[Entry]:
-    """Return a stream's entries, or those behind the entry `after`."""
-    return cast(list[Entry], await redis.xrange(stream, min="-" if after is None else f"({after}"))
-
-
-_ENTRIES_PER_STREAM = 256
-_WAKE_KEPT_S = 600
-
-_Arrival = JobEvent | Exception
-
-
-class _Subscription:
-    """One follower of one job; `position` counts the completion tokens it was given."""
-
-    def __init__(self, job_id: str, position: int) -> None:
-        self.job_id = job_id
-        self.position = position
-        self.ended = False
-        self.arrivals: asyncio.Queue[_Arrival] = asyncio.Queue()
-
-    def give(self, entry_id: str, event: JobEvent) -> None:
-        """Hand over an entry, without what this follower has."""
-        if self.ended:
-            return
-        if not isinstance(event, TokenEvent):
-            self.ended = True
-            self.arrivals.put_nowait(event)
-        elif (end := end_of(entry_id)) > self.position:
-            self.arrivals.put_nowait(without_first(event, self.position))
-            self.position = end
-
-
-class TokenReader:
-    """Follows any number of jobs over one connection.
-
-    The reading task lives while somebody follows a job. A new follower wakes the blocked read through a
-    stream of the reader's own, so that its first token comes as soon as it exists.
-    """
-
-    def __init__(self, redis: Redis) -> None:
-        self._redis = redis
-        self._wake = wake_key(secrets.token_hex(8))
-        self._followers: set[_Subscription] = set()
-        self._task: asyncio.Task[None] | None = None
-
-    async def follow(self, job_id: str, after: int) -> AsyncIterator[JobEvent]:
-        """Yield a running job's events behind completion token `after`, up to its outcome."""
-        subscription = _Subscription(job_id, after)
-        self._followers.add(subscription)
-        try:
-            await self._look_again()
-            while True:
-                arrival = await subscription.arrivals.get()
-                if isinstance(arrival, Exception):
-                    raise arrival
-                yield arrival
-                if not isinstance(arrival, TokenEvent):
-                    return
-        finally:
-            self._followers.discard(subscription)
-
-    async def _look_again(self) -> None:
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._read(), name="token-reader")
-            return
-        async with self._redis.pipeline() as pipeline:
-            pipeline.xadd(self._wake, {"look": "again"}, maxlen=1, approximate=False)
-            pipeline.expire(self._wake, _WAKE_KEPT_S)
-            await pipeline.execute()
-
-    async def _read(self) -> None:
-        try:
-            woken = "0-0"
-            while self._followers:
-                streams = self._positions() | {self._wake: woken}
-                answer = dict(await read_new(self._redis, streams, count=_ENTRIES_PER_STREAM))
-                if wakes := answer.pop(self._wake, None):
-                    woken = wakes[-1][0]
-                self._hand_out(answer)
-        except Exception as error:
-            # Whoever follows has to hear of it; the next follower starts a new task.
-            for follower in self._followers:
-                follower.arrivals.put_nowait(error)
-
-    def _positions(self) -> dict[str, str]:
-        """Return each followed stream and the entry from which somebody needs it."""
-        positions: dict[str, int] = {}
-        for follower in self._followers:
-            if not follower.ended:
-                key = tokens_key(follower.job_id)
-                positions[key] = min(positions.get(key, follower.position), follower.position)
-        return {key: f"{position}-0" for key, position in positions.items()}
-
-    def _hand_out(self, answer: Mapping[str, list[Entry]]) -> None:
-        events = {
-            key: [(entry_id, event_from_entry(entry_id, fields)) for entry_id, fields in entries]
-            for key, entries in answer.items()
-        }
-        for follower in self._followers:
-            for entry_id, event in events.get(tokens_key(follower.job_id), ()):
-                follower.give(entry_id, event)
-
-
 TOKENS_KEPT_S = 24 * 3600
+# Shorter than the connection's own timeout: a quiet stream must not look like a lost connection.
+BLOCK_MS = 5_000
 # Longer than any process hangs between the reservation of a job and its submission.
 _LOST_KEPT_S = 7 * 24 * 3600
 _CANCELLATIONS_KEPT = 10_000
 _TAKEN_AT_ONCE = 64
+_ENTRIES_PER_STREAM = 256
+_WAKE_KEPT_S = 600
+
+_Entry = tuple[str, dict[str, str]]
 
 
 class RedisJobs:
-    """Durable jobs. Every method may be called again after a lost answer: nothing happens twice."""
+    """Durable jobs. A caller that got no answer may call any method again: nothing happens twice."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._reader = TokenReader(redis)
-        self._submit = redis.register_script(_source("submit"))
-        self._claim = redis.register_script(_source("claim"))
-        self._set_state = redis.register_script(_source("set_state"))
-        self._append = redis.register_script(_source("append"))
-        self._finish = redis.register_script(_source("finish"))
-        self._done = redis.register_script(_source("done"))
-        self._cancel = redis.register_script(_source("cancel"))
-        self._plan_end = redis.register_script(_source("plan_end"))
-        self._give_up = redis.register_script(_source("give_up"))
+        self._submit = redis.register_script(_script("submit"))
+        self._claim = redis.register_script(_script("claim"))
+        self._set_state = redis.register_script(_script("set_state"))
+        self._append = redis.register_script(_script("append"))
+        self._finish = redis.register_script(_script("finish"))
+        self._done = redis.register_script(_script("done"))
+        self._cancel = redis.register_script(_script("cancel"))
+        self._plan_end = redis.register_script(_script("plan_end"))
+        self._give_up = redis.register_script(_script("give_up"))
         self._has_group = False
 
     @classmethod
@@ -189,17 +71,19 @@ class RedisJobs:
         """Return the jobs kept in the Redis at `url`; connects when first used."""
         return cls(connect_redis(url))
 
-    async def submit(self, job: Job) -> None:
-        """Write a job down and queue it; a job id that is known changes nothing.
+    # Intake and look-ups
 
-        Raises Unavailable for a job that came so late that it was given up for lost.
+    async def submit(self, job: Job) -> None:
+        """Write a job and queue it; a known job id changes nothing.
+
+        Raises Unavailable for a job that was marked as lost before it came.
         """
         keys = [job_key(job.job_id), QUEUE, address_key(job.address), lost_key(job.job_id)]
         if await self._submit(keys, [job.job_id, JOB.dump_json(job), job.created_at_ms]) < 0:
-            raise Unavailable(f"{job.job_id} took too long to be written down; send it again")
+            raise Unavailable(f"it took too long to write {job.job_id}; send it again")
 
     async def give_up(self, job_id: str) -> bool:
-        """Give up a job for lost; False if it was written down, else it never will be."""
+        """Mark a job that was never written as lost: it cannot be written later. False if it is written."""
         return bool(await self._give_up([job_key(job_id), lost_key(job_id)], [_LOST_KEPT_S]))
 
     async def get(self, job_id: str) -> JobRecord | None:
@@ -207,7 +91,7 @@ class RedisJobs:
         return (await self._records([job_id]))[0]
 
     async def states(self, job_ids: Sequence[str]) -> list[JobState | None]:
-        """Return how far jobs are; None for an id that was never submitted."""
+        """Return the jobs' states; None for an id that was never submitted."""
         async with self._redis.pipeline(transaction=False) as pipeline:
             for job_id in job_ids:
                 pipeline.hget(job_key(job_id), "state")
@@ -219,28 +103,30 @@ class RedisJobs:
         job_ids = cast(list[str], await self._redis.zrevrange(address_key(address), 0, limit - 1))
         return [record for record in await self._records(job_ids) if record is not None]
 
-    async def take(self, consumer: str, block_ms: int, claim_idle_ms: int) -> list[JobRecord]:
-        """Return jobs that are `consumer`'s from now on, waiting up to `block_ms` for a new one.
+    # The queue
 
-        A job that was taken but not done is returned again: to another consumer once its holder has not
-        come here for `claim_idle_ms`, to the same one after half that time. A consumer that still runs the
-        job ignores it, and has renewed its hold by asking.
+    async def take(self, consumer: str, block_ms: int, claim_idle_ms: int) -> list[JobRecord]:
+        """Return jobs that belong to `consumer` from now on, waiting up to `block_ms` for a new one.
+
+        A job that is taken and not done is returned again: to another consumer when its holder has not called
+        this for `claim_idle_ms`, to its holder after half that time. The call itself renews the hold, and a
+        holder that still runs the job ignores it.
         """
         await self._make_group()
         job_ids = await self._claim([QUEUE], [GROUP, consumer, claim_idle_ms, _TAKEN_AT_ONCE])
         if not job_ids:
-            entries = await read_group(
+            entries = await _read_group(
                 self._redis, GROUP, consumer, QUEUE, count=_TAKEN_AT_ONCE, block_ms=block_ms
             )
             job_ids = [fields["job"] for _, fields in entries]
         records = await self._records(job_ids)
-        assert all(records), "a job is written down and queued in one script"
+        assert all(records), "one script writes and queues a job"
         return [record for record in records if record is not None]
 
     async def take_over(self, consumer: str) -> list[JobRecord]:
-        """Return every job that was taken but not done, whoever took it: all are `consumer`'s from now on.
+        """Return every job that is taken and not done; all of them belong to `consumer` from now on.
 
-        For whoever knows that no other consumer is left.
+        Only for a caller that knows that no other consumer is left.
         """
         await self._make_group()
         job_ids: list[str] = []
@@ -255,18 +141,17 @@ class RedisJobs:
             if cursor == "0-0":
                 return [record for record in await self._records(job_ids) if record is not None]
 
-    async def so_far(self, job: Job) -> JobSoFar:
-        """Return what is written of a job, for whoever goes on with it."""
+    async def progress(self, job: Job) -> JobProgress:
+        """Return the written part of a job, from which another pipeline resumes it."""
         cancelled = await self._redis.hexists(job_key(job.job_id), "cancelled")
-        entries = await read_all(self._redis, tokens_key(job.job_id))
-        events = [event_from_entry(*entry) for entry in entries]
+        events = await self._events(job.job_id)
         written = [event for event in events if isinstance(event, TokenEvent)]
-        return so_far(written, job.choices, cancelled=bool(cancelled))
+        return JobProgress.from_events(written, job.choices, cancelled=bool(cancelled))
 
     async def set_state(self, job_id: str, state: JobState) -> bool:
-        """Record that a job is QUEUED or RUNNING; says whether its user gave it up before.
+        """Record that a job is QUEUED or RUNNING; return True if its user has cancelled it.
 
-        A job that has ended stays as it is. Raises NotFound.
+        The state of an ended job does not change. Raises NotFound.
         """
         assert state in (JobState.QUEUED, JobState.RUNNING), "finish() ends a job"
         cancelled = await self._set_state([job_key(job_id)], [state.value])
@@ -274,11 +159,36 @@ class RedisJobs:
             raise _unknown(job_id)
         return bool(cancelled)
 
+    async def done(self, job_id: str) -> None:
+        """Take a job out of the queue: no consumer takes it again."""
+        await self._done([job_key(job_id), QUEUE], [GROUP])
+
+    # Cancellations
+
+    async def cancel(self, job_id: str) -> None:
+        """Record that a user cancelled a job; an ended or unknown job does not change."""
+        await self._cancel([job_key(job_id), CANCELLED], [job_id, _CANCELLATIONS_KEPT])
+
+    async def cancellations(self) -> AsyncIterator[str]:
+        """Yield the ids of cancelled jobs, for ever.
+
+        The latest past cancellations come first, so that a consumer misses none between `take` and this
+        call; it ignores the ids of jobs that it does not run.
+        """
+        position = "0-0"
+        while True:
+            for _, entries in await _read_new(self._redis, {CANCELLED: position}, count=_CANCELLATIONS_KEPT):
+                position = entries[-1][0]
+                for _, fields in entries:
+                    yield fields["job"]
+
+    # Tokens and the end
+
     async def append(self, events: Sequence[tuple[str, TokenEvent]]) -> None:
         """Write the new tokens of many jobs in one round trip.
 
-        Tokens that are written already stay as they are, and a job that has ended takes no more. Raises
-        InternalError when an event would leave a gap or names no job; the others are written.
+        Tokens that are already written do not change, and an ended job takes no more. Raises InternalError
+        when an event would leave a gap or names an unknown job; the other events are written.
         """
         if not events:
             return
@@ -288,15 +198,15 @@ class RedisJobs:
             count = len(event.token_ids)
             assert {len(event.logprobs), len(event.top_logprobs)} <= {0, count}, "one per token, or none"
             keys += [job_key(job_id), tokens_key(job_id)]
-            arguments += [event.index, count, words(event.token_ids), words(event.logprobs)]
-            arguments += [top_words(event.top_logprobs), event.choice, event.finish_reason or ""]
+            arguments += [event.index, count, encode_numbers(event.token_ids), encode_numbers(event.logprobs)]
+            arguments += [encode_top_logprobs(event.top_logprobs), event.choice, event.finish_reason or ""]
             arguments += [WORK.dump_json(event.work) if event.work else ""]
         if refused := await self._append(keys, arguments):
             named = ", ".join(f"{events[at - 1][0]} at {events[at - 1][1].index}" for at in refused)
             raise InternalError(f"tokens that do not continue their job were not written: {named}")
 
     async def plan_end(self, job_id: str, outcome: JobOutcome) -> JobOutcome:
-        """Write down how a job is going to end, before its money is settled; return what was written first.
+        """Fix a job's outcome before its money is settled; return the outcome that was fixed first.
 
         Raises NotFound.
         """
@@ -306,9 +216,9 @@ class RedisJobs:
         return OUTCOME.validate_json(first)
 
     async def finish(self, job_id: str, outcome: JobOutcome) -> bool:
-        """Write how a job ended and close its stream; says whether this outcome is the first.
+        """Write a job's outcome and close its stream; False if there was an outcome, which stays.
 
-        The first one stays. Raises NotFound.
+        Raises NotFound.
         """
         keys = [job_key(job_id), tokens_key(job_id)]
         arguments = [outcome.state.value, OUTCOME.dump_json(outcome), TOKENS_KEPT_S]
@@ -317,34 +227,11 @@ class RedisJobs:
             raise _unknown(job_id)
         return bool(written)
 
-    async def done(self, job_id: str) -> None:
-        """Take a job out of the queue: nobody takes it again."""
-        await self._done([job_key(job_id), QUEUE], [GROUP])
-
-    async def cancel(self, job_id: str) -> None:
-        """Say that a job's user gave it up; a job that has ended, or that never was, stays as it is."""
-        await self._cancel([job_key(job_id), CANCELLED], [job_id, _CANCELLATIONS_KEPT])
-
-    async def cancellations(self) -> AsyncIterator[str]:
-        """Yield the ids of jobs whose users gave them up, for ever.
-
-        It begins with the latest ones of the past, so that none is missed between a take and this; whoever
-        does not run the job ignores it.
-        """
-        position = "0-0"
-        while True:
-            for _, entries in await read_new(self._redis, {CANCELLED: position}, count=_CANCELLATIONS_KEPT):
-                position = entries[-1][0]
-                for _, fields in entries:
-                    yield fields["job"]
-
     async def tokens(self, job_id: str, choice: int = 0) -> tuple[int, ...]:
         """Return the completion tokens of a job's choice so far; none once its stream has expired."""
-        entries = await read_all(self._redis, tokens_key(job_id))
-        events = [event_from_entry(*entry) for entry in entries]
         return tuple(
             token_id
-            for event in events
+            for event in await self._events(job_id)
             if isinstance(event, TokenEvent) and event.choice == choice
             for token_id in event.token_ids
         )
@@ -352,7 +239,7 @@ class RedisJobs:
     async def events(self, job_id: str, after: int = 0) -> AsyncIterator[JobEvent]:
         """Yield a job's events from completion token `after` on; the last one is its outcome.
 
-        Raises NotFound, and InvalidRequest when the job has not come as far as `after`.
+        Raises NotFound, and InvalidRequest when the job has fewer tokens than `after`.
         """
         found = await self._redis.hmget(job_key(job_id), ["delivered", "outcome"])
         delivered, outcome = cast(list[str | None], found)
@@ -364,11 +251,15 @@ class RedisJobs:
             async for event in self._reader.follow(job_id, after):
                 yield event
             return
-        for entry_id, fields in await read_all(self._redis, tokens_key(job_id), after=f"{after}-0"):
-            event = event_from_entry(entry_id, fields)
+        for entry_id, fields in await _read_all(self._redis, tokens_key(job_id), after=f"{after}-0"):
+            event = decode_event(entry_id, fields)
             if isinstance(event, TokenEvent):
                 yield without_first(event, after)
         yield OUTCOME.validate_json(outcome)
+
+    async def _events(self, job_id: str) -> list[JobEvent]:
+        entries = await _read_all(self._redis, tokens_key(job_id))
+        return [decode_event(*entry) for entry in entries]
 
     async def _records(self, job_ids: Sequence[str]) -> list[JobRecord | None]:
         async with self._redis.pipeline(transaction=False) as pipeline:
@@ -388,9 +279,123 @@ class RedisJobs:
         self._has_group = True
 
 
+class TokenReader:
+    """Follows any number of jobs over one connection.
+
+    The reading task runs while a job has a follower. A new follower wakes the blocked read through a stream
+    of the reader's own, so that its first token arrives as soon as it is written.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._wake = wake_key(secrets.token_hex(8))
+        self._followers: set[_Subscription] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    async def follow(self, job_id: str, after: int) -> AsyncIterator[JobEvent]:
+        """Yield a running job's events after completion token `after`, up to its outcome."""
+        subscription = _Subscription(job_id, after)
+        self._followers.add(subscription)
+        try:
+            await self._wake_reading_task()
+            while True:
+                arrival = await subscription.arrivals.get()
+                if isinstance(arrival, Exception):
+                    raise arrival
+                yield arrival
+                if not isinstance(arrival, TokenEvent):
+                    return
+        finally:
+            self._followers.discard(subscription)
+
+    async def _wake_reading_task(self) -> None:
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._read(), name="token-reader")
+            return
+        async with self._redis.pipeline() as pipeline:
+            pipeline.xadd(self._wake, {"wake": "1"}, maxlen=1, approximate=False)
+            pipeline.expire(self._wake, _WAKE_KEPT_S)
+            await pipeline.execute()
+
+    async def _read(self) -> None:
+        try:
+            woken = "0-0"
+            while self._followers:
+                streams = self._positions() | {self._wake: woken}
+                answer = dict(await _read_new(self._redis, streams, count=_ENTRIES_PER_STREAM))
+                if wakes := answer.pop(self._wake, None):
+                    woken = wakes[-1][0]
+                self._distribute(answer)
+        except Exception as error:
+            # Every follower must raise it; the next follower starts a new task.
+            for follower in self._followers:
+                follower.arrivals.put_nowait(error)
+
+    def _positions(self) -> dict[str, str]:
+        """Return each followed stream and the last entry that all its followers have."""
+        positions: dict[str, int] = {}
+        for follower in self._followers:
+            if not follower.ended:
+                key = tokens_key(follower.job_id)
+                positions[key] = min(positions.get(key, follower.position), follower.position)
+        return {key: f"{position}-0" for key, position in positions.items()}
+
+    def _distribute(self, answer: Mapping[str, list[_Entry]]) -> None:
+        events = {
+            key: [(entry_id, decode_event(entry_id, fields)) for entry_id, fields in entries]
+            for key, entries in answer.items()
+        }
+        for follower in self._followers:
+            for entry_id, event in events.get(tokens_key(follower.job_id), ()):
+                follower.receive(entry_id, event)
+
+
+class _Subscription:
+    """One follower of one job; `position` counts the completion tokens that it received."""
+
+    def __init__(self, job_id: str, position: int) -> None:
+        self.job_id = job_id
+        self.position = position
+        self.ended = False
+        self.arrivals: asyncio.Queue[JobEvent | Exception] = asyncio.Queue()
+
+    def receive(self, entry_id: str, event: JobEvent) -> None:
+        """Queue an entry's event, without the tokens that the follower received before."""
+        if self.ended:
+            return
+        if not isinstance(event, TokenEvent):
+            self.ended = True
+            self.arrivals.put_nowait(event)
+        elif (end := token_count(entry_id)) > self.position:
+            self.arrivals.put_nowait(without_first(event, self.position))
+            self.position = end
+
+
+async def _read_new(
+    redis: Redis, positions: Mapping[str, str], *, count: int
+) -> list[tuple[str, list[_Entry]]]:
+    """Return (stream, entries after its position), waiting up to BLOCK_MS for a first one."""
+    streams: dict[Any, Any] = dict(positions)
+    return cast(list[tuple[str, list[_Entry]]], await redis.xread(streams, count=count, block=BLOCK_MS))
+
+
+async def _read_group(
+    redis: Redis, group: str, consumer: str, stream: str, *, count: int, block_ms: int
+) -> list[_Entry]:
+    """Return entries that no consumer of the group was given, waiting up to `block_ms` for a first one."""
+    wait_ms = min(max(block_ms, 1), BLOCK_MS)  # Redis waits for ever at 0
+    answer: Any = await redis.xreadgroup(group, consumer, {stream: ">"}, count, wait_ms)
+    return [entry for _, entries in answer for entry in entries]
+
+
+async def _read_all(redis: Redis, stream: str, *, after: str | None = None) -> list[_Entry]:
+    """Return a stream's entries, or those after the entry `after`."""
+    return cast(list[_Entry], await redis.xrange(stream, min="-" if after is None else f"({after}"))
+
+
 def _unknown(job_id: str) -> NotFound:
     return NotFound(f"there is no job {job_id}", param="job_id", code="job_not_found")
 
 
-def _source(name: str) -> str:
+def _script(name: str) -> str:
     return files("azu.jobs").joinpath(f"{name}.lua").read_text()

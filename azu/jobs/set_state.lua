@@ -1,6 +1,6 @@
 -- Record a job's state unless it has ended; count how often it began to run.
 -- KEYS: job record.  ARGV: state.
--- Returns 1 if the job's user gave it up, 0 if not, -1 if there is no such job.
+-- Returns 1 if the user has cancelled the job, 0 if not, -1 if there is no such job.
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return -1
 end

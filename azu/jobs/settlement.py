@@ -1,20 +1,12 @@
-"""The second half of a job's life: charge what was delivered, share it out, release the rest, say so."""
+"""The end of a job: charge the delivered tokens, pay the workers, release the rest, write the outcome."""
 
 from collections.abc import Mapping
 
+from azu.jobs.redis import RedisJobs
+from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Release, Settle, Transfer
 from azu.money.pricing import charge, divide
-from azu.protocol.job import (
-    FinishReason,
-    Job,
-    JobOutcome,
-    JobState,
-    JobStore,
-    Ran,
-    Receipt,
-    Route,
-    TransferLog,
-)
+from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, Ran, Receipt, Route
 
 _STATES = {FinishReason.ERROR: JobState.FAILED, FinishReason.CANCELLED: JobState.CANCELLED}
 
@@ -23,7 +15,7 @@ class Settlement:
     """Ends jobs: one transfer under the job's id, one receipt, one outcome."""
 
     def __init__(
-        self, ledger: TransferLog, jobs: JobStore, lamports_per_token_layer: int, platform_percent: int
+        self, ledger: RedisLedger, jobs: RedisJobs, lamports_per_token_layer: int, platform_percent: int
     ) -> None:
         self._ledger = ledger
         self._jobs = jobs
@@ -31,10 +23,10 @@ class Settlement:
         self._platform_percent = platform_percent
 
     async def settle(self, job: Job, ran: Ran, route: Route) -> JobOutcome:
-        """End a job: settle what was delivered or release all of it, then write the outcome.
+        """End a job: charge the delivered tokens or release the whole reservation, then write the outcome.
 
-        How it ends is written down first. Whoever takes the job after a crash, and may have run it again
-        with another result, ends it as it was written then.
+        The outcome is fixed first. A scheduler that takes the job after a crash may run it again with another
+        result; it ends the job with the outcome that was fixed before.
         """
         planned = JobOutcome(
             state=_STATES.get(ran.finish_reason, JobState.DONE),
@@ -47,12 +39,12 @@ class Settlement:
         return outcome
 
     async def conclude(self, job: Job, ending: JobOutcome) -> None:
-        """Do what was written down of a job's end; doing it twice changes nothing."""
+        """Apply the transfer of a fixed outcome and write it; a second call changes nothing."""
         await self._ledger.apply(_transfer(job, ending.receipt))
         await self._jobs.finish(job.job_id, ending)
 
     def _receipt(self, job: Job, ran: Ran, route: Route) -> Receipt:
-        # Nothing is charged before the first token.
+        # A job without a delivered token costs nothing, its prompt included.
         prompt_tokens = len(job.prompt_token_ids) if ran.completion_tokens else 0
         charged = charge(prompt_tokens, ran.completion_tokens, job.num_layers, self._price)
         division = divide(
@@ -95,7 +87,7 @@ def _transfer(job: Job, receipt: Receipt) -> Transfer:
 def _by_payout(
     work: Mapping[int, Mapping[str, int]], payout_by_node: Mapping[str, str]
 ) -> dict[int, dict[str, int]]:
-    """Return work keyed by payout address; several nodes of one owner add up."""
+    """Return work keyed by payout address; the nodes of one owner are added up."""
     merged: dict[int, dict[str, int]] = {}
     for layer, by_node in work.items():
         shares = merged.setdefault(layer, {})

@@ -1,6 +1,6 @@
--- Write a job down and queue it, once; one that was given up for lost is not written down any more.
--- KEYS: job record, queue, the address's jobs, the mark of a lost job.  ARGV: job id, job JSON, created_at_ms.
--- Returns 1 if the job was written, 0 if it is known, -1 if it was given up.
+-- Write a job and queue it, once. A job that was marked as lost is not written.
+-- KEYS: job record, queue, the address's jobs, mark of a lost job.  ARGV: job id, job JSON, created_at_ms.
+-- Returns 1 if the job was written, 0 if it is known, -1 if it is marked as lost.
 if redis.call('EXISTS', KEYS[1]) == 1 then
   return 0
 end

@@ -3,12 +3,10 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
 
 from pydantic import ConfigDict
 
 from azu.errors import AzuError
-from azu.money.ledger.transfers import Transfer
 from azu.protocol.node import Node
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.topology import ExpertSet, Stage
@@ -167,23 +165,3 @@ class Route:
 
     payout_by_node: Mapping[str, str]
     placements: tuple[Placement, ...]
-
-
-class TransferLog(Protocol):
-    """The ledger: a transfer with a known id is answered with its first result."""
-
-    async def apply(self, transfer: Transfer) -> object:
-        """Apply a transfer once."""
-
-
-class JobStore(Protocol):
-    """Durable jobs."""
-
-    async def submit(self, job: Job) -> None:
-        """Write the job and queue it."""
-
-    async def plan_end(self, job_id: str, outcome: JobOutcome) -> JobOutcome:
-        """Write down how a job is going to end; return what was written first."""
-
-    async def finish(self, job_id: str, outcome: JobOutcome) -> bool:
-        """Write the outcome unless there is one; say if this one was written."""

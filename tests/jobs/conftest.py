@@ -12,8 +12,8 @@ Scenario = Callable[[RedisJobs], Awaitable[None]]
 
 
 @pytest.fixture
-def play(redis_url: str) -> Callable[[Scenario], None]:
-    """Run a scenario with jobs in an empty Redis; it has 20 seconds."""
+def run_scenario(redis_url: str) -> Callable[[Scenario], None]:
+    """Run a scenario with jobs in an empty Redis, for at most 20 seconds."""
 
     async def run(scenario: Scenario) -> None:
         redis = connect_redis(redis_url)

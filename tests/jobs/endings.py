@@ -1,4 +1,4 @@
-"""How jobs end in these tests."""
+"""An outcome for tests that do not examine its receipt."""
 
 from azu.protocol.job import FinishReason, JobOutcome, JobState, Receipt
 from tests.builders import ALICE
@@ -11,7 +11,7 @@ def outcome(
     finish_reason: FinishReason = FinishReason.STOP,
     completion_tokens: int = 2,
 ) -> JobOutcome:
-    """Return an outcome with a receipt that nobody checks here."""
+    """Return an outcome with a fixed receipt."""
     receipt = Receipt(
         job_id=job_id,
         address=ALICE,

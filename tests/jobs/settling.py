@@ -1,7 +1,7 @@
-"""A real process that takes jobs, runs them on a stand-in model and settles them, until it is killed.
+"""A real process that takes jobs, runs them on a fake model and settles them until it is killed.
 
-It may kill itself, with SIGKILL, before or after its n-th write. What a job produces differs from process to
-process, as if other nodes had run it.
+It can kill itself, with SIGKILL, before or after its n-th write. A job's tokens and work differ from process
+to process, as if other nodes had run it.
 """
 
 import asyncio
@@ -36,8 +36,8 @@ _NEVER = Death()
 
 
 @dataclass
-class StandInModel:
-    """Produces random tokens on random nodes, and writes them down as a pipeline does."""
+class FakeModel:
+    """Produces random tokens on random nodes, and writes them as a pipeline does."""
 
     jobs: RedisJobs
     dice: random.Random
@@ -66,23 +66,23 @@ class StandInModel:
 
 
 @dataclass
-class OneModel:
-    """Deployments of which every job gets the same model."""
+class OneDeployment:
+    """Gives every job the same model."""
 
-    model: StandInModel
+    model: FakeModel
 
-    async def ensure(self, model_id: str, revision: str, job_id: str) -> StandInModel:
+    async def ensure(self, model_id: str, revision: str, job_id: str) -> FakeModel:
         return self.model
 
 
 def start_settling(redis_url: str, *, death: Death = _NEVER, seed: int = 0) -> BaseProcess:
-    """Start the process; it kills itself where `death` says."""
+    """Start the process; it kills itself at the write that `death` names."""
     return start(settle_for_ever, redis_url, death, seed)
 
 
 def settle_for_ever(redis_url: str, death: Death, seed: int) -> None:
     kill_at_effect(EFFECTS, death)
-    # What a dead process had taken comes back soon.
+    # The next process soon gets the jobs that a dead process had taken.
     dispatch._TAKE_BLOCK_MS, dispatch._CLAIM_IDLE_MS = 50, 200
     asyncio.run(_settle(redis_url, random.Random(f"{seed}-{os.getpid()}")))
 
@@ -90,6 +90,6 @@ def settle_for_ever(redis_url: str, death: Death, seed: int) -> None:
 async def _settle(redis_url: str, dice: random.Random) -> None:
     jobs, ledger = RedisJobs.from_url(redis_url), RedisLedger.from_url(redis_url)
     settlement = Settlement(ledger, jobs, PRICE, PLATFORM_PERCENT)
-    model = StandInModel(jobs, dice)
+    model = FakeModel(jobs, dice)
     consumer = f"settling-{os.getpid()}"
-    await Dispatcher(jobs, OneModel(model), settlement, consumer=consumer, patience=PATIENCE).run()
+    await Dispatcher(jobs, OneDeployment(model), settlement, consumer=consumer, patience=PATIENCE).run()

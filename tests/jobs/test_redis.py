@@ -2,13 +2,12 @@
 
 import asyncio
 import math
-import time
 from dataclasses import replace
 
 import pytest
 
 from azu.errors import InternalError, InvalidRequest, NotFound, Unavailable
-from azu.jobs.record import GROUP, QUEUE, ChoiceSoFar, job_key, tokens_key
+from azu.jobs.record import GROUP, QUEUE, ChoiceProgress, job_key, tokens_key
 from azu.jobs.redis import TOKENS_KEPT_S, RedisJobs
 from azu.protocol.job import FinishReason, JobOutcome, JobState, TokenEvent
 from azu.protocol.sampling import SamplingParams
@@ -16,7 +15,6 @@ from tests.builders import ALICE, BOB, job
 from tests.jobs.endings import outcome
 from tests.redis_server import start_redis
 
-SOON_MS = 50
 LATER_MS = 60_000
 
 
@@ -24,11 +22,16 @@ async def taken(jobs: RedisJobs, consumer: str, claim_idle_ms: int = LATER_MS) -
     return [record.job.job_id for record in await jobs.take(consumer, 1, claim_idle_ms)]
 
 
+async def make_idle(jobs: RedisJobs, job_id: str, consumer: str, idle_ms: int) -> None:
+    entry_id = await jobs._redis.hget(job_key(job_id), "queue_id")
+    await jobs._redis.xclaim(QUEUE, GROUP, consumer, 0, [entry_id], idle=idle_ms)
+
+
 async def streamed(jobs: RedisJobs, job_id: str, after: int = 0) -> list[TokenEvent | JobOutcome]:
     return [event async for event in jobs.events(job_id, after)]
 
 
-def test_a_submitted_job_comes_back_as_it_was(play) -> None:
+def test_a_submitted_job_comes_back_as_it_was(run_scenario) -> None:
     sampling = SamplingParams(
         max_tokens=7, temperature=0.3, logit_bias={5: -math.pi}, stop=("\n", "é"), seed=2**63
     )
@@ -43,10 +46,10 @@ def test_a_submitted_job_comes_back_as_it_was(play) -> None:
         assert (record.state, record.outcome, record.attempts) == (JobState.QUEUED, None, 0)
         assert await jobs.get("job-2") is None
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_submitting_a_job_again_changes_nothing(play) -> None:
+def test_submitting_a_job_again_changes_nothing(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())
         await jobs.set_state("job-1", JobState.RUNNING)
@@ -57,10 +60,10 @@ def test_submitting_a_job_again_changes_nothing(play) -> None:
         assert (record.state, record.job.sampling.max_tokens) == (JobState.RUNNING, 10)
         assert await taken(jobs, "one") == ["job-1"]
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_each_job_goes_to_one_consumer(play) -> None:
+def test_each_job_goes_to_one_consumer(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         for n in range(150):
             await jobs.submit(job(f"job-{n}"))
@@ -70,49 +73,48 @@ def test_each_job_goes_to_one_consumer(play) -> None:
 
         assert sorted(got) == sorted(f"job-{n}" for n in range(150))
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_a_waiting_consumer_gets_a_job_as_soon_as_it_is_submitted(play) -> None:
+def test_a_waiting_consumer_gets_a_job_as_soon_as_it_is_submitted(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         waiting = asyncio.create_task(jobs.take("one", 5_000, LATER_MS))
         await asyncio.sleep(0.1)
         await jobs.submit(job())
 
-        assert [record.job.job_id for record in await asyncio.wait_for(waiting, 1)] == ["job-1"]
+        assert [record.job.job_id for record in await waiting] == ["job-1"]
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_a_job_of_a_consumer_that_died_is_claimed_by_another(play) -> None:
+def test_a_job_of_a_consumer_that_died_is_claimed_by_another(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())
         assert await taken(jobs, "dead") == ["job-1"]
-        assert await taken(jobs, "heir", SOON_MS) == []
-        await asyncio.sleep(SOON_MS * 1.2 / 1000)
+        assert await taken(jobs, "heir") == []
+        await make_idle(jobs, "job-1", "dead", LATER_MS)
 
-        assert await taken(jobs, "heir", SOON_MS) == ["job-1"]
+        assert await taken(jobs, "heir") == ["job-1"]
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_an_idle_job_is_found_behind_a_thousand_running_ones(play) -> None:
+def test_an_idle_job_is_found_behind_a_thousand_running_jobs(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
-        for n in range(1_000):  # one XAUTOCLAIM looks at 640
+        for n in range(1_000):  # one XAUTOCLAIM examines 640
             await jobs.submit(job(f"job-{n:03}"))
         while await taken(jobs, "busy"):
             pass
         await jobs.submit(job("job-last"))
         assert await taken(jobs, "dead") == ["job-last"]
-        entry_id = await jobs._redis.hget(job_key("job-last"), "queue_id")
-        await jobs._redis.xclaim(QUEUE, GROUP, "dead", 0, [entry_id], idle=2 * LATER_MS)
+        await make_idle(jobs, "job-last", "dead", LATER_MS)
 
         assert await taken(jobs, "heir") == ["job-last"]
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_whoever_takes_over_gets_every_open_job_at_once(play) -> None:
+def test_a_takeover_returns_every_open_job_at_once(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         names = [f"job-{n:03}" for n in range(150)]
         for name in names:
@@ -127,46 +129,47 @@ def test_whoever_takes_over_gets_every_open_job_at_once(play) -> None:
         assert sorted(record.job.job_id for record in records) == sorted(set(names) - {"job-007"})
         assert await taken(jobs, "heir") == ["job-new"]
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_a_job_goes_on_from_what_is_written_of_it(play) -> None:
+def test_the_progress_of_a_job_is_its_written_part(run_scenario) -> None:
     two = job(choices=2)
     work = {0: {"node-a": 2**60}, 3: {"node-a": 1, "node-b": 2}}
     ended = TokenEvent(3, (8,), choice=1, finish_reason=FinishReason.STOP, work=work)
 
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(two)
-        assert (await jobs.so_far(two)).choices == (ChoiceSoFar(), ChoiceSoFar())
+        assert (await jobs.progress(two)).choices == (ChoiceProgress(), ChoiceProgress())
         events = [TokenEvent(0, (5, 6), choice=0), TokenEvent(2, (7,), choice=1), ended, ended]
         await jobs.append([("job-1", event) for event in events])
 
-        found = await jobs.so_far(two)
+        found = await jobs.progress(two)
 
-        assert found.choices == (ChoiceSoFar((5, 6)), ChoiceSoFar((7, 8), FinishReason.STOP, work))
+        assert found.choices == (ChoiceProgress((5, 6)), ChoiceProgress((7, 8), FinishReason.STOP, work))
         assert (found.delivered, found.cancelled) == (4, False)
         await jobs.cancel("job-1")
-        assert (await jobs.so_far(two)).cancelled
+        assert (await jobs.progress(two)).cancelled
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_a_consumer_that_keeps_asking_keeps_its_jobs(play) -> None:
+def test_a_consumer_that_calls_take_again_keeps_its_jobs(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())
         assert await taken(jobs, "holder") == ["job-1"]
-        renewed = []
-        for _ in range(8):
-            await asyncio.sleep(0.05)
-            renewed += await taken(jobs, "holder", 200)
-            assert await taken(jobs, "rival", 200) == []
+        await make_idle(jobs, "job-1", "holder", LATER_MS // 2)
+        assert await taken(jobs, "rival") == []
 
-        assert "job-1" in renewed
+        assert await taken(jobs, "holder") == ["job-1"]
+        (pending,) = await jobs._redis.xpending_range(QUEUE, GROUP, "-", "+", 1)
+        assert pending["consumer"] == "holder"
+        assert pending["time_since_delivered"] < LATER_MS // 2
+        assert await taken(jobs, "holder") == []
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_a_job_that_is_done_is_never_taken_again(play) -> None:
+def test_a_job_that_is_done_is_never_taken_again(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())
         assert await taken(jobs, "one") == ["job-1"]
@@ -177,10 +180,10 @@ def test_a_job_that_is_done_is_never_taken_again(play) -> None:
         assert await taken(jobs, "two", 1) == []
         assert await jobs._redis.xlen(QUEUE) == 0
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_attempts_count_how_often_a_job_began_to_run(play) -> None:
+def test_attempts_count_how_often_a_job_began_to_run(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())
         await jobs.set_state("job-1", JobState.RUNNING)
@@ -193,10 +196,10 @@ def test_attempts_count_how_often_a_job_began_to_run(play) -> None:
         with pytest.raises(NotFound):
             await jobs.set_state("job-2", JobState.RUNNING)
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_the_first_outcome_stays(play) -> None:
+def test_the_first_outcome_stays(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())
         first, second = outcome(), outcome(state=JobState.FAILED, finish_reason=FinishReason.ERROR)
@@ -212,10 +215,10 @@ def test_the_first_outcome_stays(play) -> None:
         with pytest.raises(NotFound):
             await jobs.finish("job-2", outcome("job-2"))
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_the_jobs_of_an_address_come_newest_first(play) -> None:
+def test_the_jobs_of_an_address_come_newest_first(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         for n in range(5):
             await jobs.submit(job(f"job-{n}", created_at_ms=1_000 + n))
@@ -224,10 +227,10 @@ def test_the_jobs_of_an_address_come_newest_first(play) -> None:
         assert [record.job.job_id for record in await jobs.of(ALICE, 3)] == ["job-4", "job-3", "job-2"]
         assert [record.job.job_id for record in await jobs.of(BOB, 3)] == ["job-of-bob"]
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_tokens_of_many_jobs_are_written_in_one_call_and_only_once(play) -> None:
+def test_tokens_of_many_jobs_are_written_in_one_call_and_only_once(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job("job-1"))
         await jobs.submit(job("job-2"))
@@ -240,10 +243,10 @@ def test_tokens_of_many_jobs_are_written_in_one_call_and_only_once(play) -> None
         assert await jobs.tokens("job-2") == (21,)
         assert await jobs.tokens("job-3") == ()
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_a_step_cut_differently_adds_only_what_is_new(play) -> None:
+def test_a_step_that_overlaps_another_adds_only_its_new_tokens(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())
         await jobs.append([("job-1", TokenEvent(0, (1, 2, 3), (-1.0, -2.0, -3.0)))])
@@ -256,10 +259,29 @@ def test_a_step_cut_differently_adds_only_what_is_new(play) -> None:
             TokenEvent(3, (4, 5), (-4.0, -math.inf)),
         ]
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_tokens_that_leave_a_gap_are_refused_by_name_and_the_others_written(play) -> None:
+def test_a_step_that_overlaps_another_keeps_the_alternatives_of_its_new_tokens(run_scenario) -> None:
+    first, second, third = ((1, -0.5), (2, -1.5)), (), ((3, -math.inf),)
+
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        await jobs.append([("job-1", TokenEvent(0, (1,), (-0.5,), (first,)))])
+        overlapping = TokenEvent(0, (1, 2, 3), (-0.5, -1.0, -2.0), (first, second, third))
+        await jobs.append([("job-1", overlapping)])
+        await jobs.finish("job-1", outcome())
+
+        *tokens, _ = await streamed(jobs, "job-1")
+        assert tokens == [
+            TokenEvent(0, (1,), (-0.5,), (first,)),
+            TokenEvent(1, (2, 3), (-1.0, -2.0), (second, third)),
+        ]
+
+    run_scenario(scenario)
+
+
+def test_tokens_after_a_gap_are_refused_by_job_id_and_the_others_written(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job("job-1"))
         await jobs.submit(job("job-2"))
@@ -270,10 +292,10 @@ def test_tokens_that_leave_a_gap_are_refused_by_name_and_the_others_written(play
         assert await jobs.tokens("job-1") == ()
         assert await jobs.tokens("job-2") == (7,)
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_a_job_that_has_ended_takes_no_more_tokens(play) -> None:
+def test_a_job_that_has_ended_takes_no_more_tokens(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())
         await jobs.append([("job-1", TokenEvent(0, (1,)))])
@@ -282,11 +304,11 @@ def test_a_job_that_has_ended_takes_no_more_tokens(play) -> None:
 
         assert await jobs.tokens("job-1") == (1,)
 
-    play(scenario)
+    run_scenario(scenario)
 
 
 @pytest.mark.parametrize("after", range(6))
-def test_a_reader_that_comes_back_gets_exactly_what_it_lacks(play, after: int) -> None:
+def test_a_reader_that_comes_back_gets_exactly_the_tokens_that_it_lacks(run_scenario, after: int) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())
         await jobs.append([("job-1", TokenEvent(0, (0, 1, 2)))])
@@ -301,11 +323,11 @@ def test_a_reader_that_comes_back_gets_exactly_what_it_lacks(play, after: int) -
             assert [token for event in tokens for token in event.token_ids] == list(range(after, 5))
             assert [event.index for event in tokens] == sorted({after, *([3] if after < 3 else [])} - {5})
 
-    play(scenario)
+    run_scenario(scenario)
 
 
 @pytest.mark.parametrize("after", [-1, 3])
-def test_a_place_that_the_job_has_not_reached_is_refused(play, after: int) -> None:
+def test_an_index_beyond_the_last_token_is_refused(run_scenario, after: int) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())
         await jobs.append([("job-1", TokenEvent(0, (1, 2)))])
@@ -315,10 +337,10 @@ def test_a_place_that_the_job_has_not_reached_is_refused(play, after: int) -> No
         with pytest.raises(NotFound):
             await streamed(jobs, "job-2")
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_a_stream_expires_some_time_after_the_outcome_which_stays(play) -> None:
+def test_a_stream_expires_after_the_outcome_and_the_outcome_stays(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())
         await jobs.append([("job-1", TokenEvent(0, (1, 2)))])
@@ -329,19 +351,19 @@ def test_a_stream_expires_some_time_after_the_outcome_which_stays(play) -> None:
         await jobs._redis.delete(tokens_key("job-1"))
         assert await streamed(jobs, "job-1") == [outcome()]
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_a_cancellation_is_marked_and_heard_once_also_by_those_who_come_later(play) -> None:
+def test_a_cancellation_is_recorded_once_and_reaches_later_readers_too(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         for n in range(3):
             await jobs.submit(job(f"job-{n}"))
         await jobs.finish("job-2", outcome("job-2"))
         for job_id in ("job-0", "job-0", "job-2", "job-unknown"):
             await jobs.cancel(job_id)
-        heard = jobs.cancellations()
-        assert await anext(heard) == "job-0"
-        waiting = asyncio.ensure_future(anext(heard))
+        cancelled_ids = jobs.cancellations()
+        assert await anext(cancelled_ids) == "job-0"
+        waiting = asyncio.ensure_future(anext(cancelled_ids))
         await asyncio.sleep(0.05)
         assert not waiting.done()
         await jobs.cancel("job-1")
@@ -350,11 +372,11 @@ def test_a_cancellation_is_marked_and_heard_once_also_by_those_who_come_later(pl
         records = [await jobs.get(f"job-{n}") for n in range(3)]
         assert [record is not None and record.cancelled for record in records] == [True, True, False]
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_a_lost_answer_is_made_good_by_asking_again(play) -> None:
-    """Every connection is cut between two calls, as a network that breaks would."""
+def test_a_call_whose_answer_was_lost_can_be_repeated(run_scenario) -> None:
+    """Every connection is cut between two calls, as by a broken network."""
 
     async def scenario(jobs: RedisJobs) -> None:
         written = replace(job(), created_at_ms=5)
@@ -365,10 +387,10 @@ def test_a_lost_answer_is_made_good_by_asking_again(play) -> None:
             await jobs.append([("job-1", TokenEvent(index, (index,)))])
         assert await jobs.tokens("job-1") == (0, 1, 2, 3, 4)
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_a_redis_that_is_away_is_unavailable() -> None:
+def test_a_redis_that_does_not_answer_is_unavailable() -> None:
     async def scenario() -> None:
         jobs = RedisJobs.from_url("redis://127.0.0.1:9/0")
         for asked in (jobs.get("job-1"), jobs.submit(job()), jobs.of(ALICE, 1), jobs.cancel("job-1")):
@@ -397,17 +419,17 @@ async def until_read(jobs: RedisJobs, followers: int) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_hundreds_of_streams_share_one_blocked_read(play) -> None:
+def test_hundreds_of_streams_share_one_blocked_read(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         ids = [f"job-{n}" for n in range(STREAMS)]
-        of_others = await connections(jobs)
+        connections_before = await connections(jobs)
         for job_id in ids:
             await jobs.submit(job(job_id))
         reading = []
         for job_id in ids:
             reading.append(asyncio.create_task(read(jobs, job_id)))
             await until_read(jobs, len(reading))
-        assert await connections(jobs) - of_others <= 3
+        assert await connections(jobs) - connections_before <= 3
         for index in range(TOKENS):
             await jobs.append([(job_id, TokenEvent(index, (index,))) for job_id in ids])
         for job_id in ids:
@@ -416,10 +438,13 @@ def test_hundreds_of_streams_share_one_blocked_read(play) -> None:
         assert await asyncio.gather(*reading) == [list(range(TOKENS))] * STREAMS
         assert not jobs._reader._followers
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_a_new_follower_hears_its_first_token_at_once_while_others_are_quiet(play) -> None:
+def test_a_new_follower_gets_its_first_token_while_another_stream_is_quiet(run_scenario, monkeypatch) -> None:
+    # A read that is not woken up blocks for longer than the scenario may take.
+    monkeypatch.setattr("azu.jobs.redis.BLOCK_MS", 60_000)
+
     async def scenario(jobs: RedisJobs) -> None:
         for n in range(2):
             await jobs.submit(job(f"job-{n}"))
@@ -428,17 +453,15 @@ def test_a_new_follower_hears_its_first_token_at_once_while_others_are_quiet(pla
         await asyncio.sleep(0.1)  # the reader is blocked on the quiet stream now
         first = asyncio.ensure_future(anext(jobs.events("job-1")))
         await asyncio.sleep(0.1)
-        written = time.perf_counter()
         await jobs.append([("job-1", TokenEvent(0, (7,)))])
 
         assert await first == TokenEvent(0, (7,))
-        assert time.perf_counter() - written < 0.5
         waiting.cancel()
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_followers_of_one_job_at_different_places_each_get_what_they_lack(play) -> None:
+def test_followers_of_one_job_at_different_tokens_each_get_the_rest(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())
         await jobs.append([("job-1", TokenEvent(0, (0, 1, 2, 3)))])
@@ -449,10 +472,10 @@ def test_followers_of_one_job_at_different_places_each_get_what_they_lack(play) 
 
         assert await asyncio.gather(*reading) == [list(range(after, 6)) for after in (0, 2, 4, 1)]
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_a_follower_that_leaves_is_forgotten_and_the_others_go_on(play) -> None:
+def test_a_follower_that_leaves_is_removed_and_the_others_continue(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         for n in range(2):
             await jobs.submit(job(f"job-{n}"))
@@ -466,10 +489,10 @@ def test_a_follower_that_leaves_is_forgotten_and_the_others_go_on(play) -> None:
 
         assert await staying == [5]
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_reading_goes_on_when_the_connection_is_cut(play) -> None:
+def test_reading_continues_after_the_connection_is_cut(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())
         reading = asyncio.create_task(read(jobs, "job-1"))
@@ -482,10 +505,10 @@ def test_reading_goes_on_when_the_connection_is_cut(play) -> None:
 
         assert await reading == [0, 1, 2, 3]
 
-    play(scenario)
+    run_scenario(scenario)
 
 
-def test_followers_hear_when_redis_is_gone_instead_of_waiting_for_ever(tmp_path) -> None:
+def test_followers_of_a_redis_that_dies_raise_instead_of_waiting_for_ever(tmp_path) -> None:
     server = start_redis(tmp_path)
 
     async def scenario() -> None:

@@ -1,11 +1,11 @@
-"""A job's end: charged for what was delivered, shared exactly, the rest released, once."""
+"""A job ends once: the delivered tokens are charged and shared exactly, the rest is released."""
 
 import asyncio
 
 import pytest
 
 from azu.errors import InsufficientBalance, InvalidRequest, WorkerLost
-from azu.jobs.in_flight_limit import FlightLimits, RedisFlights
+from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
@@ -21,7 +21,7 @@ ROUTE = Route(payout_by_node={"a": OWNERS[0], "b": OWNERS[1]}, placements=())
 WORK = {0: {"a": 100}, 1: {"a": 100}, 2: {"b": 100}, 3: {"a": 50, "b": 50}}
 
 
-class Desk:
+class Billing:
     """Intake and settlement over a real Redis."""
 
     def __init__(self, redis_url: str) -> None:
@@ -34,7 +34,7 @@ class Desk:
             self.ledger,
             self.jobs,
             self.spend_limits,
-            FlightLimits(RedisFlights.from_url(redis_url), self.jobs, 10_000),
+            InFlightLimit.from_url(redis_url, self.jobs, 10_000),
             limits,
             2,
             now_ms=lambda: 1_000,
@@ -46,7 +46,7 @@ class Desk:
         await self.ledger.apply(Deposit(id="deposit:0x" + "11" * 32, address=ALICE, lamports=lamports))
 
     async def accept(self, prompt_tokens: int = 4, max_tokens: int = 10, **key: object) -> Job:
-        """Accept a job for a key of Alice's."""
+        """Accept a job for one of Alice's keys."""
         sampling = SamplingParams(max_tokens=max_tokens)
         prompt = tuple(range(1, prompt_tokens + 1))
         return await self.intake.accept(api_key(**key), MODEL, prompt, sampling)
@@ -58,58 +58,58 @@ class Desk:
         )
 
 
-def test_a_job_reserves_its_highest_price_and_pays_what_was_delivered(redis_url: str) -> None:
+def test_a_job_reserves_its_highest_price_and_pays_for_the_delivered_tokens(redis_url: str) -> None:
     async def scenario() -> None:
-        desk = Desk(redis_url)
-        await desk.deposit(1_000)
-        job = await desk.accept(prompt_tokens=4, max_tokens=10)
+        billing = Billing(redis_url)
+        await billing.deposit(1_000)
+        job = await billing.accept(prompt_tokens=4, max_tokens=10)
         assert job.reserved_lamports == 2 * 4 * (4 + 10)
-        assert await desk.balances() == (1_000 - 112, 112)
+        assert await billing.balances() == (1_000 - 112, 112)
 
-        outcome = await desk.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
+        outcome = await billing.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
 
         receipt = outcome.receipt
         assert receipt.charged_lamports == 2 * 4 * (4 + 6)
         assert receipt.platform_lamports == 16
         assert dict(receipt.worker_lamports) == {OWNERS[0]: 40, OWNERS[1]: 24}
-        assert await desk.balances() == (1_000 - 80, 0)
-        assert await desk.ledger.balance(worker_earned(OWNERS[0])) == 40
-        assert sum((await desk.ledger.balances()).values()) == 0
+        assert await billing.balances() == (1_000 - 80, 0)
+        assert await billing.ledger.balance(worker_earned(OWNERS[0])) == 40
+        assert sum((await billing.ledger.balances()).values()) == 0
 
     asyncio.run(scenario())
 
 
 def test_settling_twice_changes_nothing(redis_url: str) -> None:
     async def scenario() -> None:
-        desk = Desk(redis_url)
-        await desk.deposit(1_000)
-        job = await desk.accept()
-        first = await desk.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
-        balances = await desk.ledger.balances()
+        billing = Billing(redis_url)
+        await billing.deposit(1_000)
+        job = await billing.accept()
+        first = await billing.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
+        balances = await billing.ledger.balances()
 
-        second = await desk.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
+        second = await billing.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
 
         assert second == first
-        assert await desk.ledger.balances() == balances
+        assert await billing.ledger.balances() == balances
 
     asyncio.run(scenario())
 
 
 def test_nothing_is_charged_before_the_first_token(redis_url: str) -> None:
     async def scenario() -> None:
-        desk = Desk(redis_url)
-        await desk.deposit(1_000)
-        job = await desk.accept()
+        billing = Billing(redis_url)
+        await billing.deposit(1_000)
+        job = await billing.accept()
 
         ran = Ran(0, FinishReason.ERROR, error=WorkerLost("stage 1 was lost"))
-        outcome = await desk.settlement.settle(job, ran, ROUTE)
+        outcome = await billing.settlement.settle(job, ran, ROUTE)
 
         assert outcome.state is JobState.FAILED
         assert outcome.error is not None
         assert outcome.error["code"] == "worker_lost"
         assert outcome.receipt.charged_lamports == 0
-        assert await desk.balances() == (1_000, 0)
-        record = await desk.jobs.get(job.job_id)
+        assert await billing.balances() == (1_000, 0)
+        record = await billing.jobs.get(job.job_id)
         assert record is not None
         assert record.state is JobState.FAILED
 
@@ -130,58 +130,60 @@ def test_a_job_out_of_range_changes_nothing(
     redis_url: str, prompt_tokens: int, max_tokens: int, param: str
 ) -> None:
     async def scenario() -> None:
-        desk = Desk(redis_url)
-        await desk.deposit(10_000)
+        billing = Billing(redis_url)
+        await billing.deposit(10_000)
         with pytest.raises(InvalidRequest) as refused:
-            await desk.accept(prompt_tokens, max_tokens)
+            await billing.accept(prompt_tokens, max_tokens)
 
         assert refused.value.param == param
-        assert await desk.balances() == (10_000, 0)
-        assert await desk.jobs.of(ALICE, 10) == []
+        assert await billing.balances() == (10_000, 0)
+        assert await billing.jobs.of(ALICE, 10) == []
 
     asyncio.run(scenario())
 
 
-def test_a_job_that_the_balance_does_not_cover_is_not_written_down(redis_url: str) -> None:
+def test_a_job_above_the_balance_is_not_written(redis_url: str) -> None:
     async def scenario() -> None:
-        desk = Desk(redis_url)
-        await desk.deposit(111)
+        billing = Billing(redis_url)
+        await billing.deposit(111)
         with pytest.raises(InsufficientBalance):
-            await desk.accept(prompt_tokens=4, max_tokens=10)
+            await billing.accept(prompt_tokens=4, max_tokens=10)
 
-        assert await desk.balances() == (111, 0)
-        assert await desk.jobs.of(ALICE, 10) == []
+        assert await billing.balances() == (111, 0)
+        assert await billing.jobs.of(ALICE, 10) == []
 
     asyncio.run(scenario())
 
 
-def test_a_job_that_ran_again_after_a_crash_ends_as_it_was_first_going_to(redis_url: str) -> None:
+def test_a_job_that_runs_again_ends_with_the_outcome_that_was_fixed_first(
+    redis_url: str,
+) -> None:
     async def scenario() -> None:
-        desk = Desk(redis_url)
-        await desk.deposit(1_000)
-        job = await desk.accept()
-        first = await desk.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
+        billing = Billing(redis_url)
+        await billing.deposit(1_000)
+        job = await billing.accept()
+        first = await billing.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
 
-        again = await desk.settlement.settle(job, Ran(9, FinishReason.LENGTH, {0: {"b": 1}}), ROUTE)
+        again = await billing.settlement.settle(job, Ran(9, FinishReason.LENGTH, {0: {"b": 1}}), ROUTE)
 
         assert again == first
-        assert await desk.balances() == (1_000 - 80, 0)
+        assert await billing.balances() == (1_000 - 80, 0)
 
     asyncio.run(scenario())
 
 
-def test_a_quote_is_what_is_reserved_at_most_and_refuses_what_would_be_refused(redis_url: str) -> None:
+def test_a_quote_equals_the_reservation_and_refuses_what_intake_refuses(redis_url: str) -> None:
     async def scenario() -> None:
-        desk = Desk(redis_url)
-        await desk.deposit(1_000)
-        quote = desk.intake.quote(MODEL, 4, 10, expected_tokens=3)
-        job = await desk.accept(prompt_tokens=4, max_tokens=10)
+        billing = Billing(redis_url)
+        await billing.deposit(1_000)
+        quote = billing.intake.quote(MODEL, 4, 10, expected_tokens=3)
+        job = await billing.accept(prompt_tokens=4, max_tokens=10)
 
         assert quote.max_lamports == job.reserved_lamports == 112
         assert (quote.expected_tokens, quote.expected_lamports) == (3, 2 * 4 * (4 + 3))
-        assert desk.intake.quote(MODEL, 4, 10, expected_tokens=None).expected_lamports == 112
-        assert desk.intake.quote(MODEL, 4, 10, expected_tokens=99).expected_lamports == 112
+        assert billing.intake.quote(MODEL, 4, 10, expected_tokens=None).expected_lamports == 112
+        assert billing.intake.quote(MODEL, 4, 10, expected_tokens=99).expected_lamports == 112
         with pytest.raises(InvalidRequest):
-            desk.intake.quote(MODEL, 33, 10, None)
+            billing.intake.quote(MODEL, 33, 10, None)
 
     asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""The process that settles is killed at every write: no lamport is lost, none paid twice, none stuck."""
+"""The settling process is killed at every write: no lamport is lost, paid twice or stuck."""
 
 import asyncio
 import random
@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 import redis
 
-from azu.jobs.in_flight_limit import FlightLimits, RedisFlights
+from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits
 from azu.jobs.redis import RedisJobs
 from azu.money.ledger.audit import audit
@@ -52,18 +52,18 @@ async def books(redis_url: str) -> AsyncIterator[tuple[RedisLedger, RedisJobs]]:
 
 
 async def submitted(redis_url: str, dice: random.Random, count: int) -> list[Job]:
-    """Deposit, submit jobs of which some are cancelled, and reserve for one that is never written down."""
+    """Deposit, submit jobs (sometimes cancel the first), and reserve for a job that is never written."""
     async with books(redis_url) as (ledger, jobs):
         spend_limits = SpendLimits(RedisSpending.from_url(redis_url), ledger)
-        flight_limits = FlightLimits(RedisFlights.from_url(redis_url), jobs, 10_000)
-        return await submit(ledger, jobs, spend_limits, flight_limits, dice, count)
+        in_flight_limit = InFlightLimit.from_url(redis_url, jobs, 10_000)
+        return await submit(ledger, jobs, spend_limits, in_flight_limit, dice, count)
 
 
 async def submit(
     ledger: RedisLedger,
     jobs: RedisJobs,
     spend_limits: SpendLimits,
-    flight_limits: FlightLimits,
+    in_flight_limit: InFlightLimit,
     dice: random.Random,
     count: int,
 ) -> list[Job]:
@@ -73,7 +73,7 @@ async def submit(
         ledger,
         jobs,
         spend_limits,
-        flight_limits,
+        in_flight_limit,
         limits,
         PRICE,
         now_ms=lambda: 1_000,
@@ -104,10 +104,10 @@ async def assert_settled_once(redis_url: str, accepted: list[Job]) -> None:
 
 
 async def assert_books(ledger: RedisLedger, jobs: RedisJobs, accepted: list[Job]) -> None:
-    """Every job's receipt is what the ledger did, and nothing is held any more."""
-    sweeper = ReservationExpiry(ledger, jobs)
-    await sweeper.sweep()
-    await sweeper.sweep()
+    """Every job's receipt agrees with the ledger, and no reservation is left."""
+    expiry = ReservationExpiry(ledger, jobs)
+    await expiry.sweep()
+    await expiry.sweep()
     entries = [entry async for entry in ledger.journal()]
     ends = [entry.transfer for entry in entries if isinstance(entry.transfer, Settle | Release | Expire)]
     by_job = {transfer.job_id: transfer for transfer in ends}
@@ -138,8 +138,8 @@ async def assert_books(ledger: RedisLedger, jobs: RedisJobs, accepted: list[Job]
     assert report.agrees, report.findings
 
 
-def died_and_went_on(redis_url: str, accepted: list[Job], at: int, when: str, seed: int) -> bool:
-    """Run until every job has ended, starting again when the process dies; say if it died."""
+def run_until_ended(redis_url: str, accepted: list[Job], at: int, when: str, seed: int) -> bool:
+    """Run until every job has ended, restarting a process that died; return True if the first one died."""
     running = [start_settling(redis_url, death=Death(at, when), seed=seed)]
     try:
         deadline = time.monotonic() + TIMEOUT_S
@@ -157,30 +157,30 @@ def died_and_went_on(redis_url: str, accepted: list[Job], at: int, when: str, se
             process.join(10)
 
 
-def killed_everywhere(redis_url: str, when: str, seed: int, jobs: int) -> int:
-    """Kill a process at its first write, the next at its second, and so on; return how many died."""
+def kill_at_every_write(redis_url: str, when: str, seed: int, jobs: int) -> int:
+    """Kill a process at its first write, the next one at its second, and so on; return how many died."""
     for at in range(1, MOST_EFFECTS):
         with redis.Redis.from_url(redis_url) as client:
             client.flushall()
         accepted = asyncio.run(submitted(redis_url, random.Random(f"{seed}-{at}"), jobs))
-        died = died_and_went_on(redis_url, accepted, at, when, seed)
+        died = run_until_ended(redis_url, accepted, at, when, seed)
         asyncio.run(assert_settled_once(redis_url, accepted))
         if not died:
             return at - 1
-    raise AssertionError("it writes more often than was thought")
+    raise AssertionError(f"the process makes more than {MOST_EFFECTS} writes")
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_it_is_killed_at_every_write_and_settles_once(redis_url: str, when: str) -> None:
-    assert killed_everywhere(redis_url, when, SEED, jobs=1) >= 4
+def test_a_process_killed_at_every_write_settles_once(redis_url: str, when: str) -> None:
+    assert kill_at_every_write(redis_url, when, SEED, jobs=1) >= 4
 
 
 @pytest.mark.prove
 @pytest.mark.parametrize("run", range(20))
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_it_is_killed_at_every_write_of_many_histories(
+def test_processes_killed_at_every_write_of_many_histories_settle_once(
     redis_url: str, figures: Counter[str], when: str, run: int
 ) -> None:
-    deaths = killed_everywhere(redis_url, when, SEED + run, jobs=2)
+    deaths = kill_at_every_write(redis_url, when, SEED + run, jobs=2)
     assert deaths >= 8
     figures["settling processes killed; lamports lost, paid twice or stuck: 0"] += deaths
