@@ -36,8 +36,8 @@ from azu.models.description import ModelDescription
 from azu.planner.demand import shards_of
 from azu.planner.kv_blocks import with_blocks
 from azu.planner.migration import TopologyChange
-from azu.planner.plan import refuse_what_never_fits
-from azu.planner.replicas import Counts
+from azu.planner.plan import check_kv_capacity
+from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import Job, Placement, Ran, Route, placements
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
@@ -124,12 +124,12 @@ class RayPiece:
         await asyncio.wait_for(answer, self._site.policy.timeouts.step_s)
         self.linked_epoch = topology.epoch
 
-    async def num_chosen(self) -> Counts:
+    async def num_chosen(self) -> ExpertCounts:
         """Ask a stage how often each expert was chosen; raises an AzuError when it does not say."""
         assert self.actor is not None
         asking = self.actor.num_chosen.options(concurrency_group=CONTROL).remote()
         try:
-            counts: Counts = await asyncio.wait_for(asking, self._site.policy.timeouts.step_s)
+            counts: ExpertCounts = await asyncio.wait_for(asking, self._site.policy.timeouts.step_s)
         except Exception as error:
             raise as_azu_error(error, self.name) from error
         return counts
@@ -500,7 +500,7 @@ class RayPieces:
         found = sorted((key[1], piece.actor) for key, piece in self._pieces.items() if key[0] is Stage)
         return [actor for _, actor in found]
 
-    async def num_chosen(self) -> Counts:
+    async def num_chosen(self) -> ExpertCounts:
         """Return how often each expert was chosen, in layers that have experts apart from their router."""
         stages = [piece for (kind, _), piece in self._pieces.items() if kind is Stage]
         answers = await asyncio.gather(*(piece.num_chosen() for piece in stages))
@@ -636,15 +636,13 @@ class RayDeployment:
         """Run a job in the model's pipeline; raises InvalidRequest when its KV would never fit."""
         planned = self._site.policy.plan_policy()
         num_tokens = len(job.prompt_token_ids) + job.sampling.max_tokens
-        refuse_what_never_fits(
-            self.structure, replace(self.topology, num_blocks=planned.num_blocks), num_tokens
-        )
+        check_kv_capacity(self.structure, replace(self.topology, num_blocks=planned.num_blocks), num_tokens)
         self._held |= {job.job_id}
         ran = await self._seat.run(job)
         self._held -= {job.job_id}
         return ran
 
-    async def num_chosen(self) -> Counts:
+    async def num_chosen(self) -> ExpertCounts:
         """Ask the stages how often each expert was chosen."""
         return await self._pieces.num_chosen()
 

@@ -73,7 +73,7 @@ class Scheduler:
             self._growth,
             settlement,
             consumer="scheduler",
-            patience=policy.patience(),
+            patience=policy.retry_policy(),
             meter=self._meter,
         )
         self._loops: tuple[asyncio.Task[None], ...] = ()

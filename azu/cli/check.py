@@ -22,11 +22,11 @@ def check(
 ) -> None:
     """Cut a model, run it stage by stage and whole, and compare; exit 0 only if the answers are equal."""
     from azu.engine.check import check as run_check
-    from azu.models.sources import find
+    from azu.models.sources import find_source
 
     folder = Path(model)
     if not folder.is_dir():
-        folder = find(model, None, ()).weights(lambda *_: None)
+        folder = find_source(model, None, ()).weights(lambda *_: None)
     report = run_check(folder, model=model, num_stages=stages, expert_holders=experts_apart)
     show(report, as_json, _drawn)
     if not report.passed:

@@ -78,14 +78,14 @@ def _workers(name: str, vram: str, payout: str, *, cpu: bool) -> "list[Worker]":
     from pydantic import ValidationError
 
     from azu.config import LocalWorker
-    from azu.config.settings import refused
+    from azu.config.settings import configuration_error
     from azu.launch.ray_nodes import Worker, cuda_devices
 
     gpus = () if cpu else cuda_devices()
     try:
         checked = LocalWorker(name=name, vram=vram, payout=payout)
     except ValidationError as error:
-        raise refused(error) from error
+        raise configuration_error(error) from error
     names = [f"{checked.name}-{index}" for index in range(len(gpus))] if len(gpus) > 1 else [checked.name]
     return [
         Worker(index, named, checked.vram, checked.payout, gpu)

@@ -65,10 +65,10 @@ def _structure(model: str, revision: str | None, shards: Path) -> "Structure":
 
     from azu.models import describe
     from azu.models.cut import cut
-    from azu.models.sources import find, folder_name
+    from azu.models.sources import find_source, model_folder_name
 
     model_id = str(folder.resolve()) if folder.is_dir() else model
-    source = find(model_id, revision, [folder.resolve().parent] if folder.is_dir() else [])
+    source = find_source(model_id, revision, [folder.resolve().parent] if folder.is_dir() else [])
     with Console(stderr=True).status("reading the model") as status:
 
         def told(done: int, total: int) -> None:
@@ -76,7 +76,7 @@ def _structure(model: str, revision: str | None, shards: Path) -> "Structure":
 
         return cut(
             source.weights(told),
-            shards / folder_name(model_id) / source.revision,
+            shards / model_folder_name(model_id) / source.revision,
             model_id=model_id,
             revision=source.revision,
             architecture=describe(source.folder),

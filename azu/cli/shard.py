@@ -46,14 +46,14 @@ def shard(
     from azu.config import Settings
     from azu.models import describe
     from azu.models.cut import cut
-    from azu.models.sources import find, folder_name
+    from azu.models.sources import find_source, model_folder_name
 
     folder = Path(model)
     model_id = str(folder.resolve()) if folder.is_dir() else model
-    source = find(model_id, revision, [folder.resolve().parent] if folder.is_dir() else [])
+    source = find_source(model_id, revision, [folder.resolve().parent] if folder.is_dir() else [])
     architecture = describe(source.folder)
     if out is None:
-        out = Settings.from_environment().home / "shards" / folder_name(model_id) / source.revision
+        out = Settings.from_environment().home / "shards" / model_folder_name(model_id) / source.revision
     with _bar("fetching") as fetching:
         weights = source.weights(fetching)
     with _bar("cutting") as cutting:

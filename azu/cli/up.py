@@ -69,7 +69,7 @@ def _workers(number: int, vram: str, payout: str | None, *, play_money: bool) ->
     from pydantic import ValidationError
 
     from azu.config import LocalWorker
-    from azu.config.settings import refused
+    from azu.config.settings import configuration_error
     from azu.errors import ConfigurationError
     from azu.launch.ray_nodes import cuda_devices
 
@@ -87,7 +87,7 @@ def _workers(number: int, vram: str, payout: str | None, *, play_money: bool) ->
             for index in range(number)
         ]
     except ValidationError as error:
-        raise refused(error) from error
+        raise configuration_error(error) from error
 
 
 def _facts(running: "LocalNetwork") -> dict[str, Any]:

@@ -11,11 +11,11 @@ from azu.cluster.deployment import Builder, DeployedModel
 from azu.cluster.deployment_store import DeploymentRecord, StandingModels
 from azu.errors import AzuError, InsufficientCapacity, WorkerLost
 from azu.jobs.dispatch import RunningModel
-from azu.planner.migration import TopologyChange, better_place, change_to, fits
-from azu.planner.plan import NEVER_FITS, plan, refuse_what_no_waiting_helps
+from azu.planner.migration import TopologyChange, better_placement, change_between, have_room
+from azu.planner.plan import NEVER_FITS, check_total_capacity, plan
 from azu.planner.policy import PlanPolicy
 from azu.planner.replan import replan
-from azu.planner.replicas import Heat, plan_another, takes_spare_room, with_hot_replicas
+from azu.planner.replicas import ExpertHeat, plan_replica, takes_spare_room, with_hot_replicas
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import PieceSet, PipelineKey, Topology
@@ -153,7 +153,7 @@ class Cluster:
             structure, topologies = running[0].structure, [one.topology for one in running]
             nodes = self._rooms.now()
             epoch = await self._standing.next_epoch()
-            topology = plan_another(structure, topologies, nodes, self._policy, epoch=epoch)
+            topology = plan_replica(structure, topologies, nodes, self._policy, epoch=epoch)
             others = [(one.structure, one.topology) for one in self._models.values() if one not in running]
             if topology is None or takes_spare_room(topology.vram_bytes_by_node, others, nodes, self._policy):
                 return
@@ -201,10 +201,10 @@ class Cluster:
         before = model.topology
         nodes = self._rooms.without(before.vram_bytes_by_node)
         # A plan takes a second where there are a thousand nodes.
-        change = await asyncio.to_thread(better_place, model.structure, before, nodes, self._policy)
+        change = await asyncio.to_thread(better_placement, model.structure, before, nodes, self._policy)
         return change is not None and await self._change(model, before, change)
 
-    async def replicate(self, model: DeployedModel, heat: Heat) -> bool:
+    async def replicate(self, model: DeployedModel, heat: ExpertHeat) -> bool:
         """Hold the hot experts of a model a second time where nobody needs the room, and no others.
 
         Says whether a change was tried.
@@ -220,7 +220,7 @@ class Cluster:
                     return one
             return before.without(before.replicas)
 
-        change = change_to(before, await asyncio.to_thread(wanted))
+        change = change_between(before, await asyncio.to_thread(wanted))
         return bool(change.gone or change.fresh) and await self._change(model, before, change)
 
     async def _change(self, model: DeployedModel, before: Topology, change: TopologyChange) -> bool:
@@ -230,8 +230,8 @@ class Cluster:
             if self._models.get(key) is not model or model.topology is not before:
                 return False
             given_back = before.vram_bytes_of(change.gone)
-            beside = fits(change.fresh_bytes, self._rooms.now())
-            if not beside and not fits(change.fresh_bytes, self._rooms.without(given_back)):
+            beside = have_room(change.fresh_bytes, self._rooms.now())
+            if not beside and not have_room(change.fresh_bytes, self._rooms.without(given_back)):
                 return False
             change = replace(change, topology=await self._with_epoch(change.topology))
             needed = sums([change.fresh_bytes, {} if beside else negated(given_back)])
@@ -286,7 +286,7 @@ class Cluster:
                 return plan(structure, nodes, self._policy, epoch=epoch)
             except InsufficientCapacity:
                 if not self._nodes_come:
-                    refuse_what_no_waiting_helps(structure, nodes, self._policy)
+                    check_total_capacity(structure, nodes, self._policy)
                 raise
 
         return await self._place((structure.model_id, structure.revision, 0), on, {})

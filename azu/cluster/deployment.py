@@ -14,7 +14,7 @@ from azu.cluster.deployment_store import DeploymentRecord
 from azu.errors import InsufficientCapacity, WorkerLost
 from azu.jobs.dispatch import RunningModel
 from azu.planner.migration import TopologyChange
-from azu.planner.replicas import Counts
+from azu.planner.replicas import ExpertCounts
 from azu.protocol.structure import Structure
 from azu.protocol.topology import PieceSet, Topology
 
@@ -264,7 +264,7 @@ class DeployedModel(RunningModel, Protocol):
     async def move(self, change: TopologyChange, commit: Commit, *, beside: bool) -> bool:
         """Go over to other places, brought up `beside` what runs; False when everything stays as it was."""
 
-    async def num_chosen(self) -> Counts:
+    async def num_chosen(self) -> ExpertCounts:
         """Return how often each expert was chosen in layers that have experts apart from their router.
 
         Raises an AzuError when a stage does not say.

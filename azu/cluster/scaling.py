@@ -12,7 +12,7 @@ from azu.errors import AzuError, InsufficientCapacity
 from azu.jobs.dispatch import Deployments, RunningModel
 from azu.planner.kv_blocks import Deployed, KvReduction, kv_reductions, restored_num_blocks
 from azu.planner.policy import PlanPolicy
-from azu.planner.replicas import Counts, Heat, heat_of
+from azu.planner.replicas import ExpertCounts, ExpertHeat, expert_heat
 from azu.protocol.node import Node, NodeState
 from azu.protocol.topology import PipelineKey
 from azu.units import MIB
@@ -282,7 +282,7 @@ class Replicable(Protocol):
     def models(self) -> tuple[DeployedModel, ...]:
         """Those that are up."""
 
-    async def replicate(self, model: DeployedModel, heat: Heat) -> bool:
+    async def replicate(self, model: DeployedModel, heat: ExpertHeat) -> bool:
         """Have a model hold its hot experts twice, and no others; say whether a change was tried."""
 
 
@@ -297,7 +297,7 @@ class ExpertReplication:
         self._fleet = fleet
         self._rest = rest
         self._least_choices = least_choices
-        self._counts: dict[PipelineKey, Counts] = {}
+        self._counts: dict[PipelineKey, ExpertCounts] = {}
 
     async def look(self, *, is_short: bool) -> None:
         """Give hot experts their replicas, or take all of them back when there `is_short` room."""
@@ -311,10 +311,10 @@ class ExpertReplication:
             if heat and await self._fleet.replicate(model, heat):
                 self._rest.begin(model)
 
-    async def _heat(self, model: DeployedModel) -> Heat:
+    async def _heat(self, model: DeployedModel) -> ExpertHeat:
         key = model.topology.key
         counts = await model.num_chosen()
-        heat = heat_of(self._counts.get(key, {}), counts, least_choices=self._least_choices)
+        heat = expert_heat(self._counts.get(key, {}), counts, least_choices=self._least_choices)
         if heat:
             self._counts[key] = counts
         return heat

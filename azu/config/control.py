@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from azu.config.network import NetworkPolicy
-from azu.config.settings import refused
+from azu.config.settings import configuration_error
 from azu.errors import ConfigurationError
 
 
@@ -77,7 +77,7 @@ class ControlConfig:
         except OSError as error:
             raise ConfigurationError(f"{path}: {error.strerror}") from error
         except ValidationError as error:
-            raise refused(error, str(path)) from error
+            raise configuration_error(error, str(path)) from error
 
 
 _CONTROL = TypeAdapter(ControlConfig)

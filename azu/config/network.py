@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from azu.config.settings import Address, Settings, Size, refused
+from azu.config.settings import Address, Settings, Size, configuration_error
 from azu.errors import ConfigurationError
 from azu.files import read_yaml
 from azu.planner.policy import PlanPolicy
@@ -157,7 +157,7 @@ class NetworkPolicy(_Section):
     limits: Limits
     timeouts: Timeouts
 
-    def patience(self) -> RetryPolicy:
+    def retry_policy(self) -> RetryPolicy:
         """Return how long jobs wait for workers."""
         return RetryPolicy(self.requeue.first_s, self.requeue.longest_s, self.requeue.budget_s)
 
@@ -227,7 +227,7 @@ def load_network(path: Path | Traversable | None = None) -> NetworkFile:
     try:
         return NetworkFile.model_validate(_merged(standard, own))
     except ValidationError as error:
-        raise refused(error, str(path or "configs/network.yaml")) from error
+        raise configuration_error(error, str(path or "configs/network.yaml")) from error
 
 
 def _read(path: Path | Traversable) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from azu.errors import AzuError, ConfigurationError
 from azu.units import parse_bytes
 
 
-def refused(error: ValidationError, where: str | None = None) -> ConfigurationError:
+def configuration_error(error: ValidationError, where: str | None = None) -> ConfigurationError:
     """Return the error that names every key at fault; values stay out of it, they may be secret."""
     faults = {".".join(str(part) for part in fault["loc"]): fault["msg"] for fault in error.errors()}
     told = "; ".join(f"{key}: {message}" for key, message in faults.items())
@@ -108,7 +108,7 @@ class Settings(BaseSettings):
         try:
             settings = cls()
         except ValidationError as error:
-            raise refused(error) from error
+            raise configuration_error(error) from error
         settings._refuse_half_a_pair()
         return settings
 

@@ -18,7 +18,7 @@ from azu.engine.tensors import dtype_name, dtype_named, payload_of, tensor_of
 from azu.engine.weights import expert_tensors, load_part
 from azu.errors import AzuError, FrameError, ShardError
 from azu.models.config_json import read_config
-from azu.models.skeleton import build_from, experts_in, find_layers
+from azu.models.skeleton import build_skeleton, experts_in, find_layers
 from azu.protocol.frame import Frame, FrameRow
 from azu.protocol.step import ExpertWork
 from azu.protocol.structure import Structure
@@ -222,7 +222,7 @@ def _hold(
     config_folder: Path,
     device: torch.device,
 ) -> Iterator[tuple[int, HeldExperts]]:
-    model = build_from(read_config(config_folder), dtype=dtype_named(structure.dtype))
+    model = build_skeleton(read_config(config_folder), dtype=dtype_named(structure.dtype))
     layers = list(model.get_submodule(find_layers(model).path).children())
     for layer, chosen in experts.items():
         found = experts_in(layers[layer])

@@ -21,7 +21,7 @@ from azu.errors import UnsupportedModel
 from azu.models.config_json import read_config
 from azu.models.description import Architecture
 from azu.models.inspection import describe
-from azu.models.skeleton import Experts, build_from, experts_in, replace_module, silence_padding_warnings
+from azu.models.skeleton import Experts, build_skeleton, experts_in, replace_module, silence_padding_warnings
 from azu.models.trace import trace
 from azu.protocol.step import Slice
 from azu.protocol.structure import LayerKind, Structure
@@ -261,12 +261,12 @@ def takes_packed_batches(config: PreTrainedConfig, architecture: Architecture) -
     It does when every layer asks transformers' interface for attention, hands masks on untouched, and takes
     the positions of its tokens.
     """
-    model = build_from(config)
+    model = build_skeleton(config)
     decoder = model.get_submodule(architecture.layers_path.rpartition(".")[0])
     if not model._supports_attention_backend or "position_ids" not in signature(decoder.forward).parameters:
         return False
     # Only now: a family without the interface may not even be built with an attention that it does not know.
-    model = build_from(config, attention=PACKED)
+    model = build_skeleton(config, attention=PACKED)
     meta = torch.device("meta")
     layout = LayoutBuilder(1, _NUM_TOKENS, meta).packed([Slice(0, 0, _NUM_TOKENS, (0,), sample=False)])
     token = CURRENT_LAYOUT.set(layout)
@@ -340,10 +340,10 @@ def _skeleton(
 ) -> tuple[PreTrainedModel, bool]:
     """Return the whole model on the meta device with the best attention it takes, and if that is packed."""
     packed = takes_packed_batches(config, architecture)
-    model = build_from(config, dtype=dtype, attention=PACKED if packed else "eager")
+    model = build_skeleton(config, dtype=dtype, attention=PACKED if packed else "eager")
     if not packed and model._supports_sdpa:
         # Built anew: some families choose the class of their attention when they are built.
-        model = build_from(config, dtype=dtype, attention="sdpa")
+        model = build_skeleton(config, dtype=dtype, attention="sdpa")
     silence_padding_warnings(model)
     for path in architecture.unused:
         replace_module(model, path, nn.Identity())

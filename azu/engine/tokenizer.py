@@ -16,7 +16,7 @@ from transformers.utils.chat_parsing import ResponseParser
 
 from azu.engine.text import ParsedAnswer, TextDecoder, ToolCall
 from azu.errors import BrokenCheckpoint, InvalidRequest
-from azu.models.config_json import GENERATION_CONFIG_FILE, read_json
+from azu.models.config_json import GENERATION_CONFIG_FILE, read_json_object
 
 _CONTENT = "content"
 _CALLS = "tool_calls"
@@ -213,6 +213,6 @@ class Tokenizer(TextDecoder):
 def _ends(tokenizer: Any, folder: Path) -> frozenset[int]:
     """Return the tokens that end an answer and are no part of it."""
     path = folder / GENERATION_CONFIG_FILE
-    said = read_json(path).get("eos_token_id") if path.exists() else None
+    said = read_json_object(path).get("eos_token_id") if path.exists() else None
     ids = [*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id]
     return frozenset(token_id for token_id in ids if isinstance(token_id, int))

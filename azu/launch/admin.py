@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from azu.config import Settings, TlsConfig
-from azu.config.settings import refused
+from azu.config.settings import configuration_error
 from azu.errors import NotFound
 from azu.files import write_private
 from azu.launch.membership import EnrolmentTicket
@@ -69,7 +69,7 @@ def admin_facts(home: Path) -> AdminFacts:
     except FileNotFoundError as error:
         raise NotFound(f"no network runs in {home}, and AZU_ADMIN_KEY is not set") from error
     except ValidationError as error:
-        raise refused(error, str(home / _FILE)) from error
+        raise configuration_error(error, str(home / _FILE)) from error
 
 
 def new_ticket(client: "Client", *, label: str, uses: int, expires_in_s: int) -> EnrolmentTicket:

@@ -23,7 +23,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     Raises BrokenCheckpoint when config.json is missing or malformed, UnsupportedModel when it asks for code
     of its own or describes no causal language model.
     """
-    raw = read_json(folder / CONFIG_FILE)
+    raw = read_json_object(folder / CONFIG_FILE)
     model_type = raw.get("model_type")
     if any(raw.get(key) for key in _CUSTOM_CODE):
         raise UnsupportedModel(f"{CONFIG_FILE} asks for code of its own (auto_map), which azu never runs")
@@ -49,7 +49,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raises BrokenCheckpoint that names the file."""
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
@@ -67,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
     """Return the tokens that end a generation: generation_config.json's, else the config's."""
     path = folder / GENERATION_CONFIG_FILE
-    found = read_json(path).get("eos_token_id") if path.exists() else None
+    found = read_json_object(path).get("eos_token_id") if path.exists() else None
     if found is None:
         found = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
     ids = found if isinstance(found, list) else [] if found is None else [found]

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from azu.models.config_json import eos_token_ids, read_config
 from azu.models.description import Architecture
-from azu.models.skeleton import build_from, experts_in, find_layers, serving_dtype
+from azu.models.skeleton import build_skeleton, experts_in, find_layers, serving_dtype
 from azu.models.trace import Trace, trace
 from azu.protocol.structure import Layer, LayerKind
 
@@ -24,7 +24,7 @@ def describe(config_folder: Path) -> Architecture:
     config.json is malformed.
     """
     config = read_config(config_folder)
-    model = build_from(config)
+    model = build_skeleton(config)
     sizes = _Sizes(model)
     ends = eos_token_ids(config_folder, config)
     traced = trace(model)

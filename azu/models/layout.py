@@ -11,8 +11,9 @@ import numpy as np
 from azu.errors import BrokenCheckpoint, UnsupportedModel
 from azu.models.checkpoint import INDEX_FILE, SINGLE_FILE, StoredTensor, read_checkpoint, read_range
 from azu.models.compat import TargetParameter, refuse_incomplete, target_parameters
+from azu.models.config_json import read_config
 from azu.models.description import Architecture
-from azu.models.skeleton import build, named_embeddings
+from azu.models.skeleton import build_skeleton, named_embeddings
 from azu.protocol.structure import EMBED, HEAD, LayerKind, Shard, TensorInfo
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
@@ -225,7 +226,7 @@ def plan_shards(source: Path, architecture: Architecture) -> tuple[tuple[ShardPl
 
     Raises BrokenCheckpoint or UnsupportedModel when the checkpoint does not hold the whole model.
     """
-    model = build(source)
+    model = build_skeleton(read_config(source))
     stored = read_checkpoint(source)
     untied = drop_tied_copies(stored, target_parameters(model, stored), model.all_tied_weights_keys)
     tables = {f"{name}.weight" for name, _ in named_embeddings(model)}

@@ -14,7 +14,7 @@ from azu.errors import AzuError, Forbidden, InvalidRequest, NotFound, Unavailabl
 from azu.models.checkpoint import MODEL_FILES, contained_file
 from azu.models.cut import cut
 from azu.models.description import KnownModel, ModelDescription
-from azu.models.sources import Source, built_in_models, find, folder_name, is_offered
+from azu.models.sources import Source, built_in_models, find_source, is_offered, model_folder_name
 from azu.models.status import ModelStatusStore, StatusReporter
 from azu.protocol.structure import STRUCTURE_FILE, Shard, Structure
 
@@ -165,7 +165,7 @@ class ModelRegistry:
         return path
 
     def _find(self, model_id: str, revision: str | None) -> Source:
-        return find(model_id, revision, self._model_roots, self._max_model_bytes)
+        return find_source(model_id, revision, self._model_roots, self._max_model_bytes)
 
     def _recent_commit(self, model_id: str, revision: str | None) -> str | None:
         if revision is not None and (model_id, revision) in self._described:
@@ -188,7 +188,7 @@ class ModelRegistry:
     def _folder(self, model_id: str, revision: str) -> Path:
         if not _REVISION.fullmatch(revision):
             raise InvalidRequest(f"{revision!r} is no commit", param="revision")
-        return self._root / folder_name(model_id) / revision
+        return self._root / model_folder_name(model_id) / revision
 
 
 def _describe(source: Source) -> ModelDescription:

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,7 +10,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from azu.errors import AzuError, BrokenCheckpoint, UnsupportedModel
 from azu.models.compat import is_experts_module
-from azu.models.config_json import read_config
 
 SERVED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -29,19 +27,14 @@ class LayerList:
         return f"{self.decoder_path}.{self.attribute}".lstrip(".")
 
 
-def build(config_folder: Path, *, attention: str = "eager") -> PreTrainedModel:
-    """Return the model of a folder's config.json on the meta device, in its serving dtype.
-
-    `attention` names an attention implementation; a saved one belongs to the machine that saved it.
-    Raises UnsupportedModel or BrokenCheckpoint when transformers cannot build it.
-    """
-    return build_from(read_config(config_folder), attention=attention)
-
-
-def build_from(
+def build_skeleton(
     config: PreTrainedConfig, *, dtype: torch.dtype | None = None, attention: str = "eager"
 ) -> PreTrainedModel:
-    """Return the model of a config on the meta device, in `dtype` or the config's own; see `build`."""
+    """Return the model of a config on the meta device, in `dtype` or else the config's own.
+
+    `attention` names an attention implementation; the one that a config names belongs to another machine.
+    Raises UnsupportedModel or BrokenCheckpoint when transformers cannot build the model.
+    """
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")

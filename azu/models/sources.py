@@ -128,7 +128,7 @@ class Source(Protocol):
         """Return a folder with its weights too; `progress` hears (bytes done, bytes in all)."""
 
 
-def find(
+def find_source(
     model_id: str, revision: str | None, roots: Sequence[Path], max_weight_bytes: int | None = None
 ) -> Source:
     """Return the model of an id; an absolute path is a folder, "azu/..." built in, all else on the Hub.
@@ -161,7 +161,7 @@ def built_in_models() -> list[str]:
     return sorted(f"azu/{config.parent.name}" for config in _BUILT_IN_FOLDER.glob("*/config.json"))
 
 
-def folder_name(model_id: str) -> str:
+def model_folder_name(model_id: str) -> str:
     """Return the name of the folder that a model's revisions lie in: readable, and another for every id."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", model_id).strip("-.")[-_MAX_READABLE_CHARS:]
     return f"{readable}-{hashlib.sha256(model_id.encode()).hexdigest()[:16]}"

@@ -33,7 +33,7 @@ class TopologyChange:
         return self.topology.vram_bytes_of(self.fresh)
 
 
-def better_place(
+def better_placement(
     structure: Structure, current: Topology, nodes: Sequence[Node], policy: PlanPolicy
 ) -> TopologyChange | None:
     """Return what would have to change for a placement that is worth moving to; None when there is none.
@@ -47,12 +47,12 @@ def better_place(
     except InsufficientCapacity:
         return None
     candidate = replace(candidate, replica=current.replica)
-    if not worth_moving(structure, current, candidate, nodes, policy):
+    if not is_worth_moving(structure, current, candidate, nodes, policy):
         return None
-    return change_to(current, candidate)
+    return change_between(current, candidate)
 
 
-def change_to(current: Topology, candidate: Topology) -> TopologyChange:
+def change_between(current: Topology, candidate: Topology) -> TopologyChange:
     """Return what changes: a piece with the same content on the same node stays, if a stage in its place.
 
     Expert sets that stay keep their indices, which nobody has to be told then.
@@ -61,7 +61,7 @@ def change_to(current: Topology, candidate: Topology) -> TopologyChange:
     return TopologyChange(candidate, gone=_not_in(candidate, current), fresh=_not_in(current, candidate))
 
 
-def fits(needed_bytes: Mapping[str, int], nodes: Sequence[Node]) -> bool:
+def have_room(needed_bytes: Mapping[str, int], nodes: Sequence[Node]) -> bool:
     """Return whether live nodes have room for what is needed on each."""
     free = {node.node_id: node.vram_free_bytes for node in nodes if node.state is NodeState.ALIVE}
     return all(needed <= free.get(node_id, -1) for node_id, needed in needed_bytes.items())
@@ -93,7 +93,7 @@ def cold_start_s(
     return max(seconds.values(), default=0.0)
 
 
-def worth_moving(
+def is_worth_moving(
     structure: Structure, current: Topology, candidate: Topology, nodes: Sequence[Node], policy: PlanPolicy
 ) -> bool:
     """Return whether a candidate makes more tokens in the policy's horizon than staying, moving included.

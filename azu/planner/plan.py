@@ -236,7 +236,7 @@ def _topology(
 NEVER_FITS = "never_fits"
 
 
-def refuse_what_never_fits(structure: Structure, topology: Topology, num_tokens: int) -> None:
+def check_kv_capacity(structure: Structure, topology: Topology, num_tokens: int) -> None:
     """Raise InvalidRequest with the bytes missing when `num_tokens` of one sequence never find room."""
     missing = -(-num_tokens // topology.block_size) - topology.num_blocks
     if missing <= 0:
@@ -250,7 +250,7 @@ def refuse_what_never_fits(structure: Structure, topology: Topology, num_tokens:
     )
 
 
-def refuse_what_no_waiting_helps(structure: Structure, nodes: Sequence[Node], policy: PlanPolicy) -> None:
+def check_total_capacity(structure: Structure, nodes: Sequence[Node], policy: PlanPolicy) -> None:
     """Raise InsufficientCapacity with the bytes missing when a model would not fit even on idle nodes.
 
     Nodes that are suspect now may come back; those that leave will not. Whoever passes may wait for room.

@@ -27,14 +27,14 @@ def plan_replicas(
     """
     pipelines = [plan(structure, nodes, policy, epoch=epoch)]
     while len(pipelines) < most:
-        another = plan_another(structure, pipelines, nodes, policy, epoch=epoch + len(pipelines))
+        another = plan_replica(structure, pipelines, nodes, policy, epoch=epoch + len(pipelines))
         if another is None:
             break
         pipelines.append(another)
     return tuple(pipelines)
 
 
-def plan_another(
+def plan_replica(
     structure: Structure,
     running: Sequence[Topology],
     nodes: Sequence[Node],
@@ -86,14 +86,14 @@ def _replaceable(
     return found
 
 
-Counts = Mapping[int, Sequence[int]]  # layer -> how often each expert was chosen
-Heat = Mapping[tuple[int, int], float]  # (layer, expert) -> how many times its even part it was chosen
+ExpertCounts = Mapping[int, Sequence[int]]  # layer -> how often each expert was chosen
+ExpertHeat = Mapping[tuple[int, int], float]  # (layer, expert) -> how many times its even part it was chosen
 
 # What has a replica keeps it until it is this much cooler than what gets one: heat wavers.
 _COOLED = 0.5
 
 
-def heat_of(before: Counts, now: Counts, *, least_choices: int) -> Heat:
+def expert_heat(before: ExpertCounts, now: ExpertCounts, *, least_choices: int) -> ExpertHeat:
     """Return the heat between two counts; nothing of a layer that made fewer choices than `least_choices`.
 
     A stage that came up in between counts from nothing.
@@ -109,7 +109,7 @@ def heat_of(before: Counts, now: Counts, *, least_choices: int) -> Heat:
 
 
 def with_hot_replicas(
-    structure: Structure, topology: Topology, nodes: Sequence[Node], policy: PlanPolicy, heat: Heat
+    structure: Structure, topology: Topology, nodes: Sequence[Node], policy: PlanPolicy, heat: ExpertHeat
 ) -> Topology:
     """Return the topology with a second copy of each hot expert that is apart from its router.
 

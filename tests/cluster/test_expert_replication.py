@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field, replace
 
 from azu.cluster.scaling import Cooldown, ExpertReplication
-from azu.planner.replicas import Counts, Heat
+from azu.planner.replicas import ExpertCounts, ExpertHeat
 from azu.protocol.topology import ExpertSet, Topology
 from tests.builders import topology
 
@@ -18,9 +18,9 @@ class Model:
 
     topology: Topology = field(default_factory=lambda: replace(topology({"a": (0, 4)}), expert_sets=(APART,)))
     broken: bool = False
-    counts: Counts = field(default_factory=lambda: {1: (0, 0)})
+    counts: ExpertCounts = field(default_factory=lambda: {1: (0, 0)})
 
-    async def num_chosen(self) -> Counts:
+    async def num_chosen(self) -> ExpertCounts:
         return self.counts
 
 
@@ -30,7 +30,7 @@ class Network:
 
     model: Model = field(default_factory=Model)
     now_s: float = 0.0
-    asked: list[Heat] = field(default_factory=list)
+    asked: list[ExpertHeat] = field(default_factory=list)
     changes: bool = False
 
     def __post_init__(self) -> None:
@@ -38,7 +38,7 @@ class Network:
         rest = Cooldown(REST_S, clock=lambda: self.now_s)
         self.replicating = ExpertReplication(self, rest, least_choices=10)
 
-    async def replicate(self, model: Model, heat: Heat) -> bool:
+    async def replicate(self, model: Model, heat: ExpertHeat) -> bool:
         self.asked.append(heat)
         return self.changes
 
@@ -47,7 +47,7 @@ class Network:
         asyncio.run(self.replicating.look(is_short=is_short))
 
 
-def heat(*each: float) -> Heat:
+def heat(*each: float) -> ExpertHeat:
     return {(1, expert): one for expert, one in enumerate(each)}
 
 

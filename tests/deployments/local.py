@@ -216,7 +216,7 @@ async def local_ingress(
     model = ScriptedModel(jobs)
     price = config.policy.price
     settlement = Settlement(ledger, jobs, price.lamports_per_token_layer, price.platform_percent)
-    dispatcher = Dispatcher(jobs, model, settlement, consumer="test", patience=config.policy.patience())
+    dispatcher = Dispatcher(jobs, model, settlement, consumer="test", patience=config.policy.retry_policy())
     running = [asyncio.create_task(one) for one in (dispatcher.run(), knows_no_transfer(redis_url))]
     try:
         async with api.router.lifespan_context(api):

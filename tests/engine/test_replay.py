@@ -11,7 +11,7 @@ from azu.engine.local import LocalPipeline, local_topology
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.scheduler import Sequence as EngineSequence
 from azu.engine.stage_contract import Handoff, OldEpoch
-from azu.planner.migration import change_to
+from azu.planner.migration import change_between
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.topology import PieceSet, Stage
 from tests.engine.conftest import CutModel
@@ -90,7 +90,7 @@ class _Deployment:
         pipeline.in_flight.clear()
         before = pipeline.topology
         cut = local_topology(self.structure, boundaries, expert_holders=len(before.expert_sets))
-        change = change_to(before, replace(before, epoch=before.epoch + 1, stages=cut.stages))
+        change = change_between(before, replace(before, epoch=before.epoch + 1, stages=cut.stages))
         pipeline.topology = change.topology
         kept = pipeline.stages
         pipeline.stages = [

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from azu.models.skeleton import build
+from azu.models.config_json import read_config
+from azu.models.skeleton import build_skeleton
 from azu.protocol.structure import STRUCTURE_FILE, Structure
 from azu.units import MIB
 
@@ -55,7 +56,7 @@ def large_checkpoint(folder: Path, family: str, stored: str, **sizes: object) ->
     config.save_pretrained(folder)
     width = {"F32": 4, "BF16": 2}[stored]
     header, offset = {}, 0
-    for name, tensor in build(folder).state_dict().items():
+    for name, tensor in build_skeleton(read_config(folder)).state_dict().items():
         end = offset + math.prod(tensor.shape) * width
         header[name] = {"dtype": stored, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end

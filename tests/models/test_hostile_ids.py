@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from azu.errors import AzuError
-from azu.models.sources import find
+from azu.models.sources import find_source
 from tests.models.hostile_ids import hostile_ids
 from tests.models.questions import built_in_folder
 
@@ -17,12 +17,12 @@ TRACED = """
 import os, sys
 from pathlib import Path
 from azu.errors import AzuError
-from azu.models.sources import find
+from azu.models.sources import find_source
 from tests.models.hostile_ids import hostile_ids
 root, outside = Path(sys.argv[1]), Path(sys.argv[2])
 def ask(model_id):
     try:
-        find(model_id, None, [root])
+        find_source(model_id, None, [root])
     except AzuError as error:
         return error.status
     return 200
@@ -63,13 +63,13 @@ def test_two_hundred_hostile_ids_are_refused_and_a_good_one_is_not(folders: tupl
 
     for model_id in ids:
         try:
-            found.append(find(model_id, None, [root]).folder)
+            found.append(find_source(model_id, None, [root]).folder)
         except AzuError as error:
             assert 400 <= error.status < 500, (model_id, error)  # noqa: PT017
             assert error.param == "model", (model_id, error)  # noqa: PT017
 
     assert found == []
-    assert find(str(root / "good"), None, [root]).folder == root / "good"
+    assert find_source(str(root / "good"), None, [root]).folder == root / "good"
 
 
 @pytest.mark.prove

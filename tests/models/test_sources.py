@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from azu.errors import BrokenCheckpoint, InvalidRequest, ModelNotFound
-from azu.models.sources import FolderSource, find
+from azu.models.sources import FolderSource, find_source
 from tests.models.hub_stand_in import COMMIT
 
 
@@ -19,7 +19,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_a_folder_under_an_allowed_root_is_a_model(root):
-    source = find(f"{root}/good", None, [root])
+    source = find_source(f"{root}/good", None, [root])
     assert isinstance(source, FolderSource)
     assert (source.folder, source.weight_bytes) == (root / "good", len(b"weights"))
 
@@ -39,37 +39,37 @@ def test_a_folder_under_an_allowed_root_is_a_model(root):
 def test_a_path_outside_the_roots_is_refused_before_the_disk_is_touched(root, monkeypatch, path):
     monkeypatch.setattr(Path, "resolve", lambda self: pytest.fail(f"looked at {self}"))
     with pytest.raises(InvalidRequest) as caught:
-        find(path.format(root=root, secret=root.parent / "secret"), None, [root])
+        find_source(path.format(root=root, secret=root.parent / "secret"), None, [root])
     assert caught.value.param == "model"
 
 
 def test_no_folder_is_allowed_without_roots(root):
     with pytest.raises(InvalidRequest):
-        find(f"{root}/good", None, [])
+        find_source(f"{root}/good", None, [])
 
 
 def test_a_link_out_of_the_roots_is_refused(root):
     (root / "link").symlink_to("../secret/bad")
     with pytest.raises(InvalidRequest, match="leads out"):
-        find(f"{root}/link", None, [root])
+        find_source(f"{root}/link", None, [root])
 
 
 def test_a_root_may_itself_be_a_link(root):
     (root.parent / "alias").symlink_to(root)
-    assert find(f"{root.parent}/alias/good", None, [root.parent / "alias"]).folder == root / "good"
+    assert find_source(f"{root.parent}/alias/good", None, [root.parent / "alias"]).folder == root / "good"
 
 
 def test_a_folder_that_is_not_there_is_not_found(root):
     for name in ("nothing", "good/config.json"):
         with pytest.raises(ModelNotFound):
-            find(f"{root}/{name}", None, [root])
+            find_source(f"{root}/{name}", None, [root])
 
 
 def test_a_folder_with_a_weight_file_that_links_outside_is_refused(root):
     (root / "good" / "model.safetensors").unlink()
     (root / "good" / "model.safetensors").symlink_to("../../secret/bad/model.safetensors")
     with pytest.raises(BrokenCheckpoint, match="leads outside"):
-        find(f"{root}/good", None, [root])
+        find_source(f"{root}/good", None, [root])
 
 
 @pytest.mark.parametrize(
@@ -77,13 +77,13 @@ def test_a_folder_with_a_weight_file_that_links_outside_is_refused(root):
 )
 def test_an_unknown_built_in_model_is_not_found(hub, model_id):
     with pytest.raises(ModelNotFound):
-        find(model_id, None, [])
+        find_source(model_id, None, [])
     assert hub.requests == []
 
 
 @pytest.mark.parametrize("model_id", ["azu/tiny-dense", "azu/tiny-moe"])
 def test_built_in_models_come_with_the_package(hub, model_id):
-    source = find(model_id, None, [])
+    source = find_source(model_id, None, [])
     assert (source.folder / "config.json").is_file()
     assert 0 < source.weight_bytes < 4 * 1024**2
     assert hub.requests == []
@@ -91,7 +91,7 @@ def test_built_in_models_come_with_the_package(hub, model_id):
 
 def test_all_else_is_a_repository_on_the_hub(hub, root):
     hub.add("org/model", root / "good")
-    assert find("org/model", None, [root]).revision == COMMIT
+    assert find_source("org/model", None, [root]).revision == COMMIT
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_all_else_is_a_repository_on_the_hub(hub, root):
 )
 def test_an_id_that_is_none_is_refused(hub, tmp_path, model_id):
     with pytest.raises(InvalidRequest) as caught:
-        find(model_id, None, [Path("/a")])
+        find_source(model_id, None, [Path("/a")])
     assert caught.value.param == "model"
     assert hub.requests == []
     assert not (tmp_path / "hub_cache").exists()
@@ -126,23 +126,23 @@ def test_an_id_that_is_none_is_refused(hub, tmp_path, model_id):
 def test_a_revision_that_could_leave_its_folder_is_refused(hub, root, tmp_path, revision):
     hub.add("org/model", root / "good")
     with pytest.raises(InvalidRequest) as caught:
-        find("org/model", revision, [])
+        find_source("org/model", revision, [])
     assert caught.value.param == "revision"
     assert hub.requests == []
     assert not (tmp_path / "hub_cache").exists()
 
 
 def test_a_folders_revision_moves_with_its_content_alone(root):
-    source = find(f"{root}/good", None, [root])
+    source = find_source(f"{root}/good", None, [root])
     (root / "good" / "README.md").write_text("hello")
     (root / "good" / "config.json").touch()
-    assert find(f"{root}/good", None, [root]) == source
+    assert find_source(f"{root}/good", None, [root]) == source
     (root / "good" / "model.safetensors").write_bytes(b"WEIGHTS")
-    changed = find(f"{root}/good", None, [root])
+    changed = find_source(f"{root}/good", None, [root])
     assert changed.revision != source.revision
-    assert find(f"{root}/good", changed.revision, [root]) == changed
+    assert find_source(f"{root}/good", changed.revision, [root]) == changed
     with pytest.raises(ModelNotFound, match="changed"):
-        find(f"{root}/good", source.revision, [root])
+        find_source(f"{root}/good", source.revision, [root])
 
 
 def test_the_same_content_has_the_same_revision_elsewhere(root):
@@ -150,4 +150,4 @@ def test_the_same_content_has_the_same_revision_elsewhere(root):
     same.mkdir()
     for path in (root / "good").iterdir():
         (same / path.name).write_bytes(path.read_bytes())
-    assert find(f"{same}", None, [root]).revision == find(f"{root}/good", None, [root]).revision
+    assert find_source(f"{same}", None, [root]).revision == find_source(f"{root}/good", None, [root]).revision

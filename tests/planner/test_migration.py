@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from azu.planner.migration import better_place, change_to, cold_start_s, fits, worth_moving
+from azu.planner.migration import better_placement, change_between, cold_start_s, have_room, is_worth_moving
 from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
 from azu.protocol.node import Node, NodeState
@@ -69,7 +69,7 @@ def moves(model: Structure, gain: float, *, cached: bool = True, policy: PlanPol
         node("a", memory_bytes_per_s=1e7, flops_per_s=1e15),
         node("b", memory_bytes_per_s=gain * 1e7, flops_per_s=1e15, cached_shards=shards),
     ]
-    return worth_moving(model, on("a", nodes), on("b", nodes), nodes, policy)
+    return is_worth_moving(model, on("a", nodes), on("b", nodes), nodes, policy)
 
 
 def test_a_move_is_worth_it_when_it_pays_back_with_something_on_top() -> None:
@@ -87,15 +87,15 @@ def test_to_stay_is_never_worth_a_move() -> None:
     nodes = [node("a")]
     here = on("a", nodes)
 
-    assert not worth_moving(MODEL, here, here, nodes, POLICY)
-    assert not worth_moving(MODEL, here, here, nodes, replace(POLICY, least_gain=0.0))
+    assert not is_worth_moving(MODEL, here, here, nodes, POLICY)
+    assert not is_worth_moving(MODEL, here, here, nodes, replace(POLICY, least_gain=0.0))
 
 
 def test_no_two_placements_are_each_worth_moving_to_from_the_other() -> None:
     for gain in (0.5, 0.9, 1.1, 2.0):
         nodes = [node("a"), node("b", memory_bytes_per_s=gain * 1e10)]
-        there = worth_moving(MODEL, on("a", nodes), on("b", nodes), nodes, POLICY)
-        back = worth_moving(MODEL, on("b", nodes), on("a", nodes), nodes, POLICY)
+        there = is_worth_moving(MODEL, on("a", nodes), on("b", nodes), nodes, POLICY)
+        back = is_worth_moving(MODEL, on("b", nodes), on("a", nodes), nodes, POLICY)
         assert not (there and back)
 
 
@@ -106,7 +106,7 @@ def place(nodes: list[Node]) -> dict[str, tuple[int, int]] | None:
     """Return where a model would better be that two slow nodes hold; None where it is."""
     here = plan(MODEL, [one for one in nodes if one.node_id in "ab"], POLICY)
     assert [stage.node_id for stage in here.stages] == ["a", "b"]
-    change = better_place(MODEL, here, nodes, POLICY)
+    change = better_placement(MODEL, here, nodes, POLICY)
     if change is None:
         return None
     return {one.node_id: (one.span.start, one.span.end) for one in change.topology.stages}
@@ -137,15 +137,15 @@ def test_a_node_that_joins_is_used_when_that_pays(joins, expected) -> None:
 
 def test_who_runs_on_a_node_that_is_not_heard_of_is_left_alone() -> None:
     fast = node("c", memory_bytes_per_s=FAST)
-    assert better_place(MODEL, topology({"gone": (0, 4)}), [fast], POLICY) is None
+    assert better_placement(MODEL, topology({"gone": (0, 4)}), [fast], POLICY) is None
 
 
 def test_what_stays_in_its_place_is_no_change_and_the_rest_goes_and_comes() -> None:
     before = topology({"a": (0, 2), "b": (2, 3), "c": (3, 4)})
 
-    same = change_to(before, replace(before, epoch=2))
-    moved = change_to(before, topology({"a": (0, 2), "d": (2, 3), "c": (3, 4)}))
-    shorter = change_to(before, topology({"a": (0, 2), "b": (2, 4)}))
+    same = change_between(before, replace(before, epoch=2))
+    moved = change_between(before, topology({"a": (0, 2), "d": (2, 3), "c": (3, 4)}))
+    shorter = change_between(before, topology({"a": (0, 2), "b": (2, 4)}))
 
     assert (same.gone, same.fresh) == (PieceSet(), PieceSet())
     assert (moved.gone, moved.fresh) == (PieceSet(frozenset({1})), PieceSet(frozenset({1})))
@@ -160,7 +160,7 @@ def test_expert_sets_that_stay_keep_their_indices() -> None:
         )
         return replace(topology({"a": (0, 4)}), expert_sets=sets)
 
-    change = change_to(with_sets(c=(0, 1), d=(2, 3)), with_sets(b=(0,), d=(2, 3), e=(1,)))
+    change = change_between(with_sets(c=(0, 1), d=(2, 3)), with_sets(b=(0,), d=(2, 3), e=(1,)))
 
     assert {(one.node_id, one.index) for one in change.topology.expert_sets} == {("d", 1), ("b", 0), ("e", 2)}
     assert change.gone == PieceSet(expert_sets=frozenset({0}))
@@ -170,8 +170,8 @@ def test_expert_sets_that_stay_keep_their_indices() -> None:
 def test_what_comes_up_has_to_fit_on_each_node() -> None:
     nodes = [node("a", 2 * MIB), node("b", 2 * MIB, state=NodeState.LEAVING)]
 
-    assert fits({}, nodes)
-    assert fits({"a": 2 * MIB}, nodes)
-    assert not fits({"a": 2 * MIB + 1}, nodes)
-    assert not fits({"b": MIB}, nodes)
-    assert not fits({"z": MIB}, nodes)
+    assert have_room({}, nodes)
+    assert have_room({"a": 2 * MIB}, nodes)
+    assert not have_room({"a": 2 * MIB + 1}, nodes)
+    assert not have_room({"b": MIB}, nodes)
+    assert not have_room({"z": MIB}, nodes)

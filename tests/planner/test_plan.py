@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from azu.errors import InsufficientCapacity, InvalidRequest
-from azu.planner.plan import plan, refuse_what_never_fits, refuse_what_no_waiting_helps
+from azu.planner.plan import check_kv_capacity, check_total_capacity, plan
 from azu.planner.policy import PlanPolicy
 from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import Structure
@@ -327,12 +327,12 @@ def test_a_job_is_refused_with_the_kv_bytes_that_are_missing() -> None:
     model = structure(4, kv_bytes_per_token=1024)
     topology = plan(model, [node("a")], POLICY)
     room = topology.num_blocks * topology.block_size
-    refuse_what_never_fits(model, topology, room)
+    check_kv_capacity(model, topology, room)
 
     with pytest.raises(
         InvalidRequest, match=rf"need KV for {room + 1} tokens.*{16 * 4 * 1024} bytes are missing"
     ):
-        refuse_what_never_fits(model, topology, room + 1)
+        check_kv_capacity(model, topology, room + 1)
 
 
 def test_a_model_may_wait_for_nodes_that_are_full_or_silent() -> None:
@@ -340,14 +340,14 @@ def test_a_model_may_wait_for_nodes_that_are_full_or_silent() -> None:
     for waiting in (node("a", vram_free_bytes=0), node("a", state=NodeState.SUSPECT)):
         with pytest.raises(InsufficientCapacity):
             plan(model, [waiting], POLICY)
-        refuse_what_no_waiting_helps(model, [waiting], POLICY)
+        check_total_capacity(model, [waiting], POLICY)
 
 
 @pytest.mark.parametrize("state", [NodeState.LEAVING, NodeState.DEAD])
 def test_a_model_is_refused_when_no_waiting_helps(state: NodeState) -> None:
     model = structure(4)
     with pytest.raises(InsufficientCapacity) as refused:
-        refuse_what_no_waiting_helps(model, [node("a", 4 * MIB), node("b", state=state)], POLICY)
+        check_total_capacity(model, [node("a", 4 * MIB), node("b", state=state)], POLICY)
 
     assert refused.value.code == "never_fits"
     assert re.search(r"\d+ bytes are missing", refused.value.message)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from azu.errors import InsufficientCapacity
 from azu.planner.plan import plan
 from azu.planner.replan import replan
-from azu.planner.replicas import heat_of, plan_replicas, takes_spare_room, with_hot_replicas
+from azu.planner.replicas import expert_heat, plan_replicas, takes_spare_room, with_hot_replicas
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, PieceSet, Topology
@@ -178,7 +178,7 @@ def test_a_lost_replica_is_left_out_and_a_lost_original_comes_up_again() -> None
     ],
 )
 def test_heat_is_how_many_times_its_even_part_an_expert_was_chosen(before, now, heat) -> None:
-    assert heat_of(before, now, least_choices=8) == heat
+    assert expert_heat(before, now, least_choices=8) == heat
 
 
 @settings(deadline=None, max_examples=100)
