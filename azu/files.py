@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.resources.abc import Traversable
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,21 @@ from azu.errors import ConfigurationError
 
 # No honest one is larger; a longer one only costs whoever reads it.
 MAX_DOCUMENT_BYTES = 4 * 1024 * 1024
+# It lies beside azu in a checkout and in a wheel. By its name, a `configs` folder of the user could be found.
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def read_yaml(path: Path | Traversable) -> Any:
+def read_yaml(path: Path) -> Any:
     """Return what a YAML file says; raises ConfigurationError that names the file."""
     return _parsed(path, yaml.safe_load)
 
 
-def read_json(path: Path | Traversable) -> Any:
+def read_json(path: Path) -> Any:
     """Return what a JSON file says; raises ConfigurationError that names the file."""
     return _parsed(path, json.loads)
 
 
-def _parsed(path: Path | Traversable, parse: Callable[[str], Any]) -> Any:
+def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_DOCUMENT_BYTES + 1)

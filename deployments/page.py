@@ -1,11 +1,10 @@
 """The page at /: plain files, from this origin alone."""
 
-from importlib.resources import files
-
 from fastapi import APIRouter
 from fastapi.responses import Response
 
 from azu.errors import NotFound
+from azu.files import CONFIGS
 
 router = APIRouter(include_in_schema=False)
 
@@ -25,7 +24,7 @@ _HEADERS = {
 def _read() -> dict[str, tuple[bytes, str]]:
     """Return the page's files and their types by name; what is not among them is never looked for on disk."""
     found = {}
-    for file in (files("configs") / "page").iterdir():
+    for file in (CONFIGS / "page").iterdir():
         suffix = file.name[file.name.rfind(".") :]
         if suffix in _TYPES:
             found[file.name] = (file.read_bytes(), f"{_TYPES[suffix]}; charset=utf-8")

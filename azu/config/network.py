@@ -3,8 +3,6 @@
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from azu.config.settings import Address, Settings, Size, configuration_error
 from azu.errors import ConfigurationError
-from azu.files import read_yaml
+from azu.files import CONFIGS, read_yaml
 from azu.planner.policy import PlanPolicy
 from azu.units import MIB
 
@@ -217,12 +215,12 @@ def load_settings(network: Path | None = None) -> tuple[Settings, NetworkFile]:
     return settings, load_network(settings.network)
 
 
-def load_network(path: Path | Traversable | None = None) -> NetworkFile:
+def load_network(path: Path | None = None) -> NetworkFile:
     """Return the network of a file, which says only what differs from configs/network.yaml.
 
     Raises ConfigurationError that names the file and the keys at fault.
     """
-    standard = _read(files("configs") / "network.yaml")
+    standard = _read(CONFIGS / "network.yaml")
     own = {} if path is None else _read(path)
     try:
         return NetworkFile.model_validate(_merged(standard, own))
@@ -230,7 +228,7 @@ def load_network(path: Path | Traversable | None = None) -> NetworkFile:
         raise configuration_error(error, str(path or "configs/network.yaml")) from error
 
 
-def _read(path: Path | Traversable) -> Mapping[str, Any]:
+def _read(path: Path) -> Mapping[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} is not a mapping of keys to values")

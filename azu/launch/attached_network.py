@@ -52,7 +52,7 @@ def attached_network(
             settings, file.policy, books.chain, books.redis, settings.http_port or free_port(), admin_key
         )
         progress(f"Starting the control plane in the cluster at {address}")
-        with serving.connected(address, {}) as head:
+        with serving.connected(address, settings.home / "logs", {}) as head:
             network = AttachedNetwork(
                 url=serving.local_url(config),
                 chain_url=books.chain.url,

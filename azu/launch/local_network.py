@@ -5,23 +5,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 
 from azu.config import LocalWorker, NetworkFile, Settings, load_network
 from azu.errors import ConfigurationError, Unavailable
-from azu.files import write_private
+from azu.files import CONFIGS, write_private
 from azu.launch.admin import first_ticket, kept_for_admin
 from azu.launch.membership import AnyTicket, Ticket, head_files
 from azu.launch.network_process import running_in
 from azu.launch.processes import ProcessGroup, free_port
 from azu.launch.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment, socket_folder
 from azu.launch.serving import (
+    connected,
     control_config,
     local_client,
     local_url,
     revive,
-    served,
+    start,
     wait_until_healthy,
     wait_until_it_answers,
 )
@@ -36,7 +36,7 @@ from azu.launch.sidecars import (
 
 Progress = Callable[[str], None]
 
-DEMO = Path(str(files("configs") / "demo.yaml"))
+DEMO = CONFIGS / "demo.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,8 @@ def local_network(
         http_port = settings.http_port or free_port()
         config = control_config(settings, file.policy, chain, redis, http_port, admin_key, host, head)
         progress("Starting the control plane")
-        with served(config, redis.ingress, head, driver_environment(token_path, files)) as address:
+        with connected(head, logs, driver_environment(token_path, files)) as address:
+            start(config, redis.ingress)
             progress("Waiting until it serves")
             client = local_client(config, admin_key)
             wait = wait_until_healthy if file.workers else wait_until_it_answers

@@ -83,9 +83,9 @@ class TlsFiles:
         """Return what makes Ray encrypt all it says to other processes, and ask them for a certificate."""
         return {
             "RAY_USE_TLS": "1",
-            "RAY_TLS_SERVER_CERT": str(self.certificate),
-            "RAY_TLS_SERVER_KEY": str(self.key),
-            "RAY_TLS_CA_CERT": str(self.authority),
+            "RAY_TLS_SERVER_CERT": str(self.certificate.absolute()),
+            "RAY_TLS_SERVER_KEY": str(self.key.absolute()),
+            "RAY_TLS_CA_CERT": str(self.authority.absolute()),
         }
 
     def write(self, certificate_pem: bytes, authority_pem: bytes) -> None:

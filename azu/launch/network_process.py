@@ -18,7 +18,7 @@ from rich.console import Console
 
 from azu.errors import ConfigurationError, Conflict, DeadlineExceeded, NotFound, Unavailable
 from azu.files import read_json, write_private
-from azu.launch.processes import StopSignal
+from azu.launch.processes import StopSignal, azu_command
 
 _LOCK = "network.lock"
 _FILE = "network.json"
@@ -112,7 +112,7 @@ def in_background(home: Path, timeout_s: float) -> Any:
         write_private(file, "")
     with shown.open("w") as output, log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "azu.cli", *arguments],
+            azu_command(*arguments),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=errors,

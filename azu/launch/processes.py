@@ -310,6 +310,12 @@ class _Restart:
         self.due_s = time.monotonic() + self.delay_s
 
 
+def azu_command(*arguments: str) -> tuple[str, ...]:
+    """Return the arguments of a process that runs one of azu's commands."""
+    # -P: nothing in the working directory is imported in place of a package.
+    return (sys.executable, "-P", "-m", "azu.cli", *arguments)
+
+
 @contextmanager
 def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
     """Set variables of this process for the length of the block."""

@@ -150,7 +150,7 @@ def driver_environment(token_path: Path, tls: TlsFiles | None = None) -> dict[st
         "RAY_USE_TLS": "0",
         **({} if tls is None else tls.ray_environment()),
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_path),
+        "RAY_AUTH_TOKEN_PATH": str(token_path.absolute()),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
 

@@ -4,8 +4,9 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from azu.config import ControlConfig, EnrolmentConfig, NetworkPolicy, Settings, TlsConfig
@@ -78,26 +79,17 @@ def _ingress_tls(settings: Settings, files: TlsFiles | None) -> TlsConfig | None
 
 
 @contextmanager
-def served(
-    config: ControlConfig, ingress_redis_url: str, head: str, environment: Mapping[str, str]
-) -> Iterator[str]:
-    """Start the control plane in the cluster at `head`, and stay connected to it for the length of the block.
+def connected(head: str, logs: Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """Be connected to the cluster at `head` for the length of the block; yields its address ("host:port").
 
-    Yields the address ("host:port") that the cluster's head is known by.
+    `logs` is a folder without Python files. Paths in `environment` are absolute.
     """
-    with connected(head, environment) as address:
-        start(config, ingress_redis_url)
-        yield address
-
-
-@contextmanager
-def connected(head: str, environment: Mapping[str, str]) -> Iterator[str]:
-    """Be connected to the cluster at `head` for the length of the block; yields its head's address."""
     with variables_set(environment):
         import ray
 
         try:
-            with handlers_kept():
+            # Ray puts the directory that it is in here first on the import path of every worker.
+            with handlers_kept(), chdir(logs):
                 ray.init(head, namespace="azu", log_to_driver=False, logging_level=logging.ERROR)
             yield ray.get_runtime_context().gcs_address
         finally:

@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from azu.config import Settings
 from azu.errors import ConfigurationError
 from azu.files import write_private
 from azu.launch.network_process import running_in
-from azu.launch.processes import ProcessGroup, ProcessSpec, free_port
+from azu.launch.processes import ProcessGroup, ProcessSpec, azu_command, free_port
 from azu.launch.redis_server import RedisUrls, start_redis, wait_for_redis
 from azu.money.treasury.environment import take_variable
 
@@ -56,7 +55,7 @@ def choose_chain(settings: Settings) -> ChainSettings:
 def start_devnet(children: ProcessGroup, chain: ChainSettings) -> None:
     """Start the devnet; it may not answer yet, see DEVNET_READY."""
     port = str(urlsplit(chain.url).port)
-    children.start(ProcessSpec(DEVNET, _azu("devnet", "--port", port), dict(os.environ), restart=True))
+    children.start(ProcessSpec(DEVNET, azu_command("devnet", "--port", port), dict(os.environ), restart=True))
 
 
 def start_treasury(children: ProcessGroup, settings: Settings, chain: ChainSettings, redis_url: str) -> None:
@@ -76,7 +75,7 @@ def start_treasury(children: ProcessGroup, settings: Settings, chain: ChainSetti
         environment.pop("AZU_REDIS_CA", None)
     if redis.password:
         environment |= {"REDIS_USERNAME": redis.username or "", "REDIS_PASSWORD": unquote(redis.password)}
-    children.start(ProcessSpec(TREASURY, _azu("treasury"), environment, restart=True))
+    children.start(ProcessSpec(TREASURY, azu_command("treasury"), environment, restart=True))
 
 
 def devnet_of(home: Path) -> ChainSettings | None:
@@ -99,10 +98,6 @@ def _devnet(settings: Settings) -> ChainSettings:
     url = f"http://127.0.0.1:{free_port()}"
     write_private(settings.home / _DEVNET_FILE, json.dumps({"url": url, "platform_address": address}))
     return ChainSettings(url, address, is_devnet=True, treasury_key={_KEY_FILE: str(path)})
-
-
-def _azu(*arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "azu.cli", *arguments)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from azu.errors import BrokenCheckpoint, InvalidRequest, ModelNotFound
+from azu.files import CONFIGS
 from azu.models.checkpoint import INDEX_FILE, MODEL_FILES, contained_file, weight_files
 from azu.models.hub import find_on_hub
 from azu.units import format_bytes
@@ -100,7 +100,7 @@ def _sha256(state: _FileState) -> str:
 _BUILT_IN = re.compile(r"azu/([a-z0-9]+(?:-[a-z0-9]+)*)")
 # What Git and the Hub allow, less what could leave a folder.
 _REVISION = re.compile(r"[A-Za-z0-9_]+(?:[./-][A-Za-z0-9_]+)*")
-_BUILT_IN_FOLDER = Path(str(resources.files("configs"))) / "models"
+_BUILT_IN_FOLDER = CONFIGS / "models"
 _MAX_ID_CHARS = 512
 _MAX_READABLE_CHARS = 64
 
