@@ -38,7 +38,7 @@ from azu.planner.kv_blocks import with_blocks
 from azu.planner.migration import TopologyChange
 from azu.planner.plan import check_kv_capacity
 from azu.planner.replicas import ExpertCounts
-from azu.protocol.job import Job, Placement, Ran, Route, placements
+from azu.protocol.job import Job, JobRun, Placement, placements
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, PieceKey, PieceSet, Stage, Topology, key_of, keys_of, loss_of
@@ -289,14 +289,14 @@ class PipelineSeat:
             return frozenset()
         return jobs
 
-    async def run(self, job: Job) -> Ran:
+    async def run(self, job: Job) -> JobRun:
         """Run a job in whoever sits here; raises WorkerLost once the model is given up."""
         while True:
             sitting = self.sitting
             try:
                 if sitting is not None:
-                    ran: Ran = await sitting.run.remote(job)
-                    return ran
+                    run: JobRun = await sitting.run.remote(job)
+                    return run
             except RayActorError:
                 log.warning("%s died under %s", self._what, job.job_id)
             except Exception as error:
@@ -607,10 +607,9 @@ class RayDeployment:
         """Whether a job runs here, or did without coming to an end: nobody else may run it."""
         return job_id in self._running or job_id in self._held
 
-    @property
-    def route(self) -> Route:
-        """Where it runs now; payouts are those of every node that ever ran a piece."""
-        return Route(dict(self._payout_by_node), self._pieces.placements())
+    def placements(self) -> tuple[Placement, ...]:
+        """Return the receipt's lines: which node runs which layers and experts in which actor."""
+        return self._pieces.placements()
 
     async def start(self) -> None:
         """Bring every piece up; raises the first error of those that did not come up."""
@@ -632,15 +631,15 @@ class RayDeployment:
         self._repair.again(is_fault=False)
         self._supervisor = asyncio.create_task(self._supervise())
 
-    async def run(self, job: Job) -> Ran:
+    async def run(self, job: Job) -> JobRun:
         """Run a job in the model's pipeline; raises InvalidRequest when its KV would never fit."""
         planned = self._site.policy.plan_policy()
         num_tokens = len(job.prompt_token_ids) + job.sampling.max_tokens
         check_kv_capacity(self.structure, replace(self.topology, num_blocks=planned.num_blocks), num_tokens)
         self._held |= {job.job_id}
-        ran = await self._seat.run(job)
+        run = await self._seat.run(job)
         self._held -= {job.job_id}
-        return ran
+        return replace(run, payout_by_node=dict(self._payout_by_node), placements=self.placements())
 
     async def num_chosen(self) -> ExpertCounts:
         """Ask the stages how often each expert was chosen."""

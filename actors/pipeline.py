@@ -24,7 +24,7 @@ from azu.engine.timing import PipelineMetrics
 from azu.errors import AzuError
 from azu.jobs.job_runner import _KEPT_JOBS, _SEED_RANGE, _ActiveJob
 from azu.jobs.redis import RedisJobs
-from azu.protocol.job import FinishReason, Job, Ran, TokenEvent
+from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
 from azu.protocol.step import StepResult
 from azu.protocol.structure import Structure
 from azu.protocol.topology import PieceSet, Topology
@@ -70,7 +70,7 @@ class Pipeline:
         self._stages = stages
         self._writer = asyncio.create_task(self._write())
 
-    async def run(self, job: Job) -> Ran:
+    async def run(self, job: Job) -> JobRun:
         """Run a job from what is written of it to its end; its tokens are in Redis when this returns.
 
         Whoever asks again for a job that runs here, or ended here lately, gets the same answer.

@@ -114,7 +114,7 @@ class Scheduler:
                 "broken" if model.broken else "running",
                 model.topology.epoch,
                 model.structure.num_layers,
-                model.route.placements,
+                model.placements(),
             )
             for model in self._fleet.models
         ] + [(model_id, revision, "deploying", 0, 0, ()) for model_id, revision in self._fleet.deploying]

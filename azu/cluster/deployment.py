@@ -15,6 +15,7 @@ from azu.errors import InsufficientCapacity, WorkerLost
 from azu.jobs.dispatch import RunningModel
 from azu.planner.migration import TopologyChange
 from azu.planner.replicas import ExpertCounts
+from azu.protocol.job import Placement
 from azu.protocol.structure import Structure
 from azu.protocol.topology import PieceSet, Topology
 
@@ -243,6 +244,9 @@ class DeployedModel(RunningModel, Protocol):
     @property
     def structure(self) -> Structure:
         """What it is made of."""
+
+    def placements(self) -> tuple[Placement, ...]:
+        """Return the receipt's lines: which node runs which layers and experts in which actor."""
 
     @property
     def running_jobs(self) -> int:

@@ -16,14 +16,14 @@ from azu.jobs.settlement import Settlement
 from azu.logs import bound
 from azu.metrics import JOBS_ENDED, Meter
 from azu.planner.plan import NEVER_FITS
-from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, Ran, Route
+from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState
 from azu.redis_client import until_back
 
 log = logging.getLogger(__name__)
 
 _MAY_PASS = (InsufficientCapacity, WorkerLost, DeadlineExceeded)
 
-Try = Callable[[], Awaitable[tuple[Ran, Route]]]
+Try = Callable[[], Awaitable[JobRun]]
 
 
 async def keep_trying(
@@ -33,33 +33,33 @@ async def keep_trying(
     wait: Callable[[float], Awaitable[bool]],
     chance: random.Random,
     clock: Callable[[], float] = time.monotonic,
-) -> tuple[Ran, Route]:
+) -> JobRun:
     """Try a job until it ends, waits in vain or has an error that waiting does not help.
 
     Every try goes on after the tokens that there are. `wait(seconds)` says whether the job is still wanted.
     """
-    kept, route = Ran(completion_tokens=0, finish_reason=FinishReason.ERROR), Route({}, ())
+    kept = JobRun(completion_tokens=0, finish_reason=FinishReason.ERROR)
     tries, failed_s, had_workers = 0, clock(), False
     while True:
-        ran, now_on = await once()
-        is_further = ran.completion_tokens > kept.completion_tokens
+        run = await once()
+        is_further = run.completion_tokens > kept.completion_tokens
         if is_further or not kept.completion_tokens:
-            kept, route = ran, now_on
+            kept = run
         else:
             # This try added nothing; what was delivered before stays delivered, and paid.
-            kept = replace(kept, finish_reason=ran.finish_reason, error=ran.error)
-        had_workers = had_workers or is_further or isinstance(ran.error, WorkerLost)
-        if ran.error is None or not _may_pass(ran.error, had_workers=had_workers):
-            return kept, route
+            kept = replace(kept, finish_reason=run.finish_reason, error=run.error)
+        had_workers = had_workers or is_further or isinstance(run.error, WorkerLost)
+        if run.error is None or not _may_pass(run.error, had_workers=had_workers):
+            return kept
         if is_further or not tries:
             tries, failed_s = 0, clock()
         tries += 1
         wait_s = patience.wait_s(tries, chance)
         if clock() - failed_s + wait_s > patience.budget_s:
-            return replace(kept, error=_given_up(ran.error, tries, clock() - failed_s)), route
-        log.warning("tried again in %.1f s: %s", wait_s, ran.error.message)
+            return replace(kept, error=_given_up(run.error, tries, clock() - failed_s))
+        log.warning("tried again in %.1f s: %s", wait_s, run.error.message)
         if not await wait(wait_s):
-            return replace(kept, finish_reason=FinishReason.CANCELLED, error=None), route
+            return replace(kept, finish_reason=FinishReason.CANCELLED, error=None)
 
 
 def _may_pass(error: AzuError, *, had_workers: bool) -> bool:
@@ -73,17 +73,12 @@ def _given_up(error: AzuError, tries: int, seconds: float) -> WorkerLost:
 
 _TAKE_BLOCK_MS = 2_000
 _CLAIM_IDLE_MS = 30_000
-_EMPTY_ROUTE = Route(payout_by_node={}, placements=())
 
 
 class RunningModel(Protocol):
     """A model that is deployed and takes jobs."""
 
-    @property
-    def route(self) -> Route:
-        """Where it runs now."""
-
-    async def run(self, job: Job) -> Ran:
+    async def run(self, job: Job) -> JobRun:
         """Run a job to its end."""
 
     async def cancel(self, job_id: str) -> None:
@@ -189,13 +184,13 @@ class Dispatcher:
             elif record.outcome is None:
                 if record.cancelled:
                     self._cancelled.add(job.job_id)
-                ran, route = await keep_trying(
+                run = await keep_trying(
                     partial(self._run, record),
                     self._patience,
                     wait=partial(self._wait, job),
                     chance=self._chance,
                 )
-                outcome = await self._settlement.settle(job, ran, route)
+                outcome = await self._settlement.settle(job, run)
                 self._meter.count(JOBS_ENDED, 1, job.model_id, outcome.state.value)
                 log.info("ended", extra=_told(outcome))
             await self._jobs.done(job.job_id)
@@ -222,7 +217,7 @@ class Dispatcher:
             del self._waiting[job.job_id]
         return False
 
-    async def _run(self, record: JobRecord) -> tuple[Ran, Route]:
+    async def _run(self, record: JobRecord) -> JobRun:
         job = record.job
         model: RunningModel | None = None
         try:
@@ -230,7 +225,7 @@ class Dispatcher:
             given_up = await until_back(partial(self._jobs.set_state, job.job_id, JobState.RUNNING))
             given_up = given_up or job.job_id in self._cancelled
             if given_up and not record.attempts:
-                return Ran(completion_tokens=0, finish_reason=FinishReason.CANCELLED), _EMPTY_ROUTE
+                return JobRun(completion_tokens=0, finish_reason=FinishReason.CANCELLED)
             # Nothing may come between: a cancellation reaches the model behind the job, or is seen above.
             self._models[job.job_id] = model
             running = asyncio.ensure_future(model.run(job))
@@ -238,13 +233,13 @@ class Dispatcher:
                 # It ran before, and may have delivered something: the model knows.
                 await asyncio.sleep(0)
                 await model.cancel(job.job_id)
-            return await running, model.route
+            return await running
         except AzuError as error:
-            return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=error), _EMPTY_ROUTE
+            return JobRun(completion_tokens=0, finish_reason=FinishReason.ERROR, error=error)
         except Exception:
             log.exception("it failed")
             internal = InternalError("the job failed for a reason that is azu's; nothing was charged")
-            return Ran(completion_tokens=0, finish_reason=FinishReason.ERROR, error=internal), _EMPTY_ROUTE
+            return JobRun(completion_tokens=0, finish_reason=FinishReason.ERROR, error=internal)
         finally:
             if model is not None:
                 model.let_go(job.job_id)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from azu.engine.accounting import Work
 from azu.errors import AzuError
-from azu.protocol.job import FinishReason, Job, Ran
+from azu.protocol.job import FinishReason, Job, JobRun
 
 # A job that several sequences answer has ended as the one that says most did.
 _WORST_LAST = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.ERROR)
@@ -20,7 +20,7 @@ class _ActiveJob:
     """A job whose choices have not all ended."""
 
     job: Job
-    ended: asyncio.Future[Ran]
+    ended: asyncio.Future[JobRun]
     open: set[int] = field(default_factory=set)
     delivered: int = 0
     cancelled: bool = False
@@ -36,10 +36,10 @@ class _ActiveJob:
     def end(self, broken: AzuError | None) -> None:
         """Say what became of the job, when no choice is open."""
         error = broken if self.reason is FinishReason.CANCELLED and not self.cancelled else None
-        ran = Ran(
+        run = JobRun(
             completion_tokens=self.delivered,
             finish_reason=FinishReason.ERROR if error else self.reason,
             work={layer: dict(by_node) for layer, by_node in self.work.items()},
             error=error,
         )
-        self.ended.set_result(ran)
+        self.ended.set_result(run)

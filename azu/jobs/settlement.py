@@ -6,7 +6,7 @@ from azu.jobs.redis import RedisJobs
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Release, Settle, Transfer
 from azu.money.pricing import charge, divide
-from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, Ran, Receipt, Route
+from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState, Receipt
 
 _STATES = {FinishReason.ERROR: JobState.FAILED, FinishReason.CANCELLED: JobState.CANCELLED}
 
@@ -22,17 +22,17 @@ class Settlement:
         self._price = lamports_per_token_layer
         self._platform_percent = platform_percent
 
-    async def settle(self, job: Job, ran: Ran, route: Route) -> JobOutcome:
+    async def settle(self, job: Job, run: JobRun) -> JobOutcome:
         """End a job: charge the delivered tokens or release the whole reservation, then write the outcome.
 
         The outcome is fixed first. A scheduler that takes the job after a crash may run it again with another
         result; it ends the job with the outcome that was fixed before.
         """
         planned = JobOutcome(
-            state=_STATES.get(ran.finish_reason, JobState.DONE),
-            finish_reason=ran.finish_reason,
-            receipt=self._receipt(job, ran, route),
-            error=ran.error.to_openai()["error"] if ran.error else None,
+            state=_STATES.get(run.finish_reason, JobState.DONE),
+            finish_reason=run.finish_reason,
+            receipt=self._receipt(job, run),
+            error=run.error.to_openai()["error"] if run.error else None,
         )
         outcome = await self._jobs.plan_end(job.job_id, planned)
         await self.conclude(job, outcome)
@@ -43,12 +43,12 @@ class Settlement:
         await self._ledger.apply(_transfer(job, ending.receipt))
         await self._jobs.finish(job.job_id, ending)
 
-    def _receipt(self, job: Job, ran: Ran, route: Route) -> Receipt:
+    def _receipt(self, job: Job, run: JobRun) -> Receipt:
         # A job without a delivered token costs nothing, its prompt included.
-        prompt_tokens = len(job.prompt_token_ids) if ran.completion_tokens else 0
-        charged = charge(prompt_tokens, ran.completion_tokens, job.num_layers, self._price)
+        prompt_tokens = len(job.prompt_token_ids) if run.completion_tokens else 0
+        charged = charge(prompt_tokens, run.completion_tokens, job.num_layers, self._price)
         division = divide(
-            charged, self._platform_percent, _by_payout(ran.work, route.payout_by_node), job.num_layers
+            charged, self._platform_percent, _by_payout(run.work, run.payout_by_node), job.num_layers
         )
         return Receipt(
             job_id=job.job_id,
@@ -56,7 +56,7 @@ class Settlement:
             model_id=job.model_id,
             revision=job.revision,
             prompt_tokens=len(job.prompt_token_ids),
-            completion_tokens=ran.completion_tokens,
+            completion_tokens=run.completion_tokens,
             num_layers=job.num_layers,
             lamports_per_token_layer=self._price,
             charged_lamports=charged,
@@ -64,7 +64,7 @@ class Settlement:
             platform_lamports=division.platform_lamports,
             worker_lamports=division.workers,
             transfer_id=_transfer_id(job, charged),
-            topology=route.placements,
+            topology=run.placements,
         )
 
 

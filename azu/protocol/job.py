@@ -147,21 +147,17 @@ def _layers(what: Stage | ExpertSet) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
-    """What a job's sequence did until it ended, as its pipeline counted it.
+class JobRun:
+    """What a job's sequences did until they ended, and where.
 
-    `work` maps layer -> node id -> parameter bytes activated for tokens that are charged.
+    `work` maps layer -> node id -> parameter bytes activated for tokens that are charged, as the pipeline
+    counted it. `payout_by_node` has the address to pay for every node that ever ran a piece; `placements`
+    are the receipt's lines.
     """
 
     completion_tokens: int
     finish_reason: FinishReason
     work: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     error: AzuError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Where a deployed model runs: who is paid for each node, and the receipt's lines."""
-
-    payout_by_node: Mapping[str, str]
-    placements: tuple[Placement, ...]
+    payout_by_node: Mapping[str, str] = field(default_factory=dict)
+    placements: tuple[Placement, ...] = ()

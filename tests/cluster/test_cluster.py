@@ -12,7 +12,7 @@ from azu.cluster.deployment_store import DeploymentRecord, RedisStanding, Standi
 from azu.errors import InsufficientCapacity, ModelNotFound
 from azu.planner.migration import TopologyChange
 from azu.planner.policy import PlanPolicy
-from azu.protocol.job import Job, Ran, Route
+from azu.protocol.job import Job, JobRun
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import PieceSet, Topology
@@ -33,7 +33,6 @@ class StandingModel:
     running: set[str] = field(default_factory=set)
     held: set[str] = field(default_factory=set)
     broken: bool = False
-    route: Route = field(default_factory=lambda: Route({}, ()))
 
     @property
     def running_jobs(self) -> int:
@@ -45,7 +44,7 @@ class StandingModel:
     def holds(self, job_id: str) -> bool:
         return job_id in self.held
 
-    async def run(self, job: Job) -> Ran:
+    async def run(self, job: Job) -> JobRun:
         raise AssertionError("the fleet runs no jobs")
 
     async def cancel(self, job_id: str) -> None:

@@ -5,7 +5,7 @@ import hashlib
 import inspect
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Deposit
 from azu.money.treasury.deposits import DepositStatus, SightingState
 from azu.money.treasury.request_reply import DepositRequests
-from azu.protocol.job import FinishReason, Job, Ran, Route, TokenEvent
+from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
 from azu.units import LAMPORTS_PER_HYPE
 from deployments.ingress import build_api
 from deployments.services import Services
@@ -52,9 +52,8 @@ class ScriptedModel:
     delay_s: float = 0.0
     silent: bool = False
     registry: Registry | None = None
-    route: Route = field(default_factory=lambda: Route({"node": OWNERS[0]}, ()))
 
-    async def run(self, job: Job) -> Ran:
+    async def run(self, job: Job) -> JobRun:
         await asyncio.sleep(self.delay_s)
         written = 0
         for choice in range(0 if self.silent else job.choices):
@@ -68,7 +67,7 @@ class ScriptedModel:
         cut = job.sampling.max_tokens <= len(self.token_ids)
         reason = FinishReason.LENGTH if cut else FinishReason.STOP
         reason = reason if self.error is None else FinishReason.ERROR
-        return Ran(written, reason, work, self.error)
+        return JobRun(written, reason, work, self.error, payout_by_node={"node": OWNERS[0]})
 
     async def cancel(self, job_id: str) -> None:
         pass

@@ -16,7 +16,7 @@ from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
 from azu.money.ledger.redis import RedisLedger
-from azu.protocol.job import FinishReason, Job, Ran, Route, TokenEvent
+from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
 from tests.builders import OWNERS
 from tests.killing import Death, kill_at_effect, start
 
@@ -41,10 +41,9 @@ class FakeModel:
 
     jobs: RedisJobs
     dice: random.Random
-    route: Route = field(default_factory=lambda: Route(PAYOUTS, ()))
     cancelled: set[str] = field(default_factory=set)
 
-    async def run(self, job: Job) -> Ran:
+    async def run(self, job: Job) -> JobRun:
         record = await self.jobs.get(job.job_id)
         assert record is not None
         produced, wanted = 0, self.dice.randint(0, job.sampling.max_tokens)
@@ -53,7 +52,7 @@ class FakeModel:
             produced += 1
             await asyncio.sleep(0.002)
         reason = FinishReason.CANCELLED if job.job_id in self.cancelled else FinishReason.STOP
-        return Ran(produced, reason, self._work(job.num_layers))
+        return JobRun(produced, reason, self._work(job.num_layers), payout_by_node=PAYOUTS)
 
     async def cancel(self, job_id: str) -> None:
         self.cancelled.add(job_id)

@@ -2,38 +2,40 @@
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from azu.config.network import RetryPolicy
 from azu.errors import AzuError, InsufficientCapacity, InvalidRequest, WorkerLost
 from azu.jobs.dispatch import keep_trying
 from azu.planner.plan import NEVER_FITS
-from azu.protocol.job import FinishReason, Ran, Route
+from azu.protocol.job import FinishReason, JobRun
 
 PATIENCE = RetryPolicy(first_s=1, longest_s=8, budget_s=60)
-OLD, NEW = Route({"a": "0xa"}, ()), Route({"b": "0xb"}, ())
+OLD, NEW = {"a": "0xa"}, {"b": "0xb"}  # payout addresses by node
 LOST = WorkerLost("stage 1 is gone")
 NO_ROOM = InsufficientCapacity("no node has room")
 TOO_LARGE = InsufficientCapacity("no node will ever have room", code=NEVER_FITS)
 
 
-def failed(tokens: int, error: AzuError) -> Ran:
-    return Ran(completion_tokens=tokens, finish_reason=FinishReason.ERROR, error=error)
+def failed(tokens: int, error: AzuError, payouts: Mapping[str, str] = OLD) -> JobRun:
+    return JobRun(
+        completion_tokens=tokens, finish_reason=FinishReason.ERROR, error=error, payout_by_node=payouts
+    )
 
 
-def done(tokens: int) -> Ran:
-    return Ran(completion_tokens=tokens, finish_reason=FinishReason.LENGTH)
+def done(tokens: int) -> JobRun:
+    return JobRun(completion_tokens=tokens, finish_reason=FinishReason.LENGTH, payout_by_node=NEW)
 
 
 class Life:
     """A job with a clock of its own that only waiting moves."""
 
-    def __init__(self, *tries: tuple[Ran, Route], wanted_for: int = 1000) -> None:
+    def __init__(self, *tries: JobRun, wanted_for: int = 1000) -> None:
         self.tries = list(tries)
         self.waited_s: list[float] = []
         self.wanted_for = wanted_for
 
-    async def once(self) -> tuple[Ran, Route]:
+    async def once(self) -> JobRun:
         # The last try's answer is every later one's too.
         return self.tries.pop(0) if len(self.tries) > 1 else self.tries[0]
 
@@ -41,7 +43,7 @@ class Life:
         self.waited_s.append(seconds)
         return len(self.waited_s) < self.wanted_for
 
-    def end(self) -> tuple[Ran, Route]:
+    def end(self) -> JobRun:
         return asyncio.run(
             keep_trying(
                 self.once,
@@ -54,14 +56,14 @@ class Life:
 
 
 def test_a_job_that_lost_its_workers_ends_as_its_last_try_does() -> None:
-    life = Life((failed(7, LOST), OLD), (failed(0, NO_ROOM), Route({}, ())), (done(20), NEW))
+    life = Life(failed(7, LOST), failed(0, NO_ROOM, {}), done(20))
 
-    assert life.end() == (done(20), NEW)
+    assert life.end() == done(20)
     assert len(life.waited_s) == 2
 
 
 def test_waits_double_up_to_the_longest_and_are_never_all_alike() -> None:
-    life = Life((failed(0, NO_ROOM), OLD))
+    life = Life(failed(0, NO_ROOM))
 
     life.end()
 
@@ -72,42 +74,37 @@ def test_waits_double_up_to_the_longest_and_are_never_all_alike() -> None:
 
 
 def test_what_was_delivered_stays_paid_when_nothing_helps() -> None:
-    life = Life((failed(7, LOST), OLD), (failed(0, NO_ROOM), Route({}, ())))
+    life = Life(failed(7, LOST), failed(0, NO_ROOM, {}))
 
-    ran, route = life.end()
+    run = life.end()
 
-    assert (ran.completion_tokens, ran.finish_reason, route) == (7, FinishReason.ERROR, OLD)
-    assert isinstance(ran.error, WorkerLost)
-    assert NO_ROOM.message in ran.error.message
+    assert (run.completion_tokens, run.finish_reason, run.payout_by_node) == (7, FinishReason.ERROR, OLD)
+    assert isinstance(run.error, WorkerLost)
+    assert NO_ROOM.message in run.error.message
 
 
 def test_tokens_that_come_give_a_job_its_patience_back() -> None:
-    losses: Sequence[tuple[Ran, Route]] = [(failed(tokens, LOST), OLD) for tokens in range(1, 200)]
-    life = Life(*losses, (done(200), NEW))
+    losses = [failed(tokens, LOST) for tokens in range(1, 200)]
+    life = Life(*losses, done(200))
 
-    assert life.end()[0] == done(200)
+    assert life.end() == done(200)
     assert max(life.waited_s) <= PATIENCE.first_s
 
 
 def test_what_waiting_does_not_help_ends_at_once() -> None:
     for error in (TOO_LARGE, InvalidRequest("too long")):
-        life = Life((failed(0, error), OLD))
-        assert life.end()[0].error is error
+        life = Life(failed(0, error))
+        assert life.end().error is error
         assert life.waited_s == []
 
 
 def test_a_model_that_fitted_once_is_waited_for_when_its_nodes_are_gone() -> None:
-    life = Life((failed(0, LOST), OLD), (failed(0, TOO_LARGE), OLD), (done(9), NEW))
+    life = Life(failed(0, LOST), failed(0, TOO_LARGE), done(9))
 
-    assert life.end() == (done(9), NEW)
+    assert life.end() == done(9)
 
 
 def test_a_job_that_is_given_up_while_it_waits_pays_for_what_it_got() -> None:
-    ran, route = Life((failed(7, LOST), OLD), wanted_for=1).end()
+    run = Life(failed(7, LOST), wanted_for=1).end()
 
-    assert (ran.completion_tokens, ran.finish_reason, ran.error, route) == (
-        7,
-        FinishReason.CANCELLED,
-        None,
-        OLD,
-    )
+    assert run == JobRun(7, FinishReason.CANCELLED, payout_by_node=OLD)

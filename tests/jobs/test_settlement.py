@@ -12,13 +12,15 @@ from azu.jobs.settlement import Settlement
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Deposit, user_available, user_reserved, worker_earned
 from azu.money.spend_limits import RedisSpending, SpendLimits
-from azu.protocol.job import FinishReason, Job, JobState, Ran, Route
+from azu.protocol.job import FinishReason, Job, JobRun, JobState
 from azu.protocol.sampling import SamplingParams
 from tests.builders import ALICE, OWNERS, api_key
 
 MODEL = ModelFacts(model_id="test/model", revision="r1", num_layers=4, context_length=64)
-ROUTE = Route(payout_by_node={"a": OWNERS[0], "b": OWNERS[1]}, placements=())
+PAYOUTS = {"a": OWNERS[0], "b": OWNERS[1]}
 WORK = {0: {"a": 100}, 1: {"a": 100}, 2: {"b": 100}, 3: {"a": 50, "b": 50}}
+# Six tokens that the work above stands for.
+RUN = JobRun(6, FinishReason.STOP, WORK, payout_by_node=PAYOUTS)
 
 
 class Billing:
@@ -66,7 +68,7 @@ def test_a_job_reserves_its_highest_price_and_pays_for_the_delivered_tokens(redi
         assert job.reserved_lamports == 2 * 4 * (4 + 10)
         assert await billing.balances() == (1_000 - 112, 112)
 
-        outcome = await billing.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
+        outcome = await billing.settlement.settle(job, RUN)
 
         receipt = outcome.receipt
         assert receipt.charged_lamports == 2 * 4 * (4 + 6)
@@ -84,10 +86,10 @@ def test_settling_twice_changes_nothing(redis_url: str) -> None:
         billing = Billing(redis_url)
         await billing.deposit(1_000)
         job = await billing.accept()
-        first = await billing.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
+        first = await billing.settlement.settle(job, RUN)
         balances = await billing.ledger.balances()
 
-        second = await billing.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
+        second = await billing.settlement.settle(job, RUN)
 
         assert second == first
         assert await billing.ledger.balances() == balances
@@ -101,8 +103,8 @@ def test_nothing_is_charged_before_the_first_token(redis_url: str) -> None:
         await billing.deposit(1_000)
         job = await billing.accept()
 
-        ran = Ran(0, FinishReason.ERROR, error=WorkerLost("stage 1 was lost"))
-        outcome = await billing.settlement.settle(job, ran, ROUTE)
+        run = JobRun(0, FinishReason.ERROR, error=WorkerLost("stage 1 was lost"))
+        outcome = await billing.settlement.settle(job, run)
 
         assert outcome.state is JobState.FAILED
         assert outcome.error is not None
@@ -162,9 +164,10 @@ def test_a_job_that_runs_again_ends_with_the_outcome_that_was_fixed_first(
         billing = Billing(redis_url)
         await billing.deposit(1_000)
         job = await billing.accept()
-        first = await billing.settlement.settle(job, Ran(6, FinishReason.STOP, WORK), ROUTE)
+        first = await billing.settlement.settle(job, RUN)
 
-        again = await billing.settlement.settle(job, Ran(9, FinishReason.LENGTH, {0: {"b": 1}}), ROUTE)
+        other = JobRun(9, FinishReason.LENGTH, {0: {"b": 1}}, payout_by_node=PAYOUTS)
+        again = await billing.settlement.settle(job, other)
 
         assert again == first
         assert await billing.balances() == (1_000 - 80, 0)

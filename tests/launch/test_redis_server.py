@@ -28,7 +28,7 @@ from azu.money.treasury.receipts import ReceiptSigner
 from azu.money.treasury.redis import RedisCursor, RedisLease, RedisOutbox
 from azu.money.treasury.request_reply import DepositRequests, RedisReceipts
 from azu.money.treasury.withdrawals import RedisWithdrawals, SignedWithdrawal
-from azu.protocol.job import FinishReason, JobState, Ran, Route, TokenEvent
+from azu.protocol.job import FinishReason, JobRun, JobState, TokenEvent
 from azu.redis_client import connect_redis
 from tests.builders import ALICE, job
 from tests.money.ledger import moves
@@ -130,8 +130,8 @@ async def as_scheduler(redis: Redis) -> None:
     jobs = RedisJobs(redis)
     [record] = await jobs.take("scheduler", 1, 60_000)
     await jobs.set_state("job-1", JobState.RUNNING)
-    ran = Ran(0, FinishReason.CANCELLED)
-    await Settlement(RedisLedger(redis), jobs, 2, 20).settle(record.job, ran, Route({}, ()))
+    run = JobRun(0, FinishReason.CANCELLED)
+    await Settlement(RedisLedger(redis), jobs, 2, 20).settle(record.job, run)
     await jobs.done("job-1")
     assert await anext(jobs.cancellations()) == "job-1"
 

@@ -6,9 +6,9 @@ import pytest
 
 from azu.errors import AzuError, InsufficientBalance, Unauthenticated
 from azu.money.ledger.transfers import user_reserved
-from azu.protocol.job import FinishReason, Job, Ran
+from azu.protocol.job import FinishReason, Job, JobRun
 from tests.builders import ALICE
-from tests.jobs.test_settlement import ROUTE, WORK, Desk
+from tests.jobs.test_settlement import PAYOUTS, WORK, Desk
 
 # 4 prompt and at most 10 completion tokens over 4 layers at 2 lamports.
 MOST = 112
@@ -65,9 +65,9 @@ def test_what_a_job_did_not_use_of_the_limit_can_be_spent_again(redis_url: str) 
         assert (await refusal(desk, **limit)).code == "spend_limit_reached"
 
         # It is charged 80 of its 112.
-        await desk.settlement.settle(first, Ran(6, FinishReason.STOP, WORK), ROUTE)
+        await desk.settlement.settle(first, JobRun(6, FinishReason.STOP, WORK, payout_by_node=PAYOUTS))
         second = await desk.accept(**limit)
-        await desk.settlement.settle(second, Ran(10, FinishReason.LENGTH, WORK), ROUTE)
+        await desk.settlement.settle(second, JobRun(10, FinishReason.LENGTH, WORK, payout_by_node=PAYOUTS))
 
         assert (await refusal(desk, **limit)).code == "spend_limit_reached"
         # Other keys of the address are not concerned.
