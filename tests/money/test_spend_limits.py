@@ -8,16 +8,16 @@ from azu.errors import AzuError, InsufficientBalance, Unauthenticated
 from azu.money.ledger.transfers import user_reserved
 from azu.protocol.job import FinishReason, Job, JobRun
 from tests.builders import ALICE
-from tests.jobs.test_settlement import PAYOUTS, WORK, Desk
+from tests.jobs.test_settlement import PAYOUTS, WORK, Billing
 
 # 4 prompt and at most 10 completion tokens over 4 layers at 2 lamports.
 MOST = 112
 AT_ONCE = 1_000
 
 
-async def started(desk: Desk, **key: object) -> list[Job]:
+async def started(billing: Billing, **key: object) -> list[Job]:
     """Send a thousand jobs at once; return those that were accepted."""
-    sent = (desk.accept(**key) for _ in range(AT_ONCE))
+    sent = (billing.accept(**key) for _ in range(AT_ONCE))
     answers = await asyncio.gather(*sent, return_exceptions=True)
     refused = [answer for answer in answers if isinstance(answer, BaseException)]
     assert all(isinstance(answer, InsufficientBalance) for answer in refused), refused[0]
@@ -26,14 +26,14 @@ async def started(desk: Desk, **key: object) -> list[Job]:
 
 def test_a_thousand_submits_against_a_balance_for_ten_jobs_start_ten(redis_url: str) -> None:
     async def scenario() -> None:
-        desk = Desk(redis_url)
-        await desk.deposit(10 * MOST + 5)
+        billing = Billing(redis_url)
+        await billing.deposit(10 * MOST + 5)
 
-        accepted = await started(desk)
+        accepted = await started(billing)
 
         assert len(accepted) == 10
-        assert await desk.balances() == (5, 10 * MOST)
-        queued = await desk.jobs.take("scheduler", 1, 60_000)
+        assert await billing.balances() == (5, 10 * MOST)
+        queued = await billing.jobs.take("scheduler", 1, 60_000)
         assert {record.job.job_id for record in queued} == {job.job_id for job in accepted}
 
     asyncio.run(scenario())
@@ -41,60 +41,60 @@ def test_a_thousand_submits_against_a_balance_for_ten_jobs_start_ten(redis_url: 
 
 def test_a_thousand_submits_with_a_key_limited_to_ten_jobs_start_ten(redis_url: str) -> None:
     async def scenario() -> None:
-        desk = Desk(redis_url)
-        await desk.deposit(1_000 * MOST)
+        billing = Billing(redis_url)
+        await billing.deposit(1_000 * MOST)
 
-        assert len(await started(desk, spend_limit_lamports=10 * MOST + 5)) == 10
-        assert await desk.ledger.balance(user_reserved(ALICE)) == 10 * MOST
+        assert len(await started(billing, spend_limit_lamports=10 * MOST + 5)) == 10
+        assert await billing.ledger.balance(user_reserved(ALICE)) == 10 * MOST
 
     asyncio.run(scenario())
 
 
-async def refusal(desk: Desk, **key: object) -> AzuError:
+async def refusal(billing: Billing, **key: object) -> AzuError:
     with pytest.raises(AzuError) as refused:
-        await desk.accept(**key)
+        await billing.accept(**key)
     return refused.value
 
 
 def test_what_a_job_did_not_use_of_the_limit_can_be_spent_again(redis_url: str) -> None:
     async def scenario() -> None:
-        desk = Desk(redis_url)
-        await desk.deposit(10_000)
+        billing = Billing(redis_url)
+        await billing.deposit(10_000)
         limit = {"spend_limit_lamports": MOST + 80}
-        first = await desk.accept(**limit)
-        assert (await refusal(desk, **limit)).code == "spend_limit_reached"
+        first = await billing.accept(**limit)
+        assert (await refusal(billing, **limit)).code == "spend_limit_reached"
 
         # It is charged 80 of its 112.
-        await desk.settlement.settle(first, JobRun(6, FinishReason.STOP, WORK, payout_by_node=PAYOUTS))
-        second = await desk.accept(**limit)
-        await desk.settlement.settle(second, JobRun(10, FinishReason.LENGTH, WORK, payout_by_node=PAYOUTS))
+        await billing.settlement.settle(first, JobRun(6, FinishReason.STOP, WORK, payout_by_node=PAYOUTS))
+        second = await billing.accept(**limit)
+        await billing.settlement.settle(second, JobRun(10, FinishReason.LENGTH, WORK, payout_by_node=PAYOUTS))
 
-        assert (await refusal(desk, **limit)).code == "spend_limit_reached"
+        assert (await refusal(billing, **limit)).code == "spend_limit_reached"
         # Other keys of the address are not concerned.
-        await desk.accept(key_id="key-2", spend_limit_lamports=MOST)
-        await desk.accept(key_id="key-3")
+        await billing.accept(key_id="key-2", spend_limit_lamports=MOST)
+        await billing.accept(key_id="key-3")
 
     asyncio.run(scenario())
 
 
 def test_a_job_that_the_balance_does_not_bear_takes_nothing_of_the_limit(redis_url: str) -> None:
     async def scenario() -> None:
-        desk = Desk(redis_url)
+        billing = Billing(redis_url)
         limit = {"spend_limit_lamports": MOST}
-        assert (await refusal(desk, **limit)).code == "insufficient_balance"
-        await desk.deposit(MOST)
-        await desk.accept(**limit)
+        assert (await refusal(billing, **limit)).code == "insufficient_balance"
+        await billing.deposit(MOST)
+        await billing.accept(**limit)
 
     asyncio.run(scenario())
 
 
 def test_a_key_that_ended_reserves_nothing(redis_url: str) -> None:
     async def scenario() -> None:
-        desk = Desk(redis_url)
-        await desk.deposit(MOST)
-        # The desk's clock stands at 1000.
-        assert isinstance(await refusal(desk, expires_at_ms=1_000), Unauthenticated)
-        assert await desk.balances() == (MOST, 0)
-        await desk.accept(expires_at_ms=1_001)
+        billing = Billing(redis_url)
+        await billing.deposit(MOST)
+        # The billing's clock stands at 1000.
+        assert isinstance(await refusal(billing, expires_at_ms=1_000), Unauthenticated)
+        assert await billing.balances() == (MOST, 0)
+        await billing.accept(expires_at_ms=1_001)
 
     asyncio.run(scenario())
