@@ -28,7 +28,7 @@ from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
 from azu.protocol.step import StepResult
 from azu.protocol.structure import Structure
 from azu.protocol.topology import PieceSet, Topology
-from azu.redis_client import until_back
+from azu.redis_client import retry_until_available
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class Pipeline:
 
     async def _begin(self, running: _ActiveJob) -> None:
         job = running.job
-        known = await until_back(partial(self._jobs.progress, job))
+        known = await retry_until_available(partial(self._jobs.progress, job))
         running.delivered = known.delivered
         running.cancelled |= known.cancelled
         for choice, so_far in enumerate(known.choices):
@@ -240,7 +240,7 @@ class Pipeline:
                     )
                     events.append((running.job.job_id, event))
                     running.delivered += len(update.token_ids)
-            await until_back(partial(self._jobs.append, events))
+            await retry_until_available(partial(self._jobs.append, events))
             for update in updates:
                 if update.finish_reason is not None:
                     running, _ = self._running.pop(update.sequence_id)

@@ -137,11 +137,11 @@ class Scheduler:
 
     async def hear(self, source: str, picture: MetricsSnapshot) -> None:
         """Take what another process's meter shows."""
-        self._together.hear(source, picture, time.monotonic())
+        self._together.record(source, picture, time.monotonic())
 
     async def picture(self) -> MetricsSnapshot:
         """Return what the network's meters show, all together."""
-        return self._together.picture(time.monotonic())
+        return self._together.total(time.monotonic())
 
     async def _measure(self) -> None:
         """Show nodes, jobs and books."""
@@ -153,7 +153,7 @@ class Scheduler:
             except AzuError as error:
                 log.warning("the books cannot be shown: %s", error.message)
             self._meter.export()
-            await self.hear(SCHEDULER, self._meter.picture())
+            await self.hear(SCHEDULER, self._meter.snapshot())
             await asyncio.sleep(_MEASURE_S)
 
     async def _fit(self) -> None:

@@ -14,7 +14,7 @@ from ray.util import metrics as ray_metrics
 from actors.placement import NAMESPACE, SCHEDULER
 from azu import metrics
 from azu.logs import start_logging
-from azu.metrics import BY_NAME, Kind, Labels, Meter, Metric
+from azu.metrics import BY_NAME, Labels, Meter, Metric, MetricKind
 from azu.protocol.node import Node, NodeState
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,9 @@ class RayMeter(Meter):
         """Tell Ray what is new since the last time: it takes too long to do so each time something is."""
         if not self._is_exported:
             return
-        for (name, labels), value in self.picture().values.items():
+        for (name, labels), value in self.snapshot().values.items():
             metric = BY_NAME[name]
-            if metric.kind is Kind.GAUGE:
+            if metric.kind is MetricKind.GAUGE:
                 self._record(metric, value, labels)
             elif value != (before := self._exported.get((name, labels))):
                 self._record(metric, value - (before or 0), labels)
@@ -73,7 +73,7 @@ def _send(meter: RayMeter, source: str, look: Callable[[], None]) -> None:
             meter.export()
             # It is another one after the control plane was started again.
             scheduler = scheduler or ray.get_actor(SCHEDULER, namespace=NAMESPACE)
-            ray.get(scheduler.hear.remote(source, meter.picture()), timeout=_ANSWER_TIMEOUT_S)
+            ray.get(scheduler.hear.remote(source, meter.snapshot()), timeout=_ANSWER_TIMEOUT_S)
         except (RayError, ValueError) as error:
             log.debug("the scheduler did not take this process's metrics: %s", type(error).__name__)
             scheduler = None
@@ -82,10 +82,10 @@ def _send(meter: RayMeter, source: str, look: Callable[[], None]) -> None:
 def _new_instrument(metric: Metric) -> Any:
     # Prometheus puts the ending of counters there itself.
     name = metric.name.removesuffix("_total")
-    if metric.kind is Kind.HISTOGRAM:
-        return ray_metrics.Histogram(name, metric.help, list(metric.buckets), metric.labels)
-    kinds = {Kind.COUNTER: ray_metrics.Counter, Kind.GAUGE: ray_metrics.Gauge}
-    return kinds[metric.kind](name, metric.help, metric.labels)
+    if metric.kind is MetricKind.HISTOGRAM:
+        return ray_metrics.Histogram(name, metric.meaning, list(metric.buckets), metric.labels)
+    kinds = {MetricKind.COUNTER: ray_metrics.Counter, MetricKind.GAUGE: ray_metrics.Gauge}
+    return kinds[metric.kind](name, metric.meaning, metric.labels)
 
 
 def _has_agent() -> bool:
@@ -104,19 +104,19 @@ def show_nodes(meter: Meter, nodes: Iterable[Node]) -> None:
     """Show every node's live memory and load, and how many there are in each state."""
     nodes = list(nodes)
     states = Counter(node.state for node in nodes)
-    meter.show(metrics.NODES, {(state.value,): states[state] for state in NodeState})
-    meter.show(metrics.NODE_VRAM, {(node.name,): node.vram_total_bytes for node in nodes})
-    meter.show(metrics.NODE_VRAM_FREE, {(node.name,): node.vram_free_bytes for node in nodes})
+    meter.set_gauge(metrics.NODES, {(state.value,): states[state] for state in NodeState})
+    meter.set_gauge(metrics.NODE_VRAM, {(node.name,): node.vram_total_bytes for node in nodes})
+    meter.set_gauge(metrics.NODE_VRAM_FREE, {(node.name,): node.vram_free_bytes for node in nodes})
     used: dict[Labels, float] = {
         (node.name,): node.vram_used_bytes for node in nodes if node.vram_used_bytes is not None
     }
-    meter.show(metrics.NODE_VRAM_USED, used)
-    meter.show(metrics.NODE_VRAM_OTHER, {(node.name,): node.vram_other_bytes for node in nodes})
+    meter.set_gauge(metrics.NODE_VRAM_USED, used)
+    meter.set_gauge(metrics.NODE_VRAM_OTHER, {(node.name,): node.vram_other_bytes for node in nodes})
     for node in nodes:
         meter.count(metrics.BAD_FRAMES, 0, node.name)
-    meter.show(metrics.NODE_LOAD, {(node.name,): node.load for node in nodes})
+    meter.set_gauge(metrics.NODE_LOAD, {(node.name,): node.load for node in nodes})
 
 
 def show_jobs(meter: Meter, num_waiting: int, num_running: int) -> None:
     """Show the jobs that have not ended."""
-    meter.show(metrics.JOBS, {("waiting",): num_waiting, ("running",): num_running})
+    meter.set_gauge(metrics.JOBS, {("waiting",): num_waiting, ("running",): num_running})

@@ -1,6 +1,6 @@
 """azu pools the GPUs of many owners into one network that runs large language models.
 
-`azu.generate`, `azu.stream` and `azu.Client` speak to the network at AZU_URL with AZU_API_KEY.
+`azu.generate`, `azu.stream` and `azu.Client` use the network at AZU_URL with the key in AZU_API_KEY.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,14 @@ def generate(prompt: str, *, model: str, max_tokens: int | None = None, **sampli
 
 
 def stream(prompt: str, *, model: str, max_tokens: int | None = None, **sampling: Any) -> "Stream":
-    """Continue a prompt as it is, piece by piece."""
+    """Continue a prompt as it is; the text arrives in pieces."""
     from azu.client import Client
 
     return Client().stream(prompt, model=model, max_tokens=max_tokens, **sampling)
 
 
 def __getattr__(name: str) -> Any:
-    # `import azu` stays light: httpx and pydantic are imported by whoever speaks to a network.
+    # `import azu` stays light: httpx and pydantic are imported only when the client is used.
     if name == "Client":
         from azu.client import Client
 

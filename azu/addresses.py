@@ -1,11 +1,13 @@
-"""Addresses and hashes as the chain writes them, in lower case."""
+"""Addresses and hashes in the chain's form, in lower case: the one place that knows this form."""
 
 import re
 
 from azu.errors import InvalidRequest
 
-_ADDRESS = re.compile(r"0x[0-9a-f]{40}")
-_HASH = re.compile(r"0x[0-9a-f]{64}")
+# An address in lower case, as a part of longer patterns.
+ADDRESS_PATTERN = "0x[0-9a-f]{40}"
+_ADDRESS = re.compile(ADDRESS_PATTERN)
+_HASH = re.compile("0x[0-9a-f]{64}")
 
 
 def parse_address(text: str, *, param: str = "address") -> str:

@@ -1,6 +1,6 @@
 """The errors azu raises on purpose, each with the HTTP status and OpenAI error type it becomes.
 
-Raise the most specific class. `message` is for the person who caused the error: it names what is wrong
+Code raises the most specific class. `message` is for the person who caused the error: it names what is wrong
 and never carries a secret.
 """
 
@@ -15,7 +15,7 @@ class AzuError(Exception):
     """Base of every error that azu raises on purpose.
 
     `param` names the request field at fault and `code` is a stable word for programs; both may be None.
-    `retry_after_s` says when the same request may fare better, where that is known.
+    `retry_after_s` is the time after which the same request may succeed, where that is known.
     """
 
     status: ClassVar[int] = 500
@@ -37,31 +37,31 @@ class AzuError(Exception):
         self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions cross process borders; the default would lose the keyword arguments, and a kind may have
-        # a constructor of its own.
+        # Exceptions cross process borders. The default would lose the keyword arguments, and a subclass may
+        # have a constructor of its own.
         return _rebuild, (type(self), self.message), self.__dict__
 
     def to_openai(self) -> dict[str, dict[str, str | None]]:
         """Return the body that an OpenAI client expects: `{"error": {message, type, param, code}}`."""
-        # Both may quote the request: nothing that is no character, and not without end.
+        # Both may quote the request: lone surrogates are escaped, and the length is limited.
         message = _printable(self.message, _MAX_MESSAGE_CHARACTERS)
         param = None if self.param is None else _printable(self.param, _MAX_PARAM_CHARACTERS)
         return {"error": {"message": message, "type": self.type, "param": param, "code": self.code}}
 
 
-def _printable(text: str, most: int) -> str:
-    return text[:most].encode("utf-8", "backslashreplace").decode()
+def _printable(text: str, max_characters: int) -> str:
+    return text[:max_characters].encode("utf-8", "backslashreplace").decode()
 
 
-def kinds(of: type[AzuError] = AzuError) -> Iterator[type[AzuError]]:
-    """Yield a class of errors and all that are more special."""
-    yield of
-    for kind in of.__subclasses__():
-        yield from kinds(kind)
+def error_classes(base: type[AzuError] = AzuError) -> Iterator[type[AzuError]]:
+    """Yield a class of errors and all its subclasses."""
+    yield base
+    for subclass in base.__subclasses__():
+        yield from error_classes(subclass)
 
 
-def _rebuild(kind: type[AzuError], message: str) -> AzuError:
-    return kind.__new__(kind, message)
+def _rebuild(error_class: type[AzuError], message: str) -> AzuError:
+    return error_class.__new__(error_class, message)
 
 
 class InvalidRequest(AzuError):
@@ -78,7 +78,7 @@ class ConfigurationError(InvalidRequest):
 
 
 class UnsupportedModel(InvalidRequest):
-    """The model cannot be cut into stages that pass on one hidden state."""
+    """The model cannot be cut into stages that hand one hidden state on to the next."""
 
     default_code = "unsupported_model"
 
@@ -106,7 +106,7 @@ class InsufficientBalance(AzuError):
 
 
 class Forbidden(AzuError):
-    """The key is good, but not for this account, transaction or endpoint."""
+    """The key is valid, but not for this account, transaction or endpoint."""
 
     status = 403
     type = "permission_error"
@@ -114,7 +114,7 @@ class Forbidden(AzuError):
 
 
 class NotFound(AzuError):
-    """The thing that the request names does not exist."""
+    """What the request names does not exist."""
 
     status = 404
     type = "invalid_request_error"
@@ -122,13 +122,13 @@ class NotFound(AzuError):
 
 
 class ModelNotFound(NotFound):
-    """No model of this id is known here, on the Hub or under an allowed folder."""
+    """No model of this id exists here, on the Hub or in an allowed folder."""
 
     default_code = "model_not_found"
 
 
 class Conflict(AzuError):
-    """The request contradicts something that already happened."""
+    """The request contradicts what has already happened."""
 
     status = 409
     type = "invalid_request_error"
@@ -142,7 +142,7 @@ class TransferConflict(Conflict):
 
 
 class DepositRejected(Conflict):
-    """A transaction exists on the chain but is no deposit: it failed or moved another token."""
+    """A transaction exists on the chain but is not a deposit: it failed or moved another token."""
 
     default_code = "deposit_rejected"
 
@@ -156,7 +156,7 @@ class RequestTooLarge(AzuError):
 
 
 class RateLimited(AzuError):
-    """The caller, or azu towards another service, has to slow down."""
+    """The caller sends too many requests, or azu sends too many to another service."""
 
     status = 429
     type = "rate_limit_error"
@@ -176,13 +176,13 @@ class LedgerError(InternalError):
 
 
 class FrameError(InternalError):
-    """A frame is not what its header, its sender or the current topology says it should be."""
+    """A frame does not agree with its header, its sender or the current topology."""
 
     default_code = "bad_frame"
 
 
 class ShardError(InternalError):
-    """A shard's bytes are not those that the model's structure names."""
+    """A shard does not hold the bytes that the model's structure names."""
 
     default_code = "bad_shard"
 
@@ -198,7 +198,7 @@ class Unavailable(AzuError):
 class InsufficientCapacity(Unavailable):
     """The nodes together cannot hold the model.
 
-    `missing_bytes` is what more nodes would have to lend, one number for each, where that is known.
+    `missing_bytes` is what additional nodes would have to lend, one number per node, where that is known.
     """
 
     default_code = "insufficient_capacity"
@@ -223,13 +223,13 @@ class WorkerLost(Unavailable):
 
 
 class ChainError(Unavailable):
-    """The chain did not answer, or answered something azu cannot act on."""
+    """The chain did not answer, or its answer is of no use to azu."""
 
     default_code = "chain_unavailable"
 
 
 class DeadlineExceeded(AzuError):
-    """Something that crosses a process did not answer in its time."""
+    """Another process did not answer in time."""
 
     status = 504
     type = "server_error"

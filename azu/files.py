@@ -1,4 +1,4 @@
-"""Files that people hand to azu: read within a limit, parsed, and refused by their name."""
+"""Files on disk: documents read within a size limit, and files written whole or not at all."""
 
 import json
 import os
@@ -12,20 +12,77 @@ import yaml
 
 from azu.errors import ConfigurationError
 
-# No honest one is larger; a longer one only costs whoever reads it.
+# No honest document is larger, and a larger one would only cost memory and time.
 MAX_DOCUMENT_BYTES = 4 * 1024 * 1024
-# It lies beside azu in a checkout and in a wheel. By its name, a `configs` folder of the user could be found.
+# It lies beside azu in a checkout and in a wheel; a look-up by name could find a user's folder `configs`.
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file says; raises ConfigurationError that names the file."""
+    """Return the content of a YAML file; raises ConfigurationError that names the file."""
     return _parsed(path, yaml.safe_load)
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file says; raises ConfigurationError that names the file."""
+    """Return the content of a JSON file; raises ConfigurationError that names the file."""
     return _parsed(path, json.loads)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace a file by one that only its owner can ever read; missing folders are made, as private."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    temporary.rename(path)
+
+
+def write_private_once(path: Path, content: bytes) -> None:
+    """Write a new file that only its owner can read and that survives a power cut.
+
+    Raises FileExistsError when the path exists: what is there is never overwritten.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
+        write_all(file, content)
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
+@contextmanager
+def replacing(path: Path, *, part: Path | None = None) -> Iterator[FileIO]:
+    """Yield an unbuffered file that takes `path`'s name when the block ends well, and survives a power cut.
+
+    Until then its name is `part`, by default the hidden `.<name>.part` beside it, which is removed when the
+    block raises.
+    """
+    part = part or path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb", buffering=0) as file:
+            yield file
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(file: FileIO, content: bytes | memoryview) -> None:
+    """Write every byte; one call of an unbuffered file's write may take fewer."""
+    view = memoryview(content).cast("B")
+    while view.nbytes:
+        view = view[file.write(view) :]
 
 
 def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
@@ -40,11 +97,11 @@ def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
     except RecursionError as error:
         raise ConfigurationError(f"{path} is nested too deeply") from error
     except (ValueError, yaml.YAMLError) as error:
-        # Where the error is and not what stands there: the file may hold secrets.
-        raise ConfigurationError(f"{path} is damaged: {_told(error)}") from error
+        raise ConfigurationError(f"{path} is damaged: {_fault(error)}") from error
 
 
-def _told(error: ValueError | yaml.YAMLError) -> str:
+def _fault(error: ValueError | yaml.YAMLError) -> str:
+    """Return what is wrong and on which line, without the line's text: the file may hold secrets."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}, line {error.lineno}"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
@@ -52,47 +109,3 @@ def _told(error: ValueError | yaml.YAMLError) -> str:
     if isinstance(error, UnicodeDecodeError):
         return "it is not UTF-8 text"
     return "a value in it cannot be read"
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that nobody but its owner can read, at no moment."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    temporary.rename(path)
-
-
-@contextmanager
-def replacing(path: Path, *, part: Path | None = None) -> Iterator[FileIO]:
-    """Yield an unbuffered file that takes `path`'s name, on disk for good, when the block ends well.
-
-    Until then it is `part`, by default the hidden `.<name>.part` beside it, removed when the block raises.
-    """
-    part = part or path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb", buffering=0) as file:
-            yield file
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the folder's names survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_all(file: FileIO, content: bytes | memoryview) -> None:
-    """Write every byte; an unbuffered file may take fewer at once."""
-    view = memoryview(content).cast("B")
-    while view.nbytes:
-        view = view[file.write(view) :]

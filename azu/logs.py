@@ -1,4 +1,4 @@
-"""Logs as JSON lines: the same in every process, with job and sequence ids, and without secrets."""
+"""Logs as JSON lines, the same in every process: with job and sequence ids, and without secrets."""
 
 import json
 import logging
@@ -12,11 +12,11 @@ from types import MappingProxyType
 from typing import TextIO
 
 _OURS = ("azu", "actors", "deployments")
-# What Python itself puts into a record; the rest is what `extra` gave.
+# The attributes that Python itself gives a record; all others come from `extra`.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _HIDDEN = "[hidden]"
-# Keys, tokens and passwords by their form: bearers, API and admin keys, the Hub's tokens, passwords in URLs,
-# and 32 bytes in hex that are no hash of the chain's.
+# Keys, tokens and passwords by their form: bearer tokens, API and admin keys, the Hub's tokens, passwords in
+# URLs, and 32 bytes in hex without the 0x of the chain's hashes.
 _SECRETS = re.compile(
     r"(?i:(?<=bearer )[\w.~+/=-]+)"
     r"|azu-(?:sk|admin)-[\w-]+"
@@ -24,14 +24,14 @@ _SECRETS = re.compile(
     r"|(?<=://)[^\s/@\"]*:[^\s/@\"]+(?=@)"
     r"|(?<![\w])[0-9a-fA-F]{64}(?![\w])"
 )
-# One that is shorter would hide ordinary words.
-_LEAST_SECRET = 8
+# A shorter secret would hide ordinary words.
+_MIN_SECRET_CHARACTERS = 8
 _bound: ContextVar[dict[str, object]] = ContextVar("bound", default={})  # noqa: B039 - replaced, never changed
 
 
 @contextmanager
 def bound(**ids: object) -> Iterator[None]:
-    """Put ids into every line that this task or thread logs in the block."""
+    """Put ids into every line that this task or thread logs inside the block."""
     token = _bound.set(_bound.get() | ids)
     try:
         yield
@@ -46,11 +46,11 @@ def start_logging(
     hidden: Iterable[str] = (),
     stream: TextIO | None = None,
 ) -> None:
-    """Log this process's lines from INFO on, and other libraries' from WARNING on, to standard error.
+    """Log azu's lines from level INFO on, and other libraries' lines from WARNING on, to standard error.
 
-    `hidden` are secrets that this process knows; `ids` stand in each of its lines.
+    `hidden` are secrets that this process knows; `ids` are part of each of its lines.
     """
-    # Whoever replaced sys.stderr, as Serve does, would log our lines as its own.
+    # Serve replaces sys.stderr, and would log azu's lines as its own.
     lines = logging.StreamHandler(stream or sys.__stderr__)
     lines.setFormatter(_Lines({"process": process, **ids}, frozenset(hidden)))
     lines.addFilter(_with_ids)
@@ -62,12 +62,12 @@ def start_logging(
 
 
 class _Lines(logging.Formatter):
-    """One JSON object a line, with everything that looks like a secret, or is a known one, taken out."""
+    """One JSON object a line; known secrets and all that has the form of a secret are taken out."""
 
     def __init__(self, ids: dict[str, object], hidden: frozenset[str]) -> None:
         super().__init__()
         self._ids = ids
-        known = "|".join(re.escape(secret) for secret in hidden if len(secret) >= _LEAST_SECRET)
+        known = "|".join(re.escape(secret) for secret in hidden if len(secret) >= _MIN_SECRET_CHARACTERS)
         self._known = re.compile(known) if known else None
 
     def format(self, record: logging.LogRecord) -> str:

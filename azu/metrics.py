@@ -1,6 +1,7 @@
-"""Every metric of azu by name, kind, labels and meaning; units are in the names.
+"""Metrics: the catalogue of all of them, a meter per process, their sum over a network, Prometheus's text.
 
-A counter's name ends in `_total`, as Prometheus has it. What Ray exports of them begins with `ray_`.
+Units are in the names; a counter's name ends in `_total`, as in Prometheus. Ray exports the same metrics
+under names that begin with `ray_`.
 """
 
 import threading
@@ -13,9 +14,15 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client import Metric as Family
 from prometheus_client.registry import Collector
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# A process sends its metrics once a second; the gauges of a silent one say nothing about now.
+SILENCE_S = 10.0
 
-class Kind(StrEnum):
-    """What Prometheus calls it."""
+Labels = tuple[str, ...]
+
+
+class MetricKind(StrEnum):
+    """A metric's kind, in Prometheus's words."""
 
     COUNTER = "counter"
     GAUGE = "gauge"
@@ -24,113 +31,101 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric. `buckets` are the upper bounds of a histogram's, without the infinite one."""
+    """A metric. `buckets` are the upper bounds of a histogram's buckets, without the infinite one."""
 
     name: str
-    kind: Kind
-    help: str
+    kind: MetricKind
+    meaning: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+
+
+def _counter(name: str, meaning: str, *labels: str) -> Metric:
+    return Metric(name, MetricKind.COUNTER, meaning, labels)
+
+
+def _gauge(name: str, meaning: str, *labels: str) -> Metric:
+    return Metric(name, MetricKind.GAUGE, meaning, labels)
+
+
+def _histogram(name: str, meaning: str, buckets: tuple[float, ...], *labels: str) -> Metric:
+    return Metric(name, MetricKind.HISTOGRAM, meaning, labels, buckets)
 
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _FINE_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2.0)
 
-PROMPT_TOKENS = Metric(
-    "azu_prompt_tokens_total", Kind.COUNTER, "Prompt tokens of sequences that began.", ("model",)
-)
-GENERATED_TOKENS = Metric("azu_generated_tokens_total", Kind.COUNTER, "Tokens delivered.", ("model",))
-TIME_TO_FIRST_TOKEN = Metric(
+PROMPT_TOKENS = _counter("azu_prompt_tokens_total", "Prompt tokens of sequences that began.", "model")
+GENERATED_TOKENS = _counter("azu_generated_tokens_total", "Tokens delivered.", "model")
+TIME_TO_FIRST_TOKEN = _histogram(
     "azu_time_to_first_token_seconds",
-    Kind.HISTOGRAM,
     "From a sequence's arrival in its pipeline to its first token.",
-    ("model",),
     _SECONDS,
+    "model",
 )
-TIME_PER_TOKEN = Metric(
-    "azu_time_per_token_seconds",
-    Kind.HISTOGRAM,
-    "Between two tokens of one sequence.",
-    ("model",),
-    _SECONDS,
+TIME_PER_TOKEN = _histogram(
+    "azu_time_per_token_seconds", "Between two tokens of one sequence.", _SECONDS, "model"
 )
-STALLS = Metric(
-    "azu_stalls_total",
-    Kind.COUNTER,
-    "Waits of a second or more between two tokens of a sequence.",
-    ("model",),
-)
-RECOVERIES = Metric("azu_recoveries_total", Kind.COUNTER, "Repairs of lost pieces.", ("model", "result"))
-HOP = Metric(
+STALLS = _counter("azu_stalls_total", "Waits of a second or more between two tokens of a sequence.", "model")
+RECOVERIES = _counter("azu_recoveries_total", "Repairs of lost pieces.", "model", "result")
+HOP = _histogram(
     "azu_hop_seconds",
-    Kind.HISTOGRAM,
     "A frame's way to the next stage and its acknowledgement's way back, without what is computed there.",
-    ("model", "stage"),
     _FINE_SECONDS,
+    "model",
+    "stage",
 )
-SEQUENCES = Metric(
-    "azu_sequences", Kind.GAUGE, "Sequences in a pipeline: running, or waiting for KV blocks.",
-    ("model", "state"),
-)  # fmt: skip
-KV_BLOCKS = Metric(
-    "azu_kv_blocks", Kind.GAUGE, "KV blocks of a pipeline, the same on each of its stages.", ("model",)
+SEQUENCES = _gauge(
+    "azu_sequences", "Sequences in a pipeline: running, or waiting for KV blocks.", "model", "state"
 )
-KV_BLOCKS_USED = Metric("azu_kv_blocks_used", Kind.GAUGE, "KV blocks that sequences hold.", ("model",))
-JOBS = Metric("azu_jobs", Kind.GAUGE, "Jobs: running, or waiting for their model.", ("state",))
-JOBS_ENDED = Metric("azu_jobs_ended_total", Kind.COUNTER, "Jobs that ended, by how.", ("model", "state"))
-NODES = Metric("azu_nodes", Kind.GAUGE, "Nodes by state.", ("state",))
-NODE_VRAM = Metric("azu_node_vram_bytes", Kind.GAUGE, "VRAM that a node lends.", ("node",))
-NODE_VRAM_FREE = Metric(
-    "azu_node_vram_free_bytes", Kind.GAUGE, "What of it may still be placed there.", ("node",)
+KV_BLOCKS = _gauge("azu_kv_blocks", "KV blocks of a pipeline, the same on each of its stages.", "model")
+KV_BLOCKS_USED = _gauge("azu_kv_blocks_used", "KV blocks that sequences hold.", "model")
+JOBS = _gauge("azu_jobs", "Jobs: running, or waiting for their model.", "state")
+JOBS_ENDED = _counter("azu_jobs_ended_total", "Jobs that ended, by their last state.", "model", "state")
+NODES = _gauge("azu_nodes", "Nodes by state.", "state")
+NODE_VRAM = _gauge("azu_node_vram_bytes", "VRAM that a node lends.", "node")
+NODE_VRAM_FREE = _gauge("azu_node_vram_free_bytes", "The part of it where more may be placed.", "node")
+NODE_VRAM_USED = _gauge("azu_node_vram_used_bytes", "What azu's processes really hold on the node.", "node")
+NODE_VRAM_OTHER = _gauge(
+    "azu_node_vram_other_bytes", "What other programs hold on the node's device.", "node"
 )
-NODE_VRAM_USED = Metric(
-    "azu_node_vram_used_bytes", Kind.GAUGE, "What azu's processes really hold on the node.", ("node",)
+NODE_LOAD = _gauge("azu_node_load_ratio", "The busy part of a node's device.", "node")
+BAD_FRAMES = _counter("azu_bad_frames_total", "Frames that a node sent and their receiver refused.", "node")
+LAMPORTS_CHARGED = _counter(
+    "azu_lamports_charged_total", "Lamports charged for jobs since the books were opened."
 )
-NODE_VRAM_OTHER = Metric(
-    "azu_node_vram_other_bytes", Kind.GAUGE, "What other programs hold on the node's device.", ("node",)
+LAMPORTS_EARNED = _counter(
+    "azu_lamports_earned_total", "Lamports that workers earned since the books were opened."
 )
-NODE_LOAD = Metric("azu_node_load_ratio", Kind.GAUGE, "The busy part of a node's device.", ("node",))
-BAD_FRAMES = Metric(
-    "azu_bad_frames_total", Kind.COUNTER, "Frames that a node sent and their receiver refused.", ("node",)
+LAMPORTS_PAID = _counter(
+    "azu_lamports_paid_total", "Lamports paid out to workers since the books were opened."
 )
-LAMPORTS_CHARGED = Metric(
-    "azu_lamports_charged_total", Kind.COUNTER, "Lamports charged for jobs since the books were opened."
+LAMPORTS_HELD = _gauge(
+    "azu_lamports_held", "Lamports of users and workers that the platform holds, by purpose.", "account"
 )
-LAMPORTS_EARNED = Metric(
-    "azu_lamports_earned_total", Kind.COUNTER, "Lamports that workers earned since the books were opened."
-)
-LAMPORTS_PAID = Metric(
-    "azu_lamports_paid_total", Kind.COUNTER, "Lamports paid out to workers since the books were opened."
-)
-LAMPORTS_HELD = Metric(
-    "azu_lamports_held", Kind.GAUGE, "Lamports of users and workers that the platform holds, by what for.",
-    ("account",),
-)  # fmt: skip
 
 CATALOGUE = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 BY_NAME = {metric.name: metric for metric in CATALOGUE}
 
-
-Labels = tuple[str, ...]
 Observation = tuple[Metric, float, Labels]
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """`counts` is parallel to the metric's buckets, with one more for what lies above them all."""
+    """`counts` is parallel to the metric's buckets, with one more for values above all of them."""
 
     counts: tuple[int, ...]
     sum: float
 
     @property
     def count(self) -> int:
-        """How many were observed."""
+        """The number of observations."""
         return sum(self.counts)
 
 
 @dataclass(frozen=True, slots=True)
 class MetricsSnapshot:
-    """What meters show at one moment, by the metric's name and its labels' values."""
+    """The state of meters at one moment, by the metric's name and the values of its labels."""
 
     values: Mapping[tuple[str, Labels], float]
     histograms: Mapping[tuple[str, Labels], Histogram]
@@ -147,123 +142,128 @@ class MetricsSnapshot:
     def histogram(self, metric: Metric, *labels: str) -> Histogram:
         """Return a histogram, summed over the labels that are not given."""
         length = len(labels)
-        return added(
+        return _added(
             metric,
             (
-                one
-                for (name, found), one in self.histograms.items()
+                histogram
+                for (name, found), histogram in self.histograms.items()
                 if name == metric.name and found[:length] == labels
             ),
         )
 
 
 @dataclass(slots=True)
-class _Cells:
-    """A histogram that grows."""
-
+class _GrowingHistogram:
     counts: list[int]
     sum: float = 0.0
 
 
 class Meter:
-    """Counts, measures and shows; may be called from several threads.
+    """Counters, gauges and histograms of one process; several threads may use it.
 
-    With `keep_observations` each one is kept until somebody takes them.
+    With `keep_observations` it keeps each observation until `take_observations`.
     """
 
     def __init__(self, *, keep_observations: bool = False) -> None:
         self._lock = threading.Lock()
         self._values: dict[tuple[str, Labels], float] = {}
-        self._histograms: dict[tuple[str, Labels], _Cells] = {}
+        self._histograms: dict[tuple[str, Labels], _GrowingHistogram] = {}
         self._kept: list[Observation] | None = [] if keep_observations else None
 
     def count(self, metric: Metric, amount: float, *labels: str) -> None:
-        """Raise a counter by what is not negative."""
-        _check(metric, Kind.COUNTER, labels)
+        """Raise a counter by an amount that is not negative."""
+        _check(metric, MetricKind.COUNTER, labels)
         key = (metric.name, labels)
         with self._lock:
             self._values[key] = self._values.get(key, 0) + amount
 
-    def reach(self, metric: Metric, total: float, *labels: str) -> None:
-        """Raise a counter to a total that is kept elsewhere; a lower one changes nothing."""
+    def raise_counter_to(self, metric: Metric, total: float, *labels: str) -> None:
+        """Raise a counter to a total that another part of azu counts; a lower total changes nothing."""
         with self._lock:
             before = self._values.get((metric.name, labels), 0)
         self.count(metric, max(0, total - before), *labels)
 
     def observe(self, metric: Metric, value: float, *labels: str) -> None:
         """Add one observation to a histogram."""
-        _check(metric, Kind.HISTOGRAM, labels)
+        _check(metric, MetricKind.HISTOGRAM, labels)
         key = (metric.name, labels)
         with self._lock:
-            cells = self._histograms.get(key)
-            if cells is None:
-                cells = self._histograms[key] = _Cells([0] * (len(metric.buckets) + 1))
-            cells.counts[bisect_left(metric.buckets, value)] += 1
-            cells.sum += value
+            histogram = self._histograms.get(key)
+            if histogram is None:
+                histogram = self._histograms[key] = _GrowingHistogram([0] * (len(metric.buckets) + 1))
+            histogram.counts[bisect_left(metric.buckets, value)] += 1
+            histogram.sum += value
             if self._kept is not None:
                 self._kept.append((metric, value, labels))
 
-    def show(self, metric: Metric, values: Mapping[Labels, float]) -> None:
-        """Replace a gauge: labels that are not among `values` are no longer shown."""
+    def set_gauge(self, metric: Metric, values: Mapping[Labels, float]) -> None:
+        """Replace all values of a gauge: labels that are not among `values` disappear."""
         with self._lock:
             for key in [key for key in self._values if key[0] == metric.name]:
                 del self._values[key]
             for labels, value in values.items():
-                _check(metric, Kind.GAUGE, labels)
+                _check(metric, MetricKind.GAUGE, labels)
                 self._values[metric.name, labels] = value
 
-    def picture(self) -> MetricsSnapshot:
-        """Return what it shows now."""
+    def snapshot(self) -> MetricsSnapshot:
+        """Return the present values."""
         with self._lock:
             histograms = {
-                key: Histogram(tuple(cells.counts), cells.sum) for key, cells in self._histograms.items()
+                key: Histogram(tuple(growing.counts), growing.sum)
+                for key, growing in self._histograms.items()
             }
             return MetricsSnapshot(dict(self._values), histograms)
 
     def take_observations(self) -> list[Observation]:
-        """Return what was observed since the last time, one by one, and keep it no longer."""
+        """Return the observations since the last call, one by one, and forget them."""
         with self._lock:
             taken, self._kept = self._kept or [], None if self._kept is None else []
         return taken
 
 
-def added(metric: Metric, histograms: Iterable[Histogram]) -> Histogram:
-    """Return the sum of histograms of one metric."""
-    counts, total = [0] * (len(metric.buckets) + 1), 0.0
-    for one in histograms:
-        counts = [mine + theirs for mine, theirs in zip(counts, one.counts, strict=True)]
-        total += one.sum
-    return Histogram(tuple(counts), total)
+class MetricsSum:
+    """The metrics of all processes of a network together. Each process has a name that is used only once."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, tuple[float, MetricsSnapshot]] = {}
+        self._ended: set[str] = set()
+        self._past = MetricsSnapshot({}, {})
+
+    def record(self, source: str, snapshot: MetricsSnapshot, now_s: float) -> None:
+        """Replace a process's snapshot; one that comes after SILENCE_S without any is dropped."""
+        if source not in self._ended:
+            self._latest[source] = (now_s, snapshot)
+
+    def total(self, now_s: float) -> MetricsSnapshot:
+        """Return the sum: counters and histograms of all processes ever, gauges of those that are alive."""
+        for source, (recorded_s, snapshot) in list(self._latest.items()):
+            if now_s - recorded_s > SILENCE_S:
+                self._past = _merged((self._past, _without_gauges(snapshot)))
+                self._ended.add(source)
+                del self._latest[source]
+        return _merged((self._past, *(snapshot for _, snapshot in self._latest.values())))
 
 
-def _check(metric: Metric, kind: Kind, labels: Labels) -> None:
-    assert metric.kind is kind, f"{metric.name} is a {metric.kind}"
-    assert len(labels) == len(metric.labels), f"{metric.name} has the labels {metric.labels}"
-
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-
-def exposition(picture: MetricsSnapshot) -> bytes:
-    """Return what a picture shows, one family for each metric of the catalogue that has data."""
+def exposition(snapshot: MetricsSnapshot) -> bytes:
+    """Return a snapshot as Prometheus's text, one family for each metric of the catalogue that has data."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Families(picture))
+    registry.register(_Families(snapshot))
     return generate_latest(registry)
 
 
 class _Families(Collector):
-    def __init__(self, picture: MetricsSnapshot) -> None:
-        self._picture = picture
+    def __init__(self, snapshot: MetricsSnapshot) -> None:
+        self._snapshot = snapshot
 
     def collect(self) -> Iterable[Family]:
         for metric in CATALOGUE:
-            family = Family(metric.name.removesuffix("_total"), metric.help, metric.kind.value)
-            for (name, labels), value in sorted(self._picture.values.items()):
+            family = Family(metric.name.removesuffix("_total"), metric.meaning, metric.kind.value)
+            for (name, labels), value in sorted(self._snapshot.values.items()):
                 if name == metric.name:
                     family.add_sample(name, _named(metric, labels), value)
-            for (name, labels), one in sorted(self._picture.histograms.items()):
+            for (name, labels), histogram in sorted(self._snapshot.histograms.items()):
                 if name == metric.name:
-                    for suffix, more, value in _series(metric, one):
+                    for suffix, more, value in _series(metric, histogram):
                         family.add_sample(name + suffix, _named(metric, labels) | more, value)
             if family.samples:
                 yield family
@@ -273,57 +273,44 @@ def _named(metric: Metric, labels: tuple[str, ...]) -> dict[str, str]:
     return dict(zip(metric.labels, labels, strict=True))
 
 
-def _series(metric: Metric, one: Histogram) -> Iterator[tuple[str, dict[str, str], float]]:
-    assert metric.kind is Kind.HISTOGRAM
+def _series(metric: Metric, histogram: Histogram) -> Iterator[tuple[str, dict[str, str], float]]:
     below = 0
-    for bound, count in zip((*metric.buckets, float("inf")), one.counts, strict=True):
+    for bound, count in zip((*metric.buckets, float("inf")), histogram.counts, strict=True):
         below += count
         yield "_bucket", {"le": "+Inf" if bound == float("inf") else str(bound)}, below
-    yield "_count", {}, one.count
-    yield "_sum", {}, one.sum
+    yield "_count", {}, histogram.count
+    yield "_sum", {}, histogram.sum
 
 
-# Meters speak each second; what a silent one showed last says nothing about now.
-SILENCE_S = 10.0
-_NOTHING = MetricsSnapshot({}, {})
-
-
-class MetricsSum:
-    """Hears the meters of a network's processes, each under a name that is used once."""
-
-    def __init__(self) -> None:
-        self._heard: dict[str, tuple[float, MetricsSnapshot]] = {}
-        self._gone: set[str] = set()
-        self._past = _NOTHING
-
-    def hear(self, source: str, picture: MetricsSnapshot, now_s: float) -> None:
-        """Take what a process shows; it replaces what that one showed before."""
-        if source not in self._gone:
-            self._heard[source] = (now_s, picture)
-
-    def picture(self, now_s: float) -> MetricsSnapshot:
-        """Return the sum: counters of all that ever were, gauges of those that spoke lately."""
-        for source, (heard_s, picture) in list(self._heard.items()):
-            if now_s - heard_s > SILENCE_S:
-                self._past = merged((self._past, _lasting(picture)))
-                self._gone.add(source)
-                del self._heard[source]
-        return merged((self._past, *(picture for _, picture in self._heard.values())))
-
-
-def merged(pictures: Iterable[MetricsSnapshot]) -> MetricsSnapshot:
-    """Return the sum of pictures, series by series."""
+def _merged(snapshots: Iterable[MetricsSnapshot]) -> MetricsSnapshot:
+    """Return the sum of snapshots, series by series."""
     values: dict[tuple[str, Labels], float] = {}
     histograms: dict[tuple[str, Labels], Histogram] = {}
-    for picture in pictures:
-        for key, value in picture.values.items():
+    for snapshot in snapshots:
+        for key, value in snapshot.values.items():
             values[key] = values.get(key, 0) + value
-        for key, one in picture.histograms.items():
+        for key, histogram in snapshot.histograms.items():
             before = (histograms[key],) if key in histograms else ()
-            histograms[key] = added(BY_NAME[key[0]], (*before, one))
+            histograms[key] = _added(BY_NAME[key[0]], (*before, histogram))
     return MetricsSnapshot(values, histograms)
 
 
-def _lasting(picture: MetricsSnapshot) -> MetricsSnapshot:
-    counters = {key: value for key, value in picture.values.items() if BY_NAME[key[0]].kind is Kind.COUNTER}
-    return MetricsSnapshot(counters, picture.histograms)
+def _without_gauges(snapshot: MetricsSnapshot) -> MetricsSnapshot:
+    counters = {
+        key: value for key, value in snapshot.values.items() if BY_NAME[key[0]].kind is MetricKind.COUNTER
+    }
+    return MetricsSnapshot(counters, snapshot.histograms)
+
+
+def _added(metric: Metric, histograms: Iterable[Histogram]) -> Histogram:
+    """Return the sum of histograms of one metric."""
+    counts, total = [0] * (len(metric.buckets) + 1), 0.0
+    for histogram in histograms:
+        counts = [before + more for before, more in zip(counts, histogram.counts, strict=True)]
+        total += histogram.sum
+    return Histogram(tuple(counts), total)
+
+
+def _check(metric: Metric, kind: MetricKind, labels: Labels) -> None:
+    assert metric.kind is kind, f"{metric.name} is a {metric.kind}"
+    assert len(labels) == len(metric.labels), f"{metric.name} has the labels {metric.labels}"

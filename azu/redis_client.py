@@ -1,4 +1,4 @@
-"""One way to reach Redis, with timeouts on everything; only Redis adapters call it."""
+"""The one way to reach Redis: timeouts on every call, typed errors. Only Redis adapters use it."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ CONNECT_TIMEOUT_S = 5.0
 REPLY_TIMEOUT_S = 15.0
 _MAX_CONNECTIONS = 32
 _RETRIES = 3
-_BACK_S = 0.5
+_PAUSE_S = 0.5
 _OPTIONS: dict[str, Any] = {
     "decode_responses": True,
     "socket_connect_timeout": CONNECT_TIMEOUT_S,
@@ -36,11 +36,12 @@ _OPTIONS: dict[str, Any] = {
 
 
 def connect_redis(url: str) -> Redis:
-    """Return a client of the Redis at `url` ("redis://user:password@host:port/0") that speaks `str`.
+    """Return a client of the Redis at `url` ("redis://user:password@host:port/0") that takes and gives `str`.
 
-    A blocking read must ask for less than REPLY_TIMEOUT_S. Lost connections are opened again; what
-    was sent may have run, so every write must bear being sent twice. Calls beyond the pool's connections
-    wait for one. A command or pipeline raises Unavailable when Redis does not answer in the end.
+    A blocking read must ask for less than REPLY_TIMEOUT_S. The client opens lost connections again and
+    repeats the command, which may have run already: every write must be safe to send twice. When all
+    connections of the pool are in use, a call waits for one. A command or pipeline raises Unavailable when
+    Redis still does not answer.
     """
     pool = BlockingConnectionPool.from_url(
         url,
@@ -53,23 +54,32 @@ def connect_redis(url: str) -> Redis:
 
 
 def connect_redis_sync(url: str) -> SyncRedis:
-    """Return the same for code that runs in threads of its own."""
+    """Return a blocking client with the same options; its callers use `typed_redis_errors`."""
     return SyncRedis.from_url(url, retry=SyncRetry(_backoff(), _RETRIES), **_OPTIONS)
 
 
-async def until_back(call: Callable[[], Awaitable[_Answer]]) -> _Answer:
-    """Call Redis, again and again while it is away; the call must bear being made twice."""
+async def retry_until_available(call: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    """Call Redis again and again until it is available; the call must be safe to make twice."""
     while True:
         try:
             return await call()
         except Unavailable as error:
             log.warning("%s", error.message)
-            await asyncio.sleep(_BACK_S)
+            await asyncio.sleep(_PAUSE_S)
+
+
+@contextmanager
+def typed_redis_errors() -> Iterator[None]:
+    """Raise Unavailable in place of every error of Redis; a caller may send the same command again."""
+    try:
+        yield
+    except RedisError as error:
+        raise Unavailable(f"Redis did not answer: {error}") from error
 
 
 class _Client(Redis):
     async def execute_command(self, *arguments: Any, **options: Any) -> Any:
-        with _as_asked_for():
+        with _typed_and_cancellable():
             return await super().execute_command(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
@@ -78,13 +88,16 @@ class _Client(Redis):
 
 class _Pipeline(Pipeline):
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
-        with _as_asked_for():
+        with _typed_and_cancellable():
             return await super().execute(raise_on_error)
 
 
 @contextmanager
-def _as_asked_for() -> Iterator[None]:
-    """Have silence typed, and a cancellation reach its task: where a connection is made, some get lost."""
+def _typed_and_cancellable() -> Iterator[None]:
+    """Raise Unavailable when Redis does not answer, and CancelledError whenever the task was cancelled.
+
+    redis-py loses some cancellations while it opens a connection.
+    """
     task = asyncio.current_task()
     assert task is not None
     cancellations = task.cancelling()
@@ -93,19 +106,10 @@ def _as_asked_for() -> Iterator[None]:
     except (ConnectionLost, NoReply) as error:
         raise Unavailable(f"Redis did not answer: {error}") from error
     finally:
-        # Whatever was answered instead: the caller may expect it, and go on.
+        # Also in place of an answer or another error: the caller may handle that one and go on.
         if task.cancelling() > cancellations:
             raise asyncio.CancelledError
 
 
 def _backoff() -> ExponentialBackoff:
     return ExponentialBackoff(cap=1.0, base=0.05)
-
-
-@contextmanager
-def typed_redis_errors() -> Iterator[None]:
-    """Turn every error of Redis into Unavailable: what was sent may have run, and may be sent again."""
-    try:
-        yield
-    except RedisError as error:
-        raise Unavailable(f"the treasury's Redis did not answer: {error}") from error

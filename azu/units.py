@@ -1,7 +1,7 @@
 """Amounts and sizes: lamports and HYPE, bytes and MiB.
 
 One lamport is 10^-8 HYPE, the smallest amount HyperCore can move. Money is an `int` of lamports
-everywhere; decimal strings exist only at the chain's edge and for people.
+everywhere; decimal strings exist only at the chain's edge and in output for people.
 """
 
 import re
@@ -11,6 +11,8 @@ from decimal import Decimal, InvalidOperation
 from azu.errors import InvalidRequest
 
 LAMPORTS_PER_HYPE = 10**8
+# All HYPE that can exist: 10^9 of 10^8 lamports each.
+MAX_LAMPORTS = 10**17
 KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
@@ -57,14 +59,10 @@ def parse_bytes(size: str | int) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """Return a size for people, in the largest binary unit that keeps it at or above one."""
+    """Return a size as people read it, in the largest binary unit in which it is at least one."""
     value = float(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} TiB"
-
-
-# All HYPE there can be: 10^9 of 10^8 lamports each.
-MAX_LAMPORTS = 10**17

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Header, Query, Request
 from azu.api.accounts import ChallengeRequest, ClaimRequest, DepositRequest, KeyRequest, WithdrawalRequest
 from azu.auth.api_keys import ApiKey
 from azu.auth.signatures import LONGEST_LIFE_MS, Withdrawal, is_signed
+from azu.clock import wall_clock_ms
 from azu.errors import Conflict, Forbidden, InsufficientBalance, InvalidRequest
 from azu.money.ledger.transfers import (
     Transfer,
@@ -21,7 +22,7 @@ from azu.money.ledger.transfers import (
 )
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS, SignedWithdrawal
 from azu.units import hype_from_lamports
-from deployments.services import Key, Services, ServicesNow, now_ms
+from deployments.services import Key, Services, ServicesNow
 
 router = APIRouter()
 
@@ -98,7 +99,7 @@ async def claim_earnings(body: ClaimRequest, key: Key, services: ServicesNow) ->
 async def challenge(body: ChallengeRequest, request: Request, services: ServicesNow) -> dict[str, str]:
     """Return a text to sign with the address's wallet."""
     await services.count_sign_in(request.client)
-    made = await services.auth.challenge(body.address, services.config.domain, now_ms())
+    made = await services.auth.challenge(body.address, services.config.domain, wall_clock_ms())
     return {"nonce": made.nonce, "message": made.message}
 
 
@@ -106,7 +107,7 @@ async def challenge(body: ChallengeRequest, request: Request, services: Services
 async def open_key(body: KeyRequest, request: Request, services: ServicesNow) -> dict[str, str]:
     """Return a new bearer key for a signed challenge; only its hash is kept here."""
     await services.count_sign_in(request.client)
-    now = now_ms()
+    now = wall_clock_ms()
     secret, key = await services.auth.open_key(
         body.nonce,
         body.signature,
@@ -138,7 +139,7 @@ async def revoke(key_id: str, key: Key, services: ServicesNow) -> dict[str, str]
 async def _line(services: Services, key: ApiKey) -> dict[str, Any]:
     spent = None
     if key.spend_limit_lamports is not None:
-        await services.spend_limits.correct(key, now_ms())
+        await services.spend_limits.correct(key, wall_clock_ms())
         spent = await services.spending.spent(key.key_id)
     return {
         "key_id": key.key_id,
@@ -161,7 +162,7 @@ async def withdraw(body: WithdrawalRequest, key: Key, services: ServicesNow) -> 
     )
     if not is_signed(withdrawal, services.config.platform_address, body.signature):
         raise Forbidden("this withdrawal was not signed by the key's address", param="signature")
-    if not 0 < body.expires_at_ms - now_ms() <= LONGEST_LIFE_MS:
+    if not 0 < body.expires_at_ms - wall_clock_ms() <= LONGEST_LIFE_MS:
         raise InvalidRequest("a withdrawal is good for at most a day, from now on", param="expires_at_ms")
     planned = await services.ledger.result(f"{withdrawal.payout_id}:planned")
     if planned is None:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from azu.api.openai import ChatRequest, CompletionRequest
 from azu.auth.api_keys import ApiKey
-from azu.errors import AzuError, InternalError, InvalidRequest, Unavailable, kinds
+from azu.errors import AzuError, InternalError, InvalidRequest, Unavailable, error_classes
 from azu.protocol.job import Job, JobOutcome, JobState
 from deployments.answers import AnswerFormatter, TextPart, follow, joined, usage, with_calls
 from deployments.middleware import refusal
@@ -181,7 +181,7 @@ def _error_of(outcome: JobOutcome) -> AzuError:
     said = outcome.error or {}
     # What a checkpoint lacks is lacking whenever it is asked for: such errors stay what they were.
     code = said.get("code")
-    kind = next((kind for kind in kinds() if code and kind.default_code == code), Unavailable)
+    kind = next((kind for kind in error_classes() if code and kind.default_code == code), Unavailable)
     return kind(str(said.get("message")), param=said.get("param"), code=code)
 
 

@@ -20,9 +20,10 @@ from azu.auth.certificates import (
     utc_now,
 )
 from azu.auth.tickets import TicketRecord
+from azu.clock import wall_clock_ms
 from azu.config import EnrolmentConfig
 from azu.errors import InternalError, NotFound, Unauthenticated
-from deployments.services import ServicesNow, check_admin, now_ms
+from deployments.services import ServicesNow, check_admin
 
 router = APIRouter(prefix="/v1/nodes")
 # A signature of a while ago may have been overheard.
@@ -55,7 +56,7 @@ async def authority(enrolment: Enrolment) -> dict[str, str]:
 async def enrol(body: EnrolRequest, services: ServicesNow, enrolment: Enrolment) -> dict[str, str]:
     """Let a node in that shows a ticket's secret, and sign its certificate."""
     key = read_request(body.request.encode())
-    await services.tickets.admit(body.secret, key_digest(key), body.name, now_ms())
+    await services.tickets.admit(body.secret, key_digest(key), body.name, wall_clock_ms())
     signer = await asyncio.to_thread(_authority, enrolment)
     signed = signer.sign(key, [str(body.host)], utc_now())
     return await _admission(enrolment, certificate_pem(signed))
@@ -68,7 +69,7 @@ async def renew(body: RenewRequest, services: ServicesNow, enrolment: Enrolment)
     certificate = read_certificate(body.certificate.encode())
     signer.check(certificate, utc_now())
     check_text(certificate, renewal_text(body.signed_at_ms), body.signature)
-    if abs(now_ms() - body.signed_at_ms) > _FRESH_MS:
+    if abs(wall_clock_ms() - body.signed_at_ms) > _FRESH_MS:
         raise Unauthenticated("this was signed at another time; set the machine's clock")
     await services.tickets.check_node(key_digest(public_key(certificate)))
     return await _admission(enrolment, certificate_pem(signer.renew(certificate, utc_now())))
@@ -77,7 +78,7 @@ async def renew(body: RenewRequest, services: ServicesNow, enrolment: Enrolment)
 @router.post("/tickets", dependencies=[Admin])
 async def new_ticket(body: TicketRequest, services: ServicesNow, enrolment: Enrolment) -> dict[str, Any]:
     """Return a new ticket's secret, which is kept nowhere, and what else a node has to know."""
-    now = now_ms()
+    now = wall_clock_ms()
     secret, ticket = await services.tickets.new(body.label, body.uses, now, now + 1000 * body.expires_in_s)
     signer = await asyncio.to_thread(_authority, enrolment)
     return _line(ticket) | {
@@ -97,7 +98,7 @@ async def tickets(services: ServicesNow) -> dict[str, list[dict[str, Any]]]:
 @router.delete("/tickets/{ticket_id}", dependencies=[Admin])
 async def revoke_ticket(ticket_id: str, services: ServicesNow) -> dict[str, str]:
     """Let no node in with a ticket any more, and renew none that came with it."""
-    await services.tickets.revoke(ticket_id, now_ms())
+    await services.tickets.revoke(ticket_id, wall_clock_ms())
     return {"revoked": ticket_id}
 
 

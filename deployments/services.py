@@ -19,6 +19,7 @@ from actors.placement import SCHEDULER
 from azu.auth.api_keys import ApiKey, RedisAuth
 from azu.auth.rate_limit import Rate, RedisRates
 from azu.auth.tickets import RedisTickets
+from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
 from azu.errors import BrokenCheckpoint, Forbidden, NotFound, Unauthenticated
 from azu.jobs.in_flight_limit import InFlightLimit
@@ -86,11 +87,6 @@ _BACK_IN_S = 5.0  # who died is soon back; whoever waits longer may as well ask 
 _KEPT_MODELS = 64
 
 
-def now_ms() -> int:
-    """Return the wall clock in milliseconds."""
-    return time.time_ns() // 1_000_000
-
-
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """A described model with its tokenizer."""
@@ -128,7 +124,7 @@ class Services:
                 reservation_ttl_ms=policy.limits.reservation_ttl_s * 1000,
             ),
             policy.price.lamports_per_token_layer,
-            now_ms=now_ms,
+            now_ms=wall_clock_ms,
             new_job_id=lambda: f"job-{secrets.token_hex(12)}",
         )
         self._rates = RedisRates.from_url(config.redis_url)
@@ -143,7 +139,7 @@ class Services:
         request speaks for another address.
         """
         scheme, _, bearer = (authorization or "").partition(" ")
-        key = await self.auth.check(bearer if scheme.lower() == "bearer" else None, now_ms())
+        key = await self.auth.check(bearer if scheme.lower() == "bearer" else None, wall_clock_ms())
         await self._rates.take(key.key_id, self._key_rate)
         if claimed_address is not None and claimed_address.lower() != key.address:
             raise Forbidden("this key belongs to another address", param="user_address")

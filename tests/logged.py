@@ -1,4 +1,4 @@
-"""What a test's process logs, as the network's processes write it."""
+"""The log lines of a test's process, as the network's processes write them."""
 
 import io
 import json
@@ -14,7 +14,7 @@ Lines = Callable[[], list[dict[str, Any]]]
 
 @contextmanager
 def logged(*args: Any, **options: Any) -> Iterator[Lines]:
-    """Log as `start_logging` says for the length of the block; yields what returns the lines so far."""
+    """Log as `start_logging` does inside the block; yields a function that returns the lines so far."""
     stream, root = io.StringIO(), logging.getLogger()
     handlers, level = root.handlers[:], root.level
     start_logging("test", *args, stream=stream, **options)

@@ -1,3 +1,5 @@
+"""Addresses and hashes are in lower case, or refused."""
+
 import pytest
 
 from azu.addresses import parse_address, parse_hash
@@ -6,7 +8,7 @@ from azu.errors import InvalidRequest
 ADDRESS, HASH = "0x0D1d9635D0640821d15e323ac8AdADfA9c111414", "0x" + "Ab" * 32
 
 
-def test_identifiers_are_lower_case() -> None:
+def test_addresses_and_hashes_become_lower_case() -> None:
     assert parse_address(ADDRESS) == ADDRESS.lower()
     assert parse_hash(HASH.upper().replace("0X", "0x")) == HASH.lower()
 
@@ -14,7 +16,7 @@ def test_identifiers_are_lower_case() -> None:
 @pytest.mark.parametrize(
     "text", ["", ADDRESS[:-1], ADDRESS + "0", ADDRESS[2:], f" {ADDRESS}", ADDRESS + "\n", "0x" + "g" * 40]
 )
-def test_what_is_no_address_is_refused_under_its_name(text: str) -> None:
+def test_a_malformed_address_is_refused_with_the_parameters_name(text: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse_address(text, param="user_address")
 
@@ -22,6 +24,6 @@ def test_what_is_no_address_is_refused_under_its_name(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", HASH[:-1], HASH + "0", HASH[2:], HASH + "\n"])
-def test_what_is_no_hash_is_refused(text: str) -> None:
+def test_a_malformed_hash_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest):
         parse_hash(text)

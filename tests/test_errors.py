@@ -1,36 +1,40 @@
-"""Every error has an HTTP face, and survives a process border."""
+"""Every error has an HTTP status and body, and keeps its values across a process border."""
 
 import pickle
 
 import pytest
 
-from azu.errors import AzuError, kinds
+from azu.errors import AzuError, error_classes
 
-# Whoever has a kind of its own, with a constructor of its own, tests that one beside it.
-KINDS = [kind for kind in kinds() if kind.__module__ == AzuError.__module__]
+# Classes of other files may have a constructor of their own; the tests beside them cover them.
+CLASSES = [error_class for error_class in error_classes() if error_class.__module__ == AzuError.__module__]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_error_says_itself_in_openais_shape(kind: type[AzuError]) -> None:
-    body = kind("what is wrong", param="model").to_openai()["error"]
+@pytest.mark.parametrize("error_class", CLASSES)
+def test_an_error_becomes_openais_error_body(error_class: type[AzuError]) -> None:
+    body = error_class("what is wrong", param="model").to_openai()["error"]
 
     assert body["message"] == "what is wrong"
     assert body["param"] == "model"
     assert set(body) == {"message", "type", "param", "code"}
-    assert 400 <= kind.status < 600
+    assert 400 <= error_class.status < 600
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_error_crosses_a_process_border_whole(kind: type[AzuError]) -> None:
-    sent = kind("what is wrong", param="model", code="special")
+@pytest.mark.parametrize("error_class", CLASSES)
+def test_an_error_keeps_its_values_across_a_process_border(error_class: type[AzuError]) -> None:
+    sent = error_class("what is wrong", param="model", code="special")
 
     arrived = pickle.loads(pickle.dumps(sent))
 
-    assert type(arrived) is kind
+    assert type(arrived) is error_class
     assert (arrived.message, arrived.param, arrived.code) == ("what is wrong", "model", "special")
 
 
-def test_codes_name_one_kind_each() -> None:
-    codes = [kind.__dict__["default_code"] for kind in kinds() if "default_code" in kind.__dict__]
+def test_no_two_classes_share_a_code() -> None:
+    codes = [
+        error_class.__dict__["default_code"]
+        for error_class in error_classes()
+        if "default_code" in error_class.__dict__
+    ]
 
     assert len(codes) == len(set(codes))

@@ -1,9 +1,13 @@
+"""Files are written whole or not at all, and private ones are never readable by others."""
+
+import stat
+
 import pytest
 
-from azu.files import replacing, write_all
+from azu.files import replacing, write_all, write_private, write_private_once
 
 
-def test_a_file_appears_under_its_name_when_it_is_whole(tmp_path):
+def test_a_replaced_file_keeps_its_old_content_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with replacing(path) as file:
@@ -13,7 +17,7 @@ def test_a_file_appears_under_its_name_when_it_is_whole(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_file_that_was_not_finished_leaves_nothing(tmp_path):
+def test_a_file_whose_block_raised_leaves_nothing(tmp_path):
     def fail() -> None:
         with replacing(tmp_path / "file") as file:
             write_all(file, b"half")
@@ -24,13 +28,35 @@ def test_a_file_that_was_not_finished_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_byte_is_written_even_when_the_file_takes_few_at_once():
+def test_a_private_file_is_readable_by_its_owner_alone(tmp_path):
+    for path, write in (
+        (tmp_path / "a" / "b", lambda path: write_private(path, "old")),
+        (tmp_path / "a" / "b", lambda path: write_private(path, "secret")),
+        (tmp_path / "c", lambda path: write_private_once(path, b"secret")),
+    ):
+        write(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert (tmp_path / "a" / "b").read_text() == (tmp_path / "c").read_text() == "secret"
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700
+
+
+def test_a_file_that_is_written_once_is_never_overwritten(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    with pytest.raises(FileExistsError):
+        write_private_once(path, b"new")
+
+    assert path.read_bytes() == b"old"
+
+
+def test_every_byte_is_written_when_the_file_takes_three_at_a_time():
     taken = bytearray()
 
-    class Slow:
+    class ThreeAtATime:
         def write(self, content: memoryview) -> int:
             taken.extend(content[:3])
             return min(3, len(content))
 
-    write_all(Slow(), b"0123456789")
+    write_all(ThreeAtATime(), b"0123456789")
     assert taken == b"0123456789"

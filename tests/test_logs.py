@@ -1,9 +1,11 @@
-"""What log lines carry, and what they never do."""
+"""Log lines: what they contain, and which secrets they never contain."""
 
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -27,7 +29,7 @@ def lines() -> Iterator[Lines]:
         yield lines
 
 
-def test_a_line_says_when_who_and_about_which_job(lines: Lines) -> None:
+def test_a_line_has_its_process_logger_level_and_ids(lines: Lines) -> None:
     with bound(job_id="job-1"):
         log.info("it has %d tokens", 7, extra={"sequence_id": 3})
     log.warning("unbound")
@@ -37,8 +39,30 @@ def test_a_line_says_when_who_and_about_which_job(lines: Lines) -> None:
     assert first["message"] == "it has 7 tokens"
     assert (first["process"], first["model_id"], first["level"]) == ("test", "m", "INFO")
     assert (first["logger"], first["job_id"], first["sequence_id"]) == ("azu.tests", "job-1", 3)
-    assert "T" in first["time"]
     assert "job_id" not in second
+
+
+def test_a_line_has_the_time_of_its_record_in_utc_to_the_millisecond(
+    lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One hour and thirty minutes from UTC: local time would show.
+    monkeypatch.setenv("TZ", "XXX-01:30")
+    time.tzset()
+    record = log.makeRecord(log.name, logging.INFO, __file__, 1, "old", (), None)
+    record.created = 1_767_225_599.0625  # 2025-12-31 23:59:59.062 UTC
+
+    log.handle(record)
+    before = time.time()
+    log.info("new")
+    after = time.time()
+    monkeypatch.undo()
+    time.tzset()
+
+    old, new = lines()
+    assert old["time"] == "2025-12-31T23:59:59.062+00:00"
+    written = datetime.fromisoformat(new["time"])
+    assert written.utcoffset() == timedelta(0)
+    assert before - 0.001 <= written.timestamp() <= after
 
 
 def test_ids_stay_with_their_task(lines: Lines) -> None:
@@ -57,7 +81,7 @@ def test_ids_stay_with_their_task(lines: Lines) -> None:
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_a_secret_is_in_no_part_of_a_line(lines: Lines, secret: str) -> None:
-    log.info("said %s", secret)
+    log.info("with %s", secret)
     log.info(f"in the text: {secret}", extra={"given": secret, "several": [secret]})
     try:
         raise ValueError(f"with {secret}")
@@ -71,7 +95,7 @@ def test_a_secret_is_in_no_part_of_a_line(lines: Lines, secret: str) -> None:
     assert "ValueError" in json.dumps(lines())
 
 
-def test_bearers_and_passwords_in_urls_are_hidden_but_hashes_of_the_chain_are_not(lines: Lines) -> None:
+def test_bearer_tokens_and_passwords_in_urls_are_hidden_and_transaction_hashes_are_not(lines: Lines) -> None:
     tx_hash = "0x" + "ab" * 32
     log.info("Authorization: Bearer some.token-1 at redis://user:s3cr3t@host:6379/0, sent %s", tx_hash)
 
@@ -82,7 +106,7 @@ def test_bearers_and_passwords_in_urls_are_hidden_but_hashes_of_the_chain_are_no
     )
 
 
-def test_other_libraries_speak_from_warnings_on(lines: Lines) -> None:
+def test_other_libraries_log_from_level_warning_on(lines: Lines) -> None:
     logging.getLogger("httpx").info("a request")
     logging.getLogger("httpx").warning("a failure")
 

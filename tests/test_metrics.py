@@ -1,65 +1,65 @@
-"""Meters: what they count, how many become one, and how Prometheus reads it."""
+"""Meters: what they count, how they are summed, and how Prometheus reads the sum."""
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from azu import metrics
-from azu.metrics import CATALOGUE, SILENCE_S, Histogram, Kind, Meter, MetricsSum, exposition
+from azu.metrics import CATALOGUE, SILENCE_S, Histogram, Meter, MetricKind, MetricsSum, exposition
 
 
-def test_names_say_azu_their_unit_and_that_they_count() -> None:
+def test_names_begin_with_azu_and_those_of_counters_end_in_total() -> None:
     for metric in CATALOGUE:
         assert metric.name.startswith("azu_")
-        assert metric.name.endswith("_total") == (metric.kind is Kind.COUNTER)
-        assert (metric.kind is Kind.HISTOGRAM) == bool(metric.buckets)
+        assert metric.name.endswith("_total") == (metric.kind is MetricKind.COUNTER)
+        assert (metric.kind is MetricKind.HISTOGRAM) == bool(metric.buckets)
         assert metric.buckets == tuple(sorted(set(metric.buckets)))
 
 
-def test_a_picture_sums_over_labels_that_are_not_given() -> None:
+def test_a_snapshot_sums_over_labels_that_are_not_given() -> None:
     meter = Meter()
     meter.count(metrics.GENERATED_TOKENS, 3, "m1")
     meter.count(metrics.GENERATED_TOKENS, 4, "m2")
     meter.observe(metrics.HOP, 0.001, "m1", "1")
     meter.observe(metrics.HOP, 0.5, "m1", "2")
 
-    picture = meter.picture()
+    snapshot = meter.snapshot()
 
-    assert picture.value(metrics.GENERATED_TOKENS) == 7
-    assert picture.value(metrics.GENERATED_TOKENS, "m1") == 3
-    assert picture.histogram(metrics.HOP, "m1").count == 2
-    assert picture.histogram(metrics.HOP, "m1", "2").sum == 0.5
-    assert picture.histogram(metrics.HOP, "m3") == Histogram((0,) * (len(metrics.HOP.buckets) + 1), 0.0)
+    assert snapshot.value(metrics.GENERATED_TOKENS) == 7
+    assert snapshot.value(metrics.GENERATED_TOKENS, "m1") == 3
+    assert snapshot.histogram(metrics.HOP, "m1").count == 2
+    assert snapshot.histogram(metrics.HOP, "m1", "2").sum == 0.5
+    assert snapshot.histogram(metrics.HOP, "m3") == Histogram((0,) * (len(metrics.HOP.buckets) + 1), 0.0)
 
 
-def test_a_gauge_that_is_shown_again_forgets_what_is_gone() -> None:
+def test_a_gauge_that_is_set_again_forgets_labels_that_are_gone() -> None:
     meter = Meter()
-    meter.show(metrics.NODE_LOAD, {("ada",): 0.5, ("ben",): 0.1})
-    meter.show(metrics.NODE_LOAD, {("ben",): 0.2})
+    meter.set_gauge(metrics.NODE_LOAD, {("ada",): 0.5, ("ben",): 0.1})
+    meter.set_gauge(metrics.NODE_LOAD, {("ben",): 0.2})
 
-    assert meter.picture().values == {("azu_node_load_ratio", ("ben",)): 0.2}
+    assert meter.snapshot().values == {("azu_node_load_ratio", ("ben",)): 0.2}
 
 
-def test_a_total_kept_elsewhere_never_falls() -> None:
+def test_a_counter_that_follows_a_total_never_falls() -> None:
     meter = Meter()
     for total in (5, 9, 7, 9, 10):
-        meter.reach(metrics.LAMPORTS_PAID, total)
+        meter.raise_counter_to(metrics.LAMPORTS_PAID, total)
 
-    assert meter.picture().value(metrics.LAMPORTS_PAID) == 10
+    assert meter.snapshot().value(metrics.LAMPORTS_PAID) == 10
 
 
-def test_what_a_process_counted_outlives_it_but_not_what_it_showed() -> None:
+def test_counters_outlive_their_process_and_gauges_do_not() -> None:
     first, second, together = Meter(), Meter(), MetricsSum()
     for meter in (first, second):
         meter.count(metrics.GENERATED_TOKENS, 5, "m")
         meter.observe(metrics.HOP, 0.01, "m", "1")
-        meter.show(metrics.KV_BLOCKS, {("m",): 16})
-    together.hear("first", first.picture(), 0.0)
-    together.hear("first", first.picture(), 1.0)
-    together.hear("second", second.picture(), 1.0)
-    both = together.picture(1.0)
-    together.hear("second", second.picture(), 2 + SILENCE_S)
+        meter.set_gauge(metrics.KV_BLOCKS, {("m",): 16})
+    together.record("first", first.snapshot(), 0.0)
+    together.record("first", first.snapshot(), 1.0)
+    together.record("second", second.snapshot(), 1.0)
+    both = together.total(1.0)
+    together.record("second", second.snapshot(), 2 + SILENCE_S)
 
-    left = together.picture(2 + SILENCE_S)
+    left = together.total(2 + SILENCE_S)
 
     assert both.value(metrics.KV_BLOCKS) == 32
     assert left.value(metrics.KV_BLOCKS) == 16
@@ -67,50 +67,51 @@ def test_what_a_process_counted_outlives_it_but_not_what_it_showed() -> None:
     assert left.histogram(metrics.HOP).count == 2
 
 
-def test_a_process_that_was_given_up_is_not_counted_twice() -> None:
+def test_a_process_that_was_silent_too_long_is_not_counted_twice() -> None:
     meter, together = Meter(), MetricsSum()
     meter.count(metrics.GENERATED_TOKENS, 5, "m")
-    together.hear("one", meter.picture(), 0.0)
-    assert together.picture(100.0).value(metrics.GENERATED_TOKENS) == 5
+    together.record("one", meter.snapshot(), 0.0)
+    assert together.total(100.0).value(metrics.GENERATED_TOKENS) == 5
 
-    together.hear("one", meter.picture(), 101.0)
+    together.record("one", meter.snapshot(), 101.0)
 
-    assert together.picture(101.0).value(metrics.GENERATED_TOKENS) == 5
+    assert together.total(101.0).value(metrics.GENERATED_TOKENS) == 5
 
 
-def test_prometheus_reads_every_family() -> None:
+def test_prometheus_parses_every_family() -> None:
     meter = Meter()
     for metric in CATALOGUE:
         labels = tuple(f'a "{name}"\n' for name in metric.labels)
-        if metric.kind is Kind.COUNTER:
+        if metric.kind is MetricKind.COUNTER:
             meter.count(metric, 2, *labels)
-        elif metric.kind is Kind.GAUGE:
-            meter.show(metric, {labels: 2})
+        elif metric.kind is MetricKind.GAUGE:
+            meter.set_gauge(metric, {labels: 2})
         else:
             meter.observe(metric, metric.buckets[0], *labels)
             meter.observe(metric, metric.buckets[-1] + 1, *labels)
 
     families = {
-        family.name: family for family in text_string_to_metric_families(exposition(meter.picture()).decode())
+        family.name: family
+        for family in text_string_to_metric_families(exposition(meter.snapshot()).decode())
     }
 
     assert set(families) == {metric.name.removesuffix("_total") for metric in CATALOGUE}
     for metric in CATALOGUE:
         family = families[metric.name.removesuffix("_total")]
         assert family.type == metric.kind.value
-        assert family.documentation == metric.help
+        assert family.documentation == metric.meaning
         assert set(family.samples[0].labels) - {"le"} == set(metric.labels)
     buckets = [one for one in families["azu_hop_seconds"].samples if one.name.endswith("_bucket")]
     assert [one.value for one in buckets] == [1.0] * len(metrics.HOP.buckets) + [2.0]
     assert buckets[-1].labels["le"] == "+Inf"
 
 
-def test_labels_that_are_missing_are_a_mistake_of_ours() -> None:
+def test_missing_labels_fail_an_assertion() -> None:
     with pytest.raises(AssertionError, match="azu_hop_seconds has the labels"):
         Meter().observe(metrics.HOP, 0.1, "m")
 
 
-def test_observations_are_kept_one_by_one_only_where_somebody_takes_them() -> None:
+def test_observations_are_kept_one_by_one_only_on_request() -> None:
     keeping, forgetting = Meter(keep_observations=True), Meter()
     for meter in (keeping, forgetting):
         meter.observe(metrics.HOP, 0.1, "m", "0")
@@ -121,4 +122,4 @@ def test_observations_are_kept_one_by_one_only_where_somebody_takes_them() -> No
         (metrics.HOP, 0.2, ("m", "1")),
     ]
     assert keeping.take_observations() == forgetting.take_observations() == []
-    assert keeping.picture() == forgetting.picture()
+    assert keeping.snapshot() == forgetting.snapshot()

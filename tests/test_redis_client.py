@@ -1,22 +1,22 @@
-"""The way to Redis: what is cancelled ends."""
+"""The Redis client: a cancelled task always ends."""
 
 import asyncio
 from contextlib import suppress
 
 from redis.exceptions import ResponseError
 
-from azu.redis_client import connect_redis, until_back
+from azu.redis_client import connect_redis, retry_until_available
 
 
 async def _ask_for_ever(redis_url: str) -> None:
     async with connect_redis(redis_url) as redis:
         while True:
-            await until_back(redis.ping)
+            await retry_until_available(redis.ping)
             with suppress(ResponseError):
                 await redis.xgroup_create("no-stream", "group")
 
 
-def test_whoever_asks_for_ever_ends_when_cancelled_at_any_moment(redis_url: str) -> None:
+def test_an_endless_task_ends_when_it_is_cancelled_at_any_moment(redis_url: str) -> None:
     async def cancelled_after(seconds: float) -> bool:
         asking = asyncio.create_task(_ask_for_ever(redis_url))
         await asyncio.sleep(seconds)

@@ -9,19 +9,19 @@ from azu.units import GIB, MIB, format_bytes, hype_from_lamports, lamports_from_
 
 
 @given(lamports=st.integers(min_value=-(10**18), max_value=10**18))
-def test_lamports_survive_their_decimal_form(lamports: int) -> None:
+def test_lamports_become_hype_and_back_exactly(lamports: int) -> None:
     assert lamports_from_hype(hype_from_lamports(lamports)) == lamports
 
 
 @pytest.mark.parametrize(
     ("text", "lamports"), [("1", 10**8), ("0.00000001", 1), ("1.25", 125_000_000), ("1e-8", 1)]
 )
-def test_hype_is_read_exactly(text: str, lamports: int) -> None:
+def test_hype_is_parsed_exactly(text: str, lamports: int) -> None:
     assert lamports_from_hype(text) == lamports
 
 
 @pytest.mark.parametrize("text", ["", "x", "0.000000001", "NaN", "Infinity", "1,5", "--1"])
-def test_what_is_no_amount_is_refused(text: str) -> None:
+def test_a_malformed_amount_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest):
         lamports_from_hype(text)
 
@@ -37,12 +37,12 @@ def test_what_is_no_amount_is_refused(text: str) -> None:
         (7, 7),
     ],
 )
-def test_sizes_are_read_in_powers_of_1024(text: str | int, size: int) -> None:
+def test_sizes_are_parsed_in_powers_of_1024(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "1 apple", "1e9", -1, True])
-def test_what_is_no_size_is_refused(text: str | int) -> None:
+def test_a_malformed_size_is_refused(text: str | int) -> None:
     with pytest.raises(InvalidRequest):
         parse_bytes(text)
 

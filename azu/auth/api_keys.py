@@ -16,12 +16,12 @@ from typing import cast
 from eth_utils.address import (
     is_checksum_address,
     is_checksum_formatted_address,
-    is_hex_address,
     to_checksum_address,
 )
 from pydantic import ConfigDict, TypeAdapter
 from redis.asyncio import Redis
 
+from azu.addresses import parse_address
 from azu.auth.signatures import signer_of_text
 from azu.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated
 from azu.redis_client import connect_redis
@@ -42,11 +42,10 @@ class Challenge:
 
 def checked_address(address: str) -> str:
     """Return an address in lower case; raises InvalidRequest for a malformed one or a wrong checksum."""
-    if not is_hex_address(address) or not address.startswith("0x"):
-        raise InvalidRequest(f"{address!r} is not an address of 0x and 40 hex digits", param="address")
+    lower = parse_address(address)
     if is_checksum_formatted_address(address) and not is_checksum_address(address):
         raise InvalidRequest(f"{address} has a wrong checksum: check its spelling", param="address")
-    return address.lower()
+    return lower
 
 
 def challenge_text(address: str, domain: str, nonce: str, now_ms: int) -> str:

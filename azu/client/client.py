@@ -19,6 +19,7 @@ from azu.api.network import ModelStatusResponse, NetworkResponse, NewTicket, Tic
 from azu.auth.signatures import Withdrawal, sign_claim, sign_withdrawal
 from azu.client.http import raise_for, translated, trusting
 from azu.client.stream import Generation, Stream
+from azu.clock import wall_clock_ms
 from azu.errors import InternalError, InvalidRequest
 
 _WANTS = " wants you to sign in with your Ethereum account:"
@@ -172,7 +173,7 @@ class Client:
             address=wallet.address.lower(),
             lamports=lamports,
             nonce=time.time_ns(),
-            expires_at_ms=time.time_ns() // 1_000_000 + 1000 * life_s,
+            expires_at_ms=wall_clock_ms() + 1000 * life_s,
         )
         signature = sign_withdrawal(wallet, withdrawal, self.platform().address)
         body = {

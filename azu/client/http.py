@@ -9,7 +9,14 @@ from pathlib import Path
 
 import httpx
 
-from azu.errors import AzuError, ConfigurationError, DeadlineExceeded, Unauthenticated, Unavailable, kinds
+from azu.errors import (
+    AzuError,
+    ConfigurationError,
+    DeadlineExceeded,
+    Unauthenticated,
+    Unavailable,
+    error_classes,
+)
 
 
 def error_of(status: int | None, content: bytes) -> AzuError:
@@ -33,7 +40,7 @@ def raise_for(response: httpx.Response) -> None:
 
 def _kind(status: int | None, code: str | None) -> type[AzuError]:
     """Return the class with that code, else the most general one with that status."""
-    found = [kind for kind in kinds() if status is None or kind.status == status]
+    found = [kind for kind in error_classes() if status is None or kind.status == status]
     by_code = [kind for kind in found if code is not None and kind.default_code == code]
     if by_code:
         return by_code[0]

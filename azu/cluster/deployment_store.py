@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter
 from redis.asyncio import Redis
 
 from azu.protocol.topology import Topology
-from azu.redis_client import connect_redis, until_back
+from azu.redis_client import connect_redis, retry_until_available
 
 EPOCH = "azu:fleet:epoch"
 MODELS = "azu:fleet:models"
@@ -79,11 +79,11 @@ class RedisStanding:
 
     async def next_epoch(self) -> int:
         """Return an epoch that is higher than every other."""
-        return int(await until_back(lambda: self._redis.incr(EPOCH)))
+        return int(await retry_until_available(lambda: self._redis.incr(EPOCH)))
 
     async def all(self) -> list[DeploymentRecord]:
         """Return the models that stand."""
-        found = await until_back(lambda: self._redis.hgetall(MODELS))
+        found = await retry_until_available(lambda: self._redis.hgetall(MODELS))
         return [
             _STANDING.validate_json(standing) for _, standing in sorted(cast(dict[str, str], found).items())
         ]
@@ -91,11 +91,11 @@ class RedisStanding:
     async def keep(self, standing: DeploymentRecord) -> None:
         """Write a model down as it stands now."""
         content = _STANDING.dump_json(standing).decode()
-        await until_back(lambda: self._redis.hset(MODELS, _field(standing.topology), content))
+        await retry_until_available(lambda: self._redis.hset(MODELS, _field(standing.topology), content))
 
     async def forget(self, topology: Topology) -> None:
         """Strike a model out; one that is not written down is no error."""
-        await until_back(lambda: self._redis.hdel(MODELS, _field(topology)))
+        await retry_until_available(lambda: self._redis.hdel(MODELS, _field(topology)))
 
 
 def _field(topology: Topology) -> str:

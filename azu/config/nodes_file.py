@@ -14,27 +14,19 @@ Only `name` and `vram` are required. Unknown keys are refused.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from azu.errors import AzuError, ConfigurationError
+from azu.config.settings import Size
+from azu.errors import ConfigurationError
 from azu.files import read_yaml
 from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import Structure
-from azu.units import parse_bytes
 
 _NO_PAYOUT = "0x" + "0" * 40
 
 
-def _size(value: Any) -> int:
-    try:
-        return parse_bytes(value)
-    except AzuError as error:
-        raise ValueError(error.message) from error
-
-
-Size = Annotated[int, BeforeValidator(_size)]
 Speed = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import socket
-import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from azu.clock import wall_clock_ms
 from azu.devnet.chain import (
     ACTIVATION_FEE,
     HYPE,
@@ -197,12 +197,12 @@ def build_app(*, seed: int | None = None) -> FastAPI:
             return PlainTextResponse(error.message, status_code=422)
         late = faults.strike(FaultKind.ROWS_LATE)
         rows_late_ms = round(late.seconds * 1000) if late else 0
-        return JSONResponse(chain.execute(parsed, signer, raw, _now_ms(), rows_late_ms=rows_late_ms))
+        return JSONResponse(chain.execute(parsed, signer, raw, wall_clock_ms(), rows_late_ms=rows_late_ms))
 
     @app.post("/info")
     async def info(request: Request) -> Response:
         twice = faults.strike(FaultKind.ROWS_TWICE) is not None
-        return await _answer(request, lambda query: answer_info(chain, query, _now_ms(), twice=twice))
+        return await _answer(request, lambda query: answer_info(chain, query, wall_clock_ms(), twice=twice))
 
     @app.post("/explorer")
     async def explorer(request: Request) -> Response:
@@ -213,9 +213,9 @@ def build_app(*, seed: int | None = None) -> FastAPI:
         token, address = chain.tokens.get(body.token), body.address.lower()
         if token is None:
             return PlainTextResponse(f"no token {body.token} here", status_code=404)
-        tx_hash = chain.fund(address, token, lamports_from_hype(body.amount), _now_ms())
+        tx_hash = chain.fund(address, token, lamports_from_hype(body.amount), wall_clock_ms())
         if chain.balance(address, USDC) < _FAUCET_USDC:
-            chain.fund(address, USDC, _FAUCET_USDC, _now_ms())
+            chain.fund(address, USDC, _FAUCET_USDC, wall_clock_ms())
         return JSONResponse({"hash": tx_hash, "balance": decimal(chain.balance(address, token))})
 
     @app.post("/devnet/faults")
@@ -246,10 +246,6 @@ async def _answer(request: Request, answer: Callable[[dict[str, Any]], Any]) -> 
         return JSONResponse(answer(query))
     except (ValueError, UnknownQuery):
         return PlainTextResponse("Failed to deserialize the JSON body into the target type", status_code=422)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def serve(host: str, port: int, *, seed: int | None, ready: Callable[[str], None]) -> None:

@@ -73,7 +73,7 @@ class PipelineMetrics:
         """Show what the pipeline has to do now."""
         waiting, model_id = load.num_waiting, self._model_id
         running = load.num_sequences - waiting
-        show = self._meter.show
+        show = self._meter.set_gauge
         show(metrics.SEQUENCES, {(model_id, "running"): running, (model_id, "waiting"): waiting})
         show(metrics.KV_BLOCKS, {(model_id,): self._num_blocks})
         show(metrics.KV_BLOCKS_USED, {(model_id,): self._num_blocks - load.num_free_blocks})

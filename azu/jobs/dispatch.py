@@ -17,7 +17,7 @@ from azu.logs import bound
 from azu.metrics import JOBS_ENDED, Meter
 from azu.planner.plan import NEVER_FITS
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState
-from azu.redis_client import until_back
+from azu.redis_client import retry_until_available
 
 log = logging.getLogger(__name__)
 
@@ -148,19 +148,19 @@ class Dispatcher:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow_cancellations())
             # Whoever had them before is gone: a network has one scheduler.
-            records = await until_back(partial(self._jobs.take_over, self._consumer))
+            records = await retry_until_available(partial(self._jobs.take_over, self._consumer))
             take = partial(self._jobs.take, self._consumer, _TAKE_BLOCK_MS, _CLAIM_IDLE_MS)
             while True:
                 for record in records:
                     if record.job.job_id not in self._running:
                         task = group.create_task(self._live(record))
                         self._running[record.job.job_id] = task
-                records = await until_back(take)
+                records = await retry_until_available(take)
 
     async def _follow_cancellations(self) -> None:
         while True:
             # From the latest ones on, when Redis was away: to cancel a job twice changes nothing.
-            await until_back(self._hear_cancellations)
+            await retry_until_available(self._hear_cancellations)
 
     async def _hear_cancellations(self) -> None:
         async for job_id in self._jobs.cancellations():
@@ -205,7 +205,7 @@ class Dispatcher:
     async def _wait(self, job: Job, seconds: float) -> bool:
         """Let a job wait between two tries; say whether it is still wanted."""
         self._models.pop(job.job_id, None)
-        given_up = await until_back(partial(self._jobs.set_state, job.job_id, JobState.QUEUED))
+        given_up = await retry_until_available(partial(self._jobs.set_state, job.job_id, JobState.QUEUED))
         if given_up or job.job_id in self._cancelled:
             return False
         self._waiting[job.job_id] = unwanted = asyncio.Event()
@@ -222,7 +222,9 @@ class Dispatcher:
         model: RunningModel | None = None
         try:
             model = await self._deployments.ensure(job.model_id, job.revision, job.job_id)
-            given_up = await until_back(partial(self._jobs.set_state, job.job_id, JobState.RUNNING))
+            given_up = await retry_until_available(
+                partial(self._jobs.set_state, job.job_id, JobState.RUNNING)
+            )
             given_up = given_up or job.job_id in self._cancelled
             if given_up and not record.attempts:
                 return JobRun(completion_tokens=0, finish_reason=FinishReason.CANCELLED)

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import ssl
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -214,10 +213,11 @@ class EnrolledMembership:
     def _renewed(self, trust: ssl.SSLContext) -> "NodeAdmission | None":
         from azu.auth.certificates import renewal_text, sign_text
         from azu.client.enrolment import renew
+        from azu.clock import wall_clock_ms
 
         if not (self._files.certificate.exists() and self._files.key.exists()):
             return None
-        at_ms = time.time_ns() // 1_000_000
+        at_ms = wall_clock_ms()
         signature = sign_text(self._files.key.read_bytes(), renewal_text(at_ms))
         try:
             return renew(

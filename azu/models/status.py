@@ -1,17 +1,13 @@
 """How far a model is, for everybody who waits for it."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from pydantic import ConfigDict, TypeAdapter
-from redis import RedisError
 
-from azu.errors import Unavailable
-from azu.redis_client import connect_redis_sync
+from azu.redis_client import connect_redis_sync, typed_redis_errors
 
 _READY = "azu:model:ready"
 
@@ -65,7 +61,7 @@ class RedisModelStatus:
 
     def put(self, status: ModelStatus) -> None:
         """Replace the model's status."""
-        with _redis_errors(), self._redis.pipeline() as pipeline:
+        with typed_redis_errors(), self._redis.pipeline() as pipeline:
             pipeline.set(_key(status.model_id), _ADAPTER.dump_json(status))
             note = pipeline.sadd if status.state is ModelState.READY else pipeline.srem
             note(_READY, status.model_id)
@@ -73,7 +69,7 @@ class RedisModelStatus:
 
     def get(self, model_id: str) -> ModelStatus:
         """Return the model's status, UNKNOWN for one never heard of."""
-        with _redis_errors():
+        with typed_redis_errors():
             content = self._redis.get(_key(model_id))
         if content is None:
             return ModelStatus(model_id=model_id, revision="", state=ModelState.UNKNOWN)
@@ -81,17 +77,9 @@ class RedisModelStatus:
 
     def ready(self) -> list[ModelStatus]:
         """Return the models that are cut, by id."""
-        with _redis_errors():
+        with typed_redis_errors():
             model_ids = self._redis.smembers(_READY)
         return [self.get(model_id) for model_id in sorted(map(str, model_ids))]
-
-
-@contextmanager
-def _redis_errors() -> Iterator[None]:
-    try:
-        yield
-    except RedisError as error:
-        raise Unavailable(f"the Redis that keeps the models' status did not answer: {error}") from error
 
 
 def _key(model_id: str) -> str:

@@ -21,7 +21,7 @@ def show_books(meter: Meter, balances: Mapping[str, int]) -> None:
             held[f"{owner}_{rest.rpartition(':')[2]}"] += lamports
     paid = held.pop("worker_paid", 0)
     earned = held["worker_earned"] + held["worker_paying"] + paid
-    meter.reach(metrics.LAMPORTS_CHARGED, earned + balances.get(PLATFORM, 0))
-    meter.reach(metrics.LAMPORTS_EARNED, earned)
-    meter.reach(metrics.LAMPORTS_PAID, paid)
-    meter.show(metrics.LAMPORTS_HELD, {(account,): lamports for account, lamports in held.items()})
+    meter.raise_counter_to(metrics.LAMPORTS_CHARGED, earned + balances.get(PLATFORM, 0))
+    meter.raise_counter_to(metrics.LAMPORTS_EARNED, earned)
+    meter.raise_counter_to(metrics.LAMPORTS_PAID, paid)
+    meter.set_gauge(metrics.LAMPORTS_HELD, {(account,): lamports for account, lamports in held.items()})

@@ -33,7 +33,7 @@ def test_charges_are_what_platform_and_workers_ever_got() -> None:
     }
     show_books(meter, balances)
 
-    shown = meter.picture()
+    shown = meter.snapshot()
 
     assert shown.value(metrics.LAMPORTS_EARNED) == 80
     assert shown.value(metrics.LAMPORTS_CHARGED) == 100
@@ -54,7 +54,7 @@ def test_nodes_show_their_live_memory_and_a_state_without_nodes_shows_zero() -> 
         ],
     )
 
-    shown = meter.picture()
+    shown = meter.snapshot()
 
     assert shown.value(metrics.NODES, "alive") == shown.value(metrics.NODES, "dead") == 1
     assert shown.values["azu_nodes", ("suspect",)] == 0

@@ -38,7 +38,7 @@ def test_tokens_and_the_time_between_them_are_counted() -> None:
     pace.went_on([SequenceUpdate(1, (8,), finish_reason=FinishReason.STOP)], 10.7)
     pace.went_on([SequenceUpdate(1, (9,)), SequenceUpdate(2, (9,))], 10.8)
 
-    shown = meter.picture()
+    shown = meter.snapshot()
 
     assert shown.value(metrics.PROMPT_TOKENS, MODEL) == 30
     assert shown.value(metrics.GENERATED_TOKENS, MODEL) == 4
@@ -57,7 +57,7 @@ def test_a_long_wait_between_two_tokens_is_a_stall_but_one_for_the_first_is_not(
     for at_s in (STALL_S + 1, STALL_S + 1.5, 2 * STALL_S + 1.5):
         pace.went_on([SequenceUpdate(1, (5,))], at_s)
 
-    assert meter.picture().value(metrics.STALLS, MODEL) == 1
+    assert meter.snapshot().value(metrics.STALLS, MODEL) == 1
 
 
 def test_it_shows_the_pipeline_s_sequences_and_blocks() -> None:
@@ -69,7 +69,7 @@ def test_it_shows_the_pipeline_s_sequences_and_blocks() -> None:
     engine.next_batch()
     pace.stand(engine)
 
-    shown = meter.picture()
+    shown = meter.snapshot()
 
     assert shown.value(metrics.SEQUENCES, MODEL, "running") == 1
     assert shown.value(metrics.SEQUENCES, MODEL, "waiting") == 1

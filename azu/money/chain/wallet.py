@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import secrets
 import stat
 import time
@@ -14,8 +13,9 @@ from eth_account.signers.local import LocalAccount
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from azu.addresses import parse_address
+from azu.clock import wall_clock_ms
 from azu.errors import ChainError, ConfigurationError, DeadlineExceeded, InvalidRequest
-from azu.files import read_json
+from azu.files import read_json, write_private_once
 from azu.money.chain.actions import sign_send_asset
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import network_at
@@ -102,13 +102,9 @@ def import_key(path: Path, key: bytes, password: str) -> LocalAccount:
         raise InvalidRequest("this is not a private key", param="key") from error.with_traceback(None)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        write_private_once(path, json.dumps(account.encrypt(password)).encode())
     except FileExistsError as error:
         raise ConfigurationError(f"{path} exists; a wallet is never overwritten") from error
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(account.encrypt(password), file)
-        file.flush()
-        os.fsync(file.fileno())
     return account
 
 
@@ -173,7 +169,7 @@ async def send_hype(
     if lamports <= 0:
         raise InvalidRequest("an amount is at least one lamport", param="amount")
     destination = parse_address(destination, param="destination")
-    nonce = time.time_ns() // 1_000_000
+    nonce = wall_clock_ms()
     action = sign_send_asset(account, chain.network, destination=destination, lamports=lamports, nonce=nonce)
     try:
         async with asyncio.timeout(patience_s):

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from azu.errors import Conflict, LedgerError, NotFound
+from azu.files import write_private_once
 from azu.money.ledger.records import JOURNAL
 from azu.money.ledger.transfers import decode_transfer
 
@@ -171,21 +172,8 @@ def _save(path: Path, offset: int, tail: bytes) -> Path:
     while aside.exists():
         number += 1
         aside = path.with_name(f"{path.name}.dropped-{offset}-{number}")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(tail)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(path.parent)
+    write_private_once(aside, tail)
     return aside
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _transfer_ids(commands: tuple[FileCommand, ...]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NewType
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from azu.addresses import ADDRESS_PATTERN
 from azu.errors import LedgerError
 from azu.units import MAX_LAMPORTS
 
@@ -20,10 +21,10 @@ Account = NewType("Account", str)
 CHAIN = Account("chain")
 PLATFORM = Account("platform")
 
-_ADDRESS = re.compile(r"0x[0-9a-f]{40}")
+_ADDRESS = re.compile(ADDRESS_PATTERN)
 _ACCOUNT = re.compile(
-    rf"chain|platform|user:{_ADDRESS.pattern}:(available|reserved|withdrawing)"
-    rf"|worker:{_ADDRESS.pattern}:(earned|paying|paid)"
+    rf"chain|platform|user:{ADDRESS_PATTERN}:(available|reserved|withdrawing)"
+    rf"|worker:{ADDRESS_PATTERN}:(earned|paying|paid)"
 )
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from eth_account.signers.local import LocalAccount
 
+from azu.addresses import ADDRESS_PATTERN
 from azu.clock import wall_clock_ms
 from azu.errors import AzuError, ChainError, InsufficientBalance, LedgerError
 from azu.money.chain.actions import sign_noop, sign_send_asset
@@ -18,7 +19,7 @@ from azu.money.treasury.deposits import same_amount
 from azu.money.treasury.outbox import Outbox, Payout, PayoutState
 
 _LOG = logging.getLogger(__name__)
-_EARNED = re.compile(r"worker:(0x[0-9a-f]{40}):earned")
+_EARNED = re.compile(rf"worker:({ADDRESS_PATTERN}):earned")
 # Actions of the address's budget that are kept for posting again and for burning nonces.
 _ACTIONS_KEPT = 200
 # Each payout takes one action, and up to two more when things go wrong.
