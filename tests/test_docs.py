@@ -1,4 +1,4 @@
-"""Every path, command and variable that a page names exists."""
+"""Every path, command, variable and metric that a page names exists."""
 
 import re
 import shlex
@@ -21,6 +21,7 @@ PAGES = [
 FOLDERS = ("azu", "actors", "configs", "deployments", "docs", "tests")
 PATH = re.compile(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/[\w./*-]*")
 FILE = re.compile(r"^[\w.-]+\.(?:py|md|yaml|toml|lua|json)$|^Makefile$")
+METRIC = re.compile(r"\bazu_[a-z_]+[a-z]\b")
 VARIABLE = re.compile(r"\bAZU_[A-Z][A-Z_]*[A-Z]\b")
 ASSIGNMENT = re.compile(r"^[A-Z_]+=")
 COMMANDS = ("azu", "make", "pytest")
@@ -106,9 +107,12 @@ def product() -> str:
 
 
 def exists(name: str) -> bool:
-    """Return True if a path of the repository exists, or a file of that name anywhere in its folders."""
-    inside = "/" not in name and any(any((ROOT / folder).rglob(name)) for folder in FOLDERS)
-    return inside or any(ROOT.glob(name.rstrip("/")))
+    """Return True for a path of the repository, and for the name of a file there or in the source text."""
+    if "/" not in name and (
+        f'"{name}"' in product() or any(any((ROOT / one).rglob(name)) for one in FOLDERS)
+    ):
+        return True
+    return any(ROOT.glob(name.rstrip("/")))
 
 
 def faults(text: str, folder: Path = ROOT) -> list[str]:
@@ -119,6 +123,7 @@ def faults(text: str, folder: Path = ROOT) -> list[str]:
     found = {f"there is no {name}" for name in names if name not in MODELS and not exists(name)}
     found |= {f"there is no {target}" for target in links.findall(text) if not (folder / target).exists()}
     found |= {f"nothing reads {name}" for name in VARIABLE.findall(text) if name not in product()}
+    found |= {f"there is no metric {name}" for name in METRIC.findall(text) if name not in product()}
     return sorted(found | {fault for words in commands(text) if (fault := wrong_command(words))})
 
 
@@ -143,6 +148,7 @@ def test_a_page_names_only_what_exists(page: str) -> None:
         ("Run `make coffee`.", "make has no target coffee"),
         ("```bash\npytest -m 'swift and not prove' tests\n```\n", "there is no marker swift"),
         ("Set `AZU_GONE`.", "nothing reads AZU_GONE"),
+        ("Watch `azu_gone_total`.", "there is no metric azu_gone_total"),
     ],
 )
 def test_what_does_not_exist_is_found(text: str, fault: str) -> None:
