@@ -7,7 +7,7 @@ import time
 from actors.deployment import RayBuilder, Site
 from actors.node import NodeAgents
 from actors.placement import SCHEDULER, request_nodes
-from actors.telemetry import RayMeter, log_as, show_jobs, show_nodes
+from actors.telemetry import RayMeter, log_as, show_books, show_jobs, show_nodes
 from azu.cluster.cluster import Cluster
 from azu.cluster.deployment_store import RedisStanding
 from azu.cluster.nodes import NodeTable
@@ -18,8 +18,7 @@ from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
 from azu.metrics import BAD_FRAMES, MetricsSnapshot, MetricsSum
-from azu.money.books import show_books
-from azu.money.ledger.redis import RedisLedger
+from azu.money.books import Books
 from azu.planner.kv_blocks import KvReduction
 from azu.protocol.job import Placement
 from azu.protocol.node import Node
@@ -59,11 +58,11 @@ class Scheduler:
         self._replicating = ExpertReplication(self._fleet, Cooldown(policy.moves.rest_s))
         self._widening = ScaleOut(self._fleet, policy.kv.promised_sequences)
         jobs = RedisJobs.from_url(config.redis_url)
-        self._ledger = RedisLedger.from_url(config.redis_url)
+        self._books = Books.from_url(config.redis_url)
         self._meter = RayMeter()
         self._together = MetricsSum()
         settlement = Settlement(
-            self._ledger,
+            self._books,
             jobs,
             policy.price.lamports_per_token_layer,
             policy.price.platform_percent,
@@ -149,7 +148,7 @@ class Scheduler:
             try:
                 show_nodes(self._meter, await self.nodes())
                 show_jobs(self._meter, self._dispatcher.num_waiting, self._dispatcher.num_running)
-                show_books(self._meter, await self._ledger.balances())
+                show_books(self._meter, await self._books.totals())
             except AzuError as error:
                 log.warning("the books cannot be shown: %s", error.message)
             self._meter.export()

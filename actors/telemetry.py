@@ -15,6 +15,7 @@ from actors.placement import NAMESPACE, SCHEDULER
 from azu import metrics
 from azu.logs import start_logging
 from azu.metrics import BY_NAME, Labels, Meter, Metric, MetricKind
+from azu.money.books import Totals
 from azu.protocol.node import Node, NodeState
 
 log = logging.getLogger(__name__)
@@ -120,3 +121,13 @@ def show_nodes(meter: Meter, nodes: Iterable[Node]) -> None:
 def show_jobs(meter: Meter, num_waiting: int, num_running: int) -> None:
     """Show the jobs that have not ended."""
     meter.set_gauge(metrics.JOBS, {("waiting",): num_waiting, ("running",): num_running})
+
+
+def show_books(meter: Meter, totals: Totals) -> None:
+    """Show what was charged, earned and paid so far, and what each kind of account holds."""
+    meter.raise_counter_to(metrics.LAMPORTS_CHARGED, totals.charged_lamports)
+    meter.raise_counter_to(metrics.LAMPORTS_EARNED, totals.earned_lamports)
+    meter.raise_counter_to(metrics.LAMPORTS_PAID, totals.paid_lamports)
+    meter.set_gauge(
+        metrics.LAMPORTS_HELD, {(kind,): lamports for kind, lamports in totals.held_lamports.items()}
+    )

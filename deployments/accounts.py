@@ -1,5 +1,6 @@
 """Deposits, balances and earnings over HTTP."""
 
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -7,21 +8,9 @@ from fastapi import APIRouter, Header, Query, Request
 
 from azu.api.accounts import ChallengeRequest, ClaimRequest, DepositRequest, KeyRequest, WithdrawalRequest
 from azu.auth.api_keys import ApiKey
-from azu.auth.signatures import LONGEST_LIFE_MS, Withdrawal, is_signed
+from azu.auth.signatures import Withdrawal
 from azu.clock import wall_clock_ms
-from azu.errors import Conflict, Forbidden, InsufficientBalance, InvalidRequest
-from azu.money.ledger.transfers import (
-    Transfer,
-    WithdrawalPlanned,
-    user_available,
-    user_reserved,
-    user_withdrawing,
-    worker_earned,
-    worker_paid,
-    worker_paying,
-)
-from azu.money.treasury.withdrawals import LEAST_LAMPORTS, SignedWithdrawal
-from azu.units import hype_from_lamports
+from azu.errors import Forbidden
 from deployments.services import Key, Services, ServicesNow
 
 router = APIRouter()
@@ -44,10 +33,10 @@ async def deposit(
     """Have the treasury look for a transfer at once and say what it found."""
     key = await services.owner(authorization, body.user_address)
     timeout_s = services.config.policy.timeouts.deposit_s
-    verdict = await services.claims.ask(body.tx_sig, key.address, timeout_s)
+    found = await services.books.deposit(body.tx_sig, key.address, timeout_s)
     return {
-        "status": verdict.status,
-        "lamports": verdict.lamports,
+        "status": found.state,
+        "lamports": found.lamports,
         "transfer_id": f"deposit:{body.tx_sig.lower()}",
     }
 
@@ -55,14 +44,7 @@ async def deposit(
 @router.get("/v1/balance")
 async def balance(key: Key, services: ServicesNow) -> dict[str, Any]:
     """Return what the key's address may spend, what its jobs hold and what is being sent back to it."""
-    accounts = (user_available(key.address), user_reserved(key.address), user_withdrawing(key.address))
-    available, reserved, withdrawing = await services.ledger.balances_of(*accounts)
-    return {
-        "address": key.address,
-        "available_lamports": available,
-        "reserved_lamports": reserved,
-        "withdrawing_lamports": withdrawing,
-    }
+    return {"address": key.address, **asdict(await services.books.balance(key.address))}
 
 
 @router.get("/v1/earnings")
@@ -75,23 +57,17 @@ async def earnings(
     """Return what the key's address earned by lending, what is on its way and what was paid."""
     if address is not None:
         await services.owner(authorization, address)
-    accounts = (worker_earned(key.address), worker_paying(key.address), worker_paid(key.address))
-    earned, paying, paid = await services.ledger.balances_of(*accounts)
     return {
         "address": key.address,
-        "earned_lamports": earned,
-        "paying_lamports": paying,
-        "paid_lamports": paid,
+        **asdict(await services.books.earnings(key.address)),
         "payout_threshold_lamports": services.config.policy.payout_threshold_lamports,
-        "claimed": await services.payees.has_claimed(key.address),
     }
 
 
 @router.post("/v1/earnings/claim")
 async def claim_earnings(body: ClaimRequest, key: Key, services: ServicesNow) -> dict[str, Any]:
     """Have what the key's address earned paid to it, from the threshold on."""
-    if not await services.payees.claim(key.address, body.signature):
-        raise Forbidden("this claim was not signed by the key's address", param="signature")
+    await services.books.claim_earnings(key.address, body.signature)
     return {"address": key.address, "claimed": True}
 
 
@@ -139,8 +115,7 @@ async def revoke(key_id: str, key: Key, services: ServicesNow) -> dict[str, str]
 async def _line(services: Services, key: ApiKey) -> dict[str, Any]:
     spent = None
     if key.spend_limit_lamports is not None:
-        await services.spend_limits.correct(key, wall_clock_ms())
-        spent = await services.spending.spent(key.key_id)
+        spent = await services.books.spent(key, wall_clock_ms())
     return {
         "key_id": key.key_id,
         "label": key.label,
@@ -154,37 +129,14 @@ async def _line(services: Services, key: ApiKey) -> dict[str, Any]:
 @router.post("/v1/withdrawals")
 async def withdraw(body: WithdrawalRequest, key: Key, services: ServicesNow) -> dict[str, Any]:
     """Hand a signed withdrawal to the treasury; the same one sent again changes nothing."""
-    if body.lamports < LEAST_LAMPORTS:
-        least = hype_from_lamports(LEAST_LAMPORTS)
-        raise InvalidRequest(f"a withdrawal is of at least {least} HYPE", param="lamports")
     withdrawal = Withdrawal(
         address=key.address, lamports=body.lamports, nonce=body.nonce, expires_at_ms=body.expires_at_ms
     )
-    if not is_signed(withdrawal, services.config.platform_address, body.signature):
-        raise Forbidden("this withdrawal was not signed by the key's address", param="signature")
-    if not 0 < body.expires_at_ms - wall_clock_ms() <= LONGEST_LIFE_MS:
-        raise InvalidRequest("a withdrawal is good for at most a day, from now on", param="expires_at_ms")
-    planned = await services.ledger.result(f"{withdrawal.payout_id}:planned")
-    if planned is None:
-        available = await services.ledger.balance(user_available(key.address))
-        if body.lamports > available:
-            raise InsufficientBalance(f"the account holds {available} lamports; this takes {body.lamports}")
-        await services.withdrawals.hand_in(SignedWithdrawal(withdrawal, body.signature))
-    elif not _carries_out(planned.entry.transfer, withdrawal):
-        raise Conflict("this nonce was used before for another withdrawal", param="nonce")
-    return await _state(services, withdrawal)
+    status = await services.books.withdraw(withdrawal, body.signature, wall_clock_ms())
+    return {"nonce": body.nonce, **asdict(status)}
 
 
 @router.get("/v1/withdrawals/{nonce}")
 async def withdrawal(nonce: int, key: Key, services: ServicesNow) -> dict[str, Any]:
     """Return how far one of the key's address's withdrawals is."""
-    return await _state(services, Withdrawal(address=key.address, lamports=0, nonce=nonce, expires_at_ms=0))
-
-
-def _carries_out(transfer: Transfer, withdrawal: Withdrawal) -> bool:
-    return isinstance(transfer, WithdrawalPlanned) and transfer.lamports == withdrawal.lamports
-
-
-async def _state(services: Services, named: Withdrawal) -> dict[str, Any]:
-    state, reason = await services.withdrawals.state(named, services.ledger)
-    return {"nonce": named.nonce, "state": state.value, "reason": reason}
+    return {"nonce": nonce, **asdict(await services.books.withdrawal(key.address, nonce))}

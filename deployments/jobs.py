@@ -137,5 +137,5 @@ async def receipt(job_id: str, key: Key, services: ServicesNow) -> dict[str, Any
     record = await owned(services, key, job_id)
     if record.outcome is None:
         raise Conflict(f"{job_id} has not ended", code="job_not_finished")
-    signature = await services.receipts.ask(job_id, _SIGNATURE_TIMEOUT_S)
+    signature = await services.books.receipt_signature(job_id, _SIGNATURE_TIMEOUT_S)
     return sealed(record.outcome.receipt, services.config.platform_address, signature)

@@ -27,11 +27,7 @@ from azu.jobs.intake import Intake, JobLimits, ModelFacts
 from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
 from azu.models.description import ModelDescription
-from azu.money.ledger.redis import RedisLedger
-from azu.money.spend_limits import RedisSpending, SpendLimits
-from azu.money.treasury.redis import EarningsClaims
-from azu.money.treasury.request_reply import DepositRequests, RedisReceipts
-from azu.money.treasury.withdrawals import RedisWithdrawals
+from azu.money.books import Books
 from azu.protocol.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -105,18 +101,11 @@ class Services:
         self.config = config
         self.auth = RedisAuth.from_url(config.redis_url)
         self.jobs = RedisJobs.from_url(config.redis_url)
-        self.ledger = RedisLedger.from_url(config.redis_url)
+        self.books = Books.from_url(config.redis_url, config.platform_address)
         self.tickets = RedisTickets.from_url(config.redis_url)
-        self.spending = RedisSpending.from_url(config.redis_url)
-        self.spend_limits = SpendLimits(self.spending, self.ledger)
-        self.claims = DepositRequests.from_url(config.redis_url)
-        self.payees = EarningsClaims.from_url(config.redis_url, config.platform_address)
-        self.receipts = RedisReceipts.from_url(config.redis_url)
-        self.withdrawals = RedisWithdrawals.from_url(config.redis_url)
         self.intake = Intake(
-            self.ledger,
+            self.books,
             self.jobs,
-            self.spend_limits,
             InFlightLimit.from_url(config.redis_url, self.jobs, policy.limits.max_jobs_in_flight),
             JobLimits(
                 max_prompt_tokens=policy.limits.max_prompt_tokens,

@@ -140,7 +140,12 @@ class Withdrawal:
     @property
     def payout_id(self) -> str:
         """The one payout that can come of it."""
-        return f"payout:{self.address}:withdrawal-{self.nonce}"
+        return withdrawal_id(self.address, self.nonce)
+
+
+def withdrawal_id(address: str, nonce: int) -> str:
+    """Return the payout id of the one withdrawal that an address can make with a nonce."""
+    return f"payout:{address}:withdrawal-{nonce}"
 
 
 def sign_withdrawal(account: LocalAccount, withdrawal: Withdrawal, platform: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from azu.auth.api_keys import ApiKey
 from azu.bench.model import BenchModel, ModelShape, balanced_boundary, bench_model, random_prompts
 from azu.bench.report import Measurement, call_apart, ray_here
 from azu.errors import Unavailable
@@ -23,8 +24,8 @@ from azu.launch.processes import ProcessGroup
 from azu.launch.redis_server import start_redis, wait_for_redis
 from azu.models import describe
 from azu.models.cut import cut
-from azu.money.ledger.redis import RedisLedger
-from azu.money.ledger.transfers import Deposit, Reserve, Settle
+from azu.money.books import Books
+from azu.protocol.job import Receipt
 from azu.protocol.step import Slice
 from azu.redis_client import connect_redis
 from azu.units import KIB, MIB, format_bytes
@@ -176,40 +177,43 @@ def measure_settling(_shape: ModelShape) -> tuple[Measurement, ...]:
 
 
 async def _measure(url: str) -> tuple[float, float]:
-    ledger, redis = RedisLedger.from_url(url), connect_redis(url)
+    books, redis = Books.from_url(url), connect_redis(url)
     try:
-        await ledger.apply(Deposit(id="deposit", address=_USER, lamports=_JOBS * _CHARGED))
-        await _all(range(_JOBS), lambda job: ledger.apply(_reserve(job)))
+        await books.credit("bench", _USER, _JOBS * _CHARGED)
+        await _all(range(_JOBS), lambda job: _reserve(books, job))
         settled_s = written_s = 0.0
         for start in range(_SETTLING_ROUNDS):
             jobs = range(start, _JOBS, _SETTLING_ROUNDS)
             written_s += await _all(jobs, lambda job: redis.set(f"bench:{job}", "x" * 100))
-            settled_s += await _all(jobs, lambda job: ledger.apply(_settle(job)))
+            settled_s += await _all(jobs, lambda job: books.settle(_receipt(job)))
         return settled_s, written_s
     finally:
-        await ledger.close()
+        await books.close()
         await redis.aclose()
 
 
-def _reserve(job: int) -> Reserve:
-    return Reserve(
-        id=f"reserve:{job}",
-        address=_USER,
-        job_id=str(job),
-        lamports=_CHARGED,
-        expires_at_ms=_EXPIRES_AT_MS,
-    )
+async def _reserve(books: Books, job: int) -> None:
+    key = ApiKey(key_id="bench", address=_USER, label="", created_at_ms=0)
+    await books.reserve(key, str(job), _CHARGED, now_ms=0, expires_at_ms=_EXPIRES_AT_MS)
 
 
-def _settle(job: int) -> Settle:
+def _receipt(job: int) -> Receipt:
     platform = _CHARGED // 5
     share = (_CHARGED - platform) // len(_WORKERS)
-    return Settle(
-        id=f"settle:{job}",
+    return Receipt(
         job_id=str(job),
+        address=_USER,
+        model_id="bench",
+        revision="",
+        prompt_tokens=1,
+        completion_tokens=1,
+        num_layers=1,
+        lamports_per_token_layer=_CHARGED // 2,
         charged_lamports=_CHARGED,
+        released_lamports=0,
         platform_lamports=platform,
-        shares=dict.fromkeys(_WORKERS, share),
+        worker_lamports=dict.fromkeys(_WORKERS, share),
+        transfer_id=f"settle:{job}",
     )
 
 

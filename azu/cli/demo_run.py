@@ -16,8 +16,8 @@ from rich.table import Table
 from azu.cli.output import ProgressPrinter
 from azu.client import Client
 from azu.launch.local_network import LocalNetwork, demo_network
+from azu.money.books import Books
 from azu.money.chain.wallet import transfer_hype
-from azu.money.ledger.redis import RedisLedger
 from azu.units import LAMPORTS_PER_HYPE, hype_from_lamports
 
 MODELS = ("azu/tiny-dense", "azu/tiny-moe")
@@ -113,7 +113,7 @@ def _ask(client: Client, model: str, step: Any, narrator: ProgressPrinter) -> De
 
 
 async def _ledger_sum(redis_url: str) -> int:
-    return sum((await RedisLedger.from_url(redis_url).balances()).values())
+    return (await Books.from_url(redis_url).totals()).sum_lamports
 
 
 def _topology(run: DemoRun) -> Table:

@@ -13,9 +13,9 @@ from azu.config import Settings
 from azu.units import format_bytes, hype_from_lamports
 
 if TYPE_CHECKING:
+    from azu.money.books import Books
     from azu.money.ledger.audit import Audit
     from azu.money.ledger.durability import FileRepair
-    from azu.money.ledger.redis import RedisLedger
 
 
 # At a chain that disagrees: a deposit or payout may be on its way into the books.
@@ -60,9 +60,9 @@ def repair(
 
 async def _audit(settings: Settings, wallet_lamports: int | None) -> "Audit":
     from azu.launch.redis_server import own_redis_url
-    from azu.money.ledger.redis import RedisLedger
+    from azu.money.books import Books
 
-    books = RedisLedger.from_url(settings.redis_url or own_redis_url(settings.home))
+    books = Books.from_url(settings.redis_url or own_redis_url(settings.home))
     chain = None if wallet_lamports is not None else _chain(settings)
     try:
         report = await _look(books, chain, wallet_lamports)
@@ -76,12 +76,10 @@ async def _audit(settings: Settings, wallet_lamports: int | None) -> "Audit":
         await books.close()
 
 
-async def _look(books: "RedisLedger", chain: tuple[str, str] | None, wallet_lamports: int | None) -> "Audit":
-    from azu.money.ledger.audit import audit as audit_books
-
+async def _look(books: "Books", chain: tuple[str, str] | None, wallet_lamports: int | None) -> "Audit":
     if chain is not None:
         wallet_lamports = await _wallet(*chain)
-    return await audit_books(await books.snapshot(), books.journal(), wallet_lamports)
+    return await books.audit(wallet_lamports)
 
 
 def _chain(settings: Settings) -> tuple[str, str] | None:

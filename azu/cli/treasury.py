@@ -25,6 +25,7 @@ def treasury() -> None:
 
     from azu.config import Settings, load_network
     from azu.errors import ConfigurationError
+    from azu.jobs.redis import RedisJobs
     from azu.logs import start_logging
     from azu.money.chain.networks import network_at
     from azu.money.treasury.payouts import Threshold
@@ -48,7 +49,8 @@ def treasury() -> None:
         # The official networks count requests; a local chain does not.
         config = replace(config, poll_s=_DEVNET_POLL_S, plan_every_s=1.0)
     start_logging("treasury", hidden=_secrets(account, settings))
-    asyncio.run(run(config, ready=lambda: print("treasury ready", flush=True)))  # noqa: T201
+    jobs = RedisJobs.from_url(settings.redis_url)
+    asyncio.run(run(config, jobs, ready=lambda: print("treasury ready", flush=True)))  # noqa: T201
 
 
 def _secrets(account: "LocalAccount", settings: "Settings") -> "list[str]":

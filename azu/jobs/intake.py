@@ -5,13 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from azu.auth.api_keys import ApiKey
-from azu.errors import AzuError, InsufficientBalance, InvalidRequest
+from azu.errors import AzuError, InvalidRequest
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.redis import RedisJobs
-from azu.money.ledger.redis import RedisLedger
-from azu.money.ledger.transfers import Reserve
+from azu.money.books import Books
 from azu.money.pricing import charge, max_charge
-from azu.money.spend_limits import SpendLimits
 from azu.protocol.job import Job
 from azu.protocol.sampling import SamplingParams
 
@@ -54,9 +52,8 @@ class Intake:
 
     def __init__(
         self,
-        ledger: RedisLedger,
+        books: Books,
         jobs: RedisJobs,
-        spend_limits: SpendLimits,
         in_flight_limit: InFlightLimit,
         limits: JobLimits,
         lamports_per_token_layer: int,
@@ -64,9 +61,8 @@ class Intake:
         now_ms: Callable[[], int],
         new_job_id: Callable[[], str],
     ) -> None:
-        self._ledger = ledger
+        self._books = books
         self._jobs = jobs
-        self._spend_limits = spend_limits
         self._in_flight_limit = in_flight_limit
         self._limits = limits
         self._price = lamports_per_token_layer
@@ -110,28 +106,19 @@ class Intake:
         )
         await self._in_flight_limit.add(key, job.job_id, now_ms)
         try:
-            await self._reserve(key, job)
+            await self._books.reserve(
+                key,
+                job.job_id,
+                job.reserved_lamports,
+                now_ms=now_ms,
+                expires_at_ms=now_ms + self._limits.reservation_ttl_ms,
+            )
         except AzuError:
             await self._in_flight_limit.remove(key, job.job_id)
             raise
         await self._jobs.submit(job)
         log.info("accepted", extra=_log_fields(job, key))
         return job
-
-    async def _reserve(self, key: ApiKey, job: Job) -> None:
-        await self._spend_limits.take(key, job.job_id, job.reserved_lamports, job.created_at_ms)
-        reserve = Reserve(
-            id=f"reserve:{job.job_id}",
-            address=job.address,
-            job_id=job.job_id,
-            lamports=job.reserved_lamports,
-            expires_at_ms=job.created_at_ms + self._limits.reservation_ttl_ms,
-        )
-        try:
-            await self._ledger.apply(reserve)
-        except InsufficientBalance:
-            await self._spend_limits.give_back(key, job.job_id)
-            raise
 
     def quote(
         self, model: ModelFacts, num_prompt_tokens: int, max_tokens: int, expected_tokens: int | None

@@ -33,7 +33,7 @@ from azu.jobs.record import (
     wake_key,
     without_first,
 )
-from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, TokenEvent
+from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, Receipt, TokenEvent
 from azu.redis_client import connect_redis
 
 TOKENS_KEPT_S = 24 * 3600
@@ -89,6 +89,11 @@ class RedisJobs:
     async def get(self, job_id: str) -> JobRecord | None:
         """Return a job's record, or None for an id that was never submitted."""
         return (await self._records([job_id]))[0]
+
+    async def receipt(self, job_id: str) -> Receipt | None:
+        """Return the receipt of a job that has ended, None for every other id."""
+        record = await self.get(job_id)
+        return None if record is None or record.outcome is None else record.outcome.receipt
 
     async def states(self, job_ids: Sequence[str]) -> list[JobState | None]:
         """Return the jobs' states; None for an id that was never submitted."""

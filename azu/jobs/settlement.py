@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 
 from azu.jobs.redis import RedisJobs
-from azu.money.ledger.redis import RedisLedger
-from azu.money.ledger.transfers import Release, Settle, Transfer
+from azu.money.books import Books
 from azu.money.pricing import charge, divide
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState, Receipt
 
@@ -15,9 +14,9 @@ class Settlement:
     """Ends jobs: one transfer under the job's id, one receipt, one outcome."""
 
     def __init__(
-        self, ledger: RedisLedger, jobs: RedisJobs, lamports_per_token_layer: int, platform_percent: int
+        self, books: Books, jobs: RedisJobs, lamports_per_token_layer: int, platform_percent: int
     ) -> None:
-        self._ledger = ledger
+        self._books = books
         self._jobs = jobs
         self._price = lamports_per_token_layer
         self._platform_percent = platform_percent
@@ -40,7 +39,7 @@ class Settlement:
 
     async def conclude(self, job: Job, ending: JobOutcome) -> None:
         """Apply the transfer of a fixed outcome and write it; a second call changes nothing."""
-        await self._ledger.apply(_transfer(job, ending.receipt))
+        await self._books.settle(ending.receipt)
         await self._jobs.finish(job.job_id, ending)
 
     def _receipt(self, job: Job, run: JobRun) -> Receipt:
@@ -70,18 +69,6 @@ class Settlement:
 
 def _transfer_id(job: Job, charged: int) -> str:
     return f"{'settle' if charged else 'release'}:{job.job_id}"
-
-
-def _transfer(job: Job, receipt: Receipt) -> Transfer:
-    if not receipt.charged_lamports:
-        return Release(id=receipt.transfer_id, job_id=job.job_id)
-    return Settle(
-        id=receipt.transfer_id,
-        job_id=job.job_id,
-        charged_lamports=receipt.charged_lamports,
-        platform_lamports=receipt.platform_lamports,
-        shares=receipt.worker_lamports,
-    )
 
 
 def _by_payout(

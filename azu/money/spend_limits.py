@@ -1,14 +1,14 @@
 """Keeps a key within its spend limit, by what the ledger says of the key's jobs."""
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 from redis.asyncio import Redis
 
 from azu.auth.api_keys import ApiKey
 from azu.errors import InsufficientBalance, Unauthenticated
-from azu.money.ledger.rules import Reservation, Result
+from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Settle
 from azu.redis_client import connect_redis
 
@@ -84,35 +84,12 @@ def _key(key_id: str) -> str:
 _LOST_AFTER_MS = 600_000
 
 
-class SpendCounter(Protocol):
-    """What is counted against limits."""
-
-    async def take(self, key_id: str, taken: CountedJob, limit_lamports: int) -> bool:
-        """Count a job against its key; False if that exceeded the limit."""
-
-    async def open(self, key_id: str) -> Sequence[CountedJob]:
-        """Return the jobs that were taken and not ended."""
-
-    async def end(self, key_id: str, job_id: str, charged_lamports: int) -> None:
-        """Count what a job was charged in place of what it might have been."""
-
-
-class Books(Protocol):
-    """The ledger."""
-
-    async def reservation(self, job_id: str) -> Reservation | None:
-        """Return a job's reservation, open or ended; None if there was never one."""
-
-    async def result(self, transfer_id: str) -> Result | None:
-        """Return what a transfer did."""
-
-
 class SpendLimits:
     """Counts before the reservation and corrects from the ledger: what a key may spend is never exceeded."""
 
-    def __init__(self, spending: SpendCounter, books: Books) -> None:
+    def __init__(self, spending: RedisSpending, ledger: RedisLedger) -> None:
         self._spending = spending
-        self._books = books
+        self._ledger = ledger
 
     async def take(self, key: ApiKey, job_id: str, lamports: int, now_ms: int) -> None:
         """Count the highest price of a job against its key.
@@ -134,6 +111,11 @@ class SpendLimits:
                 code="spend_limit_reached",
             )
 
+    async def spent(self, key: ApiKey, now_ms: int) -> int:
+        """Return the lamports that count against a key's limit now."""
+        await self.correct(key, now_ms)
+        return await self._spending.spent(key.key_id)
+
     async def correct(self, key: ApiKey, now_ms: int) -> None:
         """Count jobs that have ended by what they were charged."""
         for taken in await self._spending.open(key.key_id):
@@ -148,12 +130,12 @@ class SpendLimits:
 
     async def _charged(self, taken: CountedJob, now_ms: int) -> int | None:
         """Return what a job was charged, None while that is open."""
-        reservation = await self._books.reservation(taken.job_id)
+        reservation = await self._ledger.reservation(taken.job_id)
         if reservation is None:
             return 0 if now_ms - taken.at_ms > _LOST_AFTER_MS else None
         if reservation.ended_by is None:
             return None
-        result = await self._books.result(reservation.ended_by)
+        result = await self._ledger.result(reservation.ended_by)
         assert result is not None, "the ledger has every transfer that ended something"
         transfer = result.entry.transfer
         return transfer.charged_lamports if isinstance(transfer, Settle) else 0

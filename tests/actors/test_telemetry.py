@@ -1,9 +1,9 @@
 """What the network shows of its nodes and books."""
 
-from actors.telemetry import show_nodes
+from actors.telemetry import show_books, show_nodes
 from azu import metrics
 from azu.metrics import Meter
-from azu.money.books import show_books
+from azu.money.books import totals_of
 from azu.money.ledger.transfers import (
     CHAIN,
     PLATFORM,
@@ -31,7 +31,7 @@ def test_charges_are_what_platform_and_workers_ever_got() -> None:
         worker_paid(OWNERS[0]): 25,
         worker_paid(OWNERS[1]): 5,
     }
-    show_books(meter, balances)
+    show_books(meter, totals_of(balances))
 
     shown = meter.snapshot()
 

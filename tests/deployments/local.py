@@ -24,9 +24,10 @@ from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
 from azu.metrics import MetricsSnapshot
+from azu.money.books import Books
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Deposit
-from azu.money.treasury.deposits import DepositStatus, SightingState
+from azu.money.treasury.deposits import DepositState, DepositStatus
 from azu.money.treasury.request_reply import DepositRequests
 from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
 from azu.units import LAMPORTS_PER_HYPE
@@ -200,7 +201,7 @@ async def knows_no_transfer(redis_url: str) -> None:
     claims = DepositRequests.from_url(redis_url)
     while True:
         for tx_hash in await claims.waiting(100):
-            await claims.answer(tx_hash, DepositStatus(SightingState.UNKNOWN))
+            await claims.answer(tx_hash, DepositStatus(DepositState.UNKNOWN))
         await asyncio.sleep(0.02)
 
 
@@ -214,7 +215,8 @@ async def local_ingress(
     jobs, ledger = RedisJobs.from_url(redis_url), RedisLedger.from_url(redis_url)
     model = ScriptedModel(jobs)
     price = config.policy.price
-    settlement = Settlement(ledger, jobs, price.lamports_per_token_layer, price.platform_percent)
+    books = Books.from_url(redis_url)
+    settlement = Settlement(books, jobs, price.lamports_per_token_layer, price.platform_percent)
     dispatcher = Dispatcher(jobs, model, settlement, consumer="test", patience=config.policy.retry_policy())
     running = [asyncio.create_task(one) for one in (dispatcher.run(), knows_no_transfer(redis_url))]
     try:

@@ -15,6 +15,7 @@ from azu.jobs import dispatch
 from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
+from azu.money.books import Books
 from azu.money.ledger.redis import RedisLedger
 from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
 from tests.builders import OWNERS
@@ -87,8 +88,8 @@ def settle_for_ever(redis_url: str, death: Death, seed: int) -> None:
 
 
 async def _settle(redis_url: str, dice: random.Random) -> None:
-    jobs, ledger = RedisJobs.from_url(redis_url), RedisLedger.from_url(redis_url)
-    settlement = Settlement(ledger, jobs, PRICE, PLATFORM_PERCENT)
+    jobs, books = RedisJobs.from_url(redis_url), Books.from_url(redis_url)
+    settlement = Settlement(books, jobs, PRICE, PLATFORM_PERCENT)
     model = FakeModel(jobs, dice)
     consumer = f"settling-{os.getpid()}"
     await Dispatcher(jobs, OneDeployment(model), settlement, consumer=consumer, patience=PATIENCE).run()

@@ -9,9 +9,9 @@ from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
+from azu.money.books import Books
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Deposit, user_available, user_reserved, worker_earned
-from azu.money.spend_limits import RedisSpending, SpendLimits
 from azu.protocol.job import FinishReason, Job, JobRun, JobState
 from azu.protocol.sampling import SamplingParams
 from tests.builders import ALICE, OWNERS, api_key
@@ -29,20 +29,19 @@ class Billing:
     def __init__(self, redis_url: str) -> None:
         self.ledger = RedisLedger.from_url(redis_url)
         self.jobs = RedisJobs.from_url(redis_url)
-        self.spend_limits = SpendLimits(RedisSpending.from_url(redis_url), self.ledger)
+        books = Books.from_url(redis_url)
         ids = iter(f"job-{n}" for n in range(10_000))
         limits = JobLimits(max_prompt_tokens=32, max_completion_tokens=40, reservation_ttl_ms=600_000)
         self.intake = Intake(
-            self.ledger,
+            books,
             self.jobs,
-            self.spend_limits,
             InFlightLimit.from_url(redis_url, self.jobs, 10_000),
             limits,
             2,
             now_ms=lambda: 1_000,
             new_job_id=lambda: next(ids),
         )
-        self.settlement = Settlement(self.ledger, self.jobs, 2, platform_percent=20)
+        self.settlement = Settlement(books, self.jobs, 2, platform_percent=20)
 
     async def deposit(self, lamports: int) -> None:
         await self.ledger.apply(Deposit(id="deposit:0x" + "11" * 32, address=ALICE, lamports=lamports))

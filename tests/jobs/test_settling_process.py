@@ -13,6 +13,7 @@ import redis
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits
 from azu.jobs.redis import RedisJobs
+from azu.money.books import Books
 from azu.money.ledger.audit import audit
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import (
@@ -25,7 +26,6 @@ from azu.money.ledger.transfers import (
     user_available,
     user_reserved,
 )
-from azu.money.spend_limits import RedisSpending, SpendLimits
 from azu.money.treasury.expired_reservations import ReservationExpiry
 from azu.protocol.job import Job
 from azu.protocol.sampling import SamplingParams
@@ -54,15 +54,14 @@ async def books(redis_url: str) -> AsyncIterator[tuple[RedisLedger, RedisJobs]]:
 async def submitted(redis_url: str, dice: random.Random, count: int) -> list[Job]:
     """Deposit, submit jobs (sometimes cancel the first), and reserve for a job that is never written."""
     async with books(redis_url) as (ledger, jobs):
-        spend_limits = SpendLimits(RedisSpending.from_url(redis_url), ledger)
         in_flight_limit = InFlightLimit.from_url(redis_url, jobs, 10_000)
-        return await submit(ledger, jobs, spend_limits, in_flight_limit, dice, count)
+        return await submit(ledger, jobs, Books.from_url(redis_url), in_flight_limit, dice, count)
 
 
 async def submit(
     ledger: RedisLedger,
     jobs: RedisJobs,
-    spend_limits: SpendLimits,
+    books: Books,
     in_flight_limit: InFlightLimit,
     dice: random.Random,
     count: int,
@@ -70,9 +69,8 @@ async def submit(
     ids = iter(f"job-{number}" for number in range(count))
     limits = JobLimits(max_prompt_tokens=32, max_completion_tokens=40, reservation_ttl_ms=1)
     intake = Intake(
-        ledger,
+        books,
         jobs,
-        spend_limits,
         in_flight_limit,
         limits,
         PRICE,
@@ -105,7 +103,7 @@ async def assert_settled_once(redis_url: str, accepted: list[Job]) -> None:
 
 async def assert_books(ledger: RedisLedger, jobs: RedisJobs, accepted: list[Job]) -> None:
     """Every job's receipt agrees with the ledger, and no reservation is left."""
-    expiry = ReservationExpiry(ledger, jobs)
+    expiry = ReservationExpiry(ledger, jobs.give_up)
     await expiry.sweep()
     await expiry.sweep()
     entries = [entry async for entry in ledger.journal()]

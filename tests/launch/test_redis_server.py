@@ -20,13 +20,14 @@ from azu.jobs.settlement import Settlement
 from azu.launch.processes import ProcessGroup
 from azu.launch.redis_server import KEYS_OF, NAME, RedisServer, RedisUrls, start_redis, wait_for_redis
 from azu.models.status import RedisModelStatus
+from azu.money.books import Books
 from azu.money.ledger.audit import audit
 from azu.money.ledger.redis import RedisLedger
 from azu.money.spend_limits import CountedJob, RedisSpending
 from azu.money.treasury.expired_reservations import ReservationExpiry
 from azu.money.treasury.receipts import ReceiptSigner
 from azu.money.treasury.redis import RedisCursor, RedisLease, RedisOutbox
-from azu.money.treasury.request_reply import DepositRequests, RedisReceipts
+from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
 from azu.money.treasury.withdrawals import RedisWithdrawals, SignedWithdrawal
 from azu.protocol.job import FinishReason, JobRun, JobState, TokenEvent
 from azu.redis_client import connect_redis
@@ -118,7 +119,7 @@ async def as_ingress(redis: Redis) -> None:
     await jobs.cancel("job-1")
     with pytest.raises(DeadlineExceeded):
         await DepositRequests(redis).ask("0x" + "12" * 32, ALICE, 0.0)
-    assert await RedisReceipts(redis).ask("job-1", 0.0) is None
+    assert await ReceiptRequests(redis).ask("job-1", 0.0) is None
     withdrawal = Withdrawal(address=ALICE, lamports=1, nonce=1, expires_at_ms=1)
     await RedisWithdrawals(redis).hand_in(SignedWithdrawal(withdrawal, "0x"))
     following = asyncio.create_task(anext(jobs.events("job-1")))
@@ -131,7 +132,7 @@ async def as_scheduler(redis: Redis) -> None:
     [record] = await jobs.take("scheduler", 1, 60_000)
     await jobs.set_state("job-1", JobState.RUNNING)
     run = JobRun(0, FinishReason.CANCELLED)
-    await Settlement(RedisLedger(redis), jobs, 2, 20).settle(record.job, run)
+    await Settlement(Books(redis), jobs, 2, 20).settle(record.job, run)
     await jobs.done("job-1")
     assert await anext(jobs.cancellations()) == "job-1"
 
@@ -148,8 +149,8 @@ async def as_treasury(redis: Redis) -> None:
     assert await RedisOutbox(redis).next_nonce(5) == 5
     assert len(await RedisWithdrawals(redis).waiting()) == 1
     assert await DepositRequests(redis).waiting(10) == ["0x" + "12" * 32]
-    await ReservationExpiry(ledger, jobs).sweep()
-    signer = ReceiptSigner(jobs, ledger, Account.from_key("0x" + "07" * 32))
+    await ReservationExpiry(ledger, jobs.give_up).sweep()
+    signer = ReceiptSigner(jobs.receipt, ledger, Account.from_key("0x" + "07" * 32))
     assert await signer.sign("job-1")
     assert (await audit(await ledger.snapshot(), ledger.journal())).agrees
 

@@ -18,7 +18,7 @@ _ACTIONS = ("sendAsset", "spotSend")
 _SPOT = "spot"
 
 
-class SightingState(StrEnum):
+class DepositState(StrEnum):
     """PENDING: good, but not in the platform's ledger yet. REJECTED: will never be credited."""
 
     UNKNOWN = "unknown"
@@ -31,7 +31,7 @@ class SightingState(StrEnum):
 class DepositStatus:
     """What the treasury knows of a hash. `sender` is the chain's, empty while the hash is unknown."""
 
-    state: SightingState
+    state: DepositState
     sender: str = ""
     lamports: int = 0
     reason: str = ""
@@ -59,10 +59,10 @@ def judge(details: TxDetails, *, platform: str, hype: str) -> DepositStatus:
         reason = "it was sent from a sub-account, which has no key to log in with"
     else:
         try:
-            return DepositStatus(SightingState.PENDING, sender, lamports_from_hype(str(action.get("amount"))))
+            return DepositStatus(DepositState.PENDING, sender, lamports_from_hype(str(action.get("amount"))))
         except InvalidRequest:
             reason = "its amount is not a whole number of lamports"
-    return DepositStatus(SightingState.REJECTED, sender, reason=reason)
+    return DepositStatus(DepositState.REJECTED, sender, reason=reason)
 
 
 def agrees(row: LedgerTransfer, sighting: DepositStatus) -> bool:
@@ -131,26 +131,26 @@ class DepositWatcher:
             return credited
         details = await self._chain.tx_details(tx_hash)
         if details is None:
-            return DepositStatus(SightingState.UNKNOWN)
+            return DepositStatus(DepositState.UNKNOWN)
         sighting = judge(details, platform=self._platform, hype=self._chain.network.hype)
-        if sighting.state is SightingState.REJECTED:
+        if sighting.state is DepositState.REJECTED:
             return sighting
         # From its own time on: also one that no poll looks back to any more.
         async for page in self._chain.ledger_updates(self._platform, details.time_ms):
             for row in page:
                 if row.hash == tx_hash and await self._decide(row):
                     return await self._credited(tx_hash) or DepositStatus(
-                        SightingState.REJECTED, sighting.sender, reason="the ledger says otherwise"
+                        DepositState.REJECTED, sighting.sender, reason="the ledger says otherwise"
                     )
         return sighting
 
     async def _credited(self, tx_hash: str) -> DepositStatus | None:
-        result = await self._ledger.result(_deposit_id(tx_hash))
+        result = await self._ledger.result(deposit_id(tx_hash))
         if result is None:
             return None
         deposit = result.entry.transfer
         assert isinstance(deposit, Deposit), "the id says so"
-        return DepositStatus(SightingState.CREDITED, deposit.address, deposit.lamports)
+        return DepositStatus(DepositState.CREDITED, deposit.address, deposit.lamports)
 
     async def _decide(self, row: LedgerTransfer) -> bool:
         """Credit or dismiss a row; False if the chain does not say enough yet."""
@@ -169,7 +169,7 @@ class DepositWatcher:
             _LOG.error("not credited: the explorer does not know %s", row)
             return True
         sighting = judge(details, platform=self._platform, hype=self._chain.network.hype)
-        if sighting.state is SightingState.REJECTED:
+        if sighting.state is DepositState.REJECTED:
             _LOG.warning("not credited, %s: %s", sighting.reason, row)
         elif not agrees(row, sighting):
             _LOG.error("not credited, the explorer says %s: %s", details, row)
@@ -178,7 +178,7 @@ class DepositWatcher:
         return True
 
     async def _credit(self, row: LedgerTransfer, lamports: int) -> None:
-        deposit = Deposit(id=_deposit_id(row.hash), address=row.sender, lamports=lamports)
+        deposit = Deposit(id=deposit_id(row.hash), address=row.sender, lamports=lamports)
         try:
             await self._ledger.apply(deposit)
         except TransferConflict:
@@ -187,5 +187,6 @@ class DepositWatcher:
         _LOG.info("credited %d lamports to %s: %s", lamports, row.sender, row.hash)
 
 
-def _deposit_id(tx_hash: str) -> str:
+def deposit_id(tx_hash: str) -> str:
+    """Return the id of the ledger's transfer for a deposit with this hash."""
     return f"deposit:{tx_hash}"

@@ -5,12 +5,11 @@ import logging
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from eth_account.signers.local import LocalAccount
 
 from azu.errors import AzuError
-from azu.jobs.redis import RedisJobs
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import ChainNetwork
 from azu.money.ledger.redis import RedisLedger
@@ -20,8 +19,9 @@ from azu.money.treasury.outbox import Lease
 from azu.money.treasury.payouts import Payer, PayoutSelector, PayoutTimeouts, Threshold
 from azu.money.treasury.receipts import ReceiptSigner
 from azu.money.treasury.redis import EarningsClaims, RedisCursor, RedisLease, RedisOutbox
-from azu.money.treasury.request_reply import DepositRequests, RedisReceipts
+from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
 from azu.money.treasury.withdrawals import RedisWithdrawals, WithdrawalPlanner
+from azu.protocol.job import Receipt
 from azu.redis_client import connect_redis
 
 _LOG = logging.getLogger(__name__)
@@ -50,7 +50,20 @@ class TreasuryConfig:
     lease_s: float = 30.0
 
 
-async def run(config: TreasuryConfig, *, ready: Callable[[], None]) -> None:
+class JobRecords(Protocol):
+    """What the treasury needs of the durable jobs. It is a port because jobs are a higher floor than money.
+
+    Both methods raise Unavailable when Redis does not answer.
+    """
+
+    async def receipt(self, job_id: str) -> Receipt | None:
+        """Return the receipt of a job that has ended, None for every other id."""
+
+    async def give_up(self, job_id: str) -> bool:
+        """Mark a job as lost, so that it is never written down later; False if it was written down before."""
+
+
+async def run(config: TreasuryConfig, jobs: JobRecords, *, ready: Callable[[], None]) -> None:
     """Run until SIGTERM or SIGINT; calls `ready` once the platform's ledger on the chain was read.
 
     A chain or a Redis that is away is waited for; everything else ends the process.
@@ -59,7 +72,7 @@ async def run(config: TreasuryConfig, *, ready: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    treasury = _Treasury(config)
+    treasury = _Treasury(config, jobs)
     try:
         async with asyncio.TaskGroup() as tasks:
             duties = [
@@ -79,7 +92,7 @@ async def run(config: TreasuryConfig, *, ready: Callable[[], None]) -> None:
 class _Treasury:
     """The duties over one chain and one Redis."""
 
-    def __init__(self, config: TreasuryConfig) -> None:
+    def __init__(self, config: TreasuryConfig, jobs: JobRecords) -> None:
         platform = config.account.address.lower()
         self._config = config
         self._redis = connect_redis(config.redis_url)
@@ -104,10 +117,9 @@ class _Treasury:
             on_refused=self._dues.pass_over,
             withdrawals=self._withdrawals,
         )
-        jobs = RedisJobs(self._redis)
-        self._sweeper = ReservationExpiry(self._ledger, jobs)
-        self._receipts = RedisReceipts(self._redis)
-        self._receipt_signer = ReceiptSigner(jobs, self._ledger, config.account)
+        self._sweeper = ReservationExpiry(self._ledger, jobs.give_up)
+        self._receipts = ReceiptRequests(self._redis)
+        self._receipt_signer = ReceiptSigner(jobs.receipt, self._ledger, config.account)
         self._plan_at_s = 0.0
 
     async def watch(self) -> None:

@@ -1,64 +1,63 @@
-"""Receipts: how the ingress has the treasury sign them, which signs nothing that the ledger does not say."""
+"""Receipts: what the ledger has to say of an ended job, and the platform's signature when it does."""
 
 import logging
-from typing import Protocol
+from collections.abc import Awaitable, Callable
 
 from eth_account.signers.local import LocalAccount
 
 from azu.auth.signatures import sign_receipt
-from azu.jobs.record import JobRecord
-from azu.money.ledger.rules import Result
+from azu.errors import LedgerError
+from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Release, Settle, Transfer
 from azu.protocol.job import Receipt
 
 _LOG = logging.getLogger(__name__)
 
 
-class JobRecords(Protocol):
-    """Durable jobs."""
-
-    async def get(self, job_id: str) -> JobRecord | None:
-        """Return a job's record, or None for an id that was never submitted."""
-
-
-class Ledger(Protocol):
-    """azu's books."""
-
-    async def result(self, transfer_id: str) -> Result | None:
-        """Return what a transfer did, None if it never was applied."""
+def job_end(receipt: Receipt) -> Settle | Release:
+    """Return the transfer that ends a job as its receipt says; raises LedgerError if its sums are wrong."""
+    if not receipt.charged_lamports:
+        return Release(id=receipt.transfer_id, job_id=receipt.job_id)
+    return Settle(
+        id=receipt.transfer_id,
+        job_id=receipt.job_id,
+        charged_lamports=receipt.charged_lamports,
+        platform_lamports=receipt.platform_lamports,
+        shares=receipt.worker_lamports,
+    )
 
 
 class ReceiptSigner:
-    """Signs the receipts of jobs that the ledger settled as they say."""
+    """Signs the receipts of jobs that the ledger ended as the receipts say.
 
-    def __init__(self, jobs: JobRecords, ledger: Ledger, account: LocalAccount) -> None:
-        self._jobs = jobs
+    `receipt_of` returns the receipt of an ended job, None for every other id.
+    """
+
+    def __init__(
+        self,
+        receipt_of: Callable[[str], Awaitable[Receipt | None]],
+        ledger: RedisLedger,
+        account: LocalAccount,
+    ) -> None:
+        self._receipt_of = receipt_of
         self._ledger = ledger
         self._account = account
 
     async def sign(self, job_id: str) -> str:
         """Return the signature of a job's receipt, empty if there is none to sign. Raises Unavailable."""
-        record = await self._jobs.get(job_id)
-        if record is None or record.outcome is None:
+        receipt = await self._receipt_of(job_id)
+        if receipt is None:
             return ""
-        receipt = record.outcome.receipt
         result = await self._ledger.result(receipt.transfer_id)
-        if result is None or not _booked(result.entry.transfer, receipt):
+        if result is None or not _is_booked(result.entry.transfer, receipt):
             _LOG.error("not signed, the ledger has %s for %s", result, receipt, extra={"job_id": job_id})
             return ""
         _LOG.info("signed the receipt", extra={"job_id": job_id})
         return sign_receipt(self._account, receipt)
 
 
-def _booked(transfer: Transfer, receipt: Receipt) -> bool:
-    match transfer:
-        case Settle():
-            return (transfer.job_id, transfer.charged_lamports, transfer.platform_lamports) == (
-                receipt.job_id,
-                receipt.charged_lamports,
-                receipt.platform_lamports,
-            ) and dict(transfer.shares) == dict(receipt.worker_lamports)
-        case Release():
-            return transfer.job_id == receipt.job_id and receipt.charged_lamports == 0
-        case _:
-            return False
+def _is_booked(transfer: Transfer, receipt: Receipt) -> bool:
+    try:
+        return transfer == job_end(receipt)
+    except LedgerError:
+        return False

@@ -6,8 +6,7 @@ Any number of askers of one question are one question, and an answer is kept for
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import replace
 from typing import cast
 
 from pydantic import TypeAdapter
@@ -15,7 +14,7 @@ from redis.asyncio import Redis
 
 from azu.addresses import parse_address, parse_hash
 from azu.errors import DeadlineExceeded, DepositRejected, Forbidden, NotFound, Unavailable
-from azu.money.treasury.deposits import DepositStatus, SightingState
+from azu.money.treasury.deposits import DepositState, DepositStatus
 from azu.redis_client import connect_redis, typed_redis_errors
 
 # How many questions may wait at once, and how long one waits for a treasury that is away.
@@ -93,23 +92,8 @@ _FINAL_ANSWER_MS = 60_000
 # The explorer may learn of a hash a little later than the caller.
 _UNKNOWN_PATIENCE_S = 3.0
 
-_FINAL = (SightingState.CREDITED, SightingState.REJECTED)
+_FINAL = (DepositState.CREDITED, DepositState.REJECTED)
 _SIGHTING = TypeAdapter(DepositStatus)
-
-
-class ClaimStatus(StrEnum):
-    """PENDING: the chain has it, azu's ledger not yet; it will come without another claim."""
-
-    CREDITED = "credited"
-    PENDING = "pending"
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimVerdict:
-    """What a claim of one's own deposit is told; `lamports` is 0 while it is pending."""
-
-    status: ClaimStatus
-    lamports: int
 
 
 class DepositRequests:
@@ -131,7 +115,7 @@ class DepositRequests:
         """Close the connections."""
         await self._redis.aclose()
 
-    async def ask(self, tx_sig: str, address: str, timeout_s: float) -> ClaimVerdict:
+    async def ask(self, tx_sig: str, address: str, timeout_s: float) -> DepositStatus:
         """Have the treasury look for a hash and say what became of it, for the address that claims it.
 
         Raises InvalidRequest for a malformed hash or address, NotFound for a hash the chain does not know,
@@ -143,7 +127,7 @@ class DepositRequests:
         async for waited_s, answer in self._questions.asked(tx_hash):
             seen = _SIGHTING.validate_json(answer) if answer else seen
             patience_s = timeout_s
-            if seen is not None and seen.state is SightingState.UNKNOWN:
+            if seen is not None and seen.state is DepositState.UNKNOWN:
                 patience_s = min(timeout_s, _UNKNOWN_PATIENCE_S)
             if (seen is not None and seen.state in _FINAL) or waited_s >= patience_s:
                 break
@@ -159,18 +143,16 @@ class DepositRequests:
         await self._questions.answer(tx_hash, _SIGHTING.dump_json(sighting), kept_ms)
 
 
-def _verdict(seen: DepositStatus | None, tx_hash: str, claimant: str) -> ClaimVerdict:
+def _verdict(seen: DepositStatus | None, tx_hash: str, claimant: str) -> DepositStatus:
     if seen is None:
         raise DeadlineExceeded("the treasury did not answer; the deposit is credited when it is back")
-    if seen.state is SightingState.UNKNOWN:
+    if seen.state is DepositState.UNKNOWN:
         raise NotFound(f"the chain does not know {tx_hash}", param="tx_sig")
     if seen.sender != claimant:
         raise Forbidden("another address sent this transfer", param="user_address")
-    if seen.state is SightingState.REJECTED:
+    if seen.state is DepositState.REJECTED:
         raise DepositRejected(f"{tx_hash} is no deposit: {seen.reason}", param="tx_sig")
-    if seen.state is SightingState.CREDITED:
-        return ClaimVerdict(ClaimStatus.CREDITED, seen.lamports)
-    return ClaimVerdict(ClaimStatus.PENDING, 0)
+    return seen if seen.state is DepositState.CREDITED else replace(seen, lamports=0)
 
 
 _RECEIPTS_TOPIC = "receipts"
@@ -179,7 +161,7 @@ _KEPT_MS = 3_600_000
 _REFUSAL_KEPT_MS = 1_000
 
 
-class RedisReceipts:
+class ReceiptRequests:
     """Both ends: the ingress asks for a job's signature, the treasury gives it.
 
     Every method raises Unavailable when Redis does not answer.
@@ -189,7 +171,7 @@ class RedisReceipts:
         self._questions = RequestReply(redis, _RECEIPTS_TOPIC)
 
     @classmethod
-    def from_url(cls, url: str) -> "RedisReceipts":
+    def from_url(cls, url: str) -> "ReceiptRequests":
         """Return the receipts asked for in the Redis at `url`; connects when first used."""
         return cls(connect_redis(url))
 

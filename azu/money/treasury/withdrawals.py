@@ -4,15 +4,15 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol, cast
+from typing import cast
 
 from pydantic import ConfigDict, TypeAdapter
 from redis.asyncio import Redis
 
-from azu.auth.signatures import Withdrawal, is_signed
+from azu.auth.signatures import Withdrawal, is_signed, withdrawal_id
 from azu.clock import wall_clock_ms
 from azu.errors import Conflict, NotFound, Unavailable
-from azu.money.ledger.rules import Result
+from azu.money.ledger.redis import RedisLedger
 from azu.money.treasury.outbox import Outbox, Payout
 from azu.money.treasury.payouts import AmountOwed, PayoutSelector
 from azu.redis_client import connect_redis, typed_redis_errors
@@ -43,6 +43,14 @@ class WithdrawalState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class WithdrawalStatus:
+    """How far a withdrawal has come; `reason` says why it was refused."""
+
+    state: WithdrawalState
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SignedWithdrawal:
     """A withdrawal and its address's signature."""
 
@@ -53,13 +61,6 @@ class SignedWithdrawal:
 
 
 _SIGNED = TypeAdapter(SignedWithdrawal)
-
-
-class Ledger(Protocol):
-    """azu's books."""
-
-    async def result(self, transfer_id: str) -> Result | None:
-        """Return what a transfer did, None if it never was applied."""
 
 
 class RedisWithdrawals:
@@ -114,21 +115,23 @@ class RedisWithdrawals:
         with typed_redis_errors():
             return cast(str | None, await self._redis.get(_REFUSED + payout_id))
 
-    async def state(self, withdrawal: Withdrawal, ledger: Ledger) -> tuple[WithdrawalState, str | None]:
-        """Return how far the one of this address and nonce is and why it was refused; raises NotFound."""
-        payout_id = withdrawal.payout_id
-        # First: whatever waits no more has left its mark in one of the others before.
-        waiting = await self._waiting_of(withdrawal.address)
+    async def status(self, address: str, nonce: int, ledger: RedisLedger) -> WithdrawalStatus:
+        """Return how far an address's withdrawal with this nonce has come; raises NotFound."""
+        payout_id = withdrawal_id(address, nonce)
+        # First: a withdrawal that no longer waits has left its mark in one of the other places before.
+        waiting = await self._waiting_of(address)
         if await ledger.result(f"{payout_id}:paid"):
-            return WithdrawalState.PAID, None
+            return WithdrawalStatus(WithdrawalState.PAID)
         if await ledger.result(f"{payout_id}:refused"):
-            return WithdrawalState.REFUSED, "the chain did not carry it out; the money is back"
+            return WithdrawalStatus(
+                WithdrawalState.REFUSED, "the chain did not carry it out; the money is back"
+            )
         if await ledger.result(f"{payout_id}:planned"):
-            return WithdrawalState.SENDING, None
+            return WithdrawalStatus(WithdrawalState.SENDING)
         if reason := await self.refusal(payout_id):
-            return WithdrawalState.REFUSED, reason
+            return WithdrawalStatus(WithdrawalState.REFUSED, reason)
         if waiting is not None and waiting.withdrawal.payout_id == payout_id:
-            return WithdrawalState.WAITING, None
+            return WithdrawalStatus(WithdrawalState.WAITING)
         raise NotFound("there is no such withdrawal", param="nonce", code="withdrawal_not_found")
 
     async def _waiting_of(self, address: str) -> SignedWithdrawal | None:
@@ -147,7 +150,7 @@ class WithdrawalPlanner:
     def __init__(
         self,
         withdrawals: RedisWithdrawals,
-        ledger: Ledger,
+        ledger: RedisLedger,
         outbox: Outbox,
         dues: PayoutSelector,
         *,

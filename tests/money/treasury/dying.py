@@ -14,7 +14,7 @@ from azu.money.ledger.redis import RedisLedger
 from azu.money.treasury.payouts import PayoutTimeouts, Threshold
 from azu.money.treasury.process import TreasuryConfig, run
 from azu.money.treasury.redis import RedisCursor, RedisLease, RedisOutbox
-from azu.money.treasury.request_reply import DepositRequests, RedisReceipts
+from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
 from azu.money.treasury.withdrawals import RedisWithdrawals
 from tests.killing import Death, kill_at_effect, start
 
@@ -27,7 +27,7 @@ EFFECTS = (
     (RedisOutbox, "next_nonce"),
     (RedisOutbox, "replace"),
     (RedisOutbox, "remove"),
-    (RedisReceipts, "answer"),
+    (ReceiptRequests, "answer"),
     (RedisWithdrawals, "refuse"),
     (RedisWithdrawals, "take_out"),
     (RedisJobs, "give_up"),
@@ -64,4 +64,4 @@ def _live(treasury: Treasury, death: Death) -> None:
         sweep_every_s=0.1,
         lease_s=0.3,
     )
-    asyncio.run(run(config, ready=lambda: None))
+    asyncio.run(run(config, RedisJobs.from_url(treasury.redis_url), ready=lambda: None))

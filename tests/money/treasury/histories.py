@@ -15,7 +15,8 @@ from azu.clock import wall_clock_ms
 from azu.jobs.redis import RedisJobs
 from azu.money.ledger.audit import audit
 from azu.money.ledger.transfers import Deposit, Reserve, Settle, user_reserved, worker_paid
-from azu.money.treasury.request_reply import ClaimStatus, RedisReceipts
+from azu.money.treasury.deposits import DepositState
+from azu.money.treasury.request_reply import ReceiptRequests
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS, RedisWithdrawals, SignedWithdrawal, WithdrawalState
 from azu.protocol.job import FinishReason, JobOutcome, JobState
 from azu.redis_client import connect_redis
@@ -44,7 +45,7 @@ class History:
     parts: Open
     jobs: RedisJobs
     withdrawals: RedisWithdrawals
-    receipts: RedisReceipts
+    receipts: ReceiptRequests
     payer: LocalAccount
     owner: LocalAccount
     leaver: LocalAccount
@@ -127,7 +128,7 @@ class History:
 
     async def _claim(self, tx_hash: str) -> None:
         verdict = await self.parts.claims.ask(tx_hash, self.payer.address, PATIENCE_S)
-        assert (verdict.status, verdict.lamports) == (ClaimStatus.CREDITED, self.deposited)
+        assert (verdict.state, verdict.lamports) == (DepositState.CREDITED, self.deposited)
 
     async def _have_signed(self) -> None:
         platform = self.world.platform.address.lower()
@@ -138,9 +139,8 @@ class History:
         assert verify_receipt(sealed(record.outcome.receipt, platform, signature)) == platform
 
     async def _state(self, account: LocalAccount) -> WithdrawalState:
-        named = Withdrawal(address=account.address.lower(), lamports=0, nonce=1, expires_at_ms=0)
-        state, _ = await self.withdrawals.state(named, self.parts.ledger)
-        return state
+        status = await self.withdrawals.status(account.address.lower(), 1, self.parts.ledger)
+        return status.state
 
     def _received(self, account: LocalAccount) -> list[int]:
         """Return what the chain's ledger shows of the platform's payments to an account."""
@@ -163,7 +163,7 @@ async def history(world: World, dice: random.Random) -> AsyncIterator[History]:
                 parts,
                 RedisJobs(redis),
                 RedisWithdrawals(redis),
-                RedisReceipts(redis),
+                ReceiptRequests(redis),
                 payer=world.payer(),
                 owner=Account.create(),
                 leaver=world.payer(),

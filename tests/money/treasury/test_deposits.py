@@ -9,7 +9,7 @@ from azu.devnet.chain import SECOND_HYPE
 from azu.money.chain.port import LedgerTransfer, TxDetails
 from azu.money.chain.wallet import send_hype
 from azu.money.ledger.transfers import CHAIN
-from azu.money.treasury.deposits import DepositWatcher, SightingState, agrees, is_candidate, judge
+from azu.money.treasury.deposits import DepositState, DepositWatcher, agrees, is_candidate, judge
 from tests.money.treasury.world import Open, World
 
 ALICE, PLATFORM = "0x" + "a1" * 20, "0x" + "0f" * 20
@@ -36,7 +36,7 @@ ACTION = {
 }
 
 
-def judged(error: str | None = None, **changes: Any) -> SightingState:
+def judged(error: str | None = None, **changes: Any) -> DepositState:
     details = TxDetails(hash=HASH, time_ms=1, user=ALICE, action=ACTION | changes, error=error)
     return judge(details, platform=PLATFORM, hype=HYPE).state
 
@@ -45,7 +45,7 @@ def test_hype_sent_to_the_platform_is_good() -> None:
     sighting = judge(TxDetails(HASH, 1, ALICE, ACTION, None), platform=PLATFORM, hype=HYPE)
 
     assert (sighting.state, sighting.sender, sighting.lamports) == (
-        SightingState.PENDING,
+        DepositState.PENDING,
         ALICE,
         500_000_000,
     )
@@ -70,7 +70,7 @@ def test_hype_sent_to_the_platform_is_good() -> None:
     ],
 )
 def test_everything_else_is_rejected(changes: dict[str, Any]) -> None:
-    assert judged(**changes) is SightingState.REJECTED
+    assert judged(**changes) is DepositState.REJECTED
 
 
 @pytest.mark.parametrize(
@@ -295,13 +295,13 @@ def test_a_look_at_a_hash_says_what_it_is(world: World) -> None:
 
         credited = await parts.watcher.look(good)
         assert (credited.state, credited.sender, credited.lamports) == (
-            SightingState.CREDITED,
+            DepositState.CREDITED,
             alice.address.lower(),
             5,
         )
         assert await parts.available(alice) == 5
-        assert (await parts.watcher.look(elsewhere)).state is SightingState.REJECTED
-        assert (await parts.watcher.look("0x" + "12" * 32)).state is SightingState.UNKNOWN
+        assert (await parts.watcher.look(elsewhere)).state is DepositState.REJECTED
+        assert (await parts.watcher.look("0x" + "12" * 32)).state is DepositState.UNKNOWN
         assert await parts.ledger.balance(f"user:{stranger}:available") == 0
 
     world.run(scenario)

@@ -25,7 +25,7 @@ def play(url: str, scenario: Scenario) -> None:
         redis = connect_redis(url)
         ledger, jobs = RedisLedger(redis), RedisJobs(redis)
         try:
-            await scenario(ledger, jobs, ReservationExpiry(ledger, jobs, now_ms=lambda: NOW_MS))
+            await scenario(ledger, jobs, ReservationExpiry(ledger, jobs.give_up, now_ms=lambda: NOW_MS))
         finally:
             await redis.aclose()
 

@@ -16,8 +16,8 @@ import pytest
 from azu.cli.treasury import treasury
 from azu.errors import ConfigurationError
 from azu.money.ledger.transfers import CHAIN
+from azu.money.treasury.deposits import DepositState
 from azu.money.treasury.process import _every
-from azu.money.treasury.request_reply import ClaimStatus
 from tests.money.treasury.booked import (
     PAID,
     all_paid,
@@ -70,7 +70,7 @@ def test_it_credits_deposits_answers_claims_and_stops_when_told(world: World) ->
             assert await parts.available(alice) == 5
             tx_hash = await parts.pay_platform(alice, 60)
             verdict = await parts.claims.ask(tx_hash, alice.address, 10.0)
-            assert (verdict.status, verdict.lamports) == (ClaimStatus.CREDITED, 60)
+            assert (verdict.state, verdict.lamports) == (DepositState.CREDITED, 60)
             shown = Path(f"/proc/{process.pid}/environ").read_text()
             assert "SCHEDULER_PRIVATE_KEY" in shown
             assert world.platform.key.hex() not in shown

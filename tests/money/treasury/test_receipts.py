@@ -13,7 +13,7 @@ from azu.auth.signatures import sealed, verify_receipt
 from azu.jobs.redis import RedisJobs
 from azu.money.ledger.redis import RedisLedger
 from azu.money.treasury.receipts import ReceiptSigner
-from azu.money.treasury.request_reply import RedisReceipts
+from azu.money.treasury.request_reply import ReceiptRequests
 from azu.protocol.job import FinishReason, JobOutcome, JobState, Receipt
 from azu.redis_client import connect_redis
 from tests.builders import OWNERS, job, receipt
@@ -27,11 +27,11 @@ PLATFORM = Account.from_key("0x" + "09" * 32)
 class Desk:
     ledger: RedisLedger
     jobs: RedisJobs
-    receipts: RedisReceipts
+    receipts: ReceiptRequests
 
     @classmethod
     def over(cls, redis: Redis) -> "Desk":
-        return cls(RedisLedger(redis), RedisJobs(redis), RedisReceipts(redis))
+        return cls(RedisLedger(redis), RedisJobs(redis), ReceiptRequests(redis))
 
     async def end(self, said: Receipt) -> None:
         """Settle job-1 for 80 lamports and have its outcome say what it likes."""
@@ -45,7 +45,7 @@ class Desk:
         await self.jobs.finish("job-1", JobOutcome(JobState.DONE, FinishReason.STOP, said))
 
     async def sign_all(self) -> None:
-        signer = ReceiptSigner(self.jobs, self.ledger, PLATFORM)
+        signer = ReceiptSigner(self.jobs.receipt, self.ledger, PLATFORM)
         while True:
             for job_id in await self.receipts.waiting(10):
                 await self.receipts.answer(job_id, await signer.sign(job_id))
@@ -107,7 +107,7 @@ def test_a_job_that_never_was_or_has_not_ended_has_no_receipt(redis_url: str) ->
 def test_without_a_treasury_there_is_no_signature(redis_url: str) -> None:
     async def run() -> None:
         redis = connect_redis(redis_url)
-        assert await RedisReceipts(redis).ask("job-1", 0.2) is None
+        assert await ReceiptRequests(redis).ask("job-1", 0.2) is None
         await redis.aclose()
 
     asyncio.run(run())

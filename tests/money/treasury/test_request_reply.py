@@ -15,7 +15,7 @@ from eth_account.signers.local import LocalAccount
 from azu.devnet.chain import SECOND_HYPE
 from azu.errors import DeadlineExceeded, DepositRejected, Forbidden, InvalidRequest, NotFound
 from azu.money.chain.actions import sign_send_asset
-from azu.money.treasury.request_reply import ClaimStatus, ClaimVerdict
+from azu.money.treasury.deposits import DepositState, DepositStatus
 from azu.units import LAMPORTS_PER_HYPE
 from tests.money.chain.running import RunningDevnet
 from tests.money.treasury.world import Open, World
@@ -46,7 +46,7 @@ def test_a_claim_of_ones_own_deposit_credits_it(world: World) -> None:
         # As people paste them: in capitals.
         verdict = await parts.claims.ask("0x" + tx_hash[2:].upper(), alice.address, TIMEOUT_S)
 
-        assert verdict == ClaimVerdict(ClaimStatus.CREDITED, 77)
+        assert verdict == DepositStatus(DepositState.CREDITED, alice.address.lower(), 77)
         assert await parts.available(alice) == 77
 
     with_treasury(world, scenario)
@@ -65,8 +65,8 @@ def test_a_claim_before_the_row_appears_is_credited_when_it_does(world: World) -
         impatient = await parts.claims.ask(tx_hash, alice.address, 0.5)
         patient = await parts.claims.ask(tx_hash, alice.address, TIMEOUT_S)
 
-        assert impatient == ClaimVerdict(ClaimStatus.PENDING, 0)
-        assert patient == ClaimVerdict(ClaimStatus.CREDITED, 76)
+        assert impatient == DepositStatus(DepositState.PENDING, alice.address.lower(), 0)
+        assert patient == DepositStatus(DepositState.CREDITED, alice.address.lower(), 76)
         await late
 
     with_treasury(world, scenario)
@@ -167,7 +167,7 @@ def test_a_claim_outlives_a_treasury_that_dies_over_it(world: World) -> None:
         await parts.watcher.look(tx_hash)
         second = asyncio.create_task(parts.answer_claims())
 
-        assert await asking == ClaimVerdict(ClaimStatus.CREDITED, 77)
+        assert await asking == DepositStatus(DepositState.CREDITED, alice.address.lower(), 77)
         assert await parts.available(alice) == 77
         second.cancel()
 
@@ -196,7 +196,7 @@ def copies_of_one_claim(world: World, copies: int) -> None:
         )
 
         await polls
-        assert set(verdicts) == {ClaimVerdict(ClaimStatus.CREDITED, 77)}
+        assert set(verdicts) == {DepositStatus(DepositState.CREDITED, alice.address.lower(), 77)}
         assert await parts.available(alice) == 77
         assert await parts.claims.waiting(10) == []
 
@@ -227,7 +227,7 @@ def test_a_thousand_bad_claims_credit_nothing(world: World, figures: Counter[str
         assert len(claims) == 1000
         assert Counter(type(outcome) for outcome in outcomes) == {
             DepositRejected: 600,
-            ClaimVerdict: 100,
+            DepositStatus: 100,
             Forbidden: 100,
             NotFound: 200,
         }

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from eth_account import Account
@@ -19,6 +20,7 @@ from azu.money.treasury.withdrawals import (
     SignedWithdrawal,
     WithdrawalPlanner,
     WithdrawalState,
+    WithdrawalStatus,
 )
 from tests.money.ledger import moves
 from tests.money.treasury.booked import fund_platform
@@ -70,12 +72,16 @@ class Treasury:
         """Go on until a withdrawal has come to its end and waits no more."""
         for _ in range(400):
             await self.step()
-            state, reason = await self.desk.state(asked.withdrawal, self.ledger)
-            decided = state in (WithdrawalState.PAID, WithdrawalState.REFUSED)
+            status = await status_of(self.desk, asked, self.ledger)
+            decided = status.state in (WithdrawalState.PAID, WithdrawalState.REFUSED)
             if decided and asked not in await self.desk.waiting():
-                return state, reason
+                return status.state, status.reason
             await asyncio.sleep(0.02)
-        raise AssertionError(state)
+        raise AssertionError(status)
+
+
+async def status_of(desk: RedisWithdrawals, asked: SignedWithdrawal, ledger: Any) -> WithdrawalStatus:
+    return await desk.status(asked.withdrawal.address, asked.withdrawal.nonce, ledger)
 
 
 def credited(world: World) -> LocalAccount:
@@ -98,7 +104,8 @@ def test_a_withdrawal_arrives_once_however_often_it_is_handed_in(world: World) -
         await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
         asked = signed(world, alice, 3 * LEAST_LAMPORTS)
         await treasury.desk.hand_in(asked)
-        assert await treasury.desk.state(asked.withdrawal, parts.ledger) == (WithdrawalState.WAITING, None)
+        waiting = await status_of(treasury.desk, asked, parts.ledger)
+        assert waiting == WithdrawalStatus(WithdrawalState.WAITING)
         assert await treasury.until_decided(asked) == (WithdrawalState.PAID, None)
 
         for _ in range(3):
@@ -267,7 +274,7 @@ def test_a_withdrawal_is_known_at_every_moment_of_its_way(world: World) -> None:
                     await treasury.until_decided(asked)
                 return answer
 
-        assert await treasury.desk.state(asked.withdrawal, OvertakenLedger())
+        assert await status_of(treasury.desk, asked, OvertakenLedger())
 
     world.run(scenario)
 
@@ -281,6 +288,6 @@ def test_a_nonce_stands_for_one_withdrawal(world: World) -> None:
         with pytest.raises(Conflict):
             await desk.hand_in(signed(world, alice, HELD - 1))
         with pytest.raises(NotFound):
-            await desk.state(signed(world, alice, HELD, nonce=9).withdrawal, parts.ledger)
+            await status_of(desk, signed(world, alice, HELD, nonce=9), parts.ledger)
 
     world.run(scenario)
