@@ -2,86 +2,96 @@
 
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Query, Request
 
-from azu.api.accounts import ChallengeRequest, ClaimRequest, DepositRequest, KeyRequest, WithdrawalRequest
+from azu.api.accounts import (
+    BalanceResponse,
+    ChallengeRequest,
+    ChallengeResponse,
+    ClaimedEarnings,
+    ClaimRequest,
+    DepositRequest,
+    DepositState,
+    EarningsResponse,
+    KeyLine,
+    KeyList,
+    KeyRequest,
+    NewKey,
+    Platform,
+    WithdrawalLine,
+    WithdrawalRequest,
+)
+from azu.api.base import Revoked
 from azu.auth.api_keys import ApiKey
 from azu.auth.signatures import Withdrawal
 from azu.clock import wall_clock_ms
 from azu.errors import Forbidden
-from deployments.services import Key, Services, ServicesNow
+from deployments.services import Key, Services, ServicesNow, check_speaks_for
 
 router = APIRouter()
 
 
 @router.get("/v1/platform")
-async def platform(services: ServicesNow) -> dict[str, str]:
+async def platform(services: ServicesNow) -> Platform:
     """Return where deposits go, and which version of azu runs here."""
-    return {
-        "address": services.config.platform_address,
-        "chain_url": services.config.chain_url,
-        "version": version("azu"),
-    }
+    return Platform(
+        address=services.config.platform_address, chain_url=services.config.chain_url, version=version("azu")
+    )
 
 
 @router.post("/deposit")
-async def deposit(
-    body: DepositRequest, services: ServicesNow, authorization: Annotated[str | None, Header()] = None
-) -> dict[str, Any]:
-    """Have the treasury look for a transfer at once and say what it found."""
-    key = await services.owner(authorization, body.user_address)
+async def deposit(body: DepositRequest, key: Key, services: ServicesNow) -> DepositState:
+    """Have the treasury look for a transfer at once and return what it found."""
+    check_speaks_for(key, body.user_address)
     timeout_s = services.config.policy.timeouts.deposit_s
     found = await services.books.deposit(body.tx_sig, key.address, timeout_s)
-    return {
-        "status": found.state,
-        "lamports": found.lamports,
-        "transfer_id": f"deposit:{body.tx_sig.lower()}",
-    }
+    return DepositState(
+        status=found.state, lamports=found.lamports, transfer_id=f"deposit:{body.tx_sig.lower()}"
+    )
 
 
 @router.get("/v1/balance")
-async def balance(key: Key, services: ServicesNow) -> dict[str, Any]:
+async def balance(key: Key, services: ServicesNow) -> BalanceResponse:
     """Return what the key's address may spend, what its jobs hold and what is being sent back to it."""
-    return {"address": key.address, **asdict(await services.books.balance(key.address))}
+    balance = await services.books.balance(key.address)
+    return BalanceResponse(address=key.address, **asdict(balance))
 
 
 @router.get("/v1/earnings")
 async def earnings(
-    key: Key,
-    services: ServicesNow,
-    address: Annotated[str | None, Query(max_length=64)] = None,
-    authorization: Annotated[str | None, Header()] = None,
-) -> dict[str, Any]:
+    key: Key, services: ServicesNow, address: Annotated[str | None, Query(max_length=64)] = None
+) -> EarningsResponse:
     """Return what the key's address earned by lending, what is on its way and what was paid."""
     if address is not None:
-        await services.owner(authorization, address)
-    return {
-        "address": key.address,
-        **asdict(await services.books.earnings(key.address)),
-        "payout_threshold_lamports": services.config.policy.payout_threshold_lamports,
-    }
+        check_speaks_for(key, address)
+    earnings = await services.books.earnings(key.address)
+    return EarningsResponse(
+        address=key.address,
+        payout_threshold_lamports=services.config.policy.payout_threshold_lamports,
+        **asdict(earnings),
+    )
 
 
 @router.post("/v1/earnings/claim")
-async def claim_earnings(body: ClaimRequest, key: Key, services: ServicesNow) -> dict[str, Any]:
+async def claim_earnings(body: ClaimRequest, key: Key, services: ServicesNow) -> ClaimedEarnings:
     """Have what the key's address earned paid to it, from the threshold on."""
     await services.books.claim_earnings(key.address, body.signature)
-    return {"address": key.address, "claimed": True}
+    return ClaimedEarnings(address=key.address, claimed=True)
 
 
 @router.post("/v1/auth/challenge")
-async def challenge(body: ChallengeRequest, request: Request, services: ServicesNow) -> dict[str, str]:
+async def challenge(body: ChallengeRequest, request: Request, services: ServicesNow) -> ChallengeResponse:
     """Return a text to sign with the address's wallet."""
     await services.count_sign_in(request.client)
     made = await services.auth.challenge(body.address, services.config.domain, wall_clock_ms())
-    return {"nonce": made.nonce, "message": made.message}
+    return ChallengeResponse(nonce=made.nonce, message=made.message)
 
 
 @router.post("/v1/auth/keys")
-async def open_key(body: KeyRequest, request: Request, services: ServicesNow) -> dict[str, str]:
-    """Return a new bearer key for a signed challenge; only its hash is kept here."""
+async def open_key(body: KeyRequest, request: Request, services: ServicesNow) -> NewKey:
+    """Return a new API key for a signed challenge; the network keeps only the key's hash."""
     await services.count_sign_in(request.client)
     now = wall_clock_ms()
     secret, key = await services.auth.open_key(
@@ -93,50 +103,52 @@ async def open_key(body: KeyRequest, request: Request, services: ServicesNow) ->
         spend_limit_lamports=body.spend_limit_lamports,
         max_keys=services.config.policy.limits.max_keys,
     )
-    return {"api_key": secret, "key_id": key.key_id, "address": key.address}
+    return NewKey(api_key=secret, key_id=key.key_id, address=key.address)
 
 
 @router.get("/v1/auth/keys")
-async def keys(key: Key, services: ServicesNow) -> dict[str, list[dict[str, Any]]]:
+async def keys(key: Key, services: ServicesNow) -> KeyList:
     """Return the keys of the caller's address, with what counts against their limits."""
-    return {"data": [await _line(services, one) for one in await services.auth.list(key.address)]}
+    found = await services.auth.list(key.address)
+    return KeyList(data=tuple([await _line(services, one) for one in found]))
 
 
 @router.delete("/v1/auth/keys/{key_id}")
-async def revoke(key_id: str, key: Key, services: ServicesNow) -> dict[str, str]:
+async def revoke(key_id: str, key: Key, services: ServicesNow) -> Revoked:
     """Make a key of the caller's address invalid at once."""
     restricted = key.expires_at_ms is not None or key.spend_limit_lamports is not None
     if restricted and key_id != key.key_id:
         raise Forbidden("a key with an end or a limit may only revoke itself", param="key_id")
     await services.auth.revoke(key.address, key_id)
-    return {"revoked": key_id}
+    return Revoked(revoked=key_id)
 
 
-async def _line(services: Services, key: ApiKey) -> dict[str, Any]:
+async def _line(services: Services, key: ApiKey) -> KeyLine:
     spent = None
     if key.spend_limit_lamports is not None:
         spent = await services.books.spent(key, wall_clock_ms())
-    return {
-        "key_id": key.key_id,
-        "label": key.label,
-        "created_at_ms": key.created_at_ms,
-        "expires_at_ms": key.expires_at_ms,
-        "spend_limit_lamports": key.spend_limit_lamports,
-        "spent_lamports": spent,
-    }
+    return KeyLine(
+        key_id=key.key_id,
+        label=key.label,
+        created_at_ms=key.created_at_ms,
+        expires_at_ms=key.expires_at_ms,
+        spend_limit_lamports=key.spend_limit_lamports,
+        spent_lamports=spent,
+    )
 
 
 @router.post("/v1/withdrawals")
-async def withdraw(body: WithdrawalRequest, key: Key, services: ServicesNow) -> dict[str, Any]:
+async def withdraw(body: WithdrawalRequest, key: Key, services: ServicesNow) -> WithdrawalLine:
     """Hand a signed withdrawal to the treasury; the same one sent again changes nothing."""
     withdrawal = Withdrawal(
         address=key.address, lamports=body.lamports, nonce=body.nonce, expires_at_ms=body.expires_at_ms
     )
     status = await services.books.withdraw(withdrawal, body.signature, wall_clock_ms())
-    return {"nonce": body.nonce, **asdict(status)}
+    return WithdrawalLine(nonce=body.nonce, **asdict(status))
 
 
 @router.get("/v1/withdrawals/{nonce}")
-async def withdrawal(nonce: int, key: Key, services: ServicesNow) -> dict[str, Any]:
+async def withdrawal(nonce: int, key: Key, services: ServicesNow) -> WithdrawalLine:
     """Return how far one of the key's address's withdrawals is."""
-    return {"nonce": nonce, **asdict(await services.books.withdrawal(key.address, nonce))}
+    status = await services.books.withdrawal(key.address, nonce)
+    return WithdrawalLine(nonce=nonce, **asdict(status))

@@ -1,32 +1,44 @@
 """The OpenAI endpoints: a prompt in, the job's tokens out, whole or as they come."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from azu.api.openai import ChatRequest, CompletionRequest
+from azu.api.base import ErrorBody, ResponseModel
+from azu.api.openai import (
+    ChatChunk,
+    ChatCompletion,
+    ChatRequest,
+    CompletionRequest,
+    TextChunk,
+    TextCompletion,
+    Usage,
+)
 from azu.auth.api_keys import ApiKey
+from azu.engine.text import TextDelta
 from azu.errors import AzuError, InternalError, InvalidRequest, Unavailable, error_classes
 from azu.protocol.job import Job, JobOutcome, JobState
-from deployments.answers import AnswerFormatter, TextPart, follow, joined, usage, with_calls
+from deployments.answers import AnswerFormatter, follow, usage_of, with_calls
 from deployments.middleware import refusal
 from deployments.sampling import check_limits, check_tokens, sampling_params
+from deployments.schema import stream_of, whole_or_stream
 from deployments.services import Key, ServedModel, Services, ServicesNow, owned
 
 router = APIRouter()
-Parts = AsyncIterator[TextPart | JobOutcome]
+Deltas = AsyncIterator[TextDelta | JobOutcome]
 
 _NO_CACHE = {"cache-control": "no-cache"}
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post(
+    "/v1/chat/completions", response_model=None, responses=whole_or_stream(ChatCompletion, ChatChunk)
+)
 async def chat_completions(body: ChatRequest, key: Key, services: ServicesNow) -> Response:
     """Answer a chat through the model's own template."""
     check_limits(body, services.config.policy.limits)
@@ -43,7 +55,7 @@ async def chat_completions(body: ChatRequest, key: Key, services: ServicesNow) -
     return await _answer(services, key, model, tuple(prompt), body, tools)
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post("/v1/completions", response_model=None, responses=whole_or_stream(TextCompletion, TextChunk))
 async def completions(body: CompletionRequest, key: Key, services: ServicesNow) -> Response:
     """Continue a prompt as it is."""
     check_limits(body, services.config.policy.limits)
@@ -56,7 +68,12 @@ async def completions(body: CompletionRequest, key: Key, services: ServicesNow) 
     return await _answer(services, key, model, tuple(prompt), body, [])
 
 
-@router.get("/v1/jobs/{job_id}/stream", response_model=None)
+@router.get(
+    "/v1/jobs/{job_id}/stream",
+    response_class=StreamingResponse,
+    response_model=None,
+    responses=stream_of(ChatChunk, TextChunk),
+)
 async def job_stream(
     job_id: str,
     key: Key,
@@ -77,8 +94,8 @@ async def job_stream(
         chat=chat, job_id=job_id, model=job.model_id, created_s=job.created_at_ms // 1000,
         decoder=model.tokenizer,
     )  # fmt: skip
-    parts = follow(services.jobs, job, model.tokenizer, after)
-    events = _events(job, parts, answer, include_usage=True, after=after)
+    deltas = follow(services.jobs, job, model.tokenizer, after)
+    events = _events(job, deltas, answer, include_usage=True, after=after)
     return StreamingResponse(events, media_type="text/event-stream", headers=_NO_CACHE)
 
 
@@ -87,7 +104,7 @@ async def _answer(
     body: ChatRequest | CompletionRequest, tools: Sequence[Mapping[str, Any]],
 ) -> Response:  # fmt: skip
     limit = services.intake.completion_limit(model.facts, len(prompt))
-    sampling = sampling_params(body, model, default_max_tokens=limit)
+    sampling = sampling_params(body, model.defaults, model.vocab_size, default_max_tokens=limit)
     choices = body.n or 1
     parsers = [model.tokenizer.answer_parser(prompt, tools) for _ in range(choices if tools else 0)]
     accepting = services.intake.accept(key, model.facts, prompt, sampling, choices)
@@ -96,13 +113,13 @@ async def _answer(
         chat=isinstance(body, ChatRequest), job_id=job.job_id, model=body.model, created_s=int(time.time()),
         decoder=model.tokenizer,
     )  # fmt: skip
-    parts = follow(services.jobs, job, model.tokenizer, raw=bool(tools))
+    deltas = follow(services.jobs, job, model.tokenizer, raw=bool(tools))
     if tools:
-        parts = with_calls(parts, parsers)
+        deltas = with_calls(deltas, parsers)
     if not body.stream:
-        return await _whole(services, job, parts, answer)
+        return await _whole(services, job, deltas, answer)
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return _JobStream(services, job, _events(job, parts, answer, include_usage=include_usage))
+    return _JobStream(services, job, _events(job, deltas, answer, include_usage=include_usage))
 
 
 async def _finished_or_given_up(services: Services, accepting: asyncio.Task[Job]) -> Job:
@@ -137,17 +154,17 @@ class _JobStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _whole(services: Services, job: Job, parts: Parts, answer: AnswerFormatter) -> Response:
-    choices = [TextPart(index) for index in range(job.choices)]
+async def _whole(services: Services, job: Job, deltas: Deltas, answer: AnswerFormatter) -> Response:
+    choices = [TextDelta(choice=index) for index in range(job.choices)]
     try:
         async with _while_wanted(services, job):
-            async for part in parts:
-                if isinstance(part, TextPart):
-                    choices[part.choice] = joined(choices[part.choice], part)
-                elif part.state is JobState.FAILED:
-                    return refusal(_error_of(part), may_be_charged=part.receipt.charged_lamports > 0)
+            async for delta in deltas:
+                if isinstance(delta, TextDelta):
+                    choices[delta.choice] = choices[delta.choice].joined(delta)
+                elif delta.state is JobState.FAILED:
+                    return refusal(_error_of(delta), may_be_charged=delta.receipt.charged_lamports > 0)
                 else:
-                    return JSONResponse(answer.whole(choices, _usage(job, part)))
+                    return _json(answer.whole(choices, _usage(job, delta)))
         raise InternalError(f"{job.job_id} ended without an outcome")
     except AzuError as error:
         # The job may go on without its reader, and be charged.
@@ -155,24 +172,24 @@ async def _whole(services: Services, job: Job, parts: Parts, answer: AnswerForma
 
 
 async def _events(
-    job: Job, parts: Parts, answer: AnswerFormatter, *, include_usage: bool, after: int = 0
+    job: Job, deltas: Deltas, answer: AnswerFormatter, *, include_usage: bool, after: int = 0
 ) -> AsyncIterator[str]:
     for choice in range(0 if after else job.choices):
         if opening := answer.opening(choice):
             yield _event(opening)
-    async for part in parts:
-        if isinstance(part, TextPart):
-            for chunk in answer.chunks(part):
+    async for delta in deltas:
+        if isinstance(delta, TextDelta):
+            for chunk in answer.chunks(delta):
                 yield _event(chunk)
-        elif part.state is not JobState.DONE:
-            yield _event(_error_of(part).to_openai())
+        elif delta.state is not JobState.DONE:
+            yield _event(ErrorBody.model_validate(_error_of(delta).to_openai()))
         elif include_usage:
-            yield _event(answer.usage_chunk(_usage(job, part)))
+            yield _event(answer.usage_chunk(_usage(job, delta)))
     yield "data: [DONE]\n\n"
 
 
-def _usage(job: Job, outcome: JobOutcome) -> dict[str, int]:
-    return usage(len(job.prompt_token_ids), outcome.receipt.completion_tokens, outcome.receipt)
+def _usage(job: Job, outcome: JobOutcome) -> Usage:
+    return usage_of(len(job.prompt_token_ids), outcome.receipt.completion_tokens, outcome.receipt)
 
 
 def _error_of(outcome: JobOutcome) -> AzuError:
@@ -185,5 +202,9 @@ def _error_of(outcome: JobOutcome) -> AzuError:
     return kind(str(said.get("message")), param=said.get("param"), code=code)
 
 
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def _json(body: ResponseModel) -> Response:
+    return Response(body.model_dump_json(), media_type="application/json")
+
+
+def _event(body: ResponseModel) -> str:
+    return f"data: {body.model_dump_json()}\n\n"

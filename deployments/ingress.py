@@ -15,6 +15,7 @@ from azu.config import ControlConfig
 from azu.errors import AzuError, InvalidRequest, NotFound
 from deployments import accounts, completions, jobs, network, nodes, page
 from deployments.middleware import BodyLimit, RequestIds, refusal
+from deployments.schema import openapi_of
 from deployments.services import Services, warm_up
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -38,7 +39,7 @@ def build_api(
         yield
         warming.cancel()
 
-    # Their pages would load scripts from elsewhere.
+    # FastAPI's own pages would load scripts from another host.
     api = FastAPI(
         title="azu",
         lifespan=connected,
@@ -47,6 +48,7 @@ def build_api(
         redirect_slashes=False,
         responses=_REFUSALS,
     )
+    api.openapi = lambda: openapi_of(api)  # type: ignore[method-assign]
     for routes in (accounts, completions, jobs, network, nodes, page):
         api.include_router(routes.router)
     api.add_exception_handler(AzuError, _refused)

@@ -2,40 +2,49 @@
 
 import asyncio
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Query
 
-from azu.api.jobs import QuoteRequest, SubmitRequest
+from azu.api.jobs import (
+    ChoiceResult,
+    JobLine,
+    JobList,
+    QuoteRequest,
+    QuoteResponse,
+    ReceiptLines,
+    Results,
+    SignedReceipt,
+    SubmitRequest,
+    SubmittedJob,
+)
 from azu.api.openai import CompletionRequest
 from azu.auth.signatures import receipt_facts, sealed
 from azu.errors import Conflict, InvalidRequest
 from azu.jobs.record import JobRecord
 from azu.protocol.job import JobState
 from azu.protocol.topology import Prediction
-from deployments.answers import usage
+from deployments.answers import usage_of
 from deployments.sampling import sampling_params
-from deployments.services import Key, ServedModel, Services, ServicesNow, owned
+from deployments.services import Key, ServedModel, Services, ServicesNow, check_speaks_for, owned
 
 router = APIRouter()
 
 
 @router.post("/submit")
-async def submit(
-    body: SubmitRequest, services: ServicesNow, authorization: Annotated[str | None, Header()] = None
-) -> dict[str, str]:
+async def submit(body: SubmitRequest, key: Key, services: ServicesNow) -> SubmittedJob:
     """Queue a prompt as it is, with the model's own sampling defaults."""
-    key = await services.owner(authorization, body.user_address)
+    check_speaks_for(key, body.user_address)
     model = await services.model(body.model_id)
     prompt = await asyncio.to_thread(model.tokenizer.encode, body.prompt)
     request = CompletionRequest(model=body.model_id, prompt=body.prompt, max_tokens=body.est_tokens)
-    sampling = sampling_params(request, model, default_max_tokens=body.est_tokens)
+    sampling = sampling_params(request, model.defaults, model.vocab_size, default_max_tokens=body.est_tokens)
     job = await services.intake.accept(key, model.facts, tuple(prompt), sampling)
-    return {"job_id": job.job_id}
+    return SubmittedJob(job_id=job.job_id)
 
 
 @router.get("/results/{job_id}")
-async def results(job_id: str, key: Key, services: ServicesNow) -> dict[str, Any]:
+async def results(job_id: str, key: Key, services: ServicesNow) -> Results:
     """Return a job's state and what it has produced so far."""
     record = await owned(services, key, job_id)
     model = await services.model(record.job.model_id)
@@ -43,51 +52,50 @@ async def results(job_id: str, key: Key, services: ServicesNow) -> dict[str, Any
         _choice(model, record, await services.jobs.tokens(job_id, index))
         for index in range(record.job.choices)
     ]
-    completion_tokens = sum(len(choice["token_ids"]) for choice in choices)
+    completion_tokens = sum(len(choice.token_ids) for choice in choices)
     outcome = record.outcome
     receipt = outcome.receipt if outcome else None
-    return {
-        "job_id": job_id,
-        "status": record.state.value,
-        **choices[0],
-        "choices": choices,
-        "finish_reason": outcome.finish_reason.value if outcome else None,
-        "usage": usage(len(record.job.prompt_token_ids), completion_tokens, receipt),
-        "receipt": receipt_facts(receipt) if receipt else None,
-        "error": outcome.error if outcome else None,
-    }
+    return Results(
+        job_id=job_id,
+        status=record.state.value,
+        text=choices[0].text,
+        token_ids=choices[0].token_ids,
+        choices=tuple(choices),
+        finish_reason=outcome.finish_reason.value if outcome else None,
+        usage=usage_of(len(record.job.prompt_token_ids), completion_tokens, receipt),
+        receipt=ReceiptLines.model_validate(receipt_facts(receipt)) if receipt else None,
+        error=outcome.error if outcome else None,
+    )
 
 
 @router.get("/v1/jobs")
-async def jobs(
-    key: Key, services: ServicesNow, limit: Annotated[int, Query(ge=1, le=1000)] = 50
-) -> dict[str, list[dict[str, Any]]]:
+async def jobs(key: Key, services: ServicesNow, limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> JobList:
     """Return the caller's jobs, newest first."""
-    return {"data": [_line(record) for record in await services.jobs.of(key.address, limit)]}
+    return JobList(data=tuple(map(_line, await services.jobs.of(key.address, limit))))
 
 
-def _choice(model: ServedModel, record: JobRecord, token_ids: tuple[int, ...]) -> dict[str, Any]:
+def _choice(model: ServedModel, record: JobRecord, token_ids: tuple[int, ...]) -> ChoiceResult:
     text = model.tokenizer.completion(record.job.prompt_token_ids, record.job.sampling)
     shown = [text.push(token_id).text for token_id in token_ids]
     if record.outcome is not None:
         shown.append(text.finish().text)
-    return {"text": "".join(shown), "token_ids": token_ids}
+    return ChoiceResult(text="".join(shown), token_ids=token_ids)
 
 
-def _line(record: JobRecord) -> dict[str, Any]:
+def _line(record: JobRecord) -> JobLine:
     outcome = record.outcome
     ended = record.state not in (JobState.QUEUED, JobState.RUNNING)
-    return {
-        "job_id": record.job.job_id,
-        "model": record.job.model_id,
-        "status": record.state.value,
-        "created_at_ms": record.job.created_at_ms,
-        "reserved_lamports": 0 if ended else record.job.reserved_lamports,
-        "finish_reason": outcome.finish_reason.value if outcome else None,
-        "charged_lamports": outcome.receipt.charged_lamports if outcome else None,
-        "released_lamports": outcome.receipt.released_lamports if outcome else None,
-        "error": outcome.error if outcome else None,
-    }
+    return JobLine(
+        job_id=record.job.job_id,
+        model=record.job.model_id,
+        status=record.state.value,
+        created_at_ms=record.job.created_at_ms,
+        reserved_lamports=0 if ended else record.job.reserved_lamports,
+        finish_reason=outcome.finish_reason.value if outcome else None,
+        charged_lamports=outcome.receipt.charged_lamports if outcome else None,
+        released_lamports=outcome.receipt.released_lamports if outcome else None,
+        error=outcome.error if outcome else None,
+    )
 
 
 # So many of the caller's latest jobs say how long an answer is expected to be.
@@ -95,7 +103,7 @@ _JOBS_LOOKED_AT = 50
 
 
 @router.post("/v1/quote")
-async def quote(body: QuoteRequest, key: Key, services: ServicesNow) -> dict[str, Any]:
+async def quote(body: QuoteRequest, key: Key, services: ServicesNow) -> QuoteResponse:
     """Return the highest and the expected price; `prediction` is null for a model that is not deployed."""
     if (body.prompt is None) == (body.tokens is None):
         raise InvalidRequest("give either the prompt or the number of its tokens", param="prompt")
@@ -109,12 +117,9 @@ async def quote(body: QuoteRequest, key: Key, services: ServicesNow) -> dict[str
     prediction: Prediction | None = await services.scheduler(
         "prediction", model.facts.model_id, model.facts.revision
     )
-    return {
-        "model": body.model,
-        "num_layers": model.facts.num_layers,
-        **asdict(quoted),
-        "prediction": None if prediction is None else asdict(prediction),
-    }
+    return QuoteResponse(
+        model=body.model, num_layers=model.facts.num_layers, prediction=prediction, **asdict(quoted)
+    )
 
 
 async def _usual_tokens(services: Services, address: str, model_id: str) -> int | None:
@@ -132,10 +137,15 @@ _SIGNATURE_TIMEOUT_S = 5.0
 
 
 @router.get("/v1/receipts/{job_id}")
-async def receipt(job_id: str, key: Key, services: ServicesNow) -> dict[str, Any]:
-    """Return what a job cost, who ran what and earned what; `signature` is null while nobody can sign."""
+async def receipt(job_id: str, key: Key, services: ServicesNow) -> SignedReceipt:
+    """Return what a job cost, which nodes ran it and what each worker earned.
+
+    `signature` is null while the treasury does not answer.
+    """
     record = await owned(services, key, job_id)
     if record.outcome is None:
         raise Conflict(f"{job_id} has not ended", code="job_not_finished")
     signature = await services.books.receipt_signature(job_id, _SIGNATURE_TIMEOUT_S)
-    return sealed(record.outcome.receipt, services.config.platform_address, signature)
+    return SignedReceipt.model_validate(
+        sealed(record.outcome.receipt, services.config.platform_address, signature)
+    )

@@ -2,11 +2,21 @@
 
 import asyncio
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header
+from fastapi import APIRouter, Depends
 
-from azu.api.network import EnrolRequest, RenewRequest, TicketRequest
+from azu.api.base import Revoked
+from azu.api.network import (
+    AuthorityResponse,
+    EnrolRequest,
+    NewTicket,
+    NodeAdmission,
+    RenewRequest,
+    TicketList,
+    TicketRequest,
+    TicketResponse,
+)
 from azu.auth.certificates import (
     Authority,
     certificate_pem,
@@ -19,11 +29,10 @@ from azu.auth.certificates import (
     renewal_text,
     utc_now,
 )
-from azu.auth.tickets import TicketRecord
 from azu.clock import wall_clock_ms
 from azu.config import EnrolmentConfig
 from azu.errors import InternalError, NotFound, Unauthenticated
-from deployments.services import ServicesNow, check_admin
+from deployments.services import Admin, ServicesNow
 
 router = APIRouter(prefix="/v1/nodes")
 # A signature of a while ago may have been overheard.
@@ -37,23 +46,18 @@ def enrolment_of(services: ServicesNow) -> EnrolmentConfig:
     return services.config.enrolment
 
 
-async def admin_of(services: ServicesNow, authorization: Annotated[str | None, Header()] = None) -> None:
-    """Raise Unauthenticated unless the caller has the admin key."""
-    check_admin(authorization, services.config.admin_key_sha256)
-
-
 Enrolment = Annotated[EnrolmentConfig, Depends(enrolment_of)]
-Admin = Depends(admin_of)
 
 
 @router.get("/authority")
-async def authority(enrolment: Enrolment) -> dict[str, str]:
+async def authority(enrolment: Enrolment) -> AuthorityResponse:
     """Return the certificate of the network's authority."""
-    return {"certificate": (await asyncio.to_thread(_authority, enrolment)).pem.decode()}
+    signer = await asyncio.to_thread(_authority, enrolment)
+    return AuthorityResponse(certificate=signer.pem.decode())
 
 
 @router.post("/enrol")
-async def enrol(body: EnrolRequest, services: ServicesNow, enrolment: Enrolment) -> dict[str, str]:
+async def enrol(body: EnrolRequest, services: ServicesNow, enrolment: Enrolment) -> NodeAdmission:
     """Let a node in that shows a ticket's secret, and sign its certificate."""
     key = read_request(body.request.encode())
     await services.tickets.admit(body.secret, key_digest(key), body.name, wall_clock_ms())
@@ -63,7 +67,7 @@ async def enrol(body: EnrolRequest, services: ServicesNow, enrolment: Enrolment)
 
 
 @router.post("/renew")
-async def renew(body: RenewRequest, services: ServicesNow, enrolment: Enrolment) -> dict[str, str]:
+async def renew(body: RenewRequest, services: ServicesNow, enrolment: Enrolment) -> NodeAdmission:
     """Give a node that shows its certificate a later one, unless its ticket was revoked."""
     signer = await asyncio.to_thread(_authority, enrolment)
     certificate = read_certificate(body.certificate.encode())
@@ -76,35 +80,37 @@ async def renew(body: RenewRequest, services: ServicesNow, enrolment: Enrolment)
 
 
 @router.post("/tickets", dependencies=[Admin])
-async def new_ticket(body: TicketRequest, services: ServicesNow, enrolment: Enrolment) -> dict[str, Any]:
-    """Return a new ticket's secret, which is kept nowhere, and what else a node has to know."""
+async def new_ticket(body: TicketRequest, services: ServicesNow, enrolment: Enrolment) -> NewTicket:
+    """Return a new ticket with its secret, which the network does not keep, and what else a node needs."""
     now = wall_clock_ms()
     secret, ticket = await services.tickets.new(body.label, body.uses, now, now + 1000 * body.expires_in_s)
     signer = await asyncio.to_thread(_authority, enrolment)
-    return _line(ticket) | {
-        "secret": secret,
-        "url": enrolment.url,
-        "publicly_trusted": enrolment.publicly_trusted,
-        "authority_sha256": fingerprint(signer.certificate),
-    }
+    return NewTicket(
+        **asdict(ticket),
+        secret=secret,
+        url=enrolment.url,
+        publicly_trusted=enrolment.publicly_trusted,
+        authority_sha256=fingerprint(signer.certificate),
+    )
 
 
 @router.get("/tickets", dependencies=[Admin])
-async def tickets(services: ServicesNow) -> dict[str, list[dict[str, Any]]]:
+async def tickets(services: ServicesNow) -> TicketList:
     """Return every ticket with the nodes that it let in."""
-    return {"data": [_line(ticket) for ticket in await services.tickets.list()]}
+    found = await services.tickets.list()
+    return TicketList(data=tuple(map(TicketResponse.model_validate, found)))
 
 
 @router.delete("/tickets/{ticket_id}", dependencies=[Admin])
-async def revoke_ticket(ticket_id: str, services: ServicesNow) -> dict[str, str]:
+async def revoke_ticket(ticket_id: str, services: ServicesNow) -> Revoked:
     """Let no node in with a ticket any more, and renew none that came with it."""
     await services.tickets.revoke(ticket_id, wall_clock_ms())
-    return {"revoked": ticket_id}
+    return Revoked(revoked=ticket_id)
 
 
-async def _admission(enrolment: EnrolmentConfig, certificate: bytes) -> dict[str, str]:
+async def _admission(enrolment: EnrolmentConfig, certificate: bytes) -> NodeAdmission:
     token = await asyncio.to_thread(enrolment.token_path.read_text)
-    return {"certificate": certificate.decode(), "token": token, "head": enrolment.head}
+    return NodeAdmission(certificate=certificate.decode(), token=token, head=enrolment.head)
 
 
 def _authority(enrolment: EnrolmentConfig) -> Authority:
@@ -112,7 +118,3 @@ def _authority(enrolment: EnrolmentConfig) -> Authority:
         return Authority.load(enrolment.authority.read_bytes(), enrolment.authority_key.read_bytes())
     except (OSError, ValueError) as error:
         raise InternalError("the network's authority cannot be read") from error
-
-
-def _line(ticket: TicketRecord) -> dict[str, Any]:
-    return asdict(ticket)

@@ -1,15 +1,20 @@
-"""A request's parameters, completed by the model's own defaults, as the engine takes them."""
+"""How a job samples: the request's parameters, completed by the model's own defaults."""
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from azu.api.openai import ChatRequest, CompletionRequest
 from azu.config.network import Limits
-from azu.errors import InvalidRequest
+from azu.errors import BrokenCheckpoint, InvalidRequest
 from azu.protocol.sampling import SamplingParams
-from deployments.services import ServedModel
 
+_FILE = "generation_config.json"
+# What generate samples with when the file says no more than that it samples.
+_TOP_K = 50
+_TEMPERATURE = 1.0
 # What is passed through when the request gives it; the rest is the model's default.
 _PASSED = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
@@ -18,15 +23,19 @@ _PASSED = (
 
 
 def sampling_params(
-    body: ChatRequest | CompletionRequest, model: ServedModel, *, default_max_tokens: int
+    body: ChatRequest | CompletionRequest,
+    defaults: SamplingParams,
+    vocab_size: int,
+    *,
+    default_max_tokens: int,
 ) -> SamplingParams:
     """Return the sampling that a request asks for; raises InvalidRequest that names the parameter."""
     given = {name: value for name in _PASSED if (value := getattr(body, name)) is not None}
     bias = _logit_bias(body.logit_bias)
-    check_tokens("logit_bias", bias, model.vocab_size)
-    check_tokens("stop_token_ids", body.stop_token_ids or (), model.vocab_size)
+    check_tokens("logit_bias", bias, vocab_size)
+    check_tokens("stop_token_ids", body.stop_token_ids or (), vocab_size)
     sampling = replace(
-        model.defaults,
+        defaults,
         **given,
         max_tokens=_max_tokens(body, default_max_tokens),
         ignore_eos=body.ignore_eos,
@@ -93,3 +102,41 @@ def check_limits(body: ChatRequest | CompletionRequest, limits: Limits) -> None:
             f"stop: {longest} characters, where at most {limits.max_stop_characters} are taken here",
             param="stop",
         )
+
+
+class _GenerationConfig(BaseModel):
+    """The part of the file that azu has; others' files hold much more."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    do_sample: bool | None = None
+    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    top_k: int | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    min_new_tokens: int | None = Field(default=None, ge=0)
+
+
+def default_sampling(files: Mapping[str, bytes]) -> SamplingParams:
+    """Return the sampling of a model whose config files these are, greedy when they say nothing.
+
+    Raises BrokenCheckpoint when generation_config.json is malformed.
+    """
+    try:
+        found = _GenerationConfig.model_validate_json(files.get(_FILE, b"{}"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise BrokenCheckpoint(f"{_FILE}: {place or 'the file'}: {first['msg']}") from error
+    temperature = _TEMPERATURE if found.temperature is None else found.temperature
+    top_k = _TOP_K if found.do_sample and found.top_k is None else found.top_k or 0
+    return SamplingParams(
+        max_tokens=1,
+        temperature=temperature if found.do_sample else 0.0,
+        top_k=top_k,
+        top_p=1.0 if found.top_p is None else found.top_p,
+        min_p=found.min_p or 0.0,
+        repetition_penalty=1.0 if found.repetition_penalty is None else found.repetition_penalty,
+        min_tokens=found.min_new_tokens or 0,
+    )

@@ -6,12 +6,12 @@ import hmac
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import Depends, Header, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from fastapi import Depends, Request, Security
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security.base import SecurityBase
 from starlette.datastructures import Address
 
 from actors.links import REGISTRY, ask
@@ -21,7 +21,7 @@ from azu.auth.rate_limit import Rate, RedisRates
 from azu.auth.tickets import RedisTickets
 from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
-from azu.errors import BrokenCheckpoint, Forbidden, NotFound, Unauthenticated
+from azu.errors import Forbidden, NotFound, Unauthenticated
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts
 from azu.jobs.record import JobRecord
@@ -29,53 +29,10 @@ from azu.jobs.redis import RedisJobs
 from azu.models.description import ModelDescription
 from azu.money.books import Books
 from azu.protocol.sampling import SamplingParams
+from deployments.sampling import default_sampling
 
 if TYPE_CHECKING:
     from azu.engine.tokenizer import Tokenizer
-
-
-_FILE = "generation_config.json"
-# What generate samples with when the file says no more than that it samples.
-_TOP_K = 50
-_TEMPERATURE = 1.0
-
-
-class _GenerationConfig(BaseModel):
-    """The part of the file that azu has; others' files hold much more."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    do_sample: bool | None = None
-    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    top_k: int | None = Field(default=None, ge=0)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    min_new_tokens: int | None = Field(default=None, ge=0)
-
-
-def default_sampling(files: Mapping[str, bytes]) -> SamplingParams:
-    """Return the sampling of a model whose config files these are, greedy when they say nothing.
-
-    Raises BrokenCheckpoint when generation_config.json is malformed.
-    """
-    try:
-        found = _GenerationConfig.model_validate_json(files.get(_FILE, b"{}"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise BrokenCheckpoint(f"{_FILE}: {place or 'the file'}: {first['msg']}") from error
-    temperature = _TEMPERATURE if found.temperature is None else found.temperature
-    top_k = _TOP_K if found.do_sample and found.top_k is None else found.top_k or 0
-    return SamplingParams(
-        max_tokens=1,
-        temperature=temperature if found.do_sample else 0.0,
-        top_k=top_k,
-        top_p=1.0 if found.top_p is None else found.top_p,
-        min_p=found.min_p or 0.0,
-        repetition_penalty=1.0 if found.repetition_penalty is None else found.repetition_penalty,
-        min_tokens=found.min_new_tokens or 0,
-    )
 
 
 _REFRESH_S = 60.0
@@ -121,17 +78,13 @@ class Services:
         self._sign_in_rate = Rate(policy.limits.sign_ins_per_minute, policy.limits.sign_in_burst)
         self._models: OrderedDict[str, tuple[float, ServedModel]] = OrderedDict()
 
-    async def owner(self, authorization: str | None, claimed_address: str | None = None) -> ApiKey:
-        """Return the key behind an Authorization header and count the request as its own.
+    async def key(self, secret: str | None) -> ApiKey:
+        """Return the API key with a secret and count the request as its own.
 
-        Raises Unauthenticated without a good key, RateLimited for one that asks too often, Forbidden when the
-        request speaks for another address.
+        Raises Unauthenticated without a valid key, RateLimited for one that sends requests too fast.
         """
-        scheme, _, bearer = (authorization or "").partition(" ")
-        key = await self.auth.check(bearer if scheme.lower() == "bearer" else None, wall_clock_ms())
+        key = await self.auth.check(secret, wall_clock_ms())
         await self._rates.take(key.key_id, self._key_rate)
-        if claimed_address is not None and claimed_address.lower() != key.address:
-            raise Forbidden("this key belongs to another address", param="user_address")
         return key
 
     async def count_sign_in(self, client: Address | None) -> None:
@@ -185,6 +138,24 @@ def _served(described: ModelDescription) -> ServedModel:
     )
 
 
+class _BearerToken(SecurityBase):
+    """The bearer token of a request, None without one; OpenAPI documents it under `name`."""
+
+    def __init__(self, name: str, description: str) -> None:
+        self.model = HTTPBearer(description=description)
+        self.scheme_name = name
+
+    async def __call__(self, request: Request) -> str | None:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        return token if scheme.lower() == "bearer" else None
+
+
+_API_KEY = _BearerToken("ApiKey", "An API key, from POST /v1/auth/keys.")
+_ADMIN_KEY = _BearerToken("AdminKey", "The key of the network's owner.")
+ApiKeySecret = Annotated[str | None, Security(_API_KEY)]
+AdminSecret = Annotated[str | None, Security(_ADMIN_KEY)]
+
+
 def services_of(request: Request) -> Services:
     """Return the replica's services."""
     services: Services = request.app.state.services
@@ -194,12 +165,38 @@ def services_of(request: Request) -> Services:
 ServicesNow = Annotated[Services, Depends(services_of)]
 
 
-async def key_of(services: ServicesNow, authorization: Annotated[str | None, Header()] = None) -> ApiKey:
+async def key_of(services: ServicesNow, secret: ApiKeySecret) -> ApiKey:
     """Return the caller's key; raises Unauthenticated."""
-    return await services.owner(authorization)
+    return await services.key(secret)
 
 
 Key = Annotated[ApiKey, Depends(key_of)]
+
+
+def check_speaks_for(key: ApiKey, address: str) -> None:
+    """Raise Forbidden unless the key is of the address that a request names."""
+    if address.lower() != key.address:
+        raise Forbidden("this key belongs to another address", param="user_address")
+
+
+async def admin_of(services: ServicesNow, secret: AdminSecret) -> None:
+    """Raise Unauthenticated unless the caller has the admin key."""
+    check_admin(services, secret)
+
+
+Admin = Depends(admin_of)
+
+
+def check_admin(services: Services, secret: str | None) -> None:
+    """Raise Unauthenticated unless this is the admin key."""
+    if not is_admin(services, secret):
+        raise Unauthenticated("this endpoint needs the admin key")
+
+
+def is_admin(services: Services, secret: str | None) -> bool:
+    """Return whether this is the admin key."""
+    given = hashlib.sha256((secret or "").encode()).hexdigest()
+    return hmac.compare_digest(given, services.config.admin_key_sha256)
 
 
 async def owned(services: Services, key: ApiKey, job_id: str) -> JobRecord:
@@ -210,16 +207,3 @@ async def owned(services: Services, key: ApiKey, job_id: str) -> JobRecord:
     if record.job.address != key.address:
         raise Forbidden("this job belongs to another address", param="job_id")
     return record
-
-
-def check_admin(authorization: str | None, admin_key_sha256: str) -> None:
-    """Raise Unauthenticated unless the header carries the admin key."""
-    if not is_admin(authorization, admin_key_sha256):
-        raise Unauthenticated("this endpoint needs the admin key")
-
-
-def is_admin(authorization: str | None, admin_key_sha256: str) -> bool:
-    """Say whether the header carries the admin key."""
-    _, _, bearer = (authorization or "").partition(" ")
-    given = hashlib.sha256(bearer.encode()).hexdigest()
-    return hmac.compare_digest(given, admin_key_sha256)

@@ -1,30 +1,49 @@
-"""What the client returns: frozen values, read from the ingress's JSON."""
+"""Accounts: sign-in and API keys, deposits, balances, earnings and withdrawals."""
 
-from dataclasses import dataclass
+from pydantic import Field
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from azu.api.base import _LENIENT
+from azu.api.base import RequestModel, ResponseModel
 from azu.units import MAX_LAMPORTS
 
+_LONGEST_LIFE_S = 10 * 365 * 86_400
+# A Lua script counts against the limit, and its numbers are doubles.
+_LARGEST_LIMIT = 2**53
+_MAX_NONCE = 2**63 - 1
 
-@dataclass(frozen=True, slots=True)
-class Balance:
-    """What an address may spend, what its running jobs hold, and what is being sent back to it."""
 
-    __pydantic_config__ = _LENIENT
+class ChallengeRequest(RequestModel):
+    """POST /v1/auth/challenge."""
 
+    address: str = Field(max_length=64)
+
+
+class ChallengeResponse(ResponseModel):
+    """A text (EIP-4361) that the address's wallet signs; `nonce` names it."""
+
+    nonce: str
+    message: str
+
+
+class KeyRequest(RequestModel):
+    """POST /v1/auth/keys. A key has no end and no spend limit unless the request gives one."""
+
+    nonce: str = Field(max_length=128)
+    signature: str = Field(max_length=256)
+    label: str = Field(default="", max_length=64)
+    expires_in_s: int | None = Field(default=None, ge=1, le=_LONGEST_LIFE_S)
+    spend_limit_lamports: int | None = Field(default=None, ge=0, le=_LARGEST_LIMIT)
+
+
+class NewKey(ResponseModel):
+    """A new API key. The network keeps only the key's hash and cannot show it again."""
+
+    api_key: str = Field(repr=False)
+    key_id: str
     address: str
-    available_lamports: int
-    reserved_lamports: int
-    withdrawing_lamports: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class KeyLine:
+class KeyLine(ResponseModel):
     """An API key without its secret. `spent_lamports` counts running jobs by the most they can cost."""
-
-    __pydantic_config__ = _LENIENT
 
     key_id: str
     label: str
@@ -34,46 +53,62 @@ class KeyLine:
     spent_lamports: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Platform:
-    """Where deposits go: the platform's address on the chain at `chain_url`."""
+class KeyList(ResponseModel):
+    """The keys of one address, in the order in which they were opened."""
 
-    __pydantic_config__ = _LENIENT
+    data: tuple[KeyLine, ...]
+
+
+class Platform(ResponseModel):
+    """Where deposits go: the platform's address on the chain at `chain_url`; `version` is azu's."""
 
     address: str
     chain_url: str
+    version: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class DepositState:
-    """`status` is "credited", or "pending" when the chain does not show the transfer yet."""
+class DepositRequest(RequestModel):
+    """POST /deposit. The hash says where to look; only the chain proves a deposit."""
 
-    __pydantic_config__ = _LENIENT
+    tx_sig: str = Field(max_length=128)
+    user_address: str = Field(max_length=64)
+
+
+class DepositState(ResponseModel):
+    """`status` is "credited", or "pending" while the chain does not show the transfer."""
 
     status: str
     lamports: int
     transfer_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class WithdrawalLine:
-    """`state` is "waiting", "sending", "paid", or "refused" for the `reason`."""
+class BalanceResponse(ResponseModel):
+    """What an address may spend, what its running jobs hold, and what is on its way back to it."""
 
-    __pydantic_config__ = _LENIENT
-
-    nonce: int
-    state: str
-    reason: str | None
+    address: str
+    available_lamports: int
+    reserved_lamports: int
+    withdrawing_lamports: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Earnings:
-    """What an address earned by lending and has not got yet, what is on its way, and what was paid.
+class ClaimRequest(RequestModel):
+    """POST /v1/earnings/claim. `signature` is the EIP-712 signature of the key's address."""
 
-    Nothing is paid before the address has `claimed` it.
+    signature: str = Field(max_length=256)
+
+
+class ClaimedEarnings(ResponseModel):
+    """The address that claimed its earnings."""
+
+    address: str
+    claimed: bool
+
+
+class EarningsResponse(ResponseModel):
+    """What an address earned by lending and has not received, what is on its way, and what was paid.
+
+    The treasury pays nothing before the address has `claimed` its earnings.
     """
-
-    __pydantic_config__ = _LENIENT
 
     address: str
     earned_lamports: int
@@ -83,57 +118,18 @@ class Earnings:
     claimed: bool = False
 
 
-class DepositRequest(BaseModel):
-    """POST /deposit: a hint where to look, never proof."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    tx_sig: str = Field(max_length=128)
-    user_address: str = Field(max_length=64)
-
-
-class ClaimRequest(BaseModel):
-    """POST /v1/earnings/claim: `signature` is the EIP-712 signature of the key's address."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    signature: str = Field(max_length=256)
-
-
-_LONGEST_LIFE_S = 10 * 365 * 86_400
-# Counted by a script whose numbers are doubles.
-_LARGEST_LIMIT = 2**53
-
-
-class _KeyBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class ChallengeRequest(_KeyBody):
-    """POST /v1/auth/challenge."""
-
-    address: str = Field(max_length=64)
-
-
-class KeyRequest(_KeyBody):
-    """POST /v1/auth/keys: without an end the key is good until it is revoked, without a limit for all."""
-
-    nonce: str = Field(max_length=128)
-    signature: str = Field(max_length=256)
-    label: str = Field(default="", max_length=64)
-    expires_in_s: int | None = Field(default=None, ge=1, le=_LONGEST_LIFE_S)
-    spend_limit_lamports: int | None = Field(default=None, ge=0, le=_LARGEST_LIMIT)
-
-
-_MAX_NONCE = 2**63 - 1
-
-
-class WithdrawalRequest(BaseModel):
-    """POST /v1/withdrawals: `signature` is the EIP-712 signature of the key's address over the rest."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+class WithdrawalRequest(RequestModel):
+    """POST /v1/withdrawals. `signature` is the EIP-712 signature of the key's address over the rest."""
 
     lamports: int = Field(ge=0, le=MAX_LAMPORTS)
     nonce: int = Field(ge=0, le=_MAX_NONCE)
     expires_at_ms: int = Field(ge=0, le=_MAX_NONCE)
     signature: str = Field(max_length=256)
+
+
+class WithdrawalLine(ResponseModel):
+    """`state` is "waiting", "sending", "paid", or "refused" for the `reason`."""
+
+    nonce: int
+    state: str
+    reason: str | None

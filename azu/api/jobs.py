@@ -1,40 +1,85 @@
-"""What the client returns: frozen values, read from the ingress's JSON."""
+"""Jobs: submit one, ask for its results, its price and its receipt."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from azu.api.base import _LENIENT
+from azu.api.base import ErrorDetail, RequestModel, ResponseModel
 from azu.api.network import PieceLine
-from azu.api.openai import Text
+from azu.api.openai import Text, Usage
 
 
-@dataclass(frozen=True, slots=True)
-class ReceiptLines:
-    """A receipt as the ingress gives it."""
+class SubmitRequest(RequestModel):
+    """POST /submit. `est_tokens` is the most new tokens that the caller pays for."""
 
-    __pydantic_config__ = _LENIENT
+    user_address: str = Field(max_length=64)
+    model_id: Text = Field(min_length=1, max_length=256)
+    prompt: Text = Field(min_length=1)
+    est_tokens: int = Field(ge=1)
+
+
+class SubmittedJob(ResponseModel):
+    """The id of a job that is queued."""
 
     job_id: str
+
+
+class ReceiptLines(ResponseModel):
+    """What a job cost and which nodes ran it. `worker_lamports` is keyed by payout address.
+
+    charged = platform + sum of workers. `token_layers` is tokens times layers, the unit of the price.
+    """
+
+    job_id: str
+    address: str
     model_id: str
+    revision: str
     prompt_tokens: int
     completion_tokens: int
     num_layers: int
-    token_layers: int
+    lamports_per_token_layer: int
     charged_lamports: int
     released_lamports: int
     platform_lamports: int
     worker_lamports: Mapping[str, int]
     transfer_id: str
     topology: tuple[PieceLine, ...]
+    token_layers: int
 
 
-@dataclass(frozen=True, slots=True)
-class JobLine:
-    """A job in a list."""
+class SignedReceipt(ReceiptLines):
+    """A receipt with the platform's address and signature; null while the treasury does not answer."""
 
-    __pydantic_config__ = _LENIENT
+    signer: str
+    signature: str | None
+
+
+class ChoiceResult(ResponseModel):
+    """What one choice of a job has produced so far."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class Results(ResponseModel):
+    """What a job has produced so far; `text` and `token_ids` are those of the first choice.
+
+    `status` is "queued", "running", "done", "failed" or "cancelled".
+    """
+
+    job_id: str
+    status: str
+    text: str
+    token_ids: tuple[int, ...]
+    choices: tuple[ChoiceResult, ...]
+    finish_reason: str | None
+    usage: Usage
+    receipt: ReceiptLines | None
+    error: ErrorDetail | None
+
+
+class JobLine(ResponseModel):
+    """A job in a list. `reserved_lamports` is 0 once the job has ended."""
 
     job_id: str
     model: str
@@ -44,41 +89,41 @@ class JobLine:
     finish_reason: str | None
     charged_lamports: int | None
     released_lamports: int | None
-    error: Mapping[str, str | None] | None
+    error: ErrorDetail | None
 
 
-@dataclass(frozen=True, slots=True)
-class Results:
-    """What a job has produced so far."""
+class JobList(ResponseModel):
+    """Jobs of one address, newest first."""
 
-    __pydantic_config__ = _LENIENT
-
-    job_id: str
-    status: str
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
-    error: Mapping[str, str | None] | None
-    receipt: ReceiptLines | None = None
+    data: tuple[JobLine, ...]
 
 
-class SubmitRequest(BaseModel):
-    """POST /submit: `est_tokens` is the most new tokens the caller pays for."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    user_address: str = Field(max_length=64)
-    model_id: Text = Field(min_length=1, max_length=256)
-    prompt: Text = Field(min_length=1)
-    est_tokens: int = Field(ge=1)
-
-
-class QuoteRequest(BaseModel):
-    """POST /v1/quote: a prompt as it is, or the number of its tokens."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+class QuoteRequest(RequestModel):
+    """POST /v1/quote: either a prompt as it is, or the number of its tokens."""
 
     model: Text = Field(min_length=1, max_length=256)
     prompt: Text | None = Field(default=None, min_length=1)
     tokens: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
+
+
+class PredictionLine(ResponseModel):
+    """What the planner expects of a deployed model."""
+
+    tokens_per_s: float
+    time_per_output_token_s: float
+    lamports_per_token: int
+
+
+class QuoteResponse(ResponseModel):
+    """The highest and the expected price of a job; `prediction` is null for a model that is not deployed."""
+
+    model: str
+    num_layers: int
+    prompt_tokens: int
+    max_tokens: int
+    expected_tokens: int
+    lamports_per_token_layer: int
+    max_lamports: int
+    expected_lamports: int
+    prediction: PredictionLine | None

@@ -1,28 +1,66 @@
-"""What one deployed model does, and how fast between two looks at it."""
+"""The network: nodes, deployed models and what they do, cuts, and how a machine becomes a node."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
-from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress
+from pydantic import Field, IPvAnyAddress
 
-from azu.api.base import _LENIENT
+from azu.api.base import RequestModel, ResponseModel
+
+_MAX_USES = 1000
+_LONGEST_LIFE_S = 30 * 86_400
+_MAX_PEM = 8192
 
 
-@dataclass(frozen=True, slots=True)
-class TimeTotal:
-    """How often something was measured, and its seconds in all."""
+class Health(ResponseModel):
+    """`status` is "ok", or "starting" while prompts cannot be served."""
+
+    status: str
+
+
+class PieceLine(ResponseModel):
+    """One piece of a topology: the node that runs layers [start, end) and experts (layer -> expert ids)."""
+
+    node: str
+    actor: str
+    layers: tuple[int, int]
+    experts: Mapping[int, tuple[int, ...]] = Field(default_factory=dict)
+
+
+class NodeLine(ResponseModel):
+    """A node of the network.
+
+    `vram_free_bytes` is what may still be placed there, `vram_used_bytes` what azu's processes hold (null if
+    unknown), `vram_other_bytes` what other programs hold; `load` is the busy part of the device, 0 to 1.
+    `bad_frames` counts the frames of this node that other nodes refused.
+    """
+
+    node_id: str
+    name: str
+    payout_address: str
+    state: str
+    device: str
+    vram_total_bytes: int
+    vram_free_bytes: int
+    vram_used_bytes: int | None = None
+    vram_other_bytes: int = 0
+    load: float = 0.0
+    bad_frames: int = 0
+    cached_shards: int
+
+
+class TimeTotal(ResponseModel):
+    """How often something was measured, and the sum of its seconds."""
 
     count: int = 0
     seconds: float = 0.0
 
     def mean_s(self, since: "TimeTotal") -> float | None:
-        """Return the mean of what was measured since then, None if nothing was."""
+        """Return the mean of what was measured since an earlier total, None if nothing was."""
         count = self.count - since.count
         return (self.seconds - since.seconds) / count if count > 0 else None
 
 
-@dataclass(frozen=True, slots=True)
-class Activity:
+class Activity(ResponseModel):
     """A model's counters since the network's start, and its sequences and KV blocks now."""
 
     running_sequences: int = 0
@@ -33,16 +71,76 @@ class Activity:
     generated_tokens: int = 0
     stalls: int = 0
     recoveries: int = 0
-    time_to_first_token: TimeTotal = field(default_factory=TimeTotal)
-    time_per_token: TimeTotal = field(default_factory=TimeTotal)
-    hop: TimeTotal = field(default_factory=TimeTotal)
+    time_to_first_token: TimeTotal = Field(default_factory=TimeTotal)
+    time_per_token: TimeTotal = Field(default_factory=TimeTotal)
+    hop: TimeTotal = Field(default_factory=TimeTotal)
 
 
-@dataclass(frozen=True, slots=True)
-class TicketResponse:
+class DeploymentLine(ResponseModel):
+    """One deployment of a model: its state, its topology and what it does."""
+
+    model_id: str
+    revision: str
+    state: str
+    epoch: int
+    num_layers: int
+    activity: Activity = Field(default_factory=Activity)
+    topology: tuple[PieceLine, ...]
+
+
+class JobCounts(ResponseModel):
+    """Jobs of all users that have not ended: running in a model, or waiting for one."""
+
+    running: int = 0
+    waiting: int = 0
+
+
+class NetworkResponse(ResponseModel):
+    """Nodes and deployments, and the number of jobs on them."""
+
+    jobs: JobCounts = Field(default_factory=JobCounts)
+    nodes: tuple[NodeLine, ...]
+    deployments: tuple[DeploymentLine, ...]
+
+
+class LeaveResponse(ResponseModel):
+    """`left` is true once the node holds nothing; until then the caller asks again."""
+
+    name: str
+    left: bool
+
+
+class ShardRequest(RequestModel):
+    """POST /models/shard."""
+
+    model_id: str = Field(min_length=1, max_length=256)
+
+
+class ModelStatusResponse(ResponseModel):
+    """How far the cut of a model is.
+
+    `state` is "unknown", "described", "fetching", "cutting", "ready" or "failed". The bytes are those of the
+    model's weights that are downloaded or cut so far.
+    """
+
+    model_id: str
+    revision: str | None
+    state: str
+    done_bytes: int
+    total_bytes: int
+    error: str | None
+
+
+class TicketRequest(RequestModel):
+    """POST /v1/nodes/tickets. `uses` is the number of nodes that the ticket lets in."""
+
+    label: str = Field(default="", max_length=64)
+    uses: int = Field(default=1, ge=1, le=_MAX_USES)
+    expires_in_s: int = Field(default=86_400, ge=1, le=_LONGEST_LIFE_S)
+
+
+class TicketResponse(ResponseModel):
     """A ticket without its secret, and the names of the nodes that it let in."""
-
-    __pydantic_config__ = _LENIENT
 
     ticket_id: str
     label: str
@@ -53,144 +151,29 @@ class TicketResponse:
     nodes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class NewTicket:
-    """What a node has to know to get in: its secret is told once."""
+class NewTicket(TicketResponse):
+    """A new ticket with all that a node needs to join. The network cannot show the secret again."""
 
-    __pydantic_config__ = _LENIENT
-
-    ticket_id: str
+    secret: str = Field(repr=False)
     url: str
-    authority_sha256: str
     publicly_trusted: bool
-    secret: str = field(repr=False)
+    authority_sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class PieceLine:
-    """One piece of a topology: which node ran which layers [start, end) and experts."""
+class TicketList(ResponseModel):
+    """All tickets of the network."""
 
-    __pydantic_config__ = _LENIENT
-
-    node: str
-    actor: str
-    layers: tuple[int, int]
-    experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    data: tuple[TicketResponse, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class NodeLine:
-    """A node as `azu ps` shows it.
-
-    `vram_free_bytes` is what may still be placed there, `vram_used_bytes` what azu's processes really hold
-    (None if unknown), `vram_other_bytes` what other programs do; `load` is the busy part of the device.
-    `bad_frames` counts what it sent and others refused.
-    """
-
-    __pydantic_config__ = _LENIENT
-
-    node_id: str
-    name: str
-    payout_address: str
-    state: str
-    device: str
-    vram_total_bytes: int
-    vram_free_bytes: int
-    cached_shards: int
-    vram_used_bytes: int | None = None
-    vram_other_bytes: int = 0
-    load: float = 0.0
-    bad_frames: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class DeploymentLine:
-    """A deployed model as `azu ps` shows it."""
-
-    __pydantic_config__ = _LENIENT
-
-    model_id: str
-    revision: str
-    state: str
-    epoch: int
-    num_layers: int
-    topology: tuple[PieceLine, ...]
-    activity: Activity = field(default_factory=Activity)
-
-
-@dataclass(frozen=True, slots=True)
-class JobCounts:
-    """Jobs of all users that have not ended: in their models, or waiting for them."""
-
-    __pydantic_config__ = _LENIENT
-
-    running: int = 0
-    waiting: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkResponse:
-    """Nodes and deployments, and the jobs on them."""
-
-    __pydantic_config__ = _LENIENT
-
-    nodes: tuple[NodeLine, ...]
-    deployments: tuple[DeploymentLine, ...]
-    jobs: JobCounts = field(default_factory=JobCounts)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelStatusResponse:
-    """How far a model's cut is."""
-
-    __pydantic_config__ = _LENIENT
-
-    model_id: str
-    revision: str | None
-    state: str
-    done_bytes: int
-    total_bytes: int
-    error: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class NodeAdmission:
-    """A node's certificate (PEM), the token that opens the cluster, and where its head is ("host:port")."""
-
-    __pydantic_config__ = ConfigDict(extra="ignore")
+class AuthorityResponse(ResponseModel):
+    """The certificate (PEM) of the network's authority."""
 
     certificate: str
-    token: str = field(repr=False)
-    head: str
 
 
-class ShardRequest(BaseModel):
-    """POST /models/shard."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model_id: str = Field(min_length=1, max_length=256)
-
-
-_MAX_USES = 1000
-_LONGEST_LIFE_S = 30 * 86_400
-_MAX_PEM = 8192
-
-
-class _NodeBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TicketRequest(_NodeBody):
-    """POST /v1/nodes/tickets: `uses` is how many nodes it lets in."""
-
-    label: str = Field(default="", max_length=64)
-    uses: int = Field(default=1, ge=1, le=_MAX_USES)
-    expires_in_s: int = Field(default=86_400, ge=1, le=_LONGEST_LIFE_S)
-
-
-class EnrolRequest(_NodeBody):
-    """POST /v1/nodes/enrol: `host` is the address at which other nodes reach this one."""
+class EnrolRequest(RequestModel):
+    """POST /v1/nodes/enrol. `host` is the address at which other nodes reach this one; `request` is PEM."""
 
     secret: str = Field(pattern=r"^[0-9a-f]{64}$")
     name: str = Field(min_length=1, max_length=64)
@@ -198,9 +181,17 @@ class EnrolRequest(_NodeBody):
     request: str = Field(max_length=_MAX_PEM)
 
 
-class RenewRequest(_NodeBody):
-    """POST /v1/nodes/renew: `signature` is that of the certificate's key under `renewal_text`."""
+class RenewRequest(RequestModel):
+    """POST /v1/nodes/renew. The certificate's key signs `renewal_text(signed_at_ms)`."""
 
     certificate: str = Field(max_length=_MAX_PEM)
     signed_at_ms: int
     signature: str = Field(max_length=256)
+
+
+class NodeAdmission(ResponseModel):
+    """A node's certificate (PEM), the token that opens the cluster, and the head's "host:port"."""
+
+    certificate: str
+    token: str = Field(repr=False)
+    head: str

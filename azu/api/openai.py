@@ -1,151 +1,15 @@
-"""OpenAI's requests: what azu takes of them, and by which name it refuses the rest."""
+"""OpenAI's endpoints: the requests that azu takes, and the answers, whole or as the chunks of a stream.
+
+A parameter that azu does not have is refused by its name, unless its value asks for nothing.
+"""
 
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from azu.api.base import OrAbsent, RequestModel, ResponseModel
 from azu.errors import InvalidRequest
-
-
-def finite_text(text: Any) -> Any:
-    """Refuse a lone surrogate: it is no character and cannot be written down or tokenised."""
-    if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("is not valid Unicode")
-    return text
-
-
-Text = Annotated[str, BeforeValidator(finite_text)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TextPart(_Strict):
-    """A text part of a message's content."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class CalledFunction(_Strict):
-    """A function that the model called; `arguments` is a JSON object as text."""
-
-    name: Text = Field(min_length=1, max_length=64)
-    arguments: Text
-
-    def for_template(self) -> dict[str, Any]:
-        """Return it with its arguments as the values they are."""
-        return {"name": self.name, "arguments": json.loads(self.arguments)}
-
-    @model_validator(mode="after")
-    def _takes_an_object(self) -> Self:
-        try:
-            is_object = isinstance(json.loads(self.arguments), dict)
-        except (ValueError, RecursionError):
-            is_object = False
-        if not is_object:
-            raise ValueError("arguments is not a JSON object")
-        return self
-
-
-class MadeCall(_Strict):
-    """A call in an earlier answer."""
-
-    id: Text = Field(min_length=1, max_length=128)
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class Message(_Strict):
-    """One turn of a chat; what clients send back of an answer of ours is taken too."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
-    name: Text | None = Field(default=None, max_length=256)
-    tool_calls: list[MadeCall] | None = None
-    tool_call_id: Text | None = Field(default=None, max_length=128)
-    reasoning_content: Text | None = None
-    # What an answer of ours or of OpenAI's says by null or nothing.
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    annotations: list[None] | None = Field(default=None, max_length=0)
-
-    @model_validator(mode="after")
-    def _has_what_its_role_needs(self) -> Self:
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("only an assistant calls tools")
-        if (self.tool_call_id is None) != (self.role != "tool"):
-            raise ValueError("tool_call_id belongs to the answer of a tool")
-        if self.content is None and not self.tool_calls:
-            raise ValueError("a message needs content")
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        """Return the message as chat templates take it."""
-        said: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
-        parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.content or ()]
-        said["content"] = "".join(parts)
-        for name in ("name", "tool_call_id", "reasoning_content"):
-            if (value := getattr(self, name)) is not None:
-                said[name] = value
-        if self.tool_calls:
-            said["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": call.function.for_template()}
-                for call in self.tool_calls
-            ]
-        return said
-
-
-def _not_forced(choice: Any) -> Any:
-    # Nothing here keeps a model from writing something else.
-    if choice in (None, "auto", "none"):
-        return choice
-    raise InvalidRequest(
-        "the model may call a tool (auto) or not (none); it cannot be made to",
-        param="tool_choice",
-        code="unsupported_parameter",
-    )
-
-
-ToolChoice = Annotated[Literal["auto", "none"] | None, BeforeValidator(_not_forced)]
-
-
-def _writable(schema: Any) -> Any:
-    try:
-        json.dumps(schema, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise ValueError("cannot be written down") from error
-    return schema
-
-
-Schema = Annotated[dict[str, Any], BeforeValidator(_writable)]
-
-
-class _Function(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
-    description: Text | None = None
-    parameters: Schema | None = None
-    strict: Literal[False] | None = None
-
-
-class Tool(BaseModel):
-    """A function that the model may call; nothing holds its arguments to a schema (`strict`)."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["function"]
-    function: _Function
-
-    def for_template(self) -> dict[str, Any]:
-        """Return the tool as chat templates take it."""
-        said = self.function.model_dump(exclude_none=True, exclude={"strict"})
-        return {"type": "function", "function": {"parameters": {"type": "object", "properties": {}}} | said}
-
 
 # Parameters azu does not have, with the values that ask for nothing: others would change the output.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -168,9 +32,143 @@ _IGNORED = frozenset(
         "metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user",
     }
 )  # fmt: skip
-
-
 _MAX_TOP_LOGPROBS = 20
+
+
+def finite_text(text: Any) -> Any:
+    """Refuse a lone surrogate: it is no character, so UTF-8 cannot encode it and no tokenizer takes it."""
+    if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("is not valid Unicode")
+    return text
+
+
+Text = Annotated[str, BeforeValidator(finite_text)]
+
+
+class TextPart(RequestModel):
+    """A text part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class CalledFunction(RequestModel):
+    """A function that the model called; `arguments` is a JSON object as text."""
+
+    name: Text = Field(min_length=1, max_length=64)
+    arguments: Text
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the call as chat templates take it: its arguments as values."""
+        return {"name": self.name, "arguments": json.loads(self.arguments)}
+
+    @model_validator(mode="after")
+    def _takes_an_object(self) -> Self:
+        try:
+            is_object = isinstance(json.loads(self.arguments), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise ValueError("arguments is not a JSON object")
+        return self
+
+
+class MadeCall(RequestModel):
+    """A call in an earlier answer."""
+
+    id: Text = Field(min_length=1, max_length=128)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(RequestModel):
+    """One turn of a chat; a client may send an earlier answer of azu back as it was."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[TextPart] | None = None
+    name: Text | None = Field(default=None, max_length=256)
+    tool_calls: list[MadeCall] | None = None
+    tool_call_id: Text | None = Field(default=None, max_length=128)
+    reasoning_content: Text | None = None
+    # An answer of azu or of OpenAI has these, empty.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[None] | None = Field(default=None, max_length=0)
+
+    @model_validator(mode="after")
+    def _has_what_its_role_needs(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only an assistant calls tools")
+        if (self.tool_call_id is None) != (self.role != "tool"):
+            raise ValueError("tool_call_id belongs to the answer of a tool")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message needs content")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the message as chat templates take it."""
+        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.content or ()]
+        turn["content"] = "".join(parts)
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if (value := getattr(self, name)) is not None:
+                turn[name] = value
+        if self.tool_calls:
+            turn["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": call.function.for_template()}
+                for call in self.tool_calls
+            ]
+        return turn
+
+
+def _writable(schema: Any) -> Any:
+    try:
+        json.dumps(schema, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError("cannot be written as JSON") from error
+    return schema
+
+
+Schema = Annotated[dict[str, Any], BeforeValidator(_writable)]
+
+
+class ToolFunction(RequestModel):
+    """The name, purpose and JSON schema of a function that the model may call."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: Text | None = None
+    parameters: Schema | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(RequestModel):
+    """A function that the model may call. azu does not hold its arguments to the schema (`strict`)."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the tool as chat templates take it."""
+        function = self.function.model_dump(exclude_none=True, exclude={"strict"})
+        return {
+            "type": "function",
+            "function": {"parameters": {"type": "object", "properties": {}}} | function,
+        }
+
+
+def _not_forced(choice: Any) -> Any:
+    # Nothing in azu forces what a model writes.
+    if choice in (None, "auto", "none"):
+        return choice
+    raise InvalidRequest(
+        "the model may call a tool (auto) or not (none); it cannot be made to",
+        param="tool_choice",
+        code="unsupported_parameter",
+    )
+
+
+ToolChoice = Annotated[Literal["auto", "none"] | None, BeforeValidator(_not_forced)]
 
 
 def _stop_strings(stop: Any) -> Any:
@@ -196,19 +194,15 @@ def _one_prompt(prompt: Any) -> Any:
 Prompt = Annotated[str | list[int], BeforeValidator(_one_prompt)]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(RequestModel):
     """OpenAI's stream_options."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class _Generation(BaseModel):
-    """What chat and plain completions share. None means: the model's own default."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+class _SamplingRequest(RequestModel):
+    """The parameters that chat and plain completions share. None stands for the model's own default."""
 
     model: Text = Field(min_length=1, max_length=256)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -224,14 +218,14 @@ class _Generation(BaseModel):
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool = False
     n: int | None = Field(default=None, ge=1)
-    stop: Annotated[list[StopString], BeforeValidator(_stop_strings)] = []
+    stop: Annotated[list[StopString], BeforeValidator(_stop_strings)] = Field(default_factory=list)
     stop_token_ids: list[int] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_is_missing(cls, body: Any) -> Any:
+    def _refuse_unsupported(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
         for name in _NEUTRAL.keys() & body.keys():
@@ -242,7 +236,7 @@ class _Generation(BaseModel):
         return {key: value for key, value in body.items() if key not in _NEUTRAL and key not in _IGNORED}
 
 
-class ChatRequest(_Generation):
+class ChatRequest(_SamplingRequest):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
@@ -254,9 +248,9 @@ class ChatRequest(_Generation):
     top_logprobs: int | None = Field(default=None, ge=0, le=_MAX_TOP_LOGPROBS)
 
     @model_validator(mode="after")
-    def _refuse_what_tools_rule_out(self) -> Self:
+    def _refuse_beside_tools(self) -> Self:
         if self.offered_tools:
-            # Nothing keeps the model to one call, and a call is not the tokens that it was read from.
+            # Nothing in azu keeps the model to one call, and a call has no log probability of its own.
             for name, value in (("parallel_tool_calls", False), ("logprobs", True)):
                 if getattr(self, name) is value:
                     raise InvalidRequest(
@@ -268,14 +262,14 @@ class ChatRequest(_Generation):
 
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
-        """The tools that the model is told of, as its template takes them."""
+        """The tools that the prompt lists, as the model's template takes them."""
         if self.tool_choice == "none":
             return []
         return [tool.for_template() for tool in self.tools or ()]
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many alternatives to say beside each token's own log probability, None for neither."""
+        """How many alternatives go beside each token's log probability; None for no log probabilities."""
         if self.logprobs:
             return self.top_logprobs or 0
         if self.top_logprobs:
@@ -283,7 +277,7 @@ class ChatRequest(_Generation):
         return None
 
 
-class CompletionRequest(_Generation):
+class CompletionRequest(_SamplingRequest):
     """POST /v1/completions: the prompt is taken as it is."""
 
     prompt: Prompt
@@ -291,5 +285,187 @@ class CompletionRequest(_Generation):
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many alternatives to say beside each token's own log probability, None for neither."""
+        """How many alternatives go beside each token's log probability; None for no log probabilities."""
         return self.logprobs
+
+
+class Usage(ResponseModel):
+    """How many tokens an answer took; `cost_lamports` is there once the job's charge is settled."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cost_lamports: OrAbsent[int] = None
+
+
+class AzuFields(ResponseModel):
+    """What azu adds to OpenAI's answers: the job, and in chunks its completion tokens so far.
+
+    A caller that lost its stream asks `/v1/jobs/{job_id}/stream` for what follows `after`.
+    """
+
+    job_id: str
+    after: OrAbsent[int] = None
+
+
+class _Answer(ResponseModel):
+    id: str
+    created: int
+    model: str
+    azu: AzuFields
+
+
+class AlternativeToken(ResponseModel):
+    """A token with its log probability; `bytes` are those of its text in UTF-8, null if unknown."""
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...] | None
+
+
+class ChosenToken(AlternativeToken):
+    """A token of an answer with its most probable alternatives, best first."""
+
+    top_logprobs: tuple[AlternativeToken, ...]
+
+
+class ChatLogprobs(ResponseModel):
+    """The log probabilities of a chat's tokens."""
+
+    content: tuple[ChosenToken, ...]
+    refusal: None = None
+
+
+class TextLogprobs(ResponseModel):
+    """The log probabilities of a text's tokens, as parallel lists.
+
+    `text_offset` is where each token begins in the text, in characters.
+    """
+
+    tokens: tuple[str, ...]
+    token_logprobs: tuple[float, ...]
+    top_logprobs: tuple[dict[str, float], ...]
+    text_offset: tuple[int, ...]
+
+
+class FunctionCall(ResponseModel):
+    """The function that the model wants called; `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class AnsweredCall(ResponseModel):
+    """A tool call in an answer."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChunkCall(AnsweredCall):
+    """A tool call in a chunk; `index` is its place among the choice's calls. A chunk holds calls whole."""
+
+    index: int
+
+
+class AnswerMessage(ResponseModel):
+    """The message of a whole chat answer; `content` is null if the answer is tool calls alone."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    tool_calls: OrAbsent[tuple[AnsweredCall, ...]] = None
+    reasoning_content: OrAbsent[str] = None
+
+
+class ChatChoice(ResponseModel):
+    """One of the answers to a chat. `finish_reason` is "stop", "length" or "tool_calls"."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+
+
+class ChatCompletion(_Answer):
+    """A whole chat answer."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: tuple[ChatChoice, ...]
+    usage: Usage
+
+
+class Delta(ResponseModel):
+    """What a chunk adds to a message; the first chunk of a choice has its role."""
+
+    role: OrAbsent[Literal["assistant"]] = None
+    content: OrAbsent[str] = None
+    reasoning_content: OrAbsent[str] = None
+    tool_calls: OrAbsent[tuple[ChunkCall, ...]] = None
+
+
+class ChatChunkChoice(ResponseModel):
+    """What is new of one choice; `finish_reason` is null until the choice's last chunk."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatChunk(_Answer):
+    """One event of a streamed chat. The chunk with the usage has no choices."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: tuple[ChatChunkChoice, ...]
+    usage: OrAbsent[Usage] = None
+
+
+class TextChoice(ResponseModel):
+    """One continuation of a prompt, or in a chunk what is new of it.
+
+    `finish_reason` is "stop" or "length", and null until a choice's last chunk.
+    """
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: str | None
+
+
+class TextCompletion(_Answer):
+    """A whole plain completion."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: tuple[TextChoice, ...]
+    usage: Usage
+
+
+class TextChunk(_Answer):
+    """One event of a streamed plain completion. The chunk with the usage has no choices."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: tuple[TextChoice, ...]
+    usage: OrAbsent[Usage] = None
+
+
+class ModelLine(ResponseModel):
+    """A model of the network; a token costs `lamports_per_token`, prompt and completion alike."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str
+    context_length: int
+    max_model_len: int
+    num_layers: int
+    lamports_per_token: int
+    deployed: bool
+
+
+class ModelList(ResponseModel):
+    """The models that are built in or cut."""
+
+    object: Literal["list"] = "list"
+    data: tuple[ModelLine, ...]

@@ -10,7 +10,7 @@ from azu.cli.output import AsJson, console, show, table
 from azu.units import hype_from_lamports, lamports_from_hype
 
 if TYPE_CHECKING:
-    from azu.api.accounts import Balance, Earnings
+    from azu.api.accounts import BalanceResponse, EarningsResponse
 
 
 _CREDIT_ATTEMPTS = 20
@@ -87,7 +87,7 @@ def earnings(
     show(client.earnings(), as_json, _earnings)
 
 
-def _balance(found: "Balance") -> Table:
+def _balance(found: "BalanceResponse") -> Table:
     rows = [
         ("available", found.available_lamports, hype_from_lamports(found.available_lamports)),
         ("reserved by running jobs", found.reserved_lamports, hype_from_lamports(found.reserved_lamports)),
@@ -96,7 +96,7 @@ def _balance(found: "Balance") -> Table:
     return table(["", "lamports", "HYPE"], rows, title=found.address)
 
 
-def _earnings(found: "Earnings") -> Table:
+def _earnings(found: "EarningsResponse") -> Table:
     missing = max(0, found.payout_threshold_lamports - found.earned_lamports)
     named = [
         ("earned, not yet paid", found.earned_lamports),

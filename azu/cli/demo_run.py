@@ -108,7 +108,7 @@ def _ask(client: Client, model: str, step: Any, narrator: ProgressPrinter) -> De
         worker_lamports=dict(receipt.worker_lamports),
         balance_before_lamports=before,
         balance_after_lamports=client.balance().available_lamports,
-        topology=tuple(asdict(placement) for placement in receipt.topology),
+        topology=tuple(piece.model_dump() for piece in receipt.topology),
     )
 
 

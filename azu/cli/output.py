@@ -41,6 +41,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
 
 
 def _plain(facts: Any) -> Any:
+    if hasattr(facts, "model_dump"):
+        return facts.model_dump(mode="json")
     if is_dataclass(facts) and not isinstance(facts, type):
         return asdict(facts)
     if isinstance(facts, set | frozenset | tuple):

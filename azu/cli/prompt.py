@@ -78,5 +78,5 @@ def _jobs(found: "list[JobLine]") -> Group:
         for job in found
     ]
     # An error is a sentence or two: no column is wide enough for it.
-    errors = [Text(f"{job.job_id}: {job.error['message']}", style="yellow") for job in found if job.error]
+    errors = [Text(f"{job.job_id}: {job.error.message}", style="yellow") for job in found if job.error]
     return Group(table(columns, rows, title="amounts in lamports"), *errors)

@@ -60,7 +60,7 @@ def top(every: Period = 1.0, as_json: AsJson = False) -> None:
     if as_json:
         sample = next(samples)
         speeds = {model_id: asdict(speed) for model_id, speed in sample.speeds.items()}
-        show(asdict(sample.network) | {"speeds": speeds}, as_json, lambda _: "")
+        show(sample.network.model_dump(mode="json") | {"speeds": speeds}, as_json, lambda _: "")
         return
     from rich.live import Live
 

@@ -12,10 +12,29 @@ from eth_account import Account
 from eth_account.messages import encode_defunct
 from eth_account.signers.local import LocalAccount
 
-from azu.api.accounts import Balance, DepositState, Earnings, KeyLine, Platform, WithdrawalLine
-from azu.api.base import read
-from azu.api.jobs import JobLine, ReceiptLines, Results
-from azu.api.network import ModelStatusResponse, NetworkResponse, NewTicket, TicketResponse
+from azu.api.accounts import (
+    BalanceResponse,
+    ChallengeResponse,
+    ClaimedEarnings,
+    DepositState,
+    EarningsResponse,
+    KeyLine,
+    KeyList,
+    NewKey,
+    Platform,
+    WithdrawalLine,
+)
+from azu.api.base import Response, read
+from azu.api.jobs import JobLine, JobList, ReceiptLines, Results, SubmittedJob
+from azu.api.network import (
+    LeaveResponse,
+    ModelStatusResponse,
+    NetworkResponse,
+    NewTicket,
+    TicketList,
+    TicketResponse,
+)
+from azu.api.openai import ModelList
 from azu.auth.signatures import Withdrawal, sign_claim, sign_withdrawal
 from azu.client.http import raise_for, translated, trusting
 from azu.client.stream import Generation, Stream
@@ -136,17 +155,17 @@ class Client:
         a limit may only revoke itself.
         """
         wallet = wallet_of(key)
-        challenge = self._post("/v1/auth/challenge", {"address": wallet.address})
-        signature = sign_challenge(wallet, challenge["message"], str(self._http.base_url))
-        body = {"nonce": challenge["nonce"], "signature": signature, "label": label}
+        challenge = self._post(ChallengeResponse, "/v1/auth/challenge", {"address": wallet.address})
+        signature = sign_challenge(wallet, challenge.message, str(self._http.base_url))
+        body = {"nonce": challenge.nonce, "signature": signature, "label": label}
         body = _given(body, expires_in_s=expires_in_s, spend_limit_lamports=spend_limit_lamports)
-        api_key: str = self._post("/v1/auth/keys", body)["api_key"]
+        api_key = self._post(NewKey, "/v1/auth/keys", body).api_key
         self._use_key(api_key)
         return api_key
 
     def api_keys(self) -> list[KeyLine]:
         """Return the keys of the key's address, in the order they were opened."""
-        return [read(KeyLine, line) for line in self._get("/v1/auth/keys")["data"]]
+        return list(self._get(KeyList, "/v1/auth/keys").data)
 
     def revoke_key(self, key_id: str) -> None:
         """Make one of the address's keys invalid at once."""
@@ -155,15 +174,15 @@ class Client:
 
     def platform(self) -> Platform:
         """Return where deposits go."""
-        return read(Platform, self._get("/v1/platform"))
+        return self._get(Platform, "/v1/platform")
 
     def deposit(self, tx_hash: str, address: str) -> DepositState:
         """Have the network look for a transfer at once."""
-        return read(DepositState, self._post("/deposit", {"tx_sig": tx_hash, "user_address": address}))
+        return self._post(DepositState, "/deposit", {"tx_sig": tx_hash, "user_address": address})
 
-    def balance(self) -> Balance:
+    def balance(self) -> BalanceResponse:
         """Return the key's balance."""
-        return read(Balance, self._get("/v1/balance"))
+        return self._get(BalanceResponse, "/v1/balance")
 
     def withdraw(
         self, wallet: "LocalAccount", lamports: int, *, life_s: int = _WITHDRAWAL_LIFE_S
@@ -182,68 +201,70 @@ class Client:
             "expires_at_ms": withdrawal.expires_at_ms,
             "signature": signature,
         }
-        return read(WithdrawalLine, self._post("/v1/withdrawals", body))
+        return self._post(WithdrawalLine, "/v1/withdrawals", body)
 
     def withdrawal(self, nonce: int) -> WithdrawalLine:
         """Return how far a withdrawal is."""
-        return read(WithdrawalLine, self._get(f"/v1/withdrawals/{nonce}"))
+        return self._get(WithdrawalLine, f"/v1/withdrawals/{nonce}")
 
     def claim_earnings(self, wallet: "LocalAccount") -> None:
         """Claim what the key's address earns, by its wallet's own signature; before that nothing is paid."""
         signature = sign_claim(wallet, self.platform().address)
-        self._post("/v1/earnings/claim", {"signature": signature})
+        self._post(ClaimedEarnings, "/v1/earnings/claim", {"signature": signature})
 
-    def earnings(self) -> Earnings:
+    def earnings(self) -> EarningsResponse:
         """Return what the key's address earned by lending."""
-        return read(Earnings, self._get("/v1/earnings"))
+        return self._get(EarningsResponse, "/v1/earnings")
 
     def submit(self, prompt: str, *, model: str, address: str, est_tokens: int) -> str:
         """Queue a prompt and return its job id."""
         body = {"user_address": address, "model_id": model, "prompt": prompt, "est_tokens": est_tokens}
-        job_id: str = self._post("/submit", body)["job_id"]
-        return job_id
+        return self._post(SubmittedJob, "/submit", body).job_id
 
     def results(self, job_id: str) -> Results:
         """Return what a job has produced so far."""
-        return read(Results, self._get(f"/results/{job_id}"))
+        return self._get(Results, f"/results/{job_id}")
 
     def jobs(self, limit: int = 50) -> list[JobLine]:
         """Return the key's jobs, newest first."""
-        return [read(JobLine, line) for line in self._get("/v1/jobs", limit=limit)["data"]]
+        return list(self._get(JobList, "/v1/jobs", limit=limit).data)
 
     def receipt(self, job_id: str) -> ReceiptLines:
         """Return what a job cost and who earned it."""
-        return read(ReceiptLines, self._get(f"/v1/receipts/{job_id}"))
+        return self._get(ReceiptLines, f"/v1/receipts/{job_id}")
 
     def signed_receipt(self, job_id: str) -> dict[str, Any]:
-        """Return the same as the JSON that the platform signed, with `signer` and `signature`.
+        """Return a receipt as the JSON that the platform signed, with `signer` and `signature`.
 
-        `azu.auth.receipts.verify_receipt` checks it offline. The signature is None while nobody can sign.
+        `azu.auth.signatures.verify_receipt` checks it offline. The signature is None while the treasury does
+        not answer. The signature covers keys that this client does not know, so the JSON stays as it came.
         """
-        document: dict[str, Any] = self._get(f"/v1/receipts/{job_id}")
+        with translated():
+            document = _json(self._http.get(f"/v1/receipts/{job_id}"))
+        if not isinstance(document, dict):
+            raise InternalError("the receipt is no JSON object")
         return document
 
     def network(self) -> NetworkResponse:
         """Return nodes and deployments."""
-        return read(NetworkResponse, self._get("/v1/network"))
+        return self._get(NetworkResponse, "/v1/network")
 
     def leave(self, node: str) -> bool:
         """Have a node of the key's address give away what it holds; True once it holds nothing."""
-        left: bool = self._post(f"/v1/nodes/{quote(node, safe='')}/leave", {})["left"]
-        return left
+        return self._post(LeaveResponse, f"/v1/nodes/{quote(node, safe='')}/leave", {}).left
 
     def models(self) -> list[str]:
         """Return the models that are known to the network."""
-        return [line["id"] for line in self._get("/v1/models")["data"]]
+        return [line.id for line in self._get(ModelList, "/v1/models").data]
 
     def new_ticket(self, *, label: str, uses: int, expires_in_s: int) -> NewTicket:
         """Make a ticket that lets nodes in; the client's key must be the admin key."""
         body = {"label": label, "uses": uses, "expires_in_s": expires_in_s}
-        return read(NewTicket, self._post("/v1/nodes/tickets", body))
+        return self._post(NewTicket, "/v1/nodes/tickets", body)
 
     def tickets(self) -> list[TicketResponse]:
         """Return every ticket; the client's key must be the admin key."""
-        return [read(TicketResponse, line) for line in self._get("/v1/nodes/tickets")["data"]]
+        return list(self._get(TicketList, "/v1/nodes/tickets").data)
 
     def revoke_ticket(self, ticket_id: str) -> None:
         """Let no node in with a ticket any more; the client's key must be the admin key."""
@@ -252,11 +273,7 @@ class Client:
 
     def shard(self, model: str) -> ModelStatusResponse:
         """Have a model cut; the client's key must be the admin key."""
-        return read(ModelStatusResponse, self._post("/models/shard", {"model_id": model}))
-
-    def model_status(self, model: str) -> ModelStatusResponse:
-        """Return how far a model's cut is."""
-        return read(ModelStatusResponse, self._get("/models/status", model_id=model))
+        return self._post(ModelStatusResponse, "/models/shard", {"model_id": model})
 
     def healthy(self) -> bool:
         """Say whether the network serves prompts now."""
@@ -269,16 +286,16 @@ class Client:
         if api_key:
             self._http.headers["authorization"] = f"Bearer {api_key}"
 
-    def _get(self, path: str, **query: Any) -> Any:
+    def _get(self, kind: type[Response], path: str, **query: Any) -> Response:
         with translated():
-            return _body(self._http.get(path, params=query))
+            return read(kind, _json(self._http.get(path, params=query)))
 
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
+    def _post(self, kind: type[Response], path: str, body: dict[str, Any]) -> Response:
         with translated():
-            return _body(self._http.post(path, json=body))
+            return read(kind, _json(self._http.post(path, json=body)))
 
 
-def _body(response: httpx.Response) -> Any:
+def _json(response: httpx.Response) -> Any:
     raise_for(response)
     try:
         return response.json()

@@ -10,8 +10,10 @@ from typing import Any
 
 import httpx
 
+from azu.api.base import read
+from azu.api.openai import ChatChunk, TextChoice, TextChunk, Usage
 from azu.client.http import error_of, raise_for, translated
-from azu.errors import Unavailable
+from azu.errors import InternalError, Unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,14 @@ class Stream:
         self._client = client
         self._path = path
         self._body = body | {"stream": True, "stream_options": {"include_usage": True}}
+        self._is_chat = "messages" in body
         self._model = body["model"]
         self._texts: defaultdict[int, list[str]] = defaultdict(list)
         self._job_id = ""
         self._after = 0
         self._is_done = False
         self._finish_reason = ""
-        self._usage: dict[str, int] | None = None
+        self._usage: Usage | None = None
         self._pieces = self._read()
 
     def __iter__(self) -> Iterator[str]:
@@ -64,23 +67,23 @@ class Stream:
         """Return the whole answer, reading what is left of it."""
         for _ in self._pieces:
             pass
-        if self._usage is None:
-            raise Unavailable("the stream ended before its usage was said")
+        if self._usage is None or self._usage.cost_lamports is None:
+            raise Unavailable("the stream ended without the usage and its cost")
         return Generation(
             text="".join(self._texts[0]),
             model=self._model,
             job_id=self._job_id,
             finish_reason=self._finish_reason,
-            prompt_tokens=self._usage["prompt_tokens"],
-            completion_tokens=self._usage["completion_tokens"],
-            charged_lamports=self._usage["cost_lamports"],
+            prompt_tokens=self._usage.prompt_tokens,
+            completion_tokens=self._usage.completion_tokens,
+            charged_lamports=self._usage.cost_lamports,
             texts=tuple("".join(pieces) for _, pieces in sorted(self._texts.items())),
         )
 
     def _read(self) -> Generator[str, None, None]:
         with translated():
             lost = yield from self._read_one(self._client.stream("POST", self._path, json=self._body))
-            query: dict[str, Any] = {"chat": "messages" in self._body}
+            query: dict[str, Any] = {"chat": self._is_chat}
             for wait_s in _RETURNS_S if self._job_id else ():
                 if self._is_done:
                     return
@@ -89,7 +92,7 @@ class Stream:
                 again = self._client.stream("GET", path, params=query | {"after": self._after})
                 lost = yield from self._read_one(again)
             if not self._is_done:
-                raise lost or Unavailable("the stream ended before its end")
+                raise lost or Unavailable("the stream ended before its answer was complete")
 
     def _read_one(
         self, answering: AbstractContextManager[httpx.Response]
@@ -117,21 +120,29 @@ class Stream:
             if content == "[DONE]":
                 self._is_done = True
                 return
-            chunk = json.loads(content)
-            if "error" in chunk:
-                raise error_of(None, content.encode())
-            if piece := self._take(chunk):
+            if piece := self._take(self._parsed(content)):
                 yield piece
 
-    def _take(self, chunk: dict[str, Any]) -> str:
-        self._job_id = chunk["azu"]["job_id"]
-        self._after = chunk["azu"].get("after", self._after)
-        self._usage = chunk.get("usage") or self._usage
-        given = ""
-        for choice in chunk["choices"]:
-            piece = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-            self._texts[choice["index"]].append(piece)
-            if choice["index"] == 0:
-                given += piece
-                self._finish_reason = choice["finish_reason"] or self._finish_reason
-        return given
+    def _parsed(self, content: str) -> ChatChunk | TextChunk:
+        """Return an event's chunk; raises the error that the event carries."""
+        try:
+            event = json.loads(content)
+        except ValueError as error:
+            raise InternalError("an event of the stream is no JSON") from error
+        if isinstance(event, dict) and "error" in event:
+            raise error_of(None, content.encode())
+        return read(ChatChunk, event) if self._is_chat else read(TextChunk, event)
+
+    def _take(self, chunk: ChatChunk | TextChunk) -> str:
+        """Keep what is new and return the first choice's new text."""
+        self._job_id = chunk.azu.job_id
+        self._after = self._after if chunk.azu.after is None else chunk.azu.after
+        self._usage = chunk.usage or self._usage
+        first = ""
+        for choice in chunk.choices:
+            text = choice.text if isinstance(choice, TextChoice) else choice.delta.content or ""
+            self._texts[choice.index].append(text)
+            if choice.index == 0:
+                first += text
+                self._finish_reason = choice.finish_reason or self._finish_reason
+        return first

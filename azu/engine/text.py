@@ -3,12 +3,13 @@
 import re
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
+from azu.protocol.job import FinishReason
 from azu.protocol.sampling import SamplingParams
 
 
@@ -23,14 +24,49 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TextDelta:
-    """Text that may be shown, and where in the text each token that is settled with it begins.
+class ToolCall:
+    """A function that the model wants called; `arguments` is a JSON object as text."""
 
-    The tokens are the next ones of the completion, in order; those that wrote at a stop string never come.
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What is new of one choice of an answer.
+
+    `text` may be shown. `token_offsets` says where in the choice's text the tokens begin that are settled
+    with it: the choice's next tokens, in order, without those that wrote at a stop string. `token_ids`,
+    `logprobs` and `top_logprobs` (best first) are parallel to it if the job asked for log probabilities,
+    else empty. `reasoning` and `tool_calls` were parsed out of the text; `num_calls` counts the choice's
+    calls up to here. With a `finish_reason` this is the last delta of the choice. `after` counts the job's
+    completion tokens up to here: a reader that comes back continues behind them.
     """
 
     text: str = ""
     token_offsets: tuple[int, ...] = ()
+    choice: int = 0
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    num_calls: int = 0
+    finish_reason: FinishReason | None = None
+    after: int = 0
+
+    def joined(self, later: "TextDelta") -> "TextDelta":
+        """Return this delta and a later one of the same choice as one."""
+        return replace(
+            later,
+            text=self.text + later.text,
+            token_offsets=self.token_offsets + later.token_offsets,
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=self.logprobs + later.logprobs,
+            top_logprobs=self.top_logprobs + later.top_logprobs,
+            reasoning=self.reasoning + later.reasoning,
+            tool_calls=self.tool_calls + later.tool_calls,
+        )
 
 
 class CompletionText:
@@ -220,14 +256,6 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A function that the model wants called; `arguments` is a JSON object as text."""
-
-    name: str
-    arguments: str
 
 
 @dataclass(frozen=True, slots=True)

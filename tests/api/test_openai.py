@@ -4,9 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from azu.api.openai import ChatRequest, CompletionRequest, Message
-from azu.config import load_network
 from azu.errors import InvalidRequest
-from deployments.sampling import check_limits
 
 TEXT = {"model": "m", "prompt": "Hello"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
@@ -140,30 +138,6 @@ def test_a_completion_takes_one_prompt_as_it_is(prompt: object, expected: object
 def test_a_completion_takes_no_other_prompt(prompt: object) -> None:
     with pytest.raises(ValidationError):
         CompletionRequest.model_validate({"model": "m", "prompt": prompt})
-
-
-@pytest.mark.parametrize(
-    ("param", "asked"),
-    [
-        ("n", {"n": 3}),
-        ("stop", {"stop": ["x"] * 3}),
-        ("stop", {"stop": "xxxx"}),
-        ("stop_token_ids", {"stop_token_ids": [1, 2, 3]}),
-        ("logit_bias", {"logit_bias": {"1": 1, "2": 1, "3": 1}}),
-        ("messages", {"messages": CHAT["messages"] * 3}),
-        ("tools", {"tools": TOOLS * 3}),
-    ],
-)
-def test_what_is_beyond_the_networks_limits_is_refused_by_name(param: str, asked: dict[str, object]) -> None:
-    limits = load_network().policy.limits
-    standard = ChatRequest.model_validate(CHAT | asked)
-    check_limits(standard, limits)
-    two = {name: 2 for name in vars(limits) if name.startswith("max_")} | {"max_stop_characters": 3}
-
-    with pytest.raises(InvalidRequest) as refused:
-        check_limits(standard, limits.model_copy(update=two))
-
-    assert refused.value.param == param
 
 
 def test_stop_is_one_string_or_several() -> None:

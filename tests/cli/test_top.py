@@ -1,9 +1,10 @@
 """What `azu top` draws."""
 
+import pytest
 from rich.console import Console
 
-from azu.api.network import Activity, DeploymentLine, JobCounts, NetworkResponse, NodeLine
-from azu.cli.top import Sample, Speed, _screen
+from azu.api.network import Activity, DeploymentLine, JobCounts, NetworkResponse, NodeLine, TimeTotal
+from azu.cli.top import Sample, Speed, _screen, speed_between
 from azu.units import MIB
 
 
@@ -13,7 +14,12 @@ def node(name: str, **given: object) -> NodeLine:
         "vram_total_bytes": 1024 * MIB, "vram_free_bytes": 256 * MIB, "cached_shards": 0,
         "vram_used_bytes": 700 * MIB, "vram_other_bytes": 0, "load": 0.5,
     }  # fmt: skip
-    return NodeLine(**(values | given))  # type: ignore[arg-type]
+    return NodeLine.model_validate(values | given)
+
+
+def deployment(**given: object) -> DeploymentLine:
+    values = {"model_id": "m/one", "revision": "r1", "state": "running", "epoch": 1, "num_layers": 6}
+    return DeploymentLine.model_validate(values | {"topology": ()} | given)
 
 
 def drawn(sample: Sample) -> str:
@@ -25,8 +31,11 @@ def drawn(sample: Sample) -> str:
 
 def test_a_working_network_shows_its_speed_queue_and_memory() -> None:
     activity = Activity(running_sequences=3, waiting_sequences=1, kv_blocks=128, kv_blocks_used=50, stalls=2)
-    model = DeploymentLine("m/one", "r1", "running", 1, 6, (), activity)
-    network = NetworkResponse((node("ben", state="suspect"), node("ada")), (model,), JobCounts(4, 2))
+    network = NetworkResponse(
+        nodes=(node("ben", state="suspect"), node("ada")),
+        deployments=(deployment(activity=activity),),
+        jobs=JobCounts(running=4, waiting=2),
+    )
 
     shown = drawn(Sample(network, {"m/one": Speed(41.25, 1.5, 0.0312, None)}))
 
@@ -41,19 +50,32 @@ def test_a_working_network_shows_its_speed_queue_and_memory() -> None:
 
 
 def test_the_pipelines_of_one_model_are_one_line() -> None:
-    pipelines = tuple(DeploymentLine("m/one", "r1", "running", epoch, 6, ()) for epoch in (1, 2))
+    network = NetworkResponse(nodes=(), deployments=(deployment(epoch=1), deployment(epoch=2)))
 
-    shown = drawn(Sample(NetworkResponse((), pipelines), {"m/one": Speed(41.25, 1.5, 0.0312, None)}))
+    shown = drawn(Sample(network, {"m/one": Speed(41.25, 1.5, 0.0312, None)}))
 
     assert shown.count("m/one") == 1
 
 
 def test_an_empty_network_says_so() -> None:
-    shown = drawn(Sample(NetworkResponse((), ()), {}))
+    shown = drawn(Sample(NetworkResponse(nodes=(), deployments=()), {}))
 
     assert "0 of 0 nodes alive" in shown
     assert "no model is up" in shown
 
 
 def test_memory_that_nobody_can_tell_apart_is_not_invented() -> None:
-    assert "?" in drawn(Sample(NetworkResponse((node("ada", vram_used_bytes=None),), ()), {}))
+    network = NetworkResponse(nodes=(node("ada", vram_used_bytes=None),), deployments=())
+
+    assert "?" in drawn(Sample(network, {}))
+
+
+def test_a_speed_counts_what_happened_between_two_samples() -> None:
+    before = Activity(generated_tokens=10, time_per_token=TimeTotal(count=1, seconds=5.0))
+    after = Activity(generated_tokens=40, time_per_token=TimeTotal(count=3, seconds=5.4))
+
+    speed = speed_between(before, after, 2.0)
+
+    assert speed.tokens_per_s == 15
+    assert speed.time_per_token_s == pytest.approx(0.2)
+    assert speed.hop_s is None

@@ -7,7 +7,9 @@ import pytest
 from eth_account import Account
 from eth_account.messages import encode_defunct
 
+from azu.api.openai import AzuFields, ChatChunk, ChatChunkChoice, Delta, TextChoice, TextChunk, Usage
 from azu.client import Client
+from azu.client import stream as client_stream
 from azu.errors import (
     AzuError,
     DeadlineExceeded,
@@ -24,8 +26,8 @@ from azu.errors import (
 from tests.client.ingress import Ingress, Reply, running_ingress
 
 MODEL = "azu/tiny-dense"
-AZU = {"job_id": "job-1"}
-USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "cost_lamports": 60}
+HEAD: dict[str, Any] = {"id": "cmpl-job-1", "created": 7, "model": MODEL}
+USAGE = Usage(prompt_tokens=3, completion_tokens=2, total_tokens=5, cost_lamports=60)
 
 
 @pytest.fixture
@@ -41,17 +43,21 @@ def client(ingress: Ingress) -> Iterator[Client]:
     client.close()
 
 
-def piece(text: str, *, finish: str | None = None, after: int = 0) -> dict[str, Any]:
-    return {"azu": AZU | {"after": after}, "choices": [{"index": 0, "text": text, "finish_reason": finish}]}
+def piece(text: str, *, finish: str | None = None, after: int = 0, index: int = 0) -> dict[str, Any]:
+    choice = TextChoice(index=index, text=text, logprobs=None, finish_reason=finish)
+    azu = AzuFields(job_id="job-1", after=after)
+    return TextChunk(**HEAD, azu=azu, choices=(choice,)).model_dump(mode="json")
 
 
-def delta(text: str | None, *, finish: str | None = None) -> dict[str, Any]:
-    content = {} if text is None else {"content": text}
-    return {"azu": AZU, "choices": [{"index": 0, "delta": content, "finish_reason": finish}]}
+def delta(text: str | None, *, finish: str | None = None, index: int = 0) -> dict[str, Any]:
+    choice = ChatChunkChoice(index=index, delta=Delta(content=text), logprobs=None, finish_reason=finish)
+    azu = AzuFields(job_id="job-1", after=0)
+    return ChatChunk(**HEAD, azu=azu, choices=(choice,)).model_dump(mode="json")
 
 
-def usage_chunk() -> dict[str, Any]:
-    return {"azu": AZU, "choices": [], "usage": USAGE}
+def usage_chunk(kind: type[TextChunk] | type[ChatChunk] = TextChunk) -> dict[str, Any]:
+    chunk = kind(**HEAD, azu=AzuFields(job_id="job-1"), choices=(), usage=USAGE)
+    return chunk.model_dump(mode="json")
 
 
 def refusal(error: AzuError) -> Reply:
@@ -93,7 +99,14 @@ def test_generate_returns_the_whole_text(ingress: Ingress, client: Client) -> No
 
 
 def test_a_chat_goes_through_the_models_template(ingress: Ingress, client: Client) -> None:
-    chunks = (delta(""), delta("東"), delta("京 🗼"), delta(None, finish="stop"), usage_chunk(), "[DONE]")
+    chunks = (
+        delta(""),
+        delta("東"),
+        delta("京 🗼"),
+        delta(None, finish="stop"),
+        usage_chunk(ChatChunk),
+        "[DONE]",
+    )
     ingress.replies["POST /v1/chat/completions"] = Reply(chunks=chunks)
     messages = [{"role": "user", "content": "日本の首都は?"}]
 
@@ -119,6 +132,62 @@ def test_a_stream_that_breaks_off_goes_on_behind_its_last_piece(ingress: Ingress
 
     generation = client.generate("The capital of France is", model=MODEL)
 
+    assert (generation.text, generation.finish_reason) == ("Paris", "stop")
+
+
+@pytest.mark.parametrize("chunks", [(), (piece("Pa", after=1),), (piece("Pa", after=1), usage_chunk())])
+@pytest.mark.parametrize("returns", [(), (0.0, 0.0)])
+def test_a_stream_that_just_ends_is_an_error(
+    ingress: Ingress,
+    client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+    chunks: tuple[dict[str, Any], ...],
+    returns: tuple[float, ...],
+) -> None:
+    monkeypatch.setattr(client_stream, "_RETURNS_S", returns)
+    ingress.replies["POST /v1/completions"] = Reply(chunks=chunks)
+    ingress.replies["GET /v1/jobs/job-1/stream?chat=false&after=1"] = Reply(chunks=())
+
+    with pytest.raises(Unavailable, match="before its answer was complete"):
+        client.generate("The capital of France is", model=MODEL)
+    with pytest.raises(Unavailable, match="before its answer was complete"):
+        list(client.stream("The capital of France is", model=MODEL))
+
+
+def test_a_stream_without_the_cost_of_its_answer_is_an_error(ingress: Ingress, client: Client) -> None:
+    ingress.replies["POST /v1/completions"] = Reply(chunks=(piece("Paris", finish="stop"), "[DONE]"))
+
+    with pytest.raises(Unavailable, match="without the usage"):
+        client.generate("The capital of France is", model=MODEL)
+
+
+@pytest.mark.parametrize(
+    "chunk", [{"choices": []}, [], "no JSON", {"choices": "x"} | piece("Pa") | {"azu": {}}]
+)
+def test_a_chunk_of_another_shape_is_an_error(ingress: Ingress, client: Client, chunk: Any) -> None:
+    ingress.replies["POST /v1/completions"] = Reply(chunks=(chunk, "[DONE]"))
+
+    with pytest.raises(InternalError):
+        client.generate("The capital of France is", model=MODEL)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_texts_of_several_choices_are_kept_apart_by_their_index(
+    ingress: Ingress, client: Client, chat: bool
+) -> None:
+    said = delta if chat else piece
+    chunks = (
+        said("Ro", index=1), said("Pa", index=0), said("me", index=1, finish="length"),
+        said("ris", index=0, finish="stop"), usage_chunk(ChatChunk if chat else TextChunk), "[DONE]",
+    )  # fmt: skip
+    ingress.replies[f"POST /v1/{'chat/' if chat else ''}completions"] = Reply(chunks=chunks)
+    question = [{"role": "user", "content": "Name two cities."}]
+
+    stream = client.chat_stream(question, model=MODEL, n=2) if chat else client.stream("x", model=MODEL, n=2)
+
+    assert "".join(stream) == "Paris"
+    generation = stream.result()
+    assert generation.texts == ("Paris", "Rome")
     assert (generation.text, generation.finish_reason) == ("Paris", "stop")
 
 
@@ -281,7 +350,8 @@ def test_newer_servers_may_say_more(ingress: Ingress, client: Client) -> None:
 
 def test_jobs_submit_results_and_receipts(ingress: Ingress, client: Client) -> None:
     receipt = {
-        "job_id": "job-1", "model_id": MODEL, "prompt_tokens": 3, "completion_tokens": 2, "num_layers": 6,
+        "job_id": "job-1", "address": "0xb", "model_id": MODEL, "revision": "r1",
+        "lamports_per_token_layer": 2, "prompt_tokens": 3, "completion_tokens": 2, "num_layers": 6,
         "token_layers": 30, "charged_lamports": 60, "released_lamports": 40, "platform_lamports": 12,
         "worker_lamports": {"0xa": 48}, "transfer_id": "settle:job-1",
         "topology": [{"node": "ada", "actor": "layer:0", "layers": [0, 6], "experts": {"2": [0, 1]}}],
@@ -289,8 +359,8 @@ def test_jobs_submit_results_and_receipts(ingress: Ingress, client: Client) -> N
     ingress.replies["POST /submit"] = Reply({"job_id": "job-1"})
     ingress.replies["GET /v1/receipts/job-1"] = Reply(receipt)
     ingress.replies["GET /results/job-1"] = Reply(
-        {"job_id": "job-1", "status": "done", "text": "Paris", "token_ids": [1, 2], "finish_reason": "stop",
-         "error": None, "receipt": receipt}
+        {"job_id": "job-1", "status": "done", "text": "Paris", "token_ids": [1, 2], "choices": [],
+         "usage": USAGE.model_dump(), "finish_reason": "stop", "error": None, "receipt": receipt}
     )  # fmt: skip
 
     job_id = client.submit("The capital", model=MODEL, address="0xa", est_tokens=9)

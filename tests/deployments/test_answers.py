@@ -13,17 +13,21 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from transformers import AutoTokenizer
 
-from azu.engine.text import ToolCall
+from azu.api.base import ResponseModel
+from azu.api.openai import Usage
+from azu.engine.text import TextDelta, ToolCall
 from azu.engine.tokenizer import AnswerParser, Tokenizer
 from azu.errors import BrokenCheckpoint
 from azu.jobs.redis import RedisJobs
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, Receipt, TokenEvent
 from azu.protocol.sampling import SamplingParams
-from deployments.answers import AnswerFormatter, TextPart, TokenScore, follow
+from deployments.answers import AnswerFormatter, follow, usage_of
 from tests import builders
 from tests.deployments.local import LocalIngress, local_ingress
 from tests.models.questions import built_in_folder
 
+STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
+USAGE = Usage(prompt_tokens=1, completion_tokens=2, total_tokens=3, cost_lamports=18)
 FOLDER = Path(__file__).parents[2] / "configs" / "models" / "tiny-dense"
 
 
@@ -36,52 +40,106 @@ def answer(tokenizer: Tokenizer, *, chat: bool) -> AnswerFormatter:
     return AnswerFormatter(chat=chat, job_id="job-1", model="m", created_s=7, decoder=tokenizer)
 
 
-def scores(tokenizer: Tokenizer, text: str) -> tuple[TokenScore, ...]:
-    ids = tokenizer.encode(text)
-    offsets = [len(tokenizer.decode(ids[:index])) for index in range(len(ids))]
-    return tuple(
-        TokenScore(token_id, -0.5, ((token_id, -0.5), (ids[0], float("-inf"))), offset)
-        for token_id, offset in zip(ids, offsets, strict=True)
-    )
+def with_logprobs(tokenizer: Tokenizer, text: str) -> TextDelta:
+    """Return a whole choice whose tokens have the log probability -0.5 and two alternatives."""
+    ids = tuple(tokenizer.encode(text))
+    offsets = tuple(len(tokenizer.decode(ids[:index])) for index in range(len(ids)))
+    top = tuple(((token_id, -0.5), (ids[0], float("-inf"))) for token_id in ids)
+    return TextDelta(text, offsets, 0, ids, (-0.5,) * len(ids), top, finish_reason=FinishReason.STOP)
+
+
+def as_json(body: ResponseModel | None) -> dict[str, Any]:
+    assert body is not None
+    sent: dict[str, Any] = json.loads(body.model_dump_json())
+    return sent
 
 
 def test_a_streamed_chat_opens_with_its_role_and_closes_with_its_reason(tokenizer: Tokenizer) -> None:
     made = answer(tokenizer, chat=True)
 
     opening = made.opening(1)
-    piece, closing = made.chunks(TextPart(1, "Hi", (), FinishReason.LENGTH))
+    text, closing = made.chunks(TextDelta("Hi", choice=1, finish_reason=FinishReason.LENGTH, after=7))
 
-    assert opening is not None
-    first, second, last = map(ChatCompletionChunk.model_validate, (opening, piece, closing))
+    first, second, last = (ChatCompletionChunk.model_validate(as_json(c)) for c in (opening, text, closing))
     assert (first.choices[0].index, first.choices[0].delta.role) == (1, "assistant")
     assert (second.choices[0].delta.content, second.choices[0].finish_reason) == ("Hi", None)
     assert last.choices[0].finish_reason == "length"
-    assert made.usage_chunk({})["choices"] == []
+    assert made.usage_chunk(USAGE).choices == ()
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_chunk_names_the_choice_that_it_belongs_to(tokenizer: Tokenizer, chat: bool) -> None:
+    made = answer(tokenizer, chat=chat)
+    deltas = [TextDelta(text, choice=choice, finish_reason=STOP) for choice, text in ((2, "c"), (0, "a"))]
+
+    chunks = [as_json(chunk) for delta in deltas for chunk in made.chunks(delta)]
+
+    assert [chunk["choices"][0]["index"] for chunk in chunks] == [2, 2, 0, 0]
+    assert [choice.index for choice in made.whole(deltas, USAGE).choices] == [2, 0]
+
+
+CHUNK = {"id": "chatcmpl-job-1", "created": 7, "model": "m", "object": "chat.completion.chunk"}
+
+
+def test_a_chunk_has_the_keys_that_it_needs_and_no_others(tokenizer: Tokenizer) -> None:
+    made = answer(tokenizer, chat=True)
+    delta = TextDelta("Hi", reasoning="hm", finish_reason=STOP, after=3)
+
+    opening, reasoning, text, closing, counted = map(
+        as_json, [made.opening(0), *made.chunks(delta), made.usage_chunk(USAGE)]
+    )
+
+    for chunk, content, reason in (
+        (opening, {"role": "assistant", "content": ""}, None),
+        (reasoning, {"reasoning_content": "hm"}, None),
+        (text, {"content": "Hi"}, None),
+        (closing, {}, "stop"),
+    ):
+        after = 3 if chunk in (text, closing) else 0
+        choice = {"index": 0, "delta": content, "logprobs": None, "finish_reason": reason}
+        assert chunk == CHUNK | {"azu": {"job_id": "job-1", "after": after}, "choices": [choice]}
+    usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3, "cost_lamports": 18}
+    assert counted == CHUNK | {"azu": {"job_id": "job-1"}, "choices": [], "usage": usage}
+
+
+def test_a_whole_chat_has_the_keys_that_it_needs_and_no_others(tokenizer: Tokenizer) -> None:
+    choice = TextDelta("", tool_calls=(ToolCall("f", "{}"),), num_calls=1, finish_reason=STOP)
+
+    whole = as_json(answer(tokenizer, chat=True).whole([choice], usage_of(1, 2, None)))
+
+    call = {"id": "call_1_0_0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    message = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]}
+    assert whole == CHUNK | {
+        "object": "chat.completion",
+        "azu": {"job_id": "job-1"},
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "tool_calls"}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
+    }
 
 
 @pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.CANCELLED])
 def test_a_text_that_was_cut_off_by_its_reader_just_stops(tokenizer: Tokenizer, reason: FinishReason) -> None:
-    whole = answer(tokenizer, chat=False).whole([TextPart(0, "text", (), reason)], {})
+    whole = answer(tokenizer, chat=False).whole([TextDelta("text", finish_reason=reason)], USAGE)
 
-    assert whole["choices"][0]["finish_reason"] == "stop"
+    assert whole.choices[0].finish_reason == "stop"
 
 
 def test_all_choices_are_in_one_answer(tokenizer: Tokenizer) -> None:
-    parts = [TextPart(0, "a", (), FinishReason.STOP), TextPart(1, "b", (), FinishReason.LENGTH)]
-    counted = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+    choices = [
+        TextDelta("a", finish_reason=FinishReason.STOP),
+        TextDelta("b", choice=1, finish_reason=FinishReason.LENGTH),
+    ]
 
-    whole = ChatCompletion.model_validate(answer(tokenizer, chat=True).whole(parts, counted))
+    whole = ChatCompletion.model_validate(as_json(answer(tokenizer, chat=True).whole(choices, USAGE)))
 
     assert [choice.message.content for choice in whole.choices] == ["a", "b"]
     assert [choice.finish_reason for choice in whole.choices] == ["stop", "length"]
 
 
 def test_a_chats_log_probabilities_carry_the_tokens_bytes(tokenizer: Tokenizer) -> None:
-    part = TextPart(0, "ok 😀", scores(tokenizer, "ok 😀"), FinishReason.STOP)
+    whole = answer(tokenizer, chat=True).whole([with_logprobs(tokenizer, "ok 😀")], USAGE)
 
-    (choice,) = ChatCompletion.model_validate(
-        answer(tokenizer, chat=True).whole([part], {}) | {"usage": None}
-    ).choices
+    (choice,) = ChatCompletion.model_validate(as_json(whole)).choices
 
     assert choice.logprobs is not None
     tokens = choice.logprobs.content or []
@@ -91,20 +149,16 @@ def test_a_chats_log_probabilities_carry_the_tokens_bytes(tokenizer: Tokenizer) 
 
 
 def test_a_completions_log_probabilities_are_parallel_lists(tokenizer: Tokenizer) -> None:
-    found = scores(tokenizer, "two words")
-    part = TextPart(0, "two words", found, FinishReason.STOP)
+    found = with_logprobs(tokenizer, "two words")
+    whole = answer(tokenizer, chat=False).whole([found], USAGE)
 
-    (choice,) = Completion.model_validate(
-        answer(tokenizer, chat=False).whole([part], {}) | {"usage": None}
-    ).choices
+    (choice,) = Completion.model_validate(as_json(whole)).choices
 
     assert choice.logprobs is not None
-    assert choice.logprobs.text_offset == [score.offset for score in found]
-    assert choice.logprobs.token_logprobs == [-0.5] * len(found)
-    assert len(choice.logprobs.tokens or []) == len(choice.logprobs.top_logprobs or []) == len(found)
-
-
-STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
+    assert choice.logprobs.text_offset == list(found.token_offsets)
+    assert choice.logprobs.token_logprobs == [-0.5] * len(found.token_ids)
+    tokens, top = choice.logprobs.tokens or [], choice.logprobs.top_logprobs or []
+    assert len(tokens) == len(top) == len(found.token_ids)
 
 
 def outcome(job: Job, state: JobState, reason: FinishReason) -> JobOutcome:
@@ -118,8 +172,8 @@ def outcome(job: Job, state: JobState, reason: FinishReason) -> JobOutcome:
 
 def followed(
     redis_url: str, tokenizer: Tokenizer, job: Job, events: list[TokenEvent], end: JobOutcome, after: int = 0
-) -> list[TextPart | JobOutcome]:
-    async def play() -> list[TextPart | JobOutcome]:
+) -> list[TextDelta | JobOutcome]:
+    async def play() -> list[TextDelta | JobOutcome]:
         jobs = RedisJobs.from_url(redis_url)
         await jobs.submit(job)
         for event in events:
@@ -130,13 +184,13 @@ def followed(
     return asyncio.run(asyncio.wait_for(play(), 20))
 
 
-def texts(parts: list[TextPart | JobOutcome], num_choices: int = 1) -> list[str]:
-    found = [part for part in parts if isinstance(part, TextPart)]
+def texts(parts: list[TextDelta | JobOutcome], num_choices: int = 1) -> list[str]:
+    found = [part for part in parts if isinstance(part, TextDelta)]
     return ["".join(part.text for part in found if part.choice == n) for n in range(num_choices)]
 
 
-def scored(parts: list[TextPart | JobOutcome]) -> list[float]:
-    return sorted(score.logprob for part in parts if isinstance(part, TextPart) for score in part.scores)
+def scored(parts: list[TextDelta | JobOutcome]) -> list[float]:
+    return sorted(logprob for part in parts if isinstance(part, TextDelta) for logprob in part.logprobs)
 
 
 def test_the_choices_of_a_job_are_told_apart(redis_url: str, tokenizer: Tokenizer) -> None:
@@ -154,7 +208,9 @@ def test_the_choices_of_a_job_are_told_apart(redis_url: str, tokenizer: Tokenize
 
     assert [text.strip() for text in texts(parts, 2)] == ["one 😀", "two 漢字"]
     reasons = {
-        part.choice: part.finish_reason for part in parts if isinstance(part, TextPart) and part.finish_reason
+        part.choice: part.finish_reason
+        for part in parts
+        if isinstance(part, TextDelta) and part.finish_reason
     }
     assert reasons == {0: STOP, 1: LENGTH}
     assert parts[-1] == end
@@ -174,8 +230,8 @@ def test_whoever_comes_back_gets_what_was_not_shown_and_nothing_twice(
         events.append(TokenEvent(index, tuple(ids), scores, top, choice, reason))
     parts = followed(redis_url, tokenizer, job, events, end := outcome(job, JobState.DONE, STOP))
 
-    for seen in {part.after for part in parts if isinstance(part, TextPart)} | {0}:
-        shown = [part for part in parts if isinstance(part, TextPart) and part.after <= seen]
+    for seen in {part.after for part in parts if isinstance(part, TextDelta)} | {0}:
+        shown = [part for part in parts if isinstance(part, TextDelta) and part.after <= seen]
 
         again = followed(redis_url, tokenizer, job, events, end, after=seen)
 
@@ -183,7 +239,7 @@ def test_whoever_comes_back_gets_what_was_not_shown_and_nothing_twice(
         assert [a + b for a, b in zip(texts(shown, 2), texts(again, 2), strict=True)] == texts(parts, 2)
         assert scored([*shown, *again]) == scored(parts)
         assert {
-            part.choice for part in [*shown, *again] if isinstance(part, TextPart) and part.finish_reason
+            part.choice for part in [*shown, *again] if isinstance(part, TextDelta) and part.finish_reason
         } == {0, 1}
     assert texts(parts, 2) == ["one 漢字 😀 漢", "two 😀 and "]
 
@@ -209,10 +265,11 @@ def test_a_stop_string_is_never_shown_and_neither_are_its_tokens(
     parts = followed(redis_url, tokenizer, job, events, outcome(job, JobState.DONE, STOP))
 
     assert texts(parts)[0].strip() == "the"
-    shown = [score for part in parts if isinstance(part, TextPart) for score in part.scores]
-    assert [score.logprob for score in shown] == list(logprobs[: len(shown)])
+    deltas = [part for part in parts if isinstance(part, TextDelta)]
+    shown = [token_id for delta in deltas for token_id in delta.token_ids]
+    assert [logprob for delta in deltas for logprob in delta.logprobs] == list(logprobs[: len(shown)])
     assert 0 < len(shown) < len(ids)
-    assert "capital" not in "".join(tokenizer.token_text(score.token_id) for score in shown)
+    assert "capital" not in "".join(map(tokenizer.token_text, shown))
 
 
 def test_a_choice_that_was_cut_off_shows_what_it_has(redis_url: str, tokenizer: Tokenizer) -> None:
@@ -232,7 +289,7 @@ def test_a_job_that_failed_ends_with_its_outcome_alone(redis_url: str, tokenizer
 
     parts = followed(redis_url, tokenizer, job, [TokenEvent(0, tuple(tokenizer.encode("one")))], end)
 
-    assert not any(isinstance(part, TextPart) and part.finish_reason for part in parts)
+    assert not any(isinstance(part, TextDelta) and part.finish_reason for part in parts)
     assert parts[-1] == end
 
 

@@ -1,60 +1,53 @@
-"""A request's sampling: the model's defaults, changed by what the request says, refused by name."""
+"""A job's sampling: the model's own defaults, changed by the request; wrong values are refused by name."""
 
-from pathlib import Path
+import json
 
 import pytest
+from transformers import GenerationConfig
 
 from azu.api.openai import ChatRequest, CompletionRequest
-from azu.engine.tokenizer import Tokenizer
-from azu.errors import InvalidRequest
-from azu.jobs.intake import ModelFacts
+from azu.config import load_network
+from azu.errors import BrokenCheckpoint, InvalidRequest
 from azu.protocol.sampling import SamplingParams
-from deployments.sampling import sampling_params
-from deployments.services import ServedModel
+from deployments.sampling import check_limits, default_sampling, sampling_params
 
-FOLDER = Path(__file__).parents[2] / "configs" / "models" / "tiny-dense"
+VOCAB_SIZE = 100
 DEFAULTS = SamplingParams(max_tokens=1, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.1)
 
 
-@pytest.fixture(scope="module")
-def model() -> ServedModel:
-    facts = ModelFacts(model_id="m", revision="r1", num_layers=6, context_length=64)
-    return ServedModel(facts, vocab_size=100, tokenizer=Tokenizer(FOLDER), defaults=DEFAULTS)
-
-
-def asked(model: ServedModel, **given: object) -> SamplingParams:
+def asked(**given: object) -> SamplingParams:
     body = CompletionRequest.model_validate({"model": "m", "prompt": "x", "seed": 1, **given})
-    return sampling_params(body, model, default_max_tokens=50)
+    return sampling_params(body, DEFAULTS, VOCAB_SIZE, default_max_tokens=50)
 
 
-def test_what_a_request_leaves_out_is_the_models_own(model: ServedModel) -> None:
-    sampling = asked(model, top_k=5)
+def test_what_a_request_leaves_out_is_the_models_own() -> None:
+    sampling = asked(top_k=5)
 
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.7, 5, 0.8)
     assert sampling.repetition_penalty == 1.1
     assert sampling.max_tokens == 50
 
 
-def test_every_parameter_reaches_the_engine(model: ServedModel) -> None:
+def test_every_parameter_reaches_the_engine() -> None:
     given = {
         "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2,
         "presence_penalty": 0.3, "frequency_penalty": -0.4, "seed": 9, "min_tokens": 2, "ignore_eos": True,
         "max_tokens": 7,
     }  # fmt: skip
 
-    sampling = asked(model, **given, logit_bias={"5": -100}, stop=["a", "b"], stop_token_ids=[7], logprobs=4)
+    sampling = asked(**given, logit_bias={"5": -100}, stop=["a", "b"], stop_token_ids=[7], logprobs=4)
 
     assert sampling == SamplingParams(
         **given, logit_bias={5: -100.0}, stop=("a", "b"), stop_token_ids=(7,), logprobs=4
     )  # type: ignore[arg-type]
 
 
-def test_a_chat_may_call_its_limit_by_the_newer_name(model: ServedModel) -> None:
+def test_a_chat_may_call_its_limit_by_the_newer_name() -> None:
     chat = ChatRequest.model_validate(
         {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 3}
     )
 
-    assert sampling_params(chat, model, default_max_tokens=50).max_tokens == 3
+    assert sampling_params(chat, DEFAULTS, VOCAB_SIZE, default_max_tokens=50).max_tokens == 3
 
 
 @pytest.mark.parametrize(
@@ -69,8 +62,74 @@ def test_a_chat_may_call_its_limit_by_the_newer_name(model: ServedModel) -> None
         ("min_tokens", 51),
     ],
 )
-def test_what_the_model_cannot_do_is_refused_by_name(model: ServedModel, param: str, value: object) -> None:
+def test_what_the_model_cannot_do_is_refused_by_name(param: str, value: object) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        asked(model, **{param: value})
+        asked(**{param: value})
 
     assert refused.value.param == param
+
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("param", "given"),
+    [
+        ("n", {"n": 3}),
+        ("stop", {"stop": ["x"] * 3}),
+        ("stop", {"stop": "xxxx"}),
+        ("stop_token_ids", {"stop_token_ids": [1, 2, 3]}),
+        ("logit_bias", {"logit_bias": {"1": 1, "2": 1, "3": 1}}),
+        ("messages", {"messages": CHAT["messages"] * 3}),
+        ("tools", {"tools": [TOOL] * 3}),
+    ],
+)
+def test_what_is_beyond_the_networks_limits_is_refused_by_name(param: str, given: dict[str, object]) -> None:
+    limits = load_network().policy.limits
+    standard = ChatRequest.model_validate(CHAT | given)
+    check_limits(standard, limits)
+    two = {name: 2 for name in vars(limits) if name.startswith("max_")} | {"max_stop_characters": 3}
+
+    with pytest.raises(InvalidRequest) as refused:
+        check_limits(standard, limits.model_copy(update=two))
+
+    assert refused.value.param == param
+
+
+def defaults(**settings: object) -> SamplingParams:
+    return default_sampling({"generation_config.json": json.dumps(settings).encode()})
+
+
+def test_without_a_word_a_model_is_greedy() -> None:
+    assert default_sampling({}) == SamplingParams(max_tokens=1)
+    assert defaults(do_sample=False, temperature=0.6).temperature == 0.0
+
+
+def test_what_samples_and_says_no_more_samples_as_generate_does() -> None:
+    theirs = GenerationConfig._get_default_generation_params()
+    sampling = defaults(do_sample=True)
+
+    assert sampling.temperature == theirs["temperature"]
+    assert sampling.top_k == theirs["top_k"]
+    assert sampling.top_p == theirs["top_p"]
+    assert sampling.repetition_penalty == theirs["repetition_penalty"]
+
+
+def test_the_files_values_are_taken_and_what_azu_does_not_know_is_left() -> None:
+    sampling = defaults(
+        do_sample=True, temperature=0.7, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.05,
+        min_new_tokens=3, eos_token_id=[1, 2], transformers_version="4.37.0", pad_token_id=None,
+    )  # fmt: skip
+
+    assert sampling == SamplingParams(
+        max_tokens=1, temperature=0.7, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.05, min_tokens=3
+    )
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b'{"temperature": "warm"}', b'{"top_p": 0}', b'{"top_k": -1}', b"\xff"]
+)
+def test_a_malformed_file_is_a_broken_checkpoint_that_names_it(content: bytes) -> None:
+    with pytest.raises(BrokenCheckpoint, match=r"generation_config\.json"):
+        default_sampling({"generation_config.json": content})

@@ -1,10 +1,7 @@
-"""What is said of one model, and how fast it was between two looks."""
-
-import pytest
+"""A model's activity, out of the network's metrics."""
 
 from azu import metrics
 from azu.api.network import Activity
-from azu.cli.top import speed_between
 from azu.metrics import Meter
 from deployments.network import activity_of
 
@@ -25,19 +22,3 @@ def test_a_model_s_activity_is_its_own() -> None:
     assert found.recoveries == 1
     assert (found.hop.count, found.hop.seconds) == (2, 0.006)
     assert activity_of(meter.snapshot(), "unknown") == Activity()
-
-
-def test_speed_is_what_happened_between_two_looks() -> None:
-    meter = Meter()
-    meter.count(metrics.GENERATED_TOKENS, 10, "m")
-    meter.observe(metrics.TIME_PER_TOKEN, 5.0, "m")
-    before = activity_of(meter.snapshot(), "m")
-    meter.count(metrics.GENERATED_TOKENS, 30, "m")
-    meter.observe(metrics.TIME_PER_TOKEN, 0.1, "m")
-    meter.observe(metrics.TIME_PER_TOKEN, 0.3, "m")
-
-    speed = speed_between(before, activity_of(meter.snapshot(), "m"), 2.0)
-
-    assert speed.tokens_per_s == 15
-    assert speed.time_per_token_s == pytest.approx(0.2)
-    assert speed.hop_s is None
