@@ -328,7 +328,7 @@ def _hops_ms(*, tls: bool) -> dict[int, float]:
             for worker in workers:
                 nodes.start(host.worker(head, worker))
             for name in (HEAD, *(worker.name for worker in workers)):
-                nodes.wait_until_said(name, STARTED, _TLS_START_TIMEOUT_S)
+                nodes.wait_until_printed(name, STARTED, _TLS_START_TIMEOUT_S)
             return {size: _hop_ms(head, size, rounds) for size, rounds in _SIZES.items()}
 
 

@@ -8,9 +8,9 @@ _TIMEOUT_S = 60.0
 def down() -> None:
     """Stop the network that runs out of AZU_HOME, and everything it started."""
     from azu.config import Settings
-    from azu.launch.network_process import stop_running
+    from azu.launch.network_process import stop_network
 
     home = Settings.from_environment().home
     with console.status(f"Stopping the network in {home}"):
-        stop_running(home, _TIMEOUT_S)
+        stop_network(home, _TIMEOUT_S)
     console.print("[green]✓[/] stopped")

@@ -37,7 +37,7 @@ def join(
     """Lend this machine until Ctrl-C: one Ray node for each GPU, started again when it dies."""
     from azu.config import Settings
     from azu.launch.membership import EnrolmentTicket, decode_ticket, membership_of
-    from azu.launch.processes import address_towards, ending_as_interrupt
+    from azu.launch.processes import address_towards, stop_signals_raised
 
     opened = decode_ticket(ticket)
     called = name or socket.gethostname()
@@ -47,7 +47,7 @@ def join(
         # The certificate has to name the address that Ray gives the node.
         ip = ip or address_towards(opened.url)
     membership = membership_of(opened, home, name=called, host=ip or "")
-    with ending_as_interrupt():
+    with stop_signals_raised():
         while True:
             _lend(membership, workers, ip, home / "logs")
 
@@ -105,7 +105,7 @@ def _watch(
     asked_s = time.monotonic()
     with console.status(f"Joining {access.head}") as status:
         for worker in workers:
-            nodes.wait_until_said(worker.name, STARTED, _START_TIMEOUT_S)
+            nodes.wait_until_printed(worker.name, STARTED, _START_TIMEOUT_S)
             lent = f"{worker.name} lends {format_bytes(worker.vram_bytes)}"
             console.print(f"[green]✓[/] {lent}, paid to {worker.payout_address}")
         while True:
@@ -116,7 +116,7 @@ def _watch(
                 asked_s = time.monotonic()
                 if _has_moved_on(membership, access):
                     return
-            joined = sum(nodes.said(worker.name, STARTED) for worker in workers)
+            joined = sum(nodes.has_printed(worker.name, STARTED) for worker in workers)
             status.update(f"{joined} of {len(workers)} nodes joined to {access.head}; Ctrl-C leaves")
             time.sleep(_WATCH_S)
 
@@ -128,4 +128,4 @@ def _has_moved_on(membership: "Membership", access: "ClusterAccess") -> bool:
     except (Unavailable, DeadlineExceeded) as error:
         console.print(f"[yellow]{error.message}[/]")
         return False
-    return access.outlived_by(later, datetime.now(UTC))
+    return access.is_outdated(later, datetime.now(UTC))

@@ -33,16 +33,16 @@ def serve(
     """Run a network on this machine's Ray head until Ctrl-C, `azu down` or the end of the head."""
     from azu.cli.output import ProgressPrinter
     from azu.config import load_settings
-    from azu.launch.network_process import in_background, watch
-    from azu.launch.processes import ending_as_interrupt
+    from azu.launch.network_process import run_in_background, watch
+    from azu.launch.processes import stop_signals_raised
 
     settings, file = load_settings(network)
     if background:
-        facts = in_background(settings.home, 4 * file.policy.timeouts.start_s)
+        facts = run_in_background(settings.home, 4 * file.policy.timeouts.start_s)
         show(facts, as_json, _panel)
         return
     with ExitStack() as stack:
-        ending = stack.enter_context(ending_as_interrupt())
+        ending = stack.enter_context(stop_signals_raised())
         if books:
             running, facts = _books(stack, settings, file)
         else:
@@ -60,15 +60,15 @@ def serve(
 def _books(stack: ExitStack, settings: "Settings", file: "NetworkFile") -> tuple[Any, dict[str, str]]:
     """Keep the books, and write down for Serve's replicas on this machine how they are reached."""
     from azu.files import write_private
-    from azu.launch.serving import control_config, of_ingress
-    from azu.launch.sidecars import admin_key_of, books_kept
+    from azu.launch.serving import control_config, ingress_config
+    from azu.launch.sidecars import admin_key_of, sidecars_running
 
-    kept = stack.enter_context(books_kept(settings, file.policy.timeouts.start_s))
+    kept = stack.enter_context(sidecars_running(settings, file.policy.timeouts.start_s))
     admin_key = admin_key_of(settings)
     config = control_config(settings, file.policy, kept.chain, kept.redis, settings.http_port, admin_key)
     folder = settings.home / "serve"
     write_private(folder / "control.json", config.to_json())
-    write_private(folder / "ingress.json", of_ingress(config, kept.redis.ingress).to_json())
+    write_private(folder / "ingress.json", ingress_config(config, kept.redis.ingress).to_json())
     return kept, {
         "chain_url": kept.chain.url,
         "platform_address": kept.chain.platform_address,

@@ -44,17 +44,17 @@ def up(
     from azu.cli.output import ProgressPrinter
     from azu.config import load_settings
     from azu.launch.local_network import local_network
-    from azu.launch.network_process import in_background, watch
-    from azu.launch.processes import ending_as_interrupt
+    from azu.launch.network_process import run_in_background, watch
+    from azu.launch.processes import stop_signals_raised
 
     settings, file = load_settings(network)
     if background:
-        _tell(in_background(settings.home, 4 * file.policy.timeouts.start_s), as_json)
+        _tell(run_in_background(settings.home, 4 * file.policy.timeouts.start_s), as_json)
         return
     own = _workers(workers, vram, payout, play_money=settings.chain_url is None)
     file = file.model_copy(update={"workers": (*file.workers, *own)})
     with ExitStack() as stack:
-        ending = stack.enter_context(ending_as_interrupt())
+        ending = stack.enter_context(stop_signals_raised())
         with ProgressPrinter(quiet=as_json).steps() as step:
             encrypted = tls if tls is not None else ip is not None
             running = stack.enter_context(

@@ -1,1 +1,1 @@
-"""The processes of a network on this machine: Redis, devnet, treasury and Ray nodes, and who watches them."""
+"""The processes of a network on this machine: how they are started, watched and stopped."""

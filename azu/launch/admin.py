@@ -1,4 +1,4 @@
-"""How the admin of a network that runs on this machine speaks to it without typing anything."""
+"""The admin's access to the network that runs on this machine: its URL and key, kept in a file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ _FIRST_TICKET_S = 86_400
 
 @dataclass(frozen=True, slots=True)
 class AdminFacts:
-    """Where a network is, its admin key, and the file of the ingress's certificate if it is encrypted."""
+    """A network's URL, its admin key and, if it is encrypted, the file of the ingress's certificate."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -37,8 +37,8 @@ _FACTS = TypeAdapter(AdminFacts)
 
 
 @contextmanager
-def kept_for_admin(home: Path, url: str, admin_key: str, tls: TlsConfig | None) -> Iterator[None]:
-    """Keep where a network is and its admin key in a file of its home for the length of the block."""
+def admin_file_kept(home: Path, url: str, admin_key: str, tls: TlsConfig | None) -> Iterator[None]:
+    """Keep a network's URL and admin key in a file of its home during the block."""
     facts = AdminFacts(url, admin_key, None if tls is None else tls.certificate)
     write_private(home / _FILE, _FACTS.dump_json(facts).decode())
     try:
@@ -48,7 +48,7 @@ def kept_for_admin(home: Path, url: str, admin_key: str, tls: TlsConfig | None) 
 
 
 def admin_client(settings: Settings) -> "Client":
-    """Return a client with the admin key: AZU_ADMIN_KEY at AZU_URL, or that of the network that runs here.
+    """Return a client with AZU_ADMIN_KEY at AZU_URL, or with the key of the network that runs here.
 
     Raises NotFound when there is neither.
     """
@@ -63,7 +63,7 @@ def admin_client(settings: Settings) -> "Client":
 
 
 def admin_facts(home: Path) -> AdminFacts:
-    """Return what is kept of the network that runs out of a home folder; raises NotFound when none does."""
+    """Return the access to the network that runs out of a home folder; raises NotFound when none runs."""
     try:
         return _FACTS.validate_json((home / _FILE).read_bytes())
     except FileNotFoundError as error:
@@ -73,16 +73,16 @@ def admin_facts(home: Path) -> AdminFacts:
 
 
 def new_ticket(client: "Client", *, label: str, uses: int, expires_in_s: int) -> EnrolmentTicket:
-    """Have a ticket made that lets `uses` nodes in."""
-    made = client.new_ticket(label=label, uses=uses, expires_in_s=expires_in_s)
+    """Make a ticket that admits `uses` nodes."""
+    response = client.new_ticket(label=label, uses=uses, expires_in_s=expires_in_s)
     return EnrolmentTicket(
-        url=made.url,
-        authority_sha256=made.authority_sha256,
-        secret=made.secret,
-        publicly_trusted=made.publicly_trusted,
+        url=response.url,
+        authority_sha256=response.authority_sha256,
+        secret=response.secret,
+        publicly_trusted=response.publicly_trusted,
     )
 
 
 def first_ticket(client: "Client") -> EnrolmentTicket:
-    """Return the ticket that `azu up` prints: for one node, within a day."""
+    """Return the ticket that `azu up` prints: it admits one node within a day."""
     return new_ticket(client, label="printed by azu up", uses=1, expires_in_s=_FIRST_TICKET_S)

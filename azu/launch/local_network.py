@@ -1,4 +1,4 @@
-"""A whole network on this machine: Redis, chain, treasury, Ray nodes, control plane, ingress."""
+"""A whole network on this machine, from Redis to the ingress: `azu up` and `azu demo`."""
 
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -10,9 +10,9 @@ from pathlib import Path
 from azu.config import LocalWorker, NetworkFile, Settings, load_network
 from azu.errors import ConfigurationError, Unavailable
 from azu.files import CONFIGS, write_private
-from azu.launch.admin import first_ticket, kept_for_admin
+from azu.launch.admin import admin_file_kept, first_ticket
 from azu.launch.membership import AnyTicket, Ticket, head_files
-from azu.launch.network_process import running_in
+from azu.launch.network_process import home_locked
 from azu.launch.processes import ProcessGroup, free_port
 from azu.launch.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment, socket_folder
 from azu.launch.serving import (
@@ -30,7 +30,7 @@ from azu.launch.sidecars import (
     TREASURY_READY,
     admin_key_of,
     choose_chain,
-    start_books,
+    start_redis_and_devnet,
     start_treasury,
 )
 
@@ -41,7 +41,10 @@ DEMO = CONFIGS / "demo.yaml"
 
 @dataclass(frozen=True, slots=True)
 class LocalNetwork:
-    """A running network and how to reach it; `authority` is whom an encrypted one's clients have to trust."""
+    """A running network and how to reach it.
+
+    `authority` is the certificate that clients of an encrypted network have to trust.
+    """
 
     url: str
     redis_url: str = field(repr=False)
@@ -61,9 +64,9 @@ class LocalNetwork:
         fund(self.chain_url, address, lamports)
 
     def revive(self) -> list[str]:
-        """Start again which processes and actors of the control plane died, and return their names.
+        """Start again the processes and control plane actors that died, and return their names.
 
-        Raises Unavailable when Ray's head died: with it went what the network knew in memory.
+        Raises Unavailable when Ray's head died: what the network kept in memory is lost with it.
         """
         return _revive(*self._groups) + self._revive_control()
 
@@ -72,9 +75,9 @@ class LocalNetwork:
 def demo_network(
     home: Path, progress: Progress, file: NetworkFile | None = None, *, ip: str | None = None
 ) -> Iterator[LocalNetwork]:
-    """Run the demo's network in a folder of its own, whatever else this machine is set up for.
+    """Run the demo's network in the folder `home`, without regard to this machine's settings.
 
-    `file` takes the place of the demo's; `ip` is the address that other machines reach this one at.
+    `file` replaces the demo's network file; `ip` is the address at which other machines reach this one.
     """
     settings = Settings.from_environment().model_copy(
         update={
@@ -101,11 +104,11 @@ def local_network(
     dashboard: bool = False,
     tls: bool = False,
 ) -> Iterator[LocalNetwork]:
-    """Run a network until the context is left; everything it started is gone then.
+    """Run a network until the context is left; everything that it started is stopped then.
 
-    `ip` is the address that other machines reach this one at; with `tls`, which needs it, the ingress listens
-    there too unless the settings say where, and nothing crosses to another machine that is not encrypted.
-    Raises Conflict when a network runs in the same home, Unavailable or DeadlineExceeded with the last words
+    `ip` is the address at which other machines reach this one. With `tls`, which needs `ip`, every connection
+    between machines is encrypted, and the ingress listens at `ip` unless the settings name another address.
+    Raises Conflict when a network runs in the same home, Unavailable or DeadlineExceeded with the last output
     of the process that did not come up.
     """
     if tls and ip is None:
@@ -113,7 +116,7 @@ def local_network(
     logs, timeout_s = settings.home / "logs", file.policy.timeouts.start_s
     token_path, token = settings.home / "ray-token", secrets.token_hex(32)
     with (
-        running_in(settings.home),
+        home_locked(settings.home),
         socket_folder(settings.home / "ray") as ray_folder,
         ProcessGroup(logs) as services,
         ProcessGroup(logs) as treasury,
@@ -123,21 +126,21 @@ def local_network(
         write_private(token_path, token)
         files = None
         if tls:
-            settings = _listening(settings, ip)
+            settings = _with_http_host(settings, ip)
             files = head_files(settings.home / "tls", _hosts(settings, ip))
         port, dashboard_port = free_port(), free_port() if dashboard else None
         host = RayHost(ray_folder, token_path, ip, dashboard_port, files)
         nodes.start(host.head(port))
         chain = choose_chain(settings)
-        redis = start_books(services, settings, chain, timeout_s)
-        nodes.wait_until_said(HEAD, STARTED, timeout_s)
+        redis = start_redis_and_devnet(services, settings, chain, timeout_s)
+        nodes.wait_until_printed(HEAD, STARTED, timeout_s)
         progress("Starting the workers and the treasury")
         head = f"{ip or '127.0.0.1'}:{port}"
         _start_workers(nodes, host, head, file.workers)
         start_treasury(treasury, settings, chain, redis.treasury)
-        treasury.wait_until_said(TREASURY, TREASURY_READY, timeout_s)
+        treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
         for worker in file.workers:
-            nodes.wait_until_said(worker.name, STARTED, timeout_s)
+            nodes.wait_until_printed(worker.name, STARTED, timeout_s)
         admin_key = admin_key_of(settings)
         http_port = settings.http_port or free_port()
         config = control_config(settings, file.policy, chain, redis, http_port, admin_key, host, head)
@@ -160,18 +163,18 @@ def local_network(
                 _groups=(services, treasury, nodes),
                 _revive_control=partial(revive, config),
             )
-            with kept_for_admin(settings.home, network.url, admin_key, config.tls):
+            with admin_file_kept(settings.home, network.url, admin_key, config.tls):
                 yield network
 
 
-def _listening(settings: Settings, ip: str | None) -> Settings:
+def _with_http_host(settings: Settings, ip: str | None) -> Settings:
     if "http_host" in settings.model_fields_set:
         return settings
     return settings.model_copy(update={"http_host": ip})
 
 
 def _hosts(settings: Settings, ip: str | None) -> list[str]:
-    """Return every name that clients and nodes may call the head by."""
+    """Return the names and addresses of the head for its certificate."""
     names = [] if settings.domain is None else [settings.domain.rpartition(":")[0] or settings.domain]
     return [str(ip), settings.http_host, *names]
 

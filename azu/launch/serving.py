@@ -1,4 +1,4 @@
-"""The control plane and the ingress on a cluster whose nodes are up."""
+"""The control plane and the ingress of a network, started and stopped in a Ray cluster that is up."""
 
 import hashlib
 import logging
@@ -35,12 +35,12 @@ def control_config(
     host: RayHost | None = None,
     head: str = "",
 ) -> ControlConfig:
-    """Return what the control plane has to know of its network.
+    """Return the configuration of the control plane.
 
-    `host` is where Ray's head is, at `head`, if azu started it; only then nodes are let in by azu.
+    `host` and `head` (host:port) say where Ray's head runs if azu started it; only then azu admits nodes.
     """
     files, ip = (None, None) if host is None else (host.tls, host.ip)
-    # Whoever listens everywhere is called by the address that others reach it at.
+    # An ingress that listens on every address is named by the one at which other machines reach it.
     listens = ip if ip is not None and settings.http_host in _EVERYWHERE else settings.http_host
     domain = settings.domain or f"{_local_host(listens)}:{http_port}"
     return ControlConfig(
@@ -80,7 +80,7 @@ def _ingress_tls(settings: Settings, files: TlsFiles | None) -> TlsConfig | None
 
 @contextmanager
 def connected(head: str, logs: Path, environment: Mapping[str, str]) -> Iterator[str]:
-    """Be connected to the cluster at `head` for the length of the block; yields its address ("host:port").
+    """Connect to the cluster at `head` during the block; yields its address ("host:port").
 
     `logs` is a folder without Python files. Paths in `environment` are absolute.
     """
@@ -103,11 +103,11 @@ def start(config: ControlConfig, ingress_redis_url: str) -> None:
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     control_plane.start(config)
-    app.start(of_ingress(config, ingress_redis_url))
+    app.start(ingress_config(config, ingress_redis_url))
 
 
 def stop() -> None:
-    """Take down what `start` started, and whatever came of it."""
+    """Stop what `start` started, and everything that it started in turn."""
     from actors import control_plane
     from deployments import app
 
@@ -115,26 +115,26 @@ def stop() -> None:
     control_plane.stop()
 
 
-def of_ingress(config: ControlConfig, ingress_redis_url: str) -> ControlConfig:
-    """Return as much of it as the ingress gets."""
+def ingress_config(config: ControlConfig, ingress_redis_url: str) -> ControlConfig:
+    """Return the part of the configuration that the ingress gets."""
     return replace(config, redis_url=ingress_redis_url, pipeline_redis_url="")
 
 
 def revive(config: ControlConfig) -> list[str]:
-    """Start again who of the control plane died, in the cluster that this process is connected to."""
+    """Start again the actors of the control plane that died; returns their names."""
     from actors import control_plane
 
     return control_plane.revive(config)
 
 
 def local_url(config: ControlConfig) -> str:
-    """Return where the ingress is found from this machine."""
+    """Return the URL of the ingress on this machine."""
     scheme = "http" if config.tls is None else "https"
     return f"{scheme}://{_local_host(config.http_host)}:{config.http_port}"
 
 
 def local_client(config: ControlConfig, api_key: str | None = None) -> "Client":
-    """Return a client of the ingress on this machine, whose certificate is known from its file."""
+    """Return a client of the ingress on this machine; it trusts the certificate in the ingress's own file."""
     from azu.client import Client
     from azu.client.http import trusting_this
 
@@ -143,7 +143,7 @@ def local_client(config: ControlConfig, api_key: str | None = None) -> "Client":
 
 
 def wait_until_healthy(client: "Client", timeout_s: float, meanwhile: Callable[[], object]) -> None:
-    """Wait until the ingress takes prompts, calling `meanwhile` between two looks."""
+    """Wait until the ingress accepts prompts; calls `meanwhile` after each try."""
     deadline = time.monotonic() + timeout_s
     while not client.healthy():
         meanwhile()
@@ -153,7 +153,7 @@ def wait_until_healthy(client: "Client", timeout_s: float, meanwhile: Callable[[
 
 
 def wait_until_it_answers(client: "Client", timeout_s: float, meanwhile: Callable[[], object]) -> None:
-    """Wait until the ingress is there; whoever lends may come later."""
+    """Wait until the ingress answers, with or without workers; calls `meanwhile` after each try."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The plain processes beside a network's Ray cluster: Redis, chain and treasury."""
+"""The plain processes beside a network's Ray cluster: Redis, the devnet's chain and the treasury."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from urllib.parse import unquote, urlsplit
 from azu.config import Settings
 from azu.errors import ConfigurationError
 from azu.files import write_private
-from azu.launch.network_process import running_in
+from azu.launch.network_process import home_locked
 from azu.launch.processes import ProcessGroup, ProcessSpec, azu_command, free_port
 from azu.launch.redis_server import RedisUrls, start_redis, wait_for_redis
 from azu.money.treasury.environment import take_variable
 
 DEVNET = "devnet"
 TREASURY = "treasury"
-# What they print once they are.
+# What they print once they are ready.
 DEVNET_READY = r"^devnet ready "
 TREASURY_READY = r"^treasury ready$"
 _DEVNET_FILE = "devnet.json"
@@ -29,7 +29,7 @@ _KEY_FILE = "AZU_PRIVATE_KEY_FILE"
 
 @dataclass(frozen=True, slots=True)
 class ChainSettings:
-    """Where the chain is, who the platform is there, and how its treasury finds the platform's key."""
+    """The chain's URL, the platform's address there, and the variables that give its key to the treasury."""
 
     url: str
     platform_address: str
@@ -37,28 +37,59 @@ class ChainSettings:
     treasury_key: Mapping[str, str] = field(repr=False)
 
 
-def choose_chain(settings: Settings) -> ChainSettings:
-    """Return the configured chain, or a devnet on a free port whose platform key is made here once.
+@dataclass(frozen=True, slots=True)
+class Sidecars:
+    """The running processes: the chain, the treasury, and where each process finds Redis."""
 
-    The key of a configured chain is not looked at, only handed to the treasury; either way it is gone from
-    this process's environment. Raises ConfigurationError when it or the platform's address is missing.
+    chain: ChainSettings
+    redis: RedisUrls
+    _groups: tuple[ProcessGroup, ...] = field(repr=False)
+
+    def revive(self) -> list[str]:
+        """Start again the processes that ended, and return their names."""
+        return [name for group in self._groups for name in group.revive()]
+
+
+@contextmanager
+def sidecars_running(settings: Settings, timeout_s: float) -> Iterator[Sidecars]:
+    """Run what a network needs beside a Ray cluster that azu did not start, until the context is left.
+
+    Raises Conflict when a network runs in the same home, Unavailable or DeadlineExceeded with the last output
+    of the process that did not come up.
     """
-    taken = {name: take_variable(os.environ, name) for name in (_KEY, _KEY_FILE)}
-    if settings.chain_url is None:
-        return _devnet(settings)
-    key = {name: value for name, value in taken.items() if value is not None}
-    if settings.platform_address is None or not key:
-        raise ConfigurationError(f"a chain needs HYPERLIQUID_ADDRESS, and {_KEY} or {_KEY_FILE}")
-    return ChainSettings(settings.chain_url, settings.platform_address, is_devnet=False, treasury_key=key)
+    logs = settings.home / "logs"
+    with home_locked(settings.home), ProcessGroup(logs) as services, ProcessGroup(logs) as treasury:
+        chain = choose_chain(settings)
+        redis = start_redis_and_devnet(services, settings, chain, timeout_s)
+        start_treasury(treasury, settings, chain, redis.treasury)
+        treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
+        yield Sidecars(chain, redis, (services, treasury))
 
 
-def start_devnet(children: ProcessGroup, chain: ChainSettings) -> None:
-    """Start the devnet; it may not answer yet, see DEVNET_READY."""
+def start_redis_and_devnet(
+    services: ProcessGroup, settings: Settings, chain: ChainSettings, timeout_s: float
+) -> RedisUrls:
+    """Start a Redis and a devnet unless they are configured; returns the URL of Redis for each process."""
+    if chain.is_devnet:
+        start_devnet(services, chain)
+    if settings.redis_url is None:
+        server = start_redis(services, settings.home / "redis")
+        wait_for_redis(services, server, timeout_s)
+        urls = server.urls
+    else:
+        urls = RedisUrls.same(settings.redis_url)
+    if chain.is_devnet:
+        services.wait_until_printed(DEVNET, DEVNET_READY, timeout_s)
+    return urls
+
+
+def start_devnet(services: ProcessGroup, chain: ChainSettings) -> None:
+    """Start the devnet; it answers once it has printed DEVNET_READY."""
     port = str(urlsplit(chain.url).port)
-    children.start(ProcessSpec(DEVNET, azu_command("devnet", "--port", port), dict(os.environ), restart=True))
+    services.start(ProcessSpec(DEVNET, azu_command("devnet", "--port", port), dict(os.environ), restart=True))
 
 
-def start_treasury(children: ProcessGroup, settings: Settings, chain: ChainSettings, redis_url: str) -> None:
+def start_treasury(group: ProcessGroup, settings: Settings, chain: ChainSettings, redis_url: str) -> None:
     """Start the treasury, the only process that gets the platform's key."""
     redis = urlsplit(redis_url)
     environment = dict(os.environ) | {
@@ -75,22 +106,28 @@ def start_treasury(children: ProcessGroup, settings: Settings, chain: ChainSetti
         environment.pop("AZU_REDIS_CA", None)
     if redis.password:
         environment |= {"REDIS_USERNAME": redis.username or "", "REDIS_PASSWORD": unquote(redis.password)}
-    children.start(ProcessSpec(TREASURY, azu_command("treasury"), environment, restart=True))
+    group.start(ProcessSpec(TREASURY, azu_command("treasury"), environment, restart=True))
 
 
-def devnet_of(home: Path) -> ChainSettings | None:
-    """Return the devnet that a network of this home folder started last; None if there was none."""
-    try:
-        known = json.loads((home / _DEVNET_FILE).read_text())
-    except FileNotFoundError:
-        return None
-    return ChainSettings(known["url"], known["platform_address"], is_devnet=True, treasury_key={})
+def choose_chain(settings: Settings) -> ChainSettings:
+    """Return the configured chain, or a devnet on a free port whose platform key is made here once.
+
+    The key of a configured chain is not read here, only handed to the treasury. In both cases it is removed
+    from this process's environment. Raises ConfigurationError when it or the platform's address is missing.
+    """
+    taken = {name: take_variable(os.environ, name) for name in (_KEY, _KEY_FILE)}
+    if settings.chain_url is None:
+        return _devnet(settings)
+    key = {name: value for name, value in taken.items() if value is not None}
+    if settings.platform_address is None or not key:
+        raise ConfigurationError(f"a chain needs HYPERLIQUID_ADDRESS, and {_KEY} or {_KEY_FILE}")
+    return ChainSettings(settings.chain_url, settings.platform_address, is_devnet=False, treasury_key=key)
 
 
 def _devnet(settings: Settings) -> ChainSettings:
     from eth_account import Account
 
-    # A key of its own: what is signed for a devnet is valid on the testnet too.
+    # A separate key: what it signs for a devnet is valid on the testnet too.
     path = settings.home / "devnet.key"
     if not path.exists():
         write_private(path, Account.create().key.hex())
@@ -100,54 +137,17 @@ def _devnet(settings: Settings) -> ChainSettings:
     return ChainSettings(url, address, is_devnet=True, treasury_key={_KEY_FILE: str(path)})
 
 
-@dataclass(frozen=True, slots=True)
-class Sidecars:
-    """A chain, a treasury that runs, and where each process finds Redis."""
-
-    chain: ChainSettings
-    redis: RedisUrls
-    _groups: tuple[ProcessGroup, ...] = field(repr=False)
-
-    def revive(self) -> list[str]:
-        """Start again which processes died, and return their names."""
-        return [name for group in self._groups for name in group.revive()]
-
-
-@contextmanager
-def books_kept(settings: Settings, timeout_s: float) -> Iterator[Sidecars]:
-    """Run what a network on somebody else's Ray cluster needs beside it, until the context is left.
-
-    Raises Conflict when a network runs in the same home, Unavailable or DeadlineExceeded with the last words
-    of the process that did not come up.
-    """
-    logs = settings.home / "logs"
-    with running_in(settings.home), ProcessGroup(logs) as services, ProcessGroup(logs) as treasury:
-        chain = choose_chain(settings)
-        redis = start_books(services, settings, chain, timeout_s)
-        start_treasury(treasury, settings, chain, redis.treasury)
-        treasury.wait_until_said(TREASURY, TREASURY_READY, timeout_s)
-        yield Sidecars(chain, redis, (services, treasury))
-
-
-def start_books(
-    services: ProcessGroup, settings: Settings, chain: ChainSettings, timeout_s: float
-) -> RedisUrls:
-    """Start the Redis and the devnet that are not configured; returns how each process finds Redis."""
-    if chain.is_devnet:
-        start_devnet(services, chain)
-    if settings.redis_url is None:
-        server = start_redis(services, settings.home / "redis")
-        wait_for_redis(services, server, timeout_s)
-        urls = server.urls
-    else:
-        urls = RedisUrls.same(settings.redis_url)
-    if chain.is_devnet:
-        services.wait_until_said(DEVNET, DEVNET_READY, timeout_s)
-    return urls
+def devnet_of(home: Path) -> ChainSettings | None:
+    """Return the devnet that a network of this home folder started last; None if there is none."""
+    try:
+        known = json.loads((home / _DEVNET_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    return ChainSettings(known["url"], known["platform_address"], is_devnet=True, treasury_key={})
 
 
 def admin_key_of(settings: Settings) -> str:
-    """Return the admin's key of the settings, else a new one."""
+    """Return the admin key of the settings, or a new one."""
     if settings.admin_key is not None:
         return settings.admin_key.get_secret_value()
     return f"azu-admin-{secrets.token_urlsafe(32)}"

@@ -20,7 +20,7 @@ from azu.config.nodes_file import read_nodes
 from azu.errors import AzuError, ConfigurationError
 from azu.files import MAX_DOCUMENT_BYTES, read_json, read_yaml
 from azu.launch.membership import EnrolmentTicket, Ticket, decode_ticket
-from azu.launch.network_process import stop_running
+from azu.launch.network_process import stop_network
 from azu.money.chain import wallet
 from azu.protocol.structure import Structure
 from tests.builders import receipt, structure
@@ -86,7 +86,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object]
     "running": (
         "network.json",
         lambda path: path.write_text(json.dumps({"pid": 2**30, "created_s": 1.5})),
-        lambda path: stop_running(path.parent, 0.1),
+        lambda path: stop_network(path.parent, 0.1),
     ),
     "structure": (
         "structure.json",

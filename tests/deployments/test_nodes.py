@@ -206,10 +206,10 @@ def test_nodes_are_started_again_when_the_network_moved_or_their_certificate_end
     now = datetime.now(UTC)
     assert access.renewed_from is not None
 
-    assert not access.outlived_by(replace(access), now)
-    assert access.outlived_by(replace(access, head="192.0.2.9:6379"), now)
-    assert access.outlived_by(replace(access, token="cd" * 32), now)
-    assert access.outlived_by(replace(access), access.renewed_from)
+    assert not access.is_outdated(replace(access), now)
+    assert access.is_outdated(replace(access, head="192.0.2.9:6379"), now)
+    assert access.is_outdated(replace(access, token="cd" * 32), now)
+    assert access.is_outdated(replace(access), access.renewed_from)
 
 
 def test_only_the_admin_makes_lists_and_revokes_tickets(door: Door) -> None:

@@ -1,4 +1,4 @@
-"""A ticket survives a copy, and says so when it did not."""
+"""A ticket reads back from its word, and a damaged word is refused."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ def test_a_ticket_is_one_word_that_reads_back(ticket: Ticket | EnrolmentTicket) 
     assert decode_ticket(f" {word}\n") == ticket
 
 
-def test_what_opens_a_network_is_not_shown() -> None:
+def test_repr_shows_no_secret() -> None:
     assert TICKET.token not in repr(TICKET)
     assert ENROLMENT.secret not in repr(ENROLMENT)
 

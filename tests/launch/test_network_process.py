@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from azu.errors import Conflict, NotFound, Unavailable
-from azu.launch.network_process import in_background, running_in, stop_running, watch
-from azu.launch.processes import ending_as_interrupt
+from azu.launch.network_process import home_locked, run_in_background, stop_network, watch
+from azu.launch.processes import stop_signals_raised
 from azu.money.chain import wallet
 
 
-def test_an_interrupt_that_a_library_swallowed_ends_the_watch() -> None:
-    looks = []
+def test_an_interrupt_that_a_library_swallowed_still_ends_the_watch() -> None:
+    calls = []
 
     def revive() -> list[str]:
-        looks.append(time.monotonic())
+        calls.append(time.monotonic())
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
@@ -25,10 +25,10 @@ def test_an_interrupt_that_a_library_swallowed_ends_the_watch() -> None:
             pass  # as a finalizer does
         return []
 
-    with ending_as_interrupt() as ending, pytest.raises(KeyboardInterrupt):
-        watch(revive, ending)
+    with stop_signals_raised() as stop, pytest.raises(KeyboardInterrupt):
+        watch(revive, stop)
 
-    assert len(looks) == 1
+    assert len(calls) == 1
 
 
 TIMEOUT_S = 60.0
@@ -40,36 +40,36 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_it_shows_comes_back_and_only_its_owner_can_read_it(
+def test_the_printed_facts_come_back_and_only_their_owner_can_read_the_files(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = wallet.create(home / "wallet.json", "password").address.lower()
     monkeypatch.setattr(sys, "argv", ["azu", "wallet", "show", "--background"])
 
-    assert in_background(home, TIMEOUT_S)["address"] == address
+    assert run_in_background(home, TIMEOUT_S)["address"] == address
     files = [home / "background.json", home / "logs" / "background.log"]
     assert [file.stat().st_mode & 0o077 for file in files] == [0, 0]
 
 
-def test_why_it_did_not_come_up_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_says_why_the_command_did_not_come_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["azu", "wallet", "show", "--background"])
 
     with pytest.raises(Unavailable, match="there is no wallet"):
-        in_background(home, TIMEOUT_S)
+        run_in_background(home, TIMEOUT_S)
 
 
-def test_what_a_bad_option_says_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_shows_the_message_about_a_bad_option(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["azu", "wallet", "show", "--nothing", "--background"])
 
     with pytest.raises(Unavailable, match="No such option"):
-        in_background(home, TIMEOUT_S)
+        run_in_background(home, TIMEOUT_S)
 
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from azu.launch.network_process import running_in
-with running_in(Path(sys.argv[1])):
+from azu.launch.network_process import home_locked
+with home_locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -85,7 +85,7 @@ def holder(home: Path) -> subprocess.Popen[str]:
 def test_a_home_has_one_network(tmp_path: Path) -> None:
     process = holder(tmp_path)
 
-    with pytest.raises(Conflict, match="already runs"), running_in(tmp_path):
+    with pytest.raises(Conflict, match="already runs"), home_locked(tmp_path):
         pass
 
     process.kill()
@@ -95,10 +95,10 @@ def test_a_home_has_one_network(tmp_path: Path) -> None:
 def test_a_network_is_stopped_from_elsewhere(tmp_path: Path) -> None:
     process = holder(tmp_path)
 
-    # Whoever started it may look after it later.
-    stop_running(tmp_path, 20)
+    # Its parent waits for it later.
+    stop_network(tmp_path, 20)
 
-    with running_in(tmp_path):
+    with home_locked(tmp_path):
         pass
     process.wait(20)
 
@@ -109,23 +109,23 @@ def test_a_network_that_was_killed_does_not_keep_its_home(tmp_path: Path) -> Non
     process.wait()
 
     with pytest.raises(NotFound):
-        stop_running(tmp_path, 1)
-    with running_in(tmp_path):
+        stop_network(tmp_path, 1)
+    with home_locked(tmp_path):
         pass
 
 
-def test_a_process_that_only_has_the_same_id_is_let_be(tmp_path: Path) -> None:
+def test_another_process_with_the_same_id_is_left_alone(tmp_path: Path) -> None:
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     (tmp_path / "network.json").write_text(f'{{"pid": {bystander.pid}, "created_s": 1.0}}')
 
     with pytest.raises(NotFound):
-        stop_running(tmp_path, 1)
+        stop_network(tmp_path, 1)
 
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()
 
 
-def test_where_none_runs_none_is_stopped(tmp_path: Path) -> None:
+def test_stopping_without_a_network_raises(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
-        stop_running(tmp_path, 1)
+        stop_network(tmp_path, 1)

@@ -1,4 +1,4 @@
-"""No child outlives its parent, and no grandchild its grandparent."""
+"""A process group stops every child and everything that the children started."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from azu.errors import DeadlineExceeded, Unavailable
-from azu.launch.processes import ProcessGroup, ProcessSpec, session_members
+from azu.launch.processes import ProcessGroup, ProcessSpec, _Restart, session_members
 
 PYTHON = sys.executable
 # Starts a grandchild in a process group of its own, as Ray's nodes do with their workers, and waits.
@@ -21,12 +21,33 @@ grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60
 print("grandchild", grandchild.pid, flush=True)
 time.sleep(600)
 """
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready'); time.sleep(600)"
+IGNORES_SIGTERM = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready")
+time.sleep(600)
+"""
+# At SIGTERM it writes a file, and ends by itself once the files of three such processes are there.
+ENDS_WITH_OTHERS = """
+import pathlib, signal, sys, time
+
+def end(*_):
+    folder = pathlib.Path(sys.argv[1])
+    (folder / f"{sys.argv[2]}.asked").touch()
+    while len(list(folder.glob("*.asked"))) < 3:
+        time.sleep(0.01)
+    (folder / f"{sys.argv[2]}.ended").touch()
+    sys.exit()
+
+signal.signal(signal.SIGTERM, end)
+print("ready")
+time.sleep(600)
+"""
 
 
-def python(program: str, *, name: str = "child", restart: bool = False) -> ProcessSpec:
+def python(program: str, *arguments: str, name: str = "child", restart: bool = False) -> ProcessSpec:
     environment = {"PATH": os.defpath, "PYTHONUNBUFFERED": "1"}
-    return ProcessSpec(name, (PYTHON, "-c", program), environment, restart=restart)
+    return ProcessSpec(name, (PYTHON, "-c", program, *arguments), environment, restart=restart)
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
@@ -37,7 +58,7 @@ def eventually(condition: Callable[[], object], timeout_s: float = 10.0) -> None
 
 
 def exists(pid: int) -> bool:
-    """Say whether a process runs; a zombie does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -45,10 +66,10 @@ def exists(pid: int) -> bool:
 
 
 def test_stop_ends_children_and_what_they_started(tmp_path: Path) -> None:
-    with ProcessGroup(tmp_path) as children:
-        children.start(python(FAMILY))
-        children.wait_until_said("child", r"^grandchild \d+$", 10)
-        pid = children.pid("child")
+    with ProcessGroup(tmp_path) as group:
+        group.start(python(FAMILY))
+        group.wait_until_printed("child", r"^grandchild \d+$", 10)
+        pid = group.pid("child")
         assert len(session_members(pid)) == 2
 
     assert session_members(pid) == []
@@ -56,112 +77,111 @@ def test_stop_ends_children_and_what_they_started(tmp_path: Path) -> None:
 
 
 def test_a_grandchild_whose_parent_died_is_ended_too(tmp_path: Path) -> None:
-    with ProcessGroup(tmp_path) as children:
-        children.start(python(FAMILY))
-        children.wait_until_said("child", r"^grandchild \d+$", 10)
-        pid = children.pid("child")
+    with ProcessGroup(tmp_path) as group:
+        group.start(python(FAMILY))
+        group.wait_until_printed("child", r"^grandchild \d+$", 10)
+        pid = group.pid("child")
         os.kill(pid, signal.SIGKILL)
-        eventually(lambda: children.ended() == ["child"])
+        eventually(lambda: group.ended() == ["child"])
         assert len(session_members(pid)) == 1
 
     assert session_members(pid) == []
 
 
-def test_a_child_that_does_not_listen_is_killed_after_the_grace_period(tmp_path: Path) -> None:
-    with ProcessGroup(tmp_path, stop_timeout_s=0.3) as children:
-        children.start(python(DEAF))
-        children.wait_until_said("child", "^ready$", 10)
-        pid = children.pid("child")
+def test_a_child_that_ignores_sigterm_is_killed_after_the_timeout(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path, stop_timeout_s=0.3) as group:
+        group.start(python(IGNORES_SIGTERM))
+        group.wait_until_printed("child", "^ready$", 10)
+        pid = group.pid("child")
 
     assert not exists(pid)
 
 
-def test_all_are_asked_to_end_before_any_is_killed(tmp_path: Path) -> None:
-    polite = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), exit(0)));"
-    with ProcessGroup(tmp_path) as children:
+def test_every_child_gets_sigterm_before_any_is_killed(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path, stop_timeout_s=60) as group:
         for name in ("a", "b", "c"):
-            children.start(python(f"{polite} print('ready'); time.sleep(600)", name=name))
+            group.start(python(ENDS_WITH_OTHERS, str(tmp_path), name, name=name))
         for name in ("a", "b", "c"):
-            children.wait_until_said(name, "^ready$", 10)
-        started = time.monotonic()
+            group.wait_until_printed(name, "^ready$", 10)
 
-    assert time.monotonic() - started < 1.4
+    assert sorted(path.name for path in tmp_path.glob("*.ended")) == ["a.ended", "b.ended", "c.ended"]
 
 
-def test_waiting_for_a_child_that_ends_tells_its_last_words(tmp_path: Path) -> None:
-    with ProcessGroup(tmp_path) as children:
-        children.start(python("raise SystemExit('no room in here')"))
+def test_the_error_for_a_child_that_ended_shows_its_last_output(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path) as group:
+        group.start(python("raise SystemExit('no room in here')"))
 
         with pytest.raises(Unavailable, match="no room in here"):
-            children.wait_until("child", lambda: False, 10)
+            group.wait_until("child", lambda: False, 10)
 
 
-def test_waiting_for_a_child_that_is_not_ready_ends(tmp_path: Path) -> None:
-    with ProcessGroup(tmp_path) as children:
-        children.start(python("print('thinking'); import time; time.sleep(600)"))
-        children.wait_until_said("child", "thinking", 10)
+def test_waiting_for_a_child_that_is_not_ready_times_out(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path) as group:
+        group.start(python("print('thinking'); import time; time.sleep(600)"))
+        group.wait_until_printed("child", "thinking", 10)
 
         with pytest.raises(DeadlineExceeded, match="thinking"):
-            children.wait_until("child", lambda: False, 0.1)
+            group.wait_until("child", lambda: False, 0.1)
 
 
-def test_who_died_is_started_again_and_later_each_time(tmp_path: Path) -> None:
-    with ProcessGroup(tmp_path) as children:
-        children.start(python("print('born')", restart=True))
-        revived_s: list[float] = []
-
-        def revive_once() -> bool:
-            if children.revive():
-                revived_s.append(time.monotonic())
-                return True
-            return False
-
+def test_a_child_that_ends_is_started_again_each_time(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path) as group:
+        group.start(python("print('born')", restart=True))
         for _ in range(3):
-            eventually(revive_once)
+            eventually(lambda: group.revive() == ["child"])
 
-    first, second = revived_s[1] - revived_s[0], revived_s[2] - revived_s[1]
-    assert 0.9 < first < second
     assert (tmp_path / "child.log").read_text().startswith("born\n" * 3)
 
 
-def test_who_shall_not_start_again_stays_ended(tmp_path: Path) -> None:
-    with ProcessGroup(tmp_path) as children:
-        children.start(python("pass"))
-        eventually(lambda: children.ended() == ["child"])
+def test_the_delay_grows_while_a_child_ends_young() -> None:
+    restart = _Restart()
+    delays_s = []
+    for lived_s in (1, 1, 1, 100, 1, *[1] * 10):
+        restart.schedule(lived_s=lived_s)
+        delays_s.append(restart.delay_s)
 
-        assert children.revive() == []
+    assert delays_s[:5] == [0.5, 1, 2, 0.5, 1]
+    assert delays_s[-1] == 30
 
 
-def test_what_a_child_said_before_it_was_started_again_does_not_count(tmp_path: Path) -> None:
+def test_a_child_without_restart_stays_ended(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path) as group:
+        group.start(python("pass"))
+        eventually(lambda: group.ended() == ["child"])
+
+        assert group.revive() == []
+
+
+def test_output_from_before_a_restart_does_not_count(tmp_path: Path) -> None:
     once = tmp_path / "once"
     program = f"import pathlib, time; p = pathlib.Path({str(once)!r})\n"
     program += "if p.exists(): time.sleep(600)\np.touch(); print('ready')"
-    with ProcessGroup(tmp_path) as children:
-        children.start(python(program, restart=True))
-        children.wait_until_said("child", "^ready$", 10)
-        eventually(lambda: children.revive() == ["child"])
+    with ProcessGroup(tmp_path) as group:
+        group.start(python(program, restart=True))
+        group.wait_until_printed("child", "^ready$", 10)
+        eventually(lambda: group.revive() == ["child"])
 
-        assert not children.said("child", "^ready$")
+        assert not group.has_printed("child", "^ready$")
 
 
 def test_logs_can_be_read_by_their_owner_alone(tmp_path: Path) -> None:
-    with ProcessGroup(tmp_path / "logs") as children:
-        children.start(python("pass"))
+    with ProcessGroup(tmp_path / "logs") as group:
+        group.start(python("pass"))
 
     assert (tmp_path / "logs" / "child.log").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "logs").stat().st_mode & 0o777 == 0o700
 
 
-# A parent that starts a family and then waits; how it ends is the test's affair.
+# A parent that starts a child with a grandchild and then waits; each test ends it in its own way.
 PARENT = f"""
 import sys, time
 from pathlib import Path
-from azu.launch.processes import ProcessGroup, ProcessSpec, ending_as_interrupt
+from azu.launch.processes import ProcessGroup, ProcessSpec, stop_signals_raised
 
-with ending_as_interrupt(), ProcessGroup(Path(sys.argv[1])) as children:
-    children.start(ProcessSpec("child", (sys.executable, "-c", {FAMILY!r}), {{}}))
-    children.wait_until_said("child", "^grandchild ", 30)
-    print("ready", children.pid("child"), flush=True)
+with stop_signals_raised(), ProcessGroup(Path(sys.argv[1])) as group:
+    group.start(ProcessSpec("child", (sys.executable, "-c", {FAMILY!r}), {{}}))
+    group.wait_until_printed("child", "^grandchild ", 30)
+    print("ready", group.pid("child"), flush=True)
     time.sleep(600)
 """
 
@@ -179,7 +199,7 @@ def test_a_parent_that_is_interrupted_leaves_nothing_behind(tmp_path: Path, numb
     assert session_members(child) == []
 
 
-def test_a_parent_that_is_killed_takes_its_children_along(tmp_path: Path) -> None:
+def test_the_children_of_a_killed_parent_end(tmp_path: Path) -> None:
     parent = subprocess.Popen([PYTHON, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = int(parent.stdout.readline().split()[1])
@@ -188,5 +208,7 @@ def test_a_parent_that_is_killed_takes_its_children_along(tmp_path: Path) -> Non
     parent.wait(20)
 
     eventually(lambda: not exists(child))
-    for orphan in session_members(child):  # nobody watches over grandchildren; Ray's end by themselves
+    for orphan in session_members(
+        child
+    ):  # the kernel does not end grandchildren; Ray's processes end by themselves
         os.kill(orphan, signal.SIGKILL)

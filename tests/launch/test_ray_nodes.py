@@ -1,4 +1,4 @@
-"""Ray nodes start side by side on one machine, know nothing secret, and end with everything they started."""
+"""Ray nodes start side by side on one machine, get no secret, and end with everything that they started."""
 
 import os
 import secrets
@@ -52,13 +52,13 @@ def test_workers_do_not_get_the_hubs_token(host: RayHost, monkeypatch: pytest.Mo
     assert "HF_TOKEN" not in host.worker("192.0.2.7:6379", worker(0)).environment
 
 
-def test_every_node_asks_for_the_token(host: RayHost) -> None:
+def test_every_node_requires_the_token(host: RayHost) -> None:
     for command in (host.head(6379), host.worker("192.0.2.7:6379", worker(0))):
         assert command.environment["RAY_AUTH_MODE"] == "token"
         assert command.environment["RAY_AUTH_TOKEN_PATH"] == str(host.token_path)
 
 
-def test_a_cluster_of_the_users_own_is_let_be(host: RayHost, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_address_of_another_cluster_is_left_out(host: RayHost, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "198.51.100.1:6379")
 
     assert "RAY_ADDRESS" not in host.head(6379).environment
@@ -91,7 +91,7 @@ def test_a_short_home_keeps_the_logs_until_the_next_time() -> None:
             assert list(again.iterdir()) == []
 
 
-LOOK = """
+PRINT_NODES = """
 import json, ray, sys
 ray.init(sys.argv[1], namespace="azu", log_to_driver=False, logging_level="error")
 
@@ -117,24 +117,24 @@ def test_a_head_and_three_workers_on_one_machine(host: RayHost, monkeypatch: pyt
         for index in range(3):
             nodes.start(host.worker(head, worker(index)))
         for name in (HEAD, "worker-0", "worker-1", "worker-2"):
-            nodes.wait_until_said(name, STARTED, START_TIMEOUT_S)
+            nodes.wait_until_printed(name, STARTED, START_TIMEOUT_S)
         sessions = [nodes.pid(name) for name in (HEAD, "worker-0", "worker-1", "worker-2")]
         environment = os.environ | driver_environment(host.token_path)
         environment.pop("SCHEDULER_PRIVATE_KEY")
-        looked = subprocess.run(
-            [sys.executable, "-c", LOOK, head],
+        printed = subprocess.run(
+            [sys.executable, "-c", PRINT_NODES, head],
             env=environment, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False,
         )  # fmt: skip
         without_token = subprocess.run(
-            [sys.executable, "-c", LOOK, head],
+            [sys.executable, "-c", PRINT_NODES, head],
             env=environment | {"RAY_AUTH_TOKEN_PATH": _other_token(host.folder)},
             capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False,
         )  # fmt: skip
 
-    assert looked.returncode == 0, looked.stderr
-    assert '"alive": 4' in looked.stdout
-    assert '["worker-0", 4.0], ["worker-1", 4.0], ["worker-2", 4.0]' in looked.stdout
-    assert "hunter2" not in looked.stdout
+    assert printed.returncode == 0, printed.stderr
+    assert '"alive": 4' in printed.stdout
+    assert '["worker-0", 4.0], ["worker-1", 4.0], ["worker-2", 4.0]' in printed.stdout
+    assert "hunter2" not in printed.stdout
     assert without_token.returncode != 0
     assert [session_members(session) for session in sessions] == [[], [], [], []]
 
@@ -145,7 +145,7 @@ def test_a_worker_node_that_dies_comes_back(host: RayHost) -> None:
     with ProcessGroup(host.folder / "logs") as nodes:
         nodes.start(host.head(port))
         nodes.start(host.worker(head, worker(0)))
-        nodes.wait_until_said("worker-0", STARTED, START_TIMEOUT_S)
+        nodes.wait_until_printed("worker-0", STARTED, START_TIMEOUT_S)
         (raylet,) = (p for p in psutil.Process(nodes.pid("worker-0")).children() if "raylet" in p.name())
 
         raylet.kill()
@@ -154,10 +154,10 @@ def test_a_worker_node_that_dies_comes_back(host: RayHost) -> None:
         while nodes.revive() != ["worker-0"]:
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        nodes.wait_until_said("worker-0", STARTED, START_TIMEOUT_S)
+        nodes.wait_until_printed("worker-0", STARTED, START_TIMEOUT_S)
 
 
-# A parent that runs a head and a worker until it is killed.
+# A parent that runs a head and a worker until the test kills it.
 PARENT = """
 import sys, time
 from pathlib import Path
@@ -168,7 +168,7 @@ host = RayHost(Path(sys.argv[1]), Path(sys.argv[1]) / "token")
 with ProcessGroup(host.folder / "logs") as nodes:
     nodes.start(host.head(int(sys.argv[2])))
     nodes.start(host.worker(f"127.0.0.1:{sys.argv[2]}", Worker(0, "ada", 4 << 20, "0x" + "a1" * 20)))
-    nodes.wait_until_said("ada", STARTED, 200)
+    nodes.wait_until_printed("ada", STARTED, 200)
     print("ready", nodes.pid("ray-head"), nodes.pid("ada"), flush=True)
     time.sleep(600)
 """
@@ -185,7 +185,7 @@ def test_when_the_parent_is_killed_every_ray_process_ends(host: RayHost) -> None
     parent.kill()
     parent.wait(20)
 
-    # Ray's agents try for a minute to tell the dead head of it.
+    # Ray's agents try for a minute to report to the dead head.
     deadline = time.monotonic() + 120
     while left := [pid for session in sessions for pid in session_members(session)]:
         assert time.monotonic() < deadline, left

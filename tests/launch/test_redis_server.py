@@ -1,4 +1,4 @@
-"""Our own Redis keeps what it acknowledged, and lets nobody in without its password."""
+"""azu's own Redis keeps what it acknowledged, and refuses clients without a password."""
 
 import asyncio
 import os
@@ -37,15 +37,15 @@ from tests.money.ledger import moves
 TIMEOUT_S = 15.0
 
 
-def started(children: ProcessGroup, folder: Path) -> RedisServer:
-    server = start_redis(children, folder)
-    wait_for_redis(children, server, TIMEOUT_S)
+def started(group: ProcessGroup, folder: Path) -> RedisServer:
+    server = start_redis(group, folder)
+    wait_for_redis(group, server, TIMEOUT_S)
     return server
 
 
 def test_it_is_durable_and_evicts_nothing(tmp_path: Path) -> None:
-    with ProcessGroup(tmp_path / "logs") as children:
-        server = started(children, tmp_path / "redis")
+    with ProcessGroup(tmp_path / "logs") as group:
+        server = started(group, tmp_path / "redis")
         with redis.Redis.from_url(server.urls.owner, decode_responses=True) as client:
             config = client.config_get("*")
 
@@ -56,13 +56,13 @@ def test_it_is_durable_and_evicts_nothing(tmp_path: Path) -> None:
     assert config["bind"] == "127.0.0.1"
 
 
-def test_without_the_password_it_answers_nobody(tmp_path: Path) -> None:
-    with ProcessGroup(tmp_path / "logs") as children:
-        server = started(children, tmp_path / "redis")
+def test_a_client_without_the_password_is_refused(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path / "logs") as group:
+        server = started(group, tmp_path / "redis")
         without = redis.Redis(port=server.port, retry=Retry(NoBackoff(), 0))
         with without as client, pytest.raises(redis.AuthenticationError):
             client.ping()
-        arguments = Path(f"/proc/{children.pid(NAME)}/cmdline").read_text()
+        arguments = Path(f"/proc/{group.pid(NAME)}/cmdline").read_text()
 
     assert (tmp_path / "redis" / "redis.conf").stat().st_mode & 0o777 == 0o600
     for password in (server.password, *server.passwords.values()):
@@ -70,44 +70,44 @@ def test_without_the_password_it_answers_nobody(tmp_path: Path) -> None:
 
 
 def test_what_was_written_is_there_after_a_kill_and_a_restart(tmp_path: Path) -> None:
-    with ProcessGroup(tmp_path / "logs") as children:
-        server = started(children, tmp_path / "redis")
+    with ProcessGroup(tmp_path / "logs") as group:
+        server = started(group, tmp_path / "redis")
         with redis.Redis.from_url(server.urls.owner, decode_responses=True) as client:
             client.set("kept", "yes")
-            os.kill(children.pid(NAME), signal.SIGKILL)
-            while not children.revive():
+            os.kill(group.pid(NAME), signal.SIGKILL)
+            while not group.revive():
                 pass
-            wait_for_redis(children, server, TIMEOUT_S)
+            wait_for_redis(group, server, TIMEOUT_S)
             assert client.get("kept") == "yes"
 
-    with ProcessGroup(tmp_path / "logs") as children:
-        server = started(children, tmp_path / "redis")
+    with ProcessGroup(tmp_path / "logs") as group:
+        server = started(group, tmp_path / "redis")
         with redis.Redis.from_url(server.urls.owner, decode_responses=True) as client:
             assert client.get("kept") == "yes"
 
 
 def test_a_damaged_file_is_refused_not_cut_short(tmp_path: Path) -> None:
-    with ProcessGroup(tmp_path / "logs") as children:
-        server = started(children, tmp_path / "redis")
+    with ProcessGroup(tmp_path / "logs") as group:
+        server = started(group, tmp_path / "redis")
         with redis.Redis.from_url(server.urls.owner) as client:
             client.set("key", "value")
     file = tmp_path / "redis" / "appendonly.aof"
     file.write_bytes(file.read_bytes()[:-3])
 
-    with ProcessGroup(tmp_path / "logs") as children:
-        server = start_redis(children, tmp_path / "redis")
+    with ProcessGroup(tmp_path / "logs") as group:
+        server = start_redis(group, tmp_path / "redis")
         with pytest.raises(Unavailable, match=r"end of file|truncated|Bad file format"):
-            wait_for_redis(children, server, TIMEOUT_S)
+            wait_for_redis(group, server, TIMEOUT_S)
 
 
-def test_a_folder_with_a_space_in_its_name_will_do(tmp_path: Path) -> None:
-    with ProcessGroup(tmp_path / "logs") as children:
-        started(children, tmp_path / "my redis")
+def test_a_folder_may_have_a_space_in_its_name(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path / "logs") as group:
+        started(group, tmp_path / "my redis")
 
     assert (tmp_path / "my redis" / "appendonly.aof").exists()
 
 
-# What each process does with Redis, through its own adapters.
+# What each process does with Redis through its own adapters.
 async def as_ingress(redis: Redis) -> None:
     auth, jobs, ledger = RedisAuth(redis), RedisJobs(redis), RedisLedger(redis)
     await auth.challenge(ALICE, "azu.example", 1)
@@ -167,8 +167,8 @@ def test_each_process_reaches_what_it_needs(tmp_path: Path) -> None:
             await duty(client)
             await client.aclose()
 
-    with ProcessGroup(tmp_path / "logs") as children:
-        urls = started(children, tmp_path / "redis").urls
+    with ProcessGroup(tmp_path / "logs") as group:
+        urls = started(group, tmp_path / "redis").urls
         asyncio.run(asyncio.wait_for(scenario(urls), 20))
         RedisModelStatus(urls.scheduler).get("azu/tiny-dense")
 
@@ -183,8 +183,8 @@ OTHERS_KEYS = {
 
 @pytest.mark.parametrize("user", KEYS_OF)
 def test_no_process_reaches_the_others_keys_or_the_server_itself(tmp_path: Path, user: str) -> None:
-    with ProcessGroup(tmp_path / "logs") as children:
-        server = started(children, tmp_path / "redis")
+    with ProcessGroup(tmp_path / "logs") as group:
+        server = started(group, tmp_path / "redis")
         with redis.Redis.from_url(getattr(server.urls, user), decode_responses=True) as client:
             for key in OTHERS_KEYS[user]:
                 for refused in (client.get, client.delete, lambda key: client.hset(key, "a", 1)):

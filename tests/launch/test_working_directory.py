@@ -26,10 +26,10 @@ import deployments
 sys.path.insert(0, str(Path.cwd()))
 from azu.config import load_network
 from azu.launch.local_network import DEMO
-from azu.models.sources import find
+from azu.models.sources import find_source
 from deployments import page
 assert load_network(DEMO).workers
-assert find("azu/tiny-moe", None, ()).folder.is_dir()
+assert find_source("azu/tiny-moe", None, ()).folder.is_dir()
 assert "index.html" in page._FILES
 assert "configs" not in sys.modules
 """
@@ -111,7 +111,7 @@ def test_ray_workers_import_azus_packages(folder: Path, monkeypatch: pytest.Monk
             nodes.start(host.head(port))
             nodes.start(host.worker(head, Worker(0, "worker", 4 * MIB, "0x" + "a1" * 20)))
             for name in (HEAD, "worker"):
-                nodes.wait_until_said(name, STARTED, START_TIMEOUT_S)
+                nodes.wait_until_printed(name, STARTED, START_TIMEOUT_S)
             driver = folder.parent / "driver.py"
             driver.write_text(DRIVER)
             printed = run(
