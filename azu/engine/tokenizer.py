@@ -16,7 +16,8 @@ from transformers.utils.chat_parsing import ResponseParser
 
 from azu.engine.text import ParsedAnswer, TextDecoder, ToolCall
 from azu.errors import BrokenCheckpoint, InvalidRequest
-from azu.models.config_json import GENERATION_CONFIG_FILE, read_json_object
+from azu.models.checkpoint import GENERATION_CONFIG_FILE
+from azu.models.config_json import read_json_object
 
 _CONTENT = "content"
 _CALLS = "tool_calls"

@@ -1,6 +1,7 @@
-"""What a model's config says, read on the meta device: layers, kinds, KV bytes, can it be cut.
+"""From a model's id to its shards: find, describe, cut and keep a model.
 
-`describe` is loaded when it is first asked for: it needs torch and transformers.
+`describe` is imported on first use: it needs torch and transformers. `status`, `description` and
+`shard_cache` need neither.
 """
 
 from typing import Any

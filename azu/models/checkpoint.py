@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder: which tensor lies where, and nothing that is not what it says."""
+"""Read a checkpoint folder: where each tensor is stored. A file that is not what its name says is refused."""
 
 import json
 import os
@@ -16,10 +16,11 @@ from azu.errors import BrokenCheckpoint
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
-# What travels with the shards so that a stage can be built and a prompt tokenised; never code.
+GENERATION_CONFIG_FILE = "generation_config.json"
+# These files travel with the shards: a stage is built and prompts are tokenised from them. None is code.
 MODEL_FILES = (
     CONFIG_FILE,
-    "generation_config.json",
+    GENERATION_CONFIG_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -34,28 +35,25 @@ MODEL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# safetensors' code of each dtype that a checkpoint may hold, by torch's name.
+DTYPE_CODES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "bool": "BOOL",
+}  # fmt: skip
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 # Small enough that a chunk stays in the processor's cache while it is checked, hashed and written.
 CHUNK_BYTES = 1024 * 1024
 MAX_HEADER_BYTES = 32 * 1024 * 1024
 _HEADER_LENGTH_BYTES = 8
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "BOOL": "bool",
-}
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".safetensors"}
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor's bytes in a checkpoint file: `offset` counts from the file's start.
+    """A tensor's bytes in a checkpoint file; `offset` counts from the file's start.
 
-    `file` is the file's name in the checkpoint, `path` where it really lies. `dtype` is torch's name, or
+    `file` is the file's name in the checkpoint, `path` its real path. `dtype` is torch's name, or
     safetensors' own code for a dtype that azu does not serve.
     """
 
@@ -69,16 +67,16 @@ class StoredTensor:
 
 
 class _Index(BaseModel):
-    """model.safetensors.index.json; what else stands in it is the writer's business."""
+    """model.safetensors.index.json; its other keys are ignored."""
 
     weight_map: dict[str, str]
 
 
 def contained_file(folder: Path, name: str) -> Path:
-    """Return the real path of a file that lies in a checkpoint folder.
+    """Return the real path of a file in a checkpoint folder.
 
-    A Hub cache snapshot links to the `blobs` folder beside `snapshots`; that is the only place a link
-    may lead to outside the folder. Raises BrokenCheckpoint when the file is missing or lies elsewhere.
+    A snapshot in the Hub's cache links to the `blobs` folder beside `snapshots`; a link to any other place
+    outside the folder is refused. Raises BrokenCheckpoint when the file is missing or lies elsewhere.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise BrokenCheckpoint(f"{name!r} points outside the checkpoint's folder")
@@ -98,7 +96,7 @@ def contained_file(folder: Path, name: str) -> Path:
 def weight_files(folder: Path, listing: Collection[str]) -> tuple[str, ...]:
     """Return the names of the safetensors files that hold the weights.
 
-    `listing` names what the checkpoint has; of that only an index has to be in the folder already.
+    `listing` names the checkpoint's files; only an index among them has to be in the folder already.
     Raises BrokenCheckpoint when there is neither a single file nor a usable index.
     """
     if SINGLE_FILE in listing:
@@ -113,8 +111,8 @@ def weight_files(folder: Path, listing: Collection[str]) -> tuple[str, ...]:
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """Return every tensor of a checkpoint by name, without reading a weight.
 
-    Raises BrokenCheckpoint that names the file when one is missing, truncated, no safetensors file,
-    outside the folder, or lacks a tensor that the index promises.
+    Raises BrokenCheckpoint that names the file when a file is missing, truncated, no safetensors file or
+    outside the folder, or when it lacks a tensor that the index promises.
     """
     files = weight_files(folder, {path.name for path in folder.iterdir()})
     stored = {name: _read_header(contained_file(folder, name), name) for name in files}
@@ -131,7 +129,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 def read_range(tensor: StoredTensor, offset: int, size: int) -> Iterator[memoryview]:
     """Yield a range of the tensor's file in chunks of CHUNK_BYTES or less, each valid until the next.
 
-    Raises BrokenCheckpoint when the file ends in it.
+    Raises BrokenCheckpoint when the file ends within the range.
     """
     buffer = np.empty(min(CHUNK_BYTES, size), dtype=np.uint8).data
     with tensor.path.open("rb", buffering=0) as file:
@@ -175,7 +173,7 @@ def _read_header(path: Path, name: str) -> dict[str, StoredTensor]:
                 f"{name} has a header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}"
             )
         try:
-            # The library knows every way in which offsets, shapes and the file's size can disagree.
+            # The library checks that offsets, shapes and the file's size agree.
             with safe_open(path, framework="numpy"):
                 pass
         except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""Reading config.json without running or fetching anything that is not transformers' own."""
+"""Read config.json without running or fetching any code that is not transformers' own."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,10 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from azu.errors import BrokenCheckpoint, UnsupportedModel
-from azu.models.checkpoint import CONFIG_FILE
+from azu.models.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE
 from azu.models.compat import has_causal_language_model, has_model_type
 
-GENERATION_CONFIG_FILE = "generation_config.json"
-# No honest config is larger; a longer one only costs whoever reads it.
+# No honest config is larger; a larger one only costs its reader memory.
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
 _MAX_LAYERS = 1024
 _CUSTOM_CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
@@ -20,8 +19,8 @@ _CUSTOM_CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
 def read_config(folder: Path) -> PreTrainedConfig:
     """Return the folder's config.
 
-    Raises BrokenCheckpoint when config.json is missing or malformed, UnsupportedModel when it asks for code
-    of its own or describes no causal language model.
+    Raises BrokenCheckpoint when config.json is missing or malformed, UnsupportedModel when it names code of
+    its own or describes no causal language model.
     """
     raw = read_json_object(folder / CONFIG_FILE)
     model_type = raw.get("model_type")
@@ -31,14 +30,14 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise UnsupportedModel(f"{CONFIG_FILE}: transformers has no model type {model_type!r}")
     if raw.get("quantization_config"):
         raise UnsupportedModel(f"{CONFIG_FILE} says that the weights are quantised, which cannot be cut yet")
-    _refuse_endless(raw)
+    _refuse_too_many_layers(raw)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
         text = config.get_text_config(decoder=True)
         num_layers = text.num_hidden_layers
-    except Exception as error:  # the config classes raise whatever their validation meets
+    except Exception as error:  # config classes raise errors of many types
         raise BrokenCheckpoint(f"{CONFIG_FILE} is not a {model_type} config: {_first_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{model_type} is an encoder-decoder: its layers need the encoder's state too")
@@ -76,8 +75,8 @@ def eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _refuse_endless(raw: dict[str, Any]) -> None:
-    # Before anything is built from it: configs make lists that are as long as their layers.
+def _refuse_too_many_layers(raw: dict[str, Any]) -> None:
+    # This check runs before a config is built: config classes make lists as long as the number of layers.
     for key, value in raw.items():
         if isinstance(value, int) and key.endswith(("layer", "layers")) and value > _MAX_LAYERS:
             raise BrokenCheckpoint(f"{CONFIG_FILE}: {key} is {value}, more than {_MAX_LAYERS}")

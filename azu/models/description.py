@@ -1,4 +1,4 @@
-"""What a model's config says of it, before any weight is read."""
+"""A model as its config describes it, before any weight is read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +10,11 @@ from azu.protocol.structure import Layer
 class Architecture:
     """A causal language model's shape.
 
-    `layers_path` is the dotted path of the decoder's layer list ("model.layers", "transformer.h");
+    `layers_path` is the dotted path of the decoder's layer list ("model.layers", "transformer.h").
     `front` and `back` name the decoder's children that run before and after the layers; `unused` holds the
-    paths of modules that text never runs through, such as a vision tower;
-    `layer_parameters[i]` counts layer i, `expert_parameters[i]` one of its experts (0
-    for a dense layer), `embed_parameters` and `head_parameters` those of the edges. Nothing was downloaded
-    or allocated to learn this but config.json.
+    paths of modules that text never runs through, such as a vision tower.
+    `layer_parameters[i]` counts the parameters of layer i, `expert_parameters[i]` those of one of its experts
+    (0 for a dense layer), `embed_parameters` and `head_parameters` those outside the layers.
     """
 
     name: str
@@ -33,14 +32,14 @@ class Architecture:
     embed_parameters: int
     head_parameters: int
     eos_token_ids: tuple[int, ...]
-    # A sequence that grows past this many tokens is computed anew: all its positions change (longrope).
+    # A sequence longer than this many tokens is computed again: all its positions change (longrope).
     restart_length: int | None = None
     unused: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """What pricing and tokenising need; `files` holds the config and tokenizer files by name."""
+    """A model with all that pricing and tokenising need; `files` maps names to config and tokenizer files."""
 
     model_id: str
     revision: str
@@ -50,7 +49,7 @@ class ModelDescription:
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model that can be asked for at once: it is built in or cut."""
+    """A model that is served without a download: it is built in or cut already."""
 
     model_id: str
     revision: str

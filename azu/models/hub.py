@@ -1,4 +1,4 @@
-"""A model on the Hugging Face Hub; its library heeds HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE."""
+"""Models on the Hugging Face Hub. Its library reads HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,16 +24,16 @@ from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 from azu.errors import BrokenCheckpoint, InvalidRequest, ModelNotFound, Unavailable
 from azu.models.checkpoint import CONFIG_FILE, INDEX_FILE, MODEL_FILES, weight_files
 
-# The library waits for ever otherwise.
+# Without a timeout the library waits for ever.
 _REPLY_TIMEOUT_S = 20.0
-# Config, tokenizer and index come before anybody has paid: no honest ones are larger.
+# Config, tokenizer and index are fetched before a user has paid. No honest model has larger ones.
 _MAX_DESCRIPTION_BYTES = 256 * 1024 * 1024
 _DESCRIPTION_FILES = (*MODEL_FILES, INDEX_FILE)
 
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """A repository at one commit; `folder` is its snapshot in the library's cache, so far without weights."""
+    """A repository at one commit; `folder` is its snapshot in the cache, at first without weights."""
 
     model_id: str
     revision: str
@@ -42,7 +42,7 @@ class HubSource:
     weight_bytes: int
 
     def weights(self, progress: Callable[[int, int], None]) -> Path:
-        """Download the weight files that are not in the cache yet, nothing else."""
+        """Download only the weight files that are not in the cache yet."""
         with _hub_errors(self.model_id):
             folder = _download(
                 self.model_id,
@@ -57,9 +57,9 @@ class HubSource:
 def find_on_hub(model_id: str, revision: str | None) -> HubSource:
     """Pin a repository to a commit and fetch its config, tokenizer and index.
 
-    Raises InvalidRequest for an id that no repository can have, before anything is asked; ModelNotFound;
-    BrokenCheckpoint when it has no safetensors weights; Unavailable when the Hub does not answer and the
-    cache does not know.
+    Raises InvalidRequest for an id that no repository can have, before any request is sent; ModelNotFound;
+    BrokenCheckpoint when the repository has no safetensors weights; Unavailable when the Hub does not answer
+    and the model is not in the cache.
     """
     try:
         validate_repo_id(model_id)
@@ -70,7 +70,7 @@ def find_on_hub(model_id: str, revision: str | None) -> HubSource:
         commit = HfApi().resolve_revision(model_id, revision=revision).resolved
         listing = _listing(model_id, commit)
         if listing is not None:
-            _refuse_unfit(model_id, listing)
+            _check_description_files(model_id, listing)
         folder = _download(model_id, commit, _DESCRIPTION_FILES)
     present = listing or {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     names = weight_files(folder, present)
@@ -82,8 +82,8 @@ def find_on_hub(model_id: str, revision: str | None) -> HubSource:
     return HubSource(model_id, commit, folder, names, sum(present[name] for name in names))
 
 
-def _refuse_unfit(model_id: str, listing: Mapping[str, int]) -> None:
-    """Refuse what need not even be downloaded to be described."""
+def _check_description_files(model_id: str, listing: Mapping[str, int]) -> None:
+    """Refuse a repository that cannot be described, before any file is downloaded."""
     if CONFIG_FILE not in listing:
         raise BrokenCheckpoint(f"{model_id} has no {CONFIG_FILE}")
     if sum(listing.get(name, 0) for name in _DESCRIPTION_FILES) > _MAX_DESCRIPTION_BYTES:
@@ -130,7 +130,7 @@ def _hub_errors(model_id: str) -> Iterator[None]:
 
 
 def _reporting(report: Callable[[int], None] | None) -> type[hub_tqdm]:
-    """Return a progress bar that shows nothing but reports the bytes of all files together."""
+    """Return a progress bar class that draws nothing and reports the bytes of all files together."""
     done = 0
 
     class Reporting(hub_tqdm):

@@ -1,4 +1,4 @@
-"""From a folder with a config.json to what azu needs to know of the model."""
+"""Describe the model of a config.json: its layers, its sizes, and how it can be cut."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +12,13 @@ from azu.models.skeleton import build_skeleton, experts_in, find_layers, serving
 from azu.models.trace import Trace, trace
 from azu.protocol.structure import Layer, LayerKind
 
-# What configs call the longest sequence the model was made for; alibi models often name none.
+# Configs have several names for the longest sequence of a model; models with ALiBi often have none.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 _DEFAULT_CONTEXT_LENGTH = 2048
 
 
 def describe(config_folder: Path) -> Architecture:
-    """Return the architecture that config.json describes; nothing is downloaded, run remotely or allocated.
+    """Return the architecture that config.json describes; no weight is downloaded or allocated.
 
     Raises UnsupportedModel with the reason when the model cannot be cut by layers, BrokenCheckpoint when
     config.json is malformed.
@@ -82,7 +82,7 @@ class _Sizes:
         self.tied_head = any(model.get_submodule(name.rpartition(".")[0]) is output for name in ties)
 
     def edges(self, traced: Trace) -> tuple[int, int]:
-        """Return the parameters of embedding and head, each with all it needs for itself."""
+        """Return the number of parameters before and after the layers; modules at both ends count twice."""
         front = sum(self.children.get(name, 0) for name in traced.front)
         back = sum(self.children.get(name, 0) for name in traced.back)
         return front, back + self.outside
@@ -100,7 +100,7 @@ def _context_length(text: PreTrainedConfig) -> int:
 
 
 def _restart_length(text: PreTrainedConfig) -> int | None:
-    """Return the length beyond which longrope scales every position of a sequence otherwise, if it does."""
+    """Return the length beyond which longrope rescales all positions, or None without longrope."""
     parameters = getattr(text, "rope_parameters", None) or {}
     if parameters.get("rope_type") != "longrope":
         return None

@@ -1,36 +1,33 @@
-"""The registry: models by id, described before they are paid for and cut once for the whole network."""
+"""The registry: models by id. A model is described before a user pays for it, and cut once per network."""
 
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-import azu.models
-from azu.errors import AzuError, Forbidden, InvalidRequest, NotFound, Unavailable
+from azu.errors import AzuError, Forbidden, InvalidRequest, NotFound
+from azu.models import inspection
 from azu.models.checkpoint import MODEL_FILES, contained_file
-from azu.models.cut import cut
+from azu.models.cut import cut, process_lock
 from azu.models.description import KnownModel, ModelDescription
 from azu.models.sources import Source, built_in_models, find_source, is_offered, model_folder_name
-from azu.models.status import ModelStatusStore, StatusReporter
+from azu.models.status import RedisModelStatus, StatusReporter
 from azu.protocol.structure import STRUCTURE_FILE, Shard, Structure
 
-# How long a name such as "main" is taken to lead to the same commit.
+# How long the registry takes a name such as "main" to mean the same commit.
 _PINNED_S = 300.0
 _MAX_DESCRIBED = 64
-# How long a caller waits for another one that cuts the same model.
+# How long a caller waits while another process cuts the same model.
 _CUT_TIMEOUT_S = 6 * 3600.0
 _REVISION = re.compile(r"[0-9a-f]{40,64}")
 
 
 class ModelRegistry:
-    """Models of one network, their shards under `root`; methods block and may be called from many threads.
+    """Models of one network, with their shards under `root`; methods block and are thread-safe.
 
-    Folders are taken from under `model_roots` alone; weights above `max_model_bytes` are never fetched, and
-    nothing whose id matches none of `offered`.
+    Model folders are accepted only under `model_roots`. A model with more than `max_model_bytes` of weights,
+    or whose id matches no pattern in `offered`, is refused before its weights are fetched.
     """
 
     def __init__(
@@ -38,7 +35,7 @@ class ModelRegistry:
         root: Path,
         *,
         model_roots: Sequence[Path],
-        status: ModelStatusStore,
+        status: RedisModelStatus,
         max_model_bytes: int,
         offered: Sequence[str] = ("*",),
     ) -> None:
@@ -47,7 +44,7 @@ class ModelRegistry:
         self._offered = tuple(offered)
         self._status = status
         self._max_model_bytes = max_model_bytes
-        # A model is described once at a time; a few locks, since ids are anybody's.
+        # One thread at a time describes a model. Callers choose the ids, so the number of locks is fixed.
         self._describing = tuple(threading.Lock() for _ in range(_MAX_DESCRIBED))
         self._pins: dict[tuple[str, str | None], tuple[str, float]] = {}
         self._described: dict[tuple[str, str], ModelDescription] = {}
@@ -55,10 +52,10 @@ class ModelRegistry:
         root.mkdir(parents=True, exist_ok=True)
 
     def describe(self, model_id: str, revision: str | None = None) -> ModelDescription:
-        """Return a model at one revision, the newest by default, fetching config and tokenizer only.
+        """Return a model at one revision, by default the newest; only config and tokenizer are fetched.
 
-        Raises InvalidRequest for an id that is none or a model too large, Forbidden for one that is not
-        offered, ModelNotFound, UnsupportedModel, BrokenCheckpoint, and Unavailable when the Hub does not
+        Raises InvalidRequest for a malformed id or a model that is too large, Forbidden for a model that is
+        not offered, ModelNotFound, UnsupportedModel, BrokenCheckpoint, and Unavailable when the Hub does not
         answer.
         """
         if not is_offered(model_id, self._offered):
@@ -78,15 +75,17 @@ class ModelRegistry:
             return self._remember(source) if known is None else known
 
     def ensure_cut(self, model_id: str, revision: str) -> Structure:
-        """Return the model's structure once all its shards are there; only the first caller fetches and cuts.
+        """Return the model's structure when all its shards are on disk; the first caller fetches and cuts.
 
-        Raises what `describe` and `cut` raise; the status says so too.
+        Raises what `describe` and `cut` raise; the error is written into the model's status too.
         """
         ready = self.structure(model_id, revision)
         if ready is not None:
             return ready
         folder = self._folder(model_id, revision)
-        with _only_one(folder):
+        busy = "another process has been cutting this model for hours"
+        lock = folder.with_name(f"{folder.name}.lock")
+        with process_lock(lock, timeout_s=_CUT_TIMEOUT_S, busy=busy):
             ready = self.structure(model_id, revision)
             if ready is not None:
                 return ready
@@ -98,7 +97,7 @@ class ModelRegistry:
                     folder,
                     model_id=model_id,
                     revision=revision,
-                    architecture=azu.models.describe(source.folder),
+                    architecture=inspection.describe(source.folder),
                     progress=report.cutting,
                 )
             except Exception as error:
@@ -108,7 +107,7 @@ class ModelRegistry:
             return structure
 
     def structure(self, model_id: str, revision: str) -> Structure | None:
-        """Return the structure of a model that is cut, None for one that is not (or no longer whole)."""
+        """Return the structure of a cut model, or None when it is not cut or a shard is missing."""
         folder = self._folder(model_id, revision)
         path = folder / STRUCTURE_FILE
         if not path.exists():
@@ -121,7 +120,7 @@ class ModelRegistry:
         return self._structures[model_id, revision]
 
     def known(self) -> list[KnownModel]:
-        """Return the models that are built in or cut, by id."""
+        """Return the models that are built in or cut, sorted by id."""
         offered = [model_id for model_id in built_in_models() if is_offered(model_id, self._offered)]
         built_in = {model_id: self.describe(model_id) for model_id in offered}
         found = {
@@ -141,19 +140,19 @@ class ModelRegistry:
         return sorted(found.values(), key=lambda model: model.model_id)
 
     def path(self, model_id: str, revision: str, shard_name: str) -> Path:
-        """Return where a shard lies on this machine's disk; raises NotFound when it is not there."""
+        """Return the path of a shard's file; raises NotFound."""
         structure = self.structure(model_id, revision)
         names = {shard.name: shard.file_name for shard in structure.shards} if structure else {}
         return self._cut_file(model_id, revision, names.get(shard_name))
 
     def read(self, model_id: str, revision: str, shard_name: str, offset: int, size: int) -> bytes:
-        """Return up to `size` bytes of a shard from `offset` on, fewer only at its end."""
+        """Return `size` bytes of a shard from `offset` on, fewer only at its end; raises NotFound."""
         with self.path(model_id, revision, shard_name).open("rb") as file:
             file.seek(offset)
             return file.read(size)
 
     def file(self, model_id: str, revision: str, name: str) -> bytes:
-        """Return a config or tokenizer file of a model that is cut; raises NotFound."""
+        """Return the content of a cut model's config or tokenizer file; raises NotFound."""
         structure = self.structure(model_id, revision)
         names = {file.name for file in structure.files} if structure else set()
         return self._cut_file(model_id, revision, name if name in names else None).read_bytes()
@@ -171,7 +170,7 @@ class ModelRegistry:
         if revision is not None and (model_id, revision) in self._described:
             return revision
         commit, pinned_at_s = self._pins.get((model_id, revision), (None, 0.0))
-        # A folder may change at any time, and looking costs nothing.
+        # A folder may change at any time, and reading its state again is cheap.
         expired = model_id.startswith("/") or time.monotonic() - pinned_at_s > _PINNED_S
         return None if expired else commit
 
@@ -196,20 +195,10 @@ def _describe(source: Source) -> ModelDescription:
     return ModelDescription(
         model_id=source.model_id,
         revision=source.revision,
-        architecture=azu.models.describe(source.folder),  # loads torch, so only now
+        architecture=inspection.describe(source.folder),
         files={name: contained_file(source.folder, name).read_bytes() for name in names},
     )
 
 
 def _has_size(path: Path, shard: Shard) -> bool:
     return path.is_file() and path.stat().st_size == shard.size_bytes
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=_CUT_TIMEOUT_S):
-            yield
-    except Timeout as error:
-        raise Unavailable("another process has been cutting this model for hours") from error

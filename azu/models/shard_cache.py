@@ -1,4 +1,4 @@
-"""A node's shards on disk, by their sha256."""
+"""The shards on a node's disk, by their sha256."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from azu.files import replacing, write_all
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SUFFIX = ".safetensors"
 _PART_SUFFIX = ".part"
-# A part that nobody has written to for this long belongs to a process that died.
+# A part that no process has written to for this long belongs to a process that died.
 _STALE_PART_S = 3600.0
 
 
@@ -32,12 +32,12 @@ class ShardCache:
             _remove_if_stale(part)
 
     def path(self, sha256: str) -> Path | None:
-        """Return the shard's file, or None when it is not here or was changed since it was verified."""
+        """Return the shard's file, or None when it is missing or was changed since it was verified."""
         entry = self._entry(sha256)
         return entry.resolve() if _is_unchanged(entry) else None
 
     def contents(self) -> frozenset[str]:
-        """Return the sha256 of every shard that is here."""
+        """Return the sha256 of each shard in the cache."""
         return frozenset(
             entry.stem
             for entry in self._root.glob(f"*{_SUFFIX}")
@@ -45,9 +45,10 @@ class ShardCache:
         )
 
     def store(self, sha256: str, size_bytes: int, chunks: Iterable[bytes]) -> Path:
-        """Write a shard from its chunks and return its path; nothing is kept unless it is the right one.
+        """Write a shard from its chunks and return its path.
 
-        Raises ShardError when the chunks are more or fewer bytes than `size_bytes` or have another sha256.
+        Raises ShardError when the chunks do not have `size_bytes` bytes in all or have another sha256; then
+        nothing is kept.
         """
         if (present := self.path(sha256)) is not None:
             return present
@@ -66,9 +67,9 @@ class ShardCache:
         return entry
 
     def adopt(self, sha256: str, path: Path) -> Path:
-        """Use a file that can be read where it lies; it is read once, to verify it.
+        """Link to a file instead of copying it; the file is read once, to verify it.
 
-        Raises ShardError when it is not the shard.
+        Raises ShardError when the file is not the shard.
         """
         entry = self._entry(sha256)
         if _is_unchanged(entry):
@@ -93,10 +94,10 @@ class ShardCache:
 
 
 def _is_unchanged(entry: Path) -> bool:
-    """Say whether an entry is there and, if it is a link, its target is as old as the check of it."""
+    """Return whether an entry exists and, if it is a link, its target is not newer than the link."""
     try:
         own = entry.lstat()
-        # Nobody can set a file's change time back, so a target older than its link is what was verified.
+        # No process can set a file's change time back, so a target older than its link is what was verified.
         return not stat.S_ISLNK(own.st_mode) or entry.stat().st_ctime_ns <= own.st_ctime_ns
     except FileNotFoundError:
         return False

@@ -1,4 +1,4 @@
-"""The whole model on the meta device, and where its layers, edges and experts are: no weight is allocated."""
+"""The whole model on the meta device, without memory for weights, and where its layers and experts are."""
 
 import warnings
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ SERVED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class LayerList:
-    """Where a model keeps its decoder layers: child `attribute` of the module at `decoder_path`."""
+    """The place of a model's decoder layers: child `attribute` of the module at `decoder_path`."""
 
     decoder_path: str
     attribute: str
@@ -43,13 +43,13 @@ def build_skeleton(
             )
     except AzuError:
         raise
-    except Exception as error:  # transformers' constructors raise whatever a wrong number meets first
+    except Exception as error:  # constructors raise errors of many types for a wrong number
         raise BrokenCheckpoint(f"config.json cannot be built as {config.model_type}: {error}") from error
     return model.eval()
 
 
 def serving_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """Return the dtype the config asks for, float32 if it says nothing."""
+    """Return the config's dtype, or float32 when it has none."""
     dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
     if dtype not in SERVED_DTYPES:
         raise UnsupportedModel(f"weights in {dtype} cannot be served")
@@ -58,7 +58,7 @@ def serving_dtype(config: PreTrainedConfig) -> torch.dtype:
 
 
 def find_layers(model: PreTrainedModel) -> LayerList:
-    """Return the decoder's layer list: of all lists with one entry per layer the one with most parameters."""
+    """Return the decoder's layer list: the largest list with one entry per layer."""
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     sizes = {
         name: sum(parameter.numel() for parameter in module.parameters())
@@ -73,10 +73,7 @@ def find_layers(model: PreTrainedModel) -> LayerList:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A layer's experts.
-
-    The module at `path` in the layer maps (hidden [T, H], expert ids [T, k], weights [T, k]) to [T, H].
-    """
+    """A layer's experts: the module at `path` in the layer, which `is_experts_module` holds for."""
 
     path: str
     module: nn.Module
@@ -96,20 +93,20 @@ def experts_in(layer: nn.Module) -> Experts | None:
 
 
 def named_embeddings(model: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
-    """Yield every embedding table with its path."""
+    """Yield each embedding table with its path."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             yield name, module
 
 
 def silence_padding_warnings(model: nn.Module) -> None:
-    """Keep families from looking for padding among token ids, which costs time and needs values."""
+    """Disable the check for padding among token ids: it costs time and needs values."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module in the place that a dotted path names."""
+    """Replace the module at a dotted path."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)

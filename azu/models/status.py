@@ -1,19 +1,19 @@
-"""How far a model is, for everybody who waits for it."""
+"""The status of each model, from its first description to finished shards, kept in Redis."""
 
 import time
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
 from pydantic import ConfigDict, TypeAdapter
 
 from azu.redis_client import connect_redis_sync, typed_redis_errors
 
 _READY = "azu:model:ready"
+_PROGRESS_PERIOD_S = 0.5
 
 
 class ModelState(StrEnum):
-    """DESCRIBED models can be priced, READY ones placed; a FAILED one is tried again when asked for."""
+    """A DESCRIBED model can be priced, a READY one placed; a FAILED model is tried again on request."""
 
     UNKNOWN = "unknown"
     DESCRIBED = "described"
@@ -25,7 +25,7 @@ class ModelState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """A model's state; the bytes are those of its weights, downloaded or cut so far."""
+    """A model's state. Bytes are of its weights, downloaded or cut so far."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -37,23 +37,13 @@ class ModelStatus:
     error: str | None = None
 
 
-class ModelStatusStore(Protocol):
-    """Where the status of models is kept."""
-
-    def put(self, status: ModelStatus) -> None:
-        """Replace the model's status."""
-
-    def get(self, model_id: str) -> ModelStatus:
-        """Return the model's status, UNKNOWN for one never heard of."""
-
-    def ready(self) -> list[ModelStatus]:
-        """Return the models that are cut, by id."""
+_STATUS = TypeAdapter(ModelStatus)
 
 
 class RedisModelStatus:
-    """Model status in Redis, one key per model id, and the set of those that are cut.
+    """One key per model id, and the set of models that are cut.
 
-    Raises Unavailable when Redis does not answer.
+    Methods raise Unavailable when Redis does not answer.
     """
 
     def __init__(self, url: str) -> None:
@@ -62,21 +52,21 @@ class RedisModelStatus:
     def put(self, status: ModelStatus) -> None:
         """Replace the model's status."""
         with typed_redis_errors(), self._redis.pipeline() as pipeline:
-            pipeline.set(_key(status.model_id), _ADAPTER.dump_json(status))
+            pipeline.set(_key(status.model_id), _STATUS.dump_json(status))
             note = pipeline.sadd if status.state is ModelState.READY else pipeline.srem
             note(_READY, status.model_id)
             pipeline.execute()
 
     def get(self, model_id: str) -> ModelStatus:
-        """Return the model's status, UNKNOWN for one never heard of."""
+        """Return the model's status, UNKNOWN for a model without one."""
         with typed_redis_errors():
             content = self._redis.get(_key(model_id))
         if content is None:
             return ModelStatus(model_id=model_id, revision="", state=ModelState.UNKNOWN)
-        return _ADAPTER.validate_json(content)
+        return _STATUS.validate_json(content)
 
     def ready(self) -> list[ModelStatus]:
-        """Return the models that are cut, by id."""
+        """Return the models that are cut, sorted by id."""
         with typed_redis_errors():
             model_ids = self._redis.smembers(_READY)
         return [self.get(model_id) for model_id in sorted(map(str, model_ids))]
@@ -86,43 +76,37 @@ def _key(model_id: str) -> str:
     return f"azu:model:status:{model_id}"
 
 
-_ADAPTER = TypeAdapter(ModelStatus)
-
-
-_PERIOD_S = 0.5
-
-
 class StatusReporter:
-    """Writes the status of one model at one revision."""
+    """Writes the status of one model at one revision; progress at most twice a second."""
 
-    def __init__(self, store: ModelStatusStore, model_id: str, revision: str) -> None:
+    def __init__(self, store: RedisModelStatus, model_id: str, revision: str) -> None:
         self._store = store
         self._model = (model_id, revision)
         self._state = ModelState.UNKNOWN
         self._written_s = 0.0
 
     def described(self, weight_bytes: int) -> None:
-        """Say that the model can be priced, its weights being that large."""
+        """Write that the model can be priced."""
         self._put(ModelState.DESCRIBED, 0, weight_bytes)
 
     def fetching(self, done_bytes: int, total_bytes: int) -> None:
-        """Say how much of the weights has come."""
+        """Write how much of the weights is downloaded."""
         self._progress(ModelState.FETCHING, done_bytes, total_bytes)
 
     def cutting(self, done_bytes: int, total_bytes: int) -> None:
-        """Say how much of the weights is cut."""
+        """Write how much of the weights is cut."""
         self._progress(ModelState.CUTTING, done_bytes, total_bytes)
 
     def ready(self, weight_bytes: int) -> None:
-        """Say that every shard is there."""
+        """Write that every shard is finished."""
         self._put(ModelState.READY, weight_bytes, weight_bytes)
 
     def failed(self, error: str) -> None:
-        """Say why it went no further."""
+        """Write why the model could not be cut."""
         self._put(ModelState.FAILED, 0, 0, error)
 
     def _progress(self, state: ModelState, done_bytes: int, total_bytes: int) -> None:
-        if state is not self._state or time.monotonic() - self._written_s >= _PERIOD_S:
+        if state is not self._state or time.monotonic() - self._written_s >= _PROGRESS_PERIOD_S:
             self._put(state, done_bytes, total_bytes)
 
     def _put(self, state: ModelState, done_bytes: int, total_bytes: int, error: str | None = None) -> None:

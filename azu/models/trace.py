@@ -1,4 +1,4 @@
-"""One forward on the meta device: what runs around the layers, what a layer takes, gives and keeps."""
+"""Trace one forward on the meta device: the modules around the layers, each layer's inputs and state."""
 
 import warnings
 from collections.abc import Iterator
@@ -22,18 +22,18 @@ from azu.models.skeleton import (
     silence_padding_warnings,
 )
 
-# Odd and larger than one, so that no head count or batch size is taken for it.
+# Five is odd and larger than one, so that it is not mistaken for a number of heads or a batch size.
 _NUM_TOKENS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What a model does with five tokens.
+    """How a model runs five tokens.
 
     `front` and `back` name the decoder's children that run before and after the layers, `unused` the paths of
     modules around the layers that hold parameters and never run.
-    `kv_values[i]` counts the values that layer i keeps per token; `experts_per_token[i]` is 0 for a dense
-    layer.
+    `kv_values[i]` is the number of values that layer i caches per token; `experts_per_token[i]` is 0 for a
+    dense layer.
     """
 
     layers: LayerList
@@ -46,11 +46,11 @@ class Trace:
 
 
 class _CannotCut(Exception):
-    """The forward did something that a cut model cannot."""
+    """The forward did something that a model cut into stages cannot do."""
 
 
 class _KeptValues(DynamicLayer):  # type: ignore[misc] # transformers is untyped
-    """Counts what one layer keeps, and refuses every kind of state but K and V."""
+    """Counts the values that one layer caches, and refuses any state other than K and V."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class _KeptValues(DynamicLayer):  # type: ignore[misc] # transformers is untyped
 
 
 class _KeysAndValues(Cache):  # type: ignore[misc]
-    """A cache that has nothing but keys and values."""
+    """A cache that refuses any state other than keys and values."""
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise _CannotCut("its layers keep a state beside keys and values")
@@ -81,7 +81,7 @@ class _KeysAndValues(Cache):  # type: ignore[misc]
 
 
 class _ExpertsProbe(nn.Module):
-    """Stands for an experts module, whose routing needs values that the meta device does not have."""
+    """Replaces an experts module, whose routing needs values that the meta device does not have."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class _ExpertsProbe(nn.Module):
 
 @dataclass(slots=True)
 class _TraceLog:
-    """What the hooks saw."""
+    """The observations of the hooks, in order."""
 
     token_ids: Tensor
     attribute: str
@@ -106,9 +106,9 @@ class _TraceLog:
 
 
 def trace(model: PreTrainedModel) -> Trace:
-    """Run five tokens through a model on the meta device and say how it can be cut.
+    """Run five tokens through a model on the meta device and return how it can be cut.
 
-    The model is spent afterwards: it carries hooks and has lost its experts.
+    The model cannot be used afterwards: it has hooks, and its experts are replaced.
     Raises UnsupportedModel with the reason when its layers do not pass on exactly one vector per token.
     """
     family = model.config.model_type
@@ -117,36 +117,36 @@ def trace(model: PreTrainedModel) -> Trace:
     found = find_layers(model)
     layers = list(model.get_submodule(found.path))
     probes = [_put_probe(layer) for layer in layers]
-    watch = _TraceLog(torch.zeros(1, _NUM_TOKENS, dtype=torch.long, device="meta"), found.attribute)
+    log = _TraceLog(torch.zeros(1, _NUM_TOKENS, dtype=torch.long, device="meta"), found.attribute)
     kept = [_KeptValues() for _ in layers]
     idle = _watch_surroundings(model, found)
-    _watch_decoder(model, found, watch)
+    _watch_decoder(model, found, log)
     try:
-        logits = _forward(model, watch.token_ids, _KeysAndValues(layers=kept))
+        logits = _forward(model, log.token_ids, _KeysAndValues(layers=kept))
     except _CannotCut as error:
         raise UnsupportedModel(f"{family} cannot be cut: {error}") from error
-    except Exception as error:  # whatever foreign forward code raises on shapes alone
+    except Exception as error:  # forward code raises errors of many types
         raise UnsupportedModel(f"{family} cannot be traced: {type(error).__name__}: {error}") from error
-    reason = _why_not(watch, kept, logits)
-    if reason is not None or watch.state is None:
+    reason = _why_not(log, kept, logits)
+    if reason is not None or log.state is None:
         raise UnsupportedModel(f"{family} cannot be cut: {reason}")
-    first = watch.order.index(found.attribute)
-    last = len(watch.order) - watch.order[::-1].index(found.attribute)
+    first = log.order.index(found.attribute)
+    last = len(log.order) - log.order[::-1].index(found.attribute)
     return Trace(
         layers=found,
-        front=frozenset(watch.order[:first]),
-        back=frozenset(watch.order[last:]),
+        front=frozenset(log.order[:first]),
+        back=frozenset(log.order[last:]),
         unused=frozenset(idle),
-        hidden_size=watch.state.shape[2],
+        hidden_size=log.state.shape[2],
         kv_values=tuple(layer.num_values for layer in kept),
         experts_per_token=tuple(probe.experts_per_token if probe else 0 for probe in probes),
     )
 
 
-def _why_not(watch: _TraceLog, kept: list[_KeptValues], logits: Tensor) -> str | None:
-    if watch.entered != len(kept):
-        return f"{watch.entered} layers ran where {len(kept)} are listed"
-    if watch.order[0] == watch.attribute:
+def _why_not(log: _TraceLog, kept: list[_KeptValues], logits: Tensor) -> str | None:
+    if log.entered != len(kept):
+        return f"{log.entered} layers ran where {len(kept)} are listed"
+    if log.order[0] == log.attribute:
         return "its embeddings do not stand beside its layers"
     for index, layer in enumerate(kept):
         if not layer.num_values:
@@ -157,7 +157,8 @@ def _why_not(watch: _TraceLog, kept: list[_KeptValues], logits: Tensor) -> str |
 
 
 def _forward(model: PreTrainedModel, token_ids: Tensor, cache: Cache) -> Tensor:
-    # Gradients tell what depends on the tokens: embeddings are the leaves, the last layer's output is cut.
+    # Gradients show which tensors depend on the tokens: embeddings are the leaves, and a layer's output is
+    # detached by its hook.
     model.requires_grad_(False)
     silence_padding_warnings(model)
     with torch.enable_grad(), warnings.catch_warnings():
@@ -167,7 +168,7 @@ def _forward(model: PreTrainedModel, token_ids: Tensor, cache: Cache) -> Tensor:
 
 
 def _watch_surroundings(model: PreTrainedModel, found: LayerList) -> set[str]:
-    """Return the paths of modules beside the way to the layers; each leaves the set when it runs."""
+    """Return the paths of the modules around the layers; a hook removes a path when its module runs."""
     head = model.get_output_embeddings()
     idle: set[str] = set()
     steps = found.path.split(".")
@@ -184,41 +185,41 @@ def _watch_surroundings(model: PreTrainedModel, found: LayerList) -> set[str]:
     return idle
 
 
-def _watch_decoder(model: PreTrainedModel, found: LayerList, watch: _TraceLog) -> None:
+def _watch_decoder(model: PreTrainedModel, found: LayerList, log: _TraceLog) -> None:
     decoder = model.get_submodule(found.decoder_path)
     layers = list(decoder.get_submodule(found.attribute))
     for name, child in decoder.named_children():
         if name != found.attribute:
-            child.register_forward_pre_hook(lambda *_, name=name: watch.order.append(name))
+            child.register_forward_pre_hook(lambda *_, name=name: log.order.append(name))
     for _, embedding in named_embeddings(model):
         embedding.register_forward_hook(lambda _module, _args, out: out.requires_grad_().clone())
     for index, layer in enumerate(layers):
-        layer.register_forward_pre_hook(_entering(watch), with_kwargs=True)
-        layer.register_forward_hook(_leaving(watch, last=index == len(layers) - 1))
+        layer.register_forward_pre_hook(_entering(log), with_kwargs=True)
+        layer.register_forward_hook(_leaving(log, last=index == len(layers) - 1))
 
 
-def _entering(watch: _TraceLog) -> Any:
+def _entering(log: _TraceLog) -> Any:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watch.order.append(watch.attribute)
-        watch.entered += 1
+        log.order.append(log.attribute)
+        log.entered += 1
         hidden = args[0] if args else kwargs.get("hidden_states")
         if not _is_state(hidden):
             raise _CannotCut("its layers do not take one hidden state per token first")
-        if watch.state is not None and hidden is not watch.state:
+        if log.state is not None and hidden is not log.state:
             raise _CannotCut("something happens to the hidden states between its layers")
         for tensor in _tensors(chain(args[1:], kwargs.values())):
-            if tensor is not hidden and (tensor.requires_grad or tensor is watch.token_ids):
+            if tensor is not hidden and (tensor.requires_grad or tensor is log.token_ids):
                 raise _CannotCut("its layers take more per token than the hidden state")
 
     return hook
 
 
-def _leaving(watch: _TraceLog, *, last: bool) -> Any:
+def _leaving(log: _TraceLog, *, last: bool) -> Any:
     def hook(_module: nn.Module, _args: Any, out: Any) -> Any:
         first = out[0] if isinstance(out, tuple) else out
         if not _is_state(first):
             raise _CannotCut("its layers do not give one hidden state per token first")
-        watch.state = first
+        log.state = first
         if not last:
             return None
         return (first.detach(), *out[1:]) if isinstance(out, tuple) else first.detach()

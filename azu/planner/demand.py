@@ -1,4 +1,4 @@
-"""How many bytes each piece of a model takes on a node, and how many of them one token touches."""
+"""The bytes that each piece of a model takes on a node, and the bytes that one token uses."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from azu.planner.policy import PlanPolicy
-from azu.protocol.structure import EMBED, LayerKind, Shard, Structure
-from azu.protocol.topology import ExpertSet, LayerSpan, Stage
+from azu.protocol.structure import EMBED, HEAD, LayerKind, Shard, Structure
+from azu.protocol.topology import LayerSpan, Piece, Stage
 from azu.units import MIB
 
 Bytes = NDArray[np.int64]
 
-# Values are computed with in float32 at worst; a layer keeps about this many rows of hidden size at once,
-# beside two of its widest matrix's.
+# Activations are float32 at worst. A layer keeps about this many rows of hidden size at once, and this many
+# rows as wide as its widest matrix.
 _COMPUTE_BYTES = 4
 _HIDDEN_ROWS = 8
 _WIDE_ROWS = 2
@@ -23,11 +23,11 @@ _WIDE_ROWS = 2
 
 @dataclass(frozen=True, slots=True)
 class MemoryDemand:
-    """A model under a policy, in bytes that include the policy's margin on weights.
+    """The memory of a model under a policy, in bytes that include the policy's margin on weights.
 
-    `stage_bytes[start, end]` is what a stage of layers [start, end) takes without any expert, and
-    `expert_bytes[layer]` what one expert of a layer takes (0 in a dense one). `active_sums` are running sums
-    over layers of the weight bytes that one token touches.
+    `stage_bytes[start, end]` is the size of a stage of layers [start, end) without any expert,
+    `expert_bytes[layer]` the size of one expert of a layer (0 for a dense layer). `active_sums` are running
+    sums over layers of the weight bytes that one token uses.
     """
 
     structure: Structure
@@ -40,8 +40,8 @@ class MemoryDemand:
 
     @classmethod
     def of(cls, structure: Structure, policy: PlanPolicy) -> "MemoryDemand":
-        """Read a structure once."""
-        # A node is sized for the largest expert of a layer; they are all alike in practice.
+        """Compute the demand of a model."""
+        # The largest expert of a layer counts; in practice all have the same size.
         experts = [
             max(_padded(shard, policy) for shard in _experts(structure, layer.index))
             if layer.kind is LayerKind.MOE
@@ -61,25 +61,25 @@ class MemoryDemand:
         )
 
     def all_experts(self, span: LayerSpan) -> dict[int, tuple[int, ...]]:
-        """Return layer -> every expert, for the MoE layers of a span."""
+        """Return layer -> all its experts, for the MoE layers of a span."""
         layers = range(span.start, span.end)
         return {layer: tuple(range(self.num_experts[layer])) for layer in layers if self.num_experts[layer]}
 
     def stage_vram_bytes(self, span: LayerSpan, beside: Mapping[int, tuple[int, ...]]) -> int:
-        """Return what Ray hands out for a stage with the experts beside its routers."""
+        """Return the VRAM of a stage with the experts beside its routers, in whole MiB."""
         return _whole_mib(int(self.stage_bytes[span.start, span.end]) + self.experts_bytes(beside))
 
     def expert_set_vram_bytes(self, experts: Mapping[int, tuple[int, ...]]) -> int:
-        """Return what Ray hands out for a set of experts."""
+        """Return the VRAM of a set of experts, in whole MiB."""
         return _whole_mib(self.expert_set_overhead_bytes + self.experts_bytes(experts))
 
     def experts_bytes(self, experts: Mapping[int, tuple[int, ...]]) -> int:
-        """Return what some experts take, without their set's overhead."""
+        """Return the size of some experts, without the overhead of their set."""
         return sum(len(ids) * self.expert_bytes[layer] for layer, ids in experts.items())
 
 
 def _stage_bytes(structure: Structure, policy: PlanPolicy) -> Bytes:
-    """Return [start, end] -> weights and KV of a stage, experts apart; meaningless where end <= start."""
+    """Return [start, end] -> weights and KV of a stage without experts; meaningless where end <= start."""
     tokens = policy.num_blocks * policy.block_size
     layers = [
         _padded(structure.layer_shard(layer.index), policy) + layer.kv_bytes_per_token * tokens
@@ -91,16 +91,16 @@ def _stage_bytes(structure: Structure, policy: PlanPolicy) -> Bytes:
     spans[:, -1] += sum(
         _padded(shard, policy) for shard in structure.edge_shards(structure.num_layers, structure.num_layers)
     )
-    # Logits of every promised sequence, and the sampler's copy.
+    # Logits of each promised sequence, and the sampler's copy.
     spans[:, -1] += 2 * policy.promised_sequences * structure.vocab_size * _COMPUTE_BYTES
     if structure.tied_head:
-        # One stage that holds both ends maps the shared embedding once.
+        # A stage that holds both ends maps the shared embedding once.
         spans[0, -1] -= embed
     return spans
 
 
 def _active_sums(structure: Structure) -> Bytes:
-    """Return running sums of the bytes one token touches; the edges count to the first and the last layer."""
+    """Return running sums of the bytes one token uses; the edges count to the first and the last layer."""
     active = []
     for layer in structure.layers:
         parameters = structure.layer_shard(layer.index).active_parameters
@@ -108,12 +108,12 @@ def _active_sums(structure: Structure) -> Bytes:
             parameters += layer.experts_per_token * structure.expert_shard(layer.index, 0).active_parameters
         active.append(parameters)
     active[0] += structure.shard(EMBED).active_parameters
-    active[-1] += structure.shard("head").active_parameters
+    active[-1] += structure.shard(HEAD).active_parameters
     return running_sums([parameters * structure.dtype_bytes for parameters in active])
 
 
 def _activation_values(structure: Structure) -> int:
-    """Return the values that one token keeps at once in a layer."""
+    """Return the number of values that a layer keeps at once for one token."""
     shards = [structure.layer_shard(layer.index) for layer in structure.layers]
     shards += [structure.expert_shard(layer.index, 0) for layer in structure.layers if layer.num_experts]
     widths = (
@@ -131,7 +131,7 @@ def _padded(shard: Shard, policy: PlanPolicy) -> int:
 
 
 def _whole_mib(size_bytes: int) -> int:
-    """Round up to the unit in which Ray hands VRAM out."""
+    """Round up to the unit in which Ray assigns VRAM."""
     return -(-size_bytes // MIB) * MIB
 
 
@@ -145,8 +145,8 @@ def span_sums(sums: Bytes) -> Bytes:
     return sums[None, :] - sums[:, None]
 
 
-def shards_of(structure: Structure, piece: Stage | ExpertSet) -> Iterator[Shard]:
-    """Yield the shards that a stage or an expert set needs on its node's disk."""
+def shards_of(structure: Structure, piece: Piece) -> Iterator[Shard]:
+    """Yield the shards that a piece needs on its node's disk."""
     if isinstance(piece, Stage):
         yield from structure.edge_shards(piece.span.start, piece.span.end)
         yield from (structure.layer_shard(layer) for layer in range(piece.span.start, piece.span.end))

@@ -1,4 +1,4 @@
-"""What it costs to bring pieces up, and whether a better placement is worth it."""
+"""Decide whether a better placement is worth the cost of moving pieces, and what would change."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,16 +11,15 @@ from azu.planner.policy import PlanPolicy
 from azu.planner.prediction import predict
 from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import Structure
-from azu.protocol.topology import ExpertSet, PieceSet, Stage, Topology
-
-Piece = Stage | ExpertSet
+from azu.protocol.topology import ExpertSet, Piece, PieceSet, Stage, Topology
 
 
 @dataclass(frozen=True, slots=True)
 class TopologyChange:
-    """A topology in the place of another; every other piece stays as it is.
+    """The change from one topology to another; pieces that both have stay as they are.
 
-    `gone` are pieces of the old one by its indices, `fresh` are those of the new one that have to come up.
+    `gone` are the pieces that only the old topology has, by its indices; `fresh` are those that only the new
+    one has and that have to start.
     """
 
     topology: Topology
@@ -29,19 +28,19 @@ class TopologyChange:
 
     @property
     def fresh_bytes(self) -> dict[str, int]:
-        """VRAM that what comes up takes, by node."""
+        """VRAM of the fresh pieces by node."""
         return self.topology.vram_bytes_of(self.fresh)
 
 
 def better_placement(
     structure: Structure, current: Topology, nodes: Sequence[Node], policy: PlanPolicy
 ) -> TopologyChange | None:
-    """Return what would have to change for a placement that is worth moving to; None when there is none.
+    """Return the change to a placement that is worth moving to, or None.
 
-    `nodes` have the room that there would be without `current`.
+    The free bytes of `nodes` are those without `current`.
     """
     if not current.vram_bytes_by_node.keys() <= {node.node_id for node in nodes}:
-        return None  # a node that is not heard of: whoever runs there is about to be placed anew
+        return None  # a node without a report: its pieces are about to be placed again
     try:
         candidate = plan(structure, nodes, policy, epoch=current.epoch + 1)
     except InsufficientCapacity:
@@ -53,16 +52,17 @@ def better_placement(
 
 
 def change_between(current: Topology, candidate: Topology) -> TopologyChange:
-    """Return what changes: a piece with the same content on the same node stays, if a stage in its place.
+    """Return the change between two topologies: a piece with the same content on the same node stays.
 
-    Expert sets that stay keep their indices, which nobody has to be told then.
+    A stage stays only at the same index. Expert sets that stay keep their indices, so that their routers need
+    no new ones.
     """
     candidate = replace(candidate, expert_sets=_renumbered(current, candidate))
     return TopologyChange(candidate, gone=_not_in(candidate, current), fresh=_not_in(current, candidate))
 
 
 def have_room(needed_bytes: Mapping[str, int], nodes: Sequence[Node]) -> bool:
-    """Return whether live nodes have room for what is needed on each."""
+    """Return whether live nodes have the bytes that are needed on each, by node id."""
     free = {node.node_id: node.vram_free_bytes for node in nodes if node.state is NodeState.ALIVE}
     return all(needed <= free.get(node_id, -1) for node_id, needed in needed_bytes.items())
 
@@ -75,15 +75,15 @@ def cold_start_s(
     *,
     current: Topology | None = None,
 ) -> float:
-    """Return how long a topology takes to come up: nodes fetch what they lack, then load, side by side.
+    """Return the seconds that a topology takes to start: each node fetches missing shards, then loads.
 
-    Pieces that `current` has on the same node with the same content stay as they are.
+    Nodes work in parallel. Pieces that `current` has on the same node with the same content stay.
     """
     cached = {node.node_id: node.cached_shards for node in nodes}
-    standing = {_content(piece) for piece in current.pieces} if current else set()
+    staying = {_content(piece) for piece in current.pieces} if current else set()
     seconds: dict[str, float] = {}
     for piece in topology.pieces:
-        if _content(piece) in standing:
+        if _content(piece) in staying:
             continue
         shards = list(shards_of(structure, piece))
         fetched = sum(one.size_bytes for one in shards if one.sha256 not in cached[piece.node_id])
@@ -98,18 +98,18 @@ def is_worth_moving(
 ) -> bool:
     """Return whether a candidate makes more tokens in the policy's horizon than staying, moving included.
 
-    Both are judged on the nodes as they are now; `nodes` must hold all that either uses. A gain below the
-    policy's least one is none: measurements waver, and pieces must not wander with them.
+    Both are predicted on the nodes as they are now; `nodes` must hold each node that either uses. A gain
+    below the policy's `least_gain` does not count: measurements vary, and pieces must not move with them.
     """
     stays = predict(structure, current, nodes, policy).tokens_per_s
     moves = predict(structure, candidate, nodes, policy).tokens_per_s
-    # Counted as if nothing were served meanwhile: a stage that moves stops its whole pipeline.
+    # A stage that moves stops its whole pipeline, so nothing is served meanwhile.
     serving_s = policy.horizon_s - cold_start_s(structure, candidate, nodes, policy, current=current)
     return moves * serving_s > stays * policy.horizon_s * (1 + policy.least_gain)
 
 
 def _not_in(other: Topology, topology: Topology) -> PieceSet:
-    """Return the pieces of a topology that another one does not have."""
+    """Return the pieces of `topology` that `other` does not have."""
     there = {(piece.index, _content(piece)) for piece in other.pieces}
     missing = [piece for piece in topology.pieces if (piece.index, _content(piece)) not in there]
     return PieceSet(

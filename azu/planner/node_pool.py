@@ -1,4 +1,4 @@
-"""The live nodes, as arrays in the order of their ids."""
+"""The live nodes of a plan, as arrays in the order of their ids."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from azu.units import MIB
 
 
 def rounded(measured: float) -> float:
-    """Round what was measured to two digits: the third is noise, and must not outweigh a cached shard."""
+    """Round a measurement to two digits: the third is noise, and must not outweigh a cached shard."""
     return float(f"{measured:.1e}")
 
 
 def link_s(node: Node, other: Node, hop_s: float) -> float:
-    """Return the time of a frame: at least `hop_s`, and what is slower where both sides measured."""
+    """Return the time of a frame between two nodes: the slower of their measurements, at least `hop_s`."""
     measured = (node.links_s.get(other.node_id, 0.0), other.links_s.get(node.node_id, 0.0))
     return max(hop_s, *map(rounded, measured))
 
@@ -35,7 +35,7 @@ def link_matrix(nodes: Sequence[Node], hop_s: float) -> NDArray[np.float64] | No
 
 
 def seconds_per_byte(nodes: Sequence[Node], demand: MemoryDemand, batch_size: int) -> NDArray[np.float64]:
-    """Return each node's time per weight byte touched, at a batch of `batch_size` sequences."""
+    """Return each node's time per weight byte used, in a batch of `batch_size` sequences."""
     flops_per_byte = 2 * batch_size / demand.structure.dtype_bytes
     return np.array(
         [1 / rounded(node.memory_bytes_per_s) + flops_per_byte / rounded(node.flops_per_s) for node in nodes],
@@ -45,12 +45,12 @@ def seconds_per_byte(nodes: Sequence[Node], demand: MemoryDemand, batch_size: in
 
 @dataclass(frozen=True, slots=True)
 class NodePool:
-    """Nodes that take new pieces.
+    """The nodes that can take new pieces.
 
-    `room_bytes` is free VRAM in whole MiB, as Ray hands it out. `seconds_per_byte` is a node's time per
-    weight byte that a token touches: read once a step, multiplied once per sequence.
-    `cached_bytes[node, layer]` counts what of a layer is on the node's disk. `links_s[node, other]` is the
-    time of a frame between two, at least the policy's hop; None when no link was measured.
+    `room_bytes` is free VRAM in whole MiB, the unit in which Ray assigns it. `seconds_per_byte` is a node's
+    time per weight byte that a token uses: each byte is read once a step and multiplied once per sequence.
+    `cached_bytes[node, layer]` is the size of a layer's shards on the node's disk. `links_s[node, other]` is
+    the time of a frame, at least the policy's hop; None when no link was measured to be slower.
     """
 
     nodes: tuple[Node, ...]
@@ -61,7 +61,7 @@ class NodePool:
 
     @classmethod
     def of(cls, nodes: Sequence[Node], demand: MemoryDemand) -> "NodePool":
-        """Take the live ones of some nodes, in whatever order they come."""
+        """Return the live nodes of a sequence in any order."""
         alive = tuple(sorted((n for n in nodes if n.state is NodeState.ALIVE), key=lambda n: n.node_id))
         return cls(
             nodes=alive,
@@ -83,7 +83,7 @@ def _cached_bytes(nodes: Sequence[Node], structure: Structure) -> NDArray[np.int
 
 
 def _layers_by_hash(structure: Structure) -> Mapping[str, tuple[int, Shard]]:
-    """Return hash -> (layer, shard); the embedding counts to the first layer, the head to the last."""
+    """Return sha256 -> (layer, shard); the embedding belongs to the first layer, the head to the last."""
     last = structure.num_layers - 1
     found = {structure.shard(EMBED).sha256: (0, structure.shard(EMBED))}
     found |= {shard.sha256: (last, shard) for shard in structure.edge_shards(last + 1, last + 1)}

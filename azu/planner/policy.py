@@ -1,21 +1,21 @@
-"""What a plan has to promise, and what it counts on."""
+"""The room that each plan reserves, and the costs that it assumes."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class PlanPolicy:
-    """Room and cost that a plan reckons with.
+    """The values that all plans of a network are made with.
 
-    Every stage holds the KV of `promised_sequences` sequences of `tokens_per_sequence` tokens, in blocks of
-    `block_size`. `activation_tokens` is the largest step. The margin is kept free beside all of it on every
-    piece: `margin_bytes` plus `margin_fraction` of its weights. `hop_s` is the cost of one frame between two
-    nodes, at least; `batch_size` the number of sequences that the predicted tokens per second are for.
+    Each stage holds the KV of `promised_sequences` sequences of `tokens_per_sequence` tokens, in blocks of
+    `block_size`. `activation_tokens` is the number of tokens in the largest step. A margin stays free on each
+    piece: `margin_bytes` plus `margin_fraction` of its weights. `hop_s` is the least time of a frame between
+    two nodes. The prediction of tokens per second is for `batch_size` sequences.
 
-    A cold piece is fetched at `fetch_bytes_per_s` and loaded at `load_bytes_per_s`. Pieces move when that
-    pays back within `horizon_s` with `least_gain` (a fraction) on top; a further pipeline of a model is at
-    least `least_replica_speed` (a fraction) as fast as the first. An expert that is chosen `hot_expert` times
-    as often as an even one is held twice.
+    A piece is fetched at `fetch_bytes_per_s` and loaded at `load_bytes_per_s`. Pieces move when that pays
+    back within `horizon_s`, with a gain of `least_gain` (a fraction) on top. A further pipeline of a model
+    has at least the fraction `least_replica_speed` of the first one's speed. An expert that routers choose
+    `hot_expert` times as often as the average expert of its layer gets a replica.
     """
 
     promised_sequences: int
@@ -36,6 +36,6 @@ class PlanPolicy:
 
     @property
     def num_blocks(self) -> int:
-        """KV blocks that every stage has."""
+        """Number of KV blocks on each stage."""
         per_sequence = -(-self.tokens_per_sequence // self.block_size)
         return self.promised_sequences * per_sequence

@@ -1,4 +1,4 @@
-"""How fast a topology would be on given nodes."""
+"""Predict how fast a topology is on given nodes."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -14,23 +14,23 @@ from azu.protocol.topology import ExpertSet, Prediction, Stage, Topology
 def predict(
     structure: Structure, topology: Topology, nodes: Sequence[Node], policy: PlanPolicy
 ) -> Prediction:
-    """Return the speed of a topology on nodes as they are now, whatever it was when it was planned.
+    """Return the speed of a topology on nodes as they are now, which may differ from the time of its plan.
 
     `nodes` must hold every node that the topology uses.
     """
-    return predicted(MemoryDemand.of(structure, policy), nodes, topology.stages, topology.expert_sets)
+    return predict_pieces(MemoryDemand.of(structure, policy), nodes, topology.stages, topology.expert_sets)
 
 
-def predicted(
+def predict_pieces(
     demand: MemoryDemand, nodes: Sequence[Node], stages: Sequence[Stage], expert_sets: Sequence[ExpertSet]
 ) -> Prediction:
-    """Return the speed of a model whose pieces are placed."""
+    """Return the speed of placed pieces; see `predict`."""
     policy = demand.policy
     by_id = {node.node_id: node for node in nodes}
-    frames_s = _frames_s(policy.hop_s, by_id, stages, expert_sets)
+    frames_s = _frame_time_s(policy.hop_s, by_id, stages, expert_sets)
 
     def step_s(batch_size: int) -> float:
-        return frames_s + _computing_s(demand, by_id, stages, batch_size)
+        return frames_s + _compute_time_s(demand, by_id, stages, batch_size)
 
     return Prediction(
         tokens_per_s=policy.batch_size / step_s(policy.batch_size),
@@ -39,10 +39,10 @@ def predicted(
     )
 
 
-def _computing_s(
+def _compute_time_s(
     demand: MemoryDemand, by_id: Mapping[str, Node], stages: Sequence[Stage], batch_size: int
 ) -> float:
-    """Return the layers' time; experts apart count as if they ran as fast as beside their router."""
+    """Return the time that layers compute; experts apart count as if they ran beside their router."""
     speeds = seconds_per_byte([by_id[stage.node_id] for stage in stages], demand, batch_size)
     sums = demand.active_sums
     return sum(
@@ -51,17 +51,17 @@ def _computing_s(
     )
 
 
-def _frames_s(
+def _frame_time_s(
     hop_s: float, by_id: Mapping[str, Node], stages: Sequence[Stage], expert_sets: Sequence[ExpertSet]
 ) -> float:
-    """Return the time that frames travel: into each stage and back to the pipeline, to experts and back."""
+    """Return the time of all frames: into each stage and back to the pipeline, to experts and back."""
     between = sum(
         link_s(by_id[stage.node_id], by_id[after.node_id], hop_s) for stage, after in pairwise(stages)
     )
-    asking = 0.0
+    to_experts = 0.0
     for stage in stages:
         for layer in range(stage.span.start, stage.span.end):
             holders = [by_id[chosen.node_id] for chosen in expert_sets if layer in chosen.experts]
-            # A router waits for the slowest answer.
-            asking += 2 * max((link_s(by_id[stage.node_id], one, hop_s) for one in holders), default=0.0)
-    return 2 * hop_s + between + asking
+            # A router waits for the slowest of its experts.
+            to_experts += 2 * max((link_s(by_id[stage.node_id], one, hop_s) for one in holders), default=0.0)
+    return 2 * hop_s + between + to_experts

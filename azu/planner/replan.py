@@ -1,4 +1,4 @@
-"""A new place for the pieces that were lost; everything that survives stays where it is."""
+"""Place lost pieces again; the pieces that survive stay where they are."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,13 +8,13 @@ from azu.errors import InsufficientCapacity
 from azu.planner.demand import MemoryDemand, shards_of
 from azu.planner.node_pool import seconds_per_byte
 from azu.planner.policy import PlanPolicy
-from azu.planner.prediction import predicted
+from azu.planner.prediction import predict_pieces
 from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import Shard, Structure
-from azu.protocol.topology import ExpertSet, PieceSet, Stage, Topology
+from azu.protocol.topology import ExpertSet, Piece, PieceSet, Stage, Topology
 from azu.units import MIB, format_bytes
 
-_Piece = TypeVar("_Piece", Stage, ExpertSet)
+_PieceT = TypeVar("_PieceT", Stage, ExpertSet)
 
 
 def replan(
@@ -26,34 +26,34 @@ def replan(
     *,
     epoch: int,
 ) -> Topology:
-    """Put the lost stages and expert sets, whole and under their old indices, on live nodes.
+    """Place each lost stage and expert set, as one piece and under its old index, on a live node.
 
-    The free bytes of `nodes` are those beside all that survives. Where the shards lie on disk goes first,
-    then speed. A replica that is lost is left out. Raises InsufficientCapacity when a piece finds no node;
-    the same input gives the same output.
+    The free bytes of `nodes` are those beside all surviving pieces. A node with more of the shards on its
+    disk comes first, then a faster node. A lost replica is left out. Raises InsufficientCapacity when a piece
+    finds no node; the same input gives the same topology.
     """
-    assert epoch > topology.epoch, "an epoch never comes twice"
+    assert epoch > topology.epoch, "each topology of a model has a new epoch"
     topology, loss = topology.without(loss & topology.replicas), loss - topology.replicas
-    rooms = _Rooms(structure, nodes, policy)
-    # The largest first: what is left over is for the small ones.
-    lost: list[Stage | ExpertSet] = [stage for stage in topology.stages if stage.index in loss.stages]
+    free = _FreeRoom(structure, nodes, policy)
+    lost: list[Piece] = [stage for stage in topology.stages if stage.index in loss.stages]
     lost += [chosen for chosen in topology.expert_sets if chosen.index in loss.expert_sets]
+    # The largest piece comes first: small ones fit into the room that is left.
     for piece in sorted(lost, key=lambda one: -one.vram_bytes):
-        rooms.take(piece)
+        free.place(piece)
     moved = replace(
         topology,
         epoch=epoch,
-        stages=rooms.moved(topology.stages, loss.stages),
-        expert_sets=rooms.moved(topology.expert_sets, loss.expert_sets),
+        stages=free.moved(topology.stages, loss.stages),
+        expert_sets=free.moved(topology.expert_sets, loss.expert_sets),
     )
     if not set(moved.vram_bytes_by_node) <= {node.node_id for node in nodes}:
-        return moved  # a node that was not heard of lately: nobody knows how fast it is
+        return moved  # a node without a report: its speed is unknown
     demand = MemoryDemand.of(structure, policy)
-    return replace(moved, prediction=predicted(demand, nodes, moved.stages, moved.expert_sets))
+    return replace(moved, prediction=predict_pieces(demand, nodes, moved.stages, moved.expert_sets))
 
 
-class _Rooms:
-    """What is free on each live node, piece by piece."""
+class _FreeRoom:
+    """The free room on each live node, and the nodes of the pieces placed so far."""
 
     def __init__(self, structure: Structure, nodes: Sequence[Node], policy: PlanPolicy) -> None:
         self._structure = structure
@@ -62,10 +62,10 @@ class _Rooms:
         slowness = seconds_per_byte(self._nodes, demand, policy.batch_size).tolist()
         self._slowness = dict(zip((node.node_id for node in self._nodes), slowness, strict=True))
         self._free = {node.node_id: node.vram_free_bytes // MIB * MIB for node in self._nodes}
-        self._taken: dict[tuple[type, int], str] = {}
+        self._placed: dict[tuple[type, int], str] = {}
 
-    def take(self, piece: Stage | ExpertSet) -> None:
-        """Give a piece the best node that has room for it."""
+    def place(self, piece: Piece) -> None:
+        """Place a piece on the best node that has room for it."""
         fitting = [node for node in self._nodes if self._free[node.node_id] >= piece.vram_bytes]
         if not fitting:
             what = "stage" if isinstance(piece, Stage) else "expert set"
@@ -78,12 +78,12 @@ class _Rooms:
         shards = list(shards_of(self._structure, piece))
         best = min(fitting, key=lambda node: (_missing_bytes(node, shards), self._slowness[node.node_id]))
         self._free[best.node_id] -= piece.vram_bytes
-        self._taken[type(piece), piece.index] = best.node_id
+        self._placed[type(piece), piece.index] = best.node_id
 
-    def moved(self, pieces: tuple[_Piece, ...], lost: frozenset[int]) -> tuple[_Piece, ...]:
-        """Return pieces with the lost ones on their new nodes."""
+    def moved(self, pieces: tuple[_PieceT, ...], lost: frozenset[int]) -> tuple[_PieceT, ...]:
+        """Return the pieces with the lost ones on their new nodes."""
         return tuple(
-            replace(one, node_id=self._taken[type(one), one.index]) if one.index in lost else one
+            replace(one, node_id=self._placed[type(one), one.index]) if one.index in lost else one
             for one in pieces
         )
 

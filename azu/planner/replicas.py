@@ -1,4 +1,4 @@
-"""More of the same where nodes allow: several pipelines of one model."""
+"""Plan replicas where nodes have room: further pipelines of a model, and second copies of hot experts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -21,9 +21,9 @@ from azu.protocol.topology import ExpertSet, Topology
 def plan_replicas(
     structure: Structure, nodes: Sequence[Node], policy: PlanPolicy, *, most: int, epoch: int = 1
 ) -> tuple[Topology, ...]:
-    """Return up to `most` pipelines of a model that share no node, the fastest first, each with its epoch.
+    """Return up to `most` pipelines of a model that share no node, the fastest first, with ascending epochs.
 
-    Raises InsufficientCapacity when not even one fits.
+    Raises InsufficientCapacity when not even one pipeline fits.
     """
     pipelines = [plan(structure, nodes, policy, epoch=epoch)]
     while len(pipelines) < most:
@@ -42,10 +42,10 @@ def plan_replica(
     *,
     epoch: int,
 ) -> Topology | None:
-    """Return one more pipeline of a model on nodes that no running one uses, under a replica of its own.
+    """Return one more pipeline of a model, with its own replica number, on nodes that no running one uses.
 
-    None without room for it, or where it would be slower than `policy.least_replica_speed` of the fastest:
-    that leaves its nodes to other models.
+    Returns None without room for it, or when it would have less than `policy.least_replica_speed` of the
+    fastest pipeline's speed: then its nodes stay free for other models.
     """
     used = {node_id for one in running for node_id in one.vram_bytes_by_node}
     try:
@@ -65,7 +65,10 @@ def takes_spare_room(
     nodes: Sequence[Node],
     policy: PlanPolicy,
 ) -> bool:
-    """Return whether bytes by node are the room in which what others lose with a node comes up again."""
+    """Return whether other models need the room of `used` (bytes by node) to survive the loss of a node.
+
+    They do when, without that room, the pieces of fewer of their nodes could be placed again.
+    """
     left = [replace(one, vram_free_bytes=one.vram_free_bytes - used.get(one.node_id, 0)) for one in nodes]
     return any(
         _replaceable(structure, topology, nodes, policy) > _replaceable(structure, topology, left, policy)
@@ -76,7 +79,7 @@ def takes_spare_room(
 def _replaceable(
     structure: Structure, topology: Topology, nodes: Sequence[Node], policy: PlanPolicy
 ) -> set[str]:
-    """Return the nodes of a topology whose pieces would find room elsewhere."""
+    """Return the nodes of a topology whose pieces would find room on other nodes."""
     found = set()
     for node_id in topology.vram_bytes_by_node:
         others = [node for node in nodes if node.node_id != node_id]
@@ -86,23 +89,23 @@ def _replaceable(
     return found
 
 
-ExpertCounts = Mapping[int, Sequence[int]]  # layer -> how often each expert was chosen
-ExpertHeat = Mapping[tuple[int, int], float]  # (layer, expert) -> how many times its even part it was chosen
+ExpertCounts = Mapping[int, Sequence[int]]  # layer -> number of times that each expert was chosen
+ExpertHeat = Mapping[tuple[int, int], float]  # (layer, expert) -> its choices over the average of its layer
 
-# What has a replica keeps it until it is this much cooler than what gets one: heat wavers.
+# An expert keeps its replica until its heat is below this fraction of `hot_expert`, because heat varies.
 _COOLED = 0.5
 
 
 def expert_heat(before: ExpertCounts, now: ExpertCounts, *, least_choices: int) -> ExpertHeat:
-    """Return the heat between two counts; nothing of a layer that made fewer choices than `least_choices`.
+    """Return the heat of the choices between two counts, for layers with at least `least_choices` of them.
 
-    A stage that came up in between counts from nothing.
+    A stage that restarted in between counts from zero.
     """
     heat = {}
     for layer, counts in now.items():
         earlier = before.get(layer, (0,) * len(counts))
-        started_anew = any(one < was for one, was in zip(counts, earlier, strict=True))
-        chosen = counts if started_anew else [one - was for one, was in zip(counts, earlier, strict=True)]
+        has_restarted = any(one < was for one, was in zip(counts, earlier, strict=True))
+        chosen = counts if has_restarted else [one - was for one, was in zip(counts, earlier, strict=True)]
         if total := sum(chosen) if sum(chosen) >= least_choices else 0:
             heat.update({(layer, expert): one * len(chosen) / total for expert, one in enumerate(chosen)})
     return heat
@@ -113,10 +116,10 @@ def with_hot_replicas(
 ) -> Topology:
     """Return the topology with a second copy of each hot expert that is apart from its router.
 
-    `nodes` have the room that is left beside everything but the replicas. An expert is hot from
-    `policy.hot_expert` times its even part on. A replica with nothing warm any more is left out; the others
-    stay as they are, and new ones are sets of their own: nothing that serves is loaded again. The hottest
-    goes first, to the fastest node with room; ties go to the lower id.
+    The free bytes of `nodes` are those beside all pieces other than replicas. An expert is hot when its heat
+    is at least `policy.hot_expert`. A replica without a warm expert is left out. The other replicas stay as
+    they are, and new copies go into new sets, so that no piece that serves is loaded again. The hottest
+    expert comes first and goes to the fastest node with room; ties go to the lower id.
     """
     warm = policy.hot_expert * _COOLED
     replicas = _Replicas(MemoryDemand.of(structure, policy), topology, nodes)
@@ -126,9 +129,9 @@ def with_hot_replicas(
     apart = {one for chosen in topology.expert_sets if not chosen.is_replica for one in _members(chosen)}
     hot = [one for one in apart & heat.keys() if heat[one] >= policy.hot_expert]
     for layer, expert in sorted(hot, key=lambda one: (-heat[one], one)):
-        replicas.hold_again(layer, expert)
-    whole = topology.without(topology.replicas)
-    return replace(whole, expert_sets=(*whole.expert_sets, *replicas.sets()))
+        replicas.add(layer, expert)
+    without = topology.without(topology.replicas)
+    return replace(without, expert_sets=(*without.expert_sets, *replicas.sets()))
 
 
 def _members(chosen: ExpertSet) -> list[tuple[int, int]]:
@@ -136,7 +139,7 @@ def _members(chosen: ExpertSet) -> list[tuple[int, int]]:
 
 
 class _Replicas:
-    """Replicas that stay and those that are new, and the room beside them."""
+    """The replicas that stay, the new ones, and the room beside them."""
 
     def __init__(self, demand: MemoryDemand, topology: Topology, nodes: Sequence[Node]) -> None:
         self._demand = demand
@@ -148,14 +151,14 @@ class _Replicas:
         self._taken: dict[str, int] = {}
 
     def keep(self, chosen: ExpertSet) -> None:
-        """Keep a replica while its node has the room."""
+        """Keep a replica if its node has the room."""
         place = self._places.get(chosen.node_id)
         if place is not None and chosen.vram_bytes <= self._pool.room_bytes[place]:
             self._pool.room_bytes[place] -= chosen.vram_bytes
             self._kept.append(chosen)
 
-    def hold_again(self, layer: int, expert: int) -> None:
-        """Have one more copy of an expert that has none, if it fits anywhere."""
+    def add(self, layer: int, expert: int) -> None:
+        """Add a copy of an expert that has none, if it fits on a node."""
         if any((layer, expert) in _members(chosen) for chosen in self._kept):
             return
         for place in np.argsort(self._pool.seconds_per_byte, kind="stable"):
@@ -172,7 +175,7 @@ class _Replicas:
                 return
 
     def sets(self) -> tuple[ExpertSet, ...]:
-        """Return the replicas; those that stay keep their index."""
+        """Return all replicas; those that stay keep their index."""
         used = {one.index for one in self._topology.expert_sets if not one.is_replica}
         used |= {one.index for one in self._kept}
         free = (index for index in count() if index not in used)
@@ -183,7 +186,7 @@ class _Replicas:
         return (*self._kept, *new)
 
     def _has(self, node_id: str, layer: int, expert: int) -> bool:
-        """Say whether a node has an expert, or the router that would ask for it."""
+        """Return whether a node has an expert, or the router that sends to it."""
         return self._topology.stage_of(layer).node_id == node_id or any(
             chosen.node_id == node_id and expert in chosen.experts.get(layer, ())
             for chosen in self._topology.expert_sets

@@ -53,6 +53,9 @@ class ExpertSet:
     is_replica: bool = False
 
 
+Piece = Stage | ExpertSet
+
+
 @dataclass(frozen=True, slots=True)
 class PieceSet:
     """Pieces of a topology, by index, that are gone."""

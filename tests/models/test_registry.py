@@ -228,7 +228,7 @@ from pathlib import Path
 from azu.models.registry import ModelRegistry
 class Status:
     def put(self, status): pass
-registry = Registry(Path(sys.argv[1]), model_roots=[], status=Status(), max_model_bytes=10**9)
+registry = ModelRegistry(Path(sys.argv[1]), model_roots=[], status=Status(), max_model_bytes=10**9)
 description = registry.describe("org/private")
 structure = registry.ensure_cut("org/private", description.revision)
 print(structure.revision, structure.shards[0].sha256)
