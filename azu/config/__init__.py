@@ -1,4 +1,4 @@
-"""Settings from the environment and from configs/: unknown keys are refused."""
+"""Settings from the environment and from YAML files; unknown keys are refused."""
 
 from azu.config.control import ControlConfig, EnrolmentConfig, TlsConfig
 from azu.config.network import LocalWorker, NetworkFile, NetworkPolicy, load_network, load_settings

@@ -1,4 +1,4 @@
-"""What the control plane has to know; it travels to the head's actors and to the ingress."""
+"""The configuration that the control plane hands to the head's actors and to the ingress."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from azu.errors import ConfigurationError
 
 @dataclass(frozen=True, slots=True)
 class TlsConfig:
-    """The files of the ingress's own certificate."""
+    """The files of the ingress's certificate and key."""
 
     certificate: Path
     key: Path
@@ -20,10 +20,10 @@ class TlsConfig:
 
 @dataclass(frozen=True, slots=True)
 class EnrolmentConfig:
-    """What the head gives to nodes that come with a ticket, and the files it takes that from.
+    """What a node with a ticket gets from the head, and the files that it is read from.
 
-    Nodes ask at `url`, whose certificate is the authority's, or, if it is `publicly_trusted`, anybody's that
-    their system trusts. `head` is where Ray's head is ("host:port").
+    Nodes send their requests to `url`. Its certificate is issued by the network's authority, or, if
+    `publicly_trusted`, by one that their systems trust. `head` is the address of Ray's head ("host:port").
     """
 
     url: str
@@ -38,12 +38,11 @@ class EnrolmentConfig:
 class ControlConfig:
     """One network's control plane.
 
-    `domain` is the name under which clients know the ingress: it stands in every text that they sign.
-    `redis_url` is for whoever holds this, `pipeline_redis_url` for the pipelines that it starts.
-    `admin_key_sha256` is in hex.
-    With `open_metrics` nobody needs the admin key to read the metrics.
-    Folders are taken as models from under `model_roots` alone.
-    Without `tls` the ingress speaks plain HTTP; without `enrolment` a ticket holds all that a node needs.
+    `domain` is the ingress's name for clients; each text that they sign contains it.
+    The control plane uses `redis_url`; the pipelines that it starts use `pipeline_redis_url`.
+    `admin_key_sha256` is in hex. With `open_metrics` the metrics are readable without the admin key.
+    Model folders are accepted only under `model_roots`.
+    Without `tls` the ingress serves plain HTTP; without `enrolment` a ticket holds all that a node needs.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", hide_input_in_errors=True)
@@ -66,12 +65,12 @@ class ControlConfig:
     enrolment: EnrolmentConfig | None = None
 
     def to_json(self) -> str:
-        """Return it for a file that only its owner reads: there are passwords in it."""
+        """Return the configuration for a file that only its owner can read: it contains passwords."""
         return _CONTROL.dump_json(self).decode()
 
     @classmethod
     def from_file(cls, path: Path) -> "ControlConfig":
-        """Return what `to_json` wrote; raises ConfigurationError that names the file and its faults."""
+        """Read a file of `to_json`'s text; raises ConfigurationError that names the file and bad keys."""
         try:
             return _CONTROL.validate_json(path.read_bytes())
         except OSError as error:

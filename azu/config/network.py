@@ -1,4 +1,4 @@
-"""Network files: a policy, and the workers that `azu up` starts beside it on its own machine."""
+"""Network files: a network's policy, and the workers that `azu up` starts on its own machine."""
 
 import random
 from collections.abc import Mapping
@@ -14,23 +14,7 @@ from azu.files import CONFIGS, read_yaml
 from azu.planner.policy import PlanPolicy
 from azu.units import MIB
 
-
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """How a job waits: up to `first_s` before its second try, twice as long each time, at most `longest_s`.
-
-    It fails when `budget_s` have passed since it last got a token.
-    """
-
-    first_s: float
-    longest_s: float
-    budget_s: float
-
-    def wait_s(self, tries: int, chance: random.Random) -> float:
-        """Return how long to wait after so many tries; half of it is chance, or jobs would come in waves."""
-        return min(self.longest_s, self.first_s * 2.0 ** (tries - 1)) * chance.uniform(0.5, 1.0)
-
-
+NAME_PATTERN = r"^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,40}[a-zA-Z0-9])?$"
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -40,14 +24,14 @@ class _Section(BaseModel):
 
 
 class Price(_Section):
-    """What a token costs in each layer, and the platform's part of it."""
+    """The price of a token in each layer, and the platform's share of it."""
 
     lamports_per_token_layer: Count
     platform_percent: Annotated[int, Field(ge=0, le=100)]
 
 
 class KvCapacity(_Section):
-    """The sequences that every deployed model has room for, and how their KV is cut into blocks."""
+    """The sequences that each deployed model has room for, and the size of a KV block in tokens."""
 
     promised_sequences: Count
     tokens_per_sequence: Count
@@ -55,7 +39,7 @@ class KvCapacity(_Section):
 
 
 class Planner(_Section):
-    """What the planner keeps free on every piece, and what it counts with when it predicts speed or moves."""
+    """The margin on each piece, and the values with which the planner predicts speed and decides on moves."""
 
     margin_bytes: Size
     margin_fraction: Annotated[float, Field(ge=0, le=1)]
@@ -70,14 +54,14 @@ class Planner(_Section):
 
 
 class Engine(_Section):
-    """The largest prefill of one step, and the sequences that run at once."""
+    """The largest prefill of one step in tokens, and the number of sequences that run at once."""
 
     prefill_chunk_tokens: Count
     max_running: Count
 
 
 class Heartbeat(_Section):
-    """How often a node is asked how it is, and after how long a silence it is suspect or dead."""
+    """The period of the nodes' reports, and the silence after which a node is suspect or dead."""
 
     period_s: Seconds
     suspect_s: Seconds
@@ -85,9 +69,10 @@ class Heartbeat(_Section):
 
 
 class Requeue(_Section):
-    """How a job waits whose workers are gone, and after how long without a new token it fails.
+    """How long a job without workers waits, and how long it may be without a new token before it fails.
 
-    Where `nodes_come` when they are asked for, a job waits for them too that all nodes there are never hold.
+    With `nodes_come` an autoscaler adds nodes on request: then a job waits even when all present nodes
+    together do not hold its model.
     """
 
     first_s: Seconds
@@ -97,17 +82,18 @@ class Requeue(_Section):
 
 
 class Moves(_Section):
-    """How often models look for better places, and how long each stays where it came up."""
+    """How often the scheduler looks for better placements, and how long a model stays after each start."""
 
     look_s: Seconds
     rest_s: Seconds
 
 
 class Limits(_Section):
-    """What one request may ask for, how many a caller may send, and how long a reservation stands by itself.
+    """Limits on one request and on the rate of requests, and the lifetime of a reservation without a job.
 
-    `requests_per_minute` and `max_jobs_in_flight` are a key's, `sign_ins_per_minute` those of a network
-    address that asks for challenges and keys, `max_keys` an account's. The bursts may be sent at once.
+    `requests_per_minute` and `max_jobs_in_flight` hold for each key, `sign_ins_per_minute` (challenges and
+    keys) for each network address, `max_keys` for each account. A burst is the number of requests that may
+    come at once.
     """
 
     max_body_bytes: Size
@@ -129,7 +115,7 @@ class Limits(_Section):
 
 
 class Timeouts(_Section):
-    """How long the network waits for itself."""
+    """How long parts of the network wait for each other."""
 
     start_s: Seconds
     describe_s: Seconds
@@ -140,8 +126,24 @@ class Timeouts(_Section):
     step_s: Seconds
 
 
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """The waits of a job between attempts: up to `first_s`, then twice as long each time up to `longest_s`.
+
+    A job fails when it has had no new token for `budget_s`.
+    """
+
+    first_s: float
+    longest_s: float
+    budget_s: float
+
+    def wait_s(self, tries: int, chance: random.Random) -> float:
+        """Return the wait after a number of attempts; half of it is random, or jobs would come in waves."""
+        return min(self.longest_s, self.first_s * 2.0 ** (tries - 1)) * chance.uniform(0.5, 1.0)
+
+
 class NetworkPolicy(_Section):
-    """Everything a network's owner decides; `models` are the ids that it offers, or patterns of them."""
+    """All that a network's owner decides; `models` are the ids, or patterns of ids, that it offers."""
 
     models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
     price: Price
@@ -156,11 +158,11 @@ class NetworkPolicy(_Section):
     timeouts: Timeouts
 
     def retry_policy(self) -> RetryPolicy:
-        """Return how long jobs wait for workers."""
+        """Return how long jobs wait between attempts."""
         return RetryPolicy(self.requeue.first_s, self.requeue.longest_s, self.requeue.budget_s)
 
     def plan_policy(self) -> PlanPolicy:
-        """Return what of it the planner needs."""
+        """Return the part of the policy that the planner uses."""
         return PlanPolicy(
             promised_sequences=self.kv.promised_sequences,
             tokens_per_sequence=self.kv.tokens_per_sequence,
@@ -181,11 +183,8 @@ class NetworkPolicy(_Section):
         )
 
 
-NAME_PATTERN = r"^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,40}[a-zA-Z0-9])?$"
-
-
 class LocalWorker(BaseModel):
-    """A worker on this machine. Ray counts VRAM in whole MiB."""
+    """A worker on this machine; `vram` is in bytes, in whole MiB as Ray assigns it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -196,7 +195,7 @@ class LocalWorker(BaseModel):
 
 
 class NetworkFile(BaseModel):
-    """What a network file says, completed by configs/network.yaml."""
+    """The content of a network file, with configs/network.yaml for the keys that it does not have."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -205,7 +204,7 @@ class NetworkFile(BaseModel):
 
 
 def load_settings(network: Path | None = None) -> tuple[Settings, NetworkFile]:
-    """Return the environment's settings, with another network file if one is given, and what that file says.
+    """Return the settings of the environment and the network file that they name, or the one given.
 
     Raises ConfigurationError as `load_network` does.
     """
@@ -216,14 +215,14 @@ def load_settings(network: Path | None = None) -> tuple[Settings, NetworkFile]:
 
 
 def load_network(path: Path | None = None) -> NetworkFile:
-    """Return the network of a file, which says only what differs from configs/network.yaml.
+    """Return the content of a network file, which holds only the keys that differ from configs/network.yaml.
 
     Raises ConfigurationError that names the file and the keys at fault.
     """
-    standard = _read(CONFIGS / "network.yaml")
+    defaults = _read(CONFIGS / "network.yaml")
     own = {} if path is None else _read(path)
     try:
-        return NetworkFile.model_validate(_merged(standard, own))
+        return NetworkFile.model_validate(_merged(defaults, own))
     except ValidationError as error:
         raise configuration_error(error, str(path or "configs/network.yaml")) from error
 
@@ -235,8 +234,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _merged(standard: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(standard)
+def _merged(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(defaults)
     for key, value in own.items():
         below = merged.get(key)
         both = isinstance(below, dict) and isinstance(value, dict)

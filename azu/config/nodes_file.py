@@ -1,12 +1,12 @@
-"""The nodes file of `azu plan`: which nodes there would be. configs/nodes.example.yaml is one.
+"""The nodes file of `azu plan`: the nodes that a plan may use. configs/nodes.example.yaml is an example.
 
     nodes:
       - name: ada                 # unique; ties in a plan are broken by it
         vram: 24GiB               # free VRAM: K, M, G and T are powers of 1024
         memory_gb_per_s: 1008     # memory bandwidth in 10^9 bytes per second; 400 if not given
         tflops: 80                # in the serving dtype; 20 if not given
-        state: alive              # alive (if not given), suspect, leaving or dead; pieces go to alive ones
-        cached_shards: [embed, layer_0_dense]   # names of shards on its disk; "all" for every one
+        state: alive              # alive (if not given), suspect, leaving or dead; pieces need alive
+        cached_shards: [embed, layer_0_dense]   # names of the shards on its disk, or "all"
         links_ms: {ben: 20}       # one-way latency to other nodes of the file; the policy's hop if not given
 
 Only `name` and `vram` are required. Unknown keys are refused.
@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from azu.config.settings import Size
+from azu.config.settings import Size, configuration_error
 from azu.errors import ConfigurationError
 from azu.files import read_yaml
 from azu.protocol.node import Node, NodeState
@@ -49,15 +49,14 @@ class _NodesFile(BaseModel):
 
 
 def read_nodes(path: Path, structure: Structure) -> tuple[Node, ...]:
-    """Return the nodes of a file; names of cached shards are those of `structure`.
+    """Return the nodes of a file; the names of cached shards are those in `structure`.
 
-    Raises ConfigurationError that names the file and every key at fault.
+    Raises ConfigurationError that names the file and each bad key.
     """
     try:
         found = _NodesFile.model_validate(read_yaml(path))
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise ConfigurationError(f"{path}: {'; '.join(faults)}", param="nodes") from error
+        raise configuration_error(error, str(path)) from error
     names = [node.name for node in found.nodes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigurationError(f"{path}: several nodes are called {', '.join(twice)}", param="nodes")

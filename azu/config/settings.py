@@ -1,4 +1,4 @@
-"""Settings from the environment."""
+"""Settings from the environment, and the field types that all configuration shares."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -13,16 +13,21 @@ from azu.addresses import parse_address
 from azu.errors import AzuError, ConfigurationError
 from azu.units import parse_bytes
 
+_PREFIX = "AZU_"
+# Variables that only one process reads from its environment: the treasury, the wallet commands, the tests.
+_READ_ELSEWHERE = frozenset({"AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD"})
+_TEST_PREFIX = "AZU_TEST_"
+
 
 def configuration_error(error: ValidationError, where: str | None = None) -> ConfigurationError:
-    """Return the error that names every key at fault; values stay out of it, they may be secret."""
+    """Return the error that names each bad key; it has no values, because they may be secret."""
     faults = {".".join(str(part) for part in fault["loc"]): fault["msg"] for fault in error.errors()}
-    told = "; ".join(f"{key}: {message}" for key, message in faults.items())
-    return ConfigurationError(f"{where}: {told}" if where else told, param=next(iter(faults)))
+    text = "; ".join(f"{key}: {message}" for key, message in faults.items())
+    return ConfigurationError(f"{where}: {text}" if where else text, param=next(iter(faults)))
 
 
 def _checked(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return `parse` with its errors in the form that pydantic collects."""
+    """Return `parse` with its errors as ValueError, which pydantic collects."""
 
     def check(value: Any) -> Any:
         try:
@@ -33,17 +38,6 @@ def _checked(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return check
 
 
-Size = Annotated[int, BeforeValidator(_checked(parse_bytes))]
-Address = Annotated[str, BeforeValidator(_checked(lambda value: parse_address(str(value))))]
-Port = Annotated[int, Field(ge=0, le=65535)]
-
-
-PREFIX = "AZU_"
-# Variables of azu that only one process reads, by itself: the treasury, the wallet commands, the tests.
-_READ_ELSEWHERE = frozenset({"AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD"})
-_TEST_PREFIX = "AZU_TEST_"
-
-
 def _paths(value: Any) -> Any:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
@@ -52,17 +46,21 @@ def _expanded(value: Any) -> Any:
     return Path(value).expanduser() if isinstance(value, str | Path) else value
 
 
+Size = Annotated[int, BeforeValidator(_checked(parse_bytes))]
+Address = Annotated[str, BeforeValidator(_checked(lambda value: parse_address(str(value))))]
+Port = Annotated[int, Field(ge=0, le=65535)]
 HomePath = Annotated[Path, BeforeValidator(_expanded)]
 PathList = Annotated[tuple[HomePath, ...], NoDecode, BeforeValidator(_paths)]
 
 
 class Settings(BaseSettings):
-    """What one machine's owner decides. The platform's private key is never among it.
+    """The settings of one machine; the platform's private key is never one of them.
 
-    Without REDIS_HOST azu starts a Redis of its own, without HYPERLIQUID_RPC_URL a devnet. AZU_MODEL_ROOTS
-    are folders separated as in PATH; AZU_MAX_MODEL_BYTES takes sizes such as 64GiB. AZU_TLS_CERT and
-    AZU_TLS_KEY are the ingress's certificate chain and key, AZU_TLS_CA whom to trust at AZU_URL beside the
-    system's authorities; AZU_REDIS_TLS encrypts the link to Redis, whose authority AZU_REDIS_CA is.
+    Without REDIS_HOST azu starts its own Redis, without HYPERLIQUID_RPC_URL a devnet. AZU_MODEL_ROOTS holds
+    folders separated as in PATH; AZU_MAX_MODEL_BYTES accepts sizes such as 64GiB. AZU_TLS_CERT and
+    AZU_TLS_KEY are the ingress's certificate chain and key. AZU_TLS_CA is an authority that clients trust at
+    AZU_URL besides those of the system. AZU_REDIS_TLS encrypts the link to Redis; AZU_REDIS_CA is its
+    authority.
     """
 
     model_config = SettingsConfigDict(
@@ -100,19 +98,19 @@ class Settings(BaseSettings):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Read the process's environment.
+        """Read the settings from the process's environment.
 
-        Raises ConfigurationError that names every variable of azu's that does not exist or has a bad value.
+        Raises ConfigurationError that names each AZU_ variable that azu does not know or whose value is bad.
         """
         _refuse_unknown(os.environ, {str(field.validation_alias) for field in cls.model_fields.values()})
         try:
             settings = cls()
         except ValidationError as error:
             raise configuration_error(error) from error
-        settings._refuse_half_a_pair()
+        settings._check_pairs()
         return settings
 
-    def _refuse_half_a_pair(self) -> None:
+    def _check_pairs(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigurationError("AZU_TLS_CERT and AZU_TLS_KEY go together", param="AZU_TLS_CERT")
         if self.redis_ca is not None and not self.redis_tls:
@@ -122,7 +120,7 @@ class Settings(BaseSettings):
 
     @property
     def redis_url(self) -> str | None:
-        """The configured Redis, None when azu starts its own."""
+        """The URL of the configured Redis, or None when azu starts its own."""
         if self.redis_host is None:
             return None
         user, at = quote(self.redis_username, safe=""), ""
@@ -137,6 +135,6 @@ class Settings(BaseSettings):
 
 
 def _refuse_unknown(environment: Mapping[str, str], known: set[str]) -> None:
-    ours = {name for name in environment if name.startswith(PREFIX) and not name.startswith(_TEST_PREFIX)}
+    ours = {name for name in environment if name.startswith(_PREFIX) and not name.startswith(_TEST_PREFIX)}
     if unknown := sorted(ours - known - _READ_ELSEWHERE):
         raise ConfigurationError(f"unknown settings: {', '.join(unknown)}", param=unknown[0])
