@@ -118,7 +118,7 @@ def exists(name: str) -> bool:
 def faults(text: str, folder: Path = ROOT) -> list[str]:
     """Return what a page names and what does not exist."""
     links = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
-    names = [match.rstrip(".") for match in PATH.findall(links.sub("", text))]
+    names = [match.removesuffix("**").rstrip(".") for match in PATH.findall(links.sub("", text))]
     names += [span for span in re.findall(r"`([^`\s]+)`", text) if FILE.match(span)]
     found = {f"there is no {name}" for name in names if name not in MODELS and not exists(name)}
     found |= {f"there is no {target}" for target in links.findall(text) if not (folder / target).exists()}
