@@ -1,1 +1,1 @@
-"""A local chain that speaks Hyperliquid's HTTP API: for the demo, tests and development."""
+"""The devnet: a local chain with Hyperliquid's HTTP API, for the demo, tests and development."""

@@ -1,4 +1,4 @@
-"""The devnet's ledger: balances, nonces, rows and what became of every action, apart from HTTP and the clock.
+"""The devnet's chain without HTTP or a clock: tokens, balances, nonces, signed actions and ledger rows.
 
 Amounts are integers of 10^-8, the smallest amount of every token here.
 """
@@ -19,9 +19,32 @@ from azu.money.chain.actions import recover_signer
 from azu.money.chain.networks import DEVNET_HYPE
 from azu.units import hype_from_lamports, lamports_from_hype
 
+ACTIVATION_FEE = 10**8
+_DAY_MS = 86_400_000
+_KEPT_NONCES = 100
+_OK: Mapping[str, Any] = {"status": "ok", "response": {"type": "default"}}
+
 Address = Annotated[str, Field(pattern="^0x[0-9a-fA-F]{40}$")]
 Amount = Annotated[str, Field(pattern=r"^\d{1,12}(\.\d{1,8})?$")]
 Nonce = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token of the devnet. `full_id` ("NAME:0x...") and `index` are unique, the name is not."""
+
+    full_id: str
+    index: int
+
+    @property
+    def name(self) -> str:
+        """The name; another token may have the same."""
+        return self.full_id.split(":")[0]
+
+
+HYPE = Token(DEVNET_HYPE, 150)
+USDC = Token("USDC:0x6d1e7cde53ba9467b783cb7c530ce054", 0)
+SECOND_HYPE = Token("HYPE:0xfa15e000fa15e000fa15e000fa15e000", 666)
 
 
 class _Wire(BaseModel):
@@ -34,7 +57,7 @@ class _UserSigned(_Wire):
 
 
 class SendAsset(_UserSigned):
-    """A transfer between accounts, allowed in every account mode."""
+    """A transfer between accounts that every account mode allows."""
 
     type: Literal["sendAsset"]
     destination: Address
@@ -57,12 +80,12 @@ class SpotSend(_UserSigned):
 
     @property
     def nonce(self) -> int:
-        """The nonce; it has another name on the wire."""
+        """The nonce, which is named `time` on the wire."""
         return self.time
 
 
 class SetAbstraction(_UserSigned):
-    """Switches the signer's account between separate and unified balances."""
+    """An action that switches the signer's account between separate and unified balances."""
 
     type: Literal["userSetAbstraction"]
     user: Address
@@ -71,7 +94,7 @@ class SetAbstraction(_UserSigned):
 
 
 class Noop(_Wire):
-    """Uses up a nonce."""
+    """An action that only uses up a nonce."""
 
     type: Literal["noop"]
 
@@ -111,10 +134,6 @@ def parse_exchange(body: bytes) -> tuple[ExchangeRequest, str, dict[str, Any]]:
     return request, recover_signer(raw, is_mainnet=False), raw["action"]
 
 
-_DAY_MS = 86_400_000
-_KEPT = 100
-
-
 class Nonces:
     """The highest nonces that one signer has used."""
 
@@ -127,41 +146,19 @@ class Nonces:
             return f"Invalid nonce: {nonce} is outside of the window around {now_ms}"
         if nonce in self._used:
             return f"Invalid nonce: duplicate nonce {nonce}"
-        if len(self._used) == _KEPT and nonce < self._used[0]:
+        if len(self._used) == _KEPT_NONCES and nonce < self._used[0]:
             return f"Invalid nonce: nonce too low {nonce} < {self._used[0]}"
         return None
 
     def use(self, nonce: int) -> None:
-        """Remember that a nonce is used up."""
+        """Record that a nonce is used up."""
         insort(self._used, nonce)
-        del self._used[:-_KEPT]
-
-
-ACTIVATION_FEE = 10**8
-_OK: Mapping[str, Any] = {"status": "ok", "response": {"type": "default"}}
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A token of the devnet; `full_id` is "NAME:0x...", the only thing that is unique beside the index."""
-
-    full_id: str
-    index: int
-
-    @property
-    def name(self) -> str:
-        """The name, which another token may have too."""
-        return self.full_id.split(":")[0]
-
-
-HYPE = Token(DEVNET_HYPE, 150)
-USDC = Token("USDC:0x6d1e7cde53ba9467b783cb7c530ce054", 0)
-SECOND_HYPE = Token("HYPE:0xfa15e000fa15e000fa15e000fa15e000", 666)
+        del self._used[:-_KEPT_NONCES]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of an account's ledger; nobody sees it before `visible_at_ms`."""
+    """One line of an account's ledger; no answer contains it before `visible_at_ms`."""
 
     time_ms: int
     hash: str
@@ -170,11 +167,11 @@ class Row:
 
 
 class Refused(Exception):
-    """The chain's answer to an action it does not carry out."""
+    """The chain refused an action; the message is its answer."""
 
 
 class DevnetState:
-    """A chain that one request after the other changes."""
+    """The state of the chain, which one request after the other changes."""
 
     def __init__(self) -> None:
         self.tokens = {token.full_id: token for token in (HYPE, USDC)}
@@ -186,15 +183,15 @@ class DevnetState:
         self._nonces: dict[str, Nonces] = defaultdict(Nonces)
 
     def exists(self, address: str) -> bool:
-        """Whether the account was ever paid anything (and was not emptied since)."""
+        """Return whether the account was ever paid, and not emptied since."""
         return address in self._balances
 
     def balance(self, address: str, token: Token) -> int:
-        """Return what an account holds of a token."""
+        """Return an account's balance of a token."""
         return self._balances.get(address, {}).get(token.full_id, 0)
 
     def fund(self, address: str, token: Token, amount: int, now_ms: int) -> str:
-        """Create an amount out of nothing; returns its hash."""
+        """Create an amount of a token; returns the hash of the transaction."""
         self._credit(address, token, amount)
         delta = {"type": "spotGenesis", "token": token.name, "amount": decimal(amount)}
         return self._record({address: delta}, {"type": "spotGenesis"}, address, now_ms, now_ms)
@@ -208,9 +205,9 @@ class DevnetState:
         *,
         rows_late_ms: int = 0,
     ) -> Mapping[str, Any]:
-        """Carry out a signed action or refuse it; either way returns the chain's answer.
+        """Carry out a signed action or refuse it; returns the chain's answer in both cases.
 
-        A nonce is used up as soon as it was good, even if the action then fails.
+        A valid nonce is used up even if the action then fails.
         """
         try:
             self._admit(request, signer, now_ms)
@@ -308,7 +305,7 @@ class DevnetState:
         *,
         error: str | None = None,
     ) -> str:
-        # Random, so that a devnet started anew never repeats a hash that somebody's ledger knows.
+        # Random, so that a new devnet never repeats a hash that an existing ledger knows.
         tx_hash = f"0x{secrets.token_hex(32)}"
         self.txs[tx_hash] = {
             "time": now_ms,
@@ -323,7 +320,7 @@ class DevnetState:
         return tx_hash
 
     def _forget_if_empty(self, address: str) -> None:
-        # As on the chain: an account without any balance is gone, and its ledger with it.
+        # As on the real chain: an account without any balance disappears together with its ledger.
         if not any(self._balances[address].values()):
             del self._balances[address]
             self.rows.pop(address, None)

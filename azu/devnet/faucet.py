@@ -1,4 +1,4 @@
-"""Play money: a devnet's faucet, asked over HTTP."""
+"""The client of a devnet's faucet, which gives play money."""
 
 import httpx
 
@@ -9,7 +9,7 @@ _TIMEOUT_S = 10.0
 
 
 def fund(chain_url: str, address: str, lamports: int) -> str:
-    """Give an address HYPE out of nothing, and return the hash of it.
+    """Give an address HYPE of play money, and return the transaction's hash.
 
     Raises ConfigurationError where the chain has no faucet, ChainError when it does not answer.
     """

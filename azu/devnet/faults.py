@@ -1,4 +1,4 @@
-"""What can go wrong between azu and a chain, switched on by hand."""
+"""Faults between azu and a chain, which tests switch on, and the ASGI middleware that applies them."""
 
 import asyncio
 import random
@@ -9,16 +9,23 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+AsgiApp = Callable[[Message, Receive, Send], Awaitable[None]]
+
+_PATHS = ("/exchange", "/info", "/explorer")
+
 
 class FaultKind(StrEnum):
-    """The faults: down to DELAY they hit one answer, below it they change what the chain does."""
+    """The kinds of faults: those down to DELAY hit one answer, those below it change what the chain does."""
 
     REPLY_DROPPED_BEFORE = "reply_dropped_before"  # the action is not carried out
-    REPLY_DROPPED_AFTER = "reply_dropped_after"  # it is, but nobody says so
+    REPLY_DROPPED_AFTER = "reply_dropped_after"  # it is carried out, but the answer is lost
     UNPROCESSABLE = "unprocessable"  # 422 in plain text
     RATE_LIMITED = "rate_limited"  # 429 with the body `null`
     SERVER_ERROR_BEFORE = "server_error_before"  # 500, the action is not carried out
-    SERVER_ERROR_AFTER = "server_error_after"  # 500, but it is
+    SERVER_ERROR_AFTER = "server_error_after"  # 500, but the action is carried out
     DELAY = "delay"  # the answer takes `seconds` longer
     RESTART = "restart"  # every connection is cut for `seconds`
     ROWS_LATE = "rows_late"  # ledger rows appear `seconds` later, with their own time
@@ -26,10 +33,21 @@ class FaultKind(StrEnum):
     SECOND_HYPE = "second_hype"  # another token called HYPE exists from now on
 
 
-class Fault(BaseModel):
-    """One fault: strikes with probability `chance` until it has struck `times` times (None: for ever).
+_ANSWER_FAULTS = (
+    FaultKind.REPLY_DROPPED_BEFORE,
+    FaultKind.REPLY_DROPPED_AFTER,
+    FaultKind.SERVER_ERROR_BEFORE,
+    FaultKind.SERVER_ERROR_AFTER,
+    FaultKind.UNPROCESSABLE,
+    FaultKind.RATE_LIMITED,
+    FaultKind.DELAY,
+)
 
-    `path` is which requests it strikes, where it is one that hits an answer.
+
+class Fault(BaseModel):
+    """One fault: it hits a request with probability `chance`, at most `times` times (None: no limit).
+
+    A fault that hits an answer hits requests of `path` only.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,8 +74,8 @@ class Faults:
         """Switch every fault off."""
         self._active.clear()
 
-    def strike(self, *kinds: FaultKind, path: str | None = None) -> Fault | None:
-        """Return the fault of one of these kinds that strikes now, if any; `path` narrows the choice."""
+    def take(self, *kinds: FaultKind, path: str | None = None) -> Fault | None:
+        """Use and return the fault of one of these kinds that hits now, or None; `path` limits the choice."""
         for fault in self._active:
             fits = fault.kind in kinds and path in (None, fault.path)
             if fits and self._random.random() < fault.chance:
@@ -69,41 +87,33 @@ class Faults:
         return None
 
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-AsgiApp = Callable[[Message, Receive, Send], Awaitable[None]]
-
-_PATHS = ("/exchange", "/info", "/explorer")
-
-
 class FaultyWire:
-    """ASGI middleware that applies the faults that hit an answer."""
+    """The ASGI middleware that applies the faults that hit an answer."""
 
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
         self._cut_until_s = 0.0
 
     def cut(self, seconds: float) -> None:
-        """Cut every connection to the chain for so long from now on."""
+        """Cut every connection to the chain for `seconds` from now on."""
         self._cut_until_s = time.monotonic() + seconds
 
-    def around(self, app: AsgiApp) -> AsgiApp:
-        """Return the app behind this line."""
+    def wrap(self, app: AsgiApp) -> AsgiApp:
+        """Return the app with the faults applied to its answers."""
 
-        async def wired(scope: Message, receive: Receive, send: Send) -> None:
+        async def faulty(scope: Message, receive: Receive, send: Send) -> None:
             if scope["type"] == "http" and scope["path"] in _PATHS:
-                await self._carry(app, scope, receive, send)
+                await self._forward(app, scope, receive, send)
             else:
                 await app(scope, receive, send)
 
-        return wired
+        return faulty
 
-    async def _carry(self, app: AsgiApp, scope: Message, receive: Receive, send: Send) -> None:
+    async def _forward(self, app: AsgiApp, scope: Message, receive: Receive, send: Send) -> None:
         if time.monotonic() < self._cut_until_s:
             await _hang_up(send)
             return
-        fault = self._faults.strike(*_HITS_AN_ANSWER, path=scope["path"])
+        fault = self._faults.take(*_ANSWER_FAULTS, path=scope["path"])
         match fault.kind if fault else None:
             case FaultKind.REPLY_DROPPED_BEFORE:
                 await _hang_up(send)
@@ -126,23 +136,12 @@ class FaultyWire:
                 await app(scope, receive, send)
 
 
-_HITS_AN_ANSWER = (
-    FaultKind.REPLY_DROPPED_BEFORE,
-    FaultKind.REPLY_DROPPED_AFTER,
-    FaultKind.SERVER_ERROR_BEFORE,
-    FaultKind.SERVER_ERROR_AFTER,
-    FaultKind.UNPROCESSABLE,
-    FaultKind.RATE_LIMITED,
-    FaultKind.DELAY,
-)
-
-
 async def _discard(message: Message) -> None:
     pass
 
 
 async def _hang_up(send: Send) -> None:
-    # An answer that promises a byte and never sends it: the server closes the connection.
+    # The answer announces one byte and never sends it, so the server closes the connection.
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
 
 

@@ -1,4 +1,4 @@
-"""The devnet over HTTP: the chain's own endpoints, a faucet and a switchboard for faults."""
+"""The devnet's HTTP server: the endpoints of the real chain, a faucet, and a switch for faults."""
 
 import json
 import socket
@@ -30,12 +30,105 @@ from azu.units import LAMPORTS_PER_HYPE, lamports_from_hype
 _PAGE_ROWS = 500
 _REQUESTS_CAP = 10_000
 _NO_MARGIN = {"accountValue": "0.0", "totalMarginUsed": "0.0", "totalNtlPos": "0.0", "totalRawUsd": "0.0"}
+# Enough to activate a few accounts: a funded account can pay a new platform at once.
+_FAUCET_USDC = 10 * LAMPORTS_PER_HYPE
 
 Query = Mapping[str, Any]
 
 
+def serve(host: str, port: int, *, seed: int | None, ready: Callable[[str], None]) -> None:
+    """Serve a new chain until SIGINT or SIGTERM; calls `ready` with its URL once it accepts connections.
+
+    Port 0 takes a free port. Raises OSError if the port is taken.
+    """
+    config = uvicorn.Config(
+        build_app(seed=seed),
+        log_level="critical",  # uvicorn would log faults as errors
+        timeout_graceful_shutdown=1,
+    )
+    with socket.create_server((host, port), backlog=1024) as listener:
+        ready(f"http://{host}:{listener.getsockname()[1]}")
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+class FundRequest(BaseModel):
+    """POST /devnet/fund: `amount` is a decimal string of the token."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    address: Address
+    amount: Amount
+    token: Annotated[str, Field(max_length=80)] = HYPE.full_id
+
+
+def build_app(*, seed: int | None = None) -> FastAPI:
+    """Return the app of a new, empty chain; `seed` fixes which requests random faults hit."""
+    chain, faults = DevnetState(), Faults(seed)
+    wire = FaultyWire(faults)
+    app = FastAPI(title="azu devnet", openapi_url=None)
+    app.add_middleware(wire.wrap)
+
+    @app.post("/exchange")
+    async def exchange(request: Request) -> Response:
+        try:
+            parsed, signer, raw = parse_exchange(await request.body())
+        except InvalidRequest as error:
+            return PlainTextResponse(error.message, status_code=422)
+        late = faults.take(FaultKind.ROWS_LATE)
+        rows_late_ms = round(late.seconds * 1000) if late else 0
+        return JSONResponse(chain.execute(parsed, signer, raw, wall_clock_ms(), rows_late_ms=rows_late_ms))
+
+    @app.post("/info")
+    async def info(request: Request) -> Response:
+        twice = faults.take(FaultKind.ROWS_TWICE) is not None
+        return await _answer(request, lambda query: answer_info(chain, query, wall_clock_ms(), twice=twice))
+
+    @app.post("/explorer")
+    async def explorer(request: Request) -> Response:
+        return await _answer(request, lambda query: answer_explorer(chain, query))
+
+    @app.post("/devnet/fund")
+    async def fund(body: FundRequest) -> Response:
+        token, address = chain.tokens.get(body.token), body.address.lower()
+        if token is None:
+            return PlainTextResponse(f"no token {body.token} here", status_code=404)
+        tx_hash = chain.fund(address, token, lamports_from_hype(body.amount), wall_clock_ms())
+        if chain.balance(address, USDC) < _FAUCET_USDC:
+            chain.fund(address, USDC, _FAUCET_USDC, wall_clock_ms())
+        return JSONResponse({"hash": tx_hash, "balance": decimal(chain.balance(address, token))})
+
+    @app.post("/devnet/faults")
+    async def add_fault(fault: Fault) -> Response:
+        match fault.kind:
+            case FaultKind.SECOND_HYPE:
+                chain.tokens[SECOND_HYPE.full_id] = SECOND_HYPE
+            case FaultKind.RESTART:
+                wire.cut(fault.seconds)
+            case _:
+                faults.add(fault)
+        return JSONResponse({"tokens": list(chain.tokens)})
+
+    @app.delete("/devnet/faults")
+    async def clear_faults() -> Response:
+        faults.clear()
+        wire.cut(0)
+        return JSONResponse({})
+
+    return app
+
+
+async def _answer(request: Request, answer: Callable[[dict[str, Any]], Any]) -> Response:
+    try:
+        query = json.loads(await request.body())
+        if not isinstance(query, dict):
+            raise UnknownQuery("body")
+        return JSONResponse(answer(query))
+    except (ValueError, UnknownQuery):
+        return PlainTextResponse("Failed to deserialize the JSON body into the target type", status_code=422)
+
+
 class UnknownQuery(Exception):
-    """The chain does not know this request, or a field of it is missing or wrong."""
+    """A request of an unknown type, or with a field that is missing or wrong."""
 
 
 def answer_info(chain: DevnetState, query: Query, now_ms: int, *, twice: bool = False) -> Any:
@@ -49,8 +142,8 @@ def answer_info(chain: DevnetState, query: Query, now_ms: int, *, twice: bool = 
             return {}
         case "userNonFundingLedgerUpdates":
             return _ledger_updates(chain, query, now_ms, twice=twice)
-        case str(kind) if kind in _ABOUT_AN_ACCOUNT:
-            return _ABOUT_AN_ACCOUNT[kind](chain, _user(query))
+        case str(kind) if kind in _ACCOUNT_QUERIES:
+            return _ACCOUNT_QUERIES[kind](chain, _user(query))
         case unknown:
             raise UnknownQuery(str(unknown))
 
@@ -158,7 +251,7 @@ def _rate_limit(chain: DevnetState, user: str) -> Any:
     return {"cumVlm": "0.0", "nRequestsUsed": used, "nRequestsCap": _REQUESTS_CAP, "nRequestsSurplus": 0}
 
 
-_ABOUT_AN_ACCOUNT: Mapping[str, Callable[[DevnetState, str], Any]] = {
+_ACCOUNT_QUERIES: Mapping[str, Callable[[DevnetState, str], Any]] = {
     "spotClearinghouseState": _spot_state,
     "clearinghouseState": _perp_state,
     "preTransferCheck": _transfer_check,
@@ -166,98 +259,3 @@ _ABOUT_AN_ACCOUNT: Mapping[str, Callable[[DevnetState, str], Any]] = {
     "userRole": lambda chain, user: {"role": "user" if chain.exists(user) else "missing"},
     "userAbstraction": lambda chain, user: "unifiedAccount" if user in chain.unified else "disabled",
 }
-
-
-# Enough to activate a few accounts: whoever is funded can pay a new platform at once.
-_FAUCET_USDC = 10 * LAMPORTS_PER_HYPE
-
-
-class FundRequest(BaseModel):
-    """POST /devnet/fund: `amount` is a decimal string of the token."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    address: Address
-    amount: Amount
-    token: Annotated[str, Field(max_length=80)] = HYPE.full_id
-
-
-def build_app(*, seed: int | None = None) -> FastAPI:
-    """Return a new chain with nothing on it; `seed` fixes which requests random faults strike."""
-    chain, faults = DevnetState(), Faults(seed)
-    wire = FaultyWire(faults)
-    app = FastAPI(title="azu devnet", openapi_url=None)
-    app.add_middleware(wire.around)
-
-    @app.post("/exchange")
-    async def exchange(request: Request) -> Response:
-        try:
-            parsed, signer, raw = parse_exchange(await request.body())
-        except InvalidRequest as error:
-            return PlainTextResponse(error.message, status_code=422)
-        late = faults.strike(FaultKind.ROWS_LATE)
-        rows_late_ms = round(late.seconds * 1000) if late else 0
-        return JSONResponse(chain.execute(parsed, signer, raw, wall_clock_ms(), rows_late_ms=rows_late_ms))
-
-    @app.post("/info")
-    async def info(request: Request) -> Response:
-        twice = faults.strike(FaultKind.ROWS_TWICE) is not None
-        return await _answer(request, lambda query: answer_info(chain, query, wall_clock_ms(), twice=twice))
-
-    @app.post("/explorer")
-    async def explorer(request: Request) -> Response:
-        return await _answer(request, lambda query: answer_explorer(chain, query))
-
-    @app.post("/devnet/fund")
-    async def fund(body: FundRequest) -> Response:
-        token, address = chain.tokens.get(body.token), body.address.lower()
-        if token is None:
-            return PlainTextResponse(f"no token {body.token} here", status_code=404)
-        tx_hash = chain.fund(address, token, lamports_from_hype(body.amount), wall_clock_ms())
-        if chain.balance(address, USDC) < _FAUCET_USDC:
-            chain.fund(address, USDC, _FAUCET_USDC, wall_clock_ms())
-        return JSONResponse({"hash": tx_hash, "balance": decimal(chain.balance(address, token))})
-
-    @app.post("/devnet/faults")
-    async def add_fault(fault: Fault) -> Response:
-        match fault.kind:
-            case FaultKind.SECOND_HYPE:
-                chain.tokens[SECOND_HYPE.full_id] = SECOND_HYPE
-            case FaultKind.RESTART:
-                wire.cut(fault.seconds)
-            case _:
-                faults.add(fault)
-        return JSONResponse({"tokens": list(chain.tokens)})
-
-    @app.delete("/devnet/faults")
-    async def clear_faults() -> Response:
-        faults.clear()
-        wire.cut(0)
-        return JSONResponse({})
-
-    return app
-
-
-async def _answer(request: Request, answer: Callable[[dict[str, Any]], Any]) -> Response:
-    try:
-        query = json.loads(await request.body())
-        if not isinstance(query, dict):
-            raise UnknownQuery("body")
-        return JSONResponse(answer(query))
-    except (ValueError, UnknownQuery):
-        return PlainTextResponse("Failed to deserialize the JSON body into the target type", status_code=422)
-
-
-def serve(host: str, port: int, *, seed: int | None, ready: Callable[[str], None]) -> None:
-    """Serve a new chain until SIGINT or SIGTERM; calls `ready` with its URL as soon as it accepts.
-
-    Port 0 takes a free one. Raises OSError if the port is taken.
-    """
-    config = uvicorn.Config(
-        build_app(seed=seed),
-        log_level="critical",  # faults look like errors to uvicorn
-        timeout_graceful_shutdown=1,
-    )
-    with socket.create_server((host, port), backlog=1024) as listener:
-        ready(f"http://{host}:{listener.getsockname()[1]}")
-        uvicorn.Server(config).run(sockets=[listener])

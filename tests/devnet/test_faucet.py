@@ -1,4 +1,4 @@
-"""Whoever asks a devnet's faucet has the money; no other chain gives any."""
+"""A devnet's faucet pays each address that asks; other chains have no faucet."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from azu.launch.processes import free_port
 from tests.money.chain.running import RunningDevnet
 
 
-def test_the_money_is_there(devnet: RunningDevnet, bob: str) -> None:
+def test_the_funded_address_has_the_money(devnet: RunningDevnet, bob: str) -> None:
     tx_hash = fund(devnet.url, bob, 25_000_000)
 
     # The faucet also gives what activates an account.
@@ -21,6 +21,6 @@ def test_a_chain_without_a_faucet_gives_none(devnet: RunningDevnet, bob: str) ->
         fund(f"{devnet.url}/another", bob, 1)
 
 
-def test_a_chain_that_is_away_is_named(bob: str) -> None:
+def test_the_error_names_a_chain_that_does_not_answer(bob: str) -> None:
     with pytest.raises(ChainError, match="did not answer"):
         fund(f"http://127.0.0.1:{free_port()}", bob, 1)

@@ -29,7 +29,7 @@ def start(port: int) -> subprocess.Popen[str]:
     )
 
 
-def test_it_says_where_it_is_as_soon_as_it_answers_and_ends_when_told() -> None:
+def test_the_server_prints_its_url_once_it_answers_and_ends_at_sigterm() -> None:
     process = start(port=0)
     try:
         assert process.stdout is not None
@@ -46,7 +46,7 @@ def test_it_says_where_it_is_as_soon_as_it_answers_and_ends_when_told() -> None:
         assert probe.connect_ex(("127.0.0.1", int(ready[2].rsplit(":", 1)[1]))) != 0
 
 
-def test_it_does_not_start_on_a_port_that_is_taken() -> None:
+def test_the_server_does_not_start_on_a_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         process = start(port=taken.getsockname()[1])
         out, _ = process.communicate(timeout=30)
@@ -193,7 +193,7 @@ def test_a_stranger_and_a_mainnet_signature_are_refused(devnet: RunningDevnet, b
     assert reply["response"].startswith("Must deposit before performing actions. User: 0x")
 
 
-def test_an_emptied_account_is_gone_with_its_ledger(
+def test_an_emptied_account_disappears_with_its_ledger(
     exchange: Exchange, info: Info, alice: LocalAccount, bob: str
 ) -> None:
     exchange.send_asset(bob, "spot", "spot", HYPE.full_id, "10")
@@ -244,7 +244,7 @@ def test_a_fault_hits_one_answer(
     assert exchange.send_asset(bob, "spot", "spot", HYPE.full_id, "1")["status"] == "ok"
 
 
-def test_a_delay_outlasts_a_clients_patience(devnet: RunningDevnet, alice: LocalAccount, bob: str) -> None:
+def test_a_delay_outlasts_a_clients_timeout(devnet: RunningDevnet, alice: LocalAccount, bob: str) -> None:
     exchange = Exchange(alice, devnet.url, timeout=0.2)
     devnet.fault("delay", seconds=0.6)
 
@@ -299,7 +299,7 @@ def test_another_token_can_be_called_hype(
 @pytest.mark.parametrize(
     "body", [{}, {"type": "bogus"}, {"type": "userRole"}, {"type": "txDetails", "hash": "0x0"}]
 )
-def test_a_request_it_does_not_know_is_unprocessable(devnet: RunningDevnet, body: dict[str, str]) -> None:
+def test_an_unknown_request_is_unprocessable(devnet: RunningDevnet, body: dict[str, str]) -> None:
     reply = requests.post(f"{devnet.url}/info", json=body, timeout=5)
 
     assert reply.status_code == 422

@@ -208,7 +208,6 @@ def test_the_children_of_a_killed_parent_end(tmp_path: Path) -> None:
     parent.wait(20)
 
     eventually(lambda: not exists(child))
-    for orphan in session_members(
-        child
-    ):  # the kernel does not end grandchildren; Ray's processes end by themselves
+    # The kernel does not end grandchildren; Ray's processes end by themselves.
+    for orphan in session_members(child):
         os.kill(orphan, signal.SIGKILL)
