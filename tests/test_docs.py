@@ -133,6 +133,13 @@ def test_a_page_names_only_what_exists(page: str) -> None:
     assert faults(path.read_text(), path.parent) == []
 
 
+def test_the_architecture_page_names_every_file() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    files = [path for folder in ("azu", "actors", "deployments") for path in (ROOT / folder).rglob("*.py")]
+    wanted = {path.name for path in files if path.parent.name != "cli"} - {"__init__.py"}
+    assert sorted(name for name in wanted if f"`{name}`" not in page) == []
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
