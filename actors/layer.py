@@ -91,7 +91,7 @@ class LayerActor:
         """Run one step and pass it on; whoever called takes the return as acknowledgement."""
         taken_s = time.perf_counter()
         self._run(batch, frame)
-        return self._clock.stay(taken_s, time.perf_counter())
+        return self._clock.record(taken_s, time.perf_counter())
 
     def _run(self, batch: StepBatch, frame: bytes | None) -> None:
         assert self._runner is not None, "load() comes first"

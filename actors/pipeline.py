@@ -49,7 +49,7 @@ class Pipeline:
         log_as("pipeline", model_id=structure.model_id)
         self._epoch = topology.epoch
         self._engine = EnginePipeline(structure, topology, scheduling, eos_token_ids)
-        meter = open_meter(lambda: self._pace.stand(self._engine))
+        meter = open_meter(lambda: self._pace.set_load(self._engine))
         self._pace = PipelineMetrics(structure.model_id, scheduling.num_blocks, meter)
         self._text = TextDecoder.from_json(text_decoder)
         self._jobs = RedisJobs.from_url(redis_url)
@@ -154,13 +154,13 @@ class Pipeline:
         self._engine.suspend()
         self._engine.resume(topology, empty, dict(zip(senders, num_sent, strict=True)))
         if is_repair:
-            self._pace.repaired()
+            self._pace.record_recovery()
         self._pump()
 
     async def fail(self, error: AzuError) -> None:
         """End everything that runs here with what it has."""
         self._broken = error
-        self._pace.repaired(given_up=True)
+        self._pace.record_recovery(given_up=True)
         self._engine.suspend()
         self._updates.put_nowait(
             [update for sequence_id in self._running for update in self._engine.cancel(sequence_id)]
@@ -190,7 +190,7 @@ class Pipeline:
             else:
                 sequence = self._sequence(job, choice, so_far.token_ids)
                 self._engine.add(sequence)
-                self._pace.began(sequence.sequence_id, len(job.prompt_token_ids), time.monotonic())
+                self._pace.record_start(sequence.sequence_id, len(job.prompt_token_ids), time.monotonic())
                 self._running[sequence.sequence_id] = (running, choice)
                 running.open.add(sequence.sequence_id)
                 log.info("began", extra={"job_id": job.job_id, "sequence_id": sequence.sequence_id})
@@ -224,7 +224,7 @@ class Pipeline:
             updates = await self._updates.get()
             while not self._updates.empty():
                 updates = updates + self._updates.get_nowait()
-            self._pace.went_on(updates, time.monotonic())
+            self._pace.record_tokens(updates, time.monotonic())
             events = []
             for update in updates:
                 running, choice = self._running[update.sequence_id]

@@ -1,8 +1,8 @@
-"""Which node activated how many parameter bytes for a sequence, layer by layer: what its fee is divided by.
+"""The work of a sequence: the parameter bytes that each node activated, layer by layer.
 
-A token counts for a layer once, when it first runs through it. The last token of a completion is delivered
-but never runs, so prompt + completion - 1 tokens count where prompt + completion are charged: shares are
-divided in proportion to what ran.
+The fee of a sequence is divided in proportion to its work. A token counts for a layer once, when it first
+runs through it. The last token of a completion is delivered but never runs: prompt + completion - 1 tokens
+count, and prompt + completion tokens are charged.
 """
 
 from collections import defaultdict
@@ -26,33 +26,33 @@ class WorkAccount:
         self._counted: dict[int, dict[tuple[int, str], int]] = {}
         self._fixed = _fixed_bytes_by_layer(structure, topology)
 
-    def move(self, topology: Topology) -> None:
-        """Count what runs from now on where it is now; whoever ran something before keeps that."""
+    def set_topology(self, topology: Topology) -> None:
+        """Count later work for the nodes of another topology; work before this call stays with its nodes."""
         for sequence_id in list(self._tokens):
             self._count(sequence_id)
         self._topology = topology
         self._fixed = _fixed_bytes_by_layer(self._structure, topology)
 
-    def presumed(self, prompt_tokens: int, completion_tokens: int) -> Work:
-        """Return the work of a completion whose record is lost, as if all had been done where things are now.
+    def estimated(self, prompt_tokens: int, completion_tokens: int) -> Work:
+        """Return the work of a completion whose record is lost, as if the present nodes had done all of it.
 
-        Of experts that are apart from their router each counts as chosen as often as any other.
+        Distributed experts count as if all experts of a layer were chosen equally often.
         """
         num_tokens = prompt_tokens + completion_tokens - 1 if completion_tokens else 0
         return {
             layer.index: {
                 node_id: activated * num_tokens
-                for node_id, activated in _presumed_bytes(self._structure, self._topology, layer).items()
+                for node_id, activated in _estimated_bytes(self._structure, self._topology, layer).items()
             }
             for layer in self._structure.layers
         }
 
-    def ran(self, sequence_id: int, num_tokens: int) -> None:
+    def add_tokens(self, sequence_id: int, num_tokens: int) -> None:
         """Count tokens that ran through all layers for the first time."""
         self._tokens[sequence_id] += num_tokens
 
-    def reported(self, work: Iterable[ExpertWork]) -> None:
-        """Count what stages report of layers whose experts are spread."""
+    def add_expert_work(self, work: Iterable[ExpertWork]) -> None:
+        """Count the work that stages report for layers with distributed experts."""
         for entry in work:
             counted = self._counted.setdefault(entry.sequence_id, defaultdict(int))
             counted[entry.layer, entry.node_id] += entry.activated_bytes
@@ -69,7 +69,7 @@ class WorkAccount:
         return work
 
     def _count(self, sequence_id: int) -> None:
-        """Add what a sequence's tokens activated whatever the routers chose."""
+        """Count the bytes that a sequence's tokens activated independently of any router's choice."""
         num_tokens = self._tokens.pop(sequence_id, 0)
         if not num_tokens:
             return
@@ -79,13 +79,13 @@ class WorkAccount:
                 counted[layer, node_id] += activated * num_tokens
 
 
-def is_spread(layer: Layer, stage: Stage) -> bool:
-    """Say whether some experts of a layer are apart from its router."""
+def is_distributed(layer: Layer, stage: Stage) -> bool:
+    """Say whether some experts of a layer are on other nodes than its router."""
     return layer.kind is LayerKind.MOE and len(stage.experts.get(layer.index, ())) < layer.num_experts
 
 
 def _fixed_bytes_by_layer(structure: Structure, topology: Topology) -> Mapping[int, tuple[str, int]]:
-    """Return layer -> the stage's node and the bytes it activates per token, whatever the router chooses."""
+    """Return layer -> the stage's node and the bytes per token that do not depend on the router's choice."""
     return {
         layer.index: (stage.node_id, _fixed_bytes(structure, layer, stage))
         for stage in topology.stages
@@ -93,20 +93,20 @@ def _fixed_bytes_by_layer(structure: Structure, topology: Topology) -> Mapping[i
     }
 
 
-def _presumed_bytes(structure: Structure, topology: Topology, layer: Layer) -> Mapping[str, int]:
-    """Return node id -> the bytes that it activates per token of a layer, on average."""
+def _estimated_bytes(structure: Structure, topology: Topology, layer: Layer) -> Mapping[str, int]:
+    """Return node id -> the bytes that it activates in a layer per token, on average."""
     stage = topology.stage_of(layer.index)
-    presumed = {stage.node_id: _fixed_bytes(structure, layer, stage)}
-    if not is_spread(layer, stage):
-        return presumed
-    presumed[stage.node_id] += structure.layer_shard(layer.index).active_parameters * structure.dtype_bytes
+    estimated = {stage.node_id: _fixed_bytes(structure, layer, stage)}
+    if not is_distributed(layer, stage):
+        return estimated
+    estimated[stage.node_id] += structure.layer_shard(layer.index).active_parameters * structure.dtype_bytes
     chosen = layer.experts_per_token * structure.expert_shard(layer.index, 0).active_parameters
     holders = [(one.node_id, one.experts) for one in topology.expert_sets if not one.is_replica]
     for node_id, experts in (*holders, (stage.node_id, stage.experts)):
         held = len(experts.get(layer.index, ()))
         activated = chosen * structure.dtype_bytes * held // layer.num_experts
-        presumed[node_id] = presumed.get(node_id, 0) + activated
-    return presumed
+        estimated[node_id] = estimated.get(node_id, 0) + activated
+    return estimated
 
 
 def _fixed_bytes(structure: Structure, layer: Layer, stage: Stage) -> int:
@@ -115,7 +115,7 @@ def _fixed_bytes(structure: Structure, layer: Layer, stage: Stage) -> int:
         parameters += structure.shard(EMBED).active_parameters
     if layer.index == structure.num_layers - 1:
         parameters += structure.shard(HEAD).active_parameters
-    if not is_spread(layer, stage):
+    if not is_distributed(layer, stage):
         parameters += structure.layer_shard(layer.index).active_parameters
         if layer.experts_per_token:
             parameters += layer.experts_per_token * structure.expert_shard(layer.index, 0).active_parameters

@@ -1,7 +1,8 @@
 """Attention over packed ragged batches, for every family that asks transformers' AttentionInterface.
 
-A mask function hands each layer the model's own mask pattern instead of a tensor; the attention function
-evaluates it at the sequences' real positions. The families without the interface run padded batches.
+The mask function gives each layer the model's own mask pattern in place of a tensor; the attention function
+evaluates the pattern at the real positions of the sequences. Families without the interface run padded
+batches.
 """
 
 from collections.abc import Callable
@@ -19,14 +20,14 @@ from azu.engine.layout import DecodeRows, Layout, Span
 from azu.errors import UnsupportedModel
 
 PACKED = "azu_packed"
-# Tensors that transformers passes to every attention function and that say nothing a mask does not.
+# Tensors that transformers passes to every attention function; the mask contains what they say.
 _KNOWN_TENSORS = frozenset({"position_ids", "cache_position"})
 
 CURRENT_LAYOUT: ContextVar[Layout] = ContextVar("CURRENT_LAYOUT")
 
 
 class MaskPattern:
-    """Which keys a query sees, as a function of positions; masks are made once per forward, not per layer."""
+    """The keys that a query sees, as a function of positions; all layers of a forward share the masks."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self._function = function
@@ -38,7 +39,7 @@ class MaskPattern:
         return self._function is causal_mask_function
 
     def of_singles(self, singles: DecodeRows) -> Tensor | None:
-        """Return the mask [num_slices, 1, 1, num_keys] of slices of one token, None if all is seen."""
+        """Return the mask [num_slices, 1, 1, num_keys] of slices of one token, None if it hides no key."""
         if -1 not in self._masks:
             needless = self.is_causal and not singles.ragged
             queries = singles.positions[:, None, None, None]
@@ -59,7 +60,7 @@ class MaskPattern:
 
 
 def mask_pattern(*, mask_function: Callable[..., Tensor], **_: Any) -> MaskPattern:
-    """Return the model's mask as a pattern; an AttentionMaskInterface function."""
+    """Return the model's mask as a pattern: a function for AttentionMaskInterface."""
     return MaskPattern(mask_function)
 
 
@@ -74,7 +75,7 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend each sequence of a packed batch to its own keys; an AttentionInterface function.
+    """Attend each sequence of a packed batch to its own keys: a function for AttentionInterface.
 
     query [1, heads, tokens, width], key and value [1, kv heads, keys, width]; out [1, tokens, heads, width].
     """
@@ -96,7 +97,7 @@ def packed_attention(
 
 @dataclass(frozen=True, slots=True)
 class _Kernel:
-    """Attention of queries [batch, heads, tokens, width]; `sinks` [heads] join the softmax valueless."""
+    """Attention for queries [batch, heads, tokens, width]; `sinks` [heads] join the softmax alone."""
 
     scale: float
     softcap: float | None
@@ -105,7 +106,7 @@ class _Kernel:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         batch, heads, tokens, width = query.shape
         groups = heads // key.shape[1]
-        # Heads that share keys become rows of one head: no key is copied.
+        # Heads with the same keys become rows of one head, so that no key is copied.
         folded = query.reshape(batch, key.shape[1], groups * tokens, width)
         if mask is not None and tokens > 1:
             mask = mask.repeat(1, 1, groups, 1)
@@ -145,7 +146,9 @@ def _attend_singles(
 def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
     for name, given in kwargs.items():
         if isinstance(given, Tensor) and name not in _KNOWN_TENSORS:
-            raise UnsupportedModel(f"{type(module).__name__} attends by {name!r}, which azu does not know")
+            raise UnsupportedModel(
+                f"{type(module).__name__} passes {name!r} to attention, which azu does not know"
+            )
 
 
 AttentionInterface.register(PACKED, packed_attention)

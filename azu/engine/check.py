@@ -1,4 +1,4 @@
-"""Whether azu runs a model as transformers does: cut it, run it stage by stage, compare."""
+"""`azu check`: cut a model, run it stage by stage, and compare tokens and logits with transformers' own."""
 
 import tempfile
 import warnings
@@ -23,15 +23,15 @@ _NEW_TOKENS = 12
 _PROMPT_LENGTHS = (5, 19, 1, 11)
 _SEED = 1
 _BLOCK_SIZE = 4
-# Shorter than the longest prompt: its chunks share steps with tokens that other sequences decode.
+# Shorter than the longest prompt: its chunks share steps with the decoded tokens of other sequences.
 _PREFILL_CHUNK_TOKENS = 8
-# Rounding of float32 in another order of summation, for logits around 1.
+# The rounding of float32 when sums have another order, for logits around 1.
 _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What `azu check` says. `supported` is False with a `reason` when the model cannot be cut or read."""
+    """The result of a check. `supported` is False, with a `reason`, when the model cannot be cut or read."""
 
     model: str
     architecture: str | None
@@ -44,17 +44,18 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether azu's answer is that of the whole model."""
+        """Whether azu's tokens and logits are those of the whole model."""
         return self.supported and self.tokens_equal and self.reason is None
 
 
 def check(
     folder: Path, *, model: str, num_stages: int, expert_holders: int = 0, device: str = "cpu"
 ) -> CheckReport:
-    """Run a model folder in stages on a device and whole on the CPU, in float32, on token ids made up here.
+    """Run a model folder in stages on a device and whole on the CPU, in float32, on random token ids.
 
-    With `expert_holders` all experts are spread over that many expert sets. The stages differ in size, for an
-    even cut would hide mistakes in counting. Raises InvalidRequest for more stages than the model has layers.
+    With `expert_holders` all experts are in that many expert sets. The stages have different sizes, because
+    an even cut would hide mistakes in counting. Raises InvalidRequest for more stages than the model has
+    layers.
     """
     try:
         architecture = describe(folder)
@@ -84,7 +85,7 @@ def check(
 
 
 def uneven_boundaries(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Return where stages begin and end, none shorter than the one before it: 6 in 3 is (0, 1, 3, 6)."""
+    """Return the boundaries of stages, each at least as long as the one before: (0, 1, 3, 6) for 6 in 3."""
     weights = range(1, num_stages + 1)
     spare = num_layers - num_stages
     ends = [stage + spare * sum(weights[:stage]) // sum(weights) for stage in range(1, num_stages + 1)]
@@ -110,7 +111,7 @@ def _run_stages(
 ) -> tuple[list[list[int]], list[Tensor]]:
     with tempfile.TemporaryDirectory(prefix="azu-check-") as out:
         structure = cut(folder, Path(out), model_id=folder.name, revision="check", architecture=architecture)
-        # In half precision the order of sums decides tokens; in float32 only mistakes do.
+        # In half precision the order of sums changes tokens; in float32 only a mistake does.
         structure = replace(structure, dtype="float32")
         seen: dict[int, list[Tensor]] = defaultdict(list)
 
@@ -144,7 +145,7 @@ def _run_whole(folder: Path, prompts: Sequence[Sequence[int]]) -> tuple[list[lis
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
         ).eval()
-    # Plain greedy decoding, whatever the folder's own defaults say, and no end before the limit.
+    # Plain greedy decoding in place of the folder's own defaults, and no end before the limit.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
     tokens, logits = [], []
     for prompt in prompts:

@@ -1,4 +1,8 @@
-"""What a node's device has now: live free memory, who holds the rest, and how busy it is."""
+"""A node's device: its memory and load now, and its speed, which is measured.
+
+Run as a program with a GPU's name, this file measures that GPU and prints the speed as JSON: so the process
+that asks needs no torch and holds no memory of the card.
+"""
 
 import hashlib
 import logging
@@ -22,8 +26,7 @@ from azu.files import replacing, write_all
 from azu.units import MIB
 
 log = logging.getLogger(__name__)
-
-# Copies have to exceed the device's caches, products have to fill its units.
+# Sizes of what is measured: copies exceed the device's caches, products fill its units.
 _CPU_COPY_BYTES, _CPU_MATRIX = 64 * MIB, 512
 _GPU_COPY_BYTES, _GPU_MATRIX = 512 * MIB, 4096
 _ROUNDS = 5
@@ -31,10 +34,96 @@ _MEASURE_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceSpeed:
-    """How fast weights are read and matrices are multiplied: float32 on a CPU, bfloat16 on a GPU.
+class DeviceMemory:
+    """A device's memory at one moment.
 
-    `hardware` names the device and, for a GPU, its `gpu_uuid` as NVML knows it.
+    azu may still take `free_bytes`. Its own processes hold `used_bytes`: None when the driver does not say
+    so. Other programs hold `other_bytes` on the card.
+    """
+
+    free_bytes: int
+    used_bytes: int | None
+    other_bytes: int
+
+
+class DeviceMeter(Protocol):
+    """Reads the memory and load of one device."""
+
+    def memory(self, lent_bytes: int, own_pids: Collection[int]) -> DeviceMemory:
+        """Return the memory of a device whose owner lends `lent_bytes` and where azu runs as `own_pids`."""
+
+    def load(self) -> float:
+        """Return the part of the time since the last call in which the device was busy, 0 to 1."""
+
+
+class CpuMeter:
+    """A budget of main memory.
+
+    `used_bytes` is the resident memory of azu's processes. Much of it is code, which no plan counts.
+    """
+
+    def memory(self, lent_bytes: int, own_pids: Collection[int]) -> DeviceMemory:
+        """Return the budget, or less when the machine itself has less memory available."""
+        available = int(psutil.virtual_memory().available)
+        return DeviceMemory(min(lent_bytes, available), _resident_bytes(own_pids), other_bytes=0)
+
+    def load(self) -> float:
+        """Return the busy part of all cores."""
+        return psutil.cpu_percent() / 100
+
+
+def _resident_bytes(pids: Iterable[int]) -> int:
+    total = 0
+    for pid in pids:
+        try:
+            total += int(psutil.Process(pid).memory_info().rss)
+        except psutil.NoSuchProcess:
+            continue  # it has ended
+    return total
+
+
+class NvidiaMeter:
+    """Reads one GPU through NVML."""
+
+    def __init__(self, gpu_uuid: str) -> None:
+        """Raises pynvml.NVMLError when the driver does not know the card."""
+        pynvml.nvmlInit()
+        self._card = pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid)
+
+    def memory(self, lent_bytes: int, own_pids: Collection[int]) -> DeviceMemory:
+        """Return the card's memory; what is free is within what its owner lends."""
+        card = pynvml.nvmlDeviceGetMemoryInfo(self._card)
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(self._card)
+        used = own_bytes({process.pid: process.usedGpuMemory for process in running}, own_pids)
+        left = lent_bytes if used is None else lent_bytes - used
+        return DeviceMemory(
+            free_bytes=max(0, min(int(card.free), left)),
+            used_bytes=used,
+            other_bytes=int(card.used) - (used or 0),
+        )
+
+    def load(self) -> float:
+        """Return the busy part of the driver's last sample."""
+        return int(pynvml.nvmlDeviceGetUtilizationRates(self._card).gpu) / 100
+
+
+def own_bytes(bytes_by_pid: Mapping[int, int | None], own_pids: Collection[int]) -> int | None:
+    """Return what azu's processes hold, or None when the driver does not say so.
+
+    In a container the driver lists process ids of the host, and under Windows it lists no sizes.
+    """
+    listed = [bytes_by_pid[pid] for pid in own_pids if pid in bytes_by_pid]
+    if own_pids and bytes_by_pid and not listed:
+        return None
+    sizes = [size for size in listed if size is not None]
+    return sum(sizes) if len(sizes) == len(listed) else None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpeed:
+    """The speed of reading memory and of multiplying matrices: float32 on a CPU, bfloat16 on a GPU.
+
+    `hardware` names the device; `gpu_uuid` is NVML's name of a GPU.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -48,15 +137,22 @@ class DeviceSpeed:
 _SPEED = TypeAdapter(DeviceSpeed)
 
 
-def device_speed(device: str, folder: Path) -> DeviceSpeed:
-    """Return the best that was ever measured of "cpu" or "cuda:0"; `folder` remembers it.
+def open_meter(speed: DeviceSpeed) -> DeviceMeter:
+    """Return the meter of a measured device; a GPU's meter needs NVIDIA's driver."""
+    if speed.gpu_uuid is None:
+        return CpuMeter()
+    return NvidiaMeter(speed.gpu_uuid)
 
-    A busy machine measures too little, never too much, so that the best is the steadiest. Raises
+
+def device_speed(device: str, folder: Path) -> DeviceSpeed:
+    """Measure "cpu" or a GPU such as "cuda:0" and return the best of this and earlier results in `folder`.
+
+    A busy machine measures too little, never too much: the best result is the most stable one. Raises
     DeadlineExceeded or InternalError when a GPU cannot be measured.
     """
-    now = _cpu_speed() if device == "cpu" else _measured_apart(device)
+    now = _cpu_speed() if device == "cpu" else _measured_in_own_process(device)
     path = folder / f"{hashlib.sha256(now.hardware.encode()).hexdigest()[:16]}.json"
-    before = _remembered(path)
+    before = _stored(path)
     if before is not None and before.hardware == now.hardware:
         now = replace(
             now,
@@ -70,17 +166,17 @@ def device_speed(device: str, folder: Path) -> DeviceSpeed:
     return now
 
 
-def _remembered(path: Path) -> DeviceSpeed | None:
+def _stored(path: Path) -> DeviceSpeed | None:
     try:
         return _SPEED.validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValidationError:
-        log.warning("%s is not a speed; it is measured again", path)
+        log.warning("%s does not hold a device's speed; it is measured again", path)
         return None
 
 
-def _measured_apart(device: str) -> DeviceSpeed:
+def _measured_in_own_process(device: str) -> DeviceSpeed:
     command = [sys.executable, "-m", "azu.engine.device", device]
     try:
         done = subprocess.run(command, capture_output=True, check=True, timeout=_MEASURE_TIMEOUT_S)
@@ -139,96 +235,3 @@ def _best_s(work: Callable[[], object]) -> float:
 
 if __name__ == "__main__":
     sys.stdout.buffer.write(_SPEED.dump_json(_gpu_speed(sys.argv[1])))
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """Bytes at one moment.
-
-    `free_bytes` is what azu may still take; `used_bytes` what its own processes hold, None where they cannot
-    be told from others; `other_bytes` what other programs hold on the card.
-    """
-
-    free_bytes: int
-    used_bytes: int | None
-    other_bytes: int
-
-
-class DeviceMeter(Protocol):
-    """Reads one device."""
-
-    def memory(self, lent_bytes: int, own_pids: Collection[int]) -> DeviceMemory:
-        """Return what a device has, of which its owner lends `lent_bytes`, beside azu's processes there."""
-
-    def load(self) -> float:
-        """Return the part of the time since the last call that the device was busy, 0 to 1."""
-
-
-def open_meter(speed: DeviceSpeed) -> DeviceMeter:
-    """Return the meter of a device that was measured; a GPU's needs NVIDIA's driver."""
-    if speed.gpu_uuid is None:
-        return CpuMeter()
-    return NvidiaMeter(speed.gpu_uuid)
-
-
-class CpuMeter:
-    """A budget of main memory.
-
-    What the processes really hold is told beside it: a good part of it is their code, which no plan counts.
-    """
-
-    def memory(self, lent_bytes: int, own_pids: Collection[int]) -> DeviceMemory:
-        """Return the budget, or less where the machine itself has less to give."""
-        available = int(psutil.virtual_memory().available)
-        return DeviceMemory(min(lent_bytes, available), _resident_bytes(own_pids), other_bytes=0)
-
-    def load(self) -> float:
-        """Return the busy part of all cores."""
-        return psutil.cpu_percent() / 100
-
-
-def _resident_bytes(pids: Iterable[int]) -> int:
-    total = 0
-    for pid in pids:
-        try:
-            total += int(psutil.Process(pid).memory_info().rss)
-        except psutil.NoSuchProcess:
-            continue  # it ended between two looks
-    return total
-
-
-class NvidiaMeter:
-    """Reads one GPU through NVML."""
-
-    def __init__(self, gpu_uuid: str) -> None:
-        """Raises pynvml.NVMLError when the driver does not know the card."""
-        pynvml.nvmlInit()
-        self._card = pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid)
-
-    def memory(self, lent_bytes: int, own_pids: Collection[int]) -> DeviceMemory:
-        """Return what the card has free, within what its owner lends."""
-        card = pynvml.nvmlDeviceGetMemoryInfo(self._card)
-        running = pynvml.nvmlDeviceGetComputeRunningProcesses(self._card)
-        used = own_bytes({process.pid: process.usedGpuMemory for process in running}, own_pids)
-        left = lent_bytes if used is None else lent_bytes - used
-        return DeviceMemory(
-            free_bytes=max(0, min(int(card.free), left)),
-            used_bytes=used,
-            other_bytes=int(card.used) - (used or 0),
-        )
-
-    def load(self) -> float:
-        """Return the busy part of the driver's last sample."""
-        return int(pynvml.nvmlDeviceGetUtilizationRates(self._card).gpu) / 100
-
-
-def own_bytes(bytes_by_pid: Mapping[int, int | None], own_pids: Collection[int]) -> int | None:
-    """Return what our processes hold, or None when the driver cannot say.
-
-    In a container it names processes by ids that mean nothing inside, and under Windows it knows no sizes.
-    """
-    listed = [bytes_by_pid[pid] for pid in own_pids if pid in bytes_by_pid]
-    if own_pids and bytes_by_pid and not listed:
-        return None
-    sizes = [size for size in listed if size is not None]
-    return sum(sizes) if len(sizes) == len(listed) else None

@@ -1,4 +1,4 @@
-"""The paged KV cache: a pool of slots per layer, written and read by the block tables of each step."""
+"""The paged KV cache: a pool of slots per layer, which each step writes and reads by its block tables."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from azu.engine.layout import Layout
 
 
 class PagedKV(Cache):  # type: ignore[misc] # transformers is untyped
-    """A transformers cache over pools that are as large as the topology promised.
+    """A transformers cache over pools with the topology's number of blocks.
 
-    A pool is sized from the first keys and values a layer gives, so that latents and unequal widths need no
-    case of their own: [num_blocks * block_size, heads, width].
+    A pool is [num_blocks * block_size, heads, width]. Its heads and width are those of the first keys or
+    values of its layer, so that latents and unequal widths need no code of their own.
     """
 
     def __init__(self, num_layers: int, num_blocks: int, block_size: int) -> None:
@@ -29,16 +29,17 @@ class PagedKV(Cache):  # type: ignore[misc] # transformers is untyped
 
     @property
     def layout(self) -> Layout:
-        """The step under way."""
+        """The layout of the current step."""
         assert self._layout is not None, "begin() comes first"
         return self._layout
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the step's keys and values, return those of all its sequences.
+        """Write the step's keys and values; return all keys and values of its sequences.
 
-        In [batch, heads, tokens, width]; out [1, heads, keys, width] if packed, else one row per sequence.
+        Takes [batch, heads, tokens, width]; returns [1, heads, keys, width] if packed, else a row per
+        sequence.
         """
         pools = self._pools[layer_idx]
         if pools is None:
@@ -51,11 +52,11 @@ class PagedKV(Cache):  # type: ignore[misc] # transformers is untyped
         return keys, values
 
     def resize(self, num_blocks: int) -> None:
-        """Have more or fewer blocks; what lies in those that stay is kept."""
+        """Change the number of blocks; blocks that stay keep their content."""
         num_slots = num_blocks * self._block_size
         for layer, pools in enumerate(self._pools):
             if pools is not None:
-                # One pool at a time: both sizes of all of them may not fit.
+                # One pool at a time: two sizes of all pools may not fit into memory.
                 self._pools[layer] = None
                 keys, values = pools
                 del pools
@@ -64,7 +65,7 @@ class PagedKV(Cache):  # type: ignore[misc] # transformers is untyped
         self._num_slots = num_slots
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the library's signature
-        """Return how many tokens lie before this step's, of the longest sequence."""
+        """Return the number of tokens before this step's tokens, of the longest sequence."""
         return self.layout.longest - self.layout.most_tokens
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -72,7 +73,7 @@ class PagedKV(Cache):  # type: ignore[misc] # transformers is untyped
         return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
-        """Return how many keys a mask covers and where they begin."""
+        """Return the number of keys that a mask covers, and the first key's position."""
         return self.layout.longest, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
@@ -90,7 +91,7 @@ class PagedKV(Cache):  # type: ignore[misc] # transformers is untyped
         read = pool.index_select(0, layout.read)
         if layout.padding is None:
             return read.transpose(0, 1)[None]
-        # In memory as a stock cache has it: some of the families that take padded batches rely on it.
+        # In the memory order of transformers' own cache: some families with padded batches rely on it.
         return read.view(len(layout.slices), layout.longest, *read.shape[1:]).transpose(1, 2).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""How the slices of a step lie in a forward: which rows are whose, which KV slots are written and read."""
+"""The layout of a step in a forward: the rows of each slice, and the KV slots that are written and read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """All slices of one token, attended in one call: their keys come first, `num_keys` places for each.
+    """All slices of one token, attended in one call. Their keys come first, `num_keys` places for each.
 
-    `rows` [num_slices] and `positions` [num_slices] say where each stands; a sequence that is shorter
-    than `num_keys` reads a place that is masked.
+    `rows` [num_slices] are their rows in the forward, `positions` [num_slices] their positions. A sequence
+    shorter than `num_keys` also reads places that are masked.
     """
 
     rows: Tensor
@@ -40,12 +40,12 @@ class DecodeRows:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A step's place in a forward.
+    """The layout of a step in a forward.
 
-    `position_ids` [batch, tokens]; `write` [tokens] and `read` are KV slots; `last_rows` [num_slices] is the
-    flat row of each slice's last token. `padding` [batch, tokens] is False where a row of the forward is no
-    token, None in a packed forward, which has `spans` and `singles` instead. `longest` counts the keys of the
-    slice that has most, `most_tokens` its own tokens, `sequence_length` all that are known of a sequence.
+    `position_ids` is [batch, tokens]; `write` [tokens] and `read` are KV slots; `last_rows` [num_slices] is
+    the flat row of each slice's last token. `padding` [batch, tokens] is False where a row is not a token; it
+    is None in a packed forward, which has `spans` and `singles` instead. Three maxima over the slices:
+    `longest` counts keys, `most_tokens` tokens of the slice, `sequence_length` known tokens of the sequence.
     """
 
     slices: tuple[Slice, ...]
@@ -75,7 +75,7 @@ class Layout:
 
 
 class LayoutBuilder:
-    """Lays steps out over a pool of `num_blocks` blocks of `block_size` slots."""
+    """Makes the layouts of steps over a pool of `num_blocks` blocks of `block_size` slots."""
 
     def __init__(self, num_blocks: int, block_size: int, device: torch.device) -> None:
         self._num_blocks = num_blocks
@@ -83,44 +83,44 @@ class LayoutBuilder:
         self._device = device
 
     def packed(self, slices: Sequence[Slice]) -> Layout:
-        """Lay all tokens out in one row, one slice after the other."""
-        slots = [self._slots(piece) for piece in slices]
+        """Return a layout with all tokens in one row, one slice after the other."""
+        slots = [self._slots(slice_) for slice_ in slices]
         starts = _starts(slices)
         singles = self._singles(slices, starts)
         key = len(singles) * singles.num_keys if singles else 0
         read = [_padded(slots[index], singles.num_keys) for index in _single(slices)] if singles else []
         spans = []
-        for piece, row, own in zip(slices, starts, slots, strict=True):
-            if piece.num_tokens > 1:
-                spans.append(Span(row, row + piece.num_tokens, key, key + len(own), piece.position))
+        for slice_, row, own in zip(slices, starts, slots, strict=True):
+            if slice_.num_tokens > 1:
+                spans.append(Span(row, row + slice_.num_tokens, key, key + len(own), slice_.position))
                 key += len(own)
                 read.append(own)
         lengths = [len(own) for own in slots]
         return Layout(
             slices=tuple(slices),
-            position_ids=self._put(torch.cat([_positions(piece) for piece in slices])[None]),
+            position_ids=self._put(torch.cat([_positions(slice_) for slice_ in slices])[None]),
             write=self._put(torch.cat([own[p.position :] for own, p in zip(slots, slices, strict=True)])),
             read=self._put(torch.cat(read)),
             last_rows=self._put(
                 torch.tensor([row + p.num_tokens - 1 for row, p in zip(starts, slices, strict=True)])
             ),
             longest=max(lengths),
-            most_tokens=max(piece.num_tokens for piece in slices),
-            sequence_length=max(piece.sequence_length for piece in slices),
+            most_tokens=max(slice_.num_tokens for slice_ in slices),
+            sequence_length=max(slice_.sequence_length for slice_ in slices),
             spans=tuple(spans),
             singles=singles,
         )
 
     def padded(self, slices: Sequence[Slice]) -> Layout:
-        """Lay the slices out one below the other, padded on the left."""
-        slots = [self._slots(piece) for piece in slices]
-        most_tokens = max(piece.num_tokens for piece in slices)
+        """Return a layout with one row per slice, padded on the left."""
+        slots = [self._slots(slice_) for slice_ in slices]
+        most_tokens = max(slice_.num_tokens for slice_ in slices)
         longest = max(len(own) for own in slots)
         width = torch.arange(most_tokens)[None]
         reach = torch.arange(longest)[None]
-        num_tokens = torch.tensor([piece.num_tokens for piece in slices])[:, None]
+        num_tokens = torch.tensor([slice_.num_tokens for slice_ in slices])[:, None]
         lengths = torch.tensor([len(own) for own in slots])[:, None]
-        begins = torch.tensor([piece.position for piece in slices])[:, None]
+        begins = torch.tensor([slice_.position for slice_ in slices])[:, None]
         return Layout(
             slices=tuple(slices),
             position_ids=self._put((width - most_tokens + num_tokens + begins).clamp(min=0)),
@@ -129,7 +129,7 @@ class LayoutBuilder:
             last_rows=self._put(torch.arange(1, len(slices) + 1) * most_tokens - 1),
             longest=longest,
             most_tokens=most_tokens,
-            sequence_length=max(piece.sequence_length for piece in slices),
+            sequence_length=max(slice_.sequence_length for slice_ in slices),
             padding=self._put(width >= most_tokens - num_tokens),
             attention_mask=self._put((reach >= longest - lengths).long()),
         )
@@ -146,16 +146,16 @@ class LayoutBuilder:
             ragged=len(set(positions)) > 1,
         )
 
-    def _slots(self, piece: Slice) -> Tensor:
-        """Return the KV slots of a sequence's tokens up to the slice's last, in their order."""
-        length = piece.position + piece.num_tokens
-        blocks = torch.tensor(piece.block_ids, dtype=torch.long)
+    def _slots(self, slice_: Slice) -> Tensor:
+        """Return the KV slots of a sequence's tokens in order, up to the slice's last token."""
+        length = slice_.position + slice_.num_tokens
+        blocks = torch.tensor(slice_.block_ids, dtype=torch.long)
         if (
-            piece.num_tokens < 1
+            slice_.num_tokens < 1
             or len(blocks) * self._block_size < length
-            or not 0 <= min(piece.block_ids) <= max(piece.block_ids) < self._num_blocks
+            or not 0 <= min(slice_.block_ids) <= max(slice_.block_ids) < self._num_blocks
         ):
-            raise FrameError(f"sequence {piece.sequence_id}: its block table does not hold {length} tokens")
+            raise FrameError(f"sequence {slice_.sequence_id}: its block table does not hold {length} tokens")
         slots = blocks[:, None] * self._block_size + torch.arange(self._block_size)
         return slots.flatten()[:length]
 
@@ -164,19 +164,19 @@ class LayoutBuilder:
 
 
 def _single(slices: Sequence[Slice]) -> list[int]:
-    return [index for index, piece in enumerate(slices) if piece.num_tokens == 1]
+    return [index for index, slice_ in enumerate(slices) if slice_.num_tokens == 1]
 
 
 def _starts(slices: Sequence[Slice]) -> list[int]:
     starts, row = [], 0
-    for piece in slices:
+    for slice_ in slices:
         starts.append(row)
-        row += piece.num_tokens
+        row += slice_.num_tokens
     return starts
 
 
-def _positions(piece: Slice) -> Tensor:
-    return torch.arange(piece.position, piece.position + piece.num_tokens)
+def _positions(slice_: Slice) -> Tensor:
+    return torch.arange(slice_.position, slice_.position + slice_.num_tokens)
 
 
 def _padded(slots: Tensor, length: int, *, left: bool = False) -> Tensor:

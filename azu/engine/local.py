@@ -1,4 +1,4 @@
-"""A whole deployment in one process: every stage and expert set of a cut model, linked by plain calls."""
+"""A whole deployment in one process: the stages and expert sets of a cut model, linked by function calls."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from azu.engine import scheduler as engine_sequence
 from azu.engine.accounting import Work
 from azu.engine.experts import ExpertRunner
 from azu.engine.pipeline import EnginePipeline, SequenceUpdate
 from azu.engine.scheduler import SchedulerConfig
+from azu.engine.scheduler import Sequence as EngineSequence
 from azu.engine.stage_contract import Handoff, StageSpec
 from azu.engine.stage_runner import StageRunner
 from azu.errors import DeadlineExceeded, InternalError
@@ -28,7 +28,7 @@ from azu.protocol.topology import ExpertSet, LayerSpan, Prediction, Stage, Topol
 
 @dataclass(slots=True)
 class Completion:
-    """What became of a prompt."""
+    """The completion of a prompt."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Completion:
 
 
 class LocalPipeline:
-    """Runs a topology over the shards in one folder; prompts in, completions out."""
+    """Runs prompts through a topology whose pieces are loaded from the shards in one folder."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class LocalPipeline:
         device: str = "cpu",
         on_logits: Callable[[Sequence[int], Tensor], None] | None = None,
     ) -> None:
-        """Load every piece on one device; `on_logits` sees what the last stage samples from."""
+        """Load every piece on one device; `on_logits` gets the logits that the last stage samples from."""
         self._structure = structure
         self._folder = shard_folder
         self._device = device
@@ -57,7 +57,7 @@ class LocalPipeline:
         self._on_logits = on_logits
         self.topology = topology
         self.link = LocalExpertLink(
-            {chosen.index: self.load_experts(chosen) for chosen in topology.expert_sets}
+            {expert_set.index: self.load_experts(expert_set) for expert_set in topology.expert_sets}
         )
         self.stages = [self.load_stage(stage) for stage in topology.stages]
         self.engine = EnginePipeline(
@@ -84,19 +84,19 @@ class LocalPipeline:
         )
         return StageRunner(spec, self.link, on_logits=self._on_logits)
 
-    def load_experts(self, chosen: ExpertSet) -> ExpertRunner:
+    def load_experts(self, expert_set: ExpertSet) -> ExpertRunner:
         """Load an expert set of the topology."""
-        return ExpertRunner(self._structure, chosen.experts, self._paths, self._folder, self._device)
+        return ExpertRunner(self._structure, expert_set.experts, self._paths, self._folder, self._device)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
-        """Run prompts of token ids together, each with its own or one common sampling, to their ends."""
+        """Complete prompts of token ids together, each with its own sampling or all with the same."""
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         completions: dict[int, Completion] = {}
         for prompt, params in zip(prompts, each, strict=True):
             sequence_id = next(self._ids)
-            self.engine.add(engine_sequence.Sequence(sequence_id, tuple(prompt), params))
+            self.engine.add(EngineSequence(sequence_id, tuple(prompt), params))
             completions[sequence_id] = Completion()
         while self.engine.num_sequences:
             for update in self.step():
@@ -104,11 +104,11 @@ class LocalPipeline:
         return list(completions.values())
 
     def step(self) -> list[SequenceUpdate]:
-        """Send as many steps off as may be in flight, then take the oldest of them through all stages."""
+        """Start as many steps as may be in flight, then run the oldest of them through all stages."""
         while (batch := self.engine.next_batch()) is not None:
             self.in_flight.append(batch)
         if not self.in_flight:
-            raise InternalError("sequences wait, but nothing can run")
+            raise InternalError("sequences wait, but no step can run")
         return self.engine.complete(self._through(self.in_flight.popleft()))
 
     def _through(self, batch: StepBatch) -> StepResult:
@@ -130,9 +130,9 @@ def local_topology(
     num_blocks: int = 256,
     block_size: int = 16,
 ) -> Topology:
-    """Return a topology on made-up nodes: stages between the boundaries (0, ..., number of layers).
+    """Return a topology on invented nodes: stages between the boundaries (0, ..., number of layers).
 
-    With `expert_holders` the experts of every MoE layer are dealt out to that many expert sets.
+    With `expert_holders` the experts of every MoE layer are divided among that many expert sets.
     """
     moe = [layer for layer in structure.layers if layer.kind is LayerKind.MOE]
     spans = [LayerSpan(start, end) for start, end in pairwise(boundaries)]
@@ -183,7 +183,7 @@ class _Pending:
 
 
 class LocalExpertLink:
-    """Calls expert sets in threads of their own, so that they work while the router goes on."""
+    """Calls expert sets in threads, so that they run while the router's stage runs its local experts."""
 
     def __init__(self, runners: dict[int, ExpertRunner]) -> None:
         self.runners = runners

@@ -1,4 +1,4 @@
-"""What does not fit into the memory that is left runs again in smaller parts, one after the other."""
+"""Steps that do not fit into the free memory run again in smaller parts, one after the other."""
 
 import logging
 from collections.abc import Callable
@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 
 _Part = TypeVar("_Part")
 _Ran = TypeVar("_Ran")
-# How torch's allocator on the host, C++ itself and oneDNN say it; on a GPU there is a class of its own.
-# oneDNN remembers a failure: a product of as many rows fails for good, and always runs in parts from then on.
-_SAYINGS = (
+# The errors of torch's host allocator, of C++ and of oneDNN when memory is short; a GPU has a class of its
+# own. oneDNN remembers a failure: a product of as many rows then always fails, and always runs in parts.
+_MESSAGES = (
     "DefaultCPUAllocator",
     "bad_alloc",
     "could not create a memory",
@@ -35,21 +35,21 @@ class StepPart:
     rows: Tensor
 
     def halves(self) -> "tuple[StepPart, StepPart] | None":
-        """Return two parts to be run in this order, None for a single token.
+        """Return two parts to run in this order, None for a single token.
 
-        Running a part again writes the same keys and values to the same slots.
+        A part that runs again writes the same keys and values to the same slots.
         """
         if len(self.slices) > 1:
             middle = len(self.slices) // 2
             first, second = self.slices[:middle], self.slices[middle:]
         else:
-            (piece,) = self.slices
-            half = piece.num_tokens // 2
+            (slice_,) = self.slices
+            half = slice_.num_tokens // 2
             if not half:
                 return None
-            first = (replace(piece, num_tokens=half, sample=False),)
-            second = (replace(piece, position=piece.position + half, num_tokens=piece.num_tokens - half),)
-        num_rows = sum(piece.num_tokens for piece in first)
+            first = (replace(slice_, num_tokens=half, sample=False),)
+            second = (replace(slice_, position=slice_.position + half, num_tokens=slice_.num_tokens - half),)
+        num_rows = sum(slice_.num_tokens for slice_ in first)
         return StepPart(first, self.rows[:num_rows]), StepPart(second, self.rows[num_rows:])
 
 
@@ -59,7 +59,7 @@ def run_in_parts(
     halves: Callable[[_Part], tuple[_Part, _Part] | None],
     device_type: str,
 ) -> list[_Ran]:
-    """Run something whole, or as halves of halves as far as memory runs out; return what came, in order.
+    """Run work whole, or in halves of halves while memory runs out; return the results in order.
 
     Raises OutOfMemory when the smallest part does not fit.
     """
@@ -80,17 +80,17 @@ def run_in_parts(
 
 
 def _tried(run: Callable[[_Part], _Ran], part: _Part) -> _Ran | None:
-    """Return what came, None when memory ran out: with the error goes all that the attempt held."""
+    """Return the result, None when memory ran out; on return the error no longer keeps tensors alive."""
     try:
         return run(part)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        log.warning("out of memory, it runs in smaller parts: %s", error)
+        log.warning("out of memory, the step runs in smaller parts: %s", error)
     return None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return any(saying in str(error) for saying in _SAYINGS)
+    return any(message in str(error) for message in _MESSAGES)

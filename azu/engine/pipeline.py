@@ -65,7 +65,7 @@ class EnginePipeline:
 
     def presumed_work(self, prompt_tokens: int, completion_tokens: int) -> Work:
         """Return the work of a completion that an earlier pipeline left no record of."""
-        return self._account.presumed(prompt_tokens, completion_tokens)
+        return self._account.estimated(prompt_tokens, completion_tokens)
 
     @property
     def num_waiting(self) -> int:
@@ -135,8 +135,8 @@ class EnginePipeline:
         assert self._suspended, "suspend() comes first"
         self._suspended = False
         self._epoch = topology.epoch
-        self._account.move(topology)
-        self._scheduler.follow(len(topology.stages))
+        self._account.set_topology(topology)
+        self._scheduler.set_num_stages(len(topology.stages))
         if topology.num_blocks != self._num_blocks:
             self._num_blocks = topology.num_blocks
             self._scheduler.resize(topology.num_blocks)
@@ -181,7 +181,7 @@ class EnginePipeline:
             return []
         self.num_completed += 1
         counted = {sequence.sequence_id for sequence, piece in step.chosen if self._returned(sequence, piece)}
-        self._account.reported(work for work in result.expert_work if work.sequence_id in counted)
+        self._account.add_expert_work(work for work in result.expert_work if work.sequence_id in counted)
         updates = (self._sampled(token) for token in result.tokens)
         return [update for update in updates if update is not None]
 
@@ -208,11 +208,11 @@ class EnginePipeline:
 
     def _returned(self, sequence: Sequence, piece: Slice) -> bool:
         """Take one slice back; say if it counts: not when it was computed before or nobody waits for it."""
-        self._scheduler.returned(sequence)
+        self._scheduler.slice_returned(sequence)
         new = piece.position >= sequence.num_ran and sequence.sequence_id in self._sequences
         if new:
             sequence.num_ran = piece.position + piece.num_tokens
-            self._account.ran(sequence.sequence_id, piece.num_tokens)
+            self._account.add_tokens(sequence.sequence_id, piece.num_tokens)
         return new
 
     def _sampled(self, token: SampledToken) -> SequenceUpdate | None:

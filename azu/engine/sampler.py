@@ -1,4 +1,4 @@
-"""Choosing each sequence's next token with transformers' own logits processors, without a state of chance."""
+"""The choice of each sequence's next token, with transformers' logits processors and no random state."""
 
 import struct
 from collections import Counter
@@ -27,19 +27,19 @@ _SEED_MASK = (1 << 64) - 1
 
 
 class Sampler:
-    """Samples for opened sequences; the token at index n depends on logits, seed and n alone."""
+    """Samples for opened sequences; the token at index n depends only on the logits, the seed and n."""
 
     def __init__(self, eos_token_ids: Iterable[int]) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
         self._open: dict[int, _OpenSequence] = {}
 
     def open(self, sequences: Iterable[OpenedSequence]) -> None:
-        """Learn prompts and parameters; a sequence opened again begins with what it has generated."""
+        """Store prompts and parameters; a sequence that is opened again starts with its generated tokens."""
         for opened in sequences:
             self._open[opened.sequence_id] = _OpenSequence(opened, self._eos_token_ids)
 
     def close(self, sequence_ids: Iterable[int]) -> None:
-        """Forget sequences; ids that are not known are no error: a close may be repeated."""
+        """Forget sequences. An unknown id is not an error, because a close may be repeated."""
         for sequence_id in sequence_ids:
             self._open.pop(sequence_id, None)
 
@@ -92,14 +92,15 @@ class _OpenSequence:
 
     def _draw(self, scores: Tensor) -> int:
         index = len(self._tokens) - self._num_prompt
-        # A generator per draw: whoever takes the sequence over at any index draws the same.
+        # A new generator for each draw: a stage that continues the sequence at any index draws the same
+        # token.
         seed = xxhash.xxh3_64_intdigest(_SEED.pack(self._sampling.seed & _SEED_MASK, index))
         generator = torch.Generator().manual_seed(seed)
         return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
 
 
 class _Bias(LogitsProcessor):  # type: ignore[misc] # transformers is untyped
-    """Adds to the logits of single tokens, as OpenAI's logit_bias does."""
+    """OpenAI's logit_bias: adds a value to the logits of single tokens."""
 
     def __init__(self, bias: Iterable[tuple[int, float]]) -> None:
         pairs = tuple(bias)
@@ -111,7 +112,7 @@ class _Bias(LogitsProcessor):  # type: ignore[misc] # transformers is untyped
 
 
 class _CountPenalty(LogitsProcessor):  # type: ignore[misc]
-    """OpenAI's presence and frequency penalties over what was generated so far."""
+    """OpenAI's presence and frequency penalties, over the tokens generated so far."""
 
     def __init__(self, counts: Counter[int], presence: float, frequency: float) -> None:
         self._counts = counts
@@ -129,7 +130,7 @@ class _CountPenalty(LogitsProcessor):  # type: ignore[misc]
 def _processors(
     sampling: SamplingParams, num_prompt: int, eos_token_ids: tuple[int, ...], counts: Counter[int]
 ) -> LogitsProcessorList:
-    """Return what changes the logits, in the order transformers' generate applies it."""
+    """Return the processors of the logits, in the order in which transformers' generate applies them."""
     chosen = LogitsProcessorList()
     if sampling.logit_bias:
         chosen.append(_Bias(sampling.logit_bias.items()))

@@ -1,8 +1,9 @@
-"""Continuous batching: which sequences run which tokens in the next step. No torch, clock or chance here.
+"""Continuous batching: which tokens of which sequences run in the next step. No torch, clock or randomness.
 
-Blocks of KV are allocated here, once for all stages. A sequence takes blocks as it grows; when there are none
-left the youngest gives its own back and is computed again later. As many micro-batches are in flight as keep
-every stage busy; stages run them in order, so that the chunks of one prompt may follow each other closely.
+The scheduler allocates KV blocks once for all stages. A sequence takes blocks as it grows. When no block is
+free, the youngest sequence is preempted: it gives its blocks back and is computed again later. Enough
+micro-batches are in flight to keep every stage busy; stages run them in order, so that the chunks of one
+prompt may follow each other closely.
 """
 
 from collections import deque
@@ -14,6 +15,27 @@ from azu.errors import Unavailable
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import Slice
 
+# A step with fewer tokens takes a stage almost the same time.
+_MIN_CHUNK_TOKENS = 64
+# After so many short steps the limit doubles: the memory that was missing may be free again.
+_SHORT_STEPS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """The limits of a scheduler.
+
+    The smallest stage has `num_blocks` blocks of `block_size` tokens. A step carries at most
+    `prefill_chunk_tokens` prompt tokens. At most `max_running` sequences hold blocks, and `micro_batches`
+    steps are in flight: one per stage if None.
+    """
+
+    num_blocks: int
+    block_size: int
+    prefill_chunk_tokens: int = 256
+    max_running: int = 64
+    micro_batches: int | None = None
+
 
 class SequenceState(StrEnum):
     """WAITING sequences hold no blocks, RUNNING ones do, FINISHED ones until their last step is back."""
@@ -24,11 +46,11 @@ class SequenceState(StrEnum):
 
 
 class Sequence:
-    """A sequence of tokens that grows; its KV lives in `block_ids`, the same on every stage.
+    """A prompt and its completion, which grows. Its KV is in the blocks `block_ids`, the same on every stage.
 
-    `generated` holds completion tokens that exist already when a sequence is taken over. Of its tokens,
-    `num_scheduled` were sent to the first stage since it last held blocks, and `num_ran` is the most that
-    ever were: what lies below that is computed again and counts for nobody. `ends_with` is told every
+    `generated` holds completion tokens that exist already when a new pipeline continues a sequence.
+    `num_scheduled` of its tokens were sent to the first stage since it last got blocks. `num_ran` is the
+    largest number that ever ran: tokens below it that run again are not paid for. `ends_with` gets every
     completion token once, in order, and says whether the text ends with it.
     """
 
@@ -61,12 +83,12 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        """How many completion tokens there are."""
+        """The number of completion tokens."""
         return len(self.token_ids) - self.num_prompt
 
     @property
     def num_pending(self) -> int:
-        """Tokens that are known and not scheduled: none while the next one is awaited."""
+        """Tokens that are known and not scheduled: none while the next token is being computed."""
         return len(self.token_ids) - self.num_scheduled
 
     @property
@@ -75,42 +97,20 @@ class Sequence:
         return self.num_pending <= 1
 
     def ends_with(self, token_id: int) -> bool:
-        """Say whether the text ends with its next token."""
+        """Add the next token to the text and say whether the text ends with it."""
         return self._ends_with is not None and self._ends_with(token_id)
 
     @property
     def max_length(self) -> int:
-        """The most tokens that ever lie in the KV cache: the last one sampled never does."""
+        """The largest number of its tokens in the KV cache: the last sampled token never gets there."""
         return self.num_prompt + self.sampling.max_tokens - 1
 
 
-# A step of fewer tokens takes a stage hardly less time.
-_LEAST_CHUNK_TOKENS = 64
-# After so many short steps they may be twice as long again: whoever took the memory may have given it back.
-_SHORT_STEPS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """How much runs at once.
-
-    `num_blocks` of `block_size` tokens is what the smallest stage has. A step carries at most
-    `prefill_chunk_tokens` tokens of prompts; `max_running` sequences hold blocks at once; `micro_batches`
-    steps are in flight, one per stage if None.
-    """
-
-    num_blocks: int
-    block_size: int
-    prefill_chunk_tokens: int = 256
-    max_running: int = 64
-    micro_batches: int | None = None
-
-
 class BatchScheduler:
-    """First come, first served; a step decodes for all sequences it can and prefills with what is left."""
+    """Serves sequences in order of arrival; a step decodes what it can and then adds prompt tokens."""
 
     def __init__(self, config: SchedulerConfig, num_stages: int, restart_length: int | None = None) -> None:
-        """A sequence past `restart_length` is computed anew and shares no step with shorter ones."""
+        """A sequence longer than `restart_length` is computed anew and shares no step with shorter ones."""
         self.micro_batches = config.micro_batches or num_stages
         self._config = config
         self._restart_length = restart_length
@@ -131,11 +131,11 @@ class BatchScheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that hold no blocks yet, or no longer."""
+        """Sequences that hold no blocks yet, and preempted ones."""
         return len(self._waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; raises Unavailable when it could not run even alone."""
+        """Queue a sequence; raises Unavailable when it is too long to run even alone."""
         if self._blocks_for(sequence.max_length) > self._limit:
             capacity = self._limit * self._config.block_size
             raise Unavailable(
@@ -145,14 +145,14 @@ class BatchScheduler:
             )
         self._waiting.append(sequence)
 
-    def follow(self, num_stages: int) -> None:
-        """Keep another number of stages busy, unless the config says how many steps are in flight."""
+    def set_num_stages(self, num_stages: int) -> None:
+        """Keep another number of stages busy, unless the config sets the number of micro-batches."""
         self.micro_batches = self._config.micro_batches or num_stages
 
     def limit(self, num_blocks: int) -> int:
-        """Take no sequence from now on that would not run in `num_blocks` alone.
+        """Refuse sequences from now on that are too long for `num_blocks` blocks alone.
 
-        Returns how many blocks are needed all the same, for those that were taken before.
+        Return the number of blocks that the sequences accepted before need: at least `num_blocks`.
         """
         living = [*self._waiting, *self._running]
         longest = max((self._blocks_for(sequence.max_length) for sequence in living), default=0)
@@ -160,9 +160,9 @@ class BatchScheduler:
         return self._limit
 
     def resize(self, num_blocks: int) -> None:
-        """Have more or fewer blocks, at least those that `limit` returned; nothing may be in flight.
+        """Change the number of blocks, to no less than `limit` returned; nothing may be in flight.
 
-        Whoever holds a block that is gone is computed again: the oldest first, the youngest wait.
+        A sequence that loses a block is computed again: the oldest first, the youngest wait.
         """
         for sequence in self._running:
             assert not sequence.steps_in_flight, "rewind() comes first"
@@ -176,12 +176,12 @@ class BatchScheduler:
         self._limit = num_blocks
 
     def shorten_steps(self, most_tokens: int) -> None:
-        """Have steps of at most `most_tokens` for a while: that is what a stage had memory for."""
+        """Limit steps to `most_tokens` tokens for a while: a stage had no memory for more."""
         self._most_tokens = max(1, min(self._most_tokens, most_tokens))
         self._short_steps = _SHORT_STEPS
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out; its blocks are free once nothing of it is in flight."""
+        """Remove a sequence; its blocks become free when none of its slices is in flight."""
         if sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
         elif sequence.state is SequenceState.RUNNING:
@@ -191,22 +191,22 @@ class BatchScheduler:
             self._release(sequence)
 
     def extend(self, sequence: Sequence, token_id: int) -> None:
-        """Give a sequence its next token."""
+        """Append the next token to a sequence."""
         sequence.token_ids.append(token_id)
         if self._restart_length is not None and len(sequence.token_ids) == self._restart_length + 1:
-            # What is cached was placed as in a short sequence; its blocks are written again.
+            # Its KV has the positions of a short sequence; the same blocks are written again.
             sequence.num_scheduled = 0
 
-    def returned(self, sequence: Sequence) -> None:
-        """Take a slice of a sequence back from the last stage."""
+    def slice_returned(self, sequence: Sequence) -> None:
+        """Record that a slice of a sequence came back from the last stage."""
         sequence.steps_in_flight -= 1
         if sequence.state is SequenceState.FINISHED and not sequence.steps_in_flight:
             self._release(sequence)
 
     def rewind(self, sequence: Sequence, position: int) -> None:
-        """Take a sequence back to `position`, because what is in flight of it will never return.
+        """Set a sequence back to `position`, because its slices in flight will never return.
 
-        At 0 all of it is computed again; its blocks are written a second time.
+        From 0 the whole sequence is computed again; its blocks are written a second time.
         """
         sequence.steps_in_flight = 0
         if sequence.state is SequenceState.FINISHED:
@@ -214,7 +214,7 @@ class BatchScheduler:
         sequence.num_scheduled = min(sequence.num_scheduled, position)
 
     def replays(self, sequences: Iterable[Sequence]) -> Iterator[tuple[tuple[Sequence, Slice], ...]]:
-        """Yield steps that run again what is in the KV cache of some sequences, in chunks like prefills."""
+        """Yield steps that run the cached tokens of some sequences again, in chunks as of prefills."""
         chunk: list[tuple[Sequence, Slice]] = []
         room = whole = min(self._config.prefill_chunk_tokens, self._most_tokens)
         for sequence in sorted(sequences, key=self._is_long):
@@ -224,21 +224,21 @@ class BatchScheduler:
                     yield tuple(chunk)
                     chunk, room = [], whole
                 num_tokens = min(room, sequence.num_scheduled - position)
-                chunk.append((sequence, _piece(sequence, position, num_tokens, sample=False)))
+                chunk.append((sequence, _slice_of(sequence, position, num_tokens, sample=False)))
                 position += num_tokens
                 room -= num_tokens
         if chunk:
             yield tuple(chunk)
 
     def next_slices(self) -> list[tuple[Sequence, Slice]]:
-        """Choose the next micro-batch; empty when nothing can run before something returns."""
+        """Choose the next micro-batch; it is empty when nothing can run before another step returns."""
         self._admit()
-        for ready in self._kinds([sequence for sequence in self._running if sequence.num_pending]):
+        for ready in self._step_groups([sequence for sequence in self._running if sequence.num_pending]):
             decodes = self._decodes(ready)
             wanted = [*decodes, *self._prefills(ready, max(1, self._most_tokens - len(decodes)))]
-            pieces = ((sequence, self._slice(sequence, num_tokens)) for sequence, num_tokens in wanted)
-            if chosen := [(sequence, piece) for sequence, piece in pieces if piece is not None]:
-                self._lengthen_steps()
+            slices = ((sequence, self._slice(sequence, num_tokens)) for sequence, num_tokens in wanted)
+            if chosen := [(sequence, slice_) for sequence, slice_ in slices if slice_ is not None]:
+                self._restore_step_length()
                 return chosen
         return []
 
@@ -253,10 +253,10 @@ class BatchScheduler:
             sequence.state = SequenceState.RUNNING
             self._running.append(sequence)
 
-    def _kinds(self, ready: list[Sequence]) -> Iterator[list[Sequence]]:
-        """Yield those that may share a step: past the restart length or not, in turns.
+    def _step_groups(self, ready: list[Sequence]) -> Iterator[list[Sequence]]:
+        """Yield groups that may share a step: sequences up to the restart length and longer ones, in turns.
 
-        The second kind is for when nothing of the first finds room.
+        The second group runs when no sequence of the first gets blocks.
         """
         if self._restart_length is None:
             yield ready
@@ -265,7 +265,7 @@ class BatchScheduler:
             self._long_step = not self._long_step
             yield [sequence for sequence in ready if self._is_long(sequence) is self._long_step]
 
-    def _lengthen_steps(self) -> None:
+    def _restore_step_length(self) -> None:
         if self._short_steps:
             self._short_steps -= 1
             if not self._short_steps:
@@ -273,15 +273,15 @@ class BatchScheduler:
                 self._short_steps = _SHORT_STEPS if self._most_tokens < self._longest_step else 0
 
     def _decodes(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """Return an even share of the decoding sequences, so that no micro-batch waits for another."""
+        """Return this step's share of the decoding sequences; even shares keep all micro-batches short."""
         decoding = sum(sequence.is_decoding for sequence in self._running)
         share = min(-(-decoding // self.micro_batches), self._most_tokens)
         return [(sequence, 1) for sequence in ready if sequence.is_decoding][:share]
 
     def _prefills(self, ready: list[Sequence], most_tokens: int) -> list[tuple[Sequence, int]]:
-        """Share a step's prompt tokens out: at least half to the oldest prompt, then short ones first.
+        """Share out a step's prompt tokens: at least half for the oldest prompt, then the shortest ones.
 
-        A step that reads a short one to its end takes no part of another long one: it would come back later.
+        After two prompts, another one joins only when all of it fits: a part would delay their first tokens.
         """
         prefilling = [sequence for sequence in ready if not sequence.is_decoding]
         budget = min(self._prefill_budget(prefilling), most_tokens)
@@ -298,14 +298,14 @@ class BatchScheduler:
         return shares
 
     def _prefill_budget(self, prefilling: list[Sequence]) -> int:
-        """Return a step's prompt tokens: few enough that no stage waits while another reads all of them."""
+        """Return the prompt tokens of a step: few enough that there are steps for the other stages too."""
         share = -(-sum(sequence.num_pending for sequence in prefilling) // self.micro_batches)
-        return min(self._config.prefill_chunk_tokens, max(share, _LEAST_CHUNK_TOKENS))
+        return min(self._config.prefill_chunk_tokens, max(share, _MIN_CHUNK_TOKENS))
 
     def _slice(self, sequence: Sequence, num_tokens: int) -> Slice | None:
-        """Give a running sequence blocks for more tokens, as many as there is room for."""
+        """Give a running sequence blocks for up to `num_tokens` more tokens, as far as blocks are free."""
         if sequence.state is not SequenceState.RUNNING:
-            return None  # it made room for an older one
+            return None  # it was preempted for an older one
         missing = self._blocks_for(sequence.num_scheduled + num_tokens) - len(sequence.block_ids)
         while missing > len(self._free) and self._preempt_after(sequence):
             pass
@@ -317,10 +317,10 @@ class BatchScheduler:
         position = sequence.num_scheduled
         sequence.num_scheduled += num_tokens
         sequence.steps_in_flight += 1
-        return _piece(sequence, position, num_tokens, sample=sequence.num_pending == 0)
+        return _slice_of(sequence, position, num_tokens, sample=sequence.num_pending == 0)
 
     def _preempt_after(self, sequence: Sequence) -> bool:
-        """Take the blocks of the youngest sequence after this one that has nothing in flight."""
+        """Preempt the youngest sequence after this one that has no slice in flight; say if there was one."""
         for victim in reversed(self._running[self._running.index(sequence) + 1 :]):
             if victim.block_ids and not victim.steps_in_flight:
                 self._running.remove(victim)
@@ -343,7 +343,7 @@ class BatchScheduler:
         return -(-num_tokens // self._config.block_size)
 
 
-def _piece(sequence: Sequence, position: int, num_tokens: int, *, sample: bool) -> Slice:
+def _slice_of(sequence: Sequence, position: int, num_tokens: int, *, sample: bool) -> Slice:
     return Slice(
         sequence_id=sequence.sequence_id,
         position=position,
@@ -355,6 +355,6 @@ def _piece(sequence: Sequence, position: int, num_tokens: int, *, sample: bool) 
 
 
 def _chunk(sequence: Sequence) -> int:
-    """Return what may run at once: a chunk is either all computed again or all new."""
+    """Return how many tokens may run at once: a chunk is either all computed again or all new."""
     again = sequence.num_ran - sequence.num_scheduled
     return min(sequence.num_pending, again) if again > 0 else sequence.num_pending

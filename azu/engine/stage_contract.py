@@ -1,4 +1,7 @@
-"""What a stage is built from and what it hands on. No torch here: the scheduler deals in these too."""
+"""The contract of a stage without torch: its specification, its output, its errors and the piece to blame.
+
+Actors and the control plane import this file, so it must load fast.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +18,8 @@ from azu.units import MIB
 class StageSpec:
     """All that a stage is built from. `shard_paths` maps the names of its shards to files on this node.
 
-    `num_blocks` of `block_size` tokens is its KV capacity; `expert_sets` are those of the whole topology.
-    `sent_log_bytes` of host memory keep what it sent, for a receiver that is lost.
+    Its KV capacity is `num_blocks` of `block_size` tokens. `expert_sets` are those of the whole topology.
+    `sent_log_bytes` is the host memory for hidden states that it sent, in case the next stage is lost.
     """
 
     structure: Structure
@@ -34,18 +37,18 @@ class StageSpec:
 
 @dataclass(frozen=True, slots=True)
 class Handoff:
-    """What the next stage is given."""
+    """The output of a stage for the next one."""
 
     batch: StepBatch
     frame: bytes
 
 
 class OldEpoch(FrameError):
-    """A step of a topology that was given up: to be dropped, nobody is to blame."""
+    """A step of an older topology; the receiver drops it and blames no piece."""
 
 
 class BadFrame(FrameError):
-    """A frame from another stage that is not what it should be."""
+    """A malformed or unexpected frame from another stage, `sender`."""
 
     def __init__(self, sender: int, fault: str) -> None:
         super().__init__(f"stage {sender} sent a bad frame: {fault}")
@@ -53,7 +56,7 @@ class BadFrame(FrameError):
 
 
 class ExpertsFailed(WorkerLost):
-    """An expert set that is gone, silent, or answered something else."""
+    """An expert set is lost or silent, or its answer is wrong."""
 
     def __init__(self, expert_set: int, fault: str) -> None:
         super().__init__(f"expert set {expert_set}: {fault}")
@@ -61,21 +64,21 @@ class ExpertsFailed(WorkerLost):
 
 
 class OutOfMemory(WorkerLost):
-    """A piece that has no memory left for the smallest step."""
+    """A piece has no memory left for the smallest step."""
 
 
 def is_bad_frame(error: AzuError) -> bool:
-    """Say whether a fault is what another piece sent, and not that it is gone or silent."""
+    """Say whether another piece sent wrong content, in contrast to being lost or silent."""
     if isinstance(error, ExpertsFailed):
         return isinstance(error.__cause__, FrameError)
     return isinstance(error, BadFrame)
 
 
 def blamed(error: AzuError, stage: int) -> PieceSet:
-    """Return whom a stage's fault is put down to: the stage itself, unless the error names another piece."""
+    """Return the piece that caused a stage's error: the piece that the error names, else the stage."""
     match error:
-        case ExpertsFailed(expert_set=chosen):
-            return PieceSet(expert_sets=frozenset({chosen}))
+        case ExpertsFailed(expert_set=index):
+            return PieceSet(expert_sets=frozenset({index}))
         case BadFrame(sender=sender):
             return PieceSet(stages=frozenset({sender}))
     return PieceSet(stages=frozenset({stage}))

@@ -1,4 +1,8 @@
-"""StageRunner: one stage of a model, from the bytes that arrive to the bytes that leave."""
+"""One stage of a model at work: it checks the frame that arrives, runs the step, and returns a frame.
+
+It also keeps the hidden states that it sent, for a next stage that is lost and has to fill its KV cache
+again.
+"""
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,7 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from azu.engine.experts import ExpertLink, HeldExperts, SpreadExperts, SpreadLayer, StepContext, StepId
+from azu.engine.experts import (
+    DistributedExperts,
+    DistributedLayer,
+    ExpertLink,
+    HeldExperts,
+    StepContext,
+    StepId,
+)
 from azu.engine.kv import PagedKV
 from azu.engine.layout import Layout, LayoutBuilder
 from azu.engine.malloc import give_back
@@ -23,68 +34,8 @@ from azu.protocol.step import ExpertWork, SampledToken, Slice, StepBatch, StepRe
 from azu.protocol.topology import Topology
 
 
-class SentLog:
-    """Rows of hidden states by sequence and position, at most `max_bytes` of them.
-
-    When there are too many, the sequence that was begun first is dropped: whoever needs its rows computes
-    them again from its tokens. A sequence is kept from its position 0 on or not at all.
-    """
-
-    def __init__(self, row_bytes: int, max_bytes: int) -> None:
-        self._row_bytes = row_bytes
-        self._max_bytes = max_bytes
-        self._rows: dict[int, bytearray] = {}
-        self._num_bytes = 0
-
-    def record(self, slices: Iterable[Slice], payload: memoryview) -> None:
-        """Keep the rows of a step, in the order of its slices; those computed again replace the old."""
-        offset = 0
-        for piece in slices:
-            size = piece.num_tokens * self._row_bytes
-            self._put(piece.sequence_id, piece.position * self._row_bytes, payload[offset : offset + size])
-            offset += size
-        while self._num_bytes > self._max_bytes:
-            self._num_bytes -= len(self._rows.pop(next(iter(self._rows))))
-
-    def num_rows(self, sequence_ids: Iterable[int]) -> Mapping[int, int]:
-        """Return how many rows are kept of each sequence that is known."""
-        return {one: len(self._rows[one]) // self._row_bytes for one in sequence_ids if one in self._rows}
-
-    def rows(self, slices: Sequence[Slice]) -> bytes | None:
-        """Return the rows of some slices one after another, None unless all of them are kept."""
-        parts = []
-        for piece in slices:
-            begin = piece.position * self._row_bytes
-            end = begin + piece.num_tokens * self._row_bytes
-            kept = self._rows.get(piece.sequence_id, b"")
-            if len(kept) < end:
-                return None
-            parts.append(kept[begin:end])
-        return b"".join(parts)
-
-    def drop(self, sequence_ids: Iterable[int]) -> None:
-        """Forget sequences that are over; unknown ones are no error."""
-        for sequence_id in sequence_ids:
-            self._num_bytes -= len(self._rows.pop(sequence_id, b""))
-
-    def clear(self) -> None:
-        """Forget every sequence."""
-        self._rows.clear()
-        self._num_bytes = 0
-
-    def _put(self, sequence_id: int, begin: int, rows: memoryview) -> None:
-        kept = self._rows.get(sequence_id)
-        if kept is None and begin == 0:
-            kept = self._rows[sequence_id] = bytearray()
-        if kept is None or begin > len(kept):
-            return
-        before = len(kept)
-        kept[begin : begin + len(rows)] = rows
-        self._num_bytes += len(kept) - before
-
-
 class StageRunner:
-    """Runs steps through the layers of one stage; one at a time, in the order they come."""
+    """Runs steps through the layers of one stage, one at a time, in the order in which they arrive."""
 
     def __init__(
         self,
@@ -93,7 +44,7 @@ class StageRunner:
         *,
         on_logits: Callable[[Sequence[int], Tensor], None] | None = None,
     ) -> None:
-        """Load the stage. `on_logits` sees sequence ids and logits [n, vocabulary] that are sampled from."""
+        """Load the stage; `on_logits` gets the sequence ids and logits [n, vocabulary] of each sample."""
         self._spec = spec
         self._device = torch.device(spec.device)
         self._on_logits = on_logits
@@ -110,15 +61,16 @@ class StageRunner:
         self._lock = threading.Lock()
         self._last_step = 0
         self._is_last = span.end == spec.structure.num_layers
-        self._spread_layers = [
-            self._spread(built, layer, held, experts) for layer, held in built.spread.items()
+        self._distributed_layers = [
+            self._distribute(built, layer, held, experts) for layer, held in built.distributed.items()
         ]
 
     def run(self, batch: StepBatch, frame: bytes | None) -> Handoff | StepResult:
         """Run one step: the first stage takes tokens from the batch, the others hidden states from the frame.
 
-        The stage before those that a replay fills again sends what it sent before. Raises OldEpoch for a step
-        that was given up, FrameError, which names who sent it, for anything else that does not fit here.
+        The stage before the stages that a replay fills sends what it sent before. Raises OldEpoch for a step
+        of an older topology, and FrameError for any other step that this stage cannot run; a BadFrame names
+        the stage that sent it.
         """
         with self._lock, torch.inference_mode():
             self._refuse_epoch(batch)
@@ -134,12 +86,12 @@ class StageRunner:
             return self._hand_on(*self._computed(batch, rows, self._hidden))
 
     def relink(self, topology: Topology, experts: ExpertLink | None) -> None:
-        """Go on under a topology whose epoch is higher; this stage's own piece is as it was.
+        """Use a topology with a higher epoch, in which this stage has the same layers and experts.
 
-        Waits for the step under way: what is older comes to nothing from now on.
+        Waits for the current step. Steps of the older topology are refused from now on.
         """
         with self._lock:
-            assert topology.epoch > self._spec.epoch, "an epoch never comes twice"
+            assert topology.epoch > self._spec.epoch, "each topology has a higher epoch"
             self._last_step = 0
             if topology.num_blocks != self._spec.num_blocks:
                 self._kv.resize(topology.num_blocks)
@@ -151,34 +103,34 @@ class StageRunner:
                 expert_sets=topology.expert_sets,
                 num_blocks=topology.num_blocks,
             )
-            for module in self._spread_layers:
-                assert experts is not None, "there is no way to the experts that are elsewhere"
+            for module in self._distributed_layers:
+                assert experts is not None, "the distributed experts need a link"
                 module.relink(topology.expert_sets, experts)
 
     def forget_sequences(self) -> None:
-        """Drop the state of every sequence; whoever schedules from now on opens its own."""
+        """Drop the state of every sequence: a new pipeline will open its own."""
         with self._lock:
             self._sent.clear()
             self._sampler.clear()
 
     def num_sent(self, sequence_ids: Sequence[int]) -> Mapping[int, int]:
-        """Return how many rows of hidden states can be sent again, of each sequence that has any."""
+        """Return how many rows of hidden states can be sent again, for each sequence with such rows."""
         with self._lock:
             return self._sent.num_rows(sequence_ids)
 
     def num_chosen(self) -> Mapping[int, Sequence[int]]:
-        """Return how often each expert was chosen, for the layers that have experts elsewhere."""
-        return {module.layer: module.num_chosen for module in self._spread_layers}
+        """Return how often each expert was chosen, for the layers with distributed experts."""
+        return {module.layer: module.num_chosen for module in self._distributed_layers}
 
     def _computed(
         self, batch: StepBatch, rows: Tensor, compute: Callable[[Tensor, Layout], Tensor]
     ) -> tuple[StepBatch, Tensor]:
-        """Run a step's rows, in parts where memory runs out; return the step as it goes on and outputs."""
+        """Run rows, in parts when memory runs out; return the step for the next stage, and outputs."""
 
-        def run(part: StepPart) -> _Ran:
+        def run(part: StepPart) -> _PartResult:
             layout = self._layout(part.slices)
             self._context.begin(self._step_id(batch), layout)
-            return _Ran(compute(part.rows, layout), len(part.rows), self._context.work)
+            return _PartResult(compute(part.rows, layout), len(part.rows), self._context.work)
 
         parts = run_in_parts(run, StepPart(batch.slices, rows), StepPart.halves, self._device.type)
         work = (*batch.expert_work, *(one for part in parts for one in part.work))
@@ -193,7 +145,7 @@ class StageRunner:
         return self._model.hidden(rows, layout, self._kv)
 
     def _logits(self, rows: Tensor, layout: Layout) -> Tensor:
-        places = [index for index, piece in enumerate(layout.slices) if piece.sample]
+        places = [index for index, slice_ in enumerate(layout.slices) if slice_.sample]
         return self._model.logits(rows, layout, self._kv, layout.last_rows[places])
 
     def _hand_on(self, batch: StepBatch, hidden: Tensor) -> Handoff | StepResult:
@@ -211,7 +163,7 @@ class StageRunner:
 
     def _finish(self, batch: StepBatch, logits: Tensor) -> StepResult:
         self._sampler.open(batch.opened)
-        sequence_ids = [piece.sequence_id for piece in batch.slices if piece.sample]
+        sequence_ids = [slice_.sequence_id for slice_ in batch.slices if slice_.sample]
         if self._on_logits is not None and sequence_ids:
             self._on_logits(sequence_ids, logits)
         tokens = self._sampler.sample(sequence_ids, logits) if sequence_ids else ()
@@ -247,7 +199,7 @@ class StageRunner:
             raise FrameError(f"step {batch.step} is of epoch {batch.epoch}, which this stage does not know")
 
     def _refuse_repeated(self, batch: StepBatch) -> None:
-        # Within an epoch steps come in their order; one that comes again would be sampled twice.
+        # Within an epoch steps arrive in order; a step that arrived twice would be sampled twice.
         if batch.step <= self._last_step:
             raise FrameError(f"step {batch.step} came after step {self._last_step}")
 
@@ -282,20 +234,21 @@ class StageRunner:
             payload=payload,
         ).encode()
 
-    def _spread(
+    def _distribute(
         self, built: BuiltStage, layer: int, held: HeldExperts | None, link: ExpertLink | None
-    ) -> SpreadExperts:
+    ) -> DistributedExperts:
+        """Put distributed experts in the place of a layer's experts module."""
         spec, structure = self._spec, self._spec.structure
-        assert link is not None, f"the experts of layer {layer} are elsewhere and there is no way to them"
-        facts = SpreadLayer(
+        assert link is not None, f"the distributed experts of layer {layer} need a link"
+        distributed = DistributedLayer(
             layer=layer,
             num_experts=structure.layers[layer].num_experts,
             node_id=spec.stage.node_id,
             router_bytes=structure.layer_shard(layer).active_parameters * structure.dtype_bytes,
             expert_bytes=structure.expert_shard(layer, 0).active_parameters * structure.dtype_bytes,
-            expert_sets=tuple(chosen for chosen in spec.expert_sets if layer in chosen.experts),
+            expert_sets=tuple(one for one in spec.expert_sets if layer in one.experts),
         )
-        module = SpreadExperts(facts, held, link, self._context, spec.expert_timeout_s)
+        module = DistributedExperts(distributed, held, link, self._context, spec.expert_timeout_s)
         block = self._model.layers[layer - spec.stage.span.start]
         replace_module(block, built.expert_paths[layer], module)
         return module
@@ -304,9 +257,69 @@ class StageRunner:
         return StepId(batch.epoch, batch.step, batch.micro_batch, self._spec.stage.index)
 
 
+class SentLog:
+    """The rows of hidden states that a stage sent, by sequence and position, up to `max_bytes`.
+
+    When there are more, the log drops the sequence that began first: its rows are then computed again from
+    its tokens. The log has all rows of a sequence from position 0 on, or none.
+    """
+
+    def __init__(self, row_bytes: int, max_bytes: int) -> None:
+        self._row_bytes = row_bytes
+        self._max_bytes = max_bytes
+        self._rows: dict[int, bytearray] = {}
+        self._num_bytes = 0
+
+    def record(self, slices: Iterable[Slice], payload: memoryview) -> None:
+        """Store the rows of a step, in the order of its slices; rows that run again replace the old ones."""
+        offset = 0
+        for slice_ in slices:
+            size = slice_.num_tokens * self._row_bytes
+            self._put(slice_.sequence_id, slice_.position * self._row_bytes, payload[offset : offset + size])
+            offset += size
+        while self._num_bytes > self._max_bytes:
+            self._num_bytes -= len(self._rows.pop(next(iter(self._rows))))
+
+    def num_rows(self, sequence_ids: Iterable[int]) -> Mapping[int, int]:
+        """Return the number of stored rows of each of these sequences that has any."""
+        return {key: len(self._rows[key]) // self._row_bytes for key in sequence_ids if key in self._rows}
+
+    def rows(self, slices: Sequence[Slice]) -> bytes | None:
+        """Return the rows of some slices one after another, None unless all of them are stored."""
+        parts = []
+        for slice_ in slices:
+            begin = slice_.position * self._row_bytes
+            end = begin + slice_.num_tokens * self._row_bytes
+            kept = self._rows.get(slice_.sequence_id, b"")
+            if len(kept) < end:
+                return None
+            parts.append(kept[begin:end])
+        return b"".join(parts)
+
+    def drop(self, sequence_ids: Iterable[int]) -> None:
+        """Forget sequences that have finished; an unknown id is not an error."""
+        for sequence_id in sequence_ids:
+            self._num_bytes -= len(self._rows.pop(sequence_id, b""))
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self._rows.clear()
+        self._num_bytes = 0
+
+    def _put(self, sequence_id: int, begin: int, rows: memoryview) -> None:
+        kept = self._rows.get(sequence_id)
+        if kept is None and begin == 0:
+            kept = self._rows[sequence_id] = bytearray()
+        if kept is None or begin > len(kept):
+            return
+        before = len(kept)
+        kept[begin : begin + len(rows)] = rows
+        self._num_bytes += len(kept) - before
+
+
 @dataclass(frozen=True, slots=True)
-class _Ran:
-    """What came of some tokens of a step."""
+class _PartResult:
+    """The outputs of some tokens of a step."""
 
     out: Tensor
     num_tokens: int
@@ -314,7 +327,7 @@ class _Ran:
 
 
 def _rows(batch: StepBatch) -> tuple[FrameRow, ...]:
-    return tuple(FrameRow(piece.sequence_id, piece.position, piece.num_tokens) for piece in batch.slices)
+    return tuple(FrameRow(slice_.sequence_id, slice_.position, slice_.num_tokens) for slice_ in batch.slices)
 
 
 def _result(batch: StepBatch, tokens: tuple[SampledToken, ...], work: tuple[ExpertWork, ...]) -> StepResult:

@@ -10,12 +10,12 @@ from azu.protocol.frame import Frame
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name that frames and structures use, such as "bfloat16"."""
+    """Return a dtype's name in frames and structures, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """Return torch's dtype of that name."""
+    """Return torch's dtype with a name."""
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -27,16 +27,16 @@ def payload_of(tensor: Tensor) -> memoryview:
 
 
 def tensor_of(frame: Frame, device: torch.device) -> Tensor:
-    """Return a frame's tensor in memory of its own; raises FrameError when a float is not finite."""
-    # Received bytes are read-only and aligned to nothing: the one copy here makes them a tensor.
+    """Return a copy of a frame's tensor on a device; raises FrameError when a float is not finite."""
+    # Received bytes are read-only and not aligned: a tensor needs this one copy.
     tensor = torch.empty(frame.shape, dtype=dtype_named(frame.dtype))
     _bytes_of(tensor)[:] = frame.payload
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise FrameError(f"step {frame.step}: values that are not finite")
+        raise FrameError(f"step {frame.step}: some values are not finite")
     return tensor.to(device)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    # Through uint8: numpy has no bfloat16.
+    # By way of uint8: numpy has no bfloat16.
     values: Any = tensor.flatten().view(torch.uint8).numpy()
     return memoryview(values)

@@ -1,10 +1,12 @@
-"""Token ids to text, as they come. No transformers here: it is quick to load wherever text is looked at."""
+"""Token ids to text as they arrive, up to a completion's stop string, and the parts of a parsed answer.
+
+No transformers here: the ingress and the pipeline import this file, so it must load fast.
+"""
 
 import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
@@ -12,20 +14,108 @@ from tokenizers.decoders import DecodeStream
 from azu.protocol.job import FinishReason
 from azu.protocol.sampling import SamplingParams
 
+# A stream decodes after so many tokens of the prompt: a token may join with the ones before it.
+_CONTEXT_TOKENS = 8
+_UNKNOWN = "\ufffd"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
-class Decoder(Protocol):
-    """Turns token ids into text as they come."""
+
+class TextDecoder:
+    """The half of a tokenizer that makes text; `ends` are the tokens that end an answer."""
+
+    def __init__(self, backend: Backend, ends: frozenset[int] = frozenset()) -> None:
+        self._backend = backend
+        self._ends = ends
+
+    @classmethod
+    def from_json(cls, content: str) -> "TextDecoder":
+        """Return the decoder of a text that `to_json` returned."""
+        return TextDecoder(Backend.from_str(content))
+
+    def to_json(self) -> str:
+        """Return all that decoding needs of the tokenizer, as text."""
+        content: str = self._backend.to_str()
+        return content
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids without special tokens."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """Return one token's text as it appears inside a text; the token may be special."""
+        once: str = self._backend.decode([token_id], skip_special_tokens=False)
+        # Many decoders strip the space before a first word.
+        twice: str = self._backend.decode([token_id, token_id], skip_special_tokens=False)
+        return twice.removeprefix(once) if twice.startswith(once) else once
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """Return one token's bytes in UTF-8, which may be a part of a character; None if they are unknown."""
+        text = self.token_text(token_id)
+        if _UNKNOWN not in text:
+            return text.encode()
+        name = self._backend.id_to_token(token_id) or ""
+        if match := _BYTE_TOKEN.fullmatch(name):
+            return bytes.fromhex(match[1])
+        if name and all(character in _BYTE_OF for character in name):
+            return bytes(_BYTE_OF[character] for character in name)
+        return None
+
+    def stream(self, prompt_token_ids: Sequence[int]) -> "TextStream":
+        """Return a stream of the text that follows a prompt."""
+        return TextStream(self._backend, prompt_token_ids[-_CONTEXT_TOKENS:])
+
+    def completion(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, raw: bool = False
+    ) -> "CompletionText":
+        """Return the text that follows a prompt, up to the stop strings of its sampling.
+
+        With `raw` the text contains special tokens, except those that end an answer.
+        """
+        hidden = self._ends if raw else None
+        stream = TextStream(self._backend, prompt_token_ids[-_CONTEXT_TOKENS:], hidden)
+        return CompletionText(stream, sampling.stop, sampling.min_tokens)
+
+
+class TextStream:
+    """Turns token ids into text as they arrive; the returned text never ends inside a character.
+
+    Special tokens are left out; with `hidden`, only the tokens in it are left out.
+    """
+
+    def __init__(
+        self, backend: Backend, context: Sequence[int], hidden: frozenset[int] | None = None
+    ) -> None:
+        self._backend = backend
+        self._context = list(context)
+        self._skips = hidden is None
+        self._hidden = hidden or frozenset()
+        self._stream = DecodeStream(ids=list(context), skip_special_tokens=self._skips)
+        self._token_ids: list[int] = []
+        self._num_returned = 0
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """Return the text that is certain after these tokens."""
+        """Return the text that is certain after these tokens, "" if none is yet."""
+        text = ""
+        for token_id in token_ids:
+            if token_id in self._hidden:
+                continue
+            self._token_ids.append(token_id)
+            text += self._stream.step(self._backend, token_id) or ""
+        self._num_returned += len(text)
+        return text
 
     def finish(self) -> str:
-        """Return what was held back."""
+        """Return the text that was held back; the start of an unfinished character becomes U+FFFD."""
+        before = self._backend.decode(self._context, skip_special_tokens=self._skips)
+        everything = self._context + self._token_ids
+        text: str = self._backend.decode(everything, skip_special_tokens=self._skips)
+        return text[len(before) + self._num_returned :]
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A function that the model wants called; `arguments` is a JSON object as text."""
+    """A call of a function that the model asks for; `arguments` is a JSON object as text."""
 
     name: str
     arguments: str
@@ -33,14 +123,14 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """What is new of one choice of an answer.
+    """The new text of one choice of an answer.
 
-    `text` may be shown. `token_offsets` says where in the choice's text the tokens begin that are settled
-    with it: the choice's next tokens, in order, without those that wrote at a stop string. `token_ids`,
-    `logprobs` and `top_logprobs` (best first) are parallel to it if the job asked for log probabilities,
-    else empty. `reasoning` and `tool_calls` were parsed out of the text; `num_calls` counts the choice's
-    calls up to here. With a `finish_reason` this is the last delta of the choice. `after` counts the job's
-    completion tokens up to here: a reader that comes back continues behind them.
+    `token_offsets` holds, for each token that `text` completes, its offset in the choice's whole text. The
+    tokens are the choice's next ones, in order, without tokens that have text of a stop string. `token_ids`,
+    `logprobs` and `top_logprobs` (best first) are parallel to it if the job asked for log probabilities, else
+    empty. `reasoning` and `tool_calls` were parsed out of the text; `num_calls` counts the choice's calls up
+    to here. With a `finish_reason` this is the choice's last delta. `after` counts the job's completion
+    tokens up to here: a reader that returns continues after them.
     """
 
     text: str = ""
@@ -72,67 +162,68 @@ class TextDelta:
 class CompletionText:
     """The text of one completion, up to the first stop string.
 
-    A stop string that is complete before the completion has `min_tokens` tokens is ordinary text. What may
-    become a stop string is held back until the tokens after it decide.
+    A stop string that is complete before the completion has `min_tokens` tokens is ordinary text. Text that
+    may become a stop string is held back until later tokens decide.
     """
 
-    def __init__(self, decoder: Decoder, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+    def __init__(self, decoder: TextStream, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._decoder = decoder
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._num_decoded = 0
-        self._num_shown = 0
+        self._num_returned = 0
         self._held = ""
-        self._unsettled: deque[tuple[int, int]] = deque()  # where each token's text begins and ends
+        # The begin and end of each token's text, for tokens that are not returned yet.
+        self._pending: deque[tuple[int, int]] = deque()
         self.stopped = False
 
     def ends_with(self, token_id: int) -> bool:
-        """Take the next token and say whether a stop string is complete now."""
+        """Add the next token and say whether a stop string is complete now."""
         self.push(token_id)
         return self.stopped
 
     def push(self, token_id: int) -> TextDelta:
-        """Take the next token and return what may be shown now."""
+        """Add the next token and return the text that is certain now."""
         if self.stopped:
             return TextDelta()
         self._num_tokens += 1
         begin = self._num_decoded
-        self._take(self._decoder.push([token_id]))
-        self._unsettled.append((begin, self._num_decoded))
+        self._add(self._decoder.push([token_id]))
+        self._pending.append((begin, self._num_decoded))
         if self._num_tokens >= self._min_tokens and (end := self._first_stop()) is not None:
             return self._end_at(end)
-        return self._show(len(self._held) - self._num_undecided())
+        return self._return(len(self._held) - self._num_undecided())
 
     def finish(self) -> TextDelta:
         """Return the rest of a completion that has ended."""
         if self.stopped:
             return TextDelta()
-        self._take(self._decoder.finish())
+        self._add(self._decoder.finish())
         if self._num_tokens >= self._min_tokens and (end := self._first_stop()) is not None:
             return self._end_at(end)
-        rest = tuple(begin for begin, _ in self._unsettled)
+        rest = tuple(begin for begin, _ in self._pending)
         return TextDelta(self._held, rest)
 
-    def _take(self, text: str) -> None:
+    def _add(self, text: str) -> None:
         self._held += text
         self._num_decoded += len(text)
 
     def _end_at(self, end: int) -> TextDelta:
         self.stopped = True
-        return self._show(end)
+        return self._return(end)
 
-    def _show(self, num_characters: int) -> TextDelta:
+    def _return(self, num_characters: int) -> TextDelta:
         text, self._held = self._held[:num_characters], self._held[num_characters:]
-        self._num_shown += num_characters
-        settled = []
-        while self._unsettled and self._is_shown(*self._unsettled[0]):
-            settled.append(self._unsettled.popleft()[0])
-        return TextDelta(text, tuple(settled))
+        self._num_returned += num_characters
+        offsets = []
+        while self._pending and self._is_returned(*self._pending[0]):
+            offsets.append(self._pending.popleft()[0])
+        return TextDelta(text, tuple(offsets))
 
-    def _is_shown(self, begin: int, end: int) -> bool:
+    def _is_returned(self, begin: int, end: int) -> bool:
         # A token without text, such as a part of a character, waits for the text after it.
-        return begin < self._num_shown and end <= self._num_shown
+        return begin < self._num_returned and end <= self._num_returned
 
     def _first_stop(self) -> int | None:
         found = (self._held.find(stop) for stop in self._stop)
@@ -148,107 +239,17 @@ class CompletionText:
         return any(len(end) < len(stop) and stop.startswith(end) for stop in self._stop)
 
 
-# How much of a prompt a stream decodes with: enough for any token that joins with the ones before it.
-_CONTEXT_TOKENS = 8
-_UNKNOWN = "\ufffd"
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+@dataclass(frozen=True, slots=True)
+class ParsedAnswer:
+    """The new parts of an answer."""
 
-
-class TextDecoder:
-    """The half of a tokenizer that makes text; `ends` are the tokens that end an answer."""
-
-    def __init__(self, backend: Backend, ends: frozenset[int] = frozenset()) -> None:
-        self._backend = backend
-        self._ends = ends
-
-    @classmethod
-    def from_json(cls, content: str) -> "TextDecoder":
-        """Return the decoder that `to_json` wrote."""
-        return TextDecoder(Backend.from_str(content))
-
-    def to_json(self) -> str:
-        """Return all of the tokenizer that is needed to decode, as text."""
-        content: str = self._backend.to_str()
-        return content
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids without special tokens."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
-        return text
-
-    def token_text(self, token_id: int) -> str:
-        """Return one token's text as it stands inside a text, special or not."""
-        once: str = self._backend.decode([token_id], skip_special_tokens=False)
-        # Many decoders strip the space before a first word.
-        twice: str = self._backend.decode([token_id, token_id], skip_special_tokens=False)
-        return twice.removeprefix(once) if twice.startswith(once) else once
-
-    def token_bytes(self, token_id: int) -> bytes | None:
-        """Return one token's bytes in UTF-8, also of a part of a character; None if they are not known."""
-        text = self.token_text(token_id)
-        if _UNKNOWN not in text:
-            return text.encode()
-        name = self._backend.id_to_token(token_id) or ""
-        if match := _BYTE_TOKEN.fullmatch(name):
-            return bytes.fromhex(match[1])
-        if name and all(character in _BYTE_OF for character in name):
-            return bytes(_BYTE_OF[character] for character in name)
-        return None
-
-    def stream(self, prompt_token_ids: Sequence[int]) -> "TextStream":
-        """Return a stream of the text that follows a prompt."""
-        return TextStream(self._backend, prompt_token_ids[-_CONTEXT_TOKENS:])
-
-    def completion(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, raw: bool = False
-    ) -> CompletionText:
-        """Return the text that follows a prompt, up to the stop strings of its sampling.
-
-        `raw` text has the special tokens in it, all but those that end it.
-        """
-        hidden = self._ends if raw else None
-        stream = TextStream(self._backend, prompt_token_ids[-_CONTEXT_TOKENS:], hidden)
-        return CompletionText(stream, sampling.stop, sampling.min_tokens)
-
-
-class TextStream:
-    """Turns token ids into text as they come; a piece never ends inside a character.
-
-    Special tokens are left out, or with `hidden` those alone.
-    """
-
-    def __init__(
-        self, backend: Backend, context: Sequence[int], hidden: frozenset[int] | None = None
-    ) -> None:
-        self._backend = backend
-        self._context = list(context)
-        self._skips = hidden is None
-        self._hidden = hidden or frozenset()
-        self._stream = DecodeStream(ids=list(context), skip_special_tokens=self._skips)
-        self._token_ids: list[int] = []
-        self._given = 0
-
-    def push(self, token_ids: Iterable[int]) -> str:
-        """Return the text that is certain after these tokens, "" if none is yet."""
-        text = ""
-        for token_id in token_ids:
-            if token_id in self._hidden:
-                continue
-            self._token_ids.append(token_id)
-            text += self._stream.step(self._backend, token_id) or ""
-        self._given += len(text)
-        return text
-
-    def finish(self) -> str:
-        """Return what was held back: the start of a character that never came is shown as U+FFFD."""
-        before = self._backend.decode(self._context, skip_special_tokens=self._skips)
-        everything = self._context + self._token_ids
-        text: str = self._backend.decode(everything, skip_special_tokens=self._skips)
-        return text[len(before) + self._given :]
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return the characters that byte-level tokenizers write bytes with (GPT-2's, used by all of them)."""
+    """Return character -> byte as byte-level tokenizers write bytes: GPT-2's table, which all of them use."""
     ranges = (("!", "~"), ("¡", "¬"), ("®", "ÿ"))
     printable = [byte for first, last in ranges for byte in range(ord(first), ord(last) + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -256,12 +257,3 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedAnswer:
-    """What is new of an answer."""
-
-    content: str = ""
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()

@@ -1,4 +1,7 @@
-"""Text to token ids and back, as the model's own tokenizer does it."""
+"""A model's own tokenizer: text and chats to token ids, and the parser of its answers' tool calls.
+
+A chat template is a program by the model's author, so it runs within a time limit.
+"""
 
 import ctypes
 import json
@@ -19,32 +22,121 @@ from azu.errors import BrokenCheckpoint, InvalidRequest
 from azu.models.checkpoint import GENERATION_CONFIG_FILE
 from azu.models.config_json import read_json_object
 
+# The extension that transformers adds to Jinja for chat templates.
+_EXTENSIONS = ("jinja2.ext.loopcontrols",)
+# A template usually takes milliseconds.
+_TEMPLATE_S = 5.0
+# What a template raises when it is faulty or does not fit the messages.
+_REFUSALS = (
+    TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    MemoryError,
+)  # fmt: skip
 _CONTENT = "content"
 _CALLS = "tool_calls"
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-
-
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
-class AnswerParser:
-    """Takes an answer's text as it comes, special tokens included.
+class Tokenizer(TextDecoder):
+    """The tokenizer in a folder of config and tokenizer files; no code of the model runs."""
 
-    What begins like a tool call and is none is content, as the model wrote it.
+    def __init__(self, folder: Path) -> None:
+        """Load the tokenizer; raises BrokenCheckpoint when the folder has none that can be loaded."""
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            super().__init__(self._tokenizer.backend_tokenizer, _ends(self._tokenizer, folder))
+        except Exception as error:  # whatever the libraries meet in foreign files
+            raise BrokenCheckpoint(f"the tokenizer cannot be loaded: {error}") from error
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> Self:
+        """Return the tokenizer of files, name -> content; raises BrokenCheckpoint as the constructor does."""
+        with tempfile.TemporaryDirectory(prefix="azu-tokenizer-") as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            return cls(Path(folder))
+
+    def encode(self, text: str) -> list[int]:
+        """Return a text's token ids with the special tokens that the model expects around a prompt."""
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        return ids
+
+    def takes_tools(self) -> bool:
+        """Say whether the chat template describes tools and the answer can be parsed for calls of them."""
+        response: Any = getattr(self._tokenizer, "response_template", None)
+        fields = response.get("fields") if isinstance(response, dict) else None
+        if not self._tokenizer.chat_template or not isinstance(fields, dict) or "tool_calls" not in fields:
+            return False
+        try:
+            template = self._tokenizer.get_chat_template(tools=[])
+            # Variables that the template reads without setting them are its inputs.
+            parsed = Environment(autoescape=False, extensions=_EXTENSIONS).parse(template)  # noqa: S701
+            return "tools" in meta.find_undeclared_variables(parsed)
+        except (TemplateError, ValueError):
+            return False
+
+    def answer_parser(
+        self, prompt_token_ids: Sequence[int], tools: Sequence[Mapping[str, Any]]
+    ) -> "AnswerParser":
+        """Return a parser of the answer to a prompt for which `takes_tools` is true."""
+        prompt: str = self._tokenizer.decode(list(prompt_token_ids))
+        return AnswerParser(self._tokenizer.response_template, prompt, tools)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Return the token ids of a chat in the model's own template, ready for the assistant's answer.
+
+        Raises InvalidRequest when the model has no template, or when the template refuses the messages or
+        runs for too long.
+        """
+        if not self._tokenizer.chat_template:
+            raise InvalidRequest("this model has no chat template; use completions", param="messages")
+        try:
+            with time_limit(_TEMPLATE_S):
+                text = self._tokenizer.apply_chat_template(
+                    list(messages), tools=tools, add_generation_prompt=True, tokenize=False
+                )
+            ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        except OutOfTime as error:
+            raise InvalidRequest(
+                f"the chat template did not finish in {_TEMPLATE_S:.0f} s", param="messages"
+            ) from error
+        except _REFUSALS as error:
+            raise InvalidRequest(
+                f"the chat template refuses the messages: {error}", param="messages"
+            ) from error
+        return ids
+
+
+def _ends(tokenizer: Any, folder: Path) -> frozenset[int]:
+    """Return the tokens that end an answer and are not part of it."""
+    path = folder / GENERATION_CONFIG_FILE
+    said = read_json_object(path).get("eos_token_id") if path.exists() else None
+    ids = [*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id]
+    return frozenset(token_id for token_id in ids if isinstance(token_id, int))
+
+
+class AnswerParser:
+    """Parses an answer's text as it arrives, special tokens included.
+
+    Text that begins like a tool call but is not one is content, as the model wrote it.
     """
 
     def __init__(self, template: Mapping[str, Any], prompt: str, tools: Sequence[Mapping[str, Any]]) -> None:
-        """Raises BrokenCheckpoint for a template that is none."""
+        """Raises BrokenCheckpoint for a template that cannot be used."""
         try:
             self._parser = ResponseParser(dict(template), prefix=prompt, tools=[dict(tool) for tool in tools])
         except Exception as error:  # whatever the library meets in a foreign template
             raise BrokenCheckpoint(f"the response template cannot be used: {error}") from error
         self._broken = False
-        # What the model wrote since all of it was read, and what of it is shown.
-        self._written = self._shown = ""
+        # The text since the parser last returned all of it, and the part of this text that was returned.
+        self._written = self._returned = ""
 
     def push(self, text: str) -> ParsedAnswer:
-        """Return what is certain after more text."""
+        """Add text and return what is certain now."""
         if self._broken:
             return ParsedAnswer(content=text)
         self._written += text
@@ -57,17 +149,17 @@ class AnswerParser:
     def _read(self, events: Callable[[], Sequence[Mapping[str, Any]]]) -> ParsedAnswer:
         try:
             parsed, closed = _parsed(events())
-        except Exception:  # the model's text is not what its template promises
+        except Exception:  # the model's text does not follow its template
             self._broken = True
-            return ParsedAnswer(content=self._written.removeprefix(self._shown))
-        self._shown += parsed.content
-        if closed or self._shown == self._written:
-            self._written = self._shown = ""
+            return ParsedAnswer(content=self._written.removeprefix(self._returned))
+        self._returned += parsed.content
+        if closed or self._returned == self._written:
+            self._written = self._returned = ""
         return parsed
 
 
 def _parsed(events: Sequence[Mapping[str, Any]]) -> tuple[ParsedAnswer, bool]:
-    """Return what events say, and whether a region that is no content has ended."""
+    """Return the answer that events describe, and whether a region other than content has ended."""
     content, reasoning, closed = "", "", False
     calls: list[ToolCall] = []
     for event in events:
@@ -83,7 +175,7 @@ def _parsed(events: Sequence[Mapping[str, Any]]) -> tuple[ParsedAnswer, bool]:
 
 
 def _calls(value: Any) -> list[ToolCall]:
-    """Return the calls of a region; raises ValueError for what is no call."""
+    """Return the calls in a region; raises ValueError for any other value."""
     calls = []
     for one in value if isinstance(value, list) else [value]:
         function = one.get("function", one) if isinstance(one, dict) else {}
@@ -91,20 +183,20 @@ def _calls(value: Any) -> list[ToolCall]:
         if isinstance(arguments, str):
             arguments = json.loads(arguments)
         if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(arguments, dict):
-            raise ValueError("not a call of a function")
+            raise ValueError("not a function call")
         calls.append(ToolCall(name, json.dumps(arguments)))
     return calls
 
 
 class OutOfTime(BaseException):
-    """Raised inside the code whose time is over; whatever that catches, this it does not."""
+    """Raised inside code whose time is over. That code may catch every Exception: this is none."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """End what this thread runs in the block once it has taken so long; raises OutOfTime.
+    """Raise OutOfTime in this thread when the block has run for so long.
 
-    Only Python code ends, between two of its instructions: one call into C goes on to its end.
+    The exception arrives between two instructions of Python code: a call into C is not interrupted.
     """
     thread_id = ctypes.c_ulong(threading.get_ident())
     lock, is_over = threading.Lock(), False
@@ -120,100 +212,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        # If `end` has the lock already, OutOfTime comes up here.
+        # If `end` already holds the lock, OutOfTime is raised here.
         with lock:
             is_over = True
         timer.cancel()
-
-
-# What transformers parses chat templates with beside Jinja's own.
-_EXTENSIONS = ("jinja2.ext.loopcontrols",)
-# A template is a program by whoever made the model, and takes milliseconds.
-_TEMPLATE_S = 5.0
-# What one raises that was not made for the messages, or for any.
-_REFUSALS = (
-    TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
-    MemoryError,
-)  # fmt: skip
-
-
-class Tokenizer(TextDecoder):
-    """The tokenizer in a folder of config and tokenizer files; never code of the model's own."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises BrokenCheckpoint when the folder has no tokenizer that can be loaded."""
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-            super().__init__(self._tokenizer.backend_tokenizer, _ends(self._tokenizer, folder))
-        except Exception as error:  # whatever the libraries meet in foreign files
-            raise BrokenCheckpoint(f"the tokenizer cannot be loaded: {error}") from error
-
-    @classmethod
-    def from_files(cls, files: Mapping[str, bytes]) -> Self:
-        """Return the tokenizer of config and tokenizer files, by name; raises BrokenCheckpoint."""
-        with tempfile.TemporaryDirectory(prefix="azu-tokenizer-") as folder:
-            for name, content in files.items():
-                (Path(folder) / name).write_bytes(content)
-            return cls(Path(folder))
-
-    def encode(self, text: str) -> list[int]:
-        """Return a text's token ids with the special tokens the model expects around a prompt."""
-        ids: list[int] = self._tokenizer(text)["input_ids"]
-        return ids
-
-    def takes_tools(self) -> bool:
-        """Say whether the chat template writes tools down and calls of them can be told from the answer."""
-        response: Any = getattr(self._tokenizer, "response_template", None)
-        fields = response.get("fields") if isinstance(response, dict) else None
-        if not self._tokenizer.chat_template or not isinstance(fields, dict) or "tool_calls" not in fields:
-            return False
-        try:
-            template = self._tokenizer.get_chat_template(tools=[])
-            # What is read before it is set is what the template is given.
-            parsed = Environment(autoescape=False, extensions=_EXTENSIONS).parse(template)  # noqa: S701
-            return "tools" in meta.find_undeclared_variables(parsed)
-        except (TemplateError, ValueError):
-            return False
-
-    def answer_parser(
-        self, prompt_token_ids: Sequence[int], tools: Sequence[Mapping[str, Any]]
-    ) -> AnswerParser:
-        """Return a parser of the answer to a prompt for which `takes_tools` is true."""
-        prompt: str = self._tokenizer.decode(list(prompt_token_ids))
-        return AnswerParser(self._tokenizer.response_template, prompt, tools)
-
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> list[int]:
-        """Return the token ids of a chat in the model's own template, ready for the assistant's answer.
-
-        Raises InvalidRequest when the model has no template, or the template refuses the messages or does not
-        come to an end.
-        """
-        if not self._tokenizer.chat_template:
-            raise InvalidRequest("this model has no chat template; use completions", param="messages")
-        try:
-            with time_limit(_TEMPLATE_S):
-                text = self._tokenizer.apply_chat_template(
-                    list(messages), tools=tools, add_generation_prompt=True, tokenize=False
-                )
-            ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        except OutOfTime as error:
-            raise InvalidRequest(
-                f"the chat template was not done in {_TEMPLATE_S:.0f} s", param="messages"
-            ) from error
-        except _REFUSALS as error:
-            raise InvalidRequest(
-                f"the chat template refuses the messages: {error}", param="messages"
-            ) from error
-        return ids
-
-
-def _ends(tokenizer: Any, folder: Path) -> frozenset[int]:
-    """Return the tokens that end an answer and are no part of it."""
-    path = folder / GENERATION_CONFIG_FILE
-    said = read_json_object(path).get("eos_token_id") if path.exists() else None
-    ids = [*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id]
-    return frozenset(token_id for token_id in ids if isinstance(token_id, int))

@@ -1,4 +1,8 @@
-"""From shard files to the parameters of a cut model: mapped, not copied, where the dtypes agree."""
+"""From shard files to the parameters of a cut model.
+
+Tensors are mapped and not copied where the dtypes agree. On a CPU with oneDNN, linear layers are then packed
+into the order that oneDNN multiplies fastest.
+"""
 
 import re
 from collections import defaultdict
@@ -12,11 +16,18 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from azu.errors import ShardError
-from azu.models.compat import convert_and_load
+from azu.models.compat import convert_and_load, load_whole
 from azu.protocol.structure import Shard, Structure
 from azu.protocol.topology import LayerSpan
 
 _EXPERT = re.compile(r"((?:^|\.)experts\.)(\d+)(?=\.)")
+# The number of rows that oneDNN packs for; packed weights serve any number.
+_EXPECTED_ROWS = 16
+# With fewer float32 rows oneDNN reads weights a seventh slower: the rows are repeated.
+_MIN_ROWS = 4
+# For a smaller weight the call costs more than the product.
+_MIN_WEIGHT_VALUES = 64 * 1024
+_STACK_DIMS = 3  # [experts, out, in]
 
 
 def stage_tensors(
@@ -25,9 +36,9 @@ def stage_tensors(
     experts: Mapping[int, tuple[int, ...]],
     shard_paths: Mapping[str, Path],
 ) -> dict[str, Tensor]:
-    """Return what a stage holds, under the checkpoint's names with layers counted from the span's start.
+    """Return a stage's tensors under the checkpoint's names, with layers counted from the span's start.
 
-    Of each MoE layer only `experts[layer]` are taken, counted in that order.
+    Of each MoE layer only the experts `experts[layer]` are read, and numbered in that order.
     Raises ShardError when a shard is missing, unreadable or not named as the structure says.
     """
     tensors: dict[str, Tensor] = {}
@@ -64,18 +75,11 @@ def expert_tensors(
 
 
 def load(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Load a whole stage through transformers' own renaming and fusing rules; buffers are made anew.
+    """Load a whole stage by transformers' own rules for renaming and fusing; buffers are made anew.
 
     Raises ShardError for a parameter that the tensors do not fill or fill with another shape.
     """
-    info = convert_and_load(model, tensors, device)
-    model.mark_tied_weights_as_initialized(info)
-    model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), {"": str(device)}, None, None)
-    model._initialize_missing_keys(False)
-    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-    model._adjust_missing_and_unexpected_keys(info)
-    missing = info.missing_keys - set(model.all_tied_weights_keys)
-    wrong = sorted({*missing, *info.conversion_errors, *(found[0] for found in info.mismatched_keys)})
+    wrong = load_whole(model, tensors, device)
     if wrong:
         raise ShardError(f"the shards do not fill {wrong[0]!r} ({len(wrong)} such parameters)")
     _refuse_meta(model)
@@ -84,7 +88,7 @@ def load(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: torch.de
 def load_part(
     model: PreTrainedModel, part: nn.Module, tensors: Mapping[str, Tensor], device: torch.device
 ) -> None:
-    """Load one module of a model that stays on the meta device otherwise; see `load`."""
+    """Load one module of a model whose other modules stay on the meta device; see `load`."""
     info = convert_and_load(model, tensors, device)
     wrong = sorted(
         {*info.unexpected_keys, *info.conversion_errors, *(found[0] for found in info.mismatched_keys)}
@@ -129,20 +133,11 @@ def _renumber(name: str, layer: int, as_layer: int) -> str:
     return ".".join(path)
 
 
-# What oneDNN is told to expect; packed weights serve any number of rows.
-_EXPECTED_ROWS = 16
-# With fewer float32 rows it reads weights a seventh slower: they are repeated.
-_LEAST_ROWS = 4
-# Below this the call costs more than the product.
-_MIN_WEIGHT_VALUES = 64 * 1024
-_STACK_DIMS = 3  # [experts, out, in]
-
-
 class PackedLinear(nn.Module):
     """A linear layer whose weight lies in oneDNN's own order."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Pack a weight [out, in]; it may be let go afterwards."""
+        """Pack a weight [out, in], which is not needed afterwards."""
         super().__init__()
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _EXPECTED_ROWS)
         self._bias = None if bias is None else bias.clone()
@@ -150,9 +145,9 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x [..., in] times the weight, plus the bias: [..., out]."""
         rows = x.shape[:-1].numel()
-        if x.dtype is not torch.float32 or not 0 < rows < _LEAST_ROWS:
+        if x.dtype is not torch.float32 or not 0 < rows < _MIN_ROWS:
             return self._product(x)
-        repeated = x.reshape(rows, -1).repeat(_LEAST_ROWS // rows, 1)
+        repeated = x.reshape(rows, -1).repeat(_MIN_ROWS // rows, 1)
         return self._product(repeated)[:rows].reshape(*x.shape[:-1], -1)
 
     def _product(self, x: Tensor) -> Tensor:
@@ -171,10 +166,10 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 @torch.inference_mode()
 def pack(model: nn.Module) -> None:
-    """Replace a model's linear layers by packed ones, and copy what else is mapped of their files.
+    """Replace a model's linear layers by packed ones, and copy all other tensors of their mapped files.
 
-    One tensor that is left of a mapped file keeps in memory all that was read of it. Embeddings stay mapped,
-    for few of their rows are read, and so does a model without a layer that is worth packing.
+    One mapped tensor keeps in memory all that was read of its file. Embeddings stay mapped, because few of
+    their rows are read; so does a model without a layer that is worth packing.
     """
     if any(_is_worth_packing(module) for module in model.modules()):
         _pack(model)
@@ -189,7 +184,7 @@ def _pack(module: nn.Module) -> None:
             parameter.data = parameter.data.clone()
     for name, buffer in list(module.named_buffers(recurse=False)):
         setattr(module, name, buffer.clone())
-    # One by one down the tree: a layer's file is let go before the next one's is read.
+    # Child by child: the file of one layer is released before the next one's is read.
     for name, child in list(module.named_children()):
         if _is_worth_packing(child):
             setattr(module, name, _packed(child))

@@ -128,3 +128,43 @@ def refuse_incomplete(model: PreTrainedModel, tensors: Mapping[str, StoredTensor
     if broken:
         more = ", ..." if len(broken) > _MAX_NAMED_PARAMETERS else ""
         raise BrokenCheckpoint(f"{where} lacks tensors for {', '.join(broken[:_MAX_NAMED_PARAMETERS])}{more}")
+
+
+def load_whole(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: torch.device) -> list[str]:
+    """Load all parameters of a model, make its buffers anew and tie its weights.
+
+    Return the parameters, by name, that the tensors do not fill or fill with another shape.
+    The steps and their order are those of `from_pretrained`, which reads whole checkpoints from files.
+    """
+    info = convert_and_load(model, tensors, device)
+    model.mark_tied_weights_as_initialized(info)
+    model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), {"": str(device)}, None, None)
+    model._initialize_missing_keys(False)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(info)
+    missing = info.missing_keys - set(model.all_tied_weights_keys)
+    return sorted({*missing, *info.conversion_errors, *(found[0] for found in info.mismatched_keys)})
+
+
+def mark_initialized(module: nn.Module) -> None:
+    """Keep `load_whole` from initialising a module: transformers would ask it for children that it lost."""
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def set_num_experts(module: nn.Module, num_experts: int) -> None:
+    """Give an experts module another number of experts, and make it skip the id behind the last one.
+
+    That id stands for an expert that is elsewhere, as in transformers' own expert parallelism.
+    """
+    module.num_experts = num_experts  # type: ignore[assignment]
+    module._is_expert_parallel = True  # type: ignore[assignment]
+
+
+def takes_registered_attention(model: PreTrainedModel) -> bool:
+    """Say whether a model asks transformers' AttentionInterface; only the model's class knows that."""
+    return bool(model._supports_attention_backend)
+
+
+def takes_sdpa(model: PreTrainedModel) -> bool:
+    """Say whether a model runs with torch's scaled dot product attention; only its class knows that."""
+    return bool(model._supports_sdpa)

@@ -1,4 +1,4 @@
-"""The frame: one tensor on the wire, with everything a receiver needs to refuse it.
+"""The frame: one tensor on the wire, with all that a receiver needs to check it.
 
 Layout, little endian: a fixed header, a table of (sequence id, position, token count), the tensor's raw
 bytes. The checksum (XXH3, 64 bit) covers header, table and bytes. Nothing is pickled.
@@ -15,7 +15,7 @@ from azu.errors import FrameError
 MAGIC = b"AZUF"
 VERSION = 1
 MAX_DIMS = 4
-# Wire codes of dtypes (torch's names) and their sizes; a code is never reused.
+# dtype (torch's name) -> its code on the wire and its size in bytes; a code is never reused.
 DTYPES: dict[str, tuple[int, int]] = {
     "float32": (1, 4),
     "float16": (2, 2),
@@ -33,7 +33,7 @@ _PREFIX_BYTES = _CHECKSUM.size + _HEADER.size
 
 @dataclass(frozen=True, slots=True)
 class FrameRow:
-    """Which sequence the next `num_tokens` rows of the tensor belong to, from which position on."""
+    """The next `num_tokens` rows of the tensor belong to one sequence, from `position` on."""
 
     sequence_id: int
     position: int
@@ -42,9 +42,9 @@ class FrameRow:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A tensor's raw bytes with where it comes from and what it belongs to.
+    """A tensor's raw bytes, with their sender and step.
 
-    `stage` is the sender's stage index. `payload` may be a view of the received bytes: nothing is copied.
+    `stage` is the sender's stage index. `payload` may be a view of the received bytes, without a copy.
     """
 
     epoch: int
@@ -57,7 +57,7 @@ class Frame:
     payload: bytes | memoryview
 
     def encode(self) -> bytes:
-        """Return the frame as one `bytes`, the fastest payload Ray has."""
+        """Return the frame as one `bytes` object, Ray's fastest payload."""
         assert 0 < len(self.shape) <= MAX_DIMS, self.shape
         code, size = DTYPES[self.dtype]
         payload = memoryview(self.payload).cast("B")

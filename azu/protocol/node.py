@@ -1,4 +1,4 @@
-"""What a node says of itself, once a second."""
+"""A node: the state that it reports once a second."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from pydantic import ConfigDict
 
 
 class NodeState(StrEnum):
-    """ALIVE takes new pieces; SUSPECT and LEAVING keep what they have; DEAD has nothing any more."""
+    """An ALIVE node takes new pieces, SUSPECT and LEAVING nodes keep theirs, and a DEAD node has none."""
 
     ALIVE = "alive"
     SUSPECT = "suspect"
@@ -18,13 +18,13 @@ class NodeState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A worker machine's GPU (or CPU budget) as the planner sees it.
+    """A worker's GPU, or its budget of main memory, as the planner sees it.
 
-    `vram_free_bytes` is live: what could be loaded now. Bandwidth and compute are measured on the node.
-    `cached_shards` holds the sha256 of every shard on its disk; `links_s` the one-way latency to other nodes.
-    `vram_used_bytes` is what azu's own pieces really take, None where they cannot be told from others;
-    `vram_other_bytes` what other programs hold on the card. `load` is the busy part of the device, 0 to 1.
-    `bad_frames` counts what the node sent and its receivers refused, since it joined.
+    `vram_free_bytes` is the memory that could be loaded now. Bandwidth and compute are measured on the node.
+    `cached_shards` holds the sha256 of every shard on its disk, `links_s` the one-way latency to other nodes.
+    azu's own pieces really take `vram_used_bytes`, None when the driver does not say so; other programs take
+    `vram_other_bytes` on the card. `load` is the busy part of the device, 0 to 1. `bad_frames` counts the
+    frames of the node that receivers refused since it joined.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -46,13 +46,13 @@ class Node:
     bad_frames: int = 0
 
     def room_bytes(self, placed_bytes: int, given_back_bytes: int = 0) -> int:
-        """Return what may still be placed beside pieces of `placed_bytes`, loaded or not yet.
+        """Return the bytes for more pieces beside those of `placed_bytes`, which need not be loaded yet.
 
-        `given_back_bytes` are those of loaded pieces that would be gone, which are not placed any more.
-        Negative when the owner lends less, or other programs hold more, than what is placed needs.
+        `given_back_bytes` is the size of loaded pieces that are about to go and are no longer placed.
+        The result is negative when the placed pieces need more than the owner lends or other programs leave.
         """
         room = min(self.vram_free_bytes + given_back_bytes, self.vram_total_bytes - placed_bytes)
         if self.vram_used_bytes is None:
             return room
-        # What is placed but not loaded yet still stands as free on the card.
+        # Memory for pieces that are not loaded yet still counts as free on the card.
         return min(room, self.vram_free_bytes + self.vram_used_bytes - placed_bytes)

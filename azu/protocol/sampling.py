@@ -1,4 +1,4 @@
-"""How one sequence's tokens are chosen and when it ends."""
+"""The sampling parameters of one sequence: how its tokens are chosen and when it ends."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ from pydantic import ConfigDict
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling of one sequence, under transformers' names and meanings.
+    """The sampling of one sequence, with transformers' names and meanings.
 
-    `temperature` 0 is greedy. With `seed` the token at index n depends on the logits, the seed and n alone,
-    so that a sequence can be resumed anywhere. `stop_token_ids` end the sequence as EOS does.
+    `temperature` 0 is greedy. The token at index n depends only on the logits, `seed` and n, so that a
+    sequence can continue anywhere. `stop_token_ids` end the sequence as EOS does.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")

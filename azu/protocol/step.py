@@ -1,4 +1,4 @@
-"""The messages of one engine step: what goes into the first stage and what leaves the last."""
+"""The messages of one engine step: the batch for the stages and the result of the last one."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ from azu.protocol.sampling import SamplingParams
 class Slice:
     """The tokens of one sequence in one step.
 
-    `position` is that of its first token; `block_ids` its whole block table, allocated centrally, so that
-    every stage uses the same one. `sample` asks for a new token after the slice's last one.
-    `sequence_length` counts all tokens known of the sequence: some families place each one by it.
+    `position` is the position of its first token. `block_ids` is the sequence's whole block table, which the
+    scheduler allocates for all stages. `sample` asks for a new token after the slice's last token.
+    `sequence_length` counts all known tokens of the sequence: some families compute positions from it.
     """
 
     sequence_id: int
@@ -24,9 +24,9 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class OpenedSequence:
-    """What the last stage has to know of a sequence before its first sample.
+    """The facts of a sequence that the last stage needs before its first sample.
 
-    `generated` holds the completion tokens that exist already, when a sequence is resumed.
+    `generated` holds the completion tokens that exist already, when a sequence continues.
     """
 
     sequence_id: int
@@ -37,7 +37,7 @@ class OpenedSequence:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWork:
-    """Parameter bytes that one node activated for one sequence in a MoE layer whose experts are spread."""
+    """Parameter bytes that a node activated for a sequence in a MoE layer with distributed experts."""
 
     sequence_id: int
     layer: int
@@ -47,9 +47,9 @@ class ExpertWork:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """Neighbouring stages, `first` to `last`, that were lost and have to fill their KV caches again.
+    """Consecutive stages, `first` to `last`, that were lost and have to fill their KV caches again.
 
-    The stage before them sends what it sent before; nothing is sampled, and nothing leaves `last`.
+    The stage before them sends its hidden states again. No token is sampled, and `last` sends nothing on.
     """
 
     first: int
@@ -61,9 +61,9 @@ class StepBatch:
     """One step for every stage: the slices, in the order of their rows in the frame beside it.
 
     `token_ids` holds the tokens of all slices for the first stage and is empty after it.
-    `closed` names sequences whose state every stage may drop. `expert_work` grows on the way.
-    A step with a `replay` goes through its stages only. `most_tokens` is what the tightest stage ran at once,
-    when memory ran out and it ran the step in parts.
+    Every stage may drop its state of the sequences in `closed`. Stages add to `expert_work` on the way.
+    A step with a `replay` runs only on that replay's stages. `most_tokens` is set when a stage had no memory
+    for the whole step: the largest part that the stage with the least memory ran at once.
     """
 
     epoch: int
@@ -79,8 +79,8 @@ class StepBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the step's hidden states."""
-        return sum(piece.num_tokens for piece in self.slices)
+        """The number of rows of the step's hidden states."""
+        return sum(slice_.num_tokens for slice_ in self.slices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +95,9 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the last stage of a step tells the pipeline: token ids only, never hidden states.
+    """The last stage's result for the pipeline: token ids, never hidden states.
 
-    `most_tokens` is the step's, None when every stage ran it whole.
+    `most_tokens` is the batch's, None when every stage ran the step whole.
     """
 
     epoch: int

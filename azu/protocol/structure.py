@@ -1,4 +1,4 @@
-"""What structure.json says of a model: enough to plan, price and verify without opening a shard."""
+"""A model's structure as in structure.json: enough to plan, price and verify without opening a shard."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ STRUCTURE_VERSION = 1
 EMBED = "embed"
 HEAD = "head"
 
-# Checked where a structure is read. Names become paths, and sizes are allocated.
+# pydantic checks these when a structure is read: names become paths, and sizes are allocated.
 _Count = Annotated[int, Field(ge=0, lt=2**48)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _ShardName = Annotated[str, Field(pattern=r"^(embed|head|layer_\d{1,6}_(dense|router|expert_\d{1,6}))$")]
@@ -23,7 +23,7 @@ _Dtype = Annotated[str, Field(pattern=r"^(float32|float16|bfloat16)$")]
 
 
 class LayerKind(StrEnum):
-    """DENSE layers are one shard; MOE layers are a router shard and one shard per expert."""
+    """A DENSE layer is one shard; a MOE layer is a router shard and one shard per expert."""
 
     DENSE = "dense"
     MOE = "moe"
@@ -33,7 +33,7 @@ class LayerKind(StrEnum):
 class Layer:
     """One decoder layer.
 
-    `kv_bytes_per_token` counts K and V of this layer for one token in the serving dtype.
+    `kv_bytes_per_token` is the size of this layer's K and V for one token in the serving dtype.
     `num_experts` and `experts_per_token` are 0 for a dense layer.
     """
 
@@ -61,8 +61,8 @@ class Shard:
     """One safetensors file of a cut model.
 
     `name` has no suffix: `embed`, `head`, `layer_3_dense`, `layer_4_router`, `layer_4_expert_7`.
-    `size_bytes` is the file's size, `weight_bytes` that of its tensors alone.
-    `active_parameters` counts the parameters one token uses (an embedding lookup uses one row).
+    `size_bytes` is the size of the file, `weight_bytes` the size of its tensors alone.
+    `active_parameters` counts the parameters that one token uses (an embedding lookup uses one row).
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -93,7 +93,7 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """A model after the cut. `revision` is a commit or a content hash: it never moves."""
+    """A model after the cut. `revision` is a commit or a content hash, so it never changes its meaning."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -107,9 +107,9 @@ class Structure:
     layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=1024)]
     shards: tuple[Shard, ...]
     files: tuple[ModelFile, ...]
-    # The head's weight is the embedding's: the last stage loads the embed shard too.
+    # The head's weight is the embedding's: then the last stage loads the embed shard too.
     tied_head: bool = False
-    # A sequence that grows past this many tokens is computed anew: all its positions change (longrope).
+    # A sequence with more tokens than this is computed anew, because all its positions change (longrope).
     restart_length: int | None = None
     version: int = STRUCTURE_VERSION
     _by_name: dict[str, Shard] = field(init=False, repr=False, compare=False, default_factory=dict)
@@ -119,7 +119,7 @@ class Structure:
 
     @property
     def num_layers(self) -> int:
-        """Number of decoder layers."""
+        """The number of decoder layers."""
         return len(self.layers)
 
     @property
@@ -128,7 +128,7 @@ class Structure:
         return {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
 
     def shard(self, name: str) -> Shard:
-        """Return the shard of that name; KeyError if the model has none."""
+        """Return the shard with a name; raises KeyError if the model has none."""
         return self._by_name[name]
 
     def layer_shard(self, index: int) -> Shard:
@@ -141,7 +141,7 @@ class Structure:
         return self._by_name[f"layer_{index}_expert_{expert}"]
 
     def edge_shards(self, start: int, end: int) -> Iterator[Shard]:
-        """Yield what a stage of layers [start, end) needs beside its layers: embedding, final norm, head."""
+        """Yield the shards that a stage needs beside its layers [start, end): embedding, final norm, head."""
         if start == 0 or (end == self.num_layers and self.tied_head):
             yield self._by_name[EMBED]
         if end == self.num_layers:
@@ -154,7 +154,7 @@ class Structure:
 
     @classmethod
     def from_json(cls, content: bytes | str, *, where: str = STRUCTURE_FILE) -> "Structure":
-        """Parse structure.json; raises BrokenCheckpoint that names `where` if it is not one."""
+        """Parse structure.json; raises BrokenCheckpoint that names `where` if the content is malformed."""
         try:
             structure = _ADAPTER.validate_json(content, strict=True)
         except ValidationError as error:
@@ -167,14 +167,14 @@ class Structure:
 
 
 def _contradiction(structure: Structure) -> str | None:
-    """Return what the parts of a structure say against each other."""
+    """Return the first contradiction between the parts of a structure, None if there is none."""
     if structure.version != STRUCTURE_VERSION:
-        return f"version {structure.version!r}, where this azu reads {STRUCTURE_VERSION}"
+        return f"its version is {structure.version!r}, and this azu reads version {STRUCTURE_VERSION}"
     expected = [EMBED, HEAD]
     for position, layer in enumerate(structure.layers):
         is_moe = layer.kind is LayerKind.MOE
         if layer.index != position or is_moe != (layer.num_experts > 0):
-            return f"layer {position} is not what it says"
+            return f"layer {position} contradicts itself"
         if layer.experts_per_token > layer.num_experts:
             return f"layer {position} sends a token to more experts than it has"
         if layer.num_experts > len(structure.shards):

@@ -15,8 +15,8 @@ NODES = [node("r", 10 * MIB, memory_bytes_per_s=1e12), node("a", 4 * MIB)]
 
 def test_what_is_presumed_of_a_dense_model_is_what_is_counted() -> None:
     account = WorkAccount(DENSE, plan(DENSE, [node("a", 5 * MIB), node("b", 5 * MIB)], POLICY))
-    presumed = account.presumed(5, 3)
-    account.ran(1, 7)
+    presumed = account.estimated(5, 3)
+    account.add_tokens(1, 7)
 
     assert presumed == account.close(1)
     assert {node_id for layer in presumed.values() for node_id in layer} == {"a", "b"}
@@ -24,15 +24,15 @@ def test_what_is_presumed_of_a_dense_model_is_what_is_counted() -> None:
 
 def test_nothing_is_presumed_of_what_delivered_nothing() -> None:
     account = WorkAccount(DENSE, plan(DENSE, [node("a")], POLICY))
-    assert not any(sum(layer.values()) for layer in account.presumed(5, 0).values())
+    assert not any(sum(layer.values()) for layer in account.estimated(5, 0).values())
 
 
 def test_holders_of_experts_are_presumed_to_have_run_their_part_and_replicas_none() -> None:
     topology: Topology = plan(MOE, NODES, POLICY)
     (apart,) = topology.expert_sets
     assert (apart.node_id, len(apart.experts[0])) == ("a", 2)
-    whole = WorkAccount(MOE, plan(MOE, [node("r")], POLICY)).presumed(4, 1)[0]["r"]
-    spread = WorkAccount(MOE, topology).presumed(4, 1)[0]
+    whole = WorkAccount(MOE, plan(MOE, [node("r")], POLICY)).estimated(4, 1)[0]["r"]
+    spread = WorkAccount(MOE, topology).estimated(4, 1)[0]
 
     expert = MOE.layers[0].experts_per_token * MOE.expert_shard(0, 0).active_parameters * MOE.dtype_bytes
     assert spread["a"] == 4 * (expert * 2 // 8)
@@ -40,4 +40,4 @@ def test_holders_of_experts_are_presumed_to_have_run_their_part_and_replicas_non
 
     replicated = with_hot_replicas(MOE, topology, [node("b", 8 * MIB)], POLICY, {(0, 7): 9.0})
     assert replicated.replicas
-    assert WorkAccount(MOE, replicated).presumed(4, 1)[0] == spread
+    assert WorkAccount(MOE, replicated).estimated(4, 1)[0] == spread

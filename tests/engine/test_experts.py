@@ -266,7 +266,7 @@ def test_a_set_that_was_done_without_is_to_blame_for_an_expert_that_only_it_hold
     runner = _stage(model, sets, _everywhere(model, (4, 5, 6, 7)), link)
     _run(runner)
     link.lost = 0
-    layer, hidden, weights = runner._spread_layers[0], torch.ones(9, 64), torch.full((9, 2), 0.5)
+    layer, hidden, weights = runner._distributed_layers[0], torch.ones(9, 64), torch.full((9, 2), 0.5)
 
     with torch.inference_mode():
         layer(hidden, torch.tensor([[0, 1]] * 9), weights)

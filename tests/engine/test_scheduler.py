@@ -41,7 +41,7 @@ class _Engine:
 
     def take(self) -> None:
         for sequence, piece in self.in_flight.popleft():
-            self.scheduler.returned(sequence)
+            self.scheduler.slice_returned(sequence)
             sequence.num_ran = max(sequence.num_ran, piece.position + piece.num_tokens)
             if piece.sample and sequence.state == "running":
                 self.scheduler.extend(sequence, 7)

@@ -13,17 +13,17 @@ from tests.builders import structure, topology
 
 
 def test_what_the_stage_computes_is_not_on_the_way() -> None:
-    stay = StageClock().stay(taken_s=5.0, done_s=5.2)
+    stay = StageClock().record(taken_s=5.0, done_s=5.2)
 
     assert hop_s(0.203, stay) == pytest.approx(0.003)
 
 
 def test_a_frame_that_found_the_stage_busy_says_nothing() -> None:
     clock = StageClock()
-    clock.stay(5.0, 5.2)
+    clock.record(5.0, 5.2)
 
-    assert hop_s(0.4, clock.stay(5.2001, 5.4)) is None
-    assert hop_s(0.203, clock.stay(6.0, 6.2)) == pytest.approx(0.003)
+    assert hop_s(0.4, clock.record(5.2001, 5.4)) is None
+    assert hop_s(0.203, clock.record(6.0, 6.2)) == pytest.approx(0.003)
 
 
 MODEL = "test/model"
@@ -32,11 +32,11 @@ MODEL = "test/model"
 def test_tokens_and_the_time_between_them_are_counted() -> None:
     meter = Meter()
     pace = PipelineMetrics(MODEL, 16, meter)
-    pace.began(1, 30, 10.0)
-    pace.went_on([SequenceUpdate(1, (5,))], 10.4)
-    pace.went_on([SequenceUpdate(1, (6, 7))], 10.6)
-    pace.went_on([SequenceUpdate(1, (8,), finish_reason=FinishReason.STOP)], 10.7)
-    pace.went_on([SequenceUpdate(1, (9,)), SequenceUpdate(2, (9,))], 10.8)
+    pace.record_start(1, 30, 10.0)
+    pace.record_tokens([SequenceUpdate(1, (5,))], 10.4)
+    pace.record_tokens([SequenceUpdate(1, (6, 7))], 10.6)
+    pace.record_tokens([SequenceUpdate(1, (8,), finish_reason=FinishReason.STOP)], 10.7)
+    pace.record_tokens([SequenceUpdate(1, (9,)), SequenceUpdate(2, (9,))], 10.8)
 
     shown = meter.snapshot()
 
@@ -53,9 +53,9 @@ def test_tokens_and_the_time_between_them_are_counted() -> None:
 def test_a_long_wait_between_two_tokens_is_a_stall_but_one_for_the_first_is_not() -> None:
     meter = Meter()
     pace = PipelineMetrics(MODEL, 16, meter)
-    pace.began(1, 1, 0.0)
+    pace.record_start(1, 1, 0.0)
     for at_s in (STALL_S + 1, STALL_S + 1.5, 2 * STALL_S + 1.5):
-        pace.went_on([SequenceUpdate(1, (5,))], at_s)
+        pace.record_tokens([SequenceUpdate(1, (5,))], at_s)
 
     assert meter.snapshot().value(metrics.STALLS, MODEL) == 1
 
@@ -67,7 +67,7 @@ def test_it_shows_the_pipeline_s_sequences_and_blocks() -> None:
     for sequence_id in (1, 2):
         engine.add(Sequence(sequence_id, (1,) * 20, SamplingParams(max_tokens=4)))
     engine.next_batch()
-    pace.stand(engine)
+    pace.set_load(engine)
 
     shown = meter.snapshot()
 
