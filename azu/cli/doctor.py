@@ -1,7 +1,6 @@
 """`azu doctor`: is this machine fit, is the network well, what is encrypted, and what to do where not."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import typer
@@ -19,15 +18,11 @@ _MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "bad": "[red]✗[/]"
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Look at this machine and at the network that it runs or uses; exit 1 when something is bad."""
-    from azu.cli import doctor_checks
-    from azu.cli.doctor_checks import Diagnosis, looked
+    """Check this machine and the network that it runs or uses; exit 1 when something is bad."""
+    from azu.cli.doctor_checks import diagnose
     from azu.config import Settings
 
-    settings = Settings.from_environment()
-    looks = {**doctor_checks.LOOKS, "Redis": doctor_checks.redis}
-    found = [one for about, look in looks.items() for one in looked(about, partial(look, settings))]
-    diagnosis = Diagnosis(tuple(found), tuple(looked("network", partial(doctor_checks.diagnose, settings))))
+    diagnosis = diagnose(Settings.from_environment())
     show(diagnosis, as_json, _drawn)
     if not diagnosis.healthy:
         raise typer.Exit(1)

@@ -1,44 +1,51 @@
-"""What `azu doctor` finds: one line for each thing it looked at, and what to do about it."""
+"""The checks of `azu doctor`: findings about this machine, its Redis, and the network that it uses.
+
+Packages of the `node` extra are imported inside the checks: one of them may be what is missing.
+"""
 
 import os
-import re
+import platform
 import resource
 import shutil
 import socket
 import ssl
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from ipaddress import ip_address
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import httpx
-import psutil
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
+from azu.cli.credentials import load_credential
 from azu.client import Client
 from azu.client.http import trusting, trusting_this
 from azu.config import Settings
-from azu.errors import AzuError, NotFound
+from azu.errors import AzuError, LedgerError, NotFound, Unauthenticated
 from azu.launch.admin import admin_facts
 from azu.launch.membership import TlsFiles
-from azu.money.ledger.durability import APPEND_ONLY_FILE, DURABLE_CONFIG
 from azu.units import GIB, MIB, format_bytes
 
 if TYPE_CHECKING:
     from redis import Redis
 
+_LEAST_REDIS = (6, 2)
+_MOST_SKEW_S = 5.0
+_SOON = timedelta(days=14)
+_TIMEOUT_S = 5.0
+_SECRET_NAMES = ("*.key", "*.json", "ray-token", "redis/redis.conf", "tls/*.key", "networks/*/*.key")
+_SEE_LOGS = "look into logs/ under the head's AZU_HOME"
+
 
 class Severity(StrEnum):
-    """BAD keeps azu from working, or its money or secrets from being safe; UNKNOWN could not be looked at."""
+    """BAD keeps azu from working, or its money or secrets from being safe; UNKNOWN could not be checked."""
 
     OK = "ok"
     WARNING = "warning"
@@ -48,7 +55,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at: how it is, and what to do if that is not well."""
+    """One thing that was checked: its state, and what to do if that is not well."""
 
     about: str
     state: Severity
@@ -66,180 +73,69 @@ class Diagnosis:
     @property
     def healthy(self) -> bool:
         """Whether nothing is bad."""
-        return all(one.state is not Severity.BAD for one in (*self.machine, *self.network))
+        return all(finding.state is not Severity.BAD for finding in (*self.machine, *self.network))
 
 
-def looked(about: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """Return what a look finds; one that fails says why, and the others go on."""
+Check = Callable[[Settings], Iterable[Finding]]
+
+
+def diagnose(settings: Settings) -> Diagnosis:
+    """Run every check."""
+    machine = [one for name, check in MACHINE_CHECKS.items() for one in run_check(name, check, settings)]
+    return Diagnosis(tuple(machine), tuple(run_check("network", check_network, settings)))
+
+
+def run_check(name: str, check: Check, settings: Settings) -> list[Finding]:
+    """Return the findings of a check; a check that fails is a finding itself, so that the others run."""
     try:
-        return list(look())
+        return list(check(settings))
     except AzuError as error:
-        return [Finding(about, Severity.BAD, error.message, "mend that first")]
+        return [Finding(name, Severity.BAD, error.message, "mend that first")]
     except Exception as error:
-        return [Finding(about, Severity.UNKNOWN, f"{type(error).__name__}: {error}", "look at it by hand")]
+        return [Finding(name, Severity.UNKNOWN, f"{type(error).__name__}: {error}", "look at it by hand")]
 
 
-_OLDEST = (6, 2)
+def _result(about: str, good: bool, found: str, advice: str, otherwise: Severity = Severity.BAD) -> Finding:
+    """Return a finding that is OK without advice, or `otherwise` with it."""
+    return Finding(about, Severity.OK, found) if good else Finding(about, otherwise, found, advice)
 
 
-def redis(settings: Settings) -> Iterator[Finding]:
-    """Look at the Redis of REDIS_HOST, or that of the network that runs here."""
-    from redis import Redis
-    from redis.exceptions import RedisError
+def _python(_: Settings) -> Iterator[Finding]:
+    from packaging.specifiers import SpecifierSet
 
-    from azu.launch.redis_server import own_redis_url
-
-    try:
-        url = settings.redis_url or own_redis_url(settings.home)
-    except NotFound:
-        yield Finding("Redis", Severity.OK, "none yet: `azu up` starts its own")
-        return
-    yield _link(url)
-    with Redis.from_url(url, socket_timeout=3.0, socket_connect_timeout=3.0, decode_responses=True) as client:
-        try:
-            server = client.info("server")
-            persistence = client.info("persistence")
-        except RedisError as error:
-            is_own = settings.redis_url is None and not (settings.home / "admin.json").exists()
-            yield Finding(
-                "Redis",
-                Severity.OK if is_own else Severity.BAD,
-                "azu's own, not running" if is_own else str(error),
-                "" if is_own else "start it, and check REDIS_HOST, REDIS_PORT and REDIS_PASSWORD",
-            )
-            yield from _file(settings)
-            return
-        yield _redis_version(server["redis_version"])
-        yield _append_only_file(persistence)
-        yield from _configuration(client)
+    here, wanted = platform.python_version(), metadata("azu")["Requires-Python"]
+    yield _result("Python", here in SpecifierSet(wanted), here, f"use a Python {wanted}")
 
 
-def _link(url: str) -> Finding:
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if parts.scheme == "rediss":
-        return Finding("Redis link", Severity.OK, f"encrypted, to {host}")
-    if _is_this_machine(host):
-        return Finding("Redis link", Severity.OK, "not encrypted, but within this machine")
-    return Finding(
-        "Redis link",
-        Severity.BAD,
-        f"not encrypted, to {host}: money and keys cross the network in the clear",
-        "AZU_REDIS_TLS=1 (and AZU_REDIS_CA for an authority of your own)",
-    )
+def _packages(_: Settings) -> Iterator[Finding]:
+    """Check the packages of a machine that serves or lends."""
+    from packaging.requirements import Requirement
 
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _redis_version(found: str) -> Finding:
-    good = tuple(map(int, found.split(".")[:2])) >= _OLDEST
-    return Finding("Redis", Severity.OK if good else Severity.BAD, found, "" if good else "use 6.2 or later")
-
-
-def _append_only_file(persistence: dict[str, object]) -> Finding:
-    if not persistence["aof_enabled"]:
-        return Finding("append-only file", Severity.BAD, "off", "CONFIG SET appendonly yes")
-    failed = [
-        name
-        for name in ("aof_last_write_status", "aof_last_bgrewrite_status")
-        if persistence.get(name, "ok") != "ok"
-    ]
-    advice = "look at the disk of Redis: it could not write" if failed else ""
-    told = ", ".join(failed) + " failed" if failed else "on, its last write went well"
-    return Finding("append-only file", Severity.BAD if failed else Severity.OK, told, advice)
-
-
-def _configuration(client: "Redis") -> Iterator[Finding]:
-    from redis.exceptions import RedisError
-
-    try:
-        # One name at a time: Redis 6 takes no more.
-        found = {name: client.config_get(name).get(name) for name in DURABLE_CONFIG}
-    except RedisError as error:
-        yield Finding("durability", Severity.UNKNOWN, f"this user may not look: {error}", "ask Redis's owner")
-        return
-    # The file's name is its owner's business; the others are what the ledger counts on.
-    others = {
-        name: value
-        for name, value in DURABLE_CONFIG.items()
-        if name != "appendfilename" and found[name] not in (value, None)
-    }
-    advice = "; ".join(f'CONFIG SET {name} "{value}"' for name, value in others.items())
-    told = ", ".join(f"{name} is {found[name]!r}" for name in others) or "what is acknowledged is on disk"
-    yield Finding("durability", Severity.BAD if others else Severity.OK, told, advice)
-
-
-def _file(settings: Settings) -> Iterator[Finding]:
-    """Look at whether the books of a network that stands still end with a whole transfer."""
-    from mmap import ACCESS_READ, mmap
-
-    from azu.errors import LedgerError
-    from azu.money.ledger.durability import read
-
-    path = settings.home / "redis" / APPEND_ONLY_FILE
-    if not path.exists() or not path.stat().st_size:
-        return
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        try:
-            whole = read(content).whole_bytes == len(content)
-        except LedgerError as error:
-            yield Finding("append-only file", Severity.BAD, error.message, "restore it from a copy")
-            return
-    told = "whole to its last byte" if whole else "its tail is torn, as by a crash of the machine"
-    yield Finding(
-        "append-only file", Severity.OK if whole else Severity.BAD, told, "" if whole else "azu ledger repair"
-    )
-
-
-_LEAST_DISK_BYTES = 10 * GIB
-_LEAST_SHARED_BYTES = 256 * MIB
-_LEAST_OPEN_FILES = 4096
-_SECRET_NAMES = ("*.key", "*.json", "ray-token", "redis/redis.conf", "tls/*.key", "networks/*/*.key")
-_CPU_BUILD = re.compile(r"\+cpu$")
-
-
-def python(_: Settings) -> Iterator[Finding]:
-    """Look at the interpreter."""
-    here, wanted = ".".join(map(str, sys.version_info[:3])), metadata("azu")["Requires-Python"]
-    good = here in SpecifierSet(wanted)
-    yield Finding("Python", _state(good), here, "" if good else f"use a Python {wanted}")
-
-
-def packages(_: Settings) -> Iterator[Finding]:
-    """Look at what a machine that serves or lends needs, and at which of it is there."""
-    missing, other = [], []
-    for line in requires("azu") or ():
-        wanted = Requirement(line)
+    wrong = []
+    for wanted in map(Requirement, requires("azu") or ()):
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": "node"}):
             continue
         try:
-            found = version(wanted.name)
+            found = version(wanted.name).partition("+")[0]
         except PackageNotFoundError:
-            missing.append(wanted.name)
-            continue
-        if not wanted.specifier.contains(found.partition("+")[0], prereleases=True):
-            other.append(f"{wanted.name} {found}, not {wanted.specifier}")
-    advice = "pip install 'azu[node]'" if missing or other else ""
-    told = "; ".join((*(f"{name} is missing" for name in missing), *other)) or "all there, in their ranges"
-    yield Finding("packages", _state(not advice), told, advice)
+            wrong.append(f"{wanted.name} is missing")
+        else:
+            if not wanted.specifier.contains(found, prereleases=True):
+                wrong.append(f"{wanted.name} {found}, not {wanted.specifier}")
+    told = "; ".join(wrong) or "all there, in their ranges"
+    yield _result("packages", not wrong, told, "pip install 'azu[node]'")
 
 
-def gpu(_: Settings) -> Iterator[Finding]:
-    """Look at the GPUs, their driver, and whether torch was built for them."""
+def _gpu(_: Settings) -> Iterator[Finding]:
+    """Check the GPUs, their driver, and that torch was built for them."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         has_card = any(Path("/proc/driver").glob("nvidia*")) or shutil.which("nvidia-smi") is not None
-        advice = "install the NVIDIA driver, or restart after its update" if has_card else ""
-        state = Severity.BAD if has_card else Severity.OK
-        yield Finding("GPU", state, f"none ({error}); the CPU can be lent", advice)
+        advice = "install the NVIDIA driver, or restart after its update"
+        yield _result("GPU", not has_card, f"none ({error}); the CPU can be lent", advice)
         return
     try:
         for index in range(pynvml.nvmlDeviceGetCount()):
@@ -250,299 +146,268 @@ def gpu(_: Settings) -> Iterator[Finding]:
             yield Finding(f"GPU {index}", Severity.OK, told)
     finally:
         pynvml.nvmlShutdown()
-    if _CPU_BUILD.search(version("torch")):
-        yield Finding(
-            "torch", Severity.BAD, f"{version('torch')} cannot use the GPU", "install torch's CUDA build"
-        )
+    if (torch := version("torch")).endswith("+cpu"):
+        yield Finding("torch", Severity.BAD, f"{torch} cannot use the GPU", "install torch's CUDA build")
 
 
-def disk(settings: Settings) -> Iterator[Finding]:
-    """Look at the room for shards, and for what Ray's processes share."""
+def _capacity(settings: Settings) -> Iterator[Finding]:
+    """Check memory, disk and the limit of open files."""
+    import psutil
+
     home = next(folder for folder in (settings.home, *settings.home.parents) if folder.exists())
-    free = shutil.disk_usage(home).free
-    enough = free >= _LEAST_DISK_BYTES
-    yield Finding(
-        "disk",
-        Severity.OK if enough else Severity.WARNING,
-        f"{format_bytes(free)} free at {home}",
-        "" if enough else "shards are kept there: make room, or set AZU_HOME to a larger disk",
-    )
+    memory, disk = psutil.virtual_memory().available, shutil.disk_usage(home).free
     shared = shutil.disk_usage("/dev/shm").free  # noqa: S108 - Ray's own place
-    enough = shared >= _LEAST_SHARED_BYTES
-    yield Finding(
-        "shared memory",
-        Severity.OK if enough else Severity.WARNING,
-        f"{format_bytes(shared)} free at /dev/shm",
-        "" if enough else "make /dev/shm larger (docker run --shm-size=1g): Ray is slow without",
-    )
-
-
-def limits(_: Settings) -> Iterator[Finding]:
-    """Look at how many files a process may open: every connection is one."""
+    for about, free, least_bytes, advice in (
+        ("memory", memory, 2 * GIB, "stop other programs: a stage keeps up to 1 GiB of what it sent"),
+        ("disk", disk, 10 * GIB, f"shards are kept in {home}: make room, or set AZU_HOME to a larger disk"),
+        ("shared memory", shared, 256 * MIB, "make /dev/shm larger (docker run --shm-size=1g) for Ray"),
+    ):
+        yield _result(about, free >= least_bytes, f"{format_bytes(free)} free", advice, Severity.WARNING)
+    # Every connection is an open file.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = soft >= _LEAST_OPEN_FILES
-    advice = "" if enough else f"ulimit -n {min(hard, 65_536)}"
-    yield Finding("open files", Severity.OK if enough else Severity.WARNING, f"at most {soft}", advice)
+    advice = f"ulimit -n {min(hard, 65_536)}"
+    yield _result("open files", soft >= 4096, f"at most {soft}", advice, Severity.WARNING)
 
 
-def ports(settings: Settings) -> Iterator[Finding]:
-    """Look at whether the ingress's port is free, or azu's own."""
-    about = f"port {settings.http_port}"
+def _port(settings: Settings) -> Iterator[Finding]:
+    about, host = f"port {settings.http_port}", settings.http_host
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((settings.http_host, settings.http_port))
+            probe.bind((host, settings.http_port))
         except OSError as error:
-            if (settings.home / "admin.json").exists():
-                yield Finding(about, Severity.OK, "taken by the network that runs here")
-            else:
-                advice = "stop who listens there, or set AZU_HTTP_PORT (or AZU_HTTP_HOST)"
-                yield Finding(about, Severity.WARNING, f"{settings.http_host}: {error.strerror}", advice)
-            return
-    yield Finding(about, Severity.OK, f"free at {settings.http_host}")
+            is_own = (settings.home / "admin.json").exists()
+            told = "taken by the network that runs here" if is_own else f"{host}: {error.strerror}"
+            advice = "stop the program that listens there, or set AZU_HTTP_PORT (or AZU_HTTP_HOST)"
+            yield _result(about, is_own, told, advice, Severity.WARNING)
+        else:
+            yield Finding(about, Severity.OK, f"free at {host}")
 
 
-def memory(_: Settings) -> Iterator[Finding]:
-    """Look at the host's memory: stages keep what they sent there."""
-    found = psutil.virtual_memory()
-    enough = found.available >= 2 * GIB
-    advice = "" if enough else "stop other programs: a stage keeps up to 1 GiB of what it sent"
-    told = f"{format_bytes(found.available)} of {format_bytes(found.total)} available"
-    yield Finding("memory", Severity.OK if enough else Severity.WARNING, told, advice)
-
-
-def secrets(settings: Settings) -> Iterator[Finding]:
-    """Look at who else may read the files with keys and passwords."""
+def _key_files(settings: Settings) -> Iterator[Finding]:
+    """Check that only their owner can read the files with keys and passwords."""
     files = sorted({path for name in _SECRET_NAMES for path in settings.home.glob(name)})
     if named := os.environ.get("AZU_PRIVATE_KEY_FILE"):
         files.append(Path(named))
-    open_to_others = [path for path in files if path.exists() and path.stat().st_mode & 0o077]
-    for path in open_to_others:
+    exposed = [path for path in files if path.exists() and path.stat().st_mode & 0o077]
+    for path in exposed:
         yield Finding("key file", Severity.BAD, f"others can read {path}", f"chmod 600 {path}")
-    if not open_to_others:
+    if not exposed:
         yield Finding("key files", Severity.OK, f"{len(files)} in {settings.home}, read by their owner alone")
 
 
-LOOKS = {
-    "Python": python,
-    "packages": packages,
-    "GPU": gpu,
-    "memory": memory,
-    "disk": disk,
-    "open files": limits,
-    "port": ports,
-    "key files": secrets,
+def _redis(settings: Settings) -> Iterator[Finding]:
+    """Check the Redis of REDIS_HOST, or that of the network that runs here."""
+    from redis import Redis
+    from redis.exceptions import RedisError
+
+    from azu.launch.redis_server import own_redis_url
+    from azu.money.ledger.durability import APPEND_ONLY_FILE
+
+    try:
+        url = settings.redis_url or own_redis_url(settings.home)
+    except NotFound:
+        yield Finding("Redis", Severity.OK, "none yet: `azu up` starts its own")
+        return
+    advice = "AZU_REDIS_TLS=1 (and AZU_REDIS_CA for an authority of your own)"
+    yield _link("Redis link", url, "money and keys cross the network in the clear", advice)
+    with Redis.from_url(url, socket_timeout=3.0, socket_connect_timeout=3.0, decode_responses=True) as client:
+        try:
+            server, persistence = client.info("server"), client.info("persistence")
+        except RedisError as error:
+            is_own = settings.redis_url is None and not (settings.home / "admin.json").exists()
+            told = "azu's own, not running" if is_own else str(error)
+            advice = "start it, and check REDIS_HOST, REDIS_PORT and REDIS_PASSWORD"
+            yield _result("Redis", is_own, told, advice)
+            yield from _append_only_file(settings.home / "redis" / APPEND_ONLY_FILE)
+        else:
+            found = server["redis_version"]
+            is_new = tuple(map(int, found.split(".")[:2])) >= _LEAST_REDIS
+            yield _result("Redis", is_new, found, "use 6.2 or later")
+            yield _persistence(persistence)
+            yield _durability(client)
+
+
+def _append_only_file(path: Path) -> Iterator[Finding]:
+    """Check that the ledger's file of a stopped network ends with a whole transfer."""
+    from azu.money.ledger.durability import read
+
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        try:
+            is_whole = read(content).whole_bytes == len(content)
+        except LedgerError as error:
+            yield Finding("append-only file", Severity.BAD, error.message, "restore it from a copy")
+            return
+    told = "whole to its last byte" if is_whole else "its tail is torn, as by a crash of the machine"
+    yield _result("append-only file", is_whole, told, "azu ledger repair")
+
+
+def _persistence(found: Mapping[str, Any]) -> Finding:
+    if not found["aof_enabled"]:
+        return Finding("append-only file", Severity.BAD, "off", "CONFIG SET appendonly yes")
+    writes = ("aof_last_write_status", "aof_last_bgrewrite_status")
+    failed = [name for name in writes if found.get(name, "ok") != "ok"]
+    told = f"{', '.join(failed)} failed" if failed else "on, its last write went well"
+    return _result("append-only file", not failed, told, "look at the disk of Redis: it could not write")
+
+
+def _durability(client: "Redis") -> Finding:
+    from redis.exceptions import RedisError
+
+    from azu.money.ledger.durability import DURABLE_CONFIG
+
+    # The file's name is up to Redis's owner; the ledger counts on the other settings.
+    names = [name for name in DURABLE_CONFIG if name != "appendfilename"]
+    try:
+        # One name at a time: Redis 6 takes no more.
+        found = {name: client.config_get(name).get(name) for name in names}
+    except RedisError as error:
+        told = f"this user may not read it: {error}"
+        return Finding("durability", Severity.UNKNOWN, told, "ask Redis's owner")
+    wrong = [name for name, value in found.items() if value not in (DURABLE_CONFIG[name], None)]
+    told = ", ".join(f"{name} is {found[name]!r}" for name in wrong) or "what is acknowledged is on disk"
+    advice = "; ".join(f'CONFIG SET {name} "{DURABLE_CONFIG[name]}"' for name in wrong)
+    return _result("durability", not wrong, told, advice)
+
+
+MACHINE_CHECKS: Mapping[str, Check] = {
+    "Python": _python,
+    "packages": _packages,
+    "GPU": _gpu,
+    "capacity": _capacity,
+    "port": _port,
+    "key files": _key_files,
+    "Redis": _redis,
 }
 
 
-def _state(good: bool) -> Severity:
-    return Severity.OK if good else Severity.BAD
-
-
-_TIMEOUT_S = 5.0
-_MOST_SKEW_S = 5.0
-_SOON = timedelta(days=14)
-
-
-class NetworkProbe:
-    """A network as this machine reaches it."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.url, self._admin_key, self._trust = _found(settings)
-
-    @property
-    def is_meant(self) -> bool:
-        """Whether somebody said where it is, or it runs here."""
-        return self._admin_key is not None or "url" in self.settings.model_fields_set
-
-    @property
-    def is_local(self) -> bool:
-        """Whether nothing of it leaves this machine on its way here."""
-        host = urlsplit(self.url).hostname or ""
-        try:
-            return ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost"
-
-    def get(self, path: str) -> httpx.Response:
-        """Return the ingress's answer; raises httpx's errors."""
-        with httpx.Client(base_url=self.url, timeout=_TIMEOUT_S, verify=self._trust or True) as http:
-            return http.get(path)
-
-    def client(self) -> Client:
-        """Return a client with whatever key is at hand; raises Unauthenticated when there is none."""
-        from azu.cli.credentials import load_credential
-
-        if self.settings.api_key is not None:
-            key = self.settings.api_key.get_secret_value()
-        else:
-            key = load_credential(self.settings.home, self.settings.url).api_key
-        return Client(self.url, key, tls=self._trust, timeout_s=_TIMEOUT_S)
-
-    def certificate_ends(self) -> datetime:
-        """Return when the ingress's certificate ends; it is not judged here."""
-        from azu.auth.certificates import read_certificate
-
-        parts = urlsplit(self.url)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        address = (parts.hostname or "", parts.port or 443)
-        with (
-            socket.create_connection(address, _TIMEOUT_S) as connection,
-            context.wrap_socket(connection, server_hostname=parts.hostname) as channel,
-        ):
-            der = channel.getpeercert(binary_form=True)
-        assert der is not None, "a TLS server has a certificate"
-        return read_certificate(ssl.DER_cert_to_PEM_cert(der).encode()).not_valid_after_utc
-
-
-def diagnose(settings: Settings) -> Iterator[Finding]:
-    """Look at the network, as far as one is reached."""
-    network = NetworkProbe(settings)
-    try:
-        started = time.time()
-        health = network.get("/health")
-    except httpx.TransportError as error:
-        # A machine that never heard of a network is none the worse for it.
-        state = Severity.BAD if network.is_meant else Severity.WARNING
-        yield Finding("ingress", state, f"{network.url}: {error}", _advice(error))
-        yield from _own_certificates(settings)
-        return
-    serves = health.status_code == 200
-    yield Finding(
-        "ingress",
-        Severity.OK if serves else Severity.WARNING,
-        f"{network.url} {'serves' if serves else 'is still starting, or has no control plane'}",
-        "" if serves else "wait, then look into logs/ under the head's AZU_HOME",
-    )
-    yield from _clock(health, started, time.time())
-    yield from _network_version(network)
-    yield from _encryption(network)
-    yield from _nodes(network)
-    yield from _own_certificates(settings)
-
-
-def _found(settings: Settings) -> tuple[str, str | None, ssl.SSLContext | None]:
+def check_network(settings: Settings) -> Iterator[Finding]:
+    """Check the network that runs here, or the one at AZU_URL."""
     try:
         facts = admin_facts(settings.home)
     except NotFound:
-        return settings.url, None, None if settings.tls_ca is None else trusting(settings.tls_ca)
-    trust = None if facts.certificate is None else trusting_this(facts.certificate)
-    return facts.url, facts.admin_key, trust
+        url, is_expected = settings.url, "url" in settings.model_fields_set
+        tls = None if settings.tls_ca is None else trusting(settings.tls_ca)
+    else:
+        url, is_expected = facts.url, True
+        tls = None if facts.certificate is None else trusting_this(facts.certificate)
+    with httpx.Client(base_url=url, timeout=_TIMEOUT_S, verify=tls or True) as http:
+        started_s = time.time()
+        try:
+            health = http.get("/health")
+        except httpx.TransportError as error:
+            # A machine that uses no network yet has no fault.
+            state = Severity.BAD if is_expected else Severity.WARNING
+            advice = "`azu up` starts a network here; AZU_URL says where another one is"
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                advice = "AZU_TLS_CA=FILE with the network's authority.crt, which its admin has"
+            yield Finding("ingress", state, f"{url}: {error}", advice)
+        else:
+            serves = health.status_code == 200
+            told = f"{url} {'serves' if serves else 'is still starting, or has no control plane'}"
+            yield _result("ingress", serves, told, f"wait, then {_SEE_LOGS}", Severity.WARNING)
+            yield from _clock(health, started_s, time.time())
+            platform_facts = http.get("/v1/platform").json()
+            yield _azu_version(platform_facts.get("version"))
+            yield from _encryption(http, url, platform_facts.get("chain_url", ""))
+            yield from _nodes(settings, url, tls)
+    yield from _own_certificates(settings)
 
 
-def _advice(error: httpx.TransportError) -> str:
-    if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return "AZU_TLS_CA=FILE with the network's authority.crt, which its admin has"
-    return "`azu up` starts a network here; AZU_URL says where another one is"
-
-
-def _clock(reply: httpx.Response, sent_s: float, heard_s: float) -> Iterator[Finding]:
+def _clock(reply: httpx.Response, sent_s: float, received_s: float) -> Iterator[Finding]:
     if "date" not in reply.headers:
         return
     # The header has whole seconds.
-    theirs = parsedate_to_datetime(reply.headers["date"]).timestamp()
-    skew = max(sent_s - theirs - 1.0, theirs - heard_s, 0.0)
-    good = skew <= _MOST_SKEW_S
-    yield Finding(
-        "clock",
-        Severity.OK if good else Severity.BAD,
-        "agrees with the network's" if good else f"{skew:.0f} s from the network's",
-        "" if good else "set both by NTP: signatures and certificates are good for a time",
-    )
+    theirs_s = parsedate_to_datetime(reply.headers["date"]).timestamp()
+    skew_s = max(sent_s - theirs_s - 1.0, theirs_s - received_s, 0.0)
+    good = skew_s <= _MOST_SKEW_S
+    told = "agrees with the network's" if good else f"{skew_s:.0f} s from the network's"
+    yield _result("clock", good, told, "set both by NTP: signatures and certificates are good for a time")
 
 
-def _network_version(network: NetworkProbe) -> Iterator[Finding]:
-    from importlib.metadata import version
-
-    reply = network.get("/v1/platform")
-    theirs, ours = reply.json().get("version"), version("azu")
-    good = theirs == ours
-    told = f"{ours} here, {theirs or 'unknown'} there"
-    yield Finding(
-        "azu's version",
-        Severity.OK if good else Severity.WARNING,
-        ours if good else told,
-        "" if good else "install the same version on both",
-    )
+def _azu_version(theirs: str | None) -> Finding:
+    ours = version("azu")
+    told = ours if theirs == ours else f"{ours} here, {theirs or 'unknown'} there"
+    advice = "install the same version on both"
+    return _result("azu's version", theirs == ours, told, advice, Severity.WARNING)
 
 
-def _encryption(network: NetworkProbe) -> Iterator[Finding]:
-    """Say of everything that crosses between machines whether it is encrypted."""
-    if network.url.startswith("https://"):
-        yield _ending("ingress link", "encrypted", network.certificate_ends(), "a new certificate is due")
-    elif network.is_local:
-        yield Finding("ingress link", Severity.OK, "not encrypted, but within this machine")
+def _encryption(http: httpx.Client, url: str, chain_url: str) -> Iterator[Finding]:
+    """Check each kind of connection between machines for encryption."""
+    if url.startswith("https://"):
+        parts = urlsplit(url)
+        # Read without checking who signed it.
+        pem = ssl.get_server_certificate((parts.hostname or "", parts.port or 443), timeout=_TIMEOUT_S)
+        yield _expiry("ingress link", "encrypted", pem.encode(), "a new certificate is due")
     else:
         advice = "`azu up --tls --ip ADDRESS`, or AZU_TLS_CERT and AZU_TLS_KEY"
-        yield Finding("ingress link", Severity.BAD, "not encrypted: keys and prompts can be read", advice)
-    if network.get("/v1/nodes/authority").status_code == 200:
+        yield _link("ingress link", url, "keys and prompts can be read", advice)
+    if http.get("/v1/nodes/authority").status_code == 200:
         yield Finding("between nodes", Severity.OK, "encrypted, both ends show a certificate")
-    elif network.is_local:
-        told = "not encrypted: for one machine only"
-        yield Finding("between nodes", Severity.OK, told, "with others: `azu up --ip ADDRESS`")
+    elif _is_this_machine(url):
+        told, advice = "not encrypted: for one machine only", "with others: `azu up --ip ADDRESS`"
+        yield Finding("between nodes", Severity.OK, told, advice)
     else:
         told = "not encrypted: hidden states and the cluster's token can be read"
         yield Finding("between nodes", Severity.BAD, told, "`azu up --ip ADDRESS` without --no-tls")
-    chain = network.get("/v1/platform").json().get("chain_url", "")
-    host = urlsplit(chain).hostname or ""
-    safe = chain.startswith("https://") or host in ("127.0.0.1", "localhost")
-    yield Finding(
-        "chain link",
-        Severity.OK if safe else Severity.WARNING,
-        f"{'encrypted' if chain.startswith('https://') else 'not encrypted'}, to {host}",
-        "" if safe else "HYPERLIQUID_RPC_URL=https://...",
-    )
-    yield Finding(
-        "Ray's dashboard",
-        Severity.OK,
-        "never encrypted: it listens on the head's loopback only, where `azu up --dashboard` starts it",
-        "from elsewhere: ssh -L 8265:127.0.0.1:8265",
-    )
+    advice = "HYPERLIQUID_RPC_URL=https://..."
+    yield _link("chain link", chain_url, "balances can be forged", advice, Severity.WARNING)
+    told = "never encrypted: it listens on the head's loopback only, where `azu up --dashboard` starts it"
+    yield Finding("Ray's dashboard", Severity.OK, told, "from elsewhere: ssh -L 8265:127.0.0.1:8265")
 
 
-def _nodes(network: NetworkProbe) -> Iterator[Finding]:
-    from azu.errors import AzuError, Unauthenticated
+def _link(about: str, url: str, risk: str, advice: str, otherwise: Severity = Severity.BAD) -> Finding:
+    """Return a finding about a connection, which is well if it is encrypted or stays on this machine."""
+    host = urlsplit(url).hostname
+    if url.startswith(("https://", "rediss://")):
+        return Finding(about, Severity.OK, f"encrypted, to {host}")
+    is_local = _is_this_machine(url)
+    told = "not encrypted, but within this machine" if is_local else f"not encrypted, to {host}: {risk}"
+    return _result(about, is_local, told, advice, otherwise)
 
+
+def _is_this_machine(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
     try:
-        nodes = network.client().network().nodes
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _nodes(settings: Settings, url: str, tls: ssl.SSLContext | None) -> Iterator[Finding]:
+    given = settings.api_key
+    try:
+        key = given.get_secret_value() if given else load_credential(settings.home, settings.url).api_key
+        nodes = Client(url, key, tls=tls, timeout_s=_TIMEOUT_S).network().nodes
     except Unauthenticated:
         yield Finding("nodes", Severity.UNKNOWN, "no key to ask with", "azu login")
         return
     except AzuError as error:
-        yield Finding("nodes", Severity.WARNING, error.message, "look into logs/ under the head's AZU_HOME")
+        yield Finding("nodes", Severity.WARNING, error.message, _SEE_LOGS)
         return
     if not nodes:
         yield Finding("nodes", Severity.WARNING, "none: no model can run", "`azu join TICKET`, or --workers")
     for node in nodes:
-        alive = node.state == "alive"
-        yield Finding(
-            f"node {node.name}",
-            Severity.OK if alive else Severity.WARNING,
-            f"{node.state}, {node.device}",
-            "" if alive else "look at its machine: `azu join` there says what it waits for",
-        )
+        told, advice = f"{node.state}, {node.device}", "see what `azu join` prints on its machine"
+        yield _result(f"node {node.name}", node.state == "alive", told, advice, Severity.WARNING)
 
 
 def _own_certificates(settings: Settings) -> Iterator[Finding]:
-    """Look at how long the certificates of this machine are good."""
+    """Check how long the certificates of this machine are valid."""
+    head = (settings.home / "tls", "head's certificate", "start the network again: that makes a new one")
+    renewed = "`azu join` renews it by itself while it runs"
+    nodes = [(path, "node's certificate", renewed) for path in sorted(settings.home.glob("networks/*"))]
+    for folder, about, advice in (head, *nodes):
+        path = TlsFiles.of(folder).certificate
+        if path.exists():
+            yield _expiry(about, f"of {folder}", path.read_bytes(), advice)
+
+
+def _expiry(about: str, found: str, certificate_pem: bytes, advice: str) -> Finding:
     from azu.auth.certificates import read_certificate
 
-    head = (settings.home / "tls", "head's certificate", "start the network again: that makes a new one")
-    others = [
-        (folder, "node's certificate", "`azu join` renews it by itself while it runs")
-        for folder in sorted(settings.home.glob("networks/*"))
-    ]
-    for folder, about, advice in (head, *others):
-        path: Path = TlsFiles.of(folder).certificate
-        if path.exists():
-            ends = read_certificate(path.read_bytes()).not_valid_after_utc
-            yield _ending(about, f"of {path.parent}", ends, advice)
-
-
-def _ending(about: str, told: str, ends: datetime, advice: str) -> Finding:
-    now = datetime.now(UTC)
-    state = Severity.BAD if ends <= now else Severity.WARNING if ends - now < _SOON else Severity.OK
-    said = f"{told}, until {ends:%Y-%m-%d}"
-    return Finding(about, state, said, "" if state is Severity.OK else advice)
+    ends, now = read_certificate(certificate_pem).not_valid_after_utc, datetime.now(UTC)
+    state = Severity.BAD if ends <= now else Severity.WARNING
+    return _result(about, ends - now >= _SOON, f"{found}, until {ends:%Y-%m-%d}", advice, state)

@@ -1,4 +1,4 @@
-"""`azu doctor` sees what is wrong, says what to do about it, and does not cry where all is well."""
+"""`azu doctor` finds what is wrong and what to do about it, and reports nothing bad where all is well."""
 
 import json
 import os
@@ -6,14 +6,12 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from email.utils import formatdate
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from azu.cli import doctor_checks
-from azu.cli import doctor_checks as network
-from azu.cli.doctor_checks import Finding, Severity, looked
+from azu.cli.doctor_checks import MACHINE_CHECKS, Finding, Severity, check_network, run_check
 from azu.config import Settings
 from azu.launch.membership import head_files
 from azu.money.ledger.durability import DURABLE_CONFIG
@@ -30,49 +28,49 @@ def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def state_of(about: str, findings: Iterable[Finding]) -> Severity:
     (one,) = (finding for finding in findings if finding.about == about)
-    assert one.state is Severity.OK or one.advice, "whatever is not well comes with what to do"
+    assert one.state is Severity.OK or one.advice, "a finding that is not well has advice"
     return one.state
 
 
 def test_this_machine_can_run_azu(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
-    for about in ("Python", "packages", "key files", "open files"):
-        found = looked(about, partial(doctor_checks.LOOKS[about], settings))
+    for name in ("Python", "packages", "key files"):
+        found = run_check(name, MACHINE_CHECKS[name], settings)
         assert all(one.state is not Severity.BAD for one in found)
 
 
 def test_a_key_file_that_others_can_read_is_named(tmp_path: Path) -> None:
     head_files(tmp_path / "tls", ["192.0.2.1"])
     settings = Settings(home=tmp_path)
-    assert state_of("key files", doctor_checks.secrets(settings)) is Severity.OK
+    assert state_of("key files", MACHINE_CHECKS["key files"](settings)) is Severity.OK
 
     (tmp_path / "tls" / "authority.key").chmod(0o644)
 
-    (finding,) = doctor_checks.secrets(settings)
+    (finding,) = MACHINE_CHECKS["key files"](settings)
     assert finding.state is Severity.BAD
     assert finding.advice == f"chmod 600 {tmp_path}/tls/authority.key"
 
 
-def test_a_taken_port_is_seen(tmp_path: Path, redis_server: RunningRedis) -> None:
+def test_a_taken_port_is_a_warning(tmp_path: Path, redis_server: RunningRedis) -> None:
     settings = Settings(home=tmp_path, http_port=redis_server.port)
 
-    assert state_of(f"port {redis_server.port}", doctor_checks.ports(settings)) is Severity.WARNING
+    assert state_of(f"port {redis_server.port}", MACHINE_CHECKS["port"](settings)) is Severity.WARNING
 
 
 def test_a_redis_that_could_lose_money_is_bad(tmp_path: Path, redis_server: RunningRedis) -> None:
     settings = Settings(home=tmp_path, redis_host="127.0.0.1", redis_port=redis_server.port)
-    found = list(doctor_checks.redis(settings))
+    found = list(MACHINE_CHECKS["Redis"](settings))
 
     assert state_of("append-only file", found) is Severity.BAD
     assert state_of("durability", found) is Severity.BAD
-    assert state_of("Redis link", found) is Severity.OK  # it does not leave the machine
+    assert state_of("Redis link", found) is Severity.OK  # the connection does not leave the machine
 
 
 def test_a_redis_as_azu_starts_it_is_well(tmp_path: Path) -> None:
     running = start_redis(tmp_path, DURABLE_CONFIG)
     settings = Settings(home=tmp_path / "home", redis_host="127.0.0.1", redis_port=running.port)
 
-    found = list(doctor_checks.redis(settings))
+    found = list(MACHINE_CHECKS["Redis"](settings))
     running.stop()
 
     assert {one.about: one.state for one in found} == {
@@ -81,26 +79,26 @@ def test_a_redis_as_azu_starts_it_is_well(tmp_path: Path) -> None:
         "append-only file": Severity.OK,
         "durability": Severity.OK,
     }
-    assert state_of("Redis", doctor_checks.redis(settings)) is Severity.BAD  # nobody answers now
+    assert state_of("Redis", MACHINE_CHECKS["Redis"](settings)) is Severity.BAD  # it does not answer now
 
 
-def test_books_with_a_torn_tail_are_to_be_repaired(tmp_path: Path) -> None:
+def test_the_advice_for_a_ledger_file_with_a_torn_tail_is_a_repair(tmp_path: Path) -> None:
     folder = tmp_path / "redis"
     folder.mkdir()
     (folder / "redis.conf").write_text("requirepass x\nport 1\n")
     (folder / "appendonly.aof").write_bytes(b"*2\r\n$6\r\nSELECT\r\n$1\r\n0\r\n*2\r\n$4\r\nINC")
 
-    found = list(doctor_checks.redis(Settings(home=tmp_path)))
+    found = list(MACHINE_CHECKS["Redis"](Settings(home=tmp_path)))
 
     assert [one.advice for one in found if one.about == "append-only file"] == ["azu ledger repair"]
 
 
-def test_a_redis_far_away_has_to_be_reached_encrypted(tmp_path: Path) -> None:
+def test_the_connection_to_a_redis_on_another_machine_has_to_be_encrypted(tmp_path: Path) -> None:
     for tls, state in ((False, Severity.BAD), (True, Severity.OK)):
-        # Nobody is there: how it would be reached is said all the same.
+        # No server is there; the kind of connection is reported all the same.
         settings = Settings(home=tmp_path, redis_host="redis.invalid", redis_tls=tls)
 
-        assert state_of("Redis link", doctor_checks.redis(settings)) is state
+        assert state_of("Redis link", MACHINE_CHECKS["Redis"](settings)) is state
 
 
 def answering(ingress: Ingress, *, encrypted_nodes: bool, chain_url: str = "http://127.0.0.1:1") -> Ingress:
@@ -114,28 +112,43 @@ def answering(ingress: Ingress, *, encrypted_nodes: bool, chain_url: str = "http
     return ingress
 
 
+def test_the_checks_run_where_packages_are_missing(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(('cryptography', 'packaging', 'psutil', 'redis')));"
+    )
+    program += "from azu.cli import doctor_checks as d; from azu.config import Settings;"
+    program += "print(*(one.about for one in d.diagnose(Settings(url='http://127.0.0.1:9')).machine))"
+    environment = os.environ | {"AZU_HOME": str(tmp_path)}
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+
+    assert {"Python", "packages", "capacity", "Redis"} <= set(done.stdout.split())
+
+
 @pytest.mark.parametrize("encrypted_nodes", [False, True])
-def test_what_is_encrypted_is_told(tmp_path: Path, encrypted_nodes: bool) -> None:
+def test_each_connection_is_reported_as_encrypted_or_not(tmp_path: Path, encrypted_nodes: bool) -> None:
     with running_ingress() as ingress:
         answering(ingress, encrypted_nodes=encrypted_nodes)
-        found = list(doctor_checks.diagnose(Settings(home=tmp_path, url=ingress.url)))
+        found = list(check_network(Settings(home=tmp_path, url=ingress.url)))
 
     told = {one.about: one.found for one in found}
     assert told["between nodes"].startswith("encrypted" if encrypted_nodes else "not encrypted")
     assert told["ingress link"].startswith("not encrypted, but within this machine")
     assert state_of("azu's version", found) is Severity.OK
-    assert state_of("nodes", found) is Severity.UNKNOWN  # nobody logged in here
+    assert state_of("nodes", found) is Severity.UNKNOWN  # this machine has no key
 
 
-def test_a_chain_far_away_in_the_clear_is_warned_of(tmp_path: Path) -> None:
+def test_an_unencrypted_chain_on_another_machine_is_a_warning(tmp_path: Path) -> None:
     with running_ingress() as ingress:
         answering(ingress, encrypted_nodes=True, chain_url="http://chain.example")
-        found = list(doctor_checks.diagnose(Settings(home=tmp_path, url=ingress.url)))
+        found = list(check_network(Settings(home=tmp_path, url=ingress.url)))
 
     assert state_of("chain link", found) is Severity.WARNING
 
 
-def test_clocks_that_differ_are_seen(tmp_path: Path) -> None:
+def test_a_clock_that_differs_is_bad(tmp_path: Path) -> None:
     import httpx
 
     for ahead_s, state in ((0, Severity.OK), (-60, Severity.BAD), (60, Severity.BAD)):
@@ -145,27 +158,27 @@ def test_clocks_that_differ_are_seen(tmp_path: Path) -> None:
         assert state_of("clock", doctor_checks._clock(reply, now, now + 0.1)) is state
 
 
-def test_an_ingress_that_is_gone_is_bad_only_where_one_is_meant(tmp_path: Path) -> None:
-    meant = Settings(home=tmp_path, url="http://127.0.0.1:9")
+def test_an_ingress_that_does_not_answer_is_bad_only_where_one_is_expected(tmp_path: Path) -> None:
+    expected = Settings(home=tmp_path, url="http://127.0.0.1:9")
 
-    assert state_of("ingress", doctor_checks.diagnose(meant)) is Severity.BAD
-    assert state_of("ingress", doctor_checks.diagnose(Settings(home=tmp_path, http_port=9))) in (
+    assert state_of("ingress", check_network(expected)) is Severity.BAD
+    assert state_of("ingress", check_network(Settings(home=tmp_path, http_port=9))) in (
         Severity.WARNING,
         Severity.OK,  # if the machine that tests has a network of its own
     )
 
 
-def test_a_certificate_that_ends_soon_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_that_ends_soon_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head_files(tmp_path / "tls", ["192.0.2.1"])
     settings = Settings(home=tmp_path)
     assert state_of("head's certificate", doctor_checks._own_certificates(settings)) is Severity.OK
 
-    monkeypatch.setattr(network, "_SOON", doctor_checks._SOON * 1000)
+    monkeypatch.setattr(doctor_checks, "_SOON", doctor_checks._SOON * 1000)
 
     assert state_of("head's certificate", doctor_checks._own_certificates(settings)) is Severity.WARNING
 
 
-def test_the_command_prints_json_and_says_by_its_status_if_something_is_bad(tmp_path: Path) -> None:
+def test_the_command_prints_json_and_fails_if_something_is_bad(tmp_path: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AZU_")}
     (tmp_path / "credentials.json").write_text("{}")
     (tmp_path / "credentials.json").chmod(0o644)
