@@ -1,4 +1,4 @@
-"""The best plan of a small network, found by trying everything. Experts are all of one size."""
+"""The best plan of a small network by exhaustive search. All experts have the same size."""
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise, permutations
@@ -12,7 +12,7 @@ from azu.units import MIB
 
 
 def best_tokens_per_s(structure: Structure, nodes: Sequence[Node], policy: PlanPolicy) -> float | None:
-    """Return the highest predicted speed of any route, or None when nothing fits."""
+    """Return the highest predicted speed of any route, or None when no route fits."""
     demand = MemoryDemand.of(structure, policy)
     pool = NodePool.of(nodes, demand)
     times = [_seconds(demand, pool, route) for route in _routes(len(pool.nodes), structure.num_layers)]

@@ -1,4 +1,4 @@
-"""On networks of unlike nodes a plan is predicted to be faster than layers dealt out in equal parts."""
+"""On networks of different nodes the prediction for a plan is faster than for equal numbers of layers."""
 
 import random
 from dataclasses import replace
@@ -16,12 +16,12 @@ from azu.units import GIB
 from tests.builders import node, structure
 
 POLICY = PlanPolicy(promised_sequences=4, tokens_per_sequence=2048)
-# Free VRAM and memory bandwidth of cards that people own, from a small one to a large one.
+# Free VRAM in GiB and memory bandwidth in bytes per second of common GPUs.
 CARDS = [(6, 1.9e11), (8, 2.7e11), (12, 3.6e11), (16, 4.5e11), (24, 9.4e11), (24, 1.0e12), (32, 1.8e12)]
 
 
 def heterogeneous(seed: int) -> tuple[Structure, list[Node]]:
-    """Return a model of 40 layers and nodes of which each holds an equal part of it."""
+    """Return a model of 40 layers and nodes that each hold an equal part of it."""
     draw = random.Random(seed)
     names = [f"n{index}" for index in range(draw.randint(5, 9))]
     cards = {name: draw.choice(CARDS) for name in names}
@@ -32,13 +32,13 @@ def heterogeneous(seed: int) -> tuple[Structure, list[Node]]:
         node(name, gib * GIB, memory_bytes_per_s=speed, flops_per_s=speed * 100, links_s=links[name])
         for name, (gib, speed) in cards.items()
     ]
-    # As large as equal parts on these nodes can be.
+    # The model is as large as equal parts on these nodes can be.
     equal_bytes = min(one.vram_free_bytes for one in nodes) * len(nodes) // 40
     return structure(40, layer_bytes=int(0.7 * equal_bytes)), nodes
 
 
 def equal_split(model: Structure, nodes: list[Node]) -> Topology:
-    """Return every node with as many layers as any other, give or take one, in the order of their ids."""
+    """Return a topology with equal numbers of layers, give or take one, on the nodes in the order of ids."""
     cuts = [round(index * model.num_layers / len(nodes)) for index in range(len(nodes) + 1)]
     demand = MemoryDemand.of(model, POLICY)
     spans = [LayerSpan(start, end) for start, end in pairwise(cuts)]

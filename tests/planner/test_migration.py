@@ -1,4 +1,4 @@
-"""Pieces move only when that pays back, and what it costs to bring them up is known before."""
+"""Pieces move only when the gain exceeds the cost of their start, which is known before."""
 
 from dataclasses import replace
 
@@ -26,15 +26,15 @@ def on(name: str, nodes: list[Node]) -> Topology:
     return plan(MODEL, [one for one in nodes if one.node_id == name], POLICY)
 
 
-def test_a_cold_start_fetches_what_is_not_on_disk_and_loads_all() -> None:
-    """4 layers, embedding and head: 6 MiB."""
+def test_a_cold_start_fetches_missing_shards_and_loads_all() -> None:
+    """Four layers, embedding and head are 6 MiB."""
     cold, warm = node("a"), node("b", cached_shards=ALL)
 
     assert cold_start_s(MODEL, on("a", [cold]), [cold], POLICY) == pytest.approx(6 + 3)
     assert cold_start_s(MODEL, on("b", [warm]), [warm], POLICY) == pytest.approx(3)
 
 
-def test_nodes_start_side_by_side() -> None:
+def test_nodes_start_in_parallel() -> None:
     nodes = [node("a", 5 * MIB), node("b", 5 * MIB)]
     topology = plan(MODEL, nodes, POLICY)
     sizes = [len(stage.span) + 1 for stage in topology.stages]  # each has an edge
@@ -43,7 +43,7 @@ def test_nodes_start_side_by_side() -> None:
     assert cold_start_s(MODEL, topology, nodes, POLICY) == pytest.approx(1.5 * max(sizes))
 
 
-def test_pieces_that_stay_where_they_are_cost_nothing() -> None:
+def test_pieces_that_stay_cost_nothing() -> None:
     nodes = [node("a"), node("b")]
     there = on("a", nodes)
 
@@ -51,7 +51,7 @@ def test_pieces_that_stay_where_they_are_cost_nothing() -> None:
     assert cold_start_s(MODEL, on("b", nodes), nodes, POLICY, current=there) > 0
 
 
-def test_a_cold_start_counts_experts_where_they_are() -> None:
+def test_a_cold_start_counts_experts_on_their_own_nodes() -> None:
     model = structure(1, moe_layers={0: 8})
     nodes = [node("a", 10 * MIB), node("b", 4 * MIB)]
     topology = plan(model, nodes, POLICY)
@@ -62,7 +62,7 @@ def test_a_cold_start_counts_experts_where_they_are() -> None:
 
 
 def moves(model: Structure, gain: float, *, cached: bool = True, policy: PlanPolicy = POLICY) -> bool:
-    """Say whether a move to a node `gain` times as fast is worth it; frames cost nothing here."""
+    """Return whether a move to a node `gain` times as fast is worth it; frames cost nothing here."""
     policy = replace(policy, hop_s=1e-12)
     shards = ALL if cached else frozenset()
     nodes = [
@@ -72,8 +72,8 @@ def moves(model: Structure, gain: float, *, cached: bool = True, policy: PlanPol
     return is_worth_moving(model, on("a", nodes), on("b", nodes), nodes, policy)
 
 
-def test_a_move_is_worth_it_when_it_pays_back_with_something_on_top() -> None:
-    # Loading takes 3 of 100 s, fetching 6 more; 10% are wanted on top.
+def test_a_move_is_worth_it_when_it_pays_back_with_the_least_gain_on_top() -> None:
+    # Loading takes 3 of 100 s, fetching 6 more; the least gain is 10%.
     assert not moves(MODEL, 1.0)
     assert not moves(MODEL, 1.1)
     assert moves(MODEL, 1.2)
@@ -83,7 +83,7 @@ def test_a_move_is_worth_it_when_it_pays_back_with_something_on_top() -> None:
     assert not moves(MODEL, 100.0, cached=False, policy=replace(POLICY, horizon_s=5))
 
 
-def test_to_stay_is_never_worth_a_move() -> None:
+def test_a_move_to_the_same_place_is_never_worth_it() -> None:
     nodes = [node("a")]
     here = on("a", nodes)
 
@@ -103,7 +103,7 @@ SLOW, FAST = 1e7, 1e8  # bytes a second; frames cost little beside that
 
 
 def place(nodes: list[Node]) -> dict[str, tuple[int, int]] | None:
-    """Return where a model would better be that two slow nodes hold; None where it is."""
+    """Return the better placement of a model on two slow nodes, or None when it stays."""
     here = plan(MODEL, [one for one in nodes if one.node_id in "ab"], POLICY)
     assert [stage.node_id for stage in here.stages] == ["a", "b"]
     change = better_placement(MODEL, here, nodes, POLICY)
@@ -115,7 +115,7 @@ def place(nodes: list[Node]) -> dict[str, tuple[int, int]] | None:
 @pytest.mark.parametrize(
     ("joins", "expected"),
     [
-        pytest.param([], None, id="nobody"),
+        pytest.param([], None, id="none"),
         pytest.param([node("c", 64 * MIB, memory_bytes_per_s=FAST)], {"c": (0, 4)}, id="large and fast"),
         pytest.param(
             [node("c", 5 * MIB, memory_bytes_per_s=FAST)], {"c": (0, 3), "a": (3, 4)}, id="small and fast"
@@ -135,12 +135,12 @@ def test_a_node_that_joins_is_used_when_that_pays(joins, expected) -> None:
     assert found is None if expected is None else found is not None and found.keys() == expected.keys()
 
 
-def test_who_runs_on_a_node_that_is_not_heard_of_is_left_alone() -> None:
+def test_a_model_on_a_node_without_a_report_does_not_move() -> None:
     fast = node("c", memory_bytes_per_s=FAST)
     assert better_placement(MODEL, topology({"gone": (0, 4)}), [fast], POLICY) is None
 
 
-def test_what_stays_in_its_place_is_no_change_and_the_rest_goes_and_comes() -> None:
+def test_a_change_has_only_the_pieces_that_do_not_stay() -> None:
     before = topology({"a": (0, 2), "b": (2, 3), "c": (3, 4)})
 
     same = change_between(before, replace(before, epoch=2))
@@ -167,7 +167,7 @@ def test_expert_sets_that_stay_keep_their_indices() -> None:
     assert change.fresh == PieceSet(expert_sets=frozenset({0, 2}))
 
 
-def test_what_comes_up_has_to_fit_on_each_node() -> None:
+def test_fresh_pieces_have_to_fit_on_each_node() -> None:
     nodes = [node("a", 2 * MIB), node("b", 2 * MIB, state=NodeState.LEAVING)]
 
     assert have_room({}, nodes)

@@ -1,7 +1,6 @@
-"""Links between nodes count: neighbours in a pipeline are near each other, and no plan is lost by it."""
+"""Measured links count: neighbours in a pipeline are near each other, and no plan is lost for it."""
 
 import random
-import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -18,7 +17,16 @@ from azu.protocol.structure import Structure
 from azu.units import MIB
 from tests.builders import node, structure
 from tests.planner.exhaustive import best_tokens_per_s
-from tests.planner.test_plan import POLICY, assert_whole, mebibytes, models, speeds
+from tests.planner.steps import count_calls
+from tests.planner.test_plan import (
+    POLICY,
+    assert_whole,
+    large_model,
+    mebibytes,
+    models,
+    random_nodes,
+    speeds,
+)
 
 FAR_S = 0.05
 links = st.sampled_from([0.0001, 0.002, 0.02, FAR_S])
@@ -32,7 +40,7 @@ def linked(nodes: list[Node], links_s: dict[tuple[str, str], float]) -> list[Nod
     ]
 
 
-def test_a_link_is_what_either_side_measured_and_at_least_the_policys_hop() -> None:
+def test_a_link_is_the_measurement_of_either_side_and_at_least_the_policys_hop() -> None:
     a, b = linked([node("a"), node("b")], {("a", "b"): 0.02})
 
     assert link_s(a, b, 0.001) == link_s(b, a, 0.001) == 0.02
@@ -44,8 +52,8 @@ def test_a_link_is_what_either_side_measured_and_at_least_the_policys_hop() -> N
     assert matrix.tolist() == [[0.001, 0.02], [0.02, 0.001]]
 
 
-def test_a_pipeline_stays_where_its_nodes_are_near_each_other() -> None:
-    """Two houses of two nodes each: any house holds the model, ids are mixed."""
+def test_a_pipeline_uses_nodes_that_are_near_each_other() -> None:
+    """Two houses have two nodes each; one house alone holds the model; ids are mixed."""
     near = {"a": "west", "b": "east", "c": "west", "d": "east"}
     far = {(a, b): FAR_S for a in near for b in near if near[a] != near[b]}
     nodes = linked([node(name, 5 * MIB) for name in near], far)
@@ -56,7 +64,7 @@ def test_a_pipeline_stays_where_its_nodes_are_near_each_other() -> None:
     assert len({near[stage.node_id] for stage in stages}) == 1
 
 
-def test_a_pipeline_that_needs_both_houses_crosses_the_street_once() -> None:
+def test_a_pipeline_that_needs_both_houses_has_one_link_between_them() -> None:
     near = {"a": "west", "b": "east", "c": "west", "d": "east"}
     far = {(a, b): FAR_S for a in near for b in near if near[a] != near[b]}
     nodes = linked([node(name, 5 * MIB) for name in near], far)
@@ -67,7 +75,7 @@ def test_a_pipeline_that_needs_both_houses_crosses_the_street_once() -> None:
     assert sum(one != other for one, other in pairwise(houses)) == 1
 
 
-def test_experts_go_to_the_node_that_is_nearest_to_their_router() -> None:
+def test_experts_apart_prefer_the_node_nearest_to_their_router() -> None:
     model = structure(1, moe_layers={0: 8})
     router = node("r", 10 * MIB, memory_bytes_per_s=1e12)
     nodes = linked([router, node("a", 6 * MIB), node("b", 6 * MIB)], {("r", "a"): FAR_S, ("r", "b"): 0.002})
@@ -78,7 +86,7 @@ def test_experts_go_to_the_node_that_is_nearest_to_their_router() -> None:
     assert topology.prediction.time_per_output_token_s >= 2 * 0.002
 
 
-def test_what_a_plan_predicts_is_what_its_topology_is_predicted_to_do() -> None:
+def test_the_prediction_in_a_plan_is_the_prediction_for_its_topology() -> None:
     nodes = linked([node(name, 5 * MIB) for name in "abc"], {("a", "b"): 0.01, ("b", "c"): 0.02})
     model = structure(6)
     topology = plan(model, nodes, POLICY)
@@ -138,7 +146,7 @@ def random_links(seed: int) -> tuple[Structure, list[Node]]:
     return structure(draw.randint(2, 8)), linked(nodes, pairs)
 
 
-def test_routes_over_measured_links_are_near_the_best_that_trying_everything_finds() -> None:
+def test_routes_over_measured_links_are_near_those_of_an_exhaustive_search() -> None:
     equal = total = 0
     for seed in range(150):
         model, nodes = random_links(seed)
@@ -155,23 +163,17 @@ def test_routes_over_measured_links_are_near_the_best_that_trying_everything_fin
     assert equal >= total * 0.9, (equal, total)
 
 
-def test_a_thousand_nodes_with_measured_links_are_planned_in_two_seconds() -> None:
-    model = structure(
-        61, moe_layers=dict.fromkeys(range(3, 61), 256), layer_bytes=100 * MIB, expert_bytes=40 * MIB
-    )
+def test_a_thousand_nodes_with_measured_links_are_planned_in_a_bounded_number_of_steps() -> None:
     draw = random.Random(1)
-    names = [f"n{index:04}" for index in range(1000)]
-    nodes = linked(
-        [
-            node(name, draw.randint(4 * 1024, 40 * 1024) * MIB, memory_bytes_per_s=draw.uniform(1e11, 1e12))
-            for name in names
-        ],
-        {(name, other): draw.uniform(0.001, FAR_S) for name in names for other in draw.sample(names, 32)},
-    )
+    model, nodes = large_model(), random_nodes(draw, 1000)
+    names = [one.node_id for one in nodes]
+    links_s = {
+        (name, other): draw.uniform(0.001, FAR_S) for name in names for other in draw.sample(names, 32)
+    }
+    nodes = linked(nodes, links_s)
 
-    started_s = time.process_time()  # the planner runs in one thread; other programs must not count
-    topology = plan(model, nodes, PlanPolicy(promised_sequences=2, tokens_per_sequence=128))
-    seconds = time.process_time() - started_s
+    policy = PlanPolicy(promised_sequences=2, tokens_per_sequence=128)
+    topology, calls = count_calls(lambda: plan(model, nodes, policy))
 
     assert_whole(topology, model, nodes)
-    assert seconds <= 2, seconds
+    assert calls <= 500_000  # about 90,000 for the experts, and 270 for each node with its links

@@ -1,4 +1,4 @@
-"""Lost pieces find a new node; nothing else moves."""
+"""Lost pieces are placed on other nodes; no other piece moves."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def test_only_the_lost_pieces_move() -> None:
     ]
 
 
-def test_a_node_that_has_the_shards_goes_before_a_faster_one() -> None:
+def test_a_node_that_has_the_shards_is_preferred_to_a_faster_node() -> None:
     fast, cached = builders.node("e", memory_bytes_per_s=1e12), builders.node("f")
     shards = {_STRUCTURE.shard(name).sha256 for name in ("layer_2_dense", "layer_3_dense", "head")}
     cached = replace(cached, cached_shards=frozenset(shards))
@@ -51,25 +51,25 @@ def test_a_node_that_has_the_shards_goes_before_a_faster_one() -> None:
     assert _replan(PieceSet(frozenset({0})), [fast, cached]).stages[0].node_id == "e"
 
 
-def test_several_lost_pieces_never_share_the_same_room() -> None:
+def test_several_lost_pieces_never_use_the_same_room() -> None:
     loss = PieceSet(frozenset({0, 1}), frozenset({0, 1}))
     moved = _replan(loss, _nodes(e=8, f=4))
 
     assert moved.vram_bytes_by_node == {"e": 8 * MIB, "f": 4 * MIB}
 
 
-def test_a_piece_that_finds_no_room_is_named_with_the_bytes_that_are_missing() -> None:
+def test_the_error_names_the_piece_without_room_and_its_missing_bytes() -> None:
     with pytest.raises(InsufficientCapacity, match=rf"stage 0 .* {MIB} bytes are missing"):
         _replan(PieceSet(frozenset({0})), _nodes(a=3, b=3))
 
 
 @pytest.mark.parametrize("state", [NodeState.SUSPECT, NodeState.LEAVING, NodeState.DEAD])
-def test_nothing_goes_to_a_node_that_is_not_well(state: NodeState) -> None:
+def test_no_piece_is_placed_on_a_node_that_is_not_alive(state: NodeState) -> None:
     with pytest.raises(InsufficientCapacity):
         _replan(PieceSet(frozenset({0})), [builders.node("e", state=state)])
 
 
-def test_what_survives_on_a_node_that_nobody_hears_stays_there() -> None:
+def test_pieces_on_a_node_without_a_report_stay_there() -> None:
     moved = _replan(PieceSet(frozenset({1})), _nodes(e=4))
 
     assert [stage.node_id for stage in moved.stages] == ["a", "e"]

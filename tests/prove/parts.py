@@ -224,7 +224,7 @@ PARTS = (
     ),
     Part(
         "plans, measured",
-        "on two networks of unlike processes a plan's stages are faster than equal ones",
+        "on two networks of unequal processes a plan gives the slower one fewer layers; both times",
         pytest("tests/planner/test_measured_split.py", "-m", "prove", "-s"),
     ),
     Part("bench", "azu beside transformers, cp and Redis in one run", azu("bench")),
