@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,6 +19,13 @@ from deployments.middleware import BodyLimit, RequestIds, refusal
 from deployments.schema import openapi_of
 from deployments.services import Services, warm_up
 
+_GROUPS = {
+    "Completions": completions,
+    "Jobs": jobs,
+    "Accounts": accounts,
+    "Network": network,
+    "Nodes": nodes,
+}
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "Refused; nothing was changed"},
     "5XX": {"model": ErrorBody, "description": "Not served now"},
@@ -39,23 +47,35 @@ def build_api(
         yield
         warming.cancel()
 
-    # FastAPI's own pages would load scripts from another host.
+    api = _with_routes(connected)
+    api.add_exception_handler(AzuError, _refused)
+    api.add_exception_handler(RequestValidationError, _invalid)
+    api.add_exception_handler(HTTPException, _no_route)
+    api.add_middleware(BodyLimit, max_bytes=config.policy.limits.max_body_bytes)
+    api.add_middleware(RequestIds, echo=echo_ids)
+    return api
+
+
+def contract() -> dict[str, Any]:
+    """Return the OpenAPI document of the API; no network is needed."""
+    return _with_routes().openapi()
+
+
+def _with_routes(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None) -> FastAPI:
     api = FastAPI(
         title="azu",
-        lifespan=connected,
+        version=version("azu"),
+        lifespan=lifespan,
+        # FastAPI's own pages would load scripts from another host; deployments/page serves /docs.
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         responses=_REFUSALS,
     )
     api.openapi = lambda: openapi_of(api)  # type: ignore[method-assign]
-    for routes in (accounts, completions, jobs, network, nodes, page):
-        api.include_router(routes.router)
-    api.add_exception_handler(AzuError, _refused)
-    api.add_exception_handler(RequestValidationError, _invalid)
-    api.add_exception_handler(HTTPException, _no_route)
-    api.add_middleware(BodyLimit, max_bytes=config.policy.limits.max_body_bytes)
-    api.add_middleware(RequestIds, echo=echo_ids)
+    for group, routes in _GROUPS.items():
+        api.include_router(routes.router, tags=[group])
+    api.include_router(page.router)
     return api
 
 

@@ -1,4 +1,4 @@
-"""The page at /: plain files, from this origin alone."""
+"""The page at / and the API's documentation at /docs: plain files, from this origin alone."""
 
 from fastapi import APIRouter
 from fastapi.responses import Response
@@ -9,12 +9,16 @@ from azu.files import CONFIGS
 router = APIRouter(include_in_schema=False)
 
 _TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_OWN_ONLY = (
+    "default-src 'none'; script-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; "
+)
+_POLICY = _OWN_ONLY + "style-src 'self'; require-trusted-types-for 'script'"
+# Swagger UI sets styles on elements, draws icons from data URLs and writes sanitised HTML.
+_DOCS_POLICY = _OWN_ONLY.replace("img-src", "img-src data:") + "style-src 'self' 'unsafe-inline'"
 _HEADERS = {
     "cache-control": "no-cache",
-    "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
-    ),
+    "content-security-policy": _POLICY,
     "cross-origin-opener-policy": "same-origin",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
@@ -22,12 +26,14 @@ _HEADERS = {
 
 
 def _read() -> dict[str, tuple[bytes, str]]:
-    """Return the page's files and their types by name; what is not among them is never looked for on disk."""
+    """Return the page's files and their types by name; a request never looks for a file on disk."""
     found = {}
-    for file in (CONFIGS / "page").iterdir():
-        suffix = file.name[file.name.rfind(".") :]
-        if suffix in _TYPES:
-            found[file.name] = (file.read_bytes(), f"{_TYPES[suffix]}; charset=utf-8")
+    folder = CONFIGS / "page"
+    for prefix, part in (("", folder), ("vendor/", folder / "vendor")):
+        for file in part.iterdir():
+            suffix = file.name[file.name.rfind(".") :]
+            if suffix in _TYPES:
+                found[prefix + file.name] = (file.read_bytes(), f"{_TYPES[suffix]}; charset=utf-8")
     return found
 
 
@@ -40,7 +46,15 @@ async def page() -> Response:
     return await part("index.html")
 
 
-@router.get("/page/{name}")
+@router.get("/docs")
+async def docs() -> Response:
+    """Return the page that documents the API."""
+    response = await part("docs.html")
+    response.headers["content-security-policy"] = _DOCS_POLICY
+    return response
+
+
+@router.get("/page/{name:path}")
 async def part(name: str) -> Response:
     """Return one of the page's files."""
     if name not in _FILES:

@@ -179,6 +179,9 @@ def _stop_strings(stop: Any) -> Any:
 
 
 StopString = Annotated[Text, Field(min_length=1)]
+StopStrings = Annotated[
+    list[StopString], BeforeValidator(_stop_strings, json_schema_input_type=list[StopString] | str | None)
+]
 
 
 def _one_prompt(prompt: Any) -> Any:
@@ -218,7 +221,7 @@ class _SamplingRequest(RequestModel):
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool = False
     n: int | None = Field(default=None, ge=1)
-    stop: Annotated[list[StopString], BeforeValidator(_stop_strings)] = Field(default_factory=list)
+    stop: StopStrings = Field(default_factory=list)
     stop_token_ids: list[int] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None

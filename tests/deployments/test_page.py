@@ -13,11 +13,12 @@ from deployments import page
 
 SVG = "http://www.w3.org/2000/svg"
 FROM_STRINGS = re.compile(r"innerHTML\s*=|insertAdjacentHTML|document\.write|\beval\(|style=|onclick=")
+VENDOR = "/page/vendor/"
 
 
 def get(path: str) -> httpx.Response:
     async def ask() -> httpx.Response:
-        api = FastAPI()
+        api = FastAPI(docs_url=None)
         api.include_router(page.router)
         api.add_exception_handler(NotFound, lambda *_: Response(status_code=404))
         transport = httpx.ASGITransport(api)
@@ -27,41 +28,48 @@ def get(path: str) -> httpx.Response:
     return asyncio.run(ask())
 
 
-def parts() -> dict[str, httpx.Response]:
-    """Return every file that the page names, and those that these name."""
-    found, wanted = {}, ["/"]
+def parts(*paths: str) -> dict[str, httpx.Response]:
+    """Return every file that these pages name, and those that these name, but for the API's schema."""
+    found, wanted = {}, [*paths]
     while wanted:
         path = wanted.pop()
         if path not in found:
             found[path] = get(path).raise_for_status()
-            wanted += re.findall(r'(?:href|src)="(/[^"#]*)"', found[path].text)
+            named = re.findall(r'(?:href|src)="(/[^"#]*)"', found[path].text)
+            wanted += [name for name in named if name != "/openapi.json"]
             wanted += [f"/page/{name}" for name in re.findall(r'from "\./([^"]+)"', found[path].text)]
     return found
 
 
 def test_every_part_is_there_and_says_what_it_is() -> None:
-    types = {path: answer.headers["content-type"].partition(";")[0] for path, answer in parts().items()}
+    found = parts("/", "/docs")
+    types = {path: answer.headers["content-type"].partition(";")[0] for path, answer in found.items()}
 
     assert types["/"] == "text/html"
     assert types["/page/style.css"] == "text/css"
     assert types["/page/app.js"] == types["/page/network.js"] == "text/javascript"
     assert types["/page/icon.svg"] == "image/svg+xml"
+    assert types["/docs"] == "text/html"
+    assert types["/page/vendor/swagger-ui-bundle.js"] == types["/page/docs.js"] == "text/javascript"
+    assert types["/page/vendor/swagger-ui.css"] == "text/css"
 
 
 def test_nothing_is_loaded_from_elsewhere_or_run_from_a_string() -> None:
-    for path, answer in parts().items():
+    for path, answer in parts("/", "/docs").items():
         policy = answer.headers["content-security-policy"]
-        assert "default-src 'none'" in policy
-        assert "unsafe" not in policy
+        assert "default-src 'none'; script-src 'self'; " in policy
+        assert "connect-src 'self'; " in policy
+        assert ("unsafe" in policy) == (path == "/docs")
+        if path.startswith(VENDOR):
+            continue
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert not re.search(r"(https?:)?//\w", answer.text.replace(SVG, "").replace("// ", "")), path
-        assert not re.search(
-            r"innerHTML\s*=|insertAdjacentHTML|document\.write|\beval\(|style=|onclick=", answer.text
-        )
+        assert not FROM_STRINGS.search(answer.text)
 
 
 def test_a_key_is_kept_in_its_tab_alone() -> None:
-    scripts = "".join(answer.text for path, answer in parts().items() if path.endswith(".js"))
+    own = {path: answer for path, answer in parts("/").items() if not path.startswith(VENDOR)}
+    scripts = "".join(answer.text for path, answer in own.items() if path.endswith(".js"))
 
     assert "sessionStorage" in scripts
     assert not re.search(r"localStorage|document\.cookie|indexedDB", scripts)
