@@ -44,7 +44,7 @@ from azu.units import hype_from_lamports
 
 
 @dataclass(frozen=True, slots=True)
-class Balance:
+class UserBalance:
     """What a user may spend, what the user's open jobs hold, and what is on its way to the user's wallet."""
 
     available_lamports: int
@@ -53,7 +53,7 @@ class Balance:
 
 
 @dataclass(frozen=True, slots=True)
-class Earnings:
+class WorkerEarnings:
     """What a worker earned, what is on its way to the worker's wallet, and what arrived there.
 
     `claimed` says whether the worker's address has claimed its earnings: without that nothing is paid out.
@@ -167,16 +167,16 @@ class Books:
         """
         await self._ledger.apply(Deposit(id=deposit_id(tx_hash), address=address, lamports=lamports))
 
-    async def balance(self, address: str) -> Balance:
+    async def balance(self, address: str) -> UserBalance:
         """Return a user's balance at one moment."""
         accounts = user_available(address), user_reserved(address), user_withdrawing(address)
-        return Balance(*await self._ledger.balances_of(*accounts))
+        return UserBalance(*await self._ledger.balances_of(*accounts))
 
-    async def earnings(self, address: str) -> Earnings:
+    async def earnings(self, address: str) -> WorkerEarnings:
         """Return what a worker's address earned by lending."""
         accounts = worker_earned(address), worker_paying(address), worker_paid(address)
         earned, paying, paid = await self._ledger.balances_of(*accounts)
-        return Earnings(earned, paying, paid, await self._claims.has_claimed(address))
+        return WorkerEarnings(earned, paying, paid, await self._claims.has_claimed(address))
 
     async def claim_earnings(self, address: str, signature: str) -> None:
         """Note that an address claims its earnings, which are paid out from then on.

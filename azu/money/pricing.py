@@ -1,4 +1,4 @@
-"""What a job costs: lamports per token and layer, before it runs and after."""
+"""What a job costs in lamports, before it runs and after, and how platform and workers share it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ def charge(prompt_tokens: int, completion_tokens: int, num_layers: int, lamports
 def max_charge(
     prompt_tokens: int, max_completion_tokens: int, num_layers: int, lamports_per_token_layer: int
 ) -> int:
-    """Return the most that a job can be charged: what is reserved before it runs, in lamports."""
+    """Return the most that a job can cost, in lamports: the amount that is reserved before it runs."""
     return charge(prompt_tokens, max_completion_tokens, num_layers, lamports_per_token_layer)
 
 
@@ -40,13 +40,13 @@ def divide(
     """Divide a charge so that platform and workers sum to it exactly.
 
     `work` maps layer -> payout address -> parameter bytes activated there for charged tokens. Each layer
-    weighs the same; within a layer the bytes count. Raises InternalError for work that cannot have been.
+    has the same weight; within a layer the bytes count. Raises InternalError for impossible work.
     """
     assert charged_lamports >= 0
     assert 0 <= platform_percent <= 100
     _check(work, num_layers)
     ran = [layer for layer in work.values() if sum(layer.values())]
-    # One floor for both: the platform owns whatever does not come out even.
+    # One rounding for both: the platform gets the remainder.
     pot = charged_lamports * (100 - platform_percent) * len(ran) // (100 * max(num_layers, 1))
     workers = _by_largest_remainder(pot, _claims(ran))
     return Division(charged_lamports - pot, workers)

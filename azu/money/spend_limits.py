@@ -1,4 +1,7 @@
-"""Keeps a key within its spend limit, by what the ledger says of the key's jobs."""
+"""Keeps a key within its spend limit, with what the ledger charged for the key's jobs.
+
+`azu:auth:spent:{key id}`  hash: job id -> highest price and time, and "ended" -> charges of ended jobs.
+"""
 
 from collections.abc import Awaitable
 from dataclasses import dataclass
@@ -10,8 +13,9 @@ from azu.auth.api_keys import ApiKey
 from azu.errors import InsufficientBalance, Unauthenticated
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Settle
-from azu.redis_client import connect_redis
 
+# Longer than any ingress takes from here to the reservation.
+_LOST_AFTER_MS = 600_000
 ENDED = "ended"
 
 # Lua's numbers are exact to 2^53 lamports, which is 90 million HYPE.
@@ -33,68 +37,17 @@ return 1
 """
 
 
-@dataclass(frozen=True, slots=True)
-class CountedJob:
-    """The most that a job may be charged to its key, and when that was taken."""
-
-    job_id: str
-    lamports: int
-    at_ms: int
-
-
-class RedisSpending:
-    """Counts against limits; the money itself is the ledger's. Every method may be called again."""
-
-    def __init__(self, redis: Redis) -> None:
-        self._redis = redis
-        self._take = redis.register_script(_TAKE)
-        self._end = redis.register_script(_END)
-
-    @classmethod
-    def from_url(cls, url: str) -> "RedisSpending":
-        """Return what is counted in the Redis at `url`; connects when first used."""
-        return cls(connect_redis(url))
-
-    async def take(self, key_id: str, taken: CountedJob, limit_lamports: int) -> bool:
-        """Count a job against its key; False, and nothing is counted, if that exceeded the limit."""
-        arguments: list[str | int] = [taken.job_id, taken.lamports, taken.at_ms, limit_lamports]
-        return bool(await self._take([_key(key_id)], arguments))
-
-    async def open(self, key_id: str) -> list[CountedJob]:
-        """Return the jobs that were taken and not ended."""
-        found = await cast(Awaitable[dict[str, str]], self._redis.hgetall(_key(key_id)))
-        parts = ((job_id, value.split()) for job_id, value in found.items() if job_id != ENDED)
-        return [CountedJob(job_id, int(lamports), int(at_ms)) for job_id, (lamports, at_ms) in parts]
-
-    async def end(self, key_id: str, job_id: str, charged_lamports: int) -> None:
-        """Count what a job was charged in place of what it might have been."""
-        await self._end([_key(key_id)], [job_id, ENDED, charged_lamports])
-
-    async def spent(self, key_id: str) -> int:
-        """Return what is counted against a key's limit, in lamports."""
-        values = await cast(Awaitable[list[str]], self._redis.hvals(_key(key_id)))
-        return sum(int(value.split()[0]) for value in values)
-
-
-def _key(key_id: str) -> str:
-    return f"azu:auth:spent:{key_id}"
-
-
-# Longer than any ingress takes from here to the reservation.
-_LOST_AFTER_MS = 600_000
-
-
 class SpendLimits:
-    """Counts before the reservation and corrects from the ledger: what a key may spend is never exceeded."""
+    """Counts each job before its reservation and corrects from the ledger: no key spends above its limit."""
 
-    def __init__(self, spending: RedisSpending, ledger: RedisLedger) -> None:
+    def __init__(self, spending: "RedisSpending", ledger: RedisLedger) -> None:
         self._spending = spending
         self._ledger = ledger
 
     async def take(self, key: ApiKey, job_id: str, lamports: int, now_ms: int) -> None:
         """Count the highest price of a job against its key.
 
-        Raises Unauthenticated for a key that has ended, InsufficientBalance (`spend_limit_reached`) if the
+        Raises Unauthenticated for a key that has expired, InsufficientBalance (`spend_limit_reached`) if the
         key's other jobs and this one might be charged more than its limit.
         """
         if key.expires_at_ms is not None and key.expires_at_ms <= now_ms:
@@ -107,7 +60,7 @@ class SpendLimits:
         await self.correct(key, now_ms)
         if not await self._spending.take(key.key_id, taken, limit):
             raise InsufficientBalance(
-                f"this may take {lamports} lamports; the key's limit of {limit} does not bear it",
+                f"this may take {lamports} lamports; the key's limit is {limit}",
                 code="spend_limit_reached",
             )
 
@@ -117,19 +70,19 @@ class SpendLimits:
         return await self._spending.spent(key.key_id)
 
     async def correct(self, key: ApiKey, now_ms: int) -> None:
-        """Count jobs that have ended by what they were charged."""
+        """Replace the highest price of each ended job by what the job was charged."""
         for taken in await self._spending.open(key.key_id):
             charged = await self._charged(taken, now_ms)
             if charged is not None:
                 await self._spending.end(key.key_id, taken.job_id, charged)
 
     async def give_back(self, key: ApiKey, job_id: str) -> None:
-        """Count nothing for a job for which nothing was reserved."""
+        """Take back the count of a job for which nothing was reserved."""
         if key.spend_limit_lamports is not None:
             await self._spending.end(key.key_id, job_id, 0)
 
-    async def _charged(self, taken: CountedJob, now_ms: int) -> int | None:
-        """Return what a job was charged, None while that is open."""
+    async def _charged(self, taken: "CountedJob", now_ms: int) -> int | None:
+        """Return what a job was charged, None while the job is open."""
         reservation = await self._ledger.reservation(taken.job_id)
         if reservation is None:
             return 0 if now_ms - taken.at_ms > _LOST_AFTER_MS else None
@@ -139,3 +92,45 @@ class SpendLimits:
         assert result is not None, "the ledger has every transfer that ended something"
         transfer = result.entry.transfer
         return transfer.charged_lamports if isinstance(transfer, Settle) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class CountedJob:
+    """The most that a job may be charged to its key, and when it was counted."""
+
+    job_id: str
+    lamports: int
+    at_ms: int
+
+
+class RedisSpending:
+    """The counts against limits in Redis; the money itself is in the ledger. Every method may be repeated."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._take = redis.register_script(_TAKE)
+        self._end = redis.register_script(_END)
+
+    async def take(self, key_id: str, taken: CountedJob, limit_lamports: int) -> bool:
+        """Count a job against its key; return False, without counting, if that exceeded the limit."""
+        arguments: list[str | int] = [taken.job_id, taken.lamports, taken.at_ms, limit_lamports]
+        return bool(await self._take([_key(key_id)], arguments))
+
+    async def open(self, key_id: str) -> list[CountedJob]:
+        """Return the jobs that count with their highest price."""
+        found = await cast(Awaitable[dict[str, str]], self._redis.hgetall(_key(key_id)))
+        parts = ((job_id, value.split()) for job_id, value in found.items() if job_id != ENDED)
+        return [CountedJob(job_id, int(lamports), int(at_ms)) for job_id, (lamports, at_ms) in parts]
+
+    async def end(self, key_id: str, job_id: str, charged_lamports: int) -> None:
+        """Count what a job was charged in place of its highest price."""
+        await self._end([_key(key_id)], [job_id, ENDED, charged_lamports])
+
+    async def spent(self, key_id: str) -> int:
+        """Return what is counted against a key's limit, in lamports."""
+        values = await cast(Awaitable[list[str]], self._redis.hvals(_key(key_id)))
+        return sum(int(value.split()[0]) for value in values)
+
+
+def _key(key_id: str) -> str:
+    return f"azu:auth:spent:{key_id}"

@@ -27,9 +27,10 @@ from azu.metrics import MetricsSnapshot
 from azu.money.books import Books
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Deposit
-from azu.money.treasury.deposits import DepositState, DepositStatus
+from azu.money.treasury.deposits import CreditState, DepositStatus
 from azu.money.treasury.request_reply import DepositRequests
 from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
+from azu.redis_client import connect_redis
 from azu.units import LAMPORTS_PER_HYPE
 from deployments.ingress import build_api
 from deployments.services import Services
@@ -198,10 +199,10 @@ def unhurried() -> NetworkPolicy:
 
 async def knows_no_transfer(redis_url: str) -> None:
     """Answer what the treasury is asked, as if the chain had no transfer at all."""
-    claims = DepositRequests.from_url(redis_url)
+    claims = DepositRequests(connect_redis(redis_url))
     while True:
         for tx_hash in await claims.waiting(100):
-            await claims.answer(tx_hash, DepositStatus(DepositState.UNKNOWN))
+            await claims.answer(tx_hash, DepositStatus(CreditState.UNKNOWN))
         await asyncio.sleep(0.02)
 
 

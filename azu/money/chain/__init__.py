@@ -1,1 +1,1 @@
-"""The chain: Hyperliquid's HTTP API, and a local devnet that speaks it."""
+"""The payment chain: its port, Hyperliquid's HTTP API, signed actions, and a user's wallet."""

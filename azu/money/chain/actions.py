@@ -1,7 +1,7 @@
 """Signed actions, made and checked with the Hyperliquid SDK; the only file that imports it.
 
-The SDK's own transfer calls take floats and a new nonce at every call, so that a retry pays twice. Here an
-action is built from whole lamports and signed once; whoever sends it sends the same bytes every time.
+The SDK's own transfer calls take floats and use a new nonce at every call, so that a retry pays twice. Here
+an action is built from whole lamports and signed once; every retry sends the same bytes.
 """
 
 import json
@@ -17,7 +17,7 @@ from azu.money.chain.networks import ChainNetwork
 from azu.money.chain.port import SignedAction
 from azu.units import hype_from_lamports
 
-# What the signer of each action signs (EIP-712 fields and primary type); a noop is signed by its hash.
+# The EIP-712 fields and primary type that are signed for each action; a noop is signed by its hash.
 _SIGNED_FIELDS = {
     "sendAsset": (signing.SEND_ASSET_SIGN_TYPES, "SendAsset"),
     "spotSend": (signing.SPOT_TRANSFER_SIGN_TYPES, "SpotSend"),
@@ -54,7 +54,7 @@ def sign_noop(account: LocalAccount, network: ChainNetwork, *, nonce: int) -> Si
 def recover_signer(request: Mapping[str, Any], *, is_mainnet: bool) -> str:
     """Return the address, in lower case, whose key signed the body of a POST /exchange.
 
-    Any well-formed signature recovers to some address: only the right one has an account.
+    Any well-formed signature recovers to some address; only the signer's has an account.
     Raises InvalidRequest when the action or the signature is malformed.
     """
     action = deepcopy(request["action"])  # the SDK writes into it
@@ -73,7 +73,7 @@ def recover_signer(request: Mapping[str, Any], *, is_mainnet: bool) -> str:
             address = signing.recover_user_from_user_signed_action(
                 action, request["signature"], fields, f"HyperliquidTransaction:{primary_type}", is_mainnet
             )
-    except Exception as error:  # every layer below raises its own kind
+    except Exception as error:  # every layer below raises its own kind of error
         raise InvalidRequest("the action or its signature is malformed") from error
     return str(address).lower()
 

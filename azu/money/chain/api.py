@@ -1,4 +1,4 @@
-"""The chain's HTTP API, read and written with timeouts and backoff."""
+"""Hyperliquid's HTTP API, read and written with timeouts and backoff: the Chain port's implementation."""
 
 import json
 import logging
@@ -15,9 +15,188 @@ from azu.money.chain.networks import ChainNetwork
 from azu.money.chain.port import LedgerTransfer, Recipient, Refusal, TxDetails
 from azu.units import lamports_from_hype
 
+_LOG = logging.getLogger(__name__)
+_TIMEOUT = httpx.Timeout(10.0, connect=5.0)
+_RETRY_S = 20.0
+_PAGE_ROWS = 500
 _TRANSFERS = ("send", "spotTransfer")
 _SPOT = "spot"
 _T = TypeVar("_T")
+
+
+class ChainClient:
+    """One network's API. A read is repeated after a temporary failure; an action is posted once.
+
+    Every method raises ChainError when there is no answer that azu can act on.
+    """
+
+    def __init__(self, network: ChainNetwork, http: httpx.AsyncClient | None = None) -> None:
+        self.network = network
+        self._http = http or httpx.AsyncClient(timeout=_TIMEOUT)
+        self._hype_index: int | None = None
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def ledger_updates(self, user: str, start_ms: int) -> AsyncIterator[tuple[LedgerTransfer, ...]]:
+        """Yield the transfers of an account's ledger since `start_ms`, oldest first, page by page.
+
+        A row that the chain repeats within the answer is yielded once.
+        """
+        seen: set[str] = set()
+        while True:
+            rows = await self._rows(user, start_ms)
+            fresh = {key: row for row in rows if (key := _row_key(row)) not in seen}
+            if not fresh and len(rows) < _PAGE_ROWS:
+                return
+            if fresh:
+                transfers = (row.transfer for row in fresh.values())
+                yield tuple(transfer for transfer in transfers if transfer is not None)
+                seen.update(fresh)
+                start_ms = max(row.time for row in rows)
+            else:
+                # The API has no pages within one millisecond; only an operator can find the other rows.
+                _LOG.error("%s has more ledger rows at %d ms than a page holds", user, start_ms)
+                start_ms += 1
+
+    async def tx_details(self, tx_hash: str) -> TxDetails | None:
+        """Return what the explorer knows of a hash, None if it does not know the hash (yet)."""
+        query = {"type": "txDetails", "hash": tx_hash}
+        return parse_tx_details(await self._read(self.network.explorer_url, query))
+
+    async def spot_balance(self, user: str) -> int:
+        """Return the lamports of HYPE, by exact token, in an account's spot balance."""
+        if self._hype_index is None:
+            meta = await self._info({"type": "spotMeta"})
+            self._hype_index = _token_index(meta, self.network.hype)
+        state = await self._info({"type": "spotClearinghouseState", "user": user})
+        return lamports_from_hype(_balance_of(state, self._hype_index))
+
+    async def recipient(self, user: str, source: str) -> Recipient:
+        """Return what the chain says of `user` as the recipient of a transfer from `source`."""
+        return parse_recipient(await self._info({"type": "preTransferCheck", "user": user, "source": source}))
+
+    async def actions_left(self, user: str) -> int:
+        """Return how many actions the chain still accepts from an address before it limits the rate."""
+        return parse_actions_left(await self._info({"type": "userRateLimit", "user": user}))
+
+    async def post_action(self, body: bytes) -> Refusal | None:
+        """Post a signed action once; return None when the chain says that it executed the action.
+
+        Raises ChainError when it is unknown whether the chain did: the caller reads the ledger, then posts
+        the same bytes again.
+        """
+        response = await self._post(f"{self.network.api_url}/exchange", body)
+        if response.status_code == httpx.codes.UNPROCESSABLE_ENTITY:
+            return Refusal(f"malformed: {response.text[:200]}")
+        if response.status_code != httpx.codes.OK:
+            raise ChainError(f"the chain answered {response.status_code} to an action")
+        return parse_refusal(_json(response))
+
+    async def _rows(self, user: str, start_ms: int) -> "list[LedgerRow]":
+        query = {"type": "userNonFundingLedgerUpdates", "user": user, "startTime": start_ms}
+        return parse_ledger_rows(await self._info(query))
+
+    async def _info(self, query: dict[str, Any]) -> Any:
+        return await self._read(f"{self.network.api_url}/info", query)
+
+    async def _read(self, url: str, query: dict[str, Any]) -> Any:
+        attempts = AsyncRetrying(
+            retry=retry_if_exception_type(_TemporaryFailure),
+            stop=stop_after_delay(_RETRY_S),
+            wait=wait_random_exponential(multiplier=0.2, max=5),
+            reraise=True,
+        )
+        try:
+            return await attempts(self._read_once, url, query)
+        except _TemporaryFailure as error:
+            raise ChainError(f"{query['type']}: {error}") from error
+
+    async def _read_once(self, url: str, query: dict[str, Any]) -> Any:
+        try:
+            response = await self._post(url, json.dumps(query).encode())
+        except ChainError as error:
+            raise _TemporaryFailure(error.message) from error
+        if response.status_code == httpx.codes.TOO_MANY_REQUESTS or response.is_server_error:
+            raise _TemporaryFailure(f"the chain answered {response.status_code}")
+        if response.status_code != httpx.codes.OK:
+            raise ChainError(f"{query['type']}: the chain answered {response.status_code}")
+        return _json(response)
+
+    async def _post(self, url: str, body: bytes) -> httpx.Response:
+        try:
+            return await self._http.post(url, content=body, headers={"content-type": "application/json"})
+        except httpx.HTTPError as error:
+            raise ChainError(f"the chain did not answer: {type(error).__name__}") from error
+
+
+class _TemporaryFailure(Exception):
+    """A failure that another try may not meet."""
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError as error:
+        raise ChainError("the chain's answer is not JSON") from error
+
+
+def _row_key(row: "LedgerRow") -> str:
+    return f"{row.time} {row.hash} {json.dumps(row.delta, sort_keys=True)}"
+
+
+def parse_ledger_rows(reply: Any) -> "list[LedgerRow]":
+    """Parse userNonFundingLedgerUpdates."""
+    return _parse(_ROWS, reply)
+
+
+def parse_tx_details(reply: Any) -> TxDetails | None:
+    """Parse txDetails; return None when the explorer does not know the hash (yet)."""
+    tx = _parse(_TX, reply).tx
+    return None if tx is None else TxDetails(tx.hash, tx.time, tx.user, tx.action, tx.error)
+
+
+def parse_recipient(reply: Any) -> Recipient:
+    """Parse preTransferCheck."""
+    check = _parse(_CHECK, reply)
+    return Recipient(exists=check.user_exists, sanctioned=check.is_sanctioned)
+
+
+def parse_actions_left(reply: Any) -> int:
+    """Parse userRateLimit: return how many actions the account may still send."""
+    limit = _parse(_LIMIT, reply)
+    return max(0, limit.n_requests_cap - limit.n_requests_used)
+
+
+def parse_refusal(reply: Any) -> Refusal | None:
+    """Parse the answer to POST /exchange; return None when the action was executed."""
+    answer = _parse(_ANSWER, reply)
+    return Refusal(answer.response) if isinstance(answer, _RefusedReply) else None
+
+
+def _token_index(reply: Any, token: str) -> int:
+    """Parse spotMeta: return the index of a token by its full id; raises ChainError for an unknown one."""
+    for known in _parse(_SPOT_META, reply).tokens:
+        if f"{known.name}:{known.token_id}" == token:
+            return known.index
+    raise ChainError(f"the chain has no token {token}")
+
+
+def _balance_of(reply: Any, index: int) -> str:
+    """Parse spotClearinghouseState: return the decimal amount that the account holds of a token."""
+    balances = _parse(_BALANCES, reply).balances
+    return next((balance.total for balance in balances if balance.token == index), "0")
+
+
+def _parse(adapter: TypeAdapter[_T], reply: Any) -> _T:
+    try:
+        return adapter.validate_python(reply)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ChainError(f"the chain's answer is not what it should be: {place}: {first['msg']}") from error
+
 
 Lower = Annotated[str, BeforeValidator(lambda text: text.lower() if isinstance(text, str) else text)]
 
@@ -27,7 +206,7 @@ class _Reply(BaseModel):
 
 
 class LedgerRow(_Reply):
-    """One line of userNonFundingLedgerUpdates, of any kind."""
+    """One row of userNonFundingLedgerUpdates, of any kind."""
 
     time: int
     hash: Lower
@@ -35,7 +214,7 @@ class LedgerRow(_Reply):
 
     @property
     def transfer(self) -> LedgerTransfer | None:
-        """The line as a transfer, None if it is of another kind; raises ChainError if it is damaged."""
+        """The row as a transfer, None if it is of another kind; raises ChainError if it is malformed."""
         if self.delta.get("type") not in _TRANSFERS:
             return None
         delta = _parse(_DELTA, self.delta)
@@ -49,12 +228,6 @@ class LedgerRow(_Reply):
             to_spot=delta.destination_dex == _SPOT,
             nonce=delta.nonce,
         )
-
-
-def destination(reply: Any) -> Recipient:
-    """Parse preTransferCheck."""
-    check = _parse(_CHECK, reply)
-    return Recipient(exists=check.user_exists, sanctioned=check.is_sanctioned)
 
 
 class _Delta(_Reply):
@@ -125,176 +298,3 @@ _SPOT_META = TypeAdapter(_SpotMeta)
 _CHECK = TypeAdapter(_TransferCheck)
 _LIMIT = TypeAdapter(_RateLimit)
 _ANSWER: TypeAdapter[_Accepted | _RefusedReply] = TypeAdapter(_Accepted | _RefusedReply)
-
-
-def ledger_rows(reply: Any) -> list[LedgerRow]:
-    """Parse userNonFundingLedgerUpdates."""
-    return _parse(_ROWS, reply)
-
-
-def tx_details(reply: Any) -> TxDetails | None:
-    """Parse txDetails; None when the explorer does not know the hash (yet)."""
-    tx = _parse(_TX, reply).tx
-    return None if tx is None else TxDetails(tx.hash, tx.time, tx.user, tx.action, tx.error)
-
-
-def token_index(reply: Any, token: str) -> int:
-    """Parse spotMeta: return the index of a token by its full id. Raises ChainError if it is not there."""
-    for known in _parse(_SPOT_META, reply).tokens:
-        if f"{known.name}:{known.token_id}" == token:
-            return known.index
-    raise ChainError(f"the chain has no token {token}")
-
-
-def balance_of(reply: Any, index: int) -> str:
-    """Parse spotClearinghouseState: return the decimal amount held of a token."""
-    balances = _parse(_BALANCES, reply).balances
-    return next((balance.total for balance in balances if balance.token == index), "0")
-
-
-def actions_left(reply: Any) -> int:
-    """Parse userRateLimit: return how many actions the account may still send."""
-    limit = _parse(_LIMIT, reply)
-    return max(0, limit.n_requests_cap - limit.n_requests_used)
-
-
-def refusal(reply: Any) -> Refusal | None:
-    """Parse the answer to POST /exchange; None when the action was carried out."""
-    answer = _parse(_ANSWER, reply)
-    return Refusal(answer.response) if isinstance(answer, _RefusedReply) else None
-
-
-def _parse(adapter: TypeAdapter[_T], reply: Any) -> _T:
-    try:
-        return adapter.validate_python(reply)
-    except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ChainError(f"the chain's answer is not what it should be: {place}: {first['msg']}") from error
-
-
-_LOG = logging.getLogger(__name__)
-_TIMEOUT = httpx.Timeout(10.0, connect=5.0)
-_RETRY_S = 20.0
-_PAGE_ROWS = 500
-
-
-class _Passing(Exception):
-    """A failure that may be gone at the next try."""
-
-
-class ChainClient:
-    """One network's API. Reads are tried again while that can help; an action is posted once.
-
-    Every method raises ChainError when there is no answer that azu can act on.
-    """
-
-    def __init__(self, network: ChainNetwork, http: httpx.AsyncClient | None = None) -> None:
-        self.network = network
-        self._http = http or httpx.AsyncClient(timeout=_TIMEOUT)
-        self._hype_index: int | None = None
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
-
-    async def ledger_updates(self, user: str, start_ms: int) -> AsyncIterator[tuple[LedgerTransfer, ...]]:
-        """Yield the transfers of an account's ledger since `start_ms`, oldest first, page by page.
-
-        Rows that the chain repeats within the answer come once.
-        """
-        seen: set[str] = set()
-        while True:
-            rows = await self._rows(user, start_ms)
-            fresh = {key: row for row in rows if (key := _key(row)) not in seen}
-            if not fresh and len(rows) < _PAGE_ROWS:
-                return
-            if fresh:
-                transfers = (row.transfer for row in fresh.values())
-                yield tuple(transfer for transfer in transfers if transfer is not None)
-                seen.update(fresh)
-                start_ms = max(row.time for row in rows)
-            else:
-                # The API cannot page within a millisecond; what is beyond it needs the operator's eyes.
-                _LOG.error("%s has more ledger rows at %d ms than a page holds", user, start_ms)
-                start_ms += 1
-
-    async def tx_details(self, tx_hash: str) -> TxDetails | None:
-        """Return what the explorer knows of a hash; None if it does not know it (yet)."""
-        query = {"type": "txDetails", "hash": tx_hash}
-        return tx_details(await self._read(self.network.explorer_url, query))
-
-    async def spot_balance(self, user: str) -> int:
-        """Return the lamports of HYPE, by exact token, in an account's spot balance."""
-        if self._hype_index is None:
-            meta = await self._info({"type": "spotMeta"})
-            self._hype_index = token_index(meta, self.network.hype)
-        state = await self._info({"type": "spotClearinghouseState", "user": user})
-        return lamports_from_hype(balance_of(state, self._hype_index))
-
-    async def destination(self, user: str, source: str) -> Recipient:
-        """Return what a transfer from `source` to `user` would meet."""
-        return destination(await self._info({"type": "preTransferCheck", "user": user, "source": source}))
-
-    async def actions_left(self, user: str) -> int:
-        """Return how many actions the chain still takes from an address before it slows it down."""
-        return actions_left(await self._info({"type": "userRateLimit", "user": user}))
-
-    async def post_action(self, body: bytes) -> Refusal | None:
-        """Post a signed action once; None when the chain says that it carried it out.
-
-        Raises ChainError when it is unknown whether it did: look at the ledger, then send the same bytes.
-        """
-        response = await self._post(f"{self.network.api_url}/exchange", body)
-        if response.status_code == httpx.codes.UNPROCESSABLE_ENTITY:
-            return Refusal(f"malformed: {response.text[:200]}")
-        if response.status_code != httpx.codes.OK:
-            raise ChainError(f"the chain answered {response.status_code} to an action")
-        return refusal(_json(response))
-
-    async def _rows(self, user: str, start_ms: int) -> list[LedgerRow]:
-        query = {"type": "userNonFundingLedgerUpdates", "user": user, "startTime": start_ms}
-        return ledger_rows(await self._info(query))
-
-    async def _info(self, query: dict[str, Any]) -> Any:
-        return await self._read(f"{self.network.api_url}/info", query)
-
-    async def _read(self, url: str, query: dict[str, Any]) -> Any:
-        attempts = AsyncRetrying(
-            retry=retry_if_exception_type(_Passing),
-            stop=stop_after_delay(_RETRY_S),
-            wait=wait_random_exponential(multiplier=0.2, max=5),
-            reraise=True,
-        )
-        try:
-            return await attempts(self._read_once, url, query)
-        except _Passing as error:
-            raise ChainError(f"{query['type']}: {error}") from error
-
-    async def _read_once(self, url: str, query: dict[str, Any]) -> Any:
-        try:
-            response = await self._post(url, json.dumps(query).encode())
-        except ChainError as error:
-            raise _Passing(error.message) from error
-        if response.status_code == httpx.codes.TOO_MANY_REQUESTS or response.is_server_error:
-            raise _Passing(f"the chain answered {response.status_code}")
-        if response.status_code != httpx.codes.OK:
-            raise ChainError(f"{query['type']}: the chain answered {response.status_code}")
-        return _json(response)
-
-    async def _post(self, url: str, body: bytes) -> httpx.Response:
-        try:
-            return await self._http.post(url, content=body, headers={"content-type": "application/json"})
-        except httpx.HTTPError as error:
-            raise ChainError(f"the chain did not answer: {type(error).__name__}") from error
-
-
-def _json(response: httpx.Response) -> Any:
-    try:
-        return response.json()
-    except ValueError as error:
-        raise ChainError("the chain's answer is not JSON") from error
-
-
-def _key(row: LedgerRow) -> str:
-    return f"{row.time} {row.hash} {json.dumps(row.delta, sort_keys=True)}"

@@ -1,4 +1,4 @@
-"""Which chain azu talks to, and the exact token that counts as HYPE there."""
+"""The chain networks that azu can use, and the exact token that counts as HYPE on each."""
 
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -40,7 +40,7 @@ DEVNET_HYPE = "HYPE:0xde7e7de7e7de7e7de7e7de7e7de7e7de"
 def network_at(url: str) -> ChainNetwork:
     """Return the network whose API is at `url`; any host but the two official ones is a devnet.
 
-    Raises ConfigurationError for something that is no http(s) URL, or plain http to an official host.
+    Raises ConfigurationError for anything but an http(s) URL, and for plain http to an official host.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -1,10 +1,11 @@
--- Write one posting, or say why not. Everything is read and judged before the first write: Redis keeps
+-- Write one posting, or return why not. Everything is read and checked before the first write: Redis keeps
 -- what a failed script has written. Amounts are decimal strings: Lua's numbers are exact only to 2^53.
 --
 -- KEYS: balances, entries, holds, journal, expiries
--- ARGV: transfer id, transfer, legs as JSON, name of the hold or "", the hold as found or "", the hold
---       after, when it may expire or "", then for each leg: account, lamports, and what the account must
---       hold before: "least" or "most", and the amount. The chain's account holds what it is below zero.
+-- ARGV: transfer id, transfer, legs as JSON, name of the hold or "", the hold as read or "", the hold after,
+--       the time at which it may expire or "", then for each leg: account, lamports, and the bound on the
+--       account's balance before: "least" or "most", and an amount. The bound on the chain's account, which is
+--       below zero, is on its absolute value.
 -- Returns {"posted", number, time in ms} | {"known"} | {"changed"} | {"refused", index of the leg, balance}
 
 local balances, entries, holds, journal, expiries = unpack(KEYS)
@@ -16,7 +17,7 @@ local function less(a, b)
   return a < b
 end
 
-local function bears(account, balance, side, limit)
+local function is_within(account, balance, side, limit)
   local sign, held = balance:match('^(-?)(%d+)$')
   if not held then return false end
   if held ~= '0' and (sign == '-') ~= (account == 'chain') then return false end
@@ -31,7 +32,7 @@ if hold_name ~= '' and (redis.call('HGET', holds, hold_name) or '') ~= before th
 for leg = FIRST_LEG, #ARGV, LEG_SIZE do
   local account, _, side, limit = unpack(ARGV, leg, leg + LEG_SIZE - 1)
   local balance = redis.call('HGET', balances, account) or '0'
-  if not bears(account, balance, side, limit) then
+  if not is_within(account, balance, side, limit) then
     return {'refused', (leg - FIRST_LEG) / LEG_SIZE, balance}
   end
 end
@@ -42,7 +43,7 @@ local number = string.format('%.0f', redis.call('XLEN', journal) + 1)
 local time = redis.call('TIME')
 local at_ms = time[1] .. string.format('%03d', math.floor(tonumber(time[2]) / 1000))
 
--- The journal first: the one write that can still fail, if somebody put entries there by hand.
+-- The journal first: the one write that can still fail, if entries were added to it by hand.
 redis.call('XADD', journal, number .. '-0', 'at_ms', at_ms, 'transfer', transfer, 'legs', legs)
 redis.call('HSET', entries, id, number)
 for leg = FIRST_LEG, #ARGV, LEG_SIZE do

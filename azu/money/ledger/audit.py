@@ -1,4 +1,4 @@
-"""Proof that the books are right: every entry replayed by the rules, and compared with all that is stored."""
+"""The proof that the books are right: the rules replay every entry, and the result is compared."""
 
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,10 +11,11 @@ from azu.money.ledger.transfers import PLATFORM, is_account, is_in_transit, is_o
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What the books say in sum, and every way in which they are wrong.
+    """The sums of the books, and everything that is wrong with them.
 
-    Liabilities are owed to users and workers; what is in transit is part of them. `wallet_lamports` is None
-    if the chain was not asked; else what is in flight has left the wallet and is not booked as paid yet.
+    Liabilities are owed to users and workers and include what is in transit. `wallet_lamports` and
+    `in_flight_lamports` are None if the chain was not compared; what is in flight has left the wallet and is
+    not booked as paid yet.
     """
 
     entries: int
@@ -28,14 +29,14 @@ class Audit:
 
     @property
     def agrees(self) -> bool:
-        """Whether everything agrees with everything."""
+        """Whether journal, store and wallet agree."""
         return not self.findings
 
 
 async def audit(stored: Snapshot, journal: AsyncIterator[Entry], wallet_lamports: int | None = None) -> Audit:
-    """Rebuild the books from the journal and compare: balances, holds, ids, sums, and the chain's wallet.
+    """Rebuild the books from the journal and compare balances, holds, ids, sums and the chain's wallet.
 
-    `journal` may have grown since the snapshot; what came later is not looked at.
+    Entries that were written after the snapshot are left out.
     """
     replay = _Replay()
     try:
@@ -61,8 +62,8 @@ async def audit(stored: Snapshot, journal: AsyncIterator[Entry], wallet_lamports
         findings=(
             *replay.findings,
             *(_differences(stored, replay) if not replay.findings else ()),
-            *_impossible(stored.balances),
-            *_strayed(in_flight, in_transit),
+            *_broken_invariants(stored.balances),
+            *_wallet_differences(in_flight, in_transit),
         ),
         wallet_lamports=wallet_lamports,
         in_flight_lamports=in_flight,
@@ -71,7 +72,7 @@ async def audit(stored: Snapshot, journal: AsyncIterator[Entry], wallet_lamports
 
 @dataclass(slots=True)
 class _Replay:
-    """The books as the journal alone makes them; it stops at the first entry that breaks a rule."""
+    """The books as the journal alone gives them; the replay stops at the first entry that breaks a rule."""
 
     balances: dict[str, int] = field(default_factory=dict)
     holds: dict[str, Hold] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class _Replay:
     findings: list[str] = field(default_factory=list)
 
     def take(self, entry: Entry) -> bool:
-        """Apply the next entry; False, with a finding, if the rules would not have written it."""
+        """Apply the next entry; return False, with a finding, if the rules would not have written it."""
         fault = self._fault(entry)
         if fault:
             self.findings.append(f"journal entry {entry.number}: {fault}")
@@ -97,7 +98,7 @@ class _Replay:
         except AzuError as error:
             return error.message
         if posting.legs != entry.legs:
-            return f"{id_} booked {_told(entry)}, which is not what it says"
+            return f"{id_} booked {_legs_text(entry)}, which is not what it says"
         self.balances.update(changed)
         self.numbers[id_] = entry.number
         if posting.after is not None:
@@ -125,7 +126,7 @@ def _unequal(what: str, stored: Mapping[str, object], replayed: Mapping[str, obj
             yield f"{what} {name} is {stored.get(name)}; the journal makes it {replayed.get(name)}"
 
 
-def _impossible(balances: Mapping[str, int]) -> Iterator[str]:
+def _broken_invariants(balances: Mapping[str, int]) -> Iterator[str]:
     if total := sum(balances.values()):
         yield f"all accounts sum to {total} lamports, not to zero"
     for account, lamports in sorted(balances.items()):
@@ -135,12 +136,12 @@ def _impossible(balances: Mapping[str, int]) -> Iterator[str]:
             yield f"{account} stands at {lamports} lamports, on the wrong side of zero"
 
 
-def _strayed(in_flight: int | None, in_transit: int) -> Iterator[str]:
+def _wallet_differences(in_flight: int | None, in_transit: int) -> Iterator[str]:
     if in_flight is not None and in_flight < 0:
         yield f"the wallet holds {-in_flight} lamports more than the books: a deposit that is not credited?"
     if in_flight is not None and in_flight > in_transit:
         yield f"the wallet lacks {in_flight} lamports; only {in_transit} are on their way out of it"
 
 
-def _told(entry: Entry) -> str:
+def _legs_text(entry: Entry) -> str:
     return ", ".join(f"{leg.lamports:+} on {leg.account}" for leg in entry.legs) or "nothing"

@@ -1,4 +1,4 @@
-"""Cuts a torn tail off Redis's append-only file, keeps it aside, and says what it held."""
+"""The ledger's file: how Redis must be configured to keep it, and how a torn tail is cut off it."""
 
 import mmap
 import os
@@ -16,28 +16,86 @@ from azu.money.ledger.transfers import decode_transfer
 
 FileCommand = tuple[bytes, ...]
 
+APPEND_ONLY_FILE = "appendonly.aof"
+
+# An acknowledged write is on disk; a damaged file is refused, never cut without a word; nothing is evicted.
+DURABLE_CONFIG: Mapping[str, str] = {
+    "appendonly": "yes",
+    "appendfilename": APPEND_ONLY_FILE,
+    "appendfsync": "always",
+    # Not even while the server compacts the file.
+    "no-appendfsync-on-rewrite": "no",
+    "aof-load-truncated": "no",
+    # Commands only: then `azu ledger repair` can read the file to its last byte.
+    "aof-use-rdb-preamble": "no",
+    "maxmemory-policy": "noeviction",
+    "save": "",
+}
+
+_BLOCK_BYTES = 1 << 16
 _LENGTH_BYTES = 20
 _NEXT_COMMAND = re.compile(rb"\r\n\*\d+\r\n\$\d+\r\n")
 _RDB = b"REDIS"
 
 
 @dataclass(frozen=True, slots=True)
+class FileRepair:
+    """What was kept and what was cut off: nothing if `dropped_bytes` is 0.
+
+    `dropped_transfers` are the ids of the transfers that can be read in the tail: they were not applied.
+    `saved_to` is the file with the tail's bytes.
+    """
+
+    file: str
+    kept_bytes: int
+    dropped_bytes: int
+    dropped_commands: int
+    dropped_transfers: tuple[str, ...]
+    saved_to: str | None
+
+
+def repair(path: Path) -> FileRepair:
+    """Cut an append-only file back to its last whole transfer; no server may be using the file.
+
+    Raises NotFound, Conflict if a process has the file open, and LedgerError if the file is damaged elsewhere
+    than at its end. Then nothing was changed.
+    """
+    if not path.is_file():
+        raise NotFound(f"there is no file {path}")
+    _refuse_if_open(path)
+    with path.open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        reading = _read(file.fileno(), path)
+        transfers = tuple(_transfer_ids(reading.unfinished))
+        saved_to = None
+        if reading.whole_bytes < size:
+            file.seek(reading.whole_bytes)
+            saved_to = _save(path, reading.whole_bytes, file.read())
+            file.truncate(reading.whole_bytes)
+            os.fsync(file.fileno())
+    return FileRepair(
+        file=str(path),
+        kept_bytes=reading.whole_bytes,
+        dropped_bytes=size - reading.whole_bytes,
+        dropped_commands=len(reading.unfinished),
+        dropped_transfers=transfers,
+        saved_to=str(saved_to) if saved_to else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class FileTail:
-    """A file's first `whole_bytes` are whole; of what follows, `unfinished` are the commands that are."""
+    """The first `whole_bytes` of a file are whole; `unfinished` are the whole commands after them."""
 
     whole_bytes: int
     unfinished: tuple[FileCommand, ...]
 
 
-class _Torn(Exception):
-    """The file ends within a command."""
-
-
 def read(content: mmap.mmap | bytes) -> FileTail:
-    """Find the end of the last command, or last MULTI to EXEC, that is wholly in the file.
+    """Find the end of the last command, or last MULTI to EXEC, that is complete in the file.
 
-    Only a tail may be torn: raises LedgerError for anything else that is not a command, for damage with
-    commands behind it, and for a file that begins with a snapshot.
+    Only a tail may be torn. Raises LedgerError for anything else that is not a command, for damage with
+    commands after it, and for a file that begins with a snapshot.
     """
     if content[: len(_RDB)] == _RDB:
         raise LedgerError("the file begins with a snapshot (aof-use-rdb-preamble): use redis-check-aof")
@@ -51,15 +109,71 @@ def read(content: mmap.mmap | bytes) -> FileTail:
     return FileTail(whole, tuple(unfinished))
 
 
+def _read(descriptor: int, path: Path) -> FileTail:
+    written = _written_bytes(descriptor)
+    if written == 0:
+        return FileTail(0, ())
+    try:
+        with mmap.mmap(descriptor, written, access=mmap.ACCESS_READ) as content:
+            return read(content)
+    except LedgerError as error:
+        raise LedgerError(f"{path}: {error.message}") from error
+
+
+def _written_bytes(descriptor: int) -> int:
+    """Return the file's size without the zeros that a power cut may leave at its end."""
+    end = os.fstat(descriptor).st_size
+    while end:
+        start = max(0, end - _BLOCK_BYTES)
+        block = os.pread(descriptor, end - start, start).rstrip(b"\0")
+        if block:
+            return start + len(block)
+        end = start
+    return 0
+
+
+def _save(path: Path, offset: int, tail: bytes) -> Path:
+    """Write the tail beside the file before it is cut off; never overwrite the tail of an earlier repair."""
+    aside = path.with_name(f"{path.name}.dropped-{offset}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.dropped-{offset}-{number}")
+    write_private_once(aside, tail)
+    return aside
+
+
+def _transfer_ids(commands: tuple[FileCommand, ...]) -> Iterator[str]:
+    for command in commands:
+        if command[0].upper() == b"XADD" and command[1] == JOURNAL.encode():
+            fields = dict(zip(command[3::2], command[4::2], strict=False))
+            yield decode_transfer(fields[b"transfer"].decode()).id
+
+
+def _refuse_if_open(path: Path) -> None:
+    target = path.resolve()
+    for process in psutil.process_iter():
+        try:
+            files = process.open_files()
+        except psutil.Error:
+            continue  # it ended meanwhile, or belongs to another user
+        if any(Path(file.path) == target for file in files):
+            raise Conflict(f"process {process.pid} has {path} open: stop it first")
+
+
+class _Torn(Exception):
+    """The file ends within a command."""
+
+
 def _commands(content: mmap.mmap | bytes) -> Iterator[tuple[int, FileCommand]]:
-    """Yield each whole command with the offset behind it; stop at a torn tail."""
+    """Yield each whole command with the offset of its end; stop at a torn tail."""
     position = 0
     while position < len(content):
         start = position
         try:
             command, position = _command(content, start)
         except _Torn:
-            # A length that was damaged reads like a command that is longer than the file.
+            # A damaged length looks like a command that is longer than the file.
             if _NEXT_COMMAND.search(content, start + 1):
                 raise LedgerError(f"the command at byte {start} is damaged, and others follow it") from None
             return
@@ -92,120 +206,3 @@ def _length(content: mmap.mmap | bytes, position: int, mark: bytes) -> tuple[int
     if len(line) < _LENGTH_BYTES and re.fullmatch(rb"(?:%b(?:\d+\r?)?)?" % re.escape(mark), line):
         raise _Torn
     raise LedgerError(f"byte {position} begins neither a command nor an argument")
-
-
-_BLOCK_BYTES = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class FileRepair:
-    """What was kept and what was cut off: nothing if `dropped_bytes` is 0.
-
-    `dropped_transfers` are the ids of transfers that can be read in the tail: they have not happened.
-    `saved_to` holds the tail's bytes.
-    """
-
-    file: str
-    kept_bytes: int
-    dropped_bytes: int
-    dropped_commands: int
-    dropped_transfers: tuple[str, ...]
-    saved_to: str | None
-
-
-def repair(path: Path) -> FileRepair:
-    """Cut an append-only file back to its last whole transfer; no server may be using it.
-
-    Raises NotFound, Conflict if a process has the file open, and LedgerError if it is damaged elsewhere than
-    at its end: then nothing was changed.
-    """
-    if not path.is_file():
-        raise NotFound(f"there is no file {path}")
-    _refuse_if_open(path)
-    with path.open("r+b") as file:
-        size = os.fstat(file.fileno()).st_size
-        reading = _read(file.fileno(), path)
-        transfers = tuple(_transfer_ids(reading.unfinished))
-        saved_to = None
-        if reading.whole_bytes < size:
-            file.seek(reading.whole_bytes)
-            saved_to = _save(path, reading.whole_bytes, file.read())
-            file.truncate(reading.whole_bytes)
-            os.fsync(file.fileno())
-    return FileRepair(
-        file=str(path),
-        kept_bytes=reading.whole_bytes,
-        dropped_bytes=size - reading.whole_bytes,
-        dropped_commands=len(reading.unfinished),
-        dropped_transfers=transfers,
-        saved_to=str(saved_to) if saved_to else None,
-    )
-
-
-def _read(descriptor: int, path: Path) -> FileTail:
-    written = _written_bytes(descriptor)
-    if written == 0:
-        return FileTail(0, ())
-    try:
-        with mmap.mmap(descriptor, written, access=mmap.ACCESS_READ) as content:
-            return read(content)
-    except LedgerError as error:
-        raise LedgerError(f"{path}: {error.message}") from error
-
-
-def _written_bytes(descriptor: int) -> int:
-    """Return the file's size without the zeros that a power cut may leave at its end."""
-    end = os.fstat(descriptor).st_size
-    while end:
-        start = max(0, end - _BLOCK_BYTES)
-        block = os.pread(descriptor, end - start, start).rstrip(b"\0")
-        if block:
-            return start + len(block)
-        end = start
-    return 0
-
-
-def _save(path: Path, offset: int, tail: bytes) -> Path:
-    """Write the tail beside the file before it is cut off; an earlier repair's is never overwritten."""
-    aside = path.with_name(f"{path.name}.dropped-{offset}")
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"{path.name}.dropped-{offset}-{number}")
-    write_private_once(aside, tail)
-    return aside
-
-
-def _transfer_ids(commands: tuple[FileCommand, ...]) -> Iterator[str]:
-    for command in commands:
-        if command[0].upper() == b"XADD" and command[1] == JOURNAL.encode():
-            fields = dict(zip(command[3::2], command[4::2], strict=False))
-            yield decode_transfer(fields[b"transfer"].decode()).id
-
-
-def _refuse_if_open(path: Path) -> None:
-    target = path.resolve()
-    for process in psutil.process_iter():
-        try:
-            files = process.open_files()
-        except psutil.Error:
-            continue  # gone meanwhile, or somebody else's
-        if any(Path(file.path) == target for file in files):
-            raise Conflict(f"process {process.pid} has {path} open: stop it first")
-
-
-APPEND_ONLY_FILE = "appendonly.aof"
-
-# What was acknowledged is on disk; a damaged file is refused, never cut short in silence; nothing is evicted.
-DURABLE_CONFIG: Mapping[str, str] = {
-    "appendonly": "yes",
-    "appendfilename": APPEND_ONLY_FILE,
-    "appendfsync": "always",
-    # Not even while the server compacts the file.
-    "no-appendfsync-on-rewrite": "no",
-    "aof-load-truncated": "no",
-    # Commands only: then `azu ledger repair` can read the file to its last byte.
-    "aof-use-rdb-preamble": "no",
-    "maxmemory-policy": "noeviction",
-    "save": "",
-}

@@ -1,4 +1,4 @@
-"""How the ledger's Redis keys are named, and its values written and read."""
+"""The ledger's keys in Redis, and how its values are encoded there."""
 
 import json
 import re
@@ -22,7 +22,7 @@ BALANCES = "azu:ledger:balances"  # hash: account -> lamports
 ENTRIES = "azu:ledger:entries"  # hash: transfer id -> number in the journal
 HOLDS = "azu:ledger:holds"  # hash: name -> hold
 JOURNAL = "azu:ledger:journal"  # stream, the number as its id: at_ms, transfer, legs
-EXPIRIES = "azu:ledger:expiries"  # sorted set: open reservations by when they may expire
+EXPIRIES = "azu:ledger:expiries"  # sorted set: open reservations by the time at which they may expire
 KEYS = (BALANCES, ENTRIES, HOLDS, JOURNAL, EXPIRIES)
 
 _WHOLE = re.compile(r"-?\d{1,19}")
@@ -30,7 +30,7 @@ _WHOLE = re.compile(r"-?\d{1,19}")
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that the ledger stores beside its journal, at the moment when that had `length` entries."""
+    """Everything that the ledger stores beside its journal, when the journal had `length` entries."""
 
     balances: Mapping[str, int]
     holds: Mapping[str, Hold]
@@ -40,7 +40,7 @@ class Snapshot:
 
 
 def script_arguments(posting: Posting, found: str) -> Iterator[str]:
-    """Yield what apply.lua takes as ARGV; `found` is the hold's text as it was read, empty for none."""
+    """Yield the ARGV of apply.lua; `found` is the hold's text as it was read, empty if there was none."""
     yield posting.transfer.id
     yield encode_transfer(posting.transfer)
     yield json.dumps([[leg.account, str(leg.lamports)] for leg in posting.legs], separators=(",", ":"))
@@ -61,7 +61,7 @@ def _expiry(posting: Posting) -> str:
 
 
 def entry_from_stream(stream_id: str, fields: Mapping[str, str]) -> Entry:
-    """Return the entry of a stream row; raises LedgerError if this ledger did not write it."""
+    """Return the entry of a stream row; raises LedgerError if the row is damaged."""
     try:
         number, _, second = stream_id.partition("-")
         if second != "0":
@@ -73,7 +73,7 @@ def entry_from_stream(stream_id: str, fields: Mapping[str, str]) -> Entry:
 
 
 def whole_numbers(values: Mapping[str, str]) -> dict[str, int]:
-    """Return a stored hash of whole numbers; raises LedgerError that names what is none."""
+    """Return a stored hash of whole numbers; raises LedgerError with the name of a value that is none."""
     for name, value in values.items():
         if not _WHOLE.fullmatch(value):
             raise LedgerError(f"{name} is stored as {value!r}, which is no whole number")

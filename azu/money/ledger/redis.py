@@ -1,4 +1,4 @@
-"""The ledger in Redis: a transfer is worked out by the rules, then written by one script or not at all."""
+"""The ledger in Redis: the rules work a transfer out, then one script writes all of it or nothing."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Mapping
@@ -38,27 +38,27 @@ from azu.money.ledger.transfers import Transfer
 from azu.redis_client import connect_redis
 
 _PAGE = 500
-# Whoever comes beyond these waits: the client's connections are bounded, and it refuses instead.
+# More calls at once wait here: the client's connections are bounded, and a call without one would fail.
 _AT_ONCE = 32
-# A hold changes twice in its life, so whoever loses every race has looked three times.
-_LOOKS = 3
+# A hold changes twice in its life, so a caller that loses every race has read it three times.
+_ATTEMPTS = 3
 
 
 class RedisLedger:
     """Applies transfers in one Redis; any number of processes may share it.
 
-    Every method raises Unavailable when Redis does not answer: a transfer may then have been applied, and
-    is to be sent again as it is.
+    Every method raises Unavailable when Redis does not answer. A transfer may then have been applied; it is
+    safe to send it again unchanged.
     """
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self._slots = asyncio.Semaphore(_AT_ONCE)
         self._script = redis.register_script(files(__package__).joinpath("apply.lua").read_text())
 
     @classmethod
     def from_url(cls, url: str) -> "RedisLedger":
-        """Return the ledger kept in the Redis at `url`; connects when first used."""
+        """Return the ledger in the Redis at `url`; it connects when it is first used."""
         return cls(connect_redis(url))
 
     async def close(self) -> None:
@@ -66,17 +66,17 @@ class RedisLedger:
         await self._redis.aclose()
 
     async def apply(self, transfer: Transfer) -> Result:
-        """Apply a transfer once; a repeated one is answered with its first result.
+        """Apply a transfer once; return the first result for a repeated one.
 
         Raises TransferConflict, InsufficientBalance and LedgerError as the rules do; then nothing changed.
         """
-        async with self._asking():
-            for _ in range(_LOOKS):
+        async with self._access():
+            for _ in range(_ATTEMPTS):
                 found = await self._hold_text(hold_name(transfer))
                 try:
                     posting = post(transfer, decode_hold(found) if found else None)
                 except LedgerError:
-                    # One that was applied before finds its hold as it left it.
+                    # A transfer that was applied before finds its hold in the state after it.
                     if repeated := await self._repeated(transfer):
                         return repeated
                     raise
@@ -85,30 +85,30 @@ class RedisLedger:
         raise LedgerError(f"{transfer.id}: its hold changed more often than a hold can")
 
     async def balance(self, account: str) -> int:
-        """Return an account's lamports; zero for one that was never touched."""
+        """Return an account's lamports; zero for an account without entries."""
         return (await self.balances_of(account))[0]
 
     async def balances_of(self, *accounts: str) -> tuple[int, ...]:
         """Return the lamports of several accounts at one moment."""
-        async with self._asking():
+        async with self._access():
             values = await cast(Awaitable[list[str | None]], self._redis.hmget(BALANCES, list(accounts)))
         stored = {account: value or "0" for account, value in zip(accounts, values, strict=True)}
         return tuple(whole_numbers(stored)[account] for account in accounts)
 
     async def balances(self) -> Mapping[str, int]:
-        """Return every account that was ever touched, at one moment."""
-        async with self._asking():
+        """Return the lamports of every account that has entries, at one moment."""
+        async with self._access():
             return whole_numbers(await cast(Awaitable[dict[str, str]], self._redis.hgetall(BALANCES)))
 
     async def reservation(self, job_id: str) -> Reservation | None:
-        """Return a job's reservation, open or ended; None if there was never one."""
-        async with self._asking():
+        """Return a job's reservation, open or ended, None if there was never one."""
+        async with self._access():
             found = await self._hold_text(reservation_name(job_id))
         return _reservation(found) if found else None
 
     async def expired(self, now_ms: int) -> list[Reservation]:
-        """Return the open reservations whose time has come, the oldest first."""
-        async with self._asking():
+        """Return the open reservations that expire up to now, the oldest first."""
+        async with self._access():
             names = cast(list[str], await self._redis.zrangebyscore(EXPIRIES, "-inf", now_ms))
             contents = await cast(Awaitable[list[str]], self._redis.hmget(HOLDS, names)) if names else []
         found = [_reservation(content) for content in contents]
@@ -117,14 +117,14 @@ class RedisLedger:
 
     async def result(self, transfer_id: str) -> Result | None:
         """Return what a transfer did, or None if it was never applied."""
-        async with self._asking():
+        async with self._access():
             entry = await self._entry_of(transfer_id)
         return Result(entry) if entry else None
 
     async def journal(self, after: int = 0) -> AsyncIterator[Entry]:
-        """Yield the entries numbered above `after`, up to the newest when it gets there."""
+        """Yield the entries with numbers above `after`, entries that are written meanwhile included."""
         while True:
-            async with self._asking():
+            async with self._access():
                 entries = await self._entries(f"{after + 1}-0", "+")
             for entry in entries:
                 yield entry
@@ -133,8 +133,8 @@ class RedisLedger:
             after = entries[-1].number
 
     async def snapshot(self) -> Snapshot:
-        """Return all that is stored beside the journal, at one moment."""
-        async with self._asking(), self._redis.pipeline(transaction=True) as read:
+        """Return everything that is stored beside the journal, at one moment."""
+        async with self._access(), self._redis.pipeline(transaction=True) as read:
             for hash_key in (BALANCES, HOLDS, ENTRIES):
                 read.hgetall(hash_key)
             read.zrange(EXPIRIES, 0, -1, withscores=True)
@@ -149,8 +149,8 @@ class RedisLedger:
         )
 
     @asynccontextmanager
-    async def _asking(self) -> AsyncIterator[None]:
-        async with self._turns:
+    async def _access(self) -> AsyncIterator[None]:
+        async with self._slots:
             try:
                 yield
             except RedisError as error:
@@ -162,7 +162,7 @@ class RedisLedger:
         return await cast(Awaitable[str | None], self._redis.hget(HOLDS, name)) or ""
 
     async def _write(self, posting: Posting, found: str) -> Result | None:
-        """Write a posting; None if its hold is another than was found."""
+        """Write a posting; return None if its hold has changed since it was read."""
         transfer = posting.transfer
         answer = await self._script(KEYS, list(script_arguments(posting, found)))
         match answer:

@@ -1,4 +1,7 @@
-"""The ledger's rules over an immutable state; the Redis adapter answers the same to the same transfers."""
+"""The ledger's rules over an immutable state: double entry, holds, and what may never happen.
+
+RedisLedger applies the same rules, and gives the same answers to the same transfers.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -29,10 +32,13 @@ from azu.money.ledger.transfers import (
     worker_paying,
 )
 
+# The largest amount that a Redis counter holds.
+MAX_BALANCE = 2**63 - 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reservation:
-    """What a job holds of its user's money; `ended_by` is the id of the transfer that ended it."""
+    """What a job holds of its user's money; `ended_by` is the id of the transfer that ended the hold."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -45,12 +51,12 @@ class Reservation:
 
     @property
     def source(self) -> Account:
-        """Where the money came from and goes back to."""
+        """The account that the money came from and goes back to."""
         return user_available(self.address)
 
     @property
     def account(self) -> Account:
-        """Where the money stands while the hold is open."""
+        """The account that has the money while the hold is open."""
         return user_reserved(self.address)
 
 
@@ -69,46 +75,16 @@ class PayoutHold:
 
     @property
     def source(self) -> Account:
-        """Where the money came from and goes back to."""
+        """The account that the money came from and goes back to."""
         return worker_earned(self.address) if self.payee == "worker" else user_available(self.address)
 
     @property
     def account(self) -> Account:
-        """Where the money stands while the hold is open."""
+        """The account that has the money while the hold is open."""
         return worker_paying(self.address) if self.payee == "worker" else user_withdrawing(self.address)
 
 
 Hold = Reservation | PayoutHold
-
-_ADAPTER: TypeAdapter[Hold] = TypeAdapter(Annotated[Hold, Field(discriminator="kind")])
-
-
-def reservation_name(job_id: str) -> str:
-    """Return the name under which a job's reservation is kept."""
-    return f"job:{job_id}"
-
-
-def payout_name(payout_id: str) -> str:
-    """Return the name under which a payout is kept."""
-    return f"payout:{payout_id}"
-
-
-def ended(hold: Hold, transfer_id: str) -> Hold:
-    """Return the hold as the transfer leaves it."""
-    return replace(hold, ended_by=transfer_id)
-
-
-def encode_hold(hold: Hold) -> str:
-    """Return the hold's one JSON text."""
-    return _ADAPTER.dump_json(hold).decode()
-
-
-def decode_hold(content: str) -> Hold:
-    """Parse the text of a hold; raises LedgerError."""
-    try:
-        return _ADAPTER.validate_json(content)
-    except ValidationError as error:
-        raise LedgerError(f"not a hold: {content[:200]!r}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,25 +95,12 @@ class Leg:
     lamports: int
 
 
-def hold_name(transfer: Transfer) -> str:
-    """Return the name of the hold that the transfer opens or ends; empty if it does neither."""
-    match transfer:
-        case Deposit():
-            return ""
-        case Reserve() | Settle() | Release() | Expire():
-            return reservation_name(transfer.job_id)
-        case PayoutPlanned() | WithdrawalPlanned() | PayoutPaid() | PayoutRefused():
-            return payout_name(transfer.payout_id)
-        case _ as never:
-            assert_never(never)
-
-
 @dataclass(frozen=True, slots=True)
 class Posting:
     """A transfer worked out against the hold it found: legs of distinct accounts that sum to zero.
 
-    `hold_name` is empty for transfers without a hold; else the hold becomes `after`, if it still is what
-    it was when the posting was worked out.
+    `hold_name` is empty for transfers without a hold; otherwise the hold becomes `after`, provided that it
+    did not change since the posting was worked out.
     """
 
     transfer: Transfer
@@ -150,10 +113,86 @@ class Posting:
         assert len({leg.account for leg in self.legs}) == len(self.legs)
 
 
-def post(transfer: Transfer, found: Hold | None) -> Posting:
-    """Work out a transfer against the hold that now stands under its name.
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of the journal. `number` counts from 1 without gaps; `at_ms` is when Redis wrote it, or 0."""
 
-    Raises LedgerError, with the code `unknown_hold` or `hold_ended` where there is nothing left to end.
+    number: int
+    transfer: Transfer
+    legs: tuple[Leg, ...]
+    at_ms: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a transfer did; `repeated` if it was applied before and nothing changed this time."""
+
+    entry: Entry
+    repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerState:
+    """All balances, holds by name, and entries by transfer id in the order of the journal."""
+
+    balances: Mapping[str, int] = field(default_factory=dict)
+    holds: Mapping[str, Hold] = field(default_factory=dict)
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+
+
+def apply(state: LedgerState, transfer: Transfer) -> tuple[LedgerState, Result]:
+    """Apply a transfer once; return the first result for a repeated one.
+
+    Raises TransferConflict for a known id with other content, InsufficientBalance if a user's account has too
+    little, LedgerError for every other transfer that the rules do not allow. Then nothing has changed.
+    """
+    known = state.entries.get(transfer.id)
+    if known is not None:
+        return state, repeat(known, transfer)
+    posting = post(transfer, state.holds.get(hold_name(transfer)))
+    balances = {**state.balances, **booked(state.balances, posting)}
+    entry = Entry(len(state.entries) + 1, transfer, posting.legs)
+    holds = dict(state.holds)
+    if posting.after is not None:
+        holds[posting.hold_name] = posting.after
+    return LedgerState(balances, holds, {**state.entries, transfer.id: entry}), Result(entry)
+
+
+def repeat(known: Entry, transfer: Transfer) -> Result:
+    """Return the result of a transfer whose id is known; raises TransferConflict for other content."""
+    if known.transfer != transfer:
+        raise TransferConflict(f"{transfer.id} was used before for another transfer")
+    return Result(known, repeated=True)
+
+
+def booked(balances: Mapping[str, int], posting: Posting) -> dict[str, int]:
+    """Return the balances that a posting changes; raises `refusal` if one of them would be out of range."""
+    changed: dict[str, int] = {}
+    for leg in posting.legs:
+        balance = balances.get(leg.account, 0)
+        if not 0 <= owner_sign(leg.account) * (balance + leg.lamports) <= MAX_BALANCE:
+            raise refusal(posting.transfer, leg, balance)
+        changed[leg.account] = balance + leg.lamports
+    return changed
+
+
+def owner_sign(account: str) -> int:
+    """Return 1 for accounts that may not be below zero, -1 for the chain's, which may not be above zero."""
+    return -1 if account == CHAIN else 1
+
+
+def refusal(transfer: Transfer, leg: Leg, balance: int) -> AzuError:
+    """Return the error for a leg that its account's balance does not allow."""
+    if isinstance(transfer, Reserve | WithdrawalPlanned) and leg.lamports < 0:
+        return InsufficientBalance(f"the account holds {balance} lamports; this may take {-leg.lamports}")
+    return LedgerError(f"{leg.account} at {balance} lamports does not allow {leg.lamports} by {transfer.id}")
+
+
+def post(transfer: Transfer, found: Hold | None) -> Posting:
+    """Work out a transfer against the hold that is stored under its name, None if there is none.
+
+    Raises LedgerError: code `unknown_hold` or `hold_ended` if the transfer cannot end the hold, `hold_exists`
+    if it cannot open it.
     """
     match transfer:
         case Deposit():
@@ -237,87 +276,47 @@ def _still_open(transfer: Transfer, found: Hold | None) -> Hold:
 
 def _end(transfer: Transfer, hold: Hold, credits_: dict[Account, int]) -> Posting:
     legs = _legs({hold.account: -hold.lamports, **credits_})
-    return Posting(transfer, legs, hold_name(transfer), ended(hold, transfer.id))
+    return Posting(transfer, legs, hold_name(transfer), replace(hold, ended_by=transfer.id))
 
 
 def _legs(changes: dict[Account, int]) -> tuple[Leg, ...]:
     return tuple(Leg(account, lamports) for account, lamports in changes.items() if lamports)
 
 
-# The largest amount that a Redis counter holds.
-MAX_BALANCE = 2**63 - 1
+def hold_name(transfer: Transfer) -> str:
+    """Return the name of the hold that the transfer opens or ends; empty if it does neither."""
+    match transfer:
+        case Deposit():
+            return ""
+        case Reserve() | Settle() | Release() | Expire():
+            return reservation_name(transfer.job_id)
+        case PayoutPlanned() | WithdrawalPlanned() | PayoutPaid() | PayoutRefused():
+            return payout_name(transfer.payout_id)
+        case _ as never:
+            assert_never(never)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A line of the journal. `number` counts from 1 without gaps; `at_ms` is when Redis wrote it, else 0."""
-
-    number: int
-    transfer: Transfer
-    legs: tuple[Leg, ...]
-    at_ms: int = field(default=0, compare=False)
+def reservation_name(job_id: str) -> str:
+    """Return the name under which a job's reservation is stored."""
+    return f"job:{job_id}"
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a transfer did; `repeated` if it was done before and nothing changed this time."""
-
-    entry: Entry
-    repeated: bool = False
+def payout_name(payout_id: str) -> str:
+    """Return the name under which a payout is stored."""
+    return f"payout:{payout_id}"
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerState:
-    """All balances, holds by name and entries by transfer id, these in the order of the journal."""
-
-    balances: Mapping[str, int] = field(default_factory=dict)
-    holds: Mapping[str, Hold] = field(default_factory=dict)
-    entries: Mapping[str, Entry] = field(default_factory=dict)
+_ADAPTER: TypeAdapter[Hold] = TypeAdapter(Annotated[Hold, Field(discriminator="kind")])
 
 
-def apply(state: LedgerState, transfer: Transfer) -> tuple[LedgerState, Result]:
-    """Apply a transfer once; a repeated one is answered with its first result.
-
-    Raises TransferConflict for a known id with other content, InsufficientBalance if a user has too
-    little, LedgerError for what no caller should ask. Then nothing has changed.
-    """
-    known = state.entries.get(transfer.id)
-    if known is not None:
-        return state, repeat(known, transfer)
-    posting = post(transfer, state.holds.get(hold_name(transfer)))
-    balances = {**state.balances, **booked(state.balances, posting)}
-    entry = Entry(len(state.entries) + 1, transfer, posting.legs)
-    holds = dict(state.holds)
-    if posting.after is not None:
-        holds[posting.hold_name] = posting.after
-    return LedgerState(balances, holds, {**state.entries, transfer.id: entry}), Result(entry)
+def encode_hold(hold: Hold) -> str:
+    """Return the hold's one JSON text."""
+    return _ADAPTER.dump_json(hold).decode()
 
 
-def repeat(known: Entry, transfer: Transfer) -> Result:
-    """Answer a transfer whose id is known; raises TransferConflict if its content is another."""
-    if known.transfer != transfer:
-        raise TransferConflict(f"{transfer.id} was used before for another transfer")
-    return Result(known, repeated=True)
-
-
-def booked(balances: Mapping[str, int], posting: Posting) -> dict[str, int]:
-    """Return the balances that a posting changes; raises what `refusal` says if one of them may not be."""
-    changed: dict[str, int] = {}
-    for leg in posting.legs:
-        balance = balances.get(leg.account, 0)
-        if not 0 <= owner_sign(leg.account) * (balance + leg.lamports) <= MAX_BALANCE:
-            raise refusal(posting.transfer, leg, balance)
-        changed[leg.account] = balance + leg.lamports
-    return changed
-
-
-def owner_sign(account: str) -> int:
-    """Return 1 for accounts that may not be below zero, -1 for the chain's, which may not be above it."""
-    return -1 if account == CHAIN else 1
-
-
-def refusal(transfer: Transfer, leg: Leg, balance: int) -> AzuError:
-    """Return the error for a leg that its account's balance does not bear."""
-    if isinstance(transfer, Reserve | WithdrawalPlanned) and leg.lamports < 0:
-        return InsufficientBalance(f"the account holds {balance} lamports; this may take {-leg.lamports}")
-    return LedgerError(f"{leg.account} at {balance} lamports does not bear {leg.lamports} by {transfer.id}")
+def decode_hold(content: str) -> Hold:
+    """Parse the text of a hold; raises LedgerError."""
+    try:
+        return _ADAPTER.validate_json(content)
+    except ValidationError as error:
+        raise LedgerError(f"not a hold: {content[:200]!r}") from error

@@ -1,8 +1,8 @@
-"""Everything that can happen to money: immutable transfers whose ids are fixed before they are sent.
+"""Everything that can happen to money: immutable transfers, and the accounts between which money moves.
 
-A transfer says what its caller wants; with the hold that it opens or ends, the rules know from it which
-accounts change. Sending the same transfer again is always safe. Every constructor raises LedgerError for
-an amount, address or id that is out of range.
+A caller fixes a transfer's id before it sends the transfer, so that it is always safe to send it again. From
+the transfer and the hold that it opens or ends, the rules know which accounts change. Every constructor
+raises LedgerError for an amount, address or id that is out of range.
 """
 
 import re
@@ -20,75 +20,20 @@ Account = NewType("Account", str)
 
 CHAIN = Account("chain")
 PLATFORM = Account("platform")
+# Redis sorts by doubles, which skip whole numbers beyond this.
+MAX_TIME_MS = 2**53
 
 _ADDRESS = re.compile(ADDRESS_PATTERN)
 _ACCOUNT = re.compile(
     rf"chain|platform|user:{ADDRESS_PATTERN}:(available|reserved|withdrawing)"
     rf"|worker:{ADDRESS_PATTERN}:(earned|paying|paid)"
 )
-
-
-def user_available(address: str) -> Account:
-    """What a user may spend or withdraw."""
-    return Account(f"user:{checked_address(address)}:available")
-
-
-def user_reserved(address: str) -> Account:
-    """What a user's open jobs hold."""
-    return Account(f"user:{checked_address(address)}:reserved")
-
-
-def user_withdrawing(address: str) -> Account:
-    """What is on its way to a user's wallet."""
-    return Account(f"user:{checked_address(address)}:withdrawing")
-
-
-def worker_earned(address: str) -> Account:
-    """What a worker earned and no payout has taken up."""
-    return Account(f"worker:{checked_address(address)}:earned")
-
-
-def worker_paying(address: str) -> Account:
-    """What is on its way to a worker's wallet."""
-    return Account(f"worker:{checked_address(address)}:paying")
-
-
-def worker_paid(address: str) -> Account:
-    """What has arrived in a worker's wallet, all payouts together."""
-    return Account(f"worker:{checked_address(address)}:paid")
-
-
-def checked_address(address: str) -> str:
-    """Return the address; raises LedgerError unless it is lower-case 0x and 40 hex digits."""
-    if not _ADDRESS.fullmatch(address):
-        raise LedgerError(f"{address!r} is not a lower-case address of 0x and 40 hex digits")
-    return address
-
-
-def is_account(name: str) -> bool:
-    """Say whether a name is one that this module gives."""
-    return _ACCOUNT.fullmatch(name) is not None
-
-
-def is_outside(account: str) -> bool:
-    """Say whether an account stands for money that azu does not hold."""
-    return account == CHAIN or account.endswith(":paid")
-
-
-def is_in_transit(account: str) -> bool:
-    """Say whether an account stands for money that may be on the chain already."""
-    return account.endswith((":paying", ":withdrawing"))
-
-
-# Redis sorts by doubles; beyond this they skip whole numbers.
-MAX_TIME_MS = 2**53
-
 _ID = re.compile(r"[!-~]{1,200}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deposit:
-    """HYPE arrived on the chain from `address`; the id carries the chain's hash of it."""
+    """HYPE arrived on the chain from `address`; the id contains the chain's hash of the transfer."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -105,7 +50,7 @@ class Deposit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserve:
-    """Set aside the most a job can cost; from `expires_at_ms` on it may expire if the job is gone."""
+    """Set aside the most that a job can cost; from `expires_at_ms` on a lost job's reservation may expire."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -146,7 +91,7 @@ class Settle:
         _check_amounts(self.charged_lamports, self.platform_lamports, *self.shares.values())
         if self.platform_lamports + sum(self.shares.values()) != self.charged_lamports:
             raise LedgerError(f"{self.id}: platform and shares do not sum to {self.charged_lamports}")
-        # A copy in one order: equal transfers are equal bytes, and the caller's mapping may change.
+        # A sorted copy: equal transfers have equal bytes, and the caller may change its mapping.
         object.__setattr__(self, "shares", dict(sorted(self.shares.items())))
 
 
@@ -166,7 +111,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expire:
-    """End the reservation of a job that is gone, after its time; the caller has looked at the clock."""
+    """End a lost job's reservation after its time; the caller has compared the time with the clock."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -180,7 +125,7 @@ class Expire:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PayoutPlanned:
-    """Take up what a worker earned, to send it to the worker's wallet."""
+    """Set aside what a worker earned, to send it to the worker's wallet."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -198,7 +143,7 @@ class PayoutPlanned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WithdrawalPlanned:
-    """Take up what a user has available, to send it back to the user's wallet: a payout from there on."""
+    """Set aside what a user has available, to send it to the user's wallet; from then on it is a payout."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -216,7 +161,7 @@ class WithdrawalPlanned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PayoutPaid:
-    """The chain's ledger shows the payout; of its lamports the chain kept `fee_lamports` in HYPE."""
+    """The chain's ledger shows the payout; the chain kept `fee_lamports` of it in HYPE."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -232,7 +177,7 @@ class PayoutPaid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PayoutRefused:
-    """The chain will never execute the payout: back to where it was taken from."""
+    """The chain will never execute the payout: the money goes back to where it came from."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -270,6 +215,58 @@ def decode_transfer(content: str) -> Transfer:
         return _ADAPTER.validate_json(content)
     except ValidationError as error:
         raise LedgerError(f"not a transfer: {content[:200]!r}") from error
+
+
+def user_available(address: str) -> Account:
+    """Return the account of what a user may spend or withdraw."""
+    return Account(f"user:{checked_address(address)}:available")
+
+
+def user_reserved(address: str) -> Account:
+    """Return the account of what a user's open jobs hold."""
+    return Account(f"user:{checked_address(address)}:reserved")
+
+
+def user_withdrawing(address: str) -> Account:
+    """Return the account of what is on its way to a user's wallet."""
+    return Account(f"user:{checked_address(address)}:withdrawing")
+
+
+def worker_earned(address: str) -> Account:
+    """Return the account of what a worker earned and no payout has taken yet."""
+    return Account(f"worker:{checked_address(address)}:earned")
+
+
+def worker_paying(address: str) -> Account:
+    """Return the account of what is on its way to a worker's wallet."""
+    return Account(f"worker:{checked_address(address)}:paying")
+
+
+def worker_paid(address: str) -> Account:
+    """Return the account of what all payouts together brought to a worker's wallet."""
+    return Account(f"worker:{checked_address(address)}:paid")
+
+
+def is_account(name: str) -> bool:
+    """Whether a name is that of an account."""
+    return _ACCOUNT.fullmatch(name) is not None
+
+
+def is_outside(account: str) -> bool:
+    """Whether an account stands for money that azu does not hold."""
+    return account == CHAIN or account.endswith(":paid")
+
+
+def is_in_transit(account: str) -> bool:
+    """Whether an account stands for money that may be on the chain already."""
+    return account.endswith((":paying", ":withdrawing"))
+
+
+def checked_address(address: str) -> str:
+    """Return the address; raises LedgerError unless it is lower-case 0x and 40 hex digits."""
+    if not _ADDRESS.fullmatch(address):
+        raise LedgerError(f"{address!r} is not a lower-case address of 0x and 40 hex digits")
+    return address
 
 
 def _check_ids(*ids: str) -> None:

@@ -9,16 +9,23 @@ from typing import Any
 
 from azu.clock import wall_clock_ms
 from azu.errors import InvalidRequest, TransferConflict
-from azu.money.chain.port import Chain, CursorStore, Ledger, LedgerTransfer, TxDetails
+from azu.money.chain.port import Chain, LedgerTransfer, TxDetails
+from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Deposit
+from azu.money.treasury.redis import RedisCursor
 from azu.units import lamports_from_hype
 
+_LOG = logging.getLogger(__name__)
 HYPE_NAME = "HYPE"
+# The chain may show a row late, with its original time: every poll goes back this far behind the cursor.
+OVERLAP_MS = 120_000
+# How long a row that the explorer does not know holds the cursor. A user can still claim the deposit later.
+_GIVE_UP_MS = 3_600_000
 _ACTIONS = ("sendAsset", "spotSend")
 _SPOT = "spot"
 
 
-class DepositState(StrEnum):
+class CreditState(StrEnum):
     """PENDING: good, but not in the platform's ledger yet. REJECTED: will never be credited."""
 
     UNKNOWN = "unknown"
@@ -31,62 +38,10 @@ class DepositState(StrEnum):
 class DepositStatus:
     """What the treasury knows of a hash. `sender` is the chain's, empty while the hash is unknown."""
 
-    state: DepositState
+    state: CreditState
     sender: str = ""
     lamports: int = 0
     reason: str = ""
-
-
-def is_candidate(transfer: LedgerTransfer, platform: str) -> bool:
-    """Whether a row of the platform's ledger may be a deposit; its token still has to be checked."""
-    arrived = transfer.destination == platform and transfer.sender != platform and transfer.to_spot
-    # An all-zero hash marks what no user's action caused: there is nothing to check it against.
-    return arrived and transfer.token_name == HYPE_NAME and int(transfer.hash, 16) != 0
-
-
-def judge(details: TxDetails, *, platform: str, hype: str) -> DepositStatus:
-    """Say whether an action moved HYPE, by its exact token id, to the platform: PENDING or REJECTED."""
-    action, sender = details.action, details.user
-    if details.error is not None:
-        reason = f"it failed on the chain: {details.error}"
-    elif action.get("type") not in _ACTIONS:
-        reason = "it is no transfer"
-    elif _lower(action.get("destination")) != platform or action.get("destinationDex", _SPOT) != _SPOT:
-        reason = "it was not sent to the platform's spot balance"
-    elif action.get("token") != hype:
-        reason = f"it moved {action.get('token')}, which is not {hype}"
-    elif action.get("fromSubAccount"):
-        reason = "it was sent from a sub-account, which has no key to log in with"
-    else:
-        try:
-            return DepositStatus(DepositState.PENDING, sender, lamports_from_hype(str(action.get("amount"))))
-        except InvalidRequest:
-            reason = "its amount is not a whole number of lamports"
-    return DepositStatus(DepositState.REJECTED, sender, reason=reason)
-
-
-def agrees(row: LedgerTransfer, sighting: DepositStatus) -> bool:
-    """Whether the ledger's row says the same as the action: sender and amount."""
-    return row.sender == sighting.sender and same_amount(row.amount, sighting.lamports)
-
-
-def same_amount(amount: str, lamports: int) -> bool:
-    """Whether a decimal amount of HYPE is exactly that many lamports."""
-    try:
-        return Decimal(amount) == Decimal(lamports).scaleb(-8)
-    except InvalidOperation:
-        return False
-
-
-def _lower(value: Any) -> str:
-    return value.lower() if isinstance(value, str) else ""
-
-
-_LOG = logging.getLogger(__name__)
-# Rows may appear late, with their own time: every look goes back this far behind the cursor.
-OVERLAP_MS = 120_000
-# How long a row without an entry in the explorer holds the cursor; a claim can still bring it up later.
-_GIVE_UP_MS = 3_600_000
 
 
 class DepositWatcher:
@@ -95,8 +50,8 @@ class DepositWatcher:
     def __init__(
         self,
         chain: Chain,
-        ledger: Ledger,
-        cursor: CursorStore,
+        ledger: RedisLedger,
+        cursor: RedisCursor,
         *,
         platform: str,
         now_ms: Callable[[], int] = wall_clock_ms,
@@ -106,11 +61,11 @@ class DepositWatcher:
         self._cursor = cursor
         self._platform = platform
         self._now_ms = now_ms
-        # Hashes that need no second look, with the chain's time, for as long as looks go back to them.
+        # Hashes that need no second check, with the chain's time, for as long as polls go back to that time.
         self._decided: dict[str, int] = {}
 
     async def poll(self) -> None:
-        """Credit everything that is new. Raises ChainError; the next poll goes on where this one stopped."""
+        """Credit every new deposit. Raises ChainError; the next poll continues where this one stopped."""
         reached = await self._cursor.read()
         start_ms = max(0, reached - OVERLAP_MS)
         self._decided = {tx: time_ms for tx, time_ms in self._decided.items() if time_ms >= start_ms}
@@ -124,25 +79,25 @@ class DepositWatcher:
                 reached = max(reached, page[-1].time_ms)
                 await self._cursor.advance(reached if held_ms is None else min(reached, held_ms))
 
-    async def look(self, tx_hash: str) -> DepositStatus:
-        """Say what is known of a hash, crediting it first if it is a deposit. Raises ChainError."""
+    async def check(self, tx_hash: str) -> DepositStatus:
+        """Return what is known of a hash; a deposit is credited first. Raises ChainError."""
         credited = await self._credited(tx_hash)
         if credited is not None:
             return credited
         details = await self._chain.tx_details(tx_hash)
         if details is None:
-            return DepositStatus(DepositState.UNKNOWN)
-        sighting = judge(details, platform=self._platform, hype=self._chain.network.hype)
-        if sighting.state is DepositState.REJECTED:
-            return sighting
-        # From its own time on: also one that no poll looks back to any more.
+            return DepositStatus(CreditState.UNKNOWN)
+        status = deposit_status(details, platform=self._platform, hype=self._chain.network.hype)
+        if status.state is CreditState.REJECTED:
+            return status
+        # From the transfer's own time on: no poll may go back that far any more.
         async for page in self._chain.ledger_updates(self._platform, details.time_ms):
             for row in page:
                 if row.hash == tx_hash and await self._decide(row):
                     return await self._credited(tx_hash) or DepositStatus(
-                        DepositState.REJECTED, sighting.sender, reason="the ledger says otherwise"
+                        CreditState.REJECTED, status.sender, reason="the ledger says otherwise"
                     )
-        return sighting
+        return status
 
     async def _credited(self, tx_hash: str) -> DepositStatus | None:
         result = await self._ledger.result(deposit_id(tx_hash))
@@ -150,31 +105,31 @@ class DepositWatcher:
             return None
         deposit = result.entry.transfer
         assert isinstance(deposit, Deposit), "the id says so"
-        return DepositStatus(DepositState.CREDITED, deposit.address, deposit.lamports)
+        return DepositStatus(CreditState.CREDITED, deposit.address, deposit.lamports)
 
     async def _decide(self, row: LedgerTransfer) -> bool:
-        """Credit or dismiss a row; False if the chain does not say enough yet."""
+        """Credit or dismiss a row; return False if the chain does not say enough yet."""
         if row.hash in self._decided or not is_candidate(row, self._platform):
             return True
-        decided = await self._credited(row.hash) is not None or await self._judge_row(row)
+        decided = await self._credited(row.hash) is not None or await self._decide_by_action(row)
         if decided:
             self._decided[row.hash] = row.time_ms
         return decided
 
-    async def _judge_row(self, row: LedgerTransfer) -> bool:
+    async def _decide_by_action(self, row: LedgerTransfer) -> bool:
         details = await self._chain.tx_details(row.hash)
         if details is None:
             if self._now_ms() - row.time_ms < _GIVE_UP_MS:
                 return False
             _LOG.error("not credited: the explorer does not know %s", row)
             return True
-        sighting = judge(details, platform=self._platform, hype=self._chain.network.hype)
-        if sighting.state is DepositState.REJECTED:
-            _LOG.warning("not credited, %s: %s", sighting.reason, row)
-        elif not agrees(row, sighting):
+        status = deposit_status(details, platform=self._platform, hype=self._chain.network.hype)
+        if status.state is CreditState.REJECTED:
+            _LOG.warning("not credited, %s: %s", status.reason, row)
+        elif not agrees(row, status):
             _LOG.error("not credited, the explorer says %s: %s", details, row)
-        elif sighting.lamports > 0:
-            await self._credit(row, sighting.lamports)
+        elif status.lamports > 0:
+            await self._credit(row, status.lamports)
         return True
 
     async def _credit(self, row: LedgerTransfer, lamports: int) -> None:
@@ -190,3 +145,48 @@ class DepositWatcher:
 def deposit_id(tx_hash: str) -> str:
     """Return the id of the ledger's transfer for a deposit with this hash."""
     return f"deposit:{tx_hash}"
+
+
+def is_candidate(row: LedgerTransfer, platform: str) -> bool:
+    """Whether a row of the platform's ledger may be a deposit; its token still has to be checked."""
+    arrived = row.destination == platform and row.sender != platform and row.to_spot
+    # An all-zero hash marks a transfer that no user's action caused: there is no action to check.
+    return arrived and row.token_name == HYPE_NAME and int(row.hash, 16) != 0
+
+
+def deposit_status(details: TxDetails, *, platform: str, hype: str) -> DepositStatus:
+    """Return PENDING if an action moved HYPE, by its exact token id, to the platform, else REJECTED."""
+    action, sender = details.action, details.user
+    if details.error is not None:
+        reason = f"it failed on the chain: {details.error}"
+    elif action.get("type") not in _ACTIONS:
+        reason = "it is no transfer"
+    elif _lower(action.get("destination")) != platform or action.get("destinationDex", _SPOT) != _SPOT:
+        reason = "it was not sent to the platform's spot balance"
+    elif action.get("token") != hype:
+        reason = f"it moved {action.get('token')}, which is not {hype}"
+    elif action.get("fromSubAccount"):
+        reason = "it was sent from a sub-account, which has no key to log in with"
+    else:
+        try:
+            return DepositStatus(CreditState.PENDING, sender, lamports_from_hype(str(action.get("amount"))))
+        except InvalidRequest:
+            reason = "its amount is not a whole number of lamports"
+    return DepositStatus(CreditState.REJECTED, sender, reason=reason)
+
+
+def agrees(row: LedgerTransfer, status: DepositStatus) -> bool:
+    """Whether the ledger's row has the same sender and amount as the action."""
+    return row.sender == status.sender and same_amount(row.amount, status.lamports)
+
+
+def same_amount(amount: str, lamports: int) -> bool:
+    """Whether a decimal amount of HYPE is exactly that many lamports."""
+    try:
+        return Decimal(amount) == Decimal(lamports).scaleb(-8)
+    except InvalidOperation:
+        return False
+
+
+def _lower(value: Any) -> str:
+    return value.lower() if isinstance(value, str) else ""

@@ -4,13 +4,13 @@
                            |-----------------> paid
                            '-> abandoned ----> paid | refused
 
-Every state is durable before what it announces is done: a payout found in any of them, after any crash, is
-carried on without a lamport lost or paid twice.
+Every state is durable before the step that it announces: a payer that finds a payout in any state, after any
+crash, advances it without a lamport lost or paid twice.
 """
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -21,21 +21,21 @@ from azu.money.ledger.transfers import PayoutPaid, PayoutPlanned, PayoutRefused,
 class PayoutState(StrEnum):
     """How far a payout has come."""
 
-    PLANNED = "planned"  # written down; the ledger may or may not have set the money aside
+    PLANNED = "planned"  # written; the ledger may or may not have set the money aside
     SIGNED = "signed"  # the ledger has; the bytes are stored and were never posted
-    SENT = "sent"  # posted at least once, or about to be; whether the chain carried it out is unknown
-    ACCEPTED = "accepted"  # the chain said that it carried it out; its ledger has to show it
+    SENT = "sent"  # posted at least once, or about to be; whether the chain executed it is unknown
+    ACCEPTED = "accepted"  # the chain said that it executed it; its ledger has to show it
     ABANDONED = "abandoned"  # never posted again: its nonce is being used up, then the ledger decides
     PAID = "paid"  # the chain's ledger shows it; azu's books may or may not
-    REFUSED = "refused"  # it can never be carried out; azu's books may or may not say so
+    REFUSED = "refused"  # the chain can never execute it; azu's books may or may not say so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Payout:
     """One payment to the address of a worker who earned it, or of a user who withdraws it.
 
-    `since_ms` is a time of the chain before which its ledger cannot show the payout. `body` is the signed
-    action, posted as it is; `attempts` and `tried_at_ms` tell of posts. `burned_at_ms` is when the chain
+    The chain's ledger cannot show the payout before `since_ms`, a time of the chain. `body` is the signed
+    action, posted unchanged; `attempts` and `tried_at_ms` count its posts. `burned_at_ms` is when the chain
     confirmed that the nonce of an abandoned payout is used up, 0 before.
     """
 
@@ -76,7 +76,7 @@ class Payout:
         return replace(self, reason=reason)
 
     def abandoned(self, reason: str) -> "Payout":
-        """Give the payout up: from here on its nonce is burned, never its bytes posted."""
+        """Give the payout up: from here on its bytes are never posted, and its nonce is burned."""
         assert self.state is PayoutState.SENT
         return replace(self, state=PayoutState.ABANDONED, reason=reason, attempts=0, tried_at_ms=0)
 
@@ -103,12 +103,12 @@ class Payout:
 
     @property
     def backoff_ms(self) -> int:
-        """How long after `tried_at_ms` the next try is due."""
+        """The time after `tried_at_ms` at which the next try is due."""
         return min(60_000, 500 << min(self.attempts, 7))
 
     @property
     def booking(self) -> Transfer:
-        """The ledger's transfer for the state; its id says what it does, so it is applied once."""
+        """The ledger's transfer for the state; its fixed id makes the ledger apply it once."""
         match self.state:
             case PayoutState.PLANNED:
                 plan = PayoutPlanned if self.payee == "worker" else WithdrawalPlanned
@@ -136,32 +136,3 @@ def encode_payout(payout: Payout) -> str:
 def decode_payout(content: str) -> Payout:
     """Parse the text of a payout."""
     return _PAYOUT.validate_json(content)
-
-
-class Outbox(Protocol):
-    """The open payouts, durably, at most one for an address; every write may be sent twice."""
-
-    async def open(self) -> tuple[Payout, ...]:
-        """Return all open payouts."""
-
-    async def add(self, payout: Payout) -> bool:
-        """Write a new payout down; False if its address has another one open."""
-
-    async def replace(self, old: Payout, new: Payout) -> bool:
-        """Write the next state; False if `old` is not what is written there (any more)."""
-
-    async def remove(self, payout: Payout) -> bool:
-        """Close a payout; False if it is not what is written there (any more)."""
-
-    async def next_nonce(self, now_ms: int) -> int:
-        """Return a nonce that is near `now_ms` and that nobody gets again."""
-
-
-class Lease(Protocol):
-    """The right to sign, held by one process at a time."""
-
-    async def hold(self) -> bool:
-        """Take or renew the lease; False while another process has it."""
-
-    async def release(self) -> None:
-        """Give the lease back if it is held."""

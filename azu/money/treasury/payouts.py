@@ -1,4 +1,4 @@
-"""Pays workers and users: carries every open payout on until the chain's ledger decides it."""
+"""Pays workers and users: plans payouts, and advances each until the chain's ledger decides it."""
 
 import asyncio
 import logging
@@ -6,33 +6,40 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from eth_account.signers.local import LocalAccount
 
 from azu.addresses import ADDRESS_PATTERN
+from azu.auth.signatures import Withdrawal, is_signed
 from azu.clock import wall_clock_ms
 from azu.errors import AzuError, ChainError, InsufficientBalance, LedgerError
 from azu.money.chain.actions import sign_noop, sign_send_asset
-from azu.money.chain.port import Chain, Ledger, LedgerTransfer
+from azu.money.chain.port import Chain, LedgerTransfer
+from azu.money.ledger.redis import RedisLedger
 from azu.money.treasury.deposits import same_amount
-from azu.money.treasury.outbox import Outbox, Payout, PayoutState
+from azu.money.treasury.outbox import Payout, PayoutState
+from azu.money.treasury.redis import EarningsClaims, RedisOutbox
+from azu.money.treasury.withdrawals import LEAST_LAMPORTS, RedisWithdrawals, SignedWithdrawal
 
 _LOG = logging.getLogger(__name__)
-_EARNED = re.compile(rf"worker:({ADDRESS_PATTERN}):earned")
-# Actions of the address's budget that are kept for posting again and for burning nonces.
-_ACTIONS_KEPT = 200
-# Each payout takes one action, and up to two more when things go wrong.
-_ACTIONS_PER_PAYOUT = 3
-# An emptied account disappears from the chain together with its ledger, the proof of what was paid; and the
-# chain sweeps what is under a million lamports.
+# The chain drops an emptied account together with its ledger, which proves what was paid; and it removes
+# balances below a million lamports.
 KEPT_LAMPORTS = 2_000_000
+_EARNED = re.compile(rf"worker:({ADDRESS_PATTERN}):earned")
+# Actions of the address's budget that are kept for repeated posts and for burning nonces.
+_ACTIONS_KEPT = 200
+# Each payout takes one action, and up to two more when something fails.
+_ACTIONS_PER_PAYOUT = 3
 _ASK_AGAIN_MS = 600_000
+# The chain accepts a nonce for two days; the third allows for a wrong clock.
+_NONCE_LIFE_MS = 3 * 86_400_000
+# States in which the chain's ledger may show the payout.
+_AWAITING = (PayoutState.SENT, PayoutState.ACCEPTED, PayoutState.ABANDONED)
 
 
 @dataclass(frozen=True, slots=True)
 class AmountOwed:
-    """What an address is owed."""
+    """What a worker's address is owed, or a user's withdrawal takes."""
 
     address: str
     lamports: int
@@ -40,31 +47,38 @@ class AmountOwed:
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """From how much on earnings are paid out.
+    """The earnings from which on a worker is paid.
 
-    The first payment to an account that is new to the chain costs the platform a fee in another token: such
-    an account is paid from `new_account_lamports` on.
+    The first payment to an account that is new to the chain costs the platform a fee in another token, so
+    that such an account is paid from `new_account_lamports` on.
     """
 
     lamports: int
     new_account_lamports: int
 
 
-class Payees(Protocol):
-    """Who has claimed what is earned in its name."""
+@dataclass(frozen=True, slots=True)
+class PayoutTimeouts:
+    """How long the payer waits for the chain.
 
-    async def has_claimed(self, address: str) -> bool:
-        """Say whether an address may be paid what it earned."""
+    A refused post is repeated up to `max_attempts` times, a post without an answer for `give_up_ms`, well
+    within the two days for which a nonce is valid. The chain's ledger decides an abandoned payout
+    `conclude_ms` after its nonce was used up, which is longer than any of its rows ever came late.
+    """
+
+    max_attempts: int = 5
+    give_up_ms: int = 12 * 3_600_000
+    conclude_ms: int = 600_000
 
 
 class PayoutSelector:
-    """Picks who is paid next."""
+    """Selects the workers that are paid next."""
 
     def __init__(
         self,
         chain: Chain,
-        ledger: Ledger,
-        payees: Payees,
+        ledger: RedisLedger,
+        claims: EarningsClaims,
         platform: str,
         threshold: Threshold,
         *,
@@ -72,54 +86,54 @@ class PayoutSelector:
     ) -> None:
         self._chain = chain
         self._ledger = ledger
-        self._payees = payees
+        self._claims = claims
         self._platform = platform
         self._threshold = threshold
         self._now_ms = now_ms
-        # Addresses that cannot be paid for now, with the time to ask about them again.
+        # Addresses that cannot be paid now, with the time of the next check.
         self._passed_over: dict[str, int] = {}
 
-    async def pick(self, open_lamports: Mapping[str, int], max_open: int) -> list[AmountOwed]:
-        """Return who is to be paid now, the largest sums first. Raises ChainError.
+    async def select(self, open_lamports: Mapping[str, int], max_open: int) -> list[AmountOwed]:
+        """Return the workers to pay now, the largest sums first. Raises ChainError.
 
-        `open_lamports` holds the open payouts by address: together there are never more than `max_open`,
-        than the platform's wallet can spare, or than the chain's budget of actions for its address bears.
+        `open_lamports` maps addresses to their open payouts. All payouts together are never more than
+        `max_open`, than the platform's wallet holds, or than the chain's budget of actions for its address.
         """
         owed = await self._owed(open_lamports)
         if not owed:
             return []
-        room, funds = await self.spare(open_lamports, max_open)
-        picked: list[AmountOwed] = []
-        for due in owed:
-            if len(picked) >= room:
+        room, funds = await self.capacity(open_lamports, max_open)
+        selected: list[AmountOwed] = []
+        for amount in owed:
+            if len(selected) >= room:
                 break
-            if due.lamports > funds:
-                _LOG.error("the platform's wallet cannot spare what is owed: %s", due)
-                self.pass_over(due.address)
-            elif await self._payees.has_claimed(due.address) and await self.payable(due):
-                picked.append(due)
-                funds -= due.lamports
+            if amount.lamports > funds:
+                _LOG.error("the platform's wallet does not hold enough for what is owed: %s", amount)
+                self.pass_over(amount.address)
+            elif await self._claims.has_claimed(amount.address) and await self.is_payable(amount):
+                selected.append(amount)
+                funds -= amount.lamports
             else:
-                self.pass_over(due.address)
-        return picked
+                self.pass_over(amount.address)
+        return selected
 
-    async def spare(self, open_lamports: Mapping[str, int], max_open: int) -> tuple[int, int]:
+    async def capacity(self, open_lamports: Mapping[str, int], max_open: int) -> tuple[int, int]:
         """Return how many payouts and lamports can be sent beside the open ones. Raises ChainError."""
         budget = await self._chain.actions_left(self._platform) - _ACTIONS_KEPT
         room = min(max_open, budget // _ACTIONS_PER_PAYOUT) - len(open_lamports)
         held = await self._chain.spot_balance(self._platform)
         return room, held - KEPT_LAMPORTS - sum(open_lamports.values())
 
-    async def payable(self, due: AmountOwed) -> bool:
-        """Say whether an address can be paid, and it is worth what that costs. Raises ChainError."""
-        destination = await self._chain.destination(due.address, self._platform)
-        if destination.sanctioned:
-            _LOG.error("the chain bars an address that is owed: %s", due)
+    async def is_payable(self, amount: AmountOwed) -> bool:
+        """Whether an address can be paid, and the amount is worth the cost. Raises ChainError."""
+        recipient = await self._chain.recipient(amount.address, self._platform)
+        if recipient.sanctioned:
+            _LOG.error("the chain bars an address that is owed: %s", amount)
             return False
-        return destination.exists or due.lamports >= self._threshold.new_account_lamports
+        return recipient.exists or amount.lamports >= self._threshold.new_account_lamports
 
     def pass_over(self, address: str) -> None:
-        """Leave an address out for a while."""
+        """Leave an address out for _ASK_AGAIN_MS."""
         self._passed_over[address] = self._now_ms() + _ASK_AGAIN_MS
 
     async def _owed(self, open_lamports: Mapping[str, int]) -> list[AmountOwed]:
@@ -129,69 +143,123 @@ class PayoutSelector:
         for account, lamports in (await self._ledger.balances()).items():
             match = _EARNED.fullmatch(account)
             if match and lamports >= self._threshold.lamports:
-                due = AmountOwed(match[1], lamports)
+                amount = AmountOwed(match[1], lamports)
                 # What the platform owes itself is in its wallet already.
-                left_out = due.address == self._platform or due.address in self._passed_over
-                if due.address not in open_lamports and not left_out:
-                    owed.append(due)
-        return sorted(owed, key=lambda due: (-due.lamports, due.address))
+                left_out = amount.address == self._platform or amount.address in self._passed_over
+                if amount.address not in open_lamports and not left_out:
+                    owed.append(amount)
+        return sorted(owed, key=lambda amount: (-amount.lamports, amount.address))
 
 
-# The chain takes a nonce for two days; a third for a clock that is wrong.
-_NONCE_LIFE_MS = 3 * 86_400_000
+class WithdrawalPlanner:
+    """Turns signed withdrawals into payouts, each once; safe to kill anywhere and to run twice."""
 
+    def __init__(
+        self,
+        withdrawals: RedisWithdrawals,
+        ledger: RedisLedger,
+        outbox: RedisOutbox,
+        selector: PayoutSelector,
+        *,
+        platform: str,
+        now_ms: Callable[[], int] = wall_clock_ms,
+    ) -> None:
+        self._withdrawals = withdrawals
+        self._ledger = ledger
+        self._outbox = outbox
+        self._selector = selector
+        self._platform = platform
+        self._now_ms = now_ms
 
-@dataclass(frozen=True, slots=True)
-class PayoutTimeouts:
-    """How long the payer waits for the chain.
+    async def plan(self, max_open: int, since_ms: int) -> None:
+        """Write a payout for each waiting withdrawal that can be paid now. Raises ChainError.
 
-    A refused post is repeated up to `max_attempts` times, one without an answer for `give_up_ms`, well within
-    the two days for which a nonce is good. The chain's ledger decides an abandoned payout `conclude_ms`
-    after its nonce was used up: longer than any row of it ever came late.
-    """
+        A withdrawal waits until the ledger has set its money aside or it was refused, so that it is never
+        lost in between. `since_ms` is a time of the chain that is not in the chain's future.
+        """
+        undecided = [
+            signed for signed in await self._withdrawals.waiting() if not await self._settled(signed)
+        ]
+        if not undecided:
+            return
+        open_lamports = {payout.address: payout.lamports for payout in await self._outbox.open()}
+        room, funds = await self._selector.capacity(open_lamports, max_open)
+        for signed in undecided:
+            withdrawal = signed.withdrawal
+            if withdrawal.address in open_lamports:
+                continue  # this withdrawal, or another payout to the same address
+            if fault := self._fault(signed):
+                await self._refuse(signed, fault)
+            elif room <= 0 or withdrawal.lamports > funds:
+                _LOG.error("the platform cannot send a withdrawal now: %s", withdrawal)
+            elif obstacle := await self._obstacle(withdrawal):
+                await self._refuse(signed, obstacle)
+            else:
+                await self._plan(withdrawal, since_ms)
+                room, funds = room - 1, funds - withdrawal.lamports
 
-    max_attempts: int = 5
-    give_up_ms: int = 12 * 3_600_000
-    conclude_ms: int = 600_000
+    async def _refuse(self, signed: SignedWithdrawal, reason: str) -> None:
+        await self._withdrawals.refuse(signed.withdrawal.payout_id, reason)
+        await self._withdrawals.take_out(signed)
+
+    async def _settled(self, signed: SignedWithdrawal) -> bool:
+        """Take a withdrawal out if the ledger has set its money aside or it was refused; return whether."""
+        if not await self._is_decided(signed.withdrawal.payout_id):
+            return False
+        await self._withdrawals.take_out(signed)
+        return True
+
+    async def _is_decided(self, payout_id: str) -> bool:
+        if await self._ledger.result(f"{payout_id}:planned") is not None:
+            return True
+        return await self._withdrawals.refusal(payout_id) is not None
+
+    def _fault(self, signed: SignedWithdrawal) -> str | None:
+        """Return what is wrong with a withdrawal; the treasury does not rely on the ingress's checks."""
+        if not is_signed(signed.withdrawal, self._platform, signed.signature):
+            return "it was not signed by its address"
+        if signed.withdrawal.expires_at_ms <= self._now_ms():
+            return "it expired before it was carried out"
+        if signed.withdrawal.lamports < LEAST_LAMPORTS:
+            return f"it is less than {LEAST_LAMPORTS} lamports, which the chain would remove"
+        return None
+
+    async def _obstacle(self, withdrawal: Withdrawal) -> str | None:
+        """Return why the chain would not execute a withdrawal, or not for what it costs."""
+        if await self._selector.is_payable(AmountOwed(withdrawal.address, withdrawal.lamports)):
+            return None
+        return "the address is new to the chain, or barred there, and it is too little for that"
+
+    async def _plan(self, withdrawal: Withdrawal, since_ms: int) -> None:
+        payout = Payout(
+            payout_id=withdrawal.payout_id,
+            address=withdrawal.address,
+            lamports=withdrawal.lamports,
+            planned_at_ms=self._now_ms(),
+            since_ms=since_ms,
+            payee="user",
+        )
+        if await self._outbox.add(payout):
+            _LOG.info("planned %s of %d lamports", payout.payout_id, payout.lamports)
 
 
 class Superseded(Exception):
-    """Another process has carried the payout on since it was read."""
-
-
-class Withdrawals(Protocol):
-    """Where payouts to users come from."""
-
-    async def was_refused(self, payout: Payout) -> bool:
-        """Say whether a payout's user was told that nothing will come of it."""
-
-    async def dropped(self, payout: Payout) -> None:
-        """Hear of a payout for which the ledger set nothing aside."""
-
-
-class _NoWithdrawals:
-    """For workers alone: what they earned stays earned."""
-
-    async def was_refused(self, _: Payout) -> bool:
-        return False
-
-    async def dropped(self, _: Payout) -> None:
-        return None
+    """Another process has advanced the payout since it was read."""
 
 
 class Payer:
-    """Carries payouts on, one step at a time; safe to kill anywhere and to run twice."""
+    """Advances payouts, one step at a time; safe to kill anywhere and to run twice."""
 
     def __init__(
         self,
         chain: Chain,
-        ledger: Ledger,
-        outbox: Outbox,
+        ledger: RedisLedger,
+        outbox: RedisOutbox,
+        withdrawals: RedisWithdrawals,
         account: LocalAccount,
-        patience: PayoutTimeouts,
+        timeouts: PayoutTimeouts,
         *,
         on_refused: Callable[[str], None],
-        withdrawals: Withdrawals | None = None,
         now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._chain = chain
@@ -199,34 +267,34 @@ class Payer:
         self._outbox = outbox
         self._account = account
         self._platform = account.address.lower()
-        self._patience = patience
+        self._timeouts = timeouts
         self._on_refused = on_refused
-        self._withdrawals = withdrawals or _NoWithdrawals()
+        self._withdrawals = withdrawals
         self._now_ms = now_ms
         self._overdue: set[str] = set()
 
-    async def plan(self, dues: Sequence[AmountOwed], since_ms: int) -> None:
-        """Write down a payout for everybody who is due; addresses that have one open are passed over.
+    async def plan(self, owed: Sequence[AmountOwed], since_ms: int) -> None:
+        """Write a payout for each amount; an address with an open payout is left out.
 
-        `since_ms` is a time of the chain that is not in its future.
+        `since_ms` is a time of the chain that is not in the chain's future.
         """
-        for due in dues:
+        for amount in owed:
             payout = Payout(
-                payout_id=f"payout:{due.address}:{secrets.token_hex(12)}",
-                address=due.address,
-                lamports=due.lamports,
+                payout_id=f"payout:{amount.address}:{secrets.token_hex(12)}",
+                address=amount.address,
+                lamports=amount.lamports,
                 planned_at_ms=self._now_ms(),
                 since_ms=since_ms,
             )
             if await self._outbox.add(payout):
                 _LOG.info("planned %s of %d lamports", payout.payout_id, payout.lamports)
 
-    async def carry_on(self) -> None:
+    async def advance(self) -> None:
         """Take every open payout as far as it goes now. Raises ChainError if the ledger cannot be read."""
         payouts = await self._outbox.open()
-        looked_ms = self._now_ms()
+        read_at_ms = self._now_ms()
         shown = await self._shown(payouts)
-        await asyncio.gather(*(self._carry_on(payout, shown, looked_ms) for payout in payouts))
+        await asyncio.gather(*(self._advance(payout, shown, read_at_ms) for payout in payouts))
 
     async def _shown(self, payouts: Sequence[Payout]) -> Mapping[int, LedgerTransfer]:
         """Return what the chain's ledger shows of the platform's own transfers, by nonce."""
@@ -241,19 +309,19 @@ class Payer:
             if row.sender == self._platform and row.nonce is not None
         }
 
-    async def _carry_on(self, payout: Payout, shown: Mapping[int, LedgerTransfer], looked_ms: int) -> None:
+    async def _advance(self, payout: Payout, shown: Mapping[int, LedgerTransfer], read_at_ms: int) -> None:
         try:
             row = shown.get(payout.nonce)
             if payout.state in _AWAITING and row is not None and _shows(row, payout):
-                payout = await self._become(payout, payout.paid(row.hash))
-            await self._next(payout, looked_ms)
+                payout = await self._replace(payout, payout.paid(row.hash))
+            await self._next(payout, read_at_ms)
         except Superseded:
-            _LOG.warning("%s is carried on by another process", payout.payout_id)
+            _LOG.warning("another process has advanced %s", payout.payout_id)
         except AzuError:
-            # It stays in the outbox as it is; the others must not wait for it.
-            _LOG.exception("%s could not be carried on", payout.payout_id)
+            # It stays in the outbox unchanged; the others must not wait for it.
+            _LOG.exception("%s could not be advanced", payout.payout_id)
 
-    async def _next(self, payout: Payout, looked_ms: int) -> None:
+    async def _next(self, payout: Payout, read_at_ms: int) -> None:
         now_ms = self._now_ms()
         due = now_ms >= payout.tried_at_ms + payout.backoff_ms
         match payout.state:
@@ -261,26 +329,27 @@ class Payer:
                 await self._sign(payout)
             case PayoutState.SIGNED:
                 await self._send(payout)
-            case PayoutState.SENT if now_ms >= payout.planned_at_ms + self._patience.give_up_ms:
-                await self._become(payout, payout.abandoned(payout.reason or "the chain did not answer"))
+            case PayoutState.SENT if now_ms >= payout.planned_at_ms + self._timeouts.give_up_ms:
+                await self._replace(payout, payout.abandoned(payout.reason or "the chain did not answer"))
             case PayoutState.SENT if due:
                 await self._send(payout)
             case PayoutState.ABANDONED if payout.burned_at_ms:
-                if looked_ms >= payout.burned_at_ms + self._patience.conclude_ms:
-                    await self._close(await self._become(payout, payout.refused()))
+                if read_at_ms >= payout.burned_at_ms + self._timeouts.conclude_ms:
+                    await self._close(await self._replace(payout, payout.refused()))
             case PayoutState.ABANDONED if due:
                 await self._burn(payout)
             case PayoutState.PAID | PayoutState.REFUSED:
                 await self._close(payout)
-            case PayoutState.ACCEPTED if now_ms >= payout.tried_at_ms + self._patience.conclude_ms:
-                # The chain said yes: nothing to send again or to give up, but somebody has to look.
+            case PayoutState.ACCEPTED if now_ms >= payout.tried_at_ms + self._timeouts.conclude_ms:
+                # The chain said yes: there is nothing to send again or to give up; an operator has to check.
                 if payout.payout_id not in self._overdue:
                     self._overdue.add(payout.payout_id)
                     _LOG.error("the chain accepted %s but does not show it", payout.payout_id)
 
     async def _sign(self, payout: Payout) -> None:
         """Have the ledger set the money aside, then sign once and store the bytes."""
-        if await self._withdrawals.was_refused(payout):
+        is_withdrawal = payout.payee == "user"
+        if is_withdrawal and await self._withdrawals.refusal(payout.payout_id) is not None:
             await self._outbox.remove(payout)
             return
         try:
@@ -288,12 +357,14 @@ class Payer:
         except (LedgerError, InsufficientBalance):
             if await self._ledger.result(payout.booking.id) is not None:
                 raise
-            _LOG.exception("%s is dropped: its account does not bear it", payout.payout_id)
-            await self._withdrawals.dropped(payout)
+            _LOG.exception("%s is dropped: its account does not hold so much", payout.payout_id)
+            if is_withdrawal:
+                reason = "the account does not hold so much any more"
+                await self._withdrawals.refuse(payout.payout_id, reason)
             await self._outbox.remove(payout)
             return
         if await self._has_ended(payout):
-            _LOG.warning("%s was carried out before; another process planned it late", payout.payout_id)
+            _LOG.warning("%s was paid or refused before; another process planned it late", payout.payout_id)
             await self._outbox.remove(payout)
             return
         nonce = await self._outbox.next_nonce(self._now_ms())
@@ -304,42 +375,42 @@ class Payer:
             lamports=payout.lamports,
             nonce=nonce,
         )
-        await self._send(await self._become(payout, payout.signed(action)))
+        await self._send(await self._replace(payout, payout.signed(action)))
 
     async def _has_ended(self, payout: Payout) -> bool:
-        """Say whether the books have its end: one of which the id is known may be planned a second time."""
+        """Whether the books have the payout's end: a withdrawal can be planned twice under its one id."""
         ends = (f"{payout.payout_id}:paid", f"{payout.payout_id}:refused")
         return any([await self._ledger.result(end) is not None for end in ends])
 
     async def _send(self, payout: Payout) -> None:
-        payout = await self._become(payout, payout.sending(self._now_ms()))
+        payout = await self._replace(payout, payout.sending(self._now_ms()))
         try:
             refusal = await self._chain.post_action(payout.body.encode())
         except ChainError as error:
-            await self._become(payout, payout.failed(error.message))
+            await self._replace(payout, payout.failed(error.message))
             return
         if refusal is None:
-            await self._become(payout, payout.accepted())
+            await self._replace(payout, payout.accepted())
         elif refusal.nonce_used:
-            # Used up, by an earlier post of these bytes or by one that failed: only the ledger knows.
-            payout = await self._become(payout, payout.abandoned(payout.reason or refusal.reason))
-            await self._become(payout, payout.burned(self._now_ms()))
-        elif payout.attempts >= self._patience.max_attempts:
-            await self._become(payout, payout.abandoned(refusal.reason))
+            # Used up, by an earlier post of these bytes or by a failed one: only the ledger shows which.
+            payout = await self._replace(payout, payout.abandoned(payout.reason or refusal.reason))
+            await self._replace(payout, payout.burned(self._now_ms()))
+        elif payout.attempts >= self._timeouts.max_attempts:
+            await self._replace(payout, payout.abandoned(refusal.reason))
         else:
-            await self._become(payout, payout.failed(refusal.reason))
+            await self._replace(payout, payout.failed(refusal.reason))
 
     async def _burn(self, payout: Payout) -> None:
-        """Use up the nonce of an abandoned payout, so that no copy of its bytes can be carried out later."""
-        payout = await self._become(payout, payout.burning(self._now_ms()))
+        """Use up the nonce of an abandoned payout, so that the chain never executes a copy of its bytes."""
+        payout = await self._replace(payout, payout.burning(self._now_ms()))
         noop = sign_noop(self._account, self._chain.network, nonce=payout.nonce)
         try:
             refusal = await self._chain.post_action(noop.body)
         except ChainError:
-            return  # tried again when it is due
+            return  # the next try comes when it is due
         too_old = self._now_ms() >= payout.nonce + _NONCE_LIFE_MS
         if refusal is None or refusal.nonce_used or too_old:
-            await self._become(payout, payout.burned(self._now_ms()))
+            await self._replace(payout, payout.burned(self._now_ms()))
 
     async def _close(self, payout: Payout) -> None:
         await self._ledger.apply(payout.booking)
@@ -350,13 +421,10 @@ class Payer:
             _LOG.error("%s is refused: %s", payout.payout_id, payout.reason)
             self._on_refused(payout.address)
 
-    async def _become(self, old: Payout, new: Payout) -> Payout:
+    async def _replace(self, old: Payout, new: Payout) -> Payout:
         if not await self._outbox.replace(old, new):
             raise Superseded
         return new
-
-
-_AWAITING = (PayoutState.SENT, PayoutState.ACCEPTED, PayoutState.ABANDONED)
 
 
 def _shows(row: LedgerTransfer, payout: Payout) -> bool:

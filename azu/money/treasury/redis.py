@@ -1,4 +1,4 @@
-"""The treasury's durable state in Redis: the cursor, the outbox and the signer's lease."""
+"""The treasury's durable state in Redis: cursor, outbox, signer's lease, and claims of earnings."""
 
 import secrets
 from collections.abc import Awaitable
@@ -8,15 +8,16 @@ from redis.asyncio import Redis
 
 from azu.auth.signatures import is_claim
 from azu.money.treasury.outbox import Payout, decode_payout, encode_payout
-from azu.redis_client import connect_redis, typed_redis_errors
+from azu.redis_client import typed_redis_errors
 
 CURSOR = "azu:treasury:cursor"
 OUTBOX = "azu:treasury:outbox"
 NONCE = "azu:treasury:nonce"
 SIGNER = "azu:treasury:signer"
+CLAIMS = "azu:treasury:payees"
 
-# Redis may run a command whose answer is lost, and the client sends it again: so each script answers the
-# same to its own repetition. Times and nonces are milliseconds, which Lua counts exactly.
+# Redis may run a command whose answer is lost, and the client sends the command again: each script gives the
+# same answer to its own repetition. Times and nonces are milliseconds, which Lua counts exactly.
 _RAISE = """
 local reached = tonumber(redis.call('GET', KEYS[1]) or '0')
 if tonumber(ARGV[1]) > reached then redis.call('SET', KEYS[1], ARGV[1]) end
@@ -54,25 +55,25 @@ return 1
 
 
 class RedisCursor:
-    """The watcher's cursor."""
+    """How far the platform's ledger on the chain was read."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._raise = redis.register_script(_RAISE)
 
     async def read(self) -> int:
-        """Return the cursor; 0 before anything was read."""
+        """Return the chain's time in ms up to which every row is decided; 0 before the first read."""
         with typed_redis_errors():
             return int(await self._redis.get(CURSOR) or 0)
 
     async def advance(self, time_ms: int) -> None:
-        """Move the cursor forward; an earlier time, as of a process with an old view, changes nothing."""
+        """Move the cursor forward; an earlier time, from a process with an old view, changes nothing."""
         with typed_redis_errors():
             await self._raise([CURSOR], [time_ms])
 
 
 class RedisOutbox:
-    """The outbox: a hash of address -> payout, changed by comparison with what was read."""
+    """The open payouts: a hash of address -> payout. A write compares the stored payout with the one read."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
@@ -88,7 +89,7 @@ class RedisOutbox:
         return tuple(sorted(payouts, key=lambda payout: (payout.planned_at_ms, payout.payout_id)))
 
     async def add(self, payout: Payout) -> bool:
-        """Write a new payout down; False if its address has another one open."""
+        """Write a new payout; return False if its address has another one open."""
         content = encode_payout(payout)
         with typed_redis_errors():
             if await self._redis.hsetnx(OUTBOX, payout.address, content):
@@ -96,24 +97,24 @@ class RedisOutbox:
             return await cast(Awaitable[str | None], self._redis.hget(OUTBOX, payout.address)) == content
 
     async def replace(self, old: Payout, new: Payout) -> bool:
-        """Write the next state; False if `old` is not what is written there (any more)."""
+        """Write the next state; return False if the stored payout is not `old` (any more)."""
         assert old.address == new.address
         with typed_redis_errors():
             return bool(await self._replace([OUTBOX], [old.address, encode_payout(old), encode_payout(new)]))
 
     async def remove(self, payout: Payout) -> bool:
-        """Close a payout; False if it is not what is written there (any more)."""
+        """Close a payout; return False if the stored payout is another one (by now)."""
         with typed_redis_errors():
             return bool(await self._remove([OUTBOX], [payout.address, encode_payout(payout)]))
 
     async def next_nonce(self, now_ms: int) -> int:
-        """Return a nonce that is near `now_ms` and that nobody gets again."""
+        """Return a nonce near `now_ms` that is never returned again."""
         with typed_redis_errors():
             return int(await self._next_nonce([NONCE], [now_ms]))
 
 
 class RedisLease:
-    """The signer's lease: whoever holds it has to renew it within `ttl_ms`."""
+    """The right to sign, for one process at a time: the holder has to renew it within `ttl_ms`."""
 
     def __init__(self, redis: Redis, *, ttl_ms: int) -> None:
         self._token = secrets.token_hex(16)
@@ -122,7 +123,7 @@ class RedisLease:
         self._release = redis.register_script(_RELEASE)
 
     async def hold(self) -> bool:
-        """Take or renew the lease; False while another process has it."""
+        """Take or renew the lease; return False while another process has it."""
         with typed_redis_errors():
             return bool(await self._hold([SIGNER], [self._token, self._ttl_ms]))
 
@@ -132,11 +133,8 @@ class RedisLease:
             await self._release([SIGNER], [self._token])
 
 
-_CLAIMED = "azu:treasury:payees"
-
-
 class EarningsClaims:
-    """A hash of address -> signature. The ingress writes it; whoever reads it checks the signature again.
+    """Claims of earnings: a hash of address -> signature. Every read checks the signature again.
 
     Every method raises Unavailable when Redis does not answer.
     """
@@ -145,21 +143,16 @@ class EarningsClaims:
         self._redis = redis
         self._platform = platform
 
-    @classmethod
-    def from_url(cls, url: str, platform: str) -> "EarningsClaims":
-        """Return the claims on a platform in the Redis at `url`; connects when first used."""
-        return cls(connect_redis(url), platform)
-
     async def claim(self, address: str, signature: str) -> bool:
-        """Write an address's claim down; False if the address did not sign it."""
+        """Write an address's claim; return False if the address did not sign it."""
         if not is_claim(address, self._platform, signature):
             return False
         with typed_redis_errors():
-            await self._redis.hset(_CLAIMED, address, signature)
+            await self._redis.hset(CLAIMS, address, signature)
         return True
 
     async def has_claimed(self, address: str) -> bool:
-        """Say whether an address may be paid what it earned."""
+        """Whether an address may be paid what it earned."""
         with typed_redis_errors():
-            signature = await cast(Awaitable[str | None], self._redis.hget(_CLAIMED, address))
+            signature = await cast(Awaitable[str | None], self._redis.hget(CLAIMS, address))
         return signature is not None and is_claim(address, self._platform, signature)

@@ -170,10 +170,10 @@ def test_a_destination_and_the_budget_of_actions_are_told(
     async def scenario() -> None:
         async with client(devnet) as chain:
             source = alice.address.lower()
-            assert not (await chain.destination(bob, source)).exists
+            assert not (await chain.recipient(bob, source)).exists
             before = await chain.actions_left(source)
             await send_hype(chain, alice, bob, 1)
-            assert (await chain.destination(bob, source)).exists
+            assert (await chain.recipient(bob, source)).exists
             assert await chain.actions_left(source) == before - 1
 
     asyncio.run(scenario())

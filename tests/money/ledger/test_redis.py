@@ -128,7 +128,7 @@ def test_an_ended_reservation_does_not_expire_though_it_was_read_as_open(redis_u
 def test_the_ledger_counts_as_far_as_redis_can_and_then_refuses_wholly(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger) -> None:
         await apply_all(ledger, *(moves.deposit(MAX_LAMPORTS, tx_hash=f"0x{number}") for number in range(92)))
-        with pytest.raises(LedgerError, match="does not bear"):
+        with pytest.raises(LedgerError, match="does not allow"):
             await ledger.apply(moves.deposit(MAX_LAMPORTS, tx_hash="0xff"))
         assert (await audit(await ledger.snapshot(), ledger.journal())).agrees
 

@@ -20,7 +20,7 @@ async def owners_who_claimed(world: World, parts: Open, keys: Iterable[int]) -> 
     platform = world.platform.address.lower()
     accounts = [Account.from_key(f"0x{key:064x}") for key in keys]
     for account in accounts:
-        assert await parts.payees.claim(account.address.lower(), sign_claim(account, platform))
+        assert await parts.earnings_claims.claim(account.address.lower(), sign_claim(account, platform))
     return [account.address.lower() for account in accounts]
 
 

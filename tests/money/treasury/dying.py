@@ -58,7 +58,7 @@ def _live(treasury: Treasury, death: Death) -> None:
         network=network_at(treasury.chain_url),
         account=Account.from_key(treasury.key),
         threshold=Threshold(treasury.threshold_lamports, treasury.threshold_lamports),
-        patience=PayoutTimeouts(conclude_ms=3_000),
+        timeouts=PayoutTimeouts(conclude_ms=3_000),
         poll_s=0.05,
         plan_every_s=0.1,
         sweep_every_s=0.1,

@@ -15,7 +15,7 @@ from azu.clock import wall_clock_ms
 from azu.jobs.redis import RedisJobs
 from azu.money.ledger.audit import audit
 from azu.money.ledger.transfers import Deposit, Reserve, Settle, user_reserved, worker_paid
-from azu.money.treasury.deposits import DepositState
+from azu.money.treasury.deposits import CreditState
 from azu.money.treasury.request_reply import ReceiptRequests
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS, RedisWithdrawals, SignedWithdrawal, WithdrawalState
 from azu.protocol.job import FinishReason, JobOutcome, JobState
@@ -86,7 +86,7 @@ class History:
         )
         await self.jobs.submit(job())
         await self.jobs.finish("job-1", JobOutcome(JobState.DONE, FinishReason.STOP, said))
-        assert await self.parts.payees.claim(owner, sign_claim(self.owner, platform))
+        assert await self.parts.earnings_claims.claim(owner, sign_claim(self.owner, platform))
         for account, lamports in ((self.leaver, self.withdrawn), (self.dreamer, LEAST_LAMPORTS)):
             await self.withdrawals.hand_in(self._asked(account, lamports))
         tx_hash = await self.parts.pay_platform(self.payer, self.deposited)
@@ -127,8 +127,8 @@ class History:
         return SignedWithdrawal(asked, sign_withdrawal(account, asked, platform))
 
     async def _claim(self, tx_hash: str) -> None:
-        verdict = await self.parts.claims.ask(tx_hash, self.payer.address, PATIENCE_S)
-        assert (verdict.state, verdict.lamports) == (DepositState.CREDITED, self.deposited)
+        verdict = await self.parts.deposits.ask(tx_hash, self.payer.address, PATIENCE_S)
+        assert (verdict.state, verdict.lamports) == (CreditState.CREDITED, self.deposited)
 
     async def _have_signed(self) -> None:
         platform = self.world.platform.address.lower()

@@ -91,7 +91,7 @@ class SimulatedChain:
 
     async def ledger_updates(self, user: str, start_ms: int) -> AsyncIterator[tuple[LedgerTransfer, ...]]:
         query = {"type": "userNonFundingLedgerUpdates", "user": user, "startTime": start_ms}
-        rows = api.ledger_rows(answer_info(self.state, query, self.clock(), twice=self.line.rows_twice))
+        rows = api.parse_ledger_rows(answer_info(self.state, query, self.clock(), twice=self.line.rows_twice))
         yield tuple(transfer for row in rows if (transfer := row.transfer))
 
     async def tx_details(self, tx_hash: str) -> TxDetails | None:
@@ -100,11 +100,11 @@ class SimulatedChain:
     async def spot_balance(self, user: str) -> int:
         return self.state.balance(user, HYPE)
 
-    async def destination(self, user: str, source: str) -> Recipient:
-        return api.destination(answer_info(self.state, {"type": "preTransferCheck", "user": user}, 0))
+    async def recipient(self, user: str, source: str) -> Recipient:
+        return api.parse_recipient(answer_info(self.state, {"type": "preTransferCheck", "user": user}, 0))
 
     async def actions_left(self, user: str) -> int:
-        return api.actions_left(answer_info(self.state, {"type": "userRateLimit", "user": user}, 0))
+        return api.parse_actions_left(answer_info(self.state, {"type": "userRateLimit", "user": user}, 0))
 
     async def post_action(self, body: bytes) -> Refusal | None:
         hit = self.crash.begin()
@@ -117,7 +117,7 @@ class SimulatedChain:
         self.crash.end(hit)
         if self.line.dice.random() < self.line.lost_after:
             raise ChainError("lost on the way back")
-        return api.refusal(dict(answer))
+        return api.parse_refusal(dict(answer))
 
 
 @dataclass
@@ -159,6 +159,13 @@ class MemoryLedger:
         accounts = (worker_earned(address), worker_paying(address), worker_paid(address))
         earned, paying, paid = (self.state.balances.get(account, 0) for account in accounts)
         return earned, paying, paid
+
+
+class NoWithdrawals:
+    """A store in which no withdrawal was refused."""
+
+    async def refusal(self, payout_id: str) -> None:
+        return None
 
 
 @dataclass
@@ -212,7 +219,7 @@ class Simulation:
         self.chain = SimulatedChain(self.clock, self.crash, line or Line())
         self.ledger = MemoryLedger(self.crash)
         self.outbox = MemoryOutbox(self.crash)
-        self.patience = PayoutTimeouts(conclude_ms=600_000)
+        self.timeouts = PayoutTimeouts(conclude_ms=600_000)
         self.refused: list[str] = []
         self.platform: LocalAccount = PLATFORM
         for token, amount in ((HYPE, funds), (USDC, dollars)):
@@ -225,8 +232,9 @@ class Simulation:
             self.chain,
             self.ledger,
             self.outbox,
+            NoWithdrawals(),
             self.platform,
-            self.patience,
+            self.timeouts,
             on_refused=self.refused.append,
             now_ms=self.clock,
         )

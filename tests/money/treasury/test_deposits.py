@@ -9,7 +9,7 @@ from azu.devnet.chain import SECOND_HYPE
 from azu.money.chain.port import LedgerTransfer, TxDetails
 from azu.money.chain.wallet import send_hype
 from azu.money.ledger.transfers import CHAIN
-from azu.money.treasury.deposits import DepositState, DepositWatcher, agrees, is_candidate, judge
+from azu.money.treasury.deposits import CreditState, DepositWatcher, agrees, deposit_status, is_candidate
 from tests.money.treasury.world import Open, World
 
 ALICE, PLATFORM = "0x" + "a1" * 20, "0x" + "0f" * 20
@@ -36,20 +36,20 @@ ACTION = {
 }
 
 
-def judged(error: str | None = None, **changes: Any) -> DepositState:
+def judged(error: str | None = None, **changes: Any) -> CreditState:
     details = TxDetails(hash=HASH, time_ms=1, user=ALICE, action=ACTION | changes, error=error)
-    return judge(details, platform=PLATFORM, hype=HYPE).state
+    return deposit_status(details, platform=PLATFORM, hype=HYPE).state
 
 
 def test_hype_sent_to_the_platform_is_good() -> None:
-    sighting = judge(TxDetails(HASH, 1, ALICE, ACTION, None), platform=PLATFORM, hype=HYPE)
+    status = deposit_status(TxDetails(HASH, 1, ALICE, ACTION, None), platform=PLATFORM, hype=HYPE)
 
-    assert (sighting.state, sighting.sender, sighting.lamports) == (
-        DepositState.PENDING,
+    assert (status.state, status.sender, status.lamports) == (
+        CreditState.PENDING,
         ALICE,
         500_000_000,
     )
-    assert agrees(ROW, sighting)
+    assert agrees(ROW, status)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_hype_sent_to_the_platform_is_good() -> None:
     ],
 )
 def test_everything_else_is_rejected(changes: dict[str, Any]) -> None:
-    assert judged(**changes) is DepositState.REJECTED
+    assert judged(**changes) is CreditState.REJECTED
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_a_row_that_cannot_be_a_deposit_is_passed_over(changes: dict[str, Any]) 
 
 @pytest.mark.parametrize("changes", [{"sender": PLATFORM}, {"amount": "5.00000001"}, {"amount": "x"}])
 def test_a_row_that_says_something_else_than_the_action_is_noticed(changes: dict[str, Any]) -> None:
-    sighting = judge(TxDetails(HASH, 1, ALICE, ACTION, None), platform=PLATFORM, hype=HYPE)
+    status = deposit_status(TxDetails(HASH, 1, ALICE, ACTION, None), platform=PLATFORM, hype=HYPE)
 
-    assert not agrees(replace(ROW, **changes), sighting)
+    assert not agrees(replace(ROW, **changes), status)
 
 
 BOB = "0x" + "b0" * 20
@@ -293,15 +293,15 @@ def test_a_look_at_a_hash_says_what_it_is(world: World) -> None:
         elsewhere = await send_hype(parts.chain, alice, BOB, 5)
         stranger = Account.create().address.lower()
 
-        credited = await parts.watcher.look(good)
+        credited = await parts.watcher.check(good)
         assert (credited.state, credited.sender, credited.lamports) == (
-            DepositState.CREDITED,
+            CreditState.CREDITED,
             alice.address.lower(),
             5,
         )
         assert await parts.available(alice) == 5
-        assert (await parts.watcher.look(elsewhere)).state is DepositState.REJECTED
-        assert (await parts.watcher.look("0x" + "12" * 32)).state is DepositState.UNKNOWN
+        assert (await parts.watcher.check(elsewhere)).state is CreditState.REJECTED
+        assert (await parts.watcher.check("0x" + "12" * 32)).state is CreditState.UNKNOWN
         assert await parts.ledger.balance(f"user:{stranger}:available") == 0
 
     world.run(scenario)

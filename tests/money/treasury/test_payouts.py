@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 
@@ -10,18 +11,17 @@ from azu.money.treasury.outbox import PayoutState
 from azu.money.treasury.payouts import (
     KEPT_LAMPORTS,
     AmountOwed,
-    Payees,
     PayoutSelector,
     PayoutTimeouts,
     Threshold,
 )
 from tests.money.treasury.simulated import PLATFORM, Crash, CrashPlan, Line, Simulation
-from tests.money.treasury.world import SEED, Everybody
+from tests.money.treasury.world import SEED, AllClaimed
 
 WORKER = "0x" + "0e" * 20
 LAMPORTS = 25_000_000
 ARRIVED = ["0.25"]
-DUES = [AmountOwed(WORKER, LAMPORTS)]
+OWED = [AmountOwed(WORKER, LAMPORTS)]
 MINUTE_MS = 60_000
 PLATFORM_ADDRESS = PLATFORM.address.lower()
 
@@ -32,7 +32,7 @@ def steps(simulation: Simulation, count: int, *, each_ms: int = 1_000) -> None:
     async def scenario() -> None:
         payer = simulation.payer()
         for _ in range(count):
-            await payer.carry_on()
+            await payer.advance()
             simulation.clock.ms += each_ms
 
     asyncio.run(scenario())
@@ -40,7 +40,7 @@ def steps(simulation: Simulation, count: int, *, each_ms: int = 1_000) -> None:
 
 def planned(simulation: Simulation) -> Simulation:
     simulation.ledger.earn(WORKER, LAMPORTS)
-    asyncio.run(simulation.payer().plan(DUES, simulation.clock()))
+    asyncio.run(simulation.payer().plan(OWED, simulation.clock()))
     return simulation
 
 
@@ -60,7 +60,7 @@ def test_an_address_has_one_payout_at_a_time() -> None:
     simulation = planned(Simulation())
     simulation.ledger.earn(WORKER, LAMPORTS)
 
-    asyncio.run(simulation.payer().plan(DUES, simulation.clock()))
+    asyncio.run(simulation.payer().plan(OWED, simulation.clock()))
     steps(simulation, 5)
 
     assert simulation.received(WORKER) == ARRIVED
@@ -69,7 +69,7 @@ def test_an_address_has_one_payout_at_a_time() -> None:
 
 def test_money_that_the_worker_does_not_have_is_not_sent() -> None:
     simulation = Simulation()
-    asyncio.run(simulation.payer().plan(DUES, simulation.clock()))
+    asyncio.run(simulation.payer().plan(OWED, simulation.clock()))
 
     steps(simulation, 3)
 
@@ -84,7 +84,7 @@ def test_a_crash_at_any_write_or_post_loses_and_doubles_nothing(after: bool) -> 
         simulation = Simulation(crash=CrashPlan(at, after))
         simulation.ledger.earn(WORKER, LAMPORTS)
         try:
-            asyncio.run(simulation.payer().plan(DUES, simulation.clock()))
+            asyncio.run(simulation.payer().plan(OWED, simulation.clock()))
             steps(simulation, 4)
         except Crash:
             crashes += 1
@@ -92,7 +92,7 @@ def test_a_crash_at_any_write_or_post_loses_and_doubles_nothing(after: bool) -> 
         # A new process: it plans what is due by the books, then carries on what is open.
         earned = simulation.ledger.worker(WORKER)[0]
         if earned:
-            asyncio.run(simulation.payer().plan(DUES, simulation.clock()))
+            asyncio.run(simulation.payer().plan(OWED, simulation.clock()))
         steps(simulation, 4, each_ms=MINUTE_MS)
 
         assert simulation.received(WORKER) == ARRIVED, f"crash at effect {at}"
@@ -158,7 +158,7 @@ def test_a_refusal_that_left_the_nonce_unused_is_tried_again_with_the_same_bytes
 
 def test_a_payout_without_an_answer_is_burned_before_it_is_given_up() -> None:
     simulation = planned(Simulation(line=Line(lost_before=1.0)))
-    simulation.patience = PayoutTimeouts(give_up_ms=10 * MINUTE_MS, conclude_ms=10 * MINUTE_MS)
+    simulation.timeouts = PayoutTimeouts(give_up_ms=10 * MINUTE_MS, conclude_ms=10 * MINUTE_MS)
     steps(simulation, 30, each_ms=MINUTE_MS)
     still_open = simulation.states()
     simulation.chain.line.lost_before = 0.0
@@ -173,7 +173,7 @@ def test_a_payout_without_an_answer_is_burned_before_it_is_given_up() -> None:
 
 def test_a_payout_carried_out_after_all_is_booked_though_it_was_given_up() -> None:
     simulation = planned(Simulation(line=Line(lost_after=1.0, rows_late_ms=0)))
-    simulation.patience = PayoutTimeouts(give_up_ms=0, conclude_ms=10 * MINUTE_MS)
+    simulation.timeouts = PayoutTimeouts(give_up_ms=0, conclude_ms=10 * MINUTE_MS)
     steps(simulation, 1)
     late = simulation.chain.state.rows.pop(WORKER), simulation.chain.state.rows.pop(PLATFORM_ADDRESS)
     simulation.chain.line.lost_after = 0.0
@@ -193,7 +193,7 @@ def test_two_processes_at_once_pay_once() -> None:
     async def scenario() -> None:
         first, second = simulation.payer(), simulation.payer()
         for _ in range(6):
-            await asyncio.gather(first.carry_on(), second.carry_on())
+            await asyncio.gather(first.advance(), second.advance())
             simulation.clock.ms += MINUTE_MS
 
     asyncio.run(scenario())
@@ -230,14 +230,14 @@ def storm(seed: int, workers: int) -> None:
 
     async def life() -> None:
         payer = simulation.payer()
-        dues = [
+        owed = [
             AmountOwed(owner, simulation.ledger.worker(owner)[0])
             for owner in owners
             if simulation.ledger.worker(owner)[0]
         ]
-        await payer.plan(dues, simulation.clock())
+        await payer.plan(owed, simulation.clock())
         while simulation.outbox.contents:
-            await payer.carry_on()
+            await payer.advance()
             simulation.clock.ms += dice.choice((1_000, MINUTE_MS))
 
     for _ in range(60):
@@ -279,17 +279,17 @@ def simulation(funds: int = 10**9) -> Simulation:
     return made
 
 
-def dues(world: Simulation, payees: Payees | None = None) -> PayoutSelector:
+def selector(world: Simulation, claims: Any = None) -> PayoutSelector:
     platform = PLATFORM.address.lower()
     return PayoutSelector(
-        world.chain, world.ledger, payees or Everybody(), platform, THRESHOLD, now_ms=world.clock
+        world.chain, world.ledger, claims or AllClaimed(), platform, THRESHOLD, now_ms=world.clock
     )
 
 
-def pick(
+def selected(
     world: Simulation, open_lamports: dict[str, int] | None = None, max_open: int = 10
 ) -> list[AmountOwed]:
-    return asyncio.run(dues(world).pick(open_lamports or {}, max_open))
+    return asyncio.run(selector(world).select(open_lamports or {}, max_open))
 
 
 @pytest.mark.parametrize(("earned", "paid"), [(99, False), (100, True)])
@@ -297,7 +297,7 @@ def test_earnings_are_due_from_the_threshold_on(earned: int, paid: bool) -> None
     world = simulation()
     world.ledger.earn(KNOWN, earned)
 
-    assert pick(world) == ([AmountOwed(KNOWN, earned)] if paid else [])
+    assert selected(world) == ([AmountOwed(KNOWN, earned)] if paid else [])
 
 
 @pytest.mark.parametrize(("earned", "paid"), [(399, False), (400, True)])
@@ -305,7 +305,7 @@ def test_an_account_that_is_new_to_the_chain_is_due_later(earned: int, paid: boo
     world = simulation()
     world.ledger.earn(NEW, earned)
 
-    assert pick(world) == ([AmountOwed(NEW, earned)] if paid else [])
+    assert selected(world) == ([AmountOwed(NEW, earned)] if paid else [])
 
 
 def test_the_largest_sums_come_first_and_no_more_than_may_be_open() -> None:
@@ -313,9 +313,9 @@ def test_the_largest_sums_come_first_and_no_more_than_may_be_open() -> None:
     for address, lamports in ((KNOWN, 500), (NEW, 700), (THIRD, 600)):
         world.ledger.earn(address, lamports)
 
-    assert pick(world, max_open=2) == [AmountOwed(NEW, 700), AmountOwed(THIRD, 600)]
-    assert pick(world, {NEW: 700}, max_open=2) == [AmountOwed(THIRD, 600)]
-    assert pick(world, {NEW: 700, THIRD: 600}, max_open=2) == []
+    assert selected(world, max_open=2) == [AmountOwed(NEW, 700), AmountOwed(THIRD, 600)]
+    assert selected(world, {NEW: 700}, max_open=2) == [AmountOwed(THIRD, 600)]
+    assert selected(world, {NEW: 700, THIRD: 600}, max_open=2) == []
 
 
 def test_no_more_is_planned_than_the_wallet_can_spare() -> None:
@@ -323,8 +323,8 @@ def test_no_more_is_planned_than_the_wallet_can_spare() -> None:
     for address, lamports in ((KNOWN, 500), (NEW, 700), (THIRD, 400)):
         world.ledger.earn(address, lamports)
 
-    assert pick(world) == [AmountOwed(NEW, 700), AmountOwed(THIRD, 400)]
-    assert pick(world, {NEW: 700}) == [AmountOwed(THIRD, 400)]
+    assert selected(world) == [AmountOwed(NEW, 700), AmountOwed(THIRD, 400)]
+    assert selected(world, {NEW: 700}) == [AmountOwed(THIRD, 400)]
 
 
 def test_no_more_is_planned_than_the_chain_takes_actions() -> None:
@@ -332,25 +332,25 @@ def test_no_more_is_planned_than_the_chain_takes_actions() -> None:
     world.ledger.earn(KNOWN, 500)
     world.chain.state.requests_used[PLATFORM.address.lower()] = 9_800
 
-    assert pick(world) == []
+    assert selected(world) == []
 
 
 def test_the_platform_does_not_pay_itself() -> None:
     world = simulation()
     world.ledger.earn(PLATFORM.address.lower(), 500)
 
-    assert pick(world) == []
+    assert selected(world) == []
 
 
 def test_an_address_that_was_passed_over_is_asked_about_again_later() -> None:
     world = simulation()
     world.ledger.earn(KNOWN, 500)
-    choosing = dues(world)
+    choosing = selector(world)
     choosing.pass_over(KNOWN)
 
-    before = asyncio.run(choosing.pick({}, 10))
+    before = asyncio.run(choosing.select({}, 10))
     world.clock.ms += 3_600_000
-    after = asyncio.run(choosing.pick({}, 10))
+    after = asyncio.run(choosing.select({}, 10))
 
     assert (before, after) == ([], [AmountOwed(KNOWN, 500)])
 
@@ -365,9 +365,9 @@ def test_an_address_that_has_not_claimed_its_earnings_is_asked_about_again_later
         async def has_claimed(self, address: str) -> bool:
             return self.claimed
 
-    payees = Claims()
-    payer = dues(world, payees)
-    assert asyncio.run(payer.pick({}, 10)) == []
-    payees.claimed = True
+    claims = Claims()
+    choosing = selector(world, claims)
+    assert asyncio.run(choosing.select({}, 10)) == []
+    claims.claimed = True
     world.clock.ms += 600_000
-    assert asyncio.run(payer.pick({}, 10)) == [AmountOwed(KNOWN, 100)]
+    assert asyncio.run(choosing.select({}, 10)) == [AmountOwed(KNOWN, 100)]

@@ -12,7 +12,8 @@ from azu.money.chain.api import ChainClient
 from azu.money.treasury.payouts import Payer, PayoutSelector, PayoutTimeouts, Threshold
 from tests.money.chain.running import fresh_address, running_devnet
 from tests.money.treasury.booked import PAID, all_paid, assert_paid_once, earn, fund_platform
-from tests.money.treasury.world import SEED, Everybody, Open, World
+from tests.money.treasury.simulated import NoWithdrawals
+from tests.money.treasury.world import SEED, AllClaimed, Open, World
 
 FAULTS = (
     "reply_dropped_before",
@@ -43,15 +44,16 @@ async def restart_for_ever(world: World, dice: random.Random) -> None:
 
 
 async def pay_for_ever(world: World, parts: Open) -> None:
-    """Pay as the treasury's process does, with less patience."""
+    """Pay as the treasury's process does, with shorter timeouts."""
     # Shorter than the delay.
     chain = ChainClient(world.devnet.network, httpx.AsyncClient(timeout=1.0))
     platform = world.platform.address.lower()
-    dues = PayoutSelector(chain, parts.ledger, Everybody(), platform, Threshold(PAID, PAID))
+    selector = PayoutSelector(chain, parts.ledger, AllClaimed(), platform, Threshold(PAID, PAID))
     payer = Payer(
         chain,
         parts.ledger,
         parts.outbox,
+        NoWithdrawals(),
         world.platform,
         PayoutTimeouts(conclude_ms=3_000),
         on_refused=lambda _address: None,
@@ -59,9 +61,9 @@ async def pay_for_ever(world: World, parts: Open) -> None:
     try:
         while True:
             try:
-                await payer.carry_on()
+                await payer.advance()
                 open_lamports = {payout.address: payout.lamports for payout in await parts.outbox.open()}
-                await payer.plan(await dues.pick(open_lamports, 20), await parts.cursor.read())
+                await payer.plan(await selector.select(open_lamports, 20), await parts.cursor.read())
             except ChainError:
                 continue
             await asyncio.sleep(0.02)

@@ -16,7 +16,7 @@ import pytest
 from azu.cli.treasury import treasury
 from azu.errors import ConfigurationError
 from azu.money.ledger.transfers import CHAIN
-from azu.money.treasury.deposits import DepositState
+from azu.money.treasury.deposits import CreditState
 from azu.money.treasury.process import _every
 from tests.money.treasury.booked import (
     PAID,
@@ -69,8 +69,8 @@ def test_it_credits_deposits_answers_claims_and_stops_when_told(world: World) ->
             await asyncio.to_thread(wait_until_ready, process)
             assert await parts.available(alice) == 5
             tx_hash = await parts.pay_platform(alice, 60)
-            verdict = await parts.claims.ask(tx_hash, alice.address, 10.0)
-            assert (verdict.state, verdict.lamports) == (DepositState.CREDITED, 60)
+            verdict = await parts.deposits.ask(tx_hash, alice.address, 10.0)
+            assert (verdict.state, verdict.lamports) == (CreditState.CREDITED, 60)
             shown = Path(f"/proc/{process.pid}/environ").read_text()
             assert "SCHEDULER_PRIVATE_KEY" in shown
             assert world.platform.key.hex() not in shown

@@ -15,7 +15,7 @@ from eth_account.signers.local import LocalAccount
 from azu.devnet.chain import SECOND_HYPE
 from azu.errors import DeadlineExceeded, DepositRejected, Forbidden, InvalidRequest, NotFound
 from azu.money.chain.actions import sign_send_asset
-from azu.money.treasury.deposits import DepositState, DepositStatus
+from azu.money.treasury.deposits import CreditState, DepositStatus
 from azu.units import LAMPORTS_PER_HYPE
 from tests.money.chain.running import RunningDevnet
 from tests.money.treasury.world import Open, World
@@ -28,7 +28,7 @@ def with_treasury(world: World, scenario: Callable[[Open], Coroutine[Any, Any, N
     """Run a scenario while claims are answered and nothing else looks at the chain."""
 
     async def inside(parts: Open) -> None:
-        treasury = asyncio.create_task(parts.answer_claims())
+        treasury = asyncio.create_task(parts.answer_deposits())
         try:
             await scenario(parts)
         finally:
@@ -44,9 +44,9 @@ def test_a_claim_of_ones_own_deposit_credits_it(world: World) -> None:
         tx_hash = await parts.pay_platform(alice, 77)
 
         # As people paste them: in capitals.
-        verdict = await parts.claims.ask("0x" + tx_hash[2:].upper(), alice.address, TIMEOUT_S)
+        verdict = await parts.deposits.ask("0x" + tx_hash[2:].upper(), alice.address, TIMEOUT_S)
 
-        assert verdict == DepositStatus(DepositState.CREDITED, alice.address.lower(), 77)
+        assert verdict == DepositStatus(CreditState.CREDITED, alice.address.lower(), 77)
         assert await parts.available(alice) == 77
 
     with_treasury(world, scenario)
@@ -62,11 +62,11 @@ def test_a_claim_before_the_row_appears_is_credited_when_it_does(world: World) -
         while (tx_hash := last_hash(world.devnet, alice)) == first:
             await asyncio.sleep(0.02)
 
-        impatient = await parts.claims.ask(tx_hash, alice.address, 0.5)
-        patient = await parts.claims.ask(tx_hash, alice.address, TIMEOUT_S)
+        impatient = await parts.deposits.ask(tx_hash, alice.address, 0.5)
+        patient = await parts.deposits.ask(tx_hash, alice.address, TIMEOUT_S)
 
-        assert impatient == DepositStatus(DepositState.PENDING, alice.address.lower(), 0)
-        assert patient == DepositStatus(DepositState.CREDITED, alice.address.lower(), 76)
+        assert impatient == DepositStatus(CreditState.PENDING, alice.address.lower(), 0)
+        assert patient == DepositStatus(CreditState.CREDITED, alice.address.lower(), 76)
         await late
 
     with_treasury(world, scenario)
@@ -79,7 +79,7 @@ def test_another_address_learns_nothing_and_gets_nothing(world: World) -> None:
         tx_hash = await parts.pay_platform(alice, 77)
 
         with pytest.raises(Forbidden):
-            await parts.claims.ask(tx_hash, mallory.address, TIMEOUT_S)
+            await parts.deposits.ask(tx_hash, mallory.address, TIMEOUT_S)
 
         assert await parts.available(mallory) == 0
 
@@ -119,7 +119,7 @@ def test_what_is_no_deposit_is_rejected_and_credits_nothing(
 
     async def scenario(parts: Open) -> None:
         with pytest.raises(DepositRejected):
-            await parts.claims.ask(tx_hash, alice.address, TIMEOUT_S)
+            await parts.deposits.ask(tx_hash, alice.address, TIMEOUT_S)
         await parts.watcher.poll()
 
         assert await parts.ledger.balances() == {}
@@ -130,7 +130,7 @@ def test_what_is_no_deposit_is_rejected_and_credits_nothing(
 def test_a_hash_the_chain_does_not_know_is_not_found(world: World) -> None:
     async def scenario(parts: Open) -> None:
         with pytest.raises(NotFound):
-            await parts.claims.ask("0x" + "12" * 32, BOB, TIMEOUT_S)
+            await parts.deposits.ask("0x" + "12" * 32, BOB, TIMEOUT_S)
 
     with_treasury(world, scenario)
 
@@ -139,10 +139,10 @@ def test_a_hash_the_chain_does_not_know_is_not_found(world: World) -> None:
 def test_a_malformed_hash_is_refused_before_anything_is_asked(world: World, tx_sig: str) -> None:
     async def scenario(parts: Open) -> None:
         with pytest.raises(InvalidRequest) as caught:
-            await parts.claims.ask(tx_sig, BOB, TIMEOUT_S)
+            await parts.deposits.ask(tx_sig, BOB, TIMEOUT_S)
 
         assert caught.value.param == "tx_sig"
-        assert await parts.claims.waiting(10) == []
+        assert await parts.deposits.waiting(10) == []
 
     world.run(scenario)
 
@@ -150,7 +150,7 @@ def test_a_malformed_hash_is_refused_before_anything_is_asked(world: World, tx_s
 def test_a_treasury_that_is_away_is_said_to_be(world: World) -> None:
     async def scenario(parts: Open) -> None:
         with pytest.raises(DeadlineExceeded):
-            await parts.claims.ask("0x" + "12" * 32, BOB, 0.3)
+            await parts.deposits.ask("0x" + "12" * 32, BOB, 0.3)
 
     world.run(scenario)
 
@@ -160,14 +160,14 @@ def test_a_claim_outlives_a_treasury_that_dies_over_it(world: World) -> None:
 
     async def scenario(parts: Open) -> None:
         tx_hash = await parts.pay_platform(alice, 77)
-        asking = asyncio.create_task(parts.claims.ask(tx_hash, alice.address, TIMEOUT_S))
-        while not await parts.claims.waiting(1):
+        asking = asyncio.create_task(parts.deposits.ask(tx_hash, alice.address, TIMEOUT_S))
+        while not await parts.deposits.waiting(1):
             await asyncio.sleep(0.01)
         # The first treasury credits and dies before it answers.
-        await parts.watcher.look(tx_hash)
-        second = asyncio.create_task(parts.answer_claims())
+        await parts.watcher.check(tx_hash)
+        second = asyncio.create_task(parts.answer_deposits())
 
-        assert await asking == DepositStatus(DepositState.CREDITED, alice.address.lower(), 77)
+        assert await asking == DepositStatus(CreditState.CREDITED, alice.address.lower(), 77)
         assert await parts.available(alice) == 77
         second.cancel()
 
@@ -192,13 +192,13 @@ def copies_of_one_claim(world: World, copies: int) -> None:
         polls = asyncio.create_task(parts.watcher.poll())
 
         verdicts = await asyncio.gather(
-            *(parts.claims.ask(tx_hash, alice.address, 60.0) for _ in range(copies))
+            *(parts.deposits.ask(tx_hash, alice.address, 60.0) for _ in range(copies))
         )
 
         await polls
-        assert set(verdicts) == {DepositStatus(DepositState.CREDITED, alice.address.lower(), 77)}
+        assert set(verdicts) == {DepositStatus(CreditState.CREDITED, alice.address.lower(), 77)}
         assert await parts.available(alice) == 77
-        assert await parts.claims.waiting(10) == []
+        assert await parts.deposits.waiting(10) == []
 
     with_treasury(world, scenario)
 
@@ -210,7 +210,7 @@ def test_a_thousand_bad_claims_credit_nothing(world: World, figures: Counter[str
 
     async def scenario(parts: Open) -> None:
         credited = await parts.pay_platform(alice, 5)
-        await parts.claims.ask(credited, alice.address, TIMEOUT_S)
+        await parts.deposits.ask(credited, alice.address, TIMEOUT_S)
         claims = [
             *((tx_hash, alice.address) for tx_hash in no_deposits for _ in range(150)),
             *((credited, alice.address) for _ in range(100)),
@@ -220,7 +220,7 @@ def test_a_thousand_bad_claims_credit_nothing(world: World, figures: Counter[str
         ]
 
         outcomes = await asyncio.gather(
-            *(parts.claims.ask(tx_hash, address, 120.0) for tx_hash, address in claims),
+            *(parts.deposits.ask(tx_hash, address, 120.0) for tx_hash, address in claims),
             return_exceptions=True,
         )
 

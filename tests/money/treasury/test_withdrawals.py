@@ -13,18 +13,18 @@ from azu.clock import wall_clock_ms
 from azu.errors import ChainError, Conflict, NotFound
 from azu.money.ledger.rules import Result
 from azu.money.ledger.transfers import user_withdrawing
-from azu.money.treasury.payouts import Payer, PayoutSelector, PayoutTimeouts, Threshold
+from azu.money.treasury.payouts import Payer, PayoutSelector, PayoutTimeouts, Threshold, WithdrawalPlanner
 from azu.money.treasury.withdrawals import (
     LEAST_LAMPORTS,
     RedisWithdrawals,
     SignedWithdrawal,
-    WithdrawalPlanner,
     WithdrawalState,
     WithdrawalStatus,
 )
+from azu.redis_client import connect_redis
 from tests.money.ledger import moves
 from tests.money.treasury.booked import fund_platform
-from tests.money.treasury.world import Everybody, Open, World
+from tests.money.treasury.world import AllClaimed, Open, World
 
 HELD = 5 * LEAST_LAMPORTS
 THRESHOLD = Threshold(LEAST_LAMPORTS, 4 * LEAST_LAMPORTS)
@@ -47,24 +47,24 @@ class Treasury:
 
     def __init__(self, world: World, parts: Open) -> None:
         platform = world.platform.address.lower()
-        self.desk = RedisWithdrawals.from_url(world.redis_url)
+        self.store = RedisWithdrawals(connect_redis(world.redis_url))
         self.ledger = parts.ledger
-        dues = PayoutSelector(parts.chain, parts.ledger, Everybody(), platform, THRESHOLD)
-        self.withdrawals = WithdrawalPlanner(self.desk, parts.ledger, parts.outbox, dues, platform=platform)
+        selector = PayoutSelector(parts.chain, parts.ledger, AllClaimed(), platform, THRESHOLD)
+        self.planner = WithdrawalPlanner(self.store, parts.ledger, parts.outbox, selector, platform=platform)
         self.payer = Payer(
             parts.chain,
             parts.ledger,
             parts.outbox,
+            self.store,
             world.platform,
             PayoutTimeouts(conclude_ms=1_500),
             on_refused=lambda _address: None,
-            withdrawals=self.withdrawals,
         )
 
     async def step(self) -> None:
         try:
-            await self.payer.carry_on()
-            await self.withdrawals.plan(20, 0)
+            await self.payer.advance()
+            await self.planner.plan(20, 0)
         except ChainError:
             await asyncio.sleep(0.05)
 
@@ -72,16 +72,16 @@ class Treasury:
         """Go on until a withdrawal has come to its end and waits no more."""
         for _ in range(400):
             await self.step()
-            status = await status_of(self.desk, asked, self.ledger)
+            status = await status_of(self.store, asked, self.ledger)
             decided = status.state in (WithdrawalState.PAID, WithdrawalState.REFUSED)
-            if decided and asked not in await self.desk.waiting():
+            if decided and asked not in await self.store.waiting():
                 return status.state, status.reason
             await asyncio.sleep(0.02)
         raise AssertionError(status)
 
 
-async def status_of(desk: RedisWithdrawals, asked: SignedWithdrawal, ledger: Any) -> WithdrawalStatus:
-    return await desk.status(asked.withdrawal.address, asked.withdrawal.nonce, ledger)
+async def status_of(store: RedisWithdrawals, asked: SignedWithdrawal, ledger: Any) -> WithdrawalStatus:
+    return await store.status(asked.withdrawal.address, asked.withdrawal.nonce, ledger)
 
 
 def credited(world: World) -> LocalAccount:
@@ -103,13 +103,13 @@ def test_a_withdrawal_arrives_once_however_often_it_is_handed_in(world: World) -
         treasury = Treasury(world, parts)
         await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
         asked = signed(world, alice, 3 * LEAST_LAMPORTS)
-        await treasury.desk.hand_in(asked)
-        waiting = await status_of(treasury.desk, asked, parts.ledger)
+        await treasury.store.hand_in(asked)
+        waiting = await status_of(treasury.store, asked, parts.ledger)
         assert waiting == WithdrawalStatus(WithdrawalState.WAITING)
         assert await treasury.until_decided(asked) == (WithdrawalState.PAID, None)
 
         for _ in range(3):
-            await treasury.desk.hand_in(asked)
+            await treasury.store.hand_in(asked)
             assert await treasury.until_decided(asked) == (WithdrawalState.PAID, None)
 
         assert received(world, alice) == ["0.03"]
@@ -130,7 +130,7 @@ def test_a_withdrawal_arrives_once_under_a_fault(world: World, kind: str) -> Non
         await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
         world.devnet.fault(kind, times=2, seconds=0.5)
         asked = signed(world, alice, HELD)
-        await treasury.desk.hand_in(asked)
+        await treasury.store.hand_in(asked)
 
         assert await treasury.until_decided(asked) == (WithdrawalState.PAID, None)
         assert received(world, alice) == ["0.05"]
@@ -151,12 +151,12 @@ def test_what_nobody_may_withdraw_is_refused_and_nothing_moves(world: World) -> 
         cases = {
             "signed": replace(forged, withdrawal=replace(forged.withdrawal, address=alice.address.lower())),
             "expired": signed(world, alice, HELD, nonce=2, life_ms=-1),
-            "sweep": signed(world, alice, LEAST_LAMPORTS - 1, nonce=3),
+            "remove": signed(world, alice, LEAST_LAMPORTS - 1, nonce=3),
             "does not hold": signed(world, alice, HELD + 1, nonce=4),
             "new to the chain": signed(world, newcomer, LEAST_LAMPORTS, nonce=5),
         }
         for reason, asked in cases.items():
-            await treasury.desk.hand_in(asked)
+            await treasury.store.hand_in(asked)
             state, said = await treasury.until_decided(asked)
             assert state is WithdrawalState.REFUSED
             assert reason in str(said)
@@ -174,11 +174,11 @@ def test_of_two_withdrawals_that_the_balance_does_not_bear_one_is_refused(world:
         treasury = Treasury(world, parts)
         await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
         first, second = (signed(world, alice, HELD, nonce=nonce) for nonce in (1, 2))
-        await treasury.desk.hand_in(first)
+        await treasury.store.hand_in(first)
         with pytest.raises(Conflict, match="waits"):
-            await treasury.desk.hand_in(second)
+            await treasury.store.hand_in(second)
         assert (await treasury.until_decided(first))[0] is WithdrawalState.PAID
-        await treasury.desk.hand_in(second)
+        await treasury.store.hand_in(second)
         assert (await treasury.until_decided(second))[0] is WithdrawalState.REFUSED
 
         assert received(world, alice) == ["0.05"]
@@ -197,14 +197,14 @@ def test_one_address_does_not_keep_the_others_waiting(world: World) -> None:
         refused = 0
         for nonce in range(100):
             try:
-                await treasury.desk.hand_in(signed(world, alice, HELD, nonce=nonce))
+                await treasury.store.hand_in(signed(world, alice, HELD, nonce=nonce))
             except Conflict:
                 refused += 1
         asked = signed(world, bob, HELD)
-        await treasury.desk.hand_in(asked)
+        await treasury.store.hand_in(asked)
 
         assert refused == 99
-        assert len(await treasury.desk.waiting()) == 2
+        assert len(await treasury.store.waiting()) == 2
         assert (await treasury.until_decided(asked))[0] is WithdrawalState.PAID
 
     world.run(scenario)
@@ -216,11 +216,11 @@ def test_what_was_refused_stays_refused_though_its_treasury_died_over_it(world: 
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
         asked = signed(world, alice, HELD)
-        await treasury.desk.hand_in(asked)
-        await treasury.withdrawals.plan(20, 0)
+        await treasury.store.hand_in(asked)
+        await treasury.planner.plan(20, 0)
         [planned] = await parts.outbox.open()
         # It died here: the user was told, the outbox still has the payout. Meanwhile money arrives.
-        await treasury.withdrawals.dropped(planned)
+        await treasury.store.refuse(planned.payout_id, "the account does not hold so much")
         await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
 
         assert (await treasury.until_decided(asked))[0] is WithdrawalState.REFUSED
@@ -238,7 +238,7 @@ def test_a_withdrawal_that_another_process_plans_again_after_its_end_is_not_sent
         treasury = Treasury(world, parts)
         await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
         asked = signed(world, alice, LEAST_LAMPORTS)
-        await treasury.desk.hand_in(asked)
+        await treasury.store.hand_in(asked)
         while not await parts.outbox.open():
             await treasury.step()
         [planned] = await parts.outbox.open()
@@ -263,7 +263,7 @@ def test_a_withdrawal_is_known_at_every_moment_of_its_way(world: World) -> None:
         treasury = Treasury(world, parts)
         await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
         asked = signed(world, alice, HELD)
-        await treasury.desk.hand_in(asked)
+        await treasury.store.hand_in(asked)
 
         class OvertakenLedger:
             """Answers, and has the treasury carry the withdrawal out before the answer is read."""
@@ -274,7 +274,7 @@ def test_a_withdrawal_is_known_at_every_moment_of_its_way(world: World) -> None:
                     await treasury.until_decided(asked)
                 return answer
 
-        assert await status_of(treasury.desk, asked, OvertakenLedger())
+        assert await status_of(treasury.store, asked, OvertakenLedger())
 
     world.run(scenario)
 
@@ -283,11 +283,11 @@ def test_a_nonce_stands_for_one_withdrawal(world: World) -> None:
     alice = credited(world)
 
     async def scenario(parts: Open) -> None:
-        desk = RedisWithdrawals.from_url(world.redis_url)
-        await desk.hand_in(signed(world, alice, HELD))
+        store = RedisWithdrawals(connect_redis(world.redis_url))
+        await store.hand_in(signed(world, alice, HELD))
         with pytest.raises(Conflict):
-            await desk.hand_in(signed(world, alice, HELD - 1))
+            await store.hand_in(signed(world, alice, HELD - 1))
         with pytest.raises(NotFound):
-            await status_of(desk, signed(world, alice, HELD, nonce=9), parts.ledger)
+            await status_of(store, signed(world, alice, HELD, nonce=9), parts.ledger)
 
     world.run(scenario)

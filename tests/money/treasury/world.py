@@ -26,8 +26,8 @@ SEED = 1000 * int(os.environ.get("AZU_TEST_SEED", "1"))
 FUNDS = 10 * LAMPORTS_PER_HYPE
 
 
-class Everybody:
-    """Payees of whom all have claimed what they earn."""
+class AllClaimed:
+    """Claims of earnings in which every address has claimed."""
 
     async def has_claimed(self, address: str) -> bool:
         return True
@@ -40,9 +40,9 @@ class Open:
     chain: ChainClient
     ledger: RedisLedger
     cursor: RedisCursor
-    claims: DepositRequests
+    deposits: DepositRequests
     outbox: RedisOutbox
-    payees: EarningsClaims
+    earnings_claims: EarningsClaims
     watcher: DepositWatcher
     platform: LocalAccount
 
@@ -52,14 +52,14 @@ class Open:
     async def pay_platform(self, sender: LocalAccount, lamports: int) -> str:
         return await send_hype(self.chain, sender, self.platform.address, lamports)
 
-    async def answer_claims(self) -> None:
+    async def answer_deposits(self) -> None:
         """Answer claims until cancelled, as the treasury's process does."""
         while True:
-            await asyncio.gather(*(self._answer(tx_hash) for tx_hash in await self.claims.waiting(16)))
+            await asyncio.gather(*(self._answer(tx_hash) for tx_hash in await self.deposits.waiting(16)))
             await asyncio.sleep(0.01)
 
     async def _answer(self, tx_hash: str) -> None:
-        await self.claims.answer(tx_hash, await self.watcher.look(tx_hash))
+        await self.deposits.answer(tx_hash, await self.watcher.check(tx_hash))
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class World:
         ledger, cursor = RedisLedger(redis), RedisCursor(redis)
         watcher = DepositWatcher(chain, ledger, cursor, platform=self.platform.address.lower())
         try:
-            payees = EarningsClaims(redis, self.platform.address.lower())
-            claims, outbox = DepositRequests(redis), RedisOutbox(redis)
-            yield Open(chain, ledger, cursor, claims, outbox, payees, watcher, self.platform)
+            earnings_claims = EarningsClaims(redis, self.platform.address.lower())
+            deposits, outbox = DepositRequests(redis), RedisOutbox(redis)
+            yield Open(chain, ledger, cursor, deposits, outbox, earnings_claims, watcher, self.platform)
         finally:
             await chain.close()
             await redis.aclose()
