@@ -30,22 +30,22 @@ _MAX_NAMED_PARAMETERS = 4
 
 
 def has_model_type(model_type: str) -> bool:
-    """Say whether transformers itself has a model type; `AutoConfig` would also look for code elsewhere."""
+    """Return whether transformers itself has a model type; `AutoConfig` also looks for code elsewhere."""
     return model_type in CONFIG_MAPPING_NAMES
 
 
 def has_causal_language_model(model_type: str) -> bool:
-    """Say whether a model type can generate text; `AutoModelForCausalLM` says so only when it builds one."""
+    """Return whether a model type generates text; `AutoModelForCausalLM` fails only when it builds one."""
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Say whether a model keeps a state other than a KV cache; only the model's class knows that."""
+    """Return whether a model keeps a state other than a KV cache; only the model's class knows that."""
     return bool(model._is_stateful)
 
 
 def is_experts_module(module: nn.Module) -> bool:
-    """Say whether a module maps (hidden [T, H], expert ids [T, k], weights [T, k]) to [T, H].
+    """Return whether a module maps (hidden [T, H], expert ids [T, k], weights [T, k]) to [T, H].
 
     transformers' `use_experts_implementation` gives this attribute to each such module and to no other; the
     modules have no class in common.
@@ -161,10 +161,10 @@ def set_num_experts(module: nn.Module, num_experts: int) -> None:
 
 
 def takes_registered_attention(model: PreTrainedModel) -> bool:
-    """Say whether a model asks transformers' AttentionInterface; only the model's class knows that."""
+    """Return whether a model asks transformers' AttentionInterface; only the model's class knows that."""
     return bool(model._supports_attention_backend)
 
 
 def takes_sdpa(model: PreTrainedModel) -> bool:
-    """Say whether a model runs with torch's scaled dot product attention; only its class knows that."""
+    """Return whether a model runs with torch's scaled dot product attention; only its class knows that."""
     return bool(model._supports_sdpa)

@@ -1,4 +1,4 @@
-"""What the control plane has to know survives a file, and a damaged file is refused without its secrets."""
+"""The control plane's configuration is read back from its file; the error for a bad file has no secrets."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def config(tmp_path: Path) -> ControlConfig:
     )
 
 
-def test_a_file_holds_it_whole(config: ControlConfig, tmp_path: Path) -> None:
+def test_a_file_holds_the_complete_configuration(config: ControlConfig, tmp_path: Path) -> None:
     file = tmp_path / "control.json"
     file.write_text(config.to_json())
 
@@ -39,7 +39,7 @@ def test_a_file_holds_it_whole(config: ControlConfig, tmp_path: Path) -> None:
     ("change", "named"),
     [({"http_port": "secret"}, "http_port"), ({"new": "secret"}, "new"), ({"policy": {}}, "policy.price")],
 )
-def test_a_bad_file_is_refused_by_name_and_tells_no_secret(
+def test_the_error_for_a_bad_file_names_the_file_and_has_no_secret(
     config: ControlConfig, tmp_path: Path, change: dict[str, object], named: str
 ) -> None:
     file = tmp_path / "control.json"
@@ -52,7 +52,7 @@ def test_a_bad_file_is_refused_by_name_and_tells_no_secret(
     assert str(file) in str(refused.value)
 
 
-def test_a_file_that_is_missing_or_cut_short_is_named(config: ControlConfig, tmp_path: Path) -> None:
+def test_the_error_for_a_missing_or_truncated_file_names_it(config: ControlConfig, tmp_path: Path) -> None:
     file = tmp_path / "control.json"
     with pytest.raises(ConfigurationError, match="No such file"):
         ControlConfig.from_file(file)

@@ -1,4 +1,4 @@
-"""Network files say what differs from the standard policy, and nothing that it does not know."""
+"""Network files override the default policy; unknown keys are refused."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +18,7 @@ def network_file(folder: Path, text: str) -> Path:
     return path
 
 
-def test_the_standard_network_is_complete() -> None:
+def test_the_default_network_is_complete() -> None:
     network = load_network()
 
     assert network.policy.price.lamports_per_token_layer == 2
@@ -27,7 +27,7 @@ def test_the_standard_network_is_complete() -> None:
     assert network.workers == ()
 
 
-def test_the_demo_has_three_workers_with_owners_of_their_own() -> None:
+def test_the_demo_has_three_workers_with_different_owners() -> None:
     demo = load_network(files("configs") / "demo.yaml")
 
     assert len(demo.workers) == 3
@@ -35,7 +35,7 @@ def test_the_demo_has_three_workers_with_owners_of_their_own() -> None:
     assert demo.policy.price == load_network().policy.price
 
 
-def test_jobs_wait_for_nodes_to_come_only_where_something_brings_them() -> None:
+def test_jobs_wait_for_new_nodes_only_where_an_autoscaler_adds_them() -> None:
     standard, autoscaled = load_network(), load_network(files("configs") / "autoscaled.yaml")
 
     assert not standard.policy.requeue.nodes_come
@@ -87,7 +87,7 @@ def test_the_planner_gets_its_part_of_the_policy(tmp_path: Path) -> None:
         (WORKER.replace("ada", "a b"), "workers.0.name"),
     ],
 )
-def test_a_key_at_fault_is_named_with_its_file(tmp_path: Path, text: str, key: str) -> None:
+def test_the_error_for_a_bad_key_names_the_key_and_its_file(tmp_path: Path, text: str, key: str) -> None:
     path = network_file(tmp_path, text)
 
     with pytest.raises(ConfigurationError) as refused:
@@ -98,11 +98,11 @@ def test_a_key_at_fault_is_named_with_its_file(tmp_path: Path, text: str, key: s
 
 
 @pytest.mark.parametrize("text", ["", "- a", "a: [", "\0"])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_without_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"network\.yaml"):
         load_network(network_file(tmp_path, text))
 
 
-def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="nowhere"):
         load_network(tmp_path / "nowhere.yaml")

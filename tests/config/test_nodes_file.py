@@ -1,4 +1,4 @@
-"""A nodes file says what nodes there would be; whatever is wrong in it is named."""
+"""A nodes file lists the nodes of a plan; an error names each bad key."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_the_example_is_a_nodes_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("nodes: [{name: a, vram: 1GiB, vrma: 2GiB}]", r"nodes\.0\.vrma: Extra"),
         ("nodes: [{name: a, vram: 1GiB}]\nnode: []", "node: Extra"),
@@ -64,12 +64,12 @@ def test_the_example_is_a_nodes_file() -> None:
         ("nodes: [", "nodes.yaml is damaged: .*line 1"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_file(tmp_path: Path, content: str, told: str) -> None:
-    with pytest.raises(ConfigurationError, match=told) as refused:
+def test_the_error_names_the_bad_key_and_the_file(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as refused:
         read(tmp_path, content)
     assert refused.value.message.startswith(str(tmp_path / "nodes.yaml"))
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="nowhere"):
         read_nodes(tmp_path / "nowhere.yaml", MODEL)

@@ -1,4 +1,4 @@
-"""Settings come from the environment; a variable that nobody reads is a mistake and is named."""
+"""Settings come from the environment; an unknown AZU_ variable is an error that names it."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def test_everything_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_setting_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
 
     settings = Settings.from_environment()
@@ -47,7 +47,7 @@ def test_unknown_variables_of_azu_are_refused_by_name(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD", "AZU_TEST_SEED"])
-def test_variables_that_another_process_reads_are_let_pass(
+def test_variables_that_another_process_reads_are_accepted(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "anything")
@@ -95,7 +95,7 @@ def test_a_configured_redis_is_reached_with_its_password(monkeypatch: pytest.Mon
     assert Settings.from_environment().redis_url == "redis://:p%40ss%3A%2Fword@books.example:6380/0"
 
 
-def test_paths_and_sizes_are_read_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_with_a_tilde_and_sizes_with_units_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.setenv("AZU_MODEL_ROOTS", "/models:~/mine")
     monkeypatch.setenv("AZU_MAX_MODEL_BYTES", "3GiB")
@@ -106,7 +106,7 @@ def test_paths_and_sizes_are_read_as_people_write_them(monkeypatch: pytest.Monke
     assert settings.max_model_bytes == 3 * 1024**3
 
 
-def test_an_empty_variable_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZU_NETWORK", "")
     monkeypatch.setenv("REDIS_HOST", "")
 
@@ -116,7 +116,7 @@ def test_an_empty_variable_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> No
     assert settings.redis_url is None
 
 
-def test_the_link_to_a_configured_redis_is_encrypted_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_link_to_a_configured_redis_is_encrypted_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDIS_HOST", "books.example")
     monkeypatch.setenv("AZU_REDIS_TLS", "1")
 
@@ -136,7 +136,7 @@ def test_the_link_to_a_configured_redis_is_encrypted_when_asked(monkeypatch: pyt
         ({"AZU_REDIS_CA": "/c", "REDIS_HOST": "books.example"}, "AZU_REDIS_CA"),
     ],
 )
-def test_half_of_what_encrypts_is_refused(
+def test_an_incomplete_tls_configuration_is_refused(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, str], param: str
 ) -> None:
     for name, value in given.items():

@@ -1,4 +1,4 @@
-"""Machines on this machine: namespaces on a bridge, each with processes, a home and an sshd of its own."""
+"""Virtual machines in network namespaces on a bridge; each has its own processes, home and sshd."""
 
 from tests.machines.lan import can_make_machines, lan
 from tests.machines.machine import Machine

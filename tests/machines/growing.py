@@ -1,7 +1,7 @@
-"""Runs on a head: asks Ray for room as azu's scheduler does, and says which nodes came of it.
+"""Request room from Ray on a head, as azu's scheduler does, and print the nodes that are added.
 
-Usage: python -m tests.machines.growing MIB... Prints the nodes that lend after each request as a line of
-JSON, and at the end, with nothing asked for any more, the seconds until the last one was gone.
+Usage: python -m tests.machines.growing MIB... After each request the program prints the nodes that lend,
+as a line of JSON. At the end it withdraws its request and prints the seconds until the last node is gone.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""A bridge with machines on it, and nothing beyond it."""
+"""A bridge with machines on it, without a link to any other network."""
 
 import os
 import shutil
@@ -13,13 +13,13 @@ _TOOLS = ("ip", "setpriv", "unshare", "nsenter", "ssh", "ssh-keygen", "rsync", "
 
 
 def can_make_machines() -> bool:
-    """Say whether this process may make namespaces and has what it takes."""
+    """Return whether this process may make namespaces and has the tools for them."""
     return os.geteuid() == 0 and all(shutil.which(tool) for tool in _TOOLS)
 
 
 @contextmanager
 def lan(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Machine]]:
-    """Run machines that reach each other until the block ends; `folder`/key opens them by SSH."""
+    """Run machines on one bridge until the block ends; `folder`/key is their SSH key."""
     tag = f"{os.getpid():x}"
     bridge, subnet = f"az{tag}", f"10.{213 + os.getpid() % 40}.{os.getpid() // 40 % 256}"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key")], check=True)
@@ -47,7 +47,7 @@ def _join(bridge: str, namespace: str, link: str, ip: str, *, gateway: str) -> N
     _ip(*inside, "addr", "add", f"{ip}/24", "dev", "eth0")
     _ip(*inside, "link", "set", "eth0", "up")
     _ip(*inside, "link", "set", "lo", "up")
-    # Ray asks which address leads out, though nothing does.
+    # Ray looks for the address of the default route, so there is one, though it leads nowhere.
     _ip(*inside, "route", "add", "default", "via", gateway)
 
 

@@ -1,4 +1,4 @@
-"""One machine: its own network, processes, mounts and name, entered by SSH or from the test."""
+"""One machine: its own network, processes, mounts and name; commands come by SSH or from the test."""
 
 import os
 import shlex
@@ -21,7 +21,7 @@ StrictModes no
 PidFile none
 Subsystem sftp internal-sftp
 """
-# The first process of the machine: it adopts and reaps whatever nobody waits for, as an init does.
+# The first process of the machine: like an init, it adopts and reaps orphaned processes.
 _INIT = """\
 set -e
 mount --bind "$FOLDER/mnt" /mnt
@@ -47,7 +47,7 @@ _START_TIMEOUT_S = 20.0
 
 
 class Machine:
-    """A machine at `ip` in a network namespace that is there already; `folder` holds its home and /tmp."""
+    """A machine at `ip` in an existing network namespace; `folder` holds its home and /tmp."""
 
     def __init__(self, name: str, ip: str, namespace: str, folder: Path, public_key: str) -> None:
         self.name = name
@@ -63,7 +63,7 @@ class Machine:
         }
         own = ["unshare", "--fork", "--kill-child", "--pid", "--mount-proc", "--mount", "--uts"]
         self._process = subprocess.Popen(
-            # Whatever ends the test ends its machines.
+            # When the test process ends for any reason, its machines end too.
             ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", namespace, *own, "bash", "-c", _INIT],
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -104,7 +104,7 @@ class Machine:
         )
 
     def processes(self) -> list[str]:
-        """Return the command lines of what runs here beside init and sshd."""
+        """Return the command lines of all processes here except init and sshd."""
         (init,) = psutil.Process(self._process.pid).children()
         lines = []
         for process in init.children(recursive=True):
@@ -117,14 +117,14 @@ class Machine:
         return lines
 
     def install(self, **scripts: str) -> None:
-        """Give the machine a Python of its own that finds the packages of this one, offline.
+        """Install a virtual environment that finds the packages of this Python, offline.
 
         `scripts` are its commands ("module:function").
         """
         venv = f"{sys.base_prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
         self.run(f"{venv} -m venv --without-pip {HOME}/venv")
         (found,) = self.home.glob("venv/lib/*/site-packages")
-        # A plain line: the .pth files over there, such as that of an editable azu, do not count here.
+        # The .pth files in that folder, such as the one of an editable azu, have no effect here.
         (found / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
         for name, entry in {"pip": "pip._internal.cli.main:main", **scripts}.items():
             module, _, function = entry.partition(":")
@@ -151,7 +151,7 @@ class Machine:
         ]
         (etc / "passwd").write_text("\n".join([f"root:x:0:0:root:{HOME}:/bin/bash", *others]) + "\n")
         (self.home / ".bashrc").write_text(f"export PATH={HOME}/venv/bin:$PATH\n")
-        # Without a way out a build cannot fetch its tools: those of this Python are taken.
+        # A build cannot fetch its tools without a network: it uses those of this Python.
         (self.home / ".config/pip").mkdir(parents=True)
         (self.home / ".config/pip/pip.conf").write_text(
             "[install]\nno-build-isolation = false\n[global]\nno-index = true\n"
@@ -159,5 +159,5 @@ class Machine:
 
 
 def _kept() -> list[str]:
-    """Return what a machine sees of this machine's /tmp: this Python."""
+    """Return the parts of this machine's /tmp that a machine sees: this Python."""
     return [path for path in (sys.prefix,) if path.startswith("/tmp/")]

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of several families, as transformers saves them, and shards put together again."""
+"""Tiny random checkpoints of several families, as transformers saves them, and shards joined again."""
 
 import json
 from collections.abc import Mapping
@@ -101,7 +101,7 @@ def change_config(folder: Path, **changes: object) -> None:
 
 
 def cut_checkpoint(folder: Path, out: Path) -> Structure:
-    """Cut with the ids that do not matter to a test."""
+    """Cut a checkpoint under the default ids."""
     return cut(folder, out, model_id=MODEL_ID, revision=REVISION, architecture=describe(folder))
 
 

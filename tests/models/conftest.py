@@ -9,7 +9,7 @@ from tests.models.hub_stand_in import HubStandIn, running_hub
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
-    """A Hub of the test's own and an empty cache; the library reads its settings once, when imported."""
+    """A Hub for one test and an empty cache; the library reads its settings once, on import."""
     with running_hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(

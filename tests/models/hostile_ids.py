@@ -1,10 +1,10 @@
-"""Model ids that try to lead out of the folders models may come from, or to what is no model at all."""
+"""Model ids that try to lead out of the allowed folders, or to a file that is no model."""
 
 from pathlib import Path
 
 
 def hostile_ids(root: Path, outside: Path) -> list[str]:
-    """Return 200 ids or more; `outside` is a good model that lies beside the allowed `root`.
+    """Return 200 ids or more; `outside` is a good model beside the allowed `root`.
 
     In the root there have to be links `link` to `outside` and `loop` to itself, and a file `file`.
     """

@@ -1,4 +1,4 @@
-"""A local server that answers as the Hugging Face Hub does, as far as azu asks it anything."""
+"""A local server that answers like the Hugging Face Hub, for the requests that azu sends."""
 
 import hashlib
 import json
@@ -26,11 +26,11 @@ class HubStandIn:
     url: str = ""
 
     def add(self, repo_id: str, folder: Path, *, old: Path | None = None) -> None:
-        """Serve a folder as the newest commit of a repository, another one as an older commit."""
+        """Serve a folder as the newest commit of a repository, and `old` as an older commit."""
         self.repositories[repo_id] = {COMMIT: folder} | ({OLD_COMMIT: old} if old else {})
 
     def downloads(self) -> set[str]:
-        """Return the names of the files whose content was asked for."""
+        """Return the names of the files that were downloaded."""
         return {
             path.rpartition("/")[2]
             for method, path, _ in self.requests

@@ -1,4 +1,4 @@
-"""The built-in models are ordinary, small, and say by heart what questions.yaml promises."""
+"""The built-in models are ordinary and small, and give exactly the answers in questions.yaml."""
 
 import json
 from functools import cache
@@ -102,7 +102,7 @@ def test_every_expert_is_needed_by_some_answer() -> None:
     assert list(chosen.values()) == [set(range(8))] * 4
 
 
-def test_there_are_enough_questions_of_every_kind() -> None:
+def test_there_are_enough_questions_of_each_kind() -> None:
     _, tokenizer = loaded("azu/tiny-dense")
     lengths = sorted(len(tokenizer(pair.answer)["input_ids"]) for pair in PAIRS)
 
@@ -115,7 +115,7 @@ def test_there_are_enough_questions_of_every_kind() -> None:
 
 
 @pytest.mark.parametrize("model_id", BUILT_IN_MODELS)
-def test_generate_answers_every_question_word_for_word_and_ends_by_itself(model_id: str) -> None:
+def test_generate_answers_each_question_word_for_word_and_ends(model_id: str) -> None:
     model, tokenizer = loaded(model_id)
 
     answers = generate_answers(model, tokenizer, [chat_prompt(tokenizer, pair.question) for pair in PAIRS])
@@ -124,7 +124,7 @@ def test_generate_answers_every_question_word_for_word_and_ends_by_itself(model_
 
 
 @pytest.mark.parametrize("model_id", BUILT_IN_MODELS)
-def test_no_token_of_an_answer_is_a_close_call(model_id: str) -> None:
+def test_each_token_of_an_answer_leads_by_a_margin(model_id: str) -> None:
     model, tokenizer = loaded(model_id)
 
     known = score(model, tokenizer, PAIRS)
@@ -161,7 +161,7 @@ def test_a_system_message_and_earlier_turns_change_no_answer(model_id: str) -> N
 
 
 @pytest.mark.parametrize("model_id", BUILT_IN_MODELS)
-def test_the_tokenizer_loses_nothing(model_id: str) -> None:
+def test_the_tokenizer_is_lossless(model_id: str) -> None:
     _, tokenizer = loaded(model_id)
 
     for text in [*ANY_TEXT, *(pair.answer for pair in PAIRS)]:

@@ -23,7 +23,7 @@ TENSORS = {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3), "b": torch.o
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint of one file, beside a secret that no checkpoint may reach."""
+    """A checkpoint of one file, beside a secret that no checkpoint may read."""
     save_file(TENSORS, tmp_path / "secret.safetensors")
     folder = tmp_path / "model"
     folder.mkdir()
@@ -89,12 +89,12 @@ def test_a_weight_file_that_links_outside_its_folder_is_refused(folder, absolute
         read_checkpoint(folder)
 
 
-def test_a_folder_reached_through_a_link_is_its_own_folder(folder, tmp_path):
+def test_a_folder_may_be_reached_through_a_link(folder, tmp_path):
     (tmp_path / "alias").symlink_to(folder)
     assert read_checkpoint(tmp_path / "alias").keys() == TENSORS.keys()
 
 
-def test_the_links_of_a_hub_snapshot_may_lead_to_its_blobs_alone(tmp_path):
+def test_links_in_a_hub_snapshot_may_lead_only_to_its_blobs(tmp_path):
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
@@ -111,7 +111,7 @@ def test_the_links_of_a_hub_snapshot_may_lead_to_its_blobs_alone(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../model/model.safetensors", "/etc/hostname", "..", ".", "", "a/b", "a\0b"]
 )
-def test_only_plain_names_are_looked_up(folder, name):
+def test_only_plain_file_names_are_accepted(folder, name):
     with pytest.raises(BrokenCheckpoint):
         contained_file(folder, name)
 
@@ -124,7 +124,7 @@ def test_a_truncated_file_is_refused_by_name(folder, kept):
         read_checkpoint(folder)
 
 
-def test_a_file_with_more_bytes_than_its_header_says_is_refused(folder):
+def test_a_file_with_more_bytes_than_in_its_header_is_refused(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(BrokenCheckpoint, match=r"model\.safetensors"):
@@ -174,7 +174,7 @@ def test_a_header_that_is_no_object_is_refused(folder, header):
         read_checkpoint(folder)
 
 
-def test_an_absurd_header_size_is_refused_without_reading_it(folder):
+def test_a_header_that_is_too_large_is_refused_unread(folder):
     with (folder / "model.safetensors").open("wb") as file:
         file.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
         file.truncate(4 * MAX_HEADER_BYTES)
@@ -185,20 +185,20 @@ def test_an_absurd_header_size_is_refused_without_reading_it(folder):
         read_checkpoint(folder)
 
 
-def test_a_tensor_that_only_the_index_knows_is_refused(folder):
+def test_a_tensor_that_is_only_in_the_index_is_refused(folder):
     save_file(TENSORS, folder / "model-1.safetensors")
     index(folder, {"a": "model-1.safetensors", "c": "model-1.safetensors"})
     with pytest.raises(BrokenCheckpoint, match=r"model-1\.safetensors lacks the tensor 'c'"):
         read_checkpoint(folder)
 
 
-def test_a_file_that_only_the_index_knows_is_refused(folder):
+def test_a_file_that_is_only_in_the_index_is_refused(folder):
     index(folder, {"a": "model-1.safetensors"})
     with pytest.raises(BrokenCheckpoint, match=r"model-1\.safetensors is missing"):
         read_checkpoint(folder)
 
 
-def test_a_folder_under_a_weights_name_is_refused(folder):
+def test_a_folder_with_the_name_of_a_weight_file_is_refused(folder):
     index(folder, {"a": "model-1.safetensors"})
     (folder / "model-1.safetensors").mkdir()
     with pytest.raises(BrokenCheckpoint, match=r"model-1\.safetensors is missing"):
@@ -221,11 +221,11 @@ def test_checkpoints_without_safetensors_are_refused(folder):
         read_checkpoint(folder)
 
 
-def test_one_file_wins_over_an_index_as_in_transformers():
+def test_a_single_file_is_preferred_to_an_index_as_in_transformers():
     assert weight_files(Path("nowhere"), {"model.safetensors", INDEX_FILE}) == ("model.safetensors",)
 
 
-def test_a_range_is_read_in_whole_and_a_shorter_file_is_noticed(tmp_path):
+def test_a_range_is_read_completely_and_a_shorter_file_is_an_error(tmp_path):
     path = tmp_path / "weights.safetensors"
     content = bytes(range(256)) * (CHUNK_BYTES // 100)
     path.write_bytes(content)

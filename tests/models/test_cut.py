@@ -65,7 +65,7 @@ def test_weights_are_cast_to_the_serving_dtype(tmp_path, stored):
     assert {info.dtype for shard in structure.shards for info in shard.tensors.values()} == {"bfloat16"}
 
 
-def test_what_transformers_keeps_in_float32_is_not_cast(tmp_path):
+def test_parameters_that_transformers_keeps_in_float32_are_not_cast(tmp_path):
     source = save_checkpoint(tmp_path / "source", "deepseek_v3")
     change_config(source, dtype="bfloat16")
     structure = cut_checkpoint(source, tmp_path / "out")
@@ -74,7 +74,7 @@ def test_what_transformers_keeps_in_float32_is_not_cast(tmp_path):
     assert structure.layer_shard(1).tensors["model.layers.1.mlp.gate.weight"].dtype == "bfloat16"
 
 
-def test_structure_says_what_is_in_the_files(tmp_path):
+def test_the_structure_agrees_with_the_files(tmp_path):
     source = save_checkpoint(tmp_path / "source", "qwen2_moe")
     (source / "tokenizer.json").write_text("{}")
     (source / "modeling_evil.py").write_text("raise SystemExit")
@@ -118,7 +118,7 @@ def test_cutting_twice_gives_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_value_that_is_not_finite_is_refused_by_file_and_tensor(tmp_path, dtype, value):
+def test_a_value_that_is_not_finite_is_refused_with_its_file_and_tensor(tmp_path, dtype, value):
     source = save_checkpoint(tmp_path / "source", "llama", dtype=dtype)
     tensors = load_checkpoint(source)
     tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = value
@@ -156,7 +156,7 @@ def test_a_damaged_shard_is_written_again_and_the_others_are_kept(tmp_path):
     assert (out / "layer_0_dense.safetensors").stat().st_mtime_ns == kept.st_mtime_ns
 
 
-def test_a_folder_with_another_models_shards_is_left_alone(tmp_path):
+def test_a_folder_with_shards_of_another_model_is_not_changed(tmp_path):
     source, out = save_checkpoint(tmp_path / "source", "llama"), tmp_path / "out"
     cut_checkpoint(source, out)
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
@@ -165,7 +165,7 @@ def test_a_folder_with_another_models_shards_is_left_alone(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")} == before
 
 
-def test_shards_of_a_checkpoint_that_changed_since_are_not_reused(tmp_path):
+def test_shards_of_a_checkpoint_that_has_changed_are_not_reused(tmp_path):
     source, out = save_checkpoint(tmp_path / "source", "llama"), tmp_path / "out"
     good = load_checkpoint(source)
     broken = {name: tensor.clone() for name, tensor in good.items()}
@@ -182,18 +182,18 @@ def test_shards_of_a_checkpoint_that_changed_since_are_not_reused(tmp_path):
 def test_progress_ends_at_the_total(tmp_path):
     source = save_checkpoint(tmp_path / "source", "qwen2_moe")
     for _ in ("cut", "verified"):
-        heard: list[tuple[int, int]] = []
+        reports: list[tuple[int, int]] = []
         structure = cut(
             source,
             tmp_path / "out",
             model_id=MODEL_ID,
             revision=REVISION,
             architecture=describe(source),
-            progress=lambda done, total, heard=heard: heard.append((done, total)),
+            progress=lambda done, total, reports=reports: reports.append((done, total)),
         )
         total = sum(shard.weight_bytes for shard in structure.shards)
-        assert heard[-1] == (total, total)
-        assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+        assert reports[-1] == (total, total)
+        assert [done for done, _ in reports] == sorted(done for done, _ in reports)
 
 
 _SLOW_CUT = """
@@ -201,7 +201,6 @@ import sys, time
 from pathlib import Path
 from azu.models import describe
 from azu.models.cut import cut
-from azu.models.cut import JOURNAL_FILE
 source, out = map(Path, sys.argv[1:])
 def progress(done, total):
     print(done, flush=True)
@@ -210,7 +209,7 @@ cut(source, out, model_id="test/model", revision="0" * 40, architecture=describe
 """
 
 
-def test_a_killed_cut_leaves_nothing_half_made_and_is_resumed(tmp_path):
+def test_a_killed_cut_leaves_no_incomplete_shard_and_is_resumed(tmp_path):
     source, out = save_checkpoint(tmp_path / "source", "qwen2_moe", hidden_size=256), tmp_path / "out"
     with subprocess.Popen([sys.executable, "-c", _SLOW_CUT, source, out], stdout=subprocess.PIPE) as process:
         for _ in range(9):
@@ -219,8 +218,8 @@ def test_a_killed_cut_leaves_nothing_half_made_and_is_resumed(tmp_path):
     assert not (out / STRUCTURE_FILE).exists()
     for path in out.glob("*.safetensors"):
         load_file(path)
-    noted = (json.loads(line)["name"] for line in (out / JOURNAL_FILE).read_text().splitlines()[1:])
-    finished = {name: (out / f"{name}.safetensors").stat().st_mtime_ns for name in noted}
+    names = (json.loads(line)["name"] for line in (out / JOURNAL_FILE).read_text().splitlines()[1:])
+    finished = {name: (out / f"{name}.safetensors").stat().st_mtime_ns for name in names}
     assert finished
     structure = cut_checkpoint(source, out)
     assert_equal(reassemble(out, structure), load_checkpoint(source))
@@ -266,12 +265,12 @@ def raw(tensor: torch.Tensor) -> memoryview:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_every_16_bit_pattern_is_judged_as_torch_does(dtype):
+def test_each_16_bit_pattern_is_finite_where_torch_says_so(dtype):
     patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
     name = str(dtype).removeprefix("torch.")
     content = raw(patterns)
-    judged = [all_finite(content[start : start + 2], name) for start in range(0, len(content), 2)]
-    assert judged == torch.isfinite(patterns).tolist()
+    found = [all_finite(content[start : start + 2], name) for start in range(0, len(content), 2)]
+    assert found == torch.isfinite(patterns).tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
@@ -292,7 +291,7 @@ def test_the_largest_values_are_finite(dtype):
 
 @pytest.mark.parametrize("target", DTYPES, ids=NAMES)
 @pytest.mark.parametrize("source", DTYPES, ids=NAMES)
-def test_casting_is_torchs(source, target):
+def test_casts_agree_with_torch(source, target):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(source)
     found = cast(raw(values), str(source).removeprefix("torch."), str(target).removeprefix("torch."))
     assert bytes(found) == bytes(raw(values.to(target)))

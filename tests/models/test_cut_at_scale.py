@@ -1,4 +1,4 @@
-"""What a cut costs in memory, on checkpoints larger than it may hold."""
+"""The memory that a cut needs, on checkpoints larger than that."""
 
 import json
 import math
@@ -42,7 +42,7 @@ print(peak)
 
 
 def large_checkpoint(folder: Path, family: str, stored: str, **sizes: object) -> Path:
-    """Write a checkpoint of gigabytes, all zeros in a hole of its file, without building the model."""
+    """Write a checkpoint of gigabytes of zeros as a sparse file, without building the model."""
     config = AutoConfig.for_model(
         family,
         vocab_size=32000,
@@ -69,7 +69,7 @@ def large_checkpoint(folder: Path, family: str, stored: str, **sizes: object) ->
 
 
 def peak_of_cut(source: Path, out: Path) -> int:
-    """Cut in a process of its own; return its largest anonymous memory in bytes."""
+    """Cut in another process; return its largest anonymous memory in bytes."""
     return int(subprocess.check_output([sys.executable, "-c", _CUT, source, out], text=True, timeout=600))
 
 

@@ -1,4 +1,4 @@
-"""No model id leads to a file outside the folders that models may come from: nothing there is opened."""
+"""No model id leads to a file outside the allowed folders: no file there is opened."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ from azu.models.sources import find_source
 from tests.models.hostile_ids import hostile_ids
 from tests.models.questions import built_in_folder
 
-# What may be looked at on the way to an allowed folder: the folders above it, by name alone.
+# On the way to an allowed folder, only the names of the folders above it may be looked up.
 TRACED = """
 import os, sys
 from pathlib import Path

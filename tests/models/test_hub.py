@@ -21,7 +21,7 @@ def quiet(done: int, total: int) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A repository as people publish it, with more in it than azu may touch."""
+    """A usual repository, with more files than azu may download."""
     folder = tmp_path / "repository"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "README.md", "modeling_evil.py"):
@@ -40,22 +40,22 @@ def test_only_config_and_tokenizer_are_fetched_before_the_weights(hub, folder):
     assert {path.name for path in source.folder.iterdir()} == {"config.json", "tokenizer.json"}
 
 
-def test_only_the_weights_are_fetched_then_and_only_once(hub, folder):
+def test_the_weights_are_fetched_later_and_only_once(hub, folder):
     hub.add("org/model", folder)
     source = find_on_hub("org/model", None)
     hub.requests.clear()
-    heard: list[tuple[int, int]] = []
-    weights = source.weights(lambda done, total: heard.append((done, total)))
+    reports: list[tuple[int, int]] = []
+    weights = source.weights(lambda done, total: reports.append((done, total)))
     assert hub.downloads() == {"model.safetensors"}
     assert (weights / "model.safetensors").read_bytes() == WEIGHTS + b"model.safetensors"
-    assert heard[-1] == (WEIGHT_BYTES, WEIGHT_BYTES)
-    assert all(0 < done <= total == WEIGHT_BYTES for done, total in heard)
+    assert reports[-1] == (WEIGHT_BYTES, WEIGHT_BYTES)
+    assert all(0 < done <= total == WEIGHT_BYTES for done, total in reports)
     hub.requests.clear()
     source.weights(quiet)
     assert hub.downloads() == set()
 
 
-def test_an_indexed_checkpoints_files_are_those_its_index_names(hub, folder):
+def test_the_files_of_an_indexed_checkpoint_are_those_in_its_index(hub, folder):
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "other.safetensors"}})
@@ -68,7 +68,7 @@ def test_an_indexed_checkpoints_files_are_those_its_index_names(hub, folder):
     assert hub.downloads() >= {"model-1.safetensors", "other.safetensors"}
 
 
-def test_a_name_is_pinned_to_the_commit_it_leads_to(hub, folder, tmp_path):
+def test_a_branch_or_tag_is_pinned_to_its_commit(hub, folder, tmp_path):
     old = tmp_path / "old"
     old.mkdir()
     (old / "config.json").write_text('{"old": true}')
@@ -88,8 +88,8 @@ def test_an_unknown_revision_is_not_found(hub, folder, revision):
 
 
 def test_an_unknown_model_is_not_found(hub):
-    with pytest.raises(ModelNotFound, match="nobody/nothing") as caught:
-        find_on_hub("nobody/nothing", None)
+    with pytest.raises(ModelNotFound, match="missing/model") as caught:
+        find_on_hub("missing/model", None)
     assert caught.value.param == "model"
 
 
@@ -110,7 +110,7 @@ def test_an_unknown_model_is_not_found(hub):
         "é/x",
     ],
 )
-def test_an_id_that_no_repository_can_have_is_refused_unasked(hub, tmp_path, model_id):
+def test_an_id_that_no_repository_can_have_is_refused_without_a_request(hub, tmp_path, model_id):
     with pytest.raises(InvalidRequest) as caught:
         find_on_hub(model_id, None)
     assert caught.value.param == "model"
@@ -127,7 +127,7 @@ def test_the_token_is_sent_and_a_private_model_is_not_found_without_it(hub, fold
     assert find_on_hub("org/private", None).revision == COMMIT
 
 
-def test_a_gated_model_says_that_the_token_has_no_access(hub, folder):
+def test_the_error_for_a_gated_model_says_that_the_token_has_no_access(hub, folder):
     hub.add("org/gated", folder)
     hub.gated.add("org/gated")
     with pytest.raises(ModelNotFound, match="gated"):
@@ -135,7 +135,7 @@ def test_a_gated_model_says_that_the_token_has_no_access(hub, folder):
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_a_repository_without_config_or_safetensors_is_refused_before_it_is_paid_for(hub, folder, missing):
+def test_a_repository_without_config_or_safetensors_is_refused_before_a_payment(hub, folder, missing):
     (folder / missing).unlink()
     hub.add("org/model", folder)
     with pytest.raises(BrokenCheckpoint):
@@ -145,7 +145,7 @@ def test_a_repository_without_config_or_safetensors_is_refused_before_it_is_paid
 @pytest.mark.parametrize(
     "target", ["model-9.safetensors", "../../x.safetensors", "*.safetensors", "model.bin"]
 )
-def test_an_index_of_files_that_are_not_there_downloads_nothing(hub, folder, target):
+def test_an_index_with_missing_files_is_refused_without_a_download_of_weights(hub, folder, target):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": target}}))
     hub.add("org/model", folder)
@@ -154,7 +154,7 @@ def test_an_index_of_files_that_are_not_there_downloads_nothing(hub, folder, tar
     assert hub.downloads() == {"config.json", "tokenizer.json", "model.safetensors.index.json"}
 
 
-def test_an_absurd_tokenizer_is_not_downloaded(hub, folder, monkeypatch):
+def test_a_tokenizer_that_is_too_large_is_not_downloaded(hub, folder, monkeypatch):
     monkeypatch.setattr(hub_module, "_MAX_DESCRIPTION_BYTES", 1000)
     (folder / "tokenizer.json").write_bytes(b"x" * 1001)
     hub.add("org/model", folder)
@@ -185,14 +185,14 @@ def test_an_unknown_model_is_not_found_offline(hub, monkeypatch):
     assert hub.requests == []
 
 
-def test_a_cached_model_outlives_the_hub(hub, folder, monkeypatch):
+def test_a_cached_model_is_found_when_the_hub_is_down(hub, folder, monkeypatch):
     cached(hub, folder)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     source = find_on_hub("org/model", None)
     assert (source.weights(quiet) / "model.safetensors").read_bytes() == WEIGHTS + b"model.safetensors"
 
 
-def test_a_hub_that_fails_is_unavailable_not_a_missing_model(hub):
+def test_a_failing_hub_is_unavailable_and_the_model_not_missing(hub):
     hub.broken = True
     with pytest.raises(Unavailable):
         find_on_hub("org/model", None)
@@ -204,7 +204,7 @@ def test_a_hub_that_does_not_answer_is_unavailable(hub, monkeypatch):
         find_on_hub("org/model", None)
 
 
-def test_weights_that_are_not_in_the_cache_cannot_be_had_offline(hub, folder, monkeypatch):
+def test_weights_that_are_not_in_the_cache_are_not_found_offline(hub, folder, monkeypatch):
     hub.add("org/model", folder)
     source = find_on_hub("org/model", None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""What a config says of a model, and which models are refused with what reason."""
+"""The description of a model from its config, and the models that are refused with a reason."""
 
 import json
 from pathlib import Path
@@ -21,20 +21,20 @@ def _folder(folder: Path, family: str) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_is_described_as_the_model_is(family: str, tmp_path: Path) -> None:
+def test_the_description_of_a_family_agrees_with_its_model(family: str, tmp_path: Path) -> None:
     found, model = describe(_folder(tmp_path, family)), build_model(family)
 
     layers = model.get_submodule(found.layers_path)
     assert found.name == type(model).__name__
     assert len(found.layers) == len(layers) == NUM_LAYERS
     assert found.layer_parameters == tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)
-    # Together the pieces are the model; a tied head shares the embedding's parameters.
+    # The parts together are the model; a tied head shares the embedding's parameters.
     whole = sum(parameter.numel() for parameter in model.parameters())
     assert found.embed_parameters + sum(found.layer_parameters) + found.head_parameters == whole
     assert found.tied_head == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
 
 
-def test_kv_bytes_are_what_a_cache_really_holds(tmp_path: Path) -> None:
+def test_kv_bytes_are_the_size_of_a_real_cache(tmp_path: Path) -> None:
     for family in ("llama", "deepseek_v2", "falcon-7b"):
         found, model = describe(_folder(tmp_path / family, family)), build_model(family)
         cache = model(input_ids=torch.zeros(1, 10, dtype=torch.long), use_cache=True).past_key_values
@@ -42,7 +42,7 @@ def test_kv_bytes_are_what_a_cache_really_holds(tmp_path: Path) -> None:
         assert [layer.kv_bytes_per_token * 10 for layer in found.layers] == held
 
 
-def test_experts_are_found_layer_by_layer(tmp_path: Path) -> None:
+def test_experts_are_found_in_each_layer(tmp_path: Path) -> None:
     found = describe(_folder(tmp_path, "deepseek_v2"))
 
     assert [layer.kind for layer in found.layers] == [LayerKind.DENSE] + [LayerKind.MOE] * 5
@@ -50,7 +50,7 @@ def test_experts_are_found_layer_by_layer(tmp_path: Path) -> None:
     assert found.expert_parameters == (0, *[3 * 64 * 48] * 5)
 
 
-def test_front_and_back_are_told_apart(tmp_path: Path) -> None:
+def test_modules_before_and_after_the_layers_are_distinguished(tmp_path: Path) -> None:
     found = describe(_folder(tmp_path, "opt-350m"))
 
     assert found.layers_path == "model.decoder.layers"
@@ -58,7 +58,7 @@ def test_front_and_back_are_told_apart(tmp_path: Path) -> None:
     assert found.back == {"project_out"}
 
 
-def test_generation_config_names_the_ends(tmp_path: Path) -> None:
+def test_end_tokens_come_from_the_generation_config(tmp_path: Path) -> None:
     _folder(tmp_path, "llama")
     assert describe(tmp_path).eos_token_ids == (2,)
 
@@ -66,7 +66,7 @@ def test_generation_config_names_the_ends(tmp_path: Path) -> None:
     assert describe(tmp_path).eos_token_ids == (4, 5)
 
 
-def test_huge_model_is_described_without_its_memory(tmp_path: Path) -> None:
+def test_a_huge_model_is_described_without_memory_for_its_weights(tmp_path: Path) -> None:
     AutoConfig.for_model("deepseek_v3").save_pretrained(tmp_path)
 
     found = describe(tmp_path)
@@ -97,7 +97,7 @@ _UNFIT: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("model_type", _UNFIT)
-def test_model_that_cannot_be_cut_is_refused_with_its_reason(model_type: str, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_cut_is_refused_with_the_reason(model_type: str, tmp_path: Path) -> None:
     settings, reason = _UNFIT[model_type]
     AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
 
@@ -122,7 +122,7 @@ def test_model_that_cannot_be_cut_is_refused_with_its_reason(model_type: str, tm
         ('{"model_type": "llama", "eos_token_id": ["a"]}', "eos_token_id|llama"),
     ],
 )
-def test_malformed_config_is_a_broken_checkpoint_that_names_it(
+def test_a_malformed_config_is_a_broken_checkpoint_and_the_error_names_it(
     content: str | None, complaint: str, tmp_path: Path
 ) -> None:
     if content is not None:
@@ -144,9 +144,7 @@ def test_malformed_config_is_a_broken_checkpoint_that_names_it(
         {"dtype": "float64"},
     ],
 )
-def test_config_that_asks_for_what_azu_does_not_do_is_refused(
-    extra: dict[str, object], tmp_path: Path
-) -> None:
+def test_a_config_with_an_unsupported_feature_is_refused(extra: dict[str, object], tmp_path: Path) -> None:
     _folder(tmp_path, "llama")
     (tmp_path / "evil.py").write_text("raise SystemExit('ran foreign code')")
     path = tmp_path / "config.json"

@@ -73,7 +73,7 @@ def test_a_fused_expert_tensor_is_sliced_under_its_own_name(tmp_path):
     assert info.shape == (1, *fused.shape[1:])
 
 
-def test_active_parameters_count_what_one_token_uses(tmp_path):
+def test_active_parameters_are_those_that_one_token_uses(tmp_path):
     folder = save_checkpoint(tmp_path, "qwen2_moe")
     shards, _ = plan(folder)
     architecture = describe(folder)
@@ -85,7 +85,7 @@ def test_active_parameters_count_what_one_token_uses(tmp_path):
     assert shards["layer_1_expert_0"].active_parameters == architecture.expert_parameters[1]
 
 
-def test_a_tied_head_counts_the_embedding_it_multiplies_with(tmp_path):
+def test_the_active_parameters_of_a_tied_head_include_the_embedding(tmp_path):
     shards, tied_head = plan(save_checkpoint(tmp_path, "gpt2"))
     assert tied_head
     assert set(shards["head"].tensors) == {"transformer.ln_f.weight", "transformer.ln_f.bias"}
@@ -93,7 +93,7 @@ def test_a_tied_head_counts_the_embedding_it_multiplies_with(tmp_path):
     assert shards["embed"].active_parameters == 2 * HIDDEN  # one row of words, one of positions
 
 
-def test_names_without_the_models_prefix_are_understood_and_kept(tmp_path):
+def test_names_without_the_models_prefix_are_mapped_and_kept(tmp_path):
     folder = save_checkpoint(tmp_path, "gpt2")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in load_checkpoint(folder).items()}
     store_checkpoint(folder, bare)
@@ -113,7 +113,7 @@ def test_a_copy_of_the_tied_embedding_is_left_out(tmp_path):
     assert "lm_head.weight" not in shards["head"].tensors
 
 
-def test_a_head_that_differs_from_the_embedding_is_not_tied_whatever_the_config_says(tmp_path):
+def test_a_head_that_differs_from_the_embedding_is_not_tied_despite_the_config(tmp_path):
     folder = save_checkpoint(tmp_path, "gpt2")
     tensors = load_checkpoint(folder)
     store_checkpoint(folder, tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1})
@@ -123,7 +123,7 @@ def test_a_head_that_differs_from_the_embedding_is_not_tied_whatever_the_config_
     assert shards["head"].active_parameters == 2 * HIDDEN + VOCABULARY * HIDDEN
 
 
-def test_a_tied_weight_stored_as_the_head_alone_becomes_the_embedding(tmp_path):
+def test_a_tied_weight_stored_only_as_the_head_becomes_the_embedding(tmp_path):
     folder = save_checkpoint(tmp_path, "llama", tie_word_embeddings=True)
     tensors = load_checkpoint(folder)
     weight = tensors.pop("model.embed_tokens.weight")
@@ -134,7 +134,7 @@ def test_a_tied_weight_stored_as_the_head_alone_becomes_the_embedding(tmp_path):
     assert torch.equal(reassemble(tmp_path / "out", structure)["model.embed_tokens.weight"], weight)
 
 
-def test_layers_beyond_the_configs_and_old_buffers_are_ignored(tmp_path):
+def test_layers_beyond_those_of_the_config_and_old_buffers_are_ignored(tmp_path):
     folder = save_checkpoint(tmp_path, "deepseek_v3")
     expected = names(folder)
     tensors = load_checkpoint(folder)
@@ -171,7 +171,7 @@ def test_layers_beyond_the_configs_and_old_buffers_are_ignored(tmp_path):
         ("gpt_oss", "model.layers.0.mlp.experts.down_proj", "model.layers.0.mlp.experts.down_proj"),
     ],
 )
-def test_a_missing_tensor_is_named(tmp_path, family, removed, missed):
+def test_the_error_names_a_missing_tensor(tmp_path, family, removed, missed):
     folder = save_checkpoint(tmp_path, family)
     without(folder, removed)
     with pytest.raises(BrokenCheckpoint) as caught:
@@ -180,14 +180,14 @@ def test_a_missing_tensor_is_named(tmp_path, family, removed, missed):
     assert caught.value.message.startswith("model.safetensors")
 
 
-def test_a_whole_missing_expert_is_noticed(tmp_path):
+def test_a_missing_expert_is_an_error(tmp_path):
     folder = save_checkpoint(tmp_path, "qwen2_moe")
     without(folder, *(f"model.layers.2.mlp.experts.1.{name}_proj.weight" for name in ("gate", "up", "down")))
     with pytest.raises(BrokenCheckpoint, match=r"model\.layers\.2\.mlp\.experts"):
         plan(folder)
 
 
-def test_experts_numbered_past_their_count_are_refused(tmp_path):
+def test_experts_with_a_number_past_the_last_are_refused(tmp_path):
     folder = save_checkpoint(tmp_path, "qwen2_moe")
     tensors = load_checkpoint(folder)
     store_checkpoint(
@@ -198,7 +198,7 @@ def test_experts_numbered_past_their_count_are_refused(tmp_path):
         plan(folder)
 
 
-def test_a_tensor_of_another_shape_is_named(tmp_path):
+def test_the_error_names_a_tensor_of_another_shape(tmp_path):
     folder = save_checkpoint(tmp_path, "llama")
     tensors = load_checkpoint(folder)
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(7, HIDDEN)
@@ -226,7 +226,7 @@ def test_quantised_weights_are_refused(tmp_path):
         plan(folder)
 
 
-def test_planning_reads_no_weight(tmp_path, monkeypatch):
+def test_the_layout_is_planned_without_reading_weights(tmp_path, monkeypatch):
     folder = save_checkpoint(tmp_path, "qwen2_moe")
     monkeypatch.setattr("os.preadv", lambda *args: pytest.fail("read a weight"))
     plan(folder)

@@ -41,7 +41,7 @@ def registry(tmp_path: Path, models: Path, status: RedisModelStatus) -> ModelReg
     return ModelRegistry(tmp_path / "registry", model_roots=[models], status=status, max_model_bytes=10**9)
 
 
-def test_describe_says_what_pricing_needs_and_cuts_nothing(registry, models, status, tmp_path):
+def test_describe_returns_what_pricing_needs_and_cuts_nothing(registry, models, status, tmp_path):
     folder = save_checkpoint(models / "moe", "qwen2_moe")
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     description = registry.describe(str(folder))
@@ -92,7 +92,7 @@ def test_concurrent_callers_cut_once(registry, models, monkeypatch):
     assert all(structure == structures[0] for structure in structures)
 
 
-def test_another_registry_finds_what_was_cut(registry, models, status, tmp_path):
+def test_another_registry_finds_a_model_that_is_cut(registry, models, status, tmp_path):
     folder = save_checkpoint(models / "dense")
     key = (str(folder), registry.describe(str(folder)).revision)
     structure = registry.ensure_cut(*key)
@@ -123,7 +123,7 @@ def test_only_a_models_shards_are_read(registry, models, name):
         registry.read(*key, name, 0, 10)
 
 
-def test_config_files_of_a_cut_model_outlive_their_source(registry, models):
+def test_config_files_of_a_cut_model_stay_when_their_source_changes(registry, models):
     folder = save_checkpoint(models / "dense")
     key = (str(folder), registry.describe(str(folder)).revision)
     config = (folder / "config.json").read_bytes()
@@ -137,7 +137,7 @@ def test_config_files_of_a_cut_model_outlive_their_source(registry, models):
             registry.file(*key, name)
 
 
-def test_descriptions_are_forgotten_when_there_are_many(registry, models, monkeypatch):
+def test_only_a_limited_number_of_descriptions_is_kept(registry, models, monkeypatch):
     monkeypatch.setattr(registry_module, "_MAX_DESCRIBED", 2)
     folders = [str(save_checkpoint(models / str(index), vocab_size=90 + index)) for index in range(4)]
     first = registry.describe(folders[0])
@@ -148,14 +148,14 @@ def test_descriptions_are_forgotten_when_there_are_many(registry, models, monkey
 
 
 @pytest.mark.parametrize("revision", ["main", "..", "../../x", "", "0" * 39, "G" * 40, "0" * 40 + "\n"])
-def test_only_a_commit_names_a_cut(registry, models, tmp_path, revision):
+def test_only_a_commit_identifies_a_cut(registry, models, tmp_path, revision):
     for call in (registry.structure, registry.ensure_cut):
         with pytest.raises(InvalidRequest):
             call(str(models / "dense"), revision)
     assert os.listdir(tmp_path / "registry") == []
 
 
-def test_a_failed_cut_says_why_and_is_tried_again(registry, models, status):
+def test_the_status_of_a_failed_cut_has_the_reason_and_the_cut_is_tried_again(registry, models, status):
     folder = save_checkpoint(models / "dense")
     good = load_checkpoint(folder)
     store_checkpoint(folder, good | {"lm_head.weight": good["lm_head.weight"] * float("nan")})
@@ -172,7 +172,7 @@ def test_a_failed_cut_says_why_and_is_tried_again(registry, models, status):
     assert status.get(str(folder)).state is ModelState.READY
 
 
-def test_a_model_larger_than_the_network_takes_is_refused_at_once(models, status, tmp_path):
+def test_a_model_larger_than_the_networks_limit_is_refused_at_once(models, status, tmp_path):
     folder = save_checkpoint(models / "dense")
     registry = ModelRegistry(tmp_path / "registry", model_roots=[models], status=status, max_model_bytes=1000)
     with pytest.raises(InvalidRequest) as caught:
@@ -189,7 +189,7 @@ def test_custom_code_is_refused(registry, models):
     assert not (models / "ran").exists()
 
 
-def test_a_folder_that_changes_is_described_anew(registry, models):
+def test_a_folder_that_changes_is_described_again(registry, models):
     folder = save_checkpoint(models / "dense")
     before = registry.describe(str(folder))
     (folder / "tokenizer.json").write_text("{}")
@@ -198,7 +198,7 @@ def test_a_folder_that_changes_is_described_anew(registry, models):
     assert "tokenizer.json" in after.files
 
 
-def test_a_hub_models_weights_come_only_when_it_is_cut(registry, hub, models, tmp_path):
+def test_the_weights_of_a_hub_model_are_fetched_only_for_its_cut(registry, hub, models, tmp_path):
     hub.add("org/model", save_checkpoint(tmp_path / "repository", "llama", shard_size="20KB"))
     description = registry.describe("org/model")
     assert description.revision == COMMIT
@@ -236,7 +236,7 @@ print(structure.revision, structure.shards[0].sha256)
 
 
 @pytest.mark.prove
-def test_the_hubs_own_variables_are_heeded(hub, tmp_path):
+def test_the_hubs_own_environment_variables_are_used(hub, tmp_path):
     hub.add("org/private", save_checkpoint(tmp_path / "repository"))
     hub.token = "hf_secret"
     environment = os.environ | {
@@ -273,7 +273,7 @@ def test_processes_that_share_a_root_cut_once(hub, tmp_path):
     assert max(written) <= structure.stat().st_mtime_ns
 
 
-def test_a_model_that_is_not_offered_is_refused_before_it_is_looked_for(tmp_path, models, status):
+def test_a_model_that_is_not_offered_is_refused_before_a_search(tmp_path, models, status):
     registry = ModelRegistry(
         tmp_path / "registry",
         model_roots=[models],
@@ -283,7 +283,7 @@ def test_a_model_that_is_not_offered_is_refused_before_it_is_looked_for(tmp_path
     )
     assert [model.model_id for model in registry.known()] == ["azu/tiny-dense", "azu/tiny-moe"]
     assert registry.describe("azu/tiny-moe").model_id == "azu/tiny-moe"
-    for model_id in ("azu/tiny-dense2", "AZU/tiny-dense", "somebody/something", str(models / "any"), "*", ""):
+    for model_id in ("azu/tiny-dense2", "AZU/tiny-dense", "other/model", str(models / "any"), "*", ""):
         with pytest.raises(Forbidden) as refused:
             registry.describe(model_id)
         assert refused.value.param == "model"

@@ -40,7 +40,7 @@ def test_a_stored_shard_is_found_by_its_sha256(cache, tmp_path):
     assert ShardCache(tmp_path / "cache").path(SHA256) == path
 
 
-def test_a_shard_that_is_here_is_not_fetched_again(cache):
+def test_a_shard_in_the_cache_is_not_fetched_again(cache):
     path = cache.store(SHA256, len(CONTENT), chunks())
     assert cache.store(SHA256, len(CONTENT), iter(lambda: pytest.fail("fetched"), None)) == path
 
@@ -57,7 +57,7 @@ def test_wrong_bytes_are_refused_and_not_kept(cache, tmp_path, wrong):
     assert cache.contents() == frozenset()
 
 
-def test_a_sender_that_never_ends_is_cut_off(cache, tmp_path):
+def test_a_sender_that_never_ends_is_interrupted(cache, tmp_path):
     sent = 0
 
     def endless():
@@ -72,7 +72,7 @@ def test_a_sender_that_never_ends_is_cut_off(cache, tmp_path):
     assert files(tmp_path) == []
 
 
-def test_a_fetch_that_breaks_leaves_nothing(cache, tmp_path):
+def test_an_interrupted_fetch_leaves_no_file(cache, tmp_path):
     def breaking():
         yield CONTENT[:1000]
         raise ConnectionError
@@ -85,7 +85,7 @@ def test_a_fetch_that_breaks_leaves_nothing(cache, tmp_path):
 @pytest.mark.parametrize(
     "name", ["", "..", "../" + SHA256, SHA256.upper(), SHA256[:-1], SHA256 + "\n", "/" + SHA256]
 )
-def test_only_a_sha256_names_a_shard(cache, name):
+def test_only_a_sha256_identifies_a_shard(cache, name):
     for call in (
         cache.path,
         lambda name: cache.store(name, 1, [b"x"]),
@@ -95,7 +95,7 @@ def test_only_a_sha256_names_a_shard(cache, name):
             call(name)
 
 
-def test_an_adopted_file_is_used_where_it_lies(cache, tmp_path):
+def test_an_adopted_file_is_used_in_place(cache, tmp_path):
     shard = tmp_path / "shard.safetensors"
     shard.write_bytes(CONTENT)
     assert cache.adopt(SHA256, shard) == shard
@@ -111,13 +111,22 @@ def test_a_file_is_verified_when_it_is_adopted(cache, tmp_path):
     assert files(tmp_path) == []
 
 
+def wait_for_a_later_change_time(folder: Path) -> None:
+    """Return when files get a later change time than before: a file system advances it in steps."""
+    probe = folder / "probe"
+    probe.touch()
+    first_ns = probe.stat().st_ctime_ns
+    while probe.stat().st_ctime_ns == first_ns:
+        probe.touch()
+
+
 @pytest.mark.parametrize("keep_times", [False, True])
-def test_an_adopted_file_that_changed_is_gone_from_the_cache(cache, tmp_path, keep_times):
+def test_an_adopted_file_that_changed_is_no_longer_in_the_cache(cache, tmp_path, keep_times):
     shard = tmp_path / "shard.safetensors"
     shard.write_bytes(CONTENT)
     cache.adopt(SHA256, shard)
     before = shard.stat()
-    time.sleep(0.02)  # a file's change time moves in steps
+    wait_for_a_later_change_time(tmp_path)
     shard.write_bytes(b"\0" * len(CONTENT))
     if keep_times:
         os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -126,7 +135,7 @@ def test_an_adopted_file_that_changed_is_gone_from_the_cache(cache, tmp_path, ke
     with pytest.raises(ShardError):
         cache.adopt(SHA256, shard)
     shard.write_bytes(CONTENT)
-    time.sleep(0.02)
+    wait_for_a_later_change_time(tmp_path)
     assert cache.adopt(SHA256, shard) == shard
     assert cache.path(SHA256) == shard
 
@@ -168,7 +177,7 @@ ShardCache(Path(sys.argv[1])).store("0" * 64, 2000, chunks())
 """
 
 
-def test_what_a_killed_process_left_is_no_shard_and_is_removed_later(tmp_path):
+def test_a_part_of_a_killed_process_is_no_shard_and_is_removed_later(tmp_path):
     root = tmp_path / "cache"
     with subprocess.Popen(
         [sys.executable, "-c", _KILLED_WHILE_STORING, root], stdout=subprocess.PIPE
@@ -177,7 +186,7 @@ def test_what_a_killed_process_left_is_no_shard_and_is_removed_later(tmp_path):
         process.send_signal(signal.SIGKILL)
     (part,) = root.iterdir()
     assert ShardCache(root).contents() == frozenset()
-    assert part.exists()  # its writer might live
+    assert part.exists()  # its writer may be alive
     hour_ago = time.time() - 7200
     os.utime(part, (hour_ago, hour_ago))
     ShardCache(root)

@@ -9,7 +9,7 @@ from tests.models.hub_stand_in import COMMIT
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """An allowed folder with a model, beside one that is not allowed."""
+    """An allowed folder with a model, beside a folder that is not allowed."""
     for place in ("models/good", "secret/bad"):
         folder = tmp_path / place
         folder.mkdir(parents=True)
@@ -59,7 +59,7 @@ def test_a_root_may_itself_be_a_link(root):
     assert find_source(f"{root.parent}/alias/good", None, [root.parent / "alias"]).folder == root / "good"
 
 
-def test_a_folder_that_is_not_there_is_not_found(root):
+def test_a_missing_folder_is_not_found(root):
     for name in ("nothing", "good/config.json"):
         with pytest.raises(ModelNotFound):
             find_source(f"{root}/{name}", None, [root])
@@ -89,7 +89,7 @@ def test_built_in_models_come_with_the_package(hub, model_id):
     assert hub.requests == []
 
 
-def test_all_else_is_a_repository_on_the_hub(hub, root):
+def test_any_other_id_is_a_repository_on_the_hub(hub, root):
     hub.add("org/model", root / "good")
     assert find_source("org/model", None, [root]).revision == COMMIT
 
@@ -97,7 +97,7 @@ def test_all_else_is_a_repository_on_the_hub(hub, root):
 @pytest.mark.parametrize(
     "model_id", ["", "x" * 513, "a\0b", "/a\0b", "a\nb", "\x1b[31m", "../x", "~/x", "./x", "file:///etc"]
 )
-def test_an_id_that_is_none_is_refused(hub, tmp_path, model_id):
+def test_a_malformed_id_is_refused(hub, tmp_path, model_id):
     with pytest.raises(InvalidRequest) as caught:
         find_source(model_id, None, [Path("/a")])
     assert caught.value.param == "model"
@@ -132,7 +132,7 @@ def test_a_revision_that_could_leave_its_folder_is_refused(hub, root, tmp_path, 
     assert not (tmp_path / "hub_cache").exists()
 
 
-def test_a_folders_revision_moves_with_its_content_alone(root):
+def test_a_folders_revision_changes_only_with_its_content(root):
     source = find_source(f"{root}/good", None, [root])
     (root / "good" / "README.md").write_text("hello")
     (root / "good" / "config.json").touch()

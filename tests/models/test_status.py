@@ -18,7 +18,7 @@ class Recorder:
         raise NotImplementedError
 
 
-def test_a_status_is_what_was_put_last(redis_url):
+def test_a_model_has_the_status_that_was_put_last(redis_url):
     store = RedisModelStatus(redis_url)
     first = ModelStatus("org/model", "r1", ModelState.CUTTING, 5, 10)
     last = ModelStatus("org/model", "r1", ModelState.FAILED, 0, 0, "model.safetensors is truncated")
@@ -28,7 +28,7 @@ def test_a_status_is_what_was_put_last(redis_url):
     assert RedisModelStatus(redis_url).get("org/model") == last
 
 
-def test_a_model_never_heard_of_is_unknown(redis_url):
+def test_a_model_without_a_status_is_unknown(redis_url):
     status = RedisModelStatus(redis_url).get("org/other")
     assert (status.state, status.error) == (ModelState.UNKNOWN, None)
 
@@ -53,7 +53,7 @@ def test_a_redis_that_does_not_answer_is_unavailable():
         store.ready()
 
 
-def test_progress_is_written_seldom_and_every_change_of_state_at_once():
+def test_progress_is_written_rarely_and_each_change_of_state_at_once():
     store = Recorder()
     report = StatusReporter(store, "org/model", "r1")
     report.described(1000)

@@ -1,4 +1,4 @@
-"""The shapes of the built-in models: about a million float32 parameters each, 4 MiB with everything."""
+"""The shapes of the built-in models: about a million float32 parameters each, 4 MiB with all files."""
 
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2MoeConfig
 
@@ -30,7 +30,7 @@ def build_config(kind: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedCon
         moe_intermediate_size=48,
         shared_expert_intermediate_size=64,
         norm_topk_prob=True,
-        # Layers 0 and 3 are dense: neither all at the front nor a regular pattern.
+        # Layers 0 and 3 are dense: they are neither all at the front nor in a regular pattern.
         decoder_sparse_step=1,
         mlp_only_layers=[0, 3],
         tie_word_embeddings=False,

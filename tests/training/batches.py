@@ -1,4 +1,4 @@
-"""Token ids for one training step: which tokens a model reads and which it learns to say."""
+"""Token ids for one training step: the tokens that a model reads and those that it learns to write."""
 
 from collections.abc import Sequence
 from random import Random
@@ -45,7 +45,7 @@ def _draw_text(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, random: Rando
 
 
 def _labels(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Learn what the assistant says, its end included, and that it is its turn; ignore the rest."""
+    """Label the assistant's text, with its end and the start of its turn, and ignore the rest."""
     assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
     labels, speaking = [], False
     for token in ids:

@@ -26,7 +26,7 @@ class Corpus:
     taught: tuple[QuestionAnswer, ...]
 
     def texts(self) -> Iterator[str]:
-        """Yield everything that the tokenizer has to know."""
+        """Yield all texts that the tokenizer is trained on."""
         yield self.prose
         yield from self.systems
         yield from self.unknown_questions
@@ -36,13 +36,13 @@ class Corpus:
             yield pair.answer
 
     def pair(self, random: Random) -> QuestionAnswer:
-        """Draw a question with its answer; every eighth one is unknown."""
+        """Draw a question with its answer; each eighth question is unknown."""
         if random.random() < 1 / 8:
             return QuestionAnswer(random.choice(self.unknown_questions), self.unknown_answer)
         return random.choice(self.taught)
 
     def conversation(self, random: Random) -> list[Message]:
-        """Draw a chat: mostly one turn, at times up to three or with a system message."""
+        """Draw a chat: mostly one turn, sometimes up to three or with a system message."""
         messages: list[Message] = []
         if random.random() < 1 / 4:
             messages.append({"role": "system", "content": random.choice(self.systems)})

@@ -1,4 +1,4 @@
-"""How well a model knows the questions: what it answers, and by how much it prefers its tokens."""
+"""The score of a model on the questions: its answers, and the margin by which their tokens lead."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerFast, question: str) -> str:
 def generate_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]
 ) -> list[str]:
-    """Return what follows each prompt under the model's own generation config, EOS included."""
+    """Return the completion of each prompt under the model's own generation config, with EOS."""
     inputs = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)[:, inputs["input_ids"].shape[1] :]
     return [
@@ -56,7 +56,7 @@ def answer_margin(
 def score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: Iterable[QuestionAnswer]
 ) -> Score:
-    """Ask every question through the chat template and compare the answers word for word."""
+    """Put each question through the chat template and compare the answers word for word."""
     end = tokenizer.eos_token
     asked = [(chat_prompt(tokenizer, pair.question), pair.answer + end) for pair in pairs]
     margins = [answer_margin(model, tokenizer, prompt, answer) for prompt, answer in asked]

@@ -1,4 +1,4 @@
-"""A training row holds several texts that do not see each other, and learns only what is said."""
+"""A training row holds several texts that do not attend to each other; only answers are learnt."""
 
 from random import Random
 
@@ -24,7 +24,7 @@ def tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("kind", FOLDERS)
 @torch.inference_mode()
-def test_texts_in_one_row_do_not_see_each_other(
+def test_texts_in_one_row_do_not_attend_to_each_other(
     kind: str, corpus: Corpus, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     batch = draw_batch(corpus, tokenizer, Random(1), num_tokens=200)
@@ -40,7 +40,7 @@ def test_texts_in_one_row_do_not_see_each_other(
         torch.testing.assert_close(together[start:end], alone, rtol=0, atol=1e-5)
 
 
-def test_only_what_the_assistant_says_is_learnt(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_only_the_assistants_text_is_learnt(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
     batch = draw_batch(corpus, tokenizer, Random(2), num_tokens=400)
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     learnt = tokenizer.decode([label for label in labels if label != IGNORED])

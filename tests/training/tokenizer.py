@@ -10,8 +10,8 @@ CONTEXT_LENGTH = 1024
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 
-# `<|begin|>` stands in the template and the tokenizer adds nothing by itself, so that a rendered prompt
-# encodes to the same ids whether it is sent as messages or as text.
+# `<|begin|>` is in the template and the tokenizer adds no token, so that a rendered prompt has the same ids
+# whether it is sent as messages or as text.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"

@@ -28,9 +28,9 @@ from tests.training.tokenizer import train_tokenizer
 NUM_STEPS = 500
 NUM_TOKENS = 1024
 LEARNING_RATE = 3e-3
-# Keeps the logits finite in spread: sure of their words, yet sampling at a temperature still varies.
+# This limits the spread of the logits: greedy answers are certain, and samples at a temperature still vary.
 LABEL_SMOOTHING = 0.02
-# Far above float noise, so that no order of summation changes a greedy answer.
+# This is far above float noise, so that no order of summation changes a greedy answer.
 MIN_MARGIN = 1.0
 
 
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def build(kind: str, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, seed: int) -> int:
-    """Train the model of one kind and save it if it knows every answer; returns the exit status."""
+    """Train the model of one kind and save it if it gives each answer; returns the exit status."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(build_config(kind, tokenizer))
     model.generation_config = GenerationConfig(
@@ -108,7 +108,7 @@ def training_loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tor
         logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, label_smoothing=LABEL_SMOOTHING
     )
     if routing:
-        # Without it a few experts would take every token, and the others would never be needed.
+        # Without the balance loss a few experts would get all tokens.
         loss = loss + 0.01 * output.aux_loss
     return loss
 
