@@ -48,7 +48,7 @@ def write_private_once(path: Path, content: bytes) -> None:
     with os.fdopen(descriptor, "wb", buffering=0) as file:
         write_all(file, content)
         os.fsync(file.fileno())
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
 @contextmanager
@@ -66,10 +66,10 @@ def replacing(path: Path, *, part: Path | None = None) -> Iterator[FileIO]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -1,4 +1,4 @@
-"""Values for tests, complete and small; give only what a test is about."""
+"""Complete and small values for tests; a test gives only the fields that it is about."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Fixtures that tests of every part share."""
+"""Fixtures that all tests share."""
 
 import os
 import signal
@@ -10,14 +10,14 @@ import redis
 
 from tests.redis_server import RunningRedis, start_redis
 
-# A shell has what it starts in the background ignore Ctrl-C, and so would everything that tests start.
+# A shell starts background commands with Ctrl-C ignored; all processes that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# Ray reads its mode once, when it is imported: before the first test that imports it.
+# Ray reads its mode once, when the first test imports it.
 os.environ["RAY_AUTH_MODE"] = "token"
-# Beside the cluster's tests a second thread waits for its turn longer than it computes: read by torch, once.
+# torch reads this once. Beside the cluster's tests a second thread waits longer for a core than it computes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _FIGURES = pytest.StashKey[Counter[str]]()
@@ -25,7 +25,7 @@ _FIGURES = pytest.StashKey[Counter[str]]()
 
 @pytest.fixture(scope="session")
 def figures(pytestconfig: pytest.Config) -> Counter[str]:
-    """What tests measured or counted, by what it is; printed when all have run."""
+    """Description -> number that tests measured or counted; printed when all tests have run."""
     return pytestconfig.stash.setdefault(_FIGURES, Counter())
 
 
@@ -38,7 +38,7 @@ def pytest_terminal_summary(
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRedis]:
-    """One Redis for the session; it keeps nothing on disk."""
+    """One Redis for the session; it stores nothing on disk."""
     running = start_redis(tmp_path_factory.mktemp("redis"))
     yield running
     running.stop()

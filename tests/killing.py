@@ -1,4 +1,4 @@
-"""Processes that kill themselves, with SIGKILL, at a chosen write or send: a crash at any line."""
+"""Processes that kill themselves with SIGKILL at a chosen write or send, like a crash at any line."""
 
 import multiprocessing
 import os
@@ -9,14 +9,14 @@ from typing import Any
 
 Effects = tuple[tuple[type, str], ...]
 
-# Forked from a process that has imported everything: a start takes milliseconds instead of seconds.
+# Forks of a process that has imported everything: a start takes milliseconds in place of seconds.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["__main__", "tests.jobs.settling", "tests.money.treasury.dying"])
 
 
 @dataclass(frozen=True)
 class Death:
-    """Where a process kills itself: before or after its effect number `at`, never for 0."""
+    """When a process kills itself: before or after its effect number `at`; never for 0."""
 
     at: int = 0
     when: str = "before"
@@ -30,9 +30,9 @@ def start(main: Callable[..., None], *arguments: Any) -> "multiprocessing.contex
 
 
 def kill_at_effect(effects: Effects, death: Death) -> None:
-    """Have this process kill itself before or after the n-th effect: a call of any of these methods.
+    """Make this process kill itself before or after the n-th effect: a call of any of these methods.
 
-    The same call made again, as by whoever polls, is not another effect.
+    The same call again, as in a polling loop, is not another effect.
     """
     seen: set[str] = set()
 
@@ -46,7 +46,7 @@ def kill_at_effect(effects: Effects, death: Death) -> None:
             try:
                 return await original(*arguments)
             finally:
-                # Also when it failed, as a send does whose answer was lost.
+                # Also when the call failed: a send may take effect and lose its answer.
                 if hit:
                     os.kill(os.getpid(), signal.SIGKILL)
 

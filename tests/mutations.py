@@ -1,8 +1,8 @@
-"""Values and bytes with one thing in them changed, for tests that damage what they send."""
+"""Values and bytes with one change, for tests that send damaged input."""
 
 import random
 
-# What stands in the place of a value: other types, sizes, and what parsers stumble over.
+# Replacements for a value: other types and sizes, and input that parsers often fail on.
 STRANGE = (
     None, True, -1, 0, 2**63, 10**400, 1e308, float("nan"), "", "\0", "x" * 5000, "../../etc/passwd", [],
     [[]], {}, {"a": {"b": []}}, "😀", "0x" + "f" * 40, "2001-99-99", "1_000", "=", "~",
@@ -10,7 +10,7 @@ STRANGE = (
 
 
 def mutated_value(value: object, chance: random.Random) -> object:
-    """Return the value with one thing in it changed."""
+    """Return the value with one change inside."""
     if isinstance(value, dict) and value and chance.random() < 0.85:
         key = chance.choice(sorted(value))
         kind = chance.random()
@@ -26,7 +26,7 @@ def mutated_value(value: object, chance: random.Random) -> object:
 
 
 def mutated_bytes(content: bytes, chance: random.Random) -> bytes:
-    """Return the bytes cut, flipped, doubled or nested."""
+    """Return the bytes cut, with bytes added or removed, doubled, or replaced by nested input."""
     at = chance.randrange(len(content) + 1)
     match chance.randrange(5):
         case 0:

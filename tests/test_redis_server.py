@@ -1,4 +1,4 @@
-"""The tests' Redis starts empty for each test, keeps its files, and says why it did not start."""
+"""The tests' Redis is empty for each test, loads its files again, and reports why it did not start."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from tests.redis_server import RedisDidNotStart, start_redis
 
 
 @pytest.mark.parametrize("turn", [1, 2])
-def test_every_test_finds_an_empty_redis(redis_url: str, turn: int) -> None:
+def test_redis_is_empty_at_the_start_of_every_test(redis_url: str, turn: int) -> None:
     with redis.Redis.from_url(redis_url) as client:
         assert client.dbsize() == 0
         client.set("left over", turn)
 
 
-def test_a_killed_server_finds_its_files_again(tmp_path: Path) -> None:
+def test_a_server_loads_the_files_of_a_killed_one(tmp_path: Path) -> None:
     durable = {"appendonly": "yes", "appendfsync": "always"}
     first = start_redis(tmp_path, durable)
     with redis.Redis.from_url(first.url) as client:
@@ -28,7 +28,7 @@ def test_a_killed_server_finds_its_files_again(tmp_path: Path) -> None:
     second.stop()
 
 
-def test_a_server_that_refuses_its_configuration_says_so(tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_raises_its_log(tmp_path: Path) -> None:
     (tmp_path / "appendonly.aof").write_bytes(b"not a log")
     with pytest.raises(RedisDidNotStart, match="Bad file format"):
         start_redis(tmp_path, {"appendonly": "yes"})

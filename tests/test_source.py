@@ -1,4 +1,4 @@
-"""The product's code never loads a pickle, runs what a checkpoint brought, or builds a shell line."""
+"""The product never loads a pickle, runs code of a checkpoint, or starts a shell with a composed command."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ FORBIDDEN_CALLS = {
     "pickle.load", "pickle.loads", "ray.cloudpickle.loads",
 }  # fmt: skip
 FORBIDDEN_KEYWORDS = {"trust_remote_code": True, "shell": True, "allow_pickle": True, "weights_only": False}
-# The same in files that are not Python: scripts, templates, YAML, containers.
+# The same rules for files that are not Python: scripts, templates, YAML, container files.
 FORBIDDEN_WORDS = re.compile(
     r"pickle\.loads?\b|torch\.load\b|trust_remote_code\s*[=:]\s*true|(?<![\w.])eval\(|shell\s*=\s*true",
     re.IGNORECASE,
@@ -27,7 +27,7 @@ FORBIDDEN_WORDS = re.compile(
 
 
 def faults(source: str) -> Iterator[str]:
-    """Yield what Python code does of what is forbidden."""
+    """Yield each forbidden import or call in Python code."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -59,7 +59,7 @@ def product_files() -> Iterator[Path]:
                 yield path
 
 
-def test_the_product_has_none_of_it() -> None:
+def test_the_product_has_no_forbidden_import_or_call() -> None:
     found = []
     for path in product_files():
         if path.suffix == ".py":
@@ -83,12 +83,12 @@ def test_the_product_has_none_of_it() -> None:
         "numpy.load(path, allow_pickle=True)",
     ],
 )
-def test_each_of_it_would_be_found(source: str) -> None:
+def test_a_forbidden_import_or_call_is_found(source: str) -> None:
     assert list(faults(source))
 
 
 @pytest.mark.parametrize(
     "source", ["model.eval()", "f(trust_remote_code=False)", "redis.eval(script)", "re.compile('x')"]
 )
-def test_what_only_looks_like_it_is_not(source: str) -> None:
+def test_allowed_code_with_a_similar_name_is_not_reported(source: str) -> None:
     assert not list(faults(source))

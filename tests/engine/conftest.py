@@ -1,4 +1,4 @@
-"""Cut models that many tests share: cutting one takes longer than running it."""
+"""Cut models that many tests share, because cutting one takes longer than running it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

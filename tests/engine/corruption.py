@@ -1,4 +1,4 @@
-"""How a frame may arrive that is not the one that was sent, each time another way."""
+"""Ways to damage a frame on its way: each function returns another frame than the one that was sent."""
 
 import random
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def flipped_bit(chance: random.Random, frame: bytes, _: list[bytes]) -> bytes:
 
 
 def overwritten(chance: random.Random, frame: bytes, _: list[bytes]) -> bytes:
-    """Noise over a part, as long as it is noise."""
+    """Replace a part by random bytes that differ from it."""
     begin = chance.randrange(len(frame))
     noise = chance.randbytes(chance.randint(8, 64))[: len(frame) - begin]
     if noise == frame[begin : begin + len(noise)]:
@@ -44,7 +44,7 @@ def noise(chance: random.Random, frame: bytes, _: list[bytes]) -> bytes:
 
 
 def not_finite(chance: random.Random, frame: bytes, _: list[bytes]) -> bytes:
-    """A value that is no number, under a good checksum."""
+    """Put in a value that is not finite, with a correct checksum."""
     sent = Frame.decode(frame)
     values = np.frombuffer(sent.payload, dtype=_NUMPY[sent.dtype]).copy()
     values[chance.randrange(len(values))] = chance.choice((np.nan, np.inf, -np.inf))
@@ -66,7 +66,7 @@ def other_shape(chance: random.Random, frame: bytes, _: list[bytes]) -> bytes:
 
 
 def other_size(chance: random.Random, frame: bytes, _: list[bytes]) -> bytes:
-    """A row too many, and a table that says so."""
+    """Append a row, also in the table."""
     sent = Frame.decode(frame)
     row = bytes(sent.payload[: len(sent.payload) // sent.shape[0]])
     last = sent.rows[-1]
@@ -79,7 +79,7 @@ def other_size(chance: random.Random, frame: bytes, _: list[bytes]) -> bytes:
 
 
 def other_place(chance: random.Random, frame: bytes, _: list[bytes]) -> bytes:
-    """Of another epoch, step, micro-batch or stage."""
+    """Change the epoch, step, micro-batch or stage."""
     sent = Frame.decode(frame)
     name = chance.choice(("epoch", "step", "micro_batch", "stage"))
     here = getattr(sent, name)
@@ -87,7 +87,7 @@ def other_place(chance: random.Random, frame: bytes, _: list[bytes]) -> bytes:
 
 
 def other_rows(chance: random.Random, frame: bytes, _: list[bytes]) -> bytes:
-    """Of another sequence, or of another position of it."""
+    """Change the sequence or the position of a row."""
     sent = Frame.decode(frame)
     place = chance.randrange(len(sent.rows))
     row = sent.rows[place]
@@ -101,7 +101,7 @@ def other_rows(chance: random.Random, frame: bytes, _: list[bytes]) -> bytes:
 
 
 def replayed(chance: random.Random, frame: bytes, earlier: list[bytes]) -> bytes:
-    """One that the same stage sent before, as it was, if it sent any."""
+    """Return an earlier frame of the same stage unchanged, if there is one."""
     return chance.choice(earlier) if earlier else flipped_bit(chance, frame, earlier)
 
 

@@ -1,4 +1,4 @@
-"""Tiny models of many families, with random weights lively enough to tell a wrong answer from a right one."""
+"""Tiny models of many families, with random weights so large that a mistake changes the tokens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +99,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         hidden_size=64,
         num_layers=NUM_LAYERS,
         attention_types=[[["global", "local"], 3]],
-        # Its scores are not scaled: with wide heads its softmax is so sharp that the order of a sum shows.
+        # Its scores are not scaled: with wide heads its softmax is so sharp that the order of sums matters.
         num_heads=16,
         window_size=8,
         bos_token_id=1,
@@ -166,12 +166,12 @@ MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "
 
 
 def build_model(family: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return a tiny model of a family; the same one every time."""
+    """Return a tiny model of a family; each call returns the same weights."""
     return build_lively(FAMILIES[family](), dtype=dtype)
 
 
 def build_lively(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return a model of a config with random weights that make every token matter."""
+    """Return a model of a config with random weights, so large that every token changes the result."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
@@ -185,7 +185,7 @@ def build_lively(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32
 
 
 def save_model(family: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a tiny model of a family as an ordinary Hugging Face folder."""
+    """Save a tiny model of a family as an ordinary Hugging Face folder."""
     build_model(family, dtype=dtype).save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""Fifty sequences through a stage with KV for four: FOLDER prints what was planned and taken, as JSON."""
+"""Run fifty sequences on a stage with KV for four: `FOLDER` prints planned and taken bytes as JSON."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from azu.protocol.topology import LayerSpan
 from azu.units import MIB
 
 NUM_SEQUENCES = 50
-# Of it a process on a CPU takes about 90: the heap kept between steps, and code that comes with the first.
+# A process on a CPU takes about 90 of it: the heap kept between steps, and code loaded by the first step.
 MARGIN_MIB = 128
 _POLICY = PlanPolicy(
     promised_sequences=4,
@@ -30,7 +30,7 @@ _PERIOD_S = 0.05
 
 
 def main(folder: Path) -> None:
-    """Load, run, and look at the process's memory each 50 ms from before it loads."""
+    """Load, run, and measure the process's memory every 50 ms from before the load."""
     structure = Structure.from_json((folder / STRUCTURE_FILE).read_bytes())
     whole = LayerSpan(0, structure.num_layers)
     process = psutil.Process()

@@ -1,4 +1,4 @@
-"""A model that recites a text, whatever it is asked: what it says next depends on the position alone."""
+"""A model that recites a text after any prompt: its next token depends only on the position."""
 
 import shutil
 from pathlib import Path
@@ -14,15 +14,15 @@ _EOS = 2
 
 
 def save_reciter(folder: Path, prompt: str, text: str) -> Path:
-    """Write a model that continues any prompt as long as `prompt` with the text, and with its tokenizer."""
+    """Save a model with its tokenizer; it continues any prompt as long as `prompt` with the text."""
     source = built_in_folder("azu/tiny-dense")
     for file in source.glob("token*"):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, folder)
     tokenizer = AutoTokenizer.from_pretrained(source)
     first = len(tokenizer(prompt)["input_ids"]) - 1
-    spoken = [*tokenizer(text, add_special_tokens=False)["input_ids"], _EOS]
-    assert first + len(spoken) <= _POSITIONS, "the text is too long for the model"
+    recited = [*tokenizer(text, add_special_tokens=False)["input_ids"], _EOS]
+    assert first + len(recited) <= _POSITIONS, "the text is too long for the model"
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=_POSITIONS, n_embd=_POSITIONS, n_layer=NUM_LAYERS, n_head=4,
         bos_token_id=1, eos_token_id=_EOS, pad_token_id=0, tie_word_embeddings=False,
@@ -33,7 +33,7 @@ def save_reciter(folder: Path, prompt: str, text: str) -> Path:
             if "ln_" not in name:
                 parameter.zero_()
         model.transformer.wpe.weight.copy_(torch.eye(_POSITIONS))
-        for position, token_id in enumerate(spoken, first):
+        for position, token_id in enumerate(recited, first):
             model.lm_head.weight[token_id, position] = 1.0
     model.generation_config.do_sample = False
     model.save_pretrained(folder)

@@ -1,6 +1,6 @@
-"""A model in a process that may take less and less memory: FOLDER prints what it answers as JSON.
+"""A model in a process with less and less memory: `FOLDER` prints its answers as JSON.
 
-The limit is the system's own, so this needs a process of its own.
+The operating system sets the limit, so this needs a process of its own.
 """
 
 import json
@@ -25,12 +25,12 @@ from azu.units import KIB, MIB
 from tests.engine.families import FAMILIES, build_lively
 
 _NUM_BLOCKS = 256
-# The room is made smaller until a step lacks it.
+# The room shrinks until a step runs out of memory.
 _ROOMS_MIB = range(96, 0, -4)
 _LARGE_BYTES = MIB // 2
 _PROMPTS = [[(7 * index + place) % 89 + 3 for place in range(400)] for index in range(4)]
 _SAMPLING = SamplingParams(max_tokens=6, ignore_eos=True)
-# Few and narrow layers with wide activations: a step takes much more than the weights.
+# Few and narrow layers with wide activations: a step takes much more memory than the weights.
 _CHANGES = {
     "hidden_size": 256,
     "intermediate_size": 8192,
@@ -43,7 +43,7 @@ _CHANGES = {
 
 
 def save_wide(family: str, folder: Path) -> Structure:
-    """Write and cut a model whose steps take much more than its weights."""
+    """Save and cut a model whose steps take much more memory than its weights."""
     config = FAMILIES[family]().to_dict()
     config |= {name: value for name, value in _CHANGES.items() if name in config}
     build_lively(AutoConfig.for_model(**config)).save_pretrained(folder / "model")
@@ -53,7 +53,7 @@ def save_wide(family: str, folder: Path) -> Structure:
 
 @contextmanager
 def room(size_bytes: int) -> Iterator[None]:
-    """Take no more than so much on top of what is taken; what lies free in large pieces is taken before."""
+    """Limit the process to `size_bytes` more memory; large free blocks of the heap are taken first."""
     status = Path("/proc/self/status").read_text().splitlines()
     taken = next(int(line.split()[1]) * KIB for line in status if line.startswith("VmSize"))
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -68,14 +68,14 @@ def room(size_bytes: int) -> Iterator[None]:
 
 
 def _large_free() -> Iterator[Tensor]:
-    """Yield what a step's tensors could be made of; oneDNN ends the process that denies it a few bytes."""
-    with suppress(RuntimeError):  # that is how torch says that there is no more
+    """Yield the large free blocks; small ones stay free, because oneDNN ends a process without any."""
+    with suppress(RuntimeError):  # torch raises it when there is no more
         while True:
             yield torch.empty(_LARGE_BYTES, dtype=torch.uint8)
 
 
 class _Counted(logging.Handler):
-    """Counts what the engine says of memory."""
+    """Counts the engine's log lines about memory."""
 
     number = 0
 
@@ -84,14 +84,14 @@ class _Counted(logging.Handler):
 
 
 def main(folder: Path) -> None:
-    """Answer with little room, then with all there is."""
+    """Answer with little memory, then with all of it."""
     logging.getLogger("azu.engine.out_of_memory").addHandler(counted := _Counted())
     structure = Structure.from_json((folder / STRUCTURE_FILE).read_bytes())
     holders = 2 if any(layer.num_experts for layer in structure.layers) else 0
     topology = local_topology(structure, (0, 1, 2), num_blocks=_NUM_BLOCKS, expert_holders=holders)
     scheduling = SchedulerConfig(_NUM_BLOCKS, topology.block_size, prefill_chunk_tokens=1024)
     pipeline = LocalPipeline(structure, topology, folder, scheduling)
-    # What is made at first use is there.
+    # A first run makes all that later runs reuse.
     pipeline.generate([[3, 4, 5]], _SAMPLING)
     short: list[list[int]] = []
     for room_mib in _ROOMS_MIB:

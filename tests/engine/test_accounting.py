@@ -1,4 +1,4 @@
-"""Who activated what: counted where it ran, presumed where its record is lost."""
+"""Work: counted at the node that ran it, or estimated when its record is lost."""
 
 from azu.engine.accounting import WorkAccount
 from azu.planner.plan import plan
@@ -13,31 +13,31 @@ MOE = structure(1, moe_layers={0: 8})
 NODES = [node("r", 10 * MIB, memory_bytes_per_s=1e12), node("a", 4 * MIB)]
 
 
-def test_what_is_presumed_of_a_dense_model_is_what_is_counted() -> None:
+def test_the_estimate_for_a_dense_model_is_the_counted_work() -> None:
     account = WorkAccount(DENSE, plan(DENSE, [node("a", 5 * MIB), node("b", 5 * MIB)], POLICY))
-    presumed = account.estimated(5, 3)
+    estimated = account.estimated(5, 3)
     account.add_tokens(1, 7)
 
-    assert presumed == account.close(1)
-    assert {node_id for layer in presumed.values() for node_id in layer} == {"a", "b"}
+    assert estimated == account.close(1)
+    assert {node_id for layer in estimated.values() for node_id in layer} == {"a", "b"}
 
 
-def test_nothing_is_presumed_of_what_delivered_nothing() -> None:
+def test_the_estimate_for_no_tokens_is_no_work() -> None:
     account = WorkAccount(DENSE, plan(DENSE, [node("a")], POLICY))
     assert not any(sum(layer.values()) for layer in account.estimated(5, 0).values())
 
 
-def test_holders_of_experts_are_presumed_to_have_run_their_part_and_replicas_none() -> None:
+def test_the_estimate_gives_holders_of_experts_their_part_and_replicas_nothing() -> None:
     topology: Topology = plan(MOE, NODES, POLICY)
     (apart,) = topology.expert_sets
     assert (apart.node_id, len(apart.experts[0])) == ("a", 2)
     whole = WorkAccount(MOE, plan(MOE, [node("r")], POLICY)).estimated(4, 1)[0]["r"]
-    spread = WorkAccount(MOE, topology).estimated(4, 1)[0]
+    distributed = WorkAccount(MOE, topology).estimated(4, 1)[0]
 
     expert = MOE.layers[0].experts_per_token * MOE.expert_shard(0, 0).active_parameters * MOE.dtype_bytes
-    assert spread["a"] == 4 * (expert * 2 // 8)
-    assert sum(spread.values()) == whole
+    assert distributed["a"] == 4 * (expert * 2 // 8)
+    assert sum(distributed.values()) == whole
 
     replicated = with_hot_replicas(MOE, topology, [node("b", 8 * MIB)], POLICY, {(0, 7): 9.0})
     assert replicated.replicas
-    assert WorkAccount(MOE, replicated).estimated(4, 1)[0] == spread
+    assert WorkAccount(MOE, replicated).estimated(4, 1)[0] == distributed

@@ -10,8 +10,8 @@ from azu.engine.check import CheckReport, check, uneven_boundaries
 from azu.errors import InvalidRequest
 from tests.engine.families import FAMILIES, MOE_FAMILIES, save_model
 
-# One of each kind: grouped heads, tied and learned positions, alibi twice, softcap and windows, experts,
-# latents.
+# One family of each kind: grouped heads, tied head, learned positions, alibi twice, softcap and windows,
+# experts, latents.
 _EVERY_TIME = (
     "llama-tied",
     "gpt2",
@@ -30,7 +30,7 @@ _FAMILIES = [
 
 @pytest.fixture(scope="module")
 def differences() -> Iterator[dict[str, dict[str, float]]]:
-    """By way of cutting: how far each family's logits were from the whole model's; printed in the end."""
+    """Way of cutting -> family -> distance of its logits from the whole model's; printed at the end."""
     found: dict[str, dict[str, float]] = {}
     yield found
     for way, families in found.items():
@@ -40,7 +40,7 @@ def differences() -> Iterator[dict[str, dict[str, float]]]:
 
 
 def difference(report: CheckReport) -> float:
-    """Return by how much logits differ of a model that runs as transformers runs it."""
+    """Return how much the logits of a model that passed the check differ."""
     assert report.reason is None
     assert report.passed
     assert report.max_abs_logit_diff is not None
@@ -58,7 +58,7 @@ def test_family_in_three_uneven_stages_equals_the_whole(
 
 
 @pytest.mark.parametrize("family", [f for f in _FAMILIES if getattr(f, "values", (f,))[0] in MOE_FAMILIES])
-def test_experts_spread_over_three_holders_equal_the_whole(
+def test_experts_on_three_holders_equal_the_whole(
     family: str, tmp_path: Path, differences: dict[str, dict[str, float]]
 ) -> None:
     report = check(save_model(family, tmp_path), model=family, num_stages=3, expert_holders=3)
@@ -67,7 +67,7 @@ def test_experts_spread_over_three_holders_equal_the_whole(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA card")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_on_a_gpu_equals_the_whole_on_the_cpu(family: str, tmp_path: Path) -> None:
     holders = 3 if family in MOE_FAMILIES else 0

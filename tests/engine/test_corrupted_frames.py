@@ -1,4 +1,4 @@
-"""A link that damages what it carries: every such frame is refused, its sender named, no answer changed."""
+"""A link that damages frames: every damaged frame is refused, its sender is named, no answer changes."""
 
 import os
 import random
@@ -30,7 +30,7 @@ REPEATED = "repeated"
 
 
 class _BadLink:
-    """Carries frames between the stages of a deployment and damages some of them."""
+    """Passes frames between the stages of a deployment and damages some of them."""
 
     def __init__(self, deployment: _Deployment, chance: random.Random) -> None:
         self._pipeline = deployment.pipeline
@@ -48,7 +48,7 @@ class _BadLink:
             if not isinstance(output, Handoff):
                 return output
             batch, frame = output.batch, output.frame
-        raise AssertionError("the last stage hands nothing on")
+        raise AssertionError("the last stage returned no result")
 
     def _carried(self, index: int, batch: StepBatch, frame: bytes | None) -> Handoff | StepResult:
         stage = self._pipeline.stages[index]
@@ -59,7 +59,7 @@ class _BadLink:
             return stage.run(batch, frame)
         way = self._chance.choice((*WAYS, None))
         if way is None:
-            # It arrives as it is, and then once more.
+            # It arrives unchanged, and then a second time.
             self._earlier.setdefault(index, []).append(frame)
             stage.run(batch, frame)
             bad: bytes | None = frame
@@ -86,7 +86,7 @@ def _run(model: CutModel, link_chance: random.Random | None) -> tuple[_Deploymen
         try:
             deployment.step()
         except BadFrame as error:
-            # As the pipeline does: whoever is blamed is taken for dead.
+            # As the pipeline does: the blamed stage is replaced.
             deployment.lose(*blamed(error, stage=error.sender + 1).stages)
     assert link.refused.total() == link.damaged
     return deployment, link.refused
@@ -94,7 +94,7 @@ def _run(model: CutModel, link_chance: random.Random | None) -> tuple[_Deploymen
 
 @pytest.fixture(autouse=True)
 def _weights_mapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage that is brought up again has its weights at hand: only its KV cache is new, and empty."""
+    """Reuse the weights of a stage that is built again: only its KV cache is new and empty."""
     built: dict[Any, Any] = {}
     build = build_stage
 

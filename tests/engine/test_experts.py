@@ -1,4 +1,4 @@
-"""Experts apart from their routers: only routed tokens travel, and nothing is served that is not held."""
+"""Distributed experts: only routed tokens are sent, and an expert set runs only the experts that it holds."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -38,14 +38,14 @@ def _answer(runner: ExpertRunner, ids: list[list[int]]) -> torch.Tensor:
 def test_experts_of_two_holders_add_up_to_one_holder_of_all(cut_model: Callable[[str], CutModel]) -> None:
     model = cut_model("mixtral")
     whole = _answer(_runner(model, *range(8)), [[1, 6], [6, 3]])
-    # The order in which a holder has its experts does not matter.
+    # The order of a holder's experts does not matter.
     odd = _answer(_runner(model, 3, 1), [[1, -1], [-1, 3]])
     even = _answer(_runner(model, 0, 6), [[-1, 6], [6, -1]])
 
     torch.testing.assert_close(odd + even, whole)
 
 
-def test_choices_of_others_add_nothing(cut_model: Callable[[str], CutModel]) -> None:
+def test_choices_of_other_experts_add_nothing(cut_model: Callable[[str], CutModel]) -> None:
     assert not _answer(_runner(cut_model("mixtral"), 2), [[-1, -1]]).any()
 
 
@@ -63,7 +63,7 @@ def test_choices_of_others_add_nothing(cut_model: Callable[[str], CutModel]) -> 
         (1, b""),
     ],
 )
-def test_bad_request_is_refused(
+def test_a_bad_request_is_refused(
     cut_model: Callable[[str], CutModel], layer: int, request_bytes: bytes
 ) -> None:
     with pytest.raises(FrameError):
@@ -72,7 +72,7 @@ def test_bad_request_is_refused(
 
 @dataclass
 class _Link:
-    """Runs expert sets in place and notes who was asked for how many tokens."""
+    """Runs expert sets in place and records each request: expert set, layer, number of tokens."""
 
     runners: dict[int, ExpertRunner]
     asked: list[tuple[int, int, int]] = field(default_factory=list)
@@ -144,7 +144,7 @@ def test_experts_partly_beside_the_router_give_the_same_tokens(cut_model: Callab
     assert mixed.tokens[0].token_id == whole.tokens[0].token_id
     assert mixed.tokens[0].logprob == pytest.approx(whole.tokens[0].logprob, abs=1e-4)
     assert whole.expert_work == ()
-    # Nine tokens choose two of eight experts each: fewer than all of them travel.
+    # Nine tokens choose two of eight experts each: fewer than nine are sent.
     assert 0 < max(tokens for _, _, tokens in link.asked) < 9
 
 
@@ -161,7 +161,7 @@ def test_replicas_share_the_tokens_and_change_nothing(cut_model: Callable[[str],
     assert asked[0] == asked[1] == 6  # both in every layer, once each
 
 
-def test_every_choice_is_counted_at_the_node_that_served_it(cut_model: Callable[[str], CutModel]) -> None:
+def test_every_choice_is_counted_at_the_node_that_ran_it(cut_model: Callable[[str], CutModel]) -> None:
     model = cut_model("mixtral")
     structure = model.structure
     sets = tuple(ExpertSet(i, f"node-{i}", _everywhere(model, tuple(range(i, 8, 2))), 0) for i in range(2))
@@ -176,7 +176,7 @@ def test_every_choice_is_counted_at_the_node_that_served_it(cut_model: Callable[
         assert sum(work.values()) == 9 * 2 * expert
 
 
-def test_lost_holder_ends_the_step_with_its_name(cut_model: Callable[[str], CutModel]) -> None:
+def test_a_lost_expert_set_fails_the_step_and_is_named(cut_model: Callable[[str], CutModel]) -> None:
     model = cut_model("mixtral")
     apart = ExpertSet(0, "elsewhere", _everywhere(model, tuple(range(8))), 0)
     link = _link(model, apart)
@@ -187,7 +187,7 @@ def test_lost_holder_ends_the_step_with_its_name(cut_model: Callable[[str], CutM
         _run(runner)
 
 
-def test_only_the_answer_to_the_very_request_is_taken() -> None:
+def test_only_the_answer_to_the_same_request_is_accepted() -> None:
     sent = TokenSlices(_STEP, torch.ones(1, 64), torch.tensor([[1, 3]]), torch.ones(1, 2))
     request, sums = sent.encode(), torch.ones(1, 64)
 
@@ -208,7 +208,7 @@ def test_only_the_answer_to_the_very_request_is_taken() -> None:
         answered(to=replace(sent, hidden=torch.zeros(1, 64)).encode())
 
 
-def test_a_request_put_together_from_two_is_refused() -> None:
+def test_a_request_with_parts_of_two_steps_is_refused() -> None:
     one = TokenSlices(_STEP, torch.ones(1, 64), torch.tensor([[1, 3]]), torch.ones(1, 2)).encode()
     later = replace(_STEP, step=3)
     other = TokenSlices(later, torch.ones(1, 64), torch.tensor([[1, 3]]), torch.ones(1, 2)).encode()
@@ -218,7 +218,7 @@ def test_a_request_put_together_from_two_is_refused() -> None:
         TokenSlices.decode(one[:first_part] + other[first_part:], torch.device("cpu"))
 
 
-def test_a_replica_serves_at_once_when_a_set_is_gone_and_is_paid_for_it(
+def test_replicas_take_over_at_once_for_a_lost_set_and_are_paid(
     cut_model: Callable[[str], CutModel],
 ) -> None:
     model = cut_model("mixtral")
@@ -236,11 +236,11 @@ def test_a_replica_serves_at_once_when_a_set_is_gone_and_is_paid_for_it(
     assert [token.token_id for token in result.tokens] == [token.token_id for token in whole.tokens]
     assert {work.node_id for work in result.expert_work} == {"router", "second", "third"}
     per_layer = Counter(layer for chosen, layer, _ in link.asked if chosen == 0)
-    assert set(per_layer.values()) == {1}, "it is asked once, then left alone"
+    assert set(per_layer.values()) == {1}, "the lost set gets one request a layer and no other"
     assert sum(sum(counts) for counts in runner.num_chosen().values()) == 9 * 2 * len(per_layer)
 
 
-def test_without_a_replica_of_everything_that_is_gone_the_set_is_to_blame(
+def test_a_lost_set_is_to_blame_when_one_of_its_experts_has_no_replica(
     cut_model: Callable[[str], CutModel],
 ) -> None:
     model = cut_model("mixtral")
@@ -254,7 +254,7 @@ def test_without_a_replica_of_everything_that_is_gone_the_set_is_to_blame(
         _run(_stage(model, sets, _everywhere(model, (4, 5, 6, 7)), link))
 
 
-def test_a_set_that_was_done_without_is_to_blame_for_an_expert_that_only_it_holds(
+def test_a_lost_set_is_to_blame_later_for_an_expert_that_only_it_holds(
     cut_model: Callable[[str], CutModel],
 ) -> None:
     model = cut_model("mixtral")

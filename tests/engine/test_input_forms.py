@@ -1,4 +1,4 @@
-"""Checkpoints in the forms that people have: one result, whatever their tensors are called and held in."""
+"""Checkpoints in all common forms: names and grouping of their tensors do not change the result."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ def saved(model: PreTrainedModel, folder: Path) -> None:
 
 
 def in_memory_names(model: PreTrainedModel, folder: Path) -> None:
-    """Write the tensors under the names that transformers holds them by: all experts of a layer in one."""
+    """Save the tensors under transformers' names in memory: all experts of a layer in one tensor."""
     model.save_pretrained(folder)
     tied = set(model.all_tied_weights_keys)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
@@ -29,7 +29,7 @@ def in_memory_names(model: PreTrainedModel, folder: Path) -> None:
 
 
 def without_prefix(model: PreTrainedModel, folder: Path) -> None:
-    """Write the tensors as the first uploads of GPT-2 and BLOOM have them."""
+    """Save the tensors under the names in the first uploads of GPT-2 and BLOOM."""
     model.save_pretrained(folder)
     prefix = f"{model.base_model_prefix}."
     tensors = {name.removeprefix(prefix): one for name, one in load_file(folder / WEIGHTS).items()}
@@ -37,14 +37,14 @@ def without_prefix(model: PreTrainedModel, folder: Path) -> None:
 
 
 def with_the_tied_head(model: PreTrainedModel, folder: Path) -> None:
-    """Write a tied head a second time, as some exporters do."""
+    """Save a tied head a second time, as some exporters do."""
     model.save_pretrained(folder)
     tensors = load_file(folder / WEIGHTS)
     tensors["lm_head.weight"] = model.get_output_embeddings().weight.detach().clone()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-# What is written, how, and a part of a name that is then there or, after "no ", is not.
+# Form -> family, function that saves it, a part of a tensor's name that the file has or, after "no ", lacks.
 FORMS: dict[str, tuple[str, Callable[[PreTrainedModel, Path], None], str]] = {
     "one tensor per expert": ("mixtral", saved, ".experts.3.w1."),
     "one tensor per expert, newer names": ("qwen3_moe", saved, ".experts.3.gate_proj."),

@@ -1,4 +1,4 @@
-"""Batches: whoever shares a step with whom, everyone gets what they would get alone."""
+"""Batches: a sequence gets the same tokens in any batch as it gets alone."""
 
 from collections.abc import Callable, Sequence
 
@@ -72,7 +72,7 @@ def test_ragged_batch_with_mixed_sampling_equals_lone_runs(
     assert pipeline.engine.num_free_blocks == 64
 
 
-def test_sequences_that_give_way_for_want_of_blocks_end_as_if_they_had_not(
+def test_preempted_sequences_end_with_the_same_tokens(
     cut_model: Callable[[str], CutModel],
 ) -> None:
     prompts = _prompts(6, 7, 8, 9)
@@ -83,34 +83,34 @@ def test_sequences_that_give_way_for_want_of_blocks_end_as_if_they_had_not(
     crowded = tight.generate(prompts, sampling)
 
     assert [one.token_ids for one in crowded] == [one.token_ids for one in roomy]
-    # What was computed twice is counted once.
+    # Tokens that were computed twice are counted once.
     assert [one.work for one in crowded] == [one.work for one in roomy]
     assert tight.engine.num_free_blocks == 8
 
 
-def test_spread_experts_are_counted_where_they_ran(cut_model: Callable[[str], CutModel]) -> None:
+def test_distributed_experts_are_counted_where_they_ran(cut_model: Callable[[str], CutModel]) -> None:
     model = cut_model("qwen2_moe")
     prompts = _prompts(6, 11)
     sampling = SamplingParams(max_tokens=5, ignore_eos=True)
 
     whole = _pipeline(model).generate(prompts, sampling)
-    spread = _pipeline(model, holders=3).generate(prompts, sampling)
+    distributed = _pipeline(model, holders=3).generate(prompts, sampling)
 
-    for beside, apart in zip(whole, spread, strict=True):
+    for beside, apart in zip(whole, distributed, strict=True):
         assert beside.token_ids == apart.token_ids
         for layer in model.structure.layers:
-            # Spread or not, a token activates the same parameters.
+            # Distributed or not, a token activates the same parameters.
             assert sum(beside.work[layer.index].values()) == sum(apart.work[layer.index].values())
         moe = [layer.index for layer in model.structure.layers if layer.num_experts]
         assert all(any(node.startswith("experts") for node in apart.work[layer]) for layer in moe)
 
 
-def test_work_grows_with_the_tokens_that_ran(cut_model: Callable[[str], CutModel]) -> None:
+def test_work_is_proportional_to_the_tokens_that_ran(cut_model: Callable[[str], CutModel]) -> None:
     short, long = _pipeline(cut_model("llama")).generate(
         _prompts(4, 4), [SamplingParams(max_tokens=n, ignore_eos=True) for n in (1, 5)]
     )
 
-    # 4 prompt tokens ran for the first, and 4 of the 5 that were delivered more for the second.
+    # 4 prompt tokens ran for the first sequence, and 4 of its 5 delivered tokens more for the second.
     assert {layer: sum(nodes.values()) * 2 for layer, nodes in short.work.items()} == {
         layer: sum(nodes.values()) for layer, nodes in long.work.items()
     }

@@ -1,4 +1,4 @@
-"""A process whose steps allocate the same again and again keeps that memory, and gives it back when asked."""
+"""A process whose steps allocate the same memory again keeps it, and returns it to the system on request."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# In a process of its own: what is set stays set. A step is what a stage's is: a few buffers of some MiB.
+# In a process of its own, because the settings cannot be undone. A step allocates a few buffers of some MiB.
 _STEPS = """
 import json, resource, sys
 from azu.engine.malloc import give_back, keep_between_steps
@@ -45,8 +45,8 @@ def measured(*arguments: str) -> dict[str, int]:
     return dict(json.loads(done.stdout))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
-def test_steps_do_not_fault_their_memory_in_anew() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="the settings are glibc's")
+def test_steps_cause_few_page_faults_when_memory_is_kept() -> None:
     by_itself, kept = measured(), measured("keep")
 
     assert kept["faults"] < by_itself["faults"] / 10

@@ -1,4 +1,4 @@
-"""A stage that runs out of memory inside a step runs it in parts: it survives, and so do its answers."""
+"""A stage that runs out of memory inside a step runs it in parts, and its answers stay the same."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def test_answers_are_the_same_when_memory_runs_out_inside_steps(family: str, tmp
     print(f"{family}: out of memory {found['shortages']} times, answers identical")
 
 
-def pieces(*num_tokens: int) -> StepPart:
+def step_part(*num_tokens: int) -> StepPart:
     slices = tuple(Slice(index, 3, number, (0,), sample=True) for index, number in enumerate(num_tokens))
     return StepPart(slices, torch.arange(sum(num_tokens)))
 
@@ -41,7 +41,7 @@ def test_a_step_is_halved_by_slices_and_then_by_tokens() -> None:
             for one in part.slices
         ]
 
-    ran = run_in_parts(run, pieces(1, 4), StepPart.halves, "cpu")
+    ran = run_in_parts(run, step_part(1, 4), StepPart.halves, "cpu")
 
     assert [part for parts in ran for part in parts] == [
         (0, 3, 1, True, [0]),
@@ -50,7 +50,7 @@ def test_a_step_is_halved_by_slices_and_then_by_tokens() -> None:
     ]
 
 
-def test_one_token_without_room_is_the_stages_loss_and_other_errors_are_not_tried_again() -> None:
+def test_a_single_token_without_memory_raises_worker_lost_and_other_errors_are_not_retried() -> None:
     def never(_: StepPart) -> None:
         raise MemoryError
 
@@ -58,6 +58,6 @@ def test_one_token_without_room_is_the_stages_loss_and_other_errors_are_not_trie
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(WorkerLost, match="no memory left"):
-        run_in_parts(never, pieces(1, 4), StepPart.halves, "cpu")
+        run_in_parts(never, step_part(1, 4), StepPart.halves, "cpu")
     with pytest.raises(RuntimeError, match="shapes"):
-        run_in_parts(wrong, pieces(1, 4), StepPart.halves, "cpu")
+        run_in_parts(wrong, step_part(1, 4), StepPart.halves, "cpu")

@@ -1,4 +1,4 @@
-"""The engine's loop with made-up stages: what is delivered, counted, cancelled and closed."""
+"""The engine's pipeline with simulated stages: tokens, work, cancelled sequences and lost stages."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def _add(pipeline: EnginePipeline, sequence_id: int = 1, prompt: int = 3, **samp
 
 
 def _answer(batch: StepBatch, token: int = 9, **given: object) -> StepResult:
-    tokens = tuple(SampledToken(piece.sequence_id, token) for piece in batch.slices if piece.sample)
+    tokens = tuple(SampledToken(slice_.sequence_id, token) for slice_ in batch.slices if slice_.sample)
     return replace(StepResult(batch.epoch, batch.step, batch.micro_batch, tokens), **given)  # type: ignore[arg-type]
 
 
@@ -44,7 +44,7 @@ def _run(pipeline: EnginePipeline, token: int = 9) -> list[SequenceUpdate]:
     return updates
 
 
-def test_sequence_delivers_its_tokens_and_ends_at_its_limit() -> None:
+def test_a_sequence_delivers_its_tokens_and_ends_at_its_limit() -> None:
     pipeline = _pipeline()
     _add(pipeline, max_tokens=3)
 
@@ -65,7 +65,7 @@ def test_eos_is_delivered_and_ends_the_sequence() -> None:
     assert update.finish_reason is FinishReason.STOP
 
 
-def test_steps_carry_the_tokens_of_their_slices() -> None:
+def test_steps_have_the_tokens_of_their_slices() -> None:
     pipeline = _pipeline(prefill_chunk_tokens=2)
     _add(pipeline, prompt=3)
     batches = []
@@ -77,7 +77,7 @@ def test_steps_carry_the_tokens_of_their_slices() -> None:
     assert [batch.slices[0].position for batch in batches] == [0, 2, 3, 4, 5]
 
 
-def test_sequence_is_opened_once_and_closed_with_the_next_step() -> None:
+def test_a_sequence_is_opened_once_and_closed_with_the_next_step() -> None:
     pipeline = _pipeline()
     _add(pipeline, 1, max_tokens=1)
     first = _next(pipeline)
@@ -93,7 +93,7 @@ def test_sequence_is_opened_once_and_closed_with_the_next_step() -> None:
     assert (third.opened, third.closed) == ((), ())
 
 
-def test_sequence_that_is_taken_over_goes_on_where_it_was() -> None:
+def test_a_sequence_with_generated_tokens_continues_after_them() -> None:
     pipeline = _pipeline()
     pipeline.add(Sequence(1, (10, 11), SamplingParams(max_tokens=4), generated=(20, 21)))
 
@@ -134,7 +134,7 @@ def test_recomputed_tokens_are_counted_once() -> None:
     }
 
 
-def test_reports_of_spread_layers_are_added_up_and_foreign_ones_ignored() -> None:
+def test_expert_work_is_added_up_and_that_of_unknown_sequences_ignored() -> None:
     structure = builders.structure(2, moe_layers={1: 4})
     topology = replace(
         builders.topology({"a": (0, 2)}),
@@ -152,7 +152,7 @@ def test_reports_of_spread_layers_are_added_up_and_foreign_ones_ignored() -> Non
     assert updates[-1].work[1] == {"a": 10 + head, "b": 14}
 
 
-def test_cancelled_sequence_ends_at_once_and_frees_its_blocks_when_its_step_is_back() -> None:
+def test_a_cancelled_sequence_ends_at_once_and_frees_its_blocks_when_its_step_returns() -> None:
     pipeline = _pipeline()
     _add(pipeline)
     pipeline.complete(_answer(_next(pipeline)))
@@ -160,7 +160,7 @@ def test_cancelled_sequence_ends_at_once_and_frees_its_blocks_when_its_step_is_b
 
     (update,) = pipeline.cancel(1)
     assert update.finish_reason is FinishReason.CANCELLED
-    assert update.work  # what ran until then is paid
+    assert update.work  # tokens that ran until then are paid for
     assert pipeline.num_free_blocks < 64
     assert pipeline.complete(_answer(batch)) == []
     assert pipeline.num_free_blocks == 64
@@ -177,7 +177,7 @@ def test_results_of_another_epoch_or_repeated_change_nothing() -> None:
     assert pipeline.complete(result) == []
 
 
-def test_no_more_steps_leave_than_may_be_in_flight() -> None:
+def test_no_more_steps_start_than_may_be_in_flight() -> None:
     pipeline = _pipeline(micro_batches=2, prefill_chunk_tokens=6)
     for sequence_id in range(6):
         _add(pipeline, sequence_id)
@@ -189,7 +189,7 @@ def test_no_more_steps_leave_than_may_be_in_flight() -> None:
 
 
 @pytest.mark.parametrize("logprob", [None, -0.5])
-def test_logprobs_come_only_when_they_were_asked_for(logprob: float | None) -> None:
+def test_logprobs_are_returned_only_on_request(logprob: float | None) -> None:
     pipeline = _pipeline()
     _add(pipeline, max_tokens=1)
     batch = _next(pipeline)
@@ -207,7 +207,7 @@ def _two_stages() -> EnginePipeline:
     )
 
 
-def test_suspended_pipeline_sends_nothing_and_goes_on_behind_its_last_completed_step() -> None:
+def test_a_suspended_pipeline_sends_nothing_and_continues_after_its_last_completed_step() -> None:
     pipeline = _two_stages()
     _add(pipeline, prompt=3)
     pipeline.complete(_answer(_next(pipeline), token=20))
@@ -220,11 +220,11 @@ def test_suspended_pipeline_sends_nothing_and_goes_on_behind_its_last_completed_
     assert pipeline.complete(_answer(lost)) == []
     again = _next(pipeline)
     assert (again.epoch, again.token_ids) == (5, (20,))
-    # The last stage may have sampled what never came back.
+    # The last stage may have sampled a token that never returned.
     assert [one.generated for one in again.opened] == [(20,)]
 
 
-def test_a_lost_stage_is_filled_before_anything_else_runs() -> None:
+def test_a_lost_stage_is_filled_before_any_other_step_runs() -> None:
     pipeline = _two_stages()
     _add(pipeline, prompt=3)
     pipeline.complete(_answer(_next(pipeline)))
@@ -233,7 +233,7 @@ def test_a_lost_stage_is_filled_before_anything_else_runs() -> None:
 
     fill = _next(pipeline)
     assert fill.replay == Replay(1, 1)
-    assert [(piece.position, piece.num_tokens, piece.sample) for piece in fill.slices] == [(0, 3, False)]
+    assert [(slice_.position, slice_.num_tokens, slice_.sample) for slice_ in fill.slices] == [(0, 3, False)]
     assert pipeline.next_batch() is None
     assert pipeline.unfilled_stages == {1}
     assert pipeline.complete(replace(_answer(fill), epoch=2)) == []
@@ -242,7 +242,7 @@ def test_a_lost_stage_is_filled_before_anything_else_runs() -> None:
     assert _next(pipeline).replay is None
 
 
-def test_a_sequence_whose_rows_are_gone_runs_again_from_its_first_token() -> None:
+def test_a_sequence_without_stored_rows_runs_again_from_its_first_token() -> None:
     pipeline = _two_stages()
     _add(pipeline, prompt=3)
     pipeline.complete(_answer(_next(pipeline), token=20))
@@ -253,7 +253,7 @@ def test_a_sequence_whose_rows_are_gone_runs_again_from_its_first_token() -> Non
     assert (again.replay, again.token_ids) == (None, (10, 11, 12))
 
 
-def test_what_was_closed_in_a_step_that_was_lost_is_closed_again() -> None:
+def test_sequences_closed_in_a_lost_step_are_closed_again() -> None:
     pipeline = _two_stages()
     _add(pipeline, 1, max_tokens=1)
     pipeline.complete(_answer(_next(pipeline)))
@@ -265,7 +265,7 @@ def test_what_was_closed_in_a_step_that_was_lost_is_closed_again() -> None:
     assert _next(pipeline).closed == (1,)
 
 
-def test_a_sequence_cancelled_while_nothing_runs_gives_its_blocks_back() -> None:
+def test_a_sequence_cancelled_while_suspended_frees_its_blocks() -> None:
     pipeline = _two_stages()
     _add(pipeline)
     _next(pipeline)

@@ -1,4 +1,4 @@
-"""A lost stage is filled again by what its sender kept: every sequence ends as if nothing had happened."""
+"""A lost stage is filled again with the rows that its sender stored: every sequence gets the same tokens."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ _GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 
 
 class _Deployment:
-    """Real stages in this process, some of which are lost between two completed steps."""
+    """Real stages in this process; a test loses some of them between two completed steps."""
 
     def __init__(
         self,
@@ -62,10 +62,10 @@ class _Deployment:
             self.step()
 
     def lose(self, *stages: int, logs_gone: Collection[int] = (), nodes: str = "") -> None:
-        """Replace stages by empty ones, on other nodes if `nodes` names them, and go on."""
+        """Replace stages by empty ones, on other nodes if `nodes` names them, and continue."""
         pipeline, engine = self.pipeline, self.pipeline.engine
         engine.suspend()
-        self._leave_behind(min(stages))
+        self._run_in_flight_up_to(min(stages))
         pipeline.topology = replace(
             pipeline.topology,
             epoch=pipeline.topology.epoch + 1,
@@ -83,8 +83,8 @@ class _Deployment:
         }
         engine.resume(pipeline.topology, stages, num_sent)
 
-    def cut_anew(self, *boundaries: int) -> PieceSet:
-        """Go over to stages between other boundaries; return those that had to be loaded."""
+    def change_boundaries(self, *boundaries: int) -> PieceSet:
+        """Continue with stages between other boundaries; return those that had to be loaded."""
         pipeline, engine = self.pipeline, self.pipeline.engine
         engine.suspend()
         pipeline.in_flight.clear()
@@ -106,8 +106,8 @@ class _Deployment:
         engine.resume(change.topology, change.fresh.stages, num_sent)
         return change.fresh
 
-    def _leave_behind(self, lost: int) -> None:
-        """Have what is in flight run as far as the lost stage: what it writes there must not matter."""
+    def _run_in_flight_up_to(self, lost: int) -> None:
+        """Run the steps in flight up to the lost stage: what they write must not matter."""
         for batch in self.pipeline.in_flight:
             frame: bytes | None = None
             for stage in self.pipeline.stages[:lost]:
@@ -180,8 +180,8 @@ def test_lost_stages_change_no_token_and_no_share(
     assert got.pipeline.engine.num_free_blocks == 64
 
 
-@pytest.mark.parametrize("family", ["bloom", "qwen2_moe"])  # padded batches; experts apart from their routers
-def test_other_kinds_of_stages_are_filled_again_as_well(
+@pytest.mark.parametrize("family", ["bloom", "qwen2_moe"])  # padded batches; distributed experts
+def test_padded_and_distributed_stages_are_filled_again_as_well(
     cut_model: Callable[[str], CutModel], family: str
 ) -> None:
     model = cut_model(family)
@@ -209,7 +209,7 @@ def test_a_stage_lost_while_another_is_filled_again(cut_model: Callable[[str], C
     for _ in range(8):
         deployment.step()
     deployment.lose(2)
-    deployment.step()  # the first replay is through, others are on their way
+    deployment.step()  # the first replay has run, others are in flight
     deployment.lose(1, 2)
     deployment.run()
 
@@ -228,7 +228,7 @@ _CUTS = {(0, 6): {0}, (0, 2, 4, 6): {0, 1, 2}, (0, 2, 3, 6): {1, 2}, (0, 2, 6): 
         pytest.param("qwen2_moe", _CUTS, marks=pytest.mark.prove),
     ],
 )
-def test_another_cut_into_stages_changes_no_token_and_no_layers_share(
+def test_other_boundaries_change_no_token_and_no_layers_share(
     cut_model: Callable[[str], CutModel], family: str, cuts: dict[tuple[int, ...], set[int]]
 ) -> None:
     model = cut_model(family)
@@ -238,7 +238,7 @@ def test_another_cut_into_stages_changes_no_token_and_no_layers_share(
     for boundaries, fresh in cuts.items():
         for _ in range(5):
             deployment.step()
-        assert deployment.cut_anew(*boundaries).stages == fresh
+        assert deployment.change_boundaries(*boundaries).stages == fresh
         deployment.step()
     deployment.run()
 
@@ -249,7 +249,9 @@ def test_another_cut_into_stages_changes_no_token_and_no_layers_share(
 
 
 @pytest.mark.prove
-def test_a_cut_while_a_stage_is_filled_again_fills_the_new_ones(cut_model: Callable[[str], CutModel]) -> None:
+def test_boundaries_that_change_while_a_stage_is_filled_fill_the_new_stages(
+    cut_model: Callable[[str], CutModel],
+) -> None:
     model = cut_model("llama")
     deployment = _Deployment(model)
     deployment.add(_PROMPTS, _SAMPLING)
@@ -257,21 +259,23 @@ def test_a_cut_while_a_stage_is_filled_again_fills_the_new_ones(cut_model: Calla
         deployment.step()
     deployment.lose(3)
     deployment.step()
-    deployment.cut_anew(0, 1, 6)
+    deployment.change_boundaries(0, 1, 6)
     deployment.run()
 
     assert deployment.tokens == _undisturbed(model).tokens
 
 
 def _by_layer(deployment: _Deployment) -> dict[int, dict[int, int]]:
-    """Return sequence -> layer -> activated bytes, whoever activated them."""
+    """Return sequence -> layer -> bytes that all nodes together activated."""
     return {
         sequence_id: {layer: sum(by_node.values()) for layer, by_node in work.items()}
         for sequence_id, work in deployment.work.items()
     }
 
 
-def test_what_nobody_kept_is_computed_again_from_its_tokens(cut_model: Callable[[str], CutModel]) -> None:
+def test_a_sequence_without_stored_rows_is_computed_again_from_its_tokens(
+    cut_model: Callable[[str], CutModel],
+) -> None:
     model = cut_model("llama")
     deployment = _Deployment(model)
     deployment.add(_PROMPTS, _SAMPLING)
@@ -284,7 +288,7 @@ def test_what_nobody_kept_is_computed_again_from_its_tokens(cut_model: Callable[
     assert deployment.work == _undisturbed(model).work
 
 
-def test_sequences_that_give_way_for_blocks_survive_a_loss(cut_model: Callable[[str], CutModel]) -> None:
+def test_preempted_sequences_survive_a_loss(cut_model: Callable[[str], CutModel]) -> None:
     model = cut_model("llama")
 
     got = _disturbed(model, (2,), (1,), (3,), after=6, num_blocks=12)
@@ -293,7 +297,7 @@ def test_sequences_that_give_way_for_blocks_survive_a_loss(cut_model: Callable[[
     assert got.pipeline.engine.num_free_blocks == 12
 
 
-def test_whoever_ran_a_token_first_is_paid_for_it(cut_model: Callable[[str], CutModel]) -> None:
+def test_the_node_that_first_ran_a_token_is_paid_for_it(cut_model: Callable[[str], CutModel]) -> None:
     model = cut_model("llama")
     expected = _undisturbed(model)
     deployment = _Deployment(model)
@@ -310,7 +314,7 @@ def test_whoever_ran_a_token_first_is_paid_for_it(cut_model: Callable[[str], Cut
             assert set(work[layer]) == ({"stage-1", "spare-1"} if moved else set(before))
 
 
-def test_a_step_of_an_old_epoch_computes_nothing(cut_model: Callable[[str], CutModel]) -> None:
+def test_a_step_of_an_old_epoch_is_refused(cut_model: Callable[[str], CutModel]) -> None:
     deployment = _Deployment(cut_model("llama"))
     deployment.add(_PROMPTS, _SAMPLING)
     deployment.step()
@@ -321,10 +325,10 @@ def test_a_step_of_an_old_epoch_computes_nothing(cut_model: Callable[[str], CutM
         deployment.pipeline.stages[0].run(late, None)
 
 
-def test_what_is_over_is_kept_no_longer(cut_model: Callable[[str], CutModel]) -> None:
+def test_rows_of_finished_sequences_are_dropped(cut_model: Callable[[str], CutModel]) -> None:
     deployment = _Deployment(cut_model("llama"))
     deployment.add([_PROMPTS[0], _PROMPTS[1]], [SamplingParams(max_tokens=2, ignore_eos=True), _GREEDY])
     deployment.run()
 
     for stage in deployment.pipeline.stages[:-1]:
-        assert set(stage.num_sent([1, 2])) == {2}  # it goes with the step after the one that ended it
+        assert set(stage.num_sent([1, 2])) == {2}  # sequence 2 has ended too, but no later step closed it

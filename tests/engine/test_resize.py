@@ -1,4 +1,4 @@
-"""KV pools that shrink and grow under running sequences: each ends as if nothing had happened."""
+"""KV pools that shrink and grow while sequences run: the sequences end with the same tokens."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +32,9 @@ def _resize(deployment: _Deployment, num_blocks: int) -> None:
 
 
 @pytest.mark.parametrize("after", [1, 3, 6, 11])
-def test_sequences_whose_blocks_go_are_computed_again_to_the_same_end(dense: CutModel, after: int) -> None:
+def test_sequences_that_lose_blocks_are_computed_again_with_the_same_tokens(
+    dense: CutModel, after: int
+) -> None:
     undisturbed = _undisturbed(dense)
     deployment = _Deployment(dense)
     deployment.add(_PROMPTS, _SAMPLING)
@@ -43,11 +45,11 @@ def test_sequences_whose_blocks_go_are_computed_again_to_the_same_end(dense: Cut
     deployment.run()
 
     assert deployment.tokens == undisturbed.tokens
-    assert deployment.work == undisturbed.work, "what is computed again is paid to nobody"
+    assert deployment.work == undisturbed.work, "tokens that are computed again are not paid for"
     assert deployment.pipeline.engine.num_preempted > 0
 
 
-def test_no_block_that_is_gone_is_ever_used_again(dense: CutModel) -> None:
+def test_a_removed_block_is_never_used_again(dense: CutModel) -> None:
     deployment = _Deployment(dense)
     deployment.add(_PROMPTS, _SAMPLING)
     for _ in range(5):
@@ -64,7 +66,7 @@ def test_no_block_that_is_gone_is_ever_used_again(dense: CutModel) -> None:
     deployment.run(uses_few)
 
 
-def test_the_longest_that_was_taken_keeps_its_room_and_a_longer_one_is_refused() -> None:
+def test_the_longest_accepted_sequence_keeps_its_blocks_and_a_longer_one_is_refused() -> None:
     scheduler = BatchScheduler(SchedulerConfig(num_blocks=100, block_size=4), num_stages=1)
     scheduler.add(Sequence(1, (1,) * 40, SamplingParams(max_tokens=1)))
 

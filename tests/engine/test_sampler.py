@@ -1,4 +1,4 @@
-"""Sampling is transformers' own, and depends on nothing but logits, parameters, seed and index."""
+"""Sampling is transformers' own, and depends only on logits, parameters, seed and index."""
 
 from dataclasses import replace
 
@@ -31,13 +31,13 @@ def _tokens(sampling: SamplingParams, num_tokens: int = 20) -> list[int]:
     return [sampler.sample([1], _logits(index))[0].token_id for index in range(num_tokens)]
 
 
-def test_greedy_takes_the_largest_logit() -> None:
+def test_greedy_sampling_takes_the_largest_logit() -> None:
     logits = _logits()
 
     assert _sampler(SamplingParams(max_tokens=1)).sample([1], logits)[0].token_id == int(logits.argmax())
 
 
-def test_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_gives_others() -> None:
     sampling = SamplingParams(max_tokens=20, temperature=1.0, seed=3)
 
     assert _tokens(sampling) == _tokens(sampling)
@@ -49,7 +49,7 @@ def test_any_whole_number_is_a_seed(seed: int) -> None:
     assert _tokens(SamplingParams(max_tokens=20, temperature=1.0, seed=seed))
 
 
-def test_sequence_taken_over_in_the_middle_goes_on_the_same() -> None:
+def test_a_sequence_continued_in_the_middle_gets_the_same_tokens() -> None:
     sampling = SamplingParams(
         max_tokens=20, temperature=1.0, seed=3, repetition_penalty=1.2, frequency_penalty=0.5, min_tokens=12
     )
@@ -61,7 +61,7 @@ def test_sequence_taken_over_in_the_middle_goes_on_the_same() -> None:
     assert rest == whole[8:]
 
 
-def test_neighbours_in_the_batch_change_nothing() -> None:
+def test_other_sequences_in_the_batch_change_no_token() -> None:
     sampling = SamplingParams(max_tokens=20, temperature=1.0, seed=3)
     sampler = _sampler(sampling, sequence_id=5)
     sampler.open([OpenedSequence(6, _PROMPT, SamplingParams(max_tokens=9, temperature=2.0, seed=9))])
@@ -103,7 +103,7 @@ def test_neighbours_in_the_batch_change_nothing() -> None:
         ),
     ],
 )
-def test_distribution_is_that_of_generate(ours: dict[str, object], theirs: dict[str, object]) -> None:
+def test_the_distribution_is_that_of_generate(ours: dict[str, object], theirs: dict[str, object]) -> None:
     logits = _logits(11)
     config = LlamaConfig(
         vocab_size=_VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
@@ -125,19 +125,19 @@ def test_distribution_is_that_of_generate(ours: dict[str, object], theirs: dict[
     assert (drawn - expected).abs().max() < 0.07
 
 
-def test_presence_and_frequency_penalties_lower_what_was_generated() -> None:
+def test_presence_and_frequency_penalties_lower_generated_tokens() -> None:
     logits = torch.zeros(1, _VOCAB)
     logits[0, 7], logits[0, 20], logits[0, 21] = 3.0, 3.0, 2.4
     sampling = SamplingParams(max_tokens=3, presence_penalty=0.5, frequency_penalty=0.2)
 
-    # 7 stands in the prompt, which these penalties leave alone.
+    # 7 is in the prompt, which these penalties do not count.
     assert _sampler(sampling).sample([1], logits)[0].token_id == 7
     assert _sampler(sampling, (7,)).sample([1], logits)[0].token_id == 20
     assert _sampler(sampling, (7, 20)).sample([1], logits)[0].token_id == 21
     assert _sampler(sampling, (7, 20, 20, 21, 21, 21)).sample([1], logits)[0].token_id == 7
 
 
-def test_end_is_forbidden_before_the_minimum() -> None:
+def test_ends_are_impossible_before_the_minimum_of_tokens() -> None:
     logits = torch.zeros(1, _VOCAB)
     logits[0, _EOS], logits[0, 30], logits[0, 31] = 9.0, 8.0, 7.0
     sampler = _sampler(SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=(30,)))
@@ -145,7 +145,7 @@ def test_end_is_forbidden_before_the_minimum() -> None:
     assert [sampler.sample([1], logits)[0].token_id for _ in range(3)] == [31, 31, _EOS]
 
 
-def test_logprobs_are_those_of_the_model_before_any_change() -> None:
+def test_logprobs_are_the_models_before_any_processor() -> None:
     logits = _logits(5)
     sampling = SamplingParams(max_tokens=1, temperature=0.3, top_k=2, logprobs=4)
 

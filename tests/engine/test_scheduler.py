@@ -1,4 +1,4 @@
-"""The scheduler against a made-up engine: no block is given twice, no sequence starves."""
+"""The scheduler with a simulated engine: no block has two sequences, and no sequence starves."""
 
 from collections import deque
 
@@ -19,13 +19,13 @@ def _sequence(sequence_id: int, prompt: int, max_tokens: int) -> Sequence:
 
 
 class _Engine:
-    """Runs steps in order and checks what every stage relies on."""
+    """Simulates the stages: runs steps in order and checks what every stage relies on."""
 
     def __init__(self, config: SchedulerConfig, restart_length: int | None = None) -> None:
         self.config = config
         self.scheduler = BatchScheduler(config, num_stages=1, restart_length=restart_length)
         self.in_flight: deque[_Step] = deque()
-        self.cached: dict[int, list[tuple[int, int]]] = {}  # slot -> who wrote it for which position
+        self.cached: dict[int, list[tuple[int, int]]] = {}  # slot -> (sequence, position) of its last write
         self.restart_length = restart_length
         self.steps = 0
 
@@ -40,42 +40,42 @@ class _Engine:
         return bool(step)
 
     def take(self) -> None:
-        for sequence, piece in self.in_flight.popleft():
+        for sequence, slice_ in self.in_flight.popleft():
             self.scheduler.slice_returned(sequence)
-            sequence.num_ran = max(sequence.num_ran, piece.position + piece.num_tokens)
-            if piece.sample and sequence.state == "running":
+            sequence.num_ran = max(sequence.num_ran, slice_.position + slice_.num_tokens)
+            if slice_.sample and sequence.state == "running":
                 self.scheduler.extend(sequence, 7)
                 if sequence.num_generated == sequence.sampling.max_tokens:
                     self.scheduler.finish(sequence)
 
     def _compute(self, step: _Step) -> None:
-        blocks = [block for _, piece in step for block in piece.block_ids]
+        blocks = [block for _, slice_ in step for block in slice_.block_ids]
         assert len(blocks) == len(set(blocks)), "a block belongs to one sequence"
         assert len({sequence.sequence_id for sequence, _ in step}) == len(step)
-        prefill = sum(piece.num_tokens for _, piece in step if piece.num_tokens > 1)
+        prefill = sum(slice_.num_tokens for _, slice_ in step if slice_.num_tokens > 1)
         assert prefill <= max(self.config.prefill_chunk_tokens, 1)
         if self.restart_length is not None:
-            assert len({piece.sequence_length > self.restart_length for _, piece in step}) == 1
-        for sequence, piece in step:
+            assert len({slice_.sequence_length > self.restart_length for _, slice_ in step}) == 1
+        for sequence, slice_ in step:
             slots = [
                 block * self.config.block_size + offset
-                for block in piece.block_ids
+                for block in slice_.block_ids
                 for offset in range(self.config.block_size)
             ]
-            for position in range(piece.position):
+            for position in range(slice_.position):
                 owner = self.cached[slots[position]]
-                assert owner == (sequence.sequence_id, position), "what was cached is still there"
-            for position in range(piece.position, piece.position + piece.num_tokens):
+                assert owner == (sequence.sequence_id, position), "the cached tokens are still in their slots"
+            for position in range(slice_.position, slice_.position + slice_.num_tokens):
                 self.cached[slots[position]] = (sequence.sequence_id, position)
 
-    def run_dry(self, limit: int = 5_000) -> None:
+    def run_all(self, limit: int = 5_000) -> None:
         for _ in range(limit):
             while self.send():
                 pass
             if not self.in_flight:
                 return
             self.take()
-        raise AssertionError("it does not end")
+        raise AssertionError("the sequences do not end")
 
 
 _JOBS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=12)
@@ -90,9 +90,9 @@ _JOBS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, 
     max_running=st.integers(1, 6),
     restart_length=st.one_of(st.none(), st.integers(1, 30)),
 )
-# A turn of short sequences for which there is no block: the long one has to run meanwhile.
+# The turn of short sequences, for which no block is free: the long one has to run meanwhile.
 @example(jobs=[(18, 9), (6, 12)], num_blocks=11, chunk=3, micro_batches=1, max_running=2, restart_length=17)
-def test_every_sequence_ends_and_every_block_comes_back(
+def test_every_sequence_ends_and_every_block_becomes_free(
     jobs: list[tuple[int, int]],
     num_blocks: int,
     chunk: int,
@@ -107,7 +107,7 @@ def test_every_sequence_ends_and_every_block_comes_back(
         engine.scheduler.add(sequence)
         engine.send()
 
-    engine.run_dry()
+    engine.run_all()
 
     assert all(sequence.num_generated == sequence.sampling.max_tokens for sequence in sequences)
     assert engine.scheduler.num_free_blocks == num_blocks
@@ -115,7 +115,7 @@ def test_every_sequence_ends_and_every_block_comes_back(
 
 @settings(max_examples=100, deadline=None)
 @given(jobs=_JOBS, cancelled=st.sets(st.tuples(st.integers(0, 11), st.integers(0, 20))), data=st.data())
-def test_sequences_that_are_given_up_leave_no_block(
+def test_cancelled_sequences_free_their_blocks(
     jobs: list[tuple[int, int]], cancelled: set[tuple[int, int]], data: st.DataObject
 ) -> None:
     engine = _Engine(SchedulerConfig(16, 4, 8, 6, 2))
@@ -130,12 +130,12 @@ def test_sequences_that_are_given_up_leave_no_block(
         if engine.in_flight and data.draw(st.booleans()):
             engine.take()
 
-    engine.run_dry()
+    engine.run_all()
 
     assert engine.scheduler.num_free_blocks == 16
 
 
-def test_sequence_that_could_never_run_is_refused() -> None:
+def test_a_sequence_that_could_never_run_is_refused() -> None:
     scheduler = BatchScheduler(SchedulerConfig(num_blocks=4, block_size=4), num_stages=1)
 
     scheduler.add(_sequence(1, prompt=10, max_tokens=7))  # 16 tokens in the cache
@@ -152,11 +152,11 @@ def test_decodes_share_a_step_with_a_prompt_in_chunks() -> None:
 
     engine.send()
 
-    pieces = {piece.sequence_id: piece.num_tokens for _, piece in engine.in_flight[0]}
-    assert pieces == {1: 1, 2: 8}
+    sizes = {slice_.sequence_id: slice_.num_tokens for _, slice_ in engine.in_flight[0]}
+    assert sizes == {1: 1, 2: 8}
 
 
-def test_short_prompt_is_not_kept_waiting_by_long_ones() -> None:
+def test_a_short_prompt_does_not_wait_for_long_ones() -> None:
     engine = _Engine(SchedulerConfig(1024, 4, prefill_chunk_tokens=32))
     for index in range(8):
         engine.scheduler.add(_sequence(index, prompt=200, max_tokens=4))
@@ -167,14 +167,14 @@ def test_short_prompt_is_not_kept_waiting_by_long_ones() -> None:
     engine.scheduler.add(short)
 
     engine.send()
-    sizes = [piece.num_tokens for _, piece in engine.in_flight[0]]
+    sizes = [slice_.num_tokens for _, slice_ in engine.in_flight[0]]
     engine.take()
 
     assert short.num_generated == 1
-    assert sizes == [16, 10], "what is left of the step would only keep it waiting"
+    assert sizes == [16, 10], "a part of a third prompt would only delay the short one"
 
 
-def test_a_lone_prompt_is_cut_so_that_no_stage_waits_for_all_of_it() -> None:
+def test_a_single_prompt_is_cut_into_chunks_for_all_stages() -> None:
     engine = _Engine(SchedulerConfig(64, 16, prefill_chunk_tokens=256, micro_batches=2))
     engine.scheduler.add(_sequence(1, prompt=300, max_tokens=2))
 
@@ -188,7 +188,7 @@ def test_a_lone_prompt_is_cut_so_that_no_stage_waits_for_all_of_it() -> None:
     assert sizes == [150, 75, 64, 11]
 
 
-def test_oldest_prompt_keeps_half_of_every_step() -> None:
+def test_the_oldest_prompt_gets_half_of_every_step() -> None:
     engine = _Engine(SchedulerConfig(1024, 4, prefill_chunk_tokens=32))
     engine.scheduler.add(_sequence(0, prompt=200, max_tokens=4))
     for index in range(1, 9):
@@ -196,11 +196,11 @@ def test_oldest_prompt_keeps_half_of_every_step() -> None:
 
     engine.send()
 
-    sizes = {piece.sequence_id: piece.num_tokens for _, piece in engine.in_flight[0]}
+    sizes = {slice_.sequence_id: slice_.num_tokens for _, slice_ in engine.in_flight[0]}
     assert sizes[0] == 16
 
 
-def test_chunks_of_one_prompt_follow_each_other_without_waiting() -> None:
+def test_chunks_of_one_prompt_are_in_flight_together() -> None:
     engine = _Engine(SchedulerConfig(64, 4, prefill_chunk_tokens=8, micro_batches=3))
     engine.scheduler.add(_sequence(1, prompt=20, max_tokens=2))
 
@@ -226,7 +226,7 @@ def test_decoding_sequences_are_split_evenly_over_micro_batches() -> None:
     assert [len(step) for step in engine.in_flight] == [4, 4]
 
 
-def test_youngest_gives_way_when_blocks_run_out() -> None:
+def test_the_youngest_is_preempted_when_no_block_is_free() -> None:
     engine = _Engine(SchedulerConfig(num_blocks=4, block_size=4, prefill_chunk_tokens=16))
     old, young = _sequence(1, prompt=7, max_tokens=6), _sequence(2, prompt=7, max_tokens=6)
     for sequence in (old, young):
@@ -237,7 +237,7 @@ def test_youngest_gives_way_when_blocks_run_out() -> None:
 
     assert old.state == "running"
     assert young.state == "waiting"
-    engine.run_dry()
+    engine.run_all()
     assert young.num_generated == 6
 
 
@@ -250,7 +250,7 @@ def test_steps_are_short_for_a_while_after_a_stage_ran_out_of_memory() -> None:
         sizes = []
         for _ in range(num_steps):
             assert engine.send()
-            sizes.append(sum(piece.num_tokens for _, piece in engine.in_flight[-1]))
+            sizes.append(sum(slice_.num_tokens for _, slice_ in engine.in_flight[-1]))
             engine.take()
         return max(sizes)
 

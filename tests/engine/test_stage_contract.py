@@ -1,4 +1,4 @@
-"""Whoever caused a fault is replaced, not whoever noticed it."""
+"""The piece that caused a fault is blamed, not the one that noticed it."""
 
 import pickle
 
@@ -34,14 +34,14 @@ def _failed_by(cause: AzuError) -> ExpertsFailed:
         (_failed_by(FrameError("wrong checksum")), True),
         (_failed_by(DeadlineExceeded("did not answer in time")), False),
         (FrameError("logits that are not finite"), False),
-        (OldEpoch("given up"), False),
+        (OldEpoch("old"), False),
     ],
 )
-def test_only_what_another_piece_sent_counts_against_it(error: AzuError, counts: bool) -> None:
+def test_only_content_that_another_piece_sent_is_a_bad_frame(error: AzuError, counts: bool) -> None:
     assert is_bad_frame(error) is counts
 
 
-def test_a_fault_crosses_a_process_border_whole() -> None:
+def test_an_error_keeps_its_sender_across_a_process_border() -> None:
     arrived = pickle.loads(pickle.dumps(BadFrame(1, "wrong checksum")))
 
     assert (type(arrived), arrived.sender) == (BadFrame, 1)

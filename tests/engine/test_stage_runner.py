@@ -1,4 +1,4 @@
-"""What was sent is kept by position, within a bound, from the first row on or not at all."""
+"""The log of sent rows, and a stage that checks every step before it runs it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +31,7 @@ def _log(max_rows: int = 100) -> SentLog:
     return SentLog(_ROW, max_rows * _ROW)
 
 
-def test_rows_of_mixed_steps_come_back_by_sequence_and_position() -> None:
+def test_rows_of_mixed_steps_are_returned_by_sequence_and_position() -> None:
     log = _log()
     log.record([_slice(1, 0, 2), _slice(2, 0, 1)], _payload(10, 11, 20))
     log.record([_slice(2, 1, 1), _slice(1, 2, 1)], _payload(21, 12))
@@ -48,7 +48,7 @@ def test_rows_that_are_computed_again_replace_the_old_ones() -> None:
     assert log.rows([_slice(1, 0, 5)]) == bytes(_payload(1, 2, 7, 8, 9))
 
 
-def test_the_sequence_that_was_begun_first_is_dropped_when_there_is_too_much() -> None:
+def test_a_full_log_drops_the_sequence_that_began_first() -> None:
     log = _log(max_rows=5)
     log.record([_slice(1, 0, 3)], _payload(1, 2, 3))
     log.record([_slice(2, 0, 2)], _payload(1, 2))
@@ -58,7 +58,7 @@ def test_the_sequence_that_was_begun_first_is_dropped_when_there_is_too_much() -
     assert log.rows([_slice(1, 0, 1)]) is None
 
 
-def test_a_dropped_sequence_is_not_kept_from_its_middle_on() -> None:
+def test_a_dropped_sequence_is_not_stored_from_its_middle_on() -> None:
     log = _log(max_rows=3)
     log.record([_slice(1, 0, 4)], _payload(1, 2, 3, 4))
     log.record([_slice(1, 4, 1)], _payload(5))
@@ -68,7 +68,7 @@ def test_a_dropped_sequence_is_not_kept_from_its_middle_on() -> None:
     assert log.num_rows([1]) == {1: 2}
 
 
-def test_what_is_over_makes_room() -> None:
+def test_a_finished_sequence_frees_its_space() -> None:
     log = _log(max_rows=4)
     log.record([_slice(1, 0, 2)], _payload(1, 2))
     log.drop([1, 99])
@@ -116,7 +116,7 @@ def last(cut_model: Callable[[str], CutModel]) -> StageRunner:
 
 
 def _next(batch: StepBatch) -> StepBatch:
-    """Return a batch as a step that no stage has seen."""
+    """Return a batch with the number of a new step."""
     return replace(batch, step=next(_STEPS))
 
 
@@ -126,7 +126,7 @@ def _handoff(first: StageRunner) -> Handoff:
     return output
 
 
-def test_last_stage_samples_only_where_asked(first: StageRunner, last: StageRunner) -> None:
+def test_the_last_stage_samples_only_where_a_slice_asks_for_it(first: StageRunner, last: StageRunner) -> None:
     handoff = _handoff(first)
     result = last.run(handoff.batch, handoff.frame)
 
@@ -137,7 +137,7 @@ def test_last_stage_samples_only_where_asked(first: StageRunner, last: StageRunn
     assert len(token.top_logprobs) == 3
 
 
-def test_handoff_carries_no_token_ids(first: StageRunner) -> None:
+def test_a_handoff_has_no_token_ids(first: StageRunner) -> None:
     assert _handoff(first).batch.token_ids == ()
 
 
@@ -153,7 +153,7 @@ def test_handoff_carries_no_token_ids(first: StageRunner) -> None:
         ({"rows": ()}, "rows"),
     ],
 )
-def test_frame_that_does_not_fit_is_refused_and_its_sender_named(
+def test_a_frame_of_another_step_or_shape_is_refused_and_its_sender_named(
     first: StageRunner, last: StageRunner, changes: dict[str, object], complaint: str
 ) -> None:
     handoff = _handoff(first)
@@ -200,12 +200,12 @@ def test_damaged_or_missing_bytes_are_refused(first: StageRunner, last: StageRun
         replace(_BATCH, slices=(Slice(1, 0, 5, (), sample=True),)),
     ],
 )
-def test_first_stage_refuses_steps_it_cannot_run(first: StageRunner, batch: StepBatch) -> None:
+def test_the_first_stage_refuses_steps_that_it_cannot_run(first: StageRunner, batch: StepBatch) -> None:
     with pytest.raises(FrameError):
         first.run(_next(batch), None)
 
 
-def test_a_step_that_comes_again_or_too_late_is_refused(first: StageRunner, last: StageRunner) -> None:
+def test_a_repeated_or_late_step_is_refused(first: StageRunner, last: StageRunner) -> None:
     earlier, later = _handoff(first), _handoff(first)
     last.run(later.batch, later.frame)
 
@@ -216,7 +216,7 @@ def test_a_step_that_comes_again_or_too_late_is_refused(first: StageRunner, last
             first.run(replace(_BATCH, step=handoff.batch.step), None)
 
 
-def test_sequence_that_was_never_opened_is_not_sampled(first: StageRunner, last: StageRunner) -> None:
+def test_a_sequence_that_was_never_opened_is_not_sampled(first: StageRunner, last: StageRunner) -> None:
     handoff = _handoff(first)
     slices = (replace(_BATCH.slices[0], sample=False), replace(_BATCH.slices[1], sample=True))
 
@@ -224,7 +224,7 @@ def test_sequence_that_was_never_opened_is_not_sampled(first: StageRunner, last:
         last.run(replace(handoff.batch, slices=slices), handoff.frame)
 
 
-def test_missing_or_foreign_shards_are_refused(cut_model: Callable[[str], CutModel]) -> None:
+def test_missing_or_wrong_shards_are_refused(cut_model: Callable[[str], CutModel]) -> None:
     model = cut_model("llama")
     spec, paths = _spec(model, 0), model.paths()
 

@@ -1,4 +1,4 @@
-"""Stop strings: they end the text wherever they begin and end, and nothing of them is ever shown."""
+"""Stop strings end the text at any place in its tokens, and no part of them is ever returned."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +15,7 @@ from azu.protocol.sampling import SamplingParams
 
 
 class Letters:
-    """Decodes token ids as characters; what is above 1000 is the first half of one and shows nothing yet."""
+    """Decodes token ids as characters; an id above 1000 is the first half of one and has no text yet."""
 
     def __init__(self) -> None:
         self._half = ""
@@ -33,8 +33,8 @@ class Letters:
         return self._half
 
 
-def shown(pieces: Iterable[str], *stop: str, min_tokens: int = 0) -> list[str]:
-    """Return what each piece of text showed, at last what the end did."""
+def returned(pieces: Iterable[str], *stop: str, min_tokens: int = 0) -> list[str]:
+    """Return the new text after each token, and last the rest at the end."""
     text = CompletionText(Words(pieces), stop, min_tokens)
     given = [text.push(index).text for index in range(len(list(pieces)))]
     return [*given, text.finish().text]
@@ -58,12 +58,12 @@ class Words:
     [
         (["Hello", " world", "!"], (), ["Hello", " world", "!", ""]),
         (["one", "\n", "two"], ("\n",), ["one", "", "", ""]),
-        # It begins inside one piece and ends in the next but one.
+        # The stop string begins inside one token and ends two tokens later.
         (["ab E", "N", "D cd"], ("END",), ["ab ", "", "", ""]),
-        # What looked like one was none: it comes as soon as that is certain.
+        # A text that began like the stop string is returned as soon as it cannot become one.
         (["ab E", "N", "X"], ("END",), ["ab ", "", "ENX", ""]),
         (["ab EN"], ("END",), ["ab ", "EN"]),
-        # The first one ends the text, whichever was named first.
+        # The first one in the text ends it, in any order of the parameters.
         (["x STOP END"], ("END", "STOP"), ["x ", ""]),
         (["aab", "aac"], ("aac",), ["aab", "", ""]),
         (["aaa", "b"], ("aab",), ["a", "", ""]),
@@ -72,11 +72,11 @@ class Words:
 def test_text_ends_before_a_stop_string(
     pieces: list[str], stop: tuple[str, ...], expected: list[str]
 ) -> None:
-    assert shown(pieces, *stop) == expected
+    assert returned(pieces, *stop) == expected
 
 
-def test_a_stop_string_is_ordinary_text_before_the_least_number_of_tokens() -> None:
-    assert shown(["a.", "b.", "c."], ".", min_tokens=2) == ["a.", "b", "", ""]
+def test_a_stop_string_is_ordinary_text_before_the_minimum_of_tokens() -> None:
+    assert returned(["a.", "b.", "c."], ".", min_tokens=2) == ["a.", "b", "", ""]
 
 
 def test_the_sequence_ends_with_the_token_that_completes_the_stop_string() -> None:
@@ -94,16 +94,16 @@ def test_a_half_character_at_the_end_may_complete_a_stop_string() -> None:
     assert text.stopped
 
 
-def test_tokens_are_settled_with_their_text_and_those_of_a_stop_string_never() -> None:
+def test_tokens_are_returned_with_their_text_and_tokens_of_a_stop_string_never() -> None:
     text = CompletionText(Words(["Hi", "", " there", " E", "N", "D"]), ("END",))
 
-    settled = [text.push(index).token_offsets for index in range(6)]
+    offsets = [text.push(index).token_offsets for index in range(6)]
 
-    # The fourth token's space is shown, but the token itself would tell how the stop string begins.
-    assert settled == [(0,), (), (2, 2), (), (), ()]
+    # The fourth token's space is returned, but the token itself would show how the stop string begins.
+    assert offsets == [(0,), (), (2, 2), (), (), ()]
 
 
-def test_all_tokens_are_settled_at_the_end_of_an_ordinary_text() -> None:
+def test_all_tokens_are_returned_at_the_end_of_an_ordinary_text() -> None:
     text = CompletionText(Words(["Hi", " E", "N", ""]), ("END",))
 
     pieces = [*(text.push(index) for index in range(4)), text.finish()]
@@ -115,14 +115,16 @@ def test_all_tokens_are_settled_at_the_end_of_an_ordinary_text() -> None:
     st.lists(st.text("ab", max_size=3), max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
 )
-def test_what_is_shown_is_the_text_up_to_the_first_stop_string(pieces: list[str], stop: list[str]) -> None:
+def test_the_returned_text_ends_before_the_first_complete_stop_string(
+    pieces: list[str], stop: list[str]
+) -> None:
     whole = "".join(pieces)
-    # A reader sees the text grow: the stop string that is complete first ends it.
+    # The text grows token by token: the stop string that is complete first ends it.
     grown = ("".join(pieces[: n + 1]) for n in range(len(pieces)))
     complete = next((text for text in grown if any(one in text for one in stop)), None)
     end = len(whole) if complete is None else min(complete.find(one) for one in stop if one in complete)
 
-    assert "".join(shown(pieces, *stop)) == whole[:end]
+    assert "".join(returned(pieces, *stop)) == whole[:end]
 
 
 _FOLDER = Path(__file__).parents[2] / "configs" / "models" / "tiny-dense"
@@ -134,20 +136,20 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(_FOLDER)
 
 
-def test_bytes_of_all_tokens_are_the_text(tokenizer: Tokenizer) -> None:
+def test_the_bytes_of_all_tokens_are_the_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(_TEXT)
 
     assert b"".join(tokenizer.token_bytes(token) or b"?" for token in ids).decode().endswith(_TEXT)
 
 
-def test_a_decoder_that_was_sent_elsewhere_reads_the_same_text(tokenizer: Tokenizer) -> None:
-    elsewhere, ids = TextDecoder.from_json(tokenizer.to_json()), tokenizer.encode(_TEXT)
+def test_a_decoder_from_json_decodes_the_same_text(tokenizer: Tokenizer) -> None:
+    other, ids = TextDecoder.from_json(tokenizer.to_json()), tokenizer.encode(_TEXT)
 
-    assert elsewhere.decode(ids) == tokenizer.decode(ids)
-    assert elsewhere.stream(()).push(ids) == tokenizer.stream(()).push(ids)
+    assert other.decode(ids) == tokenizer.decode(ids)
+    assert other.stream(()).push(ids) == tokenizer.stream(()).push(ids)
 
 
-def test_a_stop_string_is_seen_across_the_tokens_of_its_characters(tokenizer: Tokenizer) -> None:
+def test_a_stop_string_is_found_across_the_tokens_of_its_characters(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("ok 😀漢 more")
     sampling = SamplingParams(max_tokens=99, stop=("😀漢",))
     text = tokenizer.completion((), sampling)

@@ -1,4 +1,4 @@
-"""What a sender takes for the time on the way."""
+"""Measurements of the engine, with given times."""
 
 import pytest
 
@@ -12,13 +12,13 @@ from azu.protocol.sampling import SamplingParams
 from tests.builders import structure, topology
 
 
-def test_what_the_stage_computes_is_not_on_the_way() -> None:
-    stay = StageClock().record(taken_s=5.0, done_s=5.2)
+def test_a_hop_excludes_the_time_of_the_stage() -> None:
+    timing = StageClock().record(taken_s=5.0, done_s=5.2)
 
-    assert hop_s(0.203, stay) == pytest.approx(0.003)
+    assert hop_s(0.203, timing) == pytest.approx(0.003)
 
 
-def test_a_frame_that_found_the_stage_busy_says_nothing() -> None:
+def test_a_frame_that_may_have_waited_for_the_stage_gives_no_hop() -> None:
     clock = StageClock()
     clock.record(5.0, 5.2)
 
@@ -31,47 +31,47 @@ MODEL = "test/model"
 
 def test_tokens_and_the_time_between_them_are_counted() -> None:
     meter = Meter()
-    pace = PipelineMetrics(MODEL, 16, meter)
-    pace.record_start(1, 30, 10.0)
-    pace.record_tokens([SequenceUpdate(1, (5,))], 10.4)
-    pace.record_tokens([SequenceUpdate(1, (6, 7))], 10.6)
-    pace.record_tokens([SequenceUpdate(1, (8,), finish_reason=FinishReason.STOP)], 10.7)
-    pace.record_tokens([SequenceUpdate(1, (9,)), SequenceUpdate(2, (9,))], 10.8)
+    measured = PipelineMetrics(MODEL, 16, meter)
+    measured.record_start(1, 30, 10.0)
+    measured.record_tokens([SequenceUpdate(1, (5,))], 10.4)
+    measured.record_tokens([SequenceUpdate(1, (6, 7))], 10.6)
+    measured.record_tokens([SequenceUpdate(1, (8,), finish_reason=FinishReason.STOP)], 10.7)
+    measured.record_tokens([SequenceUpdate(1, (9,)), SequenceUpdate(2, (9,))], 10.8)
 
-    shown = meter.snapshot()
+    snapshot = meter.snapshot()
 
-    assert shown.value(metrics.PROMPT_TOKENS, MODEL) == 30
-    assert shown.value(metrics.GENERATED_TOKENS, MODEL) == 4
+    assert snapshot.value(metrics.PROMPT_TOKENS, MODEL) == 30
+    assert snapshot.value(metrics.GENERATED_TOKENS, MODEL) == 4
     first, between = (
-        shown.histogram(metric, MODEL) for metric in (metrics.TIME_TO_FIRST_TOKEN, metrics.TIME_PER_TOKEN)
+        snapshot.histogram(metric, MODEL) for metric in (metrics.TIME_TO_FIRST_TOKEN, metrics.TIME_PER_TOKEN)
     )
     assert (first.count, round(first.sum, 6)) == (1, 0.4)
     assert (between.count, round(between.sum, 6)) == (2, 0.2)
-    assert shown.value(metrics.STALLS) == 0
+    assert snapshot.value(metrics.STALLS) == 0
 
 
-def test_a_long_wait_between_two_tokens_is_a_stall_but_one_for_the_first_is_not() -> None:
+def test_a_long_wait_between_two_tokens_is_a_stall_and_a_long_wait_for_the_first_is_not() -> None:
     meter = Meter()
-    pace = PipelineMetrics(MODEL, 16, meter)
-    pace.record_start(1, 1, 0.0)
+    measured = PipelineMetrics(MODEL, 16, meter)
+    measured.record_start(1, 1, 0.0)
     for at_s in (STALL_S + 1, STALL_S + 1.5, 2 * STALL_S + 1.5):
-        pace.record_tokens([SequenceUpdate(1, (5,))], at_s)
+        measured.record_tokens([SequenceUpdate(1, (5,))], at_s)
 
     assert meter.snapshot().value(metrics.STALLS, MODEL) == 1
 
 
-def test_it_shows_the_pipeline_s_sequences_and_blocks() -> None:
+def test_gauges_show_the_pipelines_sequences_and_blocks() -> None:
     engine = EnginePipeline(structure(4), topology({"a": (0, 4)}), SchedulerConfig(8, 16, max_running=1), ())
     meter = Meter()
-    pace = PipelineMetrics(MODEL, 8, meter)
+    measured = PipelineMetrics(MODEL, 8, meter)
     for sequence_id in (1, 2):
         engine.add(Sequence(sequence_id, (1,) * 20, SamplingParams(max_tokens=4)))
     engine.next_batch()
-    pace.set_load(engine)
+    measured.set_load(engine)
 
-    shown = meter.snapshot()
+    snapshot = meter.snapshot()
 
-    assert shown.value(metrics.SEQUENCES, MODEL, "running") == 1
-    assert shown.value(metrics.SEQUENCES, MODEL, "waiting") == 1
-    assert shown.value(metrics.KV_BLOCKS, MODEL) == 8
-    assert shown.value(metrics.KV_BLOCKS_USED, MODEL) == 2
+    assert snapshot.value(metrics.SEQUENCES, MODEL, "running") == 1
+    assert snapshot.value(metrics.SEQUENCES, MODEL, "waiting") == 1
+    assert snapshot.value(metrics.KV_BLOCKS, MODEL) == 8
+    assert snapshot.value(metrics.KV_BLOCKS_USED, MODEL) == 2

@@ -1,4 +1,4 @@
-"""Packed weights give what plain ones do, for any number of rows."""
+"""Packed weights give the same product as plain ones, for any number of rows."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (2, 2), (1, 9), (1, 0), (1,), (2,)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_packed_product_is_the_plain_one(shape: tuple[int, ...], with_bias: bool) -> None:
+def test_the_packed_product_equals_the_plain_one(shape: tuple[int, ...], with_bias: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(320, 256, generator=generator)
     bias = torch.randn(320, generator=generator) if with_bias else None

@@ -1,4 +1,4 @@
-"""A stage's weights lie in memory once: what is packed or copied leaves nothing mapped of its file."""
+"""A stage's weights are in memory once: after packing or copying, their file is no longer mapped."""
 
 import re
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def test_only_embeddings_stay_mapped(family: str, tmp_path: Path) -> None:
     wide = {"hidden_size": 256, "n_embd": 256, "intermediate_size": 512, "moe_intermediate_size": 512}
     few = {"num_hidden_layers": 2, "n_layer": 2, "layer_types": None}
     changes = {name: value for name, value in (wide | few).items() if name in config}
-    if not family.startswith("deepseek"):  # their heads have widths of their own
+    if not family.startswith("deepseek"):  # these configs give the widths of their heads
         changes["head_dim"] = 64
     source, shards = tmp_path / "model", tmp_path / "shards"
     build_lively(AutoConfig.for_model(**config | changes)).save_pretrained(source)

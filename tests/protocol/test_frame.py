@@ -1,4 +1,4 @@
-"""A frame arrives as it was sent or is refused by name: never as something else."""
+"""A frame arrives as it was sent, or it is refused and its sender is named."""
 
 import pytest
 from hypothesis import given, settings
@@ -74,7 +74,7 @@ def test_a_frame_cut_short_or_followed_by_more_is_refused(sent: Frame, data: st.
 
 
 @given(content=st.binary(max_size=300))
-def test_noise_is_no_frame(content: bytes) -> None:
+def test_random_bytes_are_refused(content: bytes) -> None:
     with pytest.raises(FrameError):
         Frame.decode(content)
 

@@ -1,4 +1,4 @@
-"""structure.json says everything about a model, and nothing else is taken for one."""
+"""structure.json describes a model completely, and any other content is refused."""
 
 import json
 
@@ -9,13 +9,13 @@ from azu.protocol.structure import Structure
 from tests.builders import structure
 
 
-def test_a_structure_survives_its_file() -> None:
+def test_a_structure_is_the_same_after_writing_and_reading() -> None:
     model = structure(4, moe_layers={1: 8})
 
     assert Structure.from_json(model.to_json()) == model
 
 
-def test_shards_are_found_by_what_they_are() -> None:
+def test_shards_are_found_by_layer_expert_and_edge() -> None:
     model = structure(4, moe_layers={1: 8})
 
     assert model.layer_shard(0).name == "layer_0_dense"
@@ -42,7 +42,7 @@ def test_shards_are_found_by_what_they_are() -> None:
         {"files": [{"name": "../../etc/passwd", "size_bytes": 1, "sha256": "0" * 64}]},
     ],
 )
-def test_anything_else_is_refused_by_name(change: dict[str, object]) -> None:
+def test_a_wrong_field_is_refused_and_the_file_named(change: dict[str, object]) -> None:
     content = json.loads(structure().to_json()) | change
 
     with pytest.raises(BrokenCheckpoint, match=r"here/structure\.json"):
@@ -61,7 +61,7 @@ def test_anything_else_is_refused_by_name(change: dict[str, object]) -> None:
         {"sha256": "../" * 21 + "0"},
     ],
 )
-def test_a_shard_that_leads_elsewhere_or_is_no_size_is_refused(change: dict[str, object]) -> None:
+def test_a_shard_with_a_foreign_path_or_an_impossible_size_is_refused(change: dict[str, object]) -> None:
     content = json.loads(structure().to_json())
     content["shards"][2] |= change
 
@@ -88,6 +88,6 @@ def test_layers_that_contradict_their_shards_are_refused(change: dict[str, objec
         Structure.from_json(json.dumps(content))
 
 
-def test_text_that_is_no_json_is_refused() -> None:
+def test_content_that_is_not_json_is_refused() -> None:
     with pytest.raises(BrokenCheckpoint):
         Structure.from_json(b"\x80\x04pickle")
