@@ -14,6 +14,7 @@ from azu.auth.tickets import RedisTickets
 from azu.config import Settings
 from azu.errors import Unavailable
 from azu.launch.membership import TlsFiles, head_files
+from azu.redis_client import connect_redis
 from tests.redis_server import RunningRedis
 
 
@@ -60,12 +61,12 @@ def settings(port: int, authority: Path | None) -> Settings:
 
 
 async def make_ticket(url: str) -> str:
-    tickets = RedisTickets.from_url(url)
+    redis = connect_redis(url)
     try:
-        secret, _ = await asyncio.wait_for(tickets.new("lab", 1, 1, 2), 60)
+        secret, _ = await asyncio.wait_for(RedisTickets(redis).new("lab", 1, 1, 2), 60)
         return secret
     finally:
-        await tickets.close()
+        await redis.aclose()
 
 
 def test_a_write_over_an_encrypted_connection_arrives(
@@ -78,10 +79,10 @@ def test_a_write_over_an_encrypted_connection_arrives(
         asyncio.run(make_ticket(url))
 
     async def check() -> None:
-        tickets = RedisTickets.from_url(redis_url)
-        (line,) = await tickets.list()
+        redis = connect_redis(redis_url)
+        (line,) = await RedisTickets(redis).list()
         assert line.label == "lab"
-        await tickets.close()
+        await redis.aclose()
 
     asyncio.run(check())
 

@@ -1,1 +1,1 @@
-"""API keys that a wallet's signature opens."""
+"""Who may do what: API keys, tickets, certificates, signatures and rate limits."""

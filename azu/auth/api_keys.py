@@ -1,4 +1,4 @@
-"""Challenges and API keys in Redis.
+"""API keys in Redis, and the challenges that a wallet signs to open one.
 
 `azu:auth:challenge:{nonce}`  JSON of an open challenge; expires, and is deleted as it is read.
 `azu:auth:key:{sha256}`       JSON of the ApiKey whose secret has this hash.
@@ -27,55 +27,20 @@ from azu.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated
 from azu.redis_client import connect_redis
 
 CHALLENGE_TTL_S = 300
-_STATEMENT = "Open an azu API key. It can spend this address's balance at azu; it cannot withdraw it."
-# Any chain would do: nothing is sent to one. Every wallet knows this one.
-_CHAIN_ID = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Challenge:
-    """A text to sign as it is, and the nonce that names it."""
-
-    nonce: str
-    message: str
-
-
-def checked_address(address: str) -> str:
-    """Return an address in lower case; raises InvalidRequest for a malformed one or a wrong checksum."""
-    lower = parse_address(address)
-    if is_checksum_formatted_address(address) and not is_checksum_address(address):
-        raise InvalidRequest(f"{address} has a wrong checksum: check its spelling", param="address")
-    return lower
-
-
-def challenge_text(address: str, domain: str, nonce: str, now_ms: int) -> str:
-    """Return the EIP-4361 message for an address to sign within CHALLENGE_TTL_S.
-
-    `domain` is the ingress's host and port as the user sees them.
-    """
-    return "\n".join((
-        f"{domain} wants you to sign in with your Ethereum account:",
-        to_checksum_address(address),
-        "",
-        _STATEMENT,
-        "",
-        f"URI: https://{domain}",
-        "Version: 1",
-        f"Chain ID: {_CHAIN_ID}",
-        f"Nonce: {nonce}",
-        f"Issued At: {_timestamp(now_ms)}",
-        f"Expiration Time: {_timestamp(now_ms + CHALLENGE_TTL_S * 1000)}",
-    ))  # fmt: skip
-
-
-def _timestamp(time_ms: int) -> str:
-    moment = datetime.fromtimestamp(time_ms / 1000, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
 SECRET_BYTES = 32
 _PREFIX = "azu-sk-"
 _KEY_ID_DIGITS = 16
+_NONCE_BYTES = 16
+_MAX_KEYS = 100
+_STATEMENT = "Open an azu API key. It can spend this address's balance at azu; it cannot withdraw it."
+# Any chain would do: nothing is sent to it. Every wallet knows this one.
+_CHAIN_ID = 1
+_ADD = """
+if redis.call('HLEN', KEYS[1]) >= tonumber(ARGV[4]) then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('SET', KEYS[2], ARGV[3])
+return 1
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,45 +57,27 @@ class ApiKey:
     spend_limit_lamports: int | None = None
 
 
-def new_secret(random_bytes: bytes) -> str:
-    """Write SECRET_BYTES random bytes as a bearer secret."""
-    assert len(random_bytes) == SECRET_BYTES, "a secret is as long as its hash"
-    return _PREFIX + base64.urlsafe_b64encode(random_bytes).decode().rstrip("=")
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """A text to sign unchanged, and the nonce that names the challenge."""
 
-
-def secret_digest(secret: str) -> str:
-    """Return the hash under which a secret is known."""
-    return sha256(secret.encode()).hexdigest()
-
-
-def key_id_of(digest: str) -> str:
-    """Return a key's public name."""
-    return f"key-{digest[:_KEY_ID_DIGITS]}"
-
-
-_NONCE_BYTES = 16
-_MAX_KEYS = 100
-_ADD = """
-if redis.call('HLEN', KEYS[1]) >= tonumber(ARGV[4]) then return 0 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-redis.call('SET', KEYS[2], ARGV[3])
-return 1
-"""
+    nonce: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Open:
+class _OpenChallenge:
     address: str
     message: str
     expires_at_ms: int
 
 
-_OPEN = TypeAdapter(_Open)
+_OPEN_CHALLENGE = TypeAdapter(_OpenChallenge)
 _KEY = TypeAdapter(ApiKey)
 
 
 class RedisAuth:
-    """Keys that a wallet's signature opens. The clock is the caller's; so is the randomness."""
+    """Opens keys for a wallet's signature, checks and revokes them. The caller passes the time."""
 
     def __init__(self, redis: Redis, random_bytes: Callable[[int], bytes] = secrets.token_bytes) -> None:
         self._redis = redis
@@ -139,16 +86,16 @@ class RedisAuth:
 
     @classmethod
     def from_url(cls, url: str) -> "RedisAuth":
-        """Return the keys kept in the Redis at `url`; connects when first used."""
+        """Return the keys in the Redis at `url`; they connect when they are first used."""
         return cls(connect_redis(url))
 
     async def challenge(self, address: str, domain: str, now_ms: int) -> Challenge:
         """Return a text for the address to sign within five minutes; raises InvalidRequest."""
-        address = checked_address(address)
+        address = parse_checksummed_address(address)
         nonce = self._random_bytes(_NONCE_BYTES).hex()
         message = challenge_text(address, domain, nonce, now_ms)
-        waiting = _Open(address, message, now_ms + CHALLENGE_TTL_S * 1000)
-        await self._redis.set(_challenge_key(nonce), _OPEN.dump_json(waiting), ex=CHALLENGE_TTL_S)
+        waiting = _OpenChallenge(address, message, now_ms + CHALLENGE_TTL_S * 1000)
+        await self._redis.set(_challenge_key(nonce), _OPEN_CHALLENGE.dump_json(waiting), ex=CHALLENGE_TTL_S)
         return Challenge(nonce, message)
 
     async def open_key(
@@ -162,14 +109,14 @@ class RedisAuth:
         spend_limit_lamports: int | None = None,
         max_keys: int = _MAX_KEYS,
     ) -> tuple[str, ApiKey]:
-        """Return the secret of a new key, which is kept nowhere, and the key.
+        """Return the secret of a new key, which azu does not store, and the key.
 
-        `signature` is the wallet's over the challenge's text (EIP-191), in hex. Raises Unauthenticated when
-        the challenge is unknown, used or expired, or was signed by another address; Forbidden when the
-        address has `max_keys` already. The challenge is used up either way.
+        `signature` is the wallet's signature of the challenge's text (EIP-191), in hex. Raises
+        Unauthenticated when the challenge is unknown, used or expired, or was signed by another address;
+        Forbidden when the address has `max_keys` already. The challenge is used up in every case.
         """
         content = await self._redis.getdel(_challenge_key(nonce))
-        waiting = None if content is None else _OPEN.validate_json(cast(str, content))
+        waiting = None if content is None else _OPEN_CHALLENGE.validate_json(cast(str, content))
         if waiting is None or waiting.expires_at_ms <= now_ms:
             raise Unauthenticated("this challenge is unknown, used or expired; ask for a new one")
         if signer_of_text(waiting.message, signature) != waiting.address:
@@ -197,7 +144,7 @@ class RedisAuth:
         return bool(await self._add(keys, [key.key_id, digest, _KEY.dump_json(key), max_keys]))
 
     async def check(self, bearer: str | None, now_ms: int) -> ApiKey:
-        """Return the key of a bearer secret; raises Unauthenticated when there is none that is valid now."""
+        """Return the key of a bearer secret; raises Unauthenticated without a key that is valid now."""
         if not bearer:
             raise Unauthenticated(
                 "send an API key as `Authorization: Bearer azu-sk-...`; `azu login` opens one"
@@ -212,17 +159,18 @@ class RedisAuth:
 
     async def list(self, address: str) -> tuple[ApiKey, ...]:
         """Return an address's keys, expired ones too, in the order they were opened."""
-        digests = cast(dict[str, str], await self._redis.hgetall(_address_key(checked_address(address))))
+        owner = _address_key(parse_checksummed_address(address))
+        digests = cast(dict[str, str], await self._redis.hgetall(owner))
         if not digests:
             return ()
         found = await self._redis.mget([_secret_key(digest) for digest in digests.values()])
-        # A key that is being revoked at this moment may be gone from one place already.
+        # A key that is revoked at this moment may be gone from one of the two places already.
         keys = [_KEY.validate_json(cast(str, content)) for content in found if content is not None]
         return tuple(sorted(keys, key=lambda key: (key.created_at_ms, key.key_id)))
 
     async def revoke(self, address: str, key_id: str) -> None:
         """Make a key invalid at once; raises NotFound when the address has no such key."""
-        owner = _address_key(checked_address(address))
+        owner = _address_key(parse_checksummed_address(address))
         digest = cast(str | None, await self._redis.hget(owner, key_id))
         if digest is None:
             raise NotFound(f"there is no key {key_id} of this address", param="key_id", code="key_not_found")
@@ -230,6 +178,58 @@ class RedisAuth:
             pipeline.delete(_secret_key(digest))
             pipeline.hdel(owner, key_id)
             await pipeline.execute()
+
+
+def challenge_text(address: str, domain: str, nonce: str, now_ms: int) -> str:
+    """Return the EIP-4361 message for an address to sign within CHALLENGE_TTL_S.
+
+    `domain` is the ingress's host and port as the user sees them.
+    """
+    return "\n".join((
+        f"{domain} wants you to sign in with your Ethereum account:",
+        to_checksum_address(address),
+        "",
+        _STATEMENT,
+        "",
+        f"URI: https://{domain}",
+        "Version: 1",
+        f"Chain ID: {_CHAIN_ID}",
+        f"Nonce: {nonce}",
+        f"Issued At: {_timestamp(now_ms)}",
+        f"Expiration Time: {_timestamp(now_ms + CHALLENGE_TTL_S * 1000)}",
+    ))  # fmt: skip
+
+
+def _timestamp(time_ms: int) -> str:
+    moment = datetime.fromtimestamp(time_ms / 1000, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def parse_checksummed_address(address: str) -> str:
+    """Return an address in lower case; raises InvalidRequest if it is malformed or its checksum is wrong.
+
+    Only mixed case carries a checksum (EIP-55).
+    """
+    lower = parse_address(address)
+    if is_checksum_formatted_address(address) and not is_checksum_address(address):
+        raise InvalidRequest(f"{address} has a wrong checksum: check its spelling", param="address")
+    return lower
+
+
+def new_secret(random_bytes: bytes) -> str:
+    """Return SECRET_BYTES random bytes as a bearer secret."""
+    assert len(random_bytes) == SECRET_BYTES, "a secret is as long as its hash"
+    return _PREFIX + base64.urlsafe_b64encode(random_bytes).decode().rstrip("=")
+
+
+def secret_digest(secret: str) -> str:
+    """Return the hash under which a key is stored."""
+    return sha256(secret.encode()).hexdigest()
+
+
+def key_id_of(digest: str) -> str:
+    """Return a key's public name."""
+    return f"key-{digest[:_KEY_ID_DIGITS]}"
 
 
 def _challenge_key(nonce: str) -> str:

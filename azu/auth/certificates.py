@@ -1,4 +1,4 @@
-"""A network's own certificate authority: what it signs, and how a node asks for a certificate."""
+"""A network's own certificate authority: the certificates that it signs, and how a node requests one."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from azu.errors import InvalidRequest, Unauthenticated
 
 AUTHORITY_LIFE = timedelta(days=3650)
-# The head gets a new one whenever its network starts.
+# The head gets a new certificate at every start of its network.
 HEAD_LIFE = timedelta(days=397)
 NODE_LIFE = timedelta(days=90)
 RENEWED_BEFORE_END = timedelta(days=30)
-# Clocks of two machines may differ by this much.
+# The clocks of two machines may differ by this much.
 _SKEW = timedelta(minutes=10)
 _LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -33,7 +33,7 @@ class Authority:
 
     @classmethod
     def new(cls, now: datetime) -> "Authority":
-        """Return an authority with a key of its own."""
+        """Return an authority with a new key."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = _name("azu network")
         certificate = (
@@ -46,23 +46,23 @@ class Authority:
 
     @classmethod
     def load(cls, certificate_pem: bytes, key_pem: bytes) -> "Authority":
-        """Return the authority of two files; raises ValueError when they are none."""
+        """Return the authority of two files; raises ValueError for malformed ones."""
         return cls(x509.load_pem_x509_certificate(certificate_pem), _private_key(key_pem))
 
     @property
     def pem(self) -> bytes:
-        """The authority's certificate, which everybody may see."""
+        """The authority's certificate, which is public."""
         return certificate_pem(self.certificate)
 
     @property
     def key_pem(self) -> bytes:
-        """The authority's key, which nobody but the head may see."""
+        """The authority's key, which never leaves the head."""
         return _key_pem(self.key)
 
     def sign(
         self, key: ec.EllipticCurvePublicKey, hosts: Iterable[str], now: datetime, life: timedelta = NODE_LIFE
     ) -> x509.Certificate:
-        """Return a certificate for a node's key, good at `hosts` and on its own machine."""
+        """Return a certificate for a node's key, valid for `hosts` and on the node's own machine."""
         names = x509.SubjectAlternativeName(_alternatives(hosts))
         return self._sign(key, names, now, life)
 
@@ -82,7 +82,7 @@ class Authority:
             _certificate(_name("azu node"), self.certificate.subject, key, now, life)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs=False), critical=True)
-            # Every Ray process is both: it calls and it is called.
+            # Every Ray process is a server and a client.
             .add_extension(
                 x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
                 critical=False,
@@ -92,7 +92,7 @@ class Authority:
         )
 
     def check(self, certificate: x509.Certificate, now: datetime) -> None:
-        """Raise Unauthenticated unless this authority signed the certificate and it is good now."""
+        """Raise Unauthenticated unless this authority signed the certificate and it is valid now."""
         try:
             certificate.verify_directly_issued_by(self.certificate)
         except (ValueError, TypeError, InvalidSignature) as error:
@@ -118,7 +118,7 @@ def new_request(key_pem: bytes) -> bytes:
 
 
 def sign_text(key_pem: bytes, text: str) -> str:
-    """Return a private key's signature under a text, in hex."""
+    """Return a private key's signature of a text, in hex."""
     return _private_key(key_pem).sign(text.encode(), ec.ECDSA(hashes.SHA256())).hex()
 
 
@@ -136,7 +136,7 @@ def certificate_pem(certificate: x509.Certificate) -> bytes:
 
 
 def read_certificate(pem: bytes) -> x509.Certificate:
-    """Return a certificate; raises InvalidRequest when it is none."""
+    """Return a certificate; raises InvalidRequest for malformed PEM."""
     try:
         return x509.load_pem_x509_certificate(pem)
     except ValueError as error:
@@ -151,7 +151,7 @@ def fingerprint(certificate: x509.Certificate) -> str:
 def public_key(
     holder: x509.Certificate | x509.CertificateSigningRequest,
 ) -> ec.EllipticCurvePublicKey:
-    """Return the public key that a certificate or request is for; raises InvalidRequest for other kinds."""
+    """Return the public key of a certificate or request; raises InvalidRequest for other kinds of keys."""
     key = holder.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise InvalidRequest("a node's key lies on the curve P-256", param="request")
@@ -166,7 +166,7 @@ def key_digest(key: ec.EllipticCurvePublicKey) -> str:
 
 
 def read_request(pem: bytes) -> ec.EllipticCurvePublicKey:
-    """Return the key that a request is for; raises InvalidRequest unless that key signed it."""
+    """Return the key of a request; raises InvalidRequest unless that key signed the request."""
     try:
         request = x509.load_pem_x509_csr(pem)
     except ValueError as error:
@@ -217,7 +217,7 @@ def _alternative(host: str) -> x509.GeneralName:
 def _private_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     key = serialization.load_pem_private_key(pem, None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ValueError("a key of azu's lies on a curve")
+        raise ValueError("azu's keys are elliptic curve keys")
     return key
 
 
@@ -228,5 +228,5 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def renewal_text(signed_at_ms: int) -> str:
-    """Return what a node signs to get its certificate renewed."""
+    """Return the text that a node signs to have its certificate renewed."""
     return f"azu node renewal at {signed_at_ms}"

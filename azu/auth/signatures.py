@@ -1,7 +1,7 @@
-"""Who signed a text or typed data."""
+"""Everything that wallets and the platform sign: claims of earnings, withdrawals, receipts, and texts."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,24 @@ from pydantic import ConfigDict, TypeAdapter
 from azu.errors import InvalidRequest
 from azu.protocol.job import Receipt
 
+MAX_WITHDRAWAL_LIFE_MS = 24 * 3_600_000
 _SIGNATURE_BYTES = 65
+_CLAIM_FIELDS = (("account", "address"),)
+_WITHDRAWAL_FIELDS = (
+    ("account", "address"),
+    ("lamports", "uint256"),
+    ("nonce", "uint256"),
+    ("expiresAtMs", "uint256"),
+)
+_RECEIPT = TypeAdapter(Receipt)
+# The fields of a receipt that are not part of what is signed.
+_SEAL = ("signer", "signature")
 
 
 def signer_of_text(text: str, signature: str) -> str | None:
     """Return the address, in lower case, that signed a text as wallets do (EIP-191).
 
-    `signature` is in hex. None if it is no signature; any other recovers to some address.
+    `signature` is in hex. None if it is malformed; every other signature recovers to some address.
     """
     return _signer(encode_defunct(text=text), signature)
 
@@ -28,17 +39,6 @@ def signer_of_text(text: str, signature: str) -> str | None:
 def signer_of_data(data: Mapping[str, Any], signature: str) -> str | None:
     """Return the address, in lower case, that signed typed data (EIP-712); None as above."""
     return _signer(encode_typed_data(full_message=dict(data)), signature)
-
-
-def _signer(message: SignableMessage, signature: str) -> str | None:
-    try:
-        raw = bytes.fromhex(signature.removeprefix("0x"))
-        if len(raw) != _SIGNATURE_BYTES:
-            return None
-        signer: str = Account.recover_message(message, signature=raw)
-    except (ValueError, BadSignature):
-        return None
-    return signer.lower()
 
 
 def sign_claim(account: LocalAccount, platform: str) -> str:
@@ -49,85 +49,15 @@ def sign_claim(account: LocalAccount, platform: str) -> str:
 
 
 def is_claim(address: str, platform: str, signature: str) -> bool:
-    """Say whether a lower-case address itself signed that it claims its earnings."""
+    """Whether a lower-case address itself signed that it claims its earnings."""
     return signer_of_data(_claim_data(address, platform), signature) == address
-
-
-def _claim_data(address: str, platform: str) -> dict[str, Any]:
-    return {
-        "primaryType": "PayoutAddress",
-        "domain": {"name": "azu", "version": "1", "verifyingContract": platform},
-        "types": {
-            "EIP712Domain": [
-                {"name": "name", "type": "string"},
-                {"name": "version", "type": "string"},
-                {"name": "verifyingContract", "type": "address"},
-            ],
-            "PayoutAddress": [{"name": "account", "type": "address"}],
-        },
-        "message": {"account": address},
-    }
-
-
-_RECEIPT = TypeAdapter(Receipt)
-# Not part of what is signed.
-_SEAL = ("signer", "signature")
-
-
-def receipt_facts(receipt: Receipt) -> dict[str, Any]:
-    """Return a receipt as JSON's values: what is signed."""
-    facts: dict[str, Any] = _RECEIPT.dump_python(receipt, mode="json")
-    return facts | {"token_layers": receipt.token_layers}
-
-
-def sign_receipt(account: LocalAccount, receipt: Receipt) -> str:
-    """Return the account's signature of a receipt, in hex."""
-    # Through JSON: its names are strings, where ours may be numbers.
-    facts = json.loads(json.dumps(receipt_facts(receipt)))
-    signature: str = account.sign_message(encode_defunct(text=_text(facts))).signature.to_0x_hex()
-    return signature
-
-
-def sealed(receipt: Receipt, signer: str, signature: str | None) -> dict[str, Any]:
-    """Return the receipt as it is handed out; without a signature it proves nothing."""
-    return receipt_facts(receipt) | {"signer": signer, "signature": signature}
-
-
-def verify_receipt(document: Mapping[str, Any]) -> str:
-    """Return the address, in lower case, whose key signed a receipt of which nothing was changed since.
-
-    Raises InvalidRequest for a receipt that is not signed or not signed by whom it says. Whether that is the
-    platform is the caller's to know.
-    """
-    signer, signature = document.get("signer"), document.get("signature")
-    if not isinstance(signer, str) or not isinstance(signature, str):
-        raise InvalidRequest("this receipt is not signed", param="signature")
-    facts = {name: value for name, value in document.items() if name not in _SEAL}
-    found = signer_of_text(_text(facts), signature)
-    if found is None or found != signer.lower():
-        raise InvalidRequest(f"this receipt was changed, or not signed by {signer}", param="signature")
-    return found
-
-
-def _text(facts: Mapping[str, Any]) -> str:
-    return f"azu receipt\n{json.dumps(facts, sort_keys=True, separators=(',', ':'))}"
-
-
-LONGEST_LIFE_MS = 24 * 3_600_000
-
-_FIELDS = [
-    {"name": "account", "type": "address"},
-    {"name": "lamports", "type": "uint256"},
-    {"name": "nonce", "type": "uint256"},
-    {"name": "expiresAtMs", "type": "uint256"},
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Withdrawal:
     """Send `lamports` from an address's account to that same address, before `expires_at_ms`.
 
-    A nonce is used once; the address chooses it.
+    A nonce is used once; the address's owner chooses it.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -139,7 +69,7 @@ class Withdrawal:
 
     @property
     def payout_id(self) -> str:
-        """The one payout that can come of it."""
+        """The id of the withdrawal's one payout."""
         return withdrawal_id(self.address, self.nonce)
 
 
@@ -156,13 +86,76 @@ def sign_withdrawal(account: LocalAccount, withdrawal: Withdrawal, platform: str
 
 
 def is_signed(withdrawal: Withdrawal, platform: str, signature: str) -> bool:
-    """Say whether the address itself signed this withdrawal for this platform."""
+    """Whether the address itself signed this withdrawal for this platform."""
     return signer_of_data(_withdrawal_data(withdrawal, platform), signature) == withdrawal.address
 
 
+def receipt_facts(receipt: Receipt) -> dict[str, Any]:
+    """Return a receipt as JSON values: what is signed."""
+    facts: dict[str, Any] = _RECEIPT.dump_python(receipt, mode="json")
+    return facts | {"token_layers": receipt.token_layers}
+
+
+def sign_receipt(account: LocalAccount, receipt: Receipt) -> str:
+    """Return the account's signature of a receipt, in hex."""
+    # Through JSON, in which every key is a string; some keys here are numbers.
+    facts = json.loads(json.dumps(receipt_facts(receipt)))
+    signature: str = account.sign_message(encode_defunct(text=_receipt_text(facts))).signature.to_0x_hex()
+    return signature
+
+
+def sealed(receipt: Receipt, signer: str, signature: str | None) -> dict[str, Any]:
+    """Return the receipt with its signer and signature; without a signature it proves nothing."""
+    return receipt_facts(receipt) | {"signer": signer, "signature": signature}
+
+
+def verify_receipt(document: Mapping[str, Any]) -> str:
+    """Return the address, in lower case, whose key signed a receipt that was not changed since.
+
+    Raises InvalidRequest for a receipt without a signature, or with one of another address than its signer.
+    The caller has to compare the address with the platform's.
+    """
+    signer, signature = document.get("signer"), document.get("signature")
+    if not isinstance(signer, str) or not isinstance(signature, str):
+        raise InvalidRequest("this receipt is not signed", param="signature")
+    facts = {name: value for name, value in document.items() if name not in _SEAL}
+    found = signer_of_text(_receipt_text(facts), signature)
+    if found is None or found != signer.lower():
+        raise InvalidRequest(f"this receipt was changed, or not signed by {signer}", param="signature")
+    return found
+
+
+def _signer(message: SignableMessage, signature: str) -> str | None:
+    try:
+        raw = bytes.fromhex(signature.removeprefix("0x"))
+        if len(raw) != _SIGNATURE_BYTES:
+            return None
+        signer: str = Account.recover_message(message, signature=raw)
+    except (ValueError, BadSignature):
+        return None
+    return signer.lower()
+
+
+def _claim_data(address: str, platform: str) -> dict[str, Any]:
+    return _typed_data("PayoutAddress", _CLAIM_FIELDS, {"account": address}, platform)
+
+
 def _withdrawal_data(withdrawal: Withdrawal, platform: str) -> dict[str, Any]:
+    message = {
+        "account": withdrawal.address,
+        "lamports": withdrawal.lamports,
+        "nonce": withdrawal.nonce,
+        "expiresAtMs": withdrawal.expires_at_ms,
+    }
+    return _typed_data("Withdrawal", _WITHDRAWAL_FIELDS, message, platform)
+
+
+def _typed_data(
+    primary_type: str, fields: Iterable[tuple[str, str]], message: dict[str, Any], platform: str
+) -> dict[str, Any]:
+    """Return EIP-712 typed data; the platform's address makes it valid for one network alone."""
     return {
-        "primaryType": "Withdrawal",
+        "primaryType": primary_type,
         "domain": {"name": "azu", "version": "1", "verifyingContract": platform},
         "types": {
             "EIP712Domain": [
@@ -170,12 +163,11 @@ def _withdrawal_data(withdrawal: Withdrawal, platform: str) -> dict[str, Any]:
                 {"name": "version", "type": "string"},
                 {"name": "verifyingContract", "type": "address"},
             ],
-            "Withdrawal": _FIELDS,
+            primary_type: [{"name": name, "type": kind} for name, kind in fields],
         },
-        "message": {
-            "account": withdrawal.address,
-            "lamports": withdrawal.lamports,
-            "nonce": withdrawal.nonce,
-            "expiresAtMs": withdrawal.expires_at_ms,
-        },
+        "message": message,
     }
+
+
+def _receipt_text(facts: Mapping[str, Any]) -> str:
+    return f"azu receipt\n{json.dumps(facts, sort_keys=True, separators=(',', ':'))}"

@@ -1,7 +1,7 @@
 -- Take one request from a bucket (the generic cell rate algorithm).
--- KEYS: the bucket.  ARGV: microseconds that one request refills in, microseconds that a full bucket holds.
--- Returns 0 if it was taken, else the microseconds until it could be; then nothing was changed.
--- Buckets are worth no write to disk: after a restart all are full.
+-- KEYS: the bucket.  ARGV: microseconds in which one request is refilled, microseconds that a full bucket holds.
+-- Returns 0 if the request was taken, else the microseconds until it could be; then nothing was changed.
+-- Buckets are not written to disk: after a restart all are full.
 redis.set_repl(redis.REPL_NONE)
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000000 + tonumber(time[2])

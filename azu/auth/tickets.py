@@ -1,10 +1,10 @@
-"""Tickets in Redis: how many nodes each still lets in, and which came with it.
+"""Tickets in Redis: how many nodes each admits, and which nodes came with it.
 
 `azu:auth:ticket:{id}`           hash: `digest` (of its secret), `label`, `uses`, `created_at_ms`,
                                  `expires_at_ms` and, once it is revoked, `revoked_at_ms`.
 `azu:auth:ticket:{id}:nodes`     hash: digest of a node's public key -> its name.
 `azu:auth:tickets`               sorted set of ticket ids by their time of creation.
-`azu:auth:node:{digest}`         the id of the ticket that the node of this public key came with last.
+`azu:auth:node:{digest}`         the id of the latest ticket of the node with this public key.
 """
 
 import secrets
@@ -22,7 +22,7 @@ _SECRET_BYTES = 32
 _ID_DIGITS = 16
 _TICKETS = "azu:auth:tickets"
 
-# Whoever asks again after a lost answer has the same key and is not counted twice.
+# A node that asks again after a lost answer has the same key and is not counted twice.
 _ADMIT = """
 local digest, uses, ends, revoked = unpack(
   redis.call('HMGET', KEYS[1], 'digest', 'uses', 'expires_at_ms', 'revoked_at_ms'))
@@ -40,7 +40,7 @@ return ''
 
 @dataclass(frozen=True, slots=True)
 class TicketRecord:
-    """A ticket without its secret, which is kept nowhere. `nodes` are the names of those it let in."""
+    """A ticket without its secret, which is not stored. `nodes` are the names of the admitted nodes."""
 
     ticket_id: str
     label: str
@@ -52,7 +52,7 @@ class TicketRecord:
 
 
 class RedisTickets:
-    """Lets nodes into a network, each ticket so many of them. The clock is the caller's."""
+    """Admits nodes to a network, each ticket a number of them. The caller passes the time."""
 
     def __init__(self, redis: Redis, random_bytes: Callable[[int], bytes] = secrets.token_bytes) -> None:
         self._redis = redis
@@ -61,12 +61,8 @@ class RedisTickets:
 
     @classmethod
     def from_url(cls, url: str) -> "RedisTickets":
-        """Return the tickets kept in the Redis at `url`; connects when first used."""
+        """Return the tickets in the Redis at `url`; they connect when they are first used."""
         return cls(connect_redis(url))
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._redis.aclose()
 
     async def new(self, label: str, uses: int, now_ms: int, expires_at_ms: int) -> tuple[str, TicketRecord]:
         """Return the secret of a new ticket in hex, and the ticket."""
@@ -86,7 +82,7 @@ class RedisTickets:
         return secret, ticket
 
     async def admit(self, secret: str, key_digest: str, name: str, now_ms: int) -> str:
-        """Let the node of a public key in and return the ticket's id.
+        """Admit the node with a public key and return the ticket's id.
 
         Raises Unauthenticated when the ticket is unknown, revoked, expired or used up.
         """
@@ -99,24 +95,24 @@ class RedisTickets:
         return ticket_id
 
     async def check_node(self, key_digest: str) -> None:
-        """Raise Unauthenticated unless the node of a public key came with a ticket that is not revoked."""
+        """Raise Unauthenticated unless the ticket of the node with this public key is not revoked."""
         ticket_id = cast(str | None, await self._redis.get(_node_key(key_digest)))
         revoked = None if ticket_id is None else await self._redis.hget(_key(ticket_id), "revoked_at_ms")
         if ticket_id is None or revoked is not None:
             raise Unauthenticated("the ticket of this node was revoked", code="invalid_ticket")
 
     async def list(self) -> tuple[TicketRecord, ...]:
-        """Return every ticket in the order they were made."""
+        """Return all tickets in the order of their creation."""
         ids = cast("list[str]", await self._redis.zrange(_TICKETS, 0, -1))
-        return tuple([await self._line(ticket_id) for ticket_id in ids])
+        return tuple([await self._record(ticket_id) for ticket_id in ids])
 
     async def revoke(self, ticket_id: str, now_ms: int) -> None:
-        """Let no node in with a ticket any more, nor renew those it let in; raises NotFound."""
+        """Make a ticket invalid, for new nodes and for renewals of admitted ones; raises NotFound."""
         if not await self._redis.exists(_key(ticket_id)):
             raise NotFound(f"there is no ticket {ticket_id}", param="ticket_id", code="ticket_not_found")
         await self._redis.hsetnx(_key(ticket_id), "revoked_at_ms", str(now_ms))
 
-    async def _line(self, ticket_id: str) -> TicketRecord:
+    async def _record(self, ticket_id: str) -> TicketRecord:
         facts = cast(dict[str, str], await self._redis.hgetall(_key(ticket_id)))
         names = cast("list[str]", await self._redis.hvals(_nodes_key(ticket_id)))
         revoked = facts.get("revoked_at_ms")

@@ -1,1 +1,1 @@
-"""Prices, quotes and the division of a charge: pure integer rules."""
+"""Money: prices, the ledger, the payment chain and the treasury; other rooms use azu.money.books."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from redis.asyncio import Redis
 
 from azu.auth.api_keys import ApiKey
-from azu.auth.signatures import LONGEST_LIFE_MS, Withdrawal, is_signed
+from azu.auth.signatures import MAX_WITHDRAWAL_LIFE_MS, Withdrawal, is_signed
 from azu.errors import Conflict, Forbidden, InsufficientBalance, InvalidRequest
 from azu.money.ledger.audit import Audit, audit
 from azu.money.ledger.redis import RedisLedger
@@ -198,7 +198,7 @@ class Books:
             raise InvalidRequest(f"a withdrawal is of at least {least} HYPE", param="lamports")
         if not is_signed(withdrawal, self._platform, signature):
             raise Forbidden("this withdrawal was not signed by the key's address", param="signature")
-        if not 0 < withdrawal.expires_at_ms - now_ms <= LONGEST_LIFE_MS:
+        if not 0 < withdrawal.expires_at_ms - now_ms <= MAX_WITHDRAWAL_LIFE_MS:
             raise InvalidRequest("a withdrawal is good for at most a day, from now on", param="expires_at_ms")
         planned = await self._ledger.result(f"{withdrawal.payout_id}:planned")
         if planned is None:

@@ -8,7 +8,7 @@ import pytest
 from eth_account import Account
 from eth_account.messages import encode_defunct
 
-from azu.auth.api_keys import RedisAuth, challenge_text, checked_address
+from azu.auth.api_keys import RedisAuth, challenge_text, parse_checksummed_address
 from azu.errors import InvalidRequest, NotFound, Unauthenticated, Unavailable
 from azu.redis_client import connect_redis
 
@@ -208,7 +208,7 @@ def test_the_text_is_an_eip_4361_message() -> None:
 
 @pytest.mark.parametrize("address", [OWNER, CHECKSUMMED, "0x" + OWNER[2:].upper()])
 def test_an_address_is_kept_in_lower_case(address: str) -> None:
-    assert checked_address(address) == OWNER
+    assert parse_checksummed_address(address) == OWNER
 
 
 @pytest.mark.parametrize(
@@ -226,5 +226,5 @@ def test_an_address_is_kept_in_lower_case(address: str) -> None:
 )
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        checked_address(address)
+        parse_checksummed_address(address)
     assert refused.value.param == "address"

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from eth_account import Account
 
-from azu.auth.signatures import LONGEST_LIFE_MS, Withdrawal, sign_claim, sign_withdrawal
+from azu.auth.signatures import MAX_WITHDRAWAL_LIFE_MS, Withdrawal, sign_claim, sign_withdrawal
 from azu.errors import Conflict, Forbidden, InsufficientBalance, InvalidRequest, LedgerError, NotFound
 from azu.money.books import Books, Totals, UserBalance, WorkerEarnings
 from azu.money.treasury.deposits import CreditState, DepositStatus
@@ -158,7 +158,7 @@ def test_a_withdrawal_waits_for_the_treasury_once(redis_url: str) -> None:
         (withdrawal(LEAST_LAMPORTS - 1), PLATFORM, InvalidRequest),
         (withdrawal(), "0x" + "98" * 20, Forbidden),
         (withdrawal(life_ms=0), PLATFORM, InvalidRequest),
-        (withdrawal(life_ms=LONGEST_LIFE_MS + 1), PLATFORM, InvalidRequest),
+        (withdrawal(life_ms=MAX_WITHDRAWAL_LIFE_MS + 1), PLATFORM, InvalidRequest),
         (withdrawal(LEAST_LAMPORTS + 1), PLATFORM, InsufficientBalance),
     ],
 )

@@ -1,1 +1,1 @@
-"""Double-entry accounts: pure rules and one Redis adapter of the same rules."""
+"""The ledger: double-entry accounts with pure rules, and one Redis adapter that applies the rules."""

@@ -1,1 +1,1 @@
-"""Deposits and payouts: the only process that holds the private key."""
+"""Deposits, payouts, withdrawals and receipts: the only process that holds the platform's private key."""

@@ -1,4 +1,7 @@
-"""Takes secrets out of this process's environment, so that nobody who can read that finds them."""
+"""Takes secrets out of this process's environment, where other processes of the user could read them.
+
+A file of its own: `azu up` needs this, and never imports what reads the platform's key.
+"""
 
 import ctypes
 import os
@@ -7,7 +10,7 @@ from collections.abc import MutableMapping
 
 
 def take_variable(environment: MutableMapping[str, str], name: str) -> str | None:
-    """Return a variable and remove it; from `os.environ` also what the kernel shows of it to others."""
+    """Return a variable and remove it; for `os.environ` also from what the kernel shows of it."""
     if environment is os.environ:
         _overwrite(name)
     return environment.pop(name, None)

@@ -228,7 +228,7 @@ class WithdrawalPlanner:
         """Return why the chain would not execute a withdrawal, or not for what it costs."""
         if await self._selector.is_payable(AmountOwed(withdrawal.address, withdrawal.lamports)):
             return None
-        return "the address is new to the chain, or barred there, and it is too little for that"
+        return "the chain bars the address, or the amount is too small for one that is new to the chain"
 
     async def _plan(self, withdrawal: Withdrawal, since_ms: int) -> None:
         payout = Payout(

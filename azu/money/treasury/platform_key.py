@@ -1,4 +1,4 @@
-"""Reads the platform's private key; nothing but the treasury's process may call this."""
+"""Reads the platform's private key; only the treasury's process may call this."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def _read(path: Path) -> str:
 
 
 def _account(text: str, source: str) -> LocalAccount:
-    # Without the cause: what went wrong inside would show the key, or parts of it.
+    # Without the cause, whose text could show the key or parts of it.
     try:
         key = _key_bytes(text.strip())
         account: LocalAccount = Account.from_key(key) if len(key) == _KEY_BYTES else None
