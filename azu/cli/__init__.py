@@ -1,4 +1,4 @@
-"""The azu command: the composition root."""
+"""The azu command and its subcommands, one light module each."""
 
 import sys
 from importlib import import_module
@@ -13,7 +13,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Pool GPUs into one network that runs large language models, paid per token and layer.",
 )
-# Module and function of every command, in the order of the help text. The modules are light to import.
+# Module and function of every command, in the order of the help text. A command imports what is heavy in
+# its function.
 _COMMANDS = (
     ("demo", "demo"),
     ("up", "up"),
@@ -53,12 +54,12 @@ def main() -> None:
     try:
         app()
     except AzuError as error:
-        _tell(error)
+        _print_error(error)
         sys.exit(1)
 
 
-def _tell(error: AzuError) -> None:
-    """Say an error to a person on stderr, or to a program on stdout."""
+def _print_error(error: AzuError) -> None:
+    """Print an error for people on stderr, or with --json for programs on stdout."""
     import json
 
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""`azu login`, `deposit`, `balance`, `earnings`: what a wallet's owner does."""
+"""`azu login`, `deposit`, `balance`, `earnings`: the account of a wallet's owner."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +20,7 @@ _DAY_S = 86_400
 def login(
     label: Annotated[str, typer.Option(help="A name for the key, to tell it from others.")] = "cli",
     limit: Annotated[str | None, typer.Option(help="The most HYPE that the key may ever spend.")] = None,
-    days: Annotated[int | None, typer.Option(min=1, help="How long the key is good.")] = None,
+    days: Annotated[int | None, typer.Option(min=1, help="How many days the key is valid.")] = None,
 ) -> None:
     """Open an API key with the wallet's signature and keep it on this machine."""
     from azu.cli.wallet import unlock
@@ -67,17 +67,17 @@ def deposit(
 
 
 def balance(as_json: AsJson = False) -> None:
-    """Show what the key's address may spend and what its running jobs hold."""
+    """Show what the key's address can spend and what its running jobs have reserved."""
     show(open_client().balance(), as_json, _balance)
 
 
 def earnings(
     claim: Annotated[
-        bool, typer.Option("--claim", help="Sign with the wallet that its address is to be paid.")
+        bool, typer.Option("--claim", help="Sign with the wallet that its address shall be paid.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what the key's address earned by lending, what is on its way and what was paid."""
+    """Show what the key's address earned by lending, what is being paid and what was paid."""
     client = open_client()
     if claim:
         from azu.cli.wallet import unlock

@@ -1,4 +1,4 @@
-"""`azu check`: can azu run this model, and does it give the answer of the whole?"""
+"""`azu check`: whether azu can run a model, and whether its cut gives the same answer as the whole."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -46,9 +46,9 @@ def store_credential(home: Path, url: str, credential: Credential) -> Path:
 
 
 def known_platform() -> str:
-    """Return the address of AZU_URL's platform without asking it.
+    """Return the address of AZU_URL's platform without asking the network.
 
-    That is HYPERLIQUID_ADDRESS, or what the network said at the login.
+    It is HYPERLIQUID_ADDRESS, or the address that the network gave at the login.
     """
     settings = Settings.from_environment()
     return settings.platform_address or load_credential(settings.home, settings.url).platform

@@ -1,4 +1,4 @@
-"""`azu demo`: the whole system on this machine, one paid prompt for each built-in model, a receipt."""
+"""`azu demo`: the whole system on this machine, with one paid prompt for each built-in model."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""The demo's steps, from an empty machine to a receipt."""
+"""The demo: a new network, a deposit, one paid prompt for each built-in model, and the report."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from eth_account import Account
 from rich.panel import Panel
 from rich.table import Table
 
-from azu.cli.output import ProgressPrinter
+from azu.cli.output import ProgressPrinter, Step
 from azu.client import Client
 from azu.launch.local_network import LocalNetwork, demo_network
 from azu.money.books import Books
@@ -47,7 +47,7 @@ class DemoRun:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """What the demo showed. `ledger_sum_lamports` is the sum of all accounts: always zero."""
+    """The result of the demo; `ledger_sum_lamports` is the sum of all accounts, which is always zero."""
 
     runs: tuple[DemoRun, ...]
     ledger_sum_lamports: int
@@ -58,23 +58,23 @@ class DemoReport:
         return json.dumps(asdict(self))
 
 
-def run_demo(narrator: ProgressPrinter) -> DemoReport:
-    """Run the demo; whatever it started is gone when it returns, also when it is interrupted."""
+def run_demo(progress: ProgressPrinter) -> DemoReport:
+    """Run the demo; everything that it started is stopped when it returns, also when it is interrupted."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="azu-") as home:
-        with narrator.steps() as step, demo_network(Path(home), progress=step) as network:
+        with progress.steps() as step, demo_network(Path(home), step) as network:
             client = _paying_client(network, step)
-            runs = tuple(_ask(client, model, step, narrator) for model in MODELS)
+            runs = tuple(_ask(client, model, step, progress) for model in MODELS)
             ledger_sum = asyncio.run(_ledger_sum(network.redis_url))
             step("Stopping everything")
         report = DemoReport(runs, ledger_sum, round(time.monotonic() - started, 1))
     for run in report.runs:
-        narrator.print(_topology(run), _receipt(run))
-    narrator.print(f"All accounts sum to {ledger_sum} lamports. Done in {report.seconds:.1f} s.")
+        progress.print(_topology(run), _receipt(run))
+    progress.print(f"All accounts sum to {ledger_sum} lamports. Done in {report.seconds:.1f} s.")
     return report
 
 
-def _paying_client(network: LocalNetwork, step: Any) -> Client:
+def _paying_client(network: LocalNetwork, step: Step) -> Client:
     """Make a wallet, move HYPE on the devnet to the platform and claim the deposit."""
     step("Depositing 1 HYPE from a new wallet")
     account = Account.create()
@@ -86,13 +86,13 @@ def _paying_client(network: LocalNetwork, step: Any) -> Client:
     return client
 
 
-def _ask(client: Client, model: str, step: Any, narrator: ProgressPrinter) -> DemoRun:
+def _ask(client: Client, model: str, step: Step, progress: ProgressPrinter) -> DemoRun:
     step(f"Cutting and placing {model}")
     before = client.balance().available_lamports
     stream = client.chat_stream([{"role": "user", "content": QUESTION}], model=model)
-    with narrator.answer(model, QUESTION) as say:
-        for piece in stream:
-            say(piece)
+    with progress.answer(model, QUESTION) as write:
+        for text in stream:
+            write(text)
     generation = stream.result()
     receipt = client.receipt(generation.job_id)
     return DemoRun(
@@ -117,7 +117,7 @@ async def _ledger_sum(redis_url: str) -> int:
 
 
 def _topology(run: DemoRun) -> Table:
-    table = Table(title=f"{run.model}: who ran what", title_justify="left")
+    table = Table(title=f"{run.model}: placement", title_justify="left")
     for column in ("node", "actor", "layers", "experts beside or apart"):
         table.add_column(column)
     for line in run.topology:

@@ -6,7 +6,7 @@ _TIMEOUT_S = 60.0
 
 
 def down() -> None:
-    """Stop the network that runs out of AZU_HOME, and everything it started."""
+    """Stop the network that runs out of AZU_HOME, and everything that it started."""
     from azu.config import Settings
     from azu.launch.network_process import stop_network
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _START_TIMEOUT_S = 120.0
 _WATCH_S = 0.5
-# How often a node that stays up asks whether it may stay.
-_ASK_EVERY_S = 600.0
+# A node that stays up asks the network this often whether its access is still good.
+_CHECK_ACCESS_EVERY_S = 600.0
 
 Word = Annotated[str, typer.Argument(metavar="TICKET", help="What `azu up` printed.")]
 Vram = Annotated[str, typer.Option(help="What each GPU lends, such as 20GiB; without GPUs, this machine.")]
@@ -39,21 +39,21 @@ def join(
     from azu.launch.membership import EnrolmentTicket, decode_ticket, membership_of
     from azu.launch.processes import address_towards, stop_signals_raised
 
-    opened = decode_ticket(ticket)
-    called = name or socket.gethostname()
-    workers = _workers(called, vram, payout, cpu=cpu)
+    decoded = decode_ticket(ticket)
+    machine = name or socket.gethostname()
+    workers = _workers(machine, vram, payout, cpu=cpu)
     home = Settings.from_environment().home
-    if isinstance(opened, EnrolmentTicket):
-        # The certificate has to name the address that Ray gives the node.
-        ip = ip or address_towards(opened.url)
-    membership = membership_of(opened, home, name=called, host=ip or "")
+    if isinstance(decoded, EnrolmentTicket):
+        # The certificate has to contain the address that Ray gives the node.
+        ip = ip or address_towards(decoded.url)
+    membership = membership_of(decoded, home, name=machine, host=ip or "")
     with stop_signals_raised():
         while True:
             _lend(membership, workers, ip, home / "logs")
 
 
 def _lend(membership: "Membership", workers: "list[Worker]", ip: str | None, logs: Path) -> None:
-    """Run the nodes until what opened the network to them does so no longer."""
+    """Run the nodes until they have to be started again with a new access."""
     import tempfile
 
     from azu.files import write_private
@@ -62,7 +62,7 @@ def _lend(membership: "Membership", workers: "list[Worker]", ip: str | None, log
 
     access = membership.access()
     with (
-        # Short, or the paths of Ray's sockets would be too long.
+        # A short path: the paths of Ray's sockets have a limit.
         tempfile.TemporaryDirectory(prefix="azu-", dir="/tmp", ignore_cleanup_errors=True) as folder,
         ProcessGroup(logs) as nodes,
     ):
@@ -96,13 +96,13 @@ def _workers(name: str, vram: str, payout: str, *, cpu: bool) -> "list[Worker]":
 def _watch(
     nodes: "ProcessGroup", workers: "list[Worker]", membership: "Membership", access: "ClusterAccess"
 ) -> None:
-    """Wait until all nodes have joined, then keep them joined, telling what happens.
+    """Wait until all nodes have joined, then start again those that end, and print both.
 
-    Returns when they have to be started with something else; raises Unauthenticated when nothing will do.
+    Returns when they need a new access; raises Unauthenticated when they may no longer join.
     """
     from azu.launch.ray_nodes import STARTED
 
-    asked_s = time.monotonic()
+    checked_s = time.monotonic()
     with console.status(f"Joining {access.head}") as status:
         for worker in workers:
             nodes.wait_until_printed(worker.name, STARTED, _START_TIMEOUT_S)
@@ -112,17 +112,17 @@ def _watch(
             revived = nodes.revive()
             for name in revived:
                 console.print(f"[yellow]{name} had ended and was started again[/]")
-            if revived or time.monotonic() - asked_s > _ASK_EVERY_S:
-                asked_s = time.monotonic()
-                if _has_moved_on(membership, access):
+            if revived or time.monotonic() - checked_s > _CHECK_ACCESS_EVERY_S:
+                checked_s = time.monotonic()
+                if _is_outdated(membership, access):
                     return
             joined = sum(nodes.has_printed(worker.name, STARTED) for worker in workers)
             status.update(f"{joined} of {len(workers)} nodes joined to {access.head}; Ctrl-C leaves")
             time.sleep(_WATCH_S)
 
 
-def _has_moved_on(membership: "Membership", access: "ClusterAccess") -> bool:
-    """Say whether nodes have to be started again, because the network was or their certificate ends."""
+def _is_outdated(membership: "Membership", access: "ClusterAccess") -> bool:
+    """Return whether the nodes need a new access: the network was started again or their certificate ends."""
     try:
         later = membership.access()
     except (Unavailable, DeadlineExceeded) as error:

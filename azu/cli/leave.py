@@ -1,4 +1,4 @@
-"""`azu leave`: take a node out of the network without anybody noticing."""
+"""`azu leave`: take a node out of the network while its streams go on."""
 
 import time
 from typing import Annotated
@@ -8,24 +8,24 @@ import typer
 from azu.cli.credentials import open_client
 from azu.cli.output import AsJson, console, show
 
-_LOOK_S = 0.5
+_POLL_S = 0.5
 
 Name = Annotated[str, typer.Argument(help="What the network calls the node; see `azu ps`.")]
 WaitOption = Annotated[float, typer.Option(min=0, help="How many seconds to wait.")]
 
 
 def leave(name: Name, patience: WaitOption = 300.0, as_json: AsJson = False) -> None:
-    """Have a node of yours give away what it holds; when it has left, end its `azu join`.
+    """Move the pieces of a node of yours to other nodes; when it holds none, end its `azu join`.
 
-    New work goes elsewhere at once. Pieces move while their streams go on, as soon as other nodes have room.
+    The node gets no new work. Its pieces move while their streams go on, as soon as other nodes have room.
     """
     from azu.errors import DeadlineExceeded
 
     client = open_client()
     deadline = time.monotonic() + patience
-    with console.status(f"{name} gives away what it holds"):
+    with console.status(f"Moving the pieces of {name}"):
         while not client.leave(name):
             if time.monotonic() > deadline:
                 raise DeadlineExceeded(f"{name} still holds pieces: no other node has room for them")
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
     show({"name": name, "left": True}, as_json, lambda _: f"[green]✓[/] {name} holds nothing any more")

@@ -1,4 +1,4 @@
-"""`azu ledger audit|repair`: prove the books right, and mend their file after a crash of the machine."""
+"""`azu ledger audit|repair`: check the books, and repair their file after a crash of the machine."""
 
 import asyncio
 from pathlib import Path
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from azu.money.ledger.durability import FileRepair
 
 
-# At a chain that disagrees: a deposit or payout may be on its way into the books.
-_MORE_LOOKS = 4
-_LOOK_AGAIN_S = 2.0
+# While the chain disagrees: a deposit or payout may be on its way into the books.
+_MORE_AUDITS = 4
+_AUDIT_AGAIN_S = 2.0
 
-ledger = typer.Typer(no_args_is_help=True, help="The books: prove them right, mend their file.")
+ledger = typer.Typer(no_args_is_help=True, help="The books: check them, repair their file.")
 
 
 @ledger.command()
 def audit(
     wallet_lamports: Annotated[
-        int | None, typer.Option(help="What the platform's wallet holds, if the chain is not to be asked.")
+        int | None, typer.Option(help="What the platform's wallet holds, instead of asking the chain.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -50,7 +50,7 @@ def repair(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Cut a torn tail back to the last whole transfer and say what was dropped; Redis must be stopped."""
+    """Cut a torn tail back to the last whole transfer and print what was dropped; Redis must be stopped."""
     from azu.money.ledger.durability import APPEND_ONLY_FILE
     from azu.money.ledger.durability import repair as cut_tail
 
@@ -65,18 +65,18 @@ async def _audit(settings: Settings, wallet_lamports: int | None) -> "Audit":
     books = Books.from_url(settings.redis_url or own_redis_url(settings.home))
     chain = None if wallet_lamports is not None else _chain(settings)
     try:
-        report = await _look(books, chain, wallet_lamports)
-        for _ in range(_MORE_LOOKS):
+        report = await _audit_once(books, chain, wallet_lamports)
+        for _ in range(_MORE_AUDITS):
             if report.agrees or chain is None:
                 break
-            await asyncio.sleep(_LOOK_AGAIN_S)
-            report = await _look(books, chain, wallet_lamports)
+            await asyncio.sleep(_AUDIT_AGAIN_S)
+            report = await _audit_once(books, chain, wallet_lamports)
         return report
     finally:
         await books.close()
 
 
-async def _look(books: "Books", chain: tuple[str, str] | None, wallet_lamports: int | None) -> "Audit":
+async def _audit_once(books: "Books", chain: tuple[str, str] | None, wallet_lamports: int | None) -> "Audit":
     if chain is not None:
         wallet_lamports = await _wallet(*chain)
     return await books.audit(wallet_lamports)

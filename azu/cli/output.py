@@ -1,4 +1,4 @@
-"""What commands print: tables for people, one JSON object for programs."""
+"""How commands print: tables and progress for people, one JSON object for programs."""
 
 import json
 import time
@@ -18,7 +18,7 @@ console = Console(highlight=False)
 
 
 def show(facts: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> None:
-    """Print facts: as JSON, or as `render` draws them."""
+    """Print facts: as JSON, or the way `render` draws them."""
     if as_json:
         typer.echo(json.dumps(_plain(facts), default=_plain))
     else:
@@ -26,13 +26,13 @@ def show(facts: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> 
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> Table:
-    """Return a table; columns whose name ends in a unit are right-aligned, the first is not broken."""
+    """Return a table whose number columns, known by their names, are right-aligned; the first never wraps."""
     drawn = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         numeric = column.endswith(
             ("lamports", "charged", "released", "HYPE", "bytes", "VRAM", "free", "shards")
         )
-        # An id that is cut short or broken cannot be copied.
+        # An id that is cut short or wrapped cannot be copied.
         justify: JustifyMethod = "right" if numeric else "left"
         drawn.add_column(column, justify=justify, overflow="fold", no_wrap=index == 0)
     for row in rows:
@@ -54,7 +54,7 @@ Step = Callable[[str], None]
 
 
 class ProgressPrinter:
-    """Tells a person what happens; with `quiet` it says nothing."""
+    """Prints the steps of a command as they run; with `quiet` it prints nothing."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._console = Console(quiet=quiet, highlight=False)
@@ -84,11 +84,11 @@ class ProgressPrinter:
         self._status = None
 
     @contextmanager
-    def answer(self, model: str, question: str) -> Iterator[Step]:
-        """Show an answer's pieces as they come."""
+    def answer(self, model: str, question: str) -> Iterator[Callable[[str], None]]:
+        """Yield a function that prints the parts of a model's answer as they come."""
         first = True
 
-        def say(piece: str) -> None:
+        def write(text: str) -> None:
             nonlocal first
             if first:
                 # A spinner and a line that grows cannot share the terminal.
@@ -96,14 +96,14 @@ class ProgressPrinter:
                     self._status.stop()
                 self._console.print(f"\n[bold]{question}[/] [dim]{model}[/]")
                 first = False
-            self._console.print(Text(piece), end="")
+            self._console.print(Text(text), end="")
 
-        yield say
+        yield write
         self._console.print("\n")
         if self._status is not None:
             self._status.start()
 
     def print(self, *renderables: RenderableType) -> None:
-        """Print what a finished step has to show."""
+        """Print renderables one below the other."""
         for renderable in renderables:
             self._console.print(renderable)

@@ -1,4 +1,4 @@
-"""`azu plan`: where the pieces of a model would go on given nodes, how fast and at what price."""
+"""`azu plan`: the placement of a model's pieces on given nodes, its speed and its price."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,7 +29,7 @@ def plan(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     pipelines: Annotated[
-        int, typer.Option(min=1, help="At most so many pipelines of the model; they share no node.")
+        int, typer.Option(min=1, help="The most pipelines of the model; they share no node.")
     ] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -55,7 +55,7 @@ def plan(
 
 
 def _structure(model: str, revision: str | None, shards: Path) -> "Structure":
-    """Return what a cut model is made of, cutting it first when it is not."""
+    """Return the structure of a cut model; a model that is not cut yet is cut first."""
     from azu.protocol.structure import STRUCTURE_FILE, Structure
 
     folder = Path(model)
@@ -71,16 +71,16 @@ def _structure(model: str, revision: str | None, shards: Path) -> "Structure":
     source = find_source(model_id, revision, [folder.resolve().parent] if folder.is_dir() else [])
     with Console(stderr=True).status("reading the model") as status:
 
-        def told(done: int, total: int) -> None:
+        def show_progress(done: int, total: int) -> None:
             status.update(f"reading the model: {format_bytes(done)} of {format_bytes(total)}")
 
         return cut(
-            source.weights(told),
+            source.weights(show_progress),
             shards / model_folder_name(model_id) / source.revision,
             model_id=model_id,
             revision=source.revision,
             architecture=describe(source.folder),
-            progress=told,
+            progress=show_progress,
         )
 
 
@@ -124,7 +124,7 @@ def _experts(experts: "Mapping[int, tuple[int, ...]]") -> str:
 
 
 def _ranges(ids: tuple[int, ...]) -> str:
-    """Write ascending ids with runs drawn together: 0-5, 7."""
+    """Return ascending ids as text with ranges: "0-5, 7"."""
     starts = [one for one in ids if one - 1 not in ids]
     ends = [one for one in ids if one + 1 not in ids]
     pairs = zip(starts, ends, strict=True)

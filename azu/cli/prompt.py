@@ -1,4 +1,4 @@
-"""`azu prompt`, `jobs`: what a user asks and what it cost."""
+"""`azu prompt`, `jobs`: a user's prompts, their answers and their cost."""
 
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +24,7 @@ def prompt(
     raw: Annotated[bool, typer.Option(help="Take the text as it is, without the chat template.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Send a prompt, stream the answer and print the receipt. Ctrl-C ends the job: what came is paid."""
+    """Send a prompt, stream the answer and print the receipt. Ctrl-C ends the job; its tokens are paid."""
     client = open_client()
     given: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     sampling = {name: value for name, value in given.items() if value is not None}

@@ -1,4 +1,4 @@
-"""`azu ps`, `models`: what the network is made of."""
+"""`azu ps`, `models`: the network's nodes, pieces and models."""
 
 from typing import TYPE_CHECKING
 

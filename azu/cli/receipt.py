@@ -1,4 +1,4 @@
-"""`azu receipt`: what a job cost, from the network, or checked offline from a file."""
+"""`azu receipt`: the receipt of a job, from the network, or checked offline from a file."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,11 +18,11 @@ def receipt(
         Path | None, typer.Option(help="Check a receipt that `azu receipt JOB --json` printed, offline.")
     ] = None,
     platform: Annotated[
-        str | None, typer.Option(help="Whose signature it has to be; else the platform of AZU_URL.")
+        str | None, typer.Option(help="The address that has to have signed it; else the platform of AZU_URL.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a job cost and who earned it, signed by the platform; or check such a receipt."""
+    """Show what a job cost and which workers earned it, signed by the platform; or check such a receipt."""
     from azu.errors import InvalidRequest
 
     if (job_id is None) == (verify is None):
@@ -51,7 +51,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _checked(document: dict[str, Any], platform: str | None) -> str:
-    """Return who signed a receipt; raises InvalidRequest unless that is the platform."""
+    """Return the address that signed a receipt; raises InvalidRequest unless it is the platform's."""
     from azu.addresses import parse_address
     from azu.auth.signatures import verify_receipt
     from azu.errors import InvalidRequest
@@ -77,5 +77,5 @@ def _verified(document: dict[str, Any]) -> Group:
     from azu.api.base import read
     from azu.api.jobs import ReceiptLines
 
-    told = Text(f"✓ signed by the platform, {document['signed_by']}, and not changed since", "green")
-    return Group(receipt_panel(read(ReceiptLines, document)), told)
+    verdict = Text(f"✓ signed by the platform, {document['signed_by']}, and not changed since", "green")
+    return Group(receipt_panel(read(ReceiptLines, document)), verdict)

@@ -1,4 +1,4 @@
-"""`azu serve`: a network on a Ray cluster that somebody else brings up, such as `ray up`."""
+"""`azu serve`: a network on a Ray cluster that azu does not start, such as one of `ray up`."""
 
 import os
 from contextlib import ExitStack
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Address = Annotated[str | None, typer.Option(help='The head "host:port"; else RAY_ADDRESS or this machine.')]
 File = Annotated[Path | None, typer.Option(help="A network file; see configs/network.yaml.")]
 BooksOnly = Annotated[
-    bool, typer.Option("--books", help="Only what stands beside Ray; then `serve deploy configs/serve.yaml`.")
+    bool,
+    typer.Option("--books", help="Only the processes beside Ray; then run `serve deploy`."),
 ]
 Background = Annotated[bool, typer.Option("--background", help="Return once it is up; `azu down` stops it.")]
 
@@ -42,9 +43,9 @@ def serve(
         show(facts, as_json, _panel)
         return
     with ExitStack() as stack:
-        ending = stack.enter_context(stop_signals_raised())
+        stop = stack.enter_context(stop_signals_raised())
         if books:
-            running, facts = _books(stack, settings, file)
+            running, facts = _run_sidecars(stack, settings, file)
         else:
             from azu.launch.attached_network import attached_network
 
@@ -54,24 +55,26 @@ def serve(
             names = ("url", "chain_url", "platform_address", "admin_key", "head")
             facts = {name: getattr(running, name) for name in names}
         show(facts, as_json, _panel)
-        watch(running.revive, ending)
+        watch(running.revive, stop)
 
 
-def _books(stack: ExitStack, settings: "Settings", file: "NetworkFile") -> tuple[Any, dict[str, str]]:
-    """Keep the books, and write down for Serve's replicas on this machine how they are reached."""
+def _run_sidecars(stack: ExitStack, settings: "Settings", file: "NetworkFile") -> tuple[Any, dict[str, str]]:
+    """Run the processes beside Ray, and write the configuration files that Serve's replicas read."""
     from azu.files import write_private
     from azu.launch.serving import control_config, ingress_config
     from azu.launch.sidecars import admin_key_of, sidecars_running
 
-    kept = stack.enter_context(sidecars_running(settings, file.policy.timeouts.start_s))
+    sidecars = stack.enter_context(sidecars_running(settings, file.policy.timeouts.start_s))
     admin_key = admin_key_of(settings)
-    config = control_config(settings, file.policy, kept.chain, kept.redis, settings.http_port, admin_key)
+    config = control_config(
+        settings, file.policy, sidecars.chain, sidecars.redis, settings.http_port, admin_key
+    )
     folder = settings.home / "serve"
     write_private(folder / "control.json", config.to_json())
-    write_private(folder / "ingress.json", ingress_config(config, kept.redis.ingress).to_json())
-    return kept, {
-        "chain_url": kept.chain.url,
-        "platform_address": kept.chain.platform_address,
+    write_private(folder / "ingress.json", ingress_config(config, sidecars.redis.ingress).to_json())
+    return sidecars, {
+        "chain_url": sidecars.chain.url,
+        "platform_address": sidecars.chain.platform_address,
         "admin_key": admin_key,
         "folder": str(folder),
     }

@@ -1,4 +1,4 @@
-"""`azu ticket new|list|revoke`: who may lend to an encrypted network."""
+"""`azu ticket new|list|revoke`: the tickets with which machines join an encrypted network."""
 
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -14,19 +14,17 @@ if TYPE_CHECKING:
 
 _HOUR_S = 3600
 
-ticket = typer.Typer(
-    no_args_is_help=True, help="Tickets of an encrypted network: whoever has one can lend a machine to it."
-)
+ticket = typer.Typer(no_args_is_help=True, help="Tickets of an encrypted network: a machine joins with one.")
 
 
 @ticket.command()
 def new(
-    label: Annotated[str, typer.Option(help="Whom it is for.")] = "",
-    uses: Annotated[int, typer.Option(min=1, max=1000, help="How many machines it lets in.")] = 1,
-    hours: Annotated[int, typer.Option(min=1, max=720, help="How long it lets them in.")] = 24,
+    label: Annotated[str, typer.Option(help="The person or machine that it is for.")] = "",
+    uses: Annotated[int, typer.Option(min=1, max=1000, help="How many machines it admits.")] = 1,
+    hours: Annotated[int, typer.Option(min=1, max=720, help="How many hours it is valid.")] = 24,
     as_json: AsJson = False,
 ) -> None:
-    """Make a ticket; give it only to people whom you would give a shell."""
+    """Make a ticket; give it only to people who may run programs on your machines."""
     from azu.config import Settings
     from azu.launch.admin import admin_client, new_ticket
 
@@ -37,7 +35,7 @@ def new(
 
 @ticket.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """Show the tickets and the machines that they let in."""
+    """Show the tickets and the machines that joined with them."""
     from azu.config import Settings
     from azu.launch.admin import admin_client
 
@@ -49,7 +47,7 @@ def revoke(
     ticket_id: Annotated[str, typer.Argument(help="The ticket's id, as `azu ticket list` shows it.")],
     as_json: AsJson = False,
 ) -> None:
-    """Let nobody in with a ticket any more; machines that came with it are not let in again."""
+    """Make a ticket invalid; the machines that joined with it cannot join again."""
     from azu.config import Settings
     from azu.launch.admin import admin_client
 

@@ -1,4 +1,4 @@
-"""`azu top`: what the network does, as it does it."""
+"""`azu top`: the network's nodes, models, queue and speed, live."""
 
 import time
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What a model did in the time between two looks; None where nothing was measured."""
+    """A model's speed between two samples; None where nothing was measured."""
 
     tokens_per_s: float
     time_to_first_token_s: float | None
@@ -31,7 +31,7 @@ class Speed:
 
 
 def speed_between(before: Activity, after: Activity, seconds: float) -> Speed:
-    """Return how fast a model was from one look to another, `seconds` apart."""
+    """Return a model's speed between two samples, `seconds` apart."""
     tokens = after.generated_tokens - before.generated_tokens
     return Speed(
         tokens_per_s=max(0, tokens) / seconds,
@@ -43,12 +43,12 @@ def speed_between(before: Activity, after: Activity, seconds: float) -> Speed:
 
 _BAR_WIDTH = 24
 
-Period = Annotated[float, typer.Option(min=0.2, max=60, help="Seconds between two looks.")]
+Period = Annotated[float, typer.Option(min=0.2, max=60, help="Seconds between two samples.")]
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The network at one moment, and each model's speed since the look before, by model id."""
+    """The network at one moment, and each model's speed since the sample before, by model id."""
 
     network: "NetworkResponse"
     speeds: "dict[str, Speed]"
@@ -73,23 +73,23 @@ def top(every: Period = 1.0, as_json: AsJson = False) -> None:
 
 
 def _samples(period_s: float) -> Iterator[Sample]:
-    """Yield what two looks, a period apart, show; the meters of a network speak once a second."""
+    """Yield a sample after each period; a network's meters report once a second."""
     from azu.api.network import Activity
 
     client = open_client()
-    before, looked_s = client.network(), time.monotonic()
+    before, sampled_s = client.network(), time.monotonic()
     while True:
         time.sleep(period_s)
         after, now_s = client.network(), time.monotonic()
         known = {model.model_id: model.activity for model in before.deployments}
         speeds = {
             model.model_id: speed_between(
-                known.get(model.model_id, Activity()), model.activity, now_s - looked_s
+                known.get(model.model_id, Activity()), model.activity, now_s - sampled_s
             )
             for model in after.deployments
         }
         yield Sample(after, speeds)
-        before, looked_s = after, now_s
+        before, sampled_s = after, now_s
 
 
 def _screen(sample: Sample) -> Group:
@@ -152,7 +152,7 @@ def _model(model: "DeploymentLine", speed: "Speed") -> list[RenderableType]:
 
 
 def _bar(part: int, whole: int, width: int) -> ProgressBar:
-    # A full one would look as if something had finished.
+    # A full bar in the finished style would look as if a task had ended.
     return ProgressBar(total=max(1, whole), completed=part, width=width, finished_style="bar.complete")
 
 

@@ -8,13 +8,13 @@ if TYPE_CHECKING:
     from azu.config import Settings
 
 
-# Bringing an account to life on the chain costs the platform a dollar: it wants to be worth it.
+# Creating an account on the chain costs the platform a dollar, so its first payout has to be larger.
 _NEW_ACCOUNT_FACTOR = 4
 _DEVNET_POLL_S = 0.2
 
 
 def treasury() -> None:
-    """Credit deposits and pay workers until stopped; reads the platform's private key and nothing else does.
+    """Credit deposits and pay workers until stopped; the only process that reads the platform's private key.
 
     The key comes from SCHEDULER_PRIVATE_KEY or the file that AZU_PRIVATE_KEY_FILE names, the chain from
     HYPERLIQUID_RPC_URL, the books from REDIS_HOST, REDIS_PORT and REDIS_PASSWORD.
@@ -54,6 +54,6 @@ def treasury() -> None:
 
 
 def _secrets(account: "LocalAccount", settings: "Settings") -> "list[str]":
-    """Return what no line may show, as this process knows it."""
+    """Return the secrets of this process that no log line may contain."""
     password = settings.redis_password
     return [account.key.hex(), *([password.get_secret_value()] if password else [])]

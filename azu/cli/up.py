@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 Workers = Annotated[int, typer.Option(min=0, max=64, help="Workers to start on this machine.")]
 Vram = Annotated[str, typer.Option(help="What each of them lends, in whole MiB.")]
 PayoutOption = Annotated[
-    str | None, typer.Option(help="Who is paid for them; a devnet's play money needs nobody.")
+    str | None, typer.Option(help="The address that is paid for them; not needed on a devnet.")
 ]
 File = Annotated[Path | None, typer.Option(help="A network file; see configs/network.yaml.")]
 Ip = Annotated[str | None, typer.Option(help="The address at which other machines reach this one.")]
 Tls = Annotated[
-    bool | None, typer.Option("--tls/--no-tls", help="Encrypt all between machines; on by default with --ip.")
+    bool | None,
+    typer.Option("--tls/--no-tls", help="Encrypt between machines; default with --ip."),
 ]
 Dashboard = Annotated[bool, typer.Option(help="Start Ray's dashboard too.")]
 Background = Annotated[bool, typer.Option("--background", help="Return once it is up.")]
@@ -49,23 +50,23 @@ def up(
 
     settings, file = load_settings(network)
     if background:
-        _tell(run_in_background(settings.home, 4 * file.policy.timeouts.start_s), as_json)
+        _print_facts(run_in_background(settings.home, 4 * file.policy.timeouts.start_s), as_json)
         return
     own = _workers(workers, vram, payout, play_money=settings.chain_url is None)
     file = file.model_copy(update={"workers": (*file.workers, *own)})
     with ExitStack() as stack:
-        ending = stack.enter_context(stop_signals_raised())
+        stop = stack.enter_context(stop_signals_raised())
         with ProgressPrinter(quiet=as_json).steps() as step:
             encrypted = tls if tls is not None else ip is not None
             running = stack.enter_context(
                 local_network(settings, file, step, ip=ip, dashboard=dashboard, tls=encrypted)
             )
-        _tell(_facts(running), as_json)
-        watch(running.revive, ending)
+        _print_facts(_facts(running), as_json)
+        watch(running.revive, stop)
 
 
 def _workers(number: int, vram: str, payout: str | None, *, play_money: bool) -> "list[LocalWorker]":
-    """Return workers of this machine, on its GPUs as far as there are any."""
+    """Return workers of this machine: on its GPUs first, then on the CPU."""
     from pydantic import ValidationError
 
     from azu.config import LocalWorker
@@ -74,7 +75,7 @@ def _workers(number: int, vram: str, payout: str | None, *, play_money: bool) ->
     from azu.launch.ray_nodes import cuda_devices
 
     if number and payout is None and not play_money:
-        raise ConfigurationError("say with --payout who is paid for this machine's workers", param="payout")
+        raise ConfigurationError("--payout has to name the address that is paid", param="payout")
     gpus = len(cuda_devices()) if number else 0
     try:
         return [
@@ -102,10 +103,10 @@ def _facts(running: "LocalNetwork") -> dict[str, Any]:
     }
 
 
-def _tell(facts: dict[str, str | None], as_json: bool) -> None:
+def _print_facts(facts: dict[str, str | None], as_json: bool) -> None:
     show(facts, as_json, _panel)
     if not as_json:
-        # On a line of its own, whole: what a panel breaks cannot be copied.
+        # On a line of its own: a command that a panel wraps cannot be copied.
         line = f"azu join {facts['ticket']} --vram 8GiB --payout 0x..."
         console.print(line, soft_wrap=True)
 
@@ -118,5 +119,5 @@ def _panel(facts: dict[str, str | None]) -> Panel:
     if facts["authority"] is not None:
         grid.add_row("encrypted", f"clients need AZU_TLS_CA={facts['authority']}")
     grid.add_row("to join", "the command below, on any machine")
-    grid.add_row("", "[dim]whoever joins can run code here: give the ticket to people you trust[/]")
+    grid.add_row("", "[dim]a machine that joins can run code here: give the ticket to people you trust[/]")
     return Panel(grid, title="azu is up; `azu down` stops it", title_align="left", expand=False)

@@ -78,11 +78,11 @@ def fund(
 
 
 def unlock(home: Path) -> "LocalAccount":
-    """Return this machine's wallet, opened with AZU_WALLET_PASSWORD or the password that the user types."""
+    """Return this machine's wallet, decrypted with AZU_WALLET_PASSWORD or a typed password."""
     from azu.money.chain import wallet as keystore
 
     path = _path(home)
-    keystore.address_of(path)  # says what is wrong with the file before a password is asked for
+    keystore.address_of(path)  # a damaged file is reported before a password is asked for
     return keystore.load(path, _password(confirm=False))
 
 

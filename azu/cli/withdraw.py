@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from azu.api.accounts import WithdrawalLine
 
 
-_LOOK_EVERY_S = 0.5
-_PATIENCE_S = 120.0
+_POLL_S = 0.5
+_TIMEOUT_S = 120.0
 _DECIDED = ("paid", "refused")
 
 
 def withdraw(
     amount: Annotated[str, typer.Argument(help="HYPE, for example 0.5")], as_json: AsJson = False
 ) -> None:
-    """Have HYPE of your balance sent back to the wallet; exit 0 once the chain shows it."""
+    """Send HYPE of your balance back to the wallet; exit 0 once the chain shows it."""
     from azu.cli.wallet import unlock
     from azu.config import Settings
 
@@ -30,17 +30,17 @@ def withdraw(
     client = open_client()
     with console.status(f"Signing the withdrawal of {amount} HYPE") as status:
         state = client.withdraw(wallet, lamports)
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _TIMEOUT_S
         while state.state not in _DECIDED and time.monotonic() < deadline:
             status.update(f"The withdrawal of {amount} HYPE is {state.state}")
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_POLL_S)
             state = client.withdrawal(state.nonce)
-    show(state, as_json, lambda found: _told(found, amount, wallet.address))
+    show(state, as_json, lambda found: _drawn(found, amount, wallet.address))
     if state.state != "paid":
         raise typer.Exit(1)
 
 
-def _told(found: "WithdrawalLine", amount: str, address: str) -> str:
+def _drawn(found: "WithdrawalLine", amount: str, address: str) -> str:
     match found.state:
         case "paid":
             return f"{amount} HYPE are back at {address}"

@@ -1,7 +1,7 @@
 """A network on a Ray cluster that azu does not start or stop, such as one of `ray up`: `azu serve`."""
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -9,9 +9,9 @@ from azu.config import ControlConfig, NetworkFile, Settings
 from azu.errors import Unavailable
 from azu.launch import serving
 from azu.launch.processes import free_port
+from azu.launch.serving import Progress
 from azu.launch.sidecars import Sidecars, admin_key_of, sidecars_running
 
-Progress = Callable[[str], None]
 _CONNECT_TIMEOUT_S = 2.0
 
 

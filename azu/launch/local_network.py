@@ -16,6 +16,7 @@ from azu.launch.network_process import home_locked
 from azu.launch.processes import ProcessGroup, free_port
 from azu.launch.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment, socket_folder
 from azu.launch.serving import (
+    Progress,
     connected,
     control_config,
     local_client,
@@ -33,8 +34,6 @@ from azu.launch.sidecars import (
     start_redis_and_devnet,
     start_treasury,
 )
-
-Progress = Callable[[str], None]
 
 DEMO = CONFIGS / "demo.yaml"
 

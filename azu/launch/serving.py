@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from azu.client import Client
 
 
+Progress = Callable[[str], None]
+
 _POLL_S = 0.1
 _EVERYWHERE = ("0.0.0.0", "::")
 
@@ -143,7 +145,7 @@ def local_client(config: ControlConfig, api_key: str | None = None) -> "Client":
 
 
 def wait_until_healthy(client: "Client", timeout_s: float, meanwhile: Callable[[], object]) -> None:
-    """Wait until the ingress accepts prompts; calls `meanwhile` after each try."""
+    """Wait until the ingress accepts prompts; calls `meanwhile` after each failure."""
     deadline = time.monotonic() + timeout_s
     while not client.healthy():
         meanwhile()
@@ -153,7 +155,7 @@ def wait_until_healthy(client: "Client", timeout_s: float, meanwhile: Callable[[
 
 
 def wait_until_it_answers(client: "Client", timeout_s: float, meanwhile: Callable[[], object]) -> None:
-    """Wait until the ingress answers, with or without workers; calls `meanwhile` after each try."""
+    """Wait until the ingress answers, with or without workers; calls `meanwhile` after each failure."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
