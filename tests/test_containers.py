@@ -1,4 +1,4 @@
-"""The container files: what they say holds, and their steps run in a clean directory, without an engine."""
+"""The container files name what exists, and their steps run in a clean directory, without an engine."""
 
 import json
 import os
@@ -38,13 +38,13 @@ def steps(file: Path) -> list[Step]:
 
 
 def only(file: Path, word: str) -> str:
-    """Return what the one instruction of a kind says."""
+    """Return the text of the one instruction of a kind."""
     (found,) = [step.rest for step in steps(file) if step.word == word]
     return found
 
 
 def sources(step: Step) -> list[str]:
-    """Return what a COPY takes, the target last."""
+    """Return the arguments of a COPY, the target last."""
     return [word for word in step.rest.split() if not word.startswith("--")]
 
 
@@ -53,16 +53,16 @@ def test_there_is_one_for_the_head_and_one_for_a_worker() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_it_says_only_what_is_understood_here_and_copies_only_what_is_there(file: Path) -> None:
+def test_a_file_has_only_known_instructions_and_copies_only_what_exists(file: Path) -> None:
     assert {step.word for step in steps(file)} <= KNOWN
     copied = {name for step in steps(file) if step.word == "COPY" for name in sources(step)[:-1]}
     assert all((ROOT / name).exists() for name in copied)
-    # All of the product, and nothing of it is left behind.
+    # The whole product is copied.
     assert {"azu", "actors", "deployments", "configs", "pyproject.toml"} <= copied
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_it_builds_on_the_image_that_the_cluster_uses(file: Path) -> None:
+def test_a_file_builds_on_the_image_that_the_cluster_uses(file: Path) -> None:
     images = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())["docker"]
     kind = "head" if file.name.startswith("head") else "worker"
     assert only(file, "FROM") == images[f"{kind}_image"]
@@ -71,13 +71,13 @@ def test_it_builds_on_the_image_that_the_cluster_uses(file: Path) -> None:
 
 @pytest.mark.prove
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_its_steps_run_in_a_clean_directory(file: Path, tmp_path: Path) -> None:
+def test_the_steps_run_in_a_clean_directory(file: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     environment = {
         "PATH": f"{tmp_path}/venv/bin:{os.defpath}",
         "HOME": str(tmp_path) + HOME,
-        # Where packages come from is the machine's own affair, as it is a container's.
+        # The machine's own package index is used, as a container would use its own.
         **{name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_", "https_"))},
     }
     folder = tmp_path
@@ -104,7 +104,7 @@ def test_its_steps_run_in_a_clean_directory(file: Path, tmp_path: Path) -> None:
 
 
 def copy(words: list[str], folder: Path) -> None:
-    """Do what COPY does: a folder's content goes into the target, a file into the target folder."""
+    """Copy as COPY does: a folder's content goes into the target, a file into the target folder."""
     *names, target = words
     for name in names:
         if (ROOT / name).is_dir():

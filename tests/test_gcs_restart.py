@@ -66,7 +66,7 @@ print(f"answered while the GCS was dead; found again {again_s:.1f} s after its r
 
 @pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where a cluster's sockets lie; whoever was started there ends."""
+    """The folder of a cluster's sockets; every process that was started there is killed."""
     folder = tmp_path_factory.mktemp("gcs")
     yield folder
     for process in psutil.process_iter(["cmdline"]):
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_actors_go_on_while_the_gcs_is_dead_and_new_ones_come_after_it_was_started_again(
     folder: Path,
 ) -> None:
-    books, port = start_redis(folder), free_port()
+    tables, port = start_redis(folder), free_port()
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
     def run(command: list[str], **more: str) -> str:
@@ -99,8 +99,8 @@ def test_actors_go_on_while_the_gcs_is_dead_and_new_ones_come_after_it_was_start
 
     try:
         head = ("--head", "--port", str(port), "--num-cpus", "0", "--include-dashboard", "false")
-        start("h", *head, RAY_REDIS_ADDRESS=f"127.0.0.1:{books.port}")
+        start("h", *head, RAY_REDIS_ADDRESS=f"127.0.0.1:{tables.port}")
         start("w", "--address", f"127.0.0.1:{port}", "--num-cpus", "2")
         print(run([sys.executable, "-c", _DRIVER, f"127.0.0.1:{port}", str(folder)]))
     finally:
-        books.stop()
+        tables.stop()

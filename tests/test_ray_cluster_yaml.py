@@ -1,4 +1,4 @@
-"""ray_cluster.yaml is what Ray accepts, and what azu needs of its nodes."""
+"""Ray accepts ray_cluster.yaml, and its nodes are as azu needs them."""
 
 import re
 import shlex
@@ -30,17 +30,17 @@ def start_command(config: dict[str, Any], kind: str) -> tuple[dict[str, str], li
     return dict(word.split("=", 1) for word in words[:at]), words[at:]
 
 
-def test_ray_accepts_it(config) -> None:
+def test_ray_accepts_the_file(config) -> None:
     validate_config(prepare_config(config))
 
 
-def test_ray_would_say_what_it_does_not_know(config) -> None:
+def test_ray_refuses_an_unknown_key(config) -> None:
     config["available_node_types"]["worker_l4"]["vram"] = 1
     with pytest.raises(Exception, match="vram"):
         validate_config(prepare_config(config))
 
 
-def test_ray_accepts_the_variant_for_machines_of_ones_own(config) -> None:
+def test_ray_accepts_the_variant_for_own_machines(config) -> None:
     own = deepcopy(config)
     for key in ("head_node_type", "available_node_types", "max_workers"):
         del own[key]
@@ -62,7 +62,7 @@ def test_workers_lend_vram_in_whole_mib_and_the_head_lends_none(config) -> None:
         assert 4 * 1024 < worker["resources"][VRAM] < 192 * 1024
 
 
-def test_a_worker_says_its_name_its_device_and_who_earns(config) -> None:
+def test_a_worker_has_labels_for_name_device_and_payout(config) -> None:
     _, words = start_command(config, "worker")
     assert any(word.startswith(f"--labels={NAME_LABEL}=") for word in words)
     for name, worker in config["available_node_types"].items():
@@ -89,7 +89,7 @@ def test_the_images_carry_the_ray_that_azu_is_tested_with(config) -> None:
 
 
 @pytest.mark.parametrize("kind", ["head", "worker"])
-def test_nobody_joins_without_the_token_and_every_option_is_one_of_rays(config, kind: str) -> None:
+def test_every_node_requires_the_token_and_every_option_is_one_of_rays(config, kind: str) -> None:
     environment, words = start_command(config, kind)
     known = {option for parameter in start.params for option in parameter.opts}
 

@@ -24,7 +24,7 @@ INTERRUPTED_AFTER_S = sorted(random.Random(SEED).uniform(1, 45) for _ in range(4
 
 
 class Demo:
-    """A running demo with every process that was ever seen below it."""
+    """A running demo, with every process that it started."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("AZU_")}
@@ -59,7 +59,7 @@ class Demo:
         return self._process.returncode, output
 
     def left_behind(self) -> list[str]:
-        """Return the processes and ports that are still there."""
+        """Return the processes and ports that are left."""
         psutil.wait_procs(self._seen, timeout=5)
         living = [str(process) for process in self._seen if process.is_running()]
         open_ports = {one.laddr.port for one in psutil.net_connections("tcp") if one.status == "LISTEN"}
@@ -83,7 +83,7 @@ class Demo:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Where the demo keeps its files; short, for Ray's sockets."""
+    """The folder of the demo's files; its path is short, for Ray's sockets."""
     with tempfile.TemporaryDirectory(prefix="azu-", dir="/tmp") as made:
         yield Path(made)
 
@@ -117,7 +117,7 @@ def check_money(run: dict[str, Any]) -> None:
 
 
 def holders_by_layer(topology: list[dict[str, Any]]) -> dict[str, set[str]]:
-    """Return which nodes hold experts of each layer."""
+    """Return the nodes that hold experts, by layer."""
     holders: dict[str, set[str]] = {}
     for line in topology:
         for layer in line["experts"]:
@@ -136,6 +136,6 @@ def test_ctrl_c_at_any_step_leaves_nothing(folder: Path, after_s: float) -> None
     assert list(folder.iterdir()) == []
 
 
-def test_two_demos_run_one_right_after_the_other(folder: Path) -> None:
+def test_a_second_demo_runs_right_after_the_first(folder: Path) -> None:
     for _ in range(2):
         assert Demo(folder, "--json").end()[0] == 0

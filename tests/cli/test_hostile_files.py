@@ -1,4 +1,4 @@
-"""Whatever a file holds, it is read or refused by a typed error: no file ends a command with a traceback."""
+"""Any file is read or refused with a typed error: no file ends a command with a traceback."""
 
 import base64
 import json
@@ -65,7 +65,7 @@ def _configuration(name: str) -> str:
     return (files("configs") / name).read_text()
 
 
-# file name, how a good one is written, how it is read
+# file name, how a valid file is written, how it is read
 READERS: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object]]] = {
     "nodes": (
         "nodes.yaml",
@@ -97,7 +97,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object]
 
 
 def mutants(name: str, good: bytes, chance: random.Random) -> list[bytes]:
-    """Return mutants of a file: half of its text, half of what it says."""
+    """Return mutants of a file: half of them change its text, half its values."""
     found = [mutated_bytes(good, chance) for _ in range(MUTANTS // 2)]
     for _ in range(MUTANTS // 2):
         if name == "ticket":
@@ -111,7 +111,7 @@ def mutants(name: str, good: bytes, chance: random.Random) -> list[bytes]:
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_a_damaged_file_is_refused_by_a_typed_error_or_says_the_same(tmp_path: Path, kind: str) -> None:
+def test_a_damaged_file_is_refused_with_a_typed_error_or_reads_the_same(tmp_path: Path, kind: str) -> None:
     name, write, read = READERS[kind]
     path = tmp_path / name
     write(path)

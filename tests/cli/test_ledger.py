@@ -1,4 +1,4 @@
-"""`azu ledger` says whether the books agree, with each other and with the chain, and mends their file."""
+"""`azu ledger` reports whether the books agree with their journal and the chain, and repairs their file."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ PLANNED = (moves.deposit(1_000), moves.plan_withdrawal("p1", 100))
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "home"
     monkeypatch.setenv("AZU_HOME", str(home))
-    monkeypatch.setattr(commands, "_LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr(commands, "_AUDIT_AGAIN_S", 0.05)
     return home
 
 
@@ -78,7 +78,7 @@ def test_books_that_agree_exit_with_zero(configured: str) -> None:
     }
 
 
-def test_books_that_somebody_changed_exit_with_one(configured: str) -> None:
+def test_books_that_were_changed_exit_with_one(configured: str) -> None:
     book(configured, *PLANNED)
     with Redis.from_url(configured) as redis:
         redis.hincrby(BALANCES, CHAIN, 1)
@@ -122,7 +122,7 @@ def test_without_any_redis_there_is_nothing_to_audit() -> None:
         run("audit")
 
 
-def test_a_torn_file_is_mended_and_what_was_dropped_is_said(home: Path) -> None:
+def test_a_torn_file_is_repaired_and_the_dropped_part_is_reported(home: Path) -> None:
     server = start_redis(home / "redis", DURABLE_CONFIG)
     book(server.url, *PLANNED)
     file = home / "redis" / APPEND_ONLY_FILE

@@ -1,4 +1,4 @@
-"""How the command line ends: with words for people, JSON for programs, and an exit status for both."""
+"""How commands end: with text for people, JSON for programs, and an exit status for both."""
 
 import json
 import os
@@ -95,5 +95,5 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
 
     process.send_signal(signal.SIGINT)
 
-    # Python and its imports come up slowly on a busy machine, and go down as slowly.
+    # Python starts and ends slowly on a busy machine.
     assert process.wait(90) == 130

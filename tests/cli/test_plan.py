@@ -77,7 +77,7 @@ def test_experts_that_go_apart_are_shown_with_their_node(place, tmp_path: Path) 
     assert all(name in printed for name in held)
 
 
-def test_several_pipelines_are_shown_as_far_as_nodes_allow(place, tmp_path: Path) -> None:
+def test_several_pipelines_are_shown_if_there_are_nodes_for_them(place, tmp_path: Path) -> None:
     folder = shards_of(tmp_path / "model", num_layers=2)
     pipelines = json.loads(place(folder, "--json", "--pipelines", "9").stdout)
 

@@ -28,7 +28,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_it_is_checked_against_the_platform_of_the_login(file: Path) -> None:
+def test_a_receipt_is_checked_against_the_platform_of_the_login(file: Path) -> None:
     store_credential(file.parent, URL, Credential("azu-sk-x", "0x" + "a1" * 20, PLATFORM.address.lower()))
 
     done = RUNNER.invoke(app, ["receipt", "--verify", str(file), "--json"])
@@ -37,7 +37,7 @@ def test_it_is_checked_against_the_platform_of_the_login(file: Path) -> None:
     assert json.loads(done.stdout)["signed_by"] == PLATFORM.address.lower()
 
 
-def test_it_is_checked_against_a_platform_that_is_named(file: Path) -> None:
+def test_a_receipt_is_checked_against_a_given_platform(file: Path) -> None:
     good = RUNNER.invoke(app, ["receipt", "--verify", str(file), "--platform", PLATFORM.address])
     bad = RUNNER.invoke(app, ["receipt", "--verify", str(file), "--platform", "0x" + "12" * 20])
 
@@ -46,7 +46,7 @@ def test_it_is_checked_against_a_platform_that_is_named(file: Path) -> None:
     assert isinstance(bad.exception, InvalidRequest)
 
 
-def test_a_changed_one_is_refused(file: Path) -> None:
+def test_a_changed_receipt_is_refused(file: Path) -> None:
     file.write_text(file.read_text().replace('"charged_lamports": 80', '"charged_lamports": 8'))
 
     done = RUNNER.invoke(app, ["receipt", "--verify", str(file), "--platform", PLATFORM.address])
@@ -54,14 +54,14 @@ def test_a_changed_one_is_refused(file: Path) -> None:
     assert isinstance(done.exception, InvalidRequest)
 
 
-def test_without_knowing_the_platform_nothing_is_proved(file: Path) -> None:
+def test_a_receipt_of_an_unknown_platform_is_refused(file: Path) -> None:
     done = RUNNER.invoke(app, ["receipt", "--verify", str(file)])
 
     assert isinstance(done.exception, Unauthenticated)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "not json"])
-def test_what_is_no_receipt_is_refused(file: Path, content: str) -> None:
+def test_a_file_that_is_no_receipt_is_refused(file: Path, content: str) -> None:
     file.write_text(content)
 
     done = RUNNER.invoke(app, ["receipt", "--verify", str(file), "--platform", PLATFORM.address])

@@ -27,7 +27,7 @@ def run(*arguments: object) -> Result:
     return result
 
 
-def test_a_folder_is_cut_where_it_is_asked_to(tmp_path, home):
+def test_a_folder_is_cut_into_the_given_folder(tmp_path, home):
     source = save_checkpoint(tmp_path / "source", "qwen2_moe")
     facts = json.loads(run(source, "--out", tmp_path / "out", "--json").stdout)
     structure = Structure.from_json((tmp_path / "out" / STRUCTURE_FILE).read_bytes())
@@ -60,6 +60,6 @@ def test_a_broken_checkpoint_is_refused(tmp_path, home):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_not_there_is_refused(home):
+def test_a_missing_folder_is_refused(home):
     with pytest.raises(InvalidRequest):
         run("/nowhere/at/all")

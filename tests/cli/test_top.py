@@ -64,7 +64,7 @@ def test_an_empty_network_says_so() -> None:
     assert "no model is up" in shown
 
 
-def test_memory_that_nobody_can_tell_apart_is_not_invented() -> None:
+def test_unknown_used_memory_is_a_question_mark() -> None:
     network = NetworkResponse(nodes=(node("ada", vram_used_bytes=None),), deployments=())
 
     assert "?" in drawn(Sample(network, {}))

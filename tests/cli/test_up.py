@@ -44,7 +44,7 @@ def azu() -> Iterator[Start]:
 
     yield start
     for process in started:
-        # What it started dies with it.
+        # The kernel ends what it started.
         process.kill()
         process.wait(10)
 
@@ -57,7 +57,7 @@ def eventually(condition: Callable[[], object], timeout_s: float) -> None:
 
 
 def sessions_of(process: subprocess.Popen[str]) -> list[int]:
-    """Return the sessions that a process started: all that it can leave behind."""
+    """Return the sessions that a process started: everything that it can leave behind."""
     return [child.pid for child in psutil.Process(process.pid).children()]
 
 
@@ -87,7 +87,7 @@ def test_a_network_is_up_joined_left_and_down(azu: Start, home: Path) -> None:
     (node,) = (node for node in client.network().nodes if node.name == "ada")
     assert (node.payout_address, node.vram_total_bytes) == (OWNER, 8 * 1024**2)
 
-    # Whoever watches may see the dead node, none, or the next one first: the next one is another.
+    # `azu ps` may show the dead node, no node or its successor, which has another id.
     raylets = [p for p in psutil.Process(joined.pid).children(recursive=True) if p.name() == "raylet"]
     raylets[0].kill()
     eventually(lambda: alive().get("ada", node.node_id) != node.node_id, START_TIMEOUT_S)
@@ -111,7 +111,7 @@ def test_a_network_that_is_killed_leaves_nothing_behind_and_starts_again(azu: St
     up.kill()
     up.wait(10)
 
-    # Ray's agents try for a minute to tell the dead head of it.
+    # Ray's agents try for a minute to report to the dead head.
     eventually(lambda: not any(session_members(session) for session in sessions), 120)
     again = azu(home, "up", "--json", AZU_HTTP_PORT=str(free_port()))
     assert again.stdout is not None

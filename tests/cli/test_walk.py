@@ -1,4 +1,4 @@
-"""The README's walk, run from the README: what a newcomer types, and what comes of it."""
+"""The commands of the README's walk, run as a newcomer types them."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from azu.launch.processes import free_port, session_members
 pytestmark = pytest.mark.prove
 
 README = Path(__file__).parents[2] / "README.md"
-# What the README writes in capitals stands for what an earlier command printed.
+# A word in capitals in the README stands for something that an earlier command printed.
 PRINTED = {
     "TICKET": re.compile(r"azu join (\S+)"),
     "0xYOURS": re.compile(r"^(0x[0-9a-f]{40})  \(", re.MULTILINE),
@@ -41,13 +41,13 @@ def walk() -> list[str]:
 
 
 def test_the_walk_has_every_step() -> None:
-    # In this order; more may be between.
+    # In this order; other steps may be between them.
     commands = iter(walk())
     assert all(any(command.startswith(f"azu {step}") for command in commands) for step in STEPS), walk()
 
 
 class Newcomer:
-    """Types commands into two terminals of one machine, and copies what was printed from one to the next."""
+    """A user with two terminals on one machine, who copies what one command printed into the next."""
 
     def __init__(self, home: Path) -> None:
         port = free_port()
@@ -58,14 +58,14 @@ class Newcomer:
             "AZU_URL": f"http://127.0.0.1:{port}",
             "AZU_WALLET_PASSWORD": "walk",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            # As wide as a terminal is that shows a table whole.
+            # As wide as a table needs.
             "COLUMNS": "160",
         }
         self._known: dict[str, str] = {}
         self.joined: subprocess.Popen[str] | None = None
 
     def type(self, command: str) -> str:
-        """Return what a command prints; one that lends goes on in the second terminal."""
+        """Return what a command prints; `azu join` keeps running in the second terminal."""
         for word, value in self._known.items():
             command = re.sub(rf"\b{word}\b", value, command)
         if command.startswith("azu join"):
@@ -80,7 +80,7 @@ class Newcomer:
         return output
 
     def leave(self) -> list[int]:
-        """End what goes on in the second terminal; returns the sessions it had."""
+        """End the command in the second terminal; returns the sessions that it had."""
         joined, self.joined = self.joined, None
         if joined is None:
             return []
@@ -124,10 +124,10 @@ def test_a_newcomer_lends_pays_and_earns(newcomer: Newcomer) -> None:
     earned = charge(printed["receipt"], "worker 0x[0-9a-f]{40}")
     assert charged == charge(printed["receipt"], "charged") > 0
     assert "signed by" in printed["receipt"]
-    # The only worker gets all that workers get.
+    # The only worker gets the whole share of the workers.
     assert earned == charged - charge(printed["receipt"], "platform") == charged * 80 // 100
     assert re.search(rf"earned, not yet paid\D+{earned}\b", printed["earnings"])
-    # Told in one piece or broken into lines.
+    # The text may be wrapped.
     assert ", claimed" in " ".join(printed["earnings"].split())
     assert re.search(rf"available\D+{5 * 10**8 - charged}\b", printed["balance"])
     assert all(not session_members(session) for session in newcomer.leave())

@@ -27,7 +27,7 @@ def test_a_new_wallet_is_shown_and_unlocked(home: Path) -> None:
     assert unlock(home).address.lower() == made["address"]
 
 
-def test_a_key_is_imported_from_a_file_and_shown_to_nobody(home: Path) -> None:
+def test_a_key_is_imported_from_a_file_and_never_shown(home: Path) -> None:
     file = home / "key"
     file.write_text(KEY)
 
@@ -59,6 +59,6 @@ def test_a_bad_key_is_refused_and_not_repeated(home: Path, text: str) -> None:
     assert not (home / "wallet.json").exists()
 
 
-def test_a_missing_wallet_is_said_before_a_password_is_asked(home: Path) -> None:
+def test_a_missing_wallet_is_reported_before_a_password_is_asked_for(home: Path) -> None:
     with pytest.raises(ConfigurationError, match="azu wallet new"):
         unlock(home)

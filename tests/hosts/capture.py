@@ -1,4 +1,4 @@
-"""Everything that crosses a bridge, put together again as what each side sent the other."""
+"""A capture of everything that crosses a bridge, reassembled into the bytes that each side sent."""
 
 import socket
 import struct
@@ -21,14 +21,14 @@ Flow = tuple[bytes, bytes]  # address and port of the sender, and of the receive
 
 @dataclass(slots=True)
 class Capture:
-    """What was heard; `lost` counts packets that were too many to be read in time."""
+    """The captured packets; `lost` counts those that were not read in time."""
 
     packets: list[bytes] = field(default_factory=list)
     lost: int = 0
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that were heard, headers included."""
+        """The number of captured bytes, headers included."""
         return sum(map(len, self.packets))
 
     def streams(self) -> dict[Flow, bytes]:
@@ -44,13 +44,13 @@ class Capture:
         return {flow: _joined(found) for flow, found in parts.items()}
 
     def holds(self, pattern: bytes) -> bool:
-        """Say whether any connection carried these bytes."""
+        """Return whether any connection carried these bytes."""
         return any(pattern in stream for stream in self.streams().values())
 
 
 @contextmanager
 def captured(interface: str) -> Iterator[Capture]:
-    """Listen to an interface until the context is left; what was heard is whole then."""
+    """Capture an interface until the context is left; the capture is complete then."""
     capture, stop = Capture(), threading.Event()
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ALL_PROTOCOLS)) as ear:
         ear.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
@@ -81,7 +81,7 @@ def _segment(packet: bytes) -> tuple[Flow, int, bytes] | None:
         return None
     ip_end = 14 + 4 * (packet[14] & 0x0F)
     ip_length = struct.unpack_from("!H", packet, 16)[0]
-    # Large segments, which a card would cut, may say a length of zero.
+    # Large segments, which a network card would cut, may have a length of zero.
     end = 14 + ip_length if ip_length else len(packet)
     source, target = (
         packet[26:30] + packet[ip_end : ip_end + 2],
@@ -93,7 +93,7 @@ def _segment(packet: bytes) -> tuple[Flow, int, bytes] | None:
 
 
 def _joined(parts: list[tuple[int, bytes]]) -> bytes:
-    """Return segments one after another; what was sent again, perhaps cut elsewhere, comes once."""
+    """Return the segments in order; bytes that were sent again, perhaps cut differently, come once."""
     stream, end = bytearray(), None
     for begin, payload in sorted(parts):
         known = 0 if end is None else max(0, end - begin)

@@ -1,4 +1,4 @@
-"""Tests on several hosts say what is missing where a machine cannot have them."""
+"""Tests on several hosts are skipped, with the reason, on a machine that cannot have several."""
 
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from tests.hosts.namespaces import why_not
 
 @pytest.fixture(scope="session")
 def namespaces() -> None:
-    """Skip, and say why, on a machine without network namespaces."""
+    """Skip with the reason on a machine without network namespaces."""
     if (missing := why_not()) is not None:
         pytest.skip(missing)
 

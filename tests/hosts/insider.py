@@ -1,4 +1,4 @@
-"""Runs on the head's host: pays for a user, and learns from the stages which hidden states they were sent.
+"""A program on the head's host: it pays for a user, and reads from the stages which hidden states they got.
 
 Usage: python -m tests.hosts.insider. Reads what `azu up` printed (its own command line goes to every node:
 Ray shows it). Prints a user's API key as soon as its money is there and the model is up; then, when another

@@ -12,7 +12,7 @@ _TIMEOUT_S = 20
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A namespace with an address of its own that the others, and this machine, reach."""
+    """A namespace with its own address, which the other hosts and this machine reach."""
 
     namespace: str
     ip: str
@@ -32,7 +32,7 @@ class Lan:
 
 
 def why_not() -> str | None:
-    """Say what is missing for namespaces on this machine, None if nothing is."""
+    """Return what this machine lacks for namespaces, None if it lacks nothing."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -47,14 +47,14 @@ def why_not() -> str | None:
 
 @contextmanager
 def lan(num_hosts: int) -> Iterator[Lan]:
-    """Have so many hosts until the context is left."""
+    """Run a number of hosts until the context is left."""
     tag, subnet = f"azu{os.getpid() % 100_000}", f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"
     hosts = tuple(Host(f"{tag}-{index}", f"{subnet}.{index}") for index in range(1, num_hosts + 1))
     with ExitStack() as stack:
         _ip("link", "add", tag, "type", "bridge")
         stack.callback(_ip_if_there, "link", "del", tag)
         _ip("addr", "add", f"{subnet}.254/24", "dev", tag)
-        # Promiscuous, so that whoever listens on the bridge sees what only crosses it.
+        # Promiscuous, so that a capture on the bridge sees what only crosses it.
         _ip("link", "set", tag, "up", "promisc", "on")
         for index, host in enumerate(hosts, start=1):
             _ip("netns", "add", host.namespace)

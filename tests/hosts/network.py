@@ -1,4 +1,4 @@
-"""A network over several hosts, started as people start it: `azu up` on one, `azu join` on the others."""
+"""A network over several hosts, started as users start it: `azu up` on one, `azu join` on the others."""
 
 import json
 import os
@@ -27,7 +27,7 @@ PORT = 8000
 
 @dataclass(slots=True)
 class HostedNetwork:
-    """A running network; `client` speaks to it from outside with a key of nobody's in particular."""
+    """A running network; `client` reaches it from outside, without a key."""
 
     head: Host
     home: Path
@@ -85,7 +85,7 @@ def hosted(head: Host, folder: Path, *, encrypted: bool) -> Iterator[HostedNetwo
 
 
 def trust(facts: dict[str, str]):
-    """Return whom clients of a network have to trust, by what `azu up` printed."""
+    """Return the TLS context that clients of a network need, from what `azu up` printed."""
     return trusting(facts["authority"]) if facts["authority"] else None
 
 
@@ -112,7 +112,7 @@ def azu(host: Host, home: Path, *arguments: str, **environment: str) -> Iterator
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = START_TIMEOUT_S) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline

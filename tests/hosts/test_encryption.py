@@ -1,4 +1,4 @@
-"""Three hosts: what crosses the wire between them while prompts are answered, and who is let in."""
+"""Three hosts: what crosses the wire between them while prompts are answered."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def ask(network: HostedNetwork, api_key: str, index: int) -> str:
 
 
 def patterns(frame: bytes) -> list[bytes]:
-    """Return what of a frame nobody else says: its hidden states."""
+    """Return the part of a frame that occurs nowhere else: its hidden states."""
     payload = bytes(Frame.decode(frame).payload)
     return [payload[len(payload) * part // 4 :][:PATTERN_BYTES] for part in (0, 1, 2)]
 
@@ -120,7 +120,7 @@ def found(capture: Capture, frames: list[bytes], known: dict[str, str]) -> tuple
     return len(seen), {name for name, secret in known.items() if capture.holds(secret.encode())}
 
 
-def test_encrypted_hosts_say_nothing_that_a_wire_can_tell(folder: Path) -> None:
+def test_the_wire_between_encrypted_hosts_shows_no_hidden_states_and_no_secrets(folder: Path) -> None:
     capture, frames, known = run_requests(folder, encrypted=True)
 
     num_seen, told = found(capture, frames, known)

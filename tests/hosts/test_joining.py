@@ -1,4 +1,4 @@
-"""Who joins an encrypted network of several hosts, and who does not."""
+"""Which nodes may join an encrypted network of several hosts."""
 
 import subprocess
 import time
@@ -18,13 +18,13 @@ from tests.hosts.network import OWNER, START_TIMEOUT_S, eventually, hosted
 
 pytestmark = [pytest.mark.prove, pytest.mark.usefixtures("namespaces")]
 
-# Nodes that are let in have joined long before.
+# Nodes that are admitted have joined long before.
 REFUSED_FOR_S = 45.0
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A Ray node that tries to get in: with which certificate, and with which token."""
+    """A Ray node that tries to join, with a certificate and a token."""
 
     name: str
     tls: TlsFiles | None
@@ -32,14 +32,14 @@ class Attempt:
 
 
 def strange_files(folder: Path, ip: str, *, true_authority: Path) -> TlsFiles:
-    """Return a certificate of an authority of somebody's own, for whom the network's is the true one."""
+    """Return a certificate of another authority, beside the network's own authority certificate."""
     files = head_files(folder, [ip])
     files.authority.write_bytes(true_authority.read_bytes())
     return files
 
 
 def try_to_join(nodes: ProcessGroup, host: Host, folder: Path, head: str, attempt: Attempt) -> None:
-    """Start a Ray node on a host, as `azu join` does once it has what opens the network."""
+    """Start a Ray node on a host, as `azu join` does once it has access."""
     home = folder / attempt.name
     ray = RayHost(home, home / "token", host.ip, tls=attempt.tls)
     write_private(ray.token_path, attempt.token)
@@ -47,7 +47,7 @@ def try_to_join(nodes: ProcessGroup, host: Host, folder: Path, head: str, attemp
     nodes.start(ProcessSpec(attempt.name, tuple(host.command(*command.arguments)), command.environment))
 
 
-def test_nobody_joins_without_a_certificate_and_the_token(folder: Path) -> None:
+def test_a_node_without_a_certificate_or_the_token_does_not_join(folder: Path) -> None:
     with lan(2) as net, hosted(net.hosts[0], folder, encrypted=True) as network:
         host, token = net.hosts[1], network.ray_token()
         opened = decode_ticket(network.ticket())
@@ -65,14 +65,14 @@ def test_nobody_joins_without_a_certificate_and_the_token(folder: Path) -> None:
                 try_to_join(nodes, host, folder, access.head, attempt)
             time.sleep(REFUSED_FOR_S)
             assert network.names() == set()
-            # What differs is what they showed: with both in order the same node is let in.
+            # Only certificate and token differ: with both the same node joins.
             try_to_join(nodes, host, folder, access.head, Attempt("good", access.tls, token))
             eventually(lambda: network.names() == {"good"})
         names = ", ".join(attempt.name for attempt in refused)
         print(f"\nnot let in for {REFUSED_FOR_S:.0f} s: {names}; let in: good")
 
 
-def test_a_ticket_that_is_used_up_or_revoked_lets_nobody_join(folder: Path) -> None:
+def test_a_ticket_that_is_used_up_or_revoked_admits_no_node(folder: Path) -> None:
     with lan(3) as net, hosted(net.hosts[0], folder, encrypted=True) as network:
         _, first, second = net.hosts
         ticket = network.ticket()
@@ -86,7 +86,7 @@ def test_a_ticket_that_is_used_up_or_revoked_lets_nobody_join(folder: Path) -> N
         admin.revoke_ticket(admin.tickets()[-1].ticket_id)
         assert "revoked" in refusal(network.join(second, "cleo", revoked))
 
-        # Whoever is in is not let in again once its ticket is revoked.
+        # A node that had joined does not join again once its ticket is revoked.
         (line,) = (line for line in admin.tickets() if line.nodes == ("ada",))
         admin.revoke_ticket(line.ticket_id)
         for process in psutil.Process(joined.pid).children(recursive=True):
@@ -98,7 +98,7 @@ def test_a_ticket_that_is_used_up_or_revoked_lets_nobody_join(folder: Path) -> N
 
 
 def refusal(joining: subprocess.Popen[str]) -> str:
-    """Return what `azu join` said when it gave up."""
+    """Return the error with which `azu join` ended."""
     said, _ = joining.communicate(timeout=START_TIMEOUT_S)
     assert joining.returncode == 1, said
     return said

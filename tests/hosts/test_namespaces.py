@@ -1,4 +1,4 @@
-"""The capture hears what crosses the bridge, in order and whole: else its silence would show nothing."""
+"""The capture gets everything that crosses the bridge, so that what it does not show did not cross."""
 
 import secrets
 import subprocess
@@ -30,7 +30,7 @@ def run_on(host: Host, program: str, *arguments: str) -> list[str]:
     return host.command(sys.executable, "-c", program, *arguments)
 
 
-def test_the_capture_hears_what_one_host_sends_another() -> None:
+def test_the_capture_gets_what_one_host_sends_another() -> None:
     sent = secrets.token_bytes(3_000_000)
     with lan(2) as net, captured(net.bridge) as capture:
         there, here = net.hosts
