@@ -37,6 +37,7 @@ from azu.metrics import (
 )
 from azu.models.description import KnownModel
 from azu.models.status import ModelStatus
+from azu.protocol.job import DeploymentStatus
 from azu.protocol.node import Node
 from deployments.schema import plain_text
 from deployments.services import (
@@ -85,7 +86,7 @@ async def metrics(services: ServicesNow, secret: AdminSecret) -> Response:
 async def network(_: Key, services: ServicesNow) -> NetworkResponse:
     """Return nodes and deployments, and the number of jobs on them."""
     nodes = await services.scheduler("nodes")
-    deployments = await services.scheduler("deployments")
+    deployments: list[DeploymentStatus] = await services.scheduler("deployments")
     snapshot: MetricsSnapshot = await services.scheduler("picture")
     return NetworkResponse(
         jobs=JobCounts(
@@ -94,15 +95,15 @@ async def network(_: Key, services: ServicesNow) -> NetworkResponse:
         nodes=tuple(map(_node, nodes)),
         deployments=tuple(
             DeploymentLine(
-                model_id=model_id,
-                revision=revision,
-                state=state,
-                epoch=epoch,
-                num_layers=num_layers,
-                activity=activity_of(snapshot, model_id),
-                topology=placements,
+                model_id=one.model_id,
+                revision=one.revision,
+                state=one.state,
+                epoch=one.epoch,
+                num_layers=one.num_layers,
+                activity=activity_of(snapshot, one.model_id),
+                topology=one.placements,
             )
-            for model_id, revision, state, epoch, num_layers, placements in deployments
+            for one in deployments
         ),
     )
 
@@ -195,8 +196,8 @@ def activity_of(snapshot: MetricsSnapshot, model_id: str) -> Activity:
 
 
 async def _deployed(services: Services) -> set[str]:
-    deployments = await services.scheduler("deployments")
-    return {model_id for model_id, _, state, *_ in deployments if state == "running"}
+    deployments: list[DeploymentStatus] = await services.scheduler("deployments")
+    return {one.model_id for one in deployments if one.state == "running"}
 
 
 def _model(

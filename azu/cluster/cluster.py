@@ -1,16 +1,16 @@
-"""Which models are deployed: plan one when a job needs it, make room when nothing else helps."""
+"""What is wanted of the nodes: which models are deployed, how often, where and in how much room."""
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 
-from azu.cluster.deployment import Builder, DeployedModel
-from azu.cluster.deployment_store import DeploymentRecord, StandingModels
+from azu.cluster.backend import DeploymentBackend
+from azu.cluster.deployment import Deployment
+from azu.cluster.deployment_store import DeploymentRecord, DeploymentStore
 from azu.errors import AzuError, InsufficientCapacity, WorkerLost
-from azu.jobs.dispatch import RunningModel
 from azu.planner.migration import TopologyChange, better_placement, change_between, have_room
 from azu.planner.plan import NEVER_FITS, check_total_capacity, plan
 from azu.planner.policy import PlanPolicy
@@ -20,34 +20,328 @@ from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import PieceSet, PipelineKey, Topology
 
+log = logging.getLogger(__name__)
+
 Sizes = Mapping[str, int]  # node id -> bytes
-# Returns the nodes with the room that is left beside what is placed on them, some of which was given back
-# and may be loaded still.
+# Returns the nodes with the room that is left beside what is placed on them. The second argument has the
+# part of it that is given back and may still be loaded.
 Nodes = Callable[[Sizes, Sizes], Sequence[Node]]
 
 
-class Capacity:
-    """What is left beside deployed models and promises; whoever plans holds `placing`."""
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """What a model lacks on single nodes, in bytes, and when its deployment was tried last, in seconds."""
 
-    def __init__(self, nodes: Nodes, models: Mapping[PipelineKey, DeployedModel]) -> None:
+    missing_bytes: tuple[int, ...]
+    tried_s: float
+
+
+class Capacity:
+    """The room that is left beside deployments and promises; the holder of `placing` is the only planner."""
+
+    def __init__(self, nodes: Nodes, deployments: Mapping[PipelineKey, Deployment]) -> None:
         self._nodes = nodes
-        self._models = models
+        self._deployments = deployments
         self.promised: dict[PipelineKey, Sizes] = {}
-        # One plan at a time: two must not promise the same room.
+        # One plan at a time: two plans must not promise the same room.
         self.placing = asyncio.Lock()
 
     def placed_bytes(self) -> dict[str, int]:
         """Return the VRAM taken on each node by what is deployed or being brought up."""
-        placed = [model.topology.vram_bytes_by_node for model in self._models.values()]
+        placed = [one.topology.vram_bytes_by_node for one in self._deployments.values()]
         return sums([*placed, *self.promised.values()])
 
     def now(self, lost: Sizes | None = None) -> Sequence[Node]:
-        """Return the nodes with their room; what is lost counts once it holds no memory any more."""
+        """Return the nodes with their room; what is lost counts once it is reported free."""
         return self._nodes(sums([self.placed_bytes(), negated(lost or {})]), {})
 
     def without(self, given_back: Sizes) -> Sequence[Node]:
-        """Return the nodes with the room that there would be if some loaded pieces were gone."""
+        """Return the nodes with the room that there would be without some loaded pieces."""
         return self._nodes(sums([self.placed_bytes(), negated(given_back)]), given_back)
+
+
+class Cluster:
+    """The deployments. However many jobs ask for a model at once, it is deployed once; `add_pipeline` deploys
+    it again beside the first.
+    """
+
+    def __init__(
+        self,
+        backend: DeploymentBackend,
+        nodes: Nodes,
+        policy: PlanPolicy,
+        store: DeploymentStore,
+        *,
+        room_wait_s: float,
+        nodes_come: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Deploy through `backend`; a lost piece waits `room_wait_s` for room on a node.
+
+        Where `nodes_come` no model is refused for its size: an autoscaler may bring larger nodes. The clock
+        is in seconds.
+        """
+        self._backend = backend
+        self._store = store
+        self._policy = policy
+        self._room_wait_s = room_wait_s
+        self._nodes_come = nodes_come
+        self._clock = clock
+        self._deployments: dict[PipelineKey, Deployment] = {}  # the least recently used first
+        self._capacity = Capacity(nodes, self._deployments)
+        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+        self.deploying: set[tuple[str, str]] = set()
+        self.shortages: dict[str, Shortage] = {}  # by model id
+
+    @property
+    def deployments(self) -> tuple[Deployment, ...]:
+        """The deployments that are up."""
+        return tuple(self._deployments.values())
+
+    def placed_bytes(self) -> dict[str, int]:
+        """Return the VRAM taken on each node by what is deployed or being brought up."""
+        return self._capacity.placed_bytes()
+
+    async def adopt(self) -> None:
+        """Take over the deployments of an earlier scheduler; every other actor of a model is killed.
+
+        The nodes must have reported before.
+        """
+        records = await self._store.all()
+        living = await self._backend.sweep(_names(records))
+        found: list[tuple[Structure, DeploymentRecord]] = []
+        for record in records:
+            model_id, revision, _ = record.topology.key
+            try:
+                if not living & record.names:
+                    raise WorkerLost("none of its actors lives")
+                found.append((await self._backend.structure(model_id, revision), record))
+            except AzuError as error:
+                log.warning("%s is not taken over: %s", model_id, error.message)
+                await self._store.forget(record.topology)
+        await self._backend.sweep(_names(record for _, record in found))
+        for structure, record in found:
+            deployment = self._new(structure, record.topology)
+            self._deployments[record.topology.key] = deployment
+            await deployment.adopt(record)
+
+    async def ensure(self, model_id: str, revision: str, job_id: str) -> Deployment:
+        """Return the deployment for a job; a model that is not deployed is deployed first.
+
+        A job that ran in a pipeline goes there, any other to the pipeline with the fewest jobs. Raises
+        InsufficientCapacity when the model does not fit even after idle ones were closed; its code is
+        "never_fits" when waiting does not help either.
+        """
+        async with self._locks.setdefault((model_id, revision), asyncio.Lock()):
+            for one in self._pipelines(model_id, revision):
+                if one.broken and self._deployments.pop(one.topology.key, None) is one:
+                    await one.close()
+            if pipelines := self._pipelines(model_id, revision):
+                deployment = min(pipelines, key=lambda one: (not one.holds(job_id), one.running_jobs))
+            else:
+                deployment = await self._deploy(model_id, revision)
+            self._deployments[deployment.topology.key] = self._deployments.pop(deployment.topology.key)
+            deployment.expect(job_id)
+            return deployment
+
+    async def add_pipeline(self, model_id: str, revision: str) -> None:
+        """Deploy one more pipeline of a running model on nodes of its own, where there are some.
+
+        Other models keep the room that they need if a node dies; this one goes on in its other pipeline.
+        """
+        async with self._capacity.placing:
+            running = self._pipelines(model_id, revision)
+            if not running:
+                return
+            structure, topologies = running[0].structure, [one.topology for one in running]
+            nodes = self._capacity.now()
+            epoch = await self._store.next_epoch()
+            topology = plan_replica(structure, topologies, nodes, self._policy, epoch=epoch)
+            others = [(one.structure, one.topology) for one in self.deployments if one not in running]
+            if topology is None or takes_spare_room(topology.vram_bytes_by_node, others, nodes, self._policy):
+                return
+            self._capacity.promised[topology.key] = topology.vram_bytes_by_node
+        log.warning("%s gets pipeline %d", model_id, topology.replica)
+        await self._bring_up(structure, topology)
+
+    def node_died(self, node_id: str) -> None:
+        """Have every deployment give up what is on a dead node."""
+        for deployment in self.deployments:
+            deployment.node_lost(node_id)
+
+    async def vacate(self, node_id: str) -> bool:
+        """Move what is on a node elsewhere, as far as there is room; say whether anything moves.
+
+        Streams wait while what moves is loaded and filled; what finds no room stays where it is.
+        """
+        moves = False
+        for deployment in self.deployments:
+            pieces = deployment.topology.on_node(node_id)
+            if not pieces:
+                continue
+            try:
+                self._check_room_elsewhere(deployment, pieces, node_id)
+            except InsufficientCapacity as error:
+                log.info("what is on %s stays: %s", node_id[:8], error.message)
+                continue
+            moves = True
+            deployment.node_lost(node_id)
+        return moves
+
+    async def improve(self, deployment: Deployment) -> bool:
+        """Move a deployment to where a plan over the present nodes has it, if that is worth it.
+
+        It serves meanwhile, except while what moves is filled. Returns whether a move was tried.
+        """
+        before = deployment.topology
+        nodes = self._capacity.without(before.vram_bytes_by_node)
+        # A plan takes a second where there are a thousand nodes.
+        change = await asyncio.to_thread(better_placement, deployment.structure, before, nodes, self._policy)
+        return change is not None and await self._change(deployment, before, change)
+
+    async def replicate(self, deployment: Deployment, heat: ExpertHeat) -> bool:
+        """Hold the hot experts of a deployment a second time where no model needs the room, and no others.
+
+        Returns whether a change was tried.
+        """
+        before = deployment.topology
+        nodes = self._capacity.without(before.vram_bytes_of(before.replicas))
+        models = [(one.structure, one.topology) for one in self.deployments]
+
+        def wanted() -> Topology:
+            hot = with_hot_replicas(deployment.structure, before, nodes, self._policy, heat)
+            for one in (hot, before):
+                if not takes_spare_room(one.vram_bytes_of(one.replicas), models, nodes, self._policy):
+                    return one
+            return before.without(before.replicas)
+
+        change = change_between(before, await asyncio.to_thread(wanted))
+        return bool(change.gone or change.fresh) and await self._change(deployment, before, change)
+
+    async def close(self) -> None:
+        """Close every deployment."""
+        while self._deployments:
+            _, deployment = self._deployments.popitem()
+            await deployment.close()
+
+    def _pipelines(self, model_id: str, revision: str) -> list[Deployment]:
+        return [one for key, one in self._deployments.items() if key[:2] == (model_id, revision)]
+
+    def _new(self, structure: Structure, topology: Topology) -> Deployment:
+        return Deployment(
+            self._backend,
+            self._store,
+            structure,
+            topology,
+            place=self._place_lost,
+            commit=self._commit,
+            num_planned_blocks=self._policy.num_blocks,
+            room_wait_s=self._room_wait_s,
+        )
+
+    async def _deploy(self, model_id: str, revision: str) -> Deployment:
+        self.deploying.add((model_id, revision))
+        try:
+            structure = await self._backend.structure(model_id, revision)
+            async with self._capacity.placing:
+                topology = await self._plan(structure)
+                self._capacity.promised[topology.key] = topology.vram_bytes_by_node
+            deployment = await self._bring_up(structure, topology)
+        except InsufficientCapacity as error:
+            self.shortages[model_id] = Shortage(error.missing_bytes, self._clock())
+            raise
+        finally:
+            self.deploying.discard((model_id, revision))
+        self.shortages.pop(model_id, None)
+        return deployment
+
+    async def _bring_up(self, structure: Structure, topology: Topology) -> Deployment:
+        """Start every actor of a topology; what was half up is closed when that fails."""
+        deployment = self._new(structure, topology)
+        try:
+            await deployment.start()
+            self._deployments[topology.key] = deployment
+        except BaseException:
+            await deployment.close()
+            raise
+        finally:
+            self._capacity.promised.pop(topology.key, None)
+        return deployment
+
+    async def _plan(self, structure: Structure) -> Topology:
+        def on(nodes: Sequence[Node], epoch: int) -> Topology:
+            try:
+                return plan(structure, nodes, self._policy, epoch=epoch)
+            except InsufficientCapacity:
+                if not self._nodes_come:
+                    check_total_capacity(structure, nodes, self._policy)
+                raise
+
+        return await self._with_room((structure.model_id, structure.revision, 0), on, {})
+
+    async def _place_lost(self, deployment: Deployment, lost: PieceSet) -> None:
+        """Find places for what a deployment lost, under a newer epoch."""
+        before = deployment.topology
+
+        def on(nodes: Sequence[Node], epoch: int) -> Topology:
+            return replan(deployment.structure, before, lost, nodes, self._policy, epoch=epoch)
+
+        async with self._capacity.placing:
+            deployment.set_topology(await self._with_room(before.key, on, before.vram_bytes_of(lost)))
+
+    async def _change(self, deployment: Deployment, before: Topology, change: TopologyChange) -> bool:
+        """Change a deployment's places if there is room and it is as it was; say if that was tried."""
+        key = before.key
+        async with self._capacity.placing:
+            if self._deployments.get(key) is not deployment or deployment.topology is not before:
+                return False
+            given_back = before.vram_bytes_of(change.gone)
+            beside = have_room(change.fresh_bytes, self._capacity.now())
+            if not beside and not have_room(change.fresh_bytes, self._capacity.without(given_back)):
+                return False
+            change = replace(change, topology=await self._with_epoch(change.topology))
+            needed = sums([change.fresh_bytes, {} if beside else negated(given_back)])
+            self._capacity.promised[key] = needed
+        try:
+            await deployment.change(change, beside=beside)
+        finally:
+            if self._capacity.promised.get(key) is needed:
+                del self._capacity.promised[key]
+        return True
+
+    async def _commit(self, deployment: Deployment, topology: Topology) -> None:
+        """Make a changed topology the current one, under an epoch that is newer than those of its pieces."""
+        async with self._capacity.placing:
+            topology = await self._with_epoch(topology)
+            self._capacity.promised.pop(topology.key, None)
+            deployment.set_topology(topology)
+
+    async def _with_epoch(self, topology: Topology) -> Topology:
+        return replace(topology, epoch=await self._store.next_epoch())
+
+    async def _with_room(
+        self, key: PipelineKey, on: Callable[[Sequence[Node], int], Topology], given_back: Sizes
+    ) -> Topology:
+        """Plan on the nodes as they are; while there is no room, idle deployments of others are closed."""
+        while True:
+            epoch = await self._store.next_epoch()
+            try:
+                # The memory of what is lost may still be taken: it counts as room once it is reported free.
+                return on(self._capacity.now(given_back), epoch)
+            except InsufficientCapacity as error:
+                idle = [
+                    other for other, one in self._deployments.items() if other != key and not one.running_jobs
+                ]
+                if not idle or error.code == NEVER_FITS:
+                    raise
+                log.info("closing %s to make room for %s", idle[0][0], key[0])
+                await self._deployments.pop(idle[0]).close()
+
+    def _check_room_elsewhere(self, deployment: Deployment, pieces: PieceSet, node_id: str) -> None:
+        """Raise InsufficientCapacity unless other nodes have room for some pieces."""
+        others = [node for node in self._capacity.now() if node.node_id != node_id]
+        topology = deployment.topology
+        replan(deployment.structure, topology, pieces, others, self._policy, epoch=topology.epoch + 1)
 
 
 def negated(sizes: Sizes) -> Sizes:
@@ -63,261 +357,5 @@ def sums(sizes: Iterable[Sizes]) -> dict[str, int]:
     return dict(total)
 
 
-log = logging.getLogger(__name__)
-
-
-class Cluster:
-    """The deployed models. A model is deployed once, however many jobs ask for it at the same time; `widen`
-    gives it more pipelines.
-    """
-
-    def __init__(
-        self,
-        builder: Builder,
-        nodes: Nodes,
-        policy: PlanPolicy,
-        standing: StandingModels,
-        *,
-        nodes_come: bool = False,
-    ) -> None:
-        """Bring models up by `builder`; where `nodes_come` no model is too large to wait."""
-        self._builder = builder
-        self._standing = standing
-        self._policy = policy
-        self._nodes_come = nodes_come
-        self._models: dict[PipelineKey, DeployedModel] = {}  # the least recently used first
-        self._rooms = Capacity(nodes, self._models)
-        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
-        self.deploying: set[tuple[str, str]] = set()
-
-    @property
-    def models(self) -> tuple[DeployedModel, ...]:
-        """The models that are up."""
-        return tuple(self._models.values())
-
-    def placed_bytes(self) -> dict[str, int]:
-        """Return the VRAM taken on each node by what is deployed or being brought up."""
-        return self._rooms.placed_bytes()
-
-    async def adopt(self) -> None:
-        """Take over the models that another scheduler left standing; whatever else it left is taken down.
-
-        The nodes must have been heard before.
-        """
-        written = await self._standing.all()
-        living = await self._builder.sweep(_names(written))
-        found: list[tuple[Structure, DeploymentRecord]] = []
-        for standing in written:
-            model_id, revision, _ = standing.topology.key
-            try:
-                if not living & standing.names:
-                    raise WorkerLost("nothing of it lives")
-                found.append((await self._builder.structure(model_id, revision), standing))
-            except AzuError as error:
-                log.warning("%s is not taken over: %s", model_id, error.message)
-                await self._standing.forget(standing.topology)
-        await self._builder.sweep(_names(standing for _, standing in found))
-        for structure, standing in found:
-            key = standing.topology.key
-            adopting = self._builder.adopt(structure, standing, partial(self._replan, key))
-            self._models[key] = await adopting
-
-    async def ensure(self, model_id: str, revision: str, job_id: str) -> RunningModel:
-        """Return the running model for a job, deploying it first when it is not up.
-
-        A job goes where it is, any other to the pipeline with the fewest. Raises InsufficientCapacity when
-        the model does not fit even after idle ones were taken down; its code is "never_fits" when waiting
-        does not help either.
-        """
-        async with self._locks.setdefault((model_id, revision), asyncio.Lock()):
-            for one in self._pipelines(model_id, revision):
-                if one.broken and self._models.pop(one.topology.key, None) is one:
-                    await one.close()
-            if pipelines := self._pipelines(model_id, revision):
-                model = min(pipelines, key=lambda one: (not one.holds(job_id), one.running_jobs))
-            else:
-                model = await self._deploy(model_id, revision)
-            self._models[model.topology.key] = self._models.pop(model.topology.key)
-            model.expect(job_id)
-            return model
-
-    async def widen(self, model_id: str, revision: str) -> None:
-        """Bring up one more pipeline of a running model on nodes of its own, where there are some.
-
-        Other models keep the room that they need if a node dies; this one goes on in its other pipeline.
-        """
-        async with self._rooms.placing:
-            running = self._pipelines(model_id, revision)
-            if not running:
-                return
-            structure, topologies = running[0].structure, [one.topology for one in running]
-            nodes = self._rooms.now()
-            epoch = await self._standing.next_epoch()
-            topology = plan_replica(structure, topologies, nodes, self._policy, epoch=epoch)
-            others = [(one.structure, one.topology) for one in self._models.values() if one not in running]
-            if topology is None or takes_spare_room(topology.vram_bytes_by_node, others, nodes, self._policy):
-                return
-            self._rooms.promised[topology.key] = topology.vram_bytes_by_node
-        log.warning("%s gets pipeline %d", model_id, topology.replica)
-        await self._bring_up(structure, topology)
-
-    def _pipelines(self, model_id: str, revision: str) -> list[DeployedModel]:
-        return [one for key, one in self._models.items() if key[:2] == (model_id, revision)]
-
-    def node_died(self, node_id: str) -> None:
-        """Tell every model that a node is dead."""
-        for model in self._models.values():
-            model.node_died(node_id)
-
-    async def vacate(self, node_id: str) -> bool:
-        """Move what is on a node elsewhere, as far as there is room; say whether anything moves.
-
-        Streams stop while what moves is loaded and filled; what finds no room stays where it is.
-        """
-        moves = False
-        for model in self._models.values():
-            loss = model.topology.on_node(node_id)
-            if not loss:
-                continue
-            try:
-                self._find_elsewhere(model, loss, node_id)
-            except InsufficientCapacity as error:
-                log.info("what is on %s stays: %s", node_id[:8], error.message)
-                continue
-            moves = True
-            model.node_died(node_id)
-        return moves
-
-    def _find_elsewhere(self, model: DeployedModel, loss: PieceSet, node_id: str) -> None:
-        """Raise InsufficientCapacity unless other nodes have room for some pieces."""
-        others = [node for node in self._rooms.now() if node.node_id != node_id]
-        replan(model.structure, model.topology, loss, others, self._policy, epoch=model.topology.epoch + 1)
-
-    async def improve(self, model: DeployedModel) -> bool:
-        """Move a model to where a plan over the nodes that there are now has it, if that is worth it.
-
-        It serves meanwhile, but for as long as it takes to fill what moves. Says whether a move was tried.
-        """
-        before = model.topology
-        nodes = self._rooms.without(before.vram_bytes_by_node)
-        # A plan takes a second where there are a thousand nodes.
-        change = await asyncio.to_thread(better_placement, model.structure, before, nodes, self._policy)
-        return change is not None and await self._change(model, before, change)
-
-    async def replicate(self, model: DeployedModel, heat: ExpertHeat) -> bool:
-        """Hold the hot experts of a model a second time where nobody needs the room, and no others.
-
-        Says whether a change was tried.
-        """
-        before = model.topology
-        nodes = self._rooms.without(before.vram_bytes_of(before.replicas))
-        models = [(one.structure, one.topology) for one in self._models.values()]
-
-        def wanted() -> Topology:
-            hot = with_hot_replicas(model.structure, before, nodes, self._policy, heat)
-            for one in (hot, before):
-                if not takes_spare_room(one.vram_bytes_of(one.replicas), models, nodes, self._policy):
-                    return one
-            return before.without(before.replicas)
-
-        change = change_between(before, await asyncio.to_thread(wanted))
-        return bool(change.gone or change.fresh) and await self._change(model, before, change)
-
-    async def _change(self, model: DeployedModel, before: Topology, change: TopologyChange) -> bool:
-        """Have a model change its places, if there is room and nothing came between; say if it was tried."""
-        key = before.key
-        async with self._rooms.placing:
-            if self._models.get(key) is not model or model.topology is not before:
-                return False
-            given_back = before.vram_bytes_of(change.gone)
-            beside = have_room(change.fresh_bytes, self._rooms.now())
-            if not beside and not have_room(change.fresh_bytes, self._rooms.without(given_back)):
-                return False
-            change = replace(change, topology=await self._with_epoch(change.topology))
-            needed = sums([change.fresh_bytes, {} if beside else negated(given_back)])
-            self._rooms.promised[key] = needed
-        try:
-            await model.move(change, partial(self._commit, key, change.topology), beside=beside)
-        finally:
-            if self._rooms.promised.get(key) is needed:
-                del self._rooms.promised[key]
-        return True
-
-    async def _commit(self, key: PipelineKey, topology: Topology) -> Topology:
-        """Have a planned topology run, under an epoch that is newer than those of its pieces."""
-        async with self._rooms.placing:
-            topology = await self._with_epoch(topology)
-            self._rooms.promised.pop(key, None)
-            self._models[key].topology = topology
-            return topology
-
-    async def _with_epoch(self, topology: Topology) -> Topology:
-        return replace(topology, epoch=await self._standing.next_epoch())
-
-    async def close(self) -> None:
-        """Take every model down."""
-        while self._models:
-            _, model = self._models.popitem()
-            await model.close()
-
-    async def _deploy(self, model_id: str, revision: str) -> DeployedModel:
-        self.deploying.add((model_id, revision))
-        try:
-            structure = await self._builder.structure(model_id, revision)
-            async with self._rooms.placing:
-                topology = await self._plan(structure)
-                self._rooms.promised[topology.key] = topology.vram_bytes_by_node
-            return await self._bring_up(structure, topology)
-        finally:
-            self.deploying.discard((model_id, revision))
-
-    async def _bring_up(self, structure: Structure, topology: Topology) -> DeployedModel:
-        key = topology.key
-        try:
-            building = self._builder.build(structure, topology, partial(self._replan, key))
-            self._models[key] = model = await building
-            return model
-        finally:
-            self._rooms.promised.pop(key, None)
-
-    async def _plan(self, structure: Structure) -> Topology:
-        def on(nodes: Sequence[Node], epoch: int) -> Topology:
-            try:
-                return plan(structure, nodes, self._policy, epoch=epoch)
-            except InsufficientCapacity:
-                if not self._nodes_come:
-                    check_total_capacity(structure, nodes, self._policy)
-                raise
-
-        return await self._place((structure.model_id, structure.revision, 0), on, {})
-
-    async def _replan(self, key: PipelineKey, loss: PieceSet) -> Topology:
-        async with self._rooms.placing:
-            model = self._models[key]
-            before = model.topology
-
-            def on(nodes: Sequence[Node], epoch: int) -> Topology:
-                return replan(model.structure, before, loss, nodes, self._policy, epoch=epoch)
-
-            model.topology = await self._place(key, on, before.vram_bytes_of(loss))
-            return model.topology
-
-    async def _place(
-        self, key: PipelineKey, on: Callable[[Sequence[Node], int], Topology], given_back: Mapping[str, int]
-    ) -> Topology:
-        """Plan on the nodes as they are; while there is no room, idle models of others are taken down."""
-        while True:
-            epoch = await self._standing.next_epoch()
-            try:
-                # What is lost may hold its memory still: it counts as free once it is reported so.
-                return on(self._rooms.now(given_back), epoch)
-            except InsufficientCapacity as error:
-                idle = [other for other, one in self._models.items() if other != key and not one.running_jobs]
-                if not idle or error.code == NEVER_FITS:
-                    raise
-                log.info("taking %s down to make room for %s", idle[0][0], key[0])
-                await self._models.pop(idle[0]).close()
-
-
-def _names(standing: Iterable[DeploymentRecord]) -> frozenset[str]:
-    return frozenset[str]().union(*(one.names for one in standing))
+def _names(records: Iterable[DeploymentRecord]) -> frozenset[str]:
+    return frozenset[str]().union(*(one.names for one in records))

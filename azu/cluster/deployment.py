@@ -1,212 +1,433 @@
-"""Repair: puts pieces of one running model elsewhere, lost or not, and lets its sequences go on."""
+"""One deployed model, as a state machine: it keeps the actors that run equal to the topology that is wanted.
+
+STARTING -> SERVING <-> RECONCILING -> BROKEN | CLOSED. What is wanted is a topology with its epoch and its
+number of KV blocks; what there is are the actors of the pieces and one pipeline. Events: pieces are lost, a
+node is lost, the pipeline is lost, the topology or the number of blocks is to change. Events collect until
+the loop takes them all at once, so that losses which come during a round join the next one. A round is:
+pause, fence, place, start and load, link, resume.
+"""
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay
 from tenacity.wait import wait_random_exponential
 
-from azu.cluster.deployment_store import DeploymentRecord
-from azu.errors import InsufficientCapacity, WorkerLost
-from azu.jobs.dispatch import RunningModel
+from azu.cluster.backend import DeploymentBackend
+from azu.cluster.deployment_store import DeploymentRecord, DeploymentStore
+from azu.cluster.pieces import PieceActors
+from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, WorkerLost
+from azu.planner.kv_blocks import with_blocks
 from azu.planner.migration import TopologyChange
+from azu.planner.plan import check_kv_capacity
 from azu.planner.replicas import ExpertCounts
-from azu.protocol.job import Placement
+from azu.protocol.job import Job, JobRun, Placement
 from azu.protocol.structure import Structure
-from azu.protocol.topology import PieceSet, Topology
+from azu.protocol.topology import LossReport, PieceSet, Topology, actor_name, piece_set
 
 log = logging.getLogger(__name__)
 
-# Where a model's lost pieces go: a topology of a newer epoch. Raises InsufficientCapacity when nowhere.
-Replan = Callable[[PieceSet], Awaitable[Topology]]
-# Makes a planned topology the one that runs, under a new epoch.
-Commit = Callable[[], Awaitable[Topology]]
-
-# Whoever loses pieces this often without a step in between does not lose them by accident.
+# Pieces that are lost this often without a completed step in between are not lost by accident.
 _MOST_FRUITLESS = 5
 _MOST_ROUNDS = 5
-# What a lost piece held is reported as free a heartbeat later.
-_FIRST_LOOK_S = 0.25
-_LONGEST_LOOK_S = 1.0
+# The memory of a lost piece is reported as free one heartbeat later.
+_FIRST_RETRY_S = 0.25
+_LONGEST_RETRY_S = 1.0
 
 
-class Pieces(Protocol):
-    """The actors of one deployed model: its stages, its expert sets and its pipeline."""
+class DeploymentState(StrEnum):
+    """BROKEN and CLOSED are final: a broken deployment takes no new jobs, a closed one holds no memory."""
 
-    async def pause(self) -> int:
-        """Have the pipeline forget what is in flight and wait; return how many steps it has completed.
-
-        A pipeline that is gone is replaced by another.
-        """
-
-    async def fence(self, loss: PieceSet) -> None:
-        """Make sure that what is lost stays lost, and give its memory back."""
-
-    def install(self) -> PieceSet:
-        """Take what was brought up beside the running pieces as theirs; return which these are."""
-
-    async def bring_up(self, topology: Topology, loss: PieceSet) -> PieceSet:
-        """Load lost pieces where the topology has them now; return those that it did not work for."""
-
-    async def relink(self, topology: Topology) -> PieceSet:
-        """Tell every stage its new neighbours that does not know them; return those that did not take it."""
-
-    async def resume(self, topology: Topology, empty_stages: frozenset[int], *, is_repair: bool) -> None:
-        """Have the pipeline fill the empty stages and go on; raises WorkerLost when it is gone.
-
-        `is_repair` says that something was lost or at fault, and not only moved or resized.
-        """
+    STARTING = "starting"
+    SERVING = "serving"
+    RECONCILING = "reconciling"
+    BROKEN = "broken"
+    CLOSED = "closed"
 
 
 @dataclass(frozen=True, slots=True)
-class _Move:
-    """A change that is wanted; `done` says whether it was made."""
+class _WantedChange:
+    """A change of the topology that waits for the loop; `done` says whether it was made."""
 
     change: TopologyChange
-    commit: Commit
     done: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
-    def is_on(self, lost: PieceSet) -> bool:
-        """Say whether it can be made: nothing is lost, and whoever wants it still waits."""
+    def can_begin(self, lost: PieceSet) -> bool:
+        """Say whether nothing is lost and the caller still waits; a change gives way to a loss."""
         if lost and not self.done.done():
             self.done.set_result(False)
         return not self.done.done()
 
-    def ended(self) -> str:
-        """Say that it was made, unless it was given up before; return what became of the model."""
+    def finish(self) -> None:
+        """Report that the change was made, unless it was given up before."""
         if not self.done.done():
             self.done.set_result(True)
-            return "moved"
-        return "repaired"
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
-    """A topology that is to run now: the pieces that hold nothing yet, and those of them that are not up."""
+class _Round:
+    """The pieces that hold nothing yet in the topology of a round, and those of them that are not up."""
 
-    topology: Topology
     fresh: PieceSet
     missing: PieceSet
 
 
-class Repair:
-    """Waits for losses and repairs one after another, those that come meanwhile included.
+class Deployment:
+    """A deployed model that reconciles itself until that is impossible.
 
-    `replan` finds new places under a new epoch; it raises InsufficientCapacity when there is none, and is
-    asked again for `patience_s`.
+    `place` finds places for lost pieces, `commit` makes a planned topology the current one; both call
+    `set_topology` with a newer epoch. `place` raises InsufficientCapacity when no node has room; it is asked
+    again for `room_wait_s`. `num_planned_blocks` is the KV that the policy asks for.
     """
 
-    def __init__(self, pieces: Pieces, replan: Replan, *, patience_s: float) -> None:
-        self._pieces = pieces
-        self._replan = replan
-        self._patience_s = patience_s
+    def __init__(
+        self,
+        backend: DeploymentBackend,
+        store: DeploymentStore,
+        structure: Structure,
+        topology: Topology,
+        *,
+        place: Callable[["Deployment", PieceSet], Awaitable[None]],
+        commit: Callable[["Deployment", Topology], Awaitable[None]],
+        num_planned_blocks: int,
+        room_wait_s: float,
+    ) -> None:
+        self.structure = structure
+        self.topology = topology
+        self.state = DeploymentState.STARTING
+        self._backend = backend
+        self._store = store
+        self._place = place
+        self._commit = commit
+        self._num_planned_blocks = num_planned_blocks
+        self._room_wait_s = room_wait_s
+        self._num_blocks = topology.num_blocks
+        self._payout_by_node: dict[str, str] = {}
+        # The actors that there are.
+        self._pieces = PieceActors(backend, structure, self._lose)
+        self._pipeline: str | None = None
+        self._pipelines_started = 0
+        self._pipeline_changed = asyncio.Condition()
+        # The events that the loop has not taken yet.
+        self._event = asyncio.Event()
         self._lost = PieceSet()
         self._is_fault = False
-        self._noticed = asyncio.Event()
-        self._wanted: _Move | None = None
-        self._is_busy = False
+        self._wanted_change: _WantedChange | None = None
+        # Jobs that are expected here, and jobs that run or ran here without coming to an end.
+        self._expected: set[str] = set()
+        self._held: frozenset[str] = frozenset()
+        self._fault: AzuError | None = None
         self._last_completed = -1
         self._fruitless = 0
+        self._supervisor: asyncio.Task[None] | None = None
+        self._changing: asyncio.Task[bool] | None = None
 
-    def lost(self, loss: PieceSet) -> None:
-        """Hear of a loss, from whoever notices; hearing of it twice changes nothing."""
-        self._lost |= loss
-        if self._lost:
-            self._noticed.set()
+    # Jobs
 
-    def again(self, *, is_fault: bool) -> None:
-        """Have everything linked once more, though no piece is lost; a fault may not come again and again."""
-        self._is_fault |= is_fault
-        self._noticed.set()
+    @property
+    def running_jobs(self) -> int:
+        """Jobs that are expected here and were not let go."""
+        return len(self._expected)
 
-    async def move(self, change: TopologyChange, commit: Commit) -> bool:
-        """Change places though nothing is lost; False when something is, and everything stays as it was.
+    @property
+    def broken(self) -> bool:
+        """Whether what was lost could not be replaced: the deployment takes no new jobs."""
+        return self.state is DeploymentState.BROKEN
 
-        A change counts from the topology that runs now: whoever is repairing it comes first.
+    def expect(self, job_id: str) -> None:
+        """Count a job that is going to run here."""
+        self._expected.add(job_id)
+
+    def let_go(self, job_id: str) -> None:
+        """Count a job no longer, whether it ran or not."""
+        self._expected.discard(job_id)
+
+    def holds(self, job_id: str) -> bool:
+        """Whether a job runs here, or did without coming to an end: no other pipeline may run it."""
+        return job_id in self._expected or job_id in self._held
+
+    async def run(self, job: Job) -> JobRun:
+        """Run a job to its end; raises InvalidRequest when its KV would never fit.
+
+        A pipeline that dies is replaced and the job goes on there. Raises WorkerLost once the deployment is
+        broken.
         """
-        if self._is_busy or self._wanted is not None:
-            return False
-        self._wanted = move = _Move(change, commit)
-        self._noticed.set()
-        return await move.done
+        num_tokens = len(job.prompt_token_ids) + job.sampling.max_tokens
+        planned = replace(self.topology, num_blocks=self._num_planned_blocks)
+        check_kv_capacity(self.structure, planned, num_tokens)
+        self._held |= {job.job_id}
+        run = await self._run(job)
+        self._held -= {job.job_id}
+        return replace(run, payout_by_node=dict(self._payout_by_node), placements=self.placements())
 
-    async def run(self) -> None:
-        """Repair until cancelled; raises what made a repair impossible, an AzuError."""
-        while True:
-            await self._noticed.wait()
-            self._is_busy = True
-            move, self._wanted = self._wanted, None
-            await self._repair(move)
-            self._is_busy = False
-
-    async def _repair(self, move: _Move | None) -> None:
-        watch = _Watch()
-        completed = await self._pieces.pause()
-        if is_repair := bool(self._lost) or self._is_fault:
-            self._count_fruitless(completed)
-        empty: frozenset[int] = frozenset()
-        down = self._take()
-        turn = await self._switch(move) if move is not None and move.is_on(down) else None
-        for _ in range(_MOST_ROUNDS):
-            turn = turn or await self._replace(down, watch)
-            empty |= turn.fresh.stages
-            failed = await self._pieces.bring_up(turn.topology, turn.missing)
-            watch.passed("up")
-            down = failed | await self._pieces.relink(turn.topology) | self._take()
-            watch.passed("linked")
-            is_repair |= bool(down)
-            if not down and await self._resumed(turn.topology, empty, is_repair=is_repair):
-                watch.passed("resumed")
-                log.warning("%s: %s", "repaired" if move is None else move.ended(), watch)
-                return
-            turn = None
-        raise WorkerLost(f"{down} could not be brought up in {_MOST_ROUNDS} tries")
-
-    async def _replace(self, down: PieceSet, watch: "_Watch") -> "_Turn":
-        """Find new places for what is lost."""
-        if down:
-            log.warning("lost %s", down)
-        await self._pieces.fence(down)
-        watch.passed("fenced")
-        topology = await self._place(down)
-        watch.passed("placed")
-        return _Turn(topology, fresh=down, missing=down)
-
-    async def _switch(self, move: _Move) -> "_Turn":
-        """Go over to another topology."""
-        # From here on a loss is one by the new indices: nothing that goes is heard of any more.
-        await self._pieces.fence(move.change.gone)
-        installed = self._pieces.install()
-        fresh = move.change.fresh
-        return _Turn(await move.commit(), fresh, missing=fresh - installed)
-
-    async def _resumed(self, topology: Topology, empty: frozenset[int], *, is_repair: bool) -> bool:
+    async def cancel(self, job_id: str) -> None:
+        """End a job's sequences; a pipeline that is started later reads that the job was cancelled."""
         try:
-            await self._pieces.resume(topology, empty, is_repair=is_repair)
-        except WorkerLost as error:
-            log.warning("%s", error.message)
-            # There is another pipeline now, which everything has to be linked to.
-            await self._pieces.pause()
-            return False
-        return True
+            if self._pipeline is not None:
+                await self._backend.cancel(self._pipeline, job_id)
+        except AzuError as error:
+            log.info("%s: its successor will not run %s", error.message, job_id)
 
-    async def _place(self, down: PieceSet) -> Topology:
-        looks = AsyncRetrying(
+    def placements(self) -> tuple[Placement, ...]:
+        """Return the receipt's lines: which node runs which layers and experts in which actor."""
+        return self._pieces.placements()
+
+    async def num_chosen(self) -> ExpertCounts:
+        """Return how often each expert was chosen, in layers that have experts apart from their router.
+
+        Raises an AzuError when a stage does not answer.
+        """
+        return await self._pieces.num_chosen()
+
+    async def _run(self, job: Job) -> JobRun:
+        while True:
+            started = self._pipelines_started
+            try:
+                if self._pipeline is not None:
+                    return await self._backend.run(self._pipeline, job)
+            except WorkerLost as error:
+                log.warning("%s: %s waits for another pipeline", error.message, job.job_id)
+            await self._another_pipeline(started)
+
+    # Life
+
+    async def start(self) -> None:
+        """Start every actor of the topology; raises the first error of a piece that did not come up."""
+        self._record_payouts()
+        await self._start_pipeline()
+        for error in (
+            await self._pieces.bring_up(self.topology, self.topology.piece_set, self._pipeline_name())
+        ).values():
+            raise error
+        await self._backend.begin(self._pipeline_name(), self._pieces.stages)
+        await self._save()
+        self._supervise()
+
+    async def adopt(self, record: DeploymentRecord) -> None:
+        """Take over what another scheduler started; what is gone of it is started again."""
+        self._payout_by_node |= record.payout_by_node
+        if await self._backend.find(record.pipeline):
+            await self._set_pipeline(record.pipeline)
+            try:
+                self._held = await self._backend.running_jobs(record.pipeline)
+            except AzuError as error:
+                log.warning("%s", error.message)
+        else:
+            log.warning("%s is gone", record.pipeline)
+            self._is_fault = True
+        self._lost |= await self._pieces.adopt(record.topology, record.pieces)
+        self._event.set()
+        self._supervise()
+
+    async def close(self) -> None:
+        """Kill every actor and give the VRAM back."""
+        self.state = DeploymentState.CLOSED
+        await self._store.forget(self.topology)
+        for task in (self._supervisor, self._changing):
+            if task is not None:
+                task.cancel()
+        if self._pipeline is not None:
+            self._backend.kill(self._pipeline)
+        self._pieces.close()
+
+    def set_topology(self, topology: Topology) -> None:
+        """Make a topology the wanted one, with the number of KV blocks that the deployment has now."""
+        self.topology = with_blocks(self.structure, topology, self._num_blocks)
+        self._record_payouts()
+
+    # Events
+
+    def pieces_lost(self, report: LossReport) -> None:
+        """Take a report of the stages; pieces that were replaced since its epoch count no more."""
+        lost = self._pieces.not_replaced(report.lost, report.epoch)
+        if report.is_bad_frame:
+            for node_id in self._pieces.nodes_of(lost):
+                self._backend.blame(node_id)
+        self._lose(lost)
+
+    def node_lost(self, node_id: str) -> None:
+        """Give up what is on a node that died or is being left; starts under way there fail at once."""
+        self._lose(self._pieces.node_lost(node_id))
+
+    def pipeline_lost(self) -> None:
+        """Have the pipeline replaced and everything linked to the new one."""
+        self._is_fault = True
+        self._event.set()
+
+    async def resize(self, num_blocks: int) -> None:
+        """Change the number of KV blocks, under a new epoch; blocks that are still needed are kept."""
+        self._num_blocks = await self._backend.limit(self._pipeline_name(), num_blocks)
+        self._event.set()
+
+    async def change(self, change: TopologyChange, *, beside: bool) -> bool:
+        """Change the topology; with `beside` the fresh pieces are loaded before the old ones go.
+
+        Returns False when it came to nothing: a piece was lost or did not come up, another change or a repair
+        was under way, or the deployment was closed.
+        """
+        self._changing = asyncio.create_task(self._change(change, beside=beside))
+        await asyncio.wait({self._changing})
+        return not self._changing.cancelled() and self._changing.result()
+
+    async def _change(self, change: TopologyChange, *, beside: bool) -> bool:
+        before = self.topology
+        try:
+            planned = with_blocks(self.structure, change.topology, self._num_blocks)
+            if beside and not await self._pieces.prepare(planned, change.fresh, self._pipeline_name()):
+                return False
+            is_free = self.state is DeploymentState.SERVING and self._wanted_change is None
+            if self.topology is not before or not is_free:
+                return False
+            self._wanted_change = wanted = _WantedChange(change)
+            self._event.set()
+            return await wanted.done
+        finally:
+            self._pieces.discard_prepared()
+
+    def _lose(self, lost: PieceSet) -> None:
+        self._lost |= lost
+        if self._lost:
+            self._event.set()
+
+    # The loop
+
+    def _supervise(self) -> None:
+        self.state = DeploymentState.SERVING
+        self._supervisor = asyncio.create_task(self._keep())
+
+    async def _keep(self) -> None:
+        """Reconcile until that is impossible: then the deployment is broken."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._reconcile_always())
+                tasks.create_task(self._follow_pipeline())
+        except* Exception as group:
+            fault = "; ".join(str(error) for error in group.exceptions)
+            log.error("%s is given up: %s", self.structure.model_id, fault, exc_info=True)
+            self.state = DeploymentState.BROKEN
+            if self._changing is not None:
+                self._changing.cancel()
+            self._fault = WorkerLost(f"{self.structure.model_id} lost a worker: {fault}")
+            if self._pipeline is not None:
+                self._backend.fail(self._pipeline, self._fault)
+            async with self._pipeline_changed:
+                self._pipeline_changed.notify_all()
+
+    async def _reconcile_always(self) -> None:
+        while True:
+            await self._event.wait()
+            self.state = DeploymentState.RECONCILING
+            change, self._wanted_change = self._wanted_change, None
+            await self._reconcile(change)
+            self.state = DeploymentState.SERVING
+
+    async def _follow_pipeline(self) -> None:
+        """Take the reports of the stages from the pipeline, and notice when the pipeline dies."""
+        while True:
+            started = self._pipelines_started
+            try:
+                if self._pipeline is None:
+                    raise WorkerLost(f"the pipeline of {self.structure.model_id} is gone")
+                report = await self._backend.next_loss(self._pipeline)
+            except AzuError as error:
+                log.warning("%s", error.message)
+                self.pipeline_lost()
+                await self._another_pipeline(started)
+                continue
+            if report is not None:
+                self.pieces_lost(report)
+
+    async def _reconcile(self, change: _WantedChange | None) -> None:
+        """Take rounds until everything that the topology names runs; raises WorkerLost after too many."""
+        times = _StepTimes()
+        completed = await self._pause()
+        is_repair = bool(self._lost) or self._is_fault
+        if is_repair:
+            self._count_fruitless(completed)
+        lost = self._take_losses()
+        empty: frozenset[int] = frozenset()
+        this = await self._switch(change) if change is not None and change.can_begin(lost) else None
+        for _ in range(_MOST_ROUNDS):
+            this = this or await self._replace(lost, times)
+            empty |= this.fresh.stages
+            failed = await self._pieces.bring_up(self.topology, this.missing, self._pipeline_name())
+            times.passed("up")
+            lost = (
+                piece_set(failed)
+                | await self._pieces.link(self.topology, self._pipeline_name())
+                | self._take_losses()
+            )
+            times.passed("linked")
+            is_repair |= bool(lost)
+            if not lost and await self._resume(empty, is_repair=is_repair):
+                times.passed("resumed")
+                log.warning("%s: %s", "repaired" if is_repair else "changed", times)
+                if change is not None:
+                    change.finish()
+                return
+            this = None
+        raise WorkerLost(f"{lost} could not be brought up in {_MOST_ROUNDS} rounds")
+
+    async def _pause(self) -> int:
+        """Pause the pipeline, or start another where it is gone or hangs; return its completed steps."""
+        if self._pipeline is not None:
+            try:
+                return await self._backend.pause(self._pipeline)
+            except (WorkerLost, DeadlineExceeded) as error:
+                log.warning("%s", error.message)
+                self._backend.kill(self._pipeline)
+        await self._start_pipeline()
+        await self._backend.begin(self._pipeline_name(), ())
+        return await self._backend.pause(self._pipeline_name())
+
+    async def _switch(self, wanted: _WantedChange) -> _Round:
+        """Go over to a changed topology, with the pieces that were prepared for it."""
+        change = wanted.change
+        # From here on a loss counts by the indices of the new topology: no actor that goes reports any more.
+        self._pieces.fence(change.gone)
+        installed = self._pieces.install()
+        await self._commit(self, change.topology)
+        return _Round(change.fresh, missing=change.fresh - installed)
+
+    async def _replace(self, lost: PieceSet, times: "_StepTimes") -> _Round:
+        """Find new places for what is lost, under a new epoch."""
+        if lost:
+            log.warning("lost %s", lost)
+        self._pieces.fence(lost)
+        times.passed("fenced")
+        # A piece may have died with its whole node, whose silence was not noticed yet.
+        await self._backend.probe(frozenset(self.topology.vram_bytes_of(lost)))
+        retries = AsyncRetrying(
             retry=retry_if_exception_type(InsufficientCapacity),
-            stop=stop_after_delay(self._patience_s),
-            wait=wait_random_exponential(multiplier=_FIRST_LOOK_S, max=_LONGEST_LOOK_S),
-            before_sleep=_say,
+            stop=stop_after_delay(self._room_wait_s),
+            wait=wait_random_exponential(multiplier=_FIRST_RETRY_S, max=_LONGEST_RETRY_S),
+            before_sleep=_log_retry,
             reraise=True,
         )
-        return await looks(self._replan, down)
+        await retries(self._place, self, lost)
+        times.passed("placed")
+        return _Round(fresh=lost, missing=lost)
 
-    def _take(self) -> PieceSet:
+    async def _resume(self, empty: frozenset[int], *, is_repair: bool) -> bool:
+        try:
+            await self._backend.resume(
+                self._pipeline_name(), self.topology, self._pieces.stages, empty, is_repair=is_repair
+            )
+        except WorkerLost as error:
+            log.warning("%s", error.message)
+            # The next round links everything to the pipeline that is started here.
+            await self._pause()
+            return False
+        await self._save()
+        return True
+
+    def _take_losses(self) -> PieceSet:
         lost, self._lost, self._is_fault = self._lost, PieceSet(), False
-        self._noticed.clear()
+        self._event.clear()
         return lost
 
     def _count_fruitless(self, completed: int) -> None:
@@ -215,86 +436,60 @@ class Repair:
         if self._fruitless >= _MOST_FRUITLESS:
             raise WorkerLost(f"{self._lost} was lost {_MOST_FRUITLESS} times without a step in between")
 
+    # The pipeline and what is kept
 
-class _Watch:
-    """How many seconds into a repair each of its steps was done."""
+    async def _start_pipeline(self) -> None:
+        name = actor_name("pipeline", self.structure.model_id, self.topology.epoch)
+        await self._backend.start_pipeline(name, self.structure, self.topology)
+        await self._set_pipeline(name)
+
+    async def _set_pipeline(self, name: str) -> None:
+        self._pipeline = name
+        self._pipelines_started += 1
+        async with self._pipeline_changed:
+            self._pipeline_changed.notify_all()
+
+    async def _another_pipeline(self, started: int) -> None:
+        """Wait for a pipeline beyond the first `started`; raises WorkerLost once the deployment is broken."""
+        async with self._pipeline_changed:
+            await self._pipeline_changed.wait_for(lambda: self._fault or self._pipelines_started > started)
+        if self._fault is not None:
+            raise self._fault
+
+    def _pipeline_name(self) -> str:
+        assert self._pipeline is not None, "a pipeline is started first"
+        return self._pipeline
+
+    def _record_payouts(self) -> None:
+        # A node that reports no more was recorded when it first ran a piece.
+        self._payout_by_node |= {
+            node_id: self._backend.nodes[node_id].payout_address
+            for node_id in self.topology.vram_bytes_by_node
+            if node_id in self._backend.nodes
+        }
+
+    async def _save(self) -> None:
+        """Keep the actors' names for the scheduler that comes after this one."""
+        record = DeploymentRecord(
+            self.topology, self._pieces.records(), self._pipeline_name(), self._payout_by_node
+        )
+        await self._store.keep(record)
+
+
+class _StepTimes:
+    """How many seconds after its start each step of a reconciliation was done."""
 
     def __init__(self) -> None:
-        self._begun_s = time.monotonic()
+        self._started_s = time.monotonic()
         self._steps: list[str] = []
 
     def passed(self, step: str) -> None:
-        self._steps.append(f"{step} {time.monotonic() - self._begun_s:.2f} s")
+        self._steps.append(f"{step} {time.monotonic() - self._started_s:.2f} s")
 
     def __str__(self) -> str:
         return ", ".join(self._steps)
 
 
-def _say(state: RetryCallState) -> None:
+def _log_retry(state: RetryCallState) -> None:
     assert state.outcome is not None
     log.warning("%s", state.outcome.exception())
-
-
-class DeployedModel(RunningModel, Protocol):
-    """A running model that the fleet may also take down."""
-
-    # Where its pieces are; the fleet sets it when some were lost.
-    topology: Topology
-
-    @property
-    def structure(self) -> Structure:
-        """What it is made of."""
-
-    def placements(self) -> tuple[Placement, ...]:
-        """Return the receipt's lines: which node runs which layers and experts in which actor."""
-
-    @property
-    def running_jobs(self) -> int:
-        """Jobs that are expected here and were not let go."""
-
-    def expect(self, job_id: str) -> None:
-        """Hear that a job is going to run here."""
-
-    def holds(self, job_id: str) -> bool:
-        """Whether a job runs here, or did without coming to an end: nobody else may run it."""
-
-    @property
-    def broken(self) -> bool:
-        """Whether what was lost could not be replaced: it takes no new jobs."""
-
-    def node_died(self, node_id: str) -> None:
-        """Hear that a node is dead, or is to be left: what it holds comes up elsewhere."""
-
-    async def move(self, change: TopologyChange, commit: Commit, *, beside: bool) -> bool:
-        """Go over to other places, brought up `beside` what runs; False when everything stays as it was."""
-
-    async def num_chosen(self) -> ExpertCounts:
-        """Return how often each expert was chosen in layers that have experts apart from their router.
-
-        Raises an AzuError when a stage does not say.
-        """
-
-    async def resize(self, num_blocks: int) -> None:
-        """Have another number of KV blocks; those that sequences need alone are kept."""
-
-    async def close(self) -> None:
-        """Take every piece down."""
-
-
-class Builder(Protocol):
-    """Cuts models and brings their pieces up on nodes."""
-
-    async def structure(self, model_id: str, revision: str) -> Structure:
-        """Return the structure of a model, cutting it first when nobody has."""
-
-    async def build(self, structure: Structure, topology: Topology, replan: Replan) -> DeployedModel:
-        """Bring up every piece of a topology; what was half up is taken down when it fails.
-
-        `replan` is for pieces that are lost later.
-        """
-
-    async def adopt(self, structure: Structure, standing: DeploymentRecord, replan: Replan) -> DeployedModel:
-        """Take over a model that another scheduler brought up; what of it is gone is brought up again."""
-
-    async def sweep(self, kept: frozenset[str]) -> frozenset[str]:
-        """Take down every actor of a model but those of these names; return which of these live."""

@@ -1,12 +1,12 @@
-"""Which models stand, written down so that whoever schedules next finds their pieces again.
+"""Records of the deployments that run, so that the next scheduler finds their actors again.
 
 `azu:fleet:epoch`  the highest epoch that a topology was given.
-`azu:fleet:models` hash: model id, revision and replica -> the standing model (JSON).
+`azu:fleet:models` hash: model id, revision and replica -> the deployment's record (JSON).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 from pydantic import ConfigDict, TypeAdapter
 from redis.asyncio import Redis
@@ -19,8 +19,8 @@ MODELS = "azu:fleet:models"
 
 
 @dataclass(frozen=True, slots=True)
-class StandingPiece:
-    """A stage, or an expert set, by its index; `name` is its actor's and `epoch` the one it came up under."""
+class PieceRecord:
+    """A stage or an expert set by its index, its actor's name and the epoch that this was started under."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -32,12 +32,12 @@ class StandingPiece:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentRecord:
-    """A model that is up: where its pieces are, the actors' names, and who is paid for each node."""
+    """A deployment: where its pieces are, the actors' names, and the payout address of each node."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     topology: Topology
-    pieces: tuple[StandingPiece, ...]
+    pieces: tuple[PieceRecord, ...]
     pipeline: str
     payout_by_node: Mapping[str, str]
 
@@ -47,34 +47,18 @@ class DeploymentRecord:
         return {self.pipeline, *(piece.name for piece in self.pieces)}
 
 
-class StandingModels(Protocol):
-    """What outlives the scheduler."""
-
-    async def next_epoch(self) -> int:
-        """Return an epoch that is higher than every other."""
-
-    async def all(self) -> list[DeploymentRecord]:
-        """Return the models that stand."""
-
-    async def keep(self, standing: DeploymentRecord) -> None:
-        """Write a model down as it stands now."""
-
-    async def forget(self, topology: Topology) -> None:
-        """Strike a model out; one that is not written down is no error."""
+_RECORD = TypeAdapter(DeploymentRecord)
 
 
-_STANDING = TypeAdapter(DeploymentRecord)
-
-
-class RedisStanding:
-    """Standing models in Redis; waits however long Redis is away."""
+class DeploymentStore:
+    """Deployment records in Redis; every method waits as long as Redis is away."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
     @classmethod
-    def from_url(cls, url: str) -> "RedisStanding":
-        """Return what is kept in the Redis at `url`; connects when first used."""
+    def from_url(cls, url: str) -> "DeploymentStore":
+        """Return the records in the Redis at `url`; connects when first used."""
         return cls(connect_redis(url))
 
     async def next_epoch(self) -> int:
@@ -82,19 +66,17 @@ class RedisStanding:
         return int(await retry_until_available(lambda: self._redis.incr(EPOCH)))
 
     async def all(self) -> list[DeploymentRecord]:
-        """Return the models that stand."""
+        """Return every record."""
         found = await retry_until_available(lambda: self._redis.hgetall(MODELS))
-        return [
-            _STANDING.validate_json(standing) for _, standing in sorted(cast(dict[str, str], found).items())
-        ]
+        return [_RECORD.validate_json(record) for _, record in sorted(cast(dict[str, str], found).items())]
 
-    async def keep(self, standing: DeploymentRecord) -> None:
-        """Write a model down as it stands now."""
-        content = _STANDING.dump_json(standing).decode()
-        await retry_until_available(lambda: self._redis.hset(MODELS, _field(standing.topology), content))
+    async def keep(self, record: DeploymentRecord) -> None:
+        """Write a deployment's record in place of the one before."""
+        content = _RECORD.dump_json(record).decode()
+        await retry_until_available(lambda: self._redis.hset(MODELS, _field(record.topology), content))
 
     async def forget(self, topology: Topology) -> None:
-        """Strike a model out; one that is not written down is no error."""
+        """Delete a deployment's record; a record that is missing is no error."""
         await retry_until_available(lambda: self._redis.hdel(MODELS, _field(topology)))
 
 

@@ -1,23 +1,37 @@
-"""Pipeline: the loop of one deployed model. Token ids pass through here, hidden states never do."""
+"""JobRunner: runs jobs as sequences of an engine's pipeline, and writes their tokens to Redis."""
 
 import asyncio
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+import itertools
+import logging
+import time
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from azu.engine.accounting import Work
+from azu.engine.pipeline import EnginePipeline, SequenceUpdate
+from azu.engine.scheduler import Sequence
+from azu.engine.text import TextDecoder
+from azu.engine.timing import PipelineMetrics
 from azu.errors import AzuError
-from azu.protocol.job import FinishReason, Job, JobRun
+from azu.jobs.redis import RedisJobs
+from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
+from azu.protocol.step import StepResult
+from azu.redis_client import retry_until_available
 
-# A job that several sequences answer has ended as the one that says most did.
-_WORST_LAST = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.ERROR)
+log = logging.getLogger(__name__)
+
+# A job with several choices has ended as the choice that comes last here.
+_BEST_FIRST = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.ERROR)
 _SEED_RANGE = 2**63
-# Whoever asked for a job may die before it hears how the job ended; its heir asks again.
+# A scheduler may die before it hears how a job ended; the next scheduler asks again.
 _KEPT_JOBS = 1000
 
 
 @dataclass(slots=True)
 class _ActiveJob:
-    """A job whose choices have not all ended."""
+    """A job whose choices have not all ended; `open` has the sequences of those that have not."""
 
     job: Job
     ended: asyncio.Future[JobRun]
@@ -27,15 +41,15 @@ class _ActiveJob:
     reason: FinishReason = FinishReason.STOP
     work: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
-    def choice_ended(self, reason: FinishReason, work: Work) -> None:
-        """Count a choice that says no more."""
-        self.reason = max(self.reason, reason, key=_WORST_LAST.index)
+    def end_choice(self, reason: FinishReason, work: Work) -> None:
+        """Count a choice that has ended."""
+        self.reason = max(self.reason, reason, key=_BEST_FIRST.index)
         for layer, by_node in work.items():
             self.work[layer].update(by_node)
 
-    def end(self, broken: AzuError | None) -> None:
-        """Say what became of the job, when no choice is open."""
-        error = broken if self.reason is FinishReason.CANCELLED and not self.cancelled else None
+    def end(self, fault: AzuError | None) -> None:
+        """Answer the callers of the job, when no choice is open."""
+        error = fault if self.reason is FinishReason.CANCELLED and not self.cancelled else None
         run = JobRun(
             completion_tokens=self.delivered,
             finish_reason=FinishReason.ERROR if error else self.reason,
@@ -43,3 +57,160 @@ class _ActiveJob:
             error=error,
         )
         self.ended.set_result(run)
+
+
+class JobRunner:
+    """Jobs in, tokens to Redis; each choice of a job is a sequence of `engine`.
+
+    `on_change` is called when the engine may have another step to send.
+    """
+
+    def __init__(
+        self,
+        engine: EnginePipeline,
+        jobs: RedisJobs,
+        text: TextDecoder,
+        metrics: PipelineMetrics,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._jobs = jobs
+        self._text = text
+        self._metrics = metrics
+        self._on_change = on_change
+        self._sequence_ids = itertools.count(1)
+        self._by_sequence: dict[int, tuple[_ActiveJob, int]] = {}  # with the choice that the sequence is
+        self._by_job: OrderedDict[str, _ActiveJob] = OrderedDict()  # with those that ended lately
+        self._updates: asyncio.Queue[list[SequenceUpdate]] = asyncio.Queue()
+        self._fault: AzuError | None = None
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether `fail` ended everything: the engine is to schedule no more."""
+        return self._fault is not None
+
+    @property
+    def job_ids(self) -> frozenset[str]:
+        """The jobs that have not ended."""
+        return frozenset(job_id for job_id, one in self._by_job.items() if not one.ended.done())
+
+    async def run(self, job: Job) -> JobRun:
+        """Run a job from what is written of it to its end; its tokens are in Redis when this returns.
+
+        A second call for a job that runs here, or ended here lately, gets the same answer.
+        """
+        active = self._by_job.get(job.job_id)
+        if active is None:
+            active = _ActiveJob(job, asyncio.get_running_loop().create_future())
+            self._by_job[job.job_id] = active
+            try:
+                await self._begin(active)
+            except Exception as error:
+                del self._by_job[job.job_id]
+                active.ended.set_exception(error)
+        return await asyncio.shield(active.ended)
+
+    def cancel(self, job_id: str) -> None:
+        """End a job's sequences within one step; what was delivered stays delivered."""
+        if active := self._by_job.get(job_id):
+            active.cancelled = True
+            for sequence_id in active.open:
+                self._updates.put_nowait(self._engine.cancel(sequence_id))
+            self._on_change()
+
+    def complete(self, result: StepResult) -> None:
+        """Take the last stage's tokens."""
+        updates = self._engine.complete(result)
+        # The next step leaves before the tokens of this one are written.
+        self._on_change()
+        self._updates.put_nowait(updates)
+
+    def fail(self, error: AzuError) -> None:
+        """End every job with what was delivered, and this error."""
+        self._fault = error
+        self._engine.suspend()
+        self._updates.put_nowait(
+            [update for sequence_id in self._by_sequence for update in self._engine.cancel(sequence_id)]
+        )
+
+    async def write(self) -> None:
+        """Write the tokens of finished steps to Redis, those of several steps at once, until cancelled."""
+        while True:
+            updates = await self._updates.get()
+            while not self._updates.empty():
+                updates = updates + self._updates.get_nowait()
+            self._metrics.record_tokens(updates, time.monotonic())
+            events = [event for update in updates if (event := self._event(update)) is not None]
+            await retry_until_available(partial(self._jobs.append, events))
+            for update in updates:
+                if update.finish_reason is not None:
+                    self._end_sequence(update, update.finish_reason)
+
+    async def _begin(self, active: _ActiveJob) -> None:
+        job = active.job
+        known = await retry_until_available(partial(self._jobs.progress, job))
+        active.delivered = known.delivered
+        active.cancelled |= known.cancelled
+        for choice, so_far in enumerate(known.choices):
+            if so_far.finish_reason is not None:
+                active.end_choice(so_far.finish_reason, so_far.work)
+            elif self._fault is not None or active.cancelled:
+                work = self._engine.presumed_work(len(job.prompt_token_ids), len(so_far.token_ids))
+                active.end_choice(FinishReason.CANCELLED, work)
+            else:
+                self._begin_choice(active, choice, so_far.token_ids)
+        self._end_if_over(active)
+        self._on_change()
+
+    def _begin_choice(self, active: _ActiveJob, choice: int, generated: tuple[int, ...]) -> None:
+        job = active.job
+        # The first choice is what the job would get if it asked for one.
+        sampling = replace(job.sampling, seed=(job.sampling.seed + choice) % _SEED_RANGE)
+        text = self._text.completion(job.prompt_token_ids, sampling) if sampling.stop else None
+        sequence = Sequence(
+            next(self._sequence_ids),
+            job.prompt_token_ids,
+            sampling,
+            generated,
+            text.ends_with if text else None,
+        )
+        self._engine.add(sequence)
+        self._metrics.record_start(sequence.sequence_id, len(job.prompt_token_ids), time.monotonic())
+        self._by_sequence[sequence.sequence_id] = (active, choice)
+        active.open.add(sequence.sequence_id)
+        log.info("began", extra={"job_id": job.job_id, "sequence_id": sequence.sequence_id})
+
+    def _event(self, update: SequenceUpdate) -> tuple[str, TokenEvent] | None:
+        """Return what is written of an update, with its job's id; None for one without tokens."""
+        if not update.token_ids:
+            return None
+        active, choice = self._by_sequence[update.sequence_id]
+        event = TokenEvent(
+            index=active.delivered,
+            token_ids=update.token_ids,
+            logprobs=update.logprobs,
+            top_logprobs=update.top_logprobs,
+            choice=choice,
+            finish_reason=update.finish_reason,
+            work=update.work,
+        )
+        active.delivered += len(update.token_ids)
+        return active.job.job_id, event
+
+    def _end_sequence(self, update: SequenceUpdate, reason: FinishReason) -> None:
+        active, _ = self._by_sequence.pop(update.sequence_id)
+        active.open.remove(update.sequence_id)
+        ids = {"job_id": active.job.job_id, "sequence_id": update.sequence_id}
+        log.info("ended", extra=ids | {"finish_reason": reason.value})
+        active.end_choice(reason, update.work)
+        self._end_if_over(active)
+
+    def _end_if_over(self, active: _ActiveJob) -> None:
+        if active.open:
+            return
+        active.end(self._fault)
+        while len(self._by_job) > _KEPT_JOBS:
+            oldest = next(iter(self._by_job.values()))
+            if not oldest.ended.done():
+                break
+            self._by_job.popitem(last=False)

@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 from azu.errors import AzuError
 from azu.protocol.node import Node
 from azu.protocol.sampling import SamplingParams
-from azu.protocol.topology import ExpertSet, Stage
+from azu.protocol.topology import ExpertSet, Piece, Stage
 
 
 class JobState(StrEnum):
@@ -128,9 +128,7 @@ class JobOutcome:
 JobEvent = TokenEvent | JobOutcome
 
 
-def placements(
-    pieces: Iterable[tuple[Stage | ExpertSet, str]], nodes: Mapping[str, Node]
-) -> tuple[Placement, ...]:
+def placements(pieces: Iterable[tuple[Piece, str]], nodes: Mapping[str, Node]) -> tuple[Placement, ...]:
     """Return a line for each piece and its actor's name: stages in order, then expert sets."""
     ordered = sorted(pieces, key=lambda one: (isinstance(one[0], ExpertSet), one[0].index))
     return tuple(
@@ -139,7 +137,7 @@ def placements(
     )
 
 
-def _layers(what: Stage | ExpertSet) -> tuple[int, int]:
+def _layers(what: Piece) -> tuple[int, int]:
     """Return the span of layers that a piece runs; an expert set runs none of them whole."""
     if isinstance(what, Stage):
         return what.span.start, what.span.end
@@ -160,4 +158,19 @@ class JobRun:
     work: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     error: AzuError | None = None
     payout_by_node: Mapping[str, str] = field(default_factory=dict)
+    placements: tuple[Placement, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentStatus:
+    """What the scheduler says of a model: `state` is "running", "broken" or "deploying".
+
+    The other fields are empty while the model is being deployed.
+    """
+
+    model_id: str
+    revision: str
+    state: str
+    epoch: int = 0
+    num_layers: int = 0
     placements: tuple[Placement, ...] = ()

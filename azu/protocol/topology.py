@@ -1,5 +1,6 @@
-"""Where the pieces of a model are: what the planner returns and everything else follows."""
+"""Where the pieces of a model are: the planner returns a topology, everything else follows it."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -54,11 +55,12 @@ class ExpertSet:
 
 
 Piece = Stage | ExpertSet
+PieceKey = tuple[type[Stage] | type[ExpertSet], int]  # kind of piece, index
 
 
 @dataclass(frozen=True, slots=True)
 class PieceSet:
-    """Pieces of a topology, by index, that are gone."""
+    """Some pieces of a topology, by index."""
 
     stages: frozenset[int] = frozenset()
     expert_sets: frozenset[int] = frozenset()
@@ -82,6 +84,15 @@ class PieceSet:
 
 
 @dataclass(frozen=True, slots=True)
+class LossReport:
+    """Pieces that stages reported as lost under an epoch; `is_bad_frame` when they sent a bad frame."""
+
+    lost: PieceSet
+    epoch: int
+    is_bad_frame: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """What the planner expects of a topology at the batch its policy asked for."""
 
@@ -96,7 +107,7 @@ class Prediction:
 class Topology:
     """Every layer on exactly one stage, every expert beside its router or in an expert set.
 
-    `epoch` rises with every change; whoever gets something of an older one drops it.
+    `epoch` rises with every change; an actor drops what belongs to an older one.
     `num_blocks` is the KV capacity that every stage has, in blocks of `block_size` tokens.
     Pipelines of the same model are told apart by `replica`.
     """
@@ -115,7 +126,7 @@ class Topology:
 
     @property
     def key(self) -> PipelineKey:
-        """What its pipeline is known by."""
+        """The key of its pipeline."""
         return self.model_id, self.revision, self.replica
 
     def stage_of(self, layer: int) -> Stage:
@@ -124,13 +135,18 @@ class Topology:
 
     @property
     def replicas(self) -> PieceSet:
-        """The expert sets that it would be whole without."""
+        """The expert sets without which every expert is still held."""
         return PieceSet(expert_sets=frozenset(one.index for one in self.expert_sets if one.is_replica))
 
     @property
-    def pieces(self) -> tuple[Stage | ExpertSet, ...]:
+    def pieces(self) -> tuple[Piece, ...]:
         """The stages in order, then the expert sets."""
         return (*self.stages, *self.expert_sets)
+
+    @property
+    def piece_set(self) -> PieceSet:
+        """All pieces, as a set."""
+        return piece_set(map(key_of, self.pieces))
 
     @property
     def vram_bytes_by_node(self) -> dict[str, int]:
@@ -149,39 +165,38 @@ class Topology:
             frozenset(chosen.index for chosen in self.expert_sets if chosen.node_id == node_id),
         )
 
-    def vram_bytes_of(self, loss: PieceSet) -> dict[str, int]:
+    def vram_bytes_of(self, pieces: PieceSet) -> dict[str, int]:
         """Return the VRAM that some pieces take, by node."""
-        stages = [stage for stage in self.stages if stage.index in loss.stages]
-        return _vram_bytes_by_node(
-            (*stages, *(chosen for chosen in self.expert_sets if chosen.index in loss.expert_sets))
-        )
+        return _vram_bytes_by_node(piece for piece in self.pieces if key_of(piece) in keys_of(pieces))
 
 
-def _vram_bytes_by_node(pieces: Iterable[Stage | ExpertSet]) -> dict[str, int]:
+def _vram_bytes_by_node(pieces: Iterable[Piece]) -> dict[str, int]:
     used: dict[str, int] = {}
     for piece in pieces:
         used[piece.node_id] = used.get(piece.node_id, 0) + piece.vram_bytes
     return used
 
 
-PieceKey = tuple[type[Stage] | type[ExpertSet], int]  # kind of piece, index
-
-
-def key_of(piece: Stage | ExpertSet) -> PieceKey:
-    """Return what a piece is known by."""
+def key_of(piece: Piece) -> PieceKey:
+    """Return the key of a piece."""
     return type(piece), piece.index
 
 
-def keys_of(loss: PieceSet) -> frozenset[PieceKey]:
-    """Return what is lost, piece by piece."""
-    stages: list[PieceKey] = [(Stage, index) for index in loss.stages]
-    return frozenset(stages + [(ExpertSet, index) for index in loss.expert_sets])
+def keys_of(pieces: PieceSet) -> frozenset[PieceKey]:
+    """Return the keys of some pieces."""
+    stages: list[PieceKey] = [(Stage, index) for index in pieces.stages]
+    return frozenset(stages + [(ExpertSet, index) for index in pieces.expert_sets])
 
 
-def loss_of(keys: Iterable[PieceKey]) -> PieceSet:
-    """Return the loss of some pieces."""
+def piece_set(keys: Iterable[PieceKey]) -> PieceSet:
+    """Return the pieces that have these keys."""
     found = frozenset(keys)
     return PieceSet(
         stages=frozenset(index for kind, index in found if kind is Stage),
         expert_sets=frozenset(index for kind, index in found if kind is ExpertSet),
     )
+
+
+def actor_name(kind: str, *parts: object) -> str:
+    """Return the name of an actor, such as "layer:azu-tiny-dense:1:0"."""
+    return ":".join([kind, *(re.sub(r"[^\w.-]", "-", str(part)) for part in parts)])

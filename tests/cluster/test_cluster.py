@@ -1,194 +1,178 @@
 """Models are deployed when a job needs them, once, and idle ones make room."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import pytest
 
 from azu.cluster.cluster import Cluster
-from azu.cluster.deployment import Commit, Replan
-from azu.cluster.deployment_store import DeploymentRecord, RedisStanding, StandingPiece
-from azu.errors import InsufficientCapacity, ModelNotFound
-from azu.planner.migration import TopologyChange
+from azu.cluster.deployment import Deployment
+from azu.cluster.deployment_store import DeploymentStore
+from azu.errors import InsufficientCapacity, WorkerLost
 from azu.planner.policy import PlanPolicy
-from azu.protocol.job import Job, JobRun
-from azu.protocol.node import Node
-from azu.protocol.structure import Structure
+from azu.protocol.node import Node, NodeState
 from azu.protocol.topology import PieceSet, Topology
 from azu.units import MIB
-from tests.builders import ALICE, node, structure
+from tests.actors.fake_backend import FakeBackend
+from tests.builders import node, structure
+from tests.cluster.waiting import end_other_tasks, until
 
 POLICY = PlanPolicy(promised_sequences=2, tokens_per_sequence=128)
 
 
 @dataclass
-class StandingModel:
-    """A deployed model whose jobs the test counts."""
+class Network:
+    """A cluster over a backend without Ray, and nodes whose room the test chooses."""
 
-    structure: Structure
-    topology: Topology
-    builder: "CountingBuilder"
-    replan: Replan
-    running: set[str] = field(default_factory=set)
-    held: set[str] = field(default_factory=set)
-    broken: bool = False
-
-    @property
-    def running_jobs(self) -> int:
-        return len(self.running)
-
-    def expect(self, job_id: str) -> None:
-        self.running.add(job_id)
-
-    def holds(self, job_id: str) -> bool:
-        return job_id in self.held
-
-    async def run(self, job: Job) -> JobRun:
-        raise AssertionError("the fleet runs no jobs")
-
-    async def cancel(self, job_id: str) -> None:
-        raise AssertionError("the fleet cancels no jobs")
-
-    def node_died(self, node_id: str) -> None:
-        raise AssertionError("no node dies here")
-
-    async def move(self, change: TopologyChange, commit: Commit, *, beside: bool) -> bool:
-        self.builder.moves.append((change, beside))
-        if not self.builder.on_move():
-            return False
-        await commit()
-        return True
-
-    async def close(self) -> None:
-        self.builder.closed.append(self.topology.model_id)
-
-
-@dataclass
-class CountingBuilder:
-    """Builds nothing, but remembers; Ray's own builder is tested in the cluster."""
-
-    built: list[str] = field(default_factory=list)
-    closed: list[str] = field(default_factory=list)
-    num_layers: int = 4
-    swept: frozenset[str] | None = None
-    unknown: str | None = None
+    redis_url: str
+    vram_bytes: int = 64 * MIB
+    policy: PlanPolicy = POLICY
+    nodes_come: bool = False
+    backend: FakeBackend = field(default_factory=FakeBackend)
     nodes: list[Node] = field(default_factory=list)
-    dead: frozenset[str] = frozenset()
-    moves: list[tuple[TopologyChange, bool]] = field(default_factory=list)
-    on_move: Callable[[], bool] = lambda: True
+    now_s: float = 0.0
+    leaving: str | None = None  # a node that takes nothing new
 
-    async def structure(self, model_id: str, revision: str) -> Structure:
-        if model_id == self.unknown:
-            raise ModelNotFound(f"there is no {model_id} any more")
-        await asyncio.sleep(0)
-        return structure(self.num_layers, model_id=model_id)
+    def __post_init__(self) -> None:
+        self.nodes = self.nodes or [node("a", self.vram_bytes), node("b", self.vram_bytes)]
+        self.store = DeploymentStore.from_url(self.redis_url)
+        self.cluster = self.new_cluster()
 
-    async def build(self, structure: Structure, topology: Topology, replan: Replan) -> StandingModel:
-        await asyncio.sleep(0.01)
-        self.built.append(structure.model_id)
-        return StandingModel(structure, topology, self, replan)
+    def new_cluster(self) -> Cluster:
+        """Return a cluster that knows nothing but the store and the backend, as the next scheduler's."""
+        return Cluster(
+            self.backend, self.room, self.policy, self.store, room_wait_s=0.1, nodes_come=self.nodes_come,
+            clock=lambda: self.now_s,
+        )  # fmt: skip
 
-    async def adopt(self, structure: Structure, standing: DeploymentRecord, replan: Replan) -> StandingModel:
-        assert self.swept is not None, "what stands in the way goes first"
-        return StandingModel(structure, standing.topology, self, replan)
+    def room(self, placed: Mapping[str, int], given_back: Mapping[str, int]) -> list[Node]:
+        self.backend.nodes = {one.node_id: one for one in self.nodes}
+        free = {one.node_id: one.vram_total_bytes - placed.get(one.node_id, 0) for one in self.nodes}
+        return [
+            replace(
+                one,
+                vram_free_bytes=max(0, free[one.node_id]),
+                state=NodeState.LEAVING if one.node_id == self.leaving else one.state,
+            )
+            for one in self.nodes
+        ]
 
-    async def sweep(self, kept: frozenset[str]) -> frozenset[str]:
-        self.swept = kept
-        return kept - self.dead
+    async def ensure(self, model_id: str, job_id: str = "job-1") -> Deployment:
+        return await self.cluster.ensure(model_id, "r1", job_id)
 
 
-def fleet(
-    redis_url: str,
-    vram_bytes: int = 64 * MIB,
-    *,
-    nodes_come: bool = False,
-    builder: CountingBuilder | None = None,
-    policy: PlanPolicy = POLICY,
-) -> tuple[Cluster, CountingBuilder]:
-    builder = builder or CountingBuilder()
-    builder.nodes = [node("a", vram_bytes), node("b", vram_bytes)]
-
-    def book(placed: Mapping[str, int], given_back: Mapping[str, int]) -> list[Node]:
-        free = {one.node_id: one.vram_total_bytes - placed.get(one.node_id, 0) for one in builder.nodes}
-        return [replace(one, vram_free_bytes=max(0, free[one.node_id])) for one in builder.nodes]
-
-    standing = RedisStanding.from_url(redis_url)
-    return Cluster(builder, book, policy, standing, nodes_come=nodes_come), builder
+async def break_deployment(network: Network, deployment: Deployment) -> None:
+    """Have a deployment lose a stage that does not come up again."""
+    name = next(line.actor for line in deployment.placements() if line.actor.startswith("layer:"))
+    network.backend.failing = [PieceSet(stages=frozenset({0}))] * 5
+    network.backend.end_piece(network.backend.pieces[name])
+    await until(lambda: deployment.broken)
 
 
 def test_many_jobs_at_once_deploy_their_model_once(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = fleet(redis_url)
-        found = await asyncio.gather(*(models.ensure("m/one", "r1", "job-1") for _ in range(20)))
+        network = Network(redis_url)
+        found = await asyncio.gather(*(network.ensure("m/one") for _ in range(20)))
 
-        assert builder.built == ["m/one"]
-        assert all(model is found[0] for model in found)
+        assert network.backend.deployed == ["m/one"]
+        assert all(deployment is found[0] for deployment in found)
 
     asyncio.run(scenario())
 
 
 def test_two_models_share_the_nodes_when_both_fit(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = fleet(redis_url, vram_bytes=256 * MIB)
-        await asyncio.gather(models.ensure("m/one", "r1", "job-1"), models.ensure("m/two", "r1", "job-1"))
+        network = Network(redis_url, vram_bytes=256 * MIB)
+        await asyncio.gather(network.ensure("m/one"), network.ensure("m/two"))
 
-        assert sorted(builder.built) == ["m/one", "m/two"]
-        assert builder.closed == []
-        assert sum(models.placed_bytes().values()) > 0
+        assert sorted(network.backend.deployed) == ["m/one", "m/two"]
+        assert network.backend.closed == []
+        assert sum(network.cluster.placed_bytes().values()) > 0
 
     asyncio.run(scenario())
 
 
 def test_an_idle_model_makes_room_and_a_busy_one_does_not(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = fleet(redis_url, vram_bytes=6 * MIB)
-        first = await models.ensure("m/one", "r1", "job-1")
+        network = Network(redis_url, vram_bytes=6 * MIB)
+        first = await network.ensure("m/one")
         with pytest.raises(InsufficientCapacity):
-            await models.ensure("m/two", "r1", "job-1")
-        assert builder.closed == []
+            await network.ensure("m/two")
+        assert network.backend.closed == []
 
-        first.running.clear()
-        await models.ensure("m/two", "r1", "job-1")
-        assert builder.closed == ["m/one"]
+        first.let_go("job-1")
+        await network.ensure("m/two")
+        assert network.backend.closed == ["m/one"]
 
     asyncio.run(scenario())
 
 
-def test_a_model_that_never_fits_is_refused_for_good_and_takes_nobody_down(redis_url: str) -> None:
+def test_a_model_that_found_no_room_is_short_until_it_is_deployed(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = fleet(redis_url, vram_bytes=6 * MIB)
-        await models.ensure("m/one", "r1", "job-1")
-        builder.num_layers = 400
+        network = Network(redis_url, vram_bytes=6 * MIB, now_s=7.0)
+        first = await network.ensure("m/one")
         with pytest.raises(InsufficientCapacity) as refused:
-            await models.ensure("m/two", "r1", "job-1")
+            await network.ensure("m/two")
+        (shortage,) = network.cluster.shortages.values()
+        assert shortage.missing_bytes == refused.value.missing_bytes != ()
+        assert shortage.tried_s == 7.0
+
+        first.let_go("job-1")
+        await network.ensure("m/two")
+        assert network.cluster.shortages == {}
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_never_fits_is_refused_for_good_and_closes_no_other(redis_url: str) -> None:
+    async def scenario() -> None:
+        network = Network(redis_url, vram_bytes=6 * MIB)
+        await network.ensure("m/one")
+        network.backend.structures["m/two"] = structure(400, model_id="m/two")
+        with pytest.raises(InsufficientCapacity) as refused:
+            await network.ensure("m/two")
         assert refused.value.code == "never_fits"
-        assert builder.closed == []
+        assert network.backend.closed == []
 
     asyncio.run(scenario())
 
 
 def test_where_nodes_come_no_model_is_too_large_to_wait_for_them(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = fleet(redis_url, vram_bytes=6 * MIB, nodes_come=True)
-        builder.num_layers = 400
+        network = Network(redis_url, vram_bytes=6 * MIB, nodes_come=True)
+        network.backend.structures["m/one"] = structure(400, model_id="m/one")
         with pytest.raises(InsufficientCapacity) as refused:
-            await models.ensure("m/one", "r1", "job-1")
+            await network.ensure("m/one")
         assert refused.value.code != "never_fits"
         assert refused.value.missing_bytes
 
     asyncio.run(scenario())
 
 
-def test_a_broken_model_is_taken_down_and_built_again_with_a_higher_epoch(redis_url: str) -> None:
+def test_a_model_that_does_not_come_up_holds_no_room(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = fleet(redis_url)
-        first = await models.ensure("m/one", "r1", "job-1")
-        first.broken = True
-        second = await models.ensure("m/one", "r1", "job-1")
+        network = Network(redis_url)
+        network.backend.failing = [PieceSet(stages=frozenset({0}))]
+        with pytest.raises(WorkerLost):
+            await network.ensure("m/one")
 
-        assert builder.closed == ["m/one"]
-        assert builder.built == ["m/one", "m/one"]
+        assert network.cluster.placed_bytes() == {}
+        assert network.backend.pieces == {}
+        await network.ensure("m/one")
+
+    asyncio.run(scenario())
+
+
+def test_a_broken_model_is_closed_and_deployed_again_with_a_higher_epoch(redis_url: str) -> None:
+    async def scenario() -> None:
+        network = Network(redis_url)
+        first = await network.ensure("m/one")
+        await break_deployment(network, first)
+        second = await network.ensure("m/one")
+
+        assert network.backend.closed == ["m/one"]
+        assert network.backend.deployed == ["m/one", "m/one"]
         assert second.topology.epoch > first.topology.epoch
 
     asyncio.run(scenario())
@@ -196,25 +180,27 @@ def test_a_broken_model_is_taken_down_and_built_again_with_a_higher_epoch(redis_
 
 def test_a_new_scheduler_takes_over_what_stands_and_counts_its_room(redis_url: str) -> None:
     async def scenario() -> None:
-        models, _ = fleet(redis_url)
-        standing = RedisStanding.from_url(redis_url)
-        for name in ("m/dead", "m/two", "m/one"):
-            stands = await models.ensure(name, "r1", "job-1")
-            pieces = (StandingPiece(True, 0, stands.topology.epoch, f"layer:{name}"),)
-            await standing.keep(DeploymentRecord(stands.topology, pieces, f"pipeline:{name}", {"a": ALICE}))
+        network = Network(redis_url, vram_bytes=256 * MIB)
+        for name in ("m/dead", "m/unknown", "m/one"):
+            await network.ensure(name)
+        backend, kept = network.backend, await network.ensure("m/one")
+        for name in [name for name in (*backend.pieces, *backend.pipelines) if "m-dead" in name]:
+            backend.kill(name)
+        backend.unknown = "m/unknown"
+        deployed = len(backend.deployed)
+        end_other_tasks()
 
-        heirs, heirs_builder = fleet(redis_url)
-        heirs_builder.unknown = "m/two"
-        heirs_builder.dead = frozenset({"layer:m/dead", "pipeline:m/dead"})
-        await heirs.adopt()
+        successor = network.new_cluster()
+        await successor.adopt()
 
-        assert heirs_builder.swept == {"layer:m/one", "pipeline:m/one"}
-        adopted = await heirs.ensure("m/one", "r1", "job-1")
-        assert heirs_builder.built == []
-        assert heirs.placed_bytes() == adopted.topology.vram_bytes_by_node
-        assert [one.topology.model_id for one in await standing.all()] == ["m/one"]
-        moved = await adopted.replan(PieceSet(stages=frozenset({0})))
-        assert moved.epoch > stands.topology.epoch, "no epoch comes twice, whoever schedules"
+        assert {name.split(":")[1] for name in backend.swept[-1]} == {"m-one"}
+        assert {name.split(":")[1] for name in backend.pieces} == {"m-one"}
+        adopted = await successor.ensure("m/one", "r1", "job-2")
+        assert adopted.topology == kept.topology
+        assert len(backend.deployed) == deployed, "it is not deployed again"
+        assert successor.placed_bytes() == adopted.topology.vram_bytes_by_node
+        assert [one.topology.model_id for one in await network.store.all()] == ["m/one"]
+        await until(lambda: adopted.topology.epoch > kept.topology.epoch)
 
     asyncio.run(scenario())
 
@@ -228,113 +214,136 @@ def test_a_model_moves_to_a_node_that_joins_and_the_room_of_both_is_kept_meanwhi
     redis_url: str, vram_mib: int, joins_mib: int, beside: bool
 ) -> None:
     async def scenario() -> None:
-        models, builder = fleet(redis_url, vram_bytes=vram_mib * MIB)
-        builder.num_layers = 6
-        builder.nodes = [replace(one, memory_bytes_per_s=1e7) for one in builder.nodes]
-        model = await models.ensure("m/one", "r1", "job-1")
-        before = model.topology
+        slow = [node(name, vram_mib * MIB, memory_bytes_per_s=1e7) for name in "ab"]
+        network = Network(redis_url, nodes=slow)
+        network.backend.structures["m/one"] = structure(6, model_id="m/one")
+        deployment = await network.ensure("m/one")
+        before, old = deployment.topology, set(network.backend.pieces)
         assert used(before) == {"a", "b"}
-        assert not await models.improve(model), "it is where it belongs"
+        assert not await network.cluster.improve(deployment), "it is where it belongs"
 
-        builder.nodes.append(node("c", joins_mib * MIB, memory_bytes_per_s=1e13, flops_per_s=1e14))
-        counted: list[dict[str, int]] = []
-        builder.on_move = lambda: counted.append(models.placed_bytes()) is None
-        assert await models.improve(model)
+        network.nodes.append(node("c", joins_mib * MIB, memory_bytes_per_s=1e13, flops_per_s=1e14))
+        network.room({}, {})
+        placed: list[tuple[dict[str, int], set[str]]] = []
+        network.backend.on_load = [
+            lambda: placed.append((network.cluster.placed_bytes(), old & network.backend.pieces.keys()))
+        ]
+        assert await network.cluster.improve(deployment)
 
-        ((change, was_beside),) = builder.moves
-        assert was_beside is beside
-        needed = change.fresh_bytes if beside else model.topology.vram_bytes_by_node
-        assert all(counted[0][node_id] >= size for node_id, size in needed.items())
-        assert "c" in used(model.topology)
-        assert model.topology.epoch > change.topology.epoch > before.epoch, "what was loaded is older"
-        assert models.placed_bytes() == model.topology.vram_bytes_by_node
+        now, living = placed[0]
+        after = deployment.topology
+        assert "c" in used(after)
+        assert now["c"] >= after.vram_bytes_by_node["c"]
+        if beside:
+            assert living == old, "the old pieces serve while the new ones load"
+            assert all(now[node_id] >= size for node_id, size in before.vram_bytes_by_node.items())
+            assert network.backend.pipeline.topology.epoch > network.backend.stage(0).epoch > before.epoch
+        else:
+            assert living < old
+        assert network.cluster.placed_bytes() == after.vram_bytes_by_node
 
     asyncio.run(scenario())
 
 
 def test_a_move_that_comes_to_nothing_leaves_everything_as_it_was(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = fleet(redis_url, vram_bytes=6 * MIB)
-        builder.num_layers = 6
-        model = await models.ensure("m/one", "r1", "job-1")
-        before = model.topology
-        builder.nodes.append(node("c", 64 * MIB, memory_bytes_per_s=1e13, flops_per_s=1e14))
-        builder.on_move = lambda: False
+        network = Network(redis_url, vram_bytes=6 * MIB)
+        network.backend.structures["m/one"] = structure(6, model_id="m/one")
+        deployment = await network.ensure("m/one")
+        before = deployment.topology
+        network.nodes.append(node("c", 64 * MIB, memory_bytes_per_s=1e13, flops_per_s=1e14))
+        network.room({}, {})
+        network.backend.failing = [PieceSet(stages=frozenset({0}))]
 
-        assert await models.improve(model), "it was tried"
-        assert model.topology is before
-        assert models.placed_bytes() == before.vram_bytes_by_node
+        assert await network.cluster.improve(deployment), "it was tried"
+        assert deployment.topology is before
+        assert network.cluster.placed_bytes() == before.vram_bytes_by_node
 
     asyncio.run(scenario())
 
 
-async def two_pipelines(redis_url: str) -> tuple[Cluster, CountingBuilder]:
-    """Return a fleet of one model that has a pipeline on each of two nodes."""
-    models, builder = fleet(redis_url)
-    await models.ensure("m/one", "r1", "job-1")
-    await models.widen("m/one", "r1")
-    assert [used(one.topology) for one in models.models] == [{"a"}, {"b"}]
-    return models, builder
+def test_a_node_that_leaves_gives_its_pieces_away_where_there_is_room(redis_url: str) -> None:
+    async def scenario() -> None:
+        network = Network(redis_url, vram_bytes=6 * MIB)
+        deployment = await network.ensure("m/one")
+        held = sorted(used(deployment.topology))[0]
+        network.nodes.append(node("c", 5 * MIB))
+        network.leaving = held
+        network.room({}, {})
+        assert await network.cluster.vacate(held)
+        await until(lambda: held not in used(deployment.topology))
+        assert not await network.cluster.vacate("d"), "it holds nothing"
+
+        busy = sorted(used(deployment.topology))
+        network.nodes = [one for one in network.nodes if one.node_id in busy]
+        assert not await network.cluster.vacate(busy[0]), "no other node has room"
+
+    asyncio.run(scenario())
+
+
+async def two_pipelines(redis_url: str) -> Network:
+    """Return a network with one model that has a pipeline on each of two nodes."""
+    network = Network(redis_url)
+    await network.ensure("m/one")
+    await network.cluster.add_pipeline("m/one", "r1")
+    assert [used(one.topology) for one in network.cluster.deployments] == [{"a"}, {"b"}]
+    return network
 
 
 def test_a_job_goes_to_the_pipeline_with_the_fewest_unless_it_is_in_one(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = await two_pipelines(redis_url)
-        first, second = models.models
+        network = await two_pipelines(redis_url)
+        first, second = network.cluster.deployments
         assert (first.running_jobs, second.running_jobs) == (1, 0)
 
-        together = [models.ensure("m/one", "r1", f"job-{number}") for number in range(2, 7)]
+        together = [network.ensure("m/one", f"job-{number}") for number in range(2, 7)]
         assert (await asyncio.gather(*together))[0] is second
         assert (first.running_jobs, second.running_jobs) == (3, 3)
-        second.held.add("job-7")
-        assert await models.ensure("m/one", "r1", "job-7") is second
-        second.broken = True
-        assert await models.ensure("m/one", "r1", "job-7") is first
-        assert builder.closed == ["m/one"]
+        second.expect("job-7")
+        assert await network.ensure("m/one", "job-7") is second
+        await break_deployment(network, second)
+        assert await network.ensure("m/one", "job-7") is first
+        assert network.backend.closed == ["m/one"]
 
     asyncio.run(scenario())
 
 
 def test_no_pipeline_comes_where_no_node_is_left_and_none_for_a_model_that_is_gone(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = await two_pipelines(redis_url)
-        await models.widen("m/one", "r1")
-        await models.widen("m/two", "r1")
+        network = await two_pipelines(redis_url)
+        await network.cluster.add_pipeline("m/one", "r1")
+        await network.cluster.add_pipeline("m/two", "r1")
 
-        assert builder.built == ["m/one", "m/one"]
+        assert network.backend.deployed == ["m/one", "m/one"]
 
     asyncio.run(scenario())
 
 
 def test_an_idle_pipeline_makes_room_for_another_model(redis_url: str) -> None:
     async def scenario() -> None:
-        models, builder = fleet(redis_url, vram_bytes=9 * MIB)
-        first = await models.ensure("m/one", "r1", "job-1")
-        await models.widen("m/one", "r1")
-        await models.ensure("m/two", "r1", "job-2")
+        network = Network(redis_url, vram_bytes=9 * MIB)
+        first = await network.ensure("m/one")
+        await network.cluster.add_pipeline("m/one", "r1")
+        await network.ensure("m/two", "job-2")
 
-        assert builder.closed == ["m/one"]
-        assert first in models.models
+        assert network.backend.closed == ["m/one"]
+        assert first in network.cluster.deployments
 
     asyncio.run(scenario())
 
 
 def test_a_new_scheduler_takes_every_pipeline_over(redis_url: str) -> None:
     async def scenario() -> None:
-        models, _ = await two_pipelines(redis_url)
-        standing = RedisStanding.from_url(redis_url)
-        for one in models.models:
-            pieces = (StandingPiece(True, 0, one.topology.epoch, f"layer:{one.topology.replica}"),)
-            await standing.keep(
-                DeploymentRecord(one.topology, pieces, f"pipeline:{one.topology.replica}", {"a": ALICE})
-            )
+        network = await two_pipelines(redis_url)
+        before = [one.topology for one in network.cluster.deployments]
+        end_other_tasks()
 
-        heirs, builder = fleet(redis_url)
-        await heirs.adopt()
+        successor = network.new_cluster()
+        await successor.adopt()
 
-        assert [one.topology for one in heirs.models] == [one.topology for one in models.models]
-        lost = await heirs.models[1].replan(PieceSet(stages=frozenset({0})))
-        assert lost.replica == 1
-        assert builder.built == []
+        assert [one.topology for one in successor.deployments] == before
+        await until(lambda: all(one.topology.epoch > before[1].epoch for one in successor.deployments))
+        assert [one.topology.replica for one in successor.deployments] == [0, 1]
+        assert network.backend.deployed == ["m/one", "m/one"]
 
     asyncio.run(scenario())

@@ -1,290 +1,459 @@
-"""A repair loses sight of no piece, whatever else is lost while it is under way."""
+"""A deployment keeps what runs equal to what is wanted, whatever else is lost while it does so."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
-from azu.cluster.deployment import Repair
-from azu.errors import InsufficientCapacity, WorkerLost
+from azu.cluster.deployment import Deployment, DeploymentState
+from azu.cluster.deployment_store import DeploymentStore
+from azu.errors import InsufficientCapacity, InvalidRequest, WorkerLost
 from azu.planner.migration import TopologyChange
-from azu.protocol.topology import PieceSet, Topology
-from tests import builders
+from azu.protocol.job import FinishReason
+from azu.protocol.topology import ExpertSet, PieceSet, Topology
+from tests.actors.fake_backend import FakeBackend
+from tests.builders import OWNERS, job, node, structure, topology
+from tests.cluster.waiting import end_other_tasks, until
+
+SPANS = {name: (index, index + 1) for index, name in enumerate("abcd")}
+SETS = (ExpertSet(0, "e", {1: (0, 1)}, 1), ExpertSet(1, "f", {1: (2, 3)}, 1))
+STRUCTURE = structure(4, moe_layers={1: 4})
 
 
-def _stages(*indices: int) -> PieceSet:
+def stages(*indices: int) -> PieceSet:
     return PieceSet(stages=frozenset(indices))
 
 
+def expert_sets(*indices: int) -> PieceSet:
+    return PieceSet(expert_sets=frozenset(indices))
+
+
+FRESH = stages(1, 2) | expert_sets(1)
+
+
 @dataclass
-class _Model:
-    """Four stages and two expert sets that know what is up, empty or of an old epoch."""
+class Model:
+    """A deployment of four stages and two expert sets, whose lost pieces find a place where they were."""
 
-    up: set[int] = field(default_factory=lambda: {0, 1, 2, 3})
-    sets_up: set[int] = field(default_factory=lambda: {0, 1})
-    empty: set[int] = field(default_factory=set)
-    epochs: dict[int, int] = field(default_factory=lambda: dict.fromkeys(range(4), 1))
+    redis_url: str
+    room_wait_s: float = 5.0
+    backend: FakeBackend = field(default_factory=FakeBackend)
     epoch: int = 1
-    completed: int = 0
-    running: bool = True
-    resumed: asyncio.Event = field(default_factory=asyncio.Event)
-    brought_up: list[PieceSet] = field(default_factory=list)
-    during_bring_up: list[Callable[[], None]] = field(default_factory=list)
-    unable: list[PieceSet] = field(default_factory=list)
-    deaf: list[PieceSet] = field(default_factory=list)
-    beside: PieceSet = field(default_factory=PieceSet)
-    repairs: list[bool] = field(default_factory=list)
+    placed: list[PieceSet] = field(default_factory=list)
+    no_room_for: int = 0  # so many times
 
-    def lose(self, loss: PieceSet) -> None:
-        self.up -= loss.stages
-        self.sets_up -= loss.expert_sets
-        self.empty |= loss.stages
+    def __post_init__(self) -> None:
+        self.backend.nodes = {name: node(name, payout_address=OWNERS[0]) for name in "abcdefg"}
+        self.store = DeploymentStore.from_url(self.redis_url)
+        self.deployment = self.deploy(self.topology)
 
-    async def pause(self) -> int:
-        self.running = False
-        return self.completed
+    def deploy(self, wanted: Topology) -> Deployment:
+        return Deployment(
+            self.backend, self.store, STRUCTURE, wanted, place=self.place, commit=self.commit,
+            num_planned_blocks=wanted.num_blocks, room_wait_s=self.room_wait_s,
+        )  # fmt: skip
 
-    async def fence(self, loss: PieceSet) -> None:
-        self.lose(loss)
+    @property
+    def topology(self) -> Topology:
+        return replace(topology(SPANS, epoch=self.epoch), expert_sets=SETS)
 
-    async def replan(self, loss: PieceSet) -> Topology:
-        assert not loss.stages & self.up, "only what is fenced is placed again"
+    async def place(self, deployment: Deployment, lost: PieceSet) -> None:
+        self.placed.append(lost)
+        if self.no_room_for:
+            self.no_room_for -= 1
+            raise InsufficientCapacity("5 bytes are missing")
         self.epoch += 1
-        return builders.topology({name: (i, i + 1) for i, name in enumerate("abcd")}, epoch=self.epoch)
+        deployment.set_topology(replace(deployment.topology, epoch=self.epoch))
 
-    async def bring_up(self, topology: Topology, loss: PieceSet) -> PieceSet:
-        await asyncio.sleep(0)
-        failed = self.unable.pop(0) if self.unable else PieceSet()
-        done = loss - failed
-        self.up |= done.stages
-        self.sets_up |= done.expert_sets
-        self.epochs |= dict.fromkeys(done.stages, topology.epoch)
-        self.brought_up.append(loss)
-        if self.during_bring_up:
-            self.during_bring_up.pop(0)()
-        return failed
+    async def commit(self, deployment: Deployment, wanted: Topology) -> None:
+        self.epoch += 1
+        deployment.set_topology(replace(wanted, epoch=self.epoch))
 
-    async def relink(self, topology: Topology) -> PieceSet:
-        deaf = self.deaf.pop(0) if self.deaf else PieceSet()
-        self.epochs |= dict.fromkeys(self.up - deaf.stages, topology.epoch)
-        return deaf
+    def change(self, fresh: PieceSet = FRESH) -> TopologyChange:
+        """Return a change that loads some pieces anew, one of them on another node."""
+        self.epoch += 1
+        moved = tuple(replace(one, node_id="g") if one.index == 2 else one for one in self.topology.stages)
+        return TopologyChange(replace(self.topology, stages=moved), gone=fresh, fresh=fresh)
 
-    def install(self) -> PieceSet:
-        installed, self.beside = self.beside, PieceSet()
-        self.up |= installed.stages
-        self.sets_up |= installed.expert_sets
-        return installed
+    def kill(self, pieces: PieceSet) -> None:
+        for index in pieces.stages:
+            self.backend.end_piece(self.backend.stage(index))
+        for index in pieces.expert_sets:
+            self.backend.end_piece(self.backend.expert_set(index))
 
-    async def commit(self) -> Topology:
-        return await self.replan(PieceSet())
-
-    async def resume(self, topology: Topology, empty_stages: frozenset[int], *, is_repair: bool) -> None:
-        assert self.up == {0, 1, 2, 3}
-        assert self.sets_up == {0, 1}
-        assert empty_stages >= self.empty, "what is empty is filled"
-        assert set(self.epochs.values()) == {topology.epoch}, "nobody lags behind"
-        self.empty -= empty_stages
-        self.running = True
-        self.repairs.append(is_repair)
-        self.resumed.set()
-
-
-def _run(model: _Model, scenario: Callable[[Repair], Awaitable[None]], patience_s: float = 5.0) -> None:
-    async def within() -> None:
-        repair = Repair(model, model.replan, patience_s=patience_s)
-        running = asyncio.create_task(repair.run())
-        waiting = asyncio.create_task(scenario(repair))
-        done, _ = await asyncio.wait({running, waiting}, timeout=10, return_when="FIRST_COMPLETED")
-        running.cancel()
-        waiting.cancel()
-        assert done, "the repair hangs"
-        for task in done:
-            task.result()
-
-    asyncio.run(within())
-
-
-def _lose_and_wait(model: _Model, *losses: PieceSet) -> Callable[[Repair], Awaitable[None]]:
-    async def scenario(repair: Repair) -> None:
+    async def kill_and_wait(self, *losses: PieceSet) -> None:
+        resumed = len(self.backend.repairs)
         for loss in losses:
-            model.lose(loss)
-            repair.lost(loss)
-        await model.resumed.wait()
+            self.kill(loss)
+        await self.resumed(resumed + 1)
 
-    return scenario
+    async def resumed(self, times: int) -> None:
+        await until(lambda: len(self.backend.repairs) >= times or self.deployment.broken)
+        await until(lambda: self.deployment.state is not DeploymentState.RECONCILING)
 
-
-def test_one_repair_takes_all_that_is_lost_at_once() -> None:
-    model = _Model()
-    both = _stages(1, 2) | PieceSet(expert_sets=frozenset({0}))
-
-    _run(model, _lose_and_wait(model, _stages(1), _stages(2), PieceSet(expert_sets=frozenset({0}))))
-
-    assert model.brought_up == [both]
-    assert model.running
-    assert model.repairs == [True]
+    def loaded_since(self, before: int) -> list[str]:
+        """Return what was loaded after the first so many loads: kind and index, sorted."""
+        parts = [name.split(":") for name in self.backend.loaded[before:]]
+        return sorted(f"{kind} {index}" for kind, _, _, index in parts)
 
 
-def test_what_is_lost_during_a_repair_is_repaired_before_anything_goes_on() -> None:
-    model = _Model()
+def run(redis_url: str, scenario: Callable[[Model], Awaitable[None]], **given: float) -> Model:
+    """Run a scenario with a model that serves; nothing of it is left when this returns."""
 
-    async def scenario(repair: Repair) -> None:
-        def another() -> None:
-            model.lose(_stages(3))
-            repair.lost(_stages(3))
+    async def within() -> Model:
+        model = Model(redis_url, **given)  # type: ignore[arg-type]
+        await model.deployment.start()
+        assert model.deployment.state is DeploymentState.SERVING
+        async with asyncio.timeout(20):
+            await scenario(model)
+        return model
 
-        model.during_bring_up.append(another)
-        await _lose_and_wait(model, _stages(1))(repair)
-
-    _run(model, scenario)
-
-    # The one that was up already is filled as well, but not loaded twice.
-    assert model.brought_up == [_stages(1), _stages(3)]
-    assert model.empty == set()
+    return asyncio.run(within())
 
 
-def test_a_piece_that_dies_while_it_loads_is_placed_again() -> None:
-    model = _Model(unable=[_stages(2)])
+def test_a_start_brings_every_piece_up_and_a_close_leaves_none(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        backend = model.backend
+        assert sorted(name.split(":")[0] for name in backend.pieces) == ["expert"] * 2 + ["layer"] * 4
+        assert backend.pipeline.is_running
+        (record,) = await model.store.all()
+        assert record.names == backend.pieces.keys() | backend.pipelines.keys()
+        assert record.payout_by_node == dict.fromkeys("abcdef", OWNERS[0])
 
-    _run(model, _lose_and_wait(model, _stages(1, 2)))
+        await model.deployment.close()
 
-    assert model.brought_up == [_stages(1, 2), _stages(2)]
+        assert not backend.pieces
+        assert not backend.pipelines
+        assert await model.store.all() == []
+        assert model.deployment.state is DeploymentState.CLOSED
 
-
-def test_a_survivor_that_does_not_answer_is_replaced_too() -> None:
-    model = _Model(deaf=[_stages(0)])
-
-    _run(model, _lose_and_wait(model, _stages(1)))
-
-    assert model.brought_up == [_stages(1), _stages(0)]
-
-
-def test_losses_one_after_another_are_repaired_one_after_another() -> None:
-    model = _Model()
-
-    async def scenario(repair: Repair) -> None:
-        for stage in (0, 3, 1, 1, 2, 0):
-            model.completed += 1
-            model.resumed.clear()
-            await _lose_and_wait(model, _stages(stage))(repair)
-
-    _run(model, scenario)
-
-    assert len(model.brought_up) == 6
+    run(redis_url, scenario)
 
 
-def test_room_that_is_reported_a_moment_later_is_waited_for() -> None:
-    model = _Model()
-    place, asked = model.replan, []
+def test_a_start_fails_with_the_error_of_the_piece_that_did_not_come_up(redis_url: str) -> None:
+    async def scenario() -> None:
+        model = Model(redis_url)
+        model.backend.failing = [stages(3)]
+        with pytest.raises(WorkerLost, match="layer:test-model:1:3"):
+            await model.deployment.start()
 
-    async def late(loss: PieceSet) -> Topology:
-        asked.append(loss)
-        if len(asked) < 3:
-            raise InsufficientCapacity("not yet")
-        return await place(loss)
+        await model.deployment.close()
+        assert not model.backend.pieces
 
-    model.replan = late  # type: ignore[method-assign]
-    _run(model, _lose_and_wait(model, _stages(1)))
-
-    assert len(asked) == 3
+    asyncio.run(scenario())
 
 
-_FRESH = _stages(1, 2) | PieceSet(expert_sets=frozenset({1}))
-_CHANGE = TopologyChange(builders.topology({"a": (0, 4)}), gone=_FRESH, fresh=_FRESH)
+def test_one_round_replaces_all_that_is_lost_at_once(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        before = len(model.backend.loaded)
+        await model.kill_and_wait(stages(1), stages(2), expert_sets(0))
+
+        assert model.placed == [stages(1, 2) | expert_sets(0)]
+        assert model.loaded_since(before) == ["expert 0", "layer 1", "layer 2"]
+        assert model.backend.pipeline.is_running
+        assert model.backend.repairs == [True]
+        assert model.backend.probed == [frozenset("bce")]
+
+    run(redis_url, scenario)
 
 
-@pytest.mark.parametrize("beside", [_FRESH, PieceSet(), _stages(2)])
-def test_a_move_loads_what_was_not_loaded_beside_and_fills_all_that_is_fresh(beside: PieceSet) -> None:
-    model = _Model(beside=beside)
+def test_what_is_lost_during_a_round_is_replaced_before_the_pipeline_goes_on(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        before = len(model.backend.loaded)
+        model.backend.on_load = [lambda: model.kill(stages(3))]
+        await model.kill_and_wait(stages(1))
 
-    async def scenario(repair: Repair) -> None:
-        assert await repair.move(_CHANGE, model.commit)
-        assert model.running
+        # The stage that was up already is filled as well, but not loaded twice.
+        assert model.placed == [stages(1), stages(3)]
+        assert model.loaded_since(before) == ["layer 1", "layer 3"]
+        assert model.backend.repairs == [True]
 
-    _run(model, scenario)
-
-    assert model.brought_up == [_FRESH - beside]
-    assert model.empty == set()
-    assert model.repairs == [False], "nothing was lost"
-
-
-def test_a_move_is_given_up_for_a_loss_and_what_is_lost_is_repaired() -> None:
-    model = _Model(beside=_FRESH)
-
-    async def scenario(repair: Repair) -> None:
-        moving = asyncio.create_task(repair.move(_CHANGE, model.commit))
-        await asyncio.sleep(0)
-        model.lose(_stages(3))
-        repair.lost(_stages(3))
-        assert not await moving
-        await model.resumed.wait()
-
-    _run(model, scenario)
-
-    assert model.brought_up == [_stages(3)]
-    assert model.beside == _FRESH, "nobody took it"
+    run(redis_url, scenario)
 
 
-def test_what_is_lost_during_a_move_is_repaired_where_it_is_then() -> None:
-    model = _Model()
+def test_a_piece_that_dies_while_it_loads_is_placed_again(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        model.backend.failing = [stages(2)]
+        await model.kill_and_wait(stages(1, 2))
 
-    async def scenario(repair: Repair) -> None:
-        def another() -> None:
-            model.lose(_stages(3))
-            repair.lost(_stages(3))
+        assert model.placed == [stages(1, 2), stages(2)]
 
-        model.during_bring_up.append(another)
-        assert await repair.move(_CHANGE, model.commit)
-
-    _run(model, scenario)
-
-    assert model.brought_up == [_FRESH, _stages(3)]
-    assert model.empty == set()
-    assert model.repairs == [True]
+    run(redis_url, scenario)
 
 
-def test_whoever_repairs_is_not_asked_to_move() -> None:
-    model = _Model(unable=[_stages(1)])  # the repair takes two rounds
+def test_a_piece_that_comes_up_on_a_node_that_dies_fails_at_once(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        async def hang() -> None:
+            model.deployment.node_lost("b")
+            await asyncio.sleep(3600)
 
-    async def scenario(repair: Repair) -> None:
+        model.backend.on_load = [hang]
+        await model.kill_and_wait(stages(1))
+
+        assert model.placed == [stages(1), stages(1)]
+
+    run(redis_url, scenario)
+
+
+def test_a_dead_node_loses_all_its_pieces_without_their_actors_reporting_it(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        model.deployment.node_lost("e")
+        model.deployment.node_lost("a")
+        await model.resumed(1)
+
+        assert model.placed == [stages(0) | expert_sets(0)]
+
+    run(redis_url, scenario)
+
+
+def test_a_survivor_that_does_not_take_its_neighbours_is_replaced_too(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        model.backend.deaf = [stages(0)]
+        await model.kill_and_wait(stages(1))
+
+        assert model.placed == [stages(1), stages(0)]
+
+    run(redis_url, scenario)
+
+
+def test_losses_one_after_another_are_repaired_one_after_another(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        for index in (0, 3, 1, 1, 2, 0):
+            model.backend.pipeline.completed += 1
+            await model.kill_and_wait(stages(index))
+
+        assert [len(lost.stages) for lost in model.placed] == [1] * 6
+
+    run(redis_url, scenario)
+
+
+def test_room_that_is_reported_a_moment_later_is_waited_for(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        model.no_room_for = 2
+        await model.kill_and_wait(stages(1))
+
+        assert model.placed == [stages(1)] * 3
+
+    run(redis_url, scenario)
+
+
+def test_a_loss_that_finds_no_room_breaks_the_deployment_and_ends_its_jobs(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        running = asyncio.create_task(model.deployment.run(job()))
+        await until(lambda: bool(model.backend.pipeline.jobs))
+        model.no_room_for = 1000
+        await model.kill_and_wait(stages(1))
+
+        assert model.deployment.state is DeploymentState.BROKEN
+        ended = await running
+        assert isinstance(ended.error, WorkerLost)
+        assert "5 bytes are missing" in ended.error.message
+        model.backend.end_pipeline()
+        with pytest.raises(WorkerLost, match="5 bytes"):
+            await model.deployment.run(job())
+
+    run(redis_url, scenario, room_wait_s=0.3)
+
+
+def test_pieces_that_never_come_up_break_the_deployment(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        model.backend.failing = [stages(1)] * 10
+        await model.kill_and_wait(stages(1))
+
+        assert model.deployment.broken
+        assert len(model.placed) == 5
+
+    run(redis_url, scenario)
+
+
+def test_a_step_that_kills_its_stage_is_not_tried_for_ever(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        while not model.deployment.broken:
+            await model.kill_and_wait(stages(1))
+
+        assert len(model.placed) == 5
+
+    run(redis_url, scenario)
+
+
+def test_a_report_counts_only_for_pieces_that_were_not_replaced_since(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        await model.kill_and_wait(stages(1))
+        stale = replace(model.topology, epoch=1)
+        model.backend.pipeline.topology = stale
+        model.backend.report(stages(1), is_bad_frame=True)
+        model.backend.report(stages(0), is_bad_frame=True)
+        await model.resumed(2)
+
+        assert model.placed == [stages(1), stages(0)]
+        assert model.backend.blamed == ["a"], "only the node of the piece that is still there"
+
+    run(redis_url, scenario)
+
+
+def test_a_pipeline_that_dies_is_replaced_and_its_jobs_go_on(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        running = asyncio.create_task(model.deployment.run(job()))
+        await until(lambda: bool(model.backend.pipeline.jobs))
+        model.backend.end_pipeline()
+        await model.resumed(1)
+        await until(lambda: bool(model.backend.pipeline.jobs))
+        model.backend.end_job(job().job_id)
+
+        ended = await running
+        assert ended.finish_reason is FinishReason.STOP
+        assert ended.payout_by_node == dict.fromkeys("abcdef", OWNERS[0])
+        assert [line.node for line in ended.placements] == list("abcdef")
+        assert model.backend.repairs == [True]
+
+    run(redis_url, scenario)
+
+
+def test_a_prompt_that_no_number_of_blocks_would_hold_is_refused(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        longest = model.topology.num_blocks * model.topology.block_size
+        with pytest.raises(InvalidRequest):
+            await model.deployment.run(replace(job(), prompt_token_ids=(1,) * longest))
+        assert not model.deployment.holds(job().job_id)
+
+    run(redis_url, scenario)
+
+
+def test_another_number_of_blocks_runs_under_a_new_epoch_and_is_no_repair(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        loaded = len(model.backend.loaded)
+        model.backend.pipeline.blocks_in_use = 5
+        await model.deployment.resize(3)
+        await model.resumed(1)
+
+        assert model.deployment.topology.num_blocks == 5, "blocks that are needed are kept"
+        assert model.deployment.topology.epoch == 2
+        assert model.backend.repairs == [False]
+        assert len(model.backend.loaded) == loaded
+
+    run(redis_url, scenario)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_change_fills_all_that_is_fresh_and_loads_it_once(redis_url: str, beside: bool) -> None:
+    async def scenario(model: Model) -> None:
+        before = len(model.backend.loaded)
+        old = model.backend.stage(2).name
+        assert await model.deployment.change(model.change(), beside=beside)
+
+        assert model.loaded_since(before) == ["expert 1", "layer 1", "layer 2"]
+        assert old in model.backend.killed
+        assert model.backend.stage(2).piece.node_id == "g"
+        assert model.backend.repairs == [False], "nothing was lost"
+
+    run(redis_url, scenario)
+
+
+def test_a_change_is_given_up_for_a_loss_and_what_is_lost_is_replaced(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        model.backend.on_load = [lambda: model.kill(stages(3))]
+        assert not await model.deployment.change(model.change(), beside=True)
+        await model.resumed(1)
+
+        assert model.placed == [stages(3)]
+        assert model.backend.stage(2).piece.node_id == "c", "the change was not made"
+        assert len(model.backend.pieces) == 6, "what was loaded beside is gone"
+
+    run(redis_url, scenario)
+
+
+def test_what_is_lost_during_a_change_is_replaced_where_it_is_then(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        model.backend.on_load = [lambda: model.kill(stages(3))]
+        assert await model.deployment.change(model.change(), beside=False)
+
+        assert model.placed == [stages(3)]
+        assert model.backend.stage(2).piece.node_id == "g"
+        assert model.backend.repairs == [True]
+
+    run(redis_url, scenario)
+
+
+def test_a_change_whose_pieces_do_not_come_up_changes_nothing(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        model.backend.failing = [stages(2)]
+        assert not await model.deployment.change(model.change(), beside=True)
+
+        assert model.deployment.topology.epoch == 1
+        assert model.backend.repairs == []
+        assert len(model.backend.pieces) == 6
+
+    run(redis_url, scenario)
+
+
+def test_a_deployment_that_repairs_takes_no_change(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
         refused: list[asyncio.Task[bool]] = []
-        model.during_bring_up.append(
-            lambda: refused.append(asyncio.create_task(repair.move(_CHANGE, model.commit)))
-        )
-        await _lose_and_wait(model, _stages(1))(repair)
+
+        def ask() -> None:
+            change = model.deployment.change(model.change(), beside=False)
+            refused.append(asyncio.create_task(change))
+
+        model.backend.on_load = [ask]
+        model.backend.failing = [stages(1)]  # the repair takes two rounds
+        await model.kill_and_wait(stages(1))
+
         assert not await refused[0]
 
-    _run(model, scenario)
+    run(redis_url, scenario)
 
 
-def test_a_repair_that_finds_no_room_gives_up_and_says_so() -> None:
-    model = _Model()
+def test_a_close_ends_a_change_that_is_under_way(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        loading = asyncio.Event()
 
-    async def full(loss: PieceSet) -> Topology:
-        raise InsufficientCapacity("5 bytes are missing")
+        async def hang() -> None:
+            loading.set()
+            await asyncio.sleep(3600)
 
-    model.replan = full  # type: ignore[method-assign]
-    with pytest.raises(InsufficientCapacity, match="5 bytes"):
-        _run(model, _lose_and_wait(model, _stages(1)), patience_s=0.3)
+        model.backend.on_load = [hang]
+        changing = asyncio.create_task(model.deployment.change(model.change(), beside=True))
+        await loading.wait()
+        await model.deployment.close()
 
-    assert not model.running
+        assert not await changing
+        assert not model.backend.pieces
 
-
-def test_pieces_that_never_come_up_end_the_repair() -> None:
-    model = _Model(unable=[_stages(1)] * 10)
-
-    with pytest.raises(WorkerLost, match="stage 1"):
-        _run(model, _lose_and_wait(model, _stages(1)))
+    run(redis_url, scenario)
 
 
-def test_a_step_that_kills_whoever_runs_it_is_not_tried_for_ever() -> None:
-    model = _Model()
+def test_the_next_scheduler_takes_over_what_lives_and_starts_the_rest(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        model.backend.pipeline.jobs["job-1"] = asyncio.get_running_loop().create_future()
+        (record,) = await model.store.all()
+        model.backend.pieces.pop(model.backend.stage(2).name)
+        before = len(model.backend.loaded)
+        end_other_tasks()
 
-    async def scenario(repair: Repair) -> None:
-        while True:
-            model.resumed.clear()
-            await _lose_and_wait(model, _stages(1))(repair)
+        successor = model.deploy(record.topology)
+        await successor.adopt(record)
+        assert successor.holds(job().job_id), "its job still runs in the pipeline"
+        await model.resumed(1)
 
-    with pytest.raises(WorkerLost, match="without a step"):
-        _run(model, scenario)
+        assert model.loaded_since(before) == ["layer 2"]
+        (kept,) = await model.store.all()
+        assert kept.topology.epoch == 2
+        assert kept.names == model.backend.pieces.keys() | model.backend.pipelines.keys()
+
+    run(redis_url, scenario)
+
+
+def test_the_next_scheduler_starts_a_pipeline_where_it_is_gone(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        (record,) = await model.store.all()
+        model.backend.pipelines.clear()
+        end_other_tasks()
+
+        await model.deploy(record.topology).adopt(record)
+        await model.resumed(1)
+
+        assert model.backend.pipeline.is_running
+        assert model.backend.repairs == [True]
+
+    run(redis_url, scenario)

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass, field, replace
 
+from azu.cluster.cluster import Shortage
 from azu.cluster.scaling import Cooldown, ExpertReplication
 from azu.planner.replicas import ExpertCounts, ExpertHeat
 from azu.protocol.topology import ExpertSet, Topology
@@ -34,7 +35,7 @@ class Network:
     changes: bool = False
 
     def __post_init__(self) -> None:
-        self.models = (self.model,)
+        self.deployments = (self.model,)
         rest = Cooldown(REST_S, clock=lambda: self.now_s)
         self.replicating = ExpertReplication(self, rest, least_choices=10)
 
@@ -42,9 +43,10 @@ class Network:
         self.asked.append(heat)
         return self.changes
 
-    def look(self, at_s: float, counts: tuple[int, int] = (0, 0), *, is_short: bool = False) -> None:
+    def check(self, at_s: float, counts: tuple[int, int] = (0, 0), *, is_short: bool = False) -> None:
         self.now_s, self.model.counts = at_s, {1: counts}
-        asyncio.run(self.replicating.look(is_short=is_short))
+        self.shortages = {"m/other": Shortage((1,), at_s)} if is_short else {}
+        asyncio.run(self.replicating.check())
 
 
 def heat(*each: float) -> ExpertHeat:
@@ -53,26 +55,26 @@ def heat(*each: float) -> ExpertHeat:
 
 def test_a_model_is_judged_by_what_was_chosen_since_it_was_judged_last() -> None:
     network = Network()
-    network.look(0, (30, 10))
+    network.check(0, (30, 10))
     assert network.asked == []  # it rests
 
-    network.look(60, (30, 10))
-    network.look(65, (32, 12))  # too few to tell
-    network.look(70, (32, 20))
+    network.check(60, (30, 10))
+    network.check(65, (32, 12))  # too few to tell
+    network.check(70, (32, 20))
     assert network.asked == [heat(1.5, 0.5), heat(2 * 2 / 12, 2 * 10 / 12)]
 
 
 def test_a_model_that_got_replicas_rests() -> None:
     network = Network(changes=True)
     for at_s in range(0, 190, 10):
-        network.look(at_s, (at_s, at_s))
+        network.check(at_s, (at_s, at_s))
 
     assert len(network.asked) == 3
 
 
 def test_replicas_are_given_back_at_once_while_jobs_find_no_room() -> None:
     network = Network()
-    network.look(0, (30, 10), is_short=True)
+    network.check(0, (30, 10), is_short=True)
 
     assert network.asked == [{}]
 
@@ -82,6 +84,6 @@ def test_models_that_are_given_up_or_have_all_experts_beside_their_routers_are_n
     whole.topology = replace(whole.topology, expert_sets=())
     for model in (Model(broken=True), whole):
         network = Network(model=model)
-        network.look(0, (30, 10))
-        network.look(60, (30, 10), is_short=False)
+        network.check(0, (30, 10))
+        network.check(60, (30, 10), is_short=False)
         assert network.asked == []

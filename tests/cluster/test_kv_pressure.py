@@ -33,7 +33,7 @@ class Model:
 
 @dataclass
 class Models:
-    models: tuple[Model, ...]
+    deployments: tuple[Model, ...]
     vacated: list[str] = field(default_factory=list)
 
     async def vacate(self, node_id: str) -> bool:
@@ -51,7 +51,7 @@ def looked(*looks: tuple[float, list[Node]]) -> Models:
 
     async def look_at_all() -> None:
         for now_s, seen in looks:
-            await fitting.look(seen, now_s)
+            await fitting.check(seen, now_s)
 
     asyncio.run(look_at_all())
     return fleet
@@ -62,7 +62,7 @@ def test_a_model_gives_back_what_its_node_lost_and_gets_it_again() -> None:
 
     fleet = looked((0.0, reports()), (1.0, less), (10.0, less), (20.0, reports()), (30.0, reports()))
 
-    assert fleet.models[0].sizes == [10, 16]
+    assert fleet.deployments[0].sizes == [10, 16]
     assert fleet.vacated == []
 
 
@@ -71,13 +71,13 @@ def test_room_that_wavers_moves_nothing_for_a_while() -> None:
 
     fleet = looked((0.0, low), (1.0, lower), (2.0, reports()), (3.0, lower), (6.0, lower))
 
-    assert fleet.models[0].sizes == [14, 8]
+    assert fleet.deployments[0].sizes == [14, 8]
 
 
 def test_what_no_kv_gives_back_leaves_the_node() -> None:
     fleet = looked((0.0, reports(2 * MIB)), (10.0, reports(2 * MIB)))
 
-    assert fleet.models[0].sizes == [4]
+    assert fleet.deployments[0].sizes == [4]
     assert set(fleet.vacated) == {"a"}
 
 
@@ -87,4 +87,4 @@ def test_a_node_that_leaves_is_emptied_and_asked_again_only_after_a_while() -> N
     fleet = looked((0.0, leaving), (1.0, leaving), (6.0, leaving))
 
     assert fleet.vacated == ["a", "a"]
-    assert fleet.models[0].sizes == []
+    assert fleet.deployments[0].sizes == []

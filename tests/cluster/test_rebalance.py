@@ -34,7 +34,7 @@ class Network:
     asked_s: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.models = (self.model,)
+        self.deployments = (self.model,)
         self.moving = Rebalance(self, Cooldown(REST_S, clock=lambda: self.now_s))
 
     async def improve(self, model: Model) -> bool:
@@ -43,15 +43,15 @@ class Network:
             model.change()
         return self.gains
 
-    def look_until(self, end_s: float, every_s: float = 10.0) -> None:
+    def check_until(self, end_s: float, every_s: float = 10.0) -> None:
         while self.now_s <= end_s:
-            asyncio.run(self.moving.look())
+            asyncio.run(self.moving.check())
             self.now_s += every_s
 
 
 def test_a_model_that_came_up_rests_before_it_is_asked() -> None:
     network = Network(gains=False)
-    network.look_until(90)
+    network.check_until(90)
 
     assert network.asked_s == [60, 70, 80, 90]
 
@@ -59,22 +59,22 @@ def test_a_model_that_came_up_rests_before_it_is_asked() -> None:
 @pytest.mark.parametrize("works", [True, False])
 def test_however_often_another_place_is_better_a_model_moves_once_in_a_while(works: bool) -> None:
     network = Network(works=works)
-    network.look_until(250)
+    network.check_until(250)
 
     assert network.asked_s == [60, 120, 180, 240]
 
 
 def test_a_model_that_was_repaired_rests_as_well() -> None:
     network = Network(gains=False)
-    network.look_until(50)
+    network.check_until(50)
     network.model.change()
-    network.look_until(120)
+    network.check_until(120)
 
     assert network.asked_s == [120]
 
 
 def test_a_model_that_is_given_up_does_not_move() -> None:
     network = Network(model=Model(broken=True))
-    network.look_until(200)
+    network.check_until(200)
 
     assert network.asked_s == []

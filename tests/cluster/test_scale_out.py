@@ -29,10 +29,10 @@ class Pipeline:
 class Network:
     """Pipelines of one model, and how often it was widened."""
 
-    models: tuple[Pipeline, ...] = ()
+    deployments: tuple[Pipeline, ...] = ()
     widened: list[str] = field(default_factory=list)
 
-    async def widen(self, model_id: str, revision: str) -> None:
+    async def add_pipeline(self, model_id: str, revision: str) -> None:
         self.widened.append(model_id)
 
 
@@ -41,8 +41,8 @@ def looks(*each: tuple[Pipeline, ...]) -> int:
     network = Network()
     widening = ScaleOut(network, PROMISED)
     for pipelines in each:
-        network.models = pipelines
-        asyncio.run(widening.look())
+        network.deployments = pipelines
+        asyncio.run(widening.check())
     return len(network.widened)
 
 

@@ -1,0 +1,103 @@
+"""The port through which a deployment reaches its actors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from azu.errors import AzuError
+from azu.planner.replicas import ExpertCounts
+from azu.protocol.job import Job, JobRun
+from azu.protocol.node import Node
+from azu.protocol.structure import Structure
+from azu.protocol.topology import LossReport, Piece, Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The names of the actors that a stage calls: its expert sets by index, the next stage, the pipeline."""
+
+    expert_sets: Mapping[int, str]
+    next_stage: str | None
+    pipeline: str
+
+
+class DeploymentBackend(Protocol):
+    """The actors of deployments, each known by its name; every method that waits raises AzuErrors only.
+
+    There are two implementations: Ray's actors, and the tests' stand-in without a cluster.
+    """
+
+    nodes: Mapping[str, Node]  # every node that ever reported, by id
+
+    async def structure(self, model_id: str, revision: str) -> Structure:
+        """Return the structure of a model; the first call for a model cuts it."""
+
+    async def sweep(self, kept: frozenset[str]) -> frozenset[str]:
+        """Kill every piece and pipeline except those of these names; return which of these live."""
+
+    async def probe(self, node_ids: frozenset[str]) -> None:
+        """Have those of these nodes suspected that do not answer."""
+
+    def blame(self, node_id: str) -> None:
+        """Count a bad frame against the node that sent it."""
+
+    async def start(self, name: str, piece: Piece) -> None:
+        """Reserve a piece's VRAM on its node and start its actor there."""
+
+    async def find(self, name: str) -> bool:
+        """Take over an actor that another scheduler started; release what is left of one that is gone."""
+
+    async def load(
+        self, name: str, piece: Piece, structure: Structure, topology: Topology, to: Neighbours
+    ) -> None:
+        """Fetch a piece's shards to its node and load them; a stage learns its neighbours."""
+
+    async def link(self, name: str, topology: Topology, to: Neighbours) -> None:
+        """Give a loaded stage its neighbours under a newer topology."""
+
+    async def watch(self, name: str) -> AzuError:
+        """Return how an actor ended, once its process dies or no longer answers."""
+
+    async def num_chosen(self, name: str) -> ExpertCounts:
+        """Return how often a stage chose each expert, in layers whose experts are apart from their router."""
+
+    def kill(self, name: str) -> None:
+        """End an actor and give its VRAM back; for an actor that is gone, only the latter."""
+
+    async def start_pipeline(self, name: str, structure: Structure, topology: Topology) -> None:
+        """Start a pipeline; it schedules nothing before `begin`."""
+
+    async def begin(self, pipeline: str, stages: Sequence[str]) -> None:
+        """Have a new pipeline send steps through these stages."""
+
+    async def run(self, pipeline: str, job: Job) -> JobRun:
+        """Run a job to its end; raises WorkerLost when the pipeline dies."""
+
+    async def cancel(self, pipeline: str, job_id: str) -> None:
+        """End a job's sequences within one step."""
+
+    async def running_jobs(self, pipeline: str) -> frozenset[str]:
+        """Return the ids of the jobs that have not ended in the pipeline."""
+
+    async def limit(self, pipeline: str, num_blocks: int) -> int:
+        """Have no sequence admitted that `num_blocks` would not hold; return how many are still needed."""
+
+    async def pause(self, pipeline: str) -> int:
+        """Have the pipeline forget what is in flight and wait; return how many steps it has completed."""
+
+    async def resume(
+        self,
+        pipeline: str,
+        topology: Topology,
+        stages: Sequence[str],
+        empty: frozenset[int],
+        *,
+        is_repair: bool,
+    ) -> None:
+        """Have the pipeline fill the empty stages and go on; `is_repair` after a loss or a fault."""
+
+    async def next_loss(self, pipeline: str) -> LossReport | None:
+        """Wait about a second for pieces that the stages report as lost."""
+
+    def fail(self, pipeline: str, error: AzuError) -> None:
+        """End every job of the pipeline with what was delivered, and this error."""

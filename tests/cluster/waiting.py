@@ -1,0 +1,17 @@
+"""Waiting for what loops do in their own time, and ending them as a process that dies does."""
+
+import asyncio
+from collections.abc import Callable
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until a condition holds; fails after a time that only a hang takes."""
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+def end_other_tasks() -> None:
+    """End every other task, as if the process that ran them had died."""
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
