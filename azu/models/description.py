@@ -13,8 +13,6 @@ class Architecture:
     `layers_path` is the dotted path of the decoder's layer list ("model.layers", "transformer.h").
     `front` and `back` name the decoder's children that run before and after the layers; `unused` holds the
     paths of modules that text never runs through, such as a vision tower.
-    `layer_parameters[i]` counts the parameters of layer i, `expert_parameters[i]` those of one of its experts
-    (0 for a dense layer), `embed_parameters` and `head_parameters` those outside the layers.
     """
 
     name: str
@@ -26,11 +24,6 @@ class Architecture:
     layers_path: str
     front: frozenset[str]
     back: frozenset[str]
-    tied_head: bool
-    layer_parameters: tuple[int, ...]
-    expert_parameters: tuple[int, ...]
-    embed_parameters: int
-    head_parameters: int
     eos_token_ids: tuple[int, ...]
     # A sequence longer than this many tokens is computed again: all its positions change (longrope).
     restart_length: int | None = None

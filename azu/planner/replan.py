@@ -34,7 +34,8 @@ def replan(
     """
     assert epoch > topology.epoch, "each topology of a model has a new epoch"
     topology, loss = topology.without(loss & topology.replicas), loss - topology.replicas
-    free = _FreeRoom(structure, nodes, policy)
+    demand = MemoryDemand.of(structure, policy)
+    free = _FreeRoom(demand, nodes)
     lost: list[Piece] = [stage for stage in topology.stages if stage.index in loss.stages]
     lost += [chosen for chosen in topology.expert_sets if chosen.index in loss.expert_sets]
     # The largest piece comes first: small ones fit into the room that is left.
@@ -48,18 +49,16 @@ def replan(
     )
     if not set(moved.vram_bytes_by_node) <= {node.node_id for node in nodes}:
         return moved  # a node without a report: its speed is unknown
-    demand = MemoryDemand.of(structure, policy)
     return replace(moved, prediction=predict_pieces(demand, nodes, moved.stages, moved.expert_sets))
 
 
 class _FreeRoom:
     """The free room on each live node, and the nodes of the pieces placed so far."""
 
-    def __init__(self, structure: Structure, nodes: Sequence[Node], policy: PlanPolicy) -> None:
-        self._structure = structure
+    def __init__(self, demand: MemoryDemand, nodes: Sequence[Node]) -> None:
+        self._structure = demand.structure
         self._nodes = sorted((n for n in nodes if n.state is NodeState.ALIVE), key=lambda n: n.node_id)
-        demand = MemoryDemand.of(structure, policy)
-        slowness = seconds_per_byte(self._nodes, demand, policy.batch_size).tolist()
+        slowness = seconds_per_byte(self._nodes, demand, demand.policy.batch_size).tolist()
         self._slowness = dict(zip((node.node_id for node in self._nodes), slowness, strict=True))
         self._free = {node.node_id: node.vram_free_bytes // MIB * MIB for node in self._nodes}
         self._placed: dict[tuple[type, int], str] = {}

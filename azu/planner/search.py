@@ -42,6 +42,17 @@ class LayerRoute:
     cost: float
 
 
+class Search(Protocol):
+    """A finished search over one order of the nodes."""
+
+    @property
+    def reach(self) -> int:
+        """The number of layers, from the first on, that have a route."""
+
+    def route(self) -> LayerRoute:
+        """Return the best route for the layers in reach."""
+
+
 def best_routes(demand: MemoryDemand, pool: NodePool, *, price_s: float) -> list[LayerRoute]:
     """Return the best route of each node order, the best of all first.
 
@@ -58,7 +69,7 @@ def longest_route(demand: MemoryDemand, pool: NodePool) -> LayerRoute:
     return max(_searches(demand, pool, price_s=0), key=lambda found: found.reach).route()
 
 
-def _searches(demand: MemoryDemand, pool: NodePool, price_s: float) -> list["Search"]:
+def _searches(demand: MemoryDemand, pool: NodePool, price_s: float) -> list[Search]:
     costs = SpanCosts(demand, pool, price_s)
     if pool.links_s is None:
         return [_EqualLinks(demand, costs, order) for order in _orders(pool)]
@@ -79,17 +90,6 @@ def _orders(pool: NodePool) -> Iterator[Sequence[int]]:
     if pool.links_s is not None:
         for centre in by_id[:_MOST_CENTRES]:
             yield [int(node) for node in np.argsort(pool.links_s[centre], kind="stable")]
-
-
-class Search(Protocol):
-    """A finished search over one order of the nodes."""
-
-    @property
-    def reach(self) -> int:
-        """The number of layers, from the first on, that have a route."""
-
-    def route(self) -> LayerRoute:
-        """Return the best route for the layers in reach."""
 
 
 class _EqualLinks:

@@ -27,11 +27,8 @@ def test_the_description_of_a_family_agrees_with_its_model(family: str, tmp_path
     layers = model.get_submodule(found.layers_path)
     assert found.name == type(model).__name__
     assert len(found.layers) == len(layers) == NUM_LAYERS
-    assert found.layer_parameters == tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)
-    # The parts together are the model; a tied head shares the embedding's parameters.
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    assert found.embed_parameters + sum(found.layer_parameters) + found.head_parameters == whole
-    assert found.tied_head == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+    around = {name for name, _ in model.get_submodule(found.layers_path.rpartition(".")[0]).named_children()}
+    assert found.front | found.back < around
 
 
 def test_kv_bytes_are_the_size_of_a_real_cache(tmp_path: Path) -> None:
@@ -47,7 +44,6 @@ def test_experts_are_found_in_each_layer(tmp_path: Path) -> None:
 
     assert [layer.kind for layer in found.layers] == [LayerKind.DENSE] + [LayerKind.MOE] * 5
     assert {(layer.num_experts, layer.experts_per_token) for layer in found.layers[1:]} == {(8, 2)}
-    assert found.expert_parameters == (0, *[3 * 64 * 48] * 5)
 
 
 def test_modules_before_and_after_the_layers_are_distinguished(tmp_path: Path) -> None:
@@ -71,7 +67,7 @@ def test_a_huge_model_is_described_without_memory_for_its_weights(tmp_path: Path
 
     found = describe(tmp_path)
 
-    assert sum(found.layer_parameters) > 600e9
+    assert len(found.layers) == 61
     assert found.layers[10].num_experts == 256
 
 
