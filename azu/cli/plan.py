@@ -37,13 +37,13 @@ def plan(
     from azu.config import Settings, load_network
     from azu.config.nodes_file import read_nodes
     from azu.planner.migration import cold_start_s
-    from azu.planner.replicas import plan_replicas
+    from azu.planner.replicas import plan_pipelines
 
     settings = Settings.from_environment()
     policy = load_network(network or settings.network).policy.plan_policy()
     structure = _structure(model, revision, settings.home / "shards")
     found = read_nodes(nodes, structure)
-    planned = plan_replicas(structure, found, policy, most=pipelines)
+    planned = plan_pipelines(structure, found, policy, most=pipelines)
 
     def draw(topology: "Topology") -> Group:
         return _draw(topology, found, cold_start_s(structure, topology, found, policy))

@@ -15,7 +15,7 @@ from azu.planner.migration import TopologyChange, better_placement, change_betwe
 from azu.planner.plan import NEVER_FITS, check_total_capacity, plan
 from azu.planner.policy import PlanPolicy
 from azu.planner.replan import replan
-from azu.planner.replicas import ExpertHeat, plan_replica, takes_spare_room, with_hot_replicas
+from azu.planner.replicas import ExpertHeat, plan_further_pipeline, takes_spare_room, with_hot_replicas
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import PieceSet, PipelineKey, Topology
@@ -156,7 +156,7 @@ class Cluster:
             structure, topologies = running[0].structure, [one.topology for one in running]
             nodes = self._capacity.now()
             epoch = await self._store.next_epoch()
-            topology = plan_replica(structure, topologies, nodes, self._policy, epoch=epoch)
+            topology = plan_further_pipeline(structure, topologies, nodes, self._policy, epoch=epoch)
             others = [(one.structure, one.topology) for one in self.deployments if one not in running]
             if topology is None or takes_spare_room(topology.vram_bytes_by_node, others, nodes, self._policy):
                 return

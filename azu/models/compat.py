@@ -94,8 +94,8 @@ def target_parameters(
 def convert_and_load(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
     """Load tensors under a checkpoint's names into a model and return transformers' loading info.
 
-    `from_pretrained` reads whole checkpoints from files; only this function takes some of the tensors.
-    The caller handles missing keys and tied weights.
+    Only transformers' internal loader takes a part of the tensors: `from_pretrained` reads whole checkpoints
+    from files. The caller handles missing keys and tied weights.
     """
     logging.disable_progress_bar()  # transformers draws one for every load
     rules = LoadStateDictConfig(
@@ -112,7 +112,7 @@ def refuse_incomplete(model: PreTrainedModel, tensors: Mapping[str, StoredTensor
     """Load the checkpoint's shapes into a model, which stays on the meta device.
 
     Raises BrokenCheckpoint that names `where` and the parameters with no tensor or one of another shape.
-    The removal of keys that a family expects to miss is private in transformers.
+    Only a private method of transformers removes the keys that a family expects to miss.
     """
     hollow = {
         name: torch.empty(tensor.shape, dtype=model.dtype, device="meta") for name, tensor in tensors.items()

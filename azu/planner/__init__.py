@@ -1,1 +1,1 @@
-"""Pieces of a model onto nodes: pure, without Ray, clock or randomness."""
+"""Place the pieces of a model on nodes: pure functions, without Ray, clock or randomness."""

@@ -17,7 +17,7 @@ from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, LayerSpan, Stage, Topology
 from azu.units import format_bytes
 
-Experts = Mapping[int, tuple[int, ...]]  # layer -> expert ids
+ExpertIds = Mapping[int, tuple[int, ...]]  # layer -> expert ids
 
 # The code of InsufficientCapacity when even idle nodes would not hold the model.
 NEVER_FITS = "never_fits"
@@ -88,9 +88,9 @@ class ExpertPlacement:
     `unplaced` are the experts that found no room.
     """
 
-    beside: tuple[Experts, ...]
-    apart: Mapping[int, Experts]
-    unplaced: Experts
+    beside: tuple[ExpertIds, ...]
+    apart: Mapping[int, ExpertIds]
+    unplaced: ExpertIds
 
 
 def _place_experts(demand: MemoryDemand, pool: NodePool, route: LayerRoute) -> ExpertPlacement:
@@ -109,7 +109,7 @@ def _place_experts(demand: MemoryDemand, pool: NodePool, route: LayerRoute) -> E
     return ExpertPlacement(beside, sets.by_node, unplaced)
 
 
-def _experts_beside(demand: MemoryDemand, span: LayerSpan, room_bytes: int) -> Experts:
+def _experts_beside(demand: MemoryDemand, span: LayerSpan, room_bytes: int) -> ExpertIds:
     """Return the experts that stay: whole layers first, then the lowest ids of the first that does not fit.
 
     A layer with one expert apart waits for two frames, as a layer with all experts apart does: so as few
@@ -234,7 +234,7 @@ def _insufficient_capacity(
 
 def _unplaced(
     demand: MemoryDemand, pool: NodePool, tried: Sequence[ExpertPlacement]
-) -> tuple[LayerSpan, Experts]:
+) -> tuple[LayerSpan, ExpertIds]:
     """Return the layers and the experts that found no room."""
     num_layers = demand.structure.num_layers
     if tried:
@@ -246,7 +246,7 @@ def _unplaced(
 
 
 def _missing_bytes_by_node(
-    demand: MemoryDemand, pool: NodePool, layers: LayerSpan, experts: Experts
+    demand: MemoryDemand, pool: NodePool, layers: LayerSpan, experts: ExpertIds
 ) -> Iterator[int]:
     """Yield the VRAM that each of several further nodes would have to lend.
 

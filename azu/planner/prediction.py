@@ -14,7 +14,7 @@ from azu.protocol.topology import ExpertSet, Prediction, Stage, Topology
 def predict(
     structure: Structure, topology: Topology, nodes: Sequence[Node], policy: PlanPolicy
 ) -> Prediction:
-    """Return the speed of a topology on nodes as they are now, which may differ from the time of its plan.
+    """Return the speed of a topology on nodes as they are now; they may have changed since its plan.
 
     `nodes` must hold every node that the topology uses.
     """

@@ -18,7 +18,7 @@ from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, Topology
 
 
-def plan_replicas(
+def plan_pipelines(
     structure: Structure, nodes: Sequence[Node], policy: PlanPolicy, *, most: int, epoch: int = 1
 ) -> tuple[Topology, ...]:
     """Return up to `most` pipelines of a model that share no node, the fastest first, with ascending epochs.
@@ -27,14 +27,14 @@ def plan_replicas(
     """
     pipelines = [plan(structure, nodes, policy, epoch=epoch)]
     while len(pipelines) < most:
-        another = plan_replica(structure, pipelines, nodes, policy, epoch=epoch + len(pipelines))
+        another = plan_further_pipeline(structure, pipelines, nodes, policy, epoch=epoch + len(pipelines))
         if another is None:
             break
         pipelines.append(another)
     return tuple(pipelines)
 
 
-def plan_replica(
+def plan_further_pipeline(
     structure: Structure,
     running: Sequence[Topology],
     nodes: Sequence[Node],

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from azu.errors import InsufficientCapacity
 from azu.planner.plan import plan
 from azu.planner.replan import replan
-from azu.planner.replicas import expert_heat, plan_replicas, takes_spare_room, with_hot_replicas
+from azu.planner.replicas import expert_heat, plan_pipelines, takes_spare_room, with_hot_replicas
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, PieceSet, Topology
@@ -22,9 +22,9 @@ def test_a_model_gets_pipelines_up_to_the_limit_while_nodes_have_room() -> None:
     nodes = [node(name, 5 * MIB) for name in "abcde"]
     model = structure(6)
 
-    assert [len(one.stages) for one in plan_replicas(model, nodes, POLICY, most=9)] == [2, 2]
-    assert len(plan_replicas(model, nodes, POLICY, most=1)) == 1
-    assert [one.epoch for one in plan_replicas(model, nodes, POLICY, most=9, epoch=4)] == [4, 5]
+    assert [len(one.stages) for one in plan_pipelines(model, nodes, POLICY, most=9)] == [2, 2]
+    assert len(plan_pipelines(model, nodes, POLICY, most=1)) == 1
+    assert [one.epoch for one in plan_pipelines(model, nodes, POLICY, most=9, epoch=4)] == [4, 5]
 
 
 def test_a_pipeline_that_would_be_too_slow_is_not_planned() -> None:
@@ -33,14 +33,14 @@ def test_a_pipeline_that_would_be_too_slow_is_not_planned() -> None:
         node("b", memory_bytes_per_s=1e9, flops_per_s=1e13),
     ]
 
-    assert [one.stages[0].node_id for one in plan_replicas(structure(4), nodes, POLICY, most=2)] == ["b"]
+    assert [one.stages[0].node_id for one in plan_pipelines(structure(4), nodes, POLICY, most=2)] == ["b"]
     patient = replace(POLICY, least_replica_speed=0.01)
-    assert len(plan_replicas(structure(4), nodes, patient, most=2)) == 2
+    assert len(plan_pipelines(structure(4), nodes, patient, most=2)) == 2
 
 
 def test_it_is_an_error_when_not_even_one_pipeline_fits() -> None:
     with pytest.raises(InsufficientCapacity):
-        plan_replicas(structure(60), [node("a", 4 * MIB)], POLICY, most=3)
+        plan_pipelines(structure(60), [node("a", 4 * MIB)], POLICY, most=3)
 
 
 @settings(deadline=None, max_examples=60)
@@ -49,7 +49,7 @@ def test_it_is_an_error_when_not_even_one_pipeline_fits() -> None:
 )
 def test_pipelines_are_whole_share_no_node_and_come_fastest_first(model, nodes, most, shuffle) -> None:
     try:
-        pipelines = plan_replicas(model, nodes, POLICY, most=most)
+        pipelines = plan_pipelines(model, nodes, POLICY, most=most)
     except InsufficientCapacity:
         return
     used = [node_id for one in pipelines for node_id in one.vram_bytes_by_node]
@@ -59,7 +59,7 @@ def test_pipelines_are_whole_share_no_node_and_come_fastest_first(model, nodes, 
         assert_whole(one, model, nodes)
     shuffled = list(nodes)
     shuffle.shuffle(shuffled)
-    assert plan_replicas(model, shuffled, POLICY, most=most) == pipelines
+    assert plan_pipelines(model, shuffled, POLICY, most=most) == pipelines
 
 
 @pytest.mark.parametrize(
