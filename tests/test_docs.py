@@ -1,4 +1,4 @@
-"""Every path, command, variable and metric that a page names exists."""
+"""Every path, command, variable, metric and HTTP operation that a page names exists."""
 
 import re
 import shlex
@@ -23,6 +23,7 @@ PATH = re.compile(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/[\w./*-]*")
 FILE = re.compile(r"^[\w.-]+\.(?:py|md|yaml|toml|lua|json)$|^Makefile$")
 METRIC = re.compile(r"\bazu_[a-z_]+[a-z]\b")
 VARIABLE = re.compile(r"\bAZU_[A-Z][A-Z_]*[A-Z]\b")
+OPERATION = re.compile(r"\b(?:GET|POST|DELETE) (/[\w/{}.-]+)|\$AZU_URL(/[\w/.-]+)")
 ASSIGNMENT = re.compile(r"^[A-Z_]+=")
 COMMANDS = ("azu", "make", "pytest")
 # The names of the built-in models look like paths.
@@ -106,6 +107,14 @@ def product() -> str:
     return "\n".join(path.read_text() for path in files)
 
 
+@cache
+def operations() -> re.Pattern[str]:
+    """Return what matches the path of an HTTP operation; docs/api.md lists them all."""
+    page = (ROOT / "docs" / "api.md").read_text()
+    paths = re.findall(r"^### (?:GET|POST|DELETE) (\S+)$", page, re.M)
+    return re.compile("|".join(re.sub(r"\{.*?\}", "[^/]+", path) for path in [*paths, "/openapi.json"]))
+
+
 def exists(name: str) -> bool:
     """Return True for a path of the repository, and for the name of a file there or in the source text."""
     if "/" not in name and (
@@ -124,6 +133,8 @@ def faults(text: str, folder: Path = ROOT) -> list[str]:
     found |= {f"there is no {target}" for target in links.findall(text) if not (folder / target).exists()}
     found |= {f"nothing reads {name}" for name in VARIABLE.findall(text) if name not in product()}
     found |= {f"there is no metric {name}" for name in METRIC.findall(text) if name not in product()}
+    asked = [(path or url).rstrip(".") for path, url in OPERATION.findall(text)]
+    found |= {f"nothing answers {path}" for path in asked if not operations().fullmatch(path)}
     return sorted(found | {fault for words in commands(text) if (fault := wrong_command(words))})
 
 
@@ -155,6 +166,8 @@ def test_the_architecture_page_names_every_file() -> None:
         ("Run `make coffee`.", "make has no target coffee"),
         ("```bash\npytest -m 'swift and not prove' tests\n```\n", "there is no marker swift"),
         ("Set `AZU_GONE`.", "nothing reads AZU_GONE"),
+        ("`GET /v1/gone` and `GET /v1/models`", "nothing answers /v1/gone"),
+        ("    curl $AZU_URL/v1/jobs/JOB/gone\n", "nothing answers /v1/jobs/JOB/gone"),
         ("Watch `azu_gone_total`.", "there is no metric azu_gone_total"),
     ],
 )
