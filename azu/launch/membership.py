@@ -136,7 +136,6 @@ class EnrolledMembership:
     def __init__(self, ticket: EnrolmentTicket, folder: Path, *, name: str, host: str) -> None:
         """Keep key and certificate in `folder`; `host` is this machine's address for other nodes."""
         self._ticket = ticket
-        self._folder = folder
         self._files = TlsFiles.of(folder)
         self._name = name
         self._host = host
