@@ -1,4 +1,4 @@
-"""A job as it is written to Redis, and what its token stream carries."""
+"""A job, its tokens and its outcome, as Redis keeps them, and what a run of it hands back."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One paid prompt. `reserved_lamports` is the most it can cost, all its `choices` together."""
+    """One paid prompt. `reserved_lamports` is the highest price of all its `choices` together."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -53,10 +53,10 @@ class Job:
 class TokenEvent:
     """New tokens of one of a job's choices, in order.
 
-    `index` counts the tokens of all its choices that were written before. `logprobs` and `top_logprobs`
+    `index` is the number of tokens of all choices that were written before. `logprobs` and `top_logprobs`
     (token id and log probability, best first) are parallel to `token_ids` when the job asked for them, else
-    empty. With a `finish_reason` the choice has ended, and `work` (layer -> node id -> parameter bytes
-    activated) says who ran it.
+    empty. With a `finish_reason` the choice has ended, and `work` maps layer -> node id -> parameter bytes
+    that the node activated for it.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -84,7 +84,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What a job cost and who earned it; the amounts sum exactly.
+    """The cost of a job and the workers' shares; the amounts sum exactly.
 
     charged = platform + sum of workers; charged + released = reserved.
     `worker_lamports` is keyed by payout address.
@@ -109,13 +109,13 @@ class Receipt:
 
     @property
     def token_layers(self) -> int:
-        """Tokens times layers, what the price is per."""
+        """Tokens times layers, the unit of the price."""
         return (self.prompt_tokens + self.completion_tokens) * self.num_layers
 
 
 @dataclass(frozen=True, slots=True)
 class JobOutcome:
-    """The last event of a job's stream: it is written after the money is settled."""
+    """The last event of a job's stream; it is written after the job is settled."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -126,22 +126,6 @@ class JobOutcome:
 
 
 JobEvent = TokenEvent | JobOutcome
-
-
-def placements(pieces: Iterable[tuple[Piece, str]], nodes: Mapping[str, Node]) -> tuple[Placement, ...]:
-    """Return a line for each piece and its actor's name: stages in order, then expert sets."""
-    ordered = sorted(pieces, key=lambda one: (isinstance(one[0], ExpertSet), one[0].index))
-    return tuple(
-        Placement(node=nodes[what.node_id].name, actor=actor, layers=_layers(what), experts=what.experts)
-        for what, actor in ordered
-    )
-
-
-def _layers(what: Piece) -> tuple[int, int]:
-    """Return the span of layers that a piece runs; an expert set runs none of them whole."""
-    if isinstance(what, Stage):
-        return what.span.start, what.span.end
-    return min(what.experts), min(what.experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,3 +158,19 @@ class DeploymentStatus:
     epoch: int = 0
     num_layers: int = 0
     placements: tuple[Placement, ...] = ()
+
+
+def placements(pieces: Iterable[tuple[Piece, str]], nodes: Mapping[str, Node]) -> tuple[Placement, ...]:
+    """Return a line for each piece and its actor's name: stages in order, then expert sets."""
+    ordered = sorted(pieces, key=lambda one: (isinstance(one[0], ExpertSet), one[0].index))
+    return tuple(
+        Placement(node=nodes[piece.node_id].name, actor=actor, layers=_layers(piece), experts=piece.experts)
+        for piece, actor in ordered
+    )
+
+
+def _layers(piece: Piece) -> tuple[int, int]:
+    """Return the span of layers that a piece runs; that of an expert set is empty."""
+    if isinstance(piece, Stage):
+        return piece.span.start, piece.span.end
+    return min(piece.experts), min(piece.experts)
