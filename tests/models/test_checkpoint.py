@@ -1,3 +1,5 @@
+"""A checkpoint's tensors are found by name; files that are not what they claim to be are refused."""
+
 import json
 import struct
 from pathlib import Path

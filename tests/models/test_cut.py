@@ -1,3 +1,5 @@
+"""A cut writes each tensor once, refuses bad values, and is resumed after a kill."""
+
 import hashlib
 import json
 import os

@@ -1,3 +1,5 @@
+"""Models on the Hub: only the needed files are downloaded, once, and errors say what is wrong."""
+
 import json
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""Each tensor of a checkpoint goes into its shard; an incomplete checkpoint is refused."""
+
 from pathlib import Path
 
 import pytest

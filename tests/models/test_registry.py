@@ -1,3 +1,5 @@
+"""A model is described without its weights, cut once for all callers, and read from the registry's disk."""
+
 import hashlib
 import json
 import os

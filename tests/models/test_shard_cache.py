@@ -1,3 +1,5 @@
+"""The cache has only verified shards, whatever other processes do."""
+
 import hashlib
 import os
 import signal

@@ -1,3 +1,5 @@
+"""A model id leads to a built-in model, to a folder under an allowed root, or to the Hub."""
+
 from pathlib import Path
 
 import pytest

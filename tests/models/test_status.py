@@ -1,3 +1,5 @@
+"""The status of a model is the one put last; progress is written rarely."""
+
 import pytest
 
 from azu.errors import Unavailable
