@@ -5,7 +5,7 @@ from pathlib import Path
 
 from actors.telemetry import log_as
 from azu.config import ControlConfig
-from azu.models.description import KnownModel, ModelDescription
+from azu.models.description import AvailableModel, ModelDescription
 from azu.models.status import ModelStatus, RedisModelStatus
 from azu.protocol.structure import Structure
 
@@ -55,18 +55,18 @@ class Registry:
         """Return how far the model is."""
         return self._status.get(model_id)
 
-    def known(self) -> list[KnownModel]:
-        """Return the models that can be asked for without a first cut of the Hub's."""
-        return self._models.known()
+    def available(self) -> list[AvailableModel]:
+        """Return the models that are built in or cut."""
+        return self._models.available()
 
     def read(self, model_id: str, revision: str, shard_name: str, offset: int, size: int) -> bytes:
         """Return a chunk of a shard; large ones travel through the object store."""
-        return self._models.read(model_id, revision, shard_name, offset, size)
+        return self._models.read_shard(model_id, revision, shard_name, offset, size)
 
     def path(self, model_id: str, revision: str, shard_name: str) -> Path:
         """Return where the shard lies on the registry's own disk."""
-        return self._models.path(model_id, revision, shard_name)
+        return self._models.shard_path(model_id, revision, shard_name)
 
     def file(self, model_id: str, revision: str, name: str) -> bytes:
         """Return a config or tokenizer file."""
-        return self._models.file(model_id, revision, name)
+        return self._models.read_file(model_id, revision, name)

@@ -35,7 +35,7 @@ from azu.metrics import (
     MetricsSnapshot,
     exposition,
 )
-from azu.models.description import KnownModel
+from azu.models.description import AvailableModel
 from azu.models.status import ModelStatus
 from azu.protocol.job import DeploymentStatus
 from azu.protocol.node import Node
@@ -121,11 +121,11 @@ async def leave(name: str, services: ServicesNow, admin: AdminSecret, secret: Ap
 @router.get("/v1/models")
 async def models(_: Key, services: ServicesNow) -> ModelList:
     """Return the models that are built in or cut."""
-    known: list[KnownModel] = await services.registry("known")
+    available: list[AvailableModel] = await services.registry("available")
     deployed = await _deployed(services)
     data = [
         _model(services, one.model_id, one.num_layers, one.context_length, one.model_id in deployed)
-        for one in known
+        for one in available
     ]
     return ModelList(data=tuple(data))
 

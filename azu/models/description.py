@@ -41,7 +41,7 @@ class ModelDescription:
 
 
 @dataclass(frozen=True, slots=True)
-class KnownModel:
+class AvailableModel:
     """A model that is served without a download: it is built in or cut already."""
 
     model_id: str

@@ -10,7 +10,7 @@ from azu.errors import AzuError, Forbidden, InvalidRequest, NotFound
 from azu.models import inspection
 from azu.models.checkpoint import MODEL_FILES, contained_file
 from azu.models.cut import cut, process_lock
-from azu.models.description import KnownModel, ModelDescription
+from azu.models.description import AvailableModel, ModelDescription
 from azu.models.sources import Source, built_in_models, find_source, is_offered, model_folder_name
 from azu.models.status import RedisModelStatus, StatusReporter
 from azu.protocol.structure import STRUCTURE_FILE, Shard, Structure
@@ -119,12 +119,12 @@ class ModelRegistry:
             self._structures[model_id, revision] = structure
         return self._structures[model_id, revision]
 
-    def known(self) -> list[KnownModel]:
+    def available(self) -> list[AvailableModel]:
         """Return the models that are built in or cut, sorted by id."""
         offered = [model_id for model_id in built_in_models() if is_offered(model_id, self._offered)]
         built_in = {model_id: self.describe(model_id) for model_id in offered}
         found = {
-            model_id: KnownModel(
+            model_id: AvailableModel(
                 model_id, one.revision, len(one.architecture.layers), one.architecture.context_length
             )
             for model_id, one in built_in.items()
@@ -134,24 +134,24 @@ class ModelRegistry:
                 continue
             cut_model = self.structure(status.model_id, status.revision)
             if cut_model is not None:
-                found[status.model_id] = KnownModel(
+                found[status.model_id] = AvailableModel(
                     status.model_id, status.revision, cut_model.num_layers, cut_model.context_length
                 )
         return sorted(found.values(), key=lambda model: model.model_id)
 
-    def path(self, model_id: str, revision: str, shard_name: str) -> Path:
+    def shard_path(self, model_id: str, revision: str, shard_name: str) -> Path:
         """Return the path of a shard's file; raises NotFound."""
         structure = self.structure(model_id, revision)
         names = {shard.name: shard.file_name for shard in structure.shards} if structure else {}
         return self._cut_file(model_id, revision, names.get(shard_name))
 
-    def read(self, model_id: str, revision: str, shard_name: str, offset: int, size: int) -> bytes:
+    def read_shard(self, model_id: str, revision: str, shard_name: str, offset: int, size: int) -> bytes:
         """Return `size` bytes of a shard from `offset` on, fewer only at its end; raises NotFound."""
-        with self.path(model_id, revision, shard_name).open("rb") as file:
+        with self.shard_path(model_id, revision, shard_name).open("rb") as file:
             file.seek(offset)
             return file.read(size)
 
-    def file(self, model_id: str, revision: str, name: str) -> bytes:
+    def read_file(self, model_id: str, revision: str, name: str) -> bytes:
         """Return the content of a cut model's config or tokenizer file; raises NotFound."""
         structure = self.structure(model_id, revision)
         names = {file.name for file in structure.files} if structure else set()

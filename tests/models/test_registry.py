@@ -72,11 +72,13 @@ def test_a_model_is_cut_once_and_then_read(registry, models, status):
         total,
     )
     for shard in structure.shards:
-        content = registry.path(*key, shard.name).read_bytes()
+        content = registry.shard_path(*key, shard.name).read_bytes()
         assert hashlib.sha256(content).hexdigest() == shard.sha256
-        chunks = [registry.read(*key, shard.name, start, 1000) for start in range(0, shard.size_bytes, 1000)]
+        chunks = [
+            registry.read_shard(*key, shard.name, start, 1000) for start in range(0, shard.size_bytes, 1000)
+        ]
         assert b"".join(chunks) == content
-    tensors = reassemble(registry.path(*key, "head").parent, structure)
+    tensors = reassemble(registry.shard_path(*key, "head").parent, structure)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in load_checkpoint(folder).items())
 
 
@@ -107,11 +109,11 @@ def test_a_model_with_a_lost_shard_is_cut_again(registry, models, status, tmp_pa
     folder = save_checkpoint(models / "dense")
     key = (str(folder), registry.describe(str(folder)).revision)
     structure = registry.ensure_cut(*key)
-    registry.path(*key, "layer_1_dense").unlink()
+    registry.shard_path(*key, "layer_1_dense").unlink()
     other = ModelRegistry(tmp_path / "registry", model_roots=[models], status=status, max_model_bytes=10**9)
     assert other.structure(*key) is None
     assert other.ensure_cut(*key) == structure
-    assert other.path(*key, "layer_1_dense").is_file()
+    assert other.shard_path(*key, "layer_1_dense").is_file()
 
 
 @pytest.mark.parametrize("name", ["layer_9_dense", "../structure.json", "", "embed.safetensors"])
@@ -119,10 +121,10 @@ def test_only_a_models_shards_are_read(registry, models, name):
     folder = save_checkpoint(models / "dense")
     key = (str(folder), registry.describe(str(folder)).revision)
     with pytest.raises(NotFound):
-        registry.read(*key, "embed", 0, 10)
+        registry.read_shard(*key, "embed", 0, 10)
     registry.ensure_cut(*key)
     with pytest.raises(NotFound):
-        registry.read(*key, name, 0, 10)
+        registry.read_shard(*key, name, 0, 10)
 
 
 def test_config_files_of_a_cut_model_stay_when_their_source_changes(registry, models):
@@ -130,13 +132,13 @@ def test_config_files_of_a_cut_model_stay_when_their_source_changes(registry, mo
     key = (str(folder), registry.describe(str(folder)).revision)
     config = (folder / "config.json").read_bytes()
     with pytest.raises(NotFound):
-        registry.file(*key, "config.json")
+        registry.read_file(*key, "config.json")
     registry.ensure_cut(*key)
     change_config(folder, bos_token_id=5)
-    assert registry.file(*key, "config.json") == config
+    assert registry.read_file(*key, "config.json") == config
     for name in ("structure.json", "embed.safetensors", "../x", ""):
         with pytest.raises(NotFound):
-            registry.file(*key, name)
+            registry.read_file(*key, name)
 
 
 def test_only_a_limited_number_of_descriptions_is_kept(registry, models, monkeypatch):
@@ -209,7 +211,7 @@ def test_the_weights_of_a_hub_model_are_fetched_only_for_its_cut(registry, hub, 
     assert registry.describe("org/model") is description
     assert len(hub.requests) == asked
     structure = registry.ensure_cut("org/model", COMMIT)
-    tensors = reassemble(registry.path("org/model", COMMIT, "head").parent, structure)
+    tensors = reassemble(registry.shard_path("org/model", COMMIT, "head").parent, structure)
     expected = load_checkpoint(tmp_path / "repository")
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
@@ -283,7 +285,7 @@ def test_a_model_that_is_not_offered_is_refused_before_a_search(tmp_path, models
         max_model_bytes=10**9,
         offered=["azu/tiny-dense", "azu/tiny-m*"],
     )
-    assert [model.model_id for model in registry.known()] == ["azu/tiny-dense", "azu/tiny-moe"]
+    assert [model.model_id for model in registry.available()] == ["azu/tiny-dense", "azu/tiny-moe"]
     assert registry.describe("azu/tiny-moe").model_id == "azu/tiny-moe"
     for model_id in ("azu/tiny-dense2", "AZU/tiny-dense", "other/model", str(models / "any"), "*", ""):
         with pytest.raises(Forbidden) as refused:
