@@ -1,12 +1,19 @@
-"""A process that waits on each node with the engine imported, so that a piece comes up quickly."""
+"""All that azu uses of Ray beyond its public interface.
+
+A process waits on each node with the engine imported, so that a piece comes up quickly: Ray has no public
+call that starts it. Placement groups are removed by an id that only Ray's core can make.
+"""
 
 from collections.abc import Iterable
 
-# How Ray's processes are called: by what they run, by this while they wait, by their script until they do.
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import PlacementGroup
+
+# The titles of Ray's processes: while one waits, and while it starts. One that works has its actor's name.
 _WAITING = "ray::IDLE"
 _STARTING = "default_worker.py"
 _TIMEOUT_S = 5.0
-# The raylet ends processes that wait for long; this one is to stay.
+# The raylet ends processes that wait for long; this one stays.
 _KEPT_S = 10**6
 
 
@@ -16,7 +23,7 @@ def is_one_waiting(titles: Iterable[str]) -> bool:
 
 
 def start_waiting(raylet: str) -> None:
-    """Have the raylet at "host:port" start a process that waits; Ray has no public call for it."""
+    """Have the raylet at "host:port" start a process that waits for work."""
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated.common_pb2 import PYTHON
     from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
@@ -25,3 +32,8 @@ def start_waiting(raylet: str) -> None:
     asked = PrestartWorkersRequest(language=PYTHON, num_workers=1, keep_alive_duration_secs=_KEPT_S)
     with init_grpc_channel(raylet) as channel:
         NodeManagerServiceStub(channel).PrestartWorkers(asked, timeout=_TIMEOUT_S)
+
+
+def group_of(group_id: str) -> PlacementGroup:
+    """Return the placement group that has an id in hexadecimal, as Ray's table of groups lists it."""
+    return PlacementGroup(PlacementGroupID(bytes.fromhex(group_id)))

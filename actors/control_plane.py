@@ -10,7 +10,7 @@ from actors.scheduler import Scheduler
 from azu.config import ControlConfig
 
 _START_TIMEOUT_S = 60.0
-# Whoever says nothing for so long hangs; a machine that is merely busy answers before.
+# An actor that does not answer for so long hangs; one on a busy machine answers before.
 _SILENCE_S = 30.0
 _REGISTRY_CONCURRENCY = 16
 _SCHEDULER_CONCURRENCY = 1000
@@ -23,14 +23,14 @@ def start(config: ControlConfig) -> None:
 
 
 def stop() -> None:
-    """Take down the control plane and all that it placed, whoever started it."""
+    """End the control plane and every actor that it placed, also those of another process."""
     release_all()
 
 
 def revive(config: ControlConfig) -> list[str]:
-    """Start again who died or hangs, and return their names; to be called once a second.
+    """Start again each actor that died or hangs, and return their names; called once a second.
 
-    What they knew is in Redis and in the actors that live on.
+    Their state is in Redis and in the actors that live on.
     """
     revived = []
     if _is_gone(REGISTRY):
@@ -60,7 +60,7 @@ def _is_gone(name: str) -> bool:
 
 
 def _is_silent(name: str) -> bool:
-    """Say whether an actor hangs; it is killed then. One that dies meanwhile is seen at the next look."""
+    """Say whether an actor hangs; it is killed then. One that dies meanwhile is noticed a second later."""
     actor = find(name)
     try:
         ray.get(actor.ready.remote(), timeout=_SILENCE_S)

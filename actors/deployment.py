@@ -237,7 +237,7 @@ class RayBackend:
         return await self._answer(getattr(self._handle(pipeline), method).remote(*arguments), pipeline)
 
     async def _answer(self, asking: Awaitable[Any], name: str, timeout_s: float | None = None) -> Any:
-        """Wait for an actor's answer, for a step's time unless told otherwise; raises AzuErrors only."""
+        """Wait for an actor's answer, by default for a step's time; raises AzuErrors only."""
         try:
             return await asyncio.wait_for(asking, timeout_s or self._timeouts.step_s)
         except Exception as error:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ExpertActor:
-    """Wraps an ExpertRunner. Stateless between calls: a lost slice is simply sent again."""
+    """Wraps an ExpertRunner. It keeps no state between calls: a lost slice is sent again."""
 
     def __init__(self) -> None:
         self._runner: ExpertRunner | None = None
@@ -40,5 +40,5 @@ class ExpertActor:
         return self._runner.run(layer, request)
 
     def alive(self, seconds: float) -> None:
-        """Return after some seconds: whoever waits hears at once when this process dies."""
+        """Return after some seconds; the call fails at once when this process dies."""
         threading.Event().wait(seconds)

@@ -40,7 +40,7 @@ class LayerActor:
         ack_timeout_s: float,
     ) -> None:
         """Map the stage's shards and learn where its hidden states go."""
-        # torch is imported here: whoever only places this actor does without it.
+        # torch is imported here: a process that only places this actor does without it.
         from azu.engine.stage_runner import StageRunner
 
         log_as("layer", model_id=spec.structure.model_id, stage=spec.stage.index)
@@ -62,11 +62,11 @@ class LayerActor:
         next_stage: ActorHandle | None,
         pipeline: ActorHandle,
     ) -> None:
-        """Go on under a newer topology with other neighbours; what is older is dropped from now on."""
+        """Go on under a newer topology with other neighbours; steps of an older one are dropped."""
         assert self._runner is not None, "load() comes first"
         self._runner.relink(topology, RayExpertLink(expert_sets) if expert_sets else None)
         if pipeline != self._pipeline:
-            # Another pipeline numbers its sequences anew, and knows none of the old ones.
+            # Another pipeline numbers its sequences anew and has none of the old ones.
             self._runner.forget_sequences()
             self._pipeline = pipeline
         self._acks.close()
@@ -84,11 +84,11 @@ class LayerActor:
         return self._runner.num_chosen()
 
     def alive(self, seconds: float) -> None:
-        """Return after some seconds: whoever waits hears at once when this process dies."""
+        """Return after some seconds; the call fails at once when this process dies."""
         threading.Event().wait(seconds)
 
     def step(self, batch: StepBatch, frame: bytes | None) -> StageTiming:
-        """Run one step and pass it on; whoever called takes the return as acknowledgement."""
+        """Run one step and pass it on; the caller takes the return as acknowledgement."""
         taken_s = time.perf_counter()
         self._run(batch, frame)
         return self._clock.record(taken_s, time.perf_counter())

@@ -1,4 +1,4 @@
-"""How stages and experts reach each other over Ray: raw bytes in plain actor calls."""
+"""Calls between actors over Ray: to the next stage, to expert sets, and to the control plane by name."""
 
 import asyncio
 import queue
@@ -16,9 +16,14 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 from actors.placement import NAMESPACE
 from azu.errors import AzuError, DeadlineExceeded, InternalError, Unavailable, WorkerLost
 
+REGISTRY = "registry"
+# Longer than the registry or the scheduler takes from its death until it answers again.
+_BACK_IN_S = 20.0
+_RETRY_S = 0.2
+
 
 def get(ref: ray.ObjectRef, timeout_s: float, what: str) -> object:
-    """Return a call's answer; Ray's errors become ours and name `what` was called."""
+    """Return a call's answer; an error of Ray's becomes an AzuError that names `what` was called."""
     try:
         return ray.get(ref, timeout=timeout_s)
     except Exception as error:
@@ -26,8 +31,8 @@ def get(ref: ray.ObjectRef, timeout_s: float, what: str) -> object:
 
 
 def as_azu_error(error: Exception, what: str) -> AzuError:
-    """Return our error for whatever a call to another actor raised."""
-    # Ray raises a class made of its own and the cause's: the cause alone is what we sent.
+    """Return the AzuError for an exception that a call to another actor raised."""
+    # Ray raises a class made of its own and the cause's: the cause alone is what the actor raised.
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, AzuError):
         return cause
@@ -65,7 +70,7 @@ class RayExpertLink:
 
 
 class Acknowledgements:
-    """Watches sent calls in a thread of its own, so that the sender never waits for the next stage.
+    """Watches sent calls in a thread of its own, so that a stage never waits for the next one.
 
     `answered` is called with the seconds that a call took and what it returned.
     """
@@ -90,7 +95,7 @@ class Acknowledgements:
         self._sent.put((ref, time.perf_counter()))
 
     def close(self) -> None:
-        """Watch no longer: nobody waits for what is still on its way."""
+        """Watch no longer; calls that are still on their way are forgotten."""
         self._closed = True
         self._sent.put(None)
 
@@ -103,12 +108,6 @@ class Acknowledgements:
             except AzuError as error:
                 if not self._closed:
                     self._lost(error)
-
-
-REGISTRY = "registry"
-# Longer than either takes from its death until it answers again.
-_BACK_IN_S = 20.0
-_LOOK_S = 0.2
 
 
 def find(name: str) -> ActorHandle:
@@ -126,19 +125,19 @@ async def ask(
     waiting = AsyncRetrying(
         retry=retry_if_exception_type(_Away),
         stop=stop_after_delay(back_in_s),
-        wait=wait_fixed(_LOOK_S),
+        wait=wait_fixed(_RETRY_S),
         reraise=True,
     )
     return await waiting(_ask, name, method, arguments, timeout_s)
 
 
 class _Away(Unavailable):
-    """An actor is not up, or died while it was asked."""
+    """An actor is not up, or died during a call."""
 
 
 async def _ask(name: str, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
     try:
-        # A look-up asks Ray's head and blocks.
+        # A look-up calls Ray's head and blocks.
         handle = await asyncio.to_thread(find, name)
         return await asyncio.wait_for(getattr(handle, method).remote(*arguments), timeout_s)
     except (ValueError, RayActorError) as error:

@@ -1,4 +1,4 @@
-"""NodeAgent: one per worker node; says how the node is and keeps its shards on disk."""
+"""NodeAgent, one on each worker node: reports and shards; NodeAgents, in the scheduler, has all of them."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError
 
 from actors.compat import is_one_waiting, start_waiting
 from actors.links import REGISTRY, ask
-from actors.placement import WorkerNode, actor_name, start_on_node, worker_nodes
+from actors.placement import WorkerNode, start_on_node, worker_nodes
 from actors.telemetry import log_as
 from azu.cluster.nodes import NodeTable
 from azu.config.network import Heartbeat
@@ -24,15 +24,21 @@ from azu.errors import ShardError
 from azu.models.shard_cache import ShardCache
 from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import ModelFile, Shard, Structure
+from azu.protocol.topology import actor_name
 
 log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 8 * 1024 * 1024
-# Ray names an actor's process by its class; these two hold pieces of models.
+# The titles of the processes that hold pieces of models: Ray takes an actor's class for it.
 _PIECES = ("ray::LayerActor", "ray::ExpertActor")
 _ANSWER_TIMEOUT_S = 60.0  # a chunk of a shard, on a slow network too
 _PINGS = 5
 _PING_TIMEOUT_S = 2.0
+# A node measures its links to so many others; the rest count as the policy's hop.
+_MOST_PEERS = 32
+# A living node answers a ping at once; this is for a machine that is very busy.
+_PROBE_S = 2.0
+_POLL_S = 0.05
 
 
 class NodeAgent:
@@ -74,14 +80,14 @@ class NodeAgent:
         self._lent_bytes = min(vram_bytes, self._node.vram_bytes)
 
     async def leave(self) -> None:
-        """Say from now on that this node is leaving: it keeps what it has until that is elsewhere."""
+        """Report from now on that this node is leaving; it keeps its pieces until they run elsewhere."""
         self._state = NodeState.LEAVING
 
     async def ping(self) -> None:
         """Answer at once."""
 
     async def measure_links(self, peers: Mapping[str, ActorHandle]) -> None:
-        """Measure the way to other nodes' agents, by node id, and report it from now on.
+        """Measure the links to other nodes' agents, by node id, and report them from now on.
 
         A peer that does not answer keeps what was measured before.
         """
@@ -103,7 +109,7 @@ class NodeAgent:
         return self._meter.memory(self._lent_bytes, pieces)
 
     async def fetch(self, structure: Structure, names: Sequence[str]) -> tuple[dict[str, Path], Path]:
-        """Have shards on this node's disk; returns their paths and the folder with config and tokenizer.
+        """Fetch shards to this node's disk; return their paths and the folder with config and tokenizer.
 
         Shards come through the object store in chunks and are verified; a file of the registry that can be
         read from here is mapped in place.
@@ -140,7 +146,7 @@ async def _ask(method: str, *arguments: object) -> Any:
 
 
 async def _one_way_s(peer: ActorHandle) -> float:
-    """Return half of the quickest round trip: a busy machine only ever adds to it."""
+    """Return half of the quickest round trip: a busy machine only adds to it."""
     rounds_s = []
     for _ in range(_PINGS):
         started_s = time.perf_counter()
@@ -153,7 +159,7 @@ def _titles() -> dict[int, str]:
     """Return the command lines of this node's processes by id: those of its raylet, which is our parent."""
     titles = {}
     for process in psutil.Process(os.getppid()).children():
-        with suppress(psutil.Error):  # it ended, or is not ours
+        with suppress(psutil.Error):  # it ended, or belongs to another user
             titles[process.pid] = " ".join(process.cmdline())
     return titles
 
@@ -166,59 +172,52 @@ def _write(folder: Path, file: ModelFile, content: bytes) -> None:
     temporary.rename(folder / file.name)
 
 
-# A node measures its links to so many others; the rest count as the policy's hop.
-_MOST_PEERS = 32
-# A node that lives answers a ping at once; this is for a machine that is very busy.
-_PROBE_S = 2.0
-_LOOK_S = 0.05
-
-
 class NodeAgents:
-    """Keeps a NodeBook by what the agents say.
+    """Starts the agents and keeps a NodeTable by their reports.
 
-    By node id: `by_node` are the agents, `nodes` what each said last, `lent_bytes` what Ray hands out there.
+    By node id: `by_node` has the agents, `nodes` the last reports, `lent_bytes` the VRAM that Ray hands out.
     """
 
-    def __init__(self, heartbeat: Heartbeat, home: Path, book: NodeTable) -> None:
+    def __init__(self, heartbeat: Heartbeat, home: Path, table: NodeTable) -> None:
         self._heartbeat = heartbeat
         self._home = home
-        self._book = book
+        self._table = table
         self.by_node: dict[str, ActorHandle] = {}
         self.nodes: dict[str, Node] = {}
         self.lent_bytes: dict[str, int] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._linked: set[str] = set()
-        self._has_met = False
+        self._has_agents = False
 
-    def died(self, node_id: str) -> None:
-        """Hear that a node is dead: if it comes back, it measures its links anew."""
+    def node_died(self, node_id: str) -> None:
+        """Have a dead node measure its links anew if it comes back."""
         self._linked.discard(node_id)
 
     async def first_reports(self) -> None:
-        """Wait until every node has reported, or is late: models are taken over together with their nodes."""
-        patience_s = time.monotonic() + self._heartbeat.dead_s
-        while not self._has_met or self.by_node.keys() - self.nodes.keys():
-            if self._has_met and time.monotonic() > patience_s:
+        """Wait until every node has reported or is late; deployments are taken over after that."""
+        deadline_s = time.monotonic() + self._heartbeat.dead_s
+        while not self._has_agents or self.by_node.keys() - self.nodes.keys():
+            if self._has_agents and time.monotonic() > deadline_s:
                 return
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_S)
 
-    async def meet(self) -> None:
-        """Follow which nodes Ray has; it may be slow to say so, and nobody's silence counts by it."""
+    async def follow_nodes(self) -> None:
+        """Follow which nodes Ray has. Ray may be slow to answer: a loop of its own takes the reports."""
         while True:
             try:
-                await self._meet_nodes()
-                self._has_met = True
+                await self._start_agents()
+                self._has_agents = True
             except Exception:
-                log.exception("Ray did not say which nodes there are")
+                log.exception("Ray did not list its nodes")
             await asyncio.sleep(self._heartbeat.period_s)
 
-    async def _meet_nodes(self) -> None:
-        """Start an agent on each new node and forget those that Ray says are gone."""
+    async def _start_agents(self) -> None:
+        """Start an agent on each new node and forget the nodes that Ray reports as gone."""
         living = {node.node_id: node for node in await asyncio.to_thread(worker_nodes)}
         self.lent_bytes = {node_id: node.vram_bytes for node_id, node in living.items()}
         for node_id in self.by_node.keys() - living.keys():
             del self.by_node[node_id]
-            self._book.gone(node_id)
+            self._table.remove(node_id)
         for node_id in living.keys() - self.by_node.keys():
             node = living[node_id]
             name = actor_name("node", node.name, node_id[:8])
@@ -226,18 +225,18 @@ class NodeAgents:
                 NodeAgent, name, node_id, node, self._home, max_concurrency=100
             )
 
-    async def hear(self) -> None:
-        """Ask every node each period; one that does not answer keeps nobody else waiting."""
+    async def follow_reports(self) -> None:
+        """Ask every node for its report each period; a node that does not answer delays no other."""
         while True:
             for node_id in self.by_node.keys() - self._asking.keys():
-                self._asking[node_id] = asyncio.create_task(self._ask(node_id))
-            self._book.judge(time.monotonic())
+                self._asking[node_id] = asyncio.create_task(self._take_report(node_id))
+            self._table.judge(time.monotonic())
             await asyncio.sleep(self._heartbeat.period_s)
 
-    async def _ask(self, node_id: str) -> None:
+    async def _take_report(self, node_id: str) -> None:
         agent = self.by_node[node_id]
         try:
-            # The first answer takes as long as the agent takes to start; silence is judged by the book.
+            # The first answer takes as long as the agent takes to start; the table judges silence.
             node: Node = await asyncio.wait_for(agent.report.remote(), self._heartbeat.dead_s)
         except ActorDiedError:
             log.warning("the agent of node %s died; it is started again", node_id[:8])
@@ -250,13 +249,13 @@ class NodeAgents:
             # Ray may have declared it gone while it answered.
             if self.by_node.get(node_id) is agent:
                 self.nodes[node_id] = node
-                self._book.heard(node, time.monotonic())
+                self._table.record(node, time.monotonic())
                 self._measure_links(node_id)
         finally:
             del self._asking[node_id]
 
     def _measure_links(self, node_id: str) -> None:
-        """Have a new node measure, once, the way to some that were there before."""
+        """Have a new node measure, once, its links to some of the nodes that were there before."""
         if node_id in self._linked:
             return
         peers = {other: self.by_node[other] for other in sorted(self._linked & self.by_node.keys())}
@@ -264,13 +263,13 @@ class NodeAgents:
         self.by_node[node_id].measure_links.remote(dict(list(peers.items())[:_MOST_PEERS]))
 
     async def probe(self, node_ids: Iterable[str]) -> None:
-        """Doubt those nodes that do not answer."""
+        """Suspect those of some nodes that do not answer."""
 
         async def ping(node_id: str) -> None:
             try:
                 await asyncio.wait_for(self.by_node[node_id].ping.remote(), _PROBE_S)
             except Exception as error:
                 log.warning("node %s does not answer: %s", node_id[:8], type(error).__name__)
-                self._book.doubted(node_id, time.monotonic())
+                self._table.suspect(node_id, time.monotonic())
 
         await asyncio.gather(*map(ping, node_ids))

@@ -140,7 +140,7 @@ class Pipeline:
             num_sent: Mapping[int, int] = await asyncio.wait_for(asking, self._step_timeout_s)
         except Exception as error:
             # Without its rows everything is computed again; if the stage is gone, its watcher notices.
-            log.warning("a stage does not say what it can send again: %s", type(error).__name__)
+            log.warning("a stage did not answer what it can send again: %s", type(error).__name__)
             return {}
         return num_sent
 

@@ -1,14 +1,12 @@
-"""Topology to placement groups and actors on them: the only file that names Ray's resources."""
+"""Placement groups, actors and their names in Ray: the only file that names Ray's resources."""
 
 import asyncio
-import re
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._raylet import PlacementGroupID
 from ray.actor import ActorHandle
 from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import (
@@ -20,6 +18,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from actors.compat import group_of
 from azu.errors import InsufficientCapacity, Unavailable
 from azu.units import MIB
 
@@ -32,13 +31,13 @@ NAME_LABEL = "azu-name"
 PAYOUT_LABEL = "azu-payout"
 DEVICE_LABEL = "azu-device"
 _REQUEST_TIMEOUT_S = 15.0
-# One waits in `alive`; the others are for calls that end.
+# One thread waits in `alive`; the others are for calls that end.
 _CONTROL_THREADS = 3
-# What the names of groups begin with that hold pieces of models, and with the pipelines' those of actors.
+# The names of pieces' placement groups and actors begin so; those of pipelines' actors too.
 PIECES = ("layer:", "expert:")
 _OF_MODELS = (*PIECES, "pipeline:")
 _HEAD = "node:__internal_head__"
-# azu restarts what died, Ray only says so. An actor's default of one CPU does not fit a bundle of VRAM.
+# Ray reports what died and azu restarts it. An actor's default of one CPU does not fit a bundle of VRAM.
 _ALWAYS = {"num_cpus": 0, "max_restarts": 0, "lifetime": "detached", "namespace": NAMESPACE}
 
 
@@ -70,13 +69,8 @@ def worker_nodes() -> tuple[WorkerNode, ...]:
     )
 
 
-def actor_name(kind: str, *parts: object) -> str:
-    """Return an actor's name, such as "layer:azu-tiny-dense:1:0"."""
-    return ":".join([kind, *(re.sub(r"[^\w.-]", "-", str(part)) for part in parts)])
-
-
 def start_on_head(cls: type, name: str, *args: Any, max_concurrency: int, **kwargs: Any) -> ActorHandle:
-    """Start an actor of the control plane, which lives on the head."""
+    """Start an actor on the head."""
     options = {**_ALWAYS, "name": name, "max_concurrency": max_concurrency, "resources": {_HEAD: 0.001}}
     return ray.remote(cls).options(**options).remote(*args, **kwargs)
 
@@ -86,7 +80,7 @@ def start_on_node(cls: type, name: str, node_id: str, *args: Any, max_concurrenc
     options = {
         **_ALWAYS,
         "name": name,
-        # A scheduler that was started again finds those of the one before.
+        # A scheduler that was started again finds the actors of the one before.
         "get_if_exists": True,
         "max_concurrency": max_concurrency,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
@@ -127,20 +121,22 @@ async def reserve(name: str, node_id: str, vram_bytes: int, timeout_s: float) ->
 
 
 async def request_nodes(bundles_mib: Sequence[int]) -> None:
-    """Ask Ray's autoscaler for nodes that hold bundles of VRAM, all that there are included.
+    """Request nodes of Ray's autoscaler that hold bundles of VRAM, existing nodes included.
 
-    The request stands until the next; where no autoscaler runs nothing comes of it. Raises an AzuError when
-    it was not heard.
+    A request stands until the next; without an autoscaler it has no effect. Raises Unavailable when Ray did
+    not take it.
     """
     bundles = [{VRAM: mib} for mib in bundles_mib]
     try:
         await asyncio.wait_for(asyncio.to_thread(request_resources, bundles=bundles), _REQUEST_TIMEOUT_S)
     except Exception as error:
-        raise Unavailable(f"Ray did not hear of {bundles}: {type(error).__name__}: {error}") from error
+        raise Unavailable(
+            f"Ray did not take the request for {bundles}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def release(actor: ActorHandle | None, group: PlacementGroup | None) -> None:
-    """Take a piece down and give its VRAM back; what is gone already stays gone."""
+    """End a piece's actor and give its VRAM back; for what is gone already this does nothing."""
     if actor is not None:
         ray.kill(actor)
     if group is not None:
@@ -148,16 +144,16 @@ def release(actor: ActorHandle | None, group: PlacementGroup | None) -> None:
 
 
 def release_all() -> None:
-    """Take down every actor and group of azu's in the cluster that this process is connected to."""
+    """End every actor and group of azu's in the cluster that this process is connected to."""
     for named in ray.util.list_named_actors(all_namespaces=True):
         if named["namespace"] == NAMESPACE:
-            with suppress(ValueError):  # it ended meanwhile
+            with suppress(ValueError):  # the actor ended meanwhile
                 ray.kill(ray.get_actor(named["name"], namespace=NAMESPACE))
     _release_groups(frozenset())
 
 
 def find_piece(name: str) -> tuple[ActorHandle | None, PlacementGroup | None]:
-    """Return the actor of a piece and the group that it lies in, each None when it is gone."""
+    """Return an actor and, for a piece, its placement group; each None when it is gone."""
     actor: ActorHandle | None = None
     group: PlacementGroup | None = None
     with suppress(ValueError):
@@ -168,12 +164,12 @@ def find_piece(name: str) -> tuple[ActorHandle | None, PlacementGroup | None]:
 
 
 def sweep(kept: Collection[str]) -> frozenset[str]:
-    """Take down every piece and pipeline but those of these names; return which of these live."""
+    """End every piece and pipeline except those of these names; return which of these live."""
     named = ray.util.list_named_actors(all_namespaces=True)
     ours = {one["name"] for one in named if one["namespace"] == NAMESPACE}
     living = {name for name in ours if name.startswith(_OF_MODELS)}
     for name in living.difference(kept):
-        with suppress(ValueError):  # it ended meanwhile
+        with suppress(ValueError):  # the actor ended meanwhile
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))
     _release_groups(kept)
     return frozenset(living.intersection(kept))
@@ -183,4 +179,4 @@ def _release_groups(kept: Collection[str]) -> None:
     for group_id, group in placement_group_table().items():
         name = group["name"]
         if group["state"] != "REMOVED" and name.startswith(PIECES) and name not in kept:
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
+            remove_placement_group(group_of(group_id))

@@ -1,6 +1,7 @@
-"""What each process of a lender's node imports before it has work: the engine, unless it is the node's agent.
+"""Imported by name by each of Ray's processes on a worker node: it imports the engine before there is work.
 
-Importing it takes most of the time in which a piece comes up. The agent does without, and comes first.
+Importing the engine takes most of the time in which a piece comes up. The node's agent does without it, and
+is the first process. The file stands alone because Ray takes a module name.
 """
 
 import os
@@ -16,7 +17,7 @@ def _is_agent_there() -> bool:
             if sibling.cmdline()[0].startswith(_AGENT):
                 return True
         except (psutil.Error, IndexError):
-            continue  # it ended
+            continue  # the process ended
     return False
 
 

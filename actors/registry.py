@@ -13,10 +13,10 @@ _CUTS_AT_ONCE = 2
 
 
 class Registry:
-    """Wraps azu's registry; every call runs in a thread of its own."""
+    """Wraps a ModelRegistry; every call runs in a thread of its own."""
 
     def __init__(self, config: ControlConfig) -> None:
-        # torch is imported here: whoever only starts or calls this actor does without it.
+        # torch is imported here: a process that only starts or calls this actor does without it.
         from azu.models.registry import ModelRegistry
 
         log_as("registry")
@@ -35,19 +35,19 @@ class Registry:
         return self._models.describe(model_id, revision)
 
     def text_decoder(self, model_id: str, revision: str) -> str:
-        """Return what decodes the model's tokens; raises BrokenCheckpoint when it has no usable tokenizer."""
+        """Return the decoder of the model's tokens as JSON; raises BrokenCheckpoint when there is none."""
         from azu.engine.tokenizer import Tokenizer
 
         return Tokenizer.from_files(self._models.describe(model_id, revision).files).to_json()
 
     def ensure_cut(self, model_id: str, revision: str) -> Structure:
-        """Cut the model unless somebody did."""
+        """Return the structure of a model; the first call for a model cuts it."""
         return self._models.ensure_cut(model_id, revision)
 
     def start_cut(self, model_id: str) -> ModelStatus:
-        """Begin to cut a model that can be cut; its status says how far it is."""
+        """Begin to cut a model that can be cut; return its status."""
         described = self._models.describe(model_id)
-        # What goes wrong is written into the status by the registry itself.
+        # The registry writes a failure into the status itself.
         self._cuts.submit(self._models.ensure_cut, model_id, described.revision)
         return self._status.get(model_id)
 

@@ -77,8 +77,8 @@ class Scheduler:
         """Begin to follow the nodes, take over an earlier scheduler's deployments, then take jobs."""
         if not self._loops:
             self._loops = (
-                asyncio.create_task(self._agents.meet()),
-                asyncio.create_task(self._agents.hear()),
+                asyncio.create_task(self._agents.follow_nodes()),
+                asyncio.create_task(self._agents.follow_reports()),
                 asyncio.create_task(self._serve()),
                 asyncio.create_task(_repeat(_MEASURE_S, self._measure)),
             )
@@ -117,7 +117,7 @@ class Scheduler:
     async def leave(self, name: str, address: str | None) -> bool:
         """Have a node take nothing new and give away what it holds; False while it still holds something.
 
-        `address` is whose node it has to be, None for anybody's. Raises NotFound for a node that is not here.
+        With an `address` only a node that pays this address is taken. Raises NotFound for any other node.
         """
         for node_id, node in self._agents.nodes.items():
             agent = self._agents.by_node.get(node_id)
@@ -126,12 +126,12 @@ class Scheduler:
                 return node_id not in self._cluster.placed_bytes()
         raise NotFound(f"no node {name} of yours lends here", param="name")
 
-    async def hear(self, source: str, picture: MetricsSnapshot) -> None:
-        """Take what another process's meter shows."""
-        self._metrics.record(source, picture, time.monotonic())
+    async def take_metrics(self, source: str, snapshot: MetricsSnapshot) -> None:
+        """Take a snapshot of another process's meter."""
+        self._metrics.record(source, snapshot, time.monotonic())
 
-    async def picture(self) -> MetricsSnapshot:
-        """Return what the network's meters show, all together."""
+    async def metrics(self) -> MetricsSnapshot:
+        """Return the metrics of all processes of the network together."""
         return self._metrics.total(time.monotonic())
 
     async def _serve(self) -> None:
@@ -153,7 +153,7 @@ class Scheduler:
             show_books(self._meter, await self._books.totals())
         finally:
             self._meter.export()
-            await self.hear(SCHEDULER, self._meter.snapshot())
+            await self.take_metrics(SCHEDULER, self._meter.snapshot())
 
     async def _check_kv(self) -> None:
         """Keep deployments within the room that their nodes have."""
@@ -171,7 +171,7 @@ class Scheduler:
 
     def _blame(self, node_id: str) -> None:
         """Count a bad frame against the node that sent it."""
-        self._nodes.doubted(node_id, time.monotonic())
+        self._nodes.suspect(node_id, time.monotonic())
         if node := self._agents.nodes.get(node_id):
             log.warning("node %s sent a bad frame", node.name)
             self._meter.count(BAD_FRAMES, 1, node.name)
@@ -179,7 +179,7 @@ class Scheduler:
     def _node_died(self, node_id: str) -> None:
         log.warning("node %s is dead", node_id[:8])
         self._cluster.node_died(node_id)
-        self._agents.died(node_id)
+        self._agents.node_died(node_id)
 
 
 async def _repeat(period_s: float, step: Callable[[], Awaitable[None]]) -> None:

@@ -1,4 +1,4 @@
-"""How a process's meter reaches the scheduler, which adds all of them up, and Ray's own metrics."""
+"""Sends each process's metrics to the scheduler, which adds them up, and to Ray's own metrics."""
 
 import logging
 import threading
@@ -34,7 +34,7 @@ class RayMeter(Meter):
         self._exported: dict[tuple[str, Labels], float] = {}
 
     def export(self) -> None:
-        """Tell Ray what is new since the last time: it takes too long to do so each time something is."""
+        """Give Ray what is new since the last call: a call to Ray for each event would take too long."""
         if not self._is_exported:
             return
         for (name, labels), value in self.snapshot().values.items():
@@ -54,27 +54,27 @@ class RayMeter(Meter):
         self._instruments[metric.name]._record(value, dict(zip(metric.labels, labels, strict=True)))
 
 
-def open_meter(look: Callable[[], None] = lambda: None) -> Meter:
+def open_meter(refresh: Callable[[], None] = lambda: None) -> Meter:
     """Return this actor's meter, which is sent to the scheduler each second.
 
-    `look` is called before, in a thread of its own, to show what changes without being counted.
+    `refresh` is called before that, in a thread of its own, to set gauges.
     """
     meter = RayMeter()
     source = ray.get_runtime_context().get_actor_id()
-    thread = threading.Thread(target=_send, args=(meter, source, look), name="metrics", daemon=True)
+    thread = threading.Thread(target=_send, args=(meter, source, refresh), name="metrics", daemon=True)
     thread.start()
     return meter
 
 
-def _send(meter: RayMeter, source: str, look: Callable[[], None]) -> None:
+def _send(meter: RayMeter, source: str, refresh: Callable[[], None]) -> None:
     scheduler: ActorHandle | None = None
     while not threading.Event().wait(PERIOD_S):
         try:
-            look()
+            refresh()
             meter.export()
-            # It is another one after the control plane was started again.
+            # The scheduler is another actor after the control plane was started again.
             scheduler = scheduler or ray.get_actor(SCHEDULER, namespace=NAMESPACE)
-            ray.get(scheduler.hear.remote(source, meter.snapshot()), timeout=_ANSWER_TIMEOUT_S)
+            ray.get(scheduler.take_metrics.remote(source, meter.snapshot()), timeout=_ANSWER_TIMEOUT_S)
         except (RayError, ValueError) as error:
             log.debug("the scheduler did not take this process's metrics: %s", type(error).__name__)
             scheduler = None

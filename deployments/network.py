@@ -78,7 +78,7 @@ async def metrics(services: ServicesNow, secret: AdminSecret) -> Response:
     """
     if not services.config.open_metrics:
         check_admin(services, secret)
-    snapshot: MetricsSnapshot = await services.scheduler("picture")
+    snapshot: MetricsSnapshot = await services.scheduler("metrics")
     return Response(exposition(snapshot), headers={"content-type": CONTENT_TYPE})
 
 
@@ -87,7 +87,7 @@ async def network(_: Key, services: ServicesNow) -> NetworkResponse:
     """Return nodes and deployments, and the number of jobs on them."""
     nodes = await services.scheduler("nodes")
     deployments: list[DeploymentStatus] = await services.scheduler("deployments")
-    snapshot: MetricsSnapshot = await services.scheduler("picture")
+    snapshot: MetricsSnapshot = await services.scheduler("metrics")
     return NetworkResponse(
         jobs=JobCounts(
             running=round(snapshot.value(JOBS, "running")), waiting=round(snapshot.value(JOBS, "waiting"))

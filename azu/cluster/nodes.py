@@ -1,4 +1,4 @@
-"""Which nodes there are, how long each has been silent, and what room is left on it."""
+"""The nodes: the last report of each, how long it has been silent, and the room that is left on it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -6,28 +6,27 @@ from types import MappingProxyType
 
 from azu.protocol.node import Node, NodeState
 
-# A listener that was busy itself for longer than this between two looks was deaf: no node was silent.
-_LONGEST_LOOK_S = 1.5
+# A scheduler that was busy itself for longer than this between two checks missed reports: no node was silent.
+_LONGEST_CHECK_S = 1.5
 _MOST_DOUBLINGS = 8
 
 
 @dataclass(slots=True)
 class _Entry:
-    """A node's last report, when it came, and from when on the node is given new work."""
+    """A node's last report, when it came, and from when on the node gets new work; times in seconds."""
 
     node: Node
-    heard_s: float
+    reported_s: float
     trusted_s: float
     is_dead: bool = False
     bad_frames: int = 0
 
 
 class NodeTable:
-    """The last report of every node, judged by the silence since.
+    """The last report of every node; silence makes a node suspect after `suspect_s`, dead after `dead_s`.
 
-    `on_dead` is told a node's id once for each death, whether silence or Ray says so. A node that comes back
-    from the dead gets no new work before it has spoken for as long as it takes to die. The clock is the
-    caller's, in seconds.
+    `on_dead` is called with a node's id once for each death, by silence or by Ray's word. A dead node that
+    reports again gets no new work for `dead_s`. The clock is the caller's, in seconds.
     """
 
     def __init__(
@@ -37,9 +36,9 @@ class NodeTable:
         self._dead_s = dead_s
         self._on_dead = on_dead
         self._entries: dict[str, _Entry] = {}
-        self._listened_s: float | None = None
+        self._checked_s: float | None = None
 
-    def heard(self, node: Node, now_s: float) -> None:
+    def record(self, node: Node, now_s: float) -> None:
         """Take a node's report."""
         before = self._entries.get(node.node_id)
         if before is None:
@@ -51,24 +50,24 @@ class NodeTable:
         bad_frames = 0 if before is None else before.bad_frames
         self._entries[node.node_id] = _Entry(node, now_s, trusted_s, bad_frames=bad_frames)
 
-    def doubted(self, node_id: str, now_s: float) -> None:
-        """Suspect a node at once that sent a bad frame, for longer each time it does."""
+    def suspect(self, node_id: str, now_s: float) -> None:
+        """Suspect a node at once that sent a bad frame or does not answer, for longer each time."""
         if entry := self._entries.get(node_id):
-            doubt_s = self._suspect_s * 2 ** min(entry.bad_frames, _MOST_DOUBLINGS)
+            suspect_s = self._suspect_s * 2 ** min(entry.bad_frames, _MOST_DOUBLINGS)
             entry.bad_frames += 1
-            entry.trusted_s = max(entry.trusted_s, now_s + doubt_s)
+            entry.trusted_s = max(entry.trusted_s, now_s + suspect_s)
 
-    def gone(self, node_id: str) -> None:
-        """Forget a node that Ray says is dead or that left."""
+    def remove(self, node_id: str) -> None:
+        """Forget a node that left, or that Ray reports as dead."""
         entry = self._entries.pop(node_id, None)
         if entry is not None and not entry.is_dead:
             self._on_dead(node_id)
 
     def judge(self, now_s: float) -> None:
-        """Declare dead who has been silent for too long; to be called once a second."""
-        self._listen(now_s)
+        """Declare the nodes dead that have been silent for too long; called once a second."""
+        self._forgive_missed(now_s)
         for node_id, entry in sorted(self._entries.items()):
-            if not entry.is_dead and now_s - entry.heard_s >= self._dead_s:
+            if not entry.is_dead and now_s - entry.reported_s >= self._dead_s:
                 entry.is_dead = True
                 self._on_dead(node_id)
 
@@ -81,9 +80,9 @@ class NodeTable:
         """Return every node with its state and the room that is left beside what is placed on it.
 
         `placed_bytes` counts pieces that may not be loaded yet: live free memory alone would promise the
-        same room twice. `given_back_bytes` are those of loaded pieces that would be gone.
+        same room twice. `given_back_bytes` are those of loaded pieces that are to go.
         """
-        self._listen(now_s)
+        self._forgive_missed(now_s)
         return tuple(
             replace(
                 entry.node,
@@ -97,23 +96,23 @@ class NodeTable:
         )
 
     def reports(self) -> tuple[Node, ...]:
-        """Return what each node that is not dead said last, as it said it."""
+        """Return the last report of each node that is not dead, unchanged."""
         return tuple(entry.node for _, entry in sorted(self._entries.items()) if not entry.is_dead)
 
-    def _listen(self, now_s: float) -> None:
-        """Forgive the silence of a time in which nobody listened."""
-        last_s = now_s if self._listened_s is None else self._listened_s
-        deaf_s = now_s - last_s - _LONGEST_LOOK_S
-        if deaf_s > 0:
+    def _forgive_missed(self, now_s: float) -> None:
+        """Count no silence for a time in which the scheduler took no reports."""
+        last_s = now_s if self._checked_s is None else self._checked_s
+        missed_s = now_s - last_s - _LONGEST_CHECK_S
+        if missed_s > 0:
             for entry in self._entries.values():
-                entry.heard_s = min(now_s, entry.heard_s + deaf_s)
-        self._listened_s = now_s
+                entry.reported_s = min(now_s, entry.reported_s + missed_s)
+        self._checked_s = now_s
 
     def _state(self, entry: _Entry, now_s: float) -> NodeState:
-        silence_s = now_s - entry.heard_s
+        silence_s = now_s - entry.reported_s
         if entry.is_dead or silence_s >= self._dead_s:
             return NodeState.DEAD
-        is_doubtful = silence_s >= self._suspect_s or now_s < entry.trusted_s
-        if is_doubtful and entry.node.state is NodeState.ALIVE:
+        is_suspect = silence_s >= self._suspect_s or now_s < entry.trusted_s
+        if is_suspect and entry.node.state is NodeState.ALIVE:
             return NodeState.SUSPECT
         return entry.node.state

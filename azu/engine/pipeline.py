@@ -18,7 +18,7 @@ Chosen = tuple[tuple[Sequence, Slice], ...]
 class SequenceUpdate:
     """What is new of a sequence. `logprobs` and `top_logprobs` are parallel to `token_ids` when asked for.
 
-    With `finish_reason` the sequence is over, and `work` says who ran how much of it.
+    With `finish_reason` the sequence is over, and `work` has how much of it each node ran, by layer.
     """
 
     sequence_id: int
@@ -30,7 +30,7 @@ class SequenceUpdate:
 
 
 class EnginePipeline:
-    """Schedules the sequences of one deployment and counts what ran; whoever owns it moves the bytes.
+    """Schedules the sequences of one deployment and counts what ran; its owner moves the bytes.
 
     `num_completed` counts the steps that brought sequences on.
     """
@@ -129,8 +129,8 @@ class EnginePipeline:
         Every other stage has the span that it had, in its old place.
 
         Where it has another number of blocks, sequences that lose theirs are computed again.
-        `num_sent[stage]` says how many rows of which sequences the stage before a lost one can send again;
-        what nobody can send again is computed from its tokens. Unfilled stages count as lost again.
+        `num_sent[stage]` has how many rows of each sequence the stage before a lost one can send again; what
+        no stage can send again is computed from the tokens. Unfilled stages count as lost again.
         """
         assert self._suspended, "suspend() comes first"
         self._suspended = False
@@ -207,7 +207,7 @@ class EnginePipeline:
         )
 
     def _returned(self, sequence: Sequence, piece: Slice) -> bool:
-        """Take one slice back; say if it counts: not when it was computed before or nobody waits for it."""
+        """Take one slice back; say if it counts: not if it was computed before or its sequence has ended."""
         self._scheduler.slice_returned(sequence)
         new = piece.position >= sequence.num_ran and sequence.sequence_id in self._sequences
         if new:

@@ -147,7 +147,7 @@ class JobRun:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentStatus:
-    """What the scheduler says of a model: `state` is "running", "broken" or "deploying".
+    """What stands of a model: `state` is "running", "broken" or "deploying".
 
     The other fields are empty while the model is being deployed.
     """

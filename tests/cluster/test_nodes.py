@@ -33,7 +33,7 @@ def state(nodes: NodeTable, now_s: float) -> NodeState:
 )
 def test_silence_makes_a_node_suspect_and_then_dead(silence_s: float, expected: NodeState) -> None:
     nodes = book()
-    nodes.heard(node("a"), now_s=100)
+    nodes.record(node("a"), now_s=100)
     listen(nodes, 100, 100 + silence_s)
 
     assert state(nodes, 100 + silence_s) is expected
@@ -41,9 +41,9 @@ def test_silence_makes_a_node_suspect_and_then_dead(silence_s: float, expected: 
 
 def test_a_word_brings_a_suspect_back_at_once() -> None:
     nodes = book()
-    nodes.heard(node("a"), now_s=100)
+    nodes.record(node("a"), now_s=100)
     listen(nodes, 100, 104)
-    nodes.heard(node("a"), now_s=104)
+    nodes.record(node("a"), now_s=104)
 
     assert state(nodes, 104) is NodeState.ALIVE
 
@@ -51,12 +51,12 @@ def test_a_word_brings_a_suspect_back_at_once() -> None:
 def test_a_death_is_told_once_and_again_only_after_a_life() -> None:
     died: list[str] = []
     nodes = book(died)
-    nodes.heard(node("a"), now_s=100)
+    nodes.record(node("a"), now_s=100)
     listen(nodes, 100, 104.9)
     assert died == []
     listen(nodes, 105, 120)
     assert died == ["a"]
-    nodes.heard(node("a"), now_s=121)
+    nodes.record(node("a"), now_s=121)
     listen(nodes, 121, 126)
     assert died == ["a", "a"]
 
@@ -65,12 +65,12 @@ def test_what_ray_says_is_dead_is_told_at_once_and_not_again_after_silence() -> 
     died: list[str] = []
     nodes = book(died)
     for name in "ab":
-        nodes.heard(node(name), now_s=100)
-    nodes.gone("a")
+        nodes.record(node(name), now_s=100)
+    nodes.remove("a")
     assert died == ["a"]
     listen(nodes, 100, 106)
-    nodes.gone("b")
-    nodes.gone("stranger")
+    nodes.remove("b")
+    nodes.remove("stranger")
 
     assert died == ["a", "b"]
     assert nodes.nodes(106, {}) == ()
@@ -78,11 +78,11 @@ def test_what_ray_says_is_dead_is_told_at_once_and_not_again_after_silence() -> 
 
 def test_a_node_back_from_the_dead_gets_no_work_before_it_has_spoken_for_a_while() -> None:
     nodes = book()
-    nodes.heard(node("a"), now_s=100)
+    nodes.record(node("a"), now_s=100)
     listen(nodes, 100, 110)
     states = []
     for now_s in range(110, 118):
-        nodes.heard(node("a"), now_s)
+        nodes.record(node("a"), now_s)
         nodes.judge(now_s)
         states.append(state(nodes, now_s))
 
@@ -91,32 +91,32 @@ def test_a_node_back_from_the_dead_gets_no_work_before_it_has_spoken_for_a_while
 
 def test_a_node_that_sends_a_bad_frame_is_suspect_at_once_however_often_its_agent_reports() -> None:
     nodes = book()
-    nodes.heard(node("a"), now_s=100)
-    nodes.doubted("a", now_s=100)
-    nodes.doubted("stranger", now_s=100)
-    nodes.heard(node("a"), now_s=101)
+    nodes.record(node("a"), now_s=100)
+    nodes.suspect("a", now_s=100)
+    nodes.suspect("stranger", now_s=100)
+    nodes.record(node("a"), now_s=101)
     assert state(nodes, 101) is NodeState.SUSPECT
-    nodes.heard(node("a"), now_s=103)
+    nodes.record(node("a"), now_s=103)
     assert state(nodes, 103) is NodeState.ALIVE
 
 
 def test_each_bad_frame_counts_against_its_sender() -> None:
     nodes = book()
-    nodes.heard(node("a"), now_s=100)
+    nodes.record(node("a"), now_s=100)
     for now_s in (100, 110):
-        nodes.doubted("a", now_s)
-    nodes.heard(node("a"), now_s=114)
+        nodes.suspect("a", now_s)
+    nodes.record(node("a"), now_s=114)
 
     (judged,) = nodes.nodes(114, {})
     assert (judged.state, judged.bad_frames) == (NodeState.SUSPECT, 2)  # twice as long as the first time
-    nodes.heard(node("a"), now_s=116)
+    nodes.record(node("a"), now_s=116)
     assert state(nodes, 116) is NodeState.ALIVE
 
 
 def test_nobody_dies_of_a_time_in_which_nobody_listened() -> None:
     died: list[str] = []
     nodes = book(died)
-    nodes.heard(node("a"), now_s=100)
+    nodes.record(node("a"), now_s=100)
     nodes.judge(100)
     nodes.judge(160)  # the scheduler itself was stopped for a minute
 
@@ -128,7 +128,7 @@ def test_nobody_dies_of_a_time_in_which_nobody_listened() -> None:
 
 def test_a_leaving_node_that_falls_silent_does_not_become_merely_suspect() -> None:
     nodes = book()
-    nodes.heard(node("a", state=NodeState.LEAVING), now_s=100)
+    nodes.record(node("a", state=NodeState.LEAVING), now_s=100)
     listen(nodes, 100, 104)
 
     assert state(nodes, 104) is NodeState.LEAVING
@@ -136,7 +136,7 @@ def test_a_leaving_node_that_falls_silent_does_not_become_merely_suspect() -> No
 
 def test_pieces_that_would_be_gone_give_back_what_they_hold_and_no_more() -> None:
     nodes = book()
-    nodes.heard(node("a", 10 * MIB, vram_free_bytes=3 * MIB, vram_used_bytes=6 * MIB), 0)
+    nodes.record(node("a", 10 * MIB, vram_free_bytes=3 * MIB, vram_used_bytes=6 * MIB), 0)
 
     (beside,), (without,) = nodes.nodes(0, {"a": 7 * MIB}), nodes.nodes(0, {"a": 2 * MIB}, {"a": 5 * MIB})
 
@@ -147,7 +147,7 @@ def test_pieces_that_would_be_gone_give_back_what_they_hold_and_no_more() -> Non
 
 def test_room_without_knowing_our_own_use_is_the_lesser_of_live_and_not_promised() -> None:
     nodes = book()
-    nodes.heard(node("a", 10 * MIB, vram_free_bytes=7 * MIB), now_s=0)
+    nodes.record(node("a", 10 * MIB, vram_free_bytes=7 * MIB), now_s=0)
 
     assert nodes.nodes(0, {"a": 2 * MIB})[0].vram_free_bytes == 7 * MIB
     assert nodes.nodes(0, {"a": 4 * MIB})[0].vram_free_bytes == 6 * MIB
@@ -159,7 +159,7 @@ def test_what_is_placed_but_not_loaded_is_not_promised_again_beside_another_prog
     nodes = book()
     for used in (0, 1 * MIB, 2 * MIB):
         report = node("a", 10 * MIB, vram_free_bytes=6 * MIB - used, vram_used_bytes=used)
-        nodes.heard(report, now_s=0)
+        nodes.record(report, now_s=0)
         assert nodes.nodes(0, {"a": 2 * MIB})[0].vram_free_bytes == 4 * MIB
 
 
@@ -177,7 +177,7 @@ def test_room_never_exceeds_what_the_card_has_nor_what_is_lent(
     used = min(loaded, placed)
     free = max(0, min(lent - used, card - other - used))
     nodes = book()
-    nodes.heard(node("a", lent, vram_free_bytes=free, vram_used_bytes=used if is_known else None), now_s=0)
+    nodes.record(node("a", lent, vram_free_bytes=free, vram_used_bytes=used if is_known else None), now_s=0)
     room = nodes.nodes(0, {"a": placed})[0].vram_free_bytes
 
     assert room <= max(0, lent - placed)
@@ -189,7 +189,7 @@ def test_room_never_exceeds_what_the_card_has_nor_what_is_lent(
 def test_nodes_come_in_the_order_of_their_ids_and_go_when_told() -> None:
     nodes = book()
     for name in "cab":
-        nodes.heard(node(name), now_s=0)
-    nodes.gone("b")
+        nodes.record(node(name), now_s=0)
+    nodes.remove("b")
 
     assert [found.node_id for found in nodes.nodes(0, {})] == ["a", "c"]
