@@ -27,7 +27,7 @@ class Model:
 
 @dataclass
 class Network:
-    """One model, a clock, and the heat for which it was asked to have replicas."""
+    """One model, a clock, and the heat for which it was to have replicas."""
 
     model: Model = field(default_factory=Model)
     now_s: float = 0.0
@@ -37,7 +37,7 @@ class Network:
     def __post_init__(self) -> None:
         self.deployments = (self.model,)
         rest = Cooldown(REST_S, clock=lambda: self.now_s)
-        self.replicating = ExpertReplication(self, rest, least_choices=10)
+        self.replication = ExpertReplication(self, rest, least_choices=10)
 
     async def replicate(self, model: Model, heat: ExpertHeat) -> bool:
         self.asked.append(heat)
@@ -46,14 +46,14 @@ class Network:
     def check(self, at_s: float, counts: tuple[int, int] = (0, 0), *, is_short: bool = False) -> None:
         self.now_s, self.model.counts = at_s, {1: counts}
         self.shortages = {"m/other": Shortage((1,), at_s)} if is_short else {}
-        asyncio.run(self.replicating.check())
+        asyncio.run(self.replication.check())
 
 
 def heat(*each: float) -> ExpertHeat:
     return {(1, expert): one for expert, one in enumerate(each)}
 
 
-def test_a_model_is_judged_by_what_was_chosen_since_it_was_judged_last() -> None:
+def test_a_model_is_judged_by_the_choices_since_the_last_judgement() -> None:
     network = Network()
     network.check(0, (30, 10))
     assert network.asked == []  # it rests
@@ -79,7 +79,7 @@ def test_replicas_are_given_back_at_once_while_jobs_find_no_room() -> None:
     assert network.asked == [{}]
 
 
-def test_models_that_are_given_up_or_have_all_experts_beside_their_routers_are_not_asked() -> None:
+def test_broken_models_and_those_with_all_experts_beside_their_routers_get_no_replicas() -> None:
     whole = Model()
     whole.topology = replace(whole.topology, expert_sets=())
     for model in (Model(broken=True), whole):

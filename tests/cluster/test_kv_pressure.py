@@ -32,7 +32,9 @@ class Model:
 
 
 @dataclass
-class Models:
+class Cluster:
+    """As much of a cluster as KvPressure uses."""
+
     deployments: tuple[Model, ...]
     vacated: list[str] = field(default_factory=list)
 
@@ -45,46 +47,46 @@ def reports(a_bytes: int = 4 * MIB, **given: object) -> list[Node]:
     return [node("a", a_bytes, **given), node("b", 4 * MIB)]
 
 
-def looked(*looks: tuple[float, list[Node]]) -> Models:
-    fleet = Models((Model(),))
-    fitting = KvPressure(fleet, POLICY)  # type: ignore[arg-type] # as much of a fleet as it uses
+def checked(*checks: tuple[float, list[Node]]) -> Cluster:
+    cluster = Cluster((Model(),))
+    pressure = KvPressure(cluster, POLICY)
 
-    async def look_at_all() -> None:
-        for now_s, seen in looks:
-            await fitting.check(seen, now_s)
+    async def check_all() -> None:
+        for now_s, reported in checks:
+            await pressure.check(reported, now_s)
 
-    asyncio.run(look_at_all())
-    return fleet
+    asyncio.run(check_all())
+    return cluster
 
 
 def test_a_model_gives_back_what_its_node_lost_and_gets_it_again() -> None:
     less = reports(4 * MIB - 6 * 2 * BLOCK)
 
-    fleet = looked((0.0, reports()), (1.0, less), (10.0, less), (20.0, reports()), (30.0, reports()))
+    cluster = checked((0.0, reports()), (1.0, less), (10.0, less), (20.0, reports()), (30.0, reports()))
 
-    assert fleet.deployments[0].sizes == [10, 16]
-    assert fleet.vacated == []
+    assert cluster.deployments[0].sizes == [10, 16]
+    assert cluster.vacated == []
 
 
 def test_room_that_wavers_moves_nothing_for_a_while() -> None:
     low, lower = reports(4 * MIB - 2 * 2 * BLOCK), reports(4 * MIB - 8 * 2 * BLOCK)
 
-    fleet = looked((0.0, low), (1.0, lower), (2.0, reports()), (3.0, lower), (6.0, lower))
+    cluster = checked((0.0, low), (1.0, lower), (2.0, reports()), (3.0, lower), (6.0, lower))
 
-    assert fleet.deployments[0].sizes == [14, 8]
+    assert cluster.deployments[0].sizes == [14, 8]
 
 
 def test_what_no_kv_gives_back_leaves_the_node() -> None:
-    fleet = looked((0.0, reports(2 * MIB)), (10.0, reports(2 * MIB)))
+    cluster = checked((0.0, reports(2 * MIB)), (10.0, reports(2 * MIB)))
 
-    assert fleet.deployments[0].sizes == [4]
-    assert set(fleet.vacated) == {"a"}
+    assert cluster.deployments[0].sizes == [4]
+    assert set(cluster.vacated) == {"a"}
 
 
 def test_a_node_that_leaves_is_emptied_and_asked_again_only_after_a_while() -> None:
     leaving = [replace(one, state=NodeState.LEAVING) if one.node_id == "a" else one for one in reports()]
 
-    fleet = looked((0.0, leaving), (1.0, leaving), (6.0, leaving))
+    cluster = checked((0.0, leaving), (1.0, leaving), (6.0, leaving))
 
-    assert fleet.vacated == ["a", "a"]
-    assert fleet.deployments[0].sizes == []
+    assert cluster.vacated == ["a", "a"]
+    assert cluster.deployments[0].sizes == []

@@ -1,4 +1,4 @@
-"""A node is judged by the silence since its last word, and its room by what is placed on it."""
+"""A node is judged by the silence since its last report, its room by what is placed on it."""
 
 import pytest
 from hypothesis import given
@@ -10,11 +10,11 @@ from azu.units import MIB
 from tests.builders import node
 
 
-def book(died: list[str] | None = None) -> NodeTable:
+def table(died: list[str] | None = None) -> NodeTable:
     return NodeTable(suspect_s=3, dead_s=5, on_dead=[].append if died is None else died.append)
 
 
-def listen(nodes: NodeTable, from_s: float, until_s: float) -> None:
+def judge_each_second(nodes: NodeTable, from_s: float, until_s: float) -> None:
     """Judge once a second, as the scheduler does."""
     now_s = from_s
     while now_s < until_s:
@@ -32,43 +32,43 @@ def state(nodes: NodeTable, now_s: float) -> NodeState:
     [(0, NodeState.ALIVE), (2.9, NodeState.ALIVE), (3, NodeState.SUSPECT), (5, NodeState.DEAD)],
 )
 def test_silence_makes_a_node_suspect_and_then_dead(silence_s: float, expected: NodeState) -> None:
-    nodes = book()
+    nodes = table()
     nodes.record(node("a"), now_s=100)
-    listen(nodes, 100, 100 + silence_s)
+    judge_each_second(nodes, 100, 100 + silence_s)
 
     assert state(nodes, 100 + silence_s) is expected
 
 
-def test_a_word_brings_a_suspect_back_at_once() -> None:
-    nodes = book()
+def test_a_report_ends_a_nodes_suspicion_at_once() -> None:
+    nodes = table()
     nodes.record(node("a"), now_s=100)
-    listen(nodes, 100, 104)
+    judge_each_second(nodes, 100, 104)
     nodes.record(node("a"), now_s=104)
 
     assert state(nodes, 104) is NodeState.ALIVE
 
 
-def test_a_death_is_told_once_and_again_only_after_a_life() -> None:
+def test_a_death_is_reported_once_and_again_only_after_the_node_lived() -> None:
     died: list[str] = []
-    nodes = book(died)
+    nodes = table(died)
     nodes.record(node("a"), now_s=100)
-    listen(nodes, 100, 104.9)
+    judge_each_second(nodes, 100, 104.9)
     assert died == []
-    listen(nodes, 105, 120)
+    judge_each_second(nodes, 105, 120)
     assert died == ["a"]
     nodes.record(node("a"), now_s=121)
-    listen(nodes, 121, 126)
+    judge_each_second(nodes, 121, 126)
     assert died == ["a", "a"]
 
 
-def test_what_ray_says_is_dead_is_told_at_once_and_not_again_after_silence() -> None:
+def test_a_node_that_ray_removes_is_dead_at_once_and_not_again_after_silence() -> None:
     died: list[str] = []
-    nodes = book(died)
+    nodes = table(died)
     for name in "ab":
         nodes.record(node(name), now_s=100)
     nodes.remove("a")
     assert died == ["a"]
-    listen(nodes, 100, 106)
+    judge_each_second(nodes, 100, 106)
     nodes.remove("b")
     nodes.remove("stranger")
 
@@ -76,10 +76,10 @@ def test_what_ray_says_is_dead_is_told_at_once_and_not_again_after_silence() -> 
     assert nodes.nodes(106, {}) == ()
 
 
-def test_a_node_back_from_the_dead_gets_no_work_before_it_has_spoken_for_a_while() -> None:
-    nodes = book()
+def test_a_dead_node_that_reports_again_gets_no_work_for_a_while() -> None:
+    nodes = table()
     nodes.record(node("a"), now_s=100)
-    listen(nodes, 100, 110)
+    judge_each_second(nodes, 100, 110)
     states = []
     for now_s in range(110, 118):
         nodes.record(node("a"), now_s)
@@ -90,7 +90,7 @@ def test_a_node_back_from_the_dead_gets_no_work_before_it_has_spoken_for_a_while
 
 
 def test_a_node_that_sends_a_bad_frame_is_suspect_at_once_however_often_its_agent_reports() -> None:
-    nodes = book()
+    nodes = table()
     nodes.record(node("a"), now_s=100)
     nodes.suspect("a", now_s=100)
     nodes.suspect("stranger", now_s=100)
@@ -101,7 +101,7 @@ def test_a_node_that_sends_a_bad_frame_is_suspect_at_once_however_often_its_agen
 
 
 def test_each_bad_frame_counts_against_its_sender() -> None:
-    nodes = book()
+    nodes = table()
     nodes.record(node("a"), now_s=100)
     for now_s in (100, 110):
         nodes.suspect("a", now_s)
@@ -113,29 +113,29 @@ def test_each_bad_frame_counts_against_its_sender() -> None:
     assert state(nodes, 116) is NodeState.ALIVE
 
 
-def test_nobody_dies_of_a_time_in_which_nobody_listened() -> None:
+def test_no_node_dies_of_a_time_in_which_the_scheduler_took_no_reports() -> None:
     died: list[str] = []
-    nodes = book(died)
+    nodes = table(died)
     nodes.record(node("a"), now_s=100)
     nodes.judge(100)
     nodes.judge(160)  # the scheduler itself was stopped for a minute
 
     assert died == []
     assert state(nodes, 160) is NodeState.ALIVE
-    listen(nodes, 161, 164)
+    judge_each_second(nodes, 161, 164)
     assert died == ["a"]
 
 
 def test_a_leaving_node_that_falls_silent_does_not_become_merely_suspect() -> None:
-    nodes = book()
+    nodes = table()
     nodes.record(node("a", state=NodeState.LEAVING), now_s=100)
-    listen(nodes, 100, 104)
+    judge_each_second(nodes, 100, 104)
 
     assert state(nodes, 104) is NodeState.LEAVING
 
 
 def test_pieces_that_would_be_gone_give_back_what_they_hold_and_no_more() -> None:
-    nodes = book()
+    nodes = table()
     nodes.record(node("a", 10 * MIB, vram_free_bytes=3 * MIB, vram_used_bytes=6 * MIB), 0)
 
     (beside,), (without,) = nodes.nodes(0, {"a": 7 * MIB}), nodes.nodes(0, {"a": 2 * MIB}, {"a": 5 * MIB})
@@ -145,8 +145,8 @@ def test_pieces_that_would_be_gone_give_back_what_they_hold_and_no_more() -> Non
     assert without.vram_free_bytes == 7 * MIB
 
 
-def test_room_without_knowing_our_own_use_is_the_lesser_of_live_and_not_promised() -> None:
-    nodes = book()
+def test_without_a_figure_of_azus_own_use_room_is_the_lesser_of_free_and_not_promised() -> None:
+    nodes = table()
     nodes.record(node("a", 10 * MIB, vram_free_bytes=7 * MIB), now_s=0)
 
     assert nodes.nodes(0, {"a": 2 * MIB})[0].vram_free_bytes == 7 * MIB
@@ -156,7 +156,7 @@ def test_room_without_knowing_our_own_use_is_the_lesser_of_live_and_not_promised
 
 def test_what_is_placed_but_not_loaded_is_not_promised_again_beside_another_program() -> None:
     """Of 10 MiB another program holds 4: what is placed takes from the 6, loaded or not."""
-    nodes = book()
+    nodes = table()
     for used in (0, 1 * MIB, 2 * MIB):
         report = node("a", 10 * MIB, vram_free_bytes=6 * MIB - used, vram_used_bytes=used)
         nodes.record(report, now_s=0)
@@ -176,7 +176,7 @@ def test_room_never_exceeds_what_the_card_has_nor_what_is_lent(
     card = 100
     used = min(loaded, placed)
     free = max(0, min(lent - used, card - other - used))
-    nodes = book()
+    nodes = table()
     nodes.record(node("a", lent, vram_free_bytes=free, vram_used_bytes=used if is_known else None), now_s=0)
     room = nodes.nodes(0, {"a": placed})[0].vram_free_bytes
 
@@ -186,8 +186,8 @@ def test_room_never_exceeds_what_the_card_has_nor_what_is_lent(
         assert room <= max(0, card - other - placed)
 
 
-def test_nodes_come_in_the_order_of_their_ids_and_go_when_told() -> None:
-    nodes = book()
+def test_nodes_come_in_the_order_of_their_ids_and_go_when_removed() -> None:
+    nodes = table()
     for name in "cab":
         nodes.record(node(name), now_s=0)
     nodes.remove("b")

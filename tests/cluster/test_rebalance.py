@@ -1,4 +1,4 @@
-"""Models look for better places now and then, and rest after every change."""
+"""Models move to better places now and then, and rest after every change."""
 
 import asyncio
 from dataclasses import dataclass, field, replace
@@ -25,43 +25,43 @@ class Model:
 
 @dataclass
 class Network:
-    """One model, a clock, and when it was asked to move."""
+    """One model, a clock, and when it was tried to move."""
 
     gains: bool = True
     works: bool = True
     model: Model = field(default_factory=Model)
     now_s: float = 0.0
-    asked_s: list[float] = field(default_factory=list)
+    tried_s: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.deployments = (self.model,)
-        self.moving = Rebalance(self, Cooldown(REST_S, clock=lambda: self.now_s))
+        self.rebalance = Rebalance(self, Cooldown(REST_S, clock=lambda: self.now_s))
 
     async def improve(self, model: Model) -> bool:
-        self.asked_s.append(self.now_s)
+        self.tried_s.append(self.now_s)
         if self.gains and self.works:
             model.change()
         return self.gains
 
     def check_until(self, end_s: float, every_s: float = 10.0) -> None:
         while self.now_s <= end_s:
-            asyncio.run(self.moving.check())
+            asyncio.run(self.rebalance.check())
             self.now_s += every_s
 
 
-def test_a_model_that_came_up_rests_before_it_is_asked() -> None:
+def test_a_model_that_came_up_rests_before_it_is_moved() -> None:
     network = Network(gains=False)
     network.check_until(90)
 
-    assert network.asked_s == [60, 70, 80, 90]
+    assert network.tried_s == [60, 70, 80, 90]
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_however_often_another_place_is_better_a_model_moves_once_in_a_while(works: bool) -> None:
+def test_a_model_moves_once_per_rest_however_often_another_place_is_better(works: bool) -> None:
     network = Network(works=works)
     network.check_until(250)
 
-    assert network.asked_s == [60, 120, 180, 240]
+    assert network.tried_s == [60, 120, 180, 240]
 
 
 def test_a_model_that_was_repaired_rests_as_well() -> None:
@@ -70,11 +70,11 @@ def test_a_model_that_was_repaired_rests_as_well() -> None:
     network.model.change()
     network.check_until(120)
 
-    assert network.asked_s == [120]
+    assert network.tried_s == [120]
 
 
-def test_a_model_that_is_given_up_does_not_move() -> None:
+def test_a_broken_model_does_not_move() -> None:
     network = Network(model=Model(broken=True))
     network.check_until(200)
 
-    assert network.asked_s == []
+    assert network.tried_s == []

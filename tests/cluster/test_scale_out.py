@@ -27,23 +27,23 @@ class Pipeline:
 
 @dataclass
 class Network:
-    """Pipelines of one model, and how often it was widened."""
+    """Pipelines of one model, and the models that got another one."""
 
     deployments: tuple[Pipeline, ...] = ()
-    widened: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
 
     async def add_pipeline(self, model_id: str, revision: str) -> None:
-        self.widened.append(model_id)
+        self.added.append(model_id)
 
 
-def looks(*each: tuple[Pipeline, ...]) -> int:
-    """Return how often a model was widened in looks at these pipelines."""
+def added_in(*each: tuple[Pipeline, ...]) -> int:
+    """Return how often a model got another pipeline in checks of these pipelines."""
     network = Network()
-    widening = ScaleOut(network, PROMISED)
+    scale_out = ScaleOut(network, PROMISED)
     for pipelines in each:
         network.deployments = pipelines
-        asyncio.run(widening.check())
-    return len(network.widened)
+        asyncio.run(scale_out.check())
+    return len(network.added)
 
 
 BUSY, CALM = (Pipeline(PROMISED + 1),), (Pipeline(PROMISED),)
@@ -62,5 +62,7 @@ BUSY, CALM = (Pipeline(PROMISED + 1),), (Pipeline(PROMISED),)
         ([(), ()], 0),
     ],
 )
-def test_who_is_busy_twice_is_widened(each: list[tuple[Pipeline, ...]], times: int) -> None:
-    assert looks(*each) == times
+def test_a_model_that_is_busy_twice_gets_another_pipeline(
+    each: list[tuple[Pipeline, ...]], times: int
+) -> None:
+    assert added_in(*each) == times
