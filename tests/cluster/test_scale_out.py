@@ -62,7 +62,5 @@ BUSY, CALM = (Pipeline(PROMISED + 1),), (Pipeline(PROMISED),)
         ([(), ()], 0),
     ],
 )
-def test_a_model_that_is_busy_twice_gets_another_pipeline(
-    each: list[tuple[Pipeline, ...]], times: int
-) -> None:
+def test_a_model_busy_twice_gets_another_pipeline(each: list[tuple[Pipeline, ...]], times: int) -> None:
     assert added_in(*each) == times
