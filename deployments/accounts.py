@@ -1,4 +1,4 @@
-"""Deposits, balances and earnings over HTTP."""
+"""Accounts over HTTP: sign-in and keys, deposits, balances, earnings and withdrawals."""
 
 from dataclasses import asdict
 from importlib.metadata import version
@@ -54,7 +54,7 @@ async def deposit(body: DepositRequest, key: Key, services: ServicesNow) -> Depo
 
 @router.get("/v1/balance")
 async def balance(key: Key, services: ServicesNow) -> BalanceResponse:
-    """Return what the key's address may spend, what its jobs hold and what is being sent back to it."""
+    """Return what the key's address may spend, what its jobs hold and what is on its way back to it."""
     balance = await services.books.balance(key.address)
     return BalanceResponse(address=key.address, **asdict(balance))
 
@@ -76,7 +76,7 @@ async def earnings(
 
 @router.post("/v1/earnings/claim")
 async def claim_earnings(body: ClaimRequest, key: Key, services: ServicesNow) -> ClaimedEarnings:
-    """Have what the key's address earned paid to it, from the threshold on."""
+    """Have the treasury pay the key's address what it earns, from the threshold on."""
     await services.books.claim_earnings(key.address, body.signature)
     return ClaimedEarnings(address=key.address, claimed=True)
 
@@ -108,7 +108,7 @@ async def open_key(body: KeyRequest, request: Request, services: ServicesNow) ->
 
 @router.get("/v1/auth/keys")
 async def keys(key: Key, services: ServicesNow) -> KeyList:
-    """Return the keys of the caller's address, with what counts against their limits."""
+    """Return the keys of the caller's address, with what counts against their spend limits."""
     found = await services.auth.list(key.address)
     return KeyList(data=tuple([await _line(services, one) for one in found]))
 
@@ -118,7 +118,7 @@ async def revoke(key_id: str, key: Key, services: ServicesNow) -> Revoked:
     """Make a key of the caller's address invalid at once."""
     restricted = key.expires_at_ms is not None or key.spend_limit_lamports is not None
     if restricted and key_id != key.key_id:
-        raise Forbidden("a key with an end or a limit may only revoke itself", param="key_id")
+        raise Forbidden("a key that expires or has a spend limit may only revoke itself", param="key_id")
     await services.auth.revoke(key.address, key_id)
     return Revoked(revoked=key_id)
 
@@ -139,7 +139,7 @@ async def _line(services: Services, key: ApiKey) -> KeyLine:
 
 @router.post("/v1/withdrawals")
 async def withdraw(body: WithdrawalRequest, key: Key, services: ServicesNow) -> WithdrawalLine:
-    """Hand a signed withdrawal to the treasury; the same one sent again changes nothing."""
+    """Hand a signed withdrawal to the treasury; sending the same one again changes nothing."""
     withdrawal = Withdrawal(
         address=key.address, lamports=body.lamports, nonce=body.nonce, expires_at_ms=body.expires_at_ms
     )
@@ -149,6 +149,6 @@ async def withdraw(body: WithdrawalRequest, key: Key, services: ServicesNow) -> 
 
 @router.get("/v1/withdrawals/{nonce}")
 async def withdrawal(nonce: int, key: Key, services: ServicesNow) -> WithdrawalLine:
-    """Return how far one of the key's address's withdrawals is."""
+    """Return how far a withdrawal of the key's address is."""
     status = await services.books.withdrawal(key.address, nonce)
     return WithdrawalLine(nonce=nonce, **asdict(status))

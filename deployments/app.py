@@ -16,15 +16,15 @@ from deployments.control_plane import ControlPlane, unless_changed
 from deployments.ingress import build_api
 
 NAME = "azu"
-# Serve's default of 5 would let streams in by waves.
+# With Serve's default of 5 streams would wait for each other.
 _MAX_ONGOING_REQUESTS = 1000
 _ON_HEAD = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
-# The books' passwords are new after they were opened anew: soon noticed, soon served again.
+# Redis has new passwords after `azu serve --books` started again: a replica soon notices and is replaced.
 _HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 15.0}
 
 
 class NetworkArgs(BaseModel):
-    """What a Serve config says of a network: the folder on the head that `azu serve --books` writes."""
+    """The arguments in a Serve config: the folder on the head that `azu serve --books` writes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,12 +40,12 @@ def network(args: NetworkArgs) -> Application:
 
 
 def build_app(config: ControlConfig) -> Application:
-    """Return the Serve application of a network whose control plane somebody else starts."""
+    """Return the ingress alone as a Serve application; `azu up` starts the control plane beside it."""
     return _ingress(lambda: _api(config)).bind()
 
 
 def http_options(config: ControlConfig) -> dict[str, Any]:
-    """Return where the ingress listens, and with which certificate."""
+    """Return the address and certificate of Serve's HTTP proxy."""
     options: dict[str, Any] = {"host": config.http_host, "port": config.http_port}
     if config.tls is not None:
         options |= {"ssl_certfile": str(config.tls.certificate), "ssl_keyfile": str(config.tls.key)}
@@ -54,26 +54,26 @@ def http_options(config: ControlConfig) -> dict[str, Any]:
 
 def start(config: ControlConfig) -> None:
     """Serve the network's ingress from the Ray cluster that this process is connected to."""
-    # It would tell the terminal what the caller already shows as progress.
+    # The caller shows progress; Serve's log lines would repeat it on the terminal.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options=http_options(config))
     serve.run(build_app(config), name=NAME, route_prefix="/")
 
 
 def stop() -> None:
-    """Take the ingress down, and leave Serve to whatever else it runs."""
+    """Take the ingress down; other applications of Serve go on."""
     if NAME in serve.status().applications:
         serve.delete(NAME)
 
 
 def _api(config: ControlConfig) -> FastAPI:
     start_logging("ingress")
-    # Serve's proxy says a request's id by itself.
+    # Serve's proxy writes a request's id into the response by itself.
     return build_api(config, echo_ids=False)
 
 
 class _Ingress:
-    """The replica behind the API; one that was built from a file is replaced when that changes."""
+    """The replica behind the API. Serve replaces one that was built from a file when the file changes."""
 
     def __init__(self, path: Path | None = None, *_: object) -> None:
         self._path = path and path.expanduser()

@@ -1,4 +1,4 @@
-"""The OpenAI endpoints: a prompt in, the job's tokens out, whole or as they come."""
+"""The OpenAI endpoints: a prompt becomes a job, and its tokens an answer, whole or as a stream."""
 
 import asyncio
 import time
@@ -46,7 +46,7 @@ async def chat_completions(body: ChatRequest, key: Key, services: ServicesNow) -
     tools = body.offered_tools
     if tools and not model.tokenizer.takes_tools():
         raise InvalidRequest(
-            f"{body.model} has no template that tells of tools and tells calls from text",
+            f"the chat template of {body.model} does not support tools",
             param="tools",
             code="unsupported_parameter",
         )
@@ -83,7 +83,8 @@ async def job_stream(
 ) -> Response:
     """Stream a job's answer from its completion token `after` on, as the chunks of a text or of a chat.
 
-    Every chunk's `azu.after` says where to go on if no other arrives. Leaving does not end the job.
+    Each chunk's `azu.after` is the place to continue from if the stream breaks. The job goes on when the
+    caller disconnects.
     """
     record = await owned(services, key, job_id)
     job = record.job
@@ -108,7 +109,7 @@ async def _answer(
     choices = body.n or 1
     parsers = [model.tokenizer.answer_parser(prompt, tools) for _ in range(choices if tools else 0)]
     accepting = services.intake.accept(key, model.facts, prompt, sampling, choices)
-    job = await _finished_or_given_up(services, asyncio.create_task(accepting))
+    job = await _accepted(services, asyncio.create_task(accepting))
     answer = AnswerFormatter(
         chat=isinstance(body, ChatRequest), job_id=job.job_id, model=body.model, created_s=int(time.time()),
         decoder=model.tokenizer,
@@ -122,8 +123,8 @@ async def _answer(
     return _JobStream(services, job, _events(job, deltas, answer, include_usage=include_usage))
 
 
-async def _finished_or_given_up(services: Services, accepting: asyncio.Task[Job]) -> Job:
-    """Let a job be accepted or refused in full, even if whoever asked for it is gone meanwhile."""
+async def _accepted(services: Services, accepting: asyncio.Task[Job]) -> Job:
+    """Let a job be accepted or refused completely, even if its caller disconnects meanwhile."""
     try:
         return await asyncio.shield(accepting)
     except asyncio.CancelledError:
@@ -133,8 +134,8 @@ async def _finished_or_given_up(services: Services, accepting: asyncio.Task[Job]
 
 
 @asynccontextmanager
-async def _while_wanted(services: Services, job: Job) -> AsyncIterator[None]:
-    """Cancel a job whose reader goes away; one that has ended stays as it is."""
+async def _cancelled_after(services: Services, job: Job) -> AsyncIterator[None]:
+    """Cancel a job whose reader disconnects; an ended job stays as it is."""
     try:
         yield
     finally:
@@ -142,7 +143,7 @@ async def _while_wanted(services: Services, job: Job) -> AsyncIterator[None]:
 
 
 class _JobStream(StreamingResponse):
-    """A job's events as they come; whatever ends the response, even before its first byte, ends the job."""
+    """A job's events as they come; when the response ends, even before its first byte, the job ends."""
 
     def __init__(self, services: Services, job: Job, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=_NO_CACHE)
@@ -150,14 +151,14 @@ class _JobStream(StreamingResponse):
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with _while_wanted(self._services, self._job):
+        async with _cancelled_after(self._services, self._job):
             await super().__call__(scope, receive, send)
 
 
 async def _whole(services: Services, job: Job, deltas: Deltas, answer: AnswerFormatter) -> Response:
     choices = [TextDelta(choice=index) for index in range(job.choices)]
     try:
-        async with _while_wanted(services, job):
+        async with _cancelled_after(services, job):
             async for delta in deltas:
                 if isinstance(delta, TextDelta):
                     choices[delta.choice] = choices[delta.choice].joined(delta)
@@ -194,12 +195,12 @@ def _usage(job: Job, outcome: JobOutcome) -> Usage:
 
 def _error_of(outcome: JobOutcome) -> AzuError:
     if outcome.state is JobState.CANCELLED:
-        return Unavailable("whoever read this answer went away before its end", code="job_cancelled")
-    said = outcome.error or {}
-    # What a checkpoint lacks is lacking whenever it is asked for: such errors stay what they were.
-    code = said.get("code")
+        return Unavailable("the reader of this answer disconnected before its end", code="job_cancelled")
+    found = outcome.error or {}
+    # An error of the checkpoint comes with every request for it, so it keeps its class and status.
+    code = found.get("code")
     kind = next((kind for kind in error_classes() if code and kind.default_code == code), Unavailable)
-    return kind(str(said.get("message")), param=said.get("param"), code=code)
+    return kind(str(found.get("message")), param=found.get("param"), code=code)
 
 
 def _json(body: ResponseModel) -> Response:

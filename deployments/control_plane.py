@@ -1,4 +1,7 @@
-"""The control plane as a Serve deployment: registry and scheduler live and die with its one replica."""
+"""The control plane as a Serve deployment: its one replica starts and ends registry and scheduler.
+
+It stands apart from app.py because the replica's process must not load FastAPI.
+"""
 
 import asyncio
 from pathlib import Path
@@ -11,22 +14,22 @@ _ANSWER_TIMEOUT_S = 10.0
 
 
 def unless_changed(path: Path, config: ControlConfig) -> None:
-    """Raise Unavailable when the file says something else now: the books were opened anew."""
+    """Raise Unavailable if the file has another config now, because `azu serve --books` started again."""
     if ControlConfig.from_file(path) != config:
-        raise Unavailable(f"{path} has changed; whoever has read it starts again")
+        raise Unavailable(f"{path} has changed; its readers start again")
 
 
 class ControlPlane:
-    """Starts the control plane and keeps it up; Serve replaces a replica, and so all of it, that cannot."""
+    """Starts the control plane and keeps it running; Serve replaces a replica that fails to."""
 
     def __init__(self, path: Path) -> None:
         self._path = path.expanduser()
         self._config = ControlConfig.from_file(self._path)
-        control_plane.stop()  # what a replica left that was killed
+        control_plane.stop()  # actors of a replica that was killed
         control_plane.start(self._config)
 
     async def check_health(self) -> None:
-        """Start again who died; raise when one of them hangs, or when the books are others now."""
+        """Restart actors that died; raise when one hangs or the config changed."""
         unless_changed(self._path, self._config)
         await asyncio.wait_for(asyncio.to_thread(control_plane.revive, self._config), _ANSWER_TIMEOUT_S)
 

@@ -1,4 +1,4 @@
-"""The FastAPI app: routes, and one shape for every error."""
+"""The FastAPI app: its routes, its contract, and one shape for every error."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -37,7 +37,7 @@ def build_api(
 ) -> FastAPI:
     """Return the ingress as a plain ASGI app; it connects when it starts.
 
-    `echo_ids` is for servers that do not say a request's id in the response themselves.
+    With `echo_ids` the app writes a request's id into the response; Serve's proxy does that by itself.
     """
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Jobs by id: submit now, ask for results later."""
+"""Jobs by id: submit a prompt, ask for its results, price and receipt."""
 
 import asyncio
 from dataclasses import asdict
@@ -98,8 +98,8 @@ def _line(record: JobRecord) -> JobLine:
     )
 
 
-# So many of the caller's latest jobs say how long an answer is expected to be.
-_JOBS_LOOKED_AT = 50
+# An answer is expected to be as long as those of the caller's latest jobs, this many.
+_LATEST_JOBS = 50
 
 
 @router.post("/v1/quote")
@@ -126,13 +126,13 @@ async def _usual_tokens(services: Services, address: str, model_id: str) -> int 
     """Return the average length of the address's latest answers of a model; None if it had none."""
     lengths = [
         record.outcome.receipt.completion_tokens
-        for record in await services.jobs.of(address, _JOBS_LOOKED_AT)
+        for record in await services.jobs.of(address, _LATEST_JOBS)
         if record.job.model_id == model_id and record.outcome and record.state is JobState.DONE
     ]
     return round(sum(lengths) / len(lengths)) if lengths else None
 
 
-# Signing takes the treasury a moment; while it is away a receipt is handed out unsigned.
+# The treasury signs within moments; without its answer the receipt is unsigned.
 _SIGNATURE_TIMEOUT_S = 5.0
 
 

@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: it is named, limited and never left unanswered."""
+"""What every request passes before its route: an id, a limit for its body, and an answer if it fails."""
 
 import logging
 import math
@@ -12,21 +12,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from azu.errors import AzuError, InternalError, RequestTooLarge
 from azu.logs import bound
 
-
-def refusal(error: AzuError, *, may_be_charged: bool = False) -> JSONResponse:
-    """Return an error's response.
-
-    OpenAI's clients send a request again by themselves after 408, 409, 429 and 5xx; where something may have
-    been charged for it they are told not to.
-    """
-    headers = {}
-    if error.retry_after_s is not None:
-        headers["retry-after"] = str(math.ceil(error.retry_after_s))
-    if may_be_charged:
-        headers["x-should-retry"] = "false"
-    return JSONResponse(error.to_openai(), error.status, headers)
-
-
 log = logging.getLogger(__name__)
 
 HEADER = "x-request-id"
@@ -34,9 +19,9 @@ _GIVEN = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class RequestIds:
-    """Names each request, by its caller's own name if that is one, and answers what broke with an error.
+    """Gives each request an id, the caller's own if it is usable, and answers a failed request with an error.
 
-    `echo` puts the name into the response, where no server around this one does.
+    The id is in every log line of the request. `echo` writes it into the response too.
     """
 
     def __init__(self, app: ASGIApp, *, echo: bool) -> None:
@@ -44,34 +29,34 @@ class RequestIds:
         self._echo = echo
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on under its name."""
+        """Pass a request on under its id."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get(HEADER, "")
-        name = given if _GIVEN.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        request_id = given if _GIVEN.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         started = False
 
-        async def named(message: Message) -> None:
+        async def with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
                 if self._echo:
-                    MutableHeaders(scope=message)[HEADER] = name
+                    MutableHeaders(scope=message)[HEADER] = request_id
             await send(message)
 
-        with bound(request_id=name):
+        with bound(request_id=request_id):
             try:
-                await self._app(scope, receive, named)
+                await self._app(scope, receive, with_id)
             except Exception:
                 log.exception("%s %s failed", scope["method"], scope["path"])
                 if started:
                     raise
-                await refusal(InternalError("azu failed to serve this request"))(scope, receive, named)
+                await refusal(InternalError("azu failed to serve this request"))(scope, receive, with_id)
 
 
 class BodyLimit:
-    """Refuses a body that is larger than the limit, said or sent, before anything reads it."""
+    """Refuses a body that is larger than the limit, by its header or its bytes, before a route reads it."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -110,3 +95,17 @@ class BodyLimit:
                 return None
             if not message.get("more_body"):
                 return bytes(body)
+
+
+def refusal(error: AzuError, *, may_be_charged: bool = False) -> JSONResponse:
+    """Return an error's response.
+
+    OpenAI's clients repeat a request by themselves after 408, 409, 429 and 5xx. `x-should-retry: false` keeps
+    them from it where the request may have been charged.
+    """
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    if may_be_charged:
+        headers["x-should-retry"] = "false"
+    return JSONResponse(error.to_openai(), error.status, headers)

@@ -110,7 +110,7 @@ async def network(_: Key, services: ServicesNow) -> NetworkResponse:
 
 @router.post("/v1/nodes/{name}/leave")
 async def leave(name: str, services: ServicesNow, admin: AdminSecret, secret: ApiKeySecret) -> LeaveResponse:
-    """Have a node give away what it holds; for its payout address, and for the admin key.
+    """Have a node give away what it holds; allowed for its payout address and the admin key.
 
     The caller asks again until `left` is true.
     """
@@ -132,7 +132,7 @@ async def models(_: Key, services: ServicesNow) -> ModelList:
 
 @router.get("/v1/models/{model_id:path}")
 async def model(model_id: str, _: Key, services: ServicesNow) -> ModelLine:
-    """Return one model, known or not yet cut; raises ModelNotFound."""
+    """Return one model, cut or not; raises ModelNotFound."""
     facts = (await services.model(model_id)).facts
     deployed = model_id in await _deployed(services)
     return _model(services, model_id, facts.num_layers, facts.context_length, deployed)

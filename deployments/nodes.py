@@ -1,4 +1,4 @@
-"""Nodes that come with a ticket: who lets them in, and what they are given."""
+"""How machines become nodes of an encrypted network: tickets, certificates and their renewal."""
 
 import asyncio
 from dataclasses import asdict
@@ -35,12 +35,12 @@ from azu.errors import InternalError, NotFound, Unauthenticated
 from deployments.services import Admin, ServicesNow
 
 router = APIRouter(prefix="/v1/nodes")
-# A signature of a while ago may have been overheard.
+# An older signature may have been recorded by another party.
 _FRESH_MS = 300_000
 
 
 def enrolment_of(services: ServicesNow) -> EnrolmentConfig:
-    """Return how nodes are let in; raises NotFound where a ticket holds all that a node needs."""
+    """Return how nodes are let in; raises NotFound for a network without encryption."""
     if services.config.enrolment is None:
         raise NotFound("this network is not encrypted: `azu join` needs nothing but its ticket")
     return services.config.enrolment
@@ -58,7 +58,7 @@ async def authority(enrolment: Enrolment) -> AuthorityResponse:
 
 @router.post("/enrol")
 async def enrol(body: EnrolRequest, services: ServicesNow, enrolment: Enrolment) -> NodeAdmission:
-    """Let a node in that shows a ticket's secret, and sign its certificate."""
+    """Let in a node that shows a ticket's secret, and sign its certificate."""
     key = read_request(body.request.encode())
     await services.tickets.admit(body.secret, key_digest(key), body.name, wall_clock_ms())
     signer = await asyncio.to_thread(_authority, enrolment)
@@ -74,7 +74,7 @@ async def renew(body: RenewRequest, services: ServicesNow, enrolment: Enrolment)
     signer.check(certificate, utc_now())
     check_text(certificate, renewal_text(body.signed_at_ms), body.signature)
     if abs(wall_clock_ms() - body.signed_at_ms) > _FRESH_MS:
-        raise Unauthenticated("this was signed at another time; set the machine's clock")
+        raise Unauthenticated("the signature is too old or from the future; set the machine's clock")
     await services.tickets.check_node(key_digest(public_key(certificate)))
     return await _admission(enrolment, certificate_pem(signer.renew(certificate, utc_now())))
 
@@ -103,7 +103,7 @@ async def tickets(services: ServicesNow) -> TicketList:
 
 @router.delete("/tickets/{ticket_id}", dependencies=[Admin])
 async def revoke_ticket(ticket_id: str, services: ServicesNow) -> Revoked:
-    """Let no node in with a ticket any more, and renew none that came with it."""
+    """Let no more nodes in with a ticket, and renew no certificate of its nodes."""
     await services.tickets.revoke(ticket_id, wall_clock_ms())
     return Revoked(revoked=ticket_id)
 

@@ -12,10 +12,10 @@ from azu.errors import BrokenCheckpoint, InvalidRequest
 from azu.protocol.sampling import SamplingParams
 
 _FILE = "generation_config.json"
-# What generate samples with when the file says no more than that it samples.
+# How transformers' generate samples if the file sets no more than do_sample.
 _TOP_K = 50
 _TEMPERATURE = 1.0
-# What is passed through when the request gives it; the rest is the model's default.
+# Parameters that a request may set; the others keep the model's default.
 _PASSED = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "min_tokens",
@@ -29,7 +29,7 @@ def sampling_params(
     *,
     default_max_tokens: int,
 ) -> SamplingParams:
-    """Return the sampling that a request asks for; raises InvalidRequest that names the parameter."""
+    """Return the sampling that a request asks for; raises InvalidRequest with the parameter's name."""
     given = {name: value for name in _PASSED if (value := getattr(body, name)) is not None}
     bias = _logit_bias(body.logit_bias)
     check_tokens("logit_bias", bias, vocab_size)
@@ -56,7 +56,7 @@ def sampling_params(
 def _max_tokens(body: ChatRequest | CompletionRequest, default: int) -> int:
     newer = body.max_completion_tokens if isinstance(body, ChatRequest) else None
     asked = body.max_tokens if newer is None else newer
-    # A prompt that leaves no room is refused with its own message when the job is accepted.
+    # For a prompt that leaves no room, intake raises an error of its own.
     return max(1, default) if asked is None else asked
 
 
@@ -77,13 +77,13 @@ def _token_id(text: str) -> int:
 
 
 def check_tokens(param: str, token_ids: Iterable[int], vocab_size: int) -> None:
-    """Refuse ids that the model has no logit for: the last stage could not look them up."""
+    """Raise InvalidRequest for ids that the model has no logit for; the last stage would fail on them."""
     if not all(0 <= token_id < vocab_size for token_id in token_ids):
         raise InvalidRequest(f"its token ids must lie between 0 and {vocab_size - 1}", param=param)
 
 
 def check_limits(body: ChatRequest | CompletionRequest, limits: Limits) -> None:
-    """Raise InvalidRequest that names the first parameter beyond its limit."""
+    """Raise InvalidRequest with the name of the first parameter that exceeds its limit."""
     counted = {
         "n": (body.n or 1, limits.max_choices),
         "stop": (len(body.stop), limits.max_stop_strings),
@@ -105,7 +105,7 @@ def check_limits(body: ChatRequest | CompletionRequest, limits: Limits) -> None:
 
 
 class _GenerationConfig(BaseModel):
-    """The part of the file that azu has; others' files hold much more."""
+    """The fields of generation_config.json that azu uses; the file may hold many others."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -119,7 +119,7 @@ class _GenerationConfig(BaseModel):
 
 
 def default_sampling(files: Mapping[str, bytes]) -> SamplingParams:
-    """Return the sampling of a model whose config files these are, greedy when they say nothing.
+    """Return the sampling that a model's config files set; without do_sample it is greedy.
 
     Raises BrokenCheckpoint when generation_config.json is malformed.
     """

@@ -1,4 +1,4 @@
-"""What the ingress calls: accounts, jobs, the registry and the scheduler, each over its own connection."""
+"""What the routes call (books, jobs, registry, scheduler), and the keys that a caller shows."""
 
 import asyncio
 import hashlib
@@ -36,13 +36,14 @@ if TYPE_CHECKING:
 
 
 _REFRESH_S = 60.0
-_BACK_IN_S = 5.0  # who died is soon back; whoever waits longer may as well ask again
+# A registry or scheduler that died is restarted in this time; a caller that waits longer asks again.
+_BACK_IN_S = 5.0
 _KEPT_MODELS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A described model with its tokenizer."""
+    """A described model with its tokenizer and its own sampling defaults."""
 
     facts: ModelFacts
     vocab_size: int
@@ -51,7 +52,7 @@ class ServedModel:
 
 
 class Services:
-    """The ingress's connections; made once in the replica's own event loop."""
+    """The ingress's connections. A replica makes them once, in its own event loop."""
 
     def __init__(self, config: ControlConfig) -> None:
         policy = config.policy
@@ -81,28 +82,28 @@ class Services:
     async def key(self, secret: str | None) -> ApiKey:
         """Return the API key with a secret and count the request as its own.
 
-        Raises Unauthenticated without a valid key, RateLimited for one that sends requests too fast.
+        Raises Unauthenticated without a valid key, RateLimited for a key with too many requests.
         """
         key = await self.auth.check(secret, wall_clock_ms())
         await self._rates.take(key.key_id, self._key_rate)
         return key
 
     async def count_sign_in(self, client: Address | None) -> None:
-        """Count a request that no key is needed for; raises RateLimited."""
+        """Count a request that needs no key, by its sender's address; raises RateLimited."""
         await self._rates.take(f"from:{client.host if client else ''}", self._sign_in_rate)
 
     async def registry(self, method: str, *arguments: Any) -> Any:
-        """Call the registry; raises Unavailable while it is away."""
+        """Call the registry; raises Unavailable while it does not answer."""
         return await self._call(REGISTRY, method, self.config.policy.timeouts.describe_s, *arguments)
 
     async def scheduler(self, method: str, *arguments: Any) -> Any:
-        """Call the scheduler; raises Unavailable while it is away."""
+        """Call the scheduler; raises Unavailable while it does not answer."""
         return await self._call(SCHEDULER, method, self.config.policy.timeouts.describe_s, *arguments)
 
     async def model(self, model_id: str) -> ServedModel:
-        """Return a model that can be priced; raises ModelNotFound or why it cannot be served."""
-        heard_s, served = self._models.get(model_id, (float("-inf"), None))
-        if served is None or time.monotonic() - heard_s > _REFRESH_S:
+        """Return a model that can be priced; raises ModelNotFound, or the reason why azu cannot serve it."""
+        read_s, served = self._models.get(model_id, (float("-inf"), None))
+        if served is None or time.monotonic() - read_s > _REFRESH_S:
             described: ModelDescription = await self.registry("describe", model_id)
             if served is None or served.facts.revision != described.revision:
                 served = await asyncio.to_thread(_served, described)
@@ -116,7 +117,7 @@ class Services:
 
 
 def warm_up() -> None:
-    """Import what the first prompt needs; it takes seconds, and nothing else waits for it."""
+    """Import the tokenizers, which takes seconds, so that the first prompt does not wait for it."""
     import azu.engine.tokenizer  # noqa: F401, PLC0415
 
 

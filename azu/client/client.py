@@ -1,4 +1,4 @@
-"""The client: one class over the ingress's HTTP API."""
+"""The client: one class over the network's HTTP API, and how a wallet signs in."""
 
 import os
 import ssl
@@ -36,66 +36,30 @@ from azu.api.network import (
 )
 from azu.api.openai import ModelList
 from azu.auth.signatures import Withdrawal, sign_claim, sign_withdrawal
-from azu.client.http import raise_for, translated, trusting
+from azu.client.http import json_of, raise_for, translated, trusting
 from azu.client.stream import Generation, Stream
 from azu.clock import wall_clock_ms
 from azu.errors import InternalError, InvalidRequest
-
-_WANTS = " wants you to sign in with your Ethereum account:"
-
-
-def wallet_of(key: str | LocalAccount) -> LocalAccount:
-    """Return the wallet of a private key in hex, or the wallet itself."""
-    if isinstance(key, LocalAccount):
-        return key
-    try:
-        wallet: LocalAccount = Account.from_key(key)
-    except Exception:
-        # The library's own message may quote the key: it must not travel on.
-        raise InvalidRequest("this is no private key", param="private_key") from None
-    return wallet
-
-
-def sign_challenge(wallet: LocalAccount, text: str, url: str) -> str:
-    """Sign a network's challenge as wallets do (EIP-191) and return the signature in hex.
-
-    Raises InvalidRequest for a text that is no challenge (EIP-4361) of the network at `url` for this wallet:
-    a network that hands on another one's challenge would get a key there.
-    """
-    first, _, rest = text.partition("\n")
-    domain = first.removesuffix(_WANTS)
-    if domain == first or not rest.startswith(f"{wallet.address}\n"):
-        raise InvalidRequest("the network wants something signed that is no sign-in of this wallet")
-    here = urlsplit(url).netloc
-    if _loopback_as_one(domain) != _loopback_as_one(here):
-        raise InvalidRequest(
-            f"the network at {here} wants a sign-in at {domain}; its AZU_DOMAIN has to be {here}"
-        )
-    signature: str = wallet.sign_message(encode_defunct(text=text)).signature.to_0x_hex()
-    return signature
-
-
-def _loopback_as_one(netloc: str) -> str:
-    host, colon, port = netloc.lower().rpartition(":")
-    return f"127.0.0.1{colon}{port}" if host == "localhost" else netloc.lower()
-
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _TIMEOUT_S = 600.0
 _CONNECT_TIMEOUT_S = 5.0
 _WITHDRAWAL_LIFE_S = 600
 
+_WANTS = " wants you to sign in with your Ethereum account:"
+
 Message = dict[str, str]
 
 
 class Client:
-    """A network's user. `base_url` and `api_key` default to AZU_URL and AZU_API_KEY.
+    """A caller of a network's HTTP API. `base_url` and `api_key` default to AZU_URL and AZU_API_KEY.
 
-    An encrypted network's certificate has to be one that everybody trusts, or of the authority whose
-    certificate is in the file AZU_TLS_CA; `tls` says otherwise.
+    The client trusts public certificates, and those of the authority in the file AZU_TLS_CA; `tls` replaces
+    both.
 
-    Every method raises the AzuError that the network answered with, Unavailable when it cannot be reached and
-    DeadlineExceeded when it takes too long.
+    Every method raises the AzuError that the network answered with, Unavailable when the network cannot be
+    reached, DeadlineExceeded when it does not answer in time, and InternalError for an answer of another
+    shape.
     """
 
     def __init__(
@@ -123,11 +87,11 @@ class Client:
     def generate(
         self, prompt: str, *, model: str, max_tokens: int | None = None, **sampling: Any
     ) -> Generation:
-        """Continue a prompt as it is; `sampling` takes OpenAI's names."""
+        """Continue a prompt as it is; `sampling` takes the parameters of OpenAI's API by name."""
         return self.stream(prompt, model=model, max_tokens=max_tokens, **sampling).result()
 
     def stream(self, prompt: str, *, model: str, max_tokens: int | None = None, **sampling: Any) -> Stream:
-        """Continue a prompt as it is, piece by piece."""
+        """Continue a prompt as it is; the text comes as a stream."""
         body = {"model": model, "prompt": prompt, **sampling}
         return Stream(self._http, "/v1/completions", _given(body, max_tokens=max_tokens))
 
@@ -136,7 +100,7 @@ class Client:
         return self.chat_stream(messages, model=model, **sampling).result()
 
     def chat_stream(self, messages: Sequence[Message], *, model: str, **sampling: Any) -> Stream:
-        """Answer a chat, piece by piece."""
+        """Answer a chat through the model's own template; the text comes as a stream."""
         return Stream(
             self._http, "/v1/chat/completions", {"model": model, "messages": list(messages), **sampling}
         )
@@ -149,10 +113,10 @@ class Client:
         expires_in_s: int | None = None,
         spend_limit_lamports: int | None = None,
     ) -> str:
-        """Open an API key with a wallet's signature, use it from now on and return it.
+        """Open an API key with a wallet's signature, use the API key from now on and return it.
 
-        `key` is the wallet or its private key in hex; it never leaves this process. An API key with an end or
-        a limit may only revoke itself.
+        `key` is the wallet or its private key in hex; it never leaves this process. An API key that expires
+        or has a spend limit may only revoke itself.
         """
         wallet = wallet_of(key)
         challenge = self._post(ChallengeResponse, "/v1/auth/challenge", {"address": wallet.address})
@@ -164,11 +128,11 @@ class Client:
         return api_key
 
     def api_keys(self) -> list[KeyLine]:
-        """Return the keys of the key's address, in the order they were opened."""
+        """Return the API keys of the key's address, in the order in which they were opened."""
         return list(self._get(KeyList, "/v1/auth/keys").data)
 
     def revoke_key(self, key_id: str) -> None:
-        """Make one of the address's keys invalid at once."""
+        """Make one of the API keys of the key's address invalid at once."""
         with translated():
             raise_for(self._http.delete(f"/v1/auth/keys/{key_id}"))
 
@@ -177,17 +141,17 @@ class Client:
         return self._get(Platform, "/v1/platform")
 
     def deposit(self, tx_hash: str, address: str) -> DepositState:
-        """Have the network look for a transfer at once."""
+        """Have the network look for a transfer at once and credit it."""
         return self._post(DepositState, "/deposit", {"tx_sig": tx_hash, "user_address": address})
 
     def balance(self) -> BalanceResponse:
-        """Return the key's balance."""
+        """Return the balance of the key's address."""
         return self._get(BalanceResponse, "/v1/balance")
 
     def withdraw(
         self, wallet: "LocalAccount", lamports: int, *, life_s: int = _WITHDRAWAL_LIFE_S
     ) -> WithdrawalLine:
-        """Have lamports of the key's address sent back to it, by its wallet's own signature."""
+        """Have lamports sent back to the key's address; its wallet signs the withdrawal."""
         withdrawal = Withdrawal(
             address=wallet.address.lower(),
             lamports=lamports,
@@ -208,7 +172,7 @@ class Client:
         return self._get(WithdrawalLine, f"/v1/withdrawals/{nonce}")
 
     def claim_earnings(self, wallet: "LocalAccount") -> None:
-        """Claim what the key's address earns, by its wallet's own signature; before that nothing is paid."""
+        """Claim the earnings of the key's address; its wallet signs. Nothing is paid before that."""
         signature = sign_claim(wallet, self.platform().address)
         self._post(ClaimedEarnings, "/v1/earnings/claim", {"signature": signature})
 
@@ -226,11 +190,11 @@ class Client:
         return self._get(Results, f"/results/{job_id}")
 
     def jobs(self, limit: int = 50) -> list[JobLine]:
-        """Return the key's jobs, newest first."""
+        """Return the jobs of the key's address, newest first."""
         return list(self._get(JobList, "/v1/jobs", limit=limit).data)
 
     def receipt(self, job_id: str) -> ReceiptLines:
-        """Return what a job cost and who earned it."""
+        """Return what a job cost and which workers earned it."""
         return self._get(ReceiptLines, f"/v1/receipts/{job_id}")
 
     def signed_receipt(self, job_id: str) -> dict[str, Any]:
@@ -240,43 +204,43 @@ class Client:
         not answer. The signature covers keys that this client does not know, so the JSON stays as it came.
         """
         with translated():
-            document = _json(self._http.get(f"/v1/receipts/{job_id}"))
+            document = json_of(self._http.get(f"/v1/receipts/{job_id}"))
         if not isinstance(document, dict):
             raise InternalError("the receipt is no JSON object")
         return document
 
     def network(self) -> NetworkResponse:
-        """Return nodes and deployments."""
+        """Return nodes and deployments, and what they do."""
         return self._get(NetworkResponse, "/v1/network")
 
     def leave(self, node: str) -> bool:
-        """Have a node of the key's address give away what it holds; True once it holds nothing."""
+        """Have a node of the key's address give away what it holds; return True once it holds nothing."""
         return self._post(LeaveResponse, f"/v1/nodes/{quote(node, safe='')}/leave", {}).left
 
     def models(self) -> list[str]:
-        """Return the models that are known to the network."""
+        """Return the ids of the models that the network knows."""
         return [line.id for line in self._get(ModelList, "/v1/models").data]
 
     def new_ticket(self, *, label: str, uses: int, expires_in_s: int) -> NewTicket:
-        """Make a ticket that lets nodes in; the client's key must be the admin key."""
+        """Make a ticket that lets nodes in; needs the admin key."""
         body = {"label": label, "uses": uses, "expires_in_s": expires_in_s}
         return self._post(NewTicket, "/v1/nodes/tickets", body)
 
     def tickets(self) -> list[TicketResponse]:
-        """Return every ticket; the client's key must be the admin key."""
+        """Return every ticket; needs the admin key."""
         return list(self._get(TicketList, "/v1/nodes/tickets").data)
 
     def revoke_ticket(self, ticket_id: str) -> None:
-        """Let no node in with a ticket any more; the client's key must be the admin key."""
+        """Let no more nodes in with a ticket; needs the admin key."""
         with translated():
             raise_for(self._http.delete(f"/v1/nodes/tickets/{ticket_id}"))
 
     def shard(self, model: str) -> ModelStatusResponse:
-        """Have a model cut; the client's key must be the admin key."""
+        """Have a model cut into shards; needs the admin key."""
         return self._post(ModelStatusResponse, "/models/shard", {"model_id": model})
 
     def healthy(self) -> bool:
-        """Say whether the network serves prompts now."""
+        """Return whether the network serves prompts now."""
         try:
             return self._http.get("/health", timeout=_CONNECT_TIMEOUT_S).status_code == 200
         except httpx.TransportError:
@@ -288,20 +252,48 @@ class Client:
 
     def _get(self, kind: type[Response], path: str, **query: Any) -> Response:
         with translated():
-            return read(kind, _json(self._http.get(path, params=query)))
+            return read(kind, json_of(self._http.get(path, params=query)))
 
     def _post(self, kind: type[Response], path: str, body: dict[str, Any]) -> Response:
         with translated():
-            return read(kind, _json(self._http.post(path, json=body)))
-
-
-def _json(response: httpx.Response) -> Any:
-    raise_for(response)
-    try:
-        return response.json()
-    except ValueError as error:
-        raise InternalError("the network's answer is no JSON") from error
+            return read(kind, json_of(self._http.post(path, json=body)))
 
 
 def _given(body: dict[str, Any], **optional: Any) -> dict[str, Any]:
     return body | {name: value for name, value in optional.items() if value is not None}
+
+
+def wallet_of(key: str | LocalAccount) -> LocalAccount:
+    """Return the wallet of a private key in hex, or the wallet itself."""
+    if isinstance(key, LocalAccount):
+        return key
+    try:
+        wallet: LocalAccount = Account.from_key(key)
+    except Exception:
+        # The library's message may quote the key, so azu does not chain it.
+        raise InvalidRequest("this is no private key", param="private_key") from None
+    return wallet
+
+
+def sign_challenge(wallet: LocalAccount, text: str, url: str) -> str:
+    """Sign a network's challenge as wallets do (EIP-191) and return the signature in hex.
+
+    Raises InvalidRequest for a text that is no challenge (EIP-4361) of the network at `url` for this wallet:
+    with a signed challenge of another network, this one could open a key there.
+    """
+    first, _, rest = text.partition("\n")
+    domain = first.removesuffix(_WANTS)
+    if domain == first or not rest.startswith(f"{wallet.address}\n"):
+        raise InvalidRequest("the network wants something signed that is no sign-in of this wallet")
+    here = urlsplit(url).netloc
+    if _loopback_as_one(domain) != _loopback_as_one(here):
+        raise InvalidRequest(
+            f"the network at {here} wants a sign-in at {domain}; its AZU_DOMAIN has to be {here}"
+        )
+    signature: str = wallet.sign_message(encode_defunct(text=text)).signature.to_0x_hex()
+    return signature
+
+
+def _loopback_as_one(netloc: str) -> str:
+    host, colon, port = netloc.lower().rpartition(":")
+    return f"127.0.0.1{colon}{port}" if host == "localhost" else netloc.lower()

@@ -1,4 +1,4 @@
-"""The ingress's answers that are errors, as the errors they were."""
+"""What every call over HTTP needs: the answer's JSON or its error, and which certificates to trust."""
 
 import json
 import ssl
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -13,33 +14,43 @@ from azu.errors import (
     AzuError,
     ConfigurationError,
     DeadlineExceeded,
+    InternalError,
     Unauthenticated,
     Unavailable,
     error_classes,
 )
 
 
-def error_of(status: int | None, content: bytes) -> AzuError:
-    """Return the error that an OpenAI-shaped body says, or one that says its body is not of that shape.
+def json_of(response: httpx.Response) -> Any:
+    """Return the parsed body of a good response; raises the error that a refused one carries."""
+    raise_for(response)
+    try:
+        return response.json()
+    except ValueError as error:
+        raise InternalError("the network's answer is no JSON") from error
 
-    An error inside a stream has no status of its own.
+
+def raise_for(response: httpx.Response) -> None:
+    """Raise the error that a refused response carries; its body must have been read."""
+    if response.is_error:
+        raise error_of(response.status_code, response.content)
+
+
+def error_of(status: int | None, content: bytes) -> AzuError:
+    """Return the error of an OpenAI-shaped body, or an error that says that the body has another shape.
+
+    `status` is None for an error inside a stream, which has no status of its own.
     """
     try:
-        said = json.loads(content)["error"]
-        message, param, code = str(said["message"]), said.get("param"), said.get("code")
+        body = json.loads(content)["error"]
+        message, param, code = str(body["message"]), body.get("param"), body.get("code")
     except (ValueError, KeyError, TypeError, AttributeError):
         return _kind(status, None)(f"the network answered {status or 'a stream'} without an error body")
     return _kind(status, code)(message, param=param, code=code)
 
 
-def raise_for(response: httpx.Response) -> None:
-    """Raise the error of a response that is one; its body must have been read."""
-    if response.is_error:
-        raise error_of(response.status_code, response.content)
-
-
 def _kind(status: int | None, code: str | None) -> type[AzuError]:
-    """Return the class with that code, else the most general one with that status."""
+    """Return the error class with a code, else the most general one with the status."""
     found = [kind for kind in error_classes() if status is None or kind.status == status]
     by_code = [kind for kind in found if code is not None and kind.default_code == code]
     if by_code:
@@ -49,7 +60,7 @@ def _kind(status: int | None, code: str | None) -> type[AzuError]:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turn httpx's errors into ours."""
+    """Raise httpx's errors as DeadlineExceeded and Unavailable."""
     try:
         yield
     except httpx.TimeoutException as error:
@@ -59,7 +70,10 @@ def translated() -> Iterator[None]:
 
 
 def trusting(authority: Path | str) -> ssl.SSLContext:
-    """Return a context that trusts an authority's certificate file beside those that everybody trusts."""
+    """Return a context that trusts the authority in a file beside the public ones.
+
+    Raises ConfigurationError for a file without a certificate.
+    """
     context = httpx.create_ssl_context()
     try:
         context.load_verify_locations(authority)
@@ -69,12 +83,12 @@ def trusting(authority: Path | str) -> ssl.SSLContext:
 
 
 def trusting_only(authority_pem: str) -> ssl.SSLContext:
-    """Return a context that trusts what one authority signed and nothing else."""
+    """Return a context that trusts one authority's certificates alone."""
     return ssl.create_default_context(cadata=authority_pem)
 
 
 def trusting_this(certificate: Path) -> ssl.SSLContext:
-    """Return a context for whoever shows the certificate in a file of this machine, at whatever address."""
+    """Return a context that trusts the certificate in a file of this machine, at any address."""
     context = ssl.create_default_context(cafile=certificate)
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -82,7 +96,7 @@ def trusting_this(certificate: Path) -> ssl.SSLContext:
 
 
 def fingerprint(pem: str) -> str:
-    """Return the SHA-256 of a certificate in hex; raises Unauthenticated when it is none."""
+    """Return the SHA-256 of a certificate in hex; raises Unauthenticated for a text that is none."""
     try:
         return sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""An answer as it comes."""
+"""A streamed answer: its text as it comes, and what it was and cost at the end."""
 
 import json
 import time
@@ -18,7 +18,7 @@ from azu.errors import InternalError, Unavailable
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A finished text, what it took and what it cost; `texts` holds that of every choice."""
+    """A finished answer and its cost. `text` is the first choice's; `texts` has every choice's."""
 
     text: str
     model: str
@@ -30,16 +30,19 @@ class Generation:
     texts: tuple[str, ...] = ()
 
 
-# How long to wait before coming back, again and again, while the network is away.
+# Seconds before each attempt to come back after the connection broke.
 _RETURNS_S = (0.2, 0.5, 1.0, 2.0, 2.0, 4.0, 4.0, 8.0)
 
 
 class Stream:
-    """The pieces of one answer as they come; `result()` after the last one.
+    """The text of one answer as it comes, and its `result()` at the end.
 
-    Of several choices the first one's pieces are given, and the result has all. When the connection breaks,
-    the stream comes back and goes on behind the last piece it got.
-    Leaving the loop early or calling `close()` cancels the job: what was delivered is paid.
+    The iterator yields the text of the first choice; the result has all choices. When the connection breaks,
+    the stream connects again and continues behind the last chunk. A caller that leaves the loop early or
+    calls `close()` cancels the job and pays for the tokens that were delivered.
+
+    Iterating raises the AzuError that ended the job, and Unavailable for a stream that ends before its answer
+    is complete.
     """
 
     def __init__(self, client: httpx.Client, path: str, body: dict[str, Any]) -> None:
@@ -54,18 +57,18 @@ class Stream:
         self._is_done = False
         self._finish_reason = ""
         self._usage: Usage | None = None
-        self._pieces = self._read()
+        self._text = self._read()
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        return self._text
 
     def close(self) -> None:
         """End the stream; the network cancels the job."""
-        self._pieces.close()
+        self._text.close()
 
     def result(self) -> Generation:
-        """Return the whole answer, reading what is left of it."""
-        for _ in self._pieces:
+        """Read the rest of the answer and return it whole."""
+        for _ in self._text:
             pass
         if self._usage is None or self._usage.cost_lamports is None:
             raise Unavailable("the stream ended without the usage and its cost")
@@ -77,7 +80,7 @@ class Stream:
             prompt_tokens=self._usage.prompt_tokens,
             completion_tokens=self._usage.completion_tokens,
             charged_lamports=self._usage.cost_lamports,
-            texts=tuple("".join(pieces) for _, pieces in sorted(self._texts.items())),
+            texts=tuple("".join(texts) for _, texts in sorted(self._texts.items())),
         )
 
     def _read(self) -> Generator[str, None, None]:
@@ -97,11 +100,11 @@ class Stream:
     def _read_one(
         self, answering: AbstractContextManager[httpx.Response]
     ) -> Generator[str, None, Exception | None]:
-        """Read until the end or until the connection breaks; return what broke it."""
+        """Read until the end or until the connection breaks; return the error that broke it."""
         try:
             with answering as response:
                 if response.status_code == Unavailable.status and self._job_id:
-                    return None  # it is coming up again
+                    return None  # the network is starting again
                 if response.is_error:
                     response.read()
                     raise_for(response)
@@ -120,8 +123,8 @@ class Stream:
             if content == "[DONE]":
                 self._is_done = True
                 return
-            if piece := self._take(self._parsed(content)):
-                yield piece
+            if text := self._take(self._parsed(content)):
+                yield text
 
     def _parsed(self, content: str) -> ChatChunk | TextChunk:
         """Return an event's chunk; raises the error that the event carries."""
@@ -134,7 +137,7 @@ class Stream:
         return read(ChatChunk, event) if self._is_chat else read(TextChunk, event)
 
     def _take(self, chunk: ChatChunk | TextChunk) -> str:
-        """Keep what is new and return the first choice's new text."""
+        """Keep what a chunk adds to each choice and return the first choice's new text."""
         self._job_id = chunk.azu.job_id
         self._after = self._after if chunk.azu.after is None else chunk.azu.after
         self._usage = chunk.usage or self._usage
