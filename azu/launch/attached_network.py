@@ -74,7 +74,8 @@ def attached_network(
                 serving.stop()  # a network that was killed may have left actors
                 serving.start(config, sidecars.redis.ingress)
                 # A cluster that grows on demand has no workers yet.
-                serving.wait_until_it_answers(serving.local_client(config), timeout_s, network.revive)
+                client = serving.local_client(config)
+                serving.wait_until_up(client, timeout_s, network.revive, accepts_prompts=False)
                 yield network
             finally:
                 if _listens(head):

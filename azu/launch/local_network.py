@@ -1,13 +1,12 @@
 """A whole network on this machine, from Redis to the ingress: `azu up` and `azu demo`."""
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-from azu.config import LocalWorker, NetworkFile, Settings, load_network
+from azu.config import ControlConfig, LocalWorker, NetworkFile, Settings, load_network
 from azu.errors import ConfigurationError, Unavailable
 from azu.files import CONFIGS, write_private
 from azu.launch.admin import admin_file_kept, first_ticket
@@ -23,8 +22,7 @@ from azu.launch.serving import (
     local_url,
     revive,
     start,
-    wait_until_healthy,
-    wait_until_it_answers,
+    wait_until_up,
 )
 from azu.launch.sidecars import (
     TREASURY,
@@ -53,8 +51,8 @@ class LocalNetwork:
     authority: Path | None
     dashboard_url: str | None
     ticket: AnyTicket = field(repr=False)
-    _groups: tuple[ProcessGroup, ...] = field(repr=False)
-    _revive_control: Callable[[], list[str]] = field(repr=False)
+    _processes: tuple[ProcessGroup, ...] = field(repr=False)
+    _config: ControlConfig = field(repr=False)
 
     def fund(self, address: str, lamports: int) -> None:
         """Give an address HYPE from the devnet's faucet."""
@@ -67,7 +65,7 @@ class LocalNetwork:
 
         Raises Unavailable when Ray's head died: what the network kept in memory is lost with it.
         """
-        return _revive(*self._groups) + self._revive_control()
+        return _revive(self._processes) + revive(self._config)
 
 
 @contextmanager
@@ -148,8 +146,8 @@ def local_network(
             start(config, redis.ingress)
             progress("Waiting until it serves")
             client = local_client(config, admin_key)
-            wait = wait_until_healthy if file.workers else wait_until_it_answers
-            wait(client, timeout_s, lambda: _revive(services, treasury, nodes))
+            processes = (services, treasury, nodes)
+            wait_until_up(client, timeout_s, lambda: _revive(processes), accepts_prompts=bool(file.workers))
             network = LocalNetwork(
                 url=local_url(config),
                 redis_url=redis.owner,
@@ -159,8 +157,8 @@ def local_network(
                 authority=None if files is None else files.authority,
                 dashboard_url=f"http://127.0.0.1:{dashboard_port}" if dashboard else None,
                 ticket=first_ticket(client) if tls else Ticket(address=address, token=token),
-                _groups=(services, treasury, nodes),
-                _revive_control=partial(revive, config),
+                _processes=processes,
+                _config=config,
             )
             with admin_file_kept(settings.home, network.url, admin_key, config.tls):
                 yield network
@@ -178,7 +176,7 @@ def _hosts(settings: Settings, ip: str | None) -> list[str]:
     return [str(ip), settings.http_host, *names]
 
 
-def _revive(*groups: ProcessGroup) -> list[str]:
+def _revive(groups: Sequence[ProcessGroup]) -> list[str]:
     if any(HEAD in group.ended() for group in groups):
         raise Unavailable(f"{HEAD} ended; start the network again")
     return [name for group in groups for name in group.revive()]

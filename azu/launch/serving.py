@@ -144,28 +144,27 @@ def local_client(config: ControlConfig, api_key: str | None = None) -> "Client":
     return Client(local_url(config), api_key, tls=tls)
 
 
-def wait_until_healthy(client: "Client", timeout_s: float, meanwhile: Callable[[], object]) -> None:
-    """Wait until the ingress accepts prompts; calls `meanwhile` after each failure."""
+def wait_until_up(
+    client: "Client", timeout_s: float, meanwhile: Callable[[], object], *, accepts_prompts: bool
+) -> None:
+    """Wait until the ingress answers, or until it `accepts_prompts`; calls `meanwhile` after each failure.
+
+    A network answers without workers; it accepts prompts once it has some. Raises DeadlineExceeded.
+    """
     deadline = time.monotonic() + timeout_s
-    while not client.healthy():
+    while not (client.healthy() if accepts_prompts else _answers(client)):
         meanwhile()
         if time.monotonic() > deadline:
-            raise DeadlineExceeded(f"the network did not serve in {timeout_s:.0f} s")
+            raise DeadlineExceeded(f"the network was not up in {timeout_s:.0f} s")
         time.sleep(_POLL_S)
 
 
-def wait_until_it_answers(client: "Client", timeout_s: float, meanwhile: Callable[[], object]) -> None:
-    """Wait until the ingress answers, with or without workers; calls `meanwhile` after each failure."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            client.platform()
-            return
-        except Unavailable as error:
-            meanwhile()
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded(f"the network did not answer in {timeout_s:.0f} s") from error
-            time.sleep(_POLL_S)
+def _answers(client: "Client") -> bool:
+    try:
+        client.platform()
+    except Unavailable:
+        return False
+    return True
 
 
 def _local_host(host: str) -> str:
