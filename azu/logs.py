@@ -30,7 +30,7 @@ _bound: ContextVar[dict[str, object]] = ContextVar("bound", default={})  # noqa:
 
 
 @contextmanager
-def bound(**ids: object) -> Iterator[None]:
+def log_context(**ids: object) -> Iterator[None]:
     """Put ids into every line that this task or thread logs inside the block."""
     token = _bound.set(_bound.get() | ids)
     try:

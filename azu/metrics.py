@@ -230,7 +230,7 @@ class MetricsSum:
         self._past = MetricsSnapshot({}, {})
 
     def record(self, source: str, snapshot: MetricsSnapshot, now_s: float) -> None:
-        """Replace a process's snapshot; one that comes after SILENCE_S without any is dropped."""
+        """Store a process's latest snapshot; a process that was silent for SILENCE_S is over for good."""
         if source not in self._ended:
             self._latest[source] = (now_s, snapshot)
 

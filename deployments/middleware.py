@@ -10,7 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from azu.errors import AzuError, InternalError, RequestTooLarge
-from azu.logs import bound
+from azu.logs import log_context
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class RequestIds:
                     MutableHeaders(scope=message)[HEADER] = request_id
             await send(message)
 
-        with bound(request_id=request_id):
+        with log_context(request_id=request_id):
             try:
                 await self._app(scope, receive, with_id)
             except Exception:

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from azu.logs import bound
+from azu.logs import log_context
 from tests.logged import Lines, logged
 
 log = logging.getLogger("azu.tests")
@@ -30,7 +30,7 @@ def lines() -> Iterator[Lines]:
 
 
 def test_a_line_has_its_process_logger_level_and_ids(lines: Lines) -> None:
-    with bound(job_id="job-1"):
+    with log_context(job_id="job-1"):
         log.info("it has %d tokens", 7, extra={"sequence_id": 3})
     log.warning("unbound")
 
@@ -67,7 +67,7 @@ def test_a_line_has_the_time_of_its_record_in_utc_to_the_millisecond(
 
 def test_ids_stay_with_their_task(lines: Lines) -> None:
     async def work(job_id: str) -> None:
-        with bound(job_id=job_id):
+        with log_context(job_id=job_id):
             await asyncio.sleep(0)
             log.info(job_id)
 
@@ -87,7 +87,7 @@ def test_a_secret_is_in_no_part_of_a_line(lines: Lines, secret: str) -> None:
         raise ValueError(f"with {secret}")
     except ValueError:
         log.exception("failed")
-    with bound(job_id=secret):
+    with log_context(job_id=secret):
         log.info("bound")
 
     assert len(lines()) == 4

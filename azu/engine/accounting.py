@@ -79,7 +79,7 @@ class WorkAccount:
                 counted[layer, node_id] += activated * num_tokens
 
 
-def is_distributed(layer: Layer, stage: Stage) -> bool:
+def _is_distributed(layer: Layer, stage: Stage) -> bool:
     """Say whether some experts of a layer are on other nodes than its router."""
     return layer.kind is LayerKind.MOE and len(stage.experts.get(layer.index, ())) < layer.num_experts
 
@@ -97,7 +97,7 @@ def _estimated_bytes(structure: Structure, topology: Topology, layer: Layer) -> 
     """Return node id -> the bytes that it activates in a layer per token, on average."""
     stage = topology.stage_of(layer.index)
     estimated = {stage.node_id: _fixed_bytes(structure, layer, stage)}
-    if not is_distributed(layer, stage):
+    if not _is_distributed(layer, stage):
         return estimated
     estimated[stage.node_id] += structure.layer_shard(layer.index).active_parameters * structure.dtype_bytes
     chosen = layer.experts_per_token * structure.expert_shard(layer.index, 0).active_parameters
@@ -115,7 +115,7 @@ def _fixed_bytes(structure: Structure, layer: Layer, stage: Stage) -> int:
         parameters += structure.shard(EMBED).active_parameters
     if layer.index == structure.num_layers - 1:
         parameters += structure.shard(HEAD).active_parameters
-    if not is_distributed(layer, stage):
+    if not _is_distributed(layer, stage):
         parameters += structure.layer_shard(layer.index).active_parameters
         if layer.experts_per_token:
             parameters += layer.experts_per_token * structure.expert_shard(layer.index, 0).active_parameters

@@ -97,7 +97,7 @@ def packed_attention(
 
 @dataclass(frozen=True, slots=True)
 class _Kernel:
-    """Attention for queries [batch, heads, tokens, width]; `sinks` [heads] join the softmax alone."""
+    """Attends queries [batch, heads, tokens, width]; `sinks` [heads] are extra scores in its softmax."""
 
     scale: float
     softcap: float | None

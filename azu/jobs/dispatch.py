@@ -15,7 +15,7 @@ from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, Interna
 from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
-from azu.logs import bound
+from azu.logs import log_context
 from azu.metrics import JOBS_ENDED, Meter
 from azu.planner.plan import NEVER_FITS
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState
@@ -90,7 +90,7 @@ class Dispatcher:
     async def _finish(self, record: JobRecord) -> None:
         """Run a job, or conclude one whose end was written, and take it out of the queue."""
         job = record.job
-        with bound(job_id=job.job_id, model_id=job.model_id):
+        with log_context(job_id=job.job_id, model_id=job.model_id):
             log.info("taken")
             try:
                 if record.outcome is None and record.ending is not None:
