@@ -41,9 +41,10 @@ class _Actor:
 
 
 class RayBackend:
-    """Starts actors on the nodes that have an agent; pipelines run on the head, against `redis_url`.
+    """A DeploymentBackend, whose methods say what each of these does.
 
-    `blamed` is called with the id of a node that sent a bad frame.
+    Pieces run on the nodes that have an agent, pipelines on the head, against `redis_url`. `blamed` is called
+    with the id of a node that sent a bad frame.
     """
 
     def __init__(
@@ -58,28 +59,23 @@ class RayBackend:
         self._actors: dict[str, _Actor] = {}
 
     async def structure(self, model_id: str, revision: str) -> Structure:
-        """Return the structure of a model; the first call for a model cuts it."""
         structure: Structure = await ask(
             REGISTRY, "ensure_cut", model_id, revision, timeout_s=self._timeouts.fetch_s
         )
         return structure
 
     async def sweep(self, kept: frozenset[str]) -> frozenset[str]:
-        """Kill every piece and pipeline except those of these names; return which of these live."""
         return await asyncio.to_thread(sweep, kept)
 
     async def probe(self, node_ids: frozenset[str]) -> None:
-        """Have those of these nodes suspected that do not answer."""
         await self._agents.probe(node_ids)
 
     def blame(self, node_id: str) -> None:
-        """Count a bad frame against the node that sent it."""
         self._blamed(node_id)
 
     # Pieces
 
     async def start(self, name: str, piece: Piece) -> None:
-        """Reserve a piece's VRAM on its node and start its actor there."""
         cls = LayerActor if isinstance(piece, Stage) else ExpertActor
         try:
             group = await reserve(name, piece.node_id, piece.vram_bytes, self._timeouts.placement_s)
@@ -88,7 +84,6 @@ class RayBackend:
             raise as_azu_error(error, name) from error
 
     async def find(self, name: str) -> bool:
-        """Take over an actor that another scheduler started; release what is left of one that is gone."""
         handle, group = await asyncio.to_thread(find_piece, name)
         if handle is None:
             release(None, group)
@@ -99,7 +94,6 @@ class RayBackend:
     async def load(
         self, name: str, piece: Piece, structure: Structure, topology: Topology, to: Neighbours
     ) -> None:
-        """Fetch a piece's shards to its node and load them; a stage learns its neighbours."""
         actor = self._handle(name)
         paths, config_folder = await self._fetch(name, piece, structure)
         device = self.nodes[piece.node_id].device
@@ -115,12 +109,10 @@ class RayBackend:
         await self._answer(loading, name, self._timeouts.load_s)
 
     async def link(self, name: str, topology: Topology, to: Neighbours) -> None:
-        """Give a loaded stage its neighbours under a newer topology."""
         relink = self._handle(name).relink.options(concurrency_group=CONTROL)
         await self._answer(relink.remote(topology, *self._handles(to)), name)
 
     async def watch(self, name: str) -> AzuError:
-        """Return how an actor ended, once its process dies or no longer answers."""
         heartbeat = self._policy.heartbeat
         alive = self._handle(name).alive.options(concurrency_group=CONTROL)
         try:
@@ -133,20 +125,17 @@ class RayBackend:
             return error
 
     async def num_chosen(self, name: str) -> ExpertCounts:
-        """Return how often a stage chose each expert, in layers whose experts are apart from their router."""
         asking = self._handle(name).num_chosen.options(concurrency_group=CONTROL).remote()
         counts: ExpertCounts = await self._answer(asking, name)
         return counts
 
     def kill(self, name: str) -> None:
-        """End an actor and give its VRAM back; for an actor that is gone, only the latter."""
         if (actor := self._actors.pop(name, None)) is not None:
             release(actor.handle, actor.group)
 
     # Pipelines
 
     async def start_pipeline(self, name: str, structure: Structure, topology: Topology) -> None:
-        """Start a pipeline; it schedules nothing before `begin`."""
         model = structure.model_id, structure.revision
         timeout_s = self._timeouts.describe_s
         described: ModelDescription = await ask(REGISTRY, "describe", *model, timeout_s=timeout_s)
@@ -167,11 +156,9 @@ class RayBackend:
         self._actors[name] = _Actor(handle)
 
     async def begin(self, pipeline: str, stages: Sequence[str]) -> None:
-        """Have a new pipeline send steps through these stages."""
         await self._call(pipeline, "start", [self._handle(stage) for stage in stages])
 
     async def run(self, pipeline: str, job: Job) -> JobRun:
-        """Run a job to its end; raises WorkerLost when the pipeline dies."""
         try:
             run: JobRun = await self._handle(pipeline).run.remote(job)
         except Exception as error:
@@ -179,20 +166,16 @@ class RayBackend:
         return run
 
     async def cancel(self, pipeline: str, job_id: str) -> None:
-        """End a job's sequences within one step."""
         await self._call(pipeline, "cancel", job_id)
 
     async def running_jobs(self, pipeline: str) -> frozenset[str]:
-        """Return the ids of the jobs that have not ended in the pipeline."""
         jobs: frozenset[str] = await self._call(pipeline, "jobs")
         return jobs
 
     async def limit(self, pipeline: str, num_blocks: int) -> int:
-        """Have no sequence admitted that `num_blocks` would not hold; return how many are still needed."""
         return int(await self._call(pipeline, "limit", num_blocks))
 
     async def pause(self, pipeline: str) -> int:
-        """Have the pipeline forget what is in flight and wait; return how many steps it has completed."""
         return int(await self._call(pipeline, "pause"))
 
     async def resume(
@@ -204,17 +187,14 @@ class RayBackend:
         *,
         is_repair: bool,
     ) -> None:
-        """Have the pipeline fill the empty stages and go on; `is_repair` after a loss or a fault."""
         handles = [self._handle(stage) for stage in stages]
         await self._call(pipeline, "resume", topology, handles, empty, is_repair)
 
     async def next_loss(self, pipeline: str) -> LossReport | None:
-        """Wait about a second for pieces that the stages report as lost."""
         report: LossReport | None = await self._call(pipeline, "next_loss", _LISTEN_S)
         return report
 
     def fail(self, pipeline: str, error: AzuError) -> None:
-        """End every job of the pipeline with what was delivered, and this error."""
         if (actor := self._actors.get(pipeline)) is not None:
             actor.handle.fail.remote(error)
 

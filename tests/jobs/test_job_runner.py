@@ -1,0 +1,218 @@
+"""A job runs as sequences to its end, its tokens written, whatever else happens to it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from azu.engine.pipeline import EnginePipeline
+from azu.engine.scheduler import SchedulerConfig
+from azu.engine.text import TextDecoder
+from azu.engine.timing import PipelineMetrics
+from azu.errors import Unavailable, WorkerLost
+from azu.jobs import job_runner
+from azu.jobs.job_runner import JobRunner
+from azu.jobs.redis import RedisJobs
+from azu.metrics import Meter
+from azu.protocol.job import FinishReason, Job, TokenEvent
+from azu.protocol.sampling import SamplingParams
+from azu.protocol.step import SampledToken, StepBatch, StepResult
+from tests.builders import job, structure, topology
+
+Scenario = Callable[[RedisJobs], Awaitable[None]]
+VOCABULARY = {"a": 5, "b": 6, "c": 7}
+STOP = SamplingParams(max_tokens=9, stop=("bc",))
+
+
+@dataclass
+class Pipeline:
+    """A runner whose stages the test plays: every step that is sent waits in `sent` until it is answered."""
+
+    jobs: RedisJobs
+    sent: list[StepBatch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.engine = EnginePipeline(structure(4), topology({"a": (0, 4)}), SchedulerConfig(64, 4), (2,))
+        decoder = Tokenizer(models.WordLevel(VOCABULARY, unk_token="a"))
+        decoder.decoder = decoders.Fuse()
+        metrics = PipelineMetrics("test/model", 64, Meter())
+        self.runner = JobRunner(self.engine, self.jobs, TextDecoder(decoder), metrics, self.send)
+        self.writer = asyncio.create_task(self.runner.write())
+
+    def send(self) -> None:
+        while not self.runner.is_failed and (batch := self.engine.next_batch()) is not None:
+            self.sent.append(batch)
+
+    async def answer(self, token_id: int) -> None:
+        """Answer the oldest step with one token for each sequence that samples."""
+        async with asyncio.timeout(10):
+            while not self.sent:
+                await asyncio.sleep(0)
+        batch = self.sent.pop(0)
+        tokens = tuple(SampledToken(one.sequence_id, token_id) for one in batch.slices if one.sample)
+        self.runner.complete(StepResult(batch.epoch, batch.step, batch.micro_batch, tokens))
+
+    async def begin(self, wanted: Job) -> "asyncio.Task[object]":
+        running = asyncio.create_task(self.runner.run(wanted))
+        while wanted.job_id not in self.runner.job_ids or not self.engine.num_sequences:
+            await asyncio.sleep(0)
+        return running
+
+
+@pytest.fixture
+def play(run_scenario: Callable[[Scenario], None]) -> Callable[[Callable[[Pipeline], Awaitable[None]]], None]:
+    """Run a scenario with a runner whose job "job-1" was submitted."""
+
+    def run(scenario: Callable[[Pipeline], Awaitable[None]]) -> None:
+        async def with_runner(jobs: RedisJobs) -> None:
+            pipeline = Pipeline(jobs)
+            try:
+                await scenario(pipeline)
+            finally:
+                pipeline.writer.cancel()
+
+        run_scenario(with_runner)
+
+    return run
+
+
+def test_a_job_ends_with_its_tokens_written_and_its_work_counted(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        wanted = job(max_tokens=2)
+        await pipeline.jobs.submit(wanted)
+        running = await pipeline.begin(wanted)
+        await pipeline.answer(5)
+        await pipeline.answer(6)
+        run = await running
+
+        assert (run.completion_tokens, run.finish_reason) == (2, FinishReason.LENGTH)
+        assert set(run.work) == set(range(4))
+        assert await pipeline.jobs.tokens("job-1") == (5, 6)
+        assert pipeline.runner.job_ids == frozenset()
+
+    play(scenario)
+
+
+def test_a_second_call_gets_the_answer_of_the_first_even_after_the_end(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        wanted = job(max_tokens=1)
+        await pipeline.jobs.submit(wanted)
+        first = await pipeline.begin(wanted)
+        second = asyncio.create_task(pipeline.runner.run(wanted))
+        await pipeline.answer(5)
+
+        assert await first == await second == await pipeline.runner.run(wanted)
+        assert pipeline.sent == [], "it ran once"
+
+    play(scenario)
+
+
+def test_a_job_goes_on_after_the_tokens_that_an_earlier_pipeline_wrote(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        wanted = job(max_tokens=3)
+        await pipeline.jobs.submit(wanted)
+        await pipeline.jobs.append([("job-1", TokenEvent(0, (7,)))])
+        running = await pipeline.begin(wanted)
+        await pipeline.answer(5)
+        await pipeline.answer(6)
+        run = await running
+
+        assert run.completion_tokens == 3
+        assert await pipeline.jobs.tokens("job-1") == (7, 5, 6)
+
+    play(scenario)
+
+
+def test_each_choice_is_a_sequence_with_a_seed_of_its_own_and_its_index(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        wanted = replace(job(max_tokens=1), choices=2)
+        await pipeline.jobs.submit(wanted)
+        running = await pipeline.begin(wanted)
+        opened = []
+        while pipeline.runner.job_ids:
+            opened += [one.sampling.seed for one in pipeline.sent[0].opened]
+            await pipeline.answer(5)
+            await asyncio.sleep(0.01)
+        run = await running
+
+        assert opened == [wanted.sampling.seed, wanted.sampling.seed + 1]
+        assert run.completion_tokens == 2
+        assert await pipeline.jobs.tokens("job-1", 0) == await pipeline.jobs.tokens("job-1", 1) == (5,)
+
+    play(scenario)
+
+
+def test_a_stop_string_ends_a_job(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        wanted = replace(job(), sampling=STOP, prompt_token_ids=(5, 5))
+        await pipeline.jobs.submit(wanted)
+        running = await pipeline.begin(wanted)
+        for token_id in (6, 5, 6, 7):
+            await pipeline.answer(token_id)
+        run = await running
+
+        assert (run.completion_tokens, run.finish_reason) == (4, FinishReason.STOP)
+
+    play(scenario)
+
+
+def test_a_cancelled_job_keeps_what_was_delivered_and_is_no_error(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        wanted = job()
+        await pipeline.jobs.submit(wanted)
+        running = await pipeline.begin(wanted)
+        await pipeline.answer(5)
+        while await pipeline.jobs.tokens("job-1") != (5,):
+            await asyncio.sleep(0)
+        pipeline.runner.cancel("job-1")
+        run = await running
+
+        assert (run.completion_tokens, run.finish_reason, run.error) == (1, FinishReason.CANCELLED, None)
+        pipeline.runner.cancel("job-1")
+        pipeline.runner.cancel("stranger")
+
+    play(scenario)
+
+
+def test_a_failure_ends_every_job_with_its_error_and_refuses_later_ones(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        fault = WorkerLost("the model lost a worker")
+        for name in ("job-1", "job-2"):
+            await pipeline.jobs.submit(job(name))
+        running = await pipeline.begin(job())
+        pipeline.runner.fail(fault)
+
+        for run in (await running, await pipeline.runner.run(job("job-2"))):
+            assert (run.finish_reason, run.error) == (FinishReason.ERROR, fault)
+
+    play(scenario)
+
+
+def test_a_job_that_cannot_begin_raises_and_may_be_tried_again(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        large = replace(job(), prompt_token_ids=(5,) * 10_000)
+        await pipeline.jobs.submit(large)
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                await pipeline.runner.run(large)
+        assert pipeline.runner.job_ids == frozenset()
+
+    play(scenario)
+
+
+def test_only_so_many_ended_jobs_are_kept(play, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_runner, "_KEPT_JOBS", 2)
+
+    async def scenario(pipeline: Pipeline) -> None:
+        for number in range(4):
+            wanted = job(f"job-{number}", max_tokens=1)
+            await pipeline.jobs.submit(wanted)
+            running = await pipeline.begin(wanted)
+            await pipeline.answer(5)
+            await running
+
+        assert list(pipeline.runner._by_job) == ["job-2", "job-3"]
+
+    play(scenario)
