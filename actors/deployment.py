@@ -77,10 +77,12 @@ class RayBackend:
 
     async def start(self, name: str, piece: Piece) -> None:
         cls = LayerActor if isinstance(piece, Stage) else ExpertActor
+        group: PlacementGroup | None = None
         try:
             group = await reserve(name, piece.node_id, piece.vram_bytes, self._timeouts.placement_s)
             self._actors[name] = _Actor(start_in_group(cls, name, group), group)
         except Exception as error:
+            release(None, group)
             raise as_azu_error(error, name) from error
 
     async def find(self, name: str) -> bool:
