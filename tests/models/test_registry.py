@@ -251,7 +251,7 @@ def test_the_hubs_own_environment_variables_are_used(hub, tmp_path):
 
     def use(root: str, **changes: str) -> str:
         command = [sys.executable, "-c", _USE, str(tmp_path / root)]
-        return subprocess.check_output(command, env=environment | changes, text=True, timeout=120)
+        return subprocess.check_output(command, env=environment | changes, text=True, timeout=600)
 
     online = use("one")
     assert online.startswith(COMMIT)
@@ -269,7 +269,7 @@ def test_processes_that_share_a_root_cut_once(hub, tmp_path):
     processes = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
-    printed = {process.communicate(timeout=120)[0] for process in processes}
+    printed = {process.communicate(timeout=600)[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert len(printed) == 1
     (structure,) = (tmp_path / "root").rglob(STRUCTURE_FILE)
