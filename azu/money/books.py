@@ -4,6 +4,7 @@ Nothing outside azu.money imports its store adapters. The methods are asynchrono
 values, so that the books can become a process of their own with `Books` as its client.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ from azu.money.treasury.withdrawals import (
 from azu.protocol.job import Receipt
 from azu.redis_client import connect_redis
 from azu.units import hype_from_lamports
+
+# More reservations at once wait here: in the queue for a connection they would fail after its timeout.
+_RESERVATIONS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +91,17 @@ class Books:
     call the method again with the same values.
     """
 
-    def __init__(self, redis: Redis, platform_address: str = "") -> None:
-        self._redis = redis
+    def __init__(self, redis: Redis, requests_redis: Redis, platform_address: str = "") -> None:
+        self._connections = (redis, requests_redis)
         self._platform = platform_address
+        self._reserving = asyncio.Semaphore(_RESERVATIONS_AT_ONCE)
         self._ledger = RedisLedger(redis)
         self._spend_limits = SpendLimits(RedisSpending(redis), self._ledger)
-        self._deposits = DepositRequests(redis)
-        self._receipts = ReceiptRequests(redis)
-        self._claims = EarningsClaims(redis, platform_address)
-        self._withdrawals = RedisWithdrawals(redis)
+        # With connections of their own: callers that wait for the treasury must not delay the ledger's.
+        self._deposits = DepositRequests(requests_redis)
+        self._receipts = ReceiptRequests(requests_redis)
+        self._claims = EarningsClaims(requests_redis, platform_address)
+        self._withdrawals = RedisWithdrawals(requests_redis)
 
     @classmethod
     def from_url(cls, url: str, platform_address: str = "") -> "Books":
@@ -103,11 +109,12 @@ class Books:
 
         Only claims of earnings and withdrawals need the platform's address: their signatures name it.
         """
-        return cls(connect_redis(url), platform_address)
+        return cls(connect_redis(url), connect_redis(url), platform_address)
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._redis.aclose()
+        for redis in self._connections:
+            await redis.aclose()
 
     async def reserve(
         self, key: ApiKey, job_id: str, lamports: int, *, now_ms: int, expires_at_ms: int
@@ -117,7 +124,6 @@ class Books:
         Raises Unauthenticated for a key that has expired, InsufficientBalance if the account does not cover
         the amount, or the key's limit (code `spend_limit_reached`). Then nothing is set aside.
         """
-        await self._spend_limits.take(key, job_id, lamports, now_ms)
         reserve = Reserve(
             id=f"reserve:{job_id}",
             address=key.address,
@@ -125,11 +131,13 @@ class Books:
             lamports=lamports,
             expires_at_ms=expires_at_ms,
         )
-        try:
-            await self._ledger.apply(reserve)
-        except InsufficientBalance:
-            await self._spend_limits.give_back(key, job_id)
-            raise
+        async with self._reserving:
+            await self._spend_limits.take(key, job_id, lamports, now_ms)
+            try:
+                await self._ledger.apply(reserve)
+            except InsufficientBalance:
+                await self._spend_limits.give_back(key, job_id)
+                raise
 
     async def settle(self, receipt: Receipt) -> None:
         """End a job's reservation as its receipt says: charge and share out, or release all of it.

@@ -132,7 +132,7 @@ async def as_scheduler(redis: Redis) -> None:
     [record] = await jobs.take("scheduler", 1, 60_000)
     await jobs.set_state("job-1", JobState.RUNNING)
     run = JobRun(0, FinishReason.CANCELLED)
-    await Settlement(Books(redis), jobs, 2, 20).settle(record.job, run)
+    await Settlement(Books(redis, redis), jobs, 2, 20).settle(record.job, run)
     await jobs.done("job-1")
     assert await anext(jobs.cancellations()) == "job-1"
 
