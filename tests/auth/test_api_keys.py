@@ -1,4 +1,4 @@
-"""A key is opened by its wallet's signature, once per challenge, and its secret is kept nowhere."""
+"""A wallet's signature opens a key, once per challenge, and the key's secret is not stored."""
 
 import asyncio
 import random
@@ -69,7 +69,7 @@ def test_the_secret_is_not_in_the_store(play) -> None:
     play(scenario)
 
 
-def test_a_challenge_opens_one_key_however_many_ask_at_once(play) -> None:
+def test_a_challenge_opens_one_key_for_many_requests_at_once(play) -> None:
     async def scenario(auth: RedisAuth) -> None:
         made = await auth.challenge(ADDRESS, DOMAIN, NOW_MS)
         signature = sign(made.message)
@@ -83,7 +83,7 @@ def test_a_challenge_opens_one_key_however_many_ask_at_once(play) -> None:
     play(scenario)
 
 
-def test_a_wrong_signature_uses_the_challenge_up(play) -> None:
+def test_a_wrong_signature_uses_up_the_challenge(play) -> None:
     async def scenario(auth: RedisAuth) -> None:
         made = await auth.challenge(ADDRESS, DOMAIN, NOW_MS)
         with pytest.raises(Unauthenticated):
@@ -109,7 +109,7 @@ def test_a_wrong_signature_uses_the_challenge_up(play) -> None:
         sign("another text"),
     ],
 )
-def test_what_is_no_signature_of_the_text_is_refused(play, signature: str) -> None:
+def test_other_bytes_than_a_signature_of_the_text_are_refused(play, signature: str) -> None:
     async def scenario(auth: RedisAuth) -> None:
         made = await auth.challenge(ADDRESS, DOMAIN, NOW_MS)
         with pytest.raises(Unauthenticated):
@@ -130,7 +130,7 @@ def test_a_challenge_expires_after_five_minutes(play) -> None:
 
 
 @pytest.mark.parametrize("bearer", [None, "", "azu-sk-", "azu-sk-" + "A" * 43, "sk-proj-1", "é"])
-def test_no_key_or_an_unknown_one_is_refused(play, bearer: str | None) -> None:
+def test_a_missing_or_unknown_key_is_refused(play, bearer: str | None) -> None:
     async def scenario(auth: RedisAuth) -> None:
         await opened(auth)
         with pytest.raises(Unauthenticated):
@@ -139,7 +139,7 @@ def test_no_key_or_an_unknown_one_is_refused(play, bearer: str | None) -> None:
     play(scenario)
 
 
-def test_a_key_with_an_end_is_refused_from_then_on(play) -> None:
+def test_a_key_is_refused_from_its_expiry_on(play) -> None:
     async def scenario(auth: RedisAuth) -> None:
         secret, key = await opened(auth, expires_at_ms=NOW_MS + 1_000)
         assert await auth.check(secret, NOW_MS + 999) == key
@@ -165,7 +165,7 @@ def test_a_revoked_key_is_refused_at_once_and_the_others_stay(play) -> None:
     play(scenario)
 
 
-def test_nobody_revokes_the_key_of_another_address(play) -> None:
+def test_an_address_cannot_revoke_the_key_of_another(play) -> None:
     async def scenario(auth: RedisAuth) -> None:
         secret, key = await opened(auth)
         with pytest.raises(NotFound):
@@ -207,7 +207,7 @@ def test_the_text_is_an_eip_4361_message() -> None:
 
 
 @pytest.mark.parametrize("address", [OWNER, CHECKSUMMED, "0x" + OWNER[2:].upper()])
-def test_an_address_is_kept_in_lower_case(address: str) -> None:
+def test_an_address_is_stored_in_lower_case(address: str) -> None:
     assert parse_checksummed_address(address) == OWNER
 
 
@@ -224,7 +224,7 @@ def test_an_address_is_kept_in_lower_case(address: str) -> None:
         f"{OWNER}\n",
     ],
 )
-def test_what_is_no_address_is_refused(address: str) -> None:
+def test_a_malformed_address_is_refused(address: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         parse_checksummed_address(address)
     assert refused.value.param == "address"

@@ -1,4 +1,4 @@
-"""What a network's authority signs is good for its network alone, and until it ends."""
+"""A certificate of a network's authority is valid in that network alone, and until it expires."""
 
 import ipaddress
 import socket
@@ -40,7 +40,7 @@ def signed(by: Authority, key: bytes) -> x509.Certificate:
 
 
 class Node:
-    """A certificate and its key in files, as both ends of a connection want them."""
+    """A certificate and its key in files, as both ends of a connection need them."""
 
     def __init__(self, folder: Path, by: Authority) -> None:
         folder.mkdir()
@@ -57,62 +57,62 @@ class Node:
         return context
 
 
-def speak(server: Node, client: Node, host: str) -> bytes:
-    """Have a client call a server by an address, each asking for the other's certificate."""
-    ours, theirs = socket.socketpair()
-    heard: list[bytes] = []
+def call(server: Node, client: Node, host: str) -> bytes:
+    """Have a client call a server by an address; each side checks the other's certificate."""
+    near, far = socket.socketpair()
+    received: list[bytes] = []
 
     def serve() -> None:
         try:
-            with server.context(ssl.Purpose.CLIENT_AUTH).wrap_socket(theirs, server_side=True) as channel:
+            with server.context(ssl.Purpose.CLIENT_AUTH).wrap_socket(far, server_side=True) as channel:
                 channel.sendall(channel.recv(5).upper())
         except OSError:
-            theirs.close()
+            far.close()
 
     thread = threading.Thread(target=serve)
     thread.start()
     try:
         context = client.context(ssl.Purpose.SERVER_AUTH)
-        with context.wrap_socket(ours, server_hostname=host) as channel:
+        with context.wrap_socket(near, server_hostname=host) as channel:
             channel.sendall(b"hello")
-            heard.append(channel.recv(5))
+            received.append(channel.recv(5))
     finally:
-        ours.close()
+        near.close()
         thread.join(10)
-    return heard[0]
+    return received[0]
 
 
 @pytest.mark.parametrize("host", [HOST, "127.0.0.1", "localhost"])
-def test_two_nodes_of_a_network_speak(tmp_path: Path, authority: Authority, host: str) -> None:
+def test_two_nodes_of_a_network_can_connect(tmp_path: Path, authority: Authority, host: str) -> None:
     here, there = Node(tmp_path / "here", authority), Node(tmp_path / "there", authority)
 
-    assert speak(here, there, host) == b"HELLO"
+    assert call(here, there, host) == b"HELLO"
 
 
-def test_a_node_is_not_taken_for_another_address(tmp_path: Path, authority: Authority) -> None:
+def test_a_certificate_is_not_valid_for_another_address(tmp_path: Path, authority: Authority) -> None:
     here, there = Node(tmp_path / "here", authority), Node(tmp_path / "there", authority)
 
     with pytest.raises(ssl.SSLCertVerificationError):
-        speak(here, there, "192.0.2.8")
+        call(here, there, "192.0.2.8")
 
 
-def test_a_node_of_another_network_is_not_spoken_to(tmp_path: Path, authority: Authority) -> None:
+def test_a_node_of_another_network_cannot_connect(tmp_path: Path, authority: Authority) -> None:
     stranger = Node(tmp_path / "stranger", Authority.new(NOW))
     here = Node(tmp_path / "here", authority)
 
     with pytest.raises((ssl.SSLError, ConnectionError)):
-        speak(stranger, here, HOST)
-    stranger.authority.write_bytes(authority.pem)  # it may well know whom to trust
+        call(stranger, here, HOST)
+    stranger.authority.write_bytes(authority.pem)  # even if it knows this network's authority
     with pytest.raises((ssl.SSLError, ConnectionError)):
-        speak(here, stranger, HOST)
+        call(here, stranger, HOST)
 
 
-def test_what_a_node_was_given_is_no_authority(tmp_path: Path, authority: Authority) -> None:
+def test_a_nodes_certificate_cannot_sign_others(tmp_path: Path, authority: Authority) -> None:
     key = new_key()
     pretender = Authority.load(certificate_pem(signed(authority, key)), key)
 
     with pytest.raises((ssl.SSLError, ConnectionError)):
-        speak(Node(tmp_path / "here", authority), Node(tmp_path / "there", pretender), HOST)
+        call(Node(tmp_path / "here", authority), Node(tmp_path / "there", pretender), HOST)
 
 
 def test_a_renewed_certificate_is_for_the_same_key_and_addresses(authority: Authority) -> None:
@@ -128,7 +128,7 @@ def test_a_renewed_certificate_is_for_the_same_key_and_addresses(authority: Auth
     authority.check(renewed, first.not_valid_after_utc + timedelta(days=1))
 
 
-def test_a_certificate_that_ended_or_is_anothers_is_refused(authority: Authority) -> None:
+def test_an_expired_certificate_and_one_of_another_network_are_refused(authority: Authority) -> None:
     certificate = signed(authority, new_key())
     authority.check(certificate, NOW)
 
@@ -138,7 +138,7 @@ def test_a_certificate_that_ended_or_is_anothers_is_refused(authority: Authority
         Authority.new(NOW).check(certificate, NOW)
 
 
-def test_only_the_certificates_key_signs_for_it(authority: Authority) -> None:
+def test_only_the_certificates_own_key_signs_for_it(authority: Authority) -> None:
     key = new_key()
     certificate = signed(authority, key)
     check_text(certificate, "let me stay", sign_text(key, "let me stay"))
@@ -154,7 +154,7 @@ def test_only_the_certificates_key_signs_for_it(authority: Authority) -> None:
 
 def test_a_request_that_another_key_signed_is_refused() -> None:
     mine, others = (x509.load_pem_x509_csr(new_request(new_key())) for _ in range(2))
-    # Both are of the same length: only the key differs.
+    # Both have the same length; only the key differs.
     point = {"encoding": Encoding.X962, "format": PublicFormat.UncompressedPoint}
     der = mine.public_bytes(Encoding.DER)
     swapped = der.replace(mine.public_key().public_bytes(**point), others.public_key().public_bytes(**point))
@@ -167,7 +167,7 @@ def test_a_request_that_another_key_signed_is_refused() -> None:
 @pytest.mark.parametrize(
     "pem", [b"", b"hello", b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"]
 )
-def test_what_is_no_request_is_refused(pem: bytes) -> None:
+def test_bytes_that_are_no_request_are_refused(pem: bytes) -> None:
     with pytest.raises(InvalidRequest, match="no certificate request"):
         read_request(pem)
 

@@ -1,4 +1,4 @@
-"""A bucket gives its burst at once and then as fast as it refills, whoever takes from it."""
+"""A bucket gives its burst at once and then as fast as it refills, to all ingresses together."""
 
 import asyncio
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.redis_server import start_redis
 
 
 async def taken(rates: RedisRates, name: str, rate: Rate, times: int) -> list[float]:
-    """Take so many times at once; return the waits of those that were refused."""
+    """Take a number of times at once; return the waits of the refused requests."""
     answers = await asyncio.gather(*(rates.take(name, rate) for _ in range(times)), return_exceptions=True)
     refused = [answer for answer in answers if answer is not None]
     assert all(isinstance(answer, RateLimited) for answer in refused)
@@ -31,7 +31,7 @@ def test_the_burst_is_given_at_once_and_no_more(redis_url: str) -> None:
     asyncio.run(scenario())
 
 
-def test_who_waits_as_long_as_told_is_served(redis_url: str) -> None:
+def test_a_caller_that_waits_as_long_as_the_refusal_says_is_served(redis_url: str) -> None:
     async def scenario() -> None:
         rates, fast = RedisRates.from_url(redis_url), Rate(per_minute=1200, burst=1)
         await rates.take("key", fast)
@@ -45,7 +45,7 @@ def test_who_waits_as_long_as_told_is_served(redis_url: str) -> None:
     asyncio.run(scenario())
 
 
-def test_buckets_go_by_themselves_and_cost_no_write_to_disk(tmp_path: Path) -> None:
+def test_buckets_expire_and_are_not_written_to_disk(tmp_path: Path) -> None:
     server = start_redis(tmp_path, {"appendonly": "yes", "appendfsync": "always"})
     try:
         asyncio.run(RedisRates.from_url(server.url).take("key", Rate(per_minute=60, burst=5)))

@@ -1,4 +1,4 @@
-"""A receipt proves what the platform signed, and nothing that was changed since."""
+"""A signature proves a receipt or a withdrawal, and nothing that was changed since."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ STRANGER = Account.from_key("0x" + "0a" * 32)
 def document(signer: Any = SIGNER) -> dict[str, Any]:
     given = receipt()
     body = sealed(given, SIGNER.address.lower(), sign_receipt(signer, given))
-    # As it comes out of a file, in another order.
+    # As it may come from a file, in another order.
     loaded = json.loads(json.dumps(body))
     return dict(sorted(loaded.items(), reverse=True))
 
@@ -48,14 +48,14 @@ def test_a_receipt_that_was_changed_is_refused(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["charged_lamports", "transfer_id", "token_layers", "signer", "signature"])
-def test_a_receipt_that_lost_a_part_is_refused(name: str) -> None:
+def test_a_receipt_without_one_of_its_fields_is_refused(name: str) -> None:
     short = document()
     del short[name]
     with pytest.raises(InvalidRequest):
         verify_receipt(short)
 
 
-def test_a_receipt_signed_by_somebody_else_is_refused() -> None:
+def test_a_receipt_signed_by_another_key_is_refused() -> None:
     with pytest.raises(InvalidRequest):
         verify_receipt(document(STRANGER))
 
@@ -68,7 +68,7 @@ ASKED = Withdrawal(
 )
 
 
-def test_what_its_address_signed_is_signed() -> None:
+def test_a_withdrawal_is_signed_by_its_own_address() -> None:
     assert is_signed(ASKED, PLATFORM, sign_withdrawal(ALICE, ASKED, PLATFORM))
 
 
@@ -82,11 +82,11 @@ def test_a_changed_withdrawal_is_not_signed(change: dict[str, object]) -> None:
     assert not is_signed(replace(ASKED, **change), PLATFORM, signature)  # type: ignore[arg-type]
 
 
-def test_it_is_not_signed_for_another_platform_or_by_another_address() -> None:
+def test_a_signature_for_another_platform_or_by_another_address_does_not_count() -> None:
     assert not is_signed(ASKED, "0x" + "98" * 20, sign_withdrawal(ALICE, ASKED, PLATFORM))
     assert not is_signed(ASKED, PLATFORM, sign_withdrawal(MALLORY, ASKED, PLATFORM))
 
 
 @pytest.mark.parametrize("signature", ["", "0x", "zz", "0x" + "00" * 65, "0x" + "ff" * 65])
-def test_what_is_no_signature_signs_nothing(signature: str) -> None:
+def test_a_malformed_signature_does_not_count(signature: str) -> None:
     assert not is_signed(ASKED, PLATFORM, signature)

@@ -1,4 +1,4 @@
-"""A ticket lets in as many nodes as it says, until it ends or is revoked; its secret is kept nowhere."""
+"""A ticket admits a number of nodes until it expires or is revoked; its secret is not stored."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -29,7 +29,7 @@ def play(redis_url: str) -> Callable[[Scenario], None]:
     return lambda scenario: asyncio.run(run(scenario))
 
 
-def test_a_ticket_lets_in_as_many_as_it_says(play) -> None:
+def test_a_ticket_admits_its_number_of_nodes(play) -> None:
     async def scenario(tickets: RedisTickets) -> None:
         secret, _ = await tickets.new("lab", 2, NOW_MS, ENDS_MS)
 
@@ -47,7 +47,7 @@ def test_a_ticket_lets_in_as_many_as_it_says(play) -> None:
     play(scenario)
 
 
-def test_many_at_once_do_not_get_past_the_count(play) -> None:
+def test_many_requests_at_once_do_not_exceed_the_number(play) -> None:
     async def scenario(tickets: RedisTickets) -> None:
         secret, _ = await tickets.new("", 3, NOW_MS, ENDS_MS)
         asking = [tickets.admit(secret, f"{index:064x}", f"n{index}", NOW_MS) for index in range(20)]
@@ -59,7 +59,7 @@ def test_many_at_once_do_not_get_past_the_count(play) -> None:
     play(scenario)
 
 
-def test_who_asks_again_with_the_same_key_is_not_counted_twice(play) -> None:
+def test_a_node_that_asks_again_with_the_same_key_is_not_counted_twice(play) -> None:
     async def scenario(tickets: RedisTickets) -> None:
         secret, _ = await tickets.new("", 1, NOW_MS, ENDS_MS)
 
@@ -70,7 +70,7 @@ def test_who_asks_again_with_the_same_key_is_not_counted_twice(play) -> None:
     play(scenario)
 
 
-def test_a_ticket_that_ended_or_that_nobody_made_lets_nobody_in(play) -> None:
+def test_an_expired_and_an_unknown_ticket_admit_no_node(play) -> None:
     async def scenario(tickets: RedisTickets) -> None:
         secret, _ = await tickets.new("", 1, NOW_MS, ENDS_MS)
 
@@ -82,7 +82,7 @@ def test_a_ticket_that_ended_or_that_nobody_made_lets_nobody_in(play) -> None:
     play(scenario)
 
 
-def test_a_revoked_ticket_lets_nobody_in_and_nobody_stay(play) -> None:
+def test_a_revoked_ticket_admits_no_node_and_renews_none(play) -> None:
     async def scenario(tickets: RedisTickets) -> None:
         secret, ticket = await tickets.new("", 5, NOW_MS, ENDS_MS)
         await tickets.admit(secret, ADA, "ada", NOW_MS)
@@ -103,7 +103,7 @@ def test_a_revoked_ticket_lets_nobody_in_and_nobody_stay(play) -> None:
     play(scenario)
 
 
-def test_a_node_whose_ticket_was_revoked_may_come_back_with_another(play) -> None:
+def test_a_node_whose_ticket_was_revoked_may_join_with_another(play) -> None:
     async def scenario(tickets: RedisTickets) -> None:
         secret, ticket = await tickets.new("", 1, NOW_MS, ENDS_MS)
         await tickets.admit(secret, ADA, "ada", NOW_MS)

@@ -1,4 +1,4 @@
-"""A job costs tokens times layers times the price, and never more than was reserved for it."""
+"""A job costs tokens times layers times the price, and never more than its reservation."""
 
 from fractions import Fraction
 
@@ -31,7 +31,7 @@ def test_a_charge_never_exceeds_what_was_reserved(
 A, B, C = (f"0x{digit * 40}" for digit in "abc")
 
 
-def test_sixteen_thousand_lamports_go_20_to_80() -> None:
+def test_sixteen_thousand_lamports_are_divided_20_to_80() -> None:
     work = {layer: {A if layer < 60 else B: 7} for layer in range(80)}
     assert divide(16_000, 20, work, 80) == Division(3_200, {A: 9_600, B: 3_200})
 
@@ -40,11 +40,11 @@ def test_sixteen_thousand_lamports_go_20_to_80() -> None:
     ("charged", "platform", "worker"),
     [(0, 0, 0), (1, 1, 0), (2, 1, 1), (3, 1, 2), (4, 1, 3), (5, 1, 4), (6, 2, 4)],
 )
-def test_what_does_not_divide_20_to_80_is_the_platforms(charged: int, platform: int, worker: int) -> None:
+def test_the_remainder_goes_to_the_platform(charged: int, platform: int, worker: int) -> None:
     assert divide(charged, 20, {0: {A: 1}}, 1) == Division(platform, {A: worker})
 
 
-def test_layers_weigh_the_same_whatever_their_bytes() -> None:
+def test_each_layer_has_the_same_weight_whatever_its_bytes() -> None:
     assert divide(100, 20, {0: {A: 1}, 1: {B: 10**12}}, 2) == Division(20, {A: 40, B: 40})
 
 
@@ -66,14 +66,14 @@ def test_of_equal_fractions_the_lower_address_gets_the_lamport() -> None:
     assert divide(11, 0, {0: {C: 1, B: 1, A: 1}}, 1).workers == {A: 4, B: 4, C: 3}
 
 
-def test_a_layer_that_nobody_ran_is_the_platforms() -> None:
+def test_the_share_of_a_layer_without_work_goes_to_the_platform() -> None:
     work: dict[int, dict[str, int]] = {0: {A: 1}, 1: {}, 2: {A: 0}}
     assert divide(400, 20, work, 4) == Division(320, {A: 80})
     assert divide(400, 20, {}, 4) == Division(400, {})
 
 
 @pytest.mark.parametrize("work", [{4: {A: 1}}, {-1: {A: 1}}, {0: {A: -1, B: 2}}])
-def test_work_that_cannot_have_been_is_refused(work: dict[int, dict[str, int]]) -> None:
+def test_impossible_work_is_refused(work: dict[int, dict[str, int]]) -> None:
     with pytest.raises(InternalError):
         divide(100, 20, work, 4)
 
@@ -84,7 +84,7 @@ WORK = st.dictionaries(
 
 
 @given(charged=st.integers(0, 10**17), percent=st.integers(0, 100), work=WORK)
-def test_every_division_is_exact_and_fair_to_less_than_a_lamport(
+def test_every_division_is_exact_and_fair_to_within_a_lamport(
     charged: int, percent: int, work: dict[int, dict[str, int]]
 ) -> None:
     division = divide(charged, percent, work, 12)

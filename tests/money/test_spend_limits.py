@@ -1,4 +1,4 @@
-"""Nobody starts more jobs than the balance, or the key's limit, pays for, however many are sent at once."""
+"""Of any number of concurrent jobs, only as many start as the balance and the key's limit pay for."""
 
 import asyncio
 
@@ -24,7 +24,7 @@ async def started(billing: Billing, **key: object) -> list[Job]:
     return [answer for answer in answers if isinstance(answer, Job)]
 
 
-def test_a_thousand_submits_against_a_balance_for_ten_jobs_start_ten(redis_url: str) -> None:
+def test_of_a_thousand_submits_with_a_balance_for_ten_jobs_ten_start(redis_url: str) -> None:
     async def scenario() -> None:
         billing = Billing(redis_url)
         await billing.deposit(10 * MOST + 5)
@@ -39,7 +39,7 @@ def test_a_thousand_submits_against_a_balance_for_ten_jobs_start_ten(redis_url: 
     asyncio.run(scenario())
 
 
-def test_a_thousand_submits_with_a_key_limited_to_ten_jobs_start_ten(redis_url: str) -> None:
+def test_of_a_thousand_submits_with_a_key_limited_to_ten_jobs_ten_start(redis_url: str) -> None:
     async def scenario() -> None:
         billing = Billing(redis_url)
         await billing.deposit(1_000 * MOST)
@@ -56,7 +56,7 @@ async def refusal(billing: Billing, **key: object) -> AzuError:
     return refused.value
 
 
-def test_what_a_job_did_not_use_of_the_limit_can_be_spent_again(redis_url: str) -> None:
+def test_the_part_of_the_limit_that_a_job_did_not_use_can_be_spent_again(redis_url: str) -> None:
     async def scenario() -> None:
         billing = Billing(redis_url)
         await billing.deposit(10_000)
@@ -70,14 +70,14 @@ def test_what_a_job_did_not_use_of_the_limit_can_be_spent_again(redis_url: str) 
         await billing.settlement.settle(second, JobRun(10, FinishReason.LENGTH, WORK, payout_by_node=PAYOUTS))
 
         assert (await refusal(billing, **limit)).code == "spend_limit_reached"
-        # Other keys of the address are not concerned.
+        # Other keys of the address have no limit, or their own.
         await billing.accept(key_id="key-2", spend_limit_lamports=MOST)
         await billing.accept(key_id="key-3")
 
     asyncio.run(scenario())
 
 
-def test_a_job_that_the_balance_does_not_bear_takes_nothing_of_the_limit(redis_url: str) -> None:
+def test_a_job_that_the_balance_does_not_cover_uses_nothing_of_the_limit(redis_url: str) -> None:
     async def scenario() -> None:
         billing = Billing(redis_url)
         limit = {"spend_limit_lamports": MOST}
@@ -88,11 +88,11 @@ def test_a_job_that_the_balance_does_not_bear_takes_nothing_of_the_limit(redis_u
     asyncio.run(scenario())
 
 
-def test_a_key_that_ended_reserves_nothing(redis_url: str) -> None:
+def test_an_expired_key_reserves_nothing(redis_url: str) -> None:
     async def scenario() -> None:
         billing = Billing(redis_url)
         await billing.deposit(MOST)
-        # The billing's clock stands at 1000.
+        # The clock of Billing stands at 1000.
         assert isinstance(await refusal(billing, expires_at_ms=1_000), Unauthenticated)
         assert await billing.balances() == (MOST, 0)
         await billing.accept(expires_at_ms=1_001)

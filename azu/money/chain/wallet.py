@@ -112,7 +112,7 @@ async def send_hype(
             tx_hash = await _find(chain, account.address.lower(), destination, nonce, find_s)
     except TimeoutError as error:
         raise DeadlineExceeded(
-            f"the chain has not shown the transfer with nonce {nonce} yet; look before you send again"
+            f"the chain has not shown the transfer with nonce {nonce} yet; check before you send again"
         ) from error
     if tx_hash is None:
         assert refusal is not None, "without a refusal the search goes on until the timeout"

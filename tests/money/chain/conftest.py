@@ -20,5 +20,5 @@ def devnet(devnet_server: RunningDevnet) -> Iterator[RunningDevnet]:
 
 @pytest.fixture
 def bob() -> str:
-    """An address that nothing was ever sent to."""
+    """An address that never received anything."""
     return fresh_address()

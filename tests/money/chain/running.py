@@ -1,4 +1,4 @@
-"""A devnet in a thread of the test's process, spoken to over real HTTP."""
+"""A devnet in a thread of the test's process, reached over real HTTP."""
 
 import secrets
 import socket
@@ -54,7 +54,7 @@ def running_devnet(seed: int | None = None) -> Iterator[RunningDevnet]:
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
-            # A connection kept for the next call may be closed just then by a devnet that waited too long.
+            # The devnet may close a kept connection just before the next call.
             with httpx.Client(
                 base_url=url, timeout=10, limits=httpx.Limits(max_keepalive_connections=0)
             ) as http:

@@ -15,7 +15,7 @@ MIXED_CASE = "0x0D1d9635D0640821d15e323ac8AdADfA9c111414"
 
 
 @pytest.mark.parametrize("network", [MAINNET, DEVNET])
-def test_what_is_signed_is_what_the_sdk_would_sign(network: ChainNetwork) -> None:
+def test_an_action_is_signed_as_the_sdk_signs_it(network: ChainNetwork) -> None:
     action = sign_send_asset(WALLET, network, destination=MIXED_CASE, lamports=1_000, nonce=1_790_000_000_001)
 
     body = json.loads(action.body)
@@ -39,7 +39,7 @@ def test_what_is_signed_is_what_the_sdk_would_sign(network: ChainNetwork) -> Non
     assert (body["nonce"], body["vaultAddress"], body["expiresAfter"]) == (1_790_000_000_001, None, None)
 
 
-def test_the_same_transfer_signed_twice_is_the_same_bytes() -> None:
+def test_a_transfer_signed_twice_has_the_same_bytes() -> None:
     once, again = (
         sign_send_asset(WALLET, DEVNET, destination=MIXED_CASE, lamports=5, nonce=7) for _ in range(2)
     )

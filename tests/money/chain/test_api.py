@@ -1,4 +1,4 @@
-"""The client against a running devnet, with the line between them failing."""
+"""The client against a running devnet, while the connection between them fails."""
 
 import asyncio
 import time
@@ -83,7 +83,7 @@ def test_every_page_of_a_long_ledger_is_read(devnet: RunningDevnet, bob: str, al
     ["reply_dropped_before", "reply_dropped_after", "rate_limited", "server_error_before", "delay"],
 )
 @pytest.mark.parametrize("path", ["/info", "/explorer"])
-def test_a_read_survives_a_passing_failure(
+def test_a_read_is_repeated_after_a_temporary_failure(
     devnet: RunningDevnet, kind: str, path: str, alice: LocalAccount
 ) -> None:
     async def scenario() -> None:
@@ -136,7 +136,7 @@ def test_an_action_without_an_answer_is_unknown(
     asyncio.run(scenario())
 
 
-def test_a_refusal_comes_in_the_chains_words(devnet: RunningDevnet, bob: str, alice: LocalAccount) -> None:
+def test_a_refusal_has_the_chains_own_words(devnet: RunningDevnet, bob: str, alice: LocalAccount) -> None:
     async def scenario() -> None:
         async with client(devnet) as chain:
             too_much = sign_send_asset(
@@ -164,7 +164,7 @@ def test_a_balance_counts_the_exact_token_only(devnet: RunningDevnet, bob: str, 
     asyncio.run(scenario())
 
 
-def test_a_destination_and_the_budget_of_actions_are_told(
+def test_a_recipient_and_the_budget_of_actions_are_returned(
     devnet: RunningDevnet, bob: str, alice: LocalAccount
 ) -> None:
     async def scenario() -> None:

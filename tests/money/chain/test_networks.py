@@ -23,7 +23,7 @@ from azu.money.chain.networks import DEVNET_HYPE, network_at
         ("http://chain.test/base/", "devnet", "http://chain.test/base/explorer", DEVNET_HYPE),
     ],
 )
-def test_a_url_says_which_token_counts(url: str, name: str, explorer: str, hype: str) -> None:
+def test_the_url_decides_which_token_counts(url: str, name: str, explorer: str, hype: str) -> None:
     network = network_at(url)
 
     assert (network.name, network.explorer_url, network.hype) == (name, explorer, hype)
@@ -32,6 +32,6 @@ def test_a_url_says_which_token_counts(url: str, name: str, explorer: str, hype:
 
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:3001", "ftp://chain.test", "http://api.hyperliquid.xyz"])
-def test_what_is_no_url_of_a_chain_is_refused(url: str) -> None:
+def test_a_text_that_is_no_url_of_a_chain_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError):
         network_at(url)

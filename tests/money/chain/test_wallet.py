@@ -42,7 +42,7 @@ def test_a_wallet_that_others_can_read_is_refused(tmp_path: Path) -> None:
         wallet.load(file, "secret")
 
 
-def test_a_missing_or_damaged_wallet_is_named(tmp_path: Path) -> None:
+def test_an_error_names_a_missing_or_damaged_wallet(tmp_path: Path) -> None:
     file = tmp_path / "wallet.json"
     with pytest.raises(ConfigurationError, match="no wallet"):
         wallet.load(file, "secret")
@@ -64,9 +64,7 @@ def test_a_bad_key_is_not_repeated_in_the_error(tmp_path: Path) -> None:
     "kind",
     ["reply_dropped_before", "reply_dropped_after", "rate_limited", "server_error_after", "rows_late"],
 )
-def test_a_transfer_arrives_once_whatever_happens_on_the_way(
-    devnet: RunningDevnet, kind: str, bob: str
-) -> None:
+def test_a_transfer_arrives_once_under_every_fault(devnet: RunningDevnet, kind: str, bob: str) -> None:
     account = Account.create()
     devnet.fund(account.address, 10 * LAMPORTS_PER_HYPE)
     devnet.fault(kind, times=2, seconds=0.5)
@@ -85,12 +83,12 @@ def test_a_refused_transfer_says_why(devnet: RunningDevnet, bob: str) -> None:
         wallet.transfer_hype(account, bob, 2, chain_url=devnet.url)
 
 
-def test_a_wallet_without_anything_is_told_to_get_some_first(devnet: RunningDevnet, bob: str) -> None:
+def test_the_error_for_an_empty_wallet_says_to_send_hype_first(devnet: RunningDevnet, bob: str) -> None:
     with pytest.raises(ChainError, match="send HYPE to it first"):
         wallet.transfer_hype(Account.create(), bob, 1, chain_url=devnet.url)
 
 
-def test_a_transfer_of_everything_is_found_though_the_sender_is_gone(devnet: RunningDevnet, bob: str) -> None:
+def test_a_transfer_of_the_whole_balance_is_found(devnet: RunningDevnet, bob: str) -> None:
     account = Account.create()
     devnet.fund(account.address, 5)
 
@@ -106,6 +104,6 @@ def test_a_transfer_of_everything_is_found_though_the_sender_is_gone(devnet: Run
 
 
 @pytest.mark.parametrize("lamports", [0, -1])
-def test_nothing_is_not_transferred(lamports: int, bob: str) -> None:
+def test_an_amount_below_one_lamport_is_refused(lamports: int, bob: str) -> None:
     with pytest.raises(InvalidRequest):
         wallet.transfer_hype(Account.create(), bob, lamports, chain_url="http://127.0.0.1:9")

@@ -1,4 +1,4 @@
-"""A ledger over a real Redis, closed when the test is done with it."""
+"""A ledger over a real Redis, closed at the end of the test."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable

@@ -1,4 +1,4 @@
-"""Random transfers over a world so small that ids repeat, contradict each other and meet ended holds."""
+"""Random transfers over so few ids that they repeat, contradict each other and meet ended holds."""
 
 from hypothesis import strategies as st
 
@@ -16,7 +16,7 @@ PAYOUTS = st.sampled_from([f"p{number}" for number in range(3)])
 HASHES = st.sampled_from([f"0x{number:02x}" for number in range(4)])
 FEES = st.integers(0, 3)
 LARGE = st.sampled_from([2**53 - 1, 2**53, 2**53 + 1, MAX_LAMPORTS - 1, MAX_LAMPORTS])
-# Mostly such that a deposit pays for several jobs and a job for several payouts.
+# Mostly amounts for which a deposit pays for several jobs and a job for several payouts.
 DEPOSITED = st.one_of(st.integers(1, 60), LARGE)
 RESERVED = st.one_of(st.integers(0, 40), st.integers(0, 40), LARGE)
 CHARGED = st.one_of(st.integers(0, 30), st.integers(0, 30), LARGE)
@@ -30,7 +30,7 @@ WORK = st.dictionaries(
 
 @st.composite
 def settlements(draw: st.DrawFn, jobs: st.SearchStrategy[str] = JOBS) -> Settle:
-    """Return the settlement of some charge by who ran what."""
+    """Return the settlement of some charge with random shares."""
     job, charged = draw(jobs), draw(CHARGED)
     division = divide(charged, draw(PERCENTS), draw(WORK), LAYERS)
     return Settle(
@@ -43,7 +43,7 @@ def settlements(draw: st.DrawFn, jobs: st.SearchStrategy[str] = JOBS) -> Settle:
 
 
 def deposits() -> st.SearchStrategy[Deposit]:
-    """Return deposits; of one hash there may be several that contradict each other."""
+    """Return deposits; several of one hash may contradict each other."""
     return st.builds(
         lambda lamports, address, tx_hash: moves.deposit(lamports, address=address, tx_hash=tx_hash),
         DEPOSITED,
@@ -80,7 +80,7 @@ def transfers() -> st.SearchStrategy[Transfer]:
 
 def histories(size: int) -> st.SearchStrategy[list[Transfer]]:
     """Return lists of up to `size` transfers that begin with money to move."""
-    # Left alone, Hypothesis prefers lists that are over before anything is earned.
+    # Without this, Hypothesis prefers lists that end before a worker earns anything.
     rest = st.lists(transfers(), min_size=size // 2, max_size=size)
     return st.tuples(st.lists(deposits(), min_size=1, max_size=2), rest).map(
         lambda parts: [*parts[0], *parts[1]]

@@ -1,4 +1,4 @@
-"""An audit agrees with honest books, and finds every single thing that somebody changed in them."""
+"""An audit agrees with correct books, and finds every single change that was made to them by hand."""
 
 import asyncio
 import json
@@ -27,17 +27,17 @@ HISTORY = (
     moves.reserve("open", 200),
     moves.plan_payout("p1", 40),
 )
-Spoil = Callable[[Any], object]
+Edit = Callable[[Any], object]
 
 
-def audited(url: str, history: Iterable[Transfer], spoil: Spoil, wallet_lamports: int | None = None) -> Audit:
-    """Apply a history, have somebody change Redis, then audit."""
+def audited(url: str, history: Iterable[Transfer], edit: Edit, wallet_lamports: int | None = None) -> Audit:
+    """Apply a history, change Redis by hand, then audit."""
     found: list[Audit] = []
 
     async def scenario(ledger: RedisLedger) -> None:
         await apply_all(ledger, *history)
         with Redis.from_url(url, decode_responses=True) as redis:
-            spoil(redis)
+            edit(redis)
         found.append(await audit(await ledger.snapshot(), ledger.journal(), wallet_lamports))
 
     with_ledger(url, scenario)
@@ -48,28 +48,28 @@ def honest(redis: Any) -> None:
     """Change nothing."""
 
 
-def test_honest_books_agree(redis_url: str) -> None:
+def test_correct_books_agree(redis_url: str) -> None:
     report = audited(redis_url, HISTORY, honest)
     assert report.agrees
     assert (report.entries, report.accounts) == (5, 7)
     assert (report.liabilities_lamports, report.revenue_lamports, report.in_transit_lamports) == (980, 20, 40)
 
 
-def test_books_that_were_never_used_agree(redis_url: str) -> None:
+def test_empty_books_agree(redis_url: str) -> None:
     assert audited(redis_url, (), honest, wallet_lamports=0).agrees
 
 
-def rewritten(change: Callable[[int, dict[str, str]], dict[str, str] | None]) -> Spoil:
-    """Return somebody who writes the journal anew, changing or leaving out entries."""
+def rewritten(change: Callable[[int, dict[str, str]], dict[str, str] | None]) -> Edit:
+    """Return a function that writes the journal again, with entries changed or left out."""
 
-    def spoil(redis: Any) -> None:
+    def edit(redis: Any) -> None:
         rows = redis.xrange(JOURNAL)
         redis.delete(JOURNAL)
         for stream_id, fields in rows:
             if changed := change(int(stream_id.partition("-")[0]), fields):
                 redis.xadd(JOURNAL, changed, id=stream_id)
 
-    return spoil
+    return edit
 
 
 def larger_deposit(number: int, fields: dict[str, str]) -> dict[str, str]:
@@ -92,7 +92,7 @@ AVAILABLE = user_available(ALICE)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("edit", "expected"),
     [
         (lambda redis: redis.hincrby(BALANCES, AVAILABLE, 1), AVAILABLE),
         (lambda redis: redis.hincrby(BALANCES, AVAILABLE, 1), "sum to 1"),
@@ -124,10 +124,10 @@ AVAILABLE = user_available(ALICE)
         ),
     ],
 )
-def test_whatever_was_changed_is_found(redis_url: str, spoil: Spoil, said: str) -> None:
-    report = audited(redis_url, HISTORY, spoil)
+def test_every_change_by_hand_is_found(redis_url: str, edit: Edit, expected: str) -> None:
+    report = audited(redis_url, HISTORY, edit)
     assert not report.agrees
-    assert any(said in finding for finding in report.findings), report.findings
+    assert any(expected in finding for finding in report.findings), report.findings
 
 
 def test_a_history_that_the_rules_forbid_is_found_though_all_sums_are_right(redis_url: str) -> None:
@@ -143,35 +143,33 @@ def test_a_history_that_the_rules_forbid_is_found_though_all_sums_are_right(redi
     assert any("entry 6: the account holds" in finding for finding in report.findings), report.findings
 
 
-def test_a_stored_value_that_is_no_whole_number_is_refused_by_name(redis_url: str) -> None:
+def test_an_error_names_a_stored_value_that_is_no_whole_number(redis_url: str) -> None:
     with pytest.raises(LedgerError, match="chain is stored as"):
         audited(redis_url, HISTORY, lambda redis: redis.hset(BALANCES, CHAIN, "1.5"))
 
 
 @pytest.mark.parametrize(("wallet", "in_flight"), [(1_000, 0), (960, 40), (999, 1)])
-def test_a_wallet_agrees_if_it_lacks_no_more_than_what_is_in_transit(
-    redis_url: str, wallet: int, in_flight: int
-) -> None:
+def test_a_wallet_may_lack_at_most_what_is_in_transit(redis_url: str, wallet: int, in_flight: int) -> None:
     report = audited(redis_url, HISTORY, honest, wallet)
     assert report.agrees
     assert report.in_flight_lamports == in_flight
 
 
 @pytest.mark.parametrize(
-    ("wallet", "said"), [(1_001, "1 lamports more"), (959, "lacks 41"), (0, "lacks 1000")]
+    ("wallet", "expected"), [(1_001, "1 lamports more"), (959, "lacks 41"), (0, "lacks 1000")]
 )
-def test_a_wallet_that_holds_anything_else_is_found(redis_url: str, wallet: int, said: str) -> None:
+def test_a_wallet_with_any_other_amount_is_found(redis_url: str, wallet: int, expected: str) -> None:
     report = audited(redis_url, HISTORY, honest, wallet)
-    assert any(said in finding for finding in report.findings), report.findings
+    assert any(expected in finding for finding in report.findings), report.findings
 
 
-def test_what_was_paid_out_is_expected_to_have_left_the_wallet(redis_url: str) -> None:
+def test_paid_amounts_have_left_the_wallet(redis_url: str) -> None:
     report = audited(redis_url, (*HISTORY, moves.paid("p1", fee_lamports=1)), honest, wallet_lamports=960)
     assert report.agrees
     assert report.in_flight_lamports == report.in_transit_lamports == 0
 
 
-def test_transfers_that_come_while_the_audit_reads_do_not_disturb_it(redis_url: str) -> None:
+def test_transfers_during_an_audit_do_not_disturb_it(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger) -> None:
         await apply_all(ledger, *HISTORY)
         stored = await ledger.snapshot()
@@ -196,7 +194,7 @@ def test_the_books_of_any_history_agree(history: list[Transfer]) -> None:
 
 
 def with_state(state: LedgerState) -> Audit:
-    """Audit what the pure rules made."""
+    """Audit a state of the pure rules."""
 
     async def journal() -> AsyncIterator[Entry]:
         for entry in state.entries.values():

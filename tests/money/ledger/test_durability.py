@@ -1,4 +1,4 @@
-"""What was acknowledged survives the death of the server, at any moment and under load."""
+"""An acknowledged transfer survives the death of the server, at any moment and under load."""
 
 import asyncio
 import os
@@ -75,7 +75,7 @@ async def check(server: RunningRedis, clients: list[Client]) -> None:
     for one in clients:
         for transfer in one.acknowledged:
             assert kept.pop(transfer.id) == transfer
-    # The rest are those whose answer was lost.
+    # The other entries are of transfers whose answer was lost.
     assert kept.keys() <= {one.unsure[0].id for one in clients if one.unsure}
     await ledger.close()
 
@@ -113,7 +113,7 @@ def test_a_transfer_is_on_disk_before_it_is_acknowledged(tmp_path: Path) -> None
     server.stop()
 
 
-def test_a_ledger_goes_on_when_its_server_has_started_again(tmp_path: Path) -> None:
+def test_a_ledger_works_again_after_its_server_restarted(tmp_path: Path) -> None:
     async def scenario(first: RunningRedis) -> RunningRedis:
         ledger = RedisLedger.from_url(first.url)
         await ledger.apply(moves.deposit(5))
@@ -129,7 +129,7 @@ def test_a_ledger_goes_on_when_its_server_has_started_again(tmp_path: Path) -> N
     asyncio.run(scenario(start_redis(tmp_path, DURABLE_CONFIG))).stop()
 
 
-def test_a_redis_without_memory_refuses_a_transfer_wholly(tmp_path: Path) -> None:
+def test_a_redis_without_memory_writes_no_part_of_a_transfer(tmp_path: Path) -> None:
     async def scenario(server: RunningRedis) -> None:
         ledger, redis = RedisLedger.from_url(server.url), connect_redis(server.url)
         await ledger.apply(moves.deposit(5))
@@ -159,7 +159,7 @@ FILE = b"".join(PARTS)
 ENDS = [sum(len(part) for part in PARTS[:count]) for count in range(len(PARTS) + 1)]
 
 
-def test_a_whole_file_is_kept_wholly() -> None:
+def test_a_whole_file_is_kept_to_its_end() -> None:
     assert read(FILE) == FileTail(len(FILE), ())
     assert read(b"") == FileTail(0, ())
 
@@ -169,12 +169,12 @@ def test_a_file_cut_anywhere_is_kept_up_to_its_last_whole_transfer() -> None:
         assert read(FILE[:cut]).whole_bytes == max(end for end in ENDS if end <= cut)
 
 
-def test_whole_commands_of_an_unfinished_transfer_are_told() -> None:
+def test_whole_commands_of_an_unfinished_transfer_are_listed() -> None:
     torn = SELECT + TRANSFER[: -len(command(b"EXEC"))] + b"*1\r\n$4\r\nEX"
     assert read(torn) == FileTail(len(SELECT), ((b"MULTI",), (b"XADD", b"j", b"1-0", b"a\r\n", b"")))
 
 
-def test_a_byte_that_changed_before_the_last_transfer_never_costs_a_transfer() -> None:
+def test_a_changed_byte_before_the_last_transfer_never_drops_a_transfer() -> None:
     for at in range(ENDS[3]):
         for byte in b"0123456789*$MX\r\n\0\xff":
             changed = FILE[:at] + bytes([byte]) + FILE[at + 1 :]
@@ -188,7 +188,7 @@ def test_a_byte_that_changed_before_the_last_transfer_never_costs_a_transfer() -
 @pytest.mark.parametrize(
     "rubbish", [b"\0" * 8 + FILE, b"hello\r\n", b"$3\r\nabc\r\n", b"*a\r\n", b"*-1\r\n", b"*1\r\n*1\r\n"]
 )
-def test_what_is_no_command_is_refused(rubbish: bytes) -> None:
+def test_bytes_that_are_no_command_are_refused(rubbish: bytes) -> None:
     with pytest.raises(LedgerError, match="begins neither"):
         read(SELECT + rubbish)
 
@@ -248,7 +248,7 @@ BOOKED = b"*4\r\n$7\r\nHINCRBY"
     ("behind", "more", "readable"),
     [(BOOKED, 0, True), (BOOKED, 15, True), (b"XADD", 30, False), (b"MULTI", 2, False), (b"*1", 1, False)],
 )
-def test_a_torn_tail_is_refused_then_mended(
+def test_a_torn_tail_is_refused_then_repaired(
     torn: tuple[Path, list[int]], behind: bytes, more: int, readable: bool
 ) -> None:
     file, sizes = torn
@@ -269,7 +269,7 @@ def test_a_torn_tail_is_refused_then_mended(
     assert deposited(file.parent) == list(range(1, TRANSFERS))
 
 
-def test_a_whole_file_is_left_as_it_is(torn: tuple[Path, list[int]]) -> None:
+def test_a_whole_file_is_not_changed(torn: tuple[Path, list[int]]) -> None:
     file, sizes = torn
     content = file.read_bytes()
     done = repair(file)
@@ -278,7 +278,7 @@ def test_a_whole_file_is_left_as_it_is(torn: tuple[Path, list[int]]) -> None:
     assert deposited(file.parent) == list(range(1, TRANSFERS + 1))
 
 
-def test_zeros_that_a_power_cut_left_are_cut_off(torn: tuple[Path, list[int]]) -> None:
+def test_zeros_after_a_power_cut_are_cut_off(torn: tuple[Path, list[int]]) -> None:
     file, sizes = torn
     content = file.read_bytes()
     file.write_bytes(content[: sizes[-2] + 30] + bytes(200_000))
@@ -297,7 +297,7 @@ def test_a_second_repair_of_the_same_tail_keeps_both_tails(torn: tuple[Path, lis
     assert all(tail is not None and Path(tail).exists() for tail in tails)
 
 
-def test_damage_before_the_end_is_refused_and_nothing_changed(torn: tuple[Path, list[int]]) -> None:
+def test_damage_before_the_end_is_refused_and_changes_nothing(torn: tuple[Path, list[int]]) -> None:
     file, sizes = torn
     content = bytearray(file.read_bytes())
     content[sizes[2] + 1] = ord("9")
@@ -314,12 +314,12 @@ def test_an_empty_file_is_whole(tmp_path: Path) -> None:
     assert repair(file).dropped_bytes == 0
 
 
-def test_a_file_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         repair(tmp_path / "nothing.aof")
 
 
-def test_a_file_that_a_server_writes_is_not_touched(tmp_path: Path) -> None:
+def test_a_file_in_use_by_a_server_is_not_changed(tmp_path: Path) -> None:
     server = start_redis(tmp_path, DURABLE_CONFIG)
     asyncio.run(_deposit_once(server.url))
     with pytest.raises(Conflict, match=f"process {server.process.pid} "):
@@ -334,7 +334,7 @@ async def _deposit_once(url: str) -> None:
 
 
 @pytest.mark.prove
-def test_a_file_cut_at_any_byte_keeps_every_transfer_that_is_whole(torn: tuple[Path, list[int]]) -> None:
+def test_a_file_cut_at_any_byte_keeps_every_whole_transfer(torn: tuple[Path, list[int]]) -> None:
     file, sizes = torn
     content = file.read_bytes()
     for cut in range(sizes[0], len(content), 7):

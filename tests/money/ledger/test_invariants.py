@@ -1,4 +1,4 @@
-"""Whatever users, jobs, workers and clocks do, in any order and any number of times, the books are right."""
+"""The books are right after any actions of users, jobs, workers and clocks, in any order and number."""
 
 import os
 from collections import Counter
@@ -37,7 +37,7 @@ Name = str | MultipleResults[str]
 
 
 class Books(RuleBasedStateMachine):
-    """Money comes in, jobs and payouts begin and end, and everything may be sent again."""
+    """Money comes in, jobs and payouts begin and end, and every transfer may be sent again."""
 
     jobs: Bundle[str] = Bundle("jobs")
     payouts: Bundle[str] = Bundle("payouts")
@@ -49,7 +49,7 @@ class Books(RuleBasedStateMachine):
         self.asked = 0
 
     def send(self, transfer: Transfer) -> bool:
-        """Apply a transfer; say if it was not refused."""
+        """Apply a transfer; return whether it was accepted."""
         try:
             self.state, _ = apply(self.state, transfer)
         except (InsufficientBalance, LedgerError, TransferConflict):
@@ -110,7 +110,7 @@ class Books(RuleBasedStateMachine):
             assert result.repeated
             assert result.entry is known
         else:
-            # What was refused stays refused, or finds its id taken: its hold has not come back.
+            # A refused transfer stays refused, or finds its id taken: its hold has not come back.
             assert not self.send(transfer)
             assert self.state is before
 

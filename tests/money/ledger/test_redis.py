@@ -1,4 +1,4 @@
-"""The ledger in Redis keeps the rules whoever shares it, and answers what callers ask of it."""
+"""The ledger in Redis keeps the rules for any number of processes, and answers its callers."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ from tests.money.ledger import moves
 from tests.money.ledger.opened import apply_all, open_ledger, with_ledger
 
 
-def test_a_job_is_reserved_for_and_settled(redis_url: str) -> None:
+def test_a_job_is_reserved_and_settled(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger) -> None:
         await apply_all(ledger, moves.deposit(500), moves.reserve("job-1", 300))
         assert await ledger.balance(user_available(ALICE)) == 200
@@ -34,7 +34,7 @@ def test_a_job_is_reserved_for_and_settled(redis_url: str) -> None:
     with_ledger(redis_url, scenario)
 
 
-def test_an_account_never_touched_holds_nothing(redis_url: str) -> None:
+def test_an_account_without_entries_holds_nothing(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger) -> None:
         assert await ledger.balance(user_available(ALICE)) == 0
         assert await ledger.balances() == {}
@@ -59,7 +59,7 @@ def test_amounts_that_a_double_cannot_hold_stay_exact(redis_url: str) -> None:
     with_ledger(redis_url, scenario)
 
 
-def test_a_repeated_transfer_is_answered_with_its_first_result(redis_url: str) -> None:
+def test_a_repeated_transfer_returns_its_first_result(redis_url: str) -> None:
     history = (moves.deposit(500), moves.reserve("job-1", 300), moves.settle("job-1", 100, w0=80))
 
     async def scenario(ledger: RedisLedger) -> None:
@@ -74,7 +74,7 @@ def test_a_repeated_transfer_is_answered_with_its_first_result(redis_url: str) -
     with_ledger(redis_url, scenario)
 
 
-def test_an_id_used_again_for_something_else_changes_nothing(redis_url: str) -> None:
+def test_an_id_used_again_for_another_transfer_changes_nothing(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger) -> None:
         await ledger.apply(moves.deposit(500))
         with pytest.raises(TransferConflict):
@@ -84,7 +84,7 @@ def test_an_id_used_again_for_something_else_changes_nothing(redis_url: str) -> 
     with_ledger(redis_url, scenario)
 
 
-def test_a_reservation_says_what_it_holds_and_what_ended_it(redis_url: str) -> None:
+def test_a_reservation_has_its_amount_and_the_transfer_that_ended_it(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger) -> None:
         await apply_all(ledger, moves.deposit(500), moves.reserve("job-1", 300, expires_at_ms=7))
         reservation = await ledger.reservation("job-1")
@@ -99,7 +99,7 @@ def test_a_reservation_says_what_it_holds_and_what_ended_it(redis_url: str) -> N
     with_ledger(redis_url, scenario)
 
 
-def test_open_reservations_whose_time_has_come_are_expired(redis_url: str) -> None:
+def test_open_reservations_are_listed_once_they_expire(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger) -> None:
         await ledger.apply(moves.deposit(500))
         for job, expires_at_ms in (("late", 3_000), ("early", 1_000), ("settled", 1_500), ("due", 2_000)):
@@ -117,7 +117,7 @@ def test_an_ended_reservation_does_not_expire_though_it_was_read_as_open(redis_u
     async def scenario(ledger: RedisLedger) -> None:
         redis = connect_redis(redis_url)
         await apply_all(ledger, moves.deposit(500), moves.reserve("job-1", 10), moves.release("job-1"))
-        # As if the job had ended between the two reads that make the list.
+        # As if the job had ended between the two reads of the list.
         await redis.zadd(EXPIRIES, {"job:job-1": 1_000})
         await redis.aclose()
         assert await ledger.expired(2_000) == []
@@ -125,7 +125,7 @@ def test_an_ended_reservation_does_not_expire_though_it_was_read_as_open(redis_u
     with_ledger(redis_url, scenario)
 
 
-def test_the_ledger_counts_as_far_as_redis_can_and_then_refuses_wholly(redis_url: str) -> None:
+def test_a_balance_beyond_a_redis_counter_is_refused_without_a_write(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger) -> None:
         await apply_all(ledger, *(moves.deposit(MAX_LAMPORTS, tx_hash=f"0x{number}") for number in range(92)))
         with pytest.raises(LedgerError, match="does not allow"):
@@ -135,7 +135,7 @@ def test_the_ledger_counts_as_far_as_redis_can_and_then_refuses_wholly(redis_url
     with_ledger(redis_url, scenario)
 
 
-def test_the_journal_tells_everything_in_order_and_only_what_happened(redis_url: str) -> None:
+def test_the_journal_has_every_applied_transfer_in_order_and_no_other(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger) -> None:
         done = await apply_all(
             ledger, *(moves.deposit(number, tx_hash=f"0x{number}") for number in range(1, 1_002))
@@ -152,7 +152,7 @@ def test_the_journal_tells_everything_in_order_and_only_what_happened(redis_url:
     with_ledger(redis_url, scenario)
 
 
-def test_a_thousand_concurrent_reservations_against_ten_jobs_money_make_ten(redis_url: str) -> None:
+def test_of_a_thousand_concurrent_reservations_the_balance_covers_ten_succeed(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger) -> None:
         await ledger.apply(moves.deposit(1_000))
         async with open_ledger(redis_url) as other:
@@ -181,13 +181,13 @@ def test_a_thousand_concurrent_copies_of_one_deposit_credit_once(redis_url: str)
     with_ledger(redis_url, scenario)
 
 
-def test_of_many_who_end_one_reservation_at_once_one_does(redis_url: str) -> None:
+def test_of_many_concurrent_ends_of_one_reservation_one_succeeds(redis_url: str) -> None:
     ends: list[Transfer] = [moves.settle("job-1", 100, w0=80), moves.release("job-1"), moves.expire("job-1")]
 
     async def scenario(ledger: RedisLedger) -> None:
-        # The other job's money would pay for a second end, if one could be written.
+        # A second end would take the other job's money, if it could be written.
         await apply_all(ledger, moves.deposit(500), moves.reserve("job-1", 100), moves.reserve("other", 400))
-        # With all connections open, everybody reads the open hold before anybody has written.
+        # With all connections open, every caller reads the open hold before the first write.
         await asyncio.gather(*(ledger.balance(CHAIN) for _ in range(200)))
         outcomes = await asyncio.gather(*map(ledger.apply, ends * 50), return_exceptions=True)
         done = [outcome for outcome in outcomes if isinstance(outcome, Result)]
@@ -202,7 +202,7 @@ def test_of_many_who_end_one_reservation_at_once_one_does(redis_url: str) -> Non
 
 
 @pytest.mark.parametrize("key", [BALANCES, ENTRIES, HOLDS, JOURNAL, EXPIRIES])
-def test_a_key_that_somebody_overwrote_stops_the_ledger_before_it_writes(redis_url: str, key: str) -> None:
+def test_a_key_overwritten_by_hand_stops_the_ledger_before_it_writes(redis_url: str, key: str) -> None:
     async def scenario(ledger: RedisLedger) -> None:
         redis = connect_redis(redis_url)
         await ledger.apply(moves.deposit(500))
@@ -221,7 +221,7 @@ def test_a_key_that_somebody_overwrote_stops_the_ledger_before_it_writes(redis_u
 
 
 @pytest.mark.parametrize("balance", ["-5", "many", "1.5", ""])
-def test_a_balance_that_somebody_spoiled_is_not_drawn_on(redis_url: str, balance: str) -> None:
+def test_a_balance_damaged_by_hand_is_not_used(redis_url: str, balance: str) -> None:
     async def scenario(ledger: RedisLedger) -> None:
         redis = connect_redis(redis_url)
         await ledger.apply(moves.deposit(500))
@@ -234,7 +234,7 @@ def test_a_balance_that_somebody_spoiled_is_not_drawn_on(redis_url: str, balance
     with_ledger(redis_url, scenario)
 
 
-def test_a_journal_that_somebody_wrote_into_is_not_written_on(redis_url: str) -> None:
+def test_a_journal_with_entries_added_by_hand_gets_no_more(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger) -> None:
         redis = connect_redis(redis_url)
         await ledger.apply(moves.deposit(500))

@@ -1,4 +1,4 @@
-"""What each transfer books, and what no transfer may do."""
+"""What each transfer books, and what the rules refuse."""
 
 from copy import deepcopy
 
@@ -24,7 +24,7 @@ from tests.money.ledger import moves
 
 
 def after(*transfers: Transfer) -> LedgerState:
-    """Return the state after these transfers, none of which may be refused."""
+    """Return the state after these transfers; each has to be accepted."""
     state = LedgerState()
     for transfer in transfers:
         state, _ = apply(state, transfer)
@@ -39,12 +39,12 @@ def test_a_deposit_is_credited_to_its_sender() -> None:
     assert balances(after(moves.deposit(500))) == {CHAIN: -500, user_available(ALICE): 500}
 
 
-def test_a_reservation_takes_from_what_is_available() -> None:
+def test_a_reservation_takes_from_the_available_balance() -> None:
     state = after(moves.deposit(500), moves.reserve("job-1", 500))
     assert balances(state) == {CHAIN: -500, user_reserved(ALICE): 500}
 
 
-def test_a_settlement_pays_platform_and_workers_and_gives_back_the_rest() -> None:
+def test_a_settlement_pays_platform_and_workers_and_returns_the_rest() -> None:
     state = after(moves.deposit(500), moves.reserve("job-1", 300), moves.settle("job-1", 100, w0=50, w1=30))
     assert balances(state) == {
         CHAIN: -500,
@@ -56,7 +56,7 @@ def test_a_settlement_pays_platform_and_workers_and_gives_back_the_rest() -> Non
 
 
 @pytest.mark.parametrize("end", [moves.settle("job-1", 0), moves.release("job-1"), moves.expire("job-1")])
-def test_a_reservation_that_ends_without_a_charge_goes_back_wholly(end: Transfer) -> None:
+def test_a_reservation_that_ends_without_a_charge_is_returned_in_full(end: Transfer) -> None:
     state = after(moves.deposit(500), moves.reserve("job-1", 300), end)
     assert balances(state) == {CHAIN: -500, user_available(ALICE): 500}
 
@@ -66,7 +66,7 @@ def earned(lamports: int) -> tuple[Transfer, ...]:
     return (moves.deposit(lamports), moves.reserve("j", lamports), moves.settle("j", lamports, w0=lamports))
 
 
-def test_a_payout_moves_over_paying_to_the_workers_wallet() -> None:
+def test_a_payout_moves_from_earned_through_paying_to_paid() -> None:
     planned = (*earned(100), moves.plan_payout("p1", 70))
     assert balances(after(*planned)) == {
         CHAIN: -100,
@@ -92,7 +92,7 @@ def test_a_withdrawal_goes_back_to_the_chain_or_to_the_user() -> None:
     assert balances(after(*planned, moves.refused("p1"))) == {CHAIN: -100, user_available(ALICE): 100}
 
 
-def test_a_repeated_transfer_is_answered_with_its_first_result() -> None:
+def test_a_repeated_transfer_returns_its_first_result() -> None:
     history: list[Transfer] = [
         moves.deposit(500),
         moves.reserve("job-1", 300),
@@ -117,7 +117,7 @@ def test_a_repeated_transfer_is_answered_with_its_first_result() -> None:
         moves.settle("job-1", 100, w1=80),
     ],
 )
-def test_an_id_used_again_for_something_else_is_a_conflict(other: Transfer) -> None:
+def test_an_id_used_again_for_another_transfer_is_a_conflict(other: Transfer) -> None:
     state = after(moves.deposit(500), moves.reserve("job-1", 300), moves.settle("job-1", 100, w0=80))
     with pytest.raises(TransferConflict):
         apply(state, other)
@@ -153,15 +153,15 @@ def test_a_reservation_ends_once(first: Transfer, end: Transfer) -> None:
 @pytest.mark.parametrize(
     ("transfer", "code"),
     [
-        (moves.settle("nobody", 0), "unknown_hold"),
-        (moves.release("nobody"), "unknown_hold"),
-        (moves.paid("nobody"), "unknown_hold"),
+        (moves.settle("unknown", 0), "unknown_hold"),
+        (moves.release("unknown"), "unknown_hold"),
+        (moves.paid("unknown"), "unknown_hold"),
         (moves.refused("done"), "hold_ended"),
         (moves.settle("job-1", 301), "ledger_error"),
         (moves.plan_payout("p2", 1), "ledger_error"),
     ],
 )
-def test_what_no_caller_should_ask_is_a_ledger_error(transfer: Transfer, code: str) -> None:
+def test_a_transfer_against_the_rules_is_a_ledger_error(transfer: Transfer, code: str) -> None:
     history = (moves.deposit(500), moves.reserve("job-1", 300), moves.plan_withdrawal("done", 10))
     state = after(*history, moves.paid("done"))
     with pytest.raises(LedgerError) as raised:
@@ -185,7 +185,7 @@ def test_a_fee_larger_than_the_payout_is_refused() -> None:
         apply(state, moves.paid("p1", fee_lamports=11))
 
 
-def test_the_ledger_counts_as_far_as_redis_can() -> None:
+def test_balances_go_up_to_the_range_of_a_redis_counter() -> None:
     state = LedgerState()
     for number in range(92):
         state, _ = apply(state, moves.deposit(MAX_LAMPORTS, tx_hash=f"0x{number:02x}"))

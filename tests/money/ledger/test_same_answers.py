@@ -1,4 +1,4 @@
-"""The pure rules and the Redis adapter answer the same to the same transfers, refused ones included."""
+"""The pure rules and the Redis adapter give the same answers to the same transfers, refusals included."""
 
 import asyncio
 import os
@@ -33,7 +33,7 @@ class BothLedgers:
         self._server.close()
 
     def compare(self, history: Sequence[Transfer]) -> None:
-        """Send a history to both and compare every answer, then all that is kept."""
+        """Send a history to both and compare every answer, then everything that is stored."""
         self._server.flushall()
         self._runner.run(self._compare(history))
 
@@ -76,7 +76,7 @@ def both(redis_server: RunningRedis) -> Iterator[BothLedgers]:
 
 @given(history=histories(40))
 @settings(max_examples=60, deadline=None)
-def test_both_answer_the_same(both: BothLedgers, history: list[Transfer]) -> None:
+def test_both_give_the_same_answers(both: BothLedgers, history: list[Transfer]) -> None:
     both.compare(history)
 
 
@@ -84,5 +84,5 @@ def test_both_answer_the_same(both: BothLedgers, history: list[Transfer]) -> Non
 @hypothesis.seed(int(os.environ.get("AZU_TEST_SEED", "1")))
 @given(history=histories(60))
 @settings(max_examples=500, deadline=None, database=None)
-def test_both_answer_the_same_to_many_long_histories(both: BothLedgers, history: list[Transfer]) -> None:
+def test_both_give_the_same_answers_to_long_histories(both: BothLedgers, history: list[Transfer]) -> None:
     both.compare(history)

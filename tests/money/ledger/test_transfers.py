@@ -1,4 +1,4 @@
-"""A transfer that exists is well formed, and has one text."""
+"""Every transfer that can be constructed is well formed, and has one text."""
 
 import json
 from collections.abc import Callable
@@ -27,11 +27,11 @@ ONE_OF_EACH: list[Transfer] = [
 
 
 @pytest.mark.parametrize("transfer", ONE_OF_EACH, ids=lambda transfer: transfer.kind)
-def test_a_transfer_survives_its_text(transfer: Transfer) -> None:
+def test_a_transfer_is_the_same_after_encoding_and_decoding(transfer: Transfer) -> None:
     assert decode_transfer(encode_transfer(transfer)) == transfer
 
 
-def test_amounts_beyond_a_double_survive_exactly() -> None:
+def test_amounts_beyond_a_double_stay_exact_in_a_text() -> None:
     assert decode_transfer(encode_transfer(moves.deposit(MAX_LAMPORTS - 1))) == moves.deposit(
         MAX_LAMPORTS - 1
     )
@@ -44,7 +44,7 @@ def test_the_order_of_shares_does_not_matter() -> None:
     assert encode_transfer(one) == encode_transfer(other)
 
 
-def test_shares_that_their_caller_changes_later_stay_what_they_were() -> None:
+def test_a_transfer_keeps_its_shares_when_the_caller_changes_the_mapping() -> None:
     shares = {OWNERS[0]: 80}
     transfer = Settle(id="s", job_id="j", charged_lamports=100, platform_lamports=20, shares=shares)
     shares[OWNERS[0]] = 90
@@ -58,7 +58,7 @@ def test_a_deposit_of_anything_but_a_whole_positive_amount_is_refused(lamports: 
 
 
 @pytest.mark.parametrize("id_", ["", " ", "a b", "a\n", "é", "x" * 201])
-def test_an_id_that_is_not_short_and_printable_is_refused(id_: str) -> None:
+def test_an_id_has_to_be_short_and_printable(id_: str) -> None:
     with pytest.raises(LedgerError):
         Deposit(id=id_, address=ALICE, lamports=1)
 
@@ -87,7 +87,7 @@ def test_a_settlement_that_does_not_add_up_is_refused(make: Callable[[], Settle]
 @pytest.mark.parametrize(
     "change", [{"kind": "gift"}, {"lamports": "5"}, {"lamports": 5.0}, {"note": "hello"}, {"address": "0xAB"}]
 )
-def test_a_text_that_is_no_transfer_of_ours_is_refused(change: dict[str, Any]) -> None:
+def test_a_text_that_is_no_transfer_is_refused(change: dict[str, Any]) -> None:
     content = json.loads(encode_transfer(moves.deposit(5))) | change
     with pytest.raises(LedgerError):
         decode_transfer(json.dumps(content))
@@ -107,13 +107,13 @@ CONSTRUCTORS = [
 @pytest.mark.parametrize(
     "address", ["", "0x", ALICE.upper(), ALICE[:-1], ALICE + "0", ALICE[2:], ALICE + "\n"]
 )
-def test_no_account_is_made_for_what_is_no_lower_case_address(constructor: object, address: str) -> None:
+def test_an_account_needs_a_lower_case_address(constructor: object, address: str) -> None:
     assert callable(constructor)
     with pytest.raises(LedgerError):
         constructor(address)
 
 
-def test_every_account_made_is_recognised_and_distinct() -> None:
+def test_all_accounts_are_recognised_and_distinct() -> None:
     names = [*(constructor(ALICE) for constructor in CONSTRUCTORS), transfers.CHAIN, transfers.PLATFORM]
     assert len(set(names)) == len(names)
     assert all(transfers.is_account(name) for name in names)
@@ -122,11 +122,11 @@ def test_every_account_made_is_recognised_and_distinct() -> None:
 @pytest.mark.parametrize(
     "name", ["", "chain2", "bank", f"user:{ALICE}:earned", f"worker:{ALICE}", "user:0x1:paid"]
 )
-def test_other_names_are_no_accounts(name: str) -> None:
+def test_other_names_are_not_recognised_as_accounts(name: str) -> None:
     assert not transfers.is_account(name)
 
 
-def test_only_the_chain_and_what_was_paid_out_stand_outside() -> None:
+def test_only_the_chain_and_paid_amounts_are_outside() -> None:
     inside = [transfers.PLATFORM, *(constructor(ALICE) for constructor in CONSTRUCTORS[:-1])]
     assert not any(transfers.is_outside(account) for account in inside)
     assert transfers.is_outside(transfers.CHAIN)

@@ -1,4 +1,4 @@
-"""Workers' earnings in a real ledger, and what must be true once they are paid."""
+"""Workers' earnings in a real ledger, and what must hold once they are paid."""
 
 import asyncio
 import time
@@ -11,12 +11,12 @@ from azu.devnet.chain import USDC
 from azu.money.ledger.transfers import Deposit, Reserve, Settle, worker_earned, worker_paid, worker_paying
 from tests.money.treasury.world import Open, World
 
-# Worker number n earns this and n lamports.
+# Worker number n earns this amount plus n lamports.
 PAID = 20_000_000
 
 
 async def owners_who_claimed(world: World, parts: Open, keys: Iterable[int]) -> list[str]:
-    """Return the addresses of these private keys, which have claimed what they earn with the platform."""
+    """Have the addresses of these private keys claim their earnings, and return them."""
     platform = world.platform.address.lower()
     accounts = [Account.from_key(f"0x{key:064x}") for key in keys]
     for account in accounts:
@@ -25,13 +25,13 @@ async def owners_who_claimed(world: World, parts: Open, keys: Iterable[int]) -> 
 
 
 def fund_platform(world: World) -> None:
-    """Give the platform HYPE to pay with, and dollars to bring its workers' accounts to life."""
+    """Give the platform HYPE to pay with, and dollars for the fees of new accounts."""
     world.devnet.fund(world.platform.address, 10**11)
     world.devnet.fund(world.platform.address, 10**11, token=USDC.full_id)
 
 
 async def earn(parts: Open, addresses: list[str]) -> None:
-    """Book a job for every worker, of which it gets all."""
+    """Book a job for every worker whose whole charge goes to the worker."""
     for index, address in enumerate(addresses):
         lamports = PAID + index
         for transfer in (

@@ -14,6 +14,6 @@ def devnet_server() -> Iterator[RunningDevnet]:
 
 @pytest.fixture
 def world(devnet_server: RunningDevnet, redis_url: str) -> Iterator[World]:
-    """A platform of the test's own; other tests' accounts are on its devnet, but no faults."""
+    """A platform for this test; its devnet has accounts of other tests, but no faults."""
     yield World(devnet_server, redis_url)
     devnet_server.no_faults()

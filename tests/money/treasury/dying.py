@@ -38,7 +38,7 @@ _NEVER = Death()
 
 @dataclass(frozen=True)
 class Treasury:
-    """Whom a treasury works for, and from how much on it pays."""
+    """The platform, chain and threshold of a treasury."""
 
     redis_url: str
     chain_url: str

@@ -1,4 +1,4 @@
-"""Money on its way in every direction at once, and what must be true when all of it has arrived."""
+"""Money that moves in every direction at once, and what must hold when all of it has arrived."""
 
 import asyncio
 import random
@@ -28,17 +28,17 @@ from tests.money.treasury.world import Open, World
 
 LOST_LAMPORTS = 700
 COMMISSION_LAMPORTS = 1_000
-# What the platform's wallet holds beside what it owes.
+# What the platform's wallet holds above what it owes.
 FLOAT_LAMPORTS = 10**9
 PATIENCE_S = 60.0
 
 
 @dataclass
 class History:
-    """A deposit is claimed, a worker is due, one user withdraws, another tries to, a job got lost.
+    """A deposit is requested, a worker is owed, one user withdraws, another tries to, a job was lost.
 
-    `prepare` books what happened before and asks for all that the treasury is to do; `is_over` says when it
-    has done it.
+    `prepare` books what happened before and makes all requests to the treasury; `is_over` returns whether the
+    treasury has done everything.
     """
 
     world: World
@@ -48,25 +48,25 @@ class History:
     receipts: ReceiptRequests
     payer: LocalAccount
     owner: LocalAccount
-    leaver: LocalAccount
-    dreamer: LocalAccount
+    withdrawer: LocalAccount
+    overdrawer: LocalAccount
     deposited: int
     earned: int
     withdrawn: int
 
     @property
     def treasury(self) -> Treasury:
-        """What a treasury for this platform is started with."""
+        """The treasury of this platform, ready to start."""
         world = self.world
         return Treasury(world.redis_url, world.devnet.url, world.platform.key.hex(), LEAST_LAMPORTS)
 
     async def prepare(self) -> list[asyncio.Task[object]]:
-        """Return the questions that wait for the treasury's answers: the claim's and the receipt's."""
+        """Return the requests that wait for the treasury: for the deposit and for the receipt."""
         owner, platform = self.owner.address.lower(), self.world.platform.address.lower()
         charged = self.earned + COMMISSION_LAMPORTS
         for transfer in (
             Deposit(id="deposit:0x1", address=ALICE, lamports=charged + LOST_LAMPORTS),
-            Deposit(id="deposit:0x2", address=self.leaver.address.lower(), lamports=self.withdrawn),
+            Deposit(id="deposit:0x2", address=self.withdrawer.address.lower(), lamports=self.withdrawn),
             Reserve(id="reserve:job-1", address=ALICE, job_id="job-1", lamports=charged, expires_at_ms=2**50),
             Settle(
                 id="settle:job-1",
@@ -79,26 +79,26 @@ class History:
         ):
             await self.parts.ledger.apply(transfer)
         self.world.devnet.fund(platform, charged + LOST_LAMPORTS + self.withdrawn + FLOAT_LAMPORTS)
-        said = receipt(
+        ended = receipt(
             charged_lamports=charged,
             platform_lamports=COMMISSION_LAMPORTS,
             worker_lamports={owner: self.earned},
         )
         await self.jobs.submit(job())
-        await self.jobs.finish("job-1", JobOutcome(JobState.DONE, FinishReason.STOP, said))
+        await self.jobs.finish("job-1", JobOutcome(JobState.DONE, FinishReason.STOP, ended))
         assert await self.parts.earnings_claims.claim(owner, sign_claim(self.owner, platform))
-        for account, lamports in ((self.leaver, self.withdrawn), (self.dreamer, LEAST_LAMPORTS)):
+        for account, lamports in ((self.withdrawer, self.withdrawn), (self.overdrawer, LEAST_LAMPORTS)):
             await self.withdrawals.hand_in(self._asked(account, lamports))
         tx_hash = await self.parts.pay_platform(self.payer, self.deposited)
         return [asyncio.create_task(self._claim(tx_hash)), asyncio.create_task(self._have_signed())]
 
     async def is_over(self) -> bool:
-        """Say whether all has arrived where it goes."""
+        """Whether everything has arrived."""
         ledger = self.parts.ledger
         balances = await ledger.balances()
         return (
-            await self._state(self.leaver) is WithdrawalState.PAID
-            and await self._state(self.dreamer) is WithdrawalState.REFUSED
+            await self._state(self.withdrawer) is WithdrawalState.PAID
+            and await self._state(self.overdrawer) is WithdrawalState.REFUSED
             and balances.get(worker_paid(self.owner.address.lower())) == self.earned
             and balances[user_reserved(ALICE)] == 0
             and await self.parts.available(self.payer) == self.deposited
@@ -107,10 +107,10 @@ class History:
         )
 
     async def check(self) -> None:
-        """Nothing was lost, paid twice or stuck, by the books, by the chain, and by both together."""
+        """By the books, by the chain and by both together, nothing was lost, paid twice or stuck."""
         assert self._received(self.owner) == [self.earned]
-        assert self._received(self.leaver) == [self.withdrawn]
-        assert self._received(self.dreamer) == []
+        assert self._received(self.withdrawer) == [self.withdrawn]
+        assert self._received(self.overdrawer) == []
         wallet = await self.parts.chain.spot_balance(self.world.platform.address.lower()) - FLOAT_LAMPORTS
         books = await self.parts.ledger.snapshot()
         report = await audit(books, self.parts.ledger.journal(), wallet)
@@ -166,8 +166,8 @@ async def history(world: World, dice: random.Random) -> AsyncIterator[History]:
                 ReceiptRequests(redis),
                 payer=world.payer(),
                 owner=Account.create(),
-                leaver=world.payer(),
-                dreamer=world.payer(),
+                withdrawer=world.payer(),
+                overdrawer=world.payer(),
                 deposited=dice.randrange(1, LEAST_LAMPORTS),
                 earned=dice.randrange(LEAST_LAMPORTS, 10 * LEAST_LAMPORTS),
                 withdrawn=dice.randrange(LEAST_LAMPORTS, 10 * LEAST_LAMPORTS),
@@ -177,20 +177,20 @@ async def history(world: World, dice: random.Random) -> AsyncIterator[History]:
 
 
 async def play(world: World, dice: random.Random, death: Death) -> bool:
-    """Play a history with a treasury that dies and one that comes after it; say if the first died."""
-    async with history(world, dice) as told:
-        questions = await told.prepare()
-        running = [told.treasury.start(death)]
+    """Play a history with a treasury that dies and a second one after it; return whether the first died."""
+    async with history(world, dice) as played:
+        requests = await played.prepare()
+        running = [played.treasury.start(death)]
         try:
             deadline = time.monotonic() + PATIENCE_S
-            while not await told.is_over():
+            while not await played.is_over():
                 assert time.monotonic() < deadline, f"{death}: something did not arrive"
                 if len(running) == 1 and not running[0].is_alive():
-                    running.append(told.treasury.start())
+                    running.append(played.treasury.start())
                 await asyncio.sleep(0.02)
-            await asyncio.gather(*questions)
-            await told.check()
-            # The last write comes after the last thing that can be seen.
+            await asyncio.gather(*requests)
+            await played.check()
+            # The last write comes after the last effect that can be seen.
             await asyncio.to_thread(running[0].join, 0.1)
             return not running[0].is_alive()
         finally:

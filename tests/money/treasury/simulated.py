@@ -1,6 +1,6 @@
-"""The treasury's ports in memory, on the devnet's own rules and the ledger's own rules, with a clock by hand.
+"""The chain and the treasury's stores in memory, with the rules of devnet and ledger and a clock set by hand.
 
-Whatever is written or posted can be made to crash the caller, before or after it took effect.
+Every write and post can crash its caller, before or after it took effect.
 """
 
 import json
@@ -50,7 +50,7 @@ class Clock:
 
 @dataclass
 class CrashPlan:
-    """Crashes at the n-th effect, before it or after it. Effects are counted through restarts too."""
+    """Crashes before or after the n-th effect; the count goes on through restarts."""
 
     at: int | None = None
     after: bool = False
@@ -71,7 +71,7 @@ class CrashPlan:
 
 @dataclass
 class Line:
-    """How the line to the chain behaves: the chance of each kind of loss, and how late rows come."""
+    """Faults of the connection to the chain: the chance of each kind of loss, and how late rows come."""
 
     dice: random.Random = field(default_factory=lambda: random.Random(0))
     lost_before: float = 0.0
@@ -139,7 +139,7 @@ class MemoryLedger:
         return self.state.balances
 
     def earn(self, address: str, lamports: int) -> None:
-        """Book a user's job of which the worker gets all."""
+        """Book a user's job whose whole charge goes to the worker."""
         job = f"job-{len(self.state.entries)}"
         for transfer in (
             Deposit(id=f"deposit:{job}", address=USER, lamports=lamports),
@@ -204,7 +204,7 @@ class MemoryOutbox:
 
 
 class Simulation:
-    """A platform with funds, its chain, its books and its outbox; payers come and go."""
+    """A platform with funds, its chain, its ledger and its outbox; payers start and end."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class Simulation:
                 self.chain.state.fund(self.platform.address.lower(), token, amount, self.clock())
 
     def payer(self) -> Payer:
-        """Return a payer with nothing in its memory, as a process that was just started."""
+        """Return a payer without memory, as in a process that has just started."""
         return Payer(
             self.chain,
             self.ledger,

@@ -12,7 +12,7 @@ from tests.money.treasury.histories import play
 from tests.money.treasury.world import SEED, World
 from tests.redis_server import RunningRedis
 
-# So many histories are played at once, each in a database of its own.
+# The number of histories that run at once, each in its own database.
 LANES = 5
 MOST_EFFECTS = 200
 

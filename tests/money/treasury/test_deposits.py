@@ -41,7 +41,7 @@ def judged(error: str | None = None, **changes: Any) -> CreditState:
     return deposit_status(details, platform=PLATFORM, hype=HYPE).state
 
 
-def test_hype_sent_to_the_platform_is_good() -> None:
+def test_hype_sent_to_the_platform_is_a_deposit() -> None:
     status = deposit_status(TxDetails(HASH, 1, ALICE, ACTION, None), platform=PLATFORM, hype=HYPE)
 
     assert (status.state, status.sender, status.lamports) == (
@@ -83,13 +83,13 @@ def test_everything_else_is_rejected(changes: dict[str, Any]) -> None:
         {"hash": "0x" + "00" * 32},
     ],
 )
-def test_a_row_that_cannot_be_a_deposit_is_passed_over(changes: dict[str, Any]) -> None:
+def test_a_row_that_cannot_be_a_deposit_is_no_candidate(changes: dict[str, Any]) -> None:
     assert is_candidate(ROW, PLATFORM)
     assert not is_candidate(replace(ROW, **changes), PLATFORM)
 
 
 @pytest.mark.parametrize("changes", [{"sender": PLATFORM}, {"amount": "5.00000001"}, {"amount": "x"}])
-def test_a_row_that_says_something_else_than_the_action_is_noticed(changes: dict[str, Any]) -> None:
+def test_a_row_has_to_agree_with_its_action(changes: dict[str, Any]) -> None:
     status = deposit_status(TxDetails(HASH, 1, ALICE, ACTION, None), platform=PLATFORM, hype=HYPE)
 
     assert not agrees(replace(ROW, **changes), status)
@@ -132,7 +132,7 @@ def test_every_deposit_is_credited_once_under_a_fault(
     async def scenario(parts: Open) -> None:
         if kind == "rows_late":
             world.devnet.fault(kind, **options)
-        # In a row for each payer; the first of them appear after the last.
+        # One after the other for each payer; the first rows appear after the last.
         for lamports in (1, 20, 300):
             for payer in (alice, carol):
                 await parts.pay_platform(payer, lamports)
@@ -167,11 +167,11 @@ def test_a_row_that_is_later_than_the_cursor_is_credited(world: World) -> None:
     world.run(scenario)
 
 
-def test_what_is_not_a_deposit_is_not_credited(world: World) -> None:
+def test_other_rows_than_deposits_are_not_credited(world: World) -> None:
     alice, platform = world.payer(), world.platform.address
     world.devnet.fault("second_hype")
     world.devnet.fund(alice.address, 5, token=SECOND_HYPE.full_id)
-    world.devnet.fund(platform, 7_000)  # out of nothing: a row, but not a transfer
+    world.devnet.fund(platform, 7_000)  # by the faucet: a row, but not a transfer
 
     async def scenario(parts: Open) -> None:
         exchange = second_hype_exchange(world, alice)
@@ -189,7 +189,7 @@ def test_what_is_not_a_deposit_is_not_credited(world: World) -> None:
     world.run(scenario)
 
 
-def test_a_long_history_is_read_to_its_end_and_not_again(world: World) -> None:
+def test_a_long_history_is_read_once_to_its_end(world: World) -> None:
     alice = world.payer()
 
     async def scenario(parts: Open) -> None:
@@ -285,7 +285,7 @@ def test_a_row_the_explorer_does_not_know_yet_holds_the_cursor(world: World) -> 
     world.run(scenario)
 
 
-def test_a_look_at_a_hash_says_what_it_is(world: World) -> None:
+def test_a_check_of_a_hash_returns_what_it_is(world: World) -> None:
     alice = world.payer()
 
     async def scenario(parts: Open) -> None:

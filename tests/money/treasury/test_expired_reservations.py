@@ -1,4 +1,4 @@
-"""A reservation is given back when its job was never written down, and only then."""
+"""A reservation expires when its job was never written, and only then."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -36,7 +36,7 @@ async def held(ledger: RedisLedger) -> tuple[int, int]:
     return await ledger.balance(user_available(ALICE)), await ledger.balance(user_reserved(ALICE))
 
 
-def test_what_was_reserved_for_a_lost_job_is_given_back_once(redis_url: str) -> None:
+def test_the_reservation_of_a_lost_job_is_returned_once(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger, jobs: RedisJobs, sweeper: ReservationExpiry) -> None:
         await apply_all(ledger, moves.deposit(100), moves.reserve("job-1", 60, expires_at_ms=NOW_MS))
         await sweeper.sweep()
@@ -55,7 +55,7 @@ def test_a_reservation_stands_until_its_time(redis_url: str) -> None:
     play(redis_url, scenario)
 
 
-def test_a_job_that_is_written_down_keeps_its_reservation_however_old(redis_url: str) -> None:
+def test_a_written_job_keeps_its_reservation_however_old(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger, jobs: RedisJobs, sweeper: ReservationExpiry) -> None:
         await apply_all(ledger, moves.deposit(100), moves.reserve("job-1", 60, expires_at_ms=1))
         await jobs.submit(job("job-1"))
@@ -66,7 +66,7 @@ def test_a_job_that_is_written_down_keeps_its_reservation_however_old(redis_url:
     play(redis_url, scenario)
 
 
-def test_a_job_that_comes_after_its_reservation_was_given_back_is_not_run(redis_url: str) -> None:
+def test_a_job_written_after_its_reservation_expired_is_not_run(redis_url: str) -> None:
     async def scenario(ledger: RedisLedger, jobs: RedisJobs, sweeper: ReservationExpiry) -> None:
         await apply_all(ledger, moves.deposit(100), moves.reserve("job-1", 60, expires_at_ms=1))
         await sweeper.sweep()
@@ -77,7 +77,7 @@ def test_a_job_that_comes_after_its_reservation_was_given_back_is_not_run(redis_
     play(redis_url, scenario)
 
 
-def test_a_sweeper_killed_between_the_job_and_its_money_is_followed_by_one_that_ends_it(
+def test_a_second_sweep_ends_what_a_killed_one_left_between_job_and_money(
     redis_url: str,
 ) -> None:
     async def scenario(ledger: RedisLedger, jobs: RedisJobs, sweeper: ReservationExpiry) -> None:

@@ -1,4 +1,4 @@
-"""The payout's state machine over the devnet's and the ledger's own rules, killed wherever it counts."""
+"""The payout's state machine over the devnet's and the ledger's own rules, killed at every effect."""
 
 import asyncio
 import random
@@ -27,7 +27,7 @@ PLATFORM_ADDRESS = PLATFORM.address.lower()
 
 
 def steps(simulation: Simulation, count: int, *, each_ms: int = 1_000) -> None:
-    """Let one payer take some steps, the clock going on between them."""
+    """Let one payer take some steps; the clock advances between them."""
 
     async def scenario() -> None:
         payer = simulation.payer()
@@ -44,7 +44,7 @@ def planned(simulation: Simulation) -> Simulation:
     return simulation
 
 
-def test_what_is_due_is_paid_once_and_booked() -> None:
+def test_an_amount_owed_is_paid_once_and_booked() -> None:
     simulation = planned(Simulation())
 
     steps(simulation, 5)
@@ -89,7 +89,7 @@ def test_a_crash_at_any_write_or_post_loses_and_doubles_nothing(after: bool) -> 
         except Crash:
             crashes += 1
             simulation.clock.ms += MINUTE_MS
-        # A new process: it plans what is due by the books, then carries on what is open.
+        # A new process: it plans what the books owe, then advances the open payouts.
         earned = simulation.ledger.worker(WORKER)[0]
         if earned:
             asyncio.run(simulation.payer().plan(OWED, simulation.clock()))
@@ -129,7 +129,7 @@ def test_a_payout_whose_row_is_late_is_not_paid_again() -> None:
     assert simulation.ledger.worker(WORKER) == (0, 0, LAMPORTS)
 
 
-def test_a_refused_payout_goes_back_to_the_worker_after_its_nonce_is_used_up() -> None:
+def test_a_refused_payout_is_earned_again_after_its_nonce_is_used_up() -> None:
     simulation = planned(Simulation(funds=5))
 
     steps(simulation, 4, each_ms=MINUTE_MS)
@@ -143,7 +143,7 @@ def test_a_refused_payout_goes_back_to_the_worker_after_its_nonce_is_used_up() -
     assert simulation.received(WORKER) == []
 
 
-def test_a_refusal_that_left_the_nonce_unused_is_tried_again_with_the_same_bytes() -> None:
+def test_after_a_refusal_that_left_the_nonce_unused_the_same_bytes_are_sent_again() -> None:
     simulation = planned(Simulation(funds=0, dollars=0))
     steps(simulation, 1)
     for token in (HYPE, USDC):
@@ -171,7 +171,7 @@ def test_a_payout_without_an_answer_is_burned_before_it_is_given_up() -> None:
     assert simulation.received(WORKER) == []
 
 
-def test_a_payout_carried_out_after_all_is_booked_though_it_was_given_up() -> None:
+def test_an_abandoned_payout_that_the_chain_shows_after_all_is_booked() -> None:
     simulation = planned(Simulation(line=Line(lost_after=1.0, rows_late_ms=0)))
     simulation.timeouts = PayoutTimeouts(give_up_ms=0, conclude_ms=10 * MINUTE_MS)
     steps(simulation, 1)
@@ -259,7 +259,7 @@ def storm(seed: int, workers: int) -> None:
 
 
 @pytest.mark.parametrize("run", range(2))
-def test_everybody_is_paid_exactly_once_in_a_storm(run: int) -> None:
+def test_every_worker_is_paid_exactly_once_in_a_storm(run: int) -> None:
     storm(SEED + run, workers=4)
 
 
@@ -293,7 +293,7 @@ def selected(
 
 
 @pytest.mark.parametrize(("earned", "paid"), [(99, False), (100, True)])
-def test_earnings_are_due_from_the_threshold_on(earned: int, paid: bool) -> None:
+def test_earnings_are_paid_from_the_threshold_on(earned: int, paid: bool) -> None:
     world = simulation()
     world.ledger.earn(KNOWN, earned)
 
@@ -301,14 +301,14 @@ def test_earnings_are_due_from_the_threshold_on(earned: int, paid: bool) -> None
 
 
 @pytest.mark.parametrize(("earned", "paid"), [(399, False), (400, True)])
-def test_an_account_that_is_new_to_the_chain_is_due_later(earned: int, paid: bool) -> None:
+def test_an_account_that_is_new_to_the_chain_has_a_higher_threshold(earned: int, paid: bool) -> None:
     world = simulation()
     world.ledger.earn(NEW, earned)
 
     assert selected(world) == ([AmountOwed(NEW, earned)] if paid else [])
 
 
-def test_the_largest_sums_come_first_and_no_more_than_may_be_open() -> None:
+def test_the_largest_sums_come_first_up_to_the_most_open_payouts() -> None:
     world = simulation()
     for address, lamports in ((KNOWN, 500), (NEW, 700), (THIRD, 600)):
         world.ledger.earn(address, lamports)
@@ -318,7 +318,7 @@ def test_the_largest_sums_come_first_and_no_more_than_may_be_open() -> None:
     assert selected(world, {NEW: 700, THIRD: 600}, max_open=2) == []
 
 
-def test_no_more_is_planned_than_the_wallet_can_spare() -> None:
+def test_no_more_is_planned_than_the_wallet_holds() -> None:
     world = simulation(funds=KEPT_LAMPORTS + 1_100)
     for address, lamports in ((KNOWN, 500), (NEW, 700), (THIRD, 400)):
         world.ledger.earn(address, lamports)
@@ -327,7 +327,7 @@ def test_no_more_is_planned_than_the_wallet_can_spare() -> None:
     assert selected(world, {NEW: 700}) == [AmountOwed(THIRD, 400)]
 
 
-def test_no_more_is_planned_than_the_chain_takes_actions() -> None:
+def test_no_more_is_planned_than_the_chains_budget_of_actions_allows() -> None:
     world = simulation()
     world.ledger.earn(KNOWN, 500)
     world.chain.state.requests_used[PLATFORM.address.lower()] = 9_800
@@ -342,7 +342,7 @@ def test_the_platform_does_not_pay_itself() -> None:
     assert selected(world) == []
 
 
-def test_an_address_that_was_passed_over_is_asked_about_again_later() -> None:
+def test_an_address_that_was_passed_over_is_checked_again_later() -> None:
     world = simulation()
     world.ledger.earn(KNOWN, 500)
     choosing = selector(world)
@@ -355,7 +355,7 @@ def test_an_address_that_was_passed_over_is_asked_about_again_later() -> None:
     assert (before, after) == ([], [AmountOwed(KNOWN, 500)])
 
 
-def test_an_address_that_has_not_claimed_its_earnings_is_asked_about_again_later() -> None:
+def test_an_address_without_a_claim_is_checked_again_later() -> None:
     world = simulation()
     world.ledger.earn(KNOWN, 100)
 

@@ -1,4 +1,4 @@
-"""Payouts over a real devnet and a real Redis while everything between them fails at random."""
+"""Payouts over a real devnet and a real Redis while the connections fail at random."""
 
 import asyncio
 import random
@@ -45,7 +45,7 @@ async def restart_for_ever(world: World, dice: random.Random) -> None:
 
 async def pay_for_ever(world: World, parts: Open) -> None:
     """Pay as the treasury's process does, with shorter timeouts."""
-    # Shorter than the delay.
+    # Shorter than the devnet's delay.
     chain = ChainClient(world.devnet.network, httpx.AsyncClient(timeout=1.0))
     platform = world.platform.address.lower()
     selector = PayoutSelector(chain, parts.ledger, AllClaimed(), platform, Threshold(PAID, PAID))
@@ -71,7 +71,7 @@ async def pay_for_ever(world: World, parts: Open) -> None:
         await chain.close()
 
 
-def everybody_is_paid_once(world: World, workers: int, chance: float, seed: int = SEED) -> None:
+def every_worker_is_paid_once(world: World, workers: int, chance: float, seed: int = SEED) -> None:
     owners = [fresh_address() for _ in range(workers)]
     fund_platform(world)
 
@@ -93,8 +93,8 @@ def everybody_is_paid_once(world: World, workers: int, chance: float, seed: int 
     world.run(scenario)
 
 
-def test_two_payers_without_a_lease_pay_everybody_once_while_everything_fails(world: World) -> None:
-    everybody_is_paid_once(world, workers=4, chance=0.1)
+def test_two_payers_without_a_lease_pay_every_worker_once_while_everything_fails(world: World) -> None:
+    every_worker_is_paid_once(world, workers=4, chance=0.1)
 
 
 @pytest.mark.prove
@@ -103,5 +103,5 @@ def test_fifty_workers_are_paid_once_while_everything_fails(
     redis_url: str, figures: Counter[str], run: int
 ) -> None:
     with running_devnet(seed=SEED + run) as devnet:
-        everybody_is_paid_once(World(devnet, redis_url), workers=50, chance=0.1, seed=SEED + run)
+        every_worker_is_paid_once(World(devnet, redis_url), workers=50, chance=0.1, seed=SEED + run)
     figures["workers paid exactly once on the devnet's ledger"] += 50

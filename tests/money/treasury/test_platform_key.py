@@ -49,9 +49,9 @@ def test_a_bad_key_is_refused_without_being_repeated(text: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         take_private_key({KEY: text})
 
-    told = "".join(traceback.format_exception(caught.value))
-    assert HEX[:16] not in told
-    assert "999" not in told
+    text = "".join(traceback.format_exception(caught.value))
+    assert HEX[:16] not in text
+    assert "999" not in text
     assert caught.value.__cause__ is caught.value.__context__ is None
 
 
@@ -67,6 +67,6 @@ def test_the_configuration_does_not_show_its_secrets() -> None:
         redis_url="redis://:geheim@127.0.0.1/0", network=DEVNET, account=ACCOUNT, threshold=Threshold(1, 1)
     )
 
-    for told in (repr(config), str(config), repr(config.account), str(config.account)):
-        assert HEX not in told
-        assert "geheim" not in told
+    for text in (repr(config), str(config), repr(config.account), str(config.account)):
+        assert HEX not in text
+        assert "geheim" not in text

@@ -60,7 +60,7 @@ def wait_until_ready(process: subprocess.Popen[str]) -> None:
     assert process.stdout.readline() == "treasury ready\n"
 
 
-def test_it_credits_deposits_answers_claims_and_stops_when_told(world: World) -> None:
+def test_it_credits_deposits_answers_requests_and_stops_at_a_signal(world: World) -> None:
     alice = world.payer()
 
     async def scenario(parts: Open) -> None:
@@ -87,7 +87,7 @@ def test_it_credits_deposits_answers_claims_and_stops_when_told(world: World) ->
     world.run(scenario)
 
 
-def test_a_duty_ends_though_a_library_swallowed_its_cancellation() -> None:
+def test_a_loop_ends_though_a_library_swallowed_its_cancellation() -> None:
     async def scenario() -> None:
         reached = asyncio.Event()
 
@@ -143,12 +143,12 @@ def test_it_does_not_start_without_the_platforms_key_its_chain_and_its_books(
 
 @pytest.mark.prove
 @pytest.mark.parametrize("run", range(3))
-def test_it_is_killed_at_random_under_faults_and_pays_everybody_once(world: World, run: int) -> None:
+def test_it_is_killed_at_random_under_faults_and_pays_every_worker_once(world: World, run: int) -> None:
     dice = random.Random(SEED + run)
     fund_platform(world)
 
     async def scenario(parts: Open) -> None:
-        # The devnet shows what earlier runs paid.
+        # The devnet still shows the payments of earlier runs.
         first = 1000 + 20 * run
         owners = await owners_who_claimed(world, parts, range(first, first + 20))
         await earn(parts, owners)

@@ -1,4 +1,4 @@
-"""The treasury signs the receipts that its ledger stands by, and no others."""
+"""The treasury signs the receipts that agree with its ledger, and no others."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -24,17 +24,17 @@ PLATFORM = Account.from_key("0x" + "09" * 32)
 
 
 @dataclass
-class Desk:
+class Office:
     ledger: RedisLedger
     jobs: RedisJobs
     receipts: ReceiptRequests
 
     @classmethod
-    def over(cls, redis: Redis) -> "Desk":
+    def over(cls, redis: Redis) -> "Office":
         return cls(RedisLedger(redis), RedisJobs(redis), ReceiptRequests(redis))
 
-    async def end(self, said: Receipt) -> None:
-        """Settle job-1 for 80 lamports and have its outcome say what it likes."""
+    async def end(self, written: Receipt) -> None:
+        """Settle job-1 for 80 lamports and end it with a receipt that may say something else."""
         await apply_all(
             self.ledger,
             moves.deposit(1_000),
@@ -42,7 +42,7 @@ class Desk:
             moves.settle("job-1", 80, w0=40, w1=24),
         )
         await self.jobs.submit(job())
-        await self.jobs.finish("job-1", JobOutcome(JobState.DONE, FinishReason.STOP, said))
+        await self.jobs.finish("job-1", JobOutcome(JobState.DONE, FinishReason.STOP, written))
 
     async def sign_all(self) -> None:
         signer = ReceiptSigner(self.jobs.receipt, self.ledger, PLATFORM)
@@ -52,13 +52,13 @@ class Desk:
             await asyncio.sleep(0.01)
 
 
-def play(url: str, scenario: Callable[[Desk], Coroutine[Any, Any, None]]) -> None:
+def play(url: str, scenario: Callable[[Office], Coroutine[Any, Any, None]]) -> None:
     async def run() -> None:
         redis = connect_redis(url)
-        desk = Desk.over(redis)
-        signing = asyncio.create_task(desk.sign_all())
+        office = Office.over(redis)
+        signing = asyncio.create_task(office.sign_all())
         try:
-            await scenario(desk)
+            await scenario(office)
         finally:
             signing.cancel()
             await redis.aclose()
@@ -67,9 +67,9 @@ def play(url: str, scenario: Callable[[Desk], Coroutine[Any, Any, None]]) -> Non
 
 
 def test_a_settled_jobs_receipt_is_signed(redis_url: str) -> None:
-    async def scenario(desk: Desk) -> None:
-        await desk.end(receipt())
-        signature = await desk.receipts.ask("job-1", 5.0)
+    async def scenario(office: Office) -> None:
+        await office.end(receipt())
+        signature = await office.receipts.ask("job-1", 5.0)
         platform = PLATFORM.address.lower()
         assert verify_receipt(sealed(receipt(), platform, signature)) == platform
 
@@ -77,7 +77,7 @@ def test_a_settled_jobs_receipt_is_signed(redis_url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "written",
     [
         receipt(charged_lamports=79),
         receipt(platform_lamports=80, worker_lamports={}),
@@ -87,19 +87,19 @@ def test_a_settled_jobs_receipt_is_signed(redis_url: str) -> None:
         receipt("job-2", transfer_id="settle:job-1"),
     ],
 )
-def test_a_receipt_that_the_ledger_contradicts_is_not_signed(redis_url: str, said: Receipt) -> None:
-    async def scenario(desk: Desk) -> None:
-        await desk.end(said)
-        assert await desk.receipts.ask("job-1", 5.0) is None
+def test_a_receipt_that_the_ledger_contradicts_is_not_signed(redis_url: str, written: Receipt) -> None:
+    async def scenario(office: Office) -> None:
+        await office.end(written)
+        assert await office.receipts.ask("job-1", 5.0) is None
 
     play(redis_url, scenario)
 
 
-def test_a_job_that_never_was_or_has_not_ended_has_no_receipt(redis_url: str) -> None:
-    async def scenario(desk: Desk) -> None:
-        await desk.jobs.submit(job("job-7"))
-        assert await desk.receipts.ask("job-7", 5.0) is None
-        assert await desk.receipts.ask("job-8", 5.0) is None
+def test_an_unknown_job_and_an_open_job_have_no_receipt(redis_url: str) -> None:
+    async def scenario(office: Office) -> None:
+        await office.jobs.submit(job("job-7"))
+        assert await office.receipts.ask("job-7", 5.0) is None
+        assert await office.receipts.ask("job-8", 5.0) is None
 
     play(redis_url, scenario)
 

@@ -1,4 +1,4 @@
-"""The treasury's durable state in a real Redis, read and written as two processes would."""
+"""The treasury's durable state in a real Redis, read and written by two processes."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -60,7 +60,7 @@ def test_an_outbox_keeps_a_payout_through_its_states(redis_url: str) -> None:
     run(redis_url, scenario)
 
 
-def test_a_write_that_is_sent_again_answers_the_same(redis_url: str) -> None:
+def test_a_repeated_write_gives_the_same_answer(redis_url: str) -> None:
     async def scenario(redis: Redis) -> None:
         outbox = RedisOutbox(redis)
         assert [await outbox.add(PAYOUT) for _ in range(2)] == [True, True]
@@ -70,7 +70,7 @@ def test_a_write_that_is_sent_again_answers_the_same(redis_url: str) -> None:
     run(redis_url, scenario)
 
 
-def test_who_read_an_older_state_changes_nothing(redis_url: str) -> None:
+def test_a_process_that_read_an_older_state_changes_nothing(redis_url: str) -> None:
     async def scenario(redis: Redis) -> None:
         outbox = RedisOutbox(redis)
         await outbox.add(PAYOUT)
@@ -89,7 +89,7 @@ def test_nonces_are_near_the_clock_and_never_given_twice(redis_url: str) -> None
         outboxes = [RedisOutbox(redis) for _ in range(4)]
         nonces = await asyncio.gather(*(outbox.next_nonce(1_790_000_000_000) for outbox in outboxes * 5))
         assert sorted(nonces) == [1_790_000_000_000 + index for index in range(20)]
-        # A clock that goes back does not give one again.
+        # A clock that goes back does not repeat a nonce.
         assert await outboxes[0].next_nonce(1_789_000_000_000) == 1_790_000_000_020
 
     run(redis_url, scenario)
@@ -131,7 +131,7 @@ ADDRESS = OWNER.address.lower()
 PLATFORM, OTHER_PLATFORM = "0x" + "99" * 20, "0x" + "98" * 20
 
 
-def test_an_address_has_claimed_once_it_signed(redis_url: str) -> None:
+def test_an_address_has_claimed_after_it_signed(redis_url: str) -> None:
     async def scenario() -> None:
         redis = connect_redis(redis_url)
         payees = EarningsClaims(redis, PLATFORM)
@@ -148,7 +148,7 @@ def test_an_address_has_claimed_once_it_signed(redis_url: str) -> None:
     asyncio.run(scenario())
 
 
-def test_a_claim_that_somebody_wrote_there_without_a_signature_is_none(redis_url: str) -> None:
+def test_a_claim_written_without_the_addresss_signature_does_not_count(redis_url: str) -> None:
     async def scenario() -> None:
         redis = connect_redis(redis_url)
         await redis.hset("azu:treasury:payees", ADDRESS, sign_claim(MALLORY, PLATFORM))

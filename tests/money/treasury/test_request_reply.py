@@ -1,4 +1,4 @@
-"""What `POST /deposit` is told, over a real devnet and a real Redis."""
+"""What a request for a deposit returns, over a real devnet and a real Redis."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ TIMEOUT_S = 8.0
 
 
 def with_treasury(world: World, scenario: Callable[[Open], Coroutine[Any, Any, None]]) -> None:
-    """Run a scenario while claims are answered and nothing else looks at the chain."""
+    """Run a scenario while requests are answered and nothing else reads the chain."""
 
     async def inside(parts: Open) -> None:
         treasury = asyncio.create_task(parts.answer_deposits())
@@ -37,13 +37,13 @@ def with_treasury(world: World, scenario: Callable[[Open], Coroutine[Any, Any, N
     world.run(inside)
 
 
-def test_a_claim_of_ones_own_deposit_credits_it(world: World) -> None:
+def test_a_request_of_the_sender_credits_the_deposit(world: World) -> None:
     alice = world.payer()
 
     async def scenario(parts: Open) -> None:
         tx_hash = await parts.pay_platform(alice, 77)
 
-        # As people paste them: in capitals.
+        # In capitals, as users may paste them.
         verdict = await parts.deposits.ask("0x" + tx_hash[2:].upper(), alice.address, TIMEOUT_S)
 
         assert verdict == DepositStatus(CreditState.CREDITED, alice.address.lower(), 77)
@@ -52,7 +52,7 @@ def test_a_claim_of_ones_own_deposit_credits_it(world: World) -> None:
     with_treasury(world, scenario)
 
 
-def test_a_claim_before_the_row_appears_is_credited_when_it_does(world: World) -> None:
+def test_a_deposit_requested_before_its_row_appears_is_credited_when_it_does(world: World) -> None:
     alice = world.payer()
 
     async def scenario(parts: Open) -> None:
@@ -72,7 +72,7 @@ def test_a_claim_before_the_row_appears_is_credited_when_it_does(world: World) -
     with_treasury(world, scenario)
 
 
-def test_another_address_learns_nothing_and_gets_nothing(world: World) -> None:
+def test_a_request_of_another_address_is_forbidden_and_credits_nothing(world: World) -> None:
     alice, mallory = world.payer(), Account.create()
 
     async def scenario(parts: Open) -> None:
@@ -100,7 +100,7 @@ def wrong_token(world: World, alice: LocalAccount) -> str:
     return last_hash(world.devnet, alice)
 
 
-def to_somebody_else(world: World, alice: LocalAccount) -> str:
+def to_another_address(world: World, alice: LocalAccount) -> str:
     exchange(world, alice).send_asset(BOB, "spot", "spot", world.devnet.network.hype, "1")
     return last_hash(world.devnet, alice)
 
@@ -110,8 +110,8 @@ def no_transfer(world: World, alice: LocalAccount) -> str:
     return last_hash(world.devnet, alice)
 
 
-@pytest.mark.parametrize("make", [failed, wrong_token, to_somebody_else, no_transfer])
-def test_what_is_no_deposit_is_rejected_and_credits_nothing(
+@pytest.mark.parametrize("make", [failed, wrong_token, to_another_address, no_transfer])
+def test_a_transfer_that_is_no_deposit_is_rejected_and_credits_nothing(
     world: World, make: Callable[[World, LocalAccount], str]
 ) -> None:
     alice = world.payer()
@@ -127,7 +127,7 @@ def test_what_is_no_deposit_is_rejected_and_credits_nothing(
     with_treasury(world, scenario)
 
 
-def test_a_hash_the_chain_does_not_know_is_not_found(world: World) -> None:
+def test_a_hash_that_the_chain_does_not_know_is_not_found(world: World) -> None:
     async def scenario(parts: Open) -> None:
         with pytest.raises(NotFound):
             await parts.deposits.ask("0x" + "12" * 32, BOB, TIMEOUT_S)
@@ -136,7 +136,7 @@ def test_a_hash_the_chain_does_not_know_is_not_found(world: World) -> None:
 
 
 @pytest.mark.parametrize("tx_sig", ["", "0x12", "12" * 32, "0x" + "zz" * 32, "0x" + "12" * 33])
-def test_a_malformed_hash_is_refused_before_anything_is_asked(world: World, tx_sig: str) -> None:
+def test_a_malformed_hash_is_refused_without_a_request(world: World, tx_sig: str) -> None:
     async def scenario(parts: Open) -> None:
         with pytest.raises(InvalidRequest) as caught:
             await parts.deposits.ask(tx_sig, BOB, TIMEOUT_S)
@@ -147,7 +147,7 @@ def test_a_malformed_hash_is_refused_before_anything_is_asked(world: World, tx_s
     world.run(scenario)
 
 
-def test_a_treasury_that_is_away_is_said_to_be(world: World) -> None:
+def test_a_treasury_that_is_away_exceeds_the_deadline(world: World) -> None:
     async def scenario(parts: Open) -> None:
         with pytest.raises(DeadlineExceeded):
             await parts.deposits.ask("0x" + "12" * 32, BOB, 0.3)
@@ -155,7 +155,7 @@ def test_a_treasury_that_is_away_is_said_to_be(world: World) -> None:
     world.run(scenario)
 
 
-def test_a_claim_outlives_a_treasury_that_dies_over_it(world: World) -> None:
+def test_a_request_survives_the_death_of_the_treasury(world: World) -> None:
     alice = world.payer()
 
     async def scenario(parts: Open) -> None:
@@ -174,17 +174,17 @@ def test_a_claim_outlives_a_treasury_that_dies_over_it(world: World) -> None:
     world.run(scenario)
 
 
-def test_many_copies_of_one_claim_credit_once(world: World) -> None:
-    copies_of_one_claim(world, 50)
+def test_many_copies_of_one_request_credit_once(world: World) -> None:
+    copies_of_one_request(world, 50)
 
 
 @pytest.mark.prove
-def test_a_thousand_copies_of_one_claim_credit_once(world: World, figures: Counter[str]) -> None:
-    copies_of_one_claim(world, 1000)
+def test_a_thousand_copies_of_one_request_credit_once(world: World, figures: Counter[str]) -> None:
+    copies_of_one_request(world, 1000)
     figures["copies of one claim at once, which credited once"] += 1000
 
 
-def copies_of_one_claim(world: World, copies: int) -> None:
+def copies_of_one_request(world: World, copies: int) -> None:
     alice = world.payer()
 
     async def scenario(parts: Open) -> None:
@@ -204,9 +204,9 @@ def copies_of_one_claim(world: World, copies: int) -> None:
 
 
 @pytest.mark.prove
-def test_a_thousand_bad_claims_credit_nothing(world: World, figures: Counter[str]) -> None:
+def test_a_thousand_bad_requests_credit_nothing(world: World, figures: Counter[str]) -> None:
     alice, mallory = world.payer(), Account.create()
-    no_deposits = [make(world, alice) for make in (failed, wrong_token, to_somebody_else, no_transfer)]
+    no_deposits = [make(world, alice) for make in (failed, wrong_token, to_another_address, no_transfer)]
 
     async def scenario(parts: Open) -> None:
         credited = await parts.pay_platform(alice, 5)
@@ -231,7 +231,7 @@ def test_a_thousand_bad_claims_credit_nothing(world: World, figures: Counter[str
             Forbidden: 100,
             NotFound: 200,
         }
-        # Whoever claims it again is told the same, and gets nothing more.
+        # A repeated request gets the same answer and credits nothing more.
         assert await parts.ledger.balances() == {
             "chain": -5,
             f"user:{alice.address.lower()}:available": 5,
@@ -242,7 +242,7 @@ def test_a_thousand_bad_claims_credit_nothing(world: World, figures: Counter[str
 
 
 def expired(world: World, alice: LocalAccount) -> str:
-    """Send a transfer too late for the chain; return what its sender could take for its hash."""
+    """Send a transfer too late for the chain; return a hash that its sender could claim."""
     action = sign_send_asset(
         alice,
         world.devnet.network,

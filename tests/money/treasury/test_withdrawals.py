@@ -1,4 +1,4 @@
-"""Withdrawals over a real devnet and a real Redis: sent back once, to the address that signed them."""
+"""Withdrawals over a real devnet and a real Redis: sent once, to the address that signed them."""
 
 import asyncio
 from dataclasses import replace
@@ -43,7 +43,7 @@ def signed(
 
 
 class Treasury:
-    """The treasury's parts that withdrawals pass through."""
+    """The parts of the treasury that carry out withdrawals."""
 
     def __init__(self, world: World, parts: Open) -> None:
         platform = world.platform.address.lower()
@@ -69,7 +69,7 @@ class Treasury:
             await asyncio.sleep(0.05)
 
     async def until_decided(self, asked: SignedWithdrawal) -> tuple[WithdrawalState, str | None]:
-        """Go on until a withdrawal has come to its end and waits no more."""
+        """Step until a withdrawal is final and no longer waits."""
         for _ in range(400):
             await self.step()
             status = await status_of(self.store, asked, self.ledger)
@@ -85,7 +85,7 @@ async def status_of(store: RedisWithdrawals, asked: SignedWithdrawal, ledger: An
 
 
 def credited(world: World) -> LocalAccount:
-    """Return an account that is alive on the chain."""
+    """Return an account that exists on the chain."""
     fund_platform(world)
     return world.payer()
 
@@ -139,7 +139,7 @@ def test_a_withdrawal_arrives_once_under_a_fault(world: World, kind: str) -> Non
     world.run(scenario)
 
 
-def test_what_nobody_may_withdraw_is_refused_and_nothing_moves(world: World) -> None:
+def test_a_withdrawal_against_the_rules_is_refused_and_moves_nothing(world: World) -> None:
     alice, mallory, newcomer = credited(world), Account.create(), Account.create()
 
     async def scenario(parts: Open) -> None:
@@ -157,9 +157,9 @@ def test_what_nobody_may_withdraw_is_refused_and_nothing_moves(world: World) -> 
         }
         for reason, asked in cases.items():
             await treasury.store.hand_in(asked)
-            state, said = await treasury.until_decided(asked)
+            state, why = await treasury.until_decided(asked)
             assert state is WithdrawalState.REFUSED
-            assert reason in str(said)
+            assert reason in str(why)
 
         assert (await parts.available(alice), await parts.available(newcomer)) == (HELD, HELD)
         assert received(world, alice) == received(world, newcomer) == []
@@ -167,7 +167,7 @@ def test_what_nobody_may_withdraw_is_refused_and_nothing_moves(world: World) -> 
     world.run(scenario)
 
 
-def test_of_two_withdrawals_that_the_balance_does_not_bear_one_is_refused(world: World) -> None:
+def test_of_two_withdrawals_above_the_balance_one_is_refused(world: World) -> None:
     alice = credited(world)
 
     async def scenario(parts: Open) -> None:
@@ -186,7 +186,7 @@ def test_of_two_withdrawals_that_the_balance_does_not_bear_one_is_refused(world:
     world.run(scenario)
 
 
-def test_one_address_does_not_keep_the_others_waiting(world: World) -> None:
+def test_one_address_does_not_delay_the_others(world: World) -> None:
     alice, bob = credited(world), world.payer()
 
     async def scenario(parts: Open) -> None:
@@ -219,7 +219,7 @@ def test_what_was_refused_stays_refused_though_its_treasury_died_over_it(world: 
         await treasury.store.hand_in(asked)
         await treasury.planner.plan(20, 0)
         [planned] = await parts.outbox.open()
-        # It died here: the user was told, the outbox still has the payout. Meanwhile money arrives.
+        # The treasury died here: the withdrawal is refused, its payout in the outbox. Then money arrives.
         await treasury.store.refuse(planned.payout_id, "the account does not hold so much")
         await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
 
@@ -245,7 +245,7 @@ def test_a_withdrawal_that_another_process_plans_again_after_its_end_is_not_sent
         as_planned = replace(planned, state=type(planned.state).PLANNED, nonce=0, body="", attempts=0)
         await treasury.until_decided(asked)
 
-        # A process that hung since before the first was sent.
+        # A process that hung since before the first payout was sent.
         assert await parts.outbox.add(as_planned)
         for _ in range(5):
             await treasury.step()
@@ -256,7 +256,7 @@ def test_a_withdrawal_that_another_process_plans_again_after_its_end_is_not_sent
     world.run(scenario)
 
 
-def test_a_withdrawal_is_known_at_every_moment_of_its_way(world: World) -> None:
+def test_a_withdrawal_has_a_status_at_every_moment(world: World) -> None:
     alice = credited(world)
 
     async def scenario(parts: Open) -> None:
@@ -266,7 +266,7 @@ def test_a_withdrawal_is_known_at_every_moment_of_its_way(world: World) -> None:
         await treasury.store.hand_in(asked)
 
         class OvertakenLedger:
-            """Answers, and has the treasury carry the withdrawal out before the answer is read."""
+            """Answers, but first lets the treasury pay the withdrawal."""
 
             async def result(self, transfer_id: str) -> Result | None:
                 answer = await parts.ledger.result(transfer_id)
@@ -279,7 +279,7 @@ def test_a_withdrawal_is_known_at_every_moment_of_its_way(world: World) -> None:
     world.run(scenario)
 
 
-def test_a_nonce_stands_for_one_withdrawal(world: World) -> None:
+def test_a_nonce_names_one_withdrawal(world: World) -> None:
     alice = credited(world)
 
     async def scenario(parts: Open) -> None:

@@ -21,7 +21,7 @@ from azu.redis_client import connect_redis
 from azu.units import LAMPORTS_PER_HYPE
 from tests.money.chain.running import RunningDevnet
 
-# The seed of everything that happens at random here; each run of a test adds its number.
+# The seed of all randomness here; each run of a test adds its number.
 SEED = 1000 * int(os.environ.get("AZU_TEST_SEED", "1"))
 FUNDS = 10 * LAMPORTS_PER_HYPE
 
@@ -53,7 +53,7 @@ class Open:
         return await send_hype(self.chain, sender, self.platform.address, lamports)
 
     async def answer_deposits(self) -> None:
-        """Answer claims until cancelled, as the treasury's process does."""
+        """Answer deposit requests until cancelled, as the treasury's process does."""
         while True:
             await asyncio.gather(*(self._answer(tx_hash) for tx_hash in await self.deposits.waiting(16)))
             await asyncio.sleep(0.01)
