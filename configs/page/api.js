@@ -1,4 +1,4 @@
-// The ingress, asked with the key of this tab. What goes wrong is told in sentences.
+// Requests to the ingress with this tab's key; a Fault is an error as a sentence for the user.
 
 const KEY = "azu-key";
 
@@ -56,12 +56,12 @@ export async function* chunks(path, body, signal) {
 }
 
 async function refused(answer) {
-  const said = await answer.json().then((body) => body.error?.message ?? "", () => "");
+  const message = await answer.json().then((body) => body.error?.message ?? "", () => "");
   const status = answer.status;
   if (status === 401) return new Fault("This API key is not valid. Check it, or open another one with azu login.", status);
-  if (status === 402) return new Fault(`${sentence(said)} Deposit some HYPE, or ask for fewer tokens.`, status);
+  if (status === 402) return new Fault(`${sentence(message)} Deposit some HYPE, or ask for fewer tokens.`, status);
   if (status === 429) return new Fault("That was too much at once. Wait a moment, then try again.", status);
-  return new Fault(said ? sentence(said) : `The network refused this with status ${status}.`, status);
+  return new Fault(message ? sentence(message) : `The network refused this with status ${status}.`, status);
 }
 
 function sentence(message) {

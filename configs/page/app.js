@@ -1,4 +1,4 @@
-// What is shown when: the view from the address, the key from this tab, the network each two seconds.
+// Which view is shown: it follows the address and this tab's key; the network is read every two seconds.
 
 import { Fault, key, read } from "./api.js";
 import * as chat from "./chat.js";
@@ -8,7 +8,7 @@ import * as receipt from "./receipt.js";
 
 const PERIOD_MS = 2000;
 
-async function look() {
+async function refresh() {
   const healthy = await fetch("/health").then((answer) => answer.status, () => 0);
   const health = find("health");
   health.textContent = healthy === 200 ? "Up" : healthy ? "Starting" : "Not reached";
@@ -18,11 +18,11 @@ async function look() {
     network.show(await read("/v1/network"));
     say(find("network-fault"), "");
   } catch (error) {
-    say(find("network-fault"), told(error));
+    say(find("network-fault"), sentence(error));
   }
 }
 
-// Everything that the key opens and that does not change by itself.
+// Shows what needs a key and changes only when the user acts.
 async function open() {
   const given = Boolean(key.get());
   find("key-form").hidden = given;
@@ -31,10 +31,10 @@ async function open() {
   try {
     await account();
     chat.offer((await read("/v1/models")).data);
-    look();
+    refresh();
   } catch (error) {
     if (error.status === 401) forget();
-    say(find("chat-fault"), told(error));
+    say(find("chat-fault"), sentence(error));
   }
 }
 
@@ -54,7 +54,7 @@ function forget() {
   find("key").focus();
 }
 
-function told(error) {
+function sentence(error) {
   return error instanceof Fault ? error.message : `This page made a mistake: ${error.message}`;
 }
 
@@ -82,5 +82,5 @@ chat.start(open);
 receipt.start();
 view();
 open().then(view);
-look();
-setInterval(() => { if (!document.hidden) look(); }, PERIOD_MS);
+refresh();
+setInterval(() => { if (!document.hidden) refresh(); }, PERIOD_MS);

@@ -1,4 +1,4 @@
-// The chat: one answer at a time, as it streams, with what it costs.
+// The chat: one answer at a time, as it streams, with its cost.
 
 import { chunks, Fault } from "./api.js";
 import { count, find, hype, make, many, say, time } from "./dom.js";
@@ -31,7 +31,7 @@ export function start(onEnd) {
   find("model").addEventListener("change", showPrice);
 }
 
-// Offers the models that can be asked; a choice made before stays.
+// Offers the models; an earlier choice stays.
 export function offer(models) {
   const choice = find("model");
   const before = choice.value;

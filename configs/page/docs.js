@@ -1,4 +1,4 @@
-// Swagger UI draws this network's own OpenAPI document; it asks no other host.
+// Swagger UI shows the OpenAPI document of this network; it sends requests to no other host.
 
 SwaggerUIBundle({
   dom_id: "#operations",

@@ -1,4 +1,4 @@
-// Elements and texts. Nothing here reads HTML from a string: what the network says is always text.
+// Elements and texts. No function parses HTML: an answer of the network is always text.
 
 export const find = (id) => document.getElementById(id);
 
@@ -17,7 +17,7 @@ export function say(element, text) {
   element.hidden = !text;
 }
 
-// A bar of parts, each with its share of the whole, 0 to 1; `label` says it in words.
+// A bar of parts, each with its share of the whole, 0 to 1; `label` describes it.
 export function bar(label, parts) {
   return make("div", { className: "bar", role: "img", label }, ...parts.map(([kind, share]) => {
     const part = make("i", { className: kind });
@@ -26,7 +26,7 @@ export function bar(label, parts) {
   }));
 }
 
-// Replaces children only where they say something new, so that nothing flickers and no focus is lost.
+// Replaces children only if they changed, so that nothing flickers and the focus stays.
 export function replace(element, ...children) {
   const fresh = make("div", {}, ...children);
   if (fresh.innerHTML !== element.dataset.shown) {
@@ -50,7 +50,7 @@ export function time(seconds) {
   return seconds < 1 ? `${(1000 * seconds).toFixed(seconds < 0.01 ? 1 : 0)} ms` : `${seconds.toFixed(1)} s`;
 }
 
-// "0–3, 6" of numbers in any order.
+// Numbers in any order as ranges: "0–3, 6".
 export function ranges(numbers) {
   const runs = [];
   for (const one of [...numbers].sort((a, b) => a - b)) {
@@ -61,7 +61,7 @@ export function ranges(numbers) {
   return runs.map(([from, to]) => (from === to ? `${from}` : `${from}–${to}`)).join(", ");
 }
 
-// What a piece of a model holds, as [its layers, its experts]; either may be "".
+// The layers and the experts of a piece of a model, as two texts; either may be "".
 export function held(piece) {
   const [start, end] = piece.layers;
   const layers = ranges(Array.from({ length: end - start }, (_, index) => start + index));

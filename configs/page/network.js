@@ -1,4 +1,4 @@
-// The network: nodes with their VRAM, and which of them holds which layers and experts of each model.
+// The network: nodes with their VRAM, and the layers and experts of each model on them.
 
 import { bar, count, find, held, make, many, replace, size, time } from "./dom.js";
 
@@ -86,7 +86,7 @@ function speed(one, now) {
   const tokens = Math.max(0, one.activity.generated_tokens - then.generated_tokens) / seconds;
   return { tokens, first: mean("time_to_first_token"), each: mean("time_per_token") };
 
-  // Of what was measured since the last look, or ever if nothing was.
+  // The mean since the last refresh, or since the start if nothing was measured since.
   function mean(name) {
     const { count: all, seconds: spent } = one.activity[name];
     const since = all - then[name].count;

@@ -1,4 +1,4 @@
-// Receipts: what a job cost, who ran what and who earned what.
+// Receipts: what a job cost, which nodes ran it and what each worker earned.
 
 import { Fault, read } from "./api.js";
 import { count, find, held, hype, make, many, replace, say } from "./dom.js";
@@ -29,7 +29,7 @@ export async function show(jobId) {
   }
 }
 
-// A job that was stopped a moment ago has its receipt in a moment.
+// The receipt of a job that was just stopped comes a moment later.
 async function ended(jobId) {
   for (let tries = 1; ; tries += 1) {
     try {
@@ -58,12 +58,12 @@ function receipt(one) {
     make("h2", { textContent: one.job_id }),
     make("p", { className: "sum" }, make("strong", { textContent: many(one.charged_lamports, "lamport") }), ` = ${hype(one.charged_lamports)}`),
     make("p", { className: "dim", textContent: `${one.model_id}: ${sum}` }),
-    table("Where it went", ["Who", "Lamports"], [
+    table("Where it went", ["Recipient", "Lamports"], [
       ...Object.entries(one.worker_lamports).map(([address, lamports]) => [address, count(lamports)]),
       ["The platform", count(one.platform_lamports)],
       ["Back to you", count(one.released_lamports)],
     ], "amounts"),
-    table("Who ran what", ["Node", "Layers and experts"], one.topology.map((piece) => [piece.node, held(piece).filter(Boolean).join("; ")])),
+    table("Nodes that ran it", ["Node", "Layers and experts"], one.topology.map((piece) => [piece.node, held(piece).filter(Boolean).join("; ")])),
     make("p", { className: "dim id", textContent: `Transfer ${one.transfer_id}` }),
     make("p", { className: "dim id", textContent: one.signature ? `Signed by ${one.signer}` :
       "Not signed: the treasury did not answer. Ask again later." }),

@@ -1,4 +1,4 @@
-"""OpenAI's requests are understood or refused by the name of the parameter, never bent."""
+"""An OpenAI request is taken as it is, or refused with the name of the parameter."""
 
 import pytest
 from pydantic import ValidationError
@@ -23,7 +23,7 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "
         {"seed": 5},
     ],
 )
-def test_what_asks_for_nothing_is_taken(neutral: dict[str, object]) -> None:
+def test_a_value_that_asks_for_nothing_is_accepted(neutral: dict[str, object]) -> None:
     assert ChatRequest.model_validate(CHAT | neutral).model == "m"
 
 
@@ -43,7 +43,7 @@ def test_what_asks_for_nothing_is_taken(neutral: dict[str, object]) -> None:
         ("modalities", ["audio"]),
     ],
 )
-def test_what_would_change_the_output_is_refused_by_name(param: str, value: object) -> None:
+def test_an_unsupported_parameter_is_refused_by_name(param: str, value: object) -> None:
     with pytest.raises(InvalidRequest) as refused:
         ChatRequest.model_validate(CHAT | {param: value})
 
@@ -98,28 +98,28 @@ def test_a_message_in_parts_is_joined_and_a_developer_is_a_system() -> None:
     assert message.for_template() == {"role": "system", "content": "Hello"}
 
 
-def test_an_answer_is_taken_back_as_it_was_given_and_its_calls_reach_the_template_as_values() -> None:
+def test_an_answer_can_be_sent_back_and_its_calls_reach_the_template_as_values() -> None:
     answer = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [CALL], "annotations": []}
     result = {"role": "tool", "content": "4", "tool_call_id": "call_1"}
     body = ChatRequest.model_validate(CHAT | {"messages": [answer, result], "tools": TOOLS})
 
-    called, told = (message.for_template() for message in body.messages)
+    called, answered = (message.for_template() for message in body.messages)
 
     assert called["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
-    assert told == {"role": "tool", "content": "4", "tool_call_id": "call_1"}
+    assert answered == {"role": "tool", "content": "4", "tool_call_id": "call_1"}
 
 
 @pytest.mark.parametrize(
     ("param", "value"), [("parallel_tool_calls", False), ("logprobs", True), ("tool_choice", "any")]
 )
-def test_what_cannot_be_kept_to_beside_tools_is_refused_by_name(param: str, value: object) -> None:
+def test_a_parameter_that_excludes_tools_is_refused_by_name(param: str, value: object) -> None:
     with pytest.raises(InvalidRequest) as refused:
         ChatRequest.model_validate(CHAT | {"tools": TOOLS, param: value})
 
     assert refused.value.param == param
 
 
-def test_tools_that_may_not_be_called_are_not_offered() -> None:
+def test_tools_are_not_offered_if_the_model_may_not_call_them() -> None:
     asked = CHAT | {"tools": TOOLS, "parallel_tool_calls": True}
 
     assert ChatRequest.model_validate(asked).offered_tools == TOOLS
@@ -130,12 +130,12 @@ def test_tools_that_may_not_be_called_are_not_offered() -> None:
     ("prompt", "expected"),
     [(" x", " x"), ([" x"], " x"), ([5, 6], [5, 6]), ([[5, 6]], [5, 6])],
 )
-def test_a_completion_takes_one_prompt_as_it_is(prompt: object, expected: object) -> None:
+def test_a_completion_takes_one_prompt(prompt: object, expected: object) -> None:
     assert CompletionRequest.model_validate({"model": "m", "prompt": prompt}).prompt == expected
 
 
 @pytest.mark.parametrize("prompt", [["a", "b"], [], [[]], "", [""], [5, "a"], [True], [[5], [6]], None, {}])
-def test_a_completion_takes_no_other_prompt(prompt: object) -> None:
+def test_a_completion_takes_no_other_form_of_prompt(prompt: object) -> None:
     with pytest.raises(ValidationError):
         CompletionRequest.model_validate({"model": "m", "prompt": prompt})
 
@@ -155,7 +155,7 @@ def test_stop_is_one_string_or_several() -> None:
         ({"logprobs": True, "top_logprobs": 3}, 3),
     ],
 )
-def test_a_chat_asks_for_log_probabilities_in_two_words(
+def test_a_chat_asks_for_log_probabilities_with_two_parameters(
     asked: dict[str, object], expected: int | None
 ) -> None:
     assert ChatRequest.model_validate(CHAT | asked).num_logprobs == expected

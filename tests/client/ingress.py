@@ -1,4 +1,4 @@
-"""A small HTTP server that answers as the ingress does, and remembers what it was asked."""
+"""A small HTTP server with given replies, which keeps the requests that it got."""
 
 import json
 import threading
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a client sent."""
+    """A request of a client."""
 
     method: str
     path: str
@@ -21,7 +21,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What to answer: a body for JSON, or chunks for server-sent events."""
+    """A reply: a body as JSON, chunks as server-sent events, or content as it is."""
 
     body: Any = None
     status: int = 200
@@ -31,7 +31,7 @@ class Reply:
 
 @dataclass(slots=True)
 class Ingress:
-    """`replies` maps "METHOD path" to what is answered; `requests` is what came."""
+    """`replies` maps "METHOD path" to the reply; `requests` are those that arrived."""
 
     url: str = ""
     replies: dict[str, Reply] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Ingress:
 
 @contextmanager
 def running_ingress() -> Iterator[Ingress]:
-    """Run one on a free port."""
+    """Run the server on a free port."""
     ingress = Ingress()
 
     class Handler(BaseHTTPRequestHandler):
@@ -82,7 +82,7 @@ def running_ingress() -> Iterator[Ingress]:
                 ingress.closed_early.set()
 
         def log_message(self, *_: Any) -> None:
-            """Say nothing."""
+            """Write no log."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

@@ -1,4 +1,4 @@
-"""The client over real HTTP: what it sends, what it makes of the answers, and of the errors."""
+"""The client over real HTTP: its requests, its values and its errors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -116,14 +116,14 @@ def test_a_chat_goes_through_the_models_template(ingress: Ingress, client: Clien
     assert ingress.requests[0].body["messages"] == messages
 
 
-def test_a_stream_that_breaks_off_is_an_error_not_a_short_answer(ingress: Ingress, client: Client) -> None:
+def test_a_broken_stream_that_cannot_continue_is_an_error(ingress: Ingress, client: Client) -> None:
     ingress.replies["POST /v1/completions"] = Reply(chunks=(piece("Pa"),))
 
     with pytest.raises(NotFound):
         client.generate("The capital of France is", model=MODEL)
 
 
-def test_a_stream_that_breaks_off_goes_on_behind_its_last_piece(ingress: Ingress, client: Client) -> None:
+def test_a_broken_stream_continues_behind_its_last_chunk(ingress: Ingress, client: Client) -> None:
     ingress.replies["POST /v1/completions"] = Reply(chunks=(piece("Pa", after=1),))
     again = "GET /v1/jobs/job-1/stream?chat=false&after="
     ingress.replies[f"{again}1"] = Reply(chunks=(piece("ri", after=3),))
@@ -175,10 +175,10 @@ def test_a_chunk_of_another_shape_is_an_error(ingress: Ingress, client: Client, 
 def test_the_texts_of_several_choices_are_kept_apart_by_their_index(
     ingress: Ingress, client: Client, chat: bool
 ) -> None:
-    said = delta if chat else piece
+    chunk = delta if chat else piece
     chunks = (
-        said("Ro", index=1), said("Pa", index=0), said("me", index=1, finish="length"),
-        said("ris", index=0, finish="stop"), usage_chunk(ChatChunk if chat else TextChunk), "[DONE]",
+        chunk("Ro", index=1), chunk("Pa", index=0), chunk("me", index=1, finish="length"),
+        chunk("ris", index=0, finish="stop"), usage_chunk(ChatChunk if chat else TextChunk), "[DONE]",
     )  # fmt: skip
     ingress.replies[f"POST /v1/{'chat/' if chat else ''}completions"] = Reply(chunks=chunks)
     question = [{"role": "user", "content": "Name two cities."}]
@@ -191,7 +191,7 @@ def test_the_texts_of_several_choices_are_kept_apart_by_their_index(
     assert (generation.text, generation.finish_reason) == ("Paris", "stop")
 
 
-def test_an_error_in_a_stream_is_raised_after_what_came_before_it(ingress: Ingress, client: Client) -> None:
+def test_an_error_in_a_stream_is_raised_after_the_text_before_it(ingress: Ingress, client: Client) -> None:
     broken = FrameError("node ada sent a frame that is not finite").to_openai()
     ingress.replies["POST /v1/completions"] = Reply(chunks=(piece("Pa"), broken, "[DONE]"))
     stream = iter(client.stream("The capital of France is", model=MODEL))
@@ -201,7 +201,7 @@ def test_an_error_in_a_stream_is_raised_after_what_came_before_it(ingress: Ingre
         next(stream)
 
 
-def test_closing_a_stream_hangs_up(ingress: Ingress, client: Client) -> None:
+def test_closing_a_stream_closes_the_connection(ingress: Ingress, client: Client) -> None:
     endless = tuple(piece("word " * 1000) for _ in range(5000))
     ingress.replies["POST /v1/completions"] = Reply(chunks=endless)
     stream = client.stream("Tell me how azu works.", model=MODEL)
@@ -224,7 +224,7 @@ def test_closing_a_stream_hangs_up(ingress: Ingress, client: Client) -> None:
     ],
 )
 @pytest.mark.parametrize("streamed", [True, False])
-def test_errors_arrive_as_what_they_were(
+def test_an_error_has_the_class_that_the_network_raised(
     ingress: Ingress, client: Client, error: AzuError, streamed: bool
 ) -> None:
     ingress.replies["POST /v1/completions"] = refusal(error)
@@ -240,9 +240,7 @@ def test_errors_arrive_as_what_they_were(
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>Bad Gateway</html>", b"[]", b'{"error": "text"}'])
-def test_an_answer_from_something_else_is_an_error_too(
-    ingress: Ingress, client: Client, content: bytes
-) -> None:
+def test_an_answer_of_another_server_is_an_error(ingress: Ingress, client: Client, content: bytes) -> None:
     ingress.replies["GET /v1/balance"] = Reply(content=content, status=503)
 
     with pytest.raises(Unavailable, match="503"):
@@ -256,7 +254,7 @@ def test_a_good_status_without_json_is_an_error(ingress: Ingress, client: Client
         client.balance()
 
 
-def test_a_network_that_is_not_there_says_so() -> None:
+def test_a_network_that_cannot_be_reached_is_an_error() -> None:
     client = Client("http://127.0.0.1:9", timeout_s=2)
 
     assert not client.healthy()
@@ -333,14 +331,14 @@ def test_a_text_that_is_no_challenge_is_not_signed(ingress: Ingress, client: Cli
         client.login(account)
 
 
-def test_a_broken_private_key_is_not_repeated(client: Client) -> None:
+def test_an_error_does_not_quote_a_private_key(client: Client) -> None:
     with pytest.raises(InvalidRequest) as refused:
         client.login("0x" + "zz" * 32)
 
     assert "zz" not in refused.value.message
 
 
-def test_newer_servers_may_say_more(ingress: Ingress, client: Client) -> None:
+def test_fields_of_a_newer_network_are_ignored(ingress: Ingress, client: Client) -> None:
     ingress.replies["GET /v1/balance"] = Reply(
         {"address": "0x1", "available_lamports": 5, "reserved_lamports": 1, "invented_later": True}
     )
@@ -374,7 +372,7 @@ def test_jobs_submit_results_and_receipts(ingress: Ingress, client: Client) -> N
     }  # fmt: skip
 
 
-def test_the_environment_says_where_and_with_which_key(
+def test_the_environment_sets_the_address_and_the_key(
     ingress: Ingress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import azu

@@ -1,4 +1,4 @@
-"""The client is light: what is heavy is imported where it is used."""
+"""The client is light: heavy packages are imported only where they are used."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""An ASGI app called directly: a client's library would take longer than the app."""
+"""An ASGI app called directly, because an HTTP client would take longer than the app."""
 
 import asyncio
 
@@ -8,13 +8,13 @@ from tests.deployments.fuzz import Call, Reply
 
 
 class AsgiTarget:
-    """Calls an app as a server does, whatever a client's library would refuse to send."""
+    """Calls an app as a server does, also with requests that an HTTP client refuses to send."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def send(self, call: Call) -> Reply:
-        """Send a request; with `leaves` its sender is gone after so many pieces of the answer."""
+        """Send a request; with `leaves` the sender disconnects after that many pieces of the answer."""
         status, pieces, sent = 0, [], False
         gone = asyncio.Event()
         if call.leaves == 0:

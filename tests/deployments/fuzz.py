@@ -1,6 +1,6 @@
-"""A mutation fuzzer for the ingress: good requests with something in them changed, many at once.
+"""A mutation fuzzer for the ingress: good requests with one or more changes, many at once.
 
-Each sender has money of its own, so that a refused request that moved any of it is seen at once.
+Each sender has its own money, so that a refused request that moved money is found at once.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ _SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP request; `leaves` is how many pieces of the answer its sender waits for, None for all."""
+    """One HTTP request; its sender disconnects after `leaves` pieces of the answer, None for never."""
 
     method: str
     path: str
@@ -35,7 +35,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back; status 0 if the sender left before it began."""
+    """An answer; its status is 0 if the sender disconnected before it began."""
 
     status: int
     body: bytes
@@ -50,7 +50,7 @@ class Target(Protocol):
 
 @dataclass(slots=True)
 class Sender:
-    """Somebody with a key; `money` reads what the ledger has of the address."""
+    """A caller with a key; `money` reads the address's balances from the ledger."""
 
     address: str
     api_key: str
@@ -60,15 +60,15 @@ class Sender:
 
 @dataclass
 class Found:
-    """What a run saw."""
+    """The counts and faults of a run."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     by_path: Counter[str] = field(default_factory=Counter)
     refused: int = 0
     faults: list[str] = field(default_factory=list)
 
-    def told(self, seconds: float) -> str:
-        """Return the run in a line."""
+    def summary(self, seconds: float) -> str:
+        """Return the run as one line."""
         total = sum(self.statuses.values())
         counts = ", ".join(f"{status}: {count}" for status, count in sorted(self.statuses.items()))
         return (
@@ -92,7 +92,7 @@ CHAT = {
     "logprobs": True,
     "top_logprobs": 2,
     "n": 2,
-    "user": "somebody",
+    "user": "a user",
 }
 SUBMIT = {"model_id": MODEL, "prompt": "Hi", "est_tokens": 2}
 COMPLETION = {
@@ -172,7 +172,7 @@ _PARTS = (
 
 
 def mutated_call(sender: Sender, dice: random.Random, admin_key: str) -> Call:
-    """Return a request that was good before something in it was changed; some stay good."""
+    """Return a good request with changes; some requests stay good."""
     calls = good_calls(sender)
     # The endpoints that move money get half of all.
     method, path, query, body = dice.choice(calls[:3] if dice.random() < 0.5 else calls)
@@ -239,7 +239,7 @@ def _mutated_headers(headers: dict[bytes, bytes], dice: random.Random) -> dict[b
 
 
 async def fuzz(target: Target, senders: list[Sender], *, requests: int, seed: int, admin_key: str) -> Found:
-    """Send so many requests, each sender one after the other; return what was seen."""
+    """Send a number of requests, each sender one at a time, and return what was found."""
     found, started = Found(), time.monotonic()
 
     async def one(number: int, sender: Sender) -> None:
@@ -248,10 +248,10 @@ async def fuzz(target: Target, senders: list[Sender], *, requests: int, seed: in
             await _try(target, sender, mutated_call(sender, dice, admin_key), found)
             done = sum(found.statuses.values())
             if done % _PROGRESS == 0:
-                print(found.told(time.monotonic() - started), flush=True)
+                print(found.summary(time.monotonic() - started), flush=True)
 
     await asyncio.gather(*(one(number, sender) for number, sender in enumerate(senders)))
-    print(found.told(time.monotonic() - started))
+    print(found.summary(time.monotonic() - started))
     return found
 
 
@@ -270,13 +270,13 @@ async def _try(target: Target, sender: Sender, call: Call, found: Found) -> None
         if await sender.money() != before:
             _note(found, "moved money", call, reply)
         if call.method != "HEAD" and not _is_openais(reply.body):
-            _note(found, "is not told in OpenAI's shape", call, reply)
+            _note(found, "has not OpenAI's error shape", call, reply)
     elif reply.status == 200 and (job_id := _job_id(reply.body)):
         sender.job_id = job_id
 
 
 async def _quiet(sender: Sender) -> tuple[int, ...]:
-    """Wait until nothing of a sender's is reserved, and return its money: the second number is that."""
+    """Wait until no money of a sender is reserved, and return its balances, the reserved one second."""
     deadline = time.monotonic() + _QUIET_S
     while (money := await sender.money())[1] and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
@@ -291,8 +291,8 @@ def _note(found: Found, what: str, call: Call, reply: Reply) -> None:
 
 def _is_openais(body: bytes) -> bool:
     try:
-        said = json.loads(body)["error"]
-        return set(said) == {"message", "type", "param", "code"} and bool(said["message"])
+        error = json.loads(body)["error"]
+        return set(error) == {"message", "type", "param", "code"} and bool(error["message"])
     except (ValueError, KeyError, TypeError):
         return False
 

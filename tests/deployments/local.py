@@ -84,7 +84,7 @@ class ScriptedModel:
 
 
 class NoNodes:
-    """The scheduler's answers while nothing is deployed."""
+    """A scheduler without nodes and deployments."""
 
     async def ready(self) -> bool:
         return True
@@ -131,18 +131,18 @@ class LocalIngress:
     ledger: RedisLedger
 
     def client(self, api_key: str = "", **given: Any) -> httpx.AsyncClient:
-        """Return a client with a bearer key."""
+        """Return an HTTP client that sends a key."""
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         return httpx.AsyncClient(
             transport=self.transport, base_url="http://azu.test", headers=headers, timeout=60, **given
         )
 
     def cut_first(self) -> None:
-        """Have every model cut before it answers, as a scheduler does."""
+        """Have every model cut before it answers, as the scheduler does."""
         self.model.registry = self.app.state.services.registry_here
 
     async def open_key(self, account: LocalAccount, **asked: Any) -> str:
-        """Open a key as any client does."""
+        """Sign in and open a key over HTTP."""
         async with self.client() as client:
             made = (await client.post("/v1/auth/challenge", json={"address": account.address})).json()
             signature = account.sign_message(encode_defunct(text=made["message"])).signature.to_0x_hex()
@@ -151,7 +151,7 @@ class LocalIngress:
         return str(opened["api_key"])
 
     async def user(self, lamports: int = LAMPORTS_PER_HYPE) -> tuple[str, str]:
-        """Return the address and a key of a user with so much money."""
+        """Return the address and a key of a user with this balance."""
         account: LocalAccount = Account.create()
         address = account.address.lower()
         if lamports:
@@ -163,7 +163,7 @@ class LocalIngress:
 def config_of(
     redis_url: str, home: Path, policy: NetworkPolicy, model_roots: tuple[Path, ...]
 ) -> ControlConfig:
-    """Return what an ingress has to know."""
+    """Return the config of an ingress."""
     return ControlConfig(
         redis_url=redis_url,
         pipeline_redis_url=redis_url,
@@ -188,7 +188,7 @@ def policy_with(**limits: int) -> NetworkPolicy:
 
 
 def unhurried() -> NetworkPolicy:
-    """Return a policy that lets everybody ask as fast as they like."""
+    """Return a policy without limits on the number of requests."""
     return policy_with(
         requests_per_minute=60_000_000,
         request_burst=10**6,
@@ -198,7 +198,7 @@ def unhurried() -> NetworkPolicy:
 
 
 async def knows_no_transfer(redis_url: str) -> None:
-    """Answer what the treasury is asked, as if the chain had no transfer at all."""
+    """Answer deposit requests like a treasury whose chain has no transfer."""
     claims = DepositRequests(connect_redis(redis_url))
     while True:
         for tx_hash in await claims.waiting(100):
@@ -210,7 +210,7 @@ async def knows_no_transfer(redis_url: str) -> None:
 async def local_ingress(
     redis_url: str, home: Path, policy: NetworkPolicy | None = None, model_roots: tuple[Path, ...] = ()
 ) -> AsyncIterator[LocalIngress]:
-    """Run an ingress and what takes its jobs for the length of the block."""
+    """Run an ingress, and the dispatcher that takes its jobs, until the block ends."""
     config = config_of(redis_url, home, policy or policy_with(), model_roots)
     api = build_api(config, LocalServices)
     jobs, ledger = RedisJobs.from_url(redis_url), RedisLedger.from_url(redis_url)

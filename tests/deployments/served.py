@@ -1,4 +1,4 @@
-"""The local ingress behind a real HTTP server, for clients that know nothing of ASGI."""
+"""The local ingress behind a real HTTP server, for clients that need one."""
 
 import asyncio
 import threading
@@ -28,7 +28,7 @@ class Served:
     statuses: Counter[int] = field(default_factory=Counter)
 
     def money(self) -> tuple[int, ...]:
-        """Return what the user has, and what is reserved of it."""
+        """Return the user's available and reserved lamports."""
         accounts = (user_available(self.address), user_reserved(self.address))
         asked = asyncio.run_coroutine_threadsafe(self.ingress.ledger.balances_of(*accounts), self.loop)
         return asked.result(_PATIENCE_S)
@@ -36,7 +36,7 @@ class Served:
 
 @contextmanager
 def served(redis_url: str, home: Path) -> Iterator[Served]:
-    """Serve an ingress from a thread of its own."""
+    """Serve an ingress in its own thread."""
     ready, done = threading.Event(), asyncio.Event()
     found: list[Served] = []
 

@@ -1,4 +1,4 @@
-"""Answers have OpenAI's shapes, as OpenAI's own types read them."""
+"""Answers and chunks have OpenAI's shapes: OpenAI's own types parse them."""
 
 import asyncio
 import json
@@ -118,7 +118,7 @@ def test_a_whole_chat_has_the_keys_that_it_needs_and_no_others(tokenizer: Tokeni
 
 
 @pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.CANCELLED])
-def test_a_text_that_was_cut_off_by_its_reader_just_stops(tokenizer: Tokenizer, reason: FinishReason) -> None:
+def test_a_text_that_its_reader_cut_off_ends_with_stop(tokenizer: Tokenizer, reason: FinishReason) -> None:
     whole = answer(tokenizer, chat=False).whole([TextDelta("text", finish_reason=reason)], USAGE)
 
     assert whole.choices[0].finish_reason == "stop"
@@ -193,7 +193,7 @@ def scored(parts: list[TextDelta | JobOutcome]) -> list[float]:
     return sorted(logprob for part in parts if isinstance(part, TextDelta) for logprob in part.logprobs)
 
 
-def test_the_choices_of_a_job_are_told_apart(redis_url: str, tokenizer: Tokenizer) -> None:
+def test_the_choices_of_a_job_are_kept_apart(redis_url: str, tokenizer: Tokenizer) -> None:
     job = builders.job(choices=2)
     one, two = tokenizer.encode("one 😀"), tokenizer.encode("two 漢字")
     events, index = [], 0
@@ -216,7 +216,7 @@ def test_the_choices_of_a_job_are_told_apart(redis_url: str, tokenizer: Tokenize
     assert parts[-1] == end
 
 
-def test_whoever_comes_back_gets_what_was_not_shown_and_nothing_twice(
+def test_a_reader_that_comes_back_gets_the_rest_and_no_text_twice(
     redis_url: str, tokenizer: Tokenizer
 ) -> None:
     job = builders.job(choices=2, sampling=SamplingParams(max_tokens=50, stop=("漢字!", "😀😀"), logprobs=0))
@@ -244,9 +244,7 @@ def test_whoever_comes_back_gets_what_was_not_shown_and_nothing_twice(
     assert texts(parts, 2) == ["one 漢字 😀 漢", "two 😀 and "]
 
 
-def test_a_stop_string_is_never_shown_and_neither_are_its_tokens(
-    redis_url: str, tokenizer: Tokenizer
-) -> None:
+def test_a_stop_string_and_its_tokens_are_never_shown(redis_url: str, tokenizer: Tokenizer) -> None:
     job = builders.job(sampling=SamplingParams(max_tokens=50, stop=("capital of",), logprobs=1))
     ids = tuple(tokenizer.encode("the capital of"))
     logprobs = tuple(-float(n) for n in range(len(ids)))
@@ -363,7 +361,7 @@ def play(redis_url: str, tmp_path: Path, root: Path) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_calls_come_apart_from_the_text_and_end_the_turn(play, stream: bool) -> None:
+def test_calls_are_parsed_out_of_the_text_and_end_the_turn(play, stream: bool) -> None:
     async def scenario(client: openai.AsyncOpenAI, model: str) -> None:
         asked = {"model": model, "messages": MESSAGES, "tools": TOOLS, "max_tokens": 200}
         if stream:
@@ -389,7 +387,7 @@ def test_calls_come_apart_from_the_text_and_end_the_turn(play, stream: bool) -> 
     play(scenario, f"<think>hm</think>Let me see. {ADD}{TWICE}")
 
 
-def test_the_answer_and_the_tools_result_are_taken_back(play) -> None:
+def test_an_answer_and_a_tools_result_can_be_sent_back(play) -> None:
     async def scenario(client: openai.AsyncOpenAI, model: str) -> None:
         asked = {"model": model, "tools": TOOLS, "max_tokens": 200}
         answer = await client.chat.completions.create(**asked, messages=MESSAGES)
@@ -407,7 +405,7 @@ def test_the_answer_and_the_tools_result_are_taken_back(play) -> None:
 @pytest.mark.parametrize(
     "text", ["Just words.", "<tool_call>no JSON</tool_call> after", "<tool_call>{", "a <tool"]
 )
-def test_what_is_no_call_is_content_as_the_model_wrote_it(play, text: str) -> None:
+def test_text_that_is_no_call_stays_content(play, text: str) -> None:
     async def scenario(client: openai.AsyncOpenAI, model: str) -> None:
         asked = {"model": model, "messages": MESSAGES, "tools": TOOLS, "max_tokens": 200}
         choice = (await client.chat.completions.create(**asked)).choices[0]
@@ -433,7 +431,7 @@ def test_tools_are_refused_by_name_where_the_template_does_not_support_them(play
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
-def test_an_answer_is_read_the_same_in_pieces_of_any_size(size: int) -> None:
+def test_pieces_of_any_size_are_parsed_alike(size: int) -> None:
     text = f"<think>hm</think>Well. {ADD}and{TWICE} <tool_call>[1]</tool_call> x"
     parser = AnswerParser(RESPONSE, "<|user|>x<|assistant|>", TOOLS)
 
@@ -451,6 +449,6 @@ def test_an_answer_is_read_the_same_in_pieces_of_any_size(size: int) -> None:
 @pytest.mark.parametrize(
     "template", [{}, {"fields": 7}, {"start_anchor": "x", "fields": {"content": {"open": 7}}}]
 )
-def test_a_template_that_is_none_is_a_broken_checkpoint(template: dict[str, object]) -> None:
+def test_a_malformed_response_template_is_a_broken_checkpoint(template: dict[str, object]) -> None:
     with pytest.raises(BrokenCheckpoint):
         AnswerParser(template, "", TOOLS)

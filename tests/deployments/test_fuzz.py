@@ -1,4 +1,4 @@
-"""Whatever is sent to the ingress, it answers, never with a 5xx, and a refused request moves no money."""
+"""The ingress answers every request, never with a 5xx, and a refused request moves no money."""
 
 import asyncio
 import os
@@ -28,7 +28,7 @@ async def sender_at(ingress: LocalIngress) -> Sender:
 
 
 async def reserved_jobs(ingress: LocalIngress) -> set[str]:
-    """Return the jobs that money was reserved for."""
+    """Return the jobs that have or had a reservation."""
     return {
         entry.transfer.job_id
         async for entry in ingress.ledger.journal()
@@ -36,10 +36,10 @@ async def reserved_jobs(ingress: LocalIngress) -> set[str]:
     }
 
 
-def test_no_request_breaks_it_and_none_that_is_refused_moves_money(
+def test_no_request_breaks_the_ingress_and_no_refused_one_moves_money(
     redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Nothing here may reach the Hub; and nobody is there to sign receipts.
+    # No request may reach the Hub, and no treasury runs that could sign receipts.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("deployments.jobs._SIGNATURE_TIMEOUT_S", 0.05)
 
@@ -61,5 +61,5 @@ def test_no_request_breaks_it_and_none_that_is_refused_moves_money(
 
     assert found.faults == []
     assert sum(found.statuses.values()) == REQUESTS
-    assert found.statuses[200] > REQUESTS / 20, "some must be good, or nothing is shown"
+    assert found.statuses[200] > REQUESTS / 20, "too few good requests to show anything"
     assert found.refused > REQUESTS / 4

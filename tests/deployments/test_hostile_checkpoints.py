@@ -1,4 +1,4 @@
-"""A hostile checkpoint is refused by its file's name: nothing runs, is charged or is left half-written."""
+"""A hostile checkpoint is refused with its file's name; no code runs, nothing is charged or half-written."""
 
 import asyncio
 import json
@@ -139,7 +139,7 @@ def template_that_climbs(folder: Path, canary: Path) -> None:
     (folder / "chat_template.jinja").write_text(climb)
 
 
-# What is done to a good model, and a word of what is said about it.
+# How a good model is damaged, and a word of the error message.
 HOSTILE: dict[Callable[[Path, Path], None], str] = {
     index_leads_out: INDEX,
     index_is_absolute: INDEX,
@@ -164,7 +164,7 @@ HOSTILE: dict[Callable[[Path, Path], None], str] = {
 }
 
 
-def test_every_one_is_refused_by_name(redis_url: str, tmp_path: Path) -> None:
+def test_every_hostile_checkpoint_is_refused_by_name(redis_url: str, tmp_path: Path) -> None:
     root, canary = tmp_path / "here" / "models", tmp_path / "canary"
     for damage in HOSTILE:
         folder = root / damage.__name__

@@ -1,4 +1,4 @@
-"""LangChain's OpenAI classes work unchanged: base URL and key are all they are told."""
+"""LangChain's OpenAI classes work unchanged, with only a base URL and a key."""
 
 from pathlib import Path
 

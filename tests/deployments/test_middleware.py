@@ -1,4 +1,4 @@
-"""What a caller sees of every request: its id, how fast it may ask, and when to try again."""
+"""What every request gets: an id, limits, and an answer even if it fails."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -49,7 +49,7 @@ def test_a_request_without_a_usable_id_gets_one(play, given: str | None) -> None
     play(scenario)
 
 
-def test_what_breaks_is_told_and_logged_by_the_requests_id(play, monkeypatch) -> None:
+def test_a_failed_request_is_answered_and_logged_with_its_id(play, monkeypatch) -> None:
     async def scenario(ingress: LocalIngress) -> None:
         _, api_key = await ingress.user()
 
@@ -71,7 +71,7 @@ def test_what_breaks_is_told_and_logged_by_the_requests_id(play, monkeypatch) ->
     assert failed["message"] == "GET /v1/balance failed"
 
 
-def test_a_key_that_asks_too_often_is_told_when_to_come_back(play) -> None:
+def test_a_key_with_too_many_requests_is_refused_with_a_time_to_wait(play) -> None:
     async def scenario(ingress: LocalIngress) -> None:
         (_, one), (_, other) = await ingress.user(), await ingress.user()
         async with ingress.client(one) as client, ingress.client(other) as neighbour:
@@ -85,7 +85,7 @@ def test_a_key_that_asks_too_often_is_told_when_to_come_back(play) -> None:
     play(scenario, policy_with(requests_per_minute=1, request_burst=5))
 
 
-def test_sign_ins_are_counted_by_where_they_come_from(play) -> None:
+def test_sign_ins_are_counted_by_their_senders_address(play) -> None:
     async def scenario(ingress: LocalIngress) -> None:
         async with ingress.client() as client:
             body = {"address": Account.create().address}
@@ -96,7 +96,7 @@ def test_sign_ins_are_counted_by_where_they_come_from(play) -> None:
     play(scenario, policy_with(sign_ins_per_minute=1, sign_in_burst=3))
 
 
-def test_an_account_has_at_most_so_many_keys(play) -> None:
+def test_an_address_has_a_limited_number_of_keys(play) -> None:
     async def scenario(ingress: LocalIngress) -> None:
         account = Account.create()
         first = await ingress.open_key(account)
@@ -112,7 +112,7 @@ def test_an_account_has_at_most_so_many_keys(play) -> None:
     play(scenario, policy_with(max_keys=2))
 
 
-def test_a_key_has_at_most_so_many_jobs_in_flight_and_the_refused_one_changes_nothing(play) -> None:
+def test_a_key_has_a_limited_number_of_jobs_in_flight_and_a_refused_job_changes_nothing(play) -> None:
     async def scenario(ingress: LocalIngress) -> None:
         address, api_key = await ingress.user()
         ingress.model.delay_s = 30.0
@@ -131,7 +131,7 @@ def test_a_key_has_at_most_so_many_jobs_in_flight_and_the_refused_one_changes_no
     play(scenario, policy_with(max_jobs_in_flight=2))
 
 
-def test_a_body_of_unprintable_keys_is_refused_in_words_that_can_be_sent(play) -> None:
+def test_a_body_with_unprintable_keys_is_refused_with_a_printable_message(play) -> None:
     async def scenario(ingress: LocalIngress) -> None:
         _, api_key = await ingress.user()
         async with ingress.client(api_key) as client:

@@ -1,4 +1,4 @@
-"""OpenAI's own client, unchanged, against the ingress: streams, usage, exceptions, what it sends again."""
+"""OpenAI's own client, unchanged, against the ingress: streams, usage, exceptions, repeated requests."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -34,7 +34,7 @@ def play(redis_url: str, tmp_path: Path) -> Callable[..., None]:
     return lambda scenario, policy=None, lamports=10**8: asyncio.run(run(scenario, policy, lamports))
 
 
-def test_a_stream_ends_with_a_usage_chunk_that_says_the_cost(play) -> None:
+def test_a_stream_ends_with_a_usage_chunk_that_has_the_cost(play) -> None:
     async def scenario(_: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
         stream = await client.chat.completions.create(
             **ASKED, stream=True, stream_options={"include_usage": True}
@@ -58,7 +58,7 @@ def test_a_stream_ends_with_a_usage_chunk_that_says_the_cost(play) -> None:
     play(scenario)
 
 
-def test_models_say_what_they_cost_and_how_much_they_take(play) -> None:
+def test_models_have_their_price_and_their_length_limit(play) -> None:
     async def scenario(_: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
         models = {model.id: model async for model in client.models.list()}
         dense = await client.models.retrieve("azu/tiny-dense")
@@ -81,7 +81,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_errors_are_the_clients_own_exceptions_and_not_sent_again(play, stream: bool) -> None:
+def test_errors_are_the_clients_own_exceptions_and_not_repeated(play, stream: bool) -> None:
     async def scenario(_: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
         for change, kind, status, param in REFUSED:
             with pytest.raises(kind) as refused:
@@ -96,7 +96,7 @@ def test_errors_are_the_clients_own_exceptions_and_not_sent_again(play, stream: 
     play(scenario)
 
 
-def test_without_money_nothing_is_tried_twice(play) -> None:
+def test_without_money_no_request_is_repeated(play) -> None:
     async def scenario(_: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
         with pytest.raises(openai.APIStatusError) as refused:
             await client.chat.completions.create(**ASKED)
@@ -106,7 +106,7 @@ def test_without_money_nothing_is_tried_twice(play) -> None:
     play(scenario, lamports=0)
 
 
-def test_what_was_charged_is_not_sent_again_and_what_was_not_is(play) -> None:
+def test_a_charged_request_is_not_repeated_and_a_free_one_is(play) -> None:
     async def scenario(ingress: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
         ingress.model.error = ShardError("a shard is damaged")
         with pytest.raises(openai.InternalServerError) as charged:
@@ -124,7 +124,7 @@ def test_what_was_charged_is_not_sent_again_and_what_was_not_is(play) -> None:
     play(scenario)
 
 
-def test_an_error_within_a_stream_is_raised_where_it_happens(play) -> None:
+def test_an_error_in_a_stream_is_raised_in_its_place(play) -> None:
     async def scenario(ingress: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
         ingress.model.error = ShardError("a shard is damaged")
         stream = await client.chat.completions.create(**ASKED, stream=True)
@@ -137,7 +137,7 @@ def test_an_error_within_a_stream_is_raised_where_it_happens(play) -> None:
     play(scenario)
 
 
-def test_a_client_that_asks_too_often_waits_as_long_as_it_is_told(play) -> None:
+def test_a_client_with_too_many_requests_waits_for_the_given_time(play) -> None:
     async def scenario(_: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
         impatient = client.with_options(max_retries=0)
         answers = await asyncio.gather(*(impatient.models.list() for _ in range(9)), return_exceptions=True)

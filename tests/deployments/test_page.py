@@ -1,4 +1,4 @@
-"""The page's files: served from here alone, and nothing but them."""
+"""The page's files are served from azu alone, and no other file is."""
 
 import asyncio
 import re
@@ -29,7 +29,7 @@ def get(path: str) -> httpx.Response:
 
 
 def parts(*paths: str) -> dict[str, httpx.Response]:
-    """Return every file that these pages name, and those that these name, but for the API's schema."""
+    """Return these pages and every file that they load, directly or not, but not the OpenAPI document."""
     found, wanted = {}, [*paths]
     while wanted:
         path = wanted.pop()
@@ -41,7 +41,7 @@ def parts(*paths: str) -> dict[str, httpx.Response]:
     return found
 
 
-def test_every_part_is_there_and_says_what_it_is() -> None:
+def test_every_file_is_served_with_its_type() -> None:
     found = parts("/", "/docs")
     types = {path: answer.headers["content-type"].partition(";")[0] for path, answer in found.items()}
 
@@ -54,7 +54,7 @@ def test_every_part_is_there_and_says_what_it_is() -> None:
     assert types["/page/vendor/swagger-ui.css"] == "text/css"
 
 
-def test_nothing_is_loaded_from_elsewhere_or_run_from_a_string() -> None:
+def test_no_file_loads_from_another_host_or_runs_a_string() -> None:
     for path, answer in parts("/", "/docs").items():
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'; script-src 'self'; " in policy
@@ -76,5 +76,5 @@ def test_a_key_is_kept_in_its_tab_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["..%2fnetwork.yaml", "network.yaml", "__init__.py", "%00", "app.js%2f.."])
-def test_nothing_else_is_served(name: str) -> None:
+def test_no_other_file_is_served(name: str) -> None:
     assert get(f"/page/{name}").status_code == 404

@@ -20,7 +20,7 @@ def asked(**given: object) -> SamplingParams:
     return sampling_params(body, DEFAULTS, VOCAB_SIZE, default_max_tokens=50)
 
 
-def test_what_a_request_leaves_out_is_the_models_own() -> None:
+def test_a_parameter_that_a_request_leaves_out_has_the_models_default() -> None:
     sampling = asked(top_k=5)
 
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.7, 5, 0.8)
@@ -42,7 +42,7 @@ def test_every_parameter_reaches_the_engine() -> None:
     )  # type: ignore[arg-type]
 
 
-def test_a_chat_may_call_its_limit_by_the_newer_name() -> None:
+def test_a_chat_may_use_the_newer_name_for_max_tokens() -> None:
     chat = ChatRequest.model_validate(
         {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 3}
     )
@@ -62,7 +62,7 @@ def test_a_chat_may_call_its_limit_by_the_newer_name() -> None:
         ("min_tokens", 51),
     ],
 )
-def test_what_the_model_cannot_do_is_refused_by_name(param: str, value: object) -> None:
+def test_a_value_that_does_not_fit_the_model_is_refused_by_name(param: str, value: object) -> None:
     with pytest.raises(InvalidRequest) as refused:
         asked(**{param: value})
 
@@ -85,7 +85,9 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         ("tools", {"tools": [TOOL] * 3}),
     ],
 )
-def test_what_is_beyond_the_networks_limits_is_refused_by_name(param: str, given: dict[str, object]) -> None:
+def test_a_parameter_above_the_networks_limits_is_refused_by_name(
+    param: str, given: dict[str, object]
+) -> None:
     limits = load_network().policy.limits
     standard = ChatRequest.model_validate(CHAT | given)
     check_limits(standard, limits)
@@ -101,12 +103,12 @@ def defaults(**settings: object) -> SamplingParams:
     return default_sampling({"generation_config.json": json.dumps(settings).encode()})
 
 
-def test_without_a_word_a_model_is_greedy() -> None:
+def test_a_model_without_do_sample_is_greedy() -> None:
     assert default_sampling({}) == SamplingParams(max_tokens=1)
     assert defaults(do_sample=False, temperature=0.6).temperature == 0.0
 
 
-def test_what_samples_and_says_no_more_samples_as_generate_does() -> None:
+def test_do_sample_alone_samples_with_the_defaults_of_generate() -> None:
     theirs = GenerationConfig._get_default_generation_params()
     sampling = defaults(do_sample=True)
 
@@ -116,7 +118,7 @@ def test_what_samples_and_says_no_more_samples_as_generate_does() -> None:
     assert sampling.repetition_penalty == theirs["repetition_penalty"]
 
 
-def test_the_files_values_are_taken_and_what_azu_does_not_know_is_left() -> None:
+def test_the_files_values_are_used_and_its_unknown_keys_ignored() -> None:
     sampling = defaults(
         do_sample=True, temperature=0.7, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.05,
         min_new_tokens=3, eos_token_id=[1, 2], transformers_version="4.37.0", pad_token_id=None,

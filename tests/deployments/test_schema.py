@@ -24,7 +24,7 @@ from schemathesis.specs.openapi.checks import (
 from tests.deployments.served import Served, served
 
 SEED = int(os.environ.get("AZU_TEST_SEED", "1"))
-# For each endpoint, valid and invalid ones.
+# For each operation, valid and invalid ones.
 EXAMPLES = int(os.environ.get("AZU_TEST_SCHEMA_EXAMPLES", "60"))
 CHECKS = [
     not_a_server_error,
@@ -45,7 +45,7 @@ def here(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 @pytest.mark.prove
-def test_every_endpoint_keeps_to_the_schema_whatever_is_sent(here: Served) -> None:
+def test_every_answer_fits_the_schema_for_valid_and_invalid_requests(here: Served) -> None:
     schema = schemathesis.openapi.from_url(f"{here.url}/openapi.json")
     faults: list[str] = []
     for result in schema.get_all_operations():

@@ -1,4 +1,4 @@
-"""configs/serve.yaml is what Serve accepts, builds azu's application, and holds no secret."""
+"""Serve accepts configs/serve.yaml; it builds azu's application and holds no secret."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,18 +31,18 @@ def test_serve_accepts_it_and_builds_the_control_plane_and_the_ingress(config) -
 
     deployments = {one.name: one for one in build_app(built, name=application.name).deployments}
     assert deployments.keys() == {"control", "ingress"}
-    # Passwords lie on the head alone.
+    # Only the head has the passwords.
     for deployment in deployments.values():
         assert deployment.ray_actor_options["resources"] == {"node:__internal_head__": 0.001}
 
 
 @pytest.mark.parametrize("args", [{}, {"folder": "~/.azu/serve", "admin_key": "secret"}, {"folder": 7}])
-def test_arguments_that_are_not_its_own_are_refused(config, args: dict[str, object]) -> None:
+def test_unknown_arguments_are_refused(config, args: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         build(import_attr(config["applications"][0]["import_path"]), args)
 
 
-def test_replicas_start_again_when_their_file_says_something_else(tmp_path: Path) -> None:
+def test_a_replica_fails_its_health_check_when_its_file_changed(tmp_path: Path) -> None:
     read = ControlConfig(
         redis_url="redis://ingress:old@127.0.0.1:6379/0", pipeline_redis_url="", home=tmp_path,
         http_host="127.0.0.1", http_port=8000, domain="azu.example", policy=load_network().policy,
