@@ -95,7 +95,7 @@ class NoNodes:
     async def deployments(self) -> tuple[()]:
         return ()
 
-    async def picture(self) -> MetricsSnapshot:
+    async def metrics(self) -> MetricsSnapshot:
         return MetricsSnapshot({}, {})
 
     async def prediction(self, model_id: str, revision: str) -> None:
