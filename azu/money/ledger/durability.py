@@ -23,7 +23,7 @@ DURABLE_CONFIG: Mapping[str, str] = {
     "appendonly": "yes",
     "appendfilename": APPEND_ONLY_FILE,
     "appendfsync": "always",
-    # Not even while the server compacts the file.
+    # The server flushes each write also while it compacts the file.
     "no-appendfsync-on-rewrite": "no",
     "aof-load-truncated": "no",
     # Commands only: then `azu ledger repair` can read the file to its last byte.

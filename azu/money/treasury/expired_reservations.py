@@ -1,4 +1,4 @@
-"""Gives back the reservations of lost jobs."""
+"""Returns the reservations of lost jobs to their users."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -11,10 +11,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class ReservationExpiry:
-    """Expires the reservations of jobs that were never written down: the process that reserved died before.
+    """Expires the reservations of jobs that were never written, because the process that reserved died first.
 
-    A job that was written down keeps its reservation, however old, until its end is settled: a scheduler
-    takes the job again. `give_up` marks a job as lost; it returns False if the job was written down.
+    A job that was written keeps its reservation, however old, until its end is settled: a scheduler takes the
+    job again. `give_up` marks a job as lost; it returns False if the job was written.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class ReservationExpiry:
     async def sweep(self) -> None:
         """Expire what is overdue. Raises Unavailable; sweeping twice changes nothing."""
         for reservation in await self._ledger.expired(self._now_ms()):
-            # First the job, then its money: a job that is written down meanwhile keeps its reservation.
+            # First the job, then its money: a job that is written meanwhile keeps its reservation.
             if await self._give_up(reservation.job_id):
                 await self._ledger.apply(Expire(id=f"expire:{reservation.job_id}", job_id=reservation.job_id))
                 ids = {"job_id": reservation.job_id}

@@ -45,7 +45,7 @@ class JobRecords(Protocol):
         """Return the receipt of a job that has ended, None for every other id."""
 
     async def give_up(self, job_id: str) -> bool:
-        """Mark a job as lost, so that it is never written down later; False if it was written down before."""
+        """Mark a job as lost, so that it is never written later; return False if it was written before."""
 
 
 @dataclass(frozen=True, slots=True)

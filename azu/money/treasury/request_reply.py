@@ -170,7 +170,7 @@ class RequestReply:
                 [self._waiting, self._reply_key(request)], [request, now_s, now_s - _WAIT_S, _MAX_WAITING]
             )
         if reply == "full":
-            raise Unavailable(f"too many {self._topic} are waiting for the treasury")
+            raise Unavailable(f"too many {self._topic} wait for the treasury")
         return cast(str | None, reply)
 
     def _reply_key(self, request: str) -> str:

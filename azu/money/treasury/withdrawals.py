@@ -76,7 +76,7 @@ class RedisWithdrawals:
         content, address = _encoded(signed), signed.withdrawal.address
         with typed_redis_errors():
             if await self._redis.hlen(_WAITING) >= _MAX_WAITING:
-                raise Unavailable("too many withdrawals are waiting for the treasury")
+                raise Unavailable("too many withdrawals wait for the treasury")
             if await self._redis.hsetnx(_WAITING, address, content):
                 return
         found = await self._waiting_of(address)
