@@ -84,7 +84,7 @@ def _ingress_tls(settings: Settings, files: TlsFiles | None) -> TlsConfig | None
 def connected(head: str, logs: Path, environment: Mapping[str, str]) -> Iterator[str]:
     """Connect to the cluster at `head` during the block; yields its address ("host:port").
 
-    `logs` is a folder without Python files. Paths in `environment` are absolute.
+    `logs` is a folder without Python files. Paths in Ray's variables have to be absolute.
     """
     with variables_set(environment):
         import ray
