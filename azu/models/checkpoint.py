@@ -1,4 +1,4 @@
-"""Read a checkpoint folder: where each tensor is stored. A file that is not what its name says is refused."""
+"""Read where each tensor of a checkpoint folder is stored; refuse files that are not what they claim."""
 
 import json
 import os
@@ -35,13 +35,13 @@ MODEL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# safetensors' code of each dtype that a checkpoint may hold, by torch's name.
+# The keys are torch's names of the dtypes that a checkpoint may hold, the values safetensors' codes.
 DTYPE_CODES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
     "int64": "I64", "int32": "I32", "bool": "BOOL",
 }  # fmt: skip
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
-# Small enough that a chunk stays in the processor's cache while it is checked, hashed and written.
+# A chunk of this size stays in the processor's cache while it is checked, hashed and written.
 CHUNK_BYTES = 1024 * 1024
 MAX_HEADER_BYTES = 32 * 1024 * 1024
 _HEADER_LENGTH_BYTES = 8

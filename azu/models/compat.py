@@ -76,7 +76,7 @@ def target_parameters(
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     parameters = model.state_dict()
     prefix = model.base_model_prefix
-    # Parameters that a family keeps in float32 whatever the serving dtype is, as globs.
+    # These globs name the parameters that a family keeps in float32 whatever the serving dtype is.
     float32_globs = model._get_dtype_plan(model.dtype)
     in_float32 = build_glob_alternation(list(float32_globs))[0] if float32_globs else None
     found: dict[str, TargetParameter] = {}

@@ -27,11 +27,11 @@ JOURNAL_FILE = ".cut.journal"
 _LOCK_FILE = ".cut.lock"
 # How long a cut waits for another process that cuts into the same folder.
 _LOCK_TIMEOUT_S = 3600.0
-# More threads than cores: some of them wait for the disk.
+# There are more threads than cores, because some of them wait for the disk.
 _NUM_THREADS = min(8, 2 * (os.cpu_count() or 1))
 _DATA_ALIGNMENT = 64
 _SHARD = TypeAdapter(Shard)
-# Width of each float dtype, and the bits of positive infinity: as integers, the bits of every NaN are larger.
+# The width of each float dtype, and the bits of its infinity. As integers, the bits of each NaN are larger.
 _INFINITY = {
     "float64": (64, 0x7FF << 52),
     "float32": (32, 0xFF << 23),
@@ -62,7 +62,7 @@ def cut(
     busy = f"another process has been cutting {out.name} for an hour"
     with process_lock(out / _LOCK_FILE, timeout_s=_LOCK_TIMEOUT_S, busy=busy):
         for part in out.glob(".*.part"):
-            part.unlink()  # of a cut that was killed
+            part.unlink()  # a killed cut left it
         known = _known_shards(out, model_id, revision)
         journal = CutJournal(out, _fingerprint(model_id, revision, plans))
         count = _byte_counter(plans, progress)
@@ -251,7 +251,7 @@ class CutJournal:
 
     def add(self, shard: Shard) -> None:
         """Append a finished shard. A line that a crash cut off is ignored when the journal is read."""
-        with self._path.open("ab", buffering=0) as file:  # one write: threads do not mix their lines
+        with self._path.open("ab", buffering=0) as file:  # one write per line: threads do not mix their lines
             file.write(_SHARD.dump_json(shard) + b"\n")
 
     def remove(self) -> None:

@@ -24,7 +24,7 @@ def describe(config_folder: Path) -> Architecture:
     config = read_config(config_folder)
     model = build_skeleton(config)
     ends = eos_token_ids(config_folder, config)
-    # Before the trace, which replaces the experts.
+    # The experts are counted before the trace, which replaces them.
     experts = [experts_in(layer) for layer in model.get_submodule(find_layers(model).path).children()]
     traced = trace(model)
     text = config.get_text_config(decoder=True)

@@ -234,5 +234,5 @@ def _checked_dtype(tensor: StoredTensor, dtype: str) -> str:
 
 
 def _file_order(part: TensorRange) -> tuple[int, str]:
-    # Wide values first, as safetensors does it, so that every tensor of a mapped file is aligned.
+    # Wide values come first, as in safetensors' own files, so that each tensor of a mapped file is aligned.
     return -_DTYPE_BYTES[part.dtype], part.source.name

@@ -1,4 +1,4 @@
-"""The registry: models by id. A model is described before a user pays for it, and cut once per network."""
+"""The registry of models by id: each is described before a user pays for it, and cut once per network."""
 
 import re
 import threading

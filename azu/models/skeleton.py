@@ -1,4 +1,4 @@
-"""The whole model on the meta device, without memory for weights, and where its layers and experts are."""
+"""Build the whole model on the meta device, without memory for weights; find its layers and experts."""
 
 import warnings
 from collections.abc import Iterator
@@ -73,7 +73,7 @@ def find_layers(model: PreTrainedModel) -> LayerList:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A layer's experts: the module at `path` in the layer, which `is_experts_module` holds for."""
+    """A layer's experts: the module at `path` in the layer, for which `is_experts_module` is true."""
 
     path: str
     module: nn.Module

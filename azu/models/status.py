@@ -25,7 +25,7 @@ class ModelState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """A model's state. Bytes are of its weights, downloaded or cut so far."""
+    """A model's state; `done_bytes` and `total_bytes` count its weights, downloaded or cut so far."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -41,7 +41,7 @@ _STATUS = TypeAdapter(ModelStatus)
 
 
 class RedisModelStatus:
-    """One key per model id, and the set of models that are cut.
+    """The status of models: one key per model id, and the set of models that are cut.
 
     Methods raise Unavailable when Redis does not answer.
     """

@@ -125,7 +125,7 @@ def trace(model: PreTrainedModel) -> Trace:
         logits = _forward(model, log.token_ids, _KeysAndValues(layers=kept))
     except _CannotCut as error:
         raise UnsupportedModel(f"{family} cannot be cut: {error}") from error
-    except Exception as error:  # forward code raises errors of many types
+    except Exception as error:  # forward code of a family raises errors of many types
         raise UnsupportedModel(f"{family} cannot be traced: {type(error).__name__}: {error}") from error
     reason = _why_not(log, kept, logits)
     if reason is not None or log.state is None:

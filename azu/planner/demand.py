@@ -91,7 +91,7 @@ def _stage_bytes(structure: Structure, policy: PlanPolicy) -> Bytes:
     spans[:, -1] += sum(
         _padded(shard, policy) for shard in structure.edge_shards(structure.num_layers, structure.num_layers)
     )
-    # Logits of each promised sequence, and the sampler's copy.
+    # The last stage holds the logits of each promised sequence, and the sampler holds a copy.
     spans[:, -1] += 2 * policy.promised_sequences * structure.vocab_size * _COMPUTE_BYTES
     if structure.tied_head:
         # A stage that holds both ends maps the shared embedding once.

@@ -1,4 +1,4 @@
-"""Plan a model: its structure and the live nodes in, a topology or an error with the missing bytes out."""
+"""Plan where a model's layers and experts go: a topology, or an error with the bytes that are missing."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
