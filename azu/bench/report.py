@@ -1,12 +1,12 @@
-"""What `azu bench` found: figures beside the reference of the same run."""
+"""What `azu bench` found, and what every measurement needs: a process, a Ray cluster, rounds in turns."""
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures import TimeoutError as TookTooLong
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from typing import ParamSpec, TypeVar
 
@@ -14,14 +14,19 @@ import ray
 
 from actors.placement import NAMESPACE
 from azu.errors import DeadlineExceeded
+from azu.units import MIB
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_OBJECT_STORE_BYTES = 128 * MIB
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One figure of azu and what it is held against.
+    """A value of azu beside a reference; the target, if any, is a bound of the ratio of the two.
 
-    `ratio` is what counts: it has to be `at_least` or `at_most` the target, where there is one. `notes` holds
-    whatever else the run showed, by name and unit.
+    `notes` holds what else the run showed, by name and unit.
     """
 
     name: str
@@ -35,7 +40,7 @@ class Measurement:
 
     @property
     def ratio(self) -> float:
-        """The figure over its reference."""
+        """The value over its reference."""
         return self.value / self.reference
 
     @property
@@ -46,12 +51,15 @@ class Measurement:
         return self.ratio <= self.at_most if self.at_most is not None else None
 
 
+Measurements = Sequence[Measurement]
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One measurement's figures. `load` is the machine's load when it began: what else it was computing."""
+    """The figures of one measurement. `load` is the machine's load when it began."""
 
     measurement: str
-    figures: tuple[Measurement, ...]
+    figures: Measurements
     load: float
     seconds: float
 
@@ -70,58 +78,33 @@ class BenchReport:
 
     def facts(self) -> dict[str, object]:
         """Return the report for programs, ratios and verdicts included."""
-        return {
-            "cpus": self.cpus,
-            "passed": self.passed,
-            "measurements": [
-                {
-                    "measurement": one.measurement,
-                    "load": one.load,
-                    "seconds": one.seconds,
-                    "figures": [_facts(figure) for figure in one.figures],
-                }
-                for one in self.measured
-            ],
-        }
-
-
-def _facts(figure: Measurement) -> dict[str, object]:
-    return {
-        "name": figure.name,
-        "unit": figure.unit,
-        "value": figure.value,
-        "reference": figure.reference,
-        "reference_name": figure.reference_name,
-        "ratio": figure.ratio,
-        "at_least": figure.at_least,
-        "at_most": figure.at_most,
-        "passed": figure.passed,
-        "notes": dict(figure.notes),
-    }
-
-
-P = ParamSpec("P")
-T = TypeVar("T")
+        measurements = [
+            asdict(one)
+            | {
+                "figures": [
+                    asdict(each) | {"ratio": each.ratio, "passed": each.passed} for each in one.figures
+                ]
+            }
+            for one in self.measured
+        ]
+        return {"cpus": self.cpus, "passed": self.passed, "measurements": measurements}
 
 
 def call_apart(timeout_s: float, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return a function's result; raises DeadlineExceeded when it is not there in time."""
+    """Return a function's result from a new process; raises DeadlineExceeded when it takes too long."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args, **kwargs).result(timeout_s)
-        except TookTooLong as error:
+        except TimeoutError as error:
             for process in list(pool._processes.values()):
                 process.kill()
             raise DeadlineExceeded(f"{function.__name__} took more than {timeout_s:.0f} s") from error
 
 
-_OBJECT_STORE_BYTES = 128 * 1024 * 1024
-
-
 @contextmanager
 def ray_here() -> Iterator[None]:
-    """Be connected to a cluster of this process's own, which is gone afterwards."""
-    # Sockets have short paths.
+    """Connect to a Ray cluster of this process's own, which ends with the block."""
+    # Paths of sockets have to be short.
     with tempfile.TemporaryDirectory(prefix="azu-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         ray.init(
             address="local",
@@ -137,3 +120,24 @@ def ray_here() -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def seconds_of(work: Callable[..., object], *args: object) -> float:
+    """Return how long a call takes."""
+    started = time.perf_counter()
+    work(*args)
+    return time.perf_counter() - started
+
+
+def in_turns(
+    rounds: int, first: Callable[[int], object], second: Callable[[int], object]
+) -> tuple[list[float], list[float]]:
+    """Return the seconds of each round of two kinds of work, which take the round's number.
+
+    The order is first, second, second, first: what else the machine does slows both alike.
+    """
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(2 * rounds):
+        which = (turn + 1) // 2 % 2
+        seconds[which].append(seconds_of((first, second)[which], turn // 2))
+    return seconds

@@ -1,4 +1,4 @@
-"""All measurements, in the order they are run; another is a module here with a function `measure`."""
+"""All measurements, in the order they are run."""
 
 import os
 import secrets
@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from azu.bench.model import ModelShape
-from azu.bench.report import BenchReport, Measured, Measurement
+from azu.bench.report import BenchReport, Measured, Measurements
 from azu.errors import InvalidRequest
 from azu.launch.processes import variables_set
 from azu.launch.ray_nodes import LARGE_PAGES
 
-# Each measurement is `measure_<name>` in the module named here, in the order of the report.
+# Each measurement is the function `measure_<name>` of the module named here.
 MEASUREMENTS = {
     "settling": "micro",
     "sharding": "micro",
@@ -31,13 +31,12 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     **LARGE_PAGES,
 }
-Measure = Callable[[ModelShape], tuple[Measurement, ...]]
 
 
 def run_bench(
     only: Sequence[str], shape: ModelShape, progress: Callable[[str], None] = lambda _: None
 ) -> BenchReport:
-    """Run the measurements named, all if none is; raises InvalidRequest for a name that is none."""
+    """Run the measurements named, or all; raises InvalidRequest for a name that is no measurement."""
     if unknown := set(only) - set(MEASUREMENTS):
         raise InvalidRequest(
             f"there is no measurement {min(unknown)!r}: {', '.join(MEASUREMENTS)}", param="only"
@@ -45,11 +44,10 @@ def run_bench(
     measured = []
     # Ray reads some of it when it is imported, which a measurement does first.
     with variables_set(RAY_ENVIRONMENT):
-        for name, module in MEASUREMENTS.items():
-            if only and name not in only:
-                continue
+        for name in (name for name in MEASUREMENTS if not only or name in only):
             progress(f"Measuring {name.replace('_', ' ')}")
-            measure: Measure = getattr(import_module(f"azu.bench.{module}"), f"measure_{name}")
+            module = import_module(f"azu.bench.{MEASUREMENTS[name]}")
             load, started = os.getloadavg()[0], time.monotonic()
-            measured.append(Measured(name, measure(shape), load, round(time.monotonic() - started, 1)))
+            figures: Measurements = getattr(module, f"measure_{name}")(shape)
+            measured.append(Measured(name, figures, load, round(time.monotonic() - started, 1)))
     return BenchReport(os.cpu_count() or 1, tuple(measured))
