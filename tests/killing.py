@@ -1,4 +1,4 @@
-"""Processes that kill themselves with SIGKILL at a chosen write or send, like a crash at any line."""
+"""Processes that kill themselves with SIGKILL at a chosen write or send, as a crash would."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""The network's actors, seen from a test: found by name, asked from inside, their processes known."""
+"""How a test finds the network's actors, runs code in them and learns their process ids."""
 
 import os
 import sys
@@ -22,8 +22,8 @@ def actors_named(prefix: str) -> list[ActorHandle]:
 
 
 def ask_inside(actor: ActorHandle, question: Callable[[object], _Answer]) -> _Answer:
-    """Run a function of a test's inside an actor; it is given the object that the actor wraps."""
-    # By name the actor would import the test first, and answer nobody for as long as that takes.
+    """Run a test's function inside an actor; it gets the object that the actor wraps."""
+    # By name, the actor would import the test first and answer no call meanwhile.
     cloudpickle.register_pickle_by_value(sys.modules[question.__module__])
     return ray.get(actor.__ray_call__.remote(question), timeout=_TIMEOUT_S)
 

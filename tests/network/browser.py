@@ -1,4 +1,4 @@
-"""Debian's Chromium with nothing of its own to fetch, driven through ChromeDriver."""
+"""Debian's Chromium, driven through ChromeDriver; it fetches nothing of its own."""
 
 import shutil
 from collections.abc import Iterator
@@ -36,18 +36,18 @@ class Browser:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
     def text(self, selector: str) -> str:
-        """Return the text that a reader sees there, "" if nothing is."""
+        """Return the text that a reader sees there; "" if there is none."""
         return " ".join(element.text for element in self.all(selector))
 
     def wait_for(self, selector: str, words: str = "") -> str:
-        """Wait until the element shows some words; return all that it shows."""
+        """Wait until the element shows a text; return all that it shows."""
         WebDriverWait(self.driver, _TIMEOUT_S).until(
             lambda _: self.all(selector) and words in self.text(selector), f"{selector} never said {words!r}"
         )
         return self.text(selector)
 
     def resize(self, width: int, height: int, *, dark: bool = False) -> None:
-        """Take the viewport of a device."""
+        """Set the size of the viewport."""
         self._command(
             "Emulation.setDeviceMetricsOverride",
             {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
@@ -56,7 +56,7 @@ class Browser:
         self._command("Emulation.setEmulatedMedia", {"features": [scheme]})
 
     def slow_down(self, bytes_per_s: int) -> None:
-        """Let answers arrive so fast at most."""
+        """Limit the speed at which responses arrive."""
         self._command("Network.enable", {})
         rates = {"latency": 0, "downloadThroughput": bytes_per_s, "uploadThroughput": -1, "offline": False}
         self._command("Network.emulateNetworkConditions", rates)
@@ -66,12 +66,12 @@ class Browser:
         assert self.driver.save_screenshot(str(path))
 
     def is_wider_than_its_window(self) -> bool:
-        """Say whether a reader would have to scroll sideways."""
+        """Return whether a reader would have to scroll sideways."""
         script = "return document.documentElement.scrollWidth > innerWidth"
         return bool(self.driver.execute_script(script))
 
     def complaints(self) -> list[str]:
-        """Return the errors on the console, but for answers that were meant to be refused."""
+        """Return the errors on the console, without those of requests that the test expects to fail."""
         lines = [line["message"] for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]
         return [line for line in lines if "the server responded with a status of 4" not in line]
 

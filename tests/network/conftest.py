@@ -33,7 +33,7 @@ def network(tmp_path_factory: pytest.TempPathFactory, model_root: Path) -> Itera
         # Nothing here may reach the Hub: an id that is not on this machine is unknown.
         environment.setenv("HF_HUB_OFFLINE", "1")
         environment.setenv("AZU_MODEL_ROOTS", str(model_root))
-        # As it stands where somebody starts a network: nothing that Ray starts may have it.
+        # As in a shell that starts a network: no process that Ray starts may have the key.
         environment.setenv("SCHEDULER_PRIVATE_KEY", UNUSED_KEY)
         with demo_network(tmp_path_factory.mktemp("azu"), print) as running:
             user = paying_user(running, "warm-up")

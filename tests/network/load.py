@@ -1,4 +1,4 @@
-"""Clients that never stop asking while a test breaks something, and what must be true of every answer."""
+"""Clients that send requests without pause while a test breaks something, and checks of every answer."""
 
 import threading
 import time
@@ -43,7 +43,7 @@ PROMPTS = tuple(
 
 @dataclass(slots=True)
 class Load:
-    """What the clients saw: answers that are right, that are wrong, and how long they waited for a piece."""
+    """What the clients received: the number of answers, the wrong ones, and the longest waits for a piece."""
 
     answers: int = 0
     wrong: list[tuple[Prompt, str]] = field(default_factory=list)
@@ -61,10 +61,10 @@ def undisturbed(user: User) -> dict[Prompt, str]:
 
 @contextmanager
 def loaded(user: User, num_clients: int, right: dict[Prompt, str]) -> Iterator[Load]:
-    """Keep clients asking for the length of the block; afterwards each has its last answer."""
+    """Have clients send requests during the block; when it ends, each has received its last answer."""
     load, over = Load(), threading.Event()
     threads = [
-        threading.Thread(target=_keep_asking, args=(user, number, right, load, over))
+        threading.Thread(target=_send_requests, args=(user, number, right, load, over))
         for number in range(num_clients)
     ]
     for thread in threads:
@@ -78,7 +78,7 @@ def loaded(user: User, num_clients: int, right: dict[Prompt, str]) -> Iterator[L
     assert not any(thread.is_alive() for thread in threads), "a client still waits for its answer"
 
 
-def _keep_asking(
+def _send_requests(
     user: User, number: int, right: dict[Prompt, str], load: Load, over: threading.Event
 ) -> None:
     client = Client(user.url, user.api_key)
@@ -94,7 +94,7 @@ def _keep_asking(
                 last_s = now_s
                 pieces.append(piece)
         except (Unavailable, AzuError) as error:
-            # Refused before anything was accepted: any client may simply ask again.
+            # The request was refused before it was accepted, so a client may send it again.
             load.refused[f"{'after pieces: ' if pieces else ''}{error.message}"[:90]] += 1
             time.sleep(0.2)
             continue
@@ -114,7 +114,7 @@ class Books:
 
     @classmethod
     def of(cls, user: User) -> "Books":
-        """Look, once nothing of the user's is reserved any more."""
+        """Read the user's books once no lamport is reserved."""
         return cls(settled(user)[0], frozenset(job["job_id"] for job in _jobs(user)))
 
 
@@ -133,7 +133,9 @@ def check_books(user: User, before: Books, right: dict[Prompt, str]) -> int:
         assert receipt["charged_lamports"] == 2 * receipt["token_layers"] == job["charged_lamports"]
         paid = receipt["platform_lamports"] + sum(receipt["worker_lamports"].values())
         assert paid == job["charged_lamports"]
-        assert receipt["platform_lamports"] <= -(-paid // 5), "whoever ran it is paid, whoever died meanwhile"
+        assert receipt["platform_lamports"] <= -(-paid // 5), (
+            "the workers that ran it are paid, also those that died meanwhile"
+        )
     return len(new)
 
 

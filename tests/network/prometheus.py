@@ -1,4 +1,4 @@
-"""Debian's Prometheus over a running network, asked as Grafana asks it."""
+"""Debian's Prometheus over a running network, queried as Grafana queries it."""
 
 import shutil
 import subprocess
@@ -26,7 +26,7 @@ class Prometheus:
     url: str
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """Return the series that an expression has now."""
+        """Return the current series of an expression."""
         answer = httpx.get(f"{self.url}/api/v1/query", params={"query": expression}, timeout=30)
         body: dict[str, Any] = answer.json()
         assert body["status"] == "success", f"{expression}: {body}"

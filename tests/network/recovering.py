@@ -1,4 +1,4 @@
-"""A network with room to spare, streams whose every token is timed, and ways to take their workers away."""
+"""A network with spare capacity, streams whose tokens are timed, and ways to kill or freeze workers."""
 
 import json
 import os
@@ -74,7 +74,7 @@ class Asked:
     seed: int = 0
 
     def body(self) -> dict[str, Any]:
-        """Return the request that streams it to its last token."""
+        """Return the body of the request that streams the prompt's answer."""
         return {
             "model": self.model,
             "prompt": self.prompt,
@@ -87,7 +87,7 @@ class Asked:
 
 
 def four(model: str, max_tokens: int, *, words: int = 60) -> tuple[Asked, ...]:
-    """Return two greedy and two sampled prompts of so many words, none like another."""
+    """Return two greedy and two sampled prompts of that many words, all different."""
     topics = ("Tell me how azu works", "What is the capital of France", "Who runs the layers", "Count to ten")
     return tuple(
         Asked(
@@ -103,7 +103,7 @@ def four(model: str, max_tokens: int, *, words: int = 60) -> tuple[Asked, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What has to be the same however often its workers die."""
+    """What has to be the same, however often workers die."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -133,7 +133,7 @@ class Stream:
         return max((after - before for before, after in pairwise(self.times)), default=0.0)
 
     def read(self, user: User) -> None:
-        """Ask, and read to the end."""
+        """Send the request and read the stream to its end."""
         try:
             with user.http.stream("POST", "/v1/completions", json=self.asked.body()) as reply:
                 reply.raise_for_status()
@@ -158,7 +158,7 @@ class Stream:
             self.afters.append(chunk["azu"]["after"])
 
     def answer(self, user: User) -> Answer:
-        """Return what came; every token must have come once and in order."""
+        """Return the answer; every token must have arrived once and in order."""
         assert not self.fault, self.fault
         assert all(before < after for before, after in pairwise(self.afters)), self.afters
         results = user.results(self.job_id)
@@ -168,7 +168,7 @@ class Stream:
         paid = receipt["platform_lamports"] + sum(receipt["worker_lamports"].values())
         assert paid == receipt["charged_lamports"]
         text = "".join(self.pieces)
-        assert text == results["text"], "the stream is not what was written down"
+        assert text == results["text"], "the stream differs from the stored result"
         return Answer(
             text, tuple(results["token_ids"]), results["finish_reason"], receipt["charged_lamports"]
         )
@@ -185,7 +185,7 @@ class Streams:
             thread.start()
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait for a moment that has to come before all streams have ended."""
+        """Wait for a condition that has to hold before all streams have ended."""
         deadline_s = time.monotonic() + TIMEOUT_S
         while not condition():
             assert not all(stream.ended for stream in self.each), [stream.fault for stream in self.each]
@@ -193,24 +193,24 @@ class Streams:
             time.sleep(_POLL_S)
 
     def join(self) -> None:
-        """Wait for all ends."""
+        """Wait until all streams have ended."""
         deadline_s = time.monotonic() + TIMEOUT_S
         for thread in self._threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
         assert all(stream.ended for stream in self.each), [stream.num_tokens for stream in self.each]
 
     def answers(self) -> list[Answer]:
-        """Wait for all ends and return what came."""
+        """Wait until all streams have ended and return their answers."""
         self.join()
         return [stream.answer(self._user) for stream in self.each]
 
     def longest_stall_s(self) -> float:
-        """Return the longest time that any of them waited between two pieces."""
+        """Return the longest time between two pieces of any stream."""
         return max(stream.longest_stall_s() for stream in self.each)
 
 
 def slug(model: str) -> str:
-    """Return a model's part of its actors' names."""
+    """Return the part of an actor's name that names the model."""
     return model.replace("/", "-")
 
 
@@ -232,7 +232,7 @@ def wait_for_pieces(model: str, count: int) -> list[str]:
 
 
 def is_prefilling(pipeline: object) -> bool:
-    """Runs inside a Pipeline: a prompt has begun to run that has no first token."""
+    """Return, inside a Pipeline, whether a prompt runs that has no first token yet."""
     found = pipeline._engine._sequences.values()
     return any(one.num_scheduled and not one.num_generated for one in found)
 
@@ -273,15 +273,15 @@ def piece_pids() -> set[int]:
 
 
 def wait_for_waiting() -> None:
-    """Wait until a process waits on every node and has imported what it will need: it computes no more."""
+    """Wait until every node has an idle process that has imported what a piece needs."""
     deadline_s = time.monotonic() + TIMEOUT_S
     lenders = [raylet for raylet in raylets() if "--head" not in raylet.cmdline()]
     while not all(is_one_at_rest(raylet) for raylet in lenders):
-        assert time.monotonic() < deadline_s, "no process waits for the next piece"
+        assert time.monotonic() < deadline_s, "a node has no idle process"
 
 
 def is_one_at_rest(raylet: psutil.Process) -> bool:
-    """Say whether one of a node's processes has nothing to do and computed nothing for half a second."""
+    """Return whether one of a node's processes is idle and has used no CPU for half a second."""
     with suppress(psutil.Error, IndexError):
         idle = [child for child in raylet.children() if child.cmdline()[0].startswith("ray::IDLE")]
         before = [child.cpu_times().user for child in idle]
@@ -292,15 +292,15 @@ def is_one_at_rest(raylet: psutil.Process) -> bool:
 
 
 def kill_and_kill_again(pid: int, next_pid: Callable[[set[int]], int]) -> None:
-    """Kill a piece, wait until a process for its replacement is there, then kill what `next_pid` chooses.
+    """Kill a piece and wait until its replacement's process runs; then kill the process `next_pid` picks.
 
-    It is given the new processes.
+    `next_pid` gets the new processes.
     """
     before = piece_pids()
     kill_all([pid])
     deadline_s = time.monotonic() + TIMEOUT_S
     while not (fresh := piece_pids() - before):
-        assert time.monotonic() < deadline_s, "nothing comes up in its place"
+        assert time.monotonic() < deadline_s, "no process replaces it"
     kill_all([next_pid(fresh)])
 
 
@@ -324,7 +324,7 @@ def node_names(user: User, model: str) -> list[str]:
 
 
 def wait_until_alive(network: LocalNetwork, user: User, names: Sequence[str]) -> None:
-    """Start again who died until all of these nodes take new work."""
+    """Restart workers that died until all of these nodes take new work."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while True:
         network.revive()
@@ -337,7 +337,7 @@ def wait_until_alive(network: LocalNetwork, user: User, names: Sequence[str]) ->
 
 
 def show_stalls(what: str, stalls_s: Sequence[float]) -> None:
-    """Add to the report how long streams stood still whose answers were as undisturbed."""
+    """Report the longest stalls of streams whose answers equal the undisturbed ones."""
     show(
         f"{what}: {len(stalls_s)} times, 4 streams each, identical; longest stall: median "
         f"{median(stalls_s):.2f} s, worst {max(stalls_s):.2f} s (load {os.getloadavg()[0]:.1f})"
@@ -345,20 +345,20 @@ def show_stalls(what: str, stalls_s: Sequence[float]) -> None:
 
 
 def show(line: str) -> None:
-    """Add a line to the report, which comes last: what Ray prints of killed workers is in its way."""
+    """Add a line to the report, which pytest prints last, after Ray's output about killed workers."""
     print(line)
     _SHOWN.append(line)
 
 
 def undisturbed(user: User, model: str, num_tokens: int) -> list[Answer]:
-    """Return what the four streams answer when nothing happens."""
+    """Return the four streams' answers when no worker is disturbed."""
     return Streams(user, four(model, num_tokens)).answers()
 
 
 def disturbed(
     user: User, model: str, num_tokens: int, moment: str, disturb: Callable[[], object]
 ) -> tuple[list[Answer], float]:
-    """Do something at a moment of four streams; return their answers and the longest stall.
+    """Disturb workers at a moment of four streams; return their answers and the longest stall.
 
     Moments count the first stream's tokens.
     """

@@ -1,4 +1,4 @@
-"""Fifty jobs at once on nodes that hold the KV of four: no stage ever takes more than it was planned with."""
+"""Fifty jobs at once on nodes that hold the KV of four: no stage ever uses more memory than planned."""
 
 import time
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.prove]
 
 NUM_JOBS = 50
 PROMISED, TOKENS = 4, 128
-# Room for a part of the model, its KV and the margin, not for all of the model.
+# Memory for a part of the model, its KV and the margin, not for the whole model.
 VRAM_MIB = 420
 PERIOD_S = 0.05
 _LOOK_EVERY = 10
@@ -40,7 +40,7 @@ _LOOK_EVERY = 10
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 190 MB, so that weights and KV are much more than what a process wavers by."""
+    """A model of 190 MB: its weights and KV are much larger than a process's own fluctuations."""
     folder = tmp_path_factory.mktemp("models") / "wide"
     config = AutoConfig.for_model(
         "llama", vocab_size=VOCAB_SIZE, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
@@ -53,10 +53,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(home: Path, folder: Path) -> Iterator[Running]:
-    """Two nodes that need each other for the model."""
+    """Two nodes; the model needs both."""
     file = spared(ada=VRAM_MIB, ben=VRAM_MIB)
     kv = file.policy.kv.model_copy(update={"promised_sequences": PROMISED, "tokens_per_sequence": TOKENS})
-    # As a network of people's machines has it; the tests' own have none.
+    # As in a network of people's machines; the test network has no margin.
     margin = load_network(None).policy.planner.margin_bytes
     planner = file.policy.planner.model_copy(update={"margin_bytes": margin})
     policy = file.policy.model_copy(update={"kv": kv, "planner": planner})
@@ -71,7 +71,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def waiting_bytes() -> int:
-    """Return what a process holds that waits for a piece, with all that it needs imported."""
+    """Return the memory of an idle process that has imported what a piece needs."""
     wait_for_waiting()
     idle = [
         resident_bytes(child.pid)
@@ -85,7 +85,7 @@ def waiting_bytes() -> int:
 
 @contextmanager
 def watched() -> Iterator[dict[int, int]]:
-    """Yield the most that each process with a piece has held, looked at every 50 ms."""
+    """Yield the most memory of each process with a piece, sampled every 50 ms."""
     most: dict[int, int] = {}
     stop = Event()
 
@@ -109,13 +109,13 @@ def watched() -> Iterator[dict[int, int]]:
 
 
 def planned_bytes(actor: object) -> tuple[str, int]:
-    """Runs inside a LayerActor: its node and what the plan gave it."""
+    """Return, inside a LayerActor, its node and its planned memory."""
     stage = actor._runner._spec.stage
     return stage.node_id, stage.vram_bytes
 
 
 def num_waiting(pipeline: object) -> int:
-    """Runs inside a Pipeline: sequences that have no KV yet."""
+    """Return, inside a Pipeline, the number of sequences that have no KV yet."""
     return pipeline._engine.num_waiting
 
 

@@ -63,7 +63,7 @@ def test_est_tokens_out_of_range_are_refused(user: User, est_tokens: object) -> 
 
 
 @pytest.mark.parametrize("authorization", [None, "Bearer", "Bearer azu-sk-wrong", "Basic abc"])
-def test_without_a_good_key_nothing_is_served(user: User, authorization: str | None) -> None:
+def test_requests_without_a_valid_key_are_refused(user: User, authorization: str | None) -> None:
     headers = {} if authorization is None else {"authorization": authorization}
 
     reply = httpx.post(f"{user.url}/v1/chat/completions", json=CHAT, headers=headers, timeout=30)
@@ -106,7 +106,7 @@ def test_a_body_over_one_mebibyte_is_refused(user: User) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b'{"model": NaN}'])
-def test_a_body_that_is_no_json_object_is_refused(user: User, content: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_refused(user: User, content: bytes) -> None:
     reply = user.http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
 
     assert reply.status_code == 400, reply.text
@@ -133,7 +133,7 @@ def test_a_malformed_transaction_id_is_refused(user: User) -> None:
     assert reply.json()["error"]["param"] == "tx_sig"
 
 
-def test_anothers_deposit_is_not_mine(user: User, other_user: User) -> None:
+def test_another_users_deposit_cannot_be_claimed(user: User, other_user: User) -> None:
     before = user.balance()
 
     reply = user.http.post("/deposit", json={"tx_sig": other_user.deposit_hash, "user_address": user.address})

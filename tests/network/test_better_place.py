@@ -1,4 +1,4 @@
-"""Nodes that join, or lend more, are used when that is worth it: pieces move and no stream notices."""
+"""Pieces move to nodes that join or lend more when the gain is worth it, and no stream changes."""
 
 import time
 from collections.abc import Iterator
@@ -31,14 +31,14 @@ from tests.network.user import User
 pytestmark = [pytest.mark.cluster, pytest.mark.prove]
 
 MODEL, NUM_TOKENS = "azu/tiny-dense", 300
-# Two stages of 6 MiB, or one that holds all.
+# Two stages of 6 MiB, or one stage of the whole model.
 HALF_MIB, WHOLE_MIB, MORE_MIB = 7, 12, 24
 LOOKS = 4
 
 
 @pytest.fixture(scope="module")
 def running(home: Path) -> Iterator[Running]:
-    """Two nodes that lend half a model's room each, and one that has room for all of it and is not there."""
+    """Two nodes with memory for half the model each, and one for the whole model that has not joined yet."""
     file = spared(ada=WHOLE_MIB, ben=HALF_MIB, cleo=MORE_MIB)
     moves = file.policy.moves.model_copy(update={"look_s": 0.5, "rest_s": 2.0})
     policy = file.policy.model_copy(update={"moves": moves})
@@ -56,7 +56,7 @@ def lose(name: str) -> None:
 
 
 def stall_of_the_move(running: Running, expected: list[object], where: list[str]) -> float:
-    """Have streams run, some at every moment, until the model has moved; return their longest stall."""
+    """Keep streams running until the model has moved; return their longest stall."""
     network, user = running
     asked, halves = four(MODEL, NUM_TOKENS), cycle((slice(0, 2), slice(2, 4)))
     deadline_s = time.monotonic() + TIMEOUT_S
@@ -93,7 +93,7 @@ def stays(user: User, where: list[str], expected: list[object]) -> None:
         assert node_names(user, MODEL) == where
 
 
-def test_a_node_that_joins_takes_the_model_over_under_its_streams(running: Running) -> None:
+def test_the_model_moves_to_a_node_that_joins_while_streams_run(running: Running) -> None:
     _, user = running
     expected = Streams(user, four(MODEL, NUM_TOKENS)).answers()
     assert node_names(user, MODEL) == ["ada", "ben"]
@@ -101,7 +101,7 @@ def test_a_node_that_joins_takes_the_model_over_under_its_streams(running: Runni
 
     stall_s = stall_of_the_move(running, expected, ["cleo"])
 
-    assert len(pieces_of(MODEL)) == 1, "what moved away is gone"
+    assert len(pieces_of(MODEL)) == 1, "the moved pieces have ended"
     stays(user, ["cleo"], expected)
     show(
         "a larger node joined under 4 streams: two stages became one there, loaded beside the old ones, all "
@@ -109,7 +109,9 @@ def test_a_node_that_joins_takes_the_model_over_under_its_streams(running: Runni
     )
 
 
-def test_what_dies_before_it_takes_over_changes_nothing_and_the_next_try_works(running: Running) -> None:
+def test_a_new_piece_that_dies_before_the_switch_changes_nothing_and_the_next_move_works(
+    running: Running,
+) -> None:
     _, user = running
     lose("cleo")
     expected = Streams(user, four(MODEL, NUM_TOKENS)).answers()
@@ -126,7 +128,7 @@ def test_what_dies_before_it_takes_over_changes_nothing_and_the_next_try_works(r
     show(f"the new piece killed while it came up, moved later: all identical; longest stall {stall_s:.1f} s")
 
 
-def test_where_both_have_no_room_the_old_piece_goes_first(running: Running) -> None:
+def test_the_old_piece_ends_first_where_a_node_has_no_room_for_both(running: Running) -> None:
     _, user = running
     lose("cleo")
     expected = Streams(user, four(MODEL, NUM_TOKENS)).answers()

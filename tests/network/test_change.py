@@ -1,4 +1,4 @@
-"""Owners take memory back, or leave altogether: what runs gives way, and no stream is lost for it."""
+"""Owners lend less memory or leave: pieces shrink or move, and no stream is lost."""
 
 import time
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ ASKED = four(MODEL, NUM_TOKENS) + four(MODEL, NUM_TOKENS, words=40)
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Three nodes of which the model needs two, with much more KV than weights."""
+    """Three nodes, of which the model needs two; its KV is much larger than its weights."""
     file = spared(ada=VRAM_MIB, ben=VRAM_MIB, cleo=VRAM_MIB)
     kv = file.policy.kv.model_copy(update={"promised_sequences": PROMISED})
     policy = file.policy.model_copy(update={"kv": kv})
@@ -41,12 +41,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def blocks_and_preempted(pipeline: object) -> tuple[int, int]:
-    """Runs inside a Pipeline: its KV blocks, and how often a sequence lost its own."""
+    """Return, inside a Pipeline, its number of KV blocks and of preemptions."""
     return pipeline._engine._num_blocks, pipeline._engine.num_preempted
 
 
 def kv_bytes(actor: object) -> int:
-    """Runs inside a LayerActor: what its KV pools really take."""
+    """Return, inside a LayerActor, the bytes of its KV pools."""
     pools = [pool for pools in actor._runner._kv._pools if pools is not None for pool in pools]
     return sum(pool.numel() * pool.element_size() for pool in pools)
 
@@ -64,7 +64,7 @@ def wait_for_blocks(condition, timeout_s: float = 60.0) -> int:
     return found
 
 
-def test_a_node_whose_budget_is_halved_under_load_serves_on(running: Running) -> None:
+def test_a_node_whose_memory_is_halved_under_load_goes_on_serving(running: Running) -> None:
     _, user = running
     expected = Streams(user, ASKED).answers()
     name = node_names(user, MODEL)[0]
@@ -82,7 +82,7 @@ def test_a_node_whose_budget_is_halved_under_load_serves_on(running: Running) ->
     assert blocks == fewer
     assert preempted > 0
     kept = sum(ask_inside(actors_named(piece)[0], kv_bytes) for piece in pieces_of(MODEL))
-    assert kept == held * fewer // planned, "what the pools really take"
+    assert kept == held * fewer // planned, "the bytes of the pools"
 
     ray.get(agent(name).lend.remote(lent), timeout=30)
     assert wait_for_blocks(lambda blocks: blocks > fewer) == planned
@@ -109,7 +109,7 @@ def test_a_node_that_leaves_is_emptied_while_its_streams_go_on(running: Running)
     still_running = sum(not one.ended for one in streams.each)
 
     assert streams.answers() == expected
-    assert still_running == len(asked), "it was left before they ended"
+    assert still_running == len(asked), "the node was empty before they ended"
     assert name not in node_names(user, MODEL)
     assert nodes()[name].state.value == "leaving"
     show(f"{name} left under 4 streams: all identical; longest stall {streams.longest_stall_s():.1f} s")

@@ -1,4 +1,4 @@
-"""Whoever of the control plane dies comes back from Redis: no job is lost, none is charged twice."""
+"""Each process of the control plane restarts from Redis: no job is lost, none is charged twice."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def layer_pids() -> dict[str, int]:
 
 
 def command_line(process: psutil.Process) -> list[str]:
-    """Return a process's words, none if it ended meanwhile."""
+    """Return a process's command line, empty if it has ended."""
     try:
         return process.cmdline()
     except psutil.Error:
@@ -39,14 +39,14 @@ def command_line(process: psutil.Process) -> list[str]:
 
 
 def process_titled(beginning: str) -> int | None:
-    """Return the one process of this network's whose title begins so, if it is there."""
+    """Return this network's process whose title has this prefix, None if there is none."""
     below = psutil.Process().children(recursive=True)
     found = [process.pid for process in below if (command_line(process) or [""])[0].startswith(beginning)]
     return found[0] if len(found) == 1 else None
 
 
 def treasury_pid() -> int | None:
-    """Return the treasury's process, if it is there: whoever dies young is started again later."""
+    """Return the treasury's process, None while it waits for its restart."""
     children = psutil.Process().children()
     found = [child.pid for child in children if command_line(child)[-1:] == ["treasury"]]
     return found[0] if found else None
@@ -78,7 +78,7 @@ def test_a_killed_part_of_the_control_plane_loses_no_job_and_charges_none_twice(
 
     assert load.wrong == []
     jobs = check_books(user, before, right)
-    assert layer_pids() == pieces, "nobody who holds weights had to start again"
+    assert layer_pids() == pieces, "no process that holds weights restarted"
     print(
         f"{victim}: {KILLS} kills, {jobs} jobs, all done, right and charged once; longest stall "
         f"{max(load.stalls_s):.1f} s, median {statistics.median(load.stalls_s):.2f} s; "
@@ -87,17 +87,17 @@ def test_a_killed_part_of_the_control_plane_loses_no_job_and_charges_none_twice(
 
 
 def back(network: LocalNetwork, victim: Callable[[], int | None]) -> int:
-    """Let the network look after itself until the victim is there; return its process."""
+    """Wait until the killed process has been restarted; return its process id."""
     deadline = time.monotonic() + 90
     while (pid := victim()) is None:
-        assert time.monotonic() < deadline, "it never came back"
+        assert time.monotonic() < deadline, "it was not restarted"
         network.revive()
         time.sleep(0.2)
     return pid
 
 
 def go_on_for(network: LocalNetwork, load: Load, *, answers: int) -> None:
-    """Let the network look after itself until so many more answers have come."""
+    """Wait until that many more answers have arrived."""
     wanted = load.answers + answers
     deadline = time.monotonic() + 90
     while load.answers < wanted:

@@ -1,4 +1,4 @@
-"""Requests of every kind at once: each is answered as if it were alone."""
+"""Requests of every kind at once: each gets the answer that it gets alone."""
 
 import os
 import random
@@ -31,7 +31,7 @@ class Asked:
 
 
 def crowd(model_id: str, seed: int) -> list[Asked]:
-    """Return greedy requests first, then sampled ones; lengths, sampling and arrivals by chance."""
+    """Return greedy requests, then sampled ones, with random lengths, parameters and arrivals."""
     chance = random.Random(seed)
     texts = [chat_text(model_id, pair.question) for pair in questions()]
 
@@ -79,7 +79,7 @@ def expected(model_id: str, asked: Asked) -> list[int]:
         ids = model.generate(
             **encoded,
             do_sample=False,
-            # -1 is no token: it ends nothing.
+            # -1 is the id of no token, so it ends no stream.
             eos_token_id=-1,
             max_new_tokens=asked.sampling["max_tokens"],
             repetition_penalty=asked.sampling["repetition_penalty"],

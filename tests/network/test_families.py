@@ -1,4 +1,4 @@
-"""Models of other families run on the nodes together and answer as transformers does, token for token."""
+"""Models of other families, spread over the nodes, return the tokens that transformers returns."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The cluster answers what transformers answers, token for token, whoever asks and however."""
+"""The cluster returns the tokens that transformers returns, through every kind of client."""
 
 import json
 import shutil
@@ -35,14 +35,14 @@ def expected_token_ids(model_id: str, text: str, max_new_tokens: int = 200) -> l
 
 
 def chat_text(model_id: str, question: str) -> str:
-    """Return a question through the model's template, as the prompt that it is."""
+    """Return the prompt that the model's template makes of a question."""
     tokenizer, _ = reference(model_id)
     messages = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def finished(user: User, job_id: str) -> dict[str, object]:
-    # The job's stream ends with its outcome; polling is what curl users do.
+    # Users of curl poll; the job's stream would end with its outcome.
 
     deadline = time.monotonic() + 120
     while (results := user.results(job_id))["status"] in ("queued", "running"):
@@ -106,7 +106,7 @@ def test_twelve_streams_run_at_once(user: User) -> None:
             model="azu/tiny-dense",
             messages=[{"role": "user", "content": asked[index]}],
             stream=True,
-            # So long that none ends before the others were let in, however busy the machine is.
+            # Long enough that no stream ends before all are admitted, also on a busy machine.
             max_tokens=250,
             extra_body={"ignore_eos": True},
         )
@@ -123,12 +123,12 @@ def test_twelve_streams_run_at_once(user: User) -> None:
         texts = list(pool.map(stream, range(12)))
 
     assert all(texts)
-    # In waves of five the first streams would have ended before the last ones began.
+    # If only five ran at once, the first would end before the last begin.
     begun_before_any_end = [name for _, name in arrivals].index("last")
     assert begun_before_any_end >= 6, arrivals
 
 
-def test_a_seeded_sample_is_the_same_alone_and_in_company(user: User) -> None:
+def test_a_seeded_sample_is_the_same_alone_and_in_a_batch(user: User) -> None:
     client = openai.OpenAI(base_url=f"{user.url}/v1", api_key=user.api_key)
 
     def sample(seed: int) -> str:
@@ -229,7 +229,7 @@ def test_log_probabilities_are_those_of_the_whole_model(user: User, model_id: st
         assert list(ours.values()) == pytest.approx(theirs, abs=1e-3)
 
 
-def test_a_stop_token_and_a_least_length_are_heeded(user: User) -> None:
+def test_a_stop_token_and_a_minimum_length_are_respected(user: User) -> None:
     text = chat_text("azu/tiny-dense", "What is the capital of France?")
     whole = expected_token_ids("azu/tiny-dense", text)
 
@@ -243,7 +243,7 @@ def test_a_stop_token_and_a_least_length_are_heeded(user: User) -> None:
     assert whole[0] not in token_ids(logit_bias={str(whole[0]): -100}, max_tokens=5)
 
 
-def test_the_models_at_hand_are_listed_with_what_they_cost(user: User) -> None:
+def test_available_models_are_listed_with_their_prices(user: User) -> None:
     listed = {model["id"]: model for model in user.http.get("/v1/models").raise_for_status().json()["data"]}
 
     for model_id in MODELS:

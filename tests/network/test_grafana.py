@@ -49,7 +49,7 @@ def expressions(panel: dict[str, Any], source: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A network with Ray's dashboard, as `azu up` tells of it, and where Ray keeps what its agents write."""
+    """A network with Ray's dashboard, as `azu up` prints it, and the folder of Ray's agents."""
 
     url: str
     chain_url: str
@@ -65,7 +65,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched() -> Iterator[Watched]:
-    """The demo's network, up by `azu up --dashboard`, beside whatever this process is connected to."""
+    """The demo's network, started by `azu up --dashboard` beside this process's own cluster."""
     with tempfile.TemporaryDirectory(prefix="azu-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         environment = os.environ | {"AZU_HOME": folder, "AZU_HTTP_PORT": str(free_port())}
         command = azu("up", "--network", str(files("configs") / "demo.yaml"), "--dashboard", "--json")
@@ -81,7 +81,7 @@ def watched() -> Iterator[Watched]:
 
 
 def keep_busy(user: User, stop: threading.Event) -> None:
-    """Ask both models again and again."""
+    """Send requests to both models without pause."""
     while not stop.is_set():
         for model in ("azu/tiny-dense", "azu/tiny-moe"):
             body = {"model": model, "prompt": "Hello", "max_tokens": 60, "ignore_eos": True}
@@ -160,13 +160,13 @@ def test_no_panel_is_without_data(scraped: Prometheus) -> None:
         for metric in CATALOGUE:
             ending = "_bucket" if metric.buckets else ""
             assert f"{source}{metric.name}{ending}" in names
-    # Four Ray nodes and the ingress at least.
+    # At least four Ray nodes and the ingress.
     assert scraped.healthy_targets() >= 5
     print(f"\n{len(panels())} panels, {len(wanted)} queries over {len(names)} series' names: all have data")
 
 
 def test_ray_and_the_ingress_agree(scraped: Prometheus) -> None:
-    """Both count the same events; one is some seconds behind the other."""
+    """Both count the same tokens; one of them lags some seconds."""
     expression = "sum(increase({}_generated_tokens_total[1m]))"
     found = [float(scraped.query(expression.format(source))[0]["value"][1]) for source in SOURCES]
 

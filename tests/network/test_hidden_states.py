@@ -1,4 +1,4 @@
-"""Hidden states travel from stage to stage: none is ever in the Pipeline's or the head's memory."""
+"""Hidden states go from stage to stage: the memory of Pipeline and head never holds one."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ PATTERN_BYTES = 96
 
 
 def keep_frames(actor: object) -> None:
-    """Runs inside a LayerActor: remember every frame that arrives, so that the test knows its bytes."""
+    """Have a LayerActor, from inside, keep every frame that arrives, so that the test knows its bytes."""
     runner = actor._runner
     kept: list[bytes] = []
     run = runner.run
@@ -35,7 +35,7 @@ def kept_frames(actor: object) -> list[bytes]:
 
 
 def memory_holds(pid: int, pattern: bytes) -> bool:
-    """Search all readable and writable memory of a process, the object store it maps included."""
+    """Search all readable and writable memory of a process, including the object store."""
     maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         for line in maps:
@@ -82,7 +82,7 @@ def test_no_hidden_state_is_in_the_pipelines_or_the_heads_memory(user: User, net
     patterns = [frame[len(frame) // 2 :][:PATTERN_BYTES] for frame in (longest, frames[-1], frames[5])]
     on_head = actors_named("pipeline:azu-tiny-dense") + actors_named("scheduler") + actors_named("registry")
     head_pids = [pid_of(actor) for actor in on_head]
-    # Other clusters may run on this machine: the head's processes are told by their port.
+    # Other clusters may run on this machine, so the head's processes are found by their port.
     port = network.ticket.address.rpartition(":")[2]
     head_pids += [
         process.pid

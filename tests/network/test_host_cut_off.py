@@ -1,4 +1,4 @@
-"""Three hosts, the link of one goes down in the middle of streams and comes up again: nobody notices."""
+"""The link of one of three hosts goes down during streams and comes up again: every answer is the same."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def link(host: Host, state: str) -> None:
 
 
 def joined(stack: ExitStack, host: Host, name: str, home: Path, ticket: str) -> None:
-    """Have a host lend 8 MiB; it sees none of the registry's files, as if it had a disk of its own."""
+    """Have a host lend 8 MiB; the registry's files are hidden from it, as if it had its own disk."""
     options = ("--vram", "8MiB", "--payout", "0x" + "b0" * 20, "--name", name, "--ip", host.ip, "--cpu")
     join = (str(Path(sys.executable).with_name("azu")), "join", ticket, *options)
     hidden = 'mount -t tmpfs none "$0" && exec "$@"'
@@ -65,7 +65,7 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A head on this machine, with next to nothing to lend, and workers on hosts of their own."""
+    """A head on this machine that lends almost nothing, and workers on three hosts."""
     if (missing := why_not()) is not None:
         pytest.skip(missing)
     home = tmp_path_factory.mktemp("hosts") / "head"

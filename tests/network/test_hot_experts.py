@@ -1,4 +1,4 @@
-"""Hot experts are held twice while nodes have room to spare, and a replica serves when its set dies."""
+"""Hot experts get replicas while nodes have spare memory, and a replica serves when a set dies."""
 
 import time
 from collections.abc import Iterator
@@ -26,17 +26,17 @@ from tests.network.test_nodes import wait_for
 pytestmark = [pytest.mark.cluster, pytest.mark.prove]
 
 MODEL, NUM_TOKENS = "azu/tiny-moe", 200
-# Two stages, and two sets that hold all experts of two layers between them.
+# Two stages, and two sets that together hold all experts of two layers.
 FIRST = {"ada": 5, "ben": 3, "cleo": 1, "dora": 1}
 LATER = {"eve": 6, "finn": 6}
 
 
 @pytest.fixture(scope="module")
 def running(home: Path) -> Iterator[Running]:
-    """Nodes that have no room to spare, and some that join when the model is up."""
+    """Nodes without spare memory, and some that join after the model has started."""
     file = spared(**FIRST, **LATER)
     moves = file.policy.moves.model_copy(update={"look_s": 0.5, "rest_s": 1.0})
-    # Chosen a little more than others is hot enough here, and no gain is enough to move.
+    # Here, slightly more requests make an expert hot, and no gain makes a piece move.
     planner = file.policy.planner.model_copy(update={"hot_expert": 1.1, "least_gain": 10.0})
     policy = file.policy.model_copy(update={"moves": moves, "planner": planner})
     with network_of(home, file.model_copy(update={"policy": policy})) as started:
@@ -64,7 +64,7 @@ def test_hot_experts_get_replicas_under_streams_and_a_replica_serves_when_its_se
     assert originals
     for _ in range(4):
         assert Streams(user, asked).answers() == expected
-    assert expert_sets() == originals, "nobody has room to spare"
+    assert expert_sets() == originals, "no node has spare memory"
 
     wait_until_alive(network, user, [*FIRST, *LATER])
     deadline_s, stalls_s = time.monotonic() + TIMEOUT_S, []

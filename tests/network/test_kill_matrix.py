@@ -1,4 +1,4 @@
-"""Every piece of a model is killed at every moment of its streams: each goes on, token for token."""
+"""Every piece of a model is killed at every moment of its streams: each stream goes on, token for token."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,14 +23,14 @@ from tests.network.recovering import (
 pytestmark = [pytest.mark.cluster, pytest.mark.prove]
 
 NUM_TOKENS = 40
-# In this order: what the first leaves is what the second has.
+# In this order, because the second uses the memory that the first leaves.
 MODELS = ("azu/tiny-dense", "azu/tiny-moe")
 MOMENTS = ("prefill", "first token", "middle", "last token")
 
 
 @pytest.fixture(scope="module")
 def running(home: Path) -> Iterator[Running]:
-    """A network so small that experts are spread; what dies finds its own room again."""
+    """A network so small that experts are spread; a new piece fits where the old one was."""
     with network_of(home, spared(ada=7, ben=7, cleo=8)) as started:
         yield started
 
@@ -54,7 +54,7 @@ def test_each_piece_killed_at_each_moment(running: Running, model: str) -> None:
             stalls_s.setdefault(moment, []).append(stall_s)
     for moment, each in stalls_s.items():
         show_stalls(f"{model}, a piece killed at {moment}", each)
-    # A prompt that has no token yet has no stall between two.
+    # A prompt without tokens has no stall between two.
     show_stalls(f"{model}, a piece killed", [one for moment in MOMENTS[1:] for one in stalls_s[moment]])
 
 
@@ -80,7 +80,9 @@ def test_several_pieces_killed_at_once(running: Running, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_replacement_killed_while_it_loads_or_another_piece_meanwhile(running: Running, model: str) -> None:
+def test_a_replacement_or_another_piece_killed_while_the_replacement_loads(
+    running: Running, model: str
+) -> None:
     _, user = running
     expected = undisturbed(user, model, NUM_TOKENS)
     count = len(pieces_of(model))

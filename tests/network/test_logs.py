@@ -1,4 +1,4 @@
-"""The logs of a network: one job's way through its processes, and no secret anywhere."""
+"""A network's logs show one job's way through its processes, and no secret."""
 
 import json
 import time
@@ -32,7 +32,7 @@ def logs(network: LocalNetwork, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
     def read() -> dict[Path, bytes]:
         paths = [*(home / "logs").rglob("*"), *ray_folder.glob("*/session_*/logs/**/*")]
-        # A session's folder has a second name.
+        # A link is a second name of the session's folder.
         return {path: path.read_bytes() for path in {path.resolve() for path in paths} if path.is_file()}
 
     return read
@@ -49,7 +49,7 @@ def lines(logs: dict[Path, bytes]) -> list[dict[str, Any]]:
 
 
 def told(logs: dict[Path, bytes], job_id: str) -> dict[str, list[dict[str, Any]]]:
-    """Return what each process said of a job, or of its sequences."""
+    """Return the lines of each process about a job or its sequences."""
     all_lines = lines(logs)
     by_process = defaultdict(list)
     for line in all_lines:

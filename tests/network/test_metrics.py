@@ -1,4 +1,4 @@
-"""What a running network shows of itself without any of Ray's agents."""
+"""The metrics of a running network without Ray's agents."""
 
 import time
 

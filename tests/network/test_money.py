@@ -1,4 +1,4 @@
-"""Every lamport of a job is accounted for, and only what was delivered is charged."""
+"""Every lamport of a job is in its receipt, and only delivered tokens are charged."""
 
 import time
 
@@ -62,7 +62,7 @@ def test_the_experts_of_one_layer_are_on_at_least_two_nodes(user: User) -> None:
     assert any(len(nodes) >= 2 for nodes in holders.values()), topology
 
 
-def test_a_stream_that_is_dropped_pays_for_what_was_delivered(user: User) -> None:
+def test_a_dropped_stream_pays_for_the_delivered_tokens(user: User) -> None:
     before, _ = settled(user)
     client = openai.OpenAI(base_url=f"{user.url}/v1", api_key=user.api_key)
     stream = client.chat.completions.create(

@@ -1,4 +1,4 @@
-"""A model that more jobs ask for than it has room for gets a second pipeline; a job stays in its own."""
+"""A model with more jobs than its KV can hold gets a second pipeline; a job stays in its pipeline."""
 
 import time
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from tests.network.user import User
 pytestmark = [pytest.mark.cluster, pytest.mark.prove]
 
 MODEL, NUM_TOKENS = "azu/tiny-dense", 200
-# The demo's policy promises room for four.
+# The demo's policy plans KV for four.
 ASKED = [one for words in (60, 50, 40) for one in four(MODEL, NUM_TOKENS, words=words)]
 
 
@@ -41,7 +41,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def undisturbed_few(user: User) -> list[object]:
-    """Return what each answers when no more run than one pipeline has room for."""
+    """Return each answer when one pipeline has room for all jobs."""
     return [
         answer
         for begin in range(0, len(ASKED), 4)
@@ -57,7 +57,7 @@ def pipelines(user: User) -> list[set[str]]:
 
 
 def paid(user: User, streams: Streams) -> set[str]:
-    """Return who was paid for any of the streams."""
+    """Return the addresses that were paid for the streams."""
     return {
         payout
         for stream in streams.each
@@ -74,7 +74,7 @@ def test_a_busy_model_gets_a_second_pipeline_that_takes_jobs(running: Running) -
     assert busy.answers() == expected
     deadline_s = time.monotonic() + TIMEOUT_S
     while len(pipelines(user)) < 2:
-        assert time.monotonic() < deadline_s, "they were enough to ask for another"
+        assert time.monotonic() < deadline_s, "no second pipeline started"
         time.sleep(0.2)
     assert set.union(*pipelines(user)) == {"ada", "ben", "cleo", "dora"}
     assert not set.intersection(*pipelines(user))

@@ -1,4 +1,4 @@
-"""Whole nodes are killed or frozen while streams run: each goes on, token for token, or says why not."""
+"""Whole nodes are killed or frozen while streams run: each stream goes on, token for token."""
 
 import signal
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ NODES = {"ada": 7, "ben": 7, "cleo": 8, "dora": 8}
 
 @pytest.fixture(scope="module")
 def running(home: Path) -> Iterator[Running]:
-    """A network in which any one node can be done without."""
+    """A network that can lose any one node."""
     with network_of(home, spared(**NODES)) as started:
         yield started
 
@@ -62,12 +62,12 @@ def test_each_node_of_a_model_killed(running: Running, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_piece_that_is_frozen_and_wakes_disturbs_nobody(running: Running, model: str) -> None:
+def test_a_piece_that_is_frozen_and_wakes_changes_no_stream(running: Running, model: str) -> None:
     _, user = running
     expected = undisturbed(user, model, NUM_TOKENS)
     count = len(pieces_of(model))
     stalls_s = []
-    # Shorter than the limit: nobody is given up. Longer: it wakes when another has its place.
+    # Below the limit no piece is replaced; above it, the piece wakes after its replacement started.
     for frozen_s in (2.0, 8.0):
         for index in range(count):
             frozen = pids([wait_for_pieces(model, count)[index]])
@@ -85,12 +85,12 @@ def test_a_piece_that_is_frozen_and_wakes_disturbs_nobody(running: Running, mode
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_node_that_is_frozen_and_wakes_disturbs_nobody(running: Running, model: str) -> None:
+def test_a_node_that_is_frozen_and_wakes_changes_no_stream(running: Running, model: str) -> None:
     network, user = running
     expected = undisturbed(user, model, NUM_TOKENS)
     stalls_s = []
     for index in range(len(node_names(user, model))):
-        # Its raylet sleeps too: nobody can end its pieces before they wake.
+        # Its raylet is frozen too, so its pieces cannot be ended before they wake.
         frozen = node_pids(node_names(user, model)[index])
         waking = Timer(20.0, signal_all, (frozen, signal.SIGCONT))
 
@@ -102,7 +102,7 @@ def test_a_node_that_is_frozen_and_wakes_disturbs_nobody(running: Running, model
         again = Streams(user, four(model, NUM_TOKENS))
         waking.join()
         assert answers == expected, index
-        assert again.answers() == expected, "it woke and disturbed the others"
+        assert again.answers() == expected, "the woken piece changed an answer"
         stalls_s.append(stall_s)
         wait_until_alive(network, user, list(NODES))
     show_stalls(f"{model}, a whole node frozen for 20 s", stalls_s)

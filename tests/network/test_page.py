@@ -1,4 +1,4 @@
-"""The page in a real browser. AZU_TEST_SCREENSHOTS names a folder that keeps what it looked like."""
+"""The page in a real browser. AZU_TEST_SCREENSHOTS names a folder for its screenshots."""
 
 import os
 import re
@@ -57,7 +57,7 @@ def choose(page: Browser, model: str) -> None:
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["1280", "400"])
-def test_a_chat_streams_and_says_what_it_cost(
+def test_a_chat_streams_and_shows_its_cost(
     page: Browser, user: User, pictures: Path, size: tuple[int, int]
 ) -> None:
     width = size[0]
@@ -85,7 +85,7 @@ def test_a_chat_streams_and_says_what_it_cost(
     assert page.complaints() == []
 
 
-def test_stopping_ends_the_job_and_charges_what_was_delivered(page: Browser, user: User) -> None:
+def test_stopping_ends_the_job_and_charges_the_delivered_tokens(page: Browser, user: User) -> None:
     log_in(page, user.api_key)
     choose(page, MODEL)
     page.slow_down(2000)
@@ -104,7 +104,7 @@ def test_stopping_ends_the_job_and_charges_what_was_delivered(page: Browser, use
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["1280", "400"])
-def test_the_network_says_who_holds_what(
+def test_the_network_view_shows_the_pieces_of_each_node(
     page: Browser, user: User, pictures: Path, size: tuple[int, int]
 ) -> None:
     log_in(page, user.api_key)
@@ -129,7 +129,7 @@ def test_the_network_says_who_holds_what(
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["1280", "400"])
-def test_a_receipt_says_where_the_money_went(
+def test_a_receipt_shows_every_payment(
     page: Browser, user: User, pictures: Path, size: tuple[int, int]
 ) -> None:
     body = {"model": MODEL, "prompt": "Hello", "max_tokens": 12, "ignore_eos": True}
@@ -179,7 +179,7 @@ def test_errors_are_sentences(page: Browser, poor_user: User, pictures: Path) ->
     assert page.find("#prompt").get_attribute("value") == QUESTION
 
 
-def test_the_key_stays_in_its_tab_and_goes_when_told(page: Browser, user: User) -> None:
+def test_the_key_stays_in_its_tab_until_it_is_removed(page: Browser, user: User) -> None:
     log_in(page, user.api_key)
     page.wait_for("#balance", "HYPE")
     assert page.driver.execute_script("return Object.values(sessionStorage)") == [user.api_key]

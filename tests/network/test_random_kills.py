@@ -1,4 +1,4 @@
-"""Eight clients for a quarter of an hour, a worker or a whole node killed every few seconds: nobody notices.
+"""Workers and nodes are killed for a quarter of an hour under eight clients, and no answer changes.
 
 AZU_TEST_KILLS and AZU_TEST_KILL_SECONDS make it shorter.
 """
@@ -43,20 +43,20 @@ SECONDS = float(os.environ.get("AZU_TEST_KILL_SECONDS", "900"))
 SEED = int(os.environ.get("AZU_TEST_SEED", "1"))
 NUM_CLIENTS = 8
 NODES = {"ada": 7, "ben": 7, "cleo": 8, "dora": 8}
-# One kill in so many takes a whole node.
+# One kill in this many ends a whole node.
 ONE_NODE_IN = 4
 
 
 @pytest.fixture(scope="module")
 def running(home: Path) -> Iterator[Running]:
-    """A network in which any one node can be done without."""
+    """A network that can lose any one node."""
     with network_of(home, spared(**NODES)) as started:
         yield started
 
 
 @dataclass(slots=True)
 class Seen:
-    """What the clients saw."""
+    """What the clients received."""
 
     tokens: int = 0
     faults: list[str] = field(default_factory=list)
@@ -73,7 +73,7 @@ def prompts() -> tuple[Asked, ...]:
 
 
 def keep_asking(running: Running, expected: dict[Asked, Answer], seen: Seen, stop: Event, seed: int) -> None:
-    """Ask one prompt after another until told to stop."""
+    """Send one prompt after another until the run is over."""
     chance = random.Random(seed)
     user = running[1]
     while not stop.is_set():
@@ -91,7 +91,7 @@ def keep_asking(running: Running, expected: dict[Asked, Answer], seen: Seen, sto
 
 
 def kill_something(chance: random.Random) -> str:
-    """Kill a piece of a model or a whole node and say which kind it was."""
+    """Kill a piece of a model or a whole node; return which kind it was."""
     found = [name for model in MODELS for name in pieces_of(model)]
     if not found or chance.randrange(ONE_NODE_IN) == 0:
         kill_all(node_pids(chance.choice(sorted(NODES))))
@@ -105,7 +105,7 @@ def kill_something(chance: random.Random) -> str:
     return name.partition(":")[0]
 
 
-def test_nobody_notices_random_kills(running: Running, home: Path) -> None:
+def test_random_kills_change_no_answer(running: Running, home: Path) -> None:
     network, user = running
     asked = prompts()
     expected: dict[Asked, Answer] = {}

@@ -1,4 +1,4 @@
-"""Whoever can run code in the cluster finds no private key: not in an environment, not in a log."""
+"""Code that runs in the cluster finds no private key: not in an environment, not in a log."""
 
 import os
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ NAMES = ("SCHEDULER_PRIVATE_KEY", "AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD",
 
 @dataclass(frozen=True)
 class Environments:
-    """What a process can read of the environments of all processes, and of those that Ray started."""
+    """The environments that a process can read: of all processes, and of those that Ray started."""
 
     all: tuple[str, ...]
     rays: tuple[str, ...]
@@ -54,7 +54,7 @@ def test_a_task_on_any_node_finds_no_private_key(network: LocalNetwork, platform
     looks = [look.options(scheduling_strategy=affinity).remote() for affinity in affinities]
     for seen in ray.get(looks, timeout=120):
         # Ray's workers write their titles over what the kernel shows of their environment.
-        assert sum(TOKEN in environment for environment in seen.rays) >= 4, "the search sees what is there"
+        assert sum(TOKEN in environment for environment in seen.rays) >= 4, "the search works"
         assert any("AZU_PRIVATE_KEY_FILE" in environment for environment in seen.all), "the treasury is seen"
         for secret in (platform_key, UNUSED_KEY):
             assert not any(secret in environment for environment in seen.all)
@@ -70,7 +70,7 @@ def test_no_log_shows_a_private_key_or_a_password_of_redis(
     logs = [*home.glob("azu0/logs/*"), *ray_logs()]
     read = [path.read_bytes() for path in logs if path.is_file()]
     assert len(read) > 10
-    assert any(b"treasury ready" in content for content in read), "the search sees what is there"
+    assert any(b"treasury ready" in content for content in read), "the search works"
     for secret in (platform_key, UNUSED_KEY, password):
         assert secret
         assert not any(secret.encode() in content for content in read)

@@ -1,4 +1,4 @@
-"""Users do everything at once for minutes while who keeps their money dies again and again.
+"""Users do everything at once for minutes while the processes that keep their money are killed.
 
 AZU_TEST_SOAK_S is how long (600 s), AZU_TEST_SOAK_KILLS who is killed.
 """
@@ -42,7 +42,7 @@ CLIENTS = 8
 MODELS = ("azu/tiny-dense", "azu/tiny-moe")
 REST_S, QUIET_S = 180.0, 5.0
 STARTED_S = 5.0
-# What whoever is being started again answers; whatever was asked for may have happened all the same.
+# Errors while a process restarts; the request may have been carried out all the same.
 PASSING = (Conflict, DeadlineExceeded, InsufficientBalance, NotFound, Unavailable)
 
 
@@ -93,7 +93,7 @@ class Soaker:
         tx_hash = transfer_hype(
             self.user.account, network.platform_address, lamports, chain_url=network.chain_url
         )
-        # Some never say so: the watcher finds it.
+        # Some never claim it: the watcher finds the deposit.
         for _ in range(self.dice.randint(0, 3)):
             self.client.deposit(tx_hash, self.user.address)
 
@@ -111,7 +111,7 @@ class Soaker:
         return jobs
 
     def check(self) -> None:
-        """What the books say of the user is what the chain and the receipts say."""
+        """Check the user's balance against the chain and the receipts."""
         rows = httpx.post(
             f"{self.network.chain_url}/info",
             json={"type": "userNonFundingLedgerUpdates", "user": self.user.address, "startTime": 0},
@@ -134,7 +134,7 @@ def kill_treasury() -> bool:
     for process in psutil.Process().children():
         with suppress(psutil.Error):
             lived_s = time.time() - process.create_time()
-            # One that is only starting has nothing in its hands.
+            # A process that is still starting has no work to lose.
             if process.cmdline()[-1:] == ["treasury"] and lived_s > STARTED_S:
                 process.send_signal(signal.SIGKILL)
                 return True
@@ -154,7 +154,7 @@ KILLS = {"treasury": kill_treasury, "scheduler": kill_scheduler}
 
 
 def kill_at_random(network: LocalNetwork, dice: random.Random, until_s: float) -> Counter[str]:
-    """Kill who lives of them every few seconds, and start again who died, as `azu up` does."""
+    """Kill one of the processes every few seconds, and restart those that died, as `azu up` does."""
     killed: Counter[str] = Counter()
     next_kill_s = time.monotonic() + 5
     while time.monotonic() < until_s:
@@ -168,7 +168,7 @@ def kill_at_random(network: LocalNetwork, dice: random.Random, until_s: float) -
 
 
 def wait_until_at_rest(network: LocalNetwork, soakers: list[Soaker]) -> None:
-    """Wait until nothing is on its way: not even a withdrawal of which its user does not know."""
+    """Wait until no payment is in transit, including withdrawals that got no response."""
     deadline_s = time.monotonic() + REST_S
     quiet_since_s = None
     while quiet_since_s is None or time.monotonic() < quiet_since_s + QUIET_S:

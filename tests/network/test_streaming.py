@@ -1,4 +1,4 @@
-"""What a reader of a stream sees: whole characters, nothing of a stop string, and nothing after it left."""
+"""A stream has only whole characters and no part of a stop string."""
 
 from pathlib import Path
 
@@ -31,13 +31,13 @@ def pieces(user: User, model: str, **asked: object) -> tuple[list[str], object]:
 
 
 def tokens_up_to(text: str) -> int:
-    """Count the tokens until their text holds this one."""
+    """Return the number of tokens until their text contains this one."""
     tokenizer = AutoTokenizer.from_pretrained(built_in_folder("azu/tiny-dense"))
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     return next(n for n in range(len(ids) + 1) if text in tokenizer.decode(ids[:n]))
 
 
-def test_characters_of_many_tokens_come_whole(user: User, reciter: str) -> None:
+def test_characters_of_many_tokens_arrive_whole(user: User, reciter: str) -> None:
     found, _ = pieces(user, reciter)
 
     assert "".join(found) == TEXT
@@ -47,10 +47,10 @@ def test_characters_of_many_tokens_come_whole(user: User, reciter: str) -> None:
 
 @pytest.mark.parametrize(
     "stop",
-    # The second begins inside one token's text and ends inside another's.
+    # The second starts inside one token's text and ends inside another's.
     ["<end>", "nd 漢", ["never", "👩‍👧"]],
 )
-def test_a_stop_string_never_leaks_and_ends_the_charge(
+def test_a_stop_string_is_not_sent_and_ends_the_charge(
     user: User, reciter: str, stop: str | list[str]
 ) -> None:
     found, usage = pieces(user, reciter, stop=stop)

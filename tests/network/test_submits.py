@@ -1,4 +1,4 @@
-"""However many ask at once, a balance pays for what it pays for and for not one job more."""
+"""Many submits at once start only the jobs that the balance covers."""
 
 import asyncio
 from collections import Counter
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.prove]
 
 SUBMITS = 1_000
 JOBS = 10
-# Of one account: a key alone may not ask so often.
+# Keys of one account, because each key has a rate limit.
 KEYS = 10
 TIMEOUT_S = 300
 # One new token: it is delivered, so that a job costs all that was reserved for it.

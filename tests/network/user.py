@@ -31,12 +31,12 @@ class User:
         return body["available_lamports"], body["reserved_lamports"]
 
     def submit(self, prompt: str, *, est_tokens: object, model: str = "azu/tiny-dense") -> httpx.Response:
-        """Submit a prompt as it is."""
+        """Submit a prompt without a template."""
         body = {"user_address": self.address, "model_id": model, "prompt": prompt, "est_tokens": est_tokens}
         return self.http.post("/submit", json=body)
 
     def results(self, job_id: str) -> dict[str, object]:
-        """Return a job's results so far."""
+        """Return a job's current results."""
         body: dict[str, object] = self.http.get(f"/results/{job_id}").raise_for_status().json()
         return body
 

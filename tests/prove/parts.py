@@ -81,7 +81,7 @@ PARTS = (
     ),
     Part(
         "money: soak",
-        "8 clients do all at random for 10 minutes while who keeps their money dies; the audit is clean",
+        "8 clients act at random for 10 minutes while money's processes are killed; the audit is clean",
         pytest("tests/network/test_soak.py"),
     ),
     Part(
@@ -101,7 +101,7 @@ PARTS = (
     ),
     Part(
         "azu top",
-        "a live picture and one sample of a network at work",
+        "a live view and one sample of a busy network",
         pytest("tests/network/test_top.py", "-m", "prove", "-s"),
     ),
     Part(
@@ -123,7 +123,7 @@ PARTS = (
     Part(
         "control plane",
         "registry, scheduler, pipelines, ingress and treasury killed 5 times each under 4 clients: "
-        "every job done, right and charged once, and nobody who holds weights starts again",
+        "every job done, right and charged once, and no process that holds weights restarts",
         pytest("tests/network/test_control_plane.py", "-m", "prove", "-s"),
     ),
     Part(
@@ -162,10 +162,10 @@ PARTS = (
         pytest("tests/network/test_admission.py", "-m", "prove", "-s"),
     ),
     Part(
-        "nobody fits",
-        "jobs without workers wait while Ray is asked for nodes, go on when one joins, else end with their "
+        "no node fits",
+        "jobs without workers wait while Ray is asked for nodes, go on when one joins, else end with a "
         "reason and a release",
-        pytest("tests/network/test_nobody_fits.py", "-m", "prove", "-s"),
+        pytest("tests/network/test_no_node_fits.py", "-m", "prove", "-s"),
     ),
     Part(
         "random kills",
@@ -235,7 +235,7 @@ PARTS = (
     ),
     Part(
         "newcomer's walk",
-        "the README's commands, from up to down: who lends earns what the prompt cost, to the lamport",
+        "the README's commands, from up to down: lenders earn what the prompt cost, to the lamport",
         pytest("tests/cli/test_walk.py", "-s"),
     ),
     Part(
@@ -263,6 +263,11 @@ PARTS = (
         "damaged frames",
         "10,000 frames damaged in flight: each refused, its sender named, every job's output as undisturbed",
         pytest("-s", "tests/engine/test_corrupted_frames.py", "-m", "prove"),
+    ),
+    Part(
+        "mutants",
+        "300 places of the pure rooms changed, one at a time: tests notice at least 90%",
+        (sys.executable, "-m", "tests.prove.mutants"),
     ),
 )
 

@@ -16,7 +16,7 @@ from tests.prove.parts import Part
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "tests" / "REPORT.md"
 SHOWN = ROOT / "tests" / "REPORT.json"
-# The whole output of each part's last run, for whoever wants to know why it failed.
+# The whole output of each part's last run, which shows why one failed.
 OUTPUTS = Path(tempfile.gettempdir()) / "azu-prove"
 PART_TIMEOUT_S = 3600
 TIMED_OUT = 124

@@ -1,4 +1,4 @@
-"""With nobody left who fits a job waits: it goes on when a node joins in time, else it says why it ends."""
+"""A job whose model fits on no node waits; it goes on when a node joins in time, else it ends."""
 
 import json
 import time
@@ -52,15 +52,15 @@ def test_jobs_go_on_when_a_node_joins_in_time(running: Running) -> None:
     expected = undisturbed(user, MODEL, NUM_TOKENS)
 
     streams = interrupted(running)
-    # A look a moment: a key may ask only so often.
+    # With pauses: a key has a rate limit.
     wait_until(lambda: all(job_state(running, one.job_id) == "queued" for one in streams.each))
     wait_until(lambda: len(asked_for()) > 0)
     wanted = asked_for()
     wait_until_alive(network, user, list(NODES))
 
     assert streams.answers() == expected
-    assert wanted[0] == NODES["ada"], "what there is"
-    assert 0 < sum(wanted[1:]) <= NODES["ben"], "and what is missing beside it"
+    assert wanted[0] == NODES["ada"], "the nodes that are there"
+    assert 0 < sum(wanted[1:]) <= NODES["ben"], "and the missing memory"
     wait_until(lambda: not asked_for())
     show(
         f"waited for a node and went on, identical; longest stall {streams.longest_stall_s():.1f} s; "
@@ -68,7 +68,7 @@ def test_jobs_go_on_when_a_node_joins_in_time(running: Running) -> None:
     )
 
 
-def test_jobs_end_with_their_reason_and_release_the_rest(running: Running) -> None:
+def test_jobs_without_a_node_end_with_a_reason_and_release_the_rest(running: Running) -> None:
     network, user = running
     undisturbed(user, MODEL, NUM_TOKENS)
     before, _ = settled(user)
@@ -91,7 +91,7 @@ def test_jobs_end_with_their_reason_and_release_the_rest(running: Running) -> No
 
 
 def asked_for() -> list[int]:
-    """Return the MiB of each bundle that an autoscaler would read it should have room for."""
+    """Return the MiB of each bundle that an autoscaler is asked for."""
     return [
         bundle[VRAM] for bundle in json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "[]")
     ]
