@@ -5,7 +5,7 @@ No transformers here: the ingress and the pipeline import this file, so it must 
 
 import re
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer as Backend
@@ -37,11 +37,6 @@ class TextDecoder:
         content: str = self._backend.to_str()
         return content
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids without special tokens."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
-        return text
-
     def token_text(self, token_id: int) -> str:
         """Return one token's text as it appears inside a text; the token may be special."""
         once: str = self._backend.decode([token_id], skip_special_tokens=False)
@@ -60,10 +55,6 @@ class TextDecoder:
         if name and all(character in _BYTE_OF for character in name):
             return bytes(_BYTE_OF[character] for character in name)
         return None
-
-    def stream(self, prompt_token_ids: Sequence[int]) -> "TextStream":
-        """Return a stream of the text that follows a prompt."""
-        return TextStream(self._backend, prompt_token_ids[-_CONTEXT_TOKENS:])
 
     def completion(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, raw: bool = False
@@ -94,14 +85,12 @@ class TextStream:
         self._token_ids: list[int] = []
         self._num_returned = 0
 
-    def push(self, token_ids: Iterable[int]) -> str:
-        """Return the text that is certain after these tokens, "" if none is yet."""
-        text = ""
-        for token_id in token_ids:
-            if token_id in self._hidden:
-                continue
-            self._token_ids.append(token_id)
-            text += self._stream.step(self._backend, token_id) or ""
+    def push(self, token_id: int) -> str:
+        """Add the next token and return the new text that is certain now."""
+        if token_id in self._hidden:
+            return ""
+        self._token_ids.append(token_id)
+        text = self._stream.step(self._backend, token_id) or ""
         self._num_returned += len(text)
         return text
 
@@ -189,7 +178,7 @@ class CompletionText:
             return TextDelta()
         self._num_tokens += 1
         begin = self._num_decoded
-        self._add(self._decoder.push([token_id]))
+        self._add(self._decoder.push(token_id))
         self._pending.append((begin, self._num_decoded))
         if self._num_tokens >= self._min_tokens and (end := self._first_stop()) is not None:
             return self._end_at(end)

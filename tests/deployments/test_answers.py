@@ -43,7 +43,8 @@ def answer(tokenizer: Tokenizer, *, chat: bool) -> AnswerFormatter:
 def with_logprobs(tokenizer: Tokenizer, text: str) -> TextDelta:
     """Return a whole choice whose tokens have the log probability -0.5 and two alternatives."""
     ids = tuple(tokenizer.encode(text))
-    offsets = tuple(len(tokenizer.decode(ids[:index])) for index in range(len(ids)))
+    decode = AutoTokenizer.from_pretrained(FOLDER).decode
+    offsets = tuple(len(decode(ids[:index], skip_special_tokens=True)) for index in range(len(ids)))
     top = tuple(((token_id, -0.5), (ids[0], float("-inf"))) for token_id in ids)
     return TextDelta(text, offsets, 0, ids, (-0.5,) * len(ids), top, finish_reason=FinishReason.STOP)
 

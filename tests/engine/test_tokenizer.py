@@ -1,6 +1,7 @@
 """Text to token ids and back, with the built-in model's tokenizer."""
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer
 
 from azu.engine.tokenizer import OutOfTime, Tokenizer, time_limit
 from azu.errors import BrokenCheckpoint, InvalidRequest
+from azu.protocol.sampling import SamplingParams
 
 _FOLDER = Path(__file__).parents[2] / "configs" / "models" / "tiny-dense"
 _TEXTS = ["plain words", "smile 😀👩‍👩‍👧 漢字 naïve  done", "e\u0301 🇫🇷", "", " lead and trail \n"]
@@ -19,37 +21,31 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(_FOLDER)
 
 
+def texts_after(tokenizer: Tokenizer, prompt: Sequence[int], token_ids: Sequence[int]) -> list[str]:
+    """Return the new text after each token that follows a prompt, and last the rest at the end."""
+    completion = tokenizer.completion(prompt, SamplingParams(max_tokens=99))
+    return [*(completion.push(token_id).text for token_id in token_ids), completion.finish().text]
+
+
 @pytest.mark.parametrize("text", _TEXTS)
-def test_a_stream_returns_the_text_of_all_tokens(tokenizer: Tokenizer, text: str) -> None:
-    prompt, ids = tokenizer.encode("Say: "), tokenizer.encode(text)
-    stream = tokenizer.stream(prompt)
+def test_tokens_one_by_one_give_the_whole_text(tokenizer: Tokenizer, text: str) -> None:
+    texts = texts_after(tokenizer, tokenizer.encode("Say: "), tokenizer.encode(text))
 
-    pieces = [stream.push([token]) for token in ids]
-
-    assert "".join(pieces) + stream.finish() == text
-    assert all("\ufffd" not in piece for piece in pieces)
-
-
-@pytest.mark.parametrize("text", _TEXTS[1:3])
-def test_the_text_does_not_depend_on_how_many_tokens_arrive_at_once(tokenizer: Tokenizer, text: str) -> None:
-    stream = tokenizer.stream(())
-
-    assert stream.push(tokenizer.encode(text)) + stream.finish() == text
+    assert "".join(texts) == text
+    assert all("\ufffd" not in one for one in texts)
 
 
 def test_an_unfinished_character_appears_at_the_end(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("ok 😀")
-    stream = tokenizer.stream(())
+    *texts, rest = texts_after(tokenizer, (), tokenizer.encode("ok 😀")[:-1])
 
-    assert stream.push(ids[:-1]).startswith("ok")
-    assert stream.finish().endswith("\ufffd")
+    assert "".join(texts).startswith("ok")
+    assert rest.endswith("\ufffd")
 
 
 def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:
     end = AutoTokenizer.from_pretrained(_FOLDER).eos_token_id
-    stream = tokenizer.stream(())
 
-    assert stream.push([*tokenizer.encode("end"), end]) + stream.finish() == "end"
+    assert "".join(texts_after(tokenizer, (), [*tokenizer.encode("end"), end])) == "end"
 
 
 def test_encoding_equals_that_of_the_folders_tokenizer(tokenizer: Tokenizer) -> None:
