@@ -164,7 +164,7 @@ class RateLimited(AzuError):
 
 
 class InternalError(AzuError):
-    """azu broke one of its own promises while serving the request."""
+    """azu made a mistake while it served the request."""
 
     default_code = "internal_error"
 
@@ -188,10 +188,9 @@ class ShardError(InternalError):
 
 
 class Unavailable(AzuError):
-    """azu, or something it depends on, cannot serve the request now but may later."""
+    """azu, or a service that it depends on, cannot serve the request now but may later."""
 
     status = 503
-    type = "server_error"
     default_code = "unavailable"
 
 
@@ -217,7 +216,7 @@ class InsufficientCapacity(Unavailable):
 
 
 class WorkerLost(Unavailable):
-    """A worker that held a piece of the model died or stopped answering."""
+    """A worker with a piece of the model died or stopped answering."""
 
     default_code = "worker_lost"
 
@@ -232,5 +231,4 @@ class DeadlineExceeded(AzuError):
     """Another process did not answer in time."""
 
     status = 504
-    type = "server_error"
     default_code = "deadline_exceeded"
