@@ -75,10 +75,6 @@ class NodeAgent:
             state=self._state,
         )
 
-    async def lend(self, vram_bytes: int) -> None:
-        """Lend more or less from now on, at most what the node joined with."""
-        self._lent_bytes = min(vram_bytes, self._node.vram_bytes)
-
     async def leave(self) -> None:
         """Report from now on that this node is leaving; it keeps its pieces until they run elsewhere."""
         self._state = NodeState.LEAVING

@@ -33,5 +33,14 @@ def pid_of(actor: ActorHandle) -> int:
     return ask_inside(actor, _own_pid)
 
 
+def lend(agent: ActorHandle, vram_bytes: int) -> None:
+    """Have a node's agent report that it lends more or less memory, at most what the node joined with."""
+
+    def change(agent: object) -> None:
+        agent._lent_bytes = min(vram_bytes, agent._node.vram_bytes)
+
+    ask_inside(agent, change)
+
+
 def _own_pid(_: object) -> int:
     return os.getpid()

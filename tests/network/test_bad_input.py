@@ -14,7 +14,7 @@ COMPLETION = {"model": "azu/tiny-dense", "prompt": "Hello"}
 
 # path, body, status, param
 REFUSED = [
-    ("/v1/chat/completions", CHAT | {"model": "nobody/nothing"}, 404, "model"),
+    ("/v1/chat/completions", CHAT | {"model": "unknown/model"}, 404, "model"),
     ("/v1/chat/completions", CHAT | {"model": "azu/unknown"}, 404, "model"),
     ("/v1/chat/completions", CHAT | {"model": "../../etc"}, 400, "model"),
     ("/v1/chat/completions", CHAT | {"model": "/etc"}, 400, "model"),

@@ -7,10 +7,10 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-import ray
 
 from azu.protocol.node import NodeState
 from azu.units import MIB
+from tests.network.actors import lend
 from tests.network.recovering import (
     TIMEOUT_S,
     Running,
@@ -44,7 +44,7 @@ def running(home: Path) -> Iterator[Running]:
     policy = file.policy.model_copy(update={"moves": moves})
     with network_of(home, file.model_copy(update={"policy": policy})) as started:
         wait_for(lambda found: found.keys() >= {"ada", "ben", "cleo"}, TIMEOUT_S)
-        ray.get(agent("ada").lend.remote(HALF_MIB * MIB), timeout=30)
+        lend(agent("ada"), HALF_MIB * MIB)
         wait_for(lambda found: found["ada"].vram_total_bytes == HALF_MIB * MIB, TIMEOUT_S)
         lose("cleo")
         yield started
@@ -134,7 +134,7 @@ def test_the_old_piece_ends_first_where_a_node_has_no_room_for_both(running: Run
     expected = Streams(user, four(MODEL, NUM_TOKENS)).answers()
     assert node_names(user, MODEL) == ["ada", "ben"]
 
-    ray.get(agent("ada").lend.remote(WHOLE_MIB * MIB), timeout=30)
+    lend(agent("ada"), WHOLE_MIB * MIB)
     stall_s = stall_of_the_move(running, expected, ["ada"])
 
     assert len(pieces_of(MODEL)) == 1

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
-from tests.network.actors import actors_named, ask_inside
+from tests.network.actors import actors_named, ask_inside, lend
 from tests.network.recovering import (
     Running,
     Streams,
@@ -74,7 +73,7 @@ def test_a_node_whose_memory_is_halved_under_load_goes_on_serving(running: Runni
     streams = Streams(user, ASKED)
     streams.wait_until(lambda: min(one.num_tokens for one in streams.each) >= NUM_TOKENS // 3)
     lent = nodes()[name].vram_total_bytes
-    ray.get(agent(name).lend.remote(lent // 2), timeout=30)
+    lend(agent(name), lent // 2)
     fewer = wait_for_blocks(lambda blocks: blocks < planned)
 
     assert streams.answers() == expected
@@ -84,7 +83,7 @@ def test_a_node_whose_memory_is_halved_under_load_goes_on_serving(running: Runni
     kept = sum(ask_inside(actors_named(piece)[0], kv_bytes) for piece in pieces_of(MODEL))
     assert kept == held * fewer // planned, "the bytes of the pools"
 
-    ray.get(agent(name).lend.remote(lent), timeout=30)
+    lend(agent(name), lent)
     assert wait_for_blocks(lambda blocks: blocks > fewer) == planned
     show(
         f"budget halved under {len(ASKED)} streams: all identical; KV {planned} to {fewer} blocks and back, "

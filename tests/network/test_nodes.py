@@ -13,7 +13,7 @@ from actors.placement import SCHEDULER
 from azu.launch.local_network import LocalNetwork
 from azu.protocol.node import Node, NodeState
 from azu.units import MIB
-from tests.network.actors import actors_named, pid_of
+from tests.network.actors import actors_named, lend, pid_of
 from tests.network.user import User
 
 pytestmark = pytest.mark.cluster
@@ -76,12 +76,12 @@ def test_a_smaller_budget_is_reported_and_pieces_shrink_or_move(user: User, netw
     before = nodes()["ada"].vram_total_bytes
     epochs = epochs_on(user, "ada")
     try:
-        ray.get(agent("ada").lend.remote(before // 2), timeout=30)
+        lend(agent("ada"), before // 2)
         wait_for(lambda found: found["ada"].vram_total_bytes == before // 2, timeout_s=60)
         # Pieces that filled the node run with fewer blocks, or elsewhere: under a new epoch.
         wait_for(lambda _: epochs_on(user, "ada") != epochs, timeout_s=60)
     finally:
-        ray.get(agent("ada").lend.remote(2**60), timeout=30)
+        lend(agent("ada"), 2**60)
     wait_for(lambda found: found["ada"].vram_total_bytes == before, timeout_s=60)
 
 

@@ -33,7 +33,7 @@ def environments() -> Environments:
             environment = repr(process.environ())
             lineage = {process.name(), *(parent.name() for parent in process.parents())}
         except psutil.Error:
-            continue  # gone meanwhile, or somebody else's
+            continue  # it has ended, or another user owns it
         everybodys.append(environment)
         if lineage & {"raylet", "gcs_server"}:
             rays.append(environment)
