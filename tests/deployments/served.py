@@ -13,7 +13,7 @@ import uvicorn
 from azu.money.ledger.transfers import user_available, user_reserved
 from tests.deployments.local import LocalIngress, local_ingress, unhurried
 
-_PATIENCE_S = 60
+_PATIENCE_S = 300
 
 
 @dataclass
