@@ -1,4 +1,4 @@
-"""Every path, command, variable, metric and HTTP operation that a page names exists."""
+"""Every path, command, name, variable, metric and HTTP operation that a page names exists."""
 
 import re
 import shlex
@@ -21,6 +21,8 @@ PAGES = [
 FOLDERS = ("azu", "actors", "configs", "deployments", "docs", "tests")
 PATH = re.compile(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/[\w./*-]*")
 FILE = re.compile(r"^[\w.-]+\.(?:py|md|yaml|toml|lua|json)$|^Makefile$")
+# A class, or a function that begins with an underscore; with a dot, a method.
+NAME = re.compile(r"`(_[a-z]\w+|(?:[A-Z][a-z]+){2,}(?:\.\w+)?)`")
 METRIC = re.compile(r"\bazu_[a-z_]+[a-z]\b")
 VARIABLE = re.compile(r"\bAZU_[A-Z][A-Z_]*[A-Z]\b")
 OPERATION = re.compile(r"\b(?:GET|POST|DELETE) (/[\w/{}.-]+)|\$AZU_URL(/[\w/.-]+)")
@@ -74,8 +76,13 @@ def wrong_command(words: list[str]) -> str | None:
     return wrong_arguments(arguments)
 
 
+@cache
+def azu_command() -> click.Command:
+    return typer.main.get_command(app)
+
+
 def wrong_arguments(arguments: list[str]) -> str | None:
-    command = typer.main.get_command(app)
+    command = azu_command()
     waiting = list(arguments)
     while isinstance(command, click.Group) or hasattr(command, "commands"):
         if not waiting or waiting[0].startswith("-"):
@@ -108,6 +115,12 @@ def product() -> str:
 
 
 @cache
+def words() -> frozenset[str]:
+    """Return every word of the source text."""
+    return frozenset(re.findall(r"\w+", product()))
+
+
+@cache
 def operations() -> re.Pattern[str]:
     """Return what matches the path of an HTTP operation; docs/api.md lists them all."""
     page = (ROOT / "docs" / "api.md").read_text()
@@ -115,11 +128,14 @@ def operations() -> re.Pattern[str]:
     return re.compile("|".join(re.sub(r"\{.*?\}", "[^/]+", path) for path in [*paths, "/openapi.json"]))
 
 
+@cache
+def file_names() -> frozenset[str]:
+    return frozenset(path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
+
+
 def exists(name: str) -> bool:
     """Return True for a path of the repository, and for the name of a file there or in the source text."""
-    if "/" not in name and (
-        f'"{name}"' in product() or any(any((ROOT / one).rglob(name)) for one in FOLDERS)
-    ):
+    if "/" not in name and (name in file_names() or f'"{name}"' in product()):
         return True
     return any(ROOT.glob(name.rstrip("/")))
 
@@ -131,8 +147,10 @@ def faults(text: str, folder: Path = ROOT) -> list[str]:
     names += [span for span in re.findall(r"`([^`\s]+)`", text) if FILE.match(span)]
     found = {f"there is no {name}" for name in names if name not in MODELS and not exists(name)}
     found |= {f"there is no {target}" for target in links.findall(text) if not (folder / target).exists()}
-    found |= {f"nothing reads {name}" for name in VARIABLE.findall(text) if name not in product()}
-    found |= {f"there is no metric {name}" for name in METRIC.findall(text) if name not in product()}
+    found |= {f"nothing reads {name}" for name in VARIABLE.findall(text) if name not in words()}
+    found |= {f"there is no metric {name}" for name in METRIC.findall(text) if name not in words()}
+    for name in NAME.findall(text):
+        found |= {f"there is no {part}" for part in name.split(".") if part not in words()}
     asked = [(path or url).rstrip(".") for path, url in OPERATION.findall(text)]
     found |= {f"nothing answers {path}" for path in asked if not operations().fullmatch(path)}
     return sorted(found | {fault for words in commands(text) if (fault := wrong_command(words))})
@@ -165,6 +183,9 @@ def test_the_architecture_page_names_every_file() -> None:
         ("    azu ps ; azu up --fast   # both\n", "azu up has no option --fast"),
         ("Run `make coffee`.", "make has no target coffee"),
         ("```bash\npytest -m 'swift and not prove' tests\n```\n", "there is no marker swift"),
+        ("See `GoneClass`.", "there is no GoneClass"),
+        ("See `StageRunner.gone_far`.", "there is no gone_far"),
+        ("See `_gone`.", "there is no _gone"),
         ("Set `AZU_GONE`.", "nothing reads AZU_GONE"),
         ("`GET /v1/gone` and `GET /v1/models`", "nothing answers /v1/gone"),
         ("    curl $AZU_URL/v1/jobs/JOB/gone\n", "nothing answers /v1/jobs/JOB/gone"),
