@@ -368,7 +368,7 @@ def test_a_cancellation_is_recorded_once_and_reaches_later_readers_too(run_scena
         assert not waiting.done()
         await jobs.cancel("job-1")
 
-        assert await asyncio.wait_for(waiting, 1) == "job-1"
+        assert await asyncio.wait_for(waiting, 30) == "job-1"
         records = [await jobs.get(f"job-{n}") for n in range(3)]
         assert [record is not None and record.cancelled for record in records] == [True, True, False]
 

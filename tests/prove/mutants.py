@@ -152,7 +152,8 @@ def new_tree(folder: Path) -> None:
 
 def fails(tree: Path, tests: list[str]) -> bool:
     """Return whether a test fails in a tree, or does not end."""
-    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    # Other packages' plugins take longer to import than most of these tests take to run.
+    environment = os.environ | {"PYTHONPATH": str(tree), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     marked = ["-m", "not prove and not cluster", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "-x", "-q", *marked, *tests]
     try:
@@ -182,10 +183,17 @@ def main() -> int:
             trees.put(Path(folder) / str(worker))
             new_tree(Path(folder) / str(worker))
 
-        def killed(one: Mutant) -> bool:
+        for tests in {test for one in mutants for test in tests_of(one.file)}:
+            if fails(Path(folder) / "0", [tests]):
+                raise RuntimeError(f"{tests} fails without any change")
+
+        def killed(numbered: tuple[int, Mutant]) -> bool:
+            number, one = numbered
             tree = trees.get()
             try:
                 (tree / one.file).write_text(one.source)
+                # Python knows a stale .pyc by the time of its source, in whole seconds.
+                os.utime(tree / one.file, (number, number))
                 died = fails(tree, tests_of(one.file))
                 print("killed  " if died else "SURVIVED", f"{one.name} (line {one.line})", flush=True)
                 return died
@@ -194,7 +202,7 @@ def main() -> int:
                 trees.put(tree)
 
         with ThreadPoolExecutor(trees.qsize()) as pool:
-            deaths = list(pool.map(killed, mutants))
+            deaths = list(pool.map(killed, enumerate(mutants, 1)))
     survivors = [one for one, died in zip(mutants, deaths, strict=True) if not died]
     for one in survivors:
         print(f"{one.file}:{one.line} {one.name}\n    {reasons.get(one.name, 'no reason is known')}")

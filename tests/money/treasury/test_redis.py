@@ -97,7 +97,7 @@ def test_nonces_are_near_the_clock_and_never_given_twice(redis_url: str) -> None
 
 def test_one_signer_holds_the_lease_until_it_is_released_or_silent(redis_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        first, second = RedisLease(redis, ttl_ms=400), RedisLease(redis, ttl_ms=400)
+        first, second = RedisLease(redis, ttl_ms=60_000), RedisLease(redis, ttl_ms=50)
         assert await first.hold()
         assert not await second.hold()
         assert await first.hold()
