@@ -199,10 +199,10 @@ class Deployment:
         """Start every actor of the topology; raises the first error of a piece that did not come up."""
         self._record_payouts()
         await self._start_pipeline()
-        for error in (
-            await self._pieces.bring_up(self.topology, self.topology.piece_set, self._pipeline_name())
-        ).values():
-            raise error
+        topology = self.topology
+        errors = await self._pieces.bring_up(topology, topology.piece_set, self._pipeline_name())
+        if errors:
+            raise next(iter(errors.values()))
         await self._backend.begin(self._pipeline_name(), self._pieces.stages)
         await self._save()
         self._supervise()
@@ -225,11 +225,11 @@ class Deployment:
 
     async def close(self) -> None:
         """Kill every actor and give the VRAM back."""
-        self.state = DeploymentState.CLOSED
-        await self._store.forget(self.topology)
         for task in (self._supervisor, self._changing):
             if task is not None:
                 task.cancel()
+        self.state = DeploymentState.CLOSED
+        await self._store.forget(self.topology)
         if self._pipeline is not None:
             self._backend.kill(self._pipeline)
         self._pieces.close()
