@@ -21,4 +21,4 @@ def test_the_contract_and_its_page_are_served_like_any_answer(redis_url: str, tm
             assert wrong.json()["error"]["type"] == "invalid_request_error"
             assert all(reply.headers["x-request-id"] for reply in (document, docs, missing, wrong))
 
-    asyncio.run(asyncio.wait_for(ask(), 60))
+    asyncio.run(asyncio.wait_for(ask(), 300))
