@@ -178,14 +178,14 @@ class Driver:
 
     async def completed(self, result: StepResult) -> None:
         """Take the last stage's tokens and send the next step off."""
-        updates = self._engine.complete(result)
+        events = self._engine.complete(result)
         self._send()
         now = time.perf_counter()
-        for update in updates:
-            timing, ended = self._running[update.sequence_id]
-            timing.token_ids.extend(update.token_ids)
-            timing.seconds.extend([now] * len(update.token_ids))
-            if update.finish_reason is not None:
+        for sequence_id, event in events.items():
+            timing, ended = self._running[sequence_id]
+            timing.token_ids.extend(event.token_ids)
+            timing.seconds.extend([now] * len(event.token_ids))
+            if event.finish_reason is not None:
                 ended.set_result(None)
 
     async def lost(self, pieces: object, error: object, *_blame: object) -> None:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from azu.engine.accounting import Work
 from azu.engine.experts import ExpertRunner
-from azu.engine.pipeline import EnginePipeline, SequenceUpdate
+from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.scheduler import Sequence as EngineSequence
 from azu.engine.stage_contract import Handoff, StageSpec
 from azu.engine.stage_runner import StageRunner
 from azu.errors import DeadlineExceeded, InternalError
 from azu.models.config_json import eos_token_ids, read_config
-from azu.protocol.job import FinishReason
+from azu.protocol.job import FinishReason, TokenEvent
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import StepBatch, StepResult
 from azu.protocol.structure import LayerKind, Structure
@@ -34,6 +34,13 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     work: Work = field(default_factory=dict)
+
+    def add(self, event: TokenEvent) -> None:
+        """Append the tokens of an event, and take its work when it is the last one."""
+        self.token_ids += event.token_ids
+        self.logprobs += event.logprobs
+        if event.finish_reason is not None:
+            self.finish_reason, self.work = event.finish_reason, event.work
 
 
 class LocalPipeline:
@@ -99,11 +106,11 @@ class LocalPipeline:
             self.engine.add(EngineSequence(sequence_id, tuple(prompt), params))
             completions[sequence_id] = Completion()
         while self.engine.num_sequences:
-            for update in self.step():
-                _apply(completions[update.sequence_id], update)
+            for sequence_id, event in self.step().items():
+                completions[sequence_id].add(event)
         return list(completions.values())
 
-    def step(self) -> list[SequenceUpdate]:
+    def step(self) -> dict[int, TokenEvent]:
         """Start as many steps as may be in flight, then run the oldest of them through all stages."""
         while (batch := self.engine.next_batch()) is not None:
             self.in_flight.append(batch)
@@ -192,11 +199,3 @@ class LocalExpertLink:
     def start(self, expert_set: int, layer: int, request: bytes) -> _Pending:
         """Run a request in another thread."""
         return _Pending(self._threads.submit(self.runners[expert_set].run, layer, request))
-
-
-def _apply(completion: Completion, update: SequenceUpdate) -> None:
-    completion.token_ids += update.token_ids
-    completion.logprobs += update.logprobs
-    if update.finish_reason is not None:
-        completion.finish_reason = update.finish_reason
-        completion.work = update.work

@@ -2,11 +2,11 @@
 
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from azu.engine.accounting import Work, WorkAccount
 from azu.engine.scheduler import BatchScheduler, SchedulerConfig, Sequence
-from azu.protocol.job import FinishReason
+from azu.protocol.job import FinishReason, TokenEvent
 from azu.protocol.step import OpenedSequence, Replay, SampledToken, Slice, StepBatch, StepResult
 from azu.protocol.structure import Structure
 from azu.protocol.topology import Topology
@@ -14,25 +14,11 @@ from azu.protocol.topology import Topology
 Chosen = tuple[tuple[Sequence, Slice], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceUpdate:
-    """What is new of a sequence. `logprobs` and `top_logprobs` are parallel to `token_ids` when asked for.
-
-    With `finish_reason` the sequence is over, and `work` has how much of it each node ran, by layer.
-    """
-
-    sequence_id: int
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
-    finish_reason: FinishReason | None = None
-    work: Work = field(default_factory=dict)
-
-
 class EnginePipeline:
     """Schedules the sequences of one deployment and counts what ran; its owner moves the bytes.
 
-    `num_completed` counts the steps that brought sequences on.
+    New tokens are returned by sequence id, as events whose `index` and `choice` the owner sets: it knows the
+    job. `num_completed` counts the steps that brought sequences on.
     """
 
     def __init__(
@@ -93,10 +79,13 @@ class EnginePipeline:
         self._scheduler.add(sequence)
         self._sequences[sequence.sequence_id] = sequence
 
-    def cancel(self, sequence_id: int) -> list[SequenceUpdate]:
+    def cancel(self, sequence_id: int) -> dict[int, TokenEvent]:
         """End a sequence now; what is in flight of it is ignored later. Unknown ids change nothing."""
         sequence = self._sequences.get(sequence_id)
-        return [] if sequence is None else [self._finish(sequence, FinishReason.CANCELLED)]
+        if sequence is None:
+            return {}
+        work = self._finish(sequence)
+        return {sequence_id: TokenEvent(0, (), finish_reason=FinishReason.CANCELLED, work=work)}
 
     def suspend(self) -> None:
         """Schedule nothing until `resume`, and forget what is in flight: it will not be waited for.
@@ -107,8 +96,8 @@ class EnginePipeline:
         self._replays.clear()
         for step in self._in_flight.values():
             self._closed += step.closed
-            for sequence, piece in () if step.replay else step.chosen:
-                self._scheduler.rewind(sequence, piece.position)
+            for sequence, slice_ in () if step.replay else step.chosen:
+                self._scheduler.rewind(sequence, slice_.position)
         self._in_flight.clear()
         self._reopen.update(self._sequences)
 
@@ -168,22 +157,27 @@ class EnginePipeline:
         chosen = self._scheduler.next_slices()
         return self._send(None, tuple(chosen)) if chosen else None
 
-    def complete(self, result: StepResult) -> list[SequenceUpdate]:
+    def complete(self, result: StepResult) -> dict[int, TokenEvent]:
         """Take a step back from the last stage; one of another epoch or not in flight changes nothing."""
         if result.epoch != self._epoch or result.step not in self._in_flight:
-            return []
+            return {}
         step = self._in_flight.pop(result.step)
         if result.most_tokens is not None:
             self._scheduler.shorten_steps(result.most_tokens)
         if step.replay:
             if not self._replays and not self._in_flight:
                 self._unfilled.clear()
-            return []
+            return {}
         self.num_completed += 1
-        counted = {sequence.sequence_id for sequence, piece in step.chosen if self._returned(sequence, piece)}
+        counted = {
+            sequence.sequence_id for sequence, slice_ in step.chosen if self._returned(sequence, slice_)
+        }
         self._account.add_expert_work(work for work in result.expert_work if work.sequence_id in counted)
-        updates = (self._sampled(token) for token in result.tokens)
-        return [update for update in updates if update is not None]
+        return {
+            token.sequence_id: self._sampled(sequence, token)
+            for token in result.tokens
+            if (sequence := self._sequences.get(token.sequence_id)) is not None
+        }
 
     def _send(self, replay: Replay | None, chosen: Chosen) -> StepBatch:
         self._steps += 1
@@ -199,37 +193,33 @@ class EnginePipeline:
             epoch=self._epoch,
             step=self._steps,
             micro_batch=micro_batch,
-            slices=tuple(piece for _, piece in chosen),
+            slices=tuple(slice_ for _, slice_ in chosen),
             token_ids=() if replay and replay.first else _tokens(chosen),
             opened=opened,
             closed=closed,
             replay=replay,
         )
 
-    def _returned(self, sequence: Sequence, piece: Slice) -> bool:
+    def _returned(self, sequence: Sequence, slice_: Slice) -> bool:
         """Take one slice back; say if it counts: not if it was computed before or its sequence has ended."""
         self._scheduler.slice_returned(sequence)
-        new = piece.position >= sequence.num_ran and sequence.sequence_id in self._sequences
+        new = slice_.position >= sequence.num_ran and sequence.sequence_id in self._sequences
         if new:
-            sequence.num_ran = piece.position + piece.num_tokens
-            self._account.add_tokens(sequence.sequence_id, piece.num_tokens)
+            sequence.num_ran = slice_.position + slice_.num_tokens
+            self._account.add_tokens(sequence.sequence_id, slice_.num_tokens)
         return new
 
-    def _sampled(self, token: SampledToken) -> SequenceUpdate | None:
-        sequence = self._sequences.get(token.sequence_id)
-        if sequence is None:
-            return None
+    def _sampled(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
         self._scheduler.extend(sequence, token.token_id)
-        update = SequenceUpdate(
-            sequence_id=token.sequence_id,
+        reason = self._finish_reason(sequence, token.token_id)
+        return TokenEvent(
+            index=0,
             token_ids=(token.token_id,),
             logprobs=() if token.logprob is None else (token.logprob,),
             top_logprobs=() if token.logprob is None else (token.top_logprobs,),
+            finish_reason=reason,
+            work={} if reason is None else self._finish(sequence),
         )
-        reason = self._finish_reason(sequence, token.token_id)
-        if reason is None:
-            return update
-        return replace(update, finish_reason=reason, work=self._finish(sequence, reason).work)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         sampling = sequence.sampling
@@ -239,15 +229,14 @@ class EnginePipeline:
             return FinishReason.STOP
         return FinishReason.LENGTH if sequence.num_generated >= sampling.max_tokens else None
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> SequenceUpdate:
+    def _finish(self, sequence: Sequence) -> Work:
         del self._sequences[sequence.sequence_id]
         self._scheduler.finish(sequence)
         self._reopen.discard(sequence.sequence_id)
         if sequence.sequence_id in self._opened:
             self._opened.remove(sequence.sequence_id)
             self._closed.append(sequence.sequence_id)
-        work = self._account.close(sequence.sequence_id)
-        return SequenceUpdate(sequence.sequence_id, finish_reason=reason, work=work)
+        return self._account.close(sequence.sequence_id)
 
     def _open(self, sequences: Iterable[Sequence]) -> tuple[OpenedSequence, ...]:
         new = [
@@ -281,8 +270,8 @@ class _Step:
 def _tokens(chosen: Chosen) -> tuple[int, ...]:
     return tuple(
         token
-        for sequence, piece in chosen
-        for token in sequence.token_ids[piece.position : piece.position + piece.num_tokens]
+        for sequence, slice_ in chosen
+        for token in sequence.token_ids[slice_.position : slice_.position + slice_.num_tokens]
     )
 
 

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from azu import metrics
-from azu.engine.pipeline import EnginePipeline, SequenceUpdate
+from azu.engine.pipeline import EnginePipeline
 from azu.metrics import Meter
+from azu.protocol.job import TokenEvent
 
 STALL_S = 1.0
 _RESULTS = ("repaired", "given_up")
@@ -31,16 +32,16 @@ class PipelineMetrics:
         self._sequences[sequence_id] = _Sequence(now_s)
         self._meter.count(metrics.PROMPT_TOKENS, num_prompt, self._model_id)
 
-    def record_tokens(self, updates: Iterable[SequenceUpdate], now_s: float) -> None:
-        """Count the new tokens of sequences; those of unknown sequences are ignored."""
-        for update in updates:
-            sequence = self._sequences.get(update.sequence_id)
+    def record_tokens(self, events: Iterable[tuple[int, TokenEvent]], now_s: float) -> None:
+        """Count new tokens by sequence id; those of unknown sequences are ignored."""
+        for sequence_id, event in events:
+            sequence = self._sequences.get(sequence_id)
             if sequence is None:
                 continue
-            if update.token_ids:
-                self._tokens(sequence, len(update.token_ids), now_s)
-            if update.finish_reason is not None:
-                del self._sequences[update.sequence_id]
+            if event.token_ids:
+                self._tokens(sequence, len(event.token_ids), now_s)
+            if event.finish_reason is not None:
+                del self._sequences[sequence_id]
 
     def record_recovery(self, *, given_up: bool = False) -> None:
         """Count a repair that replaced the lost pieces, or one that was given up."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from azu.engine.accounting import Work
-from azu.engine.pipeline import EnginePipeline, SequenceUpdate
+from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import Sequence
 from azu.engine.text import TextDecoder
 from azu.engine.timing import PipelineMetrics
@@ -81,7 +81,7 @@ class JobRunner:
         self._sequence_ids = itertools.count(1)
         self._by_sequence: dict[int, tuple[_ActiveJob, int]] = {}  # with the choice that the sequence is
         self._by_job: OrderedDict[str, _ActiveJob] = OrderedDict()  # with those that ended lately
-        self._updates: asyncio.Queue[list[SequenceUpdate]] = asyncio.Queue()
+        self._events: asyncio.Queue[dict[int, TokenEvent]] = asyncio.Queue()  # by sequence id
         self._fault: AzuError | None = None
 
     @property
@@ -115,36 +115,35 @@ class JobRunner:
         if active := self._by_job.get(job_id):
             active.cancelled = True
             for sequence_id in active.open:
-                self._updates.put_nowait(self._engine.cancel(sequence_id))
+                self._events.put_nowait(self._engine.cancel(sequence_id))
             self._on_change()
 
     def complete(self, result: StepResult) -> None:
         """Take the last stage's tokens."""
-        updates = self._engine.complete(result)
+        events = self._engine.complete(result)
         # The next step leaves before the tokens of this one are written.
         self._on_change()
-        self._updates.put_nowait(updates)
+        self._events.put_nowait(events)
 
     def fail(self, error: AzuError) -> None:
         """End every job with what was delivered, and this error."""
         self._fault = error
         self._engine.suspend()
-        self._updates.put_nowait(
-            [update for sequence_id in self._by_sequence for update in self._engine.cancel(sequence_id)]
-        )
+        for sequence_id in self._by_sequence:
+            self._events.put_nowait(self._engine.cancel(sequence_id))
 
     async def write(self) -> None:
         """Write the tokens of finished steps to Redis, those of several steps at once, until cancelled."""
         while True:
-            updates = await self._updates.get()
-            while not self._updates.empty():
-                updates = updates + self._updates.get_nowait()
-            self._metrics.record_tokens(updates, time.monotonic())
-            events = [event for update in updates if (event := self._event(update)) is not None]
-            await retry_until_available(partial(self._jobs.append, events))
-            for update in updates:
-                if update.finish_reason is not None:
-                    self._end_sequence(update, update.finish_reason)
+            events = [*(await self._events.get()).items()]
+            while not self._events.empty():
+                events += self._events.get_nowait().items()
+            self._metrics.record_tokens(events, time.monotonic())
+            written = [self._of_job(sequence_id, event) for sequence_id, event in events if event.token_ids]
+            await retry_until_available(partial(self._jobs.append, written))
+            for sequence_id, event in events:
+                if event.finish_reason is not None:
+                    self._end_sequence(sequence_id, event.finish_reason, event.work)
 
     async def _begin(self, active: _ActiveJob) -> None:
         job = active.job
@@ -180,29 +179,19 @@ class JobRunner:
         active.open.add(sequence.sequence_id)
         log.info("began", extra={"job_id": job.job_id, "sequence_id": sequence.sequence_id})
 
-    def _event(self, update: SequenceUpdate) -> tuple[str, TokenEvent] | None:
-        """Return what is written of an update, with its job's id; None for one without tokens."""
-        if not update.token_ids:
-            return None
-        active, choice = self._by_sequence[update.sequence_id]
-        event = TokenEvent(
-            index=active.delivered,
-            token_ids=update.token_ids,
-            logprobs=update.logprobs,
-            top_logprobs=update.top_logprobs,
-            choice=choice,
-            finish_reason=update.finish_reason,
-            work=update.work,
-        )
-        active.delivered += len(update.token_ids)
+    def _of_job(self, sequence_id: int, event: TokenEvent) -> tuple[str, TokenEvent]:
+        """Return a sequence's event with its index and choice in the job, and the job's id."""
+        active, choice = self._by_sequence[sequence_id]
+        event = replace(event, index=active.delivered, choice=choice)
+        active.delivered += len(event.token_ids)
         return active.job.job_id, event
 
-    def _end_sequence(self, update: SequenceUpdate, reason: FinishReason) -> None:
-        active, _ = self._by_sequence.pop(update.sequence_id)
-        active.open.remove(update.sequence_id)
-        ids = {"job_id": active.job.job_id, "sequence_id": update.sequence_id}
+    def _end_sequence(self, sequence_id: int, reason: FinishReason, work: Work) -> None:
+        active, _ = self._by_sequence.pop(sequence_id)
+        active.open.remove(sequence_id)
+        ids = {"job_id": active.job.job_id, "sequence_id": sequence_id}
         log.info("ended", extra=ids | {"finish_reason": reason.value})
-        active.end_choice(reason, update.work)
+        active.end_choice(reason, work)
         self._end_if_over(active)
 
     def _end_if_over(self, active: _ActiveJob) -> None:

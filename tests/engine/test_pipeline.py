@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from azu.engine.pipeline import EnginePipeline, SequenceUpdate
+from azu.engine.accounting import Work
+from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig, Sequence
-from azu.protocol.job import FinishReason
+from azu.protocol.job import FinishReason, TokenEvent
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import ExpertWork, Replay, SampledToken, StepBatch, StepResult
 from azu.protocol.topology import ExpertSet, LayerSpan, Stage
@@ -37,21 +38,21 @@ def _next(pipeline: EnginePipeline) -> StepBatch:
     return batch
 
 
-def _run(pipeline: EnginePipeline, token: int = 9) -> list[SequenceUpdate]:
-    updates = []
+def _run(pipeline: EnginePipeline, token: int = 9) -> list[TokenEvent]:
+    events: list[TokenEvent] = []
     while pipeline.num_sequences:
-        updates += pipeline.complete(_answer(_next(pipeline), token))
-    return updates
+        events += pipeline.complete(_answer(_next(pipeline), token)).values()
+    return events
 
 
 def test_a_sequence_delivers_its_tokens_and_ends_at_its_limit() -> None:
     pipeline = _pipeline()
     _add(pipeline, max_tokens=3)
 
-    updates = _run(pipeline)
+    events = _run(pipeline)
 
-    assert [update.token_ids for update in updates] == [(9,)] * 3
-    assert [update.finish_reason for update in updates] == [None, None, FinishReason.LENGTH]
+    assert [event.token_ids for event in events] == [(9,)] * 3
+    assert [event.finish_reason for event in events] == [None, None, FinishReason.LENGTH]
     assert pipeline.num_free_blocks == 64
 
 
@@ -59,10 +60,10 @@ def test_eos_is_delivered_and_ends_the_sequence() -> None:
     pipeline = _pipeline()
     _add(pipeline)
 
-    (update,) = _run(pipeline, token=_EOS)
+    (event,) = _run(pipeline, token=_EOS)
 
-    assert update.token_ids == (_EOS,)
-    assert update.finish_reason is FinishReason.STOP
+    assert event.token_ids == (_EOS,)
+    assert event.finish_reason is FinishReason.STOP
 
 
 def test_steps_have_the_tokens_of_their_slices() -> None:
@@ -103,7 +104,7 @@ def test_a_sequence_with_generated_tokens_continues_after_them() -> None:
     assert batch.token_ids == (10, 11, 20, 21)
     assert batch.opened[0].prompt_token_ids == (10, 11)
     assert batch.opened[0].generated == (20, 21)
-    assert [update.finish_reason for update in _run(pipeline)] == [FinishReason.LENGTH]
+    assert [event.finish_reason for event in _run(pipeline)] == [FinishReason.LENGTH]
 
 
 def test_work_counts_every_layer_where_it_ran() -> None:
@@ -127,11 +128,16 @@ def test_recomputed_tokens_are_counted_once() -> None:
         _add(pipeline, 1, prompt=7, max_tokens=6)
         _add(pipeline, 2, prompt=7, max_tokens=6)
 
-    expected, got = _run(roomy), _run(tight)
+    work: list[dict[int, Work]] = []
+    for pipeline in (roomy, tight):
+        work.append({})
+        while pipeline.num_sequences:
+            for sequence_id, event in pipeline.complete(_answer(_next(pipeline))).items():
+                if event.work:
+                    work[-1][sequence_id] = event.work
 
-    assert {u.sequence_id: u.work for u in got if u.work} == {
-        u.sequence_id: u.work for u in expected if u.work
-    }
+    assert work[0].keys() == {1, 2}
+    assert work[0] == work[1]
 
 
 def test_expert_work_is_added_up_and_that_of_unknown_sequences_ignored() -> None:
@@ -143,13 +149,13 @@ def test_expert_work_is_added_up_and_that_of_unknown_sequences_ignored() -> None
     )
     pipeline = EnginePipeline(structure, topology, SchedulerConfig(8, 4), (_EOS,))
     _add(pipeline, max_tokens=2)
-    updates: list[SequenceUpdate] = []
+    events: list[TokenEvent] = []
     for _ in range(2):
         reports = (ExpertWork(1, 1, "a", 5), ExpertWork(1, 1, "b", 7), ExpertWork(99, 1, "b", 1000))
-        updates += pipeline.complete(_answer(_next(pipeline), expert_work=reports))
+        events += pipeline.complete(_answer(_next(pipeline), expert_work=reports)).values()
 
     head = structure.shard("head").active_parameters * 4 * 4
-    assert updates[-1].work[1] == {"a": 10 + head, "b": 14}
+    assert events[-1].work[1] == {"a": 10 + head, "b": 14}
 
 
 def test_a_cancelled_sequence_ends_at_once_and_frees_its_blocks_when_its_step_returns() -> None:
@@ -158,13 +164,13 @@ def test_a_cancelled_sequence_ends_at_once_and_frees_its_blocks_when_its_step_re
     pipeline.complete(_answer(_next(pipeline)))
     batch = _next(pipeline)
 
-    (update,) = pipeline.cancel(1)
-    assert update.finish_reason is FinishReason.CANCELLED
-    assert update.work  # tokens that ran until then are paid for
+    event = pipeline.cancel(1)[1]
+    assert event.finish_reason is FinishReason.CANCELLED
+    assert event.work  # tokens that ran until then are paid for
     assert pipeline.num_free_blocks < 64
-    assert pipeline.complete(_answer(batch)) == []
+    assert pipeline.complete(_answer(batch)) == {}
     assert pipeline.num_free_blocks == 64
-    assert pipeline.cancel(1) == []
+    assert pipeline.cancel(1) == {}
 
 
 def test_results_of_another_epoch_or_repeated_change_nothing() -> None:
@@ -172,9 +178,9 @@ def test_results_of_another_epoch_or_repeated_change_nothing() -> None:
     _add(pipeline)
     result = _answer(_next(pipeline))
 
-    assert pipeline.complete(replace(result, epoch=result.epoch + 1)) == []
+    assert pipeline.complete(replace(result, epoch=result.epoch + 1)) == {}
     assert len(pipeline.complete(result)) == 1
-    assert pipeline.complete(result) == []
+    assert pipeline.complete(result) == {}
 
 
 def test_no_more_steps_start_than_may_be_in_flight() -> None:
@@ -195,10 +201,10 @@ def test_logprobs_are_returned_only_on_request(logprob: float | None) -> None:
     batch = _next(pipeline)
     token = SampledToken(1, 9, logprob, ((9, -0.5),) if logprob else ())
 
-    (update,) = pipeline.complete(_answer(batch, tokens=(token,)))
+    event = pipeline.complete(_answer(batch, tokens=(token,)))[1]
 
-    assert update.logprobs == (() if logprob is None else (logprob,))
-    assert update.top_logprobs == (() if logprob is None else (((9, -0.5),),))
+    assert event.logprobs == (() if logprob is None else (logprob,))
+    assert event.top_logprobs == (() if logprob is None else (((9, -0.5),),))
 
 
 def _two_stages() -> EnginePipeline:
@@ -217,7 +223,7 @@ def test_a_suspended_pipeline_sends_nothing_and_continues_after_its_last_complet
 
     pipeline.resume(builders.topology({"c": (0, 2), "b": (2, 4)}, epoch=5), (), {})
 
-    assert pipeline.complete(_answer(lost)) == []
+    assert pipeline.complete(_answer(lost)) == {}
     again = _next(pipeline)
     assert (again.epoch, again.token_ids) == (5, (20,))
     # The last stage may have sampled a token that never returned.
@@ -236,7 +242,7 @@ def test_a_lost_stage_is_filled_before_any_other_step_runs() -> None:
     assert [(slice_.position, slice_.num_tokens, slice_.sample) for slice_ in fill.slices] == [(0, 3, False)]
     assert pipeline.next_batch() is None
     assert pipeline.unfilled_stages == {1}
-    assert pipeline.complete(replace(_answer(fill), epoch=2)) == []
+    assert pipeline.complete(replace(_answer(fill), epoch=2)) == {}
 
     assert pipeline.unfilled_stages == frozenset()
     assert _next(pipeline).replay is None
@@ -271,7 +277,7 @@ def test_a_sequence_cancelled_while_suspended_frees_its_blocks() -> None:
     _next(pipeline)
     pipeline.suspend()
 
-    (update,) = pipeline.cancel(1)
+    event = pipeline.cancel(1)[1]
 
-    assert update.finish_reason is FinishReason.CANCELLED
+    assert event.finish_reason is FinishReason.CANCELLED
     assert pipeline.num_free_blocks == 64

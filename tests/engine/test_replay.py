@@ -52,10 +52,10 @@ class _Deployment:
             self.tokens[sequence_id] = []
 
     def step(self) -> None:
-        for update in self.pipeline.step():
-            self.tokens[update.sequence_id] += update.token_ids
-            if update.finish_reason is not None:
-                self.work[update.sequence_id] = update.work
+        for sequence_id, event in self.pipeline.step().items():
+            self.tokens[sequence_id] += event.token_ids
+            if event.finish_reason is not None:
+                self.work[sequence_id] = event.work
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         while self.pipeline.engine.num_sequences and not until():

@@ -3,11 +3,11 @@
 import pytest
 
 from azu import metrics
-from azu.engine.pipeline import EnginePipeline, SequenceUpdate
+from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig, Sequence
 from azu.engine.timing import STALL_S, PipelineMetrics, StageClock, hop_s
 from azu.metrics import Meter
-from azu.protocol.job import FinishReason
+from azu.protocol.job import FinishReason, TokenEvent
 from azu.protocol.sampling import SamplingParams
 from tests.builders import structure, topology
 
@@ -33,10 +33,10 @@ def test_tokens_and_the_time_between_them_are_counted() -> None:
     meter = Meter()
     measured = PipelineMetrics(MODEL, 16, meter)
     measured.record_start(1, 30, 10.0)
-    measured.record_tokens([SequenceUpdate(1, (5,))], 10.4)
-    measured.record_tokens([SequenceUpdate(1, (6, 7))], 10.6)
-    measured.record_tokens([SequenceUpdate(1, (8,), finish_reason=FinishReason.STOP)], 10.7)
-    measured.record_tokens([SequenceUpdate(1, (9,)), SequenceUpdate(2, (9,))], 10.8)
+    measured.record_tokens([(1, TokenEvent(0, (5,)))], 10.4)
+    measured.record_tokens([(1, TokenEvent(0, (6, 7)))], 10.6)
+    measured.record_tokens([(1, TokenEvent(0, (8,), finish_reason=FinishReason.STOP))], 10.7)
+    measured.record_tokens([(1, TokenEvent(0, (9,))), (2, TokenEvent(0, (9,)))], 10.8)
 
     snapshot = meter.snapshot()
 
@@ -55,7 +55,7 @@ def test_a_long_wait_between_two_tokens_is_a_stall_and_a_long_wait_for_the_first
     measured = PipelineMetrics(MODEL, 16, meter)
     measured.record_start(1, 1, 0.0)
     for at_s in (STALL_S + 1, STALL_S + 1.5, 2 * STALL_S + 1.5):
-        measured.record_tokens([SequenceUpdate(1, (5,))], at_s)
+        measured.record_tokens([(1, TokenEvent(0, (5,)))], at_s)
 
     assert meter.snapshot().value(metrics.STALLS, MODEL) == 1
 
