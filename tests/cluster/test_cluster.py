@@ -10,6 +10,7 @@ from azu.cluster.cluster import Cluster
 from azu.cluster.deployment import Deployment
 from azu.cluster.deployment_store import DeploymentStore
 from azu.errors import InsufficientCapacity, WorkerLost
+from azu.planner.migration import TopologyChange, better_placement
 from azu.planner.policy import PlanPolicy
 from azu.protocol.node import Node, NodeState
 from azu.protocol.topology import PieceSet, Topology
@@ -258,6 +259,28 @@ def test_a_move_that_comes_to_nothing_leaves_everything_as_it_was(redis_url: str
         assert await network.cluster.improve(deployment), "it was tried"
         assert deployment.topology is before
         assert network.cluster.placed_bytes() == before.vram_bytes_by_node
+
+    asyncio.run(scenario())
+
+
+def test_a_plan_for_an_older_topology_is_dropped(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        network = Network(redis_url, vram_bytes=6 * MIB)
+        network.backend.structures["m/one"] = structure(6, model_id="m/one")
+        deployment = await network.ensure("m/one")
+        before, pieces = deployment.topology, set(network.backend.pieces)
+        network.nodes.append(node("c", 64 * MIB, memory_bytes_per_s=1e13, flops_per_s=1e14))
+        network.room({}, {})
+
+        def plan_late(*arguments: object) -> TopologyChange | None:
+            change = better_placement(*arguments)
+            # A repair has given the deployment another topology meanwhile.
+            deployment.set_topology(replace(before))
+            return change
+
+        monkeypatch.setattr("azu.cluster.cluster.better_placement", plan_late)
+        assert not await network.cluster.improve(deployment)
+        assert (deployment.topology, set(network.backend.pieces)) == (before, pieces)
 
     asyncio.run(scenario())
 

@@ -190,15 +190,18 @@ def main() -> int:
         def killed(numbered: tuple[int, Mutant]) -> bool:
             number, one = numbered
             tree = trees.get()
+            target = tree / one.file
+            original = target.read_text()
             try:
-                (tree / one.file).write_text(one.source)
+                target.write_text(one.source)
                 # Python knows a stale .pyc by the time of its source, in whole seconds.
-                os.utime(tree / one.file, (number, number))
+                os.utime(target, (number, number))
                 died = fails(tree, tests_of(one.file))
                 print("killed  " if died else "SURVIVED", f"{one.name} (line {one.line})", flush=True)
                 return died
             finally:
-                shutil.copy2(ROOT / one.file, tree / one.file)
+                target.write_text(original)
+                os.utime(target, (0, 0))
                 trees.put(tree)
 
         with ThreadPoolExecutor(trees.qsize()) as pool:
