@@ -28,12 +28,15 @@ _SECRETS = frozenset(
         "SCHEDULER_PRIVATE_KEY",
     }
 )  # fmt: skip
-# A killed node is noticed after 3 s and a silent one after 9 s, instead of 15 s and a minute.
-_HEALTH = {
+_HEAD_ONLY = {
+    # A killed node is noticed after 3 s and a silent one after 9 s, instead of 15 s and a minute.
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
+    # Serve kills a proxy that is not ready within 5 s, and the network does not start: on a busy machine
+    # its imports take longer. 60 s is how long Serve waits for it in all.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 _ALWAYS = {
     # A node ends at SIGTERM: azu moves the pieces, Ray has nothing to drain.
@@ -86,7 +89,7 @@ class RayHost:
             *("--include-dashboard", str(self.dashboard_port is not None)),
             *("--dashboard-port", str(self.dashboard_port or free_port())),
         )
-        environment = self._environment(frozenset()) | _HEALTH
+        environment = self._environment(frozenset()) | _HEAD_ONLY
         return ProcessSpec(HEAD, self._start("head", *options), environment)
 
     def worker(self, head: str, worker: Worker) -> ProcessSpec:
