@@ -1,6 +1,6 @@
 """OpenAI's endpoints: the requests that azu takes, and the answers, whole or as the chunks of a stream.
 
-A parameter that azu does not have is refused by its name, unless its value asks for nothing.
+A parameter that azu lacks is refused by its name, unless its value changes nothing.
 """
 
 import json
@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from azu.api.base import OrAbsent, RequestModel, ResponseModel
 from azu.errors import InvalidRequest
 
-# Parameters azu does not have, with the values that ask for nothing: others would change the output.
+# Parameters that azu lacks, with the values that change nothing; any other value is refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),
@@ -172,7 +172,7 @@ ToolChoice = Annotated[Literal["auto", "none"] | None, BeforeValidator(_not_forc
 
 
 def _stop_strings(stop: Any) -> Any:
-    """Take one stop string for a list of one; an empty one asks for nothing."""
+    """Return a list of stop strings; one string is a list of one, and an empty one is none."""
     if stop is None or stop == "":
         return []
     return [stop] if isinstance(stop, str) else stop
@@ -185,7 +185,7 @@ StopStrings = Annotated[
 
 
 def _one_prompt(prompt: Any) -> Any:
-    """Take a list of one prompt for that prompt, which is a text or a list of token ids."""
+    """Return one prompt, a text or a list of token ids; a list of one prompt stands for it."""
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     is_tokens = isinstance(prompt, list) and all(type(token_id) is int for token_id in prompt)
@@ -304,7 +304,7 @@ class Usage(ResponseModel):
 class AzuFields(ResponseModel):
     """What azu adds to OpenAI's answers: the job, and in chunks its completion tokens so far.
 
-    A caller that lost its stream asks `/v1/jobs/{job_id}/stream` for what follows `after`.
+    A caller whose stream broke gets the rest from `/v1/jobs/{job_id}/stream` with this `after`.
     """
 
     job_id: str
@@ -352,7 +352,7 @@ class TextLogprobs(ResponseModel):
 
 
 class FunctionCall(ResponseModel):
-    """The function that the model wants called; `arguments` is a JSON object as text."""
+    """A call of a function by the model; `arguments` is a JSON object as text."""
 
     name: str
     arguments: str

@@ -284,11 +284,11 @@ def sign_challenge(wallet: LocalAccount, text: str, url: str) -> str:
     first, _, rest = text.partition("\n")
     domain = first.removesuffix(_WANTS)
     if domain == first or not rest.startswith(f"{wallet.address}\n"):
-        raise InvalidRequest("the network wants something signed that is no sign-in of this wallet")
+        raise InvalidRequest("the network sent a text to sign that is no sign-in of this wallet")
     here = urlsplit(url).netloc
     if _loopback_as_one(domain) != _loopback_as_one(here):
         raise InvalidRequest(
-            f"the network at {here} wants a sign-in at {domain}; its AZU_DOMAIN has to be {here}"
+            f"the network at {here} sent a sign-in for {domain}; its AZU_DOMAIN has to be {here}"
         )
     signature: str = wallet.sign_message(encode_defunct(text=text)).signature.to_0x_hex()
     return signature
