@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import redis
+from hypothesis import settings
 
 from tests.redis_server import RunningRedis, start_redis
 
@@ -19,6 +20,10 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 os.environ["RAY_AUTH_MODE"] = "token"
 # torch reads this once. Beside the cluster's tests a second thread waits longer for a core than it computes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# hypothesis fails an example that takes 200 ms, which on a busy machine says nothing about the code.
+settings.register_profile("azu", deadline=None)
+settings.load_profile("azu")
 
 _FIGURES = pytest.StashKey[Counter[str]]()
 

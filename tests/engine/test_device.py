@@ -31,7 +31,7 @@ def test_the_memory_of_processes_is_measured_and_an_ended_process_has_none() -> 
     assert used is not None
     assert 64 * MIB <= used <= 128 * MIB
 
-    child.communicate(b"\n", timeout=10)
+    child.communicate(b"\n", timeout=120)
     assert CpuMeter().memory(0, [child.pid]).used_bytes == 0
 
 

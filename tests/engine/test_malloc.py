@@ -41,7 +41,7 @@ print(json.dumps(found))
 
 def measured(*arguments: str) -> dict[str, int]:
     command = [sys.executable, "-c", _STEPS, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     return dict(json.loads(done.stdout))
 
 

@@ -81,7 +81,7 @@ class _Engine:
 _JOBS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=12)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     jobs=_JOBS,
     num_blocks=st.integers(11, 40),
@@ -113,7 +113,7 @@ def test_every_sequence_ends_and_every_block_becomes_free(
     assert engine.scheduler.num_free_blocks == num_blocks
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(jobs=_JOBS, cancelled=st.sets(st.tuples(st.integers(0, 11), st.integers(0, 20))), data=st.data())
 def test_cancelled_sequences_free_their_blocks(
     jobs: list[tuple[int, int]], cancelled: set[tuple[int, int]], data: st.DataObject
