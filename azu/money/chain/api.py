@@ -172,7 +172,14 @@ def parse_actions_left(reply: Any) -> int:
 def parse_refusal(reply: Any) -> Refusal | None:
     """Parse the answer to POST /exchange; return None when the action was executed."""
     answer = _parse(_ANSWER, reply)
-    return Refusal(answer.response) if isinstance(answer, _RefusedReply) else None
+    if not isinstance(answer, _RefusedReply):
+        return None
+    reason = answer.response
+    return Refusal(
+        reason,
+        nonce_used="duplicate nonce" in reason or "nonce too low" in reason,
+        no_account=reason.startswith("Must deposit"),
+    )
 
 
 def _token_index(reply: Any, token: str) -> int:

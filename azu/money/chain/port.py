@@ -59,19 +59,10 @@ class Refusal:
     """The chain's words for not executing an action, at the time of this post."""
 
     reason: str
-
-    @property
-    def nonce_used(self) -> bool:
-        """Whether the chain admitted an action with this nonce before, maybe this very action.
-
-        The chain admits no other action with the same nonce.
-        """
-        return "duplicate nonce" in self.reason or "nonce too low" in self.reason
-
-    @property
-    def no_account(self) -> bool:
-        """Whether the chain does not know the sender: the account never received anything, or is empty."""
-        return self.reason.startswith("Must deposit")
+    # Whether the chain admitted an action with this nonce before, maybe this very action; it admits no other.
+    nonce_used: bool = False
+    # Whether the chain does not know the sender: the account never received anything, or is empty.
+    no_account: bool = False
 
 
 class Chain(Protocol):
