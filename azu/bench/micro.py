@@ -1,6 +1,7 @@
 """Measurements of one part each: settlements, a cut, hops between actors, and the log of inputs."""
 
 import asyncio
+import logging
 import os
 import secrets
 import shutil
@@ -15,11 +16,15 @@ from statistics import median
 import ray
 from ray.actor import ActorHandle
 
+from actors.placement import NAMESPACE
 from azu.auth.api_keys import ApiKey
 from azu.bench.model import BenchModel, ModelShape, balanced_boundary, bench_model, cut_model, random_prompts
 from azu.bench.report import Measurement, Measurements, call_apart, in_turns, ray_here, seconds_of
 from azu.errors import Unavailable
-from azu.launch.processes import ProcessGroup, address_towards, free_port
+from azu.files import write_private
+from azu.launch.membership import head_files
+from azu.launch.processes import ProcessGroup, address_towards, free_port, variables_set
+from azu.launch.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment
 from azu.launch.redis_server import start_redis, wait_for_redis
 from azu.models import describe
 from azu.money.books import Books
@@ -129,6 +134,7 @@ def _run(*command: str | Path) -> None:
 
 _HOPS = {8 * KIB: 300, MIB: 40}  # size of a frame, and how often one goes to and fro
 _LIMIT_MS = 1.0
+_NODES = ("node-0", "node-1")
 
 
 class Bouncer:
@@ -164,7 +170,7 @@ def measure_hop(_shape: ModelShape) -> Measurements:
 
 def measure_tls(_shape: ModelShape) -> Measurements:
     """Return the median of half a round between two nodes of this machine, with TLS and without."""
-    plain, with_tls = (call_apart(_TIMEOUT_S, _hops_between_nodes, tls=tls) for tls in (False, True))
+    plain, with_tls = (_hops_between_nodes(tls=tls) for tls in (False, True))
     found = []
     for size in _HOPS:
         name = f"hop of {format_bytes(size)} between nodes, encrypted"
@@ -192,31 +198,30 @@ def _hops_ms(frame_bytes: int, rounds: int, nodes: tuple[str, str] | None = None
 
 
 def _hops_between_nodes(*, tls: bool) -> dict[int, float]:
-    """Return the median hop of each size; runs in a process of its own, for Ray reads its settings once."""
-    from azu.files import write_private
-    from azu.launch.membership import head_files
-    from azu.launch.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment
-
-    names = ("node-0", "node-1")
+    """Return the median hop of each size between two nodes of a cluster that is started for it."""
     with tempfile.TemporaryDirectory(prefix="azu-ray-", dir="/tmp", ignore_cleanup_errors=True) as made:
         folder, ip, port = Path(made), _own_address(), free_port()
         files = head_files(folder / "tls", [ip]) if tls else None
         host = RayHost(folder, folder / "token", ip, tls=files)
-        write_private(host.token_path, secrets.token_hex(32))
-        # The bench's own cluster has another token.
-        os.environ.pop("RAY_AUTH_TOKEN", None)
-        os.environ.update(driver_environment(host.token_path, files))
-        with ProcessGroup(folder / "logs") as processes:
+        token = secrets.token_hex(32)
+        write_private(host.token_path, token)
+        settings = driver_environment(host.token_path, files) | {"RAY_AUTH_TOKEN": token}
+        with variables_set(settings), ProcessGroup(folder / "logs") as processes:
             processes.start(host.head(port))
-            for index, name in enumerate(names):
+            for index, name in enumerate(_NODES):
                 processes.start(host.worker(f"{ip}:{port}", Worker(index, name, MIB, f"0x{0:040x}")))
-            for name in (HEAD, *names):
+            for name in (HEAD, *_NODES):
                 processes.wait_until_printed(name, STARTED, _START_TIMEOUT_S)
-            ray.init(f"{ip}:{port}", namespace="azu", log_to_driver=False, logging_level="error")
-            try:
-                return {size: median(_hops_ms(size, rounds, names)) for size, rounds in _HOPS.items()}
-            finally:
-                ray.shutdown()
+            # Ray reads whether it uses TLS when it is imported, as this process has done.
+            return call_apart(_TIMEOUT_S, _hops_at, f"{ip}:{port}")
+
+
+def _hops_at(head: str) -> dict[int, float]:
+    ray.init(head, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        return {size: median(_hops_ms(size, rounds, _NODES)) for size, rounds in _HOPS.items()}
+    finally:
+        ray.shutdown()
 
 
 def _own_address() -> str:

@@ -11,7 +11,7 @@ from azu.bench.suite import MEASUREMENTS, run_bench
 from azu.errors import InvalidRequest
 
 TINY = ModelShape(4, 64, 4, 2, 96, 97, 2048)
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 
 
 @pytest.fixture(autouse=True)
