@@ -237,6 +237,7 @@ def test_the_youngest_is_preempted_when_no_block_is_free() -> None:
 
     assert old.state == "running"
     assert young.state == "waiting"
+    assert engine.scheduler.num_preempted == 1
     engine.run_all()
     assert young.num_generated == 6
 
