@@ -1,12 +1,14 @@
 """Code that runs in the cluster finds no private key: not in an environment, not in a log."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from azu.launch.local_network import LocalNetwork
@@ -47,6 +49,8 @@ def platform_key(network: LocalNetwork, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_a_task_on_any_node_finds_no_private_key(network: LocalNetwork, platform_key: str) -> None:
+    # Ray's workers import azu's packages only, not the tests.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     look = ray.remote(num_cpus=0)(environments)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     assert len(nodes) >= 4
