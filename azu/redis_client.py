@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as ConnectionLost
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as NoReply
 from redis.retry import Retry as SyncRetry
 
@@ -27,6 +28,11 @@ REPLY_TIMEOUT_S = 15.0
 _MAX_CONNECTIONS = 32
 _RETRIES = 3
 _PAUSE_S = 0.5
+# What Redis answers when it takes no command, or no write, for a while: it loads its files, it is a replica
+# or lost its own, it has no memory left, its last save failed, or a script holds it. An error inside a script
+# has the word in its message, and redis-py strips some of them off.
+_AWAY_ERRORS = (ConnectionLost, NoReply, ReadOnlyError, OutOfMemoryError)
+_AWAY = re.compile(r"\b(READONLY|OOM|MISCONF|LOADING|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|TRYAGAIN|BUSY)\b")
 _OPTIONS: dict[str, Any] = {
     "decode_responses": True,
     "socket_connect_timeout": CONNECT_TIMEOUT_S,
@@ -103,12 +109,19 @@ def _typed_and_cancellable() -> Iterator[None]:
     cancellations = task.cancelling()
     try:
         yield
-    except (ConnectionLost, NoReply) as error:
+    except RedisError as error:
+        if not _is_away(error):
+            raise
         raise Unavailable(f"Redis did not answer: {error}") from error
     finally:
         # Also in place of an answer or another error: the caller may handle that one and go on.
         if task.cancelling() > cancellations:
             raise asyncio.CancelledError
+
+
+def _is_away(error: RedisError) -> bool:
+    """Say whether Redis cannot serve now but may later, and not that it refuses this command for good."""
+    return isinstance(error, _AWAY_ERRORS) or _AWAY.search(str(error)) is not None
 
 
 def _backoff() -> ExponentialBackoff:
