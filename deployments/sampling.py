@@ -114,7 +114,7 @@ class _GenerationConfig(BaseModel):
     top_k: int | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     min_new_tokens: int | None = Field(default=None, ge=0)
 
 

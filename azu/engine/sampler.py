@@ -3,6 +3,7 @@
 import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 import xxhash
@@ -24,6 +25,10 @@ from azu.protocol.step import OpenedSequence, SampledToken
 
 _SEED = struct.Struct("<QQ")
 _SEED_MASK = (1 << 64) - 1
+# float32 has no smaller normal number: below it the highest logit has the whole probability.
+_LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
+# Below this temperature a logit divided by it may exceed float32.
+_LOW_TEMPERATURE = 0.01
 
 
 class Sampler:
@@ -68,11 +73,13 @@ class Sampler:
 class _OpenSequence:
     def __init__(self, opened: OpenedSequence, eos_token_ids: tuple[int, ...]) -> None:
         self._id = opened.sequence_id
-        self._sampling = opened.sampling
+        self._sampling = sampling = opened.sampling
+        if sampling.temperature < _LEAST_TEMPERATURE:
+            self._sampling = sampling = replace(sampling, temperature=0.0)
         self._num_prompt = len(opened.prompt_token_ids)
         self._tokens = [*opened.prompt_token_ids, *opened.generated]
         self._counts = Counter(opened.generated)
-        self._processors = _processors(opened.sampling, self._num_prompt, eos_token_ids, self._counts)
+        self._processors = _processors(sampling, self._num_prompt, eos_token_ids, self._counts)
 
     def next(self, logits: Tensor, best: int) -> SampledToken:
         """Choose from logits [vocabulary]; `best` is their greedy choice."""
@@ -111,6 +118,13 @@ class _Bias(LogitsProcessor):  # type: ignore[misc] # transformers is untyped
         return scores.index_add(1, self._ids, self._values[None].to(scores.dtype))
 
 
+class _BelowZero(LogitsProcessor):  # type: ignore[misc]
+    """Subtracts the highest logit, which changes no probability and keeps quotients from becoming inf."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+        return scores - scores.amax(-1, keepdim=True)
+
+
 class _CountPenalty(LogitsProcessor):  # type: ignore[misc]
     """OpenAI's presence and frequency penalties, over the tokens generated so far."""
 
@@ -143,6 +157,8 @@ def _processors(
         chosen.append(MinNewTokensLengthLogitsProcessor(num_prompt, sampling.min_tokens, ends, device="cpu"))
     if sampling.temperature == 0:
         return chosen
+    if sampling.temperature < _LOW_TEMPERATURE:
+        chosen.append(_BelowZero())
     if sampling.temperature != 1.0:
         chosen.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:

@@ -84,6 +84,8 @@ def test_an_unsupported_parameter_is_refused_by_name(param: str, value: object) 
         },
         {"top_logprobs": 21, "logprobs": True},
         {"stop_token_ids": ["7"]},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": 101},
     ],
 )
 def test_values_out_of_range_and_unknown_keys_are_refused(change: dict[str, object]) -> None:

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from azu.engine.sampler import Sampler
@@ -170,3 +172,53 @@ def test_logits_that_are_not_finite_are_refused() -> None:
 
     with pytest.raises(FrameError, match="finite"):
         _sampler(SamplingParams(max_tokens=1)).sample([1], logits)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-40, 1.2e-38, 1e-30, 1e-6, 1e-4, 0.009, 0.01, 2.0])
+def test_every_temperature_gives_the_probabilities_of_float64(temperature: float) -> None:
+    logits = _logits(seed=1)
+    logits[0, 3] = logits.max() + 1e-4
+    logits[0, 4] = logits.max()  # equal to the highest
+    sampling = SamplingParams(max_tokens=400, temperature=temperature, seed=5)
+    expected = ((logits.double() - logits.double().max()) / temperature).softmax(-1)[0]
+    sampler = _sampler(sampling)
+
+    drawn = [sampler.sample([1], logits)[0].token_id for _ in range(400)]
+
+    share = torch.bincount(torch.tensor(drawn), minlength=_VOCAB) / 400
+    if temperature < 1.2e-38:
+        assert set(drawn) == {3}, "the first of the highest"
+    else:
+        assert (share - expected).abs().max() < 0.1
+        assert all(expected[token] > 0 for token in drawn)
+
+
+_EDGES = st.sampled_from([0.0, 5e-324, 1e-45, 1.2e-38, 1e-7, 0.5, 1.0, 2.0])
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    temperature=_EDGES,
+    top_k=st.sampled_from([0, 1, 2, _VOCAB, 1_000_000]),
+    top_p=st.sampled_from([5e-324, 1e-40, 1e-7, 0.5, 1.0]),
+    min_p=st.sampled_from([0.0, 5e-324, 1e-40, 0.5, 1.0]),
+    repetition_penalty=st.sampled_from([0.01, 1.0, 100.0]),
+    presence_penalty=st.sampled_from([-2.0, 0.0, 5e-324, 2.0]),
+    frequency_penalty=st.sampled_from([-2.0, 0.0, 2.0]),
+    bias=st.sampled_from([{}, {0: 100.0}, {0: -100.0, 1: 100.0}]),
+    scale=st.sampled_from([0.0, 1e-30, 1.0, 1e30]),
+)
+def test_no_accepted_parameters_make_a_draw_fail_or_touch_a_neighbour(
+    scale: float, bias: dict[int, float], **given: float
+) -> None:
+    plain = SamplingParams(max_tokens=9, temperature=1.0, seed=3)
+    odd = SamplingParams(max_tokens=9, seed=4, logit_bias=bias, **given)  # type: ignore[arg-type]
+    sampler = _sampler(plain, sequence_id=1)
+    sampler.open([OpenedSequence(2, _PROMPT, odd)])
+    alone = _sampler(plain, sequence_id=1)
+
+    for index in range(7):
+        logits = torch.cat([_logits(index), _logits(index + 50) * scale])
+        ours, other = sampler.sample([1, 2], logits)
+        assert ours == alone.sample([1], logits[:1])[0]
+        assert 0 <= other.token_id < _VOCAB
