@@ -134,7 +134,7 @@ def test_a_redis_without_memory_writes_no_part_of_a_transfer(tmp_path: Path) -> 
         ledger, redis = RedisLedger.from_url(server.url), connect_redis(server.url)
         await ledger.apply(moves.deposit(5))
         await redis.config_set("maxmemory", "1")
-        with pytest.raises(LedgerError, match="maxmemory"):
+        with pytest.raises(Unavailable, match="maxmemory"):
             await ledger.apply(moves.reserve("job-1", 1))
         await redis.config_set("maxmemory", "0")
         assert (await audit(await ledger.snapshot(), ledger.journal())).agrees
