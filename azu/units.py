@@ -6,7 +6,7 @@ everywhere; decimal strings exist only at the chain's edge and in output for peo
 
 import re
 import reprlib
-from decimal import Decimal, InvalidOperation
+from decimal import Context, Decimal, DecimalException, InvalidOperation, Rounded
 
 from azu.errors import InvalidRequest
 
@@ -17,6 +17,9 @@ KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
 
+# A product of more digits raises Rounded.
+_EXACT = Context(prec=28, traps=[InvalidOperation, Rounded])
+_PER_HYPE = Decimal(LAMPORTS_PER_HYPE).normalize()  # one digit
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", re.IGNORECASE)
 _SIZE_FACTORS = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1024**4}
 
@@ -24,15 +27,19 @@ _SIZE_FACTORS = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1024**4}
 def lamports_from_hype(amount: str) -> int:
     """Return the lamports of a decimal HYPE string such as "1.25", exactly.
 
-    Raises InvalidRequest for anything that is not a finite decimal of at most eight places.
+    Raises InvalidRequest for anything that is not a decimal of at most 28 digits, at most eight of them
+    behind the point, and for more than all HYPE that can exist.
     """
     try:
-        lamports = Decimal(amount) * LAMPORTS_PER_HYPE
-        exact = lamports.is_finite() and lamports == lamports.to_integral_value()
-    except (InvalidOperation, ValueError, TypeError):
+        lamports = _EXACT.multiply(Decimal(amount), _PER_HYPE)
+        exact = abs(lamports) <= MAX_LAMPORTS and lamports == lamports.to_integral_value()
+    except (DecimalException, ValueError, TypeError):
         exact = False
     if not exact:
-        raise InvalidRequest(f"{amount!r} is not an amount of HYPE with at most 8 decimals", param="amount")
+        raise InvalidRequest(
+            f"{reprlib.repr(amount)} is not an amount of HYPE: at most 10^9, with at most 8 decimals",
+            param="amount",
+        )
     return int(lamports)
 
 

@@ -34,6 +34,8 @@ router = APIRouter()
 Deltas = AsyncIterator[TextDelta | JobOutcome]
 
 _NO_CACHE = {"cache-control": "no-cache"}
+# Many clients take these three characters for the end of a line, as Python's splitlines does.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 
 
 @router.post(
@@ -208,4 +210,4 @@ def _json(body: ResponseModel) -> Response:
 
 
 def _event(body: ResponseModel) -> str:
-    return f"data: {body.model_dump_json()}\n\n"
+    return f"data: {body.model_dump_json().translate(_LINE_ENDS)}\n\n"

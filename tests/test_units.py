@@ -5,10 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from azu.errors import InvalidRequest
-from azu.units import GIB, MIB, format_bytes, hype_from_lamports, lamports_from_hype, parse_bytes
+from azu.units import (
+    GIB,
+    MAX_LAMPORTS,
+    MIB,
+    format_bytes,
+    hype_from_lamports,
+    lamports_from_hype,
+    parse_bytes,
+)
 
 
-@given(lamports=st.integers(min_value=-(10**18), max_value=10**18))
+@given(lamports=st.integers(min_value=-MAX_LAMPORTS, max_value=MAX_LAMPORTS))
 def test_lamports_become_hype_and_back_exactly(lamports: int) -> None:
     assert lamports_from_hype(hype_from_lamports(lamports)) == lamports
 
@@ -24,6 +32,28 @@ def test_hype_is_parsed_exactly(text: str, lamports: int) -> None:
 def test_a_malformed_amount_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest):
         lamports_from_hype(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1000000000.00000001",
+        "-1000000001",
+        "1e10",
+        "1e999999999999999999",
+        "1e-999999999999999999",
+        "1.0000000000000000000000000001",
+        "100000000.00000000000000000000000000001",
+        "9" * 5000,
+    ],
+)
+def test_an_amount_is_refused_before_it_would_be_rounded_or_exceeds_all_hype(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="10\\^9"):
+        lamports_from_hype(text)
+
+
+def test_all_hype_is_an_amount() -> None:
+    assert lamports_from_hype("1000000000.000000000000000000") == MAX_LAMPORTS
 
 
 @pytest.mark.parametrize(

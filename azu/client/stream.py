@@ -3,7 +3,7 @@
 import json
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +116,7 @@ class Stream:
         return None
 
     def _read_lines(self, response: httpx.Response) -> Generator[str, None, None]:
-        for line in response.iter_lines():
+        for line in _lines(response.iter_text()):
             if not line.startswith("data: "):
                 continue
             content = line.removeprefix("data: ")
@@ -149,3 +149,11 @@ class Stream:
                 first += text
                 self._finish_reason = choice.finish_reason or self._finish_reason
         return first
+
+
+def _lines(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the whole lines of a stream; httpx splits also at U+2028 and others, which JSON may hold."""
+    rest = ""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split("\n")
+        yield from lines

@@ -26,6 +26,8 @@ class TextDecoder:
     def __init__(self, backend: Backend, ends: frozenset[int] = frozenset()) -> None:
         self._backend = backend
         self._ends = ends
+        added = backend.get_added_tokens_decoder()
+        self._specials = {token.content: token_id for token_id, token in added.items() if token.special}
 
     @classmethod
     def from_json(cls, content: str) -> "TextDecoder":
@@ -65,7 +67,9 @@ class TextDecoder:
         """
         hidden = self._ends if raw else None
         stream = TextStream(self._backend, prompt_token_ids[-_CONTEXT_TOKENS:], hidden)
-        return CompletionText(stream, sampling.stop, sampling.min_tokens)
+        # A special token may have no text, so a stop string that is one is found by its id.
+        stop_ids = frozenset(self._specials[stop] for stop in sampling.stop if stop in self._specials)
+        return CompletionText(stream, sampling.stop, sampling.min_tokens, stop_ids)
 
 
 class TextStream:
@@ -149,14 +153,21 @@ class TextDelta:
 
 
 class CompletionText:
-    """The text of one completion, up to the first stop string.
+    """The text of one completion, up to the first stop string or token of `stop_ids`.
 
     A stop string that is complete before the completion has `min_tokens` tokens is ordinary text. Text that
     may become a stop string is held back until later tokens decide.
     """
 
-    def __init__(self, decoder: TextStream, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        decoder: TextStream,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self._decoder = decoder
+        self._stop_ids = stop_ids
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
         self._num_tokens = 0
@@ -177,6 +188,10 @@ class CompletionText:
         if self.stopped:
             return TextDelta()
         self._num_tokens += 1
+        if token_id in self._stop_ids and self._num_tokens >= self._min_tokens:
+            last = self.finish()
+            self.stopped = True
+            return last
         begin = self._num_decoded
         self._add(self._decoder.push(token_id))
         self._pending.append((begin, self._num_decoded))

@@ -1,5 +1,6 @@
 """The client over real HTTP: its requests, its values and its errors."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,6 +115,17 @@ def test_a_chat_goes_through_the_models_template(ingress: Ingress, client: Clien
 
     assert generation.text == "東京 🗼"
     assert ingress.requests[0].body["messages"] == messages
+
+
+def test_a_stream_is_split_where_its_lines_end_and_nowhere_else(ingress: Ingress, client: Client) -> None:
+    text = "a\u0085b\u2028c\u2029d\x0be"
+    ingress.replies["POST /v1/completions"] = Reply(
+        chunks=(
+            json.dumps(piece(text), ensure_ascii=False), piece("", finish="stop"), usage_chunk(), "[DONE]",
+        )
+    )  # fmt: skip
+
+    assert client.generate("x", model=MODEL).text == text
 
 
 def test_a_broken_stream_that_cannot_continue_is_an_error(ingress: Ingress, client: Client) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from transformers import AutoTokenizer
 
 from azu.config import NetworkPolicy
 from azu.errors import ShardError
 from tests.deployments.local import LocalIngress, local_ingress, policy_with
+from tests.models.questions import built_in_folder
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 ASKED = {"model": "azu/tiny-dense", "messages": MESSAGES, "max_tokens": 5}
@@ -133,6 +135,22 @@ def test_an_error_in_a_stream_is_raised_in_its_place(play) -> None:
         with pytest.raises(openai.APIError, match="damaged"):
             [chunk async for chunk in stream]
         assert len(sent) == 1
+
+    play(scenario)
+
+
+def test_every_line_of_a_stream_ends_with_its_newline_alone(play) -> None:
+    text = "a\u0085b\u2028c\u2029d"
+    tokenizer = AutoTokenizer.from_pretrained(built_in_folder("azu/tiny-dense"))
+
+    async def scenario(ingress: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
+        ingress.model.token_ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        asked = ASKED | {"max_tokens": 200}
+        stream = await client.chat.completions.create(**asked, stream=True)
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == text
+        async with ingress.client(client.api_key) as http:
+            raw = (await http.post("/v1/chat/completions", json=asked | {"stream": True})).text
+        assert raw.splitlines() == raw.split("\n")[:-1]
 
     play(scenario)
 

@@ -161,6 +161,22 @@ def test_a_stop_string_is_found_across_the_tokens_of_its_characters(tokenizer: T
     assert text.stopped
 
 
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_stop_string_that_is_a_special_token_stops_by_its_id(tokenizer: Tokenizer, raw: bool) -> None:
+    (special,) = tokenizer.encode("<|user|>")[-1:]
+    ids = [*tokenizer.encode("one E"), special, *tokenizer.encode("two")]
+    sampling = SamplingParams(max_tokens=99, stop=("END", "<|user|>"))
+    for decoder in (tokenizer, TextDecoder.from_json(tokenizer.to_json())):
+        text = decoder.completion((), sampling, raw=raw)
+
+        deltas = [text.push(token) for token in ids]
+
+        assert "".join(delta.text for delta in deltas).endswith("one E")
+        assert sum(len(delta.token_offsets) for delta in deltas) == len(tokenizer.encode("one E"))
+        text = decoder.completion((), sampling, raw=raw)
+        assert [text.ends_with(token) for token in ids].index(True) == ids.index(special)
+
+
 def test_a_word_keeps_its_space_and_a_byte_its_value_in_a_sentencepiece_vocabulary() -> None:
     vocabulary = {"<unk>": 0, "▁Hello": 1, "<0xF0>": 2, "▁": 3}
     backend = Backend(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))

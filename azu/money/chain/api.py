@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, Valida
 from pydantic.alias_generators import to_camel
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from azu.errors import ChainError
+from azu.errors import ChainError, InvalidRequest
 from azu.money.chain.networks import ChainNetwork
 from azu.money.chain.port import LedgerTransfer, Recipient, Refusal, TxDetails
 from azu.units import lamports_from_hype
@@ -71,7 +71,10 @@ class ChainClient:
             meta = await self._info({"type": "spotMeta"})
             self._hype_index = _token_index(meta, self.network.hype)
         state = await self._info({"type": "spotClearinghouseState", "user": user})
-        return lamports_from_hype(_balance_of(state, self._hype_index))
+        try:
+            return lamports_from_hype(_balance_of(state, self._hype_index))
+        except InvalidRequest as error:
+            raise ChainError(f"spotClearinghouseState: {error.message}") from error
 
     async def recipient(self, user: str, source: str) -> Recipient:
         """Return what the chain says of `user` as the recipient of a transfer from `source`."""
