@@ -10,9 +10,6 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from typing import ParamSpec, TypeVar
 
-import ray
-
-from actors.placement import NAMESPACE
 from azu.errors import DeadlineExceeded
 from azu.units import MIB
 
@@ -104,6 +101,11 @@ def call_apart(timeout_s: float, function: Callable[P, T], *args: P.args, **kwar
 @contextmanager
 def ray_here() -> Iterator[None]:
     """Connect to a Ray cluster of this process's own, which ends with the block."""
+    # Ray reads its environment when it is imported: `run_bench` sets it first.
+    import ray
+
+    from actors.placement import NAMESPACE
+
     # Paths of sockets have to be short.
     with tempfile.TemporaryDirectory(prefix="azu-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         ray.init(

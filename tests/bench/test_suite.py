@@ -1,6 +1,8 @@
 """Every measurement on a model so small that only the way is measured, not the speed."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,9 @@ def test_measures_over_real_actors(name: str) -> None:
     assert all(figure.value > 0 and math.isfinite(figure.ratio) for figure in found)
     if name == "many_streams":
         assert found[0].notes["equal streams"] == 16
+
+
+def test_ray_is_not_imported_before_its_environment_is_set() -> None:
+    program = "import sys, azu.cli.bench, azu.bench.suite; print('ray' in sys.modules)"
+
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"
