@@ -20,7 +20,6 @@ from azu.config import NetworkPolicy
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.stage_contract import StageSpec
 from azu.errors import AzuError, WorkerLost
-from azu.models.description import ModelDescription
 from azu.planner.demand import shards_of
 from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import Job, JobRun
@@ -140,7 +139,6 @@ class RayBackend:
     async def start_pipeline(self, name: str, structure: Structure, topology: Topology) -> None:
         model = structure.model_id, structure.revision
         timeout_s = self._timeouts.describe_s
-        described: ModelDescription = await ask(REGISTRY, "describe", *model, timeout_s=timeout_s)
         text_decoder: str = await ask(REGISTRY, "text_decoder", *model, timeout_s=timeout_s)
         scheduling = SchedulerConfig(
             num_blocks=topology.num_blocks,
@@ -150,8 +148,8 @@ class RayBackend:
         )
         try:
             handle = start_on_head(
-                Pipeline, name, structure, topology, scheduling, described.architecture.eos_token_ids,
-                text_decoder, self._redis_url, self._timeouts.step_s, max_concurrency=_PIPELINE_CONCURRENCY,
+                Pipeline, name, structure, topology, scheduling, text_decoder, self._redis_url,
+                self._timeouts.step_s, max_concurrency=_PIPELINE_CONCURRENCY,
             )  # fmt: skip
         except Exception as error:
             raise as_azu_error(error, name) from error

@@ -35,20 +35,20 @@ class Pipeline:
         structure: Structure,
         topology: Topology,
         scheduling: SchedulerConfig,
-        eos_token_ids: Sequence[int],
         text_decoder: str,
         redis_url: str,
         step_timeout_s: float,
     ) -> None:
         log_as("pipeline", model_id=structure.model_id)
         self._epoch = topology.epoch
-        self._engine = EnginePipeline(structure, topology, scheduling, eos_token_ids)
+        text = TextDecoder.from_json(text_decoder)
+        self._engine = EnginePipeline(structure, topology, scheduling, text.ends)
         meter = open_meter(lambda: self._metrics.set_load(self._engine))
         self._metrics = PipelineMetrics(structure.model_id, scheduling.num_blocks, meter)
         self._runner = JobRunner(
             self._engine,
             RedisJobs.from_url(redis_url),
-            TextDecoder.from_json(text_decoder),
+            text,
             self._metrics,
             on_change=self._send_steps,
         )

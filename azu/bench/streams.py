@@ -166,7 +166,7 @@ class Driver:
     def __init__(
         self, structure: Structure, topology: Topology, scheduling: SchedulerConfig, first_stage: ActorHandle
     ) -> None:
-        self._engine = EnginePipeline(structure, topology, scheduling, eos_token_ids=())
+        self._engine = EnginePipeline(structure, topology, scheduling, ends=())
         self._first_stage = first_stage
         self._ids = count(1)
         self._running: dict[int, tuple[StreamTiming, asyncio.Future[None]]] = {}

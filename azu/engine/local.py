@@ -18,7 +18,7 @@ from azu.engine.scheduler import Sequence as EngineSequence
 from azu.engine.stage_contract import Handoff, StageSpec
 from azu.engine.stage_runner import StageRunner
 from azu.errors import DeadlineExceeded, InternalError
-from azu.models.config_json import eos_token_ids, read_config
+from azu.models.config_json import eos_token_ids
 from azu.protocol.job import FinishReason, TokenEvent
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import StepBatch, StepResult
@@ -71,7 +71,7 @@ class LocalPipeline:
             structure,
             topology,
             scheduling or SchedulerConfig(topology.num_blocks, topology.block_size),
-            eos_token_ids(shard_folder, read_config(shard_folder)),
+            eos_token_ids(shard_folder),
         )
         self.in_flight: deque[StepBatch] = deque()
         self._ids = count(1)

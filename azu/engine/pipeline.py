@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from azu.engine.accounting import Work, WorkAccount
 from azu.engine.scheduler import BatchScheduler, SchedulerConfig, Sequence
@@ -26,13 +26,13 @@ class EnginePipeline:
         structure: Structure,
         topology: Topology,
         config: SchedulerConfig,
-        eos_token_ids: Collection[int],
+        ends: Collection[int],
     ) -> None:
         self._epoch = topology.epoch
         self._num_blocks = config.num_blocks
         self._scheduler = BatchScheduler(config, len(topology.stages), structure.restart_length)
         self._account = WorkAccount(structure, topology)
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._ends = frozenset(ends)
         self._sequences: dict[int, Sequence] = {}
         self._in_flight: dict[int, _Step] = {}
         self._replays: deque[tuple[Replay, Chosen]] = deque()
@@ -225,7 +225,7 @@ class EnginePipeline:
         sampling = sequence.sampling
         if sequence.ends_with(token_id) or token_id in sampling.stop_token_ids:
             return FinishReason.STOP
-        if token_id in self._eos_token_ids and not sampling.ignore_eos:
+        if token_id in self._ends and not sampling.ignore_eos:
             return FinishReason.STOP
         return FinishReason.LENGTH if sequence.num_generated >= sampling.max_tokens else None
 
@@ -250,7 +250,9 @@ class EnginePipeline:
             OpenedSequence(
                 sequence_id=sequence.sequence_id,
                 prompt_token_ids=tuple(sequence.token_ids[: sequence.num_prompt]),
-                sampling=sequence.sampling,
+                sampling=replace(
+                    sequence.sampling, stop_token_ids=(*sequence.sampling.stop_token_ids, *self._ends)
+                ),
                 generated=sequence.generated,
             )
             for sequence in new

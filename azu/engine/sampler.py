@@ -34,14 +34,13 @@ _LOW_TEMPERATURE = 0.01
 class Sampler:
     """Samples for opened sequences; the token at index n depends only on the logits, the seed and n."""
 
-    def __init__(self, eos_token_ids: Iterable[int]) -> None:
-        self._eos_token_ids = tuple(eos_token_ids)
+    def __init__(self) -> None:
         self._open: dict[int, _OpenSequence] = {}
 
     def open(self, sequences: Iterable[OpenedSequence]) -> None:
         """Store prompts and parameters; a sequence that is opened again starts with its generated tokens."""
         for opened in sequences:
-            self._open[opened.sequence_id] = _OpenSequence(opened, self._eos_token_ids)
+            self._open[opened.sequence_id] = _OpenSequence(opened)
 
     def close(self, sequence_ids: Iterable[int]) -> None:
         """Forget sequences. An unknown id is not an error, because a close may be repeated."""
@@ -71,7 +70,7 @@ class Sampler:
 
 
 class _OpenSequence:
-    def __init__(self, opened: OpenedSequence, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, opened: OpenedSequence) -> None:
         self._id = opened.sequence_id
         self._sampling = sampling = opened.sampling
         if sampling.temperature < _LEAST_TEMPERATURE:
@@ -79,7 +78,7 @@ class _OpenSequence:
         self._num_prompt = len(opened.prompt_token_ids)
         self._tokens = [*opened.prompt_token_ids, *opened.generated]
         self._counts = Counter(opened.generated)
-        self._processors = _processors(sampling, self._num_prompt, eos_token_ids, self._counts)
+        self._processors = _processors(sampling, self._num_prompt, self._counts)
 
     def next(self, logits: Tensor, best: int) -> SampledToken:
         """Choose from logits [vocabulary]; `best` is their greedy choice."""
@@ -141,9 +140,7 @@ class _CountPenalty(LogitsProcessor):  # type: ignore[misc]
         return scores.index_add(1, ids, -(self._presence + self._frequency * counts)[None])
 
 
-def _processors(
-    sampling: SamplingParams, num_prompt: int, eos_token_ids: tuple[int, ...], counts: Counter[int]
-) -> LogitsProcessorList:
+def _processors(sampling: SamplingParams, num_prompt: int, counts: Counter[int]) -> LogitsProcessorList:
     """Return the processors of the logits, in the order in which transformers' generate applies them."""
     chosen = LogitsProcessorList()
     if sampling.logit_bias:
@@ -152,7 +149,7 @@ def _processors(
         chosen.append(RepetitionPenaltyLogitsProcessor(penalty=sampling.repetition_penalty))
     if sampling.presence_penalty or sampling.frequency_penalty:
         chosen.append(_CountPenalty(counts, sampling.presence_penalty, sampling.frequency_penalty))
-    ends = [*eos_token_ids, *sampling.stop_token_ids]
+    ends = list(sampling.stop_token_ids)
     if sampling.min_tokens and ends:
         chosen.append(MinNewTokensLengthLogitsProcessor(num_prompt, sampling.min_tokens, ends, device="cpu"))
     if sampling.temperature == 0:

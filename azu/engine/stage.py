@@ -49,7 +49,6 @@ class BuiltStage:
     model: "StageModel"
     distributed: Mapping[int, HeldExperts | None]
     expert_paths: Mapping[int, str]
-    eos_token_ids: tuple[int, ...]
 
 
 def build_stage(
@@ -96,7 +95,6 @@ def build_stage(
             for layer, ids in distributed.items()
         },
         expert_paths={layer: experts.path for layer, experts in found.items()},
-        eos_token_ids=architecture.eos_token_ids,
     )
 
 

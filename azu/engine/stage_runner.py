@@ -55,7 +55,7 @@ class StageRunner:
         self._model = built.model
         self._kv = PagedKV(len(span), spec.num_blocks, spec.block_size)
         self._layouts = LayoutBuilder(spec.num_blocks, spec.block_size, self._device)
-        self._sampler = Sampler(built.eos_token_ids)
+        self._sampler = Sampler()
         self._sent = SentLog(spec.structure.hidden_size * spec.structure.dtype_bytes, spec.sent_log_bytes)
         self._context = StepContext()
         self._lock = threading.Lock()

@@ -3,6 +3,7 @@
 No transformers here: the ingress and the pipeline import this file, so it must load fast.
 """
 
+import json
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -25,19 +26,19 @@ class TextDecoder:
 
     def __init__(self, backend: Backend, ends: frozenset[int] = frozenset()) -> None:
         self._backend = backend
-        self._ends = ends
+        self.ends = ends
         added = backend.get_added_tokens_decoder()
         self._specials = {token.content: token_id for token_id, token in added.items() if token.special}
 
     @classmethod
     def from_json(cls, content: str) -> "TextDecoder":
         """Return the decoder of a text that `to_json` returned."""
-        return TextDecoder(Backend.from_str(content))
+        saved = json.loads(content)
+        return TextDecoder(Backend.from_str(saved["tokenizer"]), frozenset(saved["ends"]))
 
     def to_json(self) -> str:
         """Return all that decoding needs of the tokenizer, as text."""
-        content: str = self._backend.to_str()
-        return content
+        return json.dumps({"ends": sorted(self.ends), "tokenizer": self._backend.to_str()})
 
     def token_text(self, token_id: int) -> str:
         """Return one token's text as it appears inside a text; the token may be special."""
@@ -65,8 +66,8 @@ class TextDecoder:
 
         With `raw` the text contains special tokens, except those that end an answer.
         """
-        hidden = self._ends if raw else None
-        stream = TextStream(self._backend, prompt_token_ids[-_CONTEXT_TOKENS:], hidden)
+        context = prompt_token_ids[-_CONTEXT_TOKENS:]
+        stream = TextStream(self._backend, context, self.ends, skips_special=not raw)
         # A special token may have no text, so a stop string that is one is found by its id.
         stop_ids = frozenset(self._specials[stop] for stop in sampling.stop if stop in self._specials)
         return CompletionText(stream, sampling.stop, sampling.min_tokens, stop_ids)
@@ -75,16 +76,16 @@ class TextDecoder:
 class TextStream:
     """Turns token ids into text as they arrive; the returned text never ends inside a character.
 
-    Special tokens are left out; with `hidden`, only the tokens in it are left out.
+    The tokens in `hidden` are left out, and with `skips_special` all special tokens.
     """
 
     def __init__(
-        self, backend: Backend, context: Sequence[int], hidden: frozenset[int] | None = None
+        self, backend: Backend, context: Sequence[int], hidden: frozenset[int], *, skips_special: bool
     ) -> None:
         self._backend = backend
         self._context = list(context)
-        self._skips = hidden is None
-        self._hidden = hidden or frozenset()
+        self._skips = skips_special
+        self._hidden = hidden
         self._stream = DecodeStream(ids=list(context), skip_special_tokens=self._skips)
         self._token_ids: list[int] = []
         self._num_returned = 0

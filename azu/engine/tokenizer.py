@@ -19,8 +19,7 @@ from transformers.utils.chat_parsing import ResponseParser
 
 from azu.engine.text import ParsedAnswer, TextDecoder, ToolCall
 from azu.errors import BrokenCheckpoint, InvalidRequest
-from azu.models.checkpoint import GENERATION_CONFIG_FILE
-from azu.models.config_json import read_json_object
+from azu.models.config_json import eos_token_ids
 
 # The extension that transformers adds to Jinja for chat templates.
 _EXTENSIONS = ("jinja2.ext.loopcontrols",)
@@ -46,9 +45,11 @@ class Tokenizer(TextDecoder):
             self._tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-            super().__init__(self._tokenizer.backend_tokenizer, _ends(self._tokenizer, folder))
+            super().__init__(self._tokenizer.backend_tokenizer)
         except Exception as error:  # whatever the libraries meet in foreign files
             raise BrokenCheckpoint(f"the tokenizer cannot be loaded: {error}") from error
+        known = {*eos_token_ids(folder), self._tokenizer.eos_token_id, self._end_of_turn()}
+        self.ends = frozenset(token_id for token_id in known if token_id is not None)
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Self:
@@ -92,14 +93,16 @@ class Tokenizer(TextDecoder):
         Raises InvalidRequest when the model has no template, or when the template refuses the messages or
         runs for too long.
         """
+        text = self._rendered(list(messages), tools=tools, add_generation_prompt=True)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _rendered(self, messages: list[Mapping[str, Any]], **given: Any) -> str:
         if not self._tokenizer.chat_template:
             raise InvalidRequest("this model has no chat template; use completions", param="messages")
         try:
             with time_limit(_TEMPLATE_S):
-                text = self._tokenizer.apply_chat_template(
-                    list(messages), tools=tools, add_generation_prompt=True, tokenize=False
-                )
-            ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+                text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **given)
         except OutOfTime as error:
             raise InvalidRequest(
                 f"the chat template did not finish in {_TEMPLATE_S:.0f} s", param="messages"
@@ -108,15 +111,22 @@ class Tokenizer(TextDecoder):
             raise InvalidRequest(
                 f"the chat template refuses the messages: {error}", param="messages"
             ) from error
-        return ids
+        return text
 
-
-def _ends(tokenizer: Any, folder: Path) -> frozenset[int]:
-    """Return the tokens that end an answer and are not part of it."""
-    path = folder / GENERATION_CONFIG_FILE
-    said = read_json_object(path).get("eos_token_id") if path.exists() else None
-    ids = [*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id]
-    return frozenset(token_id for token_id in ids if isinstance(token_id, int))
+    def _end_of_turn(self) -> int | None:
+        """Return the token that the chat template writes after an answer, None where it writes none."""
+        answer = "an answer"
+        chat = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+        try:
+            behind = self._rendered(chat).rpartition(answer)[2].lstrip()
+        except InvalidRequest:
+            return None
+        found = {
+            token.content: token_id
+            for token_id, token in self._backend.get_added_tokens_decoder().items()
+            if behind.startswith(token.content)
+        }
+        return found[max(found, key=len)] if found else None
 
 
 class AnswerParser:

@@ -63,12 +63,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
-    """Return the tokens that end a generation: generation_config.json's, else the config's."""
+def eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """Return the tokens that end a generation: generation_config.json's, else the config's.
+
+    The tokenizer may know others.
+    """
     path = folder / GENERATION_CONFIG_FILE
     found = read_json_object(path).get("eos_token_id") if path.exists() else None
-    if found is None:
-        found = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
+    if found is None and (folder / CONFIG_FILE).exists():
+        found = getattr(read_config(folder).get_text_config(decoder=True), "eos_token_id", None)
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(token, int) for token in ids):
         raise BrokenCheckpoint(f"eos_token_id {found!r} is not made of token ids")

@@ -24,7 +24,6 @@ class Architecture:
     layers_path: str
     front: frozenset[str]
     back: frozenset[str]
-    eos_token_ids: tuple[int, ...]
     # A sequence longer than this many tokens is computed again: all its positions change (longrope).
     restart_length: int | None = None
     unused: frozenset[str] = frozenset()

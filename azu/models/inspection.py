@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from azu.models.config_json import eos_token_ids, read_config
+from azu.models.config_json import read_config
 from azu.models.description import Architecture
 from azu.models.skeleton import build_skeleton, experts_in, find_layers, serving_dtype
 from azu.models.trace import trace
@@ -23,7 +23,6 @@ def describe(config_folder: Path) -> Architecture:
     """
     config = read_config(config_folder)
     model = build_skeleton(config)
-    ends = eos_token_ids(config_folder, config)
     # The experts are counted before the trace, which replaces them.
     experts = [experts_in(layer) for layer in model.get_submodule(find_layers(model).path).children()]
     traced = trace(model)
@@ -49,7 +48,6 @@ def describe(config_folder: Path) -> Architecture:
         layers_path=traced.layers.path,
         front=traced.front,
         back=traced.back,
-        eos_token_ids=ends,
         restart_length=_restart_length(text),
         unused=traced.unused,
     )

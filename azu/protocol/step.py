@@ -26,7 +26,8 @@ class Slice:
 class OpenedSequence:
     """The facts of a sequence that the last stage needs before its first sample.
 
-    `generated` holds the completion tokens that exist already, when a sequence continues.
+    `generated` holds the completion tokens that exist already, when a sequence continues. The
+    `stop_token_ids` of its sampling hold every token that may end it.
     """
 
     sequence_id: int

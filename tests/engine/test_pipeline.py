@@ -66,6 +66,13 @@ def test_eos_is_delivered_and_ends_the_sequence() -> None:
     assert event.finish_reason is FinishReason.STOP
 
 
+def test_a_sequence_is_opened_with_every_token_that_may_end_it() -> None:
+    pipeline = _pipeline()
+    _add(pipeline, stop_token_ids=(30,))
+
+    assert _next(pipeline).opened[0].sampling.stop_token_ids == (30, _EOS)
+
+
 def test_steps_have_the_tokens_of_their_slices() -> None:
     pipeline = _pipeline(prefill_chunk_tokens=2)
     _add(pipeline, prompt=3)

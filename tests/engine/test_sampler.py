@@ -23,7 +23,8 @@ def _logits(seed: int = 0, rows: int = 1) -> torch.Tensor:
 
 
 def _sampler(sampling: SamplingParams, generated: tuple[int, ...] = (), sequence_id: int = 1) -> Sampler:
-    sampler = Sampler((_EOS,))
+    sampler = Sampler()
+    sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, _EOS))
     sampler.open([OpenedSequence(sequence_id, _PROMPT, sampling, generated)])
     return sampler
 

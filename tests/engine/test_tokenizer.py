@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from azu.engine.text import TextDecoder
 from azu.engine.tokenizer import OutOfTime, Tokenizer, time_limit
 from azu.errors import BrokenCheckpoint, InvalidRequest
 from azu.protocol.sampling import SamplingParams
@@ -97,6 +98,33 @@ def test_a_template_that_fails_or_never_ends_raises_invalid_request(
 
     with pytest.raises(InvalidRequest, match=reason):
         Tokenizer(tmp_path).render_chat([{"role": "user", "content": "x"}])
+
+
+CHATML = (
+    "{% for m in messages %}<|user|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (CHATML, {2, 3, 40}),
+        ("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", {2, 40}),
+        ("{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}", {2, 40}),
+    ],
+)
+def test_an_answer_ends_as_generation_config_tokenizer_or_template_say(
+    tmp_path: Path, template: str, ends: set[int]
+) -> None:
+    for file in _FOLDER.glob("token*"):
+        # Its token 2 is the tokenizer's end; token 3 becomes the template's.
+        (tmp_path / file.name).write_text(file.read_text().replace("<|system|>", "<|im_end|>"))
+    (tmp_path / "chat_template.jinja").write_text(template)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [40]}')
+    tokenizer = Tokenizer(tmp_path)
+
+    assert tokenizer.ends == TextDecoder.from_json(tokenizer.to_json()).ends == ends
 
 
 def test_a_model_without_a_template_has_no_chat(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from azu.errors import BrokenCheckpoint, UnsupportedModel
 from azu.models import describe
+from azu.models.config_json import eos_token_ids
 from azu.protocol.structure import LayerKind
 from tests.engine.families import FAMILIES, NUM_LAYERS, build_model
 
@@ -56,10 +57,10 @@ def test_modules_before_and_after_the_layers_are_distinguished(tmp_path: Path) -
 
 def test_end_tokens_come_from_the_generation_config(tmp_path: Path) -> None:
     _folder(tmp_path, "llama")
-    assert describe(tmp_path).eos_token_ids == (2,)
+    assert eos_token_ids(tmp_path) == (2,)
 
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 5]}')
-    assert describe(tmp_path).eos_token_ids == (4, 5)
+    assert eos_token_ids(tmp_path) == (4, 5)
 
 
 def test_a_huge_model_is_described_without_memory_for_its_weights(tmp_path: Path) -> None:
