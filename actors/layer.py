@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ray.actor import ActorHandle
 
 from actors.links import Acknowledgements, RayExpertLink
-from actors.telemetry import log_as, open_meter
+from actors.telemetry import log_as, open_supervisor
 from azu.engine.malloc import keep_between_steps
 from azu.engine.stage_contract import Handoff, OldEpoch, StageSpec, blamed, is_bad_frame
 from azu.engine.timing import StageClock, StageTiming, hop_s
@@ -49,7 +49,7 @@ class LayerActor:
         self._index = spec.stage.index
         self._model_id = spec.structure.model_id
         self._clock = StageClock()
-        self._meter = open_meter()
+        self._supervisor = open_supervisor("layer")
         self._pipeline = pipeline
         self._ack_timeout_s = ack_timeout_s
         self._next = next_stage
@@ -118,12 +118,13 @@ class LayerActor:
             self._ack_timeout_s,
             lost=lambda error: self._report(loss, error, epoch),
             answered=self._answered,
+            supervisor=self._supervisor,
         )
 
     def _answered(self, seconds: float, stay: object) -> None:
         assert isinstance(stay, StageTiming)
         if (hop := hop_s(seconds, stay)) is not None:
-            self._meter.observe(HOP, hop, self._model_id, str(self._index))
+            self._supervisor.meter.observe(HOP, hop, self._model_id, str(self._index))
 
     def _report(self, loss: PieceSet, error: AzuError, epoch: int) -> None:
         log.warning("%s is to blame: %s", loss, error.message)

@@ -2,7 +2,6 @@
 
 import asyncio
 import queue
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from actors.placement import NAMESPACE
-from azu.errors import AzuError, DeadlineExceeded, InternalError, Unavailable, WorkerLost
+from azu.errors import AzuError, DeadlineExceeded, Unavailable, WorkerLost
+from azu.supervision import Supervisor, as_known_error
 
 REGISTRY = "registry"
 # Longer than the registry or the scheduler takes from its death until it answers again.
@@ -40,7 +40,7 @@ def as_azu_error(error: Exception, what: str) -> AzuError:
         return DeadlineExceeded(f"{what} did not answer in time")
     if isinstance(error, RayActorError):
         return WorkerLost(f"{what} is gone")
-    return InternalError(f"{what} failed: {type(cause).__name__}: {cause}")
+    return as_known_error(error, what)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,7 @@ class Acknowledgements:
         timeout_s: float,
         lost: Callable[[AzuError], None],
         answered: Callable[[float, object], None],
+        supervisor: Supervisor,
     ) -> None:
         self._what = what
         self._timeout_s = timeout_s
@@ -88,7 +89,7 @@ class Acknowledgements:
         self._answered = answered
         self._sent: queue.SimpleQueue[tuple[ray.ObjectRef, float] | None] = queue.SimpleQueue()
         self._closed = False
-        threading.Thread(target=self._watch, name="acknowledgements", daemon=True).start()
+        supervisor.start_thread("acknowledgements", self._watch)
 
     def expect(self, ref: ray.ObjectRef) -> None:
         """Watch one more call; calls are answered in the order they were sent."""
@@ -99,15 +100,20 @@ class Acknowledgements:
         self._closed = True
         self._sent.put(None)
 
-    def _watch(self) -> None:
-        while not self._closed and (sent := self._sent.get()) is not None:
-            ref, sent_s = sent
-            try:
-                answer = get(ref, self._timeout_s, self._what)
-                self._answered(time.perf_counter() - sent_s, answer)
-            except AzuError as error:
-                if not self._closed:
-                    self._lost(error)
+    def _watch(self) -> bool:
+        """Wait for one answer; False when there is nothing to wait for any more."""
+        sent = self._sent.get()
+        if self._closed or sent is None:
+            return False
+        ref, sent_s = sent
+        try:
+            answer = get(ref, self._timeout_s, self._what)
+        except AzuError as error:
+            if not self._closed:
+                self._lost(error)
+        else:
+            self._answered(time.perf_counter() - sent_s, answer)
+        return True
 
 
 def find(name: str) -> ActorHandle:

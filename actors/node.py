@@ -198,17 +198,10 @@ class NodeAgents:
             await asyncio.sleep(_POLL_S)
 
     async def follow_nodes(self) -> None:
-        """Follow which nodes Ray has. Ray may be slow to answer: a loop of its own takes the reports."""
-        while True:
-            try:
-                await self._start_agents()
-                self._has_agents = True
-            except Exception:
-                log.exception("Ray did not list its nodes")
-            await asyncio.sleep(self._heartbeat.period_s)
+        """Start an agent on each new node and forget the nodes that Ray reports as gone.
 
-    async def _start_agents(self) -> None:
-        """Start an agent on each new node and forget the nodes that Ray reports as gone."""
+        Ray may be slow to answer: another loop takes the reports.
+        """
         living = {node.node_id: node for node in await asyncio.to_thread(worker_nodes)}
         self.lent_bytes = {node_id: node.vram_bytes for node_id, node in living.items()}
         for node_id in self.by_node.keys() - living.keys():
@@ -220,14 +213,13 @@ class NodeAgents:
             self.by_node[node_id] = start_on_node(
                 NodeAgent, name, node_id, node, self._home, max_concurrency=100
             )
+        self._has_agents = True
 
     async def follow_reports(self) -> None:
         """Ask every node for its report each period; a node that does not answer delays no other."""
-        while True:
-            for node_id in self.by_node.keys() - self._asking.keys():
-                self._asking[node_id] = asyncio.create_task(self._take_report(node_id))
-            self._table.judge(time.monotonic())
-            await asyncio.sleep(self._heartbeat.period_s)
+        for node_id in self.by_node.keys() - self._asking.keys():
+            self._asking[node_id] = asyncio.create_task(self._take_report(node_id))
+        self._table.judge(time.monotonic())
 
     async def _take_report(self, node_id: str) -> None:
         agent = self.by_node[node_id]

@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 
 from actors.links import as_azu_error
 from actors.placement import CONTROL
-from actors.telemetry import log_as, open_meter
+from actors.telemetry import log_as, open_supervisor
 from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.text import TextDecoder
@@ -43,7 +43,8 @@ class Pipeline:
         self._epoch = topology.epoch
         text = TextDecoder.from_json(text_decoder)
         self._engine = EnginePipeline(structure, topology, scheduling, text.ends)
-        meter = open_meter(lambda: self._metrics.set_load(self._engine))
+        self._supervisor = open_supervisor("pipeline", lambda: self._metrics.set_load(self._engine))
+        meter = self._supervisor.meter
         self._metrics = PipelineMetrics(structure.model_id, scheduling.num_blocks, meter)
         self._runner = JobRunner(
             self._engine,
@@ -62,7 +63,7 @@ class Pipeline:
     async def start(self, stages: Sequence[ActorHandle]) -> None:
         """Learn the stages, in order, and begin to write tokens."""
         self._stages = stages
-        self._writer = asyncio.create_task(self._runner.write())
+        self._supervisor.start("tokens", self._runner.write)
 
     async def run(self, job: Job) -> JobRun:
         """Run a job to its end; its tokens are in Redis when this returns."""

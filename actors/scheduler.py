@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
 
 from actors.deployment import RayBackend
 from actors.node import NodeAgents
@@ -15,7 +14,7 @@ from azu.cluster.deployment_store import DeploymentStore
 from azu.cluster.nodes import NodeTable
 from azu.cluster.scaling import Cooldown, ExpertReplication, KvPressure, NodeRequest, Rebalance, ScaleOut
 from azu.config import ControlConfig
-from azu.errors import AzuError, NotFound
+from azu.errors import NotFound
 from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
@@ -24,6 +23,7 @@ from azu.money.books import Books
 from azu.protocol.job import DeploymentStatus
 from azu.protocol.node import Node
 from azu.protocol.topology import Prediction
+from azu.supervision import Supervisor, end_process
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class Scheduler:
         self._scale_out = ScaleOut(self._cluster, policy.kv.promised_sequences)
         self._books = Books.from_url(config.redis_url)
         self._meter = RayMeter()
+        self._supervisor = Supervisor(SCHEDULER, self._meter, end_process)
         self._metrics = MetricsSum()
         jobs = RedisJobs.from_url(config.redis_url)
         price = policy.price
@@ -68,24 +69,23 @@ class Scheduler:
             Settlement(self._books, jobs, price.lamports_per_token_layer, price.platform_percent),
             consumer="scheduler",
             patience=policy.retry_policy(),
-            meter=self._meter,
+            supervisor=self._supervisor,
         )
-        self._loops: tuple[asyncio.Task[None], ...] = ()
+        self._serving: asyncio.Task[None] | None = None
         self._has_adopted = False
 
     async def start(self) -> None:
         """Begin to follow the nodes, take over an earlier scheduler's deployments, then take jobs."""
-        if not self._loops:
-            self._loops = (
-                asyncio.create_task(self._agents.follow_nodes()),
-                asyncio.create_task(self._agents.follow_reports()),
-                asyncio.create_task(self._serve()),
-                asyncio.create_task(_repeat(_MEASURE_S, self._measure)),
-            )
+        if self._serving is None:
+            period_s = self._config.policy.heartbeat.period_s
+            self._supervisor.start("nodes", self._agents.follow_nodes, every_s=period_s)
+            self._supervisor.start("reports", self._agents.follow_reports, every_s=period_s)
+            self._supervisor.start("metrics", self._measure, every_s=_MEASURE_S)
+            self._serving = asyncio.create_task(self._serve())
 
     async def ready(self) -> bool:
-        """Say whether jobs can be run: the loops live and a node has reported."""
-        return self._has_adopted and bool(self._agents.nodes) and not any(loop.done() for loop in self._loops)
+        """Say whether jobs can be run: no loop is unhealthy and a node has reported."""
+        return self._has_adopted and bool(self._agents.nodes) and self._supervisor.is_healthy
 
     async def nodes(self) -> tuple[Node, ...]:
         """Return the nodes as the planner sees them."""
@@ -135,15 +135,17 @@ class Scheduler:
         return self._metrics.total(time.monotonic())
 
     async def _serve(self) -> None:
+        await self._supervisor.insist("adoption", self._adopt)
+        self._has_adopted = True
+        start, policy = self._supervisor.start, self._config.policy
+        start("KV", self._check_kv, every_s=policy.heartbeat.period_s)
+        start("node requests", self._check_nodes, every_s=policy.heartbeat.period_s)
+        start("places", self._check_places, every_s=policy.moves.look_s)
+        start("jobs", self._dispatcher.run)
+
+    async def _adopt(self) -> None:
         await self._agents.first_reports()
         await self._cluster.adopt()
-        self._has_adopted = True
-        policy = self._config.policy
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._dispatcher.run())
-            tasks.create_task(_repeat(policy.heartbeat.period_s, self._check_kv))
-            tasks.create_task(_repeat(policy.heartbeat.period_s, self._check_nodes))
-            tasks.create_task(_repeat(policy.moves.look_s, self._check_places))
 
     async def _measure(self) -> None:
         """Show nodes, jobs and books in the metrics."""
@@ -180,15 +182,3 @@ class Scheduler:
         log.warning("node %s is dead", node_id[:8])
         self._cluster.node_died(node_id)
         self._agents.node_died(node_id)
-
-
-async def _repeat(period_s: float, step: Callable[[], Awaitable[None]]) -> None:
-    """Take a step every period; one that fails is logged and taken again after the next period."""
-    while True:
-        try:
-            await step()
-        except AzuError as error:
-            log.warning("%s: %s", step.__name__, error.message)
-        except Exception:
-            log.exception("%s failed", step.__name__)
-        await asyncio.sleep(period_s)

@@ -1,7 +1,7 @@
 """Sends each process's metrics to the scheduler, which adds them up, and to Ray's own metrics."""
 
 import logging
-import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,6 +17,7 @@ from azu.logs import start_logging
 from azu.metrics import BY_NAME, Labels, Meter, Metric, MetricKind
 from azu.money.books import Totals
 from azu.protocol.node import Node, NodeState
+from azu.supervision import Supervisor, end_process
 
 log = logging.getLogger(__name__)
 
@@ -54,30 +55,40 @@ class RayMeter(Meter):
         self._instruments[metric.name]._record(value, dict(zip(metric.labels, labels, strict=True)))
 
 
-def open_meter(refresh: Callable[[], None] = lambda: None) -> Meter:
-    """Return this actor's meter, which is sent to the scheduler each second.
+def open_supervisor(component: str, refresh: Callable[[], None] = lambda: None) -> Supervisor:
+    """Return the supervisor of this actor's loops, whose meter is sent to the scheduler each second.
 
     `refresh` is called before that, in a thread of its own, to set gauges.
     """
     meter = RayMeter()
-    source = ray.get_runtime_context().get_actor_id()
-    thread = threading.Thread(target=_send, args=(meter, source, refresh), name="metrics", daemon=True)
-    thread.start()
-    return meter
+    supervisor = Supervisor(component, meter, end_process)
+    supervisor.start_thread("metrics", _Sending(meter, refresh).send)
+    return supervisor
 
 
-def _send(meter: RayMeter, source: str, refresh: Callable[[], None]) -> None:
-    scheduler: ActorHandle | None = None
-    while not threading.Event().wait(PERIOD_S):
+class _Sending:
+    """Sends the metrics of one actor."""
+
+    def __init__(self, meter: RayMeter, refresh: Callable[[], None]) -> None:
+        self._meter = meter
+        self._refresh = refresh
+        self._source = ray.get_runtime_context().get_actor_id()
+        self._scheduler: ActorHandle | None = None
+
+    def send(self) -> bool:
+        """Wait for a period, then send a snapshot."""
+        time.sleep(PERIOD_S)
+        self._refresh()
+        self._meter.export()
         try:
-            refresh()
-            meter.export()
             # The scheduler is another actor after the control plane was started again.
-            scheduler = scheduler or ray.get_actor(SCHEDULER, namespace=NAMESPACE)
-            ray.get(scheduler.take_metrics.remote(source, meter.snapshot()), timeout=_ANSWER_TIMEOUT_S)
+            self._scheduler = self._scheduler or ray.get_actor(SCHEDULER, namespace=NAMESPACE)
+            sent = self._scheduler.take_metrics.remote(self._source, self._meter.snapshot())
+            ray.get(sent, timeout=_ANSWER_TIMEOUT_S)
         except (RayError, ValueError) as error:
             log.debug("the scheduler did not take this process's metrics: %s", type(error).__name__)
-            scheduler = None
+            self._scheduler = None
+        return True
 
 
 def _new_instrument(metric: Metric) -> Any:

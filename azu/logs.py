@@ -26,15 +26,22 @@ _SECRETS = re.compile(
 )
 # A shorter secret would hide ordinary words.
 _MIN_SECRET_CHARACTERS = 8
+_IDS = "log_ids"  # an exception's ids, among its attributes
 _bound: ContextVar[dict[str, object]] = ContextVar("bound", default={})  # noqa: B039 - replaced, never changed
 
 
 @contextmanager
 def log_context(**ids: object) -> Iterator[None]:
-    """Put ids into every line that this task or thread logs inside the block."""
+    """Put ids into every line that this task or thread logs inside the block.
+
+    An exception that leaves the block takes them along, for the line that logs it outside.
+    """
     token = _bound.set(_bound.get() | ids)
     try:
         yield
+    except BaseException as error:
+        error.__dict__.setdefault(_IDS, _bound.get())
+        raise
     finally:
         _bound.reset(token)
 
@@ -88,7 +95,9 @@ class _Lines(logging.Formatter):
 
 
 def _with_ids(record: logging.LogRecord) -> bool:
-    for name, value in _bound.get().items():
+    error = record.exc_info[1] if record.exc_info else None
+    raised = {} if error is None else error.__dict__.get(_IDS, {})
+    for name, value in (_bound.get() | raised).items():
         if name not in record.__dict__:
             setattr(record, name, value)
     return True

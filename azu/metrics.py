@@ -90,6 +90,15 @@ NODE_VRAM_OTHER = _gauge(
     "azu_node_vram_other_bytes", "What other programs hold on the node's device.", "node"
 )
 NODE_LOAD = _gauge("azu_node_load_ratio", "The busy part of a node's device.", "node")
+FAULTS = _counter(
+    "azu_faults_total",
+    "Exceptions that azu does not raise on purpose, by background loop.",
+    "component",
+    "loop",
+)
+UNHEALTHY = _gauge(
+    "azu_unhealthy_loops", "Loops that failed five times in a row; their process is replaced.", "component"
+)
 BAD_FRAMES = _counter("azu_bad_frames_total", "Frames that a node sent and their receiver refused.", "node")
 LAMPORTS_CHARGED = _counter(
     "azu_lamports_charged_total", "Lamports charged for jobs since the books were opened."

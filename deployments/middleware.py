@@ -1,6 +1,5 @@
 """What every request passes before its route: an id, a limit for its body, and an answer if it fails."""
 
-import logging
 import math
 import re
 import secrets
@@ -9,10 +8,9 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from azu.errors import AzuError, InternalError, RequestTooLarge
+from azu.errors import AzuError, RequestTooLarge
 from azu.logs import log_context
-
-log = logging.getLogger(__name__)
+from azu.supervision import as_known_error
 
 HEADER = "x-request-id"
 _GIVEN = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
@@ -48,11 +46,11 @@ class RequestIds:
         with log_context(request_id=request_id):
             try:
                 await self._app(scope, receive, with_id)
-            except Exception:
-                log.exception("%s %s failed", scope["method"], scope["path"])
+            except Exception as error:
+                known = as_known_error(error, f"{scope['method']} {scope['path']}")
                 if started:
                     raise
-                await refusal(InternalError("azu failed to serve this request"))(scope, receive, with_id)
+                await refusal(known)(scope, receive, with_id)
 
 
 class BodyLimit:

@@ -4,22 +4,23 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
 from azu.cluster.cluster import Cluster
 from azu.cluster.deployment import Deployment
 from azu.config.network import RetryPolicy
-from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, InternalError, WorkerLost
+from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, WorkerLost
 from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
 from azu.logs import log_context
-from azu.metrics import JOBS_ENDED, Meter
+from azu.metrics import JOBS_ENDED
 from azu.planner.plan import NEVER_FITS
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState
 from azu.redis_client import retry_until_available
+from azu.supervision import Supervisor, as_known_error
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Dispatcher:
 
     def __init__(
         self, jobs: RedisJobs, cluster: Cluster, settlement: Settlement, *, consumer: str,
-        patience: RetryPolicy, meter: Meter | None = None,
+        patience: RetryPolicy, supervisor: Supervisor,
     ) -> None:  # fmt: skip
         self._jobs = jobs
         self._cluster = cluster
@@ -44,7 +45,7 @@ class Dispatcher:
         self._consumer = consumer
         self._patience = patience
         self._chance = random.Random()  # noqa: S311 - nothing secret
-        self._meter = meter or Meter()
+        self._supervisor = supervisor
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._deployments: dict[str, Deployment] = {}  # those that have a job now, by job
         self._cancelled: set[str] = set()
@@ -63,20 +64,22 @@ class Dispatcher:
     async def run(self) -> None:
         """Take jobs until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._follow_cancellations())
+            # From the latest ones on, after a fault: to cancel a job twice changes nothing.
+            group.create_task(self._supervisor.keep("cancellations", self._take_cancellations))
             # An earlier scheduler that had taken jobs is gone: a network has one scheduler.
-            records = await retry_until_available(partial(self._jobs.take_over, self._consumer))
-            take = partial(self._jobs.take, self._consumer, _TAKE_BLOCK_MS, _CLAIM_IDLE_MS)
-            while True:
-                for record in records:
-                    if record.job.job_id not in self._tasks:
-                        self._tasks[record.job.job_id] = group.create_task(self._finish(record))
-                records = await retry_until_available(take)
+            await self._supervisor.insist("jobs", partial(self._take_over, group))
+            await self._supervisor.keep("jobs", partial(self._take, group))
 
-    async def _follow_cancellations(self) -> None:
-        while True:
-            # From the latest ones on, when Redis was away: to cancel a job twice changes nothing.
-            await retry_until_available(self._take_cancellations)
+    async def _take_over(self, group: asyncio.TaskGroup) -> None:
+        self._begin(await self._jobs.take_over(self._consumer), group)
+
+    async def _take(self, group: asyncio.TaskGroup) -> None:
+        self._begin(await self._jobs.take(self._consumer, _TAKE_BLOCK_MS, _CLAIM_IDLE_MS), group)
+
+    def _begin(self, records: Iterable[JobRecord], group: asyncio.TaskGroup) -> None:
+        for record in records:
+            if record.job.job_id not in self._tasks:
+                self._tasks[record.job.job_id] = group.create_task(self._finish(record))
 
     async def _take_cancellations(self) -> None:
         async for job_id in self._jobs.cancellations():
@@ -114,7 +117,7 @@ class Dispatcher:
             partial(self._try, record), self._patience, wait=partial(self._wait, job), chance=self._chance
         )
         outcome = await self._settlement.settle(job, run)
-        self._meter.count(JOBS_ENDED, 1, job.model_id, outcome.state.value)
+        self._supervisor.meter.count(JOBS_ENDED, 1, job.model_id, outcome.state.value)
         log.info("ended", extra=_outcome_fields(outcome))
 
     async def _try(self, record: JobRecord) -> JobRun:
@@ -137,12 +140,9 @@ class Dispatcher:
                 await asyncio.sleep(0)
                 await deployment.cancel(job.job_id)
             return await running
-        except AzuError as error:
-            return JobRun(completion_tokens=0, finish_reason=FinishReason.ERROR, error=error)
-        except Exception:
-            log.exception("the job failed")
-            internal = InternalError("the job failed for a reason that is azu's; nothing was charged")
-            return JobRun(completion_tokens=0, finish_reason=FinishReason.ERROR, error=internal)
+        except Exception as error:
+            known = as_known_error(error, "the job")
+            return JobRun(completion_tokens=0, finish_reason=FinishReason.ERROR, error=known)
         finally:
             if deployment is not None:
                 deployment.let_go(job.job_id)

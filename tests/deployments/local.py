@@ -23,7 +23,7 @@ from azu.errors import AzuError, NotFound
 from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
-from azu.metrics import MetricsSnapshot
+from azu.metrics import Meter, MetricsSnapshot
 from azu.money.books import Books
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Deposit
@@ -31,6 +31,7 @@ from azu.money.treasury.deposits import CreditState, DepositStatus
 from azu.money.treasury.request_reply import DepositRequests
 from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
 from azu.redis_client import connect_redis
+from azu.supervision import Supervisor
 from azu.units import LAMPORTS_PER_HYPE
 from deployments.ingress import build_api
 from deployments.services import Services
@@ -218,7 +219,10 @@ async def local_ingress(
     price = config.policy.price
     books = Books.from_url(redis_url)
     settlement = Settlement(books, jobs, price.lamports_per_token_layer, price.platform_percent)
-    dispatcher = Dispatcher(jobs, model, settlement, consumer="test", patience=config.policy.retry_policy())
+    dispatcher = Dispatcher(
+        jobs, model, settlement, consumer="test", patience=config.policy.retry_policy(),
+        supervisor=Supervisor("test", Meter(), replace=lambda: None),
+    )  # fmt: skip
     running = [asyncio.create_task(one) for one in (dispatcher.run(), knows_no_transfer(redis_url))]
     try:
         async with api.router.lifespan_context(api):

@@ -15,9 +15,11 @@ from azu.jobs import dispatch
 from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
+from azu.metrics import Meter
 from azu.money.books import Books
 from azu.money.ledger.redis import RedisLedger
 from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
+from azu.supervision import Supervisor, end_process
 from tests.builders import OWNERS
 from tests.killing import Death, kill_at_effect, start
 
@@ -92,4 +94,8 @@ async def _settle(redis_url: str, dice: random.Random) -> None:
     settlement = Settlement(books, jobs, PRICE, PLATFORM_PERCENT)
     model = FakeModel(jobs, dice)
     consumer = f"settling-{os.getpid()}"
-    await Dispatcher(jobs, OneDeployment(model), settlement, consumer=consumer, patience=PATIENCE).run()
+    supervisor = Supervisor("settling", Meter(), end_process)
+    dispatcher = Dispatcher(
+        jobs, OneDeployment(model), settlement, consumer=consumer, patience=PATIENCE, supervisor=supervisor
+    )
+    await dispatcher.run()

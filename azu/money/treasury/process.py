@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from eth_account.signers.local import LocalAccount
 
-from azu.errors import AzuError
+from azu.errors import AzuError, InternalError
+from azu.metrics import Meter
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import ChainNetwork
 from azu.money.ledger.redis import RedisLedger
@@ -28,11 +29,11 @@ from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
 from azu.money.treasury.withdrawals import RedisWithdrawals
 from azu.protocol.job import Receipt
 from azu.redis_client import connect_redis
+from azu.supervision import Supervisor
 
 _LOG = logging.getLogger(__name__)
 _REQUESTS_AT_ONCE = 16
 _REQUESTS_EVERY_S = 0.05
-_LONGEST_PAUSE_S = 5.0
 
 
 class JobRecords(Protocol):
@@ -71,33 +72,32 @@ class TreasuryConfig:
 async def run(config: TreasuryConfig, jobs: JobRecords, *, ready: Callable[[], None]) -> None:
     """Run until SIGTERM or SIGINT; call `ready` once, after the platform's ledger on the chain was read.
 
-    The process waits for a chain or a Redis that is away; every other error ends it.
+    The process waits for a chain or a Redis that is away. Raises InternalError when a loop cannot go on.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    treasury = _Treasury(config, jobs)
+    treasury = _Treasury(config, jobs, ready)
+    supervisor = Supervisor("treasury", Meter(), stop.set)
+    supervisor.start("deposits", treasury.watch, every_s=config.poll_s)
+    supervisor.start("deposit requests", treasury.answer_deposits, every_s=_REQUESTS_EVERY_S)
+    supervisor.start("receipt requests", treasury.sign_receipts, every_s=_REQUESTS_EVERY_S)
+    supervisor.start("payouts", treasury.pay, every_s=config.poll_s)
+    supervisor.start("reservations", treasury.sweep, every_s=config.sweep_every_s)
     try:
-        async with asyncio.TaskGroup() as tasks:
-            loops = [
-                tasks.create_task(_every(config.poll_s, treasury.watch, ready)),
-                tasks.create_task(_every(_REQUESTS_EVERY_S, treasury.answer_deposits)),
-                tasks.create_task(_every(_REQUESTS_EVERY_S, treasury.sign_receipts)),
-                tasks.create_task(_every(config.poll_s, treasury.pay)),
-                tasks.create_task(_every(config.sweep_every_s, treasury.sweep)),
-            ]
-            await stop.wait()
-            for loop_task in loops:
-                loop_task.cancel()
+        await stop.wait()
     finally:
+        await supervisor.stop()
         await treasury.close()
+    if not supervisor.is_healthy:
+        raise InternalError("a loop of the treasury cannot go on; its log says why")
 
 
 class _Treasury:
     """The parts over one chain and one Redis, and what each loop does."""
 
-    def __init__(self, config: TreasuryConfig, jobs: JobRecords) -> None:
+    def __init__(self, config: TreasuryConfig, jobs: JobRecords, ready: Callable[[], None]) -> None:
         platform = config.account.address.lower()
         self._config = config
         self._redis = connect_redis(config.redis_url)
@@ -127,9 +127,13 @@ class _Treasury:
         self._receipts = ReceiptRequests(self._redis)
         self._receipt_signer = ReceiptSigner(jobs.receipt, self._ledger, config.account)
         self._plan_at_s = 0.0
+        self._ready: Callable[[], None] | None = ready
 
     async def watch(self) -> None:
         await self._watcher.poll()
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            ready()
 
     async def answer_deposits(self) -> None:
         waiting = await self._deposits.waiting(_REQUESTS_AT_ONCE)
@@ -174,25 +178,3 @@ async def _all(answers: Iterable[Coroutine[Any, Any, None]]) -> None:
     for outcome in await asyncio.gather(*answers, return_exceptions=True):
         if outcome is not None:
             raise outcome
-
-
-async def _every(
-    period_s: float, work: Callable[[], Awaitable[None]], done_once: Callable[[], None] | None = None
-) -> None:
-    """Do the work until it is cancelled; pause longer after each failure of the chain or Redis."""
-    task = asyncio.current_task()
-    assert task is not None
-    pause_s = period_s
-    # A library that gets a cancellation together with an answer may swallow the cancellation.
-    while not task.cancelling():
-        try:
-            await work()
-        except AzuError as error:
-            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
-            _LOG.warning("%s waits for %.1f s: %s", work.__name__, pause_s, error)
-        else:
-            pause_s = period_s
-            if done_once is not None:
-                done_once()
-                done_once = None
-        await asyncio.sleep(pause_s)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,7 +17,6 @@ from azu.cli.treasury import treasury
 from azu.errors import ConfigurationError
 from azu.money.ledger.transfers import CHAIN
 from azu.money.treasury.deposits import CreditState
-from azu.money.treasury.process import _every
 from tests.money.treasury.booked import (
     PAID,
     all_paid,
@@ -85,23 +84,6 @@ def test_it_credits_deposits_answers_requests_and_stops_at_a_signal(world: World
         assert await parts.available(alice) == 65
 
     world.run(scenario)
-
-
-def test_a_loop_ends_though_a_library_swallowed_its_cancellation() -> None:
-    async def scenario() -> None:
-        reached = asyncio.Event()
-
-        async def deaf() -> None:
-            reached.set()
-            with suppress(asyncio.CancelledError):
-                await asyncio.sleep(60)
-
-        duty = asyncio.create_task(_every(0.001, deaf))
-        await reached.wait()
-        duty.cancel()
-        await asyncio.wait_for(duty, 5)
-
-    asyncio.run(scenario())
 
 
 def test_it_waits_for_a_chain_that_is_away(world: World) -> None:
