@@ -4,7 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.actor import ActorHandle
@@ -15,9 +15,12 @@ from actors.placement import NAMESPACE, SCHEDULER
 from azu import metrics
 from azu.logs import start_logging
 from azu.metrics import BY_NAME, Labels, Meter, Metric, MetricKind
-from azu.money.books import Totals
 from azu.protocol.node import Node, NodeState
 from azu.supervision import Supervisor, end_process
+
+if TYPE_CHECKING:
+    # Every stage imports this file: the libraries of money would cost each one 20 MiB.
+    from azu.money.books import Totals
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +137,7 @@ def show_jobs(meter: Meter, num_waiting: int, num_running: int) -> None:
     meter.set_gauge(metrics.JOBS, {("waiting",): num_waiting, ("running",): num_running})
 
 
-def show_books(meter: Meter, totals: Totals) -> None:
+def show_books(meter: Meter, totals: "Totals") -> None:
     """Show what was charged, earned and paid so far, and what each kind of account holds."""
     meter.raise_counter_to(metrics.LAMPORTS_CHARGED, totals.charged_lamports)
     meter.raise_counter_to(metrics.LAMPORTS_EARNED, totals.earned_lamports)
