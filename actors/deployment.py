@@ -22,7 +22,7 @@ from azu.engine.stage_contract import StageSpec
 from azu.errors import AzuError, WorkerLost
 from azu.planner.demand import shards_of
 from azu.planner.replicas import ExpertCounts
-from azu.protocol.job import Job, JobRun
+from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import LossReport, Piece, Stage, Topology
@@ -175,8 +175,12 @@ class RayBackend:
     async def limit(self, pipeline: str, num_blocks: int) -> int:
         return int(await self._call(pipeline, "limit", num_blocks))
 
-    async def pause(self, pipeline: str) -> int:
-        return int(await self._call(pipeline, "pause"))
+    async def end(self, pipeline: str, job_id: str, error: AzuError) -> None:
+        await self._call(pipeline, "end", job_id, error)
+
+    async def pause(self, pipeline: str) -> PauseReport:
+        report: PauseReport = await self._call(pipeline, "pause")
+        return report
 
     async def resume(
         self,
@@ -185,10 +189,11 @@ class RayBackend:
         stages: Sequence[str],
         empty: frozenset[int],
         *,
+        alone: frozenset[ChoiceKey],
         is_repair: bool,
     ) -> None:
         handles = [self._handle(stage) for stage in stages]
-        await self._call(pipeline, "resume", topology, handles, empty, is_repair)
+        await self._call(pipeline, "resume", topology, handles, empty, alone, is_repair)
 
     async def next_loss(self, pipeline: str) -> LossReport | None:
         report: LossReport | None = await self._call(pipeline, "next_loss", _LISTEN_S)

@@ -19,7 +19,7 @@ from azu.engine.timing import PipelineMetrics
 from azu.errors import AzuError
 from azu.jobs.job_runner import JobRunner
 from azu.jobs.redis import RedisJobs
-from azu.protocol.job import Job, JobRun
+from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport
 from azu.protocol.step import StepResult
 from azu.protocol.structure import Structure
 from azu.protocol.topology import LossReport, PieceSet, Topology
@@ -77,6 +77,10 @@ class Pipeline:
         """End a job's sequences within one step; what was delivered stays delivered."""
         self._runner.cancel(job_id)
 
+    async def end(self, job_id: str, error: AzuError) -> None:
+        """End a job with what was delivered, and this error."""
+        self._runner.end(job_id, error)
+
     async def completed(self, result: StepResult) -> None:
         """Take the last stage's tokens."""
         self._runner.complete(result)
@@ -110,16 +114,24 @@ class Pipeline:
         """Admit no sequence that `num_blocks` would not hold alone; return how many are still needed."""
         return self._engine.limit(num_blocks)
 
-    async def pause(self) -> int:
-        """Send no step until `resume`, forget what is in flight; return how many steps were completed."""
+    async def pause(self) -> PauseReport:
+        """Send no step until `resume`, and forget what is in flight."""
         self._is_paused = True
         self._engine.suspend()
-        return self._engine.num_completed
+        return PauseReport(self._engine.num_completed, self._runner.under_way)
 
     async def resume(
-        self, topology: Topology, stages: Sequence[ActorHandle], empty_stages: frozenset[int], is_repair: bool
+        self,
+        topology: Topology,
+        stages: Sequence[ActorHandle],
+        empty_stages: frozenset[int],
+        alone: frozenset[ChoiceKey],
+        is_repair: bool,
     ) -> None:
-        """Go on under a newer topology: empty stages are filled, then every sequence goes on as it stood."""
+        """Go on under a newer topology: empty stages are filled, then every sequence goes on as it stood.
+
+        Each of the choices `alone` shares no step with another until it comes further.
+        """
         empty = (empty_stages | self._engine.unfilled_stages) & frozenset(range(len(stages)))
         cached = tuple(self._engine.num_cached)
         senders = sorted({stage - 1 for stage in empty if stage})
@@ -130,7 +142,8 @@ class Pipeline:
         self._is_paused = False
         self._stages = stages
         self._engine.suspend()
-        self._engine.resume(topology, empty, dict(zip(senders, num_sent, strict=True)))
+        sent = dict(zip(senders, num_sent, strict=True))
+        self._engine.resume(topology, empty, sent, self._runner.sequences_of(alone))
         if is_repair:
             self._metrics.record_recovery()
         self._send_steps()

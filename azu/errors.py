@@ -187,6 +187,12 @@ class ShardError(InternalError):
     default_code = "bad_shard"
 
 
+class HarmfulRequest(InternalError):
+    """Workers were lost again and again while they computed this request."""
+
+    default_code = "harmful_request"
+
+
 class Unavailable(AzuError):
     """azu, or a service that it depends on, cannot serve the request now but may later."""
 

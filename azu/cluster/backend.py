@@ -6,7 +6,7 @@ from typing import Protocol
 
 from azu.errors import AzuError
 from azu.planner.replicas import ExpertCounts
-from azu.protocol.job import Job, JobRun
+from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import LossReport, Piece, Topology
@@ -76,14 +76,17 @@ class DeploymentBackend(Protocol):
     async def cancel(self, pipeline: str, job_id: str) -> None:
         """End a job's sequences within one step."""
 
+    async def end(self, pipeline: str, job_id: str, error: AzuError) -> None:
+        """End a job with what was delivered, and this error."""
+
     async def running_jobs(self, pipeline: str) -> frozenset[str]:
         """Return the ids of the jobs that have not ended in the pipeline."""
 
     async def limit(self, pipeline: str, num_blocks: int) -> int:
         """Have no sequence admitted that `num_blocks` would not hold; return how many are still needed."""
 
-    async def pause(self, pipeline: str) -> int:
-        """Have the pipeline forget what is in flight and wait; return how many steps it has completed."""
+    async def pause(self, pipeline: str) -> PauseReport:
+        """Have the pipeline forget what is in flight and wait."""
 
     async def resume(
         self,
@@ -92,9 +95,13 @@ class DeploymentBackend(Protocol):
         stages: Sequence[str],
         empty: frozenset[int],
         *,
+        alone: frozenset[ChoiceKey],
         is_repair: bool,
     ) -> None:
-        """Have the pipeline fill the empty stages and go on; `is_repair` after a loss or a fault."""
+        """Have the pipeline fill the empty stages and go on; `is_repair` after a loss or a fault.
+
+        Each of the choices `alone` shares no step with another until it comes further.
+        """
 
     async def next_loss(self, pipeline: str) -> LossReport | None:
         """Wait about a second for pieces that the stages report as lost."""

@@ -3,13 +3,15 @@
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 from azu.cluster.backend import DeploymentBackend
 from azu.cluster.deployment import Deployment
 from azu.cluster.deployment_store import DeploymentRecord, DeploymentStore
+from azu.cluster.repairs import RepairTurns
 from azu.errors import AzuError, InsufficientCapacity, WorkerLost
 from azu.planner.migration import TopologyChange, better_placement, change_between, have_room
 from azu.planner.plan import NEVER_FITS, check_total_capacity, plan
@@ -51,6 +53,18 @@ class Capacity:
         placed = [one.topology.vram_bytes_by_node for one in self._deployments.values()]
         return sums([*placed, *self.promised.values()])
 
+    def promise(self, topology: Topology) -> Topology:
+        """Keep the room of a pipeline that is to be brought up; return it with a number of its own."""
+        numbers = {key[2] for key in (*self._deployments, *self.promised) if key[:2] == topology.key[:2]}
+        topology = replace(topology, replica=next(number for number in count() if number not in numbers))
+        self.promised[topology.key] = topology.vram_bytes_by_node
+        return topology
+
+    def promised_nodes(self, model_id: str, revision: str) -> set[str]:
+        """Return the nodes with room that is promised to pipelines of a model."""
+        sizes = [one for key, one in self.promised.items() if key[:2] == (model_id, revision)]
+        return {node_id for one in sizes for node_id in one}
+
     def now(self, lost: Sizes | None = None) -> Sequence[Node]:
         """Return the nodes with their room; what is lost counts once it is reported free."""
         return self._nodes(sums([self.placed_bytes(), negated(lost or {})]), {})
@@ -75,11 +89,12 @@ class Cluster:
         room_wait_s: float,
         nodes_come: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        turns: Callable[[], RepairTurns] = RepairTurns,
     ) -> None:
         """Deploy through `backend`; a lost piece waits `room_wait_s` for room on a node.
 
         Where `nodes_come` no model is refused for its size: an autoscaler may bring larger nodes. The clock
-        is in seconds.
+        is in seconds; `turns` makes the turns of a model's repairs.
         """
         self._backend = backend
         self._store = store
@@ -89,7 +104,8 @@ class Cluster:
         self._clock = clock
         self._deployments: dict[PipelineKey, Deployment] = {}  # the least recently used first
         self._capacity = Capacity(nodes, self._deployments)
-        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+        self._locks: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._turns: defaultdict[tuple[str, str], RepairTurns] = defaultdict(turns)
         self.deploying: set[tuple[str, str]] = set()
         self.shortages: dict[str, Shortage] = {}  # by model id
 
@@ -120,10 +136,11 @@ class Cluster:
                 log.warning("%s is not taken over: %s", model_id, error.message)
                 await self._store.forget(record.topology)
         await self._backend.sweep(_names(record for _, record in found))
+        # The first that is taken over may need a repair at once: the room of the others counts by then.
         for structure, record in found:
-            deployment = self._new(structure, record.topology)
-            self._deployments[record.topology.key] = deployment
-            await deployment.adopt(record)
+            self._deployments[record.topology.key] = self._new(structure, record.topology)
+        for _, record in found:
+            await self._deployments[record.topology.key].adopt(record)
 
     async def ensure(self, model_id: str, revision: str, job_id: str) -> Deployment:
         """Return the deployment for a job; a model that is not deployed is deployed first.
@@ -132,7 +149,7 @@ class Cluster:
         InsufficientCapacity when the model does not fit even after idle ones were closed; its code is
         "never_fits" when waiting does not help either.
         """
-        async with self._locks.setdefault((model_id, revision), asyncio.Lock()):
+        async with self._locks[model_id, revision]:
             for one in self._pipelines(model_id, revision):
                 if one.broken and self._deployments.pop(one.topology.key, None) is one:
                     await one.close()
@@ -155,12 +172,14 @@ class Cluster:
                 return
             structure, topologies = running[0].structure, [one.topology for one in running]
             nodes = self._capacity.now()
+            coming = self._capacity.promised_nodes(model_id, revision)
+            unused = [one for one in nodes if one.node_id not in coming]
             epoch = await self._store.next_epoch()
-            topology = plan_further_pipeline(structure, topologies, nodes, self._policy, epoch=epoch)
+            topology = plan_further_pipeline(structure, topologies, unused, self._policy, epoch=epoch)
             others = [(one.structure, one.topology) for one in self.deployments if one not in running]
             if topology is None or takes_spare_room(topology.vram_bytes_by_node, others, nodes, self._policy):
                 return
-            self._capacity.promised[topology.key] = topology.vram_bytes_by_node
+            topology = self._capacity.promise(topology)
         log.warning("%s gets pipeline %d", model_id, topology.replica)
         await self._bring_up(structure, topology)
 
@@ -174,19 +193,18 @@ class Cluster:
 
         Streams wait while what moves is loaded and filled; what finds no room stays where it is.
         """
-        moves = False
+        moving: list[Sizes] = []
         for deployment in self.deployments:
             pieces = deployment.topology.on_node(node_id)
             if not pieces:
                 continue
             try:
-                self._check_room_elsewhere(deployment, pieces, node_id)
+                moving.append(self._room_elsewhere(deployment, pieces, node_id, beside=sums(moving)))
             except InsufficientCapacity as error:
                 log.info("what is on %s stays: %s", node_id[:8], error.message)
                 continue
-            moves = True
             deployment.node_lost(node_id)
-        return moves
+        return bool(moving)
 
     async def improve(self, deployment: Deployment) -> bool:
         """Move a deployment to where a plan over the present nodes has it, if that is worth it.
@@ -235,6 +253,7 @@ class Cluster:
             topology,
             place=self._place_lost,
             commit=self._commit,
+            turns=self._turns[topology.key[:2]],
             num_planned_blocks=self._policy.num_blocks,
             room_wait_s=self._room_wait_s,
         )
@@ -244,8 +263,7 @@ class Cluster:
         try:
             structure = await self._backend.structure(model_id, revision)
             async with self._capacity.placing:
-                topology = await self._plan(structure)
-                self._capacity.promised[topology.key] = topology.vram_bytes_by_node
+                topology = self._capacity.promise(await self._plan(structure))
             deployment = await self._bring_up(structure, topology)
         except InsufficientCapacity as error:
             self.shortages[model_id] = Shortage(error.missing_bytes, self._clock())
@@ -281,13 +299,20 @@ class Cluster:
 
     async def _place_lost(self, deployment: Deployment, lost: PieceSet) -> None:
         """Find places for what a deployment lost, under a newer epoch."""
-        before = deployment.topology
-
-        def on(nodes: Sequence[Node], epoch: int) -> Topology:
-            return replan(deployment.structure, before, lost, nodes, self._policy, epoch=epoch)
-
         async with self._capacity.placing:
-            deployment.set_topology(await self._with_room(before.key, on, before.vram_bytes_of(lost)))
+            before, wanted = deployment.topology, deployment.resized
+            staying = before.piece_set - lost
+            growth = sums([wanted.vram_bytes_of(staying), negated(before.vram_bytes_of(staying))])
+            if wanted.num_blocks > before.num_blocks and not have_room(growth, self._capacity.now()):
+                # The room for more KV was promised elsewhere meanwhile.
+                deployment.forgo_blocks()
+                wanted, growth = before, {}
+
+            def on(nodes: Sequence[Node], epoch: int) -> Topology:
+                return replan(deployment.structure, wanted, lost, nodes, self._policy, epoch=epoch)
+
+            given_back = sums([before.vram_bytes_of(lost), negated(growth)])
+            deployment.set_topology(await self._with_room(before.key, on, given_back))
 
     async def _change(self, deployment: Deployment, before: Topology, change: TopologyChange) -> bool:
         """Change a deployment's places if there is room and it is as it was; say if that was tried."""
@@ -314,6 +339,7 @@ class Cluster:
         async with self._capacity.placing:
             topology = await self._with_epoch(topology)
             self._capacity.promised.pop(topology.key, None)
+            deployment.forgo_blocks()  # what stays would grow, and its room is not promised
             deployment.set_topology(topology)
 
     async def _with_epoch(self, topology: Topology) -> Topology:
@@ -329,19 +355,20 @@ class Cluster:
                 # The memory of what is lost may still be taken: it counts as room once it is reported free.
                 return on(self._capacity.now(given_back), epoch)
             except InsufficientCapacity as error:
-                idle = [
-                    other for other, one in self._deployments.items() if other != key and not one.running_jobs
-                ]
+                idle = [other for other, one in self._deployments.items() if other != key and one.is_idle]
                 if not idle or error.code == NEVER_FITS:
                     raise
                 log.info("closing %s to make room for %s", idle[0][0], key[0])
                 await self._deployments.pop(idle[0]).close()
 
-    def _check_room_elsewhere(self, deployment: Deployment, pieces: PieceSet, node_id: str) -> None:
-        """Raise InsufficientCapacity unless other nodes have room for some pieces."""
-        others = [node for node in self._capacity.now() if node.node_id != node_id]
-        topology = deployment.topology
-        replan(deployment.structure, topology, pieces, others, self._policy, epoch=topology.epoch + 1)
+    def _room_elsewhere(
+        self, deployment: Deployment, pieces: PieceSet, node_id: str, *, beside: Sizes
+    ) -> Sizes:
+        """Return what some pieces would take on other nodes; raises InsufficientCapacity without the room."""
+        others = [node for node in self._capacity.now(negated(beside)) if node.node_id != node_id]
+        before = deployment.topology
+        moved = replan(deployment.structure, before, pieces, others, self._policy, epoch=before.epoch + 1)
+        return moved.vram_bytes_of(pieces)
 
 
 def negated(sizes: Sizes) -> Sizes:

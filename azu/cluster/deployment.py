@@ -9,7 +9,6 @@ pause, fence, place, start and load, link, resume.
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -20,12 +19,13 @@ from tenacity.wait import wait_random_exponential
 from azu.cluster.backend import DeploymentBackend
 from azu.cluster.deployment_store import DeploymentRecord, DeploymentStore
 from azu.cluster.pieces import PieceActors
-from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, WorkerLost
+from azu.cluster.repairs import RepairTimes, RepairTurns, Suspects, Suspicion
+from azu.errors import AzuError, DeadlineExceeded, HarmfulRequest, InsufficientCapacity, WorkerLost
 from azu.planner.kv_blocks import with_blocks
 from azu.planner.migration import TopologyChange
 from azu.planner.plan import check_kv_capacity
 from azu.planner.replicas import ExpertCounts
-from azu.protocol.job import Job, JobRun, Placement
+from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport, Placement
 from azu.protocol.structure import Structure
 from azu.protocol.topology import LossReport, PieceSet, Topology, actor_name, piece_set
 
@@ -81,7 +81,8 @@ class Deployment:
 
     `place` finds places for lost pieces, `commit` makes a planned topology the current one; both call
     `set_topology` with a newer epoch. `place` raises InsufficientCapacity when no node has room; it is asked
-    again for `room_wait_s`. `num_planned_blocks` is the KV that the policy asks for.
+    again for `room_wait_s`. `turns` are those of the model. `num_planned_blocks` is the KV that the policy
+    asks for.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Deployment:
         *,
         place: Callable[["Deployment", PieceSet], Awaitable[None]],
         commit: Callable[["Deployment", Topology], Awaitable[None]],
+        turns: RepairTurns,
         num_planned_blocks: int,
         room_wait_s: float,
     ) -> None:
@@ -103,6 +105,8 @@ class Deployment:
         self._store = store
         self._place = place
         self._commit = commit
+        self._turns = turns
+        self._suspects = Suspects()
         self._num_planned_blocks = num_planned_blocks
         self._room_wait_s = room_wait_s
         self._num_blocks = topology.num_blocks
@@ -134,6 +138,11 @@ class Deployment:
         return len(self._expected)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no job is expected here, and what an earlier scheduler left here is taken over."""
+        return not self._expected and self.state is not DeploymentState.STARTING
+
+    @property
     def broken(self) -> bool:
         """Whether what was lost could not be replaced: the deployment takes no new jobs."""
         return self.state is DeploymentState.BROKEN
@@ -162,6 +171,7 @@ class Deployment:
         self._held |= {job.job_id}
         run = await self._run(job)
         self._held -= {job.job_id}
+        self._suspects.forget(job.job_id)
         return replace(run, payout_by_node=dict(self._payout_by_node), placements=self.placements())
 
     async def cancel(self, job_id: str) -> None:
@@ -214,6 +224,8 @@ class Deployment:
             await self._set_pipeline(record.pipeline)
             try:
                 self._held = await self._backend.running_jobs(record.pipeline)
+                # The jobs are taken again in a moment: a deployment that has them is not idle meanwhile.
+                self._expected |= self._held
             except AzuError as error:
                 log.warning("%s", error.message)
         else:
@@ -229,13 +241,23 @@ class Deployment:
             if task is not None:
                 task.cancel()
         self.state = DeploymentState.CLOSED
-        await self._store.forget(self.topology)
+        # At once, before anything is awaited: from now on its room is another's.
         if self._pipeline is not None:
             self._backend.kill(self._pipeline)
         self._pieces.close()
+        await self._store.forget(self.topology)
+
+    @property
+    def resized(self) -> Topology:
+        """The topology with the number of KV blocks that it is to have."""
+        return with_blocks(self.structure, self.topology, self._num_blocks)
+
+    def forgo_blocks(self) -> None:
+        """Give up more KV blocks than there are now; to have fewer stays wanted."""
+        self._num_blocks = min(self._num_blocks, self.topology.num_blocks)
 
     def set_topology(self, topology: Topology) -> None:
-        """Make a topology the wanted one, with the number of KV blocks that the deployment has now."""
+        """Make a topology the wanted one, with the number of KV blocks that the deployment is to have."""
         self.topology = with_blocks(self.structure, topology, self._num_blocks)
         self._record_payouts()
 
@@ -259,8 +281,13 @@ class Deployment:
         self._event.set()
 
     async def resize(self, num_blocks: int) -> None:
-        """Change the number of KV blocks, under a new epoch; blocks that are still needed are kept."""
-        self._num_blocks = await self._backend.limit(self._pipeline_name(), num_blocks)
+        """Change the number of KV blocks, under a new epoch; blocks that are still needed are kept.
+
+        More blocks come only if the nodes have the room when it is done.
+        """
+        # The pipeline may count on more blocks only once there are more.
+        at_once = min(num_blocks, self.topology.num_blocks)
+        self._num_blocks = max(num_blocks, await self._backend.limit(self._pipeline_name(), at_once))
         self._event.set()
 
     async def change(self, change: TopologyChange, *, beside: bool) -> bool:
@@ -342,16 +369,31 @@ class Deployment:
                 self.pieces_lost(report)
 
     async def _reconcile(self, change: _WantedChange | None) -> None:
-        """Take rounds until everything that the topology names runs; raises WorkerLost after too many."""
-        times = _StepTimes()
-        completed = await self._pause()
-        is_repair = bool(self._lost) or self._is_fault
-        if is_repair:
-            self._count_fruitless(completed)
+        """Make everything run that the topology names; raises WorkerLost when that is impossible."""
+        times = RepairTimes()
+        paused = await self._pause()
+        if not self._lost and not self._is_fault:
+            await self._take_rounds(change, times, is_repair=False)
+            return
+        suspicion = self._suspects.lost(paused.under_way) if self._lost else Suspicion()
+        await self._end_harmful(suspicion.guilty)
+        self._count_fruitless(paused.num_completed, is_explained=bool(suspicion.guilty))
+        async with self._turns.turn(self._fruitless):
+            await self._take_rounds(change, times, alone=suspicion.alone, is_repair=True)
+
+    async def _take_rounds(
+        self,
+        change: _WantedChange | None,
+        times: RepairTimes,
+        *,
+        alone: frozenset[ChoiceKey] = frozenset(),
+        is_repair: bool,
+    ) -> None:
         lost = self._take_losses()
         empty: frozenset[int] = frozenset()
         this = await self._switch(change) if change is not None and change.can_begin(lost) else None
-        for _ in range(_MOST_ROUNDS):
+        for tried in range(_MOST_ROUNDS):
+            await self._turns.rest(tried - 1)
             this = this or await self._replace(lost, times)
             empty |= this.fresh.stages
             failed = await self._pieces.bring_up(self.topology, this.missing, self._pipeline_name())
@@ -363,7 +405,7 @@ class Deployment:
             )
             times.passed("linked")
             is_repair |= bool(lost)
-            if not lost and await self._resume(empty, is_repair=is_repair):
+            if not lost and await self._resume(empty, alone=alone, is_repair=is_repair):
                 times.passed("resumed")
                 log.warning("%s: %s", "repaired" if is_repair else "changed", times)
                 if change is not None:
@@ -372,8 +414,20 @@ class Deployment:
             this = None
         raise WorkerLost(f"{lost} could not be brought up in {_MOST_ROUNDS} rounds")
 
-    async def _pause(self) -> int:
-        """Pause the pipeline, or start another where it is gone or hangs; return its completed steps."""
+    async def _end_harmful(self, guilty: frozenset[str]) -> None:
+        for job_id in guilty:
+            log.error("workers were lost again and again in steps of a job", extra={"job_id": job_id})
+            error = HarmfulRequest(
+                f"workers of {self.structure.model_id} were lost again and again while they computed this "
+                "request; it is not tried any more"
+            )
+            try:
+                await self._backend.end(self._pipeline_name(), job_id, error)
+            except AzuError as fault:
+                log.warning("%s: the job goes on in another pipeline", fault.message)
+
+    async def _pause(self) -> PauseReport:
+        """Pause the pipeline, or start another where it is gone or hangs."""
         if self._pipeline is not None:
             try:
                 return await self._backend.pause(self._pipeline)
@@ -393,7 +447,7 @@ class Deployment:
         await self._commit(self, change.topology)
         return _Round(change.fresh, missing=change.fresh - installed)
 
-    async def _replace(self, lost: PieceSet, times: "_StepTimes") -> _Round:
+    async def _replace(self, lost: PieceSet, times: RepairTimes) -> _Round:
         """Find new places for what is lost, under a new epoch."""
         if lost:
             log.warning("lost %s", lost)
@@ -412,10 +466,11 @@ class Deployment:
         times.passed("placed")
         return _Round(fresh=lost, missing=lost)
 
-    async def _resume(self, empty: frozenset[int], *, is_repair: bool) -> bool:
+    async def _resume(self, empty: frozenset[int], *, alone: frozenset[ChoiceKey], is_repair: bool) -> bool:
+        pipeline, stages = self._pipeline_name(), self._pieces.stages
         try:
             await self._backend.resume(
-                self._pipeline_name(), self.topology, self._pieces.stages, empty, is_repair=is_repair
+                pipeline, self.topology, stages, empty, alone=alone, is_repair=is_repair
             )
         except WorkerLost as error:
             log.warning("%s", error.message)
@@ -430,8 +485,9 @@ class Deployment:
         self._event.clear()
         return lost
 
-    def _count_fruitless(self, completed: int) -> None:
-        self._fruitless = self._fruitless + 1 if completed == self._last_completed else 0
+    def _count_fruitless(self, completed: int, *, is_explained: bool) -> None:
+        is_vain = completed == self._last_completed and not is_explained
+        self._fruitless = self._fruitless + 1 if is_vain else 0
         self._last_completed = completed
         if self._fruitless >= _MOST_FRUITLESS:
             raise WorkerLost(f"{self._lost} was lost {_MOST_FRUITLESS} times without a step in between")
@@ -474,20 +530,6 @@ class Deployment:
             self.topology, self._pieces.records(), self._pipeline_name(), self._payout_by_node
         )
         await self._store.keep(record)
-
-
-class _StepTimes:
-    """How many seconds after its start each step of a reconciliation was done."""
-
-    def __init__(self) -> None:
-        self._started_s = time.monotonic()
-        self._steps: list[str] = []
-
-    def passed(self, step: str) -> None:
-        self._steps.append(f"{step} {time.monotonic() - self._started_s:.2f} s")
-
-    def __str__(self) -> str:
-        return ", ".join(self._steps)
 
 
 def _log_retry(state: RetryCallState) -> None:

@@ -38,6 +38,8 @@ class EnginePipeline:
         self._replays: deque[tuple[Replay, Chosen]] = deque()
         self._unfilled: set[int] = set()  # stages whose replays are not all through
         self._suspended = False
+        self._struck: dict[int, int] = {}
+        self._alone: set[int] = set()  # each shares no step with another until it comes further
         self._opened: set[int] = set()  # stages know of them
         self._reopen: set[int] = set()  # and the last one may know too much, or nothing
         self._closed: list[int] = []
@@ -73,6 +75,11 @@ class EnginePipeline:
         """Stages that were lost and are not filled yet, after a `suspend` that came too early for it."""
         return frozenset(self._unfilled)
 
+    @property
+    def struck(self) -> Mapping[int, int]:
+        """How many tokens ever ran of each sequence that had a step in flight at the last `suspend`."""
+        return self._struck
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises Unavailable when the KV cache could not hold it even alone."""
         assert sequence.sequence_id not in self._sequences, "a sequence id is used once"
@@ -95,6 +102,7 @@ class EnginePipeline:
         self._suspended = True
         self._replays.clear()
         for step in self._in_flight.values():
+            self._struck |= {sequence.sequence_id: sequence.num_ran for sequence, _ in step.chosen}
             self._closed += step.closed
             for sequence, slice_ in () if step.replay else step.chosen:
                 self._scheduler.rewind(sequence, slice_.position)
@@ -111,7 +119,11 @@ class EnginePipeline:
         return self._scheduler.limit(num_blocks)
 
     def resume(
-        self, topology: Topology, lost_stages: Collection[int], num_sent: Mapping[int, Mapping[int, int]]
+        self,
+        topology: Topology,
+        lost_stages: Collection[int],
+        num_sent: Mapping[int, Mapping[int, int]],
+        alone: Collection[int] = (),
     ) -> None:
         """Go on under another topology, in which some stages begin with empty KV caches.
 
@@ -119,10 +131,13 @@ class EnginePipeline:
 
         Where it has another number of blocks, sequences that lose theirs are computed again.
         `num_sent[stage]` has how many rows of each sequence the stage before a lost one can send again; what
-        no stage can send again is computed from the tokens. Unfilled stages count as lost again.
+        no stage can send again is computed from the tokens. Unfilled stages count as lost again. Each of the
+        sequences `alone` is computed from its tokens and is the only one in flight until it comes further.
         """
         assert self._suspended, "suspend() comes first"
         self._suspended = False
+        self._struck.clear()
+        self._alone = set(alone)
         self._epoch = topology.epoch
         self._account.set_topology(topology)
         self._scheduler.set_num_stages(len(topology.stages))
@@ -135,7 +150,7 @@ class EnginePipeline:
         cached = {key: self._sequences[key] for key in self.num_cached}
         for key in list(cached):
             senders = [num_sent.get(replay.first - 1, {}) for replay in replays if replay.first]
-            if any(sent.get(key, 0) < cached[key].num_scheduled for sent in senders):
+            if key in self._alone or any(sent.get(key, 0) < cached[key].num_scheduled for sent in senders):
                 self._scheduler.rewind(cached.pop(key), 0)
         self._replays.extend(
             (replay, chosen) for replay in replays for chosen in self._scheduler.replays(cached.values())
@@ -154,6 +169,14 @@ class EnginePipeline:
             return self._send(*self._replays.popleft())
         if any(step.replay for step in self._in_flight.values()):
             return None  # it takes another way: a step sent behind it might come before it
+        while self._alone and not self._in_flight:
+            first = min(self._alone)
+            alone = self._sequences.get(first)
+            if alone is not None and (chosen := self._scheduler.next_slices(alone)):
+                return self._send(None, tuple(chosen))
+            self._alone.remove(first)
+        if self._alone:
+            return None
         chosen = self._scheduler.next_slices()
         return self._send(None, tuple(chosen)) if chosen else None
 
@@ -206,6 +229,7 @@ class EnginePipeline:
         new = slice_.position >= sequence.num_ran and sequence.sequence_id in self._sequences
         if new:
             sequence.num_ran = slice_.position + slice_.num_tokens
+            self._alone.discard(sequence.sequence_id)
             self._account.add_tokens(sequence.sequence_id, slice_.num_tokens)
         return new
 

@@ -230,10 +230,14 @@ class BatchScheduler:
         if chunk:
             yield tuple(chunk)
 
-    def next_slices(self) -> list[tuple[Sequence, Slice]]:
-        """Choose the next micro-batch; it is empty when nothing can run before another step returns."""
+    def next_slices(self, only: Sequence | None = None) -> list[tuple[Sequence, Slice]]:
+        """Choose the next micro-batch; it is empty when nothing can run before another step returns.
+
+        With `only` it has no other sequence.
+        """
         self._admit()
-        for ready in self._step_groups([sequence for sequence in self._running if sequence.num_pending]):
+        pending = [one for one in self._running if one.num_pending and only in (None, one)]
+        for ready in self._step_groups(pending):
             decodes = self._decodes(ready)
             wanted = [*decodes, *self._prefills(ready, max(1, self._most_tokens - len(decodes)))]
             slices = ((sequence, self._slice(sequence, num_tokens)) for sequence, num_tokens in wanted)

@@ -5,7 +5,7 @@ import itertools
 import logging
 import time
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -16,7 +16,7 @@ from azu.engine.text import TextDecoder
 from azu.engine.timing import PipelineMetrics
 from azu.errors import AzuError
 from azu.jobs.redis import RedisJobs
-from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
+from azu.protocol.job import ChoiceKey, FinishReason, Job, JobRun, TokenEvent
 from azu.protocol.step import StepResult
 from azu.redis_client import retry_until_available
 
@@ -38,6 +38,7 @@ class _ActiveJob:
     open: set[int] = field(default_factory=set)
     delivered: int = 0
     cancelled: bool = False
+    error: AzuError | None = None
     reason: FinishReason = FinishReason.STOP
     work: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
@@ -49,7 +50,8 @@ class _ActiveJob:
 
     def end(self, fault: AzuError | None) -> None:
         """Answer the callers of the job, when no choice is open."""
-        error = fault if self.reason is FinishReason.CANCELLED and not self.cancelled else None
+        is_cut_off = self.reason is FinishReason.CANCELLED and not self.cancelled
+        error = self.error or (fault if is_cut_off else None)
         run = JobRun(
             completion_tokens=self.delivered,
             finish_reason=FinishReason.ERROR if error else self.reason,
@@ -114,9 +116,32 @@ class JobRunner:
         """End a job's sequences within one step; what was delivered stays delivered."""
         if active := self._by_job.get(job_id):
             active.cancelled = True
-            for sequence_id in active.open:
-                self._events.put_nowait(self._engine.cancel(sequence_id))
+            self._cancel_open(active)
             self._on_change()
+
+    def end(self, job_id: str, error: AzuError) -> None:
+        """End a job's sequences with what was delivered, and this error."""
+        if active := self._by_job.get(job_id):
+            active.error = active.error or error
+            self._cancel_open(active)
+
+    @property
+    def under_way(self) -> Mapping[ChoiceKey, int]:
+        """How many tokens ran of each choice that had a step in flight when the engine was suspended."""
+        found = {}
+        for sequence_id, num_ran in self._engine.struck.items():
+            if sequence_id in self._by_sequence:
+                active, choice = self._by_sequence[sequence_id]
+                found[active.job.job_id, choice] = num_ran
+        return found
+
+    def sequences_of(self, choices: Collection[ChoiceKey]) -> list[int]:
+        """Return the sequences of some choices, as far as they have not ended."""
+        return [
+            sequence_id
+            for sequence_id, (active, choice) in self._by_sequence.items()
+            if (active.job.job_id, choice) in choices
+        ]
 
     def complete(self, result: StepResult) -> None:
         """Take the last stage's tokens."""
@@ -144,6 +169,10 @@ class JobRunner:
             for sequence_id, event in events:
                 if event.finish_reason is not None:
                     self._end_sequence(sequence_id, event.finish_reason, event.work)
+
+    def _cancel_open(self, active: _ActiveJob) -> None:
+        for sequence_id in active.open:
+            self._events.put_nowait(self._engine.cancel(sequence_id))
 
     async def _begin(self, active: _ActiveJob) -> None:
         job = active.job

@@ -11,6 +11,8 @@ from azu.protocol.node import Node
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.topology import ExpertSet, Piece, Stage
 
+ChoiceKey = tuple[str, int]  # job id, the number of the choice
+
 
 class JobState(StrEnum):
     """QUEUED and RUNNING jobs hold a reservation; the others are final and their money is settled."""
@@ -143,6 +145,17 @@ class JobRun:
     error: AzuError | None = None
     payout_by_node: Mapping[str, str] = field(default_factory=dict)
     placements: tuple[Placement, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PauseReport:
+    """A pipeline that pauses: how many steps it has completed, and what was under way when it stopped.
+
+    `under_way` has the tokens that ran so far of each choice that had a step in flight.
+    """
+
+    num_completed: int
+    under_way: Mapping[ChoiceKey, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

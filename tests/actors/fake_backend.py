@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from azu.cluster.backend import Neighbours
 from azu.errors import AzuError, WorkerLost
 from azu.planner.replicas import ExpertCounts
-from azu.protocol.job import FinishReason, Job, JobRun
+from azu.protocol.job import ChoiceKey, FinishReason, Job, JobRun, PauseReport
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, LossReport, Piece, PieceSet, Stage, Topology, key_of, piece_set
@@ -38,6 +38,7 @@ class FakePipeline:
     is_running: bool = False
     completed: int = 0
     blocks_in_use: int = 0
+    under_way: dict[ChoiceKey, int] = field(default_factory=dict)
     losses: asyncio.Queue[LossReport] = field(default_factory=asyncio.Queue)
     jobs: dict[str, asyncio.Future[JobRun]] = field(default_factory=dict)
     fault: AzuError | None = None
@@ -64,6 +65,7 @@ class FakeBackend:
     blamed: list[str] = field(default_factory=list)
     probed: list[frozenset[str]] = field(default_factory=list)
     repairs: list[bool] = field(default_factory=list)  # what each resume was told
+    alone: list[frozenset[ChoiceKey]] = field(default_factory=list)  # and this
     counts: ExpertCounts = field(default_factory=dict)
 
     # What the test does and asks
@@ -177,16 +179,19 @@ class FakeBackend:
     async def cancel(self, pipeline: str, job_id: str) -> None:
         self._living(pipeline).jobs.pop(job_id).set_result(JobRun(0, FinishReason.CANCELLED))
 
+    async def end(self, pipeline: str, job_id: str, error: AzuError) -> None:
+        self._living(pipeline).jobs.pop(job_id).set_result(JobRun(0, FinishReason.ERROR, error=error))
+
     async def running_jobs(self, pipeline: str) -> frozenset[str]:
         return frozenset(self._living(pipeline).jobs)
 
     async def limit(self, pipeline: str, num_blocks: int) -> int:
         return max(num_blocks, self._living(pipeline).blocks_in_use)
 
-    async def pause(self, pipeline: str) -> int:
+    async def pause(self, pipeline: str) -> PauseReport:
         found = self._living(pipeline)
         found.is_running = False
-        return found.completed
+        return PauseReport(found.completed, dict(found.under_way))
 
     async def resume(
         self,
@@ -195,14 +200,16 @@ class FakeBackend:
         stages: Sequence[str],
         empty: frozenset[int],
         *,
+        alone: frozenset[ChoiceKey],
         is_repair: bool,
     ) -> None:
         found = self._living(pipeline)
         self._check(found, topology, stages, empty)
         for index in empty:
-            self.stage(index).is_filled = True
+            self.pieces[stages[index]].is_filled = True
         found.topology, found.stages, found.is_running = topology, stages, True
         self.repairs.append(is_repair)
+        self.alone.append(alone)
 
     async def next_loss(self, pipeline: str) -> LossReport | None:
         found = self._living(pipeline)
@@ -249,15 +256,18 @@ class FakeBackend:
         self, pipeline: FakePipeline, topology: Topology, stages: Sequence[str], empty: frozenset[int]
     ) -> None:
         """Check that a topology can run: each piece is up in its place, linked, and filled or empty."""
-        names = [self.stage(index).name for index in range(len(topology.stages))]
-        assert list(stages) == names, "the stages are given in order"
-        sets = {one.index: self.expert_set(one.index).name for one in topology.expert_sets}
-        for piece in topology.pieces:
-            actor = self.stage(piece.index) if isinstance(piece, Stage) else self.expert_set(piece.index)
-            assert actor.is_loaded, f"{actor.name} is not loaded"
-            assert actor.piece.node_id == piece.node_id, f"{actor.name} is not where it is planned"
-            if isinstance(piece, Stage):
-                after = names[piece.index + 1] if piece.index + 1 < len(names) else None
-                assert actor.linked_epoch == topology.epoch, f"{actor.name} has old neighbours"
-                assert actor.neighbours == Neighbours(sets, after, pipeline.name)
-                assert actor.is_filled or piece.index in empty, f"{actor.name} holds nothing"
+        actors: dict[str, FakePiece] = {}
+        for index, name in enumerate(stages):
+            actor = actors[name] = self.pieces[name]
+            after = stages[index + 1] if index + 1 < len(stages) else None
+            assert key_of(actor.piece) == (Stage, index), "the stages are given in order"
+            assert actor.linked_epoch == topology.epoch, f"{name} has old neighbours"
+            assert actor.is_filled or index in empty, f"{name} holds nothing"
+            assert actor.neighbours is not None
+            sets = actor.neighbours.expert_sets
+            assert actor.neighbours == Neighbours(sets, after, pipeline.name)
+            assert sets.keys() == {one.index for one in topology.expert_sets}
+            actors |= {one: self.pieces[one] for one in sets.values()}
+        wanted = {key_of(piece): piece.node_id for piece in topology.pieces}
+        assert {key_of(one.piece): one.piece.node_id for one in actors.values()} == wanted, "as planned"
+        assert all(one.is_loaded for one in actors.values())

@@ -17,7 +17,7 @@ from azu.protocol.topology import PieceSet, Topology
 from azu.units import MIB
 from tests.actors.fake_backend import FakeBackend
 from tests.builders import node, structure
-from tests.cluster.waiting import end_other_tasks, until
+from tests.cluster.waiting import end_other_tasks, turns_at_once, until
 
 POLICY = PlanPolicy(promised_sequences=2, tokens_per_sequence=128)
 
@@ -30,6 +30,7 @@ class Network:
     vram_bytes: int = 64 * MIB
     policy: PlanPolicy = POLICY
     nodes_come: bool = False
+    room_wait_s: float = 0.1
     backend: FakeBackend = field(default_factory=FakeBackend)
     nodes: list[Node] = field(default_factory=list)
     now_s: float = 0.0
@@ -43,8 +44,8 @@ class Network:
     def new_cluster(self) -> Cluster:
         """Return a cluster that knows nothing but the store and the backend, as the next scheduler's."""
         return Cluster(
-            self.backend, self.room, self.policy, self.store, room_wait_s=0.1, nodes_come=self.nodes_come,
-            clock=lambda: self.now_s,
+            self.backend, self.room, self.policy, self.store, room_wait_s=self.room_wait_s,
+            nodes_come=self.nodes_come, clock=lambda: self.now_s, turns=turns_at_once,
         )  # fmt: skip
 
     def room(self, placed: Mapping[str, int], given_back: Mapping[str, int]) -> list[Node]:

@@ -8,13 +8,14 @@ import pytest
 
 from azu.cluster.deployment import Deployment, DeploymentState
 from azu.cluster.deployment_store import DeploymentStore
-from azu.errors import InsufficientCapacity, InvalidRequest, WorkerLost
+from azu.cluster.repairs import RepairTurns
+from azu.errors import HarmfulRequest, InsufficientCapacity, InvalidRequest, WorkerLost
 from azu.planner.migration import TopologyChange
 from azu.protocol.job import FinishReason
 from azu.protocol.topology import ExpertSet, PieceSet, Topology
 from tests.actors.fake_backend import FakeBackend
 from tests.builders import OWNERS, job, node, structure, topology
-from tests.cluster.waiting import end_other_tasks, until
+from tests.cluster.waiting import end_other_tasks, turns_at_once, until
 
 SPANS = {name: (index, index + 1) for index, name in enumerate("abcd")}
 SETS = (ExpertSet(0, "e", {1: (0, 1)}, 1), ExpertSet(1, "f", {1: (2, 3)}, 1))
@@ -42,16 +43,18 @@ class Model:
     epoch: int = 1
     placed: list[PieceSet] = field(default_factory=list)
     no_room_for: int = 0  # so many times
+    waited_s: list[float] = field(default_factory=list)  # by repairs, after vain ones
 
     def __post_init__(self) -> None:
         self.backend.nodes = {name: node(name, payout_address=OWNERS[0]) for name in "abcdefg"}
+        self.turns = turns_at_once(self.waited_s)
         self.store = DeploymentStore.from_url(self.redis_url)
         self.deployment = self.deploy(self.topology)
 
-    def deploy(self, wanted: Topology) -> Deployment:
+    def deploy(self, wanted: Topology, turns: RepairTurns | None = None) -> Deployment:
         return Deployment(
             self.backend, self.store, STRUCTURE, wanted, place=self.place, commit=self.commit,
-            num_planned_blocks=wanted.num_blocks, room_wait_s=self.room_wait_s,
+            turns=turns or self.turns, num_planned_blocks=wanted.num_blocks, room_wait_s=self.room_wait_s,
         )  # fmt: skip
 
     @property
@@ -273,6 +276,65 @@ def test_a_step_that_kills_its_stage_is_not_tried_for_ever(redis_url: str) -> No
             await model.kill_and_wait(stages(1))
 
         assert len(model.placed) == 5
+
+    run(redis_url, scenario)
+
+
+def test_only_a_repair_after_a_vain_one_waits_and_each_time_longer(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        await model.kill_and_wait(stages(1))
+        assert model.waited_s == []
+        while not model.deployment.broken:
+            await model.kill_and_wait(stages(1))
+
+        assert len(model.waited_s) == 4
+        assert all(2**vain / 2 <= waited <= 2**vain for vain, waited in enumerate(model.waited_s))
+
+    run(redis_url, scenario)
+
+
+def test_two_pipelines_of_a_model_are_repaired_one_after_the_other(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        other = Model(redis_url)
+        other.deployment = other.deploy(other.topology, turns=model.turns)
+        await other.deployment.start()
+        may_load, loads = asyncio.Event(), model.backend.on_load
+        loads.append(may_load.wait)
+        model.kill(stages(1))
+        await until(lambda: not loads)
+        other.kill(stages(2))
+        await until(lambda: other.deployment.state is DeploymentState.RECONCILING)
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert other.placed == []
+
+        may_load.set()
+        await model.resumed(1)
+        await other.resumed(1)
+        assert other.placed == [stages(2)]
+
+    run(redis_url, scenario)
+
+
+def test_a_job_in_whose_steps_pieces_are_lost_three_times_is_ended_and_the_model_lives(
+    redis_url: str,
+) -> None:
+    async def scenario(model: Model) -> None:
+        deployment, pipeline = model.deployment, model.backend.pipeline
+        running = {name: asyncio.create_task(deployment.run(job(name))) for name in ("good", "bad")}
+        await until(lambda: len(pipeline.jobs) == 2)
+        pipeline.under_way = {("good", 0): 7, ("bad", 0): 5}
+        for index in (1, 2):
+            await model.kill_and_wait(stages(index))
+        assert model.backend.alone == [frozenset(), frozenset({("good", 0), ("bad", 0)})]
+
+        # The good one came further alone; in the next step was the bad one.
+        pipeline.completed += 1
+        pipeline.under_way = {("bad", 0): 5}
+        await model.kill_and_wait(stages(3))
+        assert isinstance((await running["bad"]).error, HarmfulRequest)
+        assert deployment.state is DeploymentState.SERVING
+        assert set(pipeline.jobs) == {"good"}
 
     run(redis_url, scenario)
 

@@ -1,7 +1,10 @@
 """Waiting for what loops do in their own time, and ending them as a process that dies does."""
 
 import asyncio
+import random
 from collections.abc import Callable
+
+from azu.cluster.repairs import RepairTurns
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -15,3 +18,13 @@ def end_other_tasks() -> None:
     """End every other task, as if the process that ran them had died."""
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
+
+
+def turns_at_once(waited_s: list[float] | None = None) -> RepairTurns:
+    """Return turns in which no repair waits; each wait is noted instead."""
+    noted = [] if waited_s is None else waited_s
+
+    async def note(seconds: float) -> None:
+        noted.append(seconds)
+
+    return RepairTurns(random.Random(1), note)

@@ -288,3 +288,30 @@ def test_a_sequence_cancelled_while_suspended_frees_its_blocks() -> None:
 
     assert event.finish_reason is FinishReason.CANCELLED
     assert pipeline.num_free_blocks == 64
+
+
+def test_suspects_run_one_by_one_from_their_tokens_until_they_come_further() -> None:
+    pipeline = _two_stages()
+    for sequence_id in (1, 2, 3):
+        _add(pipeline, sequence_id, max_tokens=20)
+    for _ in range(6):
+        pipeline.complete(_answer(_next(pipeline)))
+    batch = _next(pipeline)
+    pipeline.suspend()
+    assert pipeline.struck == {one.sequence_id: one.position for one in batch.slices}
+    pipeline.resume(builders.topology({"a": (0, 2), "b": (2, 4)}, epoch=2), (), {}, alone=(2, 3, 99))
+
+    for suspect in (2, 3):
+        batch = _next(pipeline)
+        assert [(one.sequence_id, one.position) for one in batch.slices] == [(suspect, 0)]
+        assert pipeline.next_batch() is None
+        # Its old tokens run before its next one, which is the first that counts as further.
+        pipeline.complete(replace(_answer(batch), tokens=()))
+        batch = _next(pipeline)
+        assert [one.sequence_id for one in batch.slices] == [suspect]
+        pipeline.complete(_answer(batch))
+    assert {one.sequence_id for batch in (_next(pipeline), _next(pipeline)) for one in batch.slices} == {
+        1,
+        2,
+        3,
+    }

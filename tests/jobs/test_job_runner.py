@@ -176,6 +176,32 @@ def test_a_cancelled_job_keeps_what_was_delivered_and_is_no_error(play) -> None:
     play(scenario)
 
 
+def test_one_job_is_ended_with_an_error_and_what_was_delivered_and_the_others_go_on(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        jobs = [job(name) for name in ("good", "bad")]
+        running = {}
+        for one in jobs:
+            await pipeline.jobs.submit(one)
+            running[one.job_id] = await pipeline.begin(one)
+        while pipeline.engine.num_sequences < 2:
+            await asyncio.sleep(0)
+        for _ in range(4):
+            await pipeline.answer(5)
+        pipeline.engine.suspend()
+        under_way = pipeline.runner.under_way
+        assert set(under_way) == {("good", 0), ("bad", 0)}
+        assert len(pipeline.runner.sequences_of({("bad", 0), ("stranger", 0)})) == 1
+
+        pipeline.runner.end("bad", WorkerLost("it kills"))
+        ended = await running["bad"]
+        assert isinstance(ended.error, WorkerLost)
+        assert ended.finish_reason is FinishReason.ERROR
+        assert ended.completion_tokens > 0
+        assert pipeline.runner.job_ids == {"good"}
+
+    play(scenario)
+
+
 def test_a_failure_ends_every_job_with_its_error_and_refuses_later_ones(play) -> None:
     async def scenario(pipeline: Pipeline) -> None:
         fault = WorkerLost("the model lost a worker")
