@@ -266,7 +266,7 @@ def piece_pids() -> set[int]:
     found = set()
     for raylet in raylets():
         for child in raylet.children():
-            with suppress(psutil.Error):  # it ended
+            with suppress(psutil.Error, IndexError):  # it ended
                 if child.cmdline()[0].startswith(("ray::LayerActor", "ray::ExpertActor")):
                     found.add(child.pid)
     return found
