@@ -159,7 +159,7 @@ class Pipeline:
         return num_sent
 
     def _send_steps(self) -> None:
-        while not self._runner.is_failed and (batch := self._engine.next_batch()) is not None:
+        while self._runner.takes_tokens and (batch := self._engine.next_batch()) is not None:
             stage = max(0, batch.replay.first - 1) if batch.replay else 0
             sent = self._stages[stage].step.remote(batch, None)
             watcher = asyncio.create_task(self._watch(sent, stage, batch.epoch))

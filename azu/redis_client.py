@@ -1,10 +1,12 @@
-"""The one way to reach Redis: timeouts on every call, typed errors. Only Redis adapters use it."""
+"""The one way to reach Redis: timeouts on every call, typed errors, and how long Redis has been away."""
 
 import asyncio
 import logging
+import math
 import re
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from redis import Redis as SyncRedis
@@ -12,8 +14,8 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
+from redis.exceptions import AuthenticationError, OutOfMemoryError, ReadOnlyError, RedisError
 from redis.exceptions import ConnectionError as ConnectionLost
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as NoReply
 from redis.retry import Retry as SyncRetry
 
@@ -23,16 +25,25 @@ log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
-CONNECT_TIMEOUT_S = 5.0
-REPLY_TIMEOUT_S = 15.0
+CONNECT_TIMEOUT_S = 2.0
+REPLY_TIMEOUT_S = 5.0
 _MAX_CONNECTIONS = 32
 _RETRIES = 3
-_PAUSE_S = 0.5
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0
+_RETRY_AFTER_S = 2.0
+# In this time a process that was busy takes the answers that arrived meanwhile.
+_SECOND_LOOK_S = 0.1
+# An outage that lasts longer is not taken for one that passes by itself.
+STANDING_S = 60.0
 # What Redis answers when it takes no command, or no write, for a while: it loads its files, it is a replica
-# or lost its own, it has no memory left, its last save failed, or a script holds it. An error inside a script
-# has the word in its message, and redis-py strips some of them off.
+# or lost its own, it has no memory left, its last save failed, a script holds it, or it came back with other
+# passwords or without a group of readers. An error inside a script has the word in its message, and redis-py
+# strips some of them off.
 _AWAY_ERRORS = (ConnectionLost, NoReply, ReadOnlyError, OutOfMemoryError)
-_AWAY = re.compile(r"\b(READONLY|OOM|MISCONF|LOADING|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|TRYAGAIN|BUSY)\b")
+_AWAY = re.compile(
+    r"\b(READONLY|OOM|MISCONF|LOADING|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|TRYAGAIN|BUSY|UNBLOCKED|NOAUTH"
+    r"|WRONGPASS|DENIED|NOGROUP)\b"
+)
 _OPTIONS: dict[str, Any] = {
     "decode_responses": True,
     "socket_connect_timeout": CONNECT_TIMEOUT_S,
@@ -41,22 +52,50 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
-def connect_redis(url: str) -> Redis:
+class _Contact:
+    """What this process knows of one Redis: when it answered last, since when and why it is away."""
+
+    def __init__(self) -> None:
+        self.answered_s = -math.inf
+        self.away_since_s: float | None = None
+        self.reason = ""
+
+    def answers(self) -> None:
+        self.answered_s = time.monotonic()
+        self.away_since_s = None
+
+    def fails(self, error: Exception) -> Unavailable:
+        """Note why Redis is away; return the error for the caller."""
+        if self.away_since_s is None:
+            self.away_since_s = time.monotonic()
+        self.reason = str(error) or "it is silent"
+        unavailable = Unavailable(f"Redis did not answer: {self.reason}", retry_after_s=_RETRY_AFTER_S)
+        if isinstance(error, AuthenticationError):
+            self.reason += "; check REDIS_USERNAME and REDIS_PASSWORD"
+        return unavailable
+
+
+_contacts: dict[str, _Contact] = {}  # by URL
+
+
+def connect_redis(url: str, *, silence_s: float = math.inf) -> Redis:
     """Return a client of the Redis at `url` ("redis://user:password@host:port/0") that takes and gives `str`.
 
     A blocking read must ask for less than REPLY_TIMEOUT_S. The client opens lost connections again and
     repeats the command, which may have run already: every write must be safe to send twice. When all
     connections of the pool are in use, a call waits for one. A command or pipeline raises Unavailable when
-    Redis still does not answer.
+    Redis still does not answer, or when Redis answered no call of this process for `silence_s`.
     """
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=_MAX_CONNECTIONS,
-        timeout=REPLY_TIMEOUT_S,
+        timeout=3 * REPLY_TIMEOUT_S,
         retry=Retry(_backoff(), _RETRIES),
         **_OPTIONS,
     )
-    return _Client.from_pool(pool)
+    client = _Client.from_pool(pool)
+    client.calls = _Calls(_contacts.setdefault(url, _Contact()), silence_s)
+    return client
 
 
 def connect_redis_sync(url: str) -> SyncRedis:
@@ -64,14 +103,36 @@ def connect_redis_sync(url: str) -> SyncRedis:
     return SyncRedis.from_url(url, retry=SyncRetry(_backoff(), _RETRIES), **_OPTIONS)
 
 
-async def retry_until_available(call: Callable[[], Awaitable[_Answer]]) -> _Answer:
-    """Call Redis again and again until it is available; the call must be safe to make twice."""
+def redis_problem(now_s: float | None = None) -> str | None:
+    """Say since when Redis is away, and after STANDING_S also why; None while it answers this process."""
+    now_s = time.monotonic() if now_s is None else now_s
+    for contact in _contacts.values():
+        if contact.away_since_s is not None:
+            away_s = now_s - contact.away_since_s
+            return f"Redis is away since {away_s:.0f} s" + (
+                f": {contact.reason}" if away_s >= STANDING_S else ""
+            )
+    return None
+
+
+async def retry_until_available(
+    call: Callable[[], Awaitable[_Answer]], *, within_s: float = math.inf
+) -> _Answer:
+    """Call Redis again and again until it is available; the call must be safe to make twice.
+
+    Raises Unavailable when Redis is still away after `within_s`.
+    """
+    began_s, pause_s = time.monotonic(), 0.0
     while True:
         try:
             return await call()
         except Unavailable as error:
-            log.warning("%s", error.message)
-            await asyncio.sleep(_PAUSE_S)
+            if time.monotonic() - began_s >= within_s:
+                raise
+            if not pause_s:
+                log.warning("%s", error.message)
+        pause_s = min(2 * pause_s or _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
+        await asyncio.sleep(pause_s)
 
 
 @contextmanager
@@ -80,43 +141,95 @@ def typed_redis_errors() -> Iterator[None]:
     try:
         yield
     except RedisError as error:
-        raise Unavailable(f"Redis did not answer: {error}") from error
+        raise Unavailable(f"Redis did not answer: {error}", retry_after_s=_RETRY_AFTER_S) from error
+
+
+class _Calls:
+    """What every call of one client passes: the limit on silence, and typed errors."""
+
+    def __init__(self, contact: _Contact, silence_s: float) -> None:
+        self._contact = contact
+        self._silence_s = silence_s
+
+    @asynccontextmanager
+    async def guarded(self, blocks_s: float = 0.0) -> AsyncIterator[None]:
+        """Raise Unavailable when Redis does not answer, and CancelledError whenever the task was cancelled.
+
+        redis-py loses some cancellations while it opens a connection.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        cancellations = task.cancelling()
+        try:
+            async with self._unless_silent(self._silence_s + blocks_s):
+                yield
+            self._contact.answers()
+        except (RedisError, TimeoutError) as error:
+            if isinstance(error, RedisError) and not _is_away(error):
+                self._contact.answers()
+                raise
+            raise self._contact.fails(error) from error
+        finally:
+            # Also in place of an answer or another error: the caller may handle that one and go on.
+            if task.cancelling() > cancellations:
+                raise asyncio.CancelledError
+
+    @asynccontextmanager
+    async def _unless_silent(self, silence_s: float) -> AsyncIterator[None]:
+        """Raise TimeoutError once Redis answered no call of this process for `silence_s`.
+
+        A call that waits for its turn while others are answered may wait longer.
+        """
+        if silence_s == math.inf:
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        heard_s = time.monotonic()
+
+        def look(*, is_second: bool = False) -> None:
+            nonlocal heard_s, timer
+            before_s, heard_s = heard_s, max(heard_s, self._contact.answered_s)
+            if heard_s > before_s:
+                timer = loop.call_later(heard_s + silence_s - time.monotonic(), look)
+            elif is_second:
+                limit.reschedule(loop.time())
+            else:
+                timer = loop.call_later(_SECOND_LOOK_S, lambda: look(is_second=True))
+
+        async with asyncio.timeout(None) as limit:
+            timer = loop.call_later(silence_s, look)
+            try:
+                yield
+            finally:
+                timer.cancel()
 
 
 class _Client(Redis):
+    calls: _Calls
+
     async def execute_command(self, *arguments: Any, **options: Any) -> Any:
-        with _typed_and_cancellable():
+        async with self.calls.guarded(_blocks_s(arguments)):
             return await super().execute_command(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
-        return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+        pipeline = _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+        pipeline.calls = self.calls
+        return pipeline
 
 
 class _Pipeline(Pipeline):
+    calls: _Calls
+
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
-        with _typed_and_cancellable():
+        async with self.calls.guarded():
             return await super().execute(raise_on_error)
 
 
-@contextmanager
-def _typed_and_cancellable() -> Iterator[None]:
-    """Raise Unavailable when Redis does not answer, and CancelledError whenever the task was cancelled.
-
-    redis-py loses some cancellations while it opens a connection.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    cancellations = task.cancelling()
-    try:
-        yield
-    except RedisError as error:
-        if not _is_away(error):
-            raise
-        raise Unavailable(f"Redis did not answer: {error}") from error
-    finally:
-        # Also in place of an answer or another error: the caller may handle that one and go on.
-        if task.cancelling() > cancellations:
-            raise asyncio.CancelledError
+def _blocks_s(arguments: tuple[Any, ...]) -> float:
+    """Return how long a read of a stream asks Redis to wait."""
+    if b"BLOCK" not in arguments:
+        return 0.0
+    return int(arguments[arguments.index(b"BLOCK") + 1]) / 1000
 
 
 def _is_away(error: RedisError) -> bool:

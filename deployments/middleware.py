@@ -8,11 +8,13 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from azu.errors import AzuError, RequestTooLarge
+from azu.errors import AzuError, RequestTooLarge, Unavailable
 from azu.logs import log_context
 from azu.supervision import as_known_error
 
 HEADER = "x-request-id"
+# After a 503 that does not say by itself when the request may succeed.
+_RETRY_AFTER_S = 2.0
 _GIVEN = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -102,8 +104,11 @@ def refusal(error: AzuError, *, may_be_charged: bool = False) -> JSONResponse:
     them from it where the request may have been charged.
     """
     headers = {}
-    if error.retry_after_s is not None:
-        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    wait_s = error.retry_after_s
+    if wait_s is None and error.status == Unavailable.status:
+        wait_s = _RETRY_AFTER_S
+    if wait_s is not None:
+        headers["retry-after"] = str(math.ceil(wait_s))
     if may_be_charged:
         headers["x-should-retry"] = "false"
     return JSONResponse(error.to_openai(), error.status, headers)

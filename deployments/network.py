@@ -61,13 +61,14 @@ _STARTING: dict[int | str, dict[str, Any]] = {
 
 @router.get("/health", responses=_STARTING)
 async def health(services: ServicesNow, response: Response) -> Health:
-    """Return whether prompts can be served: 503 while something is still starting."""
+    """Return whether prompts can be served: 503 while something is starting or away, and why."""
+    problems = await services.problems()
     try:
-        ready = await services.scheduler("ready")
+        ready = not problems and await services.scheduler("ready")
     except AzuError:
         ready = False
     response.status_code = 200 if ready else 503
-    return Health(status="ok" if ready else "starting")
+    return Health(status="ok" if ready else "starting", problems=problems)
 
 
 @router.get("/metrics", response_class=Response, responses=plain_text())

@@ -6,7 +6,9 @@ import hmac
 import secrets
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request, Security
@@ -21,7 +23,7 @@ from azu.auth.rate_limit import Rate, RedisRates
 from azu.auth.tickets import RedisTickets
 from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
-from azu.errors import Forbidden, NotFound, Unauthenticated
+from azu.errors import Forbidden, NotFound, Unauthenticated, Unavailable
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts
 from azu.jobs.record import JobRecord
@@ -29,12 +31,15 @@ from azu.jobs.redis import RedisJobs
 from azu.models.description import ModelDescription
 from azu.money.books import Books
 from azu.protocol.sampling import SamplingParams
+from azu.redis_client import connect_redis, redis_problem
 from deployments.sampling import default_sampling
 
 if TYPE_CHECKING:
     from azu.engine.tokenizer import Tokenizer
 
 
+# A request is answered within a second while Redis is away.
+_SILENCE_S = 0.6
 _REFRESH_S = 60.0
 # A registry or scheduler that died is restarted in this time; a caller that waits longer asks again.
 _BACK_IN_S = 5.0
@@ -57,14 +62,16 @@ class Services:
     def __init__(self, config: ControlConfig) -> None:
         policy = config.policy
         self.config = config
-        self.auth = RedisAuth.from_url(config.redis_url)
-        self.jobs = RedisJobs.from_url(config.redis_url)
-        self.books = Books.from_url(config.redis_url, config.platform_address)
-        self.tickets = RedisTickets.from_url(config.redis_url)
+        connect = partial(connect_redis, config.redis_url, silence_s=_SILENCE_S)
+        self._redis = connect()
+        self.auth = RedisAuth(self._redis)
+        self.jobs = RedisJobs(connect())
+        self.books = Books(connect(), connect(), config.platform_address)
+        self.tickets = RedisTickets(self._redis)
         self.intake = Intake(
             self.books,
             self.jobs,
-            InFlightLimit.from_url(config.redis_url, self.jobs, policy.limits.max_jobs_in_flight),
+            InFlightLimit(self._redis, self.jobs, policy.limits.max_jobs_in_flight),
             JobLimits(
                 max_prompt_tokens=policy.limits.max_prompt_tokens,
                 max_completion_tokens=policy.limits.max_completion_tokens,
@@ -74,7 +81,7 @@ class Services:
             now_ms=wall_clock_ms,
             new_job_id=lambda: f"job-{secrets.token_hex(12)}",
         )
-        self._rates = RedisRates.from_url(config.redis_url)
+        self._rates = RedisRates(self._redis)
         self._key_rate = Rate(policy.limits.requests_per_minute, policy.limits.request_burst)
         self._sign_in_rate = Rate(policy.limits.sign_ins_per_minute, policy.limits.sign_in_burst)
         self._models: OrderedDict[str, tuple[float, ServedModel]] = OrderedDict()
@@ -91,6 +98,13 @@ class Services:
     async def count_sign_in(self, client: Address | None) -> None:
         """Count a request that needs no key, by its sender's address; raises RateLimited."""
         await self._rates.take(f"from:{client.host if client else ''}", self._sign_in_rate)
+
+    async def problems(self) -> tuple[str, ...]:
+        """Return what keeps the network from serving prompts, as far as this process and Redis know it."""
+        with suppress(Unavailable):
+            await self._redis.ping()
+        problem = redis_problem()
+        return () if problem is None else (problem,)
 
     async def registry(self, method: str, *arguments: Any) -> Any:
         """Call the registry; raises Unavailable while it does not answer."""

@@ -1,6 +1,7 @@
 """The Redis client: a cancelled task always ends, and a Redis that takes no writes is away."""
 
 import asyncio
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,7 +12,7 @@ import redis
 from redis.exceptions import ResponseError
 
 from azu.errors import Unavailable
-from azu.redis_client import connect_redis, retry_until_available
+from azu.redis_client import STANDING_S, connect_redis, redis_problem, retry_until_available
 from tests.redis_server import start_redis
 
 
@@ -40,6 +41,13 @@ def test_an_endless_task_ends_when_it_is_cancelled_at_any_moment(redis_url: str)
     assert all(asyncio.run(scenario()))
 
 
+SPIN = """
+local start = redis.call('TIME')
+repeat
+  local now = redis.call('TIME')
+until (now[1] - start[1]) * 1000000 + now[2] - start[2] > 3000
+return 1
+"""
 SCRIPT = "redis.call('SET', KEYS[1], 'written') return 1"
 
 
@@ -62,7 +70,12 @@ def cannot_save(admin: redis.Redis, folder: Path) -> Callable[[], None]:
     return lambda: admin.config_set("save", "")
 
 
-@pytest.mark.parametrize("fault", [becomes_a_replica, has_no_memory_left, cannot_save])
+def lacks_replicas(admin: redis.Redis, folder: Path) -> Callable[[], None]:
+    admin.config_set("min-replicas-to-write", 1)
+    return lambda: admin.config_set("min-replicas-to-write", 0)
+
+
+@pytest.mark.parametrize("fault", [becomes_a_replica, has_no_memory_left, cannot_save, lacks_replicas])
 def test_a_redis_that_takes_no_writes_is_away_and_a_waiting_write_comes_through_later(
     tmp_path: Path, fault: Callable[[redis.Redis, Path], Callable[[], None]]
 ) -> None:
@@ -100,5 +113,74 @@ def test_a_command_that_redis_refuses_for_good_is_no_absence(redis_url: str) -> 
             await client.set("key", "value")
             with pytest.raises(ResponseError):
                 await client.lpush("key", "value")
+
+    asyncio.run(scenario())
+
+
+def test_a_silent_redis_is_away_for_callers_that_cannot_wait_and_others_get_their_answer(
+    tmp_path: Path,
+) -> None:
+    server = start_redis(tmp_path / "redis")
+
+    async def scenario() -> None:
+        async with connect_redis(server.url, silence_s=0.1) as hasty, connect_redis(server.url) as patient:
+            assert await hasty.xread({"stream": "0"}, block=300) == [], "a read that waits is not silence"
+            server.process.send_signal(signal.SIGSTOP)
+            waiting = asyncio.create_task(patient.set("key", "value"))
+            for _ in range(2):
+                with pytest.raises(Unavailable) as refused:
+                    await hasty.get("key")
+                assert refused.value.retry_after_s
+            assert redis_problem() is not None
+            server.process.send_signal(signal.SIGCONT)
+            assert await waiting
+            assert await hasty.get("key") == "value"
+            assert redis_problem() is None
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        server.kill()
+
+
+def test_calls_that_wait_their_turn_are_answered_however_little_patience_they_have(redis_url: str) -> None:
+    async def scenario() -> None:
+        async with connect_redis(redis_url, silence_s=0.05) as client:
+            script = client.register_script(SPIN)
+            # Each takes a while, and far more of them than connections wait at once.
+            answers = await asyncio.gather(*(script() for _ in range(200)))
+            assert answers == [1] * 200
+
+    asyncio.run(scenario())
+
+
+def test_a_wrong_password_is_an_absence_that_is_named_only_when_it_lasts(tmp_path: Path) -> None:
+    server = start_redis(tmp_path / "redis")
+    admin = redis.Redis(port=server.port)
+    admin.config_set("requirepass", "right")
+
+    async def scenario() -> None:
+        async with connect_redis(server.url.replace("//", "//:wrong@")) as client:
+            with pytest.raises(Unavailable):
+                await client.get("key")
+            now_s = time.monotonic()
+            assert "password" not in str(redis_problem(now_s))
+            assert "check REDIS_USERNAME and REDIS_PASSWORD" in str(redis_problem(now_s + STANDING_S))
+
+            admin.config_set("requirepass", "wrong")
+            await client.get("key")
+            assert redis_problem(now_s + STANDING_S) is None
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        server.kill()
+
+
+def test_a_caller_that_waits_for_so_long_and_no_longer_gets_the_error() -> None:
+    async def scenario() -> None:
+        async with connect_redis("redis://127.0.0.1:9/0", silence_s=0.1) as client:
+            with pytest.raises(Unavailable):
+                await retry_until_available(client.ping, within_s=0.2)
 
     asyncio.run(scenario())

@@ -12,9 +12,10 @@ _MAX_PEM = 8192
 
 
 class Health(ResponseModel):
-    """`status` is "ok", or "starting" while prompts cannot be served."""
+    """`status` is "ok", or "starting" while prompts cannot be served; `problems` says why where known."""
 
     status: str
+    problems: tuple[str, ...] = ()
 
 
 class PieceLine(ResponseModel):

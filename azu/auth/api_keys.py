@@ -24,7 +24,6 @@ from redis.asyncio import Redis
 from azu.addresses import parse_address
 from azu.auth.signatures import signer_of_text
 from azu.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated
-from azu.redis_client import connect_redis
 
 CHALLENGE_TTL_S = 300
 SECRET_BYTES = 32
@@ -83,11 +82,6 @@ class RedisAuth:
         self._redis = redis
         self._add = redis.register_script(_ADD)
         self._random_bytes = random_bytes
-
-    @classmethod
-    def from_url(cls, url: str) -> "RedisAuth":
-        """Return the keys in the Redis at `url`; they connect when they are first used."""
-        return cls(connect_redis(url))
 
     async def challenge(self, address: str, domain: str, now_ms: int) -> Challenge:
         """Return a text for the address to sign within five minutes; raises InvalidRequest."""

@@ -9,7 +9,6 @@ from importlib.resources import files
 from redis.asyncio import Redis
 
 from azu.errors import RateLimited
-from azu.redis_client import connect_redis
 
 _MICROSECONDS = 1_000_000
 
@@ -28,13 +27,11 @@ class RedisRates:
     def __init__(self, redis: Redis) -> None:
         self._take = redis.register_script(files(__package__).joinpath("take_rate.lua").read_text())
 
-    @classmethod
-    def from_url(cls, url: str) -> "RedisRates":
-        """Return the buckets in the Redis at `url`; they connect when they are first used."""
-        return cls(connect_redis(url))
-
     async def take(self, name: str, rate: Rate) -> None:
-        """Count one request; raises RateLimited, without counting, while the bucket is empty."""
+        """Count one request; raises RateLimited, without counting, while the bucket is empty.
+
+        Raises Unavailable while Redis is away: a request that cannot be counted is not served.
+        """
         interval_us = 60 * _MICROSECONDS // rate.per_minute
         wait_us = await self._take([f"azu:auth:rate:{name}"], [interval_us, interval_us * rate.burst])
         if wait_us > 0:

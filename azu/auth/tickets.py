@@ -16,7 +16,6 @@ from typing import cast
 from redis.asyncio import Redis
 
 from azu.errors import NotFound, Unauthenticated
-from azu.redis_client import connect_redis
 
 _SECRET_BYTES = 32
 _ID_DIGITS = 16
@@ -58,11 +57,6 @@ class RedisTickets:
         self._redis = redis
         self._random_bytes = random_bytes
         self._admit = redis.register_script(_ADMIT)
-
-    @classmethod
-    def from_url(cls, url: str) -> "RedisTickets":
-        """Return the tickets in the Redis at `url`; they connect when they are first used."""
-        return cls(connect_redis(url))
 
     async def new(self, label: str, uses: int, now_ms: int, expires_at_ms: int) -> tuple[str, TicketRecord]:
         """Return the secret of a new ticket in hex, and the ticket."""

@@ -55,6 +55,7 @@ class DeploymentStore:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._epoch = 0
 
     @classmethod
     def from_url(cls, url: str) -> "DeploymentStore":
@@ -62,8 +63,13 @@ class DeploymentStore:
         return cls(connect_redis(url))
 
     async def next_epoch(self) -> int:
-        """Return an epoch that is higher than every other."""
-        return int(await retry_until_available(lambda: self._redis.incr(EPOCH)))
+        """Return an epoch that is higher than every other, also where Redis lost the last ones."""
+        epoch = int(await retry_until_available(lambda: self._redis.incr(EPOCH)))
+        if epoch <= self._epoch:
+            epoch = self._epoch + 1
+            await retry_until_available(lambda: self._redis.set(EPOCH, epoch))
+        self._epoch = epoch
+        return epoch
 
     async def all(self) -> list[DeploymentRecord]:
         """Return every record."""

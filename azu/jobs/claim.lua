@@ -1,9 +1,11 @@
 -- Return the ids of jobs that are taken and not done, and assign them to this consumer.
--- Its own jobs are returned after half the time, so that a live scheduler renews its hold before another claims.
--- KEYS: queue.  ARGV: group, consumer, idle_ms, most.
-local queue, group, consumer, idle_ms, most = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local own_ms = math.floor(idle_ms / 2)
+-- Its own jobs are returned much sooner than those of others: one of them may have come in an answer that was lost.
+-- KEYS: queue.  ARGV: group, consumer, idle_ms of others' jobs, idle_ms of its own, most.
+local queue, group, consumer, idle_ms, own_ms, most = KEYS[1], unpack(ARGV)
 local claimed = {}
+
+-- The group, unless it exists: Redis may have lost it.
+redis.pcall('XGROUP', 'CREATE', queue, group, '0', 'MKSTREAM')
 
 local function keep(entries)
   for _, entry in ipairs(entries) do

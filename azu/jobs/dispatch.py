@@ -74,7 +74,8 @@ class Dispatcher:
         self._begin(await self._jobs.take_over(self._consumer), group)
 
     async def _take(self, group: asyncio.TaskGroup) -> None:
-        self._begin(await self._jobs.take(self._consumer, _TAKE_BLOCK_MS, _CLAIM_IDLE_MS), group)
+        taken = await self._jobs.take(self._consumer, _TAKE_BLOCK_MS, _CLAIM_IDLE_MS, self._tasks)
+        self._begin(taken, group)
 
     def _begin(self, records: Iterable[JobRecord], group: asyncio.TaskGroup) -> None:
         for record in records:
@@ -97,12 +98,12 @@ class Dispatcher:
             log.info("taken")
             try:
                 if record.outcome is None and record.ending is not None:
-                    await self._settlement.conclude(job, record.ending)
+                    await retry_until_available(partial(self._settlement.conclude, job, record.ending))
                 elif record.outcome is None:
                     if record.cancelled:
                         self._cancelled.add(job.job_id)
                     await self._run_and_settle(record)
-                await self._jobs.done(job.job_id)
+                await retry_until_available(partial(self._jobs.done, job.job_id))
             except Exception:
                 # The job stays in the queue: it is claimed again once idle, and settles under the same id.
                 log.exception("the job did not end and will be taken again")
@@ -116,7 +117,7 @@ class Dispatcher:
         run = await keep_trying(
             partial(self._try, record), self._patience, wait=partial(self._wait, job), chance=self._chance
         )
-        outcome = await self._settlement.settle(job, run)
+        outcome = await retry_until_available(partial(self._settlement.settle, job, run))
         self._supervisor.meter.count(JOBS_ENDED, 1, job.model_id, outcome.state.value)
         log.info("ended", extra=_outcome_fields(outcome))
 

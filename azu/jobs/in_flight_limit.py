@@ -9,7 +9,6 @@ from azu.auth.api_keys import ApiKey
 from azu.errors import RateLimited
 from azu.jobs.redis import RedisJobs
 from azu.protocol.job import JobState
-from azu.redis_client import connect_redis
 
 # Longer than any ingress takes from counting a job until the job is written.
 _LOST_AFTER_MS = 600_000
@@ -34,11 +33,6 @@ class InFlightLimit:
         self._jobs = jobs
         self._limit = limit
         self._add = redis.register_script(_ADD)
-
-    @classmethod
-    def from_url(cls, url: str, jobs: RedisJobs, limit: int) -> "InFlightLimit":
-        """Return the counts in the Redis at `url`; connects when first used."""
-        return cls(connect_redis(url), jobs, limit)
 
     async def add(self, key: ApiKey, job_id: str, now_ms: int) -> None:
         """Count a job of a key; raises RateLimited (`too_many_jobs`) if `limit` others are in flight."""

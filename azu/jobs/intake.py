@@ -1,17 +1,20 @@
 """From a checked prompt to a queued job: check the sizes, reserve the highest price, write the job."""
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from azu.auth.api_keys import ApiKey
-from azu.errors import AzuError, InvalidRequest
+from azu.errors import AzuError, InvalidRequest, Unavailable
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.redis import RedisJobs
 from azu.money.books import Books
 from azu.money.pricing import charge, max_charge
 from azu.protocol.job import Job
 from azu.protocol.sampling import SamplingParams
+from azu.redis_client import retry_until_available
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ class Intake:
         self._price = lamports_per_token_layer
         self._now_ms = now_ms
         self._new_job_id = new_job_id
+        self._taking_back: set[asyncio.Task[None]] = set()
 
     def completion_limit(self, model: ModelFacts, num_prompt_tokens: int) -> int:
         """Return the largest `max_tokens` of a job whose prompt has that many tokens."""
@@ -86,7 +90,7 @@ class Intake:
         Raises InvalidRequest for sizes out of range, RateLimited for a key with too many jobs in flight,
         Unauthenticated for an expired key, and InsufficientBalance when the balance or the key's spend limit
         is too low; then nothing has changed. The reservation comes first, so that every written job can be
-        paid.
+        paid. Raises Unavailable while Redis is away: what was written of the job is taken back later.
         """
         self._check(model, len(prompt_token_ids), sampling.max_tokens)
         now_ms = self._now_ms()
@@ -113,10 +117,15 @@ class Intake:
                 now_ms=now_ms,
                 expires_at_ms=now_ms + self._limits.reservation_ttl_ms,
             )
+            await self._jobs.submit(job)
+        except Unavailable:
+            taking_back = asyncio.create_task(self._take_back(key, job.job_id))
+            self._taking_back.add(taking_back)
+            taking_back.add_done_callback(self._taking_back.discard)
+            raise
         except AzuError:
             await self._in_flight_limit.remove(key, job.job_id)
             raise
-        await self._jobs.submit(job)
         log.info("accepted", extra=_log_fields(job, key))
         return job
 
@@ -137,6 +146,13 @@ class Intake:
             max_lamports=max_charge(num_prompt_tokens, max_tokens, model.num_layers, self._price),
             expected_lamports=charge(num_prompt_tokens, expected, model.num_layers, self._price),
         )
+
+    async def _take_back(self, key: ApiKey, job_id: str) -> None:
+        """Once Redis is back, have a job whose caller was refused never run, or end if it was written."""
+        if await retry_until_available(partial(self._jobs.give_up, job_id)):
+            await retry_until_available(partial(self._in_flight_limit.remove, key, job_id))
+        else:
+            await retry_until_available(partial(self._jobs.cancel, job_id))
 
     def _check(self, model: ModelFacts, num_prompt_tokens: int, max_tokens: int) -> None:
         if num_prompt_tokens == 0:

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 # A job with several choices has ended as the choice that comes last here.
 _BEST_FIRST = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.ERROR)
 _SEED_RANGE = 2**63
+# Steps whose tokens are computed and not written, while Redis is away; more are not sent.
+_MAX_UNWRITTEN_STEPS = 1000
 # A scheduler may die before it hears how a job ended; the next scheduler asks again.
 _KEPT_JOBS = 1000
 
@@ -87,9 +89,9 @@ class JobRunner:
         self._fault: AzuError | None = None
 
     @property
-    def is_failed(self) -> bool:
-        """Whether `fail` ended everything: the engine is to schedule no more."""
-        return self._fault is not None
+    def takes_tokens(self) -> bool:
+        """Whether another step may be sent: `fail` did not end everything, and Redis takes the tokens."""
+        return self._fault is None and self._events.qsize() < _MAX_UNWRITTEN_STEPS
 
     @property
     def job_ids(self) -> frozenset[str]:
@@ -105,11 +107,7 @@ class JobRunner:
         if active is None:
             active = _ActiveJob(job, asyncio.get_running_loop().create_future())
             self._by_job[job.job_id] = active
-            try:
-                await self._begin(active)
-            except Exception as error:
-                del self._by_job[job.job_id]
-                active.ended.set_exception(error)
+            await self._begin(active)
         return await asyncio.shield(active.ended)
 
     def cancel(self, job_id: str) -> None:
@@ -163,18 +161,42 @@ class JobRunner:
             events = [*(await self._events.get()).items()]
             while not self._events.empty():
                 events += self._events.get_nowait().items()
+            # A step may have been on its way when its job began again.
+            events = [one for one in events if one[0] in self._by_sequence]
             self._metrics.record_tokens(events, time.monotonic())
             written = [self._of_job(sequence_id, event) for sequence_id, event in events if event.token_ids]
-            await retry_until_available(partial(self._jobs.append, written))
+            refused = await retry_until_available(partial(self._jobs.append, written))
+            for job_id in refused:
+                await self._begin_again(self._by_job[job_id])
             for sequence_id, event in events:
-                if event.finish_reason is not None:
+                if event.finish_reason is not None and sequence_id in self._by_sequence:
                     self._end_sequence(sequence_id, event.finish_reason, event.work)
+            # The engine may have waited for these tokens to be written.
+            self._on_change()
+
+    async def _begin_again(self, active: _ActiveJob) -> None:
+        """Have a job go on from what is written of it: Redis lost a part of that."""
+        log.warning("begins again: tokens that were written are lost", extra={"job_id": active.job.job_id})
+        for sequence_id in active.open:
+            self._engine.cancel(sequence_id)
+            del self._by_sequence[sequence_id]
+        active.open.clear()
+        active.work.clear()
+        active.reason = FinishReason.STOP
+        await self._begin(active)
 
     def _cancel_open(self, active: _ActiveJob) -> None:
         for sequence_id in active.open:
             self._events.put_nowait(self._engine.cancel(sequence_id))
 
     async def _begin(self, active: _ActiveJob) -> None:
+        try:
+            await self._begin_choices(active)
+        except Exception as error:
+            del self._by_job[active.job.job_id]
+            active.ended.set_exception(error)
+
+    async def _begin_choices(self, active: _ActiveJob) -> None:
         job = active.job
         known = await retry_until_available(partial(self._jobs.progress, job))
         active.delivered = known.delivered

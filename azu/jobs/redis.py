@@ -5,14 +5,16 @@ Keys and encodings: azu/jobs/record.py. A change of several keys is one of the L
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Container, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib.resources import files
 from typing import Any, cast
 
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
 
-from azu.errors import InternalError, InvalidRequest, NotFound, Unavailable
+from azu.errors import InvalidRequest, NotFound, Unavailable
 from azu.jobs.record import (
     CANCELLED,
     GROUP,
@@ -34,17 +36,22 @@ from azu.jobs.record import (
     without_first,
 )
 from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, Receipt, TokenEvent
-from azu.redis_client import connect_redis
+from azu.redis_client import connect_redis, retry_until_available
 
 TOKENS_KEPT_S = 24 * 3600
 # Shorter than the connection's own timeout: a quiet stream must not look like a lost connection.
-BLOCK_MS = 5_000
+BLOCK_MS = 2_000
 # Longer than any process hangs between the reservation of a job and its submission.
 _LOST_KEPT_S = 7 * 24 * 3600
 _CANCELLATIONS_KEPT = 10_000
 _TAKEN_AT_ONCE = 64
+_OWN_IDLE_MS = 2_000
+_EVENTS_AT_ONCE = 1024
 _ENTRIES_PER_STREAM = 256
 _WAKE_KEPT_S = 600
+# How long the reader of a stream waits for a Redis that is away, and for news of a job before it asks.
+_AWAY_S = 600.0
+_QUIET_S = 5.0
 
 _Entry = tuple[str, dict[str, str]]
 
@@ -64,7 +71,6 @@ class RedisJobs:
         self._cancel = redis.register_script(_script("cancel"))
         self._plan_end = redis.register_script(_script("plan_end"))
         self._give_up = redis.register_script(_script("give_up"))
-        self._has_group = False
 
     @classmethod
     def from_url(cls, url: str) -> "RedisJobs":
@@ -110,30 +116,31 @@ class RedisJobs:
 
     # The queue
 
-    async def take(self, consumer: str, block_ms: int, claim_idle_ms: int) -> list[JobRecord]:
+    async def take(
+        self, consumer: str, block_ms: int, claim_idle_ms: int, known: Container[str] = ()
+    ) -> list[JobRecord]:
         """Return jobs that belong to `consumer` from now on, waiting up to `block_ms` for a new one.
 
         A job that is taken and not done is returned again: to another consumer when its holder has not called
-        this for `claim_idle_ms`, to its holder after half that time. The call itself renews the hold, and a
-        holder that still runs the job ignores it.
+        this for `claim_idle_ms`, to its holder after two seconds unless it is `known` to run there. The call
+        itself renews the hold.
         """
-        await self._make_group()
-        job_ids = await self._claim([QUEUE], [GROUP, consumer, claim_idle_ms, _TAKEN_AT_ONCE])
-        if not job_ids:
+        arguments = [GROUP, consumer, claim_idle_ms, _OWN_IDLE_MS, _TAKEN_AT_ONCE]
+        claimed: list[str] = await self._claim([QUEUE], arguments)
+        job_ids = [job_id for job_id in claimed if job_id not in known]
+        if not claimed:
             entries = await _read_group(
                 self._redis, GROUP, consumer, QUEUE, count=_TAKEN_AT_ONCE, block_ms=block_ms
             )
             job_ids = [fields["job"] for _, fields in entries]
-        records = await self._records(job_ids)
-        assert all(records), "one script writes and queues a job"
-        return [record for record in records if record is not None]
+        return [record for record in await self._records(job_ids) if record is not None]
 
     async def take_over(self, consumer: str) -> list[JobRecord]:
         """Return every job that is taken and not done; all of them belong to `consumer` from now on.
 
         Only for a caller that knows that no other consumer is left.
         """
-        await self._make_group()
+        await self._claim([QUEUE], [GROUP, consumer, 0, 0, 1])  # makes the group
         job_ids: list[str] = []
         cursor = "0-0"
         while True:
@@ -147,11 +154,14 @@ class RedisJobs:
                 return [record for record in await self._records(job_ids) if record is not None]
 
     async def progress(self, job: Job) -> JobProgress:
-        """Return the written part of a job, from which another pipeline resumes it."""
-        cancelled = await self._redis.hexists(job_key(job.job_id), "cancelled")
+        """Return the written part of a job, from which another pipeline resumes it. Raises NotFound."""
+        found = await self._redis.hmget(job_key(job.job_id), ["state", "cancelled"])
+        state, cancelled = cast(list[str | None], found)
+        if state is None:
+            raise _unknown(job.job_id)
         events = await self._events(job.job_id)
         written = [event for event in events if isinstance(event, TokenEvent)]
-        return JobProgress.from_events(written, job.choices, cancelled=bool(cancelled))
+        return JobProgress.from_events(written, job.choices, cancelled=cancelled is not None)
 
     async def set_state(self, job_id: str, state: JobState) -> bool:
         """Record that a job is QUEUED or RUNNING; return True if its user has cancelled it.
@@ -189,14 +199,18 @@ class RedisJobs:
 
     # Tokens and the end
 
-    async def append(self, events: Sequence[tuple[str, TokenEvent]]) -> None:
-        """Write the new tokens of many jobs in one round trip.
+    async def append(self, events: Sequence[tuple[str, TokenEvent]]) -> frozenset[str]:
+        """Write the new tokens of many jobs; return the ids of jobs that lack the tokens before these.
 
-        Tokens that are already written do not change, and an ended job takes no more. Raises InternalError
-        when an event would leave a gap or names an unknown job; the other events are written.
+        Tokens that are already written do not change, and an ended job takes no more. Where Redis lost what
+        it had written, an event would leave a gap or its job is unknown: such an event is not written.
         """
-        if not events:
-            return
+        refused: set[str] = set()
+        for first in range(0, len(events), _EVENTS_AT_ONCE):
+            refused |= await self._append_batch(events[first : first + _EVENTS_AT_ONCE])
+        return frozenset(refused)
+
+    async def _append_batch(self, events: Sequence[tuple[str, TokenEvent]]) -> set[str]:
         keys: list[str] = []
         arguments: list[int | str | bytes] = []
         for job_id, event in events:
@@ -206,9 +220,8 @@ class RedisJobs:
             arguments += [event.index, count, encode_numbers(event.token_ids), encode_numbers(event.logprobs)]
             arguments += [encode_top_logprobs(event.top_logprobs), event.choice, event.finish_reason or ""]
             arguments += [WORK.dump_json(event.work) if event.work else ""]
-        if refused := await self._append(keys, arguments):
-            named = ", ".join(f"{events[at - 1][0]} at {events[at - 1][1].index}" for at in refused)
-            raise InternalError(f"tokens that do not continue their job were not written: {named}")
+        refused: list[int] = await self._append(keys, arguments)
+        return {events[at - 1][0] for at in refused}
 
     async def plan_end(self, job_id: str, outcome: JobOutcome) -> JobOutcome:
         """Fix a job's outcome before its money is settled; return the outcome that was fixed first.
@@ -226,7 +239,8 @@ class RedisJobs:
         Raises NotFound.
         """
         keys = [job_key(job_id), tokens_key(job_id)]
-        arguments = [outcome.state.value, OUTCOME.dump_json(outcome), TOKENS_KEPT_S]
+        tokens = outcome.receipt.completion_tokens
+        arguments = [outcome.state.value, OUTCOME.dump_json(outcome), TOKENS_KEPT_S, tokens]
         written = await self._finish(keys, arguments)
         if written < 0:
             raise _unknown(job_id)
@@ -244,10 +258,11 @@ class RedisJobs:
     async def events(self, job_id: str, after: int = 0) -> AsyncIterator[JobEvent]:
         """Yield a job's events from completion token `after` on; the last one is its outcome.
 
-        Raises NotFound, and InvalidRequest when the job has fewer tokens than `after`.
+        Waits for a Redis that is away, up to _AWAY_S. Raises NotFound, InvalidRequest when the job has fewer
+        tokens than `after`, and Unavailable.
         """
-        found = await self._redis.hmget(job_key(job_id), ["delivered", "outcome"])
-        delivered, outcome = cast(list[str | None], found)
+        found = await retry_until_available(partial(self._reader.standing, [job_id]), within_s=_AWAY_S)
+        delivered, outcome = found[0]
         if delivered is None:
             raise _unknown(job_id)
         if not 0 <= after <= int(delivered):
@@ -273,16 +288,6 @@ class RedisJobs:
             found = await pipeline.execute()
         return [JobRecord.from_fields(fields) if fields else None for fields in found]
 
-    async def _make_group(self) -> None:
-        if self._has_group:
-            return
-        try:
-            await self._redis.xgroup_create(QUEUE, GROUP, id="0", mkstream=True)
-        except ResponseError as error:
-            if not str(error).startswith("BUSYGROUP"):
-                raise
-        self._has_group = True
-
 
 class TokenReader:
     """Follows any number of jobs over one connection.
@@ -296,13 +301,16 @@ class TokenReader:
         self._wake = wake_key(secrets.token_hex(8))
         self._followers: set[_Subscription] = set()
         self._task: asyncio.Task[None] | None = None
+        self._woken = "0-0"
 
     async def follow(self, job_id: str, after: int) -> AsyncIterator[JobEvent]:
         """Yield a running job's events after completion token `after`, up to its outcome."""
         subscription = _Subscription(job_id, after)
         self._followers.add(subscription)
         try:
-            await self._wake_reading_task()
+            # A reading task that finds Redis away begins again by itself, with this follower.
+            with suppress(Unavailable):
+                await self._wake_reading_task()
             while True:
                 arrival = await subscription.arrivals.get()
                 if isinstance(arrival, Exception):
@@ -322,19 +330,39 @@ class TokenReader:
             pipeline.expire(self._wake, _WAKE_KEPT_S)
             await pipeline.execute()
 
+    async def standing(self, job_ids: Sequence[str]) -> list[tuple[str | None, str | None]]:
+        """Return how many tokens of each job are written, None for an unknown job, and its outcome if any."""
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for job_id in job_ids:
+                pipeline.hmget(job_key(job_id), ["delivered", "outcome"])
+            found = await pipeline.execute()
+        return [(delivered, outcome) for delivered, outcome in found]
+
     async def _read(self) -> None:
         try:
-            woken = "0-0"
             while self._followers:
-                streams = self._positions() | {self._wake: woken}
-                answer = dict(await _read_new(self._redis, streams, count=_ENTRIES_PER_STREAM))
-                if wakes := answer.pop(self._wake, None):
-                    woken = wakes[-1][0]
-                self._distribute(answer)
+                await retry_until_available(self._read_once, within_s=_AWAY_S)
         except Exception as error:
             # Every follower must raise it; the next follower starts a new task.
             for follower in self._followers:
                 follower.arrivals.put_nowait(error)
+
+    async def _read_once(self) -> None:
+        streams = self._positions() | {self._wake: self._woken}
+        answer = dict(await _read_new(self._redis, streams, count=_ENTRIES_PER_STREAM))
+        if wakes := answer.pop(self._wake, None):
+            self._woken = wakes[-1][0]
+        self._distribute(answer)
+        now_s = time.monotonic()
+        quiet = [one for one in self._followers if not one.ended and now_s - one.heard_s >= _QUIET_S]
+        if not quiet:
+            return
+        # A Redis that lost its last writes sends nothing of a job that it does not know any more, and nothing
+        # before the place that a reader has reached.
+        for one, (delivered, outcome) in zip(
+            quiet, await self.standing([one.job_id for one in quiet]), strict=True
+        ):
+            one.compare(None if delivered is None else int(delivered), outcome)
 
     def _positions(self) -> dict[str, str]:
         """Return each followed stream and the last entry that all its followers have."""
@@ -362,18 +390,31 @@ class _Subscription:
         self.job_id = job_id
         self.position = position
         self.ended = False
+        self.heard_s = time.monotonic()
         self.arrivals: asyncio.Queue[JobEvent | Exception] = asyncio.Queue()
 
     def receive(self, entry_id: str, event: JobEvent) -> None:
         """Queue an entry's event, without the tokens that the follower received before."""
         if self.ended:
             return
+        self.heard_s = time.monotonic()
         if not isinstance(event, TokenEvent):
             self.ended = True
             self.arrivals.put_nowait(event)
         elif (end := token_count(entry_id)) > self.position:
             self.arrivals.put_nowait(without_first(event, self.position))
             self.position = end
+
+    def compare(self, delivered: int | None, outcome: str | None) -> None:
+        """Compare with the job's record; end a follower whose job is lost or has ended meanwhile."""
+        self.heard_s = time.monotonic()
+        if delivered is None:
+            self.ended = True
+            lost = f"Redis lost {self.job_id} when it lost its last writes; what it reserved is given back"
+            self.arrivals.put_nowait(Unavailable(lost, code="job_lost"))
+        elif outcome is not None and delivered <= self.position:
+            self.ended = True
+            self.arrivals.put_nowait(OUTCOME.validate_json(outcome))
 
 
 async def _read_new(

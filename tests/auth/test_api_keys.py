@@ -177,7 +177,7 @@ def test_an_address_cannot_revoke_the_key_of_another(play) -> None:
 
 def test_a_redis_that_is_away_is_unavailable() -> None:
     async def scenario() -> None:
-        auth = RedisAuth.from_url("redis://127.0.0.1:9/0")
+        auth = RedisAuth(connect_redis("redis://127.0.0.1:9/0"))
         with pytest.raises(Unavailable):
             await auth.check("azu-sk-x", NOW_MS)
         with pytest.raises(Unavailable):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from azu.auth.rate_limit import Rate, RedisRates
 from azu.errors import RateLimited
-from azu.redis_client import connect_redis_sync
+from azu.redis_client import connect_redis, connect_redis_sync
 from tests.redis_server import start_redis
 
 
@@ -19,7 +19,7 @@ async def taken(rates: RedisRates, name: str, rate: Rate, times: int) -> list[fl
 
 def test_the_burst_is_given_at_once_and_no_more(redis_url: str) -> None:
     async def scenario() -> None:
-        one, other = RedisRates.from_url(redis_url), RedisRates.from_url(redis_url)
+        one, other = RedisRates(connect_redis(redis_url)), RedisRates(connect_redis(redis_url))
         slow = Rate(per_minute=1, burst=5)
 
         refused = await taken(one, "key-1", slow, 4) + await taken(other, "key-1", slow, 40)
@@ -33,7 +33,7 @@ def test_the_burst_is_given_at_once_and_no_more(redis_url: str) -> None:
 
 def test_a_caller_that_waits_as_long_as_the_refusal_says_is_served(redis_url: str) -> None:
     async def scenario() -> None:
-        rates, fast = RedisRates.from_url(redis_url), Rate(per_minute=1200, burst=1)
+        rates, fast = RedisRates(connect_redis(redis_url)), Rate(per_minute=1200, burst=1)
         await rates.take("key", fast)
         refused = await taken(rates, "key", fast, 20)
         assert refused
@@ -48,7 +48,7 @@ def test_a_caller_that_waits_as_long_as_the_refusal_says_is_served(redis_url: st
 def test_buckets_expire_and_are_not_written_to_disk(tmp_path: Path) -> None:
     server = start_redis(tmp_path, {"appendonly": "yes", "appendfsync": "always"})
     try:
-        asyncio.run(RedisRates.from_url(server.url).take("key", Rate(per_minute=60, burst=5)))
+        asyncio.run(RedisRates(connect_redis(server.url)).take("key", Rate(per_minute=60, burst=5)))
         with connect_redis_sync(server.url) as redis:
             assert 0 < redis.pttl("azu:auth:rate:key") <= 1000
             redis.set("written", "1")

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from azu.money.ledger.transfers import Deposit
 from azu.money.treasury.deposits import CreditState, DepositStatus
 from azu.money.treasury.request_reply import DepositRequests
 from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
-from azu.redis_client import connect_redis
+from azu.redis_client import connect_redis, retry_until_available
 from azu.supervision import Supervisor
 from azu.units import LAMPORTS_PER_HYPE
 from deployments.ingress import build_api
@@ -46,13 +47,14 @@ EOS = 2
 class ScriptedModel:
     """Answers every prompt with the same tokens and the EOS token, or breaks with `error` after them.
 
-    It begins after `delay_s`; a `silent` one writes nothing at all.
+    It begins after `delay_s` and waits `pause_s` after each token; a `silent` one writes nothing at all.
     """
 
     jobs: RedisJobs
     token_ids: tuple[int, ...] = (70, 71)
     error: AzuError | None = None
     delay_s: float = 0.0
+    pause_s: float = 0.0
     silent: bool = False
     registry: Registry | None = None
 
@@ -64,8 +66,9 @@ class ScriptedModel:
                 last = position == len(self.token_ids)
                 finish = FinishReason.STOP if last and self.error is None else None
                 event = TokenEvent(written, (token_id,), choice=choice, finish_reason=finish)
-                await self.jobs.append([(job.job_id, event)])
+                await retry_until_available(partial(self.jobs.append, [(job.job_id, event)]))
                 written += 1
+                await asyncio.sleep(self.pause_s)
         work = {layer: {"node": 1} for layer in range(job.num_layers)}
         cut = job.sampling.max_tokens <= len(self.token_ids)
         reason = FinishReason.LENGTH if cut else FinishReason.STOP

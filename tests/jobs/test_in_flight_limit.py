@@ -8,6 +8,7 @@ from azu.errors import RateLimited
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.redis import RedisJobs
 from azu.protocol.job import JobState
+from azu.redis_client import connect_redis
 from tests import builders
 from tests.builders import api_key
 from tests.jobs.endings import outcome
@@ -19,7 +20,7 @@ LATER_MS = 700_000
 class Submissions:
     def __init__(self, redis_url: str) -> None:
         self.jobs = RedisJobs.from_url(redis_url)
-        self.limit = InFlightLimit.from_url(redis_url, self.jobs, LIMIT)
+        self.limit = InFlightLimit(connect_redis(redis_url), self.jobs, LIMIT)
 
     async def submit(self, job_id: str, now_ms: int = 0) -> None:
         await self.limit.add(api_key(), job_id, now_ms)

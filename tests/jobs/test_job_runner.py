@@ -2,24 +2,29 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
+import redis
 from tokenizers import Tokenizer, decoders, models
 
 from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.text import TextDecoder
 from azu.engine.timing import PipelineMetrics
-from azu.errors import Unavailable, WorkerLost
+from azu.errors import NotFound, Unavailable, WorkerLost
 from azu.jobs import job_runner
 from azu.jobs.job_runner import JobRunner
+from azu.jobs.record import job_key, tokens_key
 from azu.jobs.redis import RedisJobs
 from azu.metrics import Meter
 from azu.protocol.job import FinishReason, Job, TokenEvent
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import SampledToken, StepBatch, StepResult
 from tests.builders import job, structure, topology
+from tests.redis_server import start_redis
 
 Scenario = Callable[[RedisJobs], Awaitable[None]]
 VOCABULARY = {"a": 5, "b": 6, "c": 7}
@@ -42,17 +47,22 @@ class Pipeline:
         self.writer = asyncio.create_task(self.runner.write())
 
     def send(self) -> None:
-        while not self.runner.is_failed and (batch := self.engine.next_batch()) is not None:
+        while self.runner.takes_tokens and (batch := self.engine.next_batch()) is not None:
             self.sent.append(batch)
 
-    async def answer(self, token_id: int) -> None:
+    async def answer(self, token_id: int, patience_s: float = 10) -> None:
         """Answer the oldest step with one token for each sequence that samples."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(patience_s):
             while not self.sent:
                 await asyncio.sleep(0)
         batch = self.sent.pop(0)
         tokens = tuple(SampledToken(one.sequence_id, token_id) for one in batch.slices if one.sample)
         self.runner.complete(StepResult(batch.epoch, batch.step, batch.micro_batch, tokens))
+
+    async def answer_all(self, token_id: int) -> None:
+        """Answer every step."""
+        while True:
+            await self.answer(token_id)
 
     async def begin(self, wanted: Job) -> "asyncio.Task[object]":
         running = asyncio.create_task(self.runner.run(wanted))
@@ -240,5 +250,76 @@ def test_only_so_many_ended_jobs_are_kept(play, monkeypatch: pytest.MonkeyPatch)
             await running
 
         assert list(pipeline.runner._by_job) == ["job-2", "job-3"]
+
+    play(scenario)
+
+
+def test_an_engine_computes_on_while_redis_is_away_up_to_a_bound_and_the_tokens_come_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_runner, "_MAX_UNWRITTEN_STEPS", 3)
+    server = start_redis(tmp_path)
+    admin = redis.Redis(port=server.port)
+
+    async def scenario() -> None:
+        pipeline = Pipeline(RedisJobs.from_url(server.url))
+        wanted = job(max_tokens=9)
+        await pipeline.jobs.submit(wanted)
+        running = await pipeline.begin(wanted)
+        admin.replicaof("127.0.0.1", 1)
+        computed = 0
+        with suppress(TimeoutError):
+            while True:
+                await pipeline.answer(5 + computed, patience_s=0.2)
+                computed += 1
+        assert 3 <= computed <= 5, "those that are being written, and the bound"
+        admin.replicaof("NO", "ONE")
+        for token_id in range(5 + computed, 14):
+            await pipeline.answer(token_id)
+
+        assert (await running).completion_tokens == 9
+        assert await pipeline.jobs.tokens("job-1") == tuple(range(5, 14))
+        pipeline.writer.cancel()
+
+    try:
+        asyncio.run(asyncio.wait_for(scenario(), 30))
+    finally:
+        server.kill()
+
+
+def test_a_job_whose_last_tokens_redis_lost_is_computed_from_there_again(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        wanted, other = job(max_tokens=40), job("job-2", max_tokens=40)
+        for one in (wanted, other):
+            await pipeline.jobs.submit(one)
+        running, beside = await pipeline.begin(wanted), asyncio.create_task(pipeline.runner.run(other))
+        while len(await pipeline.jobs.tokens("job-1")) < 2:
+            await pipeline.answer(5)
+        await pipeline.jobs._redis.hset(job_key("job-1"), "delivered", 0)
+        await pipeline.jobs._redis.delete(tokens_key("job-1"))
+        answering = asyncio.create_task(pipeline.answer_all(7))
+
+        assert (await running).completion_tokens == 40
+        assert await pipeline.jobs.tokens("job-1") == (7,) * 40
+        assert (await beside).completion_tokens == 40
+        answering.cancel()
+
+    play(scenario)
+
+
+def test_a_job_that_redis_lost_ends_and_the_others_go_on(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        wanted, other = job(max_tokens=4), job("job-2", max_tokens=4)
+        for one in (wanted, other):
+            await pipeline.jobs.submit(one)
+        running, beside = await pipeline.begin(wanted), asyncio.create_task(pipeline.runner.run(other))
+        await pipeline.answer(5)
+        await pipeline.jobs._redis.delete(job_key("job-1"))
+        answering = asyncio.create_task(pipeline.answer_all(6))
+
+        with pytest.raises(NotFound):
+            await running
+        assert (await beside).completion_tokens == 4
+        answering.cancel()
 
     play(scenario)

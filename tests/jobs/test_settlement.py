@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from azu.errors import InsufficientBalance, InvalidRequest, WorkerLost
+from azu.errors import InsufficientBalance, InvalidRequest, Unavailable, WorkerLost
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts
 from azu.jobs.redis import RedisJobs
@@ -14,6 +14,8 @@ from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Deposit, user_available, user_reserved, worker_earned
 from azu.protocol.job import FinishReason, Job, JobRun, JobState
 from azu.protocol.sampling import SamplingParams
+from azu.redis_client import connect_redis
+from tests import builders
 from tests.builders import ALICE, OWNERS, api_key
 
 MODEL = ModelFacts(model_id="test/model", revision="r1", num_layers=4, context_length=64)
@@ -35,7 +37,7 @@ class Billing:
         self.intake = Intake(
             books,
             self.jobs,
-            InFlightLimit.from_url(redis_url, self.jobs, 10_000),
+            InFlightLimit(connect_redis(redis_url), self.jobs, 10_000),
             limits,
             2,
             now_ms=lambda: 1_000,
@@ -187,5 +189,33 @@ def test_a_quote_equals_the_reservation_and_refuses_what_intake_refuses(redis_ur
         assert billing.intake.quote(MODEL, 4, 10, expected_tokens=99).expected_lamports == 112
         with pytest.raises(InvalidRequest):
             billing.intake.quote(MODEL, 33, 10, None)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_a_job_whose_caller_was_refused_while_redis_was_away_does_not_run(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, is_written: bool
+) -> None:
+    async def scenario() -> None:
+        billing = Billing(redis_url)
+        await billing.deposit(1_000)
+        submit = billing.jobs.submit
+
+        async def no_answer(job: Job) -> None:
+            if is_written:
+                await submit(job)
+            raise Unavailable("Redis did not answer")
+
+        monkeypatch.setattr(billing.jobs, "submit", no_answer)
+        with pytest.raises(Unavailable):
+            await billing.accept()
+        await asyncio.gather(*billing.intake._taking_back)
+
+        record = await billing.jobs.get("job-0")
+        assert (record is not None and record.cancelled) == is_written
+        if not is_written:
+            with pytest.raises(Unavailable, match="too long"):
+                await submit(builders.job("job-0", address=ALICE))
 
     asyncio.run(scenario())

@@ -54,7 +54,7 @@ async def books(redis_url: str) -> AsyncIterator[tuple[RedisLedger, RedisJobs]]:
 async def submitted(redis_url: str, dice: random.Random, count: int) -> list[Job]:
     """Deposit, submit jobs (sometimes cancel the first), and reserve for a job that is never written."""
     async with books(redis_url) as (ledger, jobs):
-        in_flight_limit = InFlightLimit.from_url(redis_url, jobs, 10_000)
+        in_flight_limit = InFlightLimit(connect_redis(redis_url), jobs, 10_000)
         return await submit(ledger, jobs, Books.from_url(redis_url), in_flight_limit, dice, count)
 
 
