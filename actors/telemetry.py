@@ -145,3 +145,4 @@ def show_books(meter: Meter, totals: "Totals") -> None:
     meter.set_gauge(
         metrics.LAMPORTS_HELD, {(kind,): lamports for kind, lamports in totals.held_lamports.items()}
     )
+    meter.set_gauge(metrics.LEDGER_LOST, {(): totals.lost_writes})

@@ -112,6 +112,9 @@ LAMPORTS_PAID = _counter(
 LAMPORTS_HELD = _gauge(
     "azu_lamports_held", "Lamports of users and workers that the platform holds, by purpose.", "account"
 )
+LEDGER_LOST = _gauge(
+    "azu_ledger_lost_writes", "Writes of the ledger that Redis lost, until the admin accepts the loss."
+)
 
 CATALOGUE = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 BY_NAME = {metric.name: metric for metric in CATALOGUE}

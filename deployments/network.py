@@ -64,7 +64,7 @@ async def health(services: ServicesNow, response: Response) -> Health:
     """Return whether prompts can be served: 503 while something is starting or away, and why."""
     problems = await services.problems()
     try:
-        ready = not problems and await services.scheduler("ready")
+        ready = await services.scheduler("ready")
     except AzuError:
         ready = False
     response.status_code = 200 if ready else 503

@@ -6,7 +6,6 @@ import hmac
 import secrets
 import time
 from collections import OrderedDict
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,11 +99,14 @@ class Services:
         await self._rates.take(f"from:{client.host if client else ''}", self._sign_in_rate)
 
     async def problems(self) -> tuple[str, ...]:
-        """Return what keeps the network from serving prompts, as far as this process and Redis know it."""
-        with suppress(Unavailable):
-            await self._redis.ping()
-        problem = redis_problem()
-        return () if problem is None else (problem,)
+        """Return what is wrong with Redis, as far as this process and Redis know it. It may still answer."""
+        try:
+            loss = await self.books.loss()
+        except Unavailable as away:
+            return (redis_problem() or away.message,)
+        if loss is None:
+            return ()
+        return (f"{loss}: the treasury signs nothing until `azu treasury accept-loss {loss.size}`",)
 
     async def registry(self, method: str, *arguments: Any) -> Any:
         """Call the registry; raises Unavailable while it does not answer."""

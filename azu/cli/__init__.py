@@ -38,10 +38,15 @@ _COMMANDS = (
     ("check", "check"),
     ("doctor", "doctor"),
     ("bench", "bench"),
-    ("treasury", "treasury"),
     ("devnet", "devnet"),
 )
-_GROUPS = (("wallet", "wallet"), ("keys", "keys"), ("ledger", "ledger"), ("ticket", "ticket"))
+_GROUPS = (
+    ("wallet", "wallet"),
+    ("keys", "keys"),
+    ("ledger", "ledger"),
+    ("treasury", "treasury"),
+    ("ticket", "ticket"),
+)
 
 for _module, _function in _COMMANDS:
     app.command()(getattr(import_module(f"azu.cli.{_module}"), _function))

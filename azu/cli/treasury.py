@@ -1,29 +1,113 @@
-"""`azu treasury`: the process that holds the platform's key."""
+"""`azu treasury`: the process that holds the platform's key, and what its admin has to decide."""
 
-from typing import TYPE_CHECKING
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from rich.console import Group
+from rich.text import Text
+
+from azu.cli.output import AsJson, show, table
+from azu.config import Settings
+from azu.units import hype_from_lamports
 
 if TYPE_CHECKING:
     from eth_account.signers.local import LocalAccount
+    from rich.console import RenderableType
 
-    from azu.config import Settings
+    from azu.money.books import Books
 
 
 # Creating an account on the chain costs the platform a dollar, so its first payout has to be larger.
 _NEW_ACCOUNT_FACTOR = 4
 _DEVNET_POLL_S = 0.2
+_MEMORY = "treasury.json"
+_Answer = TypeVar("_Answer")
 
 
-def treasury() -> None:
+treasury = typer.Typer(help="Credit deposits, pay workers and users; the verbs are for the admin.")
+
+
+@treasury.callback(invoke_without_command=True)
+def process(context: typer.Context) -> None:
+    """Run the treasury unless a verb is given."""
+    if context.invoked_subcommand is None:
+        run_treasury()
+
+
+@treasury.command()
+def status(as_json: AsJson = False) -> None:
+    """Print what is on its way to users and workers, and whether the ledger went back.
+
+    The books are those of REDIS_HOST, or of the network that runs in AZU_HOME.
+    """
+    show(asyncio.run(_with_books(_status)), as_json, _drawn_status)
+
+
+@treasury.command("accept-loss")
+def accept_loss(
+    size: Annotated[int, typer.Argument(help="How far the ledger went back, as `status` prints it.")],
+) -> None:
+    """Have the treasury sign again although the ledger went back: first see what the chain shows as paid.
+
+    A payout that the chain executed and the ledger lost is owed again in the books: once the loss is accepted
+    it is paid a second time, at the platform's cost.
+    """
+
+    async def accept(books: "Books") -> None:
+        await books.accept_loss(size)
+
+    asyncio.run(_with_books(accept))
+
+
+async def _with_books(act: Callable[["Books"], Awaitable[_Answer]]) -> _Answer:
+    from azu.launch.redis_server import own_redis_url
+    from azu.money.books import Books
+
+    settings = Settings.from_environment()
+    books = Books.from_url(settings.redis_url or own_redis_url(settings.home))
+    try:
+        return await act(books)
+    finally:
+        await books.close()
+
+
+async def _status(books: "Books") -> dict[str, int]:
+    totals = await books.totals()
+    held = totals.held_lamports
+    return {
+        "to_workers_lamports": held.get("worker_paying", 0),
+        "to_users_lamports": held.get("user_withdrawing", 0),
+        "lost_writes": totals.lost_writes,
+    }
+
+
+def _drawn_status(found: dict[str, int]) -> "RenderableType":
+    rows = [
+        ("on its way to workers", hype_from_lamports(found["to_workers_lamports"])),
+        ("on its way to users", hype_from_lamports(found["to_users_lamports"])),
+    ]
+    lost = found["lost_writes"]
+    verdict = Text("The ledger has all that it answered.", "green")
+    if lost:
+        verdict = Text(
+            f"The ledger went back by {lost}: nothing is signed until `azu treasury accept-loss {lost}`.",
+            "red",
+        )
+    return Group(table(["", "HYPE"], rows, title="treasury"), verdict)
+
+
+def run_treasury() -> None:
     """Credit deposits and pay workers until stopped; the only process that reads the platform's private key.
 
     The key comes from SCHEDULER_PRIVATE_KEY or the file that AZU_PRIVATE_KEY_FILE names, the chain from
     HYPERLIQUID_RPC_URL, the books from REDIS_HOST, REDIS_PORT and REDIS_PASSWORD.
     """
-    import asyncio
     import os
     from dataclasses import replace
 
-    from azu.config import Settings, load_network
+    from azu.config import load_network
     from azu.errors import ConfigurationError
     from azu.jobs.redis import RedisJobs
     from azu.logs import start_logging
@@ -44,6 +128,7 @@ def treasury() -> None:
         network=network_at(settings.chain_url),
         account=account,
         threshold=Threshold(threshold, _NEW_ACCOUNT_FACTOR * threshold),
+        memory=settings.home / _MEMORY,
     )
     if config.network.name == "devnet":
         # The official networks count requests; a local chain does not.

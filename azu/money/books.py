@@ -7,7 +7,7 @@ values, so that the books can become a process of their own with `Books` as its 
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from redis.asyncio import Redis
 
@@ -15,6 +15,7 @@ from azu.auth.api_keys import ApiKey
 from azu.auth.signatures import MAX_WITHDRAWAL_LIFE_MS, Withdrawal, is_signed
 from azu.errors import Conflict, Forbidden, InsufficientBalance, InvalidRequest
 from azu.money.ledger.audit import Audit, audit
+from azu.money.ledger.losses import Loss
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import (
     PLATFORM,
@@ -74,7 +75,7 @@ class Totals:
     """Sums over all accounts since the books were opened, in lamports.
 
     `held_lamports` maps a kind of account, such as "user_available", to what azu holds there.
-    `sum_lamports` is the sum of all accounts, always zero.
+    `sum_lamports` is the sum of all accounts, always zero. `lost_writes` is the size of an open loss.
     """
 
     charged_lamports: int
@@ -82,6 +83,7 @@ class Totals:
     paid_lamports: int
     held_lamports: Mapping[str, int]
     sum_lamports: int
+    lost_writes: int = 0
 
 
 class Books:
@@ -228,7 +230,20 @@ class Books:
 
     async def totals(self) -> Totals:
         """Return the sums over all accounts."""
-        return totals_of(await self._ledger.balances())
+        totals, loss = totals_of(await self._ledger.balances()), await self.loss()
+        return totals if loss is None else replace(totals, lost_writes=loss.size)
+
+    async def loss(self) -> Loss | None:
+        """Return how far Redis went back, None if it has all that it answered or the admin accepted that.
+
+        Until the admin accepts, the treasury signs nothing.
+        """
+        loss = await self._ledger.losses.look()
+        return None if loss is None or loss.is_accepted else loss
+
+    async def accept_loss(self, size: int) -> None:
+        """Have the treasury sign again after a loss of this size; raises Conflict for another size."""
+        await self._ledger.losses.accept(size)
 
     async def audit(self, wallet_lamports: int | None = None) -> Audit:
         """Rebuild the books from their journal and compare them with what is stored.

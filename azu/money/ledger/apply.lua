@@ -3,14 +3,16 @@
 --
 -- KEYS: balances, entries, holds, journal, expiries
 -- ARGV: transfer id, transfer, legs as JSON, name of the hold or "", the hold as read or "", the hold after,
---       the time at which it may expire or "", then for each leg: account, lamports, and the bound on the
---       account's balance before: "least" or "most", and an amount. The bound on the chain's account, which is
---       below zero, is on its absolute value.
+--       the time at which it may expire or "", an entry that the caller was answered before: its transfer's id
+--       or "", and its number; then for each leg: account, lamports, and the bound on the account's balance
+--       before: "least" or "most", and an amount. The bound on the chain's account, which is below zero, is on
+--       its absolute value.
 -- Returns {"posted", number, time in ms} | {"known"} | {"changed"} | {"refused", index of the leg, balance}
+--         | {"lost", length of the journal}: that entry is gone, and nothing was written
 
 local balances, entries, holds, journal, expiries = unpack(KEYS)
-local id, transfer, legs, hold_name, before, after, expires_at_ms = unpack(ARGV, 1, 7)
-local FIRST_LEG, LEG_SIZE = 8, 4
+local id, transfer, legs, hold_name, before, after, expires_at_ms, marked_id, marked_number = unpack(ARGV, 1, 9)
+local FIRST_LEG, LEG_SIZE = 10, 4
 
 local function less(a, b)
   if #a ~= #b then return #a < #b end
@@ -23,6 +25,10 @@ local function is_within(account, balance, side, limit)
   if held ~= '0' and (sign == '-') ~= (account == 'chain') then return false end
   if side == 'least' then return not less(held, limit) end
   return not less(limit, held)
+end
+
+if marked_id ~= '' and redis.call('HGET', entries, marked_id) ~= marked_number then
+  return {'lost', redis.call('XLEN', journal)}
 end
 
 if redis.call('HEXISTS', entries, id) == 1 then return {'known'} end

@@ -39,8 +39,11 @@ class Snapshot:
     length: int
 
 
-def script_arguments(posting: Posting, found: str) -> Iterator[str]:
-    """Yield the ARGV of apply.lua; `found` is the hold's text as it was read, empty if there was none."""
+def script_arguments(posting: Posting, found: str, marked_id: str, marked_number: int) -> Iterator[str]:
+    """Yield the ARGV of apply.lua; `found` is the hold's text as it was read, empty if there was none.
+
+    `marked_id` and `marked_number` are an entry that the process was answered before, an empty id for none.
+    """
     yield posting.transfer.id
     yield encode_transfer(posting.transfer)
     yield json.dumps([[leg.account, str(leg.lamports)] for leg in posting.legs], separators=(",", ":"))
@@ -48,6 +51,8 @@ def script_arguments(posting: Posting, found: str) -> Iterator[str]:
     yield found
     yield encode_hold(posting.after) if posting.after else ""
     yield _expiry(posting)
+    yield marked_id
+    yield str(marked_number)
     for leg in posting.legs:
         yield leg.account
         yield str(leg.lamports)

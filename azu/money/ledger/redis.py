@@ -10,6 +10,7 @@ from redis import RedisError
 from redis.asyncio import Redis
 
 from azu.errors import LedgerError
+from azu.money.ledger.losses import Losses, Mark, entries_lost
 from azu.money.ledger.records import (
     BALANCES,
     ENTRIES,
@@ -40,20 +41,22 @@ from azu.redis_client import connect_redis
 _PAGE = 500
 # More calls at once wait here: the client's connections are bounded, and a call without one would fail.
 _AT_ONCE = 32
-# A hold changes twice in its life, so a caller that loses every race has read it three times.
-_ATTEMPTS = 3
+# A hold changes twice in its life, so a caller that loses every race has read it three times; and once more
+# where Redis lost entries.
+_ATTEMPTS = 4
 
 
 class RedisLedger:
     """Applies transfers in one Redis; any number of processes may share it.
 
     Every method raises Unavailable when Redis does not answer. A transfer may then have been applied; it is
-    safe to send it again unchanged.
+    safe to send it again unchanged. A transfer is applied also where Redis lost entries; `losses` says so.
     """
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._slots = asyncio.Semaphore(_AT_ONCE)
+        self.losses = Losses(redis)
         self._script = redis.register_script(files(__package__).joinpath("apply.lua").read_text())
 
     @classmethod
@@ -162,15 +165,20 @@ class RedisLedger:
         return await cast(Awaitable[str | None], self._redis.hget(HOLDS, name)) or ""
 
     async def _write(self, posting: Posting, found: str) -> Result | None:
-        """Write a posting; return None if its hold has changed since it was read."""
-        transfer = posting.transfer
-        answer = await self._script(KEYS, list(script_arguments(posting, found)))
+        """Write a posting; return None if its hold has changed since it was read, or Redis lost entries."""
+        transfer, mark = posting.transfer, self.losses.mark
+        arguments = script_arguments(posting, found, mark.transfer_id, mark.number)
+        answer = await self._script(KEYS, list(arguments))
         match answer:
             case ["posted", number, at_ms]:
+                self.losses.answered(Mark(int(number), transfer.id, int(at_ms)))
                 return Result(Entry(int(number), transfer, posting.legs, int(at_ms)))
             case ["known"]:
                 return await self._repeated(transfer)
             case ["changed"]:
+                return None
+            case ["lost", length]:
+                await self.losses.note(mark, entries=entries_lost(mark, 0, length))
                 return None
             case ["refused", index, balance]:
                 leg = posting.legs[index]

@@ -248,7 +248,11 @@ class Superseded(Exception):
 
 
 class Payer:
-    """Advances payouts, one step at a time; safe to kill anywhere and to run twice."""
+    """Advances payouts, one step at a time; safe to kill anywhere and to run twice.
+
+    `remember` is called after each write and before each signature and post; it raises Unavailable if Redis
+    lost something meanwhile.
+    """
 
     def __init__(
         self,
@@ -260,6 +264,7 @@ class Payer:
         timeouts: PayoutTimeouts,
         *,
         on_refused: Callable[[str], None],
+        remember: Callable[[], None] = lambda: None,
         now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._chain = chain
@@ -269,6 +274,7 @@ class Payer:
         self._platform = account.address.lower()
         self._timeouts = timeouts
         self._on_refused = on_refused
+        self._remember = remember
         self._withdrawals = withdrawals
         self._now_ms = now_ms
         self._overdue: set[str] = set()
@@ -368,6 +374,7 @@ class Payer:
             await self._outbox.remove(payout)
             return
         nonce = await self._outbox.next_nonce(self._now_ms())
+        self._remember()
         action = sign_send_asset(
             self._account,
             self._chain.network,
@@ -424,6 +431,7 @@ class Payer:
     async def _replace(self, old: Payout, new: Payout) -> Payout:
         if not await self._outbox.replace(old, new):
             raise Superseded
+        self._remember()
         return new
 
 

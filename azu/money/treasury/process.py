@@ -5,6 +5,7 @@ import logging
 import signal
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from eth_account.signers.local import LocalAccount
@@ -16,6 +17,7 @@ from azu.money.chain.networks import ChainNetwork
 from azu.money.ledger.redis import RedisLedger
 from azu.money.treasury.deposits import DepositWatcher
 from azu.money.treasury.expired_reservations import ReservationExpiry
+from azu.money.treasury.memory import Memory
 from azu.money.treasury.payouts import (
     Payer,
     PayoutSelector,
@@ -54,7 +56,7 @@ class TreasuryConfig:
     """What the treasury runs with. `account` holds the platform's key: nothing prints it.
 
     `poll_s` is the time between two polls of the chain; after `lease_s` a signer that died no longer blocks
-    the next one.
+    the next one. `memory` is the file that keeps what Redis answered.
     """
 
     redis_url: str = field(repr=False)
@@ -67,6 +69,7 @@ class TreasuryConfig:
     sweep_every_s: float = 30.0
     max_open_payouts: int = 20
     lease_s: float = 30.0
+    memory: Path | None = None
 
 
 async def run(config: TreasuryConfig, jobs: JobRecords, *, ready: Callable[[], None]) -> None:
@@ -106,6 +109,7 @@ class _Treasury:
         self._deposits = DepositRequests(self._redis)
         self._cursor = RedisCursor(self._redis)
         self._outbox = RedisOutbox(self._redis)
+        self._memory = Memory(config.memory, self._ledger, self._outbox)
         self._lease = RedisLease(self._redis, ttl_ms=round(config.lease_s * 1000))
         self._watcher = DepositWatcher(self._chain, self._ledger, self._cursor, platform=platform)
         claims = EarningsClaims(self._redis, platform)
@@ -122,6 +126,7 @@ class _Treasury:
             config.account,
             config.timeouts,
             on_refused=self._selector.pass_over,
+            remember=self._memory.keep,
         )
         self._expiry = ReservationExpiry(self._ledger, jobs.give_up)
         self._receipts = ReceiptRequests(self._redis)
@@ -141,10 +146,12 @@ class _Treasury:
 
     async def sign_receipts(self) -> None:
         waiting = await self._receipts.waiting(_REQUESTS_AT_ONCE)
+        if not waiting or not await self._memory.may_sign():
+            return
         await _all(self._sign(job_id) for job_id in waiting)
 
     async def pay(self) -> None:
-        if not await self._lease.hold():
+        if not await self._lease.hold() or not await self._memory.may_sign():
             return
         await self._payer.advance()
         since_ms, max_open = await self._cursor.read(), self._config.max_open_payouts

@@ -13,6 +13,7 @@ from azu.redis_client import typed_redis_errors
 CURSOR = "azu:treasury:cursor"
 OUTBOX = "azu:treasury:outbox"
 NONCE = "azu:treasury:nonce"
+WRITES = "azu:treasury:writes"
 SIGNER = "azu:treasury:signer"
 CLAIMS = "azu:treasury:payees"
 
@@ -31,10 +32,10 @@ return nonce
 """
 _REPLACE = """
 local found = redis.call('HGET', KEYS[1], ARGV[1])
-if found == ARGV[3] then return 1 end
+if found == ARGV[3] then return tonumber(redis.call('GET', KEYS[2]) or '0') end
 if found ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
-return 1
+return redis.call('INCR', KEYS[2])
 """
 _REMOVE = """
 local found = redis.call('HGET', KEYS[1], ARGV[1])
@@ -73,10 +74,16 @@ class RedisCursor:
 
 
 class RedisOutbox:
-    """The open payouts: a hash of address -> payout. A write compares the stored payout with the one read."""
+    """The open payouts: a hash of address -> payout. A write compares the stored payout with the one read.
+
+    `writes` counts the states that were written so far, as this process was answered. Where Redis answers a
+    smaller number it has lost states, and `lost` says how many.
+    """
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self.writes = 0
+        self.lost = 0
         self._replace = redis.register_script(_REPLACE)
         self._remove = redis.register_script(_REMOVE)
         self._next_nonce = redis.register_script(_NEXT_NONCE)
@@ -99,8 +106,28 @@ class RedisOutbox:
     async def replace(self, old: Payout, new: Payout) -> bool:
         """Write the next state; return False if the stored payout is not `old` (any more)."""
         assert old.address == new.address
+        before = self.writes
+        states = [encode_payout(old), encode_payout(new)]
         with typed_redis_errors():
-            return bool(await self._replace([OUTBOX], [old.address, encode_payout(old), encode_payout(new)]))
+            written = int(await self._replace([OUTBOX, WRITES], [old.address, *states]))
+        if written:
+            self._answered(written, before + 1)
+        return written > 0
+
+    async def look(self) -> None:
+        """Read how many states were written."""
+        before = self.writes
+        with typed_redis_errors():
+            self._answered(int(await self._redis.get(WRITES) or 0), before)
+
+    async def forget(self) -> None:
+        """Take the number of states that Redis has for right."""
+        self.writes = self.lost = 0
+        await self.look()
+
+    def _answered(self, writes: int, least: int) -> None:
+        self.lost = max(self.lost, least - writes)
+        self.writes = max(self.writes, writes)
 
     async def remove(self, payout: Payout) -> bool:
         """Close a payout; return False if the stored payout is another one (by now)."""

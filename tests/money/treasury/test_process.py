@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from azu.cli.treasury import treasury
+from azu.cli.treasury import run_treasury
 from azu.errors import ConfigurationError
 from azu.money.ledger.transfers import CHAIN
 from azu.money.treasury.deposits import CreditState
@@ -28,7 +28,7 @@ from tests.money.treasury.booked import (
 from tests.money.treasury.dying import Treasury
 from tests.money.treasury.world import SEED, Open, World
 
-TREASURY = [sys.executable, "-c", "from azu.cli.treasury import treasury; treasury()"]
+TREASURY = [sys.executable, "-c", "from azu.cli.treasury import run_treasury; run_treasury()"]
 
 
 def environment(world: World) -> dict[str, str]:
@@ -117,7 +117,7 @@ def test_it_does_not_start_without_the_platforms_key_its_chain_and_its_books(
     monkeypatch.setenv(variable, value)
 
     with pytest.raises(ConfigurationError) as caught:
-        treasury()
+        run_treasury()
 
     assert world.platform.key.hex() not in str(caught.value)
     assert "SCHEDULER_PRIVATE_KEY" not in os.environ

@@ -1,0 +1,59 @@
+"""`azu treasury` tells the admin whether the ledger went back, and takes the answer."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from azu.cli.treasury import treasury
+from azu.errors import AzuError, Conflict
+from azu.money.ledger.losses import LOSS
+from azu.money.ledger.redis import RedisLedger
+from azu.redis_client import connect_redis_sync
+from tests.money.ledger import moves
+from tests.redis_server import RunningRedis
+
+
+@pytest.fixture(autouse=True)
+def configured(
+    redis_server: RunningRedis, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """A Redis that the environment names."""
+    monkeypatch.setenv("AZU_HOME", str(tmp_path))
+    monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
+    monkeypatch.setenv("REDIS_PORT", str(redis_server.port))
+    return redis_url
+
+
+def run(*arguments: str) -> Result:
+    result = CliRunner().invoke(treasury, arguments)
+    if isinstance(result.exception, AzuError):
+        raise result.exception
+    return result
+
+
+def test_a_loss_is_shown_until_the_admin_accepts_it(configured: str) -> None:
+    async def lose() -> None:
+        ledger = RedisLedger.from_url(configured)
+        for transfer in (moves.deposit(900), moves.plan_withdrawal("p1", 200)):
+            await ledger.apply(transfer)
+        mark = ledger.losses.mark
+        await ledger.losses.note(mark, entries=2)
+        await ledger.close()
+
+    asyncio.run(lose())
+    facts = {"to_workers_lamports": 0, "to_users_lamports": 200, "lost_writes": 2}
+    assert json.loads(run("status", "--json").stdout) == facts
+    assert "azu treasury accept-loss 2" in " ".join(run("status").stdout.split())
+    with pytest.raises(Conflict, match="went back by 2"):
+        run("accept-loss", "3")
+
+    assert run("accept-loss", "2").exit_code == 0
+
+    assert json.loads(run("status", "--json").stdout)["lost_writes"] == 0
+    with connect_redis_sync(configured) as redis:
+        redis.delete(LOSS)
+    with pytest.raises(Conflict, match="nothing to accept"):
+        run("accept-loss", "2")
