@@ -8,6 +8,7 @@ from actors.deployment import RayBackend
 from actors.node import NodeAgents
 from actors.placement import SCHEDULER, request_nodes
 from actors.telemetry import RayMeter, log_as, show_books, show_jobs, show_nodes
+from azu.clock import wall_clock_ms
 from azu.cluster.cluster import Cluster
 from azu.cluster.deployment import DeploymentState
 from azu.cluster.deployment_store import DeploymentStore
@@ -28,6 +29,7 @@ from azu.supervision import Supervisor, end_process
 log = logging.getLogger(__name__)
 
 _MEASURE_S = 2.0
+_ARCHIVE_S = 60.0
 
 
 class Scheduler:
@@ -61,7 +63,7 @@ class Scheduler:
         self._meter = RayMeter()
         self._supervisor = Supervisor(SCHEDULER, self._meter, end_process)
         self._metrics = MetricsSum()
-        jobs = RedisJobs.from_url(config.redis_url)
+        self._jobs = jobs = RedisJobs.from_url(config.redis_url)
         price = policy.price
         self._dispatcher = Dispatcher(
             jobs,
@@ -141,7 +143,12 @@ class Scheduler:
         start("KV", self._check_kv, every_s=policy.heartbeat.period_s)
         start("node requests", self._check_nodes, every_s=policy.heartbeat.period_s)
         start("places", self._check_places, every_s=policy.moves.look_s)
+        start("old jobs", self._archive, every_s=_ARCHIVE_S)
         start("jobs", self._dispatcher.run)
+
+    async def _archive(self) -> None:
+        """Keep little of the jobs that ended a day ago."""
+        await self._jobs.archive(wall_clock_ms(), self._books.forget)
 
     async def _adopt(self) -> None:
         await self._agents.first_reports()

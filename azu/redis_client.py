@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from redis import Redis as SyncRedis
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -93,7 +93,7 @@ def connect_redis(url: str, *, silence_s: float = math.inf) -> Redis:
         retry=Retry(_backoff(), _RETRIES),
         **_OPTIONS,
     )
-    client = _Client.from_pool(pool)
+    client = cast(_Client, _Client.from_pool(pool))
     client.calls = _Calls(_contacts.setdefault(url, _Contact()), silence_s)
     return client
 
@@ -103,16 +103,14 @@ def connect_redis_sync(url: str) -> SyncRedis:
     return SyncRedis.from_url(url, retry=SyncRetry(_backoff(), _RETRIES), **_OPTIONS)
 
 
-def redis_problem(now_s: float | None = None) -> str | None:
-    """Say since when Redis is away, and after STANDING_S also why; None while it answers this process."""
-    now_s = time.monotonic() if now_s is None else now_s
-    for contact in _contacts.values():
-        if contact.away_since_s is not None:
-            away_s = now_s - contact.away_since_s
-            return f"Redis is away since {away_s:.0f} s" + (
-                f": {contact.reason}" if away_s >= STANDING_S else ""
-            )
-    return None
+def redis_problem(redis: Redis, now_s: float | None = None) -> str | None:
+    """Say since when a client's Redis is away from this process, and after STANDING_S also why; else None."""
+    assert isinstance(redis, _Client)
+    contact = redis.calls.contact
+    if contact.away_since_s is None:
+        return None
+    away_s = (time.monotonic() if now_s is None else now_s) - contact.away_since_s
+    return f"Redis is away since {away_s:.0f} s" + (f": {contact.reason}" if away_s >= STANDING_S else "")
 
 
 async def retry_until_available(
@@ -148,7 +146,7 @@ class _Calls:
     """What every call of one client passes: the limit on silence, and typed errors."""
 
     def __init__(self, contact: _Contact, silence_s: float) -> None:
-        self._contact = contact
+        self.contact = contact
         self._silence_s = silence_s
 
     @asynccontextmanager
@@ -163,12 +161,12 @@ class _Calls:
         try:
             async with self._unless_silent(self._silence_s + blocks_s):
                 yield
-            self._contact.answers()
+            self.contact.answers()
         except (RedisError, TimeoutError) as error:
             if isinstance(error, RedisError) and not _is_away(error):
-                self._contact.answers()
+                self.contact.answers()
                 raise
-            raise self._contact.fails(error) from error
+            raise self.contact.fails(error) from error
         finally:
             # Also in place of an answer or another error: the caller may handle that one and go on.
             if task.cancelling() > cancellations:
@@ -185,10 +183,11 @@ class _Calls:
             return
         loop = asyncio.get_running_loop()
         heard_s = time.monotonic()
+        timer: asyncio.TimerHandle
 
         def look(*, is_second: bool = False) -> None:
             nonlocal heard_s, timer
-            before_s, heard_s = heard_s, max(heard_s, self._contact.answered_s)
+            before_s, heard_s = heard_s, max(heard_s, self.contact.answered_s)
             if heard_s > before_s:
                 timer = loop.call_later(heard_s + silence_s - time.monotonic(), look)
             elif is_second:

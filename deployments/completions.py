@@ -167,7 +167,7 @@ async def _whole(services: Services, job: Job, deltas: Deltas, answer: AnswerFor
                 elif delta.state is JobState.FAILED:
                     return refusal(_error_of(delta), may_be_charged=delta.receipt.charged_lamports > 0)
                 else:
-                    return _json(answer.whole(choices, _usage(job, delta)))
+                    return _json(answer.whole(choices, _usage(delta)))
         raise InternalError(f"{job.job_id} ended without an outcome")
     except AzuError as error:
         # The job may go on without its reader, and be charged.
@@ -187,12 +187,12 @@ async def _events(
         elif delta.state is not JobState.DONE:
             yield _event(ErrorBody.model_validate(_error_of(delta).to_openai()))
         elif include_usage:
-            yield _event(answer.usage_chunk(_usage(job, delta)))
+            yield _event(answer.usage_chunk(_usage(delta)))
     yield "data: [DONE]\n\n"
 
 
-def _usage(job: Job, outcome: JobOutcome) -> Usage:
-    return usage_of(len(job.prompt_token_ids), outcome.receipt.completion_tokens, outcome.receipt)
+def _usage(outcome: JobOutcome) -> Usage:
+    return usage_of(outcome.receipt.prompt_tokens, outcome.receipt.completion_tokens, outcome.receipt)
 
 
 def _error_of(outcome: JobOutcome) -> AzuError:

@@ -52,9 +52,10 @@ async def results(job_id: str, key: Key, services: ServicesNow) -> Results:
         _choice(model, record, await services.jobs.tokens(job_id, index))
         for index in range(record.job.choices)
     ]
-    completion_tokens = sum(len(choice.token_ids) for choice in choices)
     outcome = record.outcome
     receipt = outcome.receipt if outcome else None
+    prompt_tokens = receipt.prompt_tokens if receipt else len(record.job.prompt_token_ids)
+    completion_tokens = sum(len(choice.token_ids) for choice in choices)
     return Results(
         job_id=job_id,
         status=record.state.value,
@@ -62,7 +63,7 @@ async def results(job_id: str, key: Key, services: ServicesNow) -> Results:
         token_ids=choices[0].token_ids,
         choices=tuple(choices),
         finish_reason=outcome.finish_reason.value if outcome else None,
-        usage=usage_of(len(record.job.prompt_token_ids), completion_tokens, receipt),
+        usage=usage_of(prompt_tokens, completion_tokens, receipt),
         receipt=ReceiptLines.model_validate(receipt_facts(receipt)) if receipt else None,
         error=outcome.error if outcome else None,
     )

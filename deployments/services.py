@@ -103,7 +103,7 @@ class Services:
         try:
             loss = await self.books.loss()
         except Unavailable as away:
-            return (redis_problem() or away.message,)
+            return (redis_problem(self._redis) or away.message,)
         if loss is None:
             return ()
         return (f"{loss}: the treasury signs nothing until `azu treasury accept-loss {loss.size}`",)

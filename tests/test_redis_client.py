@@ -45,7 +45,7 @@ SPIN = """
 local start = redis.call('TIME')
 repeat
   local now = redis.call('TIME')
-until (now[1] - start[1]) * 1000000 + now[2] - start[2] > 3000
+until (now[1] - start[1]) * 1000000 + now[2] - start[2] > 6000
 return 1
 """
 SCRIPT = "redis.call('SET', KEYS[1], 'written') return 1"
@@ -131,11 +131,11 @@ def test_a_silent_redis_is_away_for_callers_that_cannot_wait_and_others_get_thei
                 with pytest.raises(Unavailable) as refused:
                     await hasty.get("key")
                 assert refused.value.retry_after_s
-            assert redis_problem() is not None
+            assert redis_problem(hasty) is not None
             server.process.send_signal(signal.SIGCONT)
             assert await waiting
             assert await hasty.get("key") == "value"
-            assert redis_problem() is None
+            assert redis_problem(hasty) is None
 
     try:
         asyncio.run(scenario())
@@ -145,7 +145,7 @@ def test_a_silent_redis_is_away_for_callers_that_cannot_wait_and_others_get_thei
 
 def test_calls_that_wait_their_turn_are_answered_however_little_patience_they_have(redis_url: str) -> None:
     async def scenario() -> None:
-        async with connect_redis(redis_url, silence_s=0.05) as client:
+        async with connect_redis(redis_url, silence_s=0.5) as client:
             script = client.register_script(SPIN)
             # Each takes a while, and far more of them than connections wait at once.
             answers = await asyncio.gather(*(script() for _ in range(200)))
@@ -164,12 +164,12 @@ def test_a_wrong_password_is_an_absence_that_is_named_only_when_it_lasts(tmp_pat
             with pytest.raises(Unavailable):
                 await client.get("key")
             now_s = time.monotonic()
-            assert "password" not in str(redis_problem(now_s))
-            assert "check REDIS_USERNAME and REDIS_PASSWORD" in str(redis_problem(now_s + STANDING_S))
+            assert "password" not in str(redis_problem(client, now_s))
+            assert "check REDIS_USERNAME and REDIS_PASSWORD" in str(redis_problem(client, now_s + STANDING_S))
 
             admin.config_set("requirepass", "wrong")
             await client.get("key")
-            assert redis_problem(now_s + STANDING_S) is None
+            assert redis_problem(client, now_s + STANDING_S) is None
 
     try:
         asyncio.run(scenario())

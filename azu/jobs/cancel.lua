@@ -4,6 +4,6 @@ if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('HEXISTS', KEYS[1], 'outcome
   return 0
 end
 if redis.call('HSETNX', KEYS[1], 'cancelled', 1) == 1 then
-  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', 'job', ARGV[1])
+  redis.call('XADD', KEYS[2], 'MAXLEN', ARGV[2], '*', 'job', ARGV[1])
 end
 return 1

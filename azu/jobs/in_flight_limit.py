@@ -13,11 +13,14 @@ from azu.protocol.job import JobState
 # Longer than any ingress takes from counting a job until the job is written.
 _LOST_AFTER_MS = 600_000
 _RETRY_AFTER_S = 1.0
+# A key that sends nothing for so long has hardly a job in flight.
+_KEPT_S = 24 * 3600
 _IN_FLIGHT = (JobState.QUEUED, JobState.RUNNING)
 _ADD = """
 if redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 1 end
 if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[3]) then return 0 end
 redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1])
+redis.call('EXPIRE', KEYS[1], ARGV[4])
 return 1
 """
 
@@ -51,7 +54,7 @@ class InFlightLimit:
         await self._remove(key, [job_id])
 
     async def _try_add(self, key: ApiKey, job_id: str, now_ms: int) -> bool:
-        return bool(await self._add([_redis_key(key)], [job_id, now_ms, self._limit]))
+        return bool(await self._add([_redis_key(key)], [job_id, now_ms, self._limit, _KEPT_S]))
 
     async def _remove_ended(self, key: ApiKey, now_ms: int) -> None:
         """Stop counting jobs that have ended, and jobs that were never written."""

@@ -178,7 +178,7 @@ class JobRunner:
         """Have a job go on from what is written of it: Redis lost a part of that."""
         log.warning("begins again: tokens that were written are lost", extra={"job_id": active.job.job_id})
         for sequence_id in active.open:
-            self._engine.cancel(sequence_id)
+            self._metrics.record_tokens([*self._engine.cancel(sequence_id).items()], time.monotonic())
             del self._by_sequence[sequence_id]
         active.open.clear()
         active.work.clear()
@@ -249,6 +249,9 @@ class JobRunner:
         if active.open:
             return
         active.end(self._fault)
+        active.job = replace(
+            active.job, prompt_token_ids=()
+        )  # the rest stays for a scheduler that asks again
         while len(self._by_job) > _KEPT_JOBS:
             oldest = next(iter(self._by_job.values()))
             if not oldest.ended.done():

@@ -10,6 +10,7 @@ from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, TokenEvent
 QUEUE = "azu:jobs:queue"
 GROUP = "schedulers"
 CANCELLED = "azu:jobs:cancelled"
+ENDED = "azu:jobs:ended"
 
 JOB = TypeAdapter(Job)
 WORK = TypeAdapter(Mapping[int, Mapping[str, int]])

@@ -6,7 +6,7 @@ Keys and encodings: azu/jobs/record.py. A change of several keys is one of the L
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Container, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.resources import files
@@ -15,8 +15,10 @@ from typing import Any, cast
 from redis.asyncio import Redis
 
 from azu.errors import InvalidRequest, NotFound, Unavailable
+from azu.jobs.archive import Archive
 from azu.jobs.record import (
     CANCELLED,
+    ENDED,
     GROUP,
     JOB,
     OUTCOME,
@@ -39,6 +41,9 @@ from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, Receipt, Token
 from azu.redis_client import connect_redis, retry_until_available
 
 TOKENS_KEPT_S = 24 * 3600
+# What an address's list of jobs keeps; every receipt is kept.
+LISTED_JOBS = 1000
+_LISTED_MS = 90 * 24 * 3600 * 1000
 # Shorter than the connection's own timeout: a quiet stream must not look like a lost connection.
 BLOCK_MS = 2_000
 # Longer than any process hangs between the reservation of a job and its submission.
@@ -62,6 +67,7 @@ class RedisJobs:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._reader = TokenReader(redis)
+        self._archive = Archive(redis)
         self._submit = redis.register_script(_script("submit"))
         self._claim = redis.register_script(_script("claim"))
         self._set_state = redis.register_script(_script("set_state"))
@@ -85,7 +91,9 @@ class RedisJobs:
         Raises Unavailable for a job that was marked as lost before it came.
         """
         keys = [job_key(job.job_id), QUEUE, address_key(job.address), lost_key(job.job_id)]
-        if await self._submit(keys, [job.job_id, JOB.dump_json(job), job.created_at_ms]) < 0:
+        arguments: list[str | bytes | int] = [job.job_id, JOB.dump_json(job), job.created_at_ms]
+        arguments += [LISTED_JOBS, _LISTED_MS]
+        if await self._submit(keys, arguments) < 0:
             raise Unavailable(f"it took too long to write {job.job_id}; send it again")
 
     async def give_up(self, job_id: str) -> bool:
@@ -197,6 +205,14 @@ class RedisJobs:
                 for _, fields in entries:
                     yield fields["job"]
 
+    async def archive(self, now_ms: int, forget: Callable[[Sequence[str]], Awaitable[None]]) -> None:
+        """Archive every job that ended a day ago; `forget` is called with their ids before.
+
+        An archived job has no prompt any more, and its state and receipt stay.
+        """
+        while await self._archive.sweep(now_ms, forget):
+            pass
+
     # Tokens and the end
 
     async def append(self, events: Sequence[tuple[str, TokenEvent]]) -> frozenset[str]:
@@ -238,9 +254,9 @@ class RedisJobs:
 
         Raises NotFound.
         """
-        keys = [job_key(job_id), tokens_key(job_id)]
+        keys = [job_key(job_id), tokens_key(job_id), ENDED]
         tokens = outcome.receipt.completion_tokens
-        arguments = [outcome.state.value, OUTCOME.dump_json(outcome), TOKENS_KEPT_S, tokens]
+        arguments = [job_id, outcome.state.value, OUTCOME.dump_json(outcome), tokens, TOKENS_KEPT_S]
         written = await self._finish(keys, arguments)
         if written < 0:
             raise _unknown(job_id)
@@ -264,6 +280,10 @@ class RedisJobs:
         found = await retry_until_available(partial(self._reader.standing, [job_id]), within_s=_AWAY_S)
         delivered, outcome = found[0]
         if delivered is None:
+            if archived := (await self._archive.read([job_id])).get(job_id):
+                assert archived.outcome is not None
+                yield archived.outcome
+                return
             raise _unknown(job_id)
         if not 0 <= after <= int(delivered):
             raise InvalidRequest(f"after is {after}; the job has {delivered} tokens so far", param="after")
@@ -286,7 +306,12 @@ class RedisJobs:
             for job_id in job_ids:
                 pipeline.hgetall(job_key(job_id))
             found = await pipeline.execute()
-        return [JobRecord.from_fields(fields) if fields else None for fields in found]
+        unknown = [job_id for job_id, fields in zip(job_ids, found, strict=True) if not fields]
+        archived = await self._archive.read(unknown)
+        return [
+            JobRecord.from_fields(fields) if fields else archived.get(job_id)
+            for job_id, fields in zip(job_ids, found, strict=True)
+        ]
 
 
 class TokenReader:

@@ -6,6 +6,7 @@ Also what such a process needs around it: signals, environment variables, ports 
 import ctypes
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from azu.errors import DeadlineExceeded, Unavailable
+from azu.units import MIB
 
 STOP_TIMEOUT_S = 10.0
 _KILL_TIMEOUT_S = 10.0
@@ -32,6 +34,7 @@ _LAST_RESTART_S = 30.0
 # A process that lived this long is started again without the longer delays of earlier restarts.
 _STEADY_S = 60.0
 _LAST_OUTPUT_CHARS = 2000
+_MAX_LOG_BYTES = 16 * MIB
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 # Looked up before any fork: between fork and exec nothing may be imported.
@@ -116,8 +119,10 @@ class ProcessGroup:
     def revive(self) -> list[str]:
         """Start again the processes that ended and whose delay is over; returns their names.
 
-        The delay grows each time a process ends soon after its start.
+        The delay grows each time a process ends soon after its start. A log that is full is moved aside.
         """
+        for child in self._children.values():
+            child.limit_log()
         revived = []
         for name in self.ended():
             child = self._children[name]
@@ -199,8 +204,15 @@ class _Child:
         """Seconds since the process was started."""
         return time.monotonic() - self._started_s
 
+    def limit_log(self) -> None:
+        """Copy a full log in place of the copy before, and empty it: the process goes on writing to it."""
+        if self._log.stat().st_size > _MAX_LOG_BYTES:
+            shutil.copy(self._log, self._log.with_name(f"{self._log.name}.1"))
+            os.truncate(self._log, 0)
+            self._log_start = 0
+
     def output(self) -> str:
-        """Return what the process has printed since it was started."""
+        """Return what the process has printed since it was started, or since its log was emptied."""
         with self._log.open("rb") as file:
             file.seek(self._log_start)
             return file.read().decode(errors="replace")

@@ -37,12 +37,24 @@ _HEAD_ONLY = {
     # Serve kills a proxy that is not ready within 5 s, and the network does not start: on a busy machine
     # its imports take longer. 60 s is how long Serve waits for it in all.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # What Ray's control service remembers, for its dashboard, of calls and of what has died. By default that
+    # is 100,000 calls and more than a million that were dropped: hundreds of MiB after some hours.
+    "RAY_task_events_max_num_task_in_gcs": "5000",
+    "RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs": "1000",
+    "RAY_maximum_gcs_destroyed_actor_cached_count": "1000",
+    "RAY_maximum_gcs_dead_worker_cached_count": "1000",
 }
 _ALWAYS = {
     # A node ends at SIGTERM: azu moves the pieces, Ray has nothing to drain.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     # Ray runs actors at niceness 15: every other program of the machine would come before waiting users.
     "RAY_worker_niceness": "0",
+    # Calls that a process has not reported yet to the control service.
+    "RAY_task_events_max_num_status_events_buffer_on_worker": "1000",
+    "RAY_task_events_max_num_profile_events_buffer_on_worker": "1000",
+    # Each process's log is followed by at most two older files.
+    "RAY_ROTATION_MAX_BYTES": str(16 * MIB),
+    "RAY_ROTATION_BACKUP_COUNT": "2",
 }
 # glibc reads it before Python runs, so a node starts with it: stages read weights faster in large pages.
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

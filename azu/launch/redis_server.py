@@ -27,7 +27,7 @@ KEYS_OF: Mapping[str, tuple[str, ...]] = {
     "ingress": ("azu:auth:*", "azu:job:*", "azu:jobs:*", "azu:ledger:*", *_TREASURY_REQUESTS),
     "scheduler": ("azu:fleet:*", "azu:job:*", "azu:jobs:*", "azu:ledger:*", "azu:model:*"),
     "pipeline": ("azu:job:*",),
-    "treasury": ("azu:treasury:*", "azu:ledger:*", "azu:job:*"),
+    "treasury": ("azu:treasury:*", "azu:ledger:*", "azu:job:*", "azu:jobs:archive"),
 }
 # No user lists all keys, changes the configuration or empties the server.
 _COMMANDS = ("+@all", "-@admin", "-@dangerous", "-scan", "-randomkey", "-dbsize", "-swapdb")

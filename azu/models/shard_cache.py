@@ -3,10 +3,12 @@
 import hashlib
 import os
 import re
+import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from azu.errors import ShardError
@@ -22,11 +24,14 @@ _STALE_PART_S = 3600.0
 class ShardCache:
     """A folder of verified shards; several processes may use it at once.
 
-    A shard is a file, or a link to a file that was verified where it lies.
+    A shard is a file, or a link to a file that was verified where it lies. A new file takes the place of
+    those that were used least recently while a tenth of the disk is not free. `free_bytes` returns what may
+    still be written; a file that a process has mapped stays.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, free_bytes: Callable[[Path], int] | None = None) -> None:
         self._root = root
+        self._free_bytes = free_bytes or _writable_bytes
         root.mkdir(parents=True, exist_ok=True)
         for part in root.glob(f"*{_PART_SUFFIX}"):
             _remove_if_stale(part)
@@ -34,7 +39,11 @@ class ShardCache:
     def path(self, sha256: str) -> Path | None:
         """Return the shard's file, or None when it is missing or was changed since it was verified."""
         entry = self._entry(sha256)
-        return entry.resolve() if _is_unchanged(entry) else None
+        if not _is_unchanged(entry):
+            return None
+        if not entry.is_symlink():
+            os.utime(entry)  # the shard was used now
+        return entry.resolve()
 
     def contents(self) -> frozenset[str]:
         """Return the sha256 of each shard in the cache."""
@@ -53,6 +62,7 @@ class ShardCache:
         if (present := self.path(sha256)) is not None:
             return present
         entry = self._entry(sha256)
+        self._make_room(size_bytes)
         digest = hashlib.sha256()
         received = 0
         with replacing(entry, part=self._part()) as file:
@@ -84,6 +94,22 @@ class ShardCache:
         link.replace(entry)
         return entry.resolve()
 
+    def _make_room(self, size_bytes: int) -> None:
+        """Remove files, the one that was used least recently first, until `size_bytes` can be written."""
+        lacking = size_bytes - self._free_bytes(self._root)
+        if lacking <= 0:
+            return
+        mapped, found = _mapped_below(self._root.resolve()), []
+        for file in self._root.glob(f"*{_SUFFIX}"):
+            with suppress(FileNotFoundError):  # another process removed it
+                facts = file.lstat()
+                if stat.S_ISREG(facts.st_mode) and file.name not in mapped:
+                    found.append((facts.st_mtime_ns, facts.st_size, file))
+        for _, num_bytes, file in sorted(found):
+            if lacking > 0:
+                file.unlink(missing_ok=True)
+                lacking -= num_bytes
+
     def _entry(self, sha256: str) -> Path:
         if _SHA256.fullmatch(sha256) is None:
             raise ShardError(f"{sha256!r} is no sha256")
@@ -91,6 +117,23 @@ class ShardCache:
 
     def _part(self) -> Path:
         return self._root / f"{uuid.uuid4().hex}{_PART_SUFFIX}"
+
+
+def _writable_bytes(folder: Path) -> int:
+    """Return what may be written until a tenth of the disk is left."""
+    disk = shutil.disk_usage(folder)
+    return disk.free - disk.total // 10
+
+
+def _mapped_below(folder: Path) -> set[str]:
+    """Return the names of the files in a folder that processes of this machine have mapped."""
+    names = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # the process ended, or is another user's
+            names |= {
+                line.rpartition("/")[2] for line in maps.read_text().splitlines() if f"{folder}/" in line
+            }
+    return names
 
 
 def _is_unchanged(entry: Path) -> bool:

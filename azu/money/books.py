@@ -6,7 +6,7 @@ values, so that the books can become a process of their own with `Books` as its 
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from redis.asyncio import Redis
@@ -148,6 +148,10 @@ class Books:
         fit the reservation, TransferConflict if the id was used for another transfer.
         """
         await self._ledger.apply(job_end(receipt))
+
+    async def forget(self, job_ids: Sequence[str]) -> None:
+        """Keep nothing of jobs that have ended but what the journal has of them."""
+        await self._ledger.forget(job_ids)
 
     async def receipt_signature(self, job_id: str, timeout_s: float) -> str | None:
         """Return the platform's signature of an ended job's receipt, in hex.

@@ -84,14 +84,14 @@ class SpendLimits:
     async def _charged(self, taken: "CountedJob", now_ms: int) -> int | None:
         """Return what a job was charged, None while the job is open."""
         reservation = await self._ledger.reservation(taken.job_id)
-        if reservation is None:
-            return 0 if now_ms - taken.at_ms > _LOST_AFTER_MS else None
-        if reservation.ended_by is None:
+        if reservation is not None and reservation.ended_by is None:
             return None
-        result = await self._ledger.result(reservation.ended_by)
-        assert result is not None, "the ledger has every transfer that ended something"
-        transfer = result.entry.transfer
-        return transfer.charged_lamports if isinstance(transfer, Settle) else 0
+        # A reservation that ended long ago is deleted; its end stands in the journal.
+        for end in ("settle", "release", "expire"):
+            if result := await self._ledger.result(f"{end}:{taken.job_id}"):
+                transfer = result.entry.transfer
+                return transfer.charged_lamports if isinstance(transfer, Settle) else 0
+        return 0 if now_ms - taken.at_ms > _LOST_AFTER_MS else None
 
 
 @dataclass(frozen=True, slots=True)

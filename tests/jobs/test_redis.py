@@ -541,7 +541,7 @@ def test_a_reader_of_a_job_that_redis_lost_is_told_and_one_that_is_ahead_gets_th
             await jobs.submit(job(f"job-{n}"))
             await jobs.append([(f"job-{n}", TokenEvent(0, (1, 2, 3)))])
         readers = [asyncio.create_task(read(jobs, f"job-{n}")) for n in range(2)]
-        while {one.position for one in jobs._reader._followers} != {3}:
+        while [one.position for one in jobs._reader._followers] != [3, 3]:
             await asyncio.sleep(0.01)
         await jobs._redis.delete(job_key("job-0"), tokens_key("job-0"), tokens_key("job-1"))
         await jobs._redis.hset(job_key("job-1"), "delivered", 1)
@@ -593,5 +593,18 @@ def test_a_job_whose_taking_got_no_answer_is_returned_soon_unless_it_is_known_to
         records = await jobs.take("one", 1, LATER_MS, known={"job-0"})
 
         assert [record.job.job_id for record in records] == ["job-1"]
+
+    run_scenario(scenario)
+
+
+def test_only_the_latest_cancellations_are_kept(run_scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("azu.jobs.redis._CANCELLATIONS_KEPT", 3)
+
+    async def scenario(jobs: RedisJobs) -> None:
+        for n in range(5):
+            await jobs.submit(job(f"job-{n}"))
+            await jobs.cancel(f"job-{n}")
+        cancelled_ids = jobs.cancellations()
+        assert [await anext(cancelled_ids) for _ in range(3)] == ["job-2", "job-3", "job-4"]
 
     run_scenario(scenario)

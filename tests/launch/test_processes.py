@@ -164,6 +164,23 @@ def test_output_from_before_a_restart_does_not_count(tmp_path: Path) -> None:
         assert not group.has_printed("child", "^ready$")
 
 
+def test_a_full_log_is_moved_aside_and_its_process_goes_on_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("azu.launch.processes._MAX_LOG_BYTES", 10_000)
+    with ProcessGroup(tmp_path) as group:
+        group.start(python("print('first', flush=True)\nwhile True: print('x' * 99, flush=True)"))
+        log = tmp_path / "child.log"
+        for _ in range(3):
+            while log.stat().st_size <= 10_000:
+                time.sleep(0.001)
+            group.revive()
+        assert (tmp_path / "child.log.1").stat().st_size > 10_000
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["child.log", "child.log.1"]
+        assert not group.has_printed("child", "^first$")
+        assert (tmp_path / "child.log.1").stat().st_mode & 0o077 == 0
+
+
 def test_logs_can_be_read_by_their_owner_alone(tmp_path: Path) -> None:
     with ProcessGroup(tmp_path / "logs") as group:
         group.start(python("pass"))

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -62,6 +63,24 @@ def test_the_address_of_another_cluster_is_left_out(host: RayHost, monkeypatch: 
     monkeypatch.setenv("RAY_ADDRESS", "198.51.100.1:6379")
 
     assert "RAY_ADDRESS" not in host.head(6379).environment
+
+
+def test_what_ray_remembers_is_bounded_by_settings_that_this_ray_knows(host: RayHost) -> None:
+    ray = find_spec("ray")
+    assert ray is not None
+    known = Path(str(ray.origin)).with_name("core").joinpath("src/ray/gcs/gcs_server").read_bytes()
+    head, node = (
+        command.environment for command in (host.head(6379), host.worker("192.0.2.7:6379", worker(0)))
+    )
+    bounds = {name: int(value) for name, value in head.items() if "_max_" in name or "maximum_" in name}
+    assert len(bounds) == 6
+    for name, bound in bounds.items():
+        assert name.removeprefix("RAY_").encode() in known, name
+        assert 1000 <= bound <= 5000
+    for environment in (head, node):
+        assert environment["RAY_ROTATION_BACKUP_COUNT"] == "2"
+        assert int(environment["RAY_ROTATION_MAX_BYTES"]) == 16 * MIB
+        assert environment["RAY_task_events_max_num_status_events_buffer_on_worker"] == "1000"
 
 
 def test_a_worker_sees_its_own_gpu_alone(host: RayHost) -> None:

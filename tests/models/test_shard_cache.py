@@ -1,6 +1,7 @@
 """The cache has only verified shards, whatever other processes do."""
 
 import hashlib
+import mmap
 import os
 import signal
 import subprocess
@@ -193,3 +194,26 @@ def test_a_part_of_a_killed_process_is_no_shard_and_is_removed_later(tmp_path):
     os.utime(part, (hour_ago, hour_ago))
     ShardCache(root)
     assert files(tmp_path) == []
+
+
+def test_a_full_disk_makes_room_by_the_shards_that_were_used_least_recently(tmp_path):
+    room = 4 * len(CONTENT)
+    folder = tmp_path / "cache"
+
+    def free_bytes(_: Path) -> int:
+        return room - sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+    cache = ShardCache(folder, free_bytes)
+    shards = [bytes([number]) * len(CONTENT) for number in range(6)]
+    ids = [hashlib.sha256(shard).hexdigest() for shard in shards]
+    paths = []
+    for number in range(4):
+        paths.append(cache.store(ids[number], len(CONTENT), [shards[number]]))
+        os.utime(paths[-1], (number, number))
+    assert cache.path(ids[0]) is not None  # the second is the oldest now
+    with paths[2].open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        for number in (4, 5):
+            cache.store(ids[number], len(CONTENT), [shards[number]])
+        assert mapped[:1] == shards[2][:1]
+
+    assert cache.contents() == {ids[0], ids[2], ids[4], ids[5]}

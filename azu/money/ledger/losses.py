@@ -84,7 +84,7 @@ def entries_lost(mark: Mark, found_number: int, length: int) -> int:
 class Losses:
     """One process's mark, and the loss that stands in Redis. Methods raise Unavailable while Redis is away.
 
-    `has_noted` is set while a loss is open that this process has noted.
+    `num_noted` counts the losses that this process has noted, `has_noted` is set while one of them is open.
     """
 
     def __init__(self, redis: Redis) -> None:
@@ -92,6 +92,7 @@ class Losses:
         self._note = redis.register_script(_NOTE)
         self._settle = redis.register_script(_SETTLE)
         self.mark = Mark()
+        self.num_noted = 0
         self.has_noted = False
 
     def answered(self, mark: Mark) -> None:
@@ -113,6 +114,7 @@ class Losses:
     async def note(self, mark: Mark, *, entries: int = 0, payout_writes: int = 0) -> None:
         """Write a loss; a mark from before a loss that is over changes nothing."""
         is_new = await self._note([LOSS], [entries, payout_writes, mark.at_ms or _LATEST])
+        self.num_noted += 1
         self.has_noted = self.has_noted or bool(is_new)
         if self.mark == mark:
             self.mark = Mark()
@@ -132,7 +134,7 @@ class Losses:
             raise Conflict("the ledger did not go back: there is nothing to accept")
         if loss.size != size:
             raise Conflict(f"{loss}: check that this is right, then accept {loss.size}")
-        await cast(Awaitable[int], self._redis.hset(LOSS, "accepted", str(size)))
+        await self._redis.hset(LOSS, "accepted", str(size))
 
     async def settle(self) -> None:
         """Close an accepted loss."""

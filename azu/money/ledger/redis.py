@@ -1,7 +1,7 @@
 """The ledger in Redis: the rules work a transfer out, then one script writes all of it or nothing."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import cast
@@ -41,6 +41,13 @@ from azu.redis_client import connect_redis
 _PAGE = 500
 # More calls at once wait here: the client's connections are bounded, and a call without one would fail.
 _AT_ONCE = 32
+_FORGET = """
+for _, name in ipairs(ARGV) do
+  local hold = redis.call('HGET', KEYS[1], name)
+  if hold and cjson.decode(hold).ended_by ~= cjson.null then redis.call('HDEL', KEYS[1], name) end
+end
+return 1
+"""
 # A hold changes twice in its life, so a caller that loses every race has read it three times; and once more
 # where Redis lost entries.
 _ATTEMPTS = 4
@@ -57,6 +64,7 @@ class RedisLedger:
         self._redis = redis
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self.losses = Losses(redis)
+        self._forget = redis.register_script(_FORGET)
         self._script = redis.register_script(files(__package__).joinpath("apply.lua").read_text())
 
     @classmethod
@@ -104,10 +112,15 @@ class RedisLedger:
             return whole_numbers(await cast(Awaitable[dict[str, str]], self._redis.hgetall(BALANCES)))
 
     async def reservation(self, job_id: str) -> Reservation | None:
-        """Return a job's reservation, open or ended, None if there was never one."""
+        """Return a job's reservation, None if there was never one or it ended and was forgotten."""
         async with self._access():
             found = await self._hold_text(reservation_name(job_id))
         return _reservation(found) if found else None
+
+    async def forget(self, job_ids: Sequence[str]) -> None:
+        """Delete what is stored of jobs' reservations that have ended; the journal keeps their entries."""
+        async with self._access():
+            await self._forget([HOLDS], [reservation_name(job_id) for job_id in job_ids])
 
     async def expired(self, now_ms: int) -> list[Reservation]:
         """Return the open reservations that expire up to now, the oldest first."""

@@ -63,9 +63,15 @@ class DepositWatcher:
         self._now_ms = now_ms
         # Hashes that need no second check, with the chain's time, for as long as polls go back to that time.
         self._decided: dict[str, int] = {}
+        self._num_losses = 0
 
     async def poll(self) -> None:
         """Credit every new deposit. Raises ChainError; the next poll continues where this one stopped."""
+        await self._ledger.losses.look()
+        if self._num_losses != self._ledger.losses.num_noted:
+            # What was decided may be lost.
+            self._num_losses = self._ledger.losses.num_noted
+            self._decided.clear()
         reached = await self._cursor.read()
         start_ms = max(0, reached - OVERLAP_MS)
         self._decided = {tx: time_ms for tx, time_ms in self._decided.items() if time_ms >= start_ms}

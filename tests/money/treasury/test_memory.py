@@ -147,6 +147,22 @@ def test_states_of_payouts_alone_are_missed_too(world: World, store: Rewindable,
     world.run(scenario)
 
 
+def test_a_deposit_that_redis_lost_is_credited_again(world: World, store: Rewindable) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        await parts.watcher.poll()
+        position = store.position()
+        await parts.pay_platform(alice, 500)
+        await parts.watcher.poll()
+        assert await parts.available(alice) == 500
+        store.rewind(position)
+        await parts.watcher.poll()
+        assert await parts.available(alice) == 500
+
+    world.run(scenario)
+
+
 def test_a_damaged_file_is_refused_by_name(world: World, tmp_path: Path) -> None:
     file = tmp_path / "treasury.json"
     file.write_text("{")

@@ -1,0 +1,157 @@
+"""Ended jobs after a day: what receipts and lists need, in a few hundred bytes each, without the prompt.
+
+`azu:jobs:ended`    sorted set: ended jobs that are not archived, by the time at which they ended.
+`azu:jobs:archive`  hash: job id -> archived job; "like:" and a digest -> the text that an archived job is
+                    compressed against. Jobs that ran in one topology share such a text.
+"""
+
+import base64
+import hashlib
+import zlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+from redis.asyncio import Redis
+
+from azu.jobs.record import ENDED, OUTCOME, JobRecord, job_key
+from azu.protocol.job import Job, JobOutcome
+from azu.protocol.sampling import SamplingParams
+
+ARCHIVE = "azu:jobs:archive"
+AFTER_MS = 24 * 3600 * 1000
+_AT_ONCE = 200
+_MAX_ERROR_CHARACTERS = 200
+_DIGEST_CHARACTERS = 12
+_ADDRESS_BYTES = 20
+_RAW_DEFLATE = -zlib.MAX_WBITS
+
+
+def like_key(digest: str) -> str:
+    """Return the archive's field with the text of a digest."""
+    return f"like:{digest}"
+
+
+def digest_of(packed: str) -> str:
+    """Return the digest of the text that an archived job is compressed against."""
+    return packed[:_DIGEST_CHARACTERS]
+
+
+def shared_text(outcome: JobOutcome) -> tuple[str, str]:
+    """Return a text that is nearly that of every job of this topology, and a digest of what they share."""
+    receipt = outcome.receipt
+    shared = receipt.model_id, receipt.revision, repr(receipt.topology), *sorted(receipt.worker_lamports)
+    digest = hashlib.sha256("\n".join(shared).encode()).hexdigest()[:_DIGEST_CHARACTERS]
+    return digest, _text(outcome)
+
+
+def pack(record: JobRecord, digest: str, like: str) -> str:
+    """Return an ended job as the archive keeps it, compressed against the text `like`."""
+    assert record.outcome is not None
+    job, outcome = record.job, record.outcome
+    if outcome.error is not None:
+        short = str(outcome.error.get("message"))[:_MAX_ERROR_CHARACTERS]
+        outcome = replace(outcome, error={**outcome.error, "message": short})
+    text = f"{job.created_at_ms} {job.choices} {_text(outcome)}"
+    deflate = zlib.compressobj(9, zlib.DEFLATED, _RAW_DEFLATE, 9, zdict=like.encode())
+    content = bytes.fromhex(job.address[2:]) + deflate.compress(text.encode()) + deflate.flush()
+    return digest + base64.b85encode(content).decode()
+
+
+def unpack(job_id: str, packed: str, like: str) -> JobRecord:
+    """Return an archived job; its prompt is empty and its sampling parameters are not known any more."""
+    content = base64.b85decode(packed[_DIGEST_CHARACTERS:])
+    address = f"0x{content[:_ADDRESS_BYTES].hex()}"
+    inflate = zlib.decompressobj(_RAW_DEFLATE, zdict=like.encode())
+    text = inflate.decompress(content[_ADDRESS_BYTES:]).decode()
+    created_at_ms, choices, outcome_json = text.split(" ", 2)
+    outcome = OUTCOME.validate_json(outcome_json)
+    receipt = replace(
+        outcome.receipt, job_id=job_id, address=address, transfer_id=outcome.receipt.transfer_id + job_id
+    )
+    job = Job(
+        job_id=job_id,
+        address=address,
+        model_id=receipt.model_id,
+        revision=receipt.revision,
+        num_layers=receipt.num_layers,
+        prompt_token_ids=(),
+        sampling=SamplingParams(max_tokens=max(1, receipt.completion_tokens)),
+        reserved_lamports=receipt.charged_lamports + receipt.released_lamports,
+        created_at_ms=int(created_at_ms),
+        choices=int(choices),
+    )
+    return JobRecord(
+        job=job,
+        state=outcome.state,
+        outcome=replace(outcome, receipt=receipt),
+        attempts=1,
+        delivered=receipt.completion_tokens,
+    )
+
+
+def _text(outcome: JobOutcome) -> str:
+    """Return an outcome without what the archive has beside it."""
+    receipt = outcome.receipt
+    transfer = receipt.transfer_id.removesuffix(receipt.job_id)
+    bare = replace(receipt, job_id="", address="", transfer_id=transfer)
+    return OUTCOME.dump_json(replace(outcome, receipt=bare)).decode()
+
+
+class Archive:
+    """Moves ended jobs into the archive. Every method raises Unavailable while Redis is away."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def sweep(self, now_ms: int, forget: Callable[[Sequence[str]], Awaitable[None]]) -> bool:
+        """Archive jobs that ended a day ago; return whether there may be more.
+
+        `forget` is called first, with their ids: the ledger keeps no reservation of an archived job. A sweep
+        that is cut off is taken up by the next.
+        """
+        found = await self._redis.zrangebyscore(ENDED, "-inf", now_ms - AFTER_MS, start=0, num=_AT_ONCE)
+        job_ids = cast(list[str], found)
+        if not job_ids:
+            return False
+        await forget(job_ids)
+        async with self._redis.pipeline(transaction=False) as read:
+            for job_id in job_ids:
+                read.hgetall(job_key(job_id))
+            found_fields = await read.execute()
+        records = [JobRecord.from_fields(fields) for fields in found_fields if fields]
+        likes = await self._likes([record.outcome for record in records if record.outcome is not None])
+        async with self._redis.pipeline(transaction=True) as write:
+            for record in records:
+                if record.outcome is not None:
+                    digest, _ = shared_text(record.outcome)
+                    write.hset(ARCHIVE, record.job.job_id, pack(record, digest, likes[digest]))
+                    write.delete(job_key(record.job.job_id))
+            write.zrem(ENDED, *job_ids)
+            await write.execute()
+        return len(job_ids) == _AT_ONCE
+
+    async def read(self, job_ids: Sequence[str]) -> Mapping[str, JobRecord]:
+        """Return those of the jobs that are archived."""
+        if not job_ids:
+            return {}
+        found = cast(list[str | None], await self._redis.hmget(ARCHIVE, list(job_ids)))
+        packed = {job_id: text for job_id, text in zip(job_ids, found, strict=True) if text is not None}
+        likes = await self._stored({digest_of(text) for text in packed.values()})
+        return {job_id: unpack(job_id, text, likes[digest_of(text)]) for job_id, text in packed.items()}
+
+    async def _likes(self, outcomes: Sequence[JobOutcome]) -> Mapping[str, str]:
+        """Return the text of each outcome's digest; the first outcome of a digest gives it."""
+        texts = dict(map(shared_text, outcomes))
+        async with self._redis.pipeline(transaction=False) as write:
+            for digest, text in texts.items():
+                write.hsetnx(ARCHIVE, like_key(digest), text)
+            await write.execute()
+        return await self._stored(texts)
+
+    async def _stored(self, digests: "Mapping[str, str] | set[str]") -> Mapping[str, str]:
+        wanted = list(digests)
+        if not wanted:
+            return {}
+        found = cast(list[str], await self._redis.hmget(ARCHIVE, [like_key(digest) for digest in wanted]))
+        return dict(zip(wanted, found, strict=True))

@@ -1,0 +1,161 @@
+"""After a day a finished job is a few hundred bytes in Redis, and its receipt, state and price stay."""
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from eth_account import Account
+
+from azu.clock import wall_clock_ms
+from azu.jobs.archive import ARCHIVE, pack, shared_text, unpack
+from azu.jobs.record import ENDED, JobRecord, address_key, job_key, tokens_key
+from azu.jobs.redis import LISTED_JOBS, TOKENS_KEPT_S, RedisJobs
+from azu.money.books import Books
+from azu.money.ledger.audit import audit
+from azu.money.ledger.records import JOURNAL
+from azu.money.ledger.redis import RedisLedger
+from azu.money.treasury.receipts import ReceiptSigner
+from azu.protocol.job import FinishReason, JobOutcome, JobRun, JobState, Placement, TokenEvent
+from tests.builders import ALICE, OWNERS, job
+from tests.jobs.endings import outcome
+from tests.jobs.test_settlement import Billing
+
+DAY_MS = 24 * 3600 * 1000
+NOW_MS = 10**12
+PLACED = tuple(
+    Placement(
+        node=f"workshop-{index}", actor=f"stage-{index}-of-tiny-dense-{index:08x}", layers=(index, index + 1)
+    )
+    for index in range(4)
+)
+WORK = {layer: {f"node-{layer % 2}": 10**6 + layer} for layer in range(4)}
+PAYOUTS = {"node-0": OWNERS[0], "node-1": OWNERS[1]}
+MAX_BYTES = 600
+
+
+async def forgets_nothing(job_ids: Sequence[str]) -> None:
+    pass
+
+
+def recorded(ended: JobOutcome) -> JobRecord:
+    return JobRecord(job(ended.receipt.job_id), ended.state, ended, 1)
+
+
+@pytest.mark.parametrize(
+    "ended",
+    [
+        outcome("job-00ff00ff00ff00ff00ff00ff"),
+        outcome("job-1", state=JobState.CANCELLED, finish_reason=FinishReason.CANCELLED),
+        replace(
+            outcome("job-2", state=JobState.FAILED, finish_reason=FinishReason.ERROR),
+            error={"message": "worker € lost", "type": "server_error", "param": None, "code": "worker_lost"},
+        ),
+    ],
+)
+def test_an_archived_job_keeps_its_outcome_and_what_lists_show(ended: JobOutcome) -> None:
+    record = recorded(ended)
+    digest, like = shared_text(outcome("job-another"))
+
+    found = unpack(record.job.job_id, pack(record, digest, like), like)
+
+    assert (found.outcome, found.state) == (ended, ended.state)
+    assert found.job.address == record.job.address
+    assert found.job.created_at_ms == record.job.created_at_ms
+    assert found.job.prompt_token_ids == ()
+    assert found.job.reserved_lamports == 48 + 64
+
+
+def test_a_long_error_is_cut_short() -> None:
+    record = recorded(
+        replace(outcome(state=JobState.FAILED), error={"message": "x" * 4096, "code": "unavailable"})
+    )
+    digest, like = shared_text(outcome())
+
+    found = unpack("job-1", pack(record, digest, like), like)
+
+    assert found.outcome is not None
+    assert found.outcome.error == {"message": "x" * 200, "code": "unavailable"}
+
+
+def test_only_jobs_that_ended_a_day_ago_are_archived_and_a_sweep_may_be_repeated(run_scenario) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        for n in range(3):
+            await jobs.submit(job(f"job-{n}"))
+        await jobs.finish("job-0", outcome("job-0"))
+        await jobs.finish("job-1", outcome("job-1"))
+        ended_ms = int(await jobs._redis.zscore(ENDED, "job-0") or 0)
+        await jobs._redis.zadd(ENDED, {"job-1": ended_ms + 5})
+        for _ in range(2):
+            await jobs.archive(ended_ms + DAY_MS, forgets_nothing)
+
+        assert await jobs._redis.exists(*(job_key(f"job-{n}") for n in range(3))) == 2
+        assert [record.job.job_id for record in await jobs.of(ALICE, 9)] == ["job-2", "job-1", "job-0"]
+        assert await jobs.receipt("job-0") == outcome("job-0").receipt
+        assert [event async for event in jobs.events("job-0")] == [outcome("job-0")]
+        assert await jobs.get("job-3") is None
+
+    run_scenario(scenario)
+
+
+def test_an_account_lists_its_latest_jobs_for_a_while(run_scenario) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        for n in range(LISTED_JOBS + 5):
+            await jobs.submit(job(f"job-{n}", created_at_ms=NOW_MS + n))
+        assert await jobs._redis.zcard(address_key(ALICE)) == LISTED_JOBS
+        await jobs.submit(job("job-new", created_at_ms=NOW_MS + 91 * DAY_MS))
+        assert [record.job.job_id for record in await jobs.of(ALICE, 9)] == ["job-new"]
+        assert 0 < await jobs._redis.pttl(address_key(ALICE)) <= 90 * DAY_MS
+
+    run_scenario(scenario)
+
+
+async def used(jobs: RedisJobs) -> int:
+    """Return the bytes of all keys but the ledger's journal."""
+    keys = [key async for key in jobs._redis.scan_iter(count=1000) if key != JOURNAL]
+    return sum([await jobs._redis.memory_usage(key, samples=0) or 0 for key in keys])
+
+
+def test_a_finished_job_takes_at_most_600_bytes_after_a_day_beside_the_journal(redis_url: str) -> None:
+    count = 200
+
+    async def scenario() -> None:
+        billing, books = Billing(redis_url), Books.from_url(redis_url)
+        jobs = billing.jobs
+        await billing.deposit(10**9)
+        before = await used(jobs)
+        receipts = {}
+        for number in range(count):
+            job_id = f"job-{hashlib.sha256(str(number).encode()).hexdigest()[:24]}"
+            billing.intake._new_job_id = lambda job_id=job_id: job_id
+            accepted = await billing.accept(prompt_tokens=20, max_tokens=30)
+            tokens = 3 + number % 20
+            await jobs.append([(job_id, TokenEvent(0, tuple(range(tokens)), (-0.25,) * tokens))])
+            work = {layer: dict.fromkeys(nodes, 10**6 + number) for layer, nodes in WORK.items()}
+            run = JobRun(tokens, FinishReason.STOP, work, payout_by_node=PAYOUTS, placements=PLACED)
+            receipts[job_id] = (await billing.settlement.settle(accepted, run)).receipt
+            await jobs.take("one", 1, 60_000)
+            await jobs.done(job_id)
+        fresh = (await used(jobs) - before) / count
+        # The day passes.
+        for key in (*map(tokens_key, receipts), "azu:auth:flight:key-1"):
+            assert 0 < await jobs._redis.ttl(key) <= TOKENS_KEPT_S
+            await jobs._redis.delete(key)
+        await jobs.archive(2**52, books.forget)
+        old = (await used(jobs) - before) / count
+        print(f"bytes per job: {fresh:.0f} on its day, {old:.0f} afterwards")
+
+        assert old <= MAX_BYTES
+        assert await jobs._redis.hlen(ARCHIVE) == count + 1
+        assert {one: await jobs.receipt(one) for one in receipts} == receipts
+        ledger = RedisLedger.from_url(redis_url)
+        # The journal's clock is Redis'; a day later nothing is missing.
+        tomorrow = await audit(
+            await ledger.snapshot(), ledger.journal(), now_ms=lambda: wall_clock_ms() + DAY_MS
+        )
+        assert tomorrow.findings == ()
+        signer = ReceiptSigner(jobs.receipt, ledger, Account.from_key("0x" + "09" * 32))
+        assert await signer.sign(next(iter(receipts)))
+
+    asyncio.run(scenario())
