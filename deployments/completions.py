@@ -131,7 +131,7 @@ async def _accepted(services: Services, accepting: asyncio.Task[Job]) -> Job:
         return await asyncio.shield(accepting)
     except asyncio.CancelledError:
         job = await accepting
-        await services.jobs.cancel(job.job_id)
+        await services.intake.cancel(job.job_id)
         raise
 
 
@@ -141,7 +141,7 @@ async def _cancelled_after(services: Services, job: Job) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        await asyncio.shield(services.jobs.cancel(job.job_id))
+        await asyncio.shield(services.intake.cancel(job.job_id))
 
 
 class _JobStream(StreamingResponse):

@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from azu.auth.api_keys import ApiKey
 from azu.errors import AzuError, InvalidRequest, Unavailable
@@ -71,7 +72,7 @@ class Intake:
         self._price = lamports_per_token_layer
         self._now_ms = now_ms
         self._new_job_id = new_job_id
-        self._taking_back: set[asyncio.Task[None]] = set()
+        self._going_on: set[asyncio.Task[None]] = set()
 
     def completion_limit(self, model: ModelFacts, num_prompt_tokens: int) -> int:
         """Return the largest `max_tokens` of a job whose prompt has that many tokens."""
@@ -119,9 +120,7 @@ class Intake:
             )
             await self._jobs.submit(job)
         except Unavailable:
-            taking_back = asyncio.create_task(self._take_back(key, job.job_id))
-            self._taking_back.add(taking_back)
-            taking_back.add_done_callback(self._taking_back.discard)
+            self._go_on(self._take_back(key, job.job_id))
             raise
         except AzuError:
             await self._in_flight_limit.remove(key, job.job_id)
@@ -146,6 +145,18 @@ class Intake:
             max_lamports=max_charge(num_prompt_tokens, max_tokens, model.num_layers, self._price),
             expected_lamports=charge(num_prompt_tokens, expected, model.num_layers, self._price),
         )
+
+    async def cancel(self, job_id: str) -> None:
+        """End a job whose caller has left; while Redis is away, as soon as it is back."""
+        try:
+            await self._jobs.cancel(job_id)
+        except Unavailable:
+            self._go_on(retry_until_available(partial(self._jobs.cancel, job_id)))
+
+    def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._going_on.add(task)
+        task.add_done_callback(self._going_on.discard)
 
     async def _take_back(self, key: ApiKey, job_id: str) -> None:
         """Once Redis is back, have a job whose caller was refused never run, or end if it was written."""

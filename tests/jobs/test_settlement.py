@@ -210,7 +210,7 @@ def test_a_job_whose_caller_was_refused_while_redis_was_away_does_not_run(
         monkeypatch.setattr(billing.jobs, "submit", no_answer)
         with pytest.raises(Unavailable):
             await billing.accept()
-        await asyncio.gather(*billing.intake._taking_back)
+        await asyncio.gather(*billing.intake._going_on)
 
         record = await billing.jobs.get("job-0")
         assert (record is not None and record.cancelled) == is_written
