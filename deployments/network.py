@@ -62,9 +62,10 @@ _STARTING: dict[int | str, dict[str, Any]] = {
 @router.get("/health", responses=_STARTING)
 async def health(services: ServicesNow, response: Response) -> Health:
     """Return whether prompts can be served: 503 while something is starting or away, and why."""
-    problems = await services.problems()
+    problem, is_away = await services.redis_problem()
+    problems = () if problem is None else (problem,)
     try:
-        ready = await services.scheduler("ready")
+        ready = not is_away and await services.scheduler("ready")
     except AzuError:
         ready = False
     response.status_code = 200 if ready else 503

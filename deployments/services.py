@@ -98,15 +98,15 @@ class Services:
         """Count a request that needs no key, by its sender's address; raises RateLimited."""
         await self._rates.take(f"from:{client.host if client else ''}", self._sign_in_rate)
 
-    async def problems(self) -> tuple[str, ...]:
-        """Return what is wrong with Redis, as far as this process and Redis know it. It may still answer."""
+    async def redis_problem(self) -> tuple[str | None, bool]:
+        """Return what is wrong with Redis, None if nothing is, and whether Redis is away."""
         try:
             loss = await self.books.loss()
         except Unavailable as away:
-            return (redis_problem(self._redis) or away.message,)
+            return redis_problem(self._redis) or away.message, True
         if loss is None:
-            return ()
-        return (f"{loss}: the treasury signs nothing until `azu treasury accept-loss {loss.size}`",)
+            return None, False
+        return f"{loss}: the treasury signs nothing until `azu treasury accept-loss {loss.size}`", False
 
     async def registry(self, method: str, *arguments: Any) -> Any:
         """Call the registry; raises Unavailable while it does not answer."""

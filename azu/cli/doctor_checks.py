@@ -308,6 +308,8 @@ def check_network(settings: Settings) -> Iterator[Finding]:
             serves = health.status_code == 200
             told = f"{url} {'serves' if serves else 'is still starting, or has no control plane'}"
             yield _result("ingress", serves, told, f"wait, then {_SEE_LOGS}", Severity.WARNING)
+            for problem in health.json().get("problems", ()):
+                yield Finding("ingress", Severity.BAD, problem, "docs/operations.md, When something fails")
             yield from _clock(health, started_s, time.time())
             platform_facts = http.get("/v1/platform").json()
             yield _azu_version(platform_facts.get("version"))

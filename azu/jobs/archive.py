@@ -14,7 +14,7 @@ from typing import cast
 
 from redis.asyncio import Redis
 
-from azu.jobs.record import ENDED, OUTCOME, JobRecord, job_key
+from azu.jobs.record import ENDED, OUTCOME, JobRecord, job_key, tokens_key
 from azu.protocol.job import Job, JobOutcome
 from azu.protocol.sampling import SamplingParams
 
@@ -126,7 +126,7 @@ class Archive:
                 if record.outcome is not None:
                     digest, _ = shared_text(record.outcome)
                     write.hset(ARCHIVE, record.job.job_id, pack(record, digest, likes[digest]))
-                    write.delete(job_key(record.job.job_id))
+                    write.delete(job_key(record.job.job_id), tokens_key(record.job.job_id))
             write.zrem(ENDED, *job_ids)
             await write.execute()
         return len(job_ids) == _AT_ONCE

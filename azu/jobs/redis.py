@@ -133,7 +133,7 @@ class RedisJobs:
         this for `claim_idle_ms`, to its holder after two seconds unless it is `known` to run there. The call
         itself renews the hold.
         """
-        arguments = [GROUP, consumer, claim_idle_ms, _OWN_IDLE_MS, _TAKEN_AT_ONCE]
+        arguments: list[str | int] = [GROUP, consumer, claim_idle_ms, _OWN_IDLE_MS, _TAKEN_AT_ONCE]
         claimed: list[str] = await self._claim([QUEUE], arguments)
         job_ids = [job_id for job_id in claimed if job_id not in known]
         if not claimed:

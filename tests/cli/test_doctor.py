@@ -148,6 +148,15 @@ def test_an_unencrypted_chain_on_another_machine_is_a_warning(tmp_path: Path) ->
     assert state_of("chain link", found) is Severity.WARNING
 
 
+def test_problems_that_the_ingress_tells_are_bad(tmp_path: Path) -> None:
+    with running_ingress() as ingress:
+        answering(ingress, encrypted_nodes=True)
+        ingress.replies["GET /health"] = Reply({"status": "ok", "problems": ["the ledger went back by 3"]})
+        found = list(check_network(Settings(home=tmp_path, url=ingress.url)))
+
+    assert [one.found for one in found if one.state is Severity.BAD] == ["the ledger went back by 3"]
+
+
 def test_a_clock_that_differs_is_bad(tmp_path: Path) -> None:
     import httpx
 

@@ -127,6 +127,17 @@ PARTS = (
         pytest("tests/network/test_control_plane.py", "-m", "prove", "-s"),
     ),
     Part(
+        "Redis says no",
+        "read-only, no memory, failed save, loading, frozen, tail cut, replica promoted, under 8 clients: "
+        "every job right or told, audit clean, running again by itself",
+        pytest("tests/network/test_redis_says_no.py", "-m", "prove", "-s"),
+    ),
+    Part(
+        "memory of many jobs",
+        "20,000 short jobs: every process's memory and Redis flat over the last half",
+        pytest("tests/network/test_memory.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "memory and leaving",
         "a node loses half its memory under 8 streams, another leaves: every stream goes on, identical",
         pytest("tests/network/test_change.py", "-m", "prove", "-s"),
