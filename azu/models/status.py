@@ -1,15 +1,20 @@
 """The status of each model, from its first description to finished shards, kept in Redis."""
 
+import logging
 import time
 from dataclasses import dataclass
 from enum import StrEnum
 
 from pydantic import ConfigDict, TypeAdapter
 
+from azu.errors import Unavailable
 from azu.redis_client import connect_redis_sync, typed_redis_errors
+
+log = logging.getLogger(__name__)
 
 _READY = "azu:model:ready"
 _PROGRESS_PERIOD_S = 0.5
+_PAUSE_S = 1.0
 
 
 class ModelState(StrEnum):
@@ -77,7 +82,10 @@ def _key(model_id: str) -> str:
 
 
 class StatusReporter:
-    """Writes the status of one model at one revision; progress at most twice a second."""
+    """Writes the status of one model at one revision; progress at most twice a second.
+
+    While Redis is away progress is left out, and every other status waits for it.
+    """
 
     def __init__(self, store: RedisModelStatus, model_id: str, revision: str) -> None:
         self._store = store
@@ -110,6 +118,15 @@ class StatusReporter:
             self._put(state, done_bytes, total_bytes)
 
     def _put(self, state: ModelState, done_bytes: int, total_bytes: int, error: str | None = None) -> None:
-        self._store.put(ModelStatus(*self._model, state, done_bytes, total_bytes, error))
+        status = ModelStatus(*self._model, state, done_bytes, total_bytes, error)
+        while True:
+            try:
+                self._store.put(status)
+                break
+            except Unavailable as away:
+                if state in (ModelState.FETCHING, ModelState.CUTTING):
+                    break
+                log.warning("the status of %s is not written yet: %s", self._model[0], away.message)
+                time.sleep(_PAUSE_S)
         self._state = state
         self._written_s = time.monotonic()

@@ -1,9 +1,14 @@
 """The status of a model is the one put last; progress is written rarely."""
 
+import threading
+from pathlib import Path
+
 import pytest
+import redis
 
 from azu.errors import Unavailable
 from azu.models.status import ModelState, ModelStatus, RedisModelStatus, StatusReporter
+from tests.redis_server import start_redis
 
 
 class Recorder:
@@ -73,3 +78,24 @@ def test_progress_is_written_rarely_and_each_change_of_state_at_once():
     ]
     assert len(states) < 10
     assert store.put_states[-1] == ModelStatus("org/model", "r1", ModelState.READY, 1000, 1000)
+
+
+def test_a_cut_goes_on_without_redis_and_waits_only_to_tell_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("azu.models.status._PAUSE_S", 0.01)
+    server = start_redis(tmp_path)
+    store, admin = RedisModelStatus(server.url), redis.Redis(port=server.port)
+    report = StatusReporter(store, "test/model", "r1")
+    try:
+        report.described(10)
+        admin.replicaof("127.0.0.1", 1)
+        report.cutting(5, 10)
+        assert store.get("test/model").state is ModelState.DESCRIBED
+        end = threading.Thread(target=report.ready, args=(10,))
+        end.start()
+        admin.replicaof("NO", "ONE")
+        end.join(30)
+        assert store.get("test/model").state is ModelState.READY
+    finally:
+        server.kill()
