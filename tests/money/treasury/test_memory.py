@@ -62,7 +62,7 @@ def test_a_payout_that_redis_forgot_is_not_signed_again(
         await payer(parts, memory).advance()
         assert received() == 1
         store.rewind(position)
-        # In the same process: nobody looked before it goes on.
+        # In the same process, which goes on without a look at its memory.
         await payer(parts, memory).advance()
         assert received() == 1
 
