@@ -24,6 +24,7 @@ from azu.planner.demand import shards_of
 from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport
 from azu.protocol.node import Node
+from azu.protocol.step import PieceProgress
 from azu.protocol.structure import Structure
 from azu.protocol.topology import LossReport, Piece, Stage, Topology
 
@@ -111,19 +112,21 @@ class RayBackend:
 
     async def link(self, name: str, topology: Topology, to: Neighbours) -> None:
         relink = self._handle(name).relink.options(concurrency_group=CONTROL)
-        await self._answer(relink.remote(topology, *self._handles(to)), name)
-
-    async def watch(self, name: str) -> AzuError:
-        heartbeat = self._policy.heartbeat
-        alive = self._handle(name).alive.options(concurrency_group=CONTROL)
         try:
-            while True:
-                # The call returns after a period; it fails at once when the process dies.
-                await self._answer(
-                    alive.remote(heartbeat.period_s), name, heartbeat.period_s + heartbeat.dead_s
-                )
-        except AzuError as error:
-            return error
+            # It answers after the step that runs; the caller notices meanwhile when it dies or hangs.
+            await relink.remote(topology, *self._handles(to))
+        except Exception as error:
+            raise as_azu_error(error, name) from error
+
+    async def ping(self, name: str, piece: Piece) -> PieceProgress:
+        ping = self._handle(name).ping.options(concurrency_group=CONTROL)
+        try:
+            # The call returns after a period; it fails at once when the process dies.
+            progress: PieceProgress = await ping.remote(self._policy.heartbeat.period_s)
+        except Exception as error:
+            raise as_azu_error(error, name) from error
+        self._agents.heard(piece.node_id)
+        return progress
 
     async def num_chosen(self, name: str) -> ExpertCounts:
         asking = self._handle(name).num_chosen.options(concurrency_group=CONTROL).remote()

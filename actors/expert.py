@@ -1,12 +1,15 @@
 """ExpertActor: experts of some layers on one node, apart from their routers."""
 
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.telemetry import log_as
 from azu.engine.malloc import keep_between_steps
+from azu.engine.timing import StageClock
+from azu.protocol.step import PieceProgress
 from azu.protocol.structure import Structure
 
 if TYPE_CHECKING:
@@ -18,6 +21,8 @@ class ExpertActor:
 
     def __init__(self) -> None:
         self._runner: ExpertRunner | None = None
+        self._clock = StageClock()
+        self._num_requests = 0
 
     def load(
         self,
@@ -37,8 +42,14 @@ class ExpertActor:
     def run(self, layer: int, request: bytes) -> bytes:
         """Run token slices through the experts of a layer."""
         assert self._runner is not None, "load() comes first"
-        return self._runner.run(layer, request)
+        self._num_requests += 1
+        self._clock.begin(self._num_requests, len(request), time.perf_counter())
+        try:
+            return self._runner.run(layer, request)
+        finally:
+            self._clock.end(time.perf_counter())
 
-    def alive(self, seconds: float) -> None:
-        """Return after some seconds; the call fails at once when this process dies."""
+    def ping(self, seconds: float) -> PieceProgress:
+        """Return after some seconds how far this set is; the call fails at once when this process dies."""
         threading.Event().wait(seconds)
+        return self._clock.progress()

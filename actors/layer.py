@@ -15,7 +15,7 @@ from azu.engine.stage_contract import Handoff, OldEpoch, StageSpec, blamed, is_b
 from azu.engine.timing import StageClock, StageTiming, hop_s
 from azu.errors import AzuError
 from azu.metrics import HOP
-from azu.protocol.step import StepBatch
+from azu.protocol.step import PieceProgress, StepBatch
 from azu.protocol.topology import PieceSet, Topology
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class LayerActor:
 
     def __init__(self) -> None:
         self._runner: StageRunner | None = None
+        self._clock = StageClock()
 
     def load(
         self,
@@ -44,11 +45,11 @@ class LayerActor:
         from azu.engine.stage_runner import StageRunner
 
         log_as("layer", model_id=spec.structure.model_id, stage=spec.stage.index)
-        self._runner = StageRunner(spec, RayExpertLink(expert_sets) if expert_sets else None)
+        self._runner = StageRunner(spec, self._expert_link(expert_sets))
+        self._runner.watch_layers(self._clock.layer_done)
         keep_between_steps()
         self._index = spec.stage.index
         self._model_id = spec.structure.model_id
-        self._clock = StageClock()
         self._supervisor = open_supervisor("layer")
         self._pipeline = pipeline
         self._ack_timeout_s = ack_timeout_s
@@ -64,7 +65,7 @@ class LayerActor:
     ) -> None:
         """Go on under a newer topology with other neighbours; steps of an older one are dropped."""
         assert self._runner is not None, "load() comes first"
-        self._runner.relink(topology, RayExpertLink(expert_sets) if expert_sets else None)
+        self._runner.relink(topology, self._expert_link(expert_sets))
         if pipeline != self._pipeline:
             # Another pipeline numbers its sequences anew and has none of the old ones.
             self._runner.forget_sequences()
@@ -83,15 +84,19 @@ class LayerActor:
         assert self._runner is not None, "load() comes first"
         return self._runner.num_chosen()
 
-    def alive(self, seconds: float) -> None:
-        """Return after some seconds; the call fails at once when this process dies."""
+    def ping(self, seconds: float) -> PieceProgress:
+        """Return after some seconds how far this stage is; the call fails at once when this process dies."""
         threading.Event().wait(seconds)
+        return self._clock.progress()
 
     def step(self, batch: StepBatch, frame: bytes | None) -> StageTiming:
         """Run one step and pass it on; the caller takes the return as acknowledgement."""
-        taken_s = time.perf_counter()
-        self._run(batch, frame)
-        return self._clock.record(taken_s, time.perf_counter())
+        self._clock.begin(batch.step, batch.num_tokens, time.perf_counter())
+        try:
+            self._run(batch, frame)
+        finally:
+            timing = self._clock.end(time.perf_counter())
+        return timing
 
     def _run(self, batch: StepBatch, frame: bytes | None) -> None:
         assert self._runner is not None, "load() comes first"
@@ -111,10 +116,14 @@ class LayerActor:
         else:
             self._pipeline.completed.remote(output)
 
+    def _expert_link(self, expert_sets: Mapping[int, ActorHandle]) -> RayExpertLink | None:
+        return RayExpertLink(expert_sets, self._clock.waiting) if expert_sets else None
+
     def _expect_from(self, stage: int, epoch: int) -> Acknowledgements:
         loss = PieceSet(stages=frozenset({stage}))
         return Acknowledgements(
             f"stage {stage}",
+            self._next,
             self._ack_timeout_s,
             lost=lambda error: self._report(loss, error, epoch),
             answered=self._answered,

@@ -4,16 +4,19 @@ import asyncio
 import queue
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from actors.placement import NAMESPACE
+from actors.placement import CONTROL, NAMESPACE
+from azu.cluster.liveness import UnansweredCall
 from azu.errors import AzuError, DeadlineExceeded, Unavailable, WorkerLost
+from azu.protocol.step import PieceProgress
 from azu.supervision import Supervisor, as_known_error
 
 REGISTRY = "registry"
@@ -43,16 +46,52 @@ def as_azu_error(error: Exception, what: str) -> AzuError:
     return as_known_error(error, what)
 
 
+def get_from_piece(ref: ray.ObjectRef, piece: ActorHandle | None, timeout_s: float, what: str) -> object:
+    """Return a call's answer, as long as the piece that was called may still give it.
+
+    It is asked how far it is after each `timeout_s`. Raises DeadlineExceeded when it does not say so, or has
+    not got the call; what is no piece must answer in time.
+    """
+    call = UnansweredCall()
+    while True:
+        try:
+            return get(ref, timeout_s, what)
+        except DeadlineExceeded:
+            if piece is None:
+                raise
+            asking = piece.ping.options(concurrency_group=CONTROL).remote(0.0)
+            if call.is_lost(cast(PieceProgress, get(asking, timeout_s, what))):
+                raise
+
+
+async def answer_from_piece(ref: ray.ObjectRef, piece: ActorHandle, timeout_s: float, what: str) -> object:
+    """Wait for a call's answer as `get_from_piece` does."""
+    call, answer = UnansweredCall(), asyncio.ensure_future(ref)
+    try:
+        while True:
+            await asyncio.wait({answer}, timeout=timeout_s)
+            if answer.done():
+                return answer.result()
+            asking = piece.ping.options(concurrency_group=CONTROL).remote(0.0)
+            if call.is_lost(await asyncio.wait_for(asking, timeout_s)):
+                raise DeadlineExceeded(f"{what} did not answer in time")
+    finally:
+        answer.cancel()
+
+
 @dataclass(frozen=True, slots=True)
 class PendingCall:
-    """An expert call on its way."""
+    """An expert call on its way; `waiting` is entered while it is waited for."""
 
     ref: ray.ObjectRef
+    piece: ActorHandle
     what: str
+    waiting: Callable[[], AbstractContextManager[None]]
 
     def result(self, timeout_s: float) -> bytes:
         """Wait for the experts' answer."""
-        answer = get(self.ref, timeout_s, self.what)
+        with self.waiting():
+            answer = get_from_piece(self.ref, self.piece, timeout_s, self.what)
         assert isinstance(answer, bytes)
         return answer
 
@@ -60,13 +99,17 @@ class PendingCall:
 class RayExpertLink:
     """Calls expert sets by index."""
 
-    def __init__(self, expert_sets: Mapping[int, ActorHandle]) -> None:
+    def __init__(
+        self, expert_sets: Mapping[int, ActorHandle], waiting: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self._expert_sets = expert_sets
+        self._waiting = waiting
 
     def start(self, expert_set: int, layer: int, request: bytes) -> PendingCall:
         """Send token slices to an expert set without waiting."""
-        ref = self._expert_sets[expert_set].run.remote(layer, request)
-        return PendingCall(ref, f"expert set {expert_set}")
+        piece = self._expert_sets[expert_set]
+        ref = piece.run.remote(layer, request)
+        return PendingCall(ref, piece, f"expert set {expert_set}", self._waiting)
 
 
 class Acknowledgements:
@@ -78,12 +121,14 @@ class Acknowledgements:
     def __init__(
         self,
         what: str,
+        piece: ActorHandle | None,
         timeout_s: float,
         lost: Callable[[AzuError], None],
         answered: Callable[[float, object], None],
         supervisor: Supervisor,
     ) -> None:
         self._what = what
+        self._piece = piece
         self._timeout_s = timeout_s
         self._lost = lost
         self._answered = answered
@@ -107,7 +152,7 @@ class Acknowledgements:
             return False
         ref, sent_s = sent
         try:
-            answer = get(ref, self._timeout_s, self._what)
+            answer = get_from_piece(ref, self._piece, self._timeout_s, self._what)
         except AzuError as error:
             if not self._closed:
                 self._lost(error)

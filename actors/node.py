@@ -39,6 +39,7 @@ _MOST_PEERS = 32
 # A living node answers a ping at once; this is for a machine that is very busy.
 _PROBE_S = 2.0
 _POLL_S = 0.05
+_FIRST_REPORTS = 6
 
 
 class NodeAgent:
@@ -191,7 +192,8 @@ class NodeAgents:
 
     async def first_reports(self) -> None:
         """Wait until every node has reported or is late; deployments are taken over after that."""
-        deadline_s = time.monotonic() + self._heartbeat.dead_s
+        # Nodes that Ray knows live: a busy one reports late.
+        deadline_s = time.monotonic() + _FIRST_REPORTS * self._heartbeat.dead_s
         while not self._has_agents or self.by_node.keys() - self.nodes.keys():
             if self._has_agents and time.monotonic() > deadline_s:
                 return
@@ -225,7 +227,7 @@ class NodeAgents:
         agent = self.by_node[node_id]
         try:
             # The first answer takes as long as the agent takes to start; the table judges silence.
-            node: Node = await asyncio.wait_for(agent.report.remote(), self._heartbeat.dead_s)
+            node = await self._report(node_id, agent)
         except ActorDiedError:
             log.warning("the agent of node %s died; it is started again", node_id[:8])
             self._linked.discard(node_id)
@@ -241,6 +243,23 @@ class NodeAgents:
                 self._measure_links(node_id)
         finally:
             del self._asking[node_id]
+
+    async def _report(self, node_id: str, agent: ActorHandle) -> Node:
+        """Return a node's report, which is waited for as long as the node's agent answers at all."""
+        report: asyncio.Future[Node] = asyncio.ensure_future(agent.report.remote())
+        try:
+            while True:
+                await asyncio.wait({report}, timeout=self._heartbeat.period_s)
+                if report.done():
+                    return report.result()
+                await asyncio.wait_for(agent.ping.remote(), self._heartbeat.dead_s)
+                self.heard(node_id)
+        finally:
+            report.cancel()
+
+    def heard(self, node_id: str) -> None:
+        """Take that a process of a node answered."""
+        self._table.heard(node_id, time.monotonic())
 
     def _measure_links(self, node_id: str) -> None:
         """Have a new node measure, once, its links to some of the nodes that were there before."""

@@ -9,7 +9,7 @@ from contextlib import suppress
 import ray
 from ray.actor import ActorHandle
 
-from actors.links import as_azu_error
+from actors.links import answer_from_piece, as_azu_error
 from actors.placement import CONTROL
 from actors.telemetry import log_as, open_supervisor
 from azu.engine.pipeline import EnginePipeline
@@ -162,13 +162,13 @@ class Pipeline:
         while self._runner.takes_tokens and (batch := self._engine.next_batch()) is not None:
             stage = max(0, batch.replay.first - 1) if batch.replay else 0
             sent = self._stages[stage].step.remote(batch, None)
-            watcher = asyncio.create_task(self._watch(sent, stage, batch.epoch))
+            watcher = asyncio.create_task(self._watch(sent, self._stages[stage], stage, batch.epoch))
             self._watchers.add(watcher)
             watcher.add_done_callback(self._watchers.discard)
 
-    async def _watch(self, acknowledgement: ray.ObjectRef, stage: int, epoch: int) -> None:
+    async def _watch(self, sent: ray.ObjectRef, piece: ActorHandle, stage: int, epoch: int) -> None:
         try:
-            await asyncio.wait_for(acknowledgement, self._step_timeout_s)
+            await answer_from_piece(sent, piece, self._step_timeout_s, f"stage {stage}")
         except Exception as error:
             fault = as_azu_error(error, f"stage {stage}")
             await self.lost(PieceSet(stages=frozenset({stage})), fault.message, epoch)

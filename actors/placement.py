@@ -31,8 +31,8 @@ NAME_LABEL = "azu-name"
 PAYOUT_LABEL = "azu-payout"
 DEVICE_LABEL = "azu-device"
 _REQUEST_TIMEOUT_S = 15.0
-# One thread waits in `alive`; the others are for calls that end.
-_CONTROL_THREADS = 3
+# One thread waits in `ping`; calls that come during a step wait for its end, and may be made again meanwhile.
+_CONTROL_THREADS = 8
 # The names of pieces' placement groups and actors begin so; those of pipelines' actors too.
 PIECES = ("layer:", "expert:")
 _OF_MODELS = (*PIECES, "pipeline:")

@@ -7,10 +7,10 @@ import time
 from actors.deployment import RayBackend
 from actors.node import NodeAgents
 from actors.placement import SCHEDULER, request_nodes
-from actors.telemetry import RayMeter, log_as, show_books, show_jobs, show_nodes
+from actors.telemetry import RayMeter, log_as, show_books, show_deployments, show_jobs, show_nodes
 from azu.clock import wall_clock_ms
 from azu.cluster.cluster import Cluster
-from azu.cluster.deployment import DeploymentState
+from azu.cluster.deployment import Deployment
 from azu.cluster.deployment_store import DeploymentStore
 from azu.cluster.nodes import NodeTable
 from azu.cluster.scaling import Cooldown, ExpertReplication, KvPressure, NodeRequest, Rebalance, ScaleOut
@@ -58,7 +58,7 @@ class Scheduler:
         self._kv_pressure = KvPressure(self._cluster, policy.plan_policy())
         self._rebalance = Rebalance(self._cluster, Cooldown(policy.moves.rest_s))
         self._replication = ExpertReplication(self._cluster, Cooldown(policy.moves.rest_s))
-        self._scale_out = ScaleOut(self._cluster, policy.kv.promised_sequences)
+        self._scale_out = ScaleOut(self._cluster, policy.kv.promised_sequences, policy.moves.idle_s)
         self._books = Books.from_url(config.redis_url)
         self._meter = RayMeter()
         self._supervisor = Supervisor(SCHEDULER, self._meter, end_process)
@@ -107,7 +107,7 @@ class Scheduler:
             DeploymentStatus(
                 model_id=one.topology.model_id,
                 revision=one.topology.revision,
-                state="broken" if one.state is DeploymentState.BROKEN else "running",
+                state=_state(one),
                 epoch=one.topology.epoch,
                 num_layers=one.structure.num_layers,
                 placements=one.placements(),
@@ -158,6 +158,7 @@ class Scheduler:
         """Show nodes, jobs and books in the metrics."""
         try:
             show_nodes(self._meter, await self.nodes())
+            show_deployments(self._meter, await self.deployments())
             show_jobs(self._meter, self._dispatcher.num_waiting, self._dispatcher.num_running)
             show_books(self._meter, await self._books.totals())
         finally:
@@ -180,7 +181,7 @@ class Scheduler:
 
     def _blame(self, node_id: str) -> None:
         """Count a bad frame against the node that sent it."""
-        self._nodes.suspect(node_id, time.monotonic())
+        self._nodes.blame(node_id, time.monotonic())
         if node := self._agents.nodes.get(node_id):
             log.warning("node %s sent a bad frame", node.name)
             self._meter.count(BAD_FRAMES, 1, node.name)
@@ -189,3 +190,9 @@ class Scheduler:
         log.warning("node %s is dead", node_id[:8])
         self._cluster.node_died(node_id)
         self._agents.node_died(node_id)
+
+
+def _state(deployment: Deployment) -> str:
+    if deployment.broken:
+        return "broken"
+    return "slow" if deployment.pieces.is_slow else "running"

@@ -15,6 +15,7 @@ from actors.placement import NAMESPACE, SCHEDULER
 from azu import metrics
 from azu.logs import start_logging
 from azu.metrics import BY_NAME, Labels, Meter, Metric, MetricKind
+from azu.protocol.job import DeploymentStatus
 from azu.protocol.node import Node, NodeState
 from azu.supervision import Supervisor, end_process
 
@@ -130,6 +131,14 @@ def show_nodes(meter: Meter, nodes: Iterable[Node]) -> None:
     for node in nodes:
         meter.count(metrics.BAD_FRAMES, 0, node.name)
     meter.set_gauge(metrics.NODE_LOAD, {(node.name,): node.load for node in nodes})
+
+
+def show_deployments(meter: Meter, deployments: Iterable[DeploymentStatus]) -> None:
+    """Show of each model how many of its pipelines are slow."""
+    slow: Counter[str] = Counter()
+    for one in deployments:
+        slow[one.model_id] += one.state == "slow"
+    meter.set_gauge(metrics.SLOW_PIPELINES, {(model_id,): count for model_id, count in slow.items()})
 
 
 def show_jobs(meter: Meter, num_waiting: int, num_running: int) -> None:

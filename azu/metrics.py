@@ -75,6 +75,9 @@ HOP = _histogram(
     "model",
     "stage",
 )
+SLOW_PIPELINES = _gauge(
+    "azu_slow_pipelines", "Pipelines with a piece that comes on slower than expected.", "model"
+)
 SEQUENCES = _gauge(
     "azu_sequences", "Sequences in a pipeline: running, or waiting for KV blocks.", "model", "state"
 )

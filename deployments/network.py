@@ -199,7 +199,7 @@ def activity_of(snapshot: MetricsSnapshot, model_id: str) -> Activity:
 
 async def _deployed(services: Services) -> set[str]:
     deployments: list[DeploymentStatus] = await services.scheduler("deployments")
-    return {one.model_id for one in deployments if one.state == "running"}
+    return {one.model_id for one in deployments if one.state in ("running", "slow")}
 
 
 def _model(

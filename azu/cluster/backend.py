@@ -8,6 +8,7 @@ from azu.errors import AzuError
 from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport
 from azu.protocol.node import Node
+from azu.protocol.step import PieceProgress
 from azu.protocol.structure import Structure
 from azu.protocol.topology import LossReport, Piece, Topology
 
@@ -55,8 +56,11 @@ class DeploymentBackend(Protocol):
     async def link(self, name: str, topology: Topology, to: Neighbours) -> None:
         """Give a loaded stage its neighbours under a newer topology."""
 
-    async def watch(self, name: str) -> AzuError:
-        """Return how an actor ended, once its process dies or no longer answers."""
+    async def ping(self, name: str, piece: Piece) -> PieceProgress:
+        """Return after about a second how far an actor is; raises an AzuError once its process dies.
+
+        There is no answer as long as the process is stopped or cut off.
+        """
 
     async def num_chosen(self, name: str) -> ExpertCounts:
         """Return how often a stage chose each expert, in layers whose experts are apart from their router."""

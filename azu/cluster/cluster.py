@@ -9,15 +9,22 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from azu.cluster.backend import DeploymentBackend
-from azu.cluster.deployment import Deployment
+from azu.cluster.deployment import Deployment, DeploymentState
 from azu.cluster.deployment_store import DeploymentRecord, DeploymentStore
+from azu.cluster.liveness import SlowNodes
 from azu.cluster.repairs import RepairTurns
 from azu.errors import AzuError, InsufficientCapacity, WorkerLost
 from azu.planner.migration import TopologyChange, better_placement, change_between, have_room
 from azu.planner.plan import NEVER_FITS, check_total_capacity, plan
 from azu.planner.policy import PlanPolicy
 from azu.planner.replan import replan
-from azu.planner.replicas import ExpertHeat, plan_further_pipeline, takes_spare_room, with_hot_replicas
+from azu.planner.replicas import (
+    ExpertHeat,
+    plan_further_pipeline,
+    shared,
+    takes_spare_room,
+    with_hot_replicas,
+)
 from azu.protocol.node import Node
 from azu.protocol.structure import Structure
 from azu.protocol.topology import PieceSet, PipelineKey, Topology
@@ -103,7 +110,10 @@ class Cluster:
         self._nodes_come = nodes_come
         self._clock = clock
         self._deployments: dict[PipelineKey, Deployment] = {}  # the least recently used first
-        self._capacity = Capacity(nodes, self._deployments)
+        self._nodes = nodes
+        # A move pays back within the horizon: for as long a slow node is left alone.
+        self._slow = SlowNodes(policy.horizon_s)
+        self._capacity = Capacity(self._nodes_now, self._deployments)
         self._locks: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._turns: defaultdict[tuple[str, str], RepairTurns] = defaultdict(turns)
         self.deploying: set[tuple[str, str]] = set()
@@ -117,6 +127,10 @@ class Cluster:
     def placed_bytes(self) -> dict[str, int]:
         """Return the VRAM taken on each node by what is deployed or being brought up."""
         return self._capacity.placed_bytes()
+
+    def promised_bytes(self) -> dict[str, int]:
+        """Return the VRAM on each node that is promised to what is not loaded yet."""
+        return sums(self._capacity.promised.values())
 
     async def adopt(self) -> None:
         """Take over the deployments of an earlier scheduler; every other actor of a model is killed.
@@ -183,6 +197,14 @@ class Cluster:
         log.warning("%s gets pipeline %d", model_id, topology.replica)
         await self._bring_up(structure, topology)
 
+    async def close_further(self, deployment: Deployment) -> None:
+        """Close an idle pipeline of a model that has another one which serves."""
+        others = [one for one in self._pipelines(*deployment.topology.key[:2]) if one is not deployment]
+        if deployment.is_idle and any(one.state is DeploymentState.SERVING for one in others):
+            log.warning("%s gives up pipeline %d: it is idle", *deployment.topology.key[::2])
+            del self._deployments[deployment.topology.key]
+            await deployment.close()
+
     def node_died(self, node_id: str) -> None:
         """Have every deployment give up what is on a dead node."""
         for deployment in self.deployments:
@@ -212,7 +234,7 @@ class Cluster:
         It serves meanwhile, except while what moves is filled. Returns whether a move was tried.
         """
         before = deployment.topology
-        nodes = self._capacity.without(before.vram_bytes_by_node)
+        nodes = shared(self._capacity.without(before.vram_bytes_by_node), self._siblings(deployment))
         # A plan takes a second where there are a thousand nodes.
         change = await asyncio.to_thread(better_placement, deployment.structure, before, nodes, self._policy)
         return change is not None and await self._change(deployment, before, change)
@@ -241,6 +263,18 @@ class Cluster:
         while self._deployments:
             _, deployment = self._deployments.popitem()
             await deployment.close()
+
+    def _nodes_now(self, placed: Sizes, given_back: Sizes) -> Sequence[Node]:
+        """Return the nodes with their room, and the speed that they have now."""
+        now_s = self._clock()
+        for one in self.deployments:
+            self._slow.note(one.pieces.slow_factors(), now_s)
+        return self._slow.slowed(self._nodes(placed, given_back), now_s)
+
+    def _siblings(self, deployment: Deployment) -> list[Topology]:
+        """Return where the other pipelines of a deployment's model are."""
+        model = deployment.topology.key[:2]
+        return [one.topology for one in self._pipelines(*model) if one is not deployment]
 
     def _pipelines(self, model_id: str, revision: str) -> list[Deployment]:
         return [one for key, one in self._deployments.items() if key[:2] == (model_id, revision)]
@@ -308,8 +342,13 @@ class Cluster:
                 deployment.forgo_blocks()
                 wanted, growth = before, {}
 
+            siblings = self._siblings(deployment)
+            avoided = deployment.pieces.hung_on.union(*(one.vram_bytes_by_node for one in siblings))
+
             def on(nodes: Sequence[Node], epoch: int) -> Topology:
-                return replan(deployment.structure, wanted, lost, nodes, self._policy, epoch=epoch)
+                return replan(
+                    deployment.structure, wanted, lost, nodes, self._policy, epoch=epoch, avoided=avoided
+                )
 
             given_back = sums([before.vram_bytes_of(lost), negated(growth)])
             deployment.set_topology(await self._with_room(before.key, on, given_back))

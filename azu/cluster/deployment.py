@@ -9,6 +9,7 @@ pause, fence, place, start and load, link, resume.
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -97,6 +98,7 @@ class Deployment:
         turns: RepairTurns,
         num_planned_blocks: int,
         room_wait_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.structure = structure
         self.topology = topology
@@ -112,7 +114,7 @@ class Deployment:
         self._num_blocks = topology.num_blocks
         self._payout_by_node: dict[str, str] = {}
         # The actors that there are.
-        self._pieces = PieceActors(backend, structure, self._lose)
+        self._pieces = PieceActors(backend, structure, self._lose, clock)
         self._pipeline: str | None = None
         self._pipelines_started = 0
         self._pipeline_changed = asyncio.Condition()
@@ -185,6 +187,11 @@ class Deployment:
     def placements(self) -> tuple[Placement, ...]:
         """Return the receipt's lines: which node runs which layers and experts in which actor."""
         return self._pieces.placements()
+
+    @property
+    def pieces(self) -> PieceActors:
+        """The actors of its pieces."""
+        return self._pieces
 
     async def num_chosen(self) -> ExpertCounts:
         """Return how often each expert was chosen, in layers that have experts apart from their router.
@@ -407,6 +414,7 @@ class Deployment:
             is_repair |= bool(lost)
             if not lost and await self._resume(empty, alone=alone, is_repair=is_repair):
                 times.passed("resumed")
+                self._pieces.hung_on.clear()
                 log.warning("%s: %s", "repaired" if is_repair else "changed", times)
                 if change is not None:
                     change.finish()

@@ -8,9 +8,11 @@ from typing import Any
 
 from azu.cluster.backend import DeploymentBackend, Neighbours
 from azu.cluster.deployment_store import PieceRecord
+from azu.cluster.liveness import SLOW_FACTOR, PieceWatch, Pulse, relative_slowdowns
 from azu.errors import AzuError, InternalError, WorkerLost
 from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import Placement, placements
+from azu.protocol.step import PieceProgress
 from azu.protocol.structure import Structure
 from azu.protocol.topology import (
     ExpertSet,
@@ -27,6 +29,8 @@ from azu.protocol.topology import (
 
 log = logging.getLogger(__name__)
 
+_LOOK_S = 1.0
+
 
 @dataclass(slots=True)
 class _PieceActor:
@@ -41,6 +45,13 @@ class _PieceActor:
     linked_epoch: int
     starting: asyncio.Task[None] | None = None
     watcher: asyncio.Task[None] | None = None
+    watch: PieceWatch | None = None
+    pulse: Pulse = Pulse.STEADY
+
+    @property
+    def slowdown(self) -> float:
+        """How many times as long as the quickest ones its recent steps take."""
+        return 1.0 if self.watch is None else self.watch.slowdown
 
     def stop_starting(self) -> bool:
         """Fail the step of its start that is under way; False when none is."""
@@ -48,17 +59,24 @@ class _PieceActor:
 
 
 class PieceActors:
-    """The actors that there are, by piece; `on_lost` is called with a piece whose actor dies.
+    """The actors that there are, by piece; `on_lost` is called with a piece whose actor dies or hangs.
 
-    Actors that were prepared for a change stand beside the running ones until they are installed.
+    Actors that were prepared for a change stand beside the running ones until they are installed. The clock
+    is in seconds. `hung_on` are the nodes of pieces that hung and are being replaced: others come first.
     """
 
     def __init__(
-        self, backend: DeploymentBackend, structure: Structure, on_lost: Callable[[PieceSet], None]
+        self,
+        backend: DeploymentBackend,
+        structure: Structure,
+        on_lost: Callable[[PieceSet], None],
+        clock: Callable[[], float],
     ) -> None:
         self._backend = backend
         self._structure = structure
         self._on_lost = on_lost
+        self._clock = clock
+        self.hung_on: set[str] = set()
         self._running: dict[PieceKey, _PieceActor] = {}
         self._prepared: dict[PieceKey, _PieceActor] = {}
 
@@ -78,6 +96,21 @@ class PieceActors:
     def placements(self) -> tuple[Placement, ...]:
         """Return the receipt's lines: which node runs which layers and experts in which actor."""
         return placements(((one.piece, one.name) for one in self._running.values()), self._backend.nodes)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a piece comes on much slower than it did before."""
+        actors = self._running.values()
+        return any(one.pulse is Pulse.SLOW or one.slowdown >= SLOW_FACTOR for one in actors)
+
+    def slow_factors(self) -> dict[str, float]:
+        """Return the factor by which each node is slowed down more than the others are."""
+        slowdowns = {key: actor.slowdown for key, actor in self._running.items()}
+        factors: dict[str, float] = {}
+        for key, factor in relative_slowdowns(slowdowns).items():
+            node_id = self._running[key].piece.node_id
+            factors[node_id] = max(factor, factors.get(node_id, 1.0))
+        return factors
 
     async def num_chosen(self) -> ExpertCounts:
         """Return how often each expert was chosen, in layers that have experts apart from their router."""
@@ -138,7 +171,16 @@ class PieceActors:
 
         async def link(actor: _PieceActor) -> None:
             neighbours = self._neighbours(actor.piece, self._running, pipeline)
-            await self._backend.link(actor.name, topology, neighbours)
+            linking = asyncio.ensure_future(self._backend.link(actor.name, topology, neighbours))
+            assert actor.watcher is not None, "what runs is watched"
+            try:
+                # A slow stage ends its step first.
+                await asyncio.wait({linking, actor.watcher}, return_when=asyncio.FIRST_COMPLETED)
+                if not linking.done():
+                    raise WorkerLost(f"{actor.name} is gone")
+                linking.result()
+            finally:
+                linking.cancel()
             actor.linked_epoch = topology.epoch
 
         behind = {
@@ -158,6 +200,8 @@ class PieceActors:
         for key, actor in self._running.items():
             if actor.piece.node_id == node_id and not actor.stop_starting():
                 lost.append(key)
+                if actor.watcher is not None:
+                    actor.watcher.cancel()  # what waits for it waits no longer
         for actor in self._prepared.values():
             if actor.piece.node_id == node_id:
                 actor.stop_starting()
@@ -197,14 +241,37 @@ class PieceActors:
         return errors
 
     def _watch(self, key: PieceKey) -> None:
-        """Notice from now on when the actor of a piece dies or no longer answers."""
+        """Notice from now on when the actor of a piece dies or hangs."""
         actor = self._running[key]
-        actor.watcher = asyncio.create_task(self._report_death(key, actor.name))
+        actor.watcher = asyncio.create_task(self._report_end(key, actor))
 
-    async def _report_death(self, key: PieceKey, name: str) -> None:
-        error = await self._backend.watch(name)
-        log.warning("%s", error.message)
-        self._on_lost(piece_set([key]))
+    async def _report_end(self, key: PieceKey, actor: _PieceActor) -> None:
+        try:
+            await self._follow(actor, PieceWatch(self._clock()))
+        except AzuError as error:
+            log.warning("%s", error.message)
+            self._on_lost(piece_set([key]))
+
+    async def _follow(self, actor: _PieceActor, watch: PieceWatch) -> None:
+        """Follow how an actor comes on; raises WorkerLost once it dies or hangs."""
+        actor.watch = watch
+        asking: asyncio.Future[PieceProgress] | None = None
+        try:
+            while actor.pulse is not Pulse.HUNG:
+                asking = asking or asyncio.ensure_future(self._backend.ping(actor.name, actor.piece))
+                await asyncio.wait({asking}, timeout=_LOOK_S)
+                now_s = self._clock()
+                if asking.done():
+                    watch.answered(asking.result(), now_s)
+                    asking = None
+                if (pulse := watch.judge(now_s)) is not actor.pulse:
+                    log.warning("%s was %s and is %s", actor.name, actor.pulse, pulse)
+                    actor.pulse = pulse
+        finally:
+            if asking is not None:
+                asking.cancel()
+        self.hung_on.add(actor.piece.node_id)
+        raise WorkerLost(f"{actor.name} has not come on for {watch.bound_s:.0f} s")
 
     def _kill(self, actors: dict[PieceKey, _PieceActor]) -> None:
         while actors:

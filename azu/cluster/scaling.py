@@ -4,7 +4,7 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from azu.cluster.cluster import Cluster
 from azu.cluster.deployment import Deployment
@@ -58,17 +58,27 @@ class Cooldown:
 class ScaleOut:
     """Gives a busy model another pipeline: one whose pipelines each have more jobs than `promised_sequences`.
 
-    A model must be busy at two checks in a row. A pipeline that is idle again makes room when another model
-    needs it, as every idle deployment does.
+    A model must be busy at two checks in a row. A pipeline that was idle for `idle_s` leaves again, the
+    newest first; the last one of a model stays until another model needs its room. The clock is in seconds.
     """
 
-    def __init__(self, cluster: Cluster, promised_sequences: int) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        promised_sequences: int,
+        idle_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._cluster = cluster
         self._promised_sequences = promised_sequences
+        self._idle_s = idle_s
+        self._clock = clock
         self._were_busy: set[tuple[str, str]] = set()
+        self._idle_since_s: dict[PipelineKey, float] = {}
 
     async def check(self) -> None:
-        """Add a pipeline to each model that stays busy."""
+        """Add a pipeline to each model that stays busy, and close pipelines that stay idle."""
+        await self._close_idle()
         busy = self._busy()
         for model_id, revision in sorted(busy & self._were_busy):
             try:
@@ -76,6 +86,16 @@ class ScaleOut:
             except AzuError as error:
                 log.warning("%s did not get another pipeline: %s", model_id, error.message)
         self._were_busy = busy
+
+    async def _close_idle(self) -> None:
+        now_s = self._clock()
+        idle = [one for one in self._cluster.deployments if one.is_idle]
+        self._idle_since_s = {
+            one.topology.key: self._idle_since_s.get(one.topology.key, now_s) for one in idle
+        }
+        for deployment in sorted(idle, key=lambda one: -one.topology.replica):
+            if now_s - self._idle_since_s[deployment.topology.key] >= self._idle_s:
+                await self._cluster.close_further(deployment)
 
     def _busy(self) -> set[tuple[str, str]]:
         jobs: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
@@ -159,7 +179,12 @@ class KvPressure:
         self, reductions: Mapping[PipelineKey, KvReduction], reports: Sequence[Node], now_s: float
     ) -> None:
         deployments = self._cluster.deployments
-        restored = restored_num_blocks(self._deployed(), reports, planned_blocks=self._most_blocks)
+        promised = self._cluster.promised_bytes()
+        left = [
+            replace(one, vram_total_bytes=one.vram_total_bytes - promised.get(one.node_id, 0))
+            for one in reports
+        ]
+        restored = restored_num_blocks(self._deployed(), left, planned_blocks=self._most_blocks)
         for deployment, blocks in zip(deployments, restored, strict=True):
             topology = deployment.topology
             reduction = reductions.get(topology.key)

@@ -82,10 +82,14 @@ class Requeue(_Section):
 
 
 class Moves(_Section):
-    """How often the scheduler looks for better placements, and how long a model stays after each start."""
+    """How often the scheduler looks for better placements, and how long a model stays after each start.
+
+    A pipeline without a job for `idle_s` leaves when its model has another.
+    """
 
     look_s: Seconds
     rest_s: Seconds
+    idle_s: Seconds
 
 
 class Limits(_Section):

@@ -65,6 +65,11 @@ class StageRunner:
             self._distribute(built, layer, held, experts) for layer, held in built.distributed.items()
         ]
 
+    def watch_layers(self, done: Callable[[], None]) -> None:
+        """Have `done` called after each layer that runs."""
+        for layer in self._model.layers:
+            layer.register_forward_hook(lambda *_: done())
+
     def run(self, batch: StepBatch, frame: bytes | None) -> Handoff | StepResult:
         """Run one step: the first stage takes tokens from the batch, the others hidden states from the frame.
 

@@ -1,17 +1,26 @@
-"""Measurements: tokens and waits of a pipeline's sequences, and the time of a frame between two stages."""
+"""Measurements: a pipeline's tokens and waits, a piece's steps, and a frame's time between two stages."""
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 
 from azu import metrics
 from azu.engine.pipeline import EnginePipeline
 from azu.metrics import Meter
 from azu.protocol.job import TokenEvent
+from azu.protocol.step import PieceProgress, PieceState
 
 STALL_S = 1.0
 _RESULTS = ("repaired", "given_up")
 # When a stage was idle for a shorter time before it took a frame, the frame may have waited for it.
 _MIN_IDLE_S = 0.001
+# The steps from which a time is expected, and those whose median is what a step typically takes now.
+_RECENT_STEPS = 32
+_TYPICAL_STEPS = 8
+# How much longer a shorter step takes says more of other processes than of the piece.
+_NOISE_S = 0.02
 
 
 class PipelineMetrics:
@@ -82,17 +91,89 @@ class StageTiming:
     run_s: float
 
 
+class StepTimes:
+    """The times of a piece's recent steps by their width: the number of tokens, to the next power of two."""
+
+    def __init__(self) -> None:
+        self._recent: dict[int, deque[float]] = {}  # by bits of the width
+        self._quickest_s: dict[int, float] = {}  # the least median of so many steps that there was
+        self._last = 0
+
+    def record(self, num_tokens: int, seconds: float) -> None:
+        """Take the time of a step."""
+        self._last = bits = num_tokens.bit_length()
+        self._recent.setdefault(bits, deque(maxlen=_RECENT_STEPS)).append(seconds)
+        if (typical_s := self._typical_s(bits)) is not None:
+            self._quickest_s[bits] = min(typical_s, self._quickest_s.get(bits, typical_s))
+
+    def expected_s(self, num_tokens: int) -> float | None:
+        """Return the time that nine of ten such steps stay below, None before the first step of any width."""
+        bits = num_tokens.bit_length()
+        if not self._recent:
+            return None
+        nearest = min(self._recent, key=lambda one: abs(one - bits))
+        times = sorted(self._recent[nearest])
+        # A narrower step takes hardly less time, a wider one up to twice as much for twice the tokens.
+        return times[(9 * len(times)) // 10] * 2.0 ** max(0, bits - nearest)
+
+    @property
+    def slowdown(self) -> float:
+        """How many times as long as the quickest ones recent steps take; 1 until there are enough of them."""
+        typical_s = self._typical_s(self._last)
+        if typical_s is None:
+            return 1.0
+        return max(typical_s, _NOISE_S) / max(self._quickest_s[self._last], _NOISE_S)
+
+    def _typical_s(self, bits: int) -> float | None:
+        times = list(self._recent.get(bits, ()))[-_TYPICAL_STEPS:]
+        return median(times) if len(times) == _TYPICAL_STEPS else None
+
+
 class StageClock:
-    """Measures the frames of one stage, by that stage's clock."""
+    """Measures the steps of one piece, by that piece's clock; other threads may ask how far it is."""
 
     def __init__(self) -> None:
         self._free_since_s = float("-inf")
+        self._taken_s = 0.0
+        self._times = StepTimes()
+        self._num_tokens = 0
+        self._step = 0
+        self._num_layers = 0
+        self._state = PieceState.IDLE
+        self._expected_s: float | None = None
+        self._slowdown = 1.0
 
-    def record(self, taken_s: float, done_s: float) -> StageTiming:
-        """Return the timing of a frame that the stage took and finished at these times."""
-        idle_s = taken_s - self._free_since_s
-        self._free_since_s = done_s
-        return StageTiming(idle_s, done_s - taken_s)
+    def begin(self, step: int, num_tokens: int, now_s: float) -> None:
+        """Take a step."""
+        self._taken_s, self._num_tokens, self._step = now_s, num_tokens, step
+        self._expected_s = self._times.expected_s(num_tokens)
+        self._state = PieceState.BUSY
+
+    def layer_done(self) -> None:
+        """Count a layer."""
+        self._num_layers += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for another piece within a step."""
+        self._state = PieceState.WAITING
+        try:
+            yield
+        finally:
+            self._state = PieceState.BUSY
+
+    def end(self, now_s: float) -> StageTiming:
+        """Return the timing of the step."""
+        self._state = PieceState.IDLE
+        timing = StageTiming(self._taken_s - self._free_since_s, now_s - self._taken_s)
+        self._times.record(self._num_tokens, timing.run_s)
+        self._free_since_s = now_s
+        self._slowdown = self._times.slowdown
+        return timing
+
+    def progress(self) -> PieceProgress:
+        """Return how far the piece is."""
+        return PieceProgress(self._step, self._num_layers, self._state, self._expected_s, self._slowdown)
 
 
 def hop_s(answered_s: float, timing: StageTiming) -> float | None:

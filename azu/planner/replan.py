@@ -1,6 +1,6 @@
 """Place lost pieces again; the pieces that survive stay where they are."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -25,12 +25,13 @@ def replan(
     policy: PlanPolicy,
     *,
     epoch: int,
+    avoided: Collection[str] = (),
 ) -> Topology:
     """Place each lost stage and expert set, as one piece and under its old index, on a live node.
 
-    The free bytes of `nodes` are those beside all surviving pieces. A node with more of the shards on its
-    disk comes first, then a faster node. A lost replica is left out. Raises InsufficientCapacity when a piece
-    finds no node; the same input gives the same topology.
+    The free bytes of `nodes` are those beside all surviving pieces. A node that is not `avoided` comes first,
+    then one with more of the shards on its disk, a faster one, one with more room. A lost replica is left
+    out. Raises InsufficientCapacity when a piece finds no node; the same input gives the same topology.
     """
     assert epoch > topology.epoch, "each topology of a model has a new epoch"
     topology, loss = topology.without(loss & topology.replicas), loss - topology.replicas
@@ -40,7 +41,7 @@ def replan(
     lost += [chosen for chosen in topology.expert_sets if chosen.index in loss.expert_sets]
     # The largest piece comes first: small ones fit into the room that is left.
     for piece in sorted(lost, key=lambda one: -one.vram_bytes):
-        free.place(piece)
+        free.place(piece, avoided)
     moved = replace(
         topology,
         epoch=epoch,
@@ -63,7 +64,7 @@ class _FreeRoom:
         self._free = {node.node_id: node.vram_free_bytes // MIB * MIB for node in self._nodes}
         self._placed: dict[tuple[type, int], str] = {}
 
-    def place(self, piece: Piece) -> None:
+    def place(self, piece: Piece, avoided: Collection[str]) -> None:
         """Place a piece on the best node that has room for it."""
         fitting = [node for node in self._nodes if self._free[node.node_id] >= piece.vram_bytes]
         if not fitting:
@@ -75,7 +76,13 @@ class _FreeRoom:
                 f"{format_bytes(most)} free: {piece.vram_bytes - most} bytes are missing"
             )
         shards = list(shards_of(self._structure, piece))
-        best = min(fitting, key=lambda node: (_missing_bytes(node, shards), self._slowness[node.node_id]))
+
+        def order(node: Node) -> tuple[bool, int, float, int]:
+            node_id = node.node_id
+            slowness = self._slowness[node_id]
+            return node_id in avoided, _missing_bytes(node, shards), slowness, -self._free[node_id]
+
+        best = min(fitting, key=order)
         self._free[best.node_id] -= piece.vram_bytes
         self._placed[type(piece), piece.index] = best.node_id
 

@@ -59,6 +59,21 @@ def plan_further_pipeline(
     return replace(another, replica=next(number for number in count() if number not in taken))
 
 
+def shared(nodes: Iterable[Node], running: Sequence[Topology]) -> list[Node]:
+    """Return the nodes with the speed that is left to another pipeline beside running ones of its model."""
+    found = []
+    for one in nodes:
+        sharing = 1 + sum(one.node_id in topology.vram_bytes_by_node for topology in running)
+        found.append(
+            replace(
+                one,
+                memory_bytes_per_s=one.memory_bytes_per_s / sharing,
+                flops_per_s=one.flops_per_s / sharing,
+            )
+        )
+    return found
+
+
 def takes_spare_room(
     used: Mapping[str, int],
     others: Iterable[tuple[Structure, Topology]],

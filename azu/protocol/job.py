@@ -160,7 +160,9 @@ class PauseReport:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentStatus:
-    """What stands of a model: `state` is "running", "broken" or "deploying".
+    """What stands of a model: `state` is "running", "slow", "broken" or "deploying".
+
+    A slow pipeline has a piece that comes on slower than expected; it serves.
 
     The other fields are empty while the model is being deployed.
     """

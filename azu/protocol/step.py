@@ -1,6 +1,7 @@
 """The messages of one engine step: the batch for the stages and the result of the last one."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from azu.protocol.sampling import SamplingParams
 
@@ -107,3 +108,32 @@ class StepResult:
     tokens: tuple[SampledToken, ...]
     expert_work: tuple[ExpertWork, ...] = ()
     most_tokens: int | None = None
+
+
+class PieceState(StrEnum):
+    """An IDLE piece has no step, a BUSY one computes, a WAITING one waits for another piece in its step."""
+
+    IDLE = "idle"
+    BUSY = "busy"
+    WAITING = "waiting"
+
+
+@dataclass(frozen=True, slots=True)
+class PieceProgress:
+    """How far a stage or an expert set is, as it says itself while it computes.
+
+    `step` is the step that it runs or ran last, `num_layers` counts the layers that it has run. `expected_s`
+    is how long such a step may take after recent ones, None before the first. Recent steps take `slowdown`
+    times as long as the quickest ones did.
+    """
+
+    step: int
+    num_layers: int
+    state: PieceState
+    expected_s: float | None = None
+    slowdown: float = 1.0
+
+    @property
+    def count(self) -> tuple[int, int]:
+        """What changes as long as the piece comes on."""
+        return self.step, self.num_layers

@@ -9,6 +9,7 @@ from azu.errors import AzuError, WorkerLost
 from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import ChoiceKey, FinishReason, Job, JobRun, PauseReport
 from azu.protocol.node import Node
+from azu.protocol.step import PieceProgress
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, LossReport, Piece, PieceSet, Stage, Topology, key_of, piece_set
 from tests.builders import structure
@@ -26,6 +27,7 @@ class FakePiece:
     linked_epoch: int = 0
     neighbours: Neighbours | None = None
     died: asyncio.Event = field(default_factory=asyncio.Event)
+    answers: asyncio.Queue[PieceProgress] = field(default_factory=asyncio.Queue)  # to pings
 
 
 @dataclass
@@ -54,6 +56,8 @@ class FakeBackend:
     unknown: str | None = None  # a model whose structure is not to be had
     failing: list[PieceSet] = field(default_factory=list)  # by load round: pieces that do not come up
     deaf: list[PieceSet] = field(default_factory=list)  # by link round: stages that do not take it
+    long_steps: set[int] = field(default_factory=set)  # stages that take a link after `steps_end`
+    steps_end: asyncio.Event = field(default_factory=asyncio.Event)
     on_load: list[Callable[[], Awaitable[None] | None]] = field(default_factory=list)
     pieces: dict[str, FakePiece] = field(default_factory=dict)
     pipelines: dict[str, FakePipeline] = field(default_factory=dict)
@@ -145,11 +149,23 @@ class FakeBackend:
         if self.deaf and piece_set([key_of(actor.piece)]) & self.deaf[0]:
             self.deaf.pop(0)
             raise WorkerLost(f"{name} does not answer")
+        if actor.piece.index in self.long_steps:
+            self.long_steps.remove(actor.piece.index)
+            await self.steps_end.wait()
         actor.linked_epoch, actor.neighbours = topology.epoch, to
 
-    async def watch(self, name: str) -> AzuError:
-        await self.pieces[name].died.wait()
-        return WorkerLost(f"{name} is gone")
+    async def ping(self, name: str, piece: Piece) -> PieceProgress:
+        actor = self.pieces[name]
+        dying = asyncio.ensure_future(actor.died.wait())
+        answering = asyncio.ensure_future(actor.answers.get())
+        try:
+            await asyncio.wait({dying, answering}, return_when=asyncio.FIRST_COMPLETED)
+            if dying.done():
+                raise WorkerLost(f"{name} is gone")
+            return answering.result()
+        finally:
+            dying.cancel()
+            answering.cancel()
 
     async def num_chosen(self, name: str) -> ExpertCounts:
         return self.counts if isinstance(self.pieces[name].piece, Stage) else {}

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from azu.cluster.cluster import Cluster
-from azu.cluster.deployment import Deployment
+from azu.cluster.deployment import Deployment, DeploymentState
 from azu.cluster.deployment_store import DeploymentStore
 from azu.errors import InsufficientCapacity, WorkerLost
 from azu.planner.migration import TopologyChange, better_placement
 from azu.planner.policy import PlanPolicy
 from azu.protocol.node import Node, NodeState
+from azu.protocol.step import PieceProgress, PieceState
 from azu.protocol.topology import PieceSet, Topology
 from azu.units import MIB
 from tests.actors.fake_backend import FakeBackend
@@ -369,5 +370,78 @@ def test_a_new_scheduler_takes_every_pipeline_over(redis_url: str) -> None:
         await until(lambda: all(one.topology.epoch > before[1].epoch for one in successor.deployments))
         assert [one.topology.replica for one in successor.deployments] == [0, 1]
         assert network.backend.deployed == ["m/one", "m/one"]
+
+    asyncio.run(scenario())
+
+
+def test_only_an_idle_pipeline_beside_one_that_serves_is_given_up(redis_url: str) -> None:
+    async def scenario() -> None:
+        network = await two_pipelines(redis_url)
+        first, second = network.cluster.deployments
+        await network.cluster.close_further(first)
+        assert network.backend.closed == [], "it has a job"
+
+        await network.cluster.close_further(second)
+        first.let_go("job-1")
+        await network.cluster.close_further(first)
+        assert network.cluster.deployments == (first,)
+
+    asyncio.run(scenario())
+
+
+def stage_of(network: Network, deployment: Deployment) -> str:
+    """Return the name of a deployment's only stage."""
+    (line,) = deployment.placements()
+    assert line.actor in network.backend.pieces
+    return line.actor
+
+
+def test_a_lost_piece_goes_where_no_other_pipeline_of_its_model_is_while_there_is_such_a_node(
+    redis_url: str,
+) -> None:
+    async def scenario() -> None:
+        network = await two_pipelines(redis_url)
+        first, second = network.cluster.deployments
+        second.let_go("job-1")
+        network.nodes = [node("a", memory_bytes_per_s=1e13), node("c", memory_bytes_per_s=1e9)]
+        network.backend.end_piece(network.backend.pieces[stage_of(network, second)])
+        await until(lambda: used(second.topology) == {"c"})
+
+        network.nodes.pop()
+        await until(lambda: second.state is DeploymentState.SERVING)
+        network.backend.end_piece(network.backend.pieces[stage_of(network, second)])
+        await until(lambda: used(second.topology) == {"a"})
+        await until(lambda: second.state is DeploymentState.SERVING)
+
+        # Two on one node: one of them moves when another node comes.
+        network.nodes = [node(name, memory_bytes_per_s=1e9) for name in "ad"]
+        network.room({}, {})
+        assert await network.cluster.improve(second)
+        assert used(second.topology) == {"d"}
+        assert not await network.cluster.improve(first)
+
+    asyncio.run(scenario())
+
+
+def test_a_model_leaves_a_node_whose_piece_is_slowed_down_and_does_not_come_back_at_once(
+    redis_url: str,
+) -> None:
+    async def scenario() -> None:
+        network = Network(redis_url)
+        deployment = await network.ensure("m/one")
+        assert used(deployment.topology) == {"a"}
+        assert not await network.cluster.improve(deployment)
+
+        slow = PieceProgress(9, 40, PieceState.IDLE, 1.0, slowdown=10.0)
+        network.backend.pieces[stage_of(network, deployment)].answers.put_nowait(slow)
+        await until(lambda: deployment.pieces.is_slow)
+        assert await network.cluster.improve(deployment)
+        assert used(deployment.topology) == {"b"}
+        assert not await network.cluster.improve(deployment)
+
+        network.now_s += 2 * POLICY.horizon_s
+        network.nodes[0] = replace(network.nodes[0], memory_bytes_per_s=1e13, flops_per_s=1e14)
+        assert await network.cluster.improve(deployment)
+        assert used(deployment.topology) == {"a"}
 
     asyncio.run(scenario())

@@ -12,6 +12,7 @@ from azu.cluster.repairs import RepairTurns
 from azu.errors import HarmfulRequest, InsufficientCapacity, InvalidRequest, WorkerLost
 from azu.planner.migration import TopologyChange
 from azu.protocol.job import FinishReason
+from azu.protocol.step import PieceProgress, PieceState
 from azu.protocol.topology import ExpertSet, PieceSet, Topology
 from tests.actors.fake_backend import FakeBackend
 from tests.builders import OWNERS, job, node, structure, topology
@@ -19,6 +20,7 @@ from tests.cluster.waiting import end_other_tasks, turns_at_once, until
 
 SPANS = {name: (index, index + 1) for index, name in enumerate("abcd")}
 SETS = (ExpertSet(0, "e", {1: (0, 1)}, 1), ExpertSet(1, "f", {1: (2, 3)}, 1))
+IDLE = PieceProgress(0, 0, PieceState.IDLE, 0.1)
 STRUCTURE = structure(4, moe_layers={1: 4})
 
 
@@ -43,6 +45,7 @@ class Model:
     epoch: int = 1
     placed: list[PieceSet] = field(default_factory=list)
     no_room_for: int = 0  # so many times
+    now_s: float = 0.0
     waited_s: list[float] = field(default_factory=list)  # by repairs, after vain ones
 
     def __post_init__(self) -> None:
@@ -55,6 +58,7 @@ class Model:
         return Deployment(
             self.backend, self.store, STRUCTURE, wanted, place=self.place, commit=self.commit,
             turns=turns or self.turns, num_planned_blocks=wanted.num_blocks, room_wait_s=self.room_wait_s,
+            clock=lambda: self.now_s,
         )  # fmt: skip
 
     @property
@@ -90,6 +94,13 @@ class Model:
         for loss in losses:
             self.kill(loss)
         await self.resumed(resumed + 1)
+
+    async def pass_time(self, seconds: int) -> None:
+        """Let time pass, in which each piece is looked at every second."""
+        for _ in range(seconds):
+            self.now_s += 1.0
+            for _ in range(10):
+                await asyncio.sleep(0)
 
     async def resumed(self, times: int) -> None:
         await until(lambda: len(self.backend.repairs) >= times or self.deployment.broken)
@@ -335,6 +346,70 @@ def test_a_job_in_whose_steps_pieces_are_lost_three_times_is_ended_and_the_model
         assert isinstance((await running["bad"]).error, HarmfulRequest)
         assert deployment.state is DeploymentState.SERVING
         assert set(pipeline.jobs) == {"good"}
+
+    run(redis_url, scenario)
+
+
+def test_a_piece_that_answers_no_more_is_replaced_after_a_minute_on_another_node_without_blame(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(model: Model) -> None:
+        actors = [model.backend.stage(index) for index in range(4)]
+        for _ in range(60):
+            for actor in actors:
+                if actor is not actors[1]:
+                    actor.answers.put_nowait(IDLE)
+            await model.pass_time(1)
+            if model.now_s == 1:
+                actors[1].answers.put_nowait(IDLE)
+        assert model.placed == []
+        assert model.deployment.pieces.is_slow
+        await model.pass_time(2)
+        await until(lambda: bool(model.placed))
+        assert model.deployment.pieces.hung_on == {"b"}
+        await model.resumed(1)
+
+        assert model.placed == [stages(1)]
+        assert model.deployment.pieces.hung_on == set()
+        assert model.backend.blamed == []
+
+    monkeypatch.setattr("azu.cluster.pieces._LOOK_S", 0.0)
+    run(redis_url, scenario)
+
+
+def test_a_piece_that_comes_on_slowly_is_waited_for(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(model: Model) -> None:
+        for layer in range(4):
+            for index in range(4):
+                model.backend.stage(index).answers.put_nowait(PieceProgress(1, layer, PieceState.BUSY, 1.0))
+            for index in range(2):
+                model.backend.expert_set(index).answers.put_nowait(IDLE)
+            await model.pass_time(50)
+        assert model.deployment.pieces.is_slow
+        assert model.placed == []
+        assert model.backend.killed == []
+
+    monkeypatch.setattr("azu.cluster.pieces._LOOK_S", 0.0)
+    run(redis_url, scenario)
+
+
+def test_a_stage_is_linked_after_its_step_however_long_that_is_unless_it_dies(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        model.backend.long_steps = {0, 2}
+        model.kill(stages(1))
+        await until(lambda: model.backend.long_steps == set())
+        model.backend.steps_end.set()
+        await model.resumed(1)
+        assert model.placed == [stages(1)]
+
+        model.backend.steps_end.clear()
+        model.backend.long_steps = {0, 2}
+        model.kill(stages(1))
+        await until(lambda: model.backend.long_steps == set())
+        model.kill(stages(2))
+        model.backend.steps_end.set()
+        await model.resumed(2)
+        assert model.placed[1:] == [stages(1), stages(2)]
 
     run(redis_url, scenario)
 

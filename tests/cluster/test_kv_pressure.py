@@ -37,6 +37,10 @@ class Cluster:
 
     deployments: tuple[Model, ...]
     vacated: list[str] = field(default_factory=list)
+    promised: dict[str, int] = field(default_factory=dict)
+
+    def promised_bytes(self) -> dict[str, int]:
+        return self.promised
 
     async def vacate(self, node_id: str) -> bool:
         self.vacated.append(node_id)
@@ -47,8 +51,8 @@ def reports(a_bytes: int = 4 * MIB, **given: object) -> list[Node]:
     return [node("a", a_bytes, **given), node("b", 4 * MIB)]
 
 
-def checked(*checks: tuple[float, list[Node]]) -> Cluster:
-    cluster = Cluster((Model(),))
+def checked(*checks: tuple[float, list[Node]], promised: dict[str, int] | None = None) -> Cluster:
+    cluster = Cluster((Model(),), promised=promised or {})
     pressure = KvPressure(cluster, POLICY)
 
     async def check_all() -> None:
@@ -66,6 +70,14 @@ def test_a_model_gives_back_what_its_node_lost_and_gets_it_again() -> None:
 
     assert cluster.deployments[0].sizes == [10, 16]
     assert cluster.vacated == []
+
+
+def test_room_that_is_promised_to_others_is_no_room_for_more_kv() -> None:
+    less = reports(4 * MIB - 6 * 2 * BLOCK)
+
+    cluster = checked((0.0, less), (10.0, reports()), promised={"a": 6 * 2 * BLOCK})
+
+    assert cluster.deployments[0].sizes == [10]
 
 
 def test_room_that_wavers_moves_nothing_for_a_while() -> None:

@@ -57,7 +57,7 @@ def test_a_death_is_reported_once_and_again_only_after_the_node_lived() -> None:
     judge_each_second(nodes, 105, 120)
     assert died == ["a"]
     nodes.record(node("a"), now_s=121)
-    judge_each_second(nodes, 121, 126)
+    judge_each_second(nodes, 121, 131)  # twice the time, as the first alarm was false
     assert died == ["a", "a"]
 
 
@@ -100,11 +100,56 @@ def test_a_node_that_sends_a_bad_frame_is_suspect_at_once_however_often_its_agen
     assert state(nodes, 103) is NodeState.ALIVE
 
 
+def test_a_node_that_answers_late_is_suspected_without_blame_and_no_longer_each_time() -> None:
+    nodes = table()
+    for now_s in (100, 110, 120):
+        nodes.record(node("a"), now_s)
+        nodes.suspect("a", now_s)
+    nodes.record(node("a"), 123)
+
+    (judged,) = nodes.nodes(123, {})
+    assert (judged.state, judged.bad_frames) == (NodeState.ALIVE, 0)
+
+
+def test_a_node_without_reports_is_not_dead_while_one_of_its_processes_answers() -> None:
+    died: list[str] = []
+    nodes = table(died)
+    nodes.record(node("a"), now_s=100)
+    for now_s in range(101, 160):
+        if now_s % 4 == 0:
+            nodes.heard("a", now_s)
+        nodes.judge(now_s)
+    assert died == []
+    assert state(nodes, 159) is NodeState.SUSPECT, "it gets no new work"
+
+    nodes.heard("stranger", 159)
+    judge_each_second(nodes, 160, 170)
+    assert died == ["a"]
+
+
+def test_a_node_that_was_silent_for_long_gets_twice_the_time_for_a_while() -> None:
+    died: list[str] = []
+    nodes = table(died)
+    nodes.record(node("a"), now_s=100)
+    judge_each_second(nodes, 100, 104)
+    nodes.record(node("a"), now_s=104)
+    judge_each_second(nodes, 104, 113)
+    assert died == []
+    judge_each_second(nodes, 114, 115)
+    assert died == ["a"]
+
+    for now_s in range(116, 800):
+        nodes.record(node("a"), now_s)
+        nodes.judge(now_s)
+    judge_each_second(nodes, 800, 804)
+    assert died == ["a", "a"]
+
+
 def test_each_bad_frame_counts_against_its_sender() -> None:
     nodes = table()
     nodes.record(node("a"), now_s=100)
     for now_s in (100, 110):
-        nodes.suspect("a", now_s)
+        nodes.blame("a", now_s)
     nodes.record(node("a"), now_s=114)
 
     (judged,) = nodes.nodes(114, {})

@@ -10,6 +10,7 @@ from azu.protocol.topology import Topology
 from tests.builders import topology
 
 PROMISED = 4
+IDLE_S = 60.0
 
 
 @dataclass
@@ -19,6 +20,10 @@ class Pipeline:
     running_jobs: int
     replica: int = 0
     broken: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.running_jobs
 
     @property
     def topology(self) -> Topology:
@@ -31,6 +36,10 @@ class Network:
 
     deployments: tuple[Pipeline, ...] = ()
     added: list[str] = field(default_factory=list)
+    closed: list[int] = field(default_factory=list)
+
+    async def close_further(self, deployment: Pipeline) -> None:
+        self.closed.append(deployment.replica)
 
     async def add_pipeline(self, model_id: str, revision: str) -> None:
         self.added.append(model_id)
@@ -39,7 +48,7 @@ class Network:
 def added_in(*each: tuple[Pipeline, ...]) -> int:
     """Return how often a model got another pipeline in checks of these pipelines."""
     network = Network()
-    scale_out = ScaleOut(network, PROMISED)
+    scale_out = ScaleOut(network, PROMISED, IDLE_S, clock=lambda: 0.0)
     for pipelines in each:
         network.deployments = pipelines
         asyncio.run(scale_out.check())
@@ -64,3 +73,17 @@ BUSY, CALM = (Pipeline(PROMISED + 1),), (Pipeline(PROMISED),)
 )
 def test_a_model_busy_twice_gets_another_pipeline(each: list[tuple[Pipeline, ...]], times: int) -> None:
     assert added_in(*each) == times
+
+
+def test_a_pipeline_leaves_that_was_idle_for_a_while_the_newest_first() -> None:
+    network, clock = Network(), [0.0]
+    scale_out = ScaleOut(network, PROMISED, IDLE_S, clock=lambda: clock[0])
+    closed = []
+    for now_s, jobs in ((0.0, 0), (50.0, 0), (55.0, 1), (60.0, 0), (119.0, 0), (120.0, 0)):
+        clock[0] = now_s
+        network.closed.clear()
+        network.deployments = (Pipeline(1, 0), Pipeline(0, 1), Pipeline(jobs, 2))
+        asyncio.run(scale_out.check())
+        closed.append(list(network.closed))
+
+    assert closed == [[], [], [], [1], [1], [2, 1]]

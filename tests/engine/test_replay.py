@@ -61,8 +61,17 @@ class _Deployment:
         while self.pipeline.engine.num_sequences and not until():
             self.step()
 
-    def lose(self, *stages: int, logs_gone: Collection[int] = (), nodes: str = "") -> None:
-        """Replace stages by empty ones, on other nodes if `nodes` names them, and continue."""
+    def lose(
+        self,
+        *stages: int,
+        logs_gone: Collection[int] = (),
+        nodes: str = "",
+        alone: Collection[int] = (),
+    ) -> None:
+        """Replace stages by empty ones, on other nodes if `nodes` names them, and continue.
+
+        Each of the sequences `alone` runs by itself until it comes further.
+        """
         pipeline, engine = self.pipeline, self.pipeline.engine
         engine.suspend()
         self._run_in_flight_up_to(min(stages))
@@ -81,7 +90,7 @@ class _Deployment:
             for index, runner in enumerate(pipeline.stages)
             if index not in logs_gone
         }
-        engine.resume(pipeline.topology, stages, num_sent)
+        engine.resume(pipeline.topology, stages, num_sent, alone)
 
     def change_boundaries(self, *boundaries: int) -> PieceSet:
         """Continue with stages between other boundaries; return those that had to be loaded."""
@@ -200,6 +209,20 @@ def test_stages_lost_one_after_another_fill_each_other(cut_model: Callable[[str]
     got = _disturbed(model, (1,), (2,), (1,), (3,), (2,), after=3)
 
     assert got.tokens == _undisturbed(model).tokens
+
+
+def test_sequences_that_run_alone_after_a_loss_get_the_same_tokens(
+    cut_model: Callable[[str], CutModel],
+) -> None:
+    model = cut_model("llama")
+    deployment = _Deployment(model)
+    deployment.add(_PROMPTS, _SAMPLING)
+    deployment.run(until=lambda: deployment.pipeline.engine.num_completed >= 6)
+    deployment.lose(1, alone=(1, 3, 4))
+    deployment.run()
+
+    assert deployment.tokens == _undisturbed(model).tokens
+    assert deployment.work == _undisturbed(model).work
 
 
 def test_a_stage_lost_while_another_is_filled_again(cut_model: Callable[[str], CutModel]) -> None:

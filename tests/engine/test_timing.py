@@ -5,25 +5,81 @@ import pytest
 from azu import metrics
 from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig, Sequence
-from azu.engine.timing import STALL_S, PipelineMetrics, StageClock, hop_s
+from azu.engine.timing import STALL_S, PipelineMetrics, StageClock, StageTiming, StepTimes, hop_s
 from azu.metrics import Meter
 from azu.protocol.job import FinishReason, TokenEvent
 from azu.protocol.sampling import SamplingParams
+from azu.protocol.step import PieceProgress, PieceState
 from tests.builders import structure, topology
 
 
+def ran(clock: StageClock, taken_s: float, done_s: float) -> StageTiming:
+    clock.begin(1, 8, taken_s)
+    return clock.end(done_s)
+
+
 def test_a_hop_excludes_the_time_of_the_stage() -> None:
-    timing = StageClock().record(taken_s=5.0, done_s=5.2)
+    timing = ran(StageClock(), 5.0, 5.2)
 
     assert hop_s(0.203, timing) == pytest.approx(0.003)
 
 
 def test_a_frame_that_may_have_waited_for_the_stage_gives_no_hop() -> None:
     clock = StageClock()
-    clock.record(5.0, 5.2)
+    ran(clock, 5.0, 5.2)
 
-    assert hop_s(0.4, clock.record(5.2001, 5.4)) is None
-    assert hop_s(0.203, clock.record(6.0, 6.2)) == pytest.approx(0.003)
+    assert hop_s(0.4, ran(clock, 5.2001, 5.4)) is None
+    assert hop_s(0.203, ran(clock, 6.0, 6.2)) == pytest.approx(0.003)
+
+
+def test_a_piece_says_how_far_it_is_while_it_computes_and_that_it_waits() -> None:
+    clock = StageClock()
+    assert clock.progress() == PieceProgress(0, 0, PieceState.IDLE)
+    clock.begin(7, 8, 5.0)
+    clock.layer_done()
+    assert clock.progress() == PieceProgress(7, 1, PieceState.BUSY)
+    with clock.waiting():
+        assert clock.progress().state is PieceState.WAITING
+    clock.layer_done()
+    clock.end(5.5)
+    assert clock.progress() == PieceProgress(7, 2, PieceState.IDLE)
+    clock.begin(8, 8, 6.0)
+    assert clock.progress() == PieceProgress(8, 2, PieceState.BUSY, expected_s=0.5)
+
+
+def test_a_step_is_expected_to_take_what_nine_of_ten_such_steps_took_lately() -> None:
+    times = StepTimes()
+    assert times.expected_s(1) is None
+    for tenths in range(1, 21):
+        times.record(5, tenths / 10)
+    times.record(100, 30.0)
+
+    assert times.expected_s(6) == 1.9
+    assert times.expected_s(1) == 1.9, "narrower steps take hardly less time"
+    assert times.expected_s(20) == 4 * 1.9, "wider ones may take as much more as they are wider"
+    for _ in range(32):
+        times.record(5, 0.2)
+    assert times.expected_s(5) == 0.2
+
+
+def test_a_slowdown_compares_recent_steps_with_the_quickest_of_their_width() -> None:
+    times = StepTimes()
+    for _ in range(7):
+        times.record(5, 0.1)
+        assert times.slowdown == 1.0
+    times.record(5, 0.1)
+    for _ in range(3):
+        times.record(5, 9.0)
+    assert times.slowdown == 1.0, "a few slow steps are none"
+    for _ in range(8):
+        times.record(5, 1.0)
+    assert times.slowdown == pytest.approx(10.0)
+    times.record(64, 3.0)
+    assert times.slowdown == 1.0
+    for milliseconds in (1, 9, 15):
+        for _ in range(8):
+            times.record(1, milliseconds / 1000)
+        assert times.slowdown == 1.0, "so short steps vary by themselves"
 
 
 MODEL = "test/model"

@@ -116,6 +116,11 @@ PARTS = (
         pytest("tests/network/test_node_loss.py", "-m", "prove", "-s"),
     ),
     Part(
+        "slow stage",
+        "a stage at a tenth of its speed, 8 busy loops, 20 minutes: 8 streams go on, no piece is replaced",
+        pytest("tests/network/test_slow_stage.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "host cut off",
         "three hosts, the link of one down for 30 s: 4 streams go on, identical",
         pytest("tests/network/test_host_cut_off.py", "-m", "prove", "-s"),
