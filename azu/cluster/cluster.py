@@ -61,7 +61,7 @@ class Capacity:
         return sums([*placed, *self.promised.values()])
 
     def promise(self, topology: Topology) -> Topology:
-        """Keep the room of a pipeline that is to be brought up; return it with a number of its own."""
+        """Keep the room of a pipeline before it is brought up; return it with a number of its own."""
         numbers = {key[2] for key in (*self._deployments, *self.promised) if key[:2] == topology.key[:2]}
         topology = replace(topology, replica=next(number for number in count() if number not in numbers))
         self.promised[topology.key] = topology.vram_bytes_by_node
