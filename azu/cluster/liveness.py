@@ -1,8 +1,8 @@
 """Whether a piece lives, is slow or hangs, by the answers that it gives while it computes.
 
 A piece whose count of steps and layers moves is at most slow: it is waited for. One whose count stands still
-for long, while it computes or does not answer, hangs. Whoever asks may be late as well: that time counts for
-no piece.
+for long, while it computes or does not answer, hangs. The asker may be late itself: that time counts for no
+piece.
 """
 
 from collections.abc import Mapping, Sequence
