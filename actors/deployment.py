@@ -44,11 +44,16 @@ class RayBackend:
     """A DeploymentBackend, whose methods say what each of these does.
 
     Pieces run on the nodes that have an agent, pipelines on the head, against `redis_url`. `blamed` is called
-    with the id of a node that sent a bad frame.
+    with the id of a node that sent a bad frame, `marked` with the arguments of `mark`.
     """
 
     def __init__(
-        self, policy: NetworkPolicy, redis_url: str, agents: NodeAgents, blamed: Callable[[str], None]
+        self,
+        policy: NetworkPolicy,
+        redis_url: str,
+        agents: NodeAgents,
+        blamed: Callable[[str], None],
+        marked: Callable[[str, str, int, str], None],
     ) -> None:
         self.nodes: Mapping[str, Node] = agents.nodes
         self._policy = policy
@@ -56,6 +61,7 @@ class RayBackend:
         self._redis_url = redis_url
         self._agents = agents
         self._blamed = blamed
+        self._marked = marked
         self._actors: dict[str, _Actor] = {}
 
     async def structure(self, model_id: str, revision: str) -> Structure:
@@ -72,6 +78,9 @@ class RayBackend:
 
     def blame(self, node_id: str) -> None:
         self._blamed(node_id)
+
+    def mark(self, node_id: str, model_id: str, layer: int, owner: str) -> None:
+        self._marked(node_id, model_id, layer, owner)
 
     # Pieces
 

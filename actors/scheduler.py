@@ -44,7 +44,7 @@ class Scheduler:
         )
         self._agents = NodeAgents(policy.heartbeat, config.home, self._nodes)
         self._cluster = Cluster(
-            RayBackend(policy, config.pipeline_redis_url, self._agents, self._blame),
+            RayBackend(policy, config.pipeline_redis_url, self._agents, self._blame, self._mark),
             lambda placed, given_back: self._nodes.nodes(time.monotonic(), placed, given_back),
             policy.plan_policy(),
             DeploymentStore.from_url(config.redis_url),
@@ -167,7 +167,11 @@ class Scheduler:
 
     async def _check_kv(self) -> None:
         """Keep deployments within the room that their nodes have."""
-        await self._kv_pressure.check(self._nodes.reports(), time.monotonic())
+        now_s = time.monotonic()
+        for node_id in self._nodes.marks.judge(self._cluster.placed_bytes(), now_s):
+            log.warning("node %s alone computed values that are not finite", node_id[:8])
+            self._nodes.suspect(node_id, now_s)
+        await self._kv_pressure.check(self._nodes.reports(), now_s)
 
     async def _check_nodes(self) -> None:
         """Request nodes while jobs find no room."""
@@ -185,6 +189,10 @@ class Scheduler:
         if node := self._agents.nodes.get(node_id):
             log.warning("node %s sent a bad frame", node.name)
             self._meter.count(BAD_FRAMES, 1, node.name)
+
+    def _mark(self, node_id: str, model_id: str, layer: int, owner: str) -> None:
+        log.warning("node %s: values of %s, layer %d, are not finite", node_id[:8], model_id, layer)
+        self._nodes.marks.mark((model_id, layer), node_id, owner, time.monotonic())
 
     def _node_died(self, node_id: str) -> None:
         log.warning("node %s is dead", node_id[:8])

@@ -7,6 +7,7 @@ and never carries a secret.
 from collections.abc import Iterator
 from typing import ClassVar
 
+NUMERICS_ERROR = "numerics_error"
 _MAX_MESSAGE_CHARACTERS = 4096
 _MAX_PARAM_CHARACTERS = 256
 
@@ -179,6 +180,29 @@ class FrameError(InternalError):
     """A frame does not agree with its header, its sender or the current topology."""
 
     default_code = "bad_frame"
+
+
+class NumericsError(InternalError):
+    """A worker computed values for one sequence that are not finite, from values that were.
+
+    `node_id` and `layer` name the worker's node and the layer.
+    """
+
+    default_code = NUMERICS_ERROR
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+        node_id: str = "",
+        layer: int = 0,
+    ) -> None:
+        super().__init__(message, param=param, code=code, retry_after_s=retry_after_s)
+        self.node_id = node_id
+        self.layer = layer
 
 
 class ShardError(InternalError):

@@ -271,14 +271,22 @@ class AnswerFormatter:
         if not delta.logprobs or decoder is None:
             return None
         return TextLogprobs(
-            tokens=tuple(map(decoder.token_text, delta.token_ids)),
+            tokens=tuple(_spelled(decoder, token_id) for token_id in delta.token_ids),
             token_logprobs=tuple(max(logprob, _LOWEST_LOGPROB) for logprob in delta.logprobs),
             top_logprobs=tuple(
-                {decoder.token_text(token_id): max(logprob, _LOWEST_LOGPROB) for token_id, logprob in top}
+                # Of tokens with the same text the last stays: the best one.
+                {_spelled(decoder, one): max(logprob, _LOWEST_LOGPROB) for one, logprob in reversed(top)}
                 for top in delta.top_logprobs
             ),
             text_offset=delta.token_offsets,
         )
+
+
+def _spelled(decoder: TextDecoder, token_id: int) -> str:
+    r"""Return a token's text; a part of a character is spelled in bytes as OpenAI does: bytes:\xe2."""
+    text = decoder.token_text(token_id)
+    content = decoder.token_bytes(token_id) if "\ufffd" in text else None
+    return text if content is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def finish_reason(reason: FinishReason, num_calls: int = 0) -> str:

@@ -42,6 +42,14 @@ def plan(
     settings = Settings.from_environment()
     policy = load_network(network or settings.network).policy.plan_policy()
     structure = _structure(model, revision, settings.home / "shards")
+    if structure.may_overflow:
+        Console(stderr=True).print(
+            "Warning: this checkpoint is in bfloat16, and its config.json has it served in float16, whose "
+            "largest value is 65,504. Texts that exceed it end with numerics_error. "
+            'Set "dtype": "bfloat16" in its config.json, and cut it again.',
+            style="yellow",
+            soft_wrap=True,
+        )
     found = read_nodes(nodes, structure)
     planned = plan_pipelines(structure, found, policy, most=pipelines)
 

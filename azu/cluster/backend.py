@@ -42,6 +42,9 @@ class DeploymentBackend(Protocol):
     def blame(self, node_id: str) -> None:
         """Count a bad frame against the node that sent it."""
 
+    def mark(self, node_id: str, model_id: str, layer: int, owner: str) -> None:
+        """Mark a node that computed values for a sequence of `owner` that are not finite."""
+
     async def start(self, name: str, piece: Piece) -> None:
         """Reserve a piece's VRAM on its node and start its actor there."""
 

@@ -175,6 +175,12 @@ class Cluster:
             deployment.expect(job_id)
             return deployment
 
+    def beside(self, deployment: Deployment) -> Deployment | None:
+        """Return another deployment of the same model that serves, if there is one; they share no nodes."""
+        model_id, revision, _ = deployment.topology.key
+        others = (one for one in self._pipelines(model_id, revision) if one is not deployment)
+        return next((one for one in others if not one.broken), None)
+
     async def add_pipeline(self, model_id: str, revision: str) -> None:
         """Deploy one more pipeline of a running model on nodes of its own, where there are some.
 

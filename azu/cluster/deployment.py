@@ -21,7 +21,14 @@ from azu.cluster.backend import DeploymentBackend
 from azu.cluster.deployment_store import DeploymentRecord, DeploymentStore
 from azu.cluster.pieces import PieceActors
 from azu.cluster.repairs import RepairTimes, RepairTurns, Suspects, Suspicion
-from azu.errors import AzuError, DeadlineExceeded, HarmfulRequest, InsufficientCapacity, WorkerLost
+from azu.errors import (
+    AzuError,
+    DeadlineExceeded,
+    HarmfulRequest,
+    InsufficientCapacity,
+    NumericsError,
+    WorkerLost,
+)
 from azu.planner.kv_blocks import with_blocks
 from azu.planner.migration import TopologyChange
 from azu.planner.plan import check_kv_capacity
@@ -172,6 +179,8 @@ class Deployment:
         check_kv_capacity(self.structure, planned, num_tokens)
         self._held |= {job.job_id}
         run = await self._run(job)
+        if isinstance(run.error, NumericsError):
+            self._backend.mark(run.error.node_id, job.model_id, run.error.layer, job.address)
         self._held -= {job.job_id}
         self._suspects.forget(job.job_id)
         return replace(run, payout_by_node=dict(self._payout_by_node), placements=self.placements())
@@ -277,6 +286,11 @@ class Deployment:
             for node_id in self._pieces.nodes_of(lost):
                 self._backend.blame(node_id)
         self._lose(lost)
+
+    def blame(self, node_id: str) -> None:
+        """Replace what is on a node that computed values that are not finite, where another's are."""
+        self._backend.blame(node_id)
+        self.node_lost(node_id)
 
     def node_lost(self, node_id: str) -> None:
         """Give up what is on a node that died or is being left; starts under way there fail at once."""

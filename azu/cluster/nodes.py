@@ -1,6 +1,6 @@
 """The nodes: the last report of each, how long it has been silent, and the room that is left on it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -9,6 +9,10 @@ from azu.protocol.node import Node, NodeState
 # A scheduler that was busy itself for longer than this between two checks missed reports: no node was silent.
 _LONGEST_CHECK_S = 1.5
 _MOST_DOUBLINGS = 8
+_MARK_S = 3600.0
+_MARKING_OWNERS = 3
+
+_Layer = tuple[str, int]  # the model's id, and the layer's number
 
 
 # A node that was silent for more than half of its time gets twice the time for so long.
@@ -31,6 +35,69 @@ class _Entry:
     bad_frames: int = 0
 
 
+class NumericsMarks:
+    """Marks of nodes that computed values for a sequence that are not finite, by the layer of a model.
+
+    A text may exceed a model's dtype on any node. Marks by three owners within an hour put a node in doubt,
+    and its pieces are to move. A mark at another node, for the same layer, shows that the texts or the model
+    are at fault, once and for all. An hour without one, after the node gave its pieces away, blames it.
+    The clock is the caller's, in seconds.
+    """
+
+    def __init__(self) -> None:
+        self._marks: dict[_Layer, list[_Mark]] = {}
+        self._doubts: dict[_Layer, _Doubt] = {}
+        self._excused: set[_Layer] = set()
+
+    def mark(self, layer: _Layer, node_id: str, owner: str, now_s: float) -> None:
+        """Mark a node for a sequence of `owner`."""
+        if layer in self._excused:
+            return
+        marks = [one for one in self._marks.get(layer, ()) if now_s - one.at_s < _MARK_S]
+        marks.append(_Mark(node_id, owner, now_s))
+        self._marks[layer] = marks
+        doubt = self._doubts.get(layer)
+        if {one.node_id for one in marks} | {doubt.node_id if doubt else node_id} != {node_id}:
+            self._excused.add(layer)
+            del self._marks[layer]
+            self._doubts.pop(layer, None)
+        elif doubt is None and len({one.owner for one in marks}) >= _MARKING_OWNERS:
+            self._doubts[layer] = _Doubt(node_id)
+
+    @property
+    def doubted(self) -> frozenset[str]:
+        """The nodes in doubt."""
+        return frozenset(doubt.node_id for doubt in self._doubts.values())
+
+    def judge(self, holders: Collection[str], now_s: float) -> frozenset[str]:
+        """Return the nodes to blame now; `holders` are those that hold pieces. Called again and again."""
+        blamed = set()
+        for layer, doubt in list(self._doubts.items()):
+            if doubt.node_id in holders:
+                doubt.gone_s = None
+            elif doubt.gone_s is None:
+                doubt.gone_s = now_s
+            elif now_s - doubt.gone_s >= _MARK_S:
+                blamed.add(doubt.node_id)
+                del self._doubts[layer], self._marks[layer]
+        return frozenset(blamed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    node_id: str
+    owner: str
+    at_s: float
+
+
+@dataclass(slots=True)
+class _Doubt:
+    """A node in doubt, and since when it holds no piece any more."""
+
+    node_id: str
+    gone_s: float | None = None
+
+
 class NodeTable:
     """The last report of every node; a missing report makes a node suspect after `suspect_s`.
 
@@ -47,6 +114,7 @@ class NodeTable:
         self._on_dead = on_dead
         self._entries: dict[str, _Entry] = {}
         self._checked_s: float | None = None
+        self.marks = NumericsMarks()
 
     def record(self, node: Node, now_s: float) -> None:
         """Take a node's report."""
@@ -116,8 +184,12 @@ class NodeTable:
         )
 
     def reports(self) -> tuple[Node, ...]:
-        """Return the last report of each node that is not dead, unchanged."""
-        return tuple(entry.node for _, entry in sorted(self._entries.items()) if not entry.is_dead)
+        """Return the last report of each node that is not dead; one in doubt is SUSPECT in it."""
+        return tuple(
+            replace(entry.node, state=NodeState.SUSPECT) if node_id in self.marks.doubted else entry.node
+            for node_id, entry in sorted(self._entries.items())
+            if not entry.is_dead
+        )
 
     def _forgive_missed(self, now_s: float) -> None:
         """Count no silence for a time in which the scheduler took no reports."""
@@ -132,7 +204,8 @@ class NodeTable:
     def _state(self, entry: _Entry, now_s: float) -> NodeState:
         if entry.is_dead or now_s - entry.heard_s >= self._limit_s(entry, now_s):
             return NodeState.DEAD
-        is_suspect = now_s - entry.reported_s >= self._suspect_s or now_s < entry.trusted_s
+        is_late = now_s - entry.reported_s >= self._suspect_s
+        is_suspect = is_late or now_s < entry.trusted_s or entry.node.node_id in self.marks.doubted
         if is_suspect and entry.node.state is NodeState.ALIVE:
             return NodeState.SUSPECT
         return entry.node.state

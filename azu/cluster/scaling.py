@@ -196,8 +196,8 @@ class KvPressure:
             await deployment.resize(wanted)
 
     def _must_be_vacated(self, node: Node, reductions: Mapping[PipelineKey, KvReduction]) -> bool:
-        """Say whether pieces must go: the owner leaves, or no KV that could be given up is enough."""
-        if node.state is NodeState.LEAVING:
+        """Say whether pieces must go: the owner leaves, marks doubt it, or all KV given up is not enough."""
+        if node.state in (NodeState.LEAVING, NodeState.SUSPECT):
             return True
         is_short = any(
             (reduction := reductions.get(one.topology.key)) is not None and reduction.missing_bytes

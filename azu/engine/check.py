@@ -136,6 +136,9 @@ def _run_stages(
             on_logits=keep,
         )
         done = pipeline.generate(prompts, SamplingParams(max_tokens=_NEW_TOKENS, ignore_eos=True))
+        for one in done:
+            if one.error is not None:
+                raise one.error
         return [one.token_ids for one in done], [torch.stack(seen[key]) for key in sorted(seen)]
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from azu.engine.layout import Layout
 from azu.engine.out_of_memory import run_in_parts
-from azu.engine.stage_contract import ExpertsFailed, is_bad_frame
-from azu.engine.tensors import dtype_name, dtype_named, payload_of, tensor_of
+from azu.engine.stage_contract import ExpertsFailed, RowsNotFinite, is_bad_frame
+from azu.engine.tensors import all_finite, dtype_name, dtype_named, payload_of, tensor_of
 from azu.engine.weights import expert_tensors, load_part
 from azu.errors import AzuError, FrameError, ShardError
 from azu.models.compat import set_num_experts
@@ -83,10 +83,12 @@ class StepContext:
         self._layout: Layout | None = None
         self._owners = torch.empty(0, dtype=torch.long)
         self._work: list[ExpertWork] = []
+        self.not_finite: dict[int, str] = {}  # layer -> the node whose experts left finite numbers
 
     def begin(self, step: StepId, layout: Layout) -> None:
         """Start a step."""
         self._step, self._layout, self._work = step, layout, []
+        self.not_finite.clear()
         counts = torch.tensor([slice_.num_tokens for slice_ in layout.slices])
         self._owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
 
@@ -248,7 +250,7 @@ class DistributedExperts(nn.Module):
         self._holders = _holders(self._distributed, self._held)
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Return the weighted sum [T, H] of every token's experts."""
+        """Return the weighted sum [T, H] of every token's experts; NaN for a token without a finite one."""
         padding = self._context.layout.padding
         if padding is None:
             return self._merged(hidden, ids, weights)
@@ -259,6 +261,15 @@ class DistributedExperts(nn.Module):
         return out
 
     def _merged(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if not all_finite(hidden) or not all_finite(weights):
+            # No expert gets such a token.
+            is_lost = ~(hidden.isfinite().all(-1, True) & weights.isfinite().all(-1, True))
+            zeros = (
+                hidden.masked_fill(is_lost, 0),
+                ids.masked_fill(is_lost, -1),
+                weights.masked_fill(is_lost, 0),
+            )
+            return self._merged(*zeros).masked_fill(is_lost, torch.nan)
         counts = _counts(ids, self._distributed.num_experts)
         self._num_chosen = [before + count for before, count in zip(self._num_chosen, counts, strict=True)]
         servers = self._servers(ids, counts)
@@ -272,9 +283,15 @@ class DistributedExperts(nn.Module):
             request = sent.popleft()
             try:
                 answer = self._answer(request, hidden.device)
-            except ExpertsFailed as error:
+            except (ExpertsFailed, RowsNotFinite) as error:
                 missing = ids.masked_fill(~request.choices, -1)
-                self._switch_to_replicas(request.expert_set, missing, error)
+                if isinstance(error, RowsNotFinite):
+                    rows = request.rows[list(error.rows)]
+                    out[rows] = torch.nan
+                    self._compare(request, hidden[rows], missing[rows], weights[rows])
+                    missing[rows] = -1
+                else:
+                    self._switch_to_replicas(request.expert_set, missing, error)
                 counts = _counts(missing, self._distributed.num_experts)
                 sent += self._send(self._servers(missing, counts), hidden, missing, weights)
                 continue
@@ -305,8 +322,42 @@ class DistributedExperts(nn.Module):
         try:
             answer = request.pending.result(self._timeout_s)
             return decode_answer(answer, request.content, request.slices, self.layer, device)
+        except RowsNotFinite as error:
+            if error.rows and set(error.rows) <= set(range(len(request.rows))):
+                raise
+            raise ExpertsFailed(request.expert_set.index, "it named rows that it was not sent") from error
         except AzuError as error:
             raise ExpertsFailed(request.expert_set.index, error.message) from error
+
+    def _compare(self, request: _SentRequest, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        """Have other holders compute rows for which an expert set has no finite values.
+
+        Raises ExpertsFailed where their values are finite: the set is to blame. Elsewhere the rows are.
+        """
+        failed, holders = request.expert_set, self._holders
+        self._context.not_finite[self.layer] = failed.node_id
+        others = {
+            expert: tuple(index for index in indices if index != failed.index)
+            for expert, indices in holders.items()
+        }
+        asked = set(ids.flatten().tolist()) - {-1}
+        if not all(others[expert] for expert in asked):
+            return
+        self._holders = others
+        try:
+            servers = self._servers(ids, _counts(ids, self._distributed.num_experts))
+            for other in self._send(servers, hidden, ids, weights):
+                self._answer(other, hidden.device)
+            if self._held is not None:
+                own = self._held(hidden, ids.masked_fill(servers != _LOCAL, -1), weights)
+                if not all_finite(own):
+                    return
+        except (RowsNotFinite, ExpertsFailed):
+            return
+        finally:
+            self._holders = holders
+        fault = FrameError("its values are not finite, and those of the same experts elsewhere are")
+        raise ExpertsFailed(failed.index, fault.message) from fault
 
     def _switch_to_replicas(self, failed: ExpertSet, ids: Tensor, error: ExpertsFailed) -> None:
         """Use replicas in place of a set that is gone, until the next topology.
@@ -382,7 +433,8 @@ class ExpertRunner:
     def run(self, layer: int, request: bytes) -> bytes:
         """Run a request's token slices through the experts of a layer.
 
-        Raises FrameError for a malformed request, and for one of experts that are not held here.
+        Raises FrameError for a malformed request, and for one of experts that are not held here, and
+        RowsNotFinite for rows whose sum is not finite.
         """
         if layer not in self._held:
             raise FrameError(f"no expert of layer {layer} is held here")
@@ -395,6 +447,8 @@ class ExpertRunner:
 
         parts = run_in_parts(run, range(len(slices.ids)), _halved, self._device.type)
         sums = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not all_finite(sums):
+            raise RowsNotFinite(tuple((~sums.isfinite().all(-1)).nonzero()[:, 0].tolist()))
         return encode_answer(sums, request, slices.step, layer)
 
     def _refuse(self, slices: TokenSlices, held: HeldExperts) -> None:

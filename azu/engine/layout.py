@@ -180,5 +180,6 @@ def _positions(slice_: Slice) -> Tensor:
 
 
 def _padded(slots: Tensor, length: int, *, left: bool = False) -> Tensor:
-    gap = length - len(slots)
-    return torch.nn.functional.pad(slots, (gap, 0) if left else (0, gap))
+    # A mask gives the padding the weight 0, and 0 times NaN is NaN: it reads a slot of the same sequence.
+    padding = slots[:1].expand(length - len(slots))
+    return torch.cat((padding, slots) if left else (slots, padding))

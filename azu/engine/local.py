@@ -17,7 +17,7 @@ from azu.engine.scheduler import SchedulerConfig
 from azu.engine.scheduler import Sequence as EngineSequence
 from azu.engine.stage_contract import Handoff, StageSpec
 from azu.engine.stage_runner import StageRunner
-from azu.errors import DeadlineExceeded, InternalError
+from azu.errors import AzuError, DeadlineExceeded, InternalError
 from azu.models.config_json import eos_token_ids
 from azu.protocol.job import FinishReason, TokenEvent
 from azu.protocol.sampling import SamplingParams
@@ -34,13 +34,14 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     work: Work = field(default_factory=dict)
+    error: AzuError | None = None
 
     def add(self, event: TokenEvent) -> None:
         """Append the tokens of an event, and take its work when it is the last one."""
         self.token_ids += event.token_ids
         self.logprobs += event.logprobs
         if event.finish_reason is not None:
-            self.finish_reason, self.work = event.finish_reason, event.work
+            self.finish_reason, self.work, self.error = event.finish_reason, event.work, event.error
 
 
 class LocalPipeline:

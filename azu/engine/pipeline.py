@@ -6,10 +6,21 @@ from dataclasses import dataclass, replace
 
 from azu.engine.accounting import Work, WorkAccount
 from azu.engine.scheduler import BatchScheduler, SchedulerConfig, Sequence
+from azu.errors import AzuError, InternalError, NumericsError
+from azu.logs import log_context
 from azu.protocol.job import FinishReason, TokenEvent
-from azu.protocol.step import OpenedSequence, Replay, SampledToken, Slice, StepBatch, StepResult
+from azu.protocol.step import (
+    OpenedSequence,
+    Replay,
+    SampledToken,
+    SequenceFault,
+    Slice,
+    StepBatch,
+    StepResult,
+)
 from azu.protocol.structure import Structure
 from azu.protocol.topology import Topology
+from azu.supervision import as_known_error
 
 Chosen = tuple[tuple[Sequence, Slice], ...]
 
@@ -181,7 +192,10 @@ class EnginePipeline:
         return self._send(None, tuple(chosen)) if chosen else None
 
     def complete(self, result: StepResult) -> dict[int, TokenEvent]:
-        """Take a step back from the last stage; one of another epoch or not in flight changes nothing."""
+        """Take a step back from the last stage; one of another epoch or not in flight changes nothing.
+
+        Whatever goes wrong with a sequence ends that sequence, and no other.
+        """
         if result.epoch != self._epoch or result.step not in self._in_flight:
             return {}
         step = self._in_flight.pop(result.step)
@@ -190,16 +204,26 @@ class EnginePipeline:
         if step.replay:
             if not self._replays and not self._in_flight:
                 self._unfilled.clear()
-            return {}
+            return self._faults(step, result)
         self.num_completed += 1
         counted = {
             sequence.sequence_id for sequence, slice_ in step.chosen if self._returned(sequence, slice_)
         }
         self._account.add_expert_work(work for work in result.expert_work if work.sequence_id in counted)
-        return {
+        return self._faults(step, result) | {
             token.sequence_id: self._sampled(sequence, token)
             for token in result.tokens
             if (sequence := self._sequences.get(token.sequence_id)) is not None
+        }
+
+    def _faults(self, step: "_Step", result: StepResult) -> dict[int, TokenEvent]:
+        if result.faults:
+            # A stage that could not pass the step on kept from the later ones which sequences are over.
+            self._closed += step.closed
+        return {
+            fault.sequence_id: self._failed(sequence, _error(fault))
+            for fault in result.faults
+            if (sequence := self._sequences.get(fault.sequence_id)) is not None
         }
 
     def _send(self, replay: Replay | None, chosen: Chosen) -> StepBatch:
@@ -235,7 +259,11 @@ class EnginePipeline:
 
     def _sampled(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
         self._scheduler.extend(sequence, token.token_id)
-        reason = self._finish_reason(sequence, token.token_id)
+        try:
+            reason = self._finish_reason(sequence, token.token_id)
+        except Exception as error:
+            with log_context(sequence_id=sequence.sequence_id):
+                return self._failed(sequence, as_known_error(error, "the search for stop strings"))
         return TokenEvent(
             index=0,
             token_ids=(token.token_id,),
@@ -244,6 +272,10 @@ class EnginePipeline:
             finish_reason=reason,
             work={} if reason is None else self._finish(sequence),
         )
+
+    def _failed(self, sequence: Sequence, error: AzuError) -> TokenEvent:
+        work = self._finish(sequence)
+        return TokenEvent(0, (), finish_reason=FinishReason.ERROR, work=work, error=error)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         sampling = sequence.sampling
@@ -291,6 +323,12 @@ class _Step:
     chosen: Chosen
     closed: tuple[int, ...]
     replay: Replay | None
+
+
+def _error(fault: SequenceFault) -> AzuError:
+    if fault.node_id is not None:
+        return NumericsError(fault.message, node_id=fault.node_id, layer=fault.layer)
+    return InternalError(fault.message, code=fault.code)
 
 
 def _tokens(chosen: Chosen) -> tuple[int, ...]:

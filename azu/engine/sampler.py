@@ -1,6 +1,7 @@
 """The choice of each sequence's next token, with transformers' logits processors and no random state."""
 
 import struct
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -16,14 +17,14 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
-from azu.errors import FrameError
+from azu.engine.stage_contract import fault_of
+from azu.errors import NUMERICS_ERROR, FrameError, InternalError
 from azu.protocol.sampling import SamplingParams
-from azu.protocol.step import OpenedSequence, SampledToken
+from azu.protocol.step import OpenedSequence, SampledToken, SequenceFault
 
-_SEED = struct.Struct("<QQ")
+_SEED = struct.Struct("<QQQ")
 _SEED_MASK = (1 << 64) - 1
 # float32 has no smaller normal number: below it the highest logit has the whole probability.
 _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
@@ -32,7 +33,7 @@ _LOW_TEMPERATURE = 0.01
 
 
 class Sampler:
-    """Samples for opened sequences; the token at index n depends only on the logits, the seed and n."""
+    """Samples for opened sequences; the token at index n depends only on the prompt, logits, seed and n."""
 
     def __init__(self) -> None:
         self._open: dict[int, _OpenSequence] = {}
@@ -51,22 +52,25 @@ class Sampler:
         """Forget every sequence."""
         self._open.clear()
 
-    def sample(self, sequence_ids: Sequence[int], logits: Tensor) -> tuple[SampledToken, ...]:
-        """Return one new token per row of logits [num_sequences, vocabulary].
+    def sample(
+        self, sequence_ids: Sequence[int], logits: Tensor
+    ) -> tuple[tuple[SampledToken, ...], tuple[SequenceFault, ...]]:
+        """Return one new token per row of finite logits [num_sequences, vocabulary], or the sequence's fault.
 
-        Raises FrameError for a sequence that was never opened and for logits that are not finite.
+        Raises FrameError for a sequence that was never opened.
         """
         unknown = [sequence_id for sequence_id in sequence_ids if sequence_id not in self._open]
         if unknown:
             raise FrameError(f"sequence {unknown[0]} was never opened at the last stage")
-        if not bool(torch.isfinite(logits).all()):
-            raise FrameError("the last stage computed logits that are not finite")
         logits = logits.float().cpu()
         best = logits.argmax(-1).tolist()
-        return tuple(
-            self._open[sequence_id].next(row, choice)
-            for sequence_id, row, choice in zip(sequence_ids, logits, best, strict=True)
-        )
+        tokens, faults = [], []
+        for sequence_id, row, choice in zip(sequence_ids, logits, best, strict=True):
+            try:
+                tokens.append(self._open[sequence_id].next(row, choice))
+            except Exception as error:
+                faults.append(fault_of(sequence_id, error, "the choice of a token"))
+        return tuple(tokens), tuple(faults)
 
 
 class _OpenSequence:
@@ -76,16 +80,26 @@ class _OpenSequence:
         if sampling.temperature < _LEAST_TEMPERATURE:
             self._sampling = sampling = replace(sampling, temperature=0.0)
         self._num_prompt = len(opened.prompt_token_ids)
+        # Without it, one seed would draw alike for all prompts.
+        self._prompt_hash = xxhash.xxh3_64_intdigest(array("q", opened.prompt_token_ids))
         self._tokens = [*opened.prompt_token_ids, *opened.generated]
         self._counts = Counter(opened.generated)
-        self._processors = _processors(sampling, self._num_prompt, self._counts)
+        self._processors: LogitsProcessorList | None = None
 
     def next(self, logits: Tensor, best: int) -> SampledToken:
         """Choose from logits [vocabulary]; `best` is their greedy choice."""
+        if self._processors is None:
+            # Not when the sequence is opened: what fails here is this sequence's fault.
+            self._processors = _processors(self._sampling, self._num_prompt, self._counts)
         if not self._processors and self._sampling.temperature == 0:
             token = best
         else:
             scores = self._processors(torch.tensor([self._tokens]), logits[None].clone())
+            if not bool(scores.amax().isfinite()):
+                raise InternalError(
+                    "the sampling parameters leave no token a finite score: use smaller values",
+                    code=NUMERICS_ERROR,
+                )
             token = int(scores.argmax()) if self._sampling.temperature == 0 else self._draw(scores)
         self._tokens.append(token)
         self._counts[token] += 1
@@ -100,7 +114,8 @@ class _OpenSequence:
         index = len(self._tokens) - self._num_prompt
         # A new generator for each draw: a stage that continues the sequence at any index draws the same
         # token.
-        seed = xxhash.xxh3_64_intdigest(_SEED.pack(self._sampling.seed & _SEED_MASK, index))
+        of_all = _SEED.pack(self._prompt_hash, self._sampling.seed & _SEED_MASK, index)
+        seed = xxhash.xxh3_64_intdigest(of_all)
         generator = torch.Generator().manual_seed(seed)
         return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
 
@@ -140,6 +155,22 @@ class _CountPenalty(LogitsProcessor):  # type: ignore[misc]
         return scores.index_add(1, ids, -(self._presence + self._frequency * counts)[None])
 
 
+class _TopP(LogitsProcessor):  # type: ignore[misc]
+    """Keeps the fewest tokens with a probability of `top_p` together; of equal ones the first ids.
+
+    transformers' own leaves the order of equal ones to the device.
+    """
+
+    def __init__(self, top_p: float) -> None:
+        self._top_p = top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+        probabilities, order = scores.softmax(-1).sort(descending=True, stable=True)
+        is_out = probabilities.cumsum(-1) - probabilities >= self._top_p
+        is_out[:, 0] = False
+        return scores.masked_fill(is_out.scatter(1, order, is_out), -torch.inf)
+
+
 def _processors(sampling: SamplingParams, num_prompt: int, counts: Counter[int]) -> LogitsProcessorList:
     """Return the processors of the logits, in the order in which transformers' generate applies them."""
     chosen = LogitsProcessorList()
@@ -161,7 +192,7 @@ def _processors(sampling: SamplingParams, num_prompt: int, counts: Counter[int])
     if sampling.top_k:
         chosen.append(TopKLogitsWarper(top_k=sampling.top_k))
     if sampling.top_p < 1.0:
-        chosen.append(TopPLogitsWarper(top_p=sampling.top_p))
+        chosen.append(_TopP(sampling.top_p))
     if sampling.min_p:
         chosen.append(MinPLogitsWarper(min_p=sampling.min_p))
     return chosen

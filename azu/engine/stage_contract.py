@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from azu.errors import AzuError, FrameError, WorkerLost
-from azu.protocol.step import StepBatch
+from azu.logs import log_context
+from azu.protocol.step import SequenceFault, StepBatch
 from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, PieceSet, Stage
+from azu.supervision import as_known_error
 from azu.units import MIB
 
 
@@ -63,8 +65,23 @@ class ExpertsFailed(WorkerLost):
         self.expert_set = expert_set
 
 
+class RowsNotFinite(WorkerLost):
+    """An expert set computed values that are not finite for some rows of a finite request."""
+
+    def __init__(self, rows: tuple[int, ...]) -> None:
+        super().__init__(f"the experts' values of {len(rows)} rows are not finite")
+        self.rows = rows
+
+
 class OutOfMemory(WorkerLost):
     """A piece has no memory left for the smallest step."""
+
+
+def fault_of(sequence_id: int, error: Exception, doing: str) -> SequenceFault:
+    """Return the fault that ends a sequence for an error of any kind; `doing` says in the log what failed."""
+    with log_context(sequence_id=sequence_id):
+        known = as_known_error(error, doing)
+    return SequenceFault(sequence_id, known.code or "internal_error", known.message)
 
 
 def is_bad_frame(error: AzuError) -> bool:

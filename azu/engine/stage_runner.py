@@ -4,12 +4,16 @@ It also keeps the hidden states that it sent, for a next stage that is lost and 
 again.
 """
 
+import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from azu.engine.experts import (
     DistributedExperts,
@@ -25,13 +29,24 @@ from azu.engine.malloc import give_back
 from azu.engine.out_of_memory import StepPart, run_in_parts
 from azu.engine.sampler import Sampler
 from azu.engine.stage import BuiltStage, build_stage
-from azu.engine.stage_contract import BadFrame, Handoff, OldEpoch, StageSpec
-from azu.engine.tensors import payload_of, tensor_of
-from azu.errors import FrameError
+from azu.engine.stage_contract import BadFrame, Handoff, OldEpoch, StageSpec, fault_of
+from azu.engine.tensors import all_finite, dtype_named, payload_of, tensor_of
+from azu.errors import NUMERICS_ERROR, AzuError, FrameError, WorkerLost
 from azu.models.skeleton import replace_module
 from azu.protocol.frame import Frame, FrameRow
-from azu.protocol.step import ExpertWork, SampledToken, Slice, StepBatch, StepResult
+from azu.protocol.step import (
+    ExpertWork,
+    SampledToken,
+    SequenceFault,
+    Slice,
+    StepBatch,
+    StepResult,
+)
 from azu.protocol.topology import Topology
+
+log = logging.getLogger(__name__)
+
+_Compute = Callable[[Tensor, Layout], Tensor]
 
 
 class StageRunner:
@@ -75,20 +90,32 @@ class StageRunner:
 
         The stage before the stages that a replay fills sends what it sent before. Raises OldEpoch for a step
         of an older topology, and FrameError for any other step that this stage cannot run; a BadFrame names
-        the stage that sent it.
+        the stage that sent it. Any other exception is the fault of the sequences that raise it when they run
+        alone, else of all that are in the step.
         """
         with self._lock, torch.inference_mode():
-            self._refuse_epoch(batch)
-            self._sent.drop(batch.closed)
-            if batch.replay is not None and self._spec.stage.index < batch.replay.first:
-                return Handoff(batch, self._frame(batch, self._kept(batch)))
-            rows = self._tokens(batch, frame) if self._spec.stage.index == 0 else self._received(batch, frame)
-            self._last_step = batch.step
-            if not batch.slices:
-                raise FrameError(f"step {batch.step} is empty")
-            if self._is_last:
-                return self._finish(*self._computed(batch, rows, self._logits))
-            return self._hand_on(*self._computed(batch, rows, self._hidden))
+            try:
+                return self._run(batch, frame)
+            except AzuError:
+                raise
+            except Exception as error:
+                if batch.slices:
+                    self._try_zeros(batch)
+                faults = [fault_of(one.sequence_id, error, self._failure) for one in batch.slices]
+                return _result(replace(batch, faults=(*batch.faults, *faults)), ())
+
+    def _run(self, batch: StepBatch, frame: bytes | None) -> Handoff | StepResult:
+        self._refuse_epoch(batch)
+        self._sent.drop(batch.closed)
+        if batch.replay is not None and self._spec.stage.index < batch.replay.first:
+            return Handoff(batch, self._frame(batch, self._kept(batch)))
+        rows = self._tokens(batch, frame) if self._spec.stage.index == 0 else self._received(batch, frame)
+        self._last_step = batch.step
+        if not batch.slices and not batch.faults:
+            raise FrameError(f"step {batch.step} is empty")
+        if self._is_last:
+            return self._finish(*self._computed(batch, rows, self._logits))
+        return self._hand_on(*self._computed(batch, rows, self._hidden))
 
     def relink(self, topology: Topology, experts: ExpertLink | None) -> None:
         """Use a topology with a higher epoch, in which this stage has the same layers and experts.
@@ -127,24 +154,132 @@ class StageRunner:
         """Return how often each expert was chosen, for the layers with distributed experts."""
         return {module.layer: module.num_chosen for module in self._distributed_layers}
 
-    def _computed(
-        self, batch: StepBatch, rows: Tensor, compute: Callable[[Tensor, Layout], Tensor]
-    ) -> tuple[StepBatch, Tensor]:
-        """Run rows, in parts when memory runs out; return the step for the next stage, and outputs."""
+    def _computed(self, batch: StepBatch, rows: Tensor, compute: _Compute) -> tuple[StepBatch, Tensor]:
+        """Run rows, in parts when memory runs out; return the step for the next stage, and finite outputs.
 
-        def run(part: StepPart) -> _PartResult:
+        A sequence that fails, or whose outputs are not finite, also when it runs alone, leaves the step as a
+        fault.
+        """
+        if not batch.slices:
+            return batch, rows
+        ran = list(self._isolated(batch, StepPart(batch.slices, rows), compute))
+        if all(isinstance(one, SequenceFault) for _, one in ran):
+            self._try_zeros(batch)
+        slices: list[Slice] = []
+        outs: list[Tensor] = []
+        faults, work, most_tokens = list(batch.faults), list(batch.expert_work), batch.most_tokens
+        for part, one in ran:
+            if isinstance(one, SequenceFault):
+                faults.append(one)
+                continue
+            work += one.work
+            if one.num_tokens < len(part.rows):
+                most_tokens = min(one.num_tokens, most_tokens or one.num_tokens)
+            for own, out in self._finite(batch, part, one.out, compute):
+                if isinstance(out, SequenceFault):
+                    faults.append(out)
+                else:
+                    slices += own
+                    outs.append(out)
+        batch = replace(
+            batch,
+            slices=tuple(slices),
+            faults=tuple(faults),
+            expert_work=tuple(work),
+            most_tokens=most_tokens,
+        )
+        return batch, _joined(outs) if outs else rows[:0]
+
+    def _isolated(
+        self, batch: StepBatch, part: StepPart, compute: _Compute
+    ) -> "Iterator[tuple[StepPart, _Ran | SequenceFault]]":
+        """Run a part, or its halves where it fails, down to the single sequences that fail."""
+        try:
+            yield part, self._ran(batch, part, compute)
+        except AzuError:
+            raise
+        except Exception as error:
+            if len(part.slices) == 1:
+                yield part, fault_of(part.slices[0].sequence_id, error, self._failure)
+                return
+            log.warning("%d sequences failed together: they run apart", len(part.slices), exc_info=True)
+            for half in part.halves() or ():
+                yield from self._isolated(batch, half, compute)
+
+    def _ran(self, batch: StepBatch, whole: StepPart, compute: _Compute) -> "_Ran":
+        def run(part: StepPart) -> _Ran:
             layout = self._layout(part.slices)
             self._context.begin(self._step_id(batch), layout)
-            return _PartResult(compute(part.rows, layout), len(part.rows), self._context.work)
+            return _Ran(compute(part.rows, layout), len(part.rows), self._context.work)
 
-        parts = run_in_parts(run, StepPart(batch.slices, rows), StepPart.halves, self._device.type)
-        work = (*batch.expert_work, *(one for part in parts for one in part.work))
-        batch = replace(batch, expert_work=work)
-        if len(parts) == 1:
-            return batch, parts[0].out
-        most_tokens = min(max(part.num_tokens for part in parts), batch.most_tokens or batch.num_tokens)
-        filled = [part.out for part in parts if len(part.out)]
-        return replace(batch, most_tokens=most_tokens), torch.cat(filled) if filled else parts[0].out
+        parts = run_in_parts(run, whole, StepPart.halves, self._device.type)
+        return _Ran(
+            _joined([part.out for part in parts]),
+            max(part.num_tokens for part in parts),
+            tuple(one for part in parts for one in part.work),
+        )
+
+    def _finite(
+        self, batch: StepBatch, part: StepPart, out: Tensor, compute: _Compute
+    ) -> Iterator[tuple[tuple[Slice, ...], Tensor | SequenceFault]]:
+        """Yield a part's outputs; sequences without finite ones run again alone, and may be at fault."""
+        if all_finite(out):
+            yield part.slices, out
+            return
+        sizes = [slice_.num_tokens for slice_ in part.slices]
+        out_sizes = [int(slice_.sample) for slice_ in part.slices] if self._is_last else sizes
+        for slice_, rows, own in zip(
+            part.slices, torch.split(part.rows, sizes), torch.split(out, out_sizes), strict=True
+        ):
+            is_finite = all_finite(own)
+            yield (slice_,), own if is_finite else self._alone(batch, StepPart((slice_,), rows), compute)
+
+    def _alone(self, batch: StepBatch, own: StepPart, compute: _Compute) -> Tensor | SequenceFault:
+        sequence_id = own.slices[0].sequence_id
+        with _not_finite(self._model.layers) as places:
+            try:
+                out = self._ran(batch, own, compute).out
+            except AzuError:
+                raise
+            except Exception as error:
+                return fault_of(sequence_id, error, self._failure)
+        if all_finite(out):
+            return out
+        stage, dtype = self._spec.stage, self._spec.structure.dtype
+        layer = stage.span.start + places[0] if places else stage.span.end - 1
+        advice = "serve this model in bfloat16" if dtype == "float16" else "its checkpoint may be damaged"
+        return SequenceFault(
+            sequence_id,
+            code=NUMERICS_ERROR,
+            message=f"layer {layer} computed values for this text that are not finite in {dtype}; {advice}",
+            node_id=self._context.not_finite.get(layer, stage.node_id),
+            layer=layer,
+        )
+
+    def _try_zeros(self, batch: StepBatch) -> None:
+        """Compute zeros in the place of a sequence that failed; raises WorkerLost where that fails too.
+
+        Then the stage is broken, and no sequence is at fault.
+        """
+        stage, structure = self._spec.stage, self._spec.structure
+        one = Slice(0, 0, 1, batch.slices[0].block_ids, sample=False, sequence_length=1)
+        shape, dtype = (
+            ((1,), torch.long)
+            if stage.index == 0
+            else ((1, structure.hidden_size), dtype_named(structure.dtype))
+        )
+        try:
+            zeros = torch.zeros(shape, dtype=dtype, device=self._device)
+            self._ran(batch, StepPart((one,), zeros), self._hidden)
+        except AzuError:
+            raise
+        except Exception as error:
+            raise WorkerLost(f"stage {stage.index} cannot compute any more") from error
+
+    @property
+    def _failure(self) -> str:
+        span = self._spec.stage.span
+        return f"layers {span.start} to {span.end - 1} for a sequence"
 
     def _hidden(self, rows: Tensor, layout: Layout) -> Tensor:
         return self._model.hidden(rows, layout, self._kv)
@@ -157,7 +292,7 @@ class StageRunner:
         payload = payload_of(hidden)
         self._sent.record(batch.slices, payload)
         if batch.replay is not None and self._spec.stage.index == batch.replay.last:
-            return _result(batch, (), ())
+            return _result(batch, ())
         return Handoff(replace(batch, token_ids=()), self._frame(batch, payload))
 
     def _kept(self, batch: StepBatch) -> bytes:
@@ -171,9 +306,9 @@ class StageRunner:
         sequence_ids = [slice_.sequence_id for slice_ in batch.slices if slice_.sample]
         if self._on_logits is not None and sequence_ids:
             self._on_logits(sequence_ids, logits)
-        tokens = self._sampler.sample(sequence_ids, logits) if sequence_ids else ()
+        tokens, faults = self._sampler.sample(sequence_ids, logits) if sequence_ids else ((), ())
         self._sampler.close(batch.closed)
-        return _result(batch, tokens, batch.expert_work)
+        return _result(replace(batch, faults=(*batch.faults, *faults)), tokens)
 
     def _tokens(self, batch: StepBatch, frame: bytes | None) -> Tensor:
         if frame is not None:
@@ -322,9 +457,32 @@ class SentLog:
         self._num_bytes += len(kept) - before
 
 
+@contextmanager
+def _not_finite(layers: Iterable[nn.Module]) -> Iterator[list[int]]:
+    """List the places of layers that put out values that are not finite while the block runs, in order."""
+    places: list[int] = []
+
+    def look(place: int, _module: nn.Module, _args: object, out: Any) -> None:
+        if not all_finite(out[0] if isinstance(out, tuple) else out):
+            places.append(place)
+
+    hooks = [layer.register_forward_hook(partial(look, place)) for place, layer in enumerate(layers)]
+    try:
+        yield places
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _joined(outs: list[Tensor]) -> Tensor:
+    """Return the rows of some outputs one after another; one without rows may have another width."""
+    filled = [out for out in outs if len(out)] or outs[:1]
+    return filled[0] if len(filled) == 1 else torch.cat(filled)
+
+
 @dataclass(frozen=True, slots=True)
-class _PartResult:
-    """The outputs of some tokens of a step."""
+class _Ran:
+    """The outputs of some tokens of a step; at most `num_tokens` of them ran at once."""
 
     out: Tensor
     num_tokens: int
@@ -335,5 +493,13 @@ def _rows(batch: StepBatch) -> tuple[FrameRow, ...]:
     return tuple(FrameRow(slice_.sequence_id, slice_.position, slice_.num_tokens) for slice_ in batch.slices)
 
 
-def _result(batch: StepBatch, tokens: tuple[SampledToken, ...], work: tuple[ExpertWork, ...]) -> StepResult:
-    return StepResult(batch.epoch, batch.step, batch.micro_batch, tokens, work, batch.most_tokens)
+def _result(batch: StepBatch, tokens: tuple[SampledToken, ...]) -> StepResult:
+    return StepResult(
+        epoch=batch.epoch,
+        step=batch.step,
+        micro_batch=batch.micro_batch,
+        tokens=tokens,
+        faults=batch.faults,
+        expert_work=batch.expert_work,
+        most_tokens=batch.most_tokens,
+    )

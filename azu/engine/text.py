@@ -3,14 +3,13 @@
 No transformers here: the ingress and the pipeline import this file, so it must load fast.
 """
 
+import codecs
 import json
-import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer as Backend
-from tokenizers.decoders import DecodeStream
 
 from azu.protocol.job import FinishReason
 from azu.protocol.sampling import SamplingParams
@@ -18,7 +17,9 @@ from azu.protocol.sampling import SamplingParams
 # A stream decodes after so many tokens of the prompt: a token may join with the ones before it.
 _CONTEXT_TOKENS = 8
 _UNKNOWN = "\ufffd"
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+# No character needs so many tokens: such a run has no text, or is no text.
+_MOST_UNSETTLED = 16
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class TextDecoder:
@@ -29,6 +30,7 @@ class TextDecoder:
         self.ends = ends
         added = backend.get_added_tokens_decoder()
         self._specials = {token.content: token_id for token_id, token in added.items() if token.special}
+        self._byte_of = _byte_tokens(backend)
 
     @classmethod
     def from_json(cls, content: str) -> "TextDecoder":
@@ -49,12 +51,12 @@ class TextDecoder:
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """Return one token's bytes in UTF-8, which may be a part of a character; None if they are unknown."""
+        if (byte := self._byte_of.get(token_id)) is not None:
+            return byte
         text = self.token_text(token_id)
         if _UNKNOWN not in text:
             return text.encode()
         name = self._backend.id_to_token(token_id) or ""
-        if match := _BYTE_TOKEN.fullmatch(name):
-            return bytes.fromhex(match[1])
         if name and all(character in _BYTE_OF for character in name):
             return bytes(_BYTE_OF[character] for character in name)
         return None
@@ -67,7 +69,7 @@ class TextDecoder:
         With `raw` the text contains special tokens, except those that end an answer.
         """
         context = prompt_token_ids[-_CONTEXT_TOKENS:]
-        stream = TextStream(self._backend, context, self.ends, skips_special=not raw)
+        stream = TextStream(self._backend, self._byte_of, context, self.ends, skips_special=not raw)
         # A special token may have no text, so a stop string that is one is found by its id.
         stop_ids = frozenset(self._specials[stop] for stop in sampling.stop if stop in self._specials)
         return CompletionText(stream, sampling.stop, sampling.min_tokens, stop_ids)
@@ -76,35 +78,63 @@ class TextDecoder:
 class TextStream:
     """Turns token ids into text as they arrive; the returned text never ends inside a character.
 
-    The tokens in `hidden` are left out, and with `skips_special` all special tokens.
+    Bytes that are no character become U+FFFD, and no text that was returned changes later. The tokens in
+    `hidden` are left out, and with `skips_special` all special tokens.
     """
 
     def __init__(
-        self, backend: Backend, context: Sequence[int], hidden: frozenset[int], *, skips_special: bool
+        self,
+        backend: Backend,
+        byte_of: Mapping[int, bytes],
+        context: Sequence[int],
+        hidden: frozenset[int],
+        *,
+        skips_special: bool,
     ) -> None:
         self._backend = backend
-        self._context = list(context)
+        self._byte_of = byte_of
         self._skips = skips_special
         self._hidden = hidden
-        self._stream = DecodeStream(ids=list(context), skip_special_tokens=self._skips)
-        self._token_ids: list[int] = []
-        self._num_returned = 0
+        # Tokens stand for single bytes only where a vocabulary has no other: a tokenizer decodes a run of
+        # them as a whole, and one bad byte would change characters that were returned.
+        self._bytes = _Utf8Decoder("replace")
+        self._settled = list(context)  # the last tokens whose text was returned
+        self._unsettled: list[int] = []  # the tokens after them
 
     def push(self, token_id: int) -> str:
         """Add the next token and return the new text that is certain now."""
         if token_id in self._hidden:
             return ""
-        self._token_ids.append(token_id)
-        text = self._stream.step(self._backend, token_id) or ""
-        self._num_returned += len(text)
-        return text
+        if (byte := self._byte_of.get(token_id)) is not None:
+            text = self._unsettled_text()
+            self._settled, self._unsettled = [token_id], []
+            return text + self._bytes.decode(byte)
+        unfinished = self._bytes.decode(b"", final=True)
+        self._unsettled.append(token_id)
+        text = self._unsettled_text()
+        is_open = not text or text.endswith(_UNKNOWN)
+        if is_open and len(self._unsettled) < _MOST_UNSETTLED:
+            return unfinished
+        self._settled, self._unsettled = self._unsettled if text else self._settled, []
+        return unfinished + text
 
     def finish(self) -> str:
         """Return the text that was held back; the start of an unfinished character becomes U+FFFD."""
-        before = self._backend.decode(self._context, skip_special_tokens=self._skips)
-        everything = self._context + self._token_ids
-        text: str = self._backend.decode(everything, skip_special_tokens=self._skips)
-        return text[len(before) + self._num_returned :]
+        text = self._unsettled_text() + self._bytes.decode(b"", final=True)
+        self._unsettled = []
+        return text
+
+    def _unsettled_text(self) -> str:
+        if not self._unsettled:
+            return ""
+        before = self._decode(self._settled)
+        text = self._decode(self._settled + self._unsettled)
+        # A text that does not go on as it began, such as " '" that becomes "'", is decoded without what was.
+        return text[len(before) :] if text.startswith(before) else self._decode(self._unsettled)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._backend.decode(token_ids, skip_special_tokens=self._skips)
+        return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +281,17 @@ class ParsedAnswer:
     content: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+
+
+def _byte_tokens(backend: Backend) -> dict[int, bytes]:
+    """Return the tokens that stand for single bytes, where the decoder takes them so."""
+    names = {f"<0x{byte:02X}>": bytes((byte,)) for byte in range(256)}
+    found = ((backend.token_to_id(name), name, byte) for name, byte in names.items())
+    return {
+        token_id: byte
+        for token_id, name, byte in found
+        if token_id is not None and backend.decode([token_id], skip_special_tokens=False) != name
+    }
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -11,7 +11,7 @@ from functools import partial
 from azu.cluster.cluster import Cluster
 from azu.cluster.deployment import Deployment
 from azu.config.network import RetryPolicy
-from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, WorkerLost
+from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, NumericsError, WorkerLost
 from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
@@ -140,13 +140,30 @@ class Dispatcher:
                 # The job ran before and may have delivered something: the deployment knows.
                 await asyncio.sleep(0)
                 await deployment.cancel(job.job_id)
-            return await running
+            run = await running
+            if isinstance(run.error, NumericsError) and (other := self._cluster.beside(deployment)):
+                return await self._in_another(job, run.error, deployment, other)
+            return run
         except Exception as error:
             known = as_known_error(error, "the job")
             return JobRun(completion_tokens=0, finish_reason=FinishReason.ERROR, error=known)
         finally:
             if deployment is not None:
                 deployment.let_go(job.job_id)
+
+    async def _in_another(
+        self, job: Job, error: NumericsError, first: Deployment, other: Deployment
+    ) -> JobRun:
+        """Go on in another deployment after values that are not finite; blame the first where it has them."""
+        other.expect(job.job_id)
+        self._deployments[job.job_id] = other
+        try:
+            run = await other.run(job)
+        finally:
+            other.let_go(job.job_id)
+        if run.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            first.blame(error.node_id)
+        return run
 
     async def _wait(self, job: Job, seconds: float) -> bool:
         """Let a job wait between two tries; say whether it is still wanted."""

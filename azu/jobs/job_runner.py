@@ -3,11 +3,14 @@
 import asyncio
 import itertools
 import logging
+import struct
 import time
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+
+import xxhash
 
 from azu.engine.accounting import Work
 from azu.engine.pipeline import EnginePipeline
@@ -16,14 +19,17 @@ from azu.engine.text import TextDecoder
 from azu.engine.timing import PipelineMetrics
 from azu.errors import AzuError
 from azu.jobs.redis import RedisJobs
+from azu.logs import log_context
 from azu.protocol.job import ChoiceKey, FinishReason, Job, JobRun, TokenEvent
 from azu.protocol.step import StepResult
 from azu.redis_client import retry_until_available
+from azu.supervision import as_known_error
 
 log = logging.getLogger(__name__)
 
 # A job with several choices has ended as the choice that comes last here.
 _BEST_FIRST = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.ERROR)
+_SEED = struct.Struct("<QQ")
 _SEED_RANGE = 2**63
 # Steps whose tokens are computed and not written, while Redis is away; more are not sent.
 _MAX_UNWRITTEN_STEPS = 1000
@@ -86,6 +92,7 @@ class JobRunner:
         self._by_sequence: dict[int, tuple[_ActiveJob, int]] = {}  # with the choice that the sequence is
         self._by_job: OrderedDict[str, _ActiveJob] = OrderedDict()  # with those that ended lately
         self._events: asyncio.Queue[dict[int, TokenEvent]] = asyncio.Queue()  # by sequence id
+        self._taken: deque[tuple[int, str, TokenEvent]] = deque()  # with the job, until they are written
         self._fault: AzuError | None = None
 
     @property
@@ -120,8 +127,7 @@ class JobRunner:
     def end(self, job_id: str, error: AzuError) -> None:
         """End a job's sequences with what was delivered, and this error."""
         if active := self._by_job.get(job_id):
-            active.error = active.error or error
-            self._cancel_open(active)
+            self._fail(active, error)
 
     @property
     def under_way(self) -> Mapping[ChoiceKey, int]:
@@ -142,11 +148,14 @@ class JobRunner:
         ]
 
     def complete(self, result: StepResult) -> None:
-        """Take the last stage's tokens."""
+        """Take the last stage's tokens; a sequence that failed ends its job, with the error."""
         events = self._engine.complete(result)
         # The next step leaves before the tokens of this one are written.
         self._on_change()
         self._events.put_nowait(events)
+        for sequence_id, event in events.items():
+            if event.error is not None:
+                self._fail(self._by_sequence[sequence_id][0], event.error)
 
     def fail(self, error: AzuError) -> None:
         """End every job with what was delivered, and this error."""
@@ -156,23 +165,30 @@ class JobRunner:
             self._events.put_nowait(self._engine.cancel(sequence_id))
 
     async def write(self) -> None:
-        """Write the tokens of finished steps to Redis, those of several steps at once, until cancelled."""
-        while True:
-            events = [*(await self._events.get()).items()]
-            while not self._events.empty():
-                events += self._events.get_nowait().items()
-            # A step may have been on its way when its job began again.
-            events = [one for one in events if one[0] in self._by_sequence]
-            self._metrics.record_tokens(events, time.monotonic())
-            written = [self._of_job(sequence_id, event) for sequence_id, event in events if event.token_ids]
-            refused = await retry_until_available(partial(self._jobs.append, written))
-            for job_id in refused:
-                await self._begin_again(self._by_job[job_id])
-            for sequence_id, event in events:
-                if event.finish_reason is not None and sequence_id in self._by_sequence:
-                    self._end_sequence(sequence_id, event.finish_reason, event.work)
-            # The engine may have waited for these tokens to be written.
-            self._on_change()
+        """Wait for tokens of finished steps, and write those of all that have finished to Redis.
+
+        A call that follows one that raised goes on with what that one had taken.
+        """
+        if not self._taken:
+            self._take(await self._events.get())
+        while not self._events.empty():
+            self._take(self._events.get_nowait())
+        written = [(job_id, event) for _, job_id, event in self._taken if event.token_ids]
+        refused = await retry_until_available(partial(self._jobs.append, written))
+        for job_id in refused:
+            await self._begin_again(self._by_job[job_id])
+        while self._taken:
+            sequence_id, _, event = self._taken.popleft()
+            if event.finish_reason is not None and sequence_id in self._by_sequence:
+                self._end_sequence(sequence_id, event.finish_reason, event.work)
+        # The engine may have waited for these tokens to be written.
+        self._on_change()
+
+    def _take(self, events: Mapping[int, TokenEvent]) -> None:
+        # A step may have been on its way when its job began again.
+        known = [one for one in events.items() if one[0] in self._by_sequence]
+        self._metrics.record_tokens(known, time.monotonic())
+        self._taken += [(sequence_id, *self._of_job(sequence_id, event)) for sequence_id, event in known]
 
     async def _begin_again(self, active: _ActiveJob) -> None:
         """Have a job go on from what is written of it: Redis lost a part of that."""
@@ -185,6 +201,10 @@ class JobRunner:
         active.reason = FinishReason.STOP
         await self._begin(active)
 
+    def _fail(self, active: _ActiveJob, error: AzuError) -> None:
+        active.error = active.error or error
+        self._cancel_open(active)
+
     def _cancel_open(self, active: _ActiveJob) -> None:
         for sequence_id in active.open:
             self._events.put_nowait(self._engine.cancel(sequence_id))
@@ -194,6 +214,9 @@ class JobRunner:
             await self._begin_choices(active)
         except Exception as error:
             del self._by_job[active.job.job_id]
+            for sequence_id in active.open:
+                self._engine.cancel(sequence_id)
+                del self._by_sequence[sequence_id]
             active.ended.set_exception(error)
 
     async def _begin_choices(self, active: _ActiveJob) -> None:
@@ -204,18 +227,24 @@ class JobRunner:
         for choice, so_far in enumerate(known.choices):
             if so_far.finish_reason is not None:
                 active.end_choice(so_far.finish_reason, so_far.work)
-            elif self._fault is not None or active.cancelled:
-                work = self._engine.presumed_work(len(job.prompt_token_ids), len(so_far.token_ids))
-                active.end_choice(FinishReason.CANCELLED, work)
-            else:
-                self._begin_choice(active, choice, so_far.token_ids)
+                continue
+            if self._fault is None and not active.cancelled and active.error is None:
+                try:
+                    self._begin_choice(active, choice, so_far.token_ids)
+                    continue
+                except AzuError:
+                    raise
+                except Exception as error:
+                    with log_context(job_id=job.job_id):
+                        self._fail(active, as_known_error(error, "the search for stop strings"))
+            work = self._engine.presumed_work(len(job.prompt_token_ids), len(so_far.token_ids))
+            active.end_choice(FinishReason.CANCELLED, work)
         self._end_if_over(active)
         self._on_change()
 
     def _begin_choice(self, active: _ActiveJob, choice: int, generated: tuple[int, ...]) -> None:
         job = active.job
-        # The first choice is what the job would get if it asked for one.
-        sampling = replace(job.sampling, seed=(job.sampling.seed + choice) % _SEED_RANGE)
+        sampling = replace(job.sampling, seed=_seed(job.sampling.seed, choice))
         text = self._text.completion(job.prompt_token_ids, sampling) if sampling.stop else None
         sequence = Sequence(
             next(self._sequence_ids),
@@ -257,3 +286,11 @@ class JobRunner:
             if not oldest.ended.done():
                 break
             self._by_job.popitem(last=False)
+
+
+def _seed(seed: int, choice: int) -> int:
+    """Return a choice's seed. The first is what the job would get if it asked for one.
+
+    The others are hashed: a sum would make the second choice of a seed the first choice of the next seed.
+    """
+    return xxhash.xxh3_64_intdigest(_SEED.pack(seed % _SEED_RANGE, choice)) % _SEED_RANGE if choice else seed

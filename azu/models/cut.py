@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -88,6 +89,7 @@ def cut(
             files=tuple(_model_file(name, content) for name, content in files.items()),
             tied_head=tied_head,
             restart_length=architecture.restart_length,
+            stored_dtype=_stored_dtype(plans),
         )
         with replacing(out / STRUCTURE_FILE) as file:
             write_all(file, structure.to_json())
@@ -234,6 +236,13 @@ def _byte_counter(
                 progress(done, total)
 
     return count
+
+
+def _stored_dtype(plans: Iterable[ShardPlan]) -> str:
+    stored: Counter[str] = Counter()
+    for one in (one for plan in plans for one in plan.ranges):
+        stored[one.source.dtype] += one.source_bytes
+    return max(stored, key=lambda dtype: stored[dtype])
 
 
 def _model_file(name: str, content: bytes) -> ModelFile:

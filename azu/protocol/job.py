@@ -58,10 +58,8 @@ class TokenEvent:
     `index` is the number of tokens of all choices that were written before. `logprobs` and `top_logprobs`
     (token id and log probability, best first) are parallel to `token_ids` when the job asked for them, else
     empty. With a `finish_reason` the choice has ended, and `work` maps layer -> node id -> parameter bytes
-    that the node activated for it.
+    that the node activated for it. `error` is why a choice ended with ERROR; that end is never written.
     """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     index: int
     token_ids: tuple[int, ...]
@@ -70,6 +68,7 @@ class TokenEvent:
     choice: int = 0
     finish_reason: FinishReason | None = None
     work: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    error: AzuError | None = None
 
 
 @dataclass(frozen=True, slots=True)

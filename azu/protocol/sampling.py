@@ -10,8 +10,8 @@ from pydantic import ConfigDict
 class SamplingParams:
     """The sampling of one sequence, with transformers' names and meanings.
 
-    `temperature` 0 is greedy. The token at index n depends only on the logits, `seed` and n, so that a
-    sequence can continue anywhere. `stop_token_ids` end the sequence as EOS does.
+    `temperature` 0 is greedy. The token at index n depends only on the prompt, the logits, `seed` and n, so
+    that a sequence can continue anywhere. `stop_token_ids` end the sequence as EOS does.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")

@@ -38,6 +38,20 @@ class OpenedSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceFault:
+    """What went wrong with one sequence in a step, which ends it: an error's code and message.
+
+    With a `node_id` that node computed values that are not finite, in a layer, from values that were.
+    """
+
+    sequence_id: int
+    code: str
+    message: str
+    node_id: str | None = None
+    layer: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertWork:
     """Parameter bytes that a node activated for a sequence in a MoE layer with distributed experts."""
 
@@ -63,7 +77,8 @@ class StepBatch:
     """One step for every stage: the slices, in the order of their rows in the frame beside it.
 
     `token_ids` holds the tokens of all slices for the first stage and is empty after it.
-    Every stage may drop its state of the sequences in `closed`. Stages add to `expert_work` on the way.
+    Every stage may drop its state of the sequences in `closed`. Stages add to `expert_work` on the way, and
+    move a sequence that fails from `slices` to `faults`.
     A step with a `replay` runs only on that replay's stages. `most_tokens` is set when a stage had no memory
     for the whole step: the largest part that the stage with the least memory ran at once.
     """
@@ -76,6 +91,7 @@ class StepBatch:
     opened: tuple[OpenedSequence, ...] = ()
     closed: tuple[int, ...] = ()
     expert_work: tuple[ExpertWork, ...] = ()
+    faults: tuple[SequenceFault, ...] = ()
     replay: Replay | None = None
     most_tokens: int | None = None
 
@@ -99,13 +115,15 @@ class SampledToken:
 class StepResult:
     """The last stage's result for the pipeline: token ids, never hidden states.
 
-    `most_tokens` is the batch's, None when every stage ran the step whole.
+    `faults` are the sequences that failed in any stage. `most_tokens` is the batch's, None when every stage
+    ran the step whole.
     """
 
     epoch: int
     step: int
     micro_batch: int
-    tokens: tuple[SampledToken, ...]
+    tokens: tuple[SampledToken, ...] = ()
+    faults: tuple[SequenceFault, ...] = ()
     expert_work: tuple[ExpertWork, ...] = ()
     most_tokens: int | None = None
 

@@ -111,6 +111,8 @@ class Structure:
     tied_head: bool = False
     # A sequence with more tokens than this is computed anew, because all its positions change (longrope).
     restart_length: int | None = None
+    # The dtype of most of the checkpoint's weights.
+    stored_dtype: str | None = None
     version: int = STRUCTURE_VERSION
     _by_name: dict[str, Shard] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -126,6 +128,11 @@ class Structure:
     def dtype_bytes(self) -> int:
         """Bytes of one value in the serving dtype."""
         return {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
+
+    @property
+    def may_overflow(self) -> bool:
+        """Whether the weights were trained with a range of values that the serving dtype does not have."""
+        return self.dtype == "float16" and self.stored_dtype == "bfloat16"
 
     def shard(self, name: str) -> Shard:
         """Return the shard with a name; raises KeyError if the model has none."""

@@ -67,6 +67,7 @@ class FakeBackend:
     closed: list[str] = field(default_factory=list)  # model ids, by pipelines killed
     swept: list[frozenset[str]] = field(default_factory=list)
     blamed: list[str] = field(default_factory=list)
+    marked: list[tuple[str, str, int, str]] = field(default_factory=list)
     probed: list[frozenset[str]] = field(default_factory=list)
     repairs: list[bool] = field(default_factory=list)  # what each resume was told
     alone: list[frozenset[ChoiceKey]] = field(default_factory=list)  # and this
@@ -117,6 +118,9 @@ class FakeBackend:
 
     def blame(self, node_id: str) -> None:
         self.blamed.append(node_id)
+
+    def mark(self, node_id: str, model_id: str, layer: int, owner: str) -> None:
+        self.marked.append((node_id, model_id, layer, owner))
 
     async def start(self, name: str, piece: Piece) -> None:
         assert name not in self.pieces, "every actor has a name of its own"

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
@@ -99,3 +100,21 @@ def test_a_model_that_is_not_cut_is_cut_first(place, tmp_path: Path) -> None:
 def test_too_little_room_is_an_error_with_the_missing_bytes(place, tmp_path: Path) -> None:
     with pytest.raises(InsufficientCapacity, match=r"\d+ bytes are missing"):
         place(shards_of(tmp_path / "model", num_layers=60))
+
+
+@pytest.mark.parametrize(
+    ("stored", "served", "warned"),
+    [("bfloat16", "float16", True), ("float16", "float16", False), ("bfloat16", "bfloat16", False)],
+)
+def test_a_checkpoint_in_bfloat16_that_is_served_in_float16_is_warned_about(
+    place, tmp_path: Path, stored: str, served: str, warned: bool
+) -> None:
+    source = save_checkpoint(tmp_path / "source", dtype=getattr(torch, stored))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": served}))
+
+    first = place(source, "--json")
+    (cut,) = (tmp_path / "home" / "shards").glob(f"*/*/{STRUCTURE_FILE}")
+    for result in (first, place(cut.parent, "--json")):
+        assert ("numerics_error" in result.stderr) is warned
+        json.loads(result.stdout)

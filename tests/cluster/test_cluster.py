@@ -320,6 +320,8 @@ def test_a_job_goes_to_the_pipeline_with_the_fewest_unless_it_is_in_one(redis_ur
         network = await two_pipelines(redis_url)
         first, second = network.cluster.deployments
         assert (first.running_jobs, second.running_jobs) == (1, 0)
+        assert network.cluster.beside(first) is second
+        assert network.cluster.beside(second) is first
 
         together = [network.ensure("m/one", f"job-{number}") for number in range(2, 7)]
         assert (await asyncio.gather(*together))[0] is second
@@ -327,6 +329,7 @@ def test_a_job_goes_to_the_pipeline_with_the_fewest_unless_it_is_in_one(redis_ur
         second.expect("job-7")
         assert await network.ensure("m/one", "job-7") is second
         await break_deployment(network, second)
+        assert network.cluster.beside(first) is None
         assert await network.ensure("m/one", "job-7") is first
         assert network.backend.closed == ["m/one"]
 

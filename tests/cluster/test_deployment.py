@@ -9,9 +9,9 @@ import pytest
 from azu.cluster.deployment import Deployment, DeploymentState
 from azu.cluster.deployment_store import DeploymentStore
 from azu.cluster.repairs import RepairTurns
-from azu.errors import HarmfulRequest, InsufficientCapacity, InvalidRequest, WorkerLost
+from azu.errors import HarmfulRequest, InsufficientCapacity, InvalidRequest, NumericsError, WorkerLost
 from azu.planner.migration import TopologyChange
-from azu.protocol.job import FinishReason
+from azu.protocol.job import FinishReason, JobRun
 from azu.protocol.step import PieceProgress, PieceState
 from azu.protocol.topology import ExpertSet, PieceSet, Topology
 from tests.actors.fake_backend import FakeBackend
@@ -425,6 +425,20 @@ def test_a_report_counts_only_for_pieces_that_were_not_replaced_since(redis_url:
 
         assert model.placed == [stages(1), stages(0)]
         assert model.backend.blamed == ["a"], "only the node of the piece that is still there"
+
+    run(redis_url, scenario)
+
+
+def test_a_sequence_whose_values_are_not_finite_marks_the_node_for_its_owner(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        running = asyncio.create_task(model.deployment.run(job()))
+        await until(lambda: bool(model.backend.pipeline.jobs))
+        error = NumericsError("values that are not finite", node_id="b", layer=3)
+        model.backend.pipeline.jobs["job-1"].set_result(JobRun(0, FinishReason.ERROR, error=error))
+
+        assert (await running).error is error
+        assert model.backend.marked == [("b", "test/model", 3, job().address)]
+        assert not model.placed, "nothing is lost"
 
     run(redis_url, scenario)
 

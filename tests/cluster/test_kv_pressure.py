@@ -3,6 +3,8 @@
 import asyncio
 from dataclasses import dataclass, field, replace
 
+import pytest
+
 from azu.cluster.scaling import KvPressure
 from azu.planner.kv_blocks import with_blocks
 from azu.planner.policy import PlanPolicy
@@ -95,8 +97,9 @@ def test_what_no_kv_gives_back_leaves_the_node() -> None:
     assert set(cluster.vacated) == {"a"}
 
 
-def test_a_node_that_leaves_is_emptied_and_asked_again_only_after_a_while() -> None:
-    leaving = [replace(one, state=NodeState.LEAVING) if one.node_id == "a" else one for one in reports()]
+@pytest.mark.parametrize("state", [NodeState.LEAVING, NodeState.SUSPECT])
+def test_a_node_that_leaves_is_emptied_and_asked_again_only_after_a_while(state: NodeState) -> None:
+    leaving = [replace(one, state=state) if one.node_id == "a" else one for one in reports()]
 
     cluster = checked((0.0, leaving), (1.0, leaving), (6.0, leaving))
 

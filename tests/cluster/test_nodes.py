@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from azu.cluster.nodes import NodeTable
+from azu.cluster.nodes import NodeTable, NumericsMarks
 from azu.protocol.node import NodeState
 from azu.units import MIB
 from tests.builders import node
@@ -238,3 +238,58 @@ def test_nodes_come_in_the_order_of_their_ids_and_go_when_removed() -> None:
     nodes.remove("b")
 
     assert [found.node_id for found in nodes.nodes(0, {})] == ["a", "c"]
+
+
+HOUR_S = 3600
+LAYER = ("test/model", 3)
+
+
+def doubted(*marks: tuple[str, str, float]) -> NumericsMarks:
+    """Return marks of (node, owner, time)."""
+    found = NumericsMarks()
+    for node_id, owner, now_s in marks:
+        found.mark(LAYER, node_id, owner, now_s)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("marks", "expected"),
+    [
+        ([("a", "x", 0), ("a", "y", 1), ("a", "z", HOUR_S - 1)], {"a"}),
+        ([("a", "x", 0), ("a", "y", 1), ("a", "z", HOUR_S)], set()),  # the first is an hour old
+        ([("a", "x", 0), ("a", "y", 1), ("a", "y", 2), ("a", "x", 3)], set()),  # two owners
+        ([("a", "x", 0), ("b", "y", 1), ("a", "y", 2), ("a", "z", 3)], set()),  # another node does as well
+        ([("a", "x", 0), ("a", "y", 1), ("a", "z", 2), ("b", "x", 5 * HOUR_S)], set()),
+    ],
+)
+def test_marks_of_three_owners_within_an_hour_and_of_no_other_node_raise_doubt(marks, expected) -> None:
+    assert doubted(*marks).doubted == expected
+
+
+def test_a_doubted_node_is_blamed_once_its_replacement_ran_for_an_hour_without_a_mark() -> None:
+    marks = doubted(("a", "x", 0), ("a", "y", 1), ("a", "z", 2))
+
+    assert marks.judge({"a"}, 10) == frozenset(), "it holds the piece still"
+    assert marks.judge({"b"}, 5 * HOUR_S) == frozenset(), "the replacement begins"
+    assert marks.judge({"b"}, 6 * HOUR_S - 1) == frozenset()
+    assert marks.judge({"b"}, 6 * HOUR_S) == {"a"}
+    assert marks.doubted == marks.judge({"b"}, 9 * HOUR_S) == frozenset()
+
+
+def test_a_layer_that_two_nodes_were_marked_for_is_excused_for_good() -> None:
+    marks = doubted(("a", "x", 0), ("a", "y", 1), ("a", "z", 2), ("b", "z", 3))
+    for owner in "xyz":
+        marks.mark(LAYER, "b", owner, 3 * HOUR_S)
+
+    assert marks.doubted == frozenset()
+    assert marks.judge({}, 9 * HOUR_S) == frozenset()
+
+
+def test_a_doubted_node_is_suspect_and_told_apart_in_the_reports() -> None:
+    nodes = table()
+    nodes.record(node("a"), now_s=0)
+    for owner in "xyz":
+        nodes.marks.mark(LAYER, "a", owner, 0)
+
+    assert state(nodes, 0) is NodeState.SUSPECT
+    assert [one.state for one in nodes.reports()] == [NodeState.SUSPECT]

@@ -162,6 +162,23 @@ def test_a_completions_log_probabilities_are_parallel_lists(tokenizer: Tokenizer
     assert len(tokens) == len(top) == len(found.token_ids)
 
 
+def test_parts_of_characters_are_spelled_in_bytes_and_the_best_of_equal_texts_stays(
+    tokenizer: Tokenizer,
+) -> None:
+    parts = [one for one in range(300) if "\ufffd" in tokenizer.token_text(one)][:2]
+    top = ((parts[0], -0.5), (parts[1], -1.0), (40, -2.0), (40, -3.0))
+    delta = TextDelta("", (0,), token_ids=(parts[0],), logprobs=(-0.5,), top_logprobs=(top,))
+
+    choice = answer(tokenizer, chat=False).whole([delta], USAGE).choices[0]
+
+    spelled = ["bytes:" + "".join(f"\\x{b:02x}" for b in tokenizer.token_bytes(one) or ()) for one in parts]
+    assert choice.logprobs is not None
+    assert choice.logprobs.tokens == (spelled[0],)
+    assert choice.logprobs.top_logprobs == (
+        {spelled[0]: -0.5, spelled[1]: -1.0, tokenizer.token_text(40): -2.0},
+    )
+
+
 def outcome(job: Job, state: JobState, reason: FinishReason) -> JobOutcome:
     receipt = Receipt(
         job_id=job.job_id, address=job.address, model_id=job.model_id, revision=job.revision, prompt_tokens=4,

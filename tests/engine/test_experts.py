@@ -9,7 +9,7 @@ import torch
 
 from azu.engine.experts import ExpertRunner, StepId, TokenSlices, decode_answer, encode_answer
 from azu.engine.local import local_topology
-from azu.engine.stage_contract import ExpertsFailed, StageSpec
+from azu.engine.stage_contract import ExpertsFailed, RowsNotFinite, StageSpec, is_bad_frame
 from azu.engine.stage_runner import StageRunner
 from azu.engine.tensors import tensor_of
 from azu.errors import FrameError, WorkerLost
@@ -272,3 +272,71 @@ def test_a_lost_set_is_to_blame_later_for_an_expert_that_only_it_holds(
         layer(hidden, torch.tensor([[0, 1]] * 9), weights)
         with pytest.raises(ExpertsFailed, match="expert set 0"):
             layer(hidden, torch.tensor([[2, 4]] * 9), weights)
+
+
+class _NeverFinite:
+    """An expert set whose sums are never finite."""
+
+    def run(self, _layer: int, request: bytes) -> bytes:
+        raise RowsNotFinite(tuple(range(len(TokenSlices.decode(request, torch.device("cpu")).hidden))))
+
+
+def test_rows_whose_sums_are_not_finite_are_named(cut_model: Callable[[str], CutModel]) -> None:
+    hidden = torch.stack([torch.ones(64), torch.full((64,), 3e38), torch.ones(64)])
+    request = TokenSlices(_STEP, hidden, torch.tensor([[1, 3]] * 3), torch.full((3, 2), 0.5)).encode()
+
+    with pytest.raises(RowsNotFinite) as named:
+        _runner(cut_model("mixtral"), 1, 3).run(1, request)
+    assert named.value.rows == (1,)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_values_that_no_holder_of_the_experts_has_finite_are_the_sequences_fault(
+    cut_model: Callable[[str], CutModel], copies: int
+) -> None:
+    model = cut_model("mixtral")
+    sets = tuple(ExpertSet(i, f"node-{i}", _everywhere(model, tuple(range(8))), 0) for i in range(copies))
+    link = _Link({one.index: _NeverFinite() for one in sets})  # type: ignore[dict-item]
+
+    result = _run(_stage(model, sets, _everywhere(model, ()), link))
+
+    (fault,) = result.faults
+    assert result.tokens == ()
+    assert (fault.sequence_id, fault.code, fault.layer) == (1, "numerics_error", 0)
+    assert fault.node_id in {"node-0", "node-1"}
+    assert "layer 0 " in fault.message
+
+
+def test_a_set_is_to_blame_for_values_that_another_holder_has_finite(
+    cut_model: Callable[[str], CutModel],
+) -> None:
+    model = cut_model("mixtral")
+    sets = tuple(ExpertSet(i, f"node-{i}", _everywhere(model, tuple(range(8))), 0) for i in range(2))
+    link = _link(model, *sets)
+    link.runners[1] = _NeverFinite()  # type: ignore[assignment]
+
+    with pytest.raises(ExpertsFailed, match="expert set 1") as failed:
+        _run(_stage(model, sets, _everywhere(model, ()), link))
+    assert is_bad_frame(failed.value)
+
+
+def test_tokens_that_are_not_finite_are_not_sent_and_change_no_other(
+    cut_model: Callable[[str], CutModel],
+) -> None:
+    model = cut_model("mixtral")
+    sets = (ExpertSet(0, "elsewhere", _everywhere(model, (0, 1, 2, 3)), 0),)
+    link = _link(model, *sets)
+    runner = _stage(model, sets, _everywhere(model, (4, 5, 6, 7)), link)
+    _run(runner)
+    layer, weights = runner._distributed_layers[0], torch.full((9, 2), 0.5)
+    hidden, ids = torch.randn(9, 64), torch.tensor([[0, 5]] * 9)
+    with torch.inference_mode():
+        expected = layer(hidden, ids, weights)
+        link.asked.clear()
+        hidden[4, 7] = torch.inf
+        out = layer(hidden, ids, weights)
+
+    assert out[4].isnan().all()
+    others = [row for row in range(9) if row != 4]
+    assert torch.equal(out[others], expected[others])
+    assert link.asked == [(0, 0, 8)]

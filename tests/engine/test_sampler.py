@@ -1,17 +1,17 @@
 """Sampling is transformers' own, and depends only on logits, parameters, seed and index."""
 
+import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from azu.engine.sampler import Sampler
 from azu.errors import FrameError
 from azu.protocol.sampling import SamplingParams
-from azu.protocol.step import OpenedSequence
+from azu.protocol.step import OpenedSequence, SampledToken
 
 _VOCAB = 50
 _EOS = 2
@@ -29,15 +29,22 @@ def _sampler(sampling: SamplingParams, generated: tuple[int, ...] = (), sequence
     return sampler
 
 
+def _token(sampler: Sampler, logits: torch.Tensor) -> SampledToken:
+    """Sample the only row, of sequence 1."""
+    (token,), faults = sampler.sample([1], logits)
+    assert not faults
+    return token
+
+
 def _tokens(sampling: SamplingParams, num_tokens: int = 20) -> list[int]:
     sampler = _sampler(sampling)
-    return [sampler.sample([1], _logits(index))[0].token_id for index in range(num_tokens)]
+    return [_token(sampler, _logits(index)).token_id for index in range(num_tokens)]
 
 
 def test_greedy_sampling_takes_the_largest_logit() -> None:
     logits = _logits()
 
-    assert _sampler(SamplingParams(max_tokens=1)).sample([1], logits)[0].token_id == int(logits.argmax())
+    assert _token(_sampler(SamplingParams(max_tokens=1)), logits).token_id == int(logits.argmax())
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_gives_others() -> None:
@@ -59,7 +66,7 @@ def test_a_sequence_continued_in_the_middle_gets_the_same_tokens() -> None:
     whole = _tokens(sampling)
 
     resumed = _sampler(sampling, generated=tuple(whole[:8]))
-    rest = [resumed.sample([1], _logits(index))[0].token_id for index in range(8, 20)]
+    rest = [_token(resumed, _logits(index)).token_id for index in range(8, 20)]
 
     assert rest == whole[8:]
 
@@ -69,7 +76,7 @@ def test_other_sequences_in_the_batch_change_no_token() -> None:
     sampler = _sampler(sampling, sequence_id=5)
     sampler.open([OpenedSequence(6, _PROMPT, SamplingParams(max_tokens=9, temperature=2.0, seed=9))])
 
-    tokens = [sampler.sample([6, 5], torch.cat([_logits(99), _logits(i)]))[1].token_id for i in range(20)]
+    tokens = [sampler.sample([6, 5], torch.cat([_logits(99), _logits(i)]))[0][1].token_id for i in range(20)]
 
     assert tokens == _tokens(sampling)
 
@@ -122,7 +129,7 @@ def test_the_distribution_is_that_of_generate(ours: dict[str, object], theirs: d
     drawn = torch.zeros(_VOCAB)
     for seed in range(600):
         sampling = SamplingParams(max_tokens=1, seed=seed, **ours)  # type: ignore[arg-type]
-        drawn[_sampler(sampling).sample([1], logits)[0].token_id] += 1 / 600
+        drawn[_token(_sampler(sampling), logits).token_id] += 1 / 600
 
     assert not drawn[expected == 0].any()
     assert (drawn - expected).abs().max() < 0.07
@@ -134,10 +141,10 @@ def test_presence_and_frequency_penalties_lower_generated_tokens() -> None:
     sampling = SamplingParams(max_tokens=3, presence_penalty=0.5, frequency_penalty=0.2)
 
     # 7 is in the prompt, which these penalties do not count.
-    assert _sampler(sampling).sample([1], logits)[0].token_id == 7
-    assert _sampler(sampling, (7,)).sample([1], logits)[0].token_id == 20
-    assert _sampler(sampling, (7, 20)).sample([1], logits)[0].token_id == 21
-    assert _sampler(sampling, (7, 20, 20, 21, 21, 21)).sample([1], logits)[0].token_id == 7
+    assert _token(_sampler(sampling), logits).token_id == 7
+    assert _token(_sampler(sampling, (7,)), logits).token_id == 20
+    assert _token(_sampler(sampling, (7, 20)), logits).token_id == 21
+    assert _token(_sampler(sampling, (7, 20, 20, 21, 21, 21)), logits).token_id == 7
 
 
 def test_ends_are_impossible_before_the_minimum_of_tokens() -> None:
@@ -145,14 +152,14 @@ def test_ends_are_impossible_before_the_minimum_of_tokens() -> None:
     logits[0, _EOS], logits[0, 30], logits[0, 31] = 9.0, 8.0, 7.0
     sampler = _sampler(SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=(30,)))
 
-    assert [sampler.sample([1], logits)[0].token_id for _ in range(3)] == [31, 31, _EOS]
+    assert [_token(sampler, logits).token_id for _ in range(3)] == [31, 31, _EOS]
 
 
 def test_logprobs_are_the_models_before_any_processor() -> None:
     logits = _logits(5)
     sampling = SamplingParams(max_tokens=1, temperature=0.3, top_k=2, logprobs=4)
 
-    token = _sampler(sampling).sample([1], logits)[0]
+    token = _token(_sampler(sampling), logits)
 
     expected = logits.log_softmax(-1)[0]
     assert token.logprob == pytest.approx(float(expected[token.token_id]))
@@ -167,12 +174,48 @@ def test_closed_sequences_are_forgotten_and_unknown_ones_refused() -> None:
         sampler.sample([1], _logits())
 
 
-def test_logits_that_are_not_finite_are_refused() -> None:
-    logits = _logits()
-    logits[0, 3] = float("nan")
+@pytest.mark.parametrize(
+    ("odd", "code"),
+    [
+        ({"logit_bias": {5: float("nan")}}, "numerics_error"),
+        ({"logit_bias": dict.fromkeys(range(_VOCAB), float("-inf")), "temperature": 1.0}, "numerics_error"),
+        ({"logit_bias": {5: 1e39}}, "numerics_error"),
+        ({"logit_bias": {_VOCAB: 1.0}}, "internal_error"),  # no token of the vocabulary
+        ({"temperature": 1.0, "top_k": -1}, "internal_error"),
+    ],
+)
+def test_what_fails_for_one_row_ends_that_row_and_no_other(odd: dict[str, object], code: str) -> None:
+    plain = SamplingParams(max_tokens=9, temperature=1.0, seed=3)
+    sampler = _sampler(plain, sequence_id=1)
+    sampler.open([OpenedSequence(2, _PROMPT, SamplingParams(max_tokens=9, **odd))])  # type: ignore[arg-type]
+    sampler.open([OpenedSequence(3, _PROMPT, plain)])
 
-    with pytest.raises(FrameError, match="finite"):
-        _sampler(SamplingParams(max_tokens=1)).sample([1], logits)
+    tokens, faults = sampler.sample([1, 2, 3], torch.cat([_logits(7)] * 3))
+
+    expected = _token(_sampler(plain), _logits(7))
+    assert tokens == (expected, replace(expected, sequence_id=3))
+    assert [(fault.sequence_id, fault.code) for fault in faults] == [(2, code)]
+
+
+def test_one_seed_draws_otherwise_for_another_prompt() -> None:
+    sampler, sampling = Sampler(), SamplingParams(max_tokens=1, temperature=1.0, seed=5)
+    sampler.open(OpenedSequence(n, (n,), sampling) for n in range(20))
+
+    tokens, _ = sampler.sample(range(20), torch.zeros(20, _VOCAB))
+
+    assert len({token.token_id for token in tokens}) > 5
+
+
+def test_equal_logits_at_the_edge_of_top_p_are_kept_by_their_ids() -> None:
+    logits = torch.zeros(1, _VOCAB)
+    drawn = {
+        _token(
+            _sampler(SamplingParams(max_tokens=1, temperature=1.0, top_p=0.099, seed=seed)), logits
+        ).token_id
+        for seed in range(200)
+    }
+
+    assert drawn == {0, 1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-40, 1.2e-38, 1e-30, 1e-6, 1e-4, 0.009, 0.01, 2.0])
@@ -184,7 +227,7 @@ def test_every_temperature_gives_the_probabilities_of_float64(temperature: float
     expected = ((logits.double() - logits.double().max()) / temperature).softmax(-1)[0]
     sampler = _sampler(sampling)
 
-    drawn = [sampler.sample([1], logits)[0].token_id for _ in range(400)]
+    drawn = [_token(sampler, logits).token_id for _ in range(400)]
 
     share = torch.bincount(torch.tensor(drawn), minlength=_VOCAB) / 400
     if temperature < 1.2e-38:
@@ -194,32 +237,73 @@ def test_every_temperature_gives_the_probabilities_of_float64(temperature: float
         assert all(expected[token] > 0 for token in drawn)
 
 
-_EDGES = st.sampled_from([0.0, 5e-324, 1e-45, 1.2e-38, 1e-7, 0.5, 1.0, 2.0])
+_EDGES: dict[str, list[float]] = {
+    "temperature": [0.0, 5e-324, 1e-45, 1.2e-38, 1e-7, 0.01, 0.5, 1.0, 2.0],
+    "top_k": [0, 1, 2, _VOCAB, 1_000_000],
+    "top_p": [5e-324, 1e-40, 1e-7, 0.51, 1 - 2**-53, 1.0],
+    "min_p": [0.0, 5e-324, 1e-40, 0.5, 1.0],
+    "repetition_penalty": [0.01, 1.0, 1 + 2**-52, 100.0],
+    "presence_penalty": [-2.0, 0.0, 5e-324, 2.0],
+    "frequency_penalty": [-2.0, 0.0, 2.0],
+}
+_BIASES: list[dict[int, float]] = [{}, {0: 100.0}, {0: -100.0, 1: 100.0}, {3: 1e-30}]
+_SCALES = [0.0, 1e-30, 1.0, 1e30]
+_GENERATED = (8, 20, 20)
 
 
-@settings(deadline=None, max_examples=300)
-@given(
-    temperature=_EDGES,
-    top_k=st.sampled_from([0, 1, 2, _VOCAB, 1_000_000]),
-    top_p=st.sampled_from([5e-324, 1e-40, 1e-7, 0.5, 1.0]),
-    min_p=st.sampled_from([0.0, 5e-324, 1e-40, 0.5, 1.0]),
-    repetition_penalty=st.sampled_from([0.01, 1.0, 100.0]),
-    presence_penalty=st.sampled_from([-2.0, 0.0, 5e-324, 2.0]),
-    frequency_penalty=st.sampled_from([-2.0, 0.0, 2.0]),
-    bias=st.sampled_from([{}, {0: 100.0}, {0: -100.0, 1: 100.0}]),
-    scale=st.sampled_from([0.0, 1e-30, 1.0, 1e30]),
-)
-def test_no_accepted_parameters_make_a_draw_fail_or_touch_a_neighbour(
-    scale: float, bias: dict[int, float], **given: float
-) -> None:
+def _in_float64(sampling: SamplingParams, logits: torch.Tensor) -> torch.Tensor:
+    """Return the probability of each token after _GENERATED, by the definition of each parameter."""
+    scores = logits.double().clone()
+    for token, bias in sampling.logit_bias.items():
+        scores[token] += bias
+    for token in {*_PROMPT, *_GENERATED}:
+        penalty = sampling.repetition_penalty
+        scores[token] = scores[token] * penalty if scores[token] < 0 else scores[token] / penalty
+    for token, count in Counter(_GENERATED).items():
+        scores[token] -= sampling.presence_penalty + sampling.frequency_penalty * count
+    if sampling.temperature < torch.finfo(torch.float32).tiny:
+        return torch.nn.functional.one_hot(scores.argmax(), _VOCAB).double()
+    scores = (scores - scores.max()) / sampling.temperature
+    if sampling.top_k:
+        scores[scores < scores.topk(min(sampling.top_k, _VOCAB)).values[-1]] = -torch.inf
+    probabilities, order = scores.softmax(0).sort(descending=True, stable=True)
+    before = probabilities.cumsum(0) - probabilities
+    scores[order[1:][before[1:] >= sampling.top_p]] = -torch.inf
+    probabilities = scores.softmax(0)
+    scores[probabilities < sampling.min_p * probabilities.max()] = -torch.inf
+    return scores.softmax(0)
+
+
+@pytest.mark.parametrize("number", [250, pytest.param(2_000, marks=pytest.mark.prove)])
+def test_no_accepted_parameters_make_a_draw_fail_or_wrong_or_touch_a_neighbour(number: int) -> None:
+    chance, each = random.Random(1), 4
     plain = SamplingParams(max_tokens=9, temperature=1.0, seed=3)
-    odd = SamplingParams(max_tokens=9, seed=4, logit_bias=bias, **given)  # type: ignore[arg-type]
-    sampler = _sampler(plain, sequence_id=1)
-    sampler.open([OpenedSequence(2, _PROMPT, odd)])
-    alone = _sampler(plain, sequence_id=1)
+    alone = _sampler(plain, _GENERATED)
+    difference = variance = 0.0
+    for case in range(number):
+        given = {name: chance.choice(values) for name, values in _EDGES.items()}
+        odd = SamplingParams(max_tokens=9, logit_bias=chance.choice(_BIASES), **given)  # type: ignore[arg-type]
+        logits = torch.cat([_logits(case), _logits(case + 1) * chance.choice(_SCALES)])
+        expected = _in_float64(odd, logits[1])
+        # Any value of each token: its mean over the draws is right if the probabilities are.
+        worth = torch.rand(_VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(case))
+        rows = [1, *range(2, 2 + each)]
+        sampler = _sampler(plain, _GENERATED)
+        for sequence_id in rows[1:]:
+            seeded = replace(odd, seed=chance.getrandbits(63))
+            sampler.open([OpenedSequence(sequence_id, _PROMPT, seeded, _GENERATED)])
+        chance.shuffle(rows)
 
-    for index in range(7):
-        logits = torch.cat([_logits(index), _logits(index + 50) * scale])
-        ours, other = sampler.sample([1, 2], logits)
-        assert ours == alone.sample([1], logits[:1])[0]
-        assert 0 <= other.token_id < _VOCAB
+        tokens, faults = sampler.sample(rows, logits[[int(row > 1) for row in rows]])
+
+        assert not faults
+        alone.open([OpenedSequence(1, _PROMPT, plain, _GENERATED)])
+        found = {token.sequence_id: token for token in tokens}
+        assert found.pop(1) == _token(alone, logits[:1])
+        for token in found.values():
+            assert expected[token.token_id] > 0, (odd, token)
+            mean = float(expected @ worth)
+            difference += float(worth[token.token_id]) - mean
+            variance += float(expected @ worth**2) - mean**2
+    # In units of its standard deviation.
+    assert abs(difference) / variance**0.5 < 4

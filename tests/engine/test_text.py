@@ -193,3 +193,76 @@ def test_a_word_keeps_its_space_and_a_byte_its_value_in_a_sentencepiece_vocabula
     assert decoder.token_text(1) == " Hello"
     assert decoder.token_bytes(1) == b" Hello"
     assert decoder.token_bytes(2) == b"\xf0"
+
+
+_BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
+_WORDS = {"▁Hello": 256, "▁": 257, "b": 258, "漢": 259, "'": 260, "</s>": 261}
+
+
+@pytest.fixture(scope="module")
+def byte_fallback() -> TextDecoder:
+    backend = Backend(models.BPE(_BYTES | _WORDS, [], byte_fallback=True))
+    backend.add_special_tokens(["</s>"])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return TextDecoder(backend)
+
+
+def _texts(decoder: TextDecoder, token_ids: Iterable[int], context: Iterable[int] = ()) -> list[str]:
+    """Return the text after each token, and last the rest."""
+    text = decoder.completion(tuple(context), SamplingParams(max_tokens=99))
+    return [*(text.push(token_id).text for token_id in token_ids), text.finish().text]
+
+
+@pytest.mark.parametrize(
+    ("context", "tokens", "expected"),
+    [
+        ((256,), (0xC3, 0xA9, 258), ["", "é", "b", ""]),
+        # The tokenizer decodes all three bytes as bad ones; what was returned stays.
+        ((256,), (0xC3, 0xA9, 0xE2, 258), ["", "é", "", "\ufffdb", ""]),
+        ((), (0xFF, 0xFF, 0xC3, 0xA9), ["\ufffd", "\ufffd", "", "é", ""]),
+        ((), (0xC3, 0xA9, 0xE2), ["", "é", "", "\ufffd"]),
+        # A word keeps its space behind a byte, also behind the prompt's.
+        ((), (0xC3, 0xA9, 256), ["", "é", " Hello", ""]),
+        ((0x41,), (256,), [" Hello", ""]),
+        # The prompt's half character is no part of the answer, nor is a prompt's U+FFFD.
+        ((256, 0xC3), (0xA9, 258), ["\ufffd", "b", ""]),
+        ((0xEF, 0xBF, 0xBD), (258,), ["b", ""]),
+        ((256,), (261, 261, 256), ["", "", " Hello", ""]),
+    ],
+)
+def test_single_bytes_become_text_as_they_come(
+    byte_fallback: TextDecoder, context: tuple[int, ...], tokens: tuple[int, ...], expected: list[str]
+) -> None:
+    assert _texts(byte_fallback, tokens, context) == expected
+
+
+@given(st.data())
+def test_no_tokens_make_decoding_fail_and_characters_in_bytes_arrive_whole(
+    byte_fallback: TextDecoder, tokenizer: Tokenizer, data: st.DataObject
+) -> None:
+    token = st.one_of(st.integers(0, 261), st.integers(0x80, 0xFF), st.integers(0, 2**31))
+    tokens = data.draw(st.lists(token, max_size=40))
+    context = data.draw(st.lists(token, max_size=9))
+    for decoder in (byte_fallback, tokenizer):
+        assert all(isinstance(text, str) for text in _texts(decoder, tokens, context))
+
+    text = data.draw(st.text(st.characters(codec="utf-8"), max_size=9))
+    arrived = "".join(_texts(byte_fallback, [*tokens, 258, *text.encode()], context))
+    assert arrived.endswith("b" + text)
+
+
+def test_a_run_that_is_no_character_is_returned_before_it_grows_long(tokenizer: Tokenizer) -> None:
+    first_byte = tokenizer.encode("漢")[-3:][0]
+    texts = _texts(tokenizer, [first_byte] * 40)
+
+    assert any(texts[:20])
+    assert "".join(texts) == "\ufffd" * 40
+
+
+def test_a_text_that_turns_back_goes_on() -> None:
+    backend = Backend(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="c"))
+    backend.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "X")])
+
+    assert _texts(TextDecoder(backend), (0, 1, 2)) == ["a", "b", "c", ""]

@@ -3,12 +3,20 @@
 import asyncio
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pytest
 
 from azu.config.network import RetryPolicy
-from azu.errors import AzuError, InsufficientCapacity, InvalidRequest, WorkerLost
-from azu.jobs.dispatch import keep_trying
+from azu.errors import AzuError, InsufficientCapacity, InvalidRequest, NumericsError, WorkerLost
+from azu.jobs.dispatch import Dispatcher, keep_trying
+from azu.jobs.record import JobRecord
+from azu.jobs.redis import RedisJobs
+from azu.metrics import Meter
 from azu.planner.plan import NEVER_FITS
-from azu.protocol.job import FinishReason, JobRun
+from azu.protocol.job import FinishReason, Job, JobRun, JobState
+from azu.supervision import Supervisor, end_process
+from tests.builders import job
 
 PATIENCE = RetryPolicy(first_s=1, longest_s=8, budget_s=60)
 OLD, NEW = {"a": "0xa"}, {"b": "0xb"}  # payout addresses by node
@@ -108,3 +116,72 @@ def test_a_job_that_is_given_up_while_it_waits_pays_for_what_it_got() -> None:
     run = Life(failed(7, LOST), wanted_for=1).end()
 
     assert run == JobRun(7, FinishReason.CANCELLED, payout_by_node=OLD)
+
+
+@dataclass
+class Model:
+    """A deployment that answers every job with the same run."""
+
+    answer: JobRun
+    expected: list[str] = field(default_factory=list)
+    blamed: list[str] = field(default_factory=list)
+
+    async def run(self, job: Job) -> JobRun:
+        return self.answer
+
+    def expect(self, job_id: str) -> None:
+        self.expected.append(job_id)
+
+    def let_go(self, job_id: str) -> None:
+        self.expected.remove(job_id)
+
+    def blame(self, node_id: str) -> None:
+        self.blamed.append(node_id)
+
+
+@dataclass
+class Models:
+    """A cluster with one or two pipelines of each model."""
+
+    first: Model
+    second: Model | None
+
+    async def ensure(self, model_id: str, revision: str, job_id: str) -> Model:
+        self.first.expect(job_id)
+        return self.first
+
+    def beside(self, deployment: Model) -> Model | None:
+        return self.second
+
+
+NOT_FINITE = failed(2, NumericsError("values that are not finite", node_id="a", layer=3))
+
+
+@pytest.mark.parametrize(
+    ("second", "expected", "blamed"),
+    [
+        (done(9), done(9), ["a"]),  # its values are finite
+        (NOT_FINITE, NOT_FINITE, []),
+        (failed(2, LOST), failed(2, LOST), []),
+        (None, NOT_FINITE, []),
+    ],
+)
+def test_a_second_pipeline_says_whose_fault_values_are_that_are_not_finite(
+    run_scenario, second: JobRun | None, expected: JobRun, blamed: list[str]
+) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        models = Models(Model(NOT_FINITE), Model(second) if second else None)
+        dispatcher = Dispatcher(
+            jobs, models, None, consumer="test", patience=PATIENCE,
+            supervisor=Supervisor("test", Meter(), end_process),
+        )  # fmt: skip
+        await jobs.submit(job())
+
+        run = await dispatcher._try(JobRecord(job(), JobState.QUEUED, None, 0))
+
+        assert run == expected
+        assert models.first.blamed == blamed
+        assert not models.first.expected
+        assert not (models.second and models.second.expected)
+
+    run_scenario(scenario)

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import redis
@@ -14,7 +15,7 @@ from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.text import TextDecoder
 from azu.engine.timing import PipelineMetrics
-from azu.errors import NotFound, Unavailable, WorkerLost
+from azu.errors import NotFound, NumericsError, Unavailable, WorkerLost
 from azu.jobs import job_runner
 from azu.jobs.job_runner import JobRunner
 from azu.jobs.record import job_key, tokens_key
@@ -22,7 +23,8 @@ from azu.jobs.redis import RedisJobs
 from azu.metrics import Meter
 from azu.protocol.job import FinishReason, Job, TokenEvent
 from azu.protocol.sampling import SamplingParams
-from azu.protocol.step import SampledToken, StepBatch, StepResult
+from azu.protocol.step import SampledToken, SequenceFault, StepBatch, StepResult
+from azu.supervision import Supervisor, end_process
 from tests.builders import job, structure, topology
 from tests.redis_server import start_redis
 
@@ -44,20 +46,23 @@ class Pipeline:
         decoder.decoder = decoders.Fuse()
         metrics = PipelineMetrics("test/model", 64, Meter())
         self.runner = JobRunner(self.engine, self.jobs, TextDecoder(decoder), metrics, self.send)
-        self.writer = asyncio.create_task(self.runner.write())
+        self.supervisor = Supervisor("test", Meter(), end_process)
+        self.supervisor.start("tokens", self.runner.write)
 
     def send(self) -> None:
         while self.runner.takes_tokens and (batch := self.engine.next_batch()) is not None:
             self.sent.append(batch)
 
-    async def answer(self, token_id: int, patience_s: float = 10) -> None:
-        """Answer the oldest step with one token for each sequence that samples."""
+    async def answer(self, token_id: int, *faults: SequenceFault, patience_s: float = 10) -> None:
+        """Answer the oldest step with one token for each sequence that samples and does not fail."""
         async with asyncio.timeout(patience_s):
             while not self.sent:
                 await asyncio.sleep(0)
         batch = self.sent.pop(0)
-        tokens = tuple(SampledToken(one.sequence_id, token_id) for one in batch.slices if one.sample)
-        self.runner.complete(StepResult(batch.epoch, batch.step, batch.micro_batch, tokens))
+        failed = {fault.sequence_id for fault in faults}
+        sampled = [one.sequence_id for one in batch.slices if one.sample and one.sequence_id not in failed]
+        tokens = tuple(SampledToken(sequence_id, token_id) for sequence_id in sampled)
+        self.runner.complete(StepResult(batch.epoch, batch.step, batch.micro_batch, tokens, faults))
 
     async def answer_all(self, token_id: int) -> None:
         """Answer every step."""
@@ -66,7 +71,7 @@ class Pipeline:
 
     async def begin(self, wanted: Job) -> "asyncio.Task[object]":
         running = asyncio.create_task(self.runner.run(wanted))
-        while wanted.job_id not in self.runner.job_ids or not self.engine.num_sequences:
+        while wanted.job_id not in {active.job.job_id for active, _ in self.runner._by_sequence.values()}:
             await asyncio.sleep(0)
         return running
 
@@ -81,7 +86,7 @@ def play(run_scenario: Callable[[Scenario], None]) -> Callable[[Callable[[Pipeli
             try:
                 await scenario(pipeline)
             finally:
-                pipeline.writer.cancel()
+                await pipeline.supervisor.stop()
 
         run_scenario(with_runner)
 
@@ -147,7 +152,10 @@ def test_each_choice_is_a_sequence_with_a_seed_of_its_own_and_its_index(play) ->
             await asyncio.sleep(0.01)
         run = await running
 
-        assert opened == [wanted.sampling.seed, wanted.sampling.seed + 1]
+        first, second = opened
+        assert first == wanted.sampling.seed
+        assert 0 <= second < 2**63
+        assert second not in (first, first + 1), "the next seed's first choice is another"
         assert run.completion_tokens == 2
         assert await pipeline.jobs.tokens("job-1", 0) == await pipeline.jobs.tokens("job-1", 1) == (5,)
 
@@ -238,6 +246,80 @@ def test_a_job_that_cannot_begin_raises_and_may_be_tried_again(play) -> None:
     play(scenario)
 
 
+def test_a_choice_that_fails_ends_its_job_with_its_error_and_what_was_delivered(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        wanted = replace(job(max_tokens=9), choices=2)
+        for one in (wanted, job("job-2", max_tokens=3)):
+            await pipeline.jobs.submit(one)
+        running, other = await pipeline.begin(wanted), await pipeline.begin(job("job-2", max_tokens=3))
+        while await pipeline.jobs.tokens("job-1", 1) == ():
+            await pipeline.answer(5)
+            await asyncio.sleep(0.01)
+        delivered = sum([len(await pipeline.jobs.tokens("job-1", choice)) for choice in range(2)])
+        fault = SequenceFault(2, "numerics_error", "values that are not finite", node_id="a", layer=3)
+        await pipeline.answer(6, fault)
+        run = await running
+        written = sum([len(await pipeline.jobs.tokens("job-1", choice)) for choice in range(2)])
+
+        assert isinstance(run.error, NumericsError)
+        assert (run.error.message, run.error.node_id, run.error.layer) == (fault.message, "a", 3)
+        assert (run.finish_reason, run.completion_tokens) == (FinishReason.ERROR, written)
+        assert delivered <= written < delivered + 3
+        assert set(run.work) == set(range(4)), "the workers are paid for what was delivered"
+        while pipeline.engine.num_sequences:
+            await pipeline.answer(6)
+        assert (await other).finish_reason is FinishReason.LENGTH
+
+    play(scenario)
+
+
+def test_stop_strings_that_raise_end_their_job_now_or_when_it_is_resumed(
+    play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bool:
+        raise ValueError("no text")
+
+    monkeypatch.setattr(job_runner.TextDecoder, "completion", lambda *_: SimpleNamespace(ends_with=refuse))
+
+    async def scenario(pipeline: Pipeline) -> None:
+        for name in ("job-1", "job-2"):
+            await pipeline.jobs.submit(replace(job(name), sampling=STOP))
+        await pipeline.jobs.append([("job-2", TokenEvent(0, (7,)))])
+        running = await pipeline.begin(replace(job(), sampling=STOP))
+        await pipeline.answer(5)
+        runs = [await running, await pipeline.runner.run(replace(job("job-2"), sampling=STOP))]
+
+        assert [(run.completion_tokens, run.finish_reason) for run in runs] == [
+            (0, FinishReason.ERROR),
+            (1, FinishReason.ERROR),
+        ]
+        assert {run.error.code for run in runs if run.error} == {"internal_error"}
+        assert pipeline.engine.num_free_blocks == 64
+
+    play(scenario)
+
+
+def test_what_was_taken_is_written_by_the_next_call_after_one_that_raised(
+    play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        append = pipeline.jobs.append
+
+        async def once(*_: object) -> None:
+            monkeypatch.setattr(pipeline.jobs, "append", append)
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(pipeline.jobs, "append", once)
+        await pipeline.jobs.submit(job(max_tokens=1))
+        running = await pipeline.begin(job(max_tokens=1))
+        await pipeline.answer(5)
+
+        assert (await running).completion_tokens == 1
+        assert await pipeline.jobs.tokens("job-1") == (5,)
+
+    play(scenario)
+
+
 def test_only_so_many_ended_jobs_are_kept(play, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_runner, "_KEPT_JOBS", 2)
 
@@ -279,7 +361,7 @@ def test_an_engine_computes_on_while_redis_is_away_up_to_a_bound_and_the_tokens_
 
         assert (await running).completion_tokens == 9
         assert await pipeline.jobs.tokens("job-1") == tuple(range(5, 14))
-        pipeline.writer.cancel()
+        await pipeline.supervisor.stop()
 
     try:
         asyncio.run(asyncio.wait_for(scenario(), 30))
