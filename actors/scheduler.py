@@ -170,7 +170,7 @@ class Scheduler:
         now_s = time.monotonic()
         for node_id in self._nodes.marks.judge(self._cluster.placed_bytes(), now_s):
             log.warning("node %s alone computed values that are not finite", node_id[:8])
-            self._nodes.suspect(node_id, now_s)
+            self._nodes.blame(node_id, now_s)
         await self._kv_pressure.check(self._nodes.reports(), now_s)
 
     async def _check_nodes(self) -> None:

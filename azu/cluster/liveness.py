@@ -24,7 +24,7 @@ _PATIENT_S = 600.0
 # A step that takes so many times as long as expected, and so many seconds, is slow.
 _SLOW_STEPS = 5
 _SLOW_S = 5.0
-# Who looks later than this after the last look was busy or stopped: nothing was heard meanwhile.
+# An asker that looks later than this after its last look was busy or stopped: it heard nothing meanwhile.
 _LONGEST_LOOK_S = 1.5
 # A node whose pieces take so many times as long as before, while the others of their model do not, is slow.
 SLOW_FACTOR = 3.0
