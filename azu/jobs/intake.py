@@ -162,6 +162,7 @@ class Intake:
         """Once Redis is back, have a job whose caller was refused never run, or end if it was written."""
         if await retry_until_available(partial(self._jobs.give_up, job_id)):
             await retry_until_available(partial(self._in_flight_limit.remove, key, job_id))
+            await retry_until_available(partial(self._books.give_back, job_id))
         else:
             await retry_until_available(partial(self._jobs.cancel, job_id))
 

@@ -20,6 +20,7 @@ from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import (
     PLATFORM,
     Deposit,
+    Expire,
     Reserve,
     WithdrawalPlanned,
     user_available,
@@ -140,6 +141,11 @@ class Books:
             except InsufficientBalance:
                 await self._spend_limits.give_back(key, job_id)
                 raise
+
+    async def give_back(self, job_id: str) -> None:
+        """Return what is reserved for a job that was marked as lost, and so never runs."""
+        if await self._ledger.reservation(job_id) is not None:
+            await self._ledger.apply(Expire(id=f"expire:{job_id}", job_id=job_id))
 
     async def settle(self, receipt: Receipt) -> None:
         """End a job's reservation as its receipt says: charge and share out, or release all of it.

@@ -214,6 +214,7 @@ def test_a_job_whose_caller_was_refused_while_redis_was_away_does_not_run(
 
         record = await billing.jobs.get("job-0")
         assert (record is not None and record.cancelled) == is_written
+        assert await billing.balances() == ((888, 112) if is_written else (1_000, 0))
         if not is_written:
             with pytest.raises(Unavailable, match="too long"):
                 await submit(builders.job("job-0", address=ALICE))
