@@ -1,13 +1,17 @@
 """The control plane: registry and scheduler on the head, started again when they die."""
 
+import logging
+
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayError
 
 from actors.links import REGISTRY, find
 from actors.placement import SCHEDULER, release_all, start_on_head
 from actors.registry import Registry
 from actors.scheduler import Scheduler
 from azu.config import ControlConfig
+
+log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 60.0
 # An actor that does not answer for so long hangs; one on a busy machine answers before.
@@ -63,10 +67,11 @@ def _is_silent(name: str) -> bool:
     """Say whether an actor hangs; it is killed then. One that dies meanwhile is noticed a second later."""
     actor = find(name)
     try:
-        ray.get(actor.ready.remote(), timeout=_SILENCE_S)
+        # Changes nothing unless its first start failed.
+        ray.get(actor.start.remote(), timeout=_SILENCE_S)
     except GetTimeoutError:
         ray.kill(actor)
         return True
-    except RayActorError:
-        return False
+    except RayError as error:
+        log.warning("the %s did not start: %s", name, type(error).__name__)
     return False

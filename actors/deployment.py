@@ -22,7 +22,7 @@ from azu.engine.stage_contract import StageSpec
 from azu.errors import AzuError, WorkerLost
 from azu.planner.demand import shards_of
 from azu.planner.replicas import ExpertCounts
-from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport
+from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport, PipelineLook
 from azu.protocol.node import Node
 from azu.protocol.step import PieceProgress
 from azu.protocol.structure import Structure
@@ -179,6 +179,10 @@ class RayBackend:
 
     async def cancel(self, pipeline: str, job_id: str) -> None:
         await self._call(pipeline, "cancel", job_id)
+
+    async def look(self, pipeline: str) -> PipelineLook:
+        look: PipelineLook = await self._call(pipeline, "look")
+        return look
 
     async def running_jobs(self, pipeline: str) -> frozenset[str]:
         jobs: frozenset[str] = await self._call(pipeline, "jobs")

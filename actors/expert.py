@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from actors.links import raises_known_errors
 from actors.telemetry import log_as
 from azu.engine.malloc import keep_between_steps
 from azu.engine.timing import StageClock
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from azu.engine.experts import ExpertRunner
 
 
+@raises_known_errors
 class ExpertActor:
     """Wraps an ExpertRunner. It keeps no state between calls: a lost slice is sent again."""
 

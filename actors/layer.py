@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from ray.actor import ActorHandle
 
-from actors.links import Acknowledgements, RayExpertLink
+from actors.links import Acknowledgements, RayExpertLink, get, raises_known_errors
 from actors.telemetry import log_as, open_supervisor
 from azu.engine.malloc import keep_between_steps
 from azu.engine.stage_contract import Handoff, OldEpoch, StageSpec, blamed, is_bad_frame
 from azu.engine.timing import StageClock, StageTiming, hop_s
-from azu.errors import AzuError
+from azu.errors import AzuError, InternalError
 from azu.metrics import HOP
 from azu.protocol.step import PieceProgress, StepBatch
 from azu.protocol.topology import PieceSet, Topology
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MOST_REPORTS = 3
 
+
+@raises_known_errors
 class LayerActor:
     """Wraps a StageRunner and hands each step to the next stage itself."""
 
@@ -114,15 +117,16 @@ class LayerActor:
             assert self._next is not None
             self._acks.expect(self._next.step.remote(output.batch, output.frame))
         else:
-            self._pipeline.completed.remote(output)
+            self._acks.expect(self._pipeline.completed.remote(output))
 
     def _expert_link(self, expert_sets: Mapping[int, ActorHandle]) -> RayExpertLink | None:
         return RayExpertLink(expert_sets, self._clock.waiting) if expert_sets else None
 
     def _expect_from(self, stage: int, epoch: int) -> Acknowledgements:
-        loss = PieceSet(stages=frozenset({stage}))
+        # Behind the last stage stands the pipeline: it takes a step again that it failed to take.
+        loss = PieceSet(stages=frozenset({stage} if self._next else ()))
         return Acknowledgements(
-            f"stage {stage}",
+            f"stage {stage}" if self._next else "the pipeline",
             self._next,
             self._ack_timeout_s,
             lost=lambda error: self._report(loss, error, epoch),
@@ -131,10 +135,19 @@ class LayerActor:
         )
 
     def _answered(self, seconds: float, stay: object) -> None:
-        assert isinstance(stay, StageTiming)
-        if (hop := hop_s(seconds, stay)) is not None:
+        if isinstance(stay, StageTiming) and (hop := hop_s(seconds, stay)) is not None:
             self._supervisor.meter.observe(HOP, hop, self._model_id, str(self._index))
 
     def _report(self, loss: PieceSet, error: AzuError, epoch: int) -> None:
         log.warning("%s is to blame: %s", loss, error.message)
-        self._pipeline.lost.remote(loss, error.message, epoch, is_bad_frame(error))
+        for _ in range(_MOST_REPORTS):
+            sent = self._pipeline.lost.remote(loss, error.message, epoch, is_bad_frame(error))
+            try:
+                get(sent, self._ack_timeout_s, "the pipeline")
+            except InternalError as refused:
+                log.warning("the report is sent again: %s", refused.message)
+            except AzuError as gone:
+                log.warning("%s", gone.message)  # its successor begins with steps of its own
+                return
+            else:
+                return

@@ -1,12 +1,14 @@
 """Calls between actors over Ray: to the next stage, to expert sets, and to the control plane by name."""
 
 import asyncio
+import functools
+import inspect
 import queue
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
@@ -20,9 +22,41 @@ from azu.protocol.step import PieceProgress
 from azu.supervision import Supervisor, as_known_error
 
 REGISTRY = "registry"
+_Class = TypeVar("_Class", bound=type)
+_Sent = tuple[ray.ObjectRef, float]  # a call and when it was made
 # Longer than the registry or the scheduler takes from its death until it answers again.
 _BACK_IN_S = 20.0
 _RETRY_S = 0.2
+
+
+def raises_known_errors(cls: _Class) -> _Class:
+    """Have an actor's public methods raise AzuErrors only; of any other exception its callers get the id."""
+    for name, method in list(vars(cls).items()):
+        if inspect.isfunction(method) and not name.startswith("_"):
+            setattr(cls, name, _raising_known_errors(method, f"{cls.__name__}.{name}"))
+    return cls
+
+
+def _raising_known_errors(method: Any, name: str) -> Any:
+    if inspect.iscoroutinefunction(method):
+
+        @functools.wraps(method)
+        async def answer(*arguments: Any, **named: Any) -> Any:
+            try:
+                return await method(*arguments, **named)
+            except Exception as error:
+                raise as_known_error(error, name) from None
+
+    else:
+
+        @functools.wraps(method)
+        def answer(*arguments: Any, **named: Any) -> Any:
+            try:
+                return method(*arguments, **named)
+            except Exception as error:
+                raise as_known_error(error, name) from None
+
+    return answer
 
 
 def get(ref: ray.ObjectRef, timeout_s: float, what: str) -> object:
@@ -132,7 +166,8 @@ class Acknowledgements:
         self._timeout_s = timeout_s
         self._lost = lost
         self._answered = answered
-        self._sent: queue.SimpleQueue[tuple[ray.ObjectRef, float] | None] = queue.SimpleQueue()
+        self._sent: queue.SimpleQueue[_Sent | None] = queue.SimpleQueue()
+        self._awaited: _Sent | None = None
         self._closed = False
         supervisor.start_thread("acknowledgements", self._watch)
 
@@ -146,11 +181,14 @@ class Acknowledgements:
         self._sent.put(None)
 
     def _watch(self) -> bool:
-        """Wait for one answer; False when there is nothing to wait for any more."""
-        sent = self._sent.get()
-        if self._closed or sent is None:
+        """Wait for one answer; False when there is nothing to wait for any more.
+
+        A call that follows one that raised waits for the same answer.
+        """
+        self._awaited = self._awaited or self._sent.get()
+        if self._closed or self._awaited is None:
             return False
-        ref, sent_s = sent
+        ref, sent_s = self._awaited
         try:
             answer = get_from_piece(ref, self._piece, self._timeout_s, self._what)
         except AzuError as error:
@@ -158,6 +196,7 @@ class Acknowledgements:
                 self._lost(error)
         else:
             self._answered(time.perf_counter() - sent_s, answer)
+        self._awaited = None
         return True
 
 

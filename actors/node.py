@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError
 
 from actors.compat import is_one_waiting, start_waiting
-from actors.links import REGISTRY, ask
+from actors.links import REGISTRY, ask, raises_known_errors
 from actors.placement import WorkerNode, start_on_node, worker_nodes
 from actors.telemetry import log_as
 from azu.cluster.nodes import NodeTable
@@ -42,6 +42,7 @@ _POLL_S = 0.05
 _FIRST_REPORTS = 6
 
 
+@raises_known_errors
 class NodeAgent:
     """Wraps a node's ShardCache and DeviceMeter."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -9,17 +10,17 @@ from contextlib import suppress
 import ray
 from ray.actor import ActorHandle
 
-from actors.links import answer_from_piece, as_azu_error
+from actors.links import answer_from_piece, as_azu_error, raises_known_errors
 from actors.placement import CONTROL
 from actors.telemetry import log_as, open_supervisor
 from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.text import TextDecoder
-from azu.engine.timing import PipelineMetrics
+from azu.engine.timing import PipelineMetrics, RoundTimes
 from azu.errors import AzuError
 from azu.jobs.job_runner import JobRunner
 from azu.jobs.redis import RedisJobs
-from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport
+from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport, PipelineLook
 from azu.protocol.step import StepResult
 from azu.protocol.structure import Structure
 from azu.protocol.topology import LossReport, PieceSet, Topology
@@ -27,6 +28,7 @@ from azu.protocol.topology import LossReport, PieceSet, Topology
 log = logging.getLogger(__name__)
 
 
+@raises_known_errors
 class Pipeline:
     """Wraps a JobRunner and its EnginePipeline: steps go to the first stage, losses to the scheduler."""
 
@@ -46,24 +48,28 @@ class Pipeline:
         self._supervisor = open_supervisor("pipeline", lambda: self._metrics.set_load(self._engine))
         meter = self._supervisor.meter
         self._metrics = PipelineMetrics(structure.model_id, scheduling.num_blocks, meter)
+        self._round_times = RoundTimes()
+        # Set while there may be another step to send.
+        self._has_change = asyncio.Event()
         self._runner = JobRunner(
             self._engine,
             RedisJobs.from_url(redis_url),
             text,
             self._metrics,
-            on_change=self._send_steps,
+            on_change=self._has_change.set,
         )
         self._step_timeout_s = step_timeout_s
         self._stages: Sequence[ActorHandle] = ()
         self._losses: deque[LossReport] = deque()
         self._has_losses = asyncio.Event()
         self._is_paused = False
+        self._has_loops = False
         self._watchers: set[asyncio.Task[None]] = set()
 
     async def start(self, stages: Sequence[ActorHandle]) -> None:
         """Learn the stages, in order, and begin to write tokens."""
         self._stages = stages
-        self._supervisor.start("tokens", self._runner.write)
+        self._keep_loops()
 
     async def run(self, job: Job) -> JobRun:
         """Run a job to its end; its tokens are in Redis when this returns."""
@@ -72,6 +78,10 @@ class Pipeline:
     async def jobs(self) -> frozenset[str]:
         """Return the jobs that have not ended here."""
         return self._runner.job_ids
+
+    async def look(self) -> PipelineLook:
+        """Return what the jobs here do."""
+        return self._runner.look(self._round_times.usual_s)
 
     async def cancel(self, job_id: str) -> None:
         """End a job's sequences within one step; what was delivered stays delivered."""
@@ -83,6 +93,7 @@ class Pipeline:
 
     async def completed(self, result: StepResult) -> None:
         """Take the last stage's tokens."""
+        self._round_times.returned(result.step, time.monotonic())
         self._runner.complete(result)
 
     async def fail(self, error: AzuError) -> None:
@@ -91,7 +102,13 @@ class Pipeline:
         self._runner.fail(error)
 
     async def lost(self, pieces: PieceSet, fault: str, epoch: int, is_bad_frame: bool = False) -> None:
-        """Take a report that pieces failed, are gone or sent a bad frame; no step is sent until `resume`."""
+        """Take a report that pieces failed, are gone or sent a bad frame; no step is sent until `resume`.
+
+        Without pieces the report says that a step was lost on its way.
+        """
+        self._lose(pieces, fault, epoch, is_bad_frame=is_bad_frame)
+
+    def _lose(self, pieces: PieceSet, fault: str, epoch: int, *, is_bad_frame: bool = False) -> None:
         if epoch != self._epoch or self._is_paused:
             return  # what was lost then is repaired already
         log.warning("%s: %s", pieces, fault)
@@ -146,7 +163,8 @@ class Pipeline:
         self._engine.resume(topology, empty, sent, self._runner.sequences_of(alone))
         if is_repair:
             self._metrics.record_recovery()
-        self._send_steps()
+        self._keep_loops()
+        self._has_change.set()
 
     async def _num_sent(self, stage: ActorHandle, sequence_ids: Sequence[int]) -> Mapping[int, int]:
         asking = stage.num_sent.options(concurrency_group=CONTROL).remote(sequence_ids)
@@ -158,17 +176,28 @@ class Pipeline:
             return {}
         return num_sent
 
-    def _send_steps(self) -> None:
+    def _keep_loops(self) -> None:
+        # Also at a resume, if the start failed.
+        if not self._has_loops:
+            self._has_loops = True
+            self._supervisor.start("tokens", self._runner.write)
+            self._supervisor.start("steps", self._send_steps)
+
+    async def _send_steps(self) -> None:
+        """Send the steps that can be sent now, once there may be one."""
+        await self._has_change.wait()
         while self._runner.takes_tokens and (batch := self._engine.next_batch()) is not None:
             stage = max(0, batch.replay.first - 1) if batch.replay else 0
+            self._round_times.sent(batch.step, time.monotonic())
             sent = self._stages[stage].step.remote(batch, None)
             watcher = asyncio.create_task(self._watch(sent, self._stages[stage], stage, batch.epoch))
             self._watchers.add(watcher)
             watcher.add_done_callback(self._watchers.discard)
+        self._has_change.clear()
 
     async def _watch(self, sent: ray.ObjectRef, piece: ActorHandle, stage: int, epoch: int) -> None:
         try:
             await answer_from_piece(sent, piece, self._step_timeout_s, f"stage {stage}")
         except Exception as error:
             fault = as_azu_error(error, f"stage {stage}")
-            await self.lost(PieceSet(stages=frozenset({stage})), fault.message, epoch)
+            self._lose(PieceSet(stages=frozenset({stage})), fault.message, epoch)

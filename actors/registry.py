@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from actors.links import raises_known_errors
 from actors.telemetry import log_as
 from azu.config import ControlConfig
 from azu.models.description import AvailableModel, ModelDescription
@@ -12,6 +13,7 @@ from azu.protocol.structure import Structure
 _CUTS_AT_ONCE = 2
 
 
+@raises_known_errors
 class Registry:
     """Wraps a ModelRegistry; every call runs in a thread of its own."""
 

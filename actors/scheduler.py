@@ -5,6 +5,7 @@ import logging
 import time
 
 from actors.deployment import RayBackend
+from actors.links import raises_known_errors
 from actors.node import NodeAgents
 from actors.placement import SCHEDULER, request_nodes
 from actors.telemetry import RayMeter, log_as, show_books, show_deployments, show_jobs, show_nodes
@@ -19,7 +20,7 @@ from azu.errors import NotFound
 from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
-from azu.metrics import BAD_FRAMES, MetricsSnapshot, MetricsSum
+from azu.metrics import BAD_FRAMES, UNHEALTHY, MetricsSnapshot, MetricsSum
 from azu.money.books import Books
 from azu.protocol.job import DeploymentStatus
 from azu.protocol.node import Node
@@ -32,6 +33,7 @@ _MEASURE_S = 2.0
 _ARCHIVE_S = 60.0
 
 
+@raises_known_errors
 class Scheduler:
     """Composes a Cluster, the checks that change it, and a Dispatcher; runs their loops."""
 
@@ -132,6 +134,14 @@ class Scheduler:
         """Take a snapshot of another process's meter."""
         self._metrics.record(source, snapshot, time.monotonic())
 
+    async def problems(self) -> tuple[str, ...]:
+        """Return what cannot go on in some process of the network; that process is being replaced."""
+        values = self._metrics.total(time.monotonic()).values
+        failing = sorted(
+            labels[0] for (name, labels), loops in values.items() if name == UNHEALTHY.name and loops
+        )
+        return tuple(f"the {component} has a loop that fails again and again" for component in failing)
+
     async def metrics(self) -> MetricsSnapshot:
         """Return the metrics of all processes of the network together."""
         return self._metrics.total(time.monotonic())
@@ -161,6 +171,8 @@ class Scheduler:
             show_deployments(self._meter, await self.deployments())
             show_jobs(self._meter, self._dispatcher.num_waiting, self._dispatcher.num_running)
             show_books(self._meter, await self._books.totals())
+            if shown := await self._books.treasury_metrics():
+                await self.take_metrics(*shown)
         finally:
             self._meter.export()
             await self.take_metrics(SCHEDULER, self._meter.snapshot())

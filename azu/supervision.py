@@ -30,7 +30,8 @@ STEADY_S = 60.0
 SHOWN_S = 3.0
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 2.0
-_AWAY = (Unavailable, DeadlineExceeded)
+# Another process or service cannot answer now: no fault of the step that asked it.
+AWAY = (Unavailable, DeadlineExceeded)
 
 
 class Supervisor:
@@ -84,6 +85,7 @@ class Supervisor:
             return step()
 
         async def run() -> None:
+            self.meter.count(FAULTS, 0, self.component, loop)
             while await self.insist(loop, once):
                 pass
 
@@ -91,6 +93,7 @@ class Supervisor:
 
     async def keep(self, loop: str, step: Callable[[], Awaitable[object]], *, every_s: float = 0.0) -> None:
         """Take a step every `every_s` until cancelled, whatever it raises."""
+        self.meter.count(FAULTS, 0, self.component, loop)
         task = asyncio.current_task()
         assert task is not None
         # A library that gets a cancellation together with an answer may swallow the cancellation.
@@ -126,7 +129,7 @@ class Supervisor:
         row.tries += 1
         pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** (row.tries - 1))
         pause_s *= self._chance.uniform(0.5, 1)
-        if isinstance(error, _AWAY):
+        if isinstance(error, AWAY):
             log.warning("%s waits for %.1f s: %s", loop, pause_s, error.message)
             return pause_s
         row.faults += 1

@@ -59,6 +59,7 @@ async def results(job_id: str, key: Key, services: ServicesNow) -> Results:
     return Results(
         job_id=job_id,
         status=record.state.value,
+        waits_for=_waits_for(record),
         text=choices[0].text,
         token_ids=choices[0].token_ids,
         choices=tuple(choices),
@@ -83,6 +84,13 @@ def _choice(model: ServedModel, record: JobRecord, token_ids: tuple[int, ...]) -
     return ChoiceResult(text="".join(shown), token_ids=token_ids)
 
 
+def _waits_for(record: JobRecord) -> str | None:
+    if record.state not in (JobState.QUEUED, JobState.RUNNING):
+        return None
+    waiting = "it waits to be taken from the queue" if record.state is JobState.QUEUED else None
+    return record.waits_for or waiting
+
+
 def _line(record: JobRecord) -> JobLine:
     outcome = record.outcome
     ended = record.state not in (JobState.QUEUED, JobState.RUNNING)
@@ -90,6 +98,7 @@ def _line(record: JobRecord) -> JobLine:
         job_id=record.job.job_id,
         model=record.job.model_id,
         status=record.state.value,
+        waits_for=_waits_for(record),
         created_at_ms=record.job.created_at_ms,
         reserved_lamports=0 if ended else record.job.reserved_lamports,
         finish_reason=outcome.finish_reason.value if outcome else None,

@@ -1,5 +1,6 @@
 """The network: its health, nodes, deployments, models and metrics."""
 
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
@@ -61,13 +62,14 @@ _STARTING: dict[int | str, dict[str, Any]] = {
 
 @router.get("/health", responses=_STARTING)
 async def health(services: ServicesNow, response: Response) -> Health:
-    """Return whether prompts can be served: 503 while something is starting or away, and why."""
+    """Return whether prompts can be served, 503 while something is starting or away, and what goes wrong."""
     problem, is_away = await services.redis_problem()
     problems = () if problem is None else (problem,)
-    try:
-        ready = not is_away and await services.scheduler("ready")
-    except AzuError:
-        ready = False
+    ready = False
+    if not is_away:
+        with suppress(AzuError):
+            ready = await services.scheduler("ready")
+            problems += await services.scheduler("problems")
     response.status_code = 200 if ready else 503
     return Health(status="ok" if ready else "starting", problems=problems)
 
@@ -86,11 +88,12 @@ async def metrics(services: ServicesNow, secret: AdminSecret) -> Response:
 
 @router.get("/v1/network")
 async def network(_: Key, services: ServicesNow) -> NetworkResponse:
-    """Return nodes and deployments, and the number of jobs on them."""
+    """Return nodes and deployments, the number of jobs on them, and what does not run as it should."""
     nodes = await services.scheduler("nodes")
     deployments: list[DeploymentStatus] = await services.scheduler("deployments")
     snapshot: MetricsSnapshot = await services.scheduler("metrics")
     return NetworkResponse(
+        problems=await services.scheduler("problems"),
         jobs=JobCounts(
             running=round(snapshot.value(JOBS, "running")), waiting=round(snapshot.value(JOBS, "waiting"))
         ),

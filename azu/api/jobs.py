@@ -64,11 +64,12 @@ class ChoiceResult(ResponseModel):
 class Results(ResponseModel):
     """What a job has produced so far; `text` and `token_ids` are those of the first choice.
 
-    `status` is "queued", "running", "done", "failed" or "cancelled".
+    `status` is "queued", "running", "done", "failed" or "cancelled"; `waits_for` says why the job waits.
     """
 
     job_id: str
     status: str
+    waits_for: str | None = None
     text: str
     token_ids: tuple[int, ...]
     choices: tuple[ChoiceResult, ...]
@@ -79,11 +80,12 @@ class Results(ResponseModel):
 
 
 class JobLine(ResponseModel):
-    """A job in a list. `reserved_lamports` is 0 once the job has ended."""
+    """A job in a list. `reserved_lamports` is 0 once the job has ended; `waits_for` is as in its results."""
 
     job_id: str
     model: str
     status: str
+    waits_for: str | None = None
     created_at_ms: int
     reserved_lamports: int
     finish_reason: str | None

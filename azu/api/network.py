@@ -97,8 +97,9 @@ class JobCounts(ResponseModel):
 
 
 class NetworkResponse(ResponseModel):
-    """Nodes and deployments, and the number of jobs on them."""
+    """Nodes and deployments, the number of jobs on them, and what does not run as it should."""
 
+    problems: tuple[str, ...] = ()
     jobs: JobCounts = Field(default_factory=JobCounts)
     nodes: tuple[NodeLine, ...]
     deployments: tuple[DeploymentLine, ...]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from azu.cli.output import console
-from azu.errors import DeadlineExceeded, Unavailable
+from azu.errors import AzuError, Unauthenticated
 from azu.units import format_bytes
 
 if TYPE_CHECKING:
@@ -125,7 +125,9 @@ def _is_outdated(membership: "Membership", access: "ClusterAccess") -> bool:
     """Return whether the nodes need a new access: the network was started again or their certificate ends."""
     try:
         later = membership.access()
-    except (Unavailable, DeadlineExceeded) as error:
+    except Unauthenticated:
+        raise
+    except AzuError as error:
         console.print(f"[yellow]{error.message}[/]")
         return False
     return access.is_outdated(later, datetime.now(UTC))

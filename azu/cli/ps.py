@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from azu.cli.credentials import open_client
 from azu.cli.output import AsJson, show, table
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def ps(as_json: AsJson = False) -> None:
-    """Show the nodes, their VRAM, and where the pieces of each model are."""
+    """Show what does not run as it should, the nodes, their VRAM, and where the pieces of each model are."""
     show(open_client().network(), as_json, _network)
 
 
@@ -54,7 +55,9 @@ def _network(found: "NetworkResponse") -> Group:
         "cached shards",
         "payout",
     ]
-    return Group(table(columns, nodes, title="nodes"), *(_deployment(one) for one in found.deployments))
+    problems = [Text(problem, "red") for problem in found.problems]
+    deployments = [_deployment(one) for one in found.deployments]
+    return Group(*problems, table(columns, nodes, title="nodes"), *deployments)
 
 
 def _deployment(found: "DeploymentLine") -> Table:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from azu.errors import AzuError
 from azu.planner.replicas import ExpertCounts
-from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport
+from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport, PipelineLook
 from azu.protocol.node import Node
 from azu.protocol.step import PieceProgress
 from azu.protocol.structure import Structure
@@ -85,6 +85,9 @@ class DeploymentBackend(Protocol):
 
     async def end(self, pipeline: str, job_id: str, error: AzuError) -> None:
         """End a job with what was delivered, and this error."""
+
+    async def look(self, pipeline: str) -> PipelineLook:
+        """Return what the pipeline and its jobs do."""
 
     async def running_jobs(self, pipeline: str) -> frozenset[str]:
         """Return the ids of the jobs that have not ended in the pipeline."""

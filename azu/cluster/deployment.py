@@ -21,21 +21,15 @@ from azu.cluster.backend import DeploymentBackend
 from azu.cluster.deployment_store import DeploymentRecord, DeploymentStore
 from azu.cluster.pieces import PieceActors
 from azu.cluster.repairs import RepairTimes, RepairTurns, Suspects, Suspicion
-from azu.errors import (
-    AzuError,
-    DeadlineExceeded,
-    HarmfulRequest,
-    InsufficientCapacity,
-    NumericsError,
-    WorkerLost,
-)
+from azu.errors import AzuError, HarmfulRequest, InsufficientCapacity, NumericsError, WorkerLost
 from azu.planner.kv_blocks import with_blocks
 from azu.planner.migration import TopologyChange
 from azu.planner.plan import check_kv_capacity
 from azu.planner.replicas import ExpertCounts
-from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport, Placement
+from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport, PipelineLook, Placement
 from azu.protocol.structure import Structure
 from azu.protocol.topology import LossReport, PieceSet, Topology, actor_name, piece_set
+from azu.supervision import as_known_error
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +60,14 @@ class _WantedChange:
 
     def can_begin(self, lost: PieceSet) -> bool:
         """Say whether nothing is lost and the caller still waits; a change gives way to a loss."""
-        if lost and not self.done.done():
-            self.done.set_result(False)
+        if lost:
+            self.give_up()
         return not self.done.done()
+
+    def give_up(self) -> None:
+        """Report that the change was not made, unless it was."""
+        if not self.done.done():
+            self.done.set_result(False)
 
     def finish(self) -> None:
         """Report that the change was made, unless it was given up before."""
@@ -129,6 +128,7 @@ class Deployment:
         self._event = asyncio.Event()
         self._lost = PieceSet()
         self._is_fault = False
+        self._replacing = PieceSet()  # what the present repair starts
         self._wanted_change: _WantedChange | None = None
         # Jobs that are expected here, and jobs that run or ran here without coming to an end.
         self._expected: set[str] = set()
@@ -192,6 +192,24 @@ class Deployment:
                 await self._backend.cancel(self._pipeline, job_id)
         except AzuError as error:
             log.info("%s: its successor will not run %s", error.message, job_id)
+
+    async def end(self, job_id: str, error: AzuError) -> None:
+        """End a job with what was delivered, and this error. Raises an AzuError when the pipeline is away."""
+        await self._backend.end(self._pipeline_name(), job_id, error)
+
+    async def look(self) -> PipelineLook | None:
+        """Return what the pipeline and its jobs do, None while they are repaired or moved.
+
+        Raises an AzuError when the pipeline does not answer.
+        """
+        if self.state is not DeploymentState.SERVING:
+            return None
+        return await self._backend.look(self._pipeline_name())
+
+    def restart_pipeline(self) -> None:
+        """Have the pipeline replaced although it answers; its jobs go on in its successor."""
+        self._backend.kill(self._pipeline_name())
+        self.pipeline_lost()
 
     def placements(self) -> tuple[Placement, ...]:
         """Return the receipt's lines: which node runs which layers and experts in which actor."""
@@ -280,7 +298,12 @@ class Deployment:
     # Events
 
     def pieces_lost(self, report: LossReport) -> None:
-        """Take a report of the stages; pieces that were replaced since its epoch count no more."""
+        """Take a report of the stages; pieces that were replaced since its epoch count no more.
+
+        After a report without pieces the steps on their way are taken again.
+        """
+        if not report.lost:
+            self.pipeline_lost()
         lost = self._pieces.not_replaced(report.lost, report.epoch)
         if report.is_bad_frame:
             for node_id in self._pieces.nodes_of(lost):
@@ -354,7 +377,8 @@ class Deployment:
                 tasks.create_task(self._reconcile_always())
                 tasks.create_task(self._follow_pipeline())
         except* Exception as group:
-            fault = "; ".join(str(error) for error in group.exceptions)
+            faults = (as_known_error(error, "the repair") for error in group.exceptions)
+            fault = "; ".join(error.message for error in faults)
             log.error("%s is given up: %s", self.structure.model_id, fault, exc_info=True)
             self.state = DeploymentState.BROKEN
             if self._changing is not None:
@@ -366,17 +390,35 @@ class Deployment:
                 self._pipeline_changed.notify_all()
 
     async def _reconcile_always(self) -> None:
+        failed = 0
         while True:
             await self._event.wait()
             self.state = DeploymentState.RECONCILING
             change, self._wanted_change = self._wanted_change, None
-            await self._reconcile(change)
-            self.state = DeploymentState.SERVING
+            try:
+                await self._reconcile(change)
+            except (WorkerLost, InsufficientCapacity):
+                raise  # there are no workers for it
+            except Exception:
+                failed += 1
+                if failed == _MOST_FRUITLESS:
+                    raise
+                log.exception("the repair of %s failed, %d in a row", self.structure.model_id, failed)
+                if change is not None:
+                    change.give_up()
+                # What is missing of the topology, or was started by the repair that failed, is started again.
+                self._lost |= self._pieces.missing(self.topology) | self._replacing
+                self.pipeline_lost()
+                await self._turns.rest(failed)
+            else:
+                failed = 0
+                self.state = DeploymentState.SERVING
+                async with self._pipeline_changed:
+                    self._pipeline_changed.notify_all()
 
     async def _follow_pipeline(self) -> None:
         """Take the reports of the stages from the pipeline, and notice when the pipeline dies."""
         while True:
-            started = self._pipelines_started
             try:
                 if self._pipeline is None:
                     raise WorkerLost(f"the pipeline of {self.structure.model_id} is gone")
@@ -384,7 +426,7 @@ class Deployment:
             except AzuError as error:
                 log.warning("%s", error.message)
                 self.pipeline_lost()
-                await self._another_pipeline(started)
+                await self._until(lambda: not self._event.is_set())
                 continue
             if report is not None:
                 self.pieces_lost(report)
@@ -415,7 +457,9 @@ class Deployment:
         this = await self._switch(change) if change is not None and change.can_begin(lost) else None
         for tried in range(_MOST_ROUNDS):
             await self._turns.rest(tried - 1)
+            self._replacing |= lost
             this = this or await self._replace(lost, times)
+            self._replacing |= this.fresh
             empty |= this.fresh.stages
             failed = await self._pieces.bring_up(self.topology, this.missing, self._pipeline_name())
             times.passed("up")
@@ -430,6 +474,7 @@ class Deployment:
                 times.passed("resumed")
                 self._pieces.hung_on.clear()
                 log.warning("%s: %s", "repaired" if is_repair else "changed", times)
+                self._replacing = PieceSet()
                 if change is not None:
                     change.finish()
                 return
@@ -453,7 +498,7 @@ class Deployment:
         if self._pipeline is not None:
             try:
                 return await self._backend.pause(self._pipeline)
-            except (WorkerLost, DeadlineExceeded) as error:
+            except AzuError as error:
                 log.warning("%s", error.message)
                 self._backend.kill(self._pipeline)
         await self._start_pipeline()
@@ -494,7 +539,7 @@ class Deployment:
             await self._backend.resume(
                 pipeline, self.topology, stages, empty, alone=alone, is_repair=is_repair
             )
-        except WorkerLost as error:
+        except AzuError as error:
             log.warning("%s", error.message)
             # The next round links everything to the pipeline that is started here.
             await self._pause()
@@ -529,8 +574,11 @@ class Deployment:
 
     async def _another_pipeline(self, started: int) -> None:
         """Wait for a pipeline beyond the first `started`; raises WorkerLost once the deployment is broken."""
+        await self._until(lambda: self._pipelines_started > started)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
         async with self._pipeline_changed:
-            await self._pipeline_changed.wait_for(lambda: self._fault or self._pipelines_started > started)
+            await self._pipeline_changed.wait_for(lambda: self._fault is not None or condition())
         if self._fault is not None:
             raise self._fault
 

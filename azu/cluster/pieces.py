@@ -26,6 +26,7 @@ from azu.protocol.topology import (
     keys_of,
     piece_set,
 )
+from azu.supervision import as_known_error
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,10 @@ class PieceActors:
             for key in keys_of(pieces)
             if (actor := self._running.get(key)) is not None and actor.epoch <= epoch
         )
+
+    def missing(self, topology: Topology) -> PieceSet:
+        """Return the pieces of a topology that have no actor."""
+        return topology.piece_set - piece_set(self._running)
 
     def nodes_of(self, pieces: PieceSet) -> list[str]:
         """Return the ids of the nodes that hold some running pieces."""
@@ -246,11 +251,16 @@ class PieceActors:
         actor.watcher = asyncio.create_task(self._report_end(key, actor))
 
     async def _report_end(self, key: PieceKey, actor: _PieceActor) -> None:
-        try:
-            await self._follow(actor, PieceWatch(self._clock()))
-        except AzuError as error:
-            log.warning("%s", error.message)
-            self._on_lost(piece_set([key]))
+        while True:
+            try:
+                await self._follow(actor, PieceWatch(self._clock()))
+            except AzuError as error:
+                log.warning("%s", error.message)
+                self._on_lost(piece_set([key]))
+                return
+            except Exception as error:
+                as_known_error(error, f"the watch of {actor.name}")
+                await asyncio.sleep(_LOOK_S)
 
     async def _follow(self, actor: _PieceActor, watch: PieceWatch) -> None:
         """Follow how an actor comes on; raises WorkerLost once it dies or hangs."""

@@ -69,7 +69,7 @@ class Heartbeat(_Section):
 
 
 class Requeue(_Section):
-    """How long a job without workers waits, and how long it may be without a new token before it fails.
+    """How long a job without workers waits, how long it may be without a new token, and its whole time.
 
     With `nodes_come` an autoscaler adds nodes on request: then a job waits even when all present nodes
     together do not hold its model.
@@ -78,6 +78,7 @@ class Requeue(_Section):
     first_s: Seconds
     longest_s: Seconds
     budget_s: Seconds
+    job_s: Seconds
     nodes_come: bool
 
 
@@ -134,12 +135,15 @@ class Timeouts(_Section):
 class RetryPolicy:
     """The waits of a job between attempts: up to `first_s`, then twice as long each time up to `longest_s`.
 
-    A job fails when it has had no new token for `budget_s`.
+    A job fails when it has had no new token for `budget_s`, or when it has not ended after `job_s`; one
+    attempt fails when the model does not come up in `load_s`.
     """
 
     first_s: float
     longest_s: float
     budget_s: float
+    load_s: float = 3600.0
+    job_s: float = 86_400.0
 
     def wait_s(self, tries: int, chance: random.Random) -> float:
         """Return the wait after a number of attempts; half of it is random, or jobs would come in waves."""
@@ -163,7 +167,9 @@ class NetworkPolicy(_Section):
 
     def retry_policy(self) -> RetryPolicy:
         """Return how long jobs wait between attempts."""
-        return RetryPolicy(self.requeue.first_s, self.requeue.longest_s, self.requeue.budget_s)
+        requeue, timeouts = self.requeue, self.timeouts
+        load_s = timeouts.placement_s + timeouts.fetch_s + timeouts.load_s
+        return RetryPolicy(requeue.first_s, requeue.longest_s, requeue.budget_s, load_s, requeue.job_s)
 
     def plan_policy(self) -> PlanPolicy:
         """Return the part of the policy that the planner uses."""

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from azu.engine.accounting import Work, WorkAccount
-from azu.engine.scheduler import BatchScheduler, SchedulerConfig, Sequence
+from azu.engine.scheduler import BatchScheduler, SchedulerConfig, Sequence, SequenceState
 from azu.errors import AzuError, InternalError, NumericsError
 from azu.logs import log_context
 from azu.protocol.job import FinishReason, TokenEvent
@@ -29,7 +29,7 @@ class EnginePipeline:
     """Schedules the sequences of one deployment and counts what ran; its owner moves the bytes.
 
     New tokens are returned by sequence id, as events whose `index` and `choice` the owner sets: it knows the
-    job. `num_completed` counts the steps that brought sequences on.
+    job. `num_completed` counts the steps that brought sequences on, `num_returned` replays too.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class EnginePipeline:
         self._closed: list[int] = []
         self._steps = 0
         self.num_completed = 0
+        self.num_returned = 0
 
     @property
     def num_sequences(self) -> int:
@@ -80,6 +81,14 @@ class EnginePipeline:
     def num_cached(self) -> Mapping[int, int]:
         """How many tokens of each running sequence are in the KV caches, as far as nothing is in flight."""
         return {key: one.num_scheduled for key, one in self._sequences.items() if one.num_scheduled}
+
+    @property
+    def positions(self) -> Mapping[int, tuple[int, bool]]:
+        """A number for each sequence that changes whenever it comes further, and whether it has KV blocks."""
+        return {
+            key: (one.num_scheduled + one.num_ran + one.num_generated, one.state is SequenceState.RUNNING)
+            for key, one in self._sequences.items()
+        }
 
     @property
     def unfilled_stages(self) -> frozenset[int]:
@@ -199,6 +208,7 @@ class EnginePipeline:
         if result.epoch != self._epoch or result.step not in self._in_flight:
             return {}
         step = self._in_flight.pop(result.step)
+        self.num_returned += 1
         if result.most_tokens is not None:
             self._scheduler.shorten_steps(result.most_tokens)
         if step.replay:

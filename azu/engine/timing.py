@@ -13,6 +13,7 @@ from azu.protocol.job import TokenEvent
 from azu.protocol.step import PieceProgress, PieceState
 
 STALL_S = 1.0
+_KEPT_STEPS = 64
 _RESULTS = ("repaired", "given_up")
 # When a stage was idle for a shorter time before it took a frame, the frame may have waited for it.
 _MIN_IDLE_S = 0.001
@@ -81,6 +82,29 @@ class PipelineMetrics:
 class _Sequence:
     last_s: float  # the time of its last token, or of its start before the first
     has_token: bool = False
+
+
+class RoundTimes:
+    """How long the last steps of a pipeline took, from their sending until their tokens were back."""
+
+    def __init__(self) -> None:
+        self._sent_s: dict[int, float] = {}
+        self._took_s: deque[float] = deque(maxlen=_KEPT_STEPS)
+
+    def sent(self, step: int, now_s: float) -> None:
+        """Note that a step leaves."""
+        self._sent_s[step] = now_s
+
+    def returned(self, step: int, now_s: float) -> None:
+        """Note that a step is back; those before it were dropped, if they are not back."""
+        if step in self._sent_s:
+            self._took_s.append(now_s - self._sent_s[step])
+            self._sent_s = {later: sent_s for later, sent_s in self._sent_s.items() if later > step}
+
+    @property
+    def usual_s(self) -> float:
+        """The median of the last steps, 0 before the first."""
+        return median(self._took_s) if self._took_s else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from azu.cluster.cluster import Cluster
 from azu.cluster.deployment import Deployment
 from azu.config.network import RetryPolicy
 from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, NumericsError, WorkerLost
+from azu.jobs.progress import ProgressWatch, RunningJob, too_old
 from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
@@ -20,12 +21,16 @@ from azu.metrics import JOBS_ENDED
 from azu.planner.plan import NEVER_FITS
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState
 from azu.redis_client import retry_until_available
-from azu.supervision import Supervisor, as_known_error
+from azu.supervision import AWAY, Supervisor, as_known_error
 
 log = logging.getLogger(__name__)
 
 _TAKE_BLOCK_MS = 2_000
+_LOOK_S = 2.0
 _CLAIM_IDLE_MS = 30_000
+# A job whose end failed this often is ended with an error; the time until it is tried again, in seconds.
+_MOST_FAULTS = 3
+_FAULT_PAUSE_S = 1.0
 # Errors that may pass while a job waits.
 _TRANSIENT = (InsufficientCapacity, WorkerLost, DeadlineExceeded)
 
@@ -47,25 +52,29 @@ class Dispatcher:
         self._chance = random.Random()  # noqa: S311 - nothing secret
         self._supervisor = supervisor
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._deployments: dict[str, Deployment] = {}  # those that have a job now, by job
+        self._running: dict[str, RunningJob] = {}
+        self._progress = ProgressWatch(self._running, patience)
+        self._failed: dict[str, str] = {}  # why the last try of a job failed
+        self._told: dict[str, str] = {}  # why jobs wait, as far as it is written
         self._cancelled: set[str] = set()
         self._waiting: dict[str, asyncio.Event] = {}  # jobs between two tries; set when one is cancelled
 
     @property
     def num_waiting(self) -> int:
         """Jobs that are taken and whose model is not up yet."""
-        return len(self._tasks) - len(self._deployments)
+        return len(self._tasks) - len(self._running)
 
     @property
     def num_running(self) -> int:
         """Jobs that run in a deployment."""
-        return len(self._deployments)
+        return len(self._running)
 
     async def run(self) -> None:
         """Take jobs until cancelled."""
         async with asyncio.TaskGroup() as group:
             # From the latest ones on, after a fault: to cancel a job twice changes nothing.
             group.create_task(self._supervisor.keep("cancellations", self._take_cancellations))
+            group.create_task(self._supervisor.keep("progress", self._look, every_s=_LOOK_S))
             # An earlier scheduler that had taken jobs is gone: a network has one scheduler.
             await self._supervisor.insist("jobs", partial(self._take_over, group))
             await self._supervisor.keep("jobs", partial(self._take, group))
@@ -84,33 +93,73 @@ class Dispatcher:
 
     async def _take_cancellations(self) -> None:
         async for job_id in self._jobs.cancellations():
-            if deployment := self._deployments.get(job_id):
-                await deployment.cancel(job_id)
+            if running := self._running.get(job_id):
+                await running.deployment.cancel(job_id)
             elif job_id in self._tasks:
                 self._cancelled.add(job_id)
                 if waiting := self._waiting.get(job_id):
                     waiting.set()
 
-    async def _finish(self, record: JobRecord) -> None:
-        """Run a job, or conclude one whose end was written, and take it out of the queue."""
-        job = record.job
+    async def _look(self) -> None:
+        """Write why jobs wait, and help what does not move; both wait for a Redis that is away."""
+        reasons = {job_id: self._reason(job_id) for job_id in self._tasks}
+        changed = {job_id: why for job_id, why in reasons.items() if why != self._told.get(job_id, "")}
+        await self._jobs.explain(changed)
+        self._told = reasons
+        await self._progress.look()
+
+    def _reason(self, job_id: str) -> str:
+        if job_id in self._running:
+            return self._progress.reason(job_id)
+        if job_id in self._waiting:
+            return f"it is tried again soon: {self._failed.get(job_id, '')}"
+        return "its model is being started"
+
+    async def _finish(self, taken: JobRecord) -> None:
+        """Bring a job that was taken from the queue to its end, whatever is raised on the way.
+
+        It is tried again after an error, under the same transfer id. The third error that is not another
+        service's silence ends the job.
+        """
+        record: JobRecord | None = taken
+        job = taken.job
         with log_context(job_id=job.job_id, model_id=job.model_id):
             log.info("taken")
             try:
-                if record.outcome is None and record.ending is not None:
-                    await retry_until_available(partial(self._settlement.conclude, job, record.ending))
-                elif record.outcome is None:
-                    if record.cancelled:
-                        self._cancelled.add(job.job_id)
-                    await self._run_and_settle(record)
-                await retry_until_available(partial(self._jobs.done, job.job_id))
-            except Exception:
-                # The job stays in the queue: it is claimed again once idle, and settles under the same id.
-                log.exception("the job did not end and will be taken again")
+                while record is not None and not await self._has_ended(record):
+                    await asyncio.sleep(_FAULT_PAUSE_S)
+                    record = await retry_until_available(partial(self._jobs.get, job.job_id))
+            except Exception as error:
+                # It stays in the queue, and is claimed again once it was idle.
+                as_known_error(error, "a job that is tried again")
             finally:
                 self._tasks.pop(job.job_id, None)
-                self._deployments.pop(job.job_id, None)
+                self._running.pop(job.job_id, None)
+                self._failed.pop(job.job_id, None)
                 self._cancelled.discard(job.job_id)
+
+    async def _has_ended(self, record: JobRecord) -> bool:
+        """Try to bring a job to its end and out of the queue; say if that is done."""
+        job = record.job
+        try:
+            if record.outcome is None and record.ending is not None:
+                await retry_until_available(partial(self._settlement.conclude, job, record.ending))
+            elif record.outcome is None:
+                if record.cancelled:
+                    self._cancelled.add(job.job_id)
+                await self._run_and_settle(record)
+            await retry_until_available(partial(self._jobs.done, job.job_id))
+        except AWAY as error:
+            log.warning("the job did not end and is tried again: %s", error.message)
+            return False
+        except Exception as error:
+            known = as_known_error(error, "the end of the job")
+            faults = await retry_until_available(partial(self._jobs.count_fault, job.job_id))
+            if faults < _MOST_FAULTS:
+                return False
+            await self._settlement.give_up(record, known)
+            await self._jobs.done(job.job_id)
+        return True
 
     async def _run_and_settle(self, record: JobRecord) -> None:
         job = record.job
@@ -126,7 +175,9 @@ class Dispatcher:
         job = record.job
         deployment: Deployment | None = None
         try:
-            deployment = await self._cluster.ensure(job.model_id, job.revision, job.job_id)
+            if self._progress.is_too_old(job):
+                raise too_old(self._patience.job_s)
+            deployment = await self._deployed(job)
             cancelled = await retry_until_available(
                 partial(self._jobs.set_state, job.job_id, JobState.RUNNING)
             )
@@ -134,8 +185,8 @@ class Dispatcher:
             if cancelled and not record.attempts:
                 return JobRun(completion_tokens=0, finish_reason=FinishReason.CANCELLED)
             # No await may come between: a cancellation comes behind the job, or is seen above.
-            self._deployments[job.job_id] = deployment
-            running = asyncio.ensure_future(deployment.run(job))
+            self._running[job.job_id] = one = RunningJob(job, deployment)
+            running = asyncio.ensure_future(one.run())
             if cancelled:
                 # The job ran before and may have delivered something: the deployment knows.
                 await asyncio.sleep(0)
@@ -146,19 +197,28 @@ class Dispatcher:
             return run
         except Exception as error:
             known = as_known_error(error, "the job")
+            self._failed[job.job_id] = known.message
             return JobRun(completion_tokens=0, finish_reason=FinishReason.ERROR, error=known)
         finally:
             if deployment is not None:
                 deployment.let_go(job.job_id)
+
+    async def _deployed(self, job: Job) -> Deployment:
+        """Return a deployment of the job's model; raises DeadlineExceeded when none comes up in time."""
+        try:
+            async with asyncio.timeout(self._patience.load_s):
+                return await self._cluster.ensure(job.model_id, job.revision, job.job_id)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{job.model_id} was not up in {self._patience.load_s:.0f} s") from error
 
     async def _in_another(
         self, job: Job, error: NumericsError, first: Deployment, other: Deployment
     ) -> JobRun:
         """Go on in another deployment after values that are not finite; blame the first where it has them."""
         other.expect(job.job_id)
-        self._deployments[job.job_id] = other
+        self._running[job.job_id] = one = RunningJob(job, other)
         try:
-            run = await other.run(job)
+            run = await one.run()
         finally:
             other.let_go(job.job_id)
         if run.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -167,7 +227,7 @@ class Dispatcher:
 
     async def _wait(self, job: Job, seconds: float) -> bool:
         """Let a job wait between two tries; say whether it is still wanted."""
-        self._deployments.pop(job.job_id, None)
+        self._running.pop(job.job_id, None)
         cancelled = await retry_until_available(partial(self._jobs.set_state, job.job_id, JobState.QUEUED))
         if cancelled or job.job_id in self._cancelled:
             return False

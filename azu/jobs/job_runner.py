@@ -20,7 +20,7 @@ from azu.engine.timing import PipelineMetrics
 from azu.errors import AzuError
 from azu.jobs.redis import RedisJobs
 from azu.logs import log_context
-from azu.protocol.job import ChoiceKey, FinishReason, Job, JobRun, TokenEvent
+from azu.protocol.job import ChoiceKey, FinishReason, Job, JobRun, PipelineLook, TokenEvent
 from azu.protocol.step import StepResult
 from azu.redis_client import retry_until_available
 from azu.supervision import as_known_error
@@ -139,6 +139,17 @@ class JobRunner:
                 found[active.job.job_id, choice] = num_ran
         return found
 
+    def look(self, step_s: float) -> PipelineLook:
+        """Return what the jobs do; `step_s` is what the last steps took."""
+        moved = {job_id: self._by_job[job_id].delivered for job_id in self.job_ids}
+        have_room = set[str]()
+        for sequence_id, (number, has_room) in self._engine.positions.items():
+            job_id = self._by_sequence[sequence_id][0].job.job_id
+            moved[job_id] = moved.get(job_id, 0) + number
+            if has_room:
+                have_room.add(job_id)
+        return PipelineLook(self._engine.num_returned, step_s, moved, frozenset(moved.keys() - have_room))
+
     def sequences_of(self, choices: Collection[ChoiceKey]) -> list[int]:
         """Return the sequences of some choices, as far as they have not ended."""
         return [
@@ -178,9 +189,10 @@ class JobRunner:
         for job_id in refused:
             await self._begin_again(self._by_job[job_id])
         while self._taken:
-            sequence_id, _, event = self._taken.popleft()
+            sequence_id, _, event = self._taken[0]
             if event.finish_reason is not None and sequence_id in self._by_sequence:
                 self._end_sequence(sequence_id, event.finish_reason, event.work)
+            self._taken.popleft()
         # The engine may have waited for these tokens to be written.
         self._on_change()
 

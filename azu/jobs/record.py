@@ -11,6 +11,7 @@ QUEUE = "azu:jobs:queue"
 GROUP = "schedulers"
 CANCELLED = "azu:jobs:cancelled"
 ENDED = "azu:jobs:ended"
+LOOKED = "azu:jobs:looked"
 
 JOB = TypeAdapter(Job)
 WORK = TypeAdapter(Mapping[int, Mapping[str, int]])
@@ -49,6 +50,7 @@ class JobRecord:
 
     `attempts` counts how often the job began to run, `delivered` its completion tokens so far. `cancelled` is
     set as soon as the user asks for it, `ending` as soon as the outcome is fixed, before the job is settled.
+    `waits_for` says why the job does not move, empty when it does.
     """
 
     job: Job
@@ -58,6 +60,7 @@ class JobRecord:
     cancelled: bool = False
     ending: JobOutcome | None = None
     delivered: int = 0
+    waits_for: str = ""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, str]) -> "JobRecord":
@@ -71,6 +74,7 @@ class JobRecord:
             cancelled="cancelled" in fields,
             ending=None if ending is None else OUTCOME.validate_json(ending),
             delivered=int(fields["delivered"]),
+            waits_for=fields.get("waits_for", ""),
         )
 
 

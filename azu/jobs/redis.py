@@ -14,13 +14,14 @@ from typing import Any, cast
 
 from redis.asyncio import Redis
 
-from azu.errors import InvalidRequest, NotFound, Unavailable
+from azu.errors import AzuError, InvalidRequest, NotFound, Unavailable
 from azu.jobs.archive import Archive
 from azu.jobs.record import (
     CANCELLED,
     ENDED,
     GROUP,
     JOB,
+    LOOKED,
     OUTCOME,
     QUEUE,
     WORK,
@@ -39,6 +40,7 @@ from azu.jobs.record import (
 )
 from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, Receipt, TokenEvent
 from azu.redis_client import connect_redis, retry_until_available
+from azu.supervision import FAULTS_IN_A_ROW, as_known_error
 
 TOKENS_KEPT_S = 24 * 3600
 # What an address's list of jobs keeps; every receipt is kept.
@@ -57,6 +59,7 @@ _WAKE_KEPT_S = 600
 # How long the reader of a stream waits for a Redis that is away, and for news of a job before it asks.
 _AWAY_S = 600.0
 _QUIET_S = 5.0
+_FAULT_PAUSE_S = 0.2
 
 _Entry = tuple[str, dict[str, str]]
 
@@ -73,6 +76,7 @@ class RedisJobs:
         self._set_state = redis.register_script(_script("set_state"))
         self._append = redis.register_script(_script("append"))
         self._finish = redis.register_script(_script("finish"))
+        self._explain = redis.register_script(_script("explain"))
         self._done = redis.register_script(_script("done"))
         self._cancel = redis.register_script(_script("cancel"))
         self._plan_end = redis.register_script(_script("plan_end"))
@@ -181,6 +185,18 @@ class RedisJobs:
         if cancelled < 0:
             raise _unknown(job_id)
         return bool(cancelled)
+
+    async def explain(self, reasons: Mapping[str, str]) -> None:
+        """Record why jobs wait; an empty reason says that a job moves.
+
+        Raises Unavailable also without a reason, while Redis takes no writes.
+        """
+        keys = [LOOKED, *map(job_key, reasons)]
+        await self._explain(keys, list(reasons.values()))
+
+    async def count_fault(self, job_id: str) -> int:
+        """Count one more fault on the way to a job's end; return how many there were."""
+        return int(await self._redis.hincrby(job_key(job_id), "faults", 1))
 
     async def done(self, job_id: str) -> None:
         """Take a job out of the queue: no consumer takes it again."""
@@ -364,13 +380,21 @@ class TokenReader:
         return [(delivered, outcome) for delivered, outcome in found]
 
     async def _read(self) -> None:
-        try:
-            while self._followers:
+        faults = 0
+        while self._followers:
+            try:
                 await retry_until_available(self._read_once, within_s=_AWAY_S)
-        except Exception as error:
-            # Every follower must raise it; the next follower starts a new task.
-            for follower in self._followers:
-                follower.arrivals.put_nowait(error)
+            except Exception as error:
+                faults += 1
+                known = as_known_error(error, "the reading of token streams")
+                if known is error or faults == FAULTS_IN_A_ROW:
+                    # Every follower must raise it; the next follower starts a new task.
+                    for follower in self._followers:
+                        follower.arrivals.put_nowait(known)
+                    return
+                await asyncio.sleep(_FAULT_PAUSE_S)
+            else:
+                faults = 0
 
     async def _read_once(self) -> None:
         streams = self._positions() | {self._wake: self._woken}
@@ -399,10 +423,16 @@ class TokenReader:
         return {key: f"{position}-0" for key, position in positions.items()}
 
     def _distribute(self, answer: Mapping[str, list[_Entry]]) -> None:
-        events = {
-            key: [(entry_id, decode_event(entry_id, fields)) for entry_id, fields in entries]
-            for key, entries in answer.items()
-        }
+        events: dict[str, list[tuple[str, JobEvent]]] = {}
+        for key, entries in answer.items():
+            try:
+                events[key] = [(entry_id, decode_event(entry_id, fields)) for entry_id, fields in entries]
+            except Exception as error:
+                # The other streams go on.
+                known = as_known_error(error, f"the reading of {key}")
+                for follower in self._followers:
+                    if tokens_key(follower.job_id) == key:
+                        follower.fail(known)
         for follower in self._followers:
             for entry_id, event in events.get(tokens_key(follower.job_id), ()):
                 follower.receive(entry_id, event)
@@ -417,6 +447,11 @@ class _Subscription:
         self.ended = False
         self.heard_s = time.monotonic()
         self.arrivals: asyncio.Queue[JobEvent | Exception] = asyncio.Queue()
+
+    def fail(self, error: AzuError) -> None:
+        """Have the follower raise an error."""
+        self.ended = True
+        self.arrivals.put_nowait(error)
 
     def receive(self, entry_id: str, event: JobEvent) -> None:
         """Queue an entry's event, without the tokens that the follower received before."""

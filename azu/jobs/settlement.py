@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from azu.errors import AzuError, LedgerError
+from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
 from azu.money.books import Books
 from azu.money.pricing import charge, divide
@@ -21,19 +23,29 @@ class Settlement:
         self._price = lamports_per_token_layer
         self._platform_percent = platform_percent
 
+    async def give_up(self, record: JobRecord, error: AzuError) -> None:
+        """End a job that cannot be settled, with an error; its whole reservation is released.
+
+        Only where its planned end was settled before does the job end as planned.
+        """
+        job = record.job
+        nothing = JobRun(completion_tokens=0, finish_reason=FinishReason.ERROR, error=error)
+        outcome = self._outcome(job, nothing)
+        try:
+            await self._books.settle(outcome.receipt)
+        except LedgerError as refused:
+            if refused.code != "hold_ended":
+                raise
+            outcome = record.ending or outcome
+        await self._jobs.finish(job.job_id, outcome)
+
     async def settle(self, job: Job, run: JobRun) -> JobOutcome:
         """End a job: charge the delivered tokens or release the whole reservation, then write the outcome.
 
         The outcome is fixed first. A scheduler that takes the job after a crash may run it again with another
         result; it ends the job with the outcome that was fixed before.
         """
-        planned = JobOutcome(
-            state=_STATES.get(run.finish_reason, JobState.DONE),
-            finish_reason=run.finish_reason,
-            receipt=self._receipt(job, run),
-            error=run.error.to_openai()["error"] if run.error else None,
-        )
-        outcome = await self._jobs.plan_end(job.job_id, planned)
+        outcome = await self._jobs.plan_end(job.job_id, self._outcome(job, run))
         await self.conclude(job, outcome)
         return outcome
 
@@ -41,6 +53,14 @@ class Settlement:
         """Apply the transfer of a fixed outcome and write it; a second call changes nothing."""
         await self._books.settle(ending.receipt)
         await self._jobs.finish(job.job_id, ending)
+
+    def _outcome(self, job: Job, run: JobRun) -> JobOutcome:
+        return JobOutcome(
+            state=_STATES.get(run.finish_reason, JobState.DONE),
+            finish_reason=run.finish_reason,
+            receipt=self._receipt(job, run),
+            error=run.error.to_openai()["error"] if run.error else None,
+        )
 
     def _receipt(self, job: Job, run: JobRun) -> Receipt:
         # A job without a delivered token costs nothing, its prompt included.

@@ -16,9 +16,10 @@ from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from rich.console import Console
 
-from azu.errors import ConfigurationError, Conflict, DeadlineExceeded, NotFound, Unavailable
+from azu.errors import AzuError, ConfigurationError, Conflict, DeadlineExceeded, NotFound, Unavailable
 from azu.files import read_json, write_private
 from azu.launch.processes import StopSignal, azu_command
+from azu.supervision import FAULTS_IN_A_ROW
 
 _LOCK = "network.lock"
 _FILE = "network.json"
@@ -59,10 +60,26 @@ def home_locked(home: Path) -> Iterator[None]:
 
 
 def watch(revive: Callable[[], list[str]], stop: StopSignal) -> None:
-    """Start again what ends, and print its name, until a stop signal arrives or `revive` raises."""
+    """Start again what ends, and print its name, until a stop signal arrives or `revive` raises an AzuError.
+
+    Any other exception is printed, and raised the fifth time in a row.
+    """
     console = Console(stderr=True, highlight=False)
+    faults = 0
     while True:
-        for name in revive():
+        try:
+            revived = revive()
+        except AzuError:
+            raise
+        except Exception as error:
+            faults += 1
+            if faults == FAULTS_IN_A_ROW:
+                raise
+            revived = []
+            console.print(f"[red]what had ended was not started again: {type(error).__name__}: {error}[/]")
+        else:
+            faults = 0
+        for name in revived:
             console.print(f"[yellow]{name} had ended and was started again[/]")
         stop.check()
         time.sleep(_WATCH_S)

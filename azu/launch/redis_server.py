@@ -25,7 +25,14 @@ _TREASURY_REQUESTS = (
 # The keys that each user of the server reaches.
 KEYS_OF: Mapping[str, tuple[str, ...]] = {
     "ingress": ("azu:auth:*", "azu:job:*", "azu:jobs:*", "azu:ledger:*", *_TREASURY_REQUESTS),
-    "scheduler": ("azu:fleet:*", "azu:job:*", "azu:jobs:*", "azu:ledger:*", "azu:model:*"),
+    "scheduler": (
+        "azu:fleet:*",
+        "azu:job:*",
+        "azu:jobs:*",
+        "azu:ledger:*",
+        "azu:model:*",
+        "azu:treasury:metrics",
+    ),
     "pipeline": ("azu:job:*",),
     "treasury": ("azu:treasury:*", "azu:ledger:*", "azu:job:*", "azu:jobs:archive"),
 }

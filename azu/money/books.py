@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from azu.auth.api_keys import ApiKey
 from azu.auth.signatures import MAX_WITHDRAWAL_LIFE_MS, Withdrawal, is_signed
 from azu.errors import Conflict, Forbidden, InsufficientBalance, InvalidRequest
+from azu.metrics import MetricsSnapshot
 from azu.money.ledger.audit import Audit, audit
 from azu.money.ledger.losses import Loss
 from azu.money.ledger.redis import RedisLedger
@@ -33,7 +34,7 @@ from azu.money.ledger.transfers import (
 from azu.money.spend_limits import RedisSpending, SpendLimits
 from azu.money.treasury.deposits import DepositStatus, deposit_id
 from azu.money.treasury.receipts import job_end
-from azu.money.treasury.redis import EarningsClaims
+from azu.money.treasury.redis import EarningsClaims, RedisMetrics
 from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
 from azu.money.treasury.withdrawals import (
     LEAST_LAMPORTS,
@@ -105,6 +106,7 @@ class Books:
         self._receipts = ReceiptRequests(requests_redis)
         self._claims = EarningsClaims(requests_redis, platform_address)
         self._withdrawals = RedisWithdrawals(requests_redis)
+        self._treasury = RedisMetrics(requests_redis)
 
     @classmethod
     def from_url(cls, url: str, platform_address: str = "") -> "Books":
@@ -237,6 +239,10 @@ class Books:
     async def withdrawal(self, address: str, nonce: int) -> WithdrawalStatus:
         """Return how far an address's withdrawal has come; raises NotFound for an unknown one."""
         return await self._withdrawals.status(address, nonce, self._ledger)
+
+    async def treasury_metrics(self) -> tuple[str, MetricsSnapshot] | None:
+        """Return the name of the treasury's process and its metrics; None while it is away."""
+        return await self._treasury.read()
 
     async def totals(self) -> Totals:
         """Return the sums over all accounts."""

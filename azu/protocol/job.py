@@ -158,6 +158,21 @@ class PauseReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PipelineLook:
+    """What a pipeline does at one moment, for the watchdog.
+
+    `num_completed` counts the steps that came back, replays included; `step_s` is what its last ones took.
+    `moved` has a number for each of its jobs that changes whenever the job comes further; those in `no_room`
+    wait for blocks of the KV cache.
+    """
+
+    num_completed: int
+    step_s: float
+    moved: Mapping[str, int] = field(default_factory=dict)
+    no_room: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class DeploymentStatus:
     """What stands of a model: `state` is "running", "slow", "broken" or "deploying".
 

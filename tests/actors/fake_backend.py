@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from azu.cluster.backend import Neighbours
 from azu.errors import AzuError, WorkerLost
 from azu.planner.replicas import ExpertCounts
-from azu.protocol.job import ChoiceKey, FinishReason, Job, JobRun, PauseReport
+from azu.protocol.job import ChoiceKey, FinishReason, Job, JobRun, PauseReport, PipelineLook
 from azu.protocol.node import Node
 from azu.protocol.step import PieceProgress
 from azu.protocol.structure import Structure
@@ -201,6 +201,10 @@ class FakeBackend:
 
     async def end(self, pipeline: str, job_id: str, error: AzuError) -> None:
         self._living(pipeline).jobs.pop(job_id).set_result(JobRun(0, FinishReason.ERROR, error=error))
+
+    async def look(self, pipeline: str) -> PipelineLook:
+        found = self._living(pipeline)
+        return PipelineLook(found.completed, 0.0, dict.fromkeys(found.jobs, found.completed))
 
     async def running_jobs(self, pipeline: str) -> frozenset[str]:
         return frozenset(self._living(pipeline).jobs)

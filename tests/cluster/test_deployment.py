@@ -9,7 +9,14 @@ import pytest
 from azu.cluster.deployment import Deployment, DeploymentState
 from azu.cluster.deployment_store import DeploymentStore
 from azu.cluster.repairs import RepairTurns
-from azu.errors import HarmfulRequest, InsufficientCapacity, InvalidRequest, NumericsError, WorkerLost
+from azu.errors import (
+    HarmfulRequest,
+    InsufficientCapacity,
+    InternalError,
+    InvalidRequest,
+    NumericsError,
+    WorkerLost,
+)
 from azu.planner.migration import TopologyChange
 from azu.protocol.job import FinishReason, JobRun
 from azu.protocol.step import PieceProgress, PieceState
@@ -289,6 +296,70 @@ def test_a_step_that_kills_its_stage_is_not_tried_for_ever(redis_url: str) -> No
         assert len(model.placed) == 5
 
     run(redis_url, scenario)
+
+
+def test_a_report_without_pieces_has_the_steps_taken_again_and_replaces_nothing(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        loaded = len(model.backend.loaded)
+        model.backend.report(PieceSet())
+        await model.resumed(1)
+
+        assert len(model.backend.loaded) == loaded
+        assert model.backend.pipeline.topology.epoch == 2
+        assert model.backend.repairs == [True]
+
+    run(redis_url, scenario)
+
+
+@pytest.mark.parametrize("call", ["pause", "probe", "resume", "next_loss"])
+def test_a_call_that_fails_for_an_unknown_reason_is_made_again(redis_url: str, call: str) -> None:
+    async def scenario(model: Model) -> None:
+        failing_once(model.backend, call, InternalError("it has a bug"))
+        for loss in (stages(1), stages(2) | expert_sets(0)):
+            await model.kill_and_wait(loss)
+
+        assert not model.deployment.broken
+        assert {"layer 1", "layer 2", "expert 0"} <= set(model.loaded_since(6))
+
+    run(redis_url, scenario)
+
+
+def test_what_a_failed_repair_began_is_begun_again(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        failing_once(model.backend, "load", ZeroDivisionError())
+        failing_once(model.store, "keep", ZeroDivisionError())
+        await model.kill_and_wait(stages(1))
+        await until(lambda: model.deployment.state is DeploymentState.SERVING)
+
+        assert model.loaded_since(6).count("layer 1") >= 2
+        assert not model.deployment.broken
+
+    run(redis_url, scenario)
+
+
+def test_a_repair_that_always_fails_for_an_unknown_reason_breaks_the_deployment(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        async def probe(_: frozenset[str]) -> None:
+            raise ZeroDivisionError
+
+        model.backend.probe = probe  # type: ignore[method-assign]
+        model.kill(stages(1))
+        await until(lambda: model.deployment.broken)
+
+        assert model.waited_s
+
+    run(redis_url, scenario)
+
+
+def failing_once(owner: object, name: str, error: Exception) -> None:
+    """Have the next call of a method raise."""
+    original = getattr(owner, name)
+
+    async def fail(*_: object, **__: object) -> None:
+        setattr(owner, name, original)
+        raise error
+
+    setattr(owner, name, fail)
 
 
 def test_only_a_repair_after_a_vain_one_waits_and_each_time_longer(redis_url: str) -> None:

@@ -20,7 +20,7 @@ from actors.links import REGISTRY
 from actors.placement import SCHEDULER
 from actors.registry import Registry
 from azu.config import ControlConfig, NetworkPolicy, load_network
-from azu.errors import AzuError, NotFound
+from azu.errors import AzuError, NotFound, WorkerLost
 from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
@@ -43,7 +43,7 @@ PLATFORM = "0x" + "99" * 20
 EOS = 2
 
 
-@dataclass
+@dataclass(eq=False)
 class ScriptedModel:
     """Answers every prompt with the same tokens and the EOS token, or breaks with `error` after them.
 
@@ -78,6 +78,9 @@ class ScriptedModel:
     async def cancel(self, job_id: str) -> None:
         pass
 
+    async def look(self) -> None:
+        raise WorkerLost("there is no pipeline to look at")
+
     def let_go(self, job_id: str) -> None:
         pass
 
@@ -92,6 +95,9 @@ class NoNodes:
 
     async def ready(self) -> bool:
         return True
+
+    async def problems(self) -> tuple[str, ...]:
+        return ()
 
     async def nodes(self) -> tuple[()]:
         return ()
@@ -204,9 +210,12 @@ def unhurried() -> NetworkPolicy:
 async def knows_no_transfer(redis_url: str) -> None:
     """Answer deposit requests like a treasury whose chain has no transfer."""
     claims = DepositRequests(connect_redis(redis_url))
+
+    async def unknown(_: str) -> DepositStatus:
+        return DepositStatus(CreditState.UNKNOWN)
+
     while True:
-        for tx_hash in await claims.waiting(100):
-            await claims.answer(tx_hash, DepositStatus(CreditState.UNKNOWN))
+        await claims.serve(unknown, 100)
         await asyncio.sleep(0.02)
 
 

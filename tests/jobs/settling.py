@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 
 from azu.config.network import RetryPolicy
+from azu.errors import WorkerLost
 from azu.jobs import dispatch
 from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
@@ -23,7 +24,8 @@ from azu.supervision import Supervisor, end_process
 from tests.builders import OWNERS
 from tests.killing import Death, kill_at_effect, start
 
-PATIENCE = RetryPolicy(first_s=1, longest_s=1, budget_s=1)
+# The jobs of these tests are as old as 1970.
+PATIENCE = RetryPolicy(first_s=1, longest_s=1, budget_s=1, job_s=10**12)
 PRICE, PLATFORM_PERCENT = 2, 20
 PAYOUTS = {"a": OWNERS[0], "b": OWNERS[1], "c": OWNERS[2]}
 EFFECTS = (
@@ -38,7 +40,7 @@ EFFECTS = (
 _NEVER = Death()
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeModel:
     """Produces random tokens on random nodes, and writes them as a pipeline does."""
 
@@ -56,6 +58,9 @@ class FakeModel:
             await asyncio.sleep(0.002)
         reason = FinishReason.CANCELLED if job.job_id in self.cancelled else FinishReason.STOP
         return JobRun(produced, reason, self._work(job.num_layers), payout_by_node=PAYOUTS)
+
+    async def look(self) -> None:
+        raise WorkerLost("there is no pipeline to look at")
 
     async def cancel(self, job_id: str) -> None:
         self.cancelled.add(job_id)

@@ -3,22 +3,28 @@
 import asyncio
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from azu.config.network import RetryPolicy
 from azu.errors import AzuError, InsufficientCapacity, InvalidRequest, NumericsError, WorkerLost
+from azu.jobs import dispatch
 from azu.jobs.dispatch import Dispatcher, keep_trying
 from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
+from azu.jobs.settlement import Settlement
 from azu.metrics import Meter
+from azu.money.books import Books
 from azu.planner.plan import NEVER_FITS
-from azu.protocol.job import FinishReason, Job, JobRun, JobState
+from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState
 from azu.supervision import Supervisor, end_process
 from tests.builders import job
+from tests.jobs.endings import outcome
+from tests.jobs.test_settlement import RUN, Billing
 
-PATIENCE = RetryPolicy(first_s=1, longest_s=8, budget_s=60)
+# The jobs of these tests are as old as 1970.
+PATIENCE = RetryPolicy(first_s=1, longest_s=8, budget_s=60, job_s=10**12)
 OLD, NEW = {"a": "0xa"}, {"b": "0xb"}  # payout addresses by node
 LOST = WorkerLost("stage 1 is gone")
 NO_ROOM = InsufficientCapacity("no node has room")
@@ -185,3 +191,90 @@ def test_a_second_pipeline_says_whose_fault_values_are_that_are_not_finite(
         assert not (models.second and models.second.expected)
 
     run_scenario(scenario)
+
+
+class Odd:
+    """A deployment whose jobs each end as `run` says."""
+
+    def __init__(self, run: JobRun) -> None:
+        self._run = run
+
+    async def ensure(self, model_id: str, revision: str, job_id: str) -> "Odd":
+        return self
+
+    async def run(self, job: Job) -> JobRun:
+        return self._run
+
+    async def look(self) -> None:
+        raise WorkerLost("there is no pipeline to look at")
+
+    async def cancel(self, job_id: str) -> None:
+        pass
+
+    def let_go(self, job_id: str) -> None:
+        pass
+
+
+class OddOnce(Settlement):
+    """A settlement that fails the first time, for a reason of its own."""
+
+    num_calls = 0
+
+    async def settle(self, job: Job, run: JobRun) -> JobOutcome:
+        self.num_calls += 1
+        if self.num_calls == 1:
+            raise ZeroDivisionError
+        return await super().settle(job, run)
+
+
+def ended(redis_url: str, run: JobRun, *, once: bool = False, planned: int | None = None) -> JobOutcome:
+    """Let a job end as `run` says, or as planned before with a charge of `planned`; check the books."""
+
+    async def scenario() -> JobOutcome:
+        billing = Billing(redis_url)
+        await billing.deposit(1_000)
+        job = await billing.accept()
+        books = Books.from_url(redis_url)
+        settlement = (OddOnce if once else Settlement)(books, billing.jobs, 2, 20)
+        if planned is not None:
+            receipt = replace(outcome(job.job_id).receipt, charged_lamports=planned)
+            await billing.jobs.plan_end(job.job_id, replace(outcome(job.job_id), receipt=receipt))
+        supervisor = Supervisor("test", Meter(), lambda: None)
+        dispatcher = Dispatcher(
+            billing.jobs, Odd(run), settlement, consumer="test", patience=PATIENCE, supervisor=supervisor
+        )
+        running = asyncio.create_task(dispatcher.run())
+        seen = [event async for event in billing.jobs.events(job.job_id)][-1]
+        while dispatcher.num_waiting + dispatcher.num_running:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        assert isinstance(seen, JobOutcome)
+        assert await billing.jobs.take_over("another") == []
+        assert await billing.balances() == (1_000 - seen.receipt.charged_lamports, 0)
+        assert sum((await billing.ledger.balances()).values()) == 0
+        return seen
+
+    return asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+@pytest.fixture(autouse=True)
+def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_FAULT_PAUSE_S", 0.01)
+
+
+def test_a_fault_at_the_end_of_a_job_is_tried_again_and_charged_once(redis_url: str) -> None:
+    assert ended(redis_url, RUN, once=True).receipt.charged_lamports == 2 * 4 * (4 + 6)
+
+
+def test_a_job_that_cannot_be_settled_ends_with_an_error_and_releases_all(redis_url: str) -> None:
+    found = ended(redis_url, replace(RUN, payout_by_node={}))
+
+    assert found.state is JobState.FAILED
+    assert found.error is not None
+    assert (found.error["code"], "fault-" in str(found.error["message"])) == ("internal_error", True)
+
+
+def test_a_planned_end_that_the_books_refuse_does_not_hold_its_job_for_ever(redis_url: str) -> None:
+    found = ended(redis_url, RUN, planned=10_000)
+
+    assert (found.state, found.receipt.charged_lamports) == (JobState.FAILED, 0)

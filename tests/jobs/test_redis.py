@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from azu.errors import InvalidRequest, NotFound, Unavailable
+from azu.errors import InternalError, InvalidRequest, NotFound, Unavailable
 from azu.jobs.record import GROUP, QUEUE, ChoiceProgress, job_key, tokens_key
 from azu.jobs.redis import TOKENS_KEPT_S, RedisJobs
 from azu.money.ledger.durability import DURABLE_CONFIG
@@ -606,5 +606,44 @@ def test_only_the_latest_cancellations_are_kept(run_scenario, monkeypatch: pytes
             await jobs.cancel(f"job-{n}")
         cancelled_ids = jobs.cancellations()
         assert [await anext(cancelled_ids) for _ in range(3)] == ["job-2", "job-3", "job-4"]
+
+    run_scenario(scenario)
+
+
+def test_a_job_says_why_it_waits_until_it_moves_or_ends(run_scenario) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        seen = []
+        for reason in ("its model is being started", "", "its model is being repaired or moved"):
+            await jobs.explain({"job-1": reason, "job-2": "it is unknown"})
+            record = await jobs.get("job-1")
+            assert record is not None
+            seen.append(record.waits_for)
+        await jobs.finish("job-1", outcome())
+        await jobs.explain({"job-1": "it has ended"})
+        record = await jobs.get("job-1")
+
+        assert record is not None
+        assert [*seen, record.waits_for] == [
+            "its model is being started", "", *["its model is being repaired or moved"] * 2,
+        ]  # fmt: skip
+        assert await jobs.get("job-2") is None
+
+    run_scenario(scenario)
+
+
+def test_a_stream_that_cannot_be_read_fails_alone(run_scenario) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        for job_id in ("job-1", "job-2"):
+            await jobs.submit(job(job_id))
+        following = [asyncio.create_task(streamed(jobs, job_id)) for job_id in ("job-1", "job-2")]
+        await asyncio.sleep(0.05)
+        await jobs._redis.xadd(tokens_key("job-1"), {"tokens": "seven"}, id="1-0")
+        await jobs.append([("job-2", TokenEvent(0, (7,)))])
+        await jobs.finish("job-2", outcome("job-2"))
+
+        assert len(await following[1]) == 2
+        with pytest.raises(InternalError, match="fault-"):
+            await following[0]
 
     run_scenario(scenario)

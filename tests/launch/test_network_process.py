@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from azu.errors import Conflict, NotFound, Unavailable
+from azu.launch import network_process
 from azu.launch.network_process import home_locked, run_in_background, stop_network, watch
 from azu.launch.processes import stop_signals_raised
 from azu.money.chain import wallet
@@ -29,6 +30,26 @@ def test_an_interrupt_that_a_library_swallowed_still_ends_the_watch() -> None:
         watch(revive, stop)
 
     assert len(calls) == 1
+
+
+def test_a_watch_goes_on_after_an_unknown_exception_and_ends_after_five_in_a_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(network_process, "_WATCH_S", 0.0)
+    odd = OSError("no more processes")
+    revivals: list[OSError | list[str]] = [*[odd] * 4, ["treasury"], *[odd] * 5]
+    calls = iter(revivals)
+
+    def revive() -> list[str]:
+        found = next(calls)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    with stop_signals_raised() as stop, pytest.raises(OSError, match="no more processes"):
+        watch(revive, stop)
+
+    assert next(calls, None) is None
 
 
 TIMEOUT_S = 60.0

@@ -19,14 +19,16 @@ from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
 from azu.launch.processes import ProcessGroup
 from azu.launch.redis_server import KEYS_OF, NAME, RedisServer, RedisUrls, start_redis, wait_for_redis
+from azu.metrics import Meter
 from azu.models.status import RedisModelStatus
 from azu.money.books import Books
 from azu.money.ledger.audit import audit
 from azu.money.ledger.redis import RedisLedger
 from azu.money.spend_limits import CountedJob, RedisSpending
+from azu.money.treasury.deposits import CreditState, DepositStatus
 from azu.money.treasury.expired_reservations import ReservationExpiry
 from azu.money.treasury.receipts import ReceiptSigner
-from azu.money.treasury.redis import RedisCursor, RedisLease, RedisOutbox
+from azu.money.treasury.redis import RedisCursor, RedisLease, RedisMetrics, RedisOutbox
 from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
 from azu.money.treasury.withdrawals import RedisWithdrawals, SignedWithdrawal
 from azu.protocol.job import FinishReason, JobRun, JobState, TokenEvent
@@ -131,6 +133,9 @@ async def as_scheduler(redis: Redis) -> None:
     jobs = RedisJobs(redis)
     [record] = await jobs.take("scheduler", 1, 60_000)
     await jobs.set_state("job-1", JobState.RUNNING)
+    await jobs.explain({"job-1": "its model is being started"})
+    assert await jobs.count_fault("job-1") == 1
+    assert await Books(redis, redis).treasury_metrics() is None
     run = JobRun(0, FinishReason.CANCELLED)
     await Settlement(Books(redis, redis), jobs, 2, 20).settle(record.job, run)
     await jobs.done("job-1")
@@ -148,7 +153,15 @@ async def as_treasury(redis: Redis) -> None:
     assert await RedisOutbox(redis).open() == ()
     assert await RedisOutbox(redis).next_nonce(5) == 5
     assert len(await RedisWithdrawals(redis).waiting()) == 1
-    assert await DepositRequests(redis).waiting(10) == ["0x" + "12" * 32]
+    asked = []
+
+    async def check(tx_hash: str) -> DepositStatus:
+        asked.append(tx_hash)
+        return DepositStatus(CreditState.UNKNOWN)
+
+    await DepositRequests(redis).serve(check, 10)
+    assert asked == ["0x" + "12" * 32]
+    await RedisMetrics(redis).show("treasury-1", Meter().snapshot())
     await ReservationExpiry(ledger, jobs.give_up).sweep()
     signer = ReceiptSigner(jobs.receipt, ledger, Account.from_key("0x" + "07" * 32))
     assert await signer.sign("job-1")

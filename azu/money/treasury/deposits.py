@@ -13,6 +13,7 @@ from azu.money.chain.port import Chain, LedgerTransfer, TxDetails
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Deposit
 from azu.money.treasury.redis import RedisCursor
+from azu.supervision import AWAY
 from azu.units import lamports_from_hype
 
 _LOG = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class DepositWatcher:
         held_ms: int | None = None
         async for page in self._chain.ledger_updates(self._platform, start_ms):
             for row in page:
-                if not await self._decide(row):
+                if not await self._try_to_decide(row):
                     held_ms = row.time_ms if held_ms is None else min(held_ms, row.time_ms)
             if page:
                 # Only now, with the whole page in the ledger; never past a row that is not decided.
@@ -112,6 +113,16 @@ class DepositWatcher:
         deposit = result.entry.transfer
         assert isinstance(deposit, Deposit), "the id says so"
         return DepositStatus(CreditState.CREDITED, deposit.address, deposit.lamports)
+
+    async def _try_to_decide(self, row: LedgerTransfer) -> bool:
+        """Decide a row; one that fails for an unknown reason stays undecided, and no other waits for it."""
+        try:
+            return await self._decide(row)
+        except AWAY:
+            raise
+        except Exception:
+            _LOG.exception("not decided: %s", row)
+            return False
 
     async def _decide(self, row: LedgerTransfer) -> bool:
         """Credit or dismiss a row; return False if the chain does not say enough yet."""

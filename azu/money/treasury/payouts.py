@@ -12,7 +12,7 @@ from eth_account.signers.local import LocalAccount
 from azu.addresses import ADDRESS_PATTERN
 from azu.auth.signatures import Withdrawal, is_signed
 from azu.clock import wall_clock_ms
-from azu.errors import AzuError, ChainError, InsufficientBalance, LedgerError
+from azu.errors import ChainError, InsufficientBalance, LedgerError
 from azu.money.chain.actions import sign_noop, sign_send_asset
 from azu.money.chain.port import Chain, LedgerTransfer
 from azu.money.ledger.redis import RedisLedger
@@ -323,7 +323,7 @@ class Payer:
             await self._next(payout, read_at_ms)
         except Superseded:
             _LOG.warning("another process has advanced %s", payout.payout_id)
-        except AzuError:
+        except Exception:
             # It stays in the outbox unchanged; the others must not wait for it.
             _LOG.exception("%s could not be advanced", payout.payout_id)
 

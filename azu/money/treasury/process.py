@@ -2,15 +2,17 @@
 
 import asyncio
 import logging
+import secrets
 import signal
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from eth_account.signers.local import LocalAccount
 
-from azu.errors import AzuError, InternalError
+from azu.errors import AzuError, InternalError, Unavailable
 from azu.metrics import Meter
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import ChainNetwork
@@ -26,7 +28,7 @@ from azu.money.treasury.payouts import (
     WithdrawalPlanner,
 )
 from azu.money.treasury.receipts import ReceiptSigner
-from azu.money.treasury.redis import EarningsClaims, RedisCursor, RedisLease, RedisOutbox
+from azu.money.treasury.redis import EarningsClaims, RedisCursor, RedisLease, RedisMetrics, RedisOutbox
 from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
 from azu.money.treasury.withdrawals import RedisWithdrawals
 from azu.protocol.job import Receipt
@@ -36,6 +38,7 @@ from azu.supervision import Supervisor
 _LOG = logging.getLogger(__name__)
 _REQUESTS_AT_ONCE = 16
 _REQUESTS_EVERY_S = 0.05
+_METRICS_EVERY_S = 1.0
 
 
 class JobRecords(Protocol):
@@ -88,6 +91,7 @@ async def run(config: TreasuryConfig, jobs: JobRecords, *, ready: Callable[[], N
     supervisor.start("receipt requests", treasury.sign_receipts, every_s=_REQUESTS_EVERY_S)
     supervisor.start("payouts", treasury.pay, every_s=config.poll_s)
     supervisor.start("reservations", treasury.sweep, every_s=config.sweep_every_s)
+    supervisor.start("metrics", partial(treasury.show, supervisor.meter), every_s=_METRICS_EVERY_S)
     try:
         await stop.wait()
     finally:
@@ -108,6 +112,8 @@ class _Treasury:
         self._ledger = RedisLedger(self._redis)
         self._deposits = DepositRequests(self._redis)
         self._cursor = RedisCursor(self._redis)
+        self._metrics = RedisMetrics(self._redis)
+        self._source = f"treasury-{secrets.token_hex(6)}"
         self._outbox = RedisOutbox(self._redis)
         self._memory = Memory(config.memory, self._ledger, self._outbox)
         self._lease = RedisLease(self._redis, ttl_ms=round(config.lease_s * 1000))
@@ -141,14 +147,10 @@ class _Treasury:
             ready()
 
     async def answer_deposits(self) -> None:
-        waiting = await self._deposits.waiting(_REQUESTS_AT_ONCE)
-        await _all(self._answer(tx_hash) for tx_hash in waiting)
+        await self._deposits.serve(self._watcher.check, _REQUESTS_AT_ONCE)
 
     async def sign_receipts(self) -> None:
-        waiting = await self._receipts.waiting(_REQUESTS_AT_ONCE)
-        if not waiting or not await self._memory.may_sign():
-            return
-        await _all(self._sign(job_id) for job_id in waiting)
+        await self._receipts.serve(self._sign, _REQUESTS_AT_ONCE)
 
     async def pay(self) -> None:
         if not await self._lease.hold() or not await self._memory.may_sign():
@@ -165,6 +167,9 @@ class _Treasury:
     async def sweep(self) -> None:
         await self._expiry.sweep()
 
+    async def show(self, meter: Meter) -> None:
+        await self._metrics.show(self._source, meter.snapshot())
+
     async def close(self) -> None:
         try:
             await self._lease.release()
@@ -173,15 +178,7 @@ class _Treasury:
         await self._chain.close()
         await self._redis.aclose()
 
-    async def _answer(self, tx_hash: str) -> None:
-        await self._deposits.answer(tx_hash, await self._watcher.check(tx_hash))
-
-    async def _sign(self, job_id: str) -> None:
-        await self._receipts.answer(job_id, await self._receipt_signer.sign(job_id))
-
-
-async def _all(answers: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run every answer to its end, then raise the first error."""
-    for outcome in await asyncio.gather(*answers, return_exceptions=True):
-        if outcome is not None:
-            raise outcome
+    async def _sign(self, job_id: str) -> str:
+        if not await self._memory.may_sign():
+            raise Unavailable("nothing is signed until the admin accepts what Redis lost")
+        return await self._receipt_signer.sign(job_id)

@@ -4,9 +4,11 @@ import secrets
 from collections.abc import Awaitable
 from typing import cast
 
+from pydantic import TypeAdapter
 from redis.asyncio import Redis
 
 from azu.auth.signatures import is_claim
+from azu.metrics import MetricsSnapshot
 from azu.money.treasury.outbox import Payout, decode_payout, encode_payout
 from azu.redis_client import typed_redis_errors
 
@@ -16,6 +18,9 @@ NONCE = "azu:treasury:nonce"
 WRITES = "azu:treasury:writes"
 SIGNER = "azu:treasury:signer"
 CLAIMS = "azu:treasury:payees"
+METRICS = "azu:treasury:metrics"
+_METRICS_KEPT_S = 15
+_SHOWN = TypeAdapter(tuple[str, list[tuple[str, tuple[str, ...], float]]])
 
 # Redis may run a command whose answer is lost, and the client sends the command again: each script gives the
 # same answer to its own repetition. Times and nonces are milliseconds, which Lua counts exactly.
@@ -53,6 +58,31 @@ _RELEASE = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
 return 1
 """
+
+
+class RedisMetrics:
+    """The counters and gauges of the treasury, which runs outside of Ray; they expire after its end.
+
+    A process shows them under a name that is used only once.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def show(self, source: str, snapshot: MetricsSnapshot) -> None:
+        """Replace what is shown."""
+        values = [(name, labels, value) for (name, labels), value in snapshot.values.items()]
+        with typed_redis_errors():
+            await self._redis.set(METRICS, _SHOWN.dump_json((source, values)), ex=_METRICS_KEPT_S)
+
+    async def read(self) -> tuple[str, MetricsSnapshot] | None:
+        """Return the name of the process and what it shows; None if there is none."""
+        with typed_redis_errors():
+            shown = await self._redis.get(METRICS)
+        if shown is None:
+            return None
+        source, values = _SHOWN.validate_json(shown)
+        return source, MetricsSnapshot({(name, labels): value for name, labels, value in values}, {})
 
 
 class RedisCursor:

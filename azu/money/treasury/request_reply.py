@@ -5,7 +5,8 @@ Any number of callers with one question share one request, and a reply is kept f
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import cast
 
@@ -13,14 +14,18 @@ from pydantic import TypeAdapter
 from redis.asyncio import Redis
 
 from azu.addresses import parse_address, parse_hash
-from azu.errors import DeadlineExceeded, DepositRejected, Forbidden, NotFound, Unavailable
+from azu.errors import DeadlineExceeded, DepositRejected, Forbidden, InternalError, NotFound, Unavailable
 from azu.money.treasury.deposits import CreditState, DepositStatus
 from azu.redis_client import typed_redis_errors
+from azu.supervision import AWAY, as_known_error
 
 # How many requests may wait at once, and how long one waits for a treasury that is away.
 _MAX_WAITING = 10_000
 _WAIT_S = 60
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.4
+# A request that failed this often is answered with the error; only such a reply begins with the mark.
+_MOST_FAULTS = 3
+_FAULT_MARK = "!"
 
 _DEPOSITS_TOPIC = "claims"
 # A reply that may change soon is asked for again after this long.
@@ -50,7 +55,7 @@ return false
 class DepositRequests:
     """Both ends: the ingress asks what became of a deposit, the treasury answers.
 
-    Every method raises Unavailable when Redis does not answer.
+    Every method raises Unavailable when Redis does not answer, `ask` InternalError when the treasury failed.
     """
 
     def __init__(self, redis: Redis) -> None:
@@ -75,14 +80,15 @@ class DepositRequests:
                 break
         return _checked_status(seen, tx_hash, claimant)
 
-    async def waiting(self, limit: int) -> list[str]:
-        """Return hashes that callers wait for, the oldest first; they stay until they are answered."""
-        return await self._topic.waiting(limit)
+    async def serve(self, check: Callable[[str], Awaitable[DepositStatus]], limit: int) -> None:
+        """Answer the oldest requests with what `check` says of a hash."""
 
-    async def answer(self, tx_hash: str, status: DepositStatus) -> None:
-        """Answer every caller that waits for a hash."""
-        kept_ms = _FINAL_REPLY_MS if status.state in _FINAL else _PASSING_REPLY_MS
-        await self._topic.answer(tx_hash, _STATUS.dump_json(status), kept_ms)
+        async def answer(tx_hash: str) -> None:
+            status = await check(tx_hash)
+            kept_ms = _FINAL_REPLY_MS if status.state in _FINAL else _PASSING_REPLY_MS
+            await self._topic.answer(tx_hash, _STATUS.dump_json(status), kept_ms)
+
+        await self._topic.serve(answer, limit)
 
 
 def _checked_status(seen: DepositStatus | None, tx_hash: str, claimant: str) -> DepositStatus:
@@ -100,7 +106,7 @@ def _checked_status(seen: DepositStatus | None, tx_hash: str, claimant: str) -> 
 class ReceiptRequests:
     """Both ends: the ingress asks for the signature of a job's receipt, the treasury gives it.
 
-    Every method raises Unavailable when Redis does not answer.
+    Every method raises Unavailable when Redis does not answer, `ask` InternalError when the treasury failed.
     """
 
     def __init__(self, redis: Redis) -> None:
@@ -116,13 +122,15 @@ class ReceiptRequests:
                 return signature or None
         raise AssertionError("the loop ends at the timeout")
 
-    async def waiting(self, limit: int) -> list[str]:
-        """Return jobs whose receipts callers wait for, the oldest request first."""
-        return await self._topic.waiting(limit)
+    async def serve(self, sign: Callable[[str], Awaitable[str]], limit: int) -> None:
+        """Answer the oldest requests with the signature that `sign` returns for a job, empty for none."""
 
-    async def answer(self, job_id: str, signature: str) -> None:
-        """Answer every caller that waits for a job's signature; empty for none."""
-        await self._topic.answer(job_id, signature, _SIGNATURE_KEPT_MS if signature else _REFUSAL_KEPT_MS)
+        async def answer(job_id: str) -> None:
+            signature = await sign(job_id)
+            kept_ms = _SIGNATURE_KEPT_MS if signature else _REFUSAL_KEPT_MS
+            await self._topic.answer(job_id, signature, kept_ms)
+
+        await self._topic.serve(answer, limit)
 
 
 class RequestReply:
@@ -137,11 +145,12 @@ class RequestReply:
         self._topic = topic
         self._waiting = f"azu:treasury:{topic}:waiting"
         self._ask_script = redis.register_script(_ASK)
+        self._faults: Counter[str] = Counter()
 
     async def ask(self, request: str) -> AsyncIterator[tuple[float, str | None]]:
         """Ask again and again; yield the seconds since the first time, and the reply if there is one.
 
-        Raises Unavailable if too many requests wait.
+        Raises Unavailable if too many requests wait, InternalError if the treasury failed to answer.
         """
         started, pause_s = time.monotonic(), _FIRST_PAUSE_S
         while True:
@@ -149,6 +158,29 @@ class RequestReply:
             yield time.monotonic() - started, reply
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 1.5, _LONGEST_PAUSE_S)
+
+    async def serve(self, answer: Callable[[str], Awaitable[None]], limit: int) -> None:
+        """Have the oldest requests answered at once; the third fault of a request is its answer.
+
+        Raises the error of a service that is away; its request stays.
+        """
+        waiting = await self.waiting(limit)
+        outcomes = await asyncio.gather(*map(answer, waiting), return_exceptions=True)
+        for request, outcome in zip(waiting, outcomes, strict=True):
+            if isinstance(outcome, Exception) and not isinstance(outcome, AWAY):
+                await self._failed(request, outcome)
+            elif outcome is None:
+                del self._faults[request]
+        for outcome in outcomes:
+            if isinstance(outcome, AWAY) or not isinstance(outcome, Exception | None):
+                raise outcome
+
+    async def _failed(self, request: str, error: Exception) -> None:
+        known = as_known_error(error, f"a request among {self._topic}")
+        self._faults[request] += 1
+        if self._faults[request] >= _MOST_FAULTS:
+            await self.answer(request, _FAULT_MARK + known.message, _PASSING_REPLY_MS)
+            del self._faults[request]
 
     async def waiting(self, limit: int) -> list[str]:
         """Return requests without a reply, the oldest first; they stay until they are answered."""
@@ -171,7 +203,10 @@ class RequestReply:
             )
         if reply == "full":
             raise Unavailable(f"too many {self._topic} wait for the treasury")
-        return cast(str | None, reply)
+        reply = cast(str | None, reply)
+        if reply is not None and reply.startswith(_FAULT_MARK):
+            raise InternalError(reply.removeprefix(_FAULT_MARK))
+        return reply
 
     def _reply_key(self, request: str) -> str:
         return f"azu:treasury:{self._topic}:answer:{request}"

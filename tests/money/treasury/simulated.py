@@ -36,7 +36,7 @@ USER = "0x" + "a1" * 20
 START_MS = 1_790_000_000_000
 
 
-class Crash(Exception):
+class Crash(BaseException):
     """The process died here."""
 
 

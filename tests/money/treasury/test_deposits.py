@@ -206,6 +206,28 @@ def test_a_long_history_is_read_once_to_its_end(world: World) -> None:
     world.run(scenario)
 
 
+def test_a_row_that_fails_stays_undecided_and_delays_no_other(world: World) -> None:
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        odd = await parts.pay_platform(alice, 5)
+        await parts.pay_platform(alice, 7)
+
+        class Failing(DepositWatcher):
+            async def _decide(self, row: LedgerTransfer) -> bool:
+                if row.hash == odd:
+                    raise ZeroDivisionError
+                return await super()._decide(row)
+
+        platform = parts.platform.address.lower()
+        await Failing(parts.chain, parts.ledger, parts.cursor, platform=platform).poll()
+        assert await parts.available(alice) == 7
+        await parts.watcher.poll()
+        assert await parts.available(alice) == 12
+
+    world.run(scenario)
+
+
 def test_a_watcher_killed_before_its_cursor_moved_credits_nothing_twice(world: World) -> None:
     alice = world.payer()
 

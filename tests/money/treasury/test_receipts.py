@@ -47,8 +47,7 @@ class Office:
     async def sign_all(self) -> None:
         signer = ReceiptSigner(self.jobs.receipt, self.ledger, PLATFORM)
         while True:
-            for job_id in await self.receipts.waiting(10):
-                await self.receipts.answer(job_id, await signer.sign(job_id))
+            await self.receipts.serve(signer.sign, 10)
             await asyncio.sleep(0.01)
 
 

@@ -11,9 +11,17 @@ from redis.asyncio import Redis
 
 from azu.auth.signatures import sign_claim
 from azu.errors import Unavailable
+from azu.metrics import FAULTS, Meter
 from azu.money.chain.port import SignedAction
 from azu.money.treasury.outbox import Payout, PayoutState, decode_payout, encode_payout
-from azu.money.treasury.redis import EarningsClaims, RedisCursor, RedisLease, RedisOutbox
+from azu.money.treasury.redis import (
+    METRICS,
+    EarningsClaims,
+    RedisCursor,
+    RedisLease,
+    RedisMetrics,
+    RedisOutbox,
+)
 from azu.redis_client import connect_redis
 
 PAYOUT = Payout(
@@ -35,6 +43,20 @@ def run(redis_url: str, scenario: Callable[[Redis], Coroutine[Any, Any, None]]) 
             await redis.aclose()
 
     asyncio.run(inside())
+
+
+def test_what_the_treasury_shows_of_its_loops_is_read_as_it_is(redis_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
+        shown, meter = RedisMetrics(redis), Meter()
+        assert await shown.read() is None
+        meter.count(FAULTS, 3, "treasury", "payouts")
+
+        await shown.show("treasury-1", meter.snapshot())
+
+        assert await shown.read() == ("treasury-1", meter.snapshot())
+        assert await redis.ttl(METRICS) > 0
+
+    run(redis_url, scenario)
 
 
 def test_a_cursor_only_moves_forward(redis_url: str) -> None:

@@ -9,11 +9,20 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+import redis
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
 from azu.devnet.chain import SECOND_HYPE
-from azu.errors import DeadlineExceeded, DepositRejected, Forbidden, InvalidRequest, NotFound
+from azu.errors import (
+    ChainError,
+    DeadlineExceeded,
+    DepositRejected,
+    Forbidden,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+)
 from azu.money.chain.actions import sign_send_asset
 from azu.money.treasury.deposits import CreditState, DepositStatus
 from azu.units import LAMPORTS_PER_HYPE
@@ -142,7 +151,7 @@ def test_a_malformed_hash_is_refused_without_a_request(world: World, tx_sig: str
             await parts.deposits.ask(tx_sig, BOB, TIMEOUT_S)
 
         assert caught.value.param == "tx_sig"
-        assert await parts.deposits.waiting(10) == []
+        assert not waiting(world)
 
     world.run(scenario)
 
@@ -161,7 +170,7 @@ def test_a_request_survives_the_death_of_the_treasury(world: World) -> None:
     async def scenario(parts: Open) -> None:
         tx_hash = await parts.pay_platform(alice, 77)
         asking = asyncio.create_task(parts.deposits.ask(tx_hash, alice.address, TIMEOUT_S))
-        while not await parts.deposits.waiting(1):
+        while not waiting(world):
             await asyncio.sleep(0.01)
         # The first treasury credits and dies before it answers.
         await parts.watcher.check(tx_hash)
@@ -172,6 +181,55 @@ def test_a_request_survives_the_death_of_the_treasury(world: World) -> None:
         second.cancel()
 
     world.run(scenario)
+
+
+def test_a_request_whose_answer_fails_delays_no_other_and_fails_the_third_time(world: World) -> None:
+    odd, good = ("0x" + digits * 32 for digits in ("0d", "60"))
+    checks: Counter[str] = Counter()
+
+    async def check(tx_hash: str) -> DepositStatus:
+        checks[tx_hash] += 1
+        if tx_hash == odd:
+            raise ZeroDivisionError
+        return DepositStatus(CreditState.CREDITED, BOB, 5)
+
+    async def scenario(parts: Open) -> None:
+        asking = [asyncio.create_task(parts.deposits.ask(one, BOB, TIMEOUT_S)) for one in (odd, good)]
+        while len(waiting(world)) < 2:
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            await parts.deposits.serve(check, 16)
+
+        assert (await asking[1]).lamports == 5
+        with pytest.raises(InternalError, match="fault-"):
+            await asking[0]
+        assert checks == {odd: 3, good: 1}
+        assert not waiting(world)
+
+    world.run(scenario)
+
+
+def test_a_request_stays_while_the_chain_is_away(world: World) -> None:
+    async def away(_: str) -> DepositStatus:
+        raise ChainError("the chain does not answer")
+
+    async def scenario(parts: Open) -> None:
+        asking = asyncio.create_task(parts.deposits.ask("0x" + "12" * 32, BOB, 0.5))
+        while not waiting(world):
+            await asyncio.sleep(0.01)
+        for _ in range(5):
+            with pytest.raises(ChainError):
+                await parts.deposits.serve(away, 16)
+        assert waiting(world)
+        with pytest.raises(DeadlineExceeded):
+            await asking
+
+    world.run(scenario)
+
+
+def waiting(world: World) -> Any:
+    with redis.Redis.from_url(world.redis_url) as client:
+        return client.zrange("azu:treasury:claims:waiting", 0, -1)
 
 
 def test_many_copies_of_one_request_credit_once(world: World) -> None:
@@ -198,7 +256,7 @@ def copies_of_one_request(world: World, copies: int) -> None:
         await polls
         assert set(verdicts) == {DepositStatus(CreditState.CREDITED, alice.address.lower(), 77)}
         assert await parts.available(alice) == 77
-        assert await parts.deposits.waiting(10) == []
+        assert not waiting(world)
 
     with_treasury(world, scenario)
 

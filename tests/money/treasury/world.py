@@ -55,11 +55,8 @@ class Open:
     async def answer_deposits(self) -> None:
         """Answer deposit requests until cancelled, as the treasury's process does."""
         while True:
-            await asyncio.gather(*(self._answer(tx_hash) for tx_hash in await self.deposits.waiting(16)))
+            await self.deposits.serve(self.watcher.check, 16)
             await asyncio.sleep(0.01)
-
-    async def _answer(self, tx_hash: str) -> None:
-        await self.deposits.answer(tx_hash, await self.watcher.check(tx_hash))
 
 
 @dataclass(frozen=True)
