@@ -50,7 +50,7 @@ class Standstill:
 
 
 @dataclass(slots=True)
-class _Mark:
+class _Stillness:
     """A number that changes with each move, for how long it has not, and how often this was helped.
 
     `still_s` counts only the time in which it could have moved, `quiet_s` all time.
@@ -87,8 +87,8 @@ class Watchdog:
         self._budget_s = budget_s
         self._clock = clock
         self._seen_s = clock()
-        self._pipeline = _Mark()
-        self._jobs: dict[str, _Mark] = {}
+        self._pipeline = _Stillness()
+        self._jobs: dict[str, _Stillness] = {}
 
     def look(self, expected: Collection[str], look: PipelineLook | None) -> list[Standstill]:
         """Take what the pipeline does, None while it is repaired; return what does not move.
@@ -97,7 +97,7 @@ class Watchdog:
         """
         now_s = self._clock()
         passed_s, self._seen_s = min(_LONGEST_LOOK_S, now_s - self._seen_s), now_s
-        self._jobs = {job_id: self._jobs.get(job_id) or _Mark() for job_id in expected}
+        self._jobs = {job_id: self._jobs.get(job_id) or _Stillness() for job_id in expected}
         if look is None:
             return self._while_repaired(passed_s)
         bound_s = max(STILL_S, STILL_STEPS * look.step_s)
@@ -109,7 +109,7 @@ class Watchdog:
         return [finding for finding in found if finding is not None]
 
     def _while_repaired(self, passed_s: float) -> list[Standstill]:
-        self._pipeline = _Mark()
+        self._pipeline = _Stillness()
         found = []
         for job_id, mark in self._jobs.items():
             mark.see(mark.value, passed_s, can_move=False)
@@ -118,7 +118,7 @@ class Watchdog:
         return found
 
     def _job(
-        self, job_id: str, mark: _Mark, look: PipelineLook, passed_s: float, bound_s: float
+        self, job_id: str, mark: _Stillness, look: PipelineLook, passed_s: float, bound_s: float
     ) -> Standstill | None:
         moved = look.moved.get(job_id)
         # Where the whole pipeline stands still it is not the job that has to be helped.

@@ -111,6 +111,12 @@ PARTS = (
         pytest("tests/network/test_kill_matrix.py", "-m", "prove", "-s"),
     ),
     Part(
+        "fault run",
+        "an unexpected exception at each public method and background loop of every process: 4 streams, "
+        "neighbours identical, no job in limbo, no lamport reserved",
+        pytest("tests/network/test_fault_run.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "node loss",
         "each whole node killed, each piece and node frozen and woken: 4 streams go on, identical",
         pytest("tests/network/test_node_loss.py", "-m", "prove", "-s"),

@@ -1,0 +1,20 @@
+"""The fault run strikes every public method of every actor."""
+
+import inspect
+
+import pytest
+
+from tests.actors.test_links import ACTORS
+from tests.network.test_fault_run import POINTS
+
+
+@pytest.mark.parametrize("actor", ACTORS)
+def test_every_public_method_of_an_actor_is_struck(actor: type) -> None:
+    struck = {point.method for point in POINTS}
+    methods = [name for name, one in vars(actor).items() if inspect.isfunction(one) and name[0] != "_"]
+
+    assert [name for name in methods if f"{actor.__module__}:{actor.__name__}.{name}" not in struck] == []
+
+
+def test_there_are_at_least_sixty_points() -> None:
+    assert len({point.method for point in POINTS}) == len(POINTS) >= 60

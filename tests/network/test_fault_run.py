@@ -1,0 +1,358 @@
+"""An exception that azu does not expect, once at every named point, costs at most the request that it struck.
+
+The points are the public methods and the background loops of each process. Four streams run at each fault.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.links import REGISTRY, find
+from actors.placement import SCHEDULER
+from azu.errors import InternalError
+from azu.launch.local_network import LocalNetwork
+from azu.supervision import FAULTS_IN_A_ROW
+from tests.network.actors import actors_named, lend, pid_of
+from tests.network.conftest import deposited
+from tests.network.faults import Faults
+from tests.network.recovering import (
+    Answer,
+    Streams,
+    four,
+    kill_all,
+    network_of,
+    pids,
+    pieces_of,
+    show,
+    spared,
+    undisturbed,
+)
+from tests.network.test_control_plane import treasury_pid
+from tests.network.user import User
+
+pytestmark = [pytest.mark.cluster, pytest.mark.prove]
+
+MODEL = "azu/tiny-moe"
+NUM_TOKENS = 40
+# From the fault on: the struck job has ended or is right, and everything runs as before.
+MENDED_S = 30.0
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A running network in which a method is armed."""
+
+    network: LocalNetwork
+    user: User
+    faults: Faults
+
+
+Provoke = Callable[[Fault], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method, and what has it called while streams run. A loop is struck twice: it outlives the first."""
+
+    method: str
+    provoke: Provoke = lambda _: None
+    is_loop: bool = False
+
+
+# What has a method called
+
+
+def kill(prefix: str) -> Provoke:
+    """Kill one of the actors whose names have a prefix."""
+    return lambda _: kill_all([pid_of(actors_named(prefix)[0])])
+
+
+def kill_stage(_: Fault) -> None:
+    kill_all(pids([name for name in pieces_of(MODEL) if name.startswith("layer:")][-1:]))
+
+
+def kill_experts(_: Fault) -> None:
+    kill_all(pids([name for name in pieces_of(MODEL) if name.startswith("expert:")][:1]))
+
+
+def get(path: str) -> Provoke:
+    """Send a request that fails or not."""
+    return lambda fault: expect_id_or_success(fault.user.http.get(path))
+
+
+def post(path: str, **body: object) -> Provoke:
+    return lambda fault: expect_id_or_success(fault.user.http.post(path, json=body))
+
+
+def as_admin(method: str, path: str, **body: object) -> Provoke:
+    def provoke(fault: Fault) -> None:
+        headers = {"authorization": f"Bearer {fault.network.admin_key}"}
+        json = body or None
+        expect_id_or_success(httpx.request(method, fault.network.url + path, headers=headers, json=json))
+
+    return provoke
+
+
+def expect_id_or_success(answer: httpx.Response) -> None:
+    if not answer.is_success:
+        assert answer.status_code == 500, answer.text
+        assert answer.json()["error"]["code"] == "internal_error", answer.text
+        assert "fault-" in answer.json()["error"]["message"], answer.text
+
+
+def call(prefix: str, method: str, *arguments: object) -> Provoke:
+    """Call an actor's method as another actor would; what it raises is an AzuError with an id."""
+
+    def provoke(_: Fault) -> None:
+        actor = actors_named(prefix)[0]
+        with pytest.raises(RayTaskError) as caught:
+            ray.get(getattr(actor, method).remote(*arguments), timeout=MENDED_S)
+        assert isinstance(caught.value.cause, InternalError)
+
+    return provoke
+
+
+def cancel(fault: Fault) -> None:
+    """Begin a long answer and leave it."""
+    body = four(MODEL, 400)[0].body() | {"prompt": "Leave me"}
+    with fault.user.http.stream("POST", "/v1/completions", json=body) as reply:
+        next(reply.iter_lines())
+
+
+def deposit(fault: Fault) -> None:
+    with suppress(httpx.HTTPStatusError):
+        deposited(fault.network, fault.user, 1_000)
+
+
+def sign_receipt(fault: Fault) -> None:
+    (job, *_) = [one for one in fault.user.http.get("/v1/jobs").json()["data"] if one["status"] == "done"]
+    expect_id_or_success(fault.user.http.get(f"/v1/receipts/{job['job_id']}"))
+
+
+def lend_less(fault: Fault) -> None:
+    for agent in actors_named("node:"):
+        lend(agent, 6 * 2**20)
+    with suppress(AssertionError):
+        fault.faults.wait_until_struck("actors.pipeline:Pipeline.limit", MENDED_S / 2)
+    for agent in actors_named("node:"):
+        lend(agent, 2**40)
+
+
+PIPELINE, STAGE, EXPERTS = (
+    f"pipeline:{MODEL.replace('/', '-')}:",
+    "layer:azu-tiny-moe:",
+    "expert:azu-tiny-moe:",
+)
+SCHEDULED, NODE = "actors.scheduler:Scheduler", "actors.node:NodeAgent"
+POINTS = (
+    # Pipeline
+    Point("actors.pipeline:Pipeline.start", kill(PIPELINE)),
+    Point("actors.pipeline:Pipeline.run"),
+    Point("actors.pipeline:Pipeline.completed"),
+    Point("actors.pipeline:Pipeline.cancel", cancel),
+    Point("actors.pipeline:Pipeline.jobs", kill(SCHEDULER)),
+    Point("actors.pipeline:Pipeline.lost", kill_stage),
+    Point("actors.pipeline:Pipeline.next_loss"),
+    Point("actors.pipeline:Pipeline.look", call(PIPELINE, "look")),
+    Point("actors.pipeline:Pipeline.end", call(PIPELINE, "end", "no job", None)),
+    Point("actors.pipeline:Pipeline.fail", call(PIPELINE, "fail", None)),
+    Point("actors.pipeline:Pipeline.limit", lend_less),
+    Point("actors.pipeline:Pipeline.pause", kill_stage),
+    Point("actors.pipeline:Pipeline.resume", kill_stage),
+    Point("azu.jobs.job_runner:JobRunner._end_sequence", is_loop=True),
+    Point("azu.engine.pipeline:EnginePipeline.next_batch", is_loop=True),
+    # LayerActor
+    Point("actors.layer:LayerActor.load", kill_stage),
+    Point("actors.layer:LayerActor.relink", kill_stage),
+    Point("actors.layer:LayerActor.num_sent", kill_stage),
+    Point("actors.layer:LayerActor.num_chosen", call(STAGE, "num_chosen")),
+    Point("actors.layer:LayerActor.ping"),
+    Point("actors.layer:LayerActor.step"),
+    Point("actors.links:Acknowledgements._watch", is_loop=True),
+    # ExpertActor
+    Point("actors.expert:ExpertActor.load", kill_experts),
+    Point("actors.expert:ExpertActor.run"),
+    Point("actors.expert:ExpertActor.ping"),
+    # Scheduler
+    Point(f"{SCHEDULED}.start", kill(SCHEDULER)),
+    Point(f"{SCHEDULED}.ready", get("/health")),
+    Point(f"{SCHEDULED}.problems", get("/v1/network")),
+    Point(f"{SCHEDULED}.nodes", get("/v1/network")),
+    Point(f"{SCHEDULED}.deployments", get("/v1/network")),
+    Point(f"{SCHEDULED}.metrics", get("/v1/network")),
+    Point(f"{SCHEDULED}.prediction", post("/v1/quote", model=MODEL, tokens=5)),
+    Point(f"{SCHEDULED}.leave", as_admin("POST", "/v1/nodes/ada/leave")),
+    Point(f"{SCHEDULED}.take_metrics"),
+    Point(f"{SCHEDULED}._adopt", kill(SCHEDULER)),
+    Point(f"{SCHEDULED}._measure", is_loop=True),
+    Point(f"{SCHEDULED}._check_kv", is_loop=True),
+    Point(f"{SCHEDULED}._check_nodes", is_loop=True),
+    Point("azu.cluster.scaling:Rebalance.check", is_loop=True),
+    Point("azu.cluster.scaling:ScaleOut.check", is_loop=True),
+    Point("azu.cluster.scaling:ExpertReplication.check", is_loop=True),
+    Point("actors.node:NodeAgents.follow_nodes", is_loop=True),
+    Point("actors.node:NodeAgents.follow_reports", is_loop=True),
+    Point("azu.jobs.dispatch:Dispatcher._take_over", kill(SCHEDULER)),
+    Point("azu.jobs.dispatch:Dispatcher._take", is_loop=True),
+    Point("azu.jobs.dispatch:Dispatcher._take_cancellations", kill(SCHEDULER)),
+    Point("azu.jobs.dispatch:Dispatcher._run_and_settle"),
+    Point("azu.jobs.settlement:Settlement.settle"),
+    # Registry
+    Point("actors.registry:Registry.describe", get("/v1/models/azu/tiny-dense")),
+    Point("actors.registry:Registry.text_decoder", kill(PIPELINE)),
+    Point("actors.registry:Registry.ensure_cut", kill(SCHEDULER)),
+    Point("actors.registry:Registry.start_cut", as_admin("POST", "/models/shard", model_id=MODEL)),
+    Point("actors.registry:Registry.status", get(f"/models/status?model_id={MODEL}")),
+    Point("actors.registry:Registry.available", get("/v1/models")),
+    Point("actors.registry:Registry.read", call(REGISTRY, "read", MODEL, "", "", 0, 0)),
+    Point("actors.registry:Registry.path", call(REGISTRY, "path", MODEL, "", "")),
+    Point("actors.registry:Registry.file", call(REGISTRY, "file", MODEL, "", "")),
+    # NodeAgent
+    Point(f"{NODE}.report"),
+    Point(f"{NODE}.leave", call("node:", "leave")),
+    Point(f"{NODE}.ping", kill_stage),
+    Point(f"{NODE}.measure_links", call("node:", "measure_links", {})),
+    Point(f"{NODE}.fetch", kill_stage),
+    # Ingress
+    Point("deployments.services:Services.key"),
+    Point("deployments.services:Services.model"),
+    Point("deployments.services:Services.scheduler", get("/v1/network")),
+    Point("deployments.services:Services.registry", get("/v1/models")),
+    Point("azu.jobs.intake:Intake.accept"),
+    Point("azu.jobs.redis:TokenReader._distribute", is_loop=True),
+    # Treasury
+    Point("azu.money.treasury.process:_Treasury.watch", is_loop=True),
+    Point("azu.money.treasury.process:_Treasury.answer_deposits", is_loop=True),
+    Point("azu.money.treasury.process:_Treasury.sign_receipts", is_loop=True),
+    Point("azu.money.treasury.process:_Treasury.pay", is_loop=True),
+    Point("azu.money.treasury.process:_Treasury.sweep", is_loop=True),
+    Point("azu.money.treasury.deposits:DepositWatcher.check", deposit),
+    Point("azu.money.treasury.receipts:ReceiptSigner.sign", sign_receipt),
+)
+
+
+@pytest.fixture(scope="module")
+def fault(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fault]:
+    """A network whose processes can be struck; it is watched as `azu up` does."""
+    over = threading.Event()
+    with pytest.MonkeyPatch.context() as environment:
+        folder = tmp_path_factory.mktemp("faults")
+        faults = Faults.installed(folder, [point.method for point in POINTS], environment)
+        with network_of(home, spared(ada=8, ben=8, cleo=8)) as (network, user):
+            watching = threading.Thread(target=partial(watch, network, over), daemon=True)
+            watching.start()
+            yield Fault(network, user, faults)
+            over.set()
+            watching.join(60)
+
+
+def watch(network: LocalNetwork, over: threading.Event) -> None:
+    while not over.wait(1.0):
+        with suppress(Exception):  # a revival that fails is tried again
+            network.revive()
+
+
+@pytest.fixture(scope="module")
+def expected(fault: Fault) -> list[Answer]:
+    """The answers when nothing is struck."""
+    return undisturbed(fault.user, MODEL, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.method.partition(":")[2])
+def test_an_unexpected_exception_costs_at_most_the_request_it_struck(
+    fault: Fault, expected: list[Answer], point: Point
+) -> None:
+    wait_until_healthy(fault)
+    for _ in range(1 + point.is_loop):
+        mended_s = struck(fault, expected, point)
+    show(f"{point.method.partition(':')[2]}: mended in {mended_s:.1f} s")
+
+
+def struck(fault: Fault, expected: list[Answer], point: Point) -> float:
+    """Strike a point once under four streams; check all that must hold, and return how long it took."""
+    fault.faults.arm(point.method)
+    streams = Streams(fault.user, four(MODEL, NUM_TOKENS))
+    try:
+        while not (streams.each[0].ended or streams.each[0].num_tokens >= NUM_TOKENS // 4):
+            time.sleep(_POLL_S)
+        point.provoke(fault)
+        fault.faults.wait_until_struck(point.method, MENDED_S)
+    finally:
+        fault.faults.disarm(point.method)
+    struck_s = time.monotonic()
+    wait_for(lambda: all(one.ended for one in streams.each), "a stream stands still")
+    hit = [one for one in streams.each if one.fault]
+    assert len(hit) <= 1, [one.fault for one in hit]
+    for one in hit:
+        assert "internal_error" in one.fault or "500" in one.fault, one.fault
+    for stream, right in zip(streams.each, expected, strict=True):
+        if not stream.fault:
+            assert stream.answer(fault.user) == right
+    wait_for(lambda: unfinished(fault.user) == [], "a job is in limbo")
+    wait_for(lambda: fault.user.balance()[1] == 0, "money is still reserved")
+    return time.monotonic() - struck_s
+
+
+def unfinished(user: User) -> list[str]:
+    """Return the user's jobs that have not ended."""
+    jobs = user.http.get("/v1/jobs").raise_for_status().json()["data"]
+    return [one["job_id"] for one in jobs if one["status"] in ("queued", "running")]
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + MENDED_S
+    while True:
+        with suppress(httpx.HTTPError):  # a part of the control plane is being replaced
+            if condition():
+                return
+        assert time.monotonic() < deadline_s, what
+        time.sleep(_POLL_S)
+
+
+def wait_until_healthy(fault: Fault) -> None:
+    """Wait until prompts are served and everything that an earlier fault replaced is back."""
+    wait_for(lambda: httpx.get(f"{fault.network.url}/health").is_success, "the network is not healthy")
+    wait_for(lambda: len(pieces_of(MODEL)) > 0, "the model has no pieces")
+
+
+REPLACED: dict[str, Callable[[], int | None]] = {
+    f"{SCHEDULED}._measure": lambda: pid_of(find(SCHEDULER)),
+    "azu.engine.pipeline:EnginePipeline.next_batch": lambda: pid_of(actors_named(PIPELINE)[0]),
+    "actors.links:Acknowledgements._watch": lambda: pid_of(actors_named(STAGE)[0]),
+    "azu.money.treasury.process:_Treasury.pay": treasury_pid,
+}
+
+
+@pytest.mark.parametrize("method", REPLACED, ids=lambda method: method.partition(":")[2])
+def test_a_process_whose_loop_fails_five_times_in_a_row_is_replaced(
+    fault: Fault, expected: list[Answer], method: str
+) -> None:
+    wait_until_healthy(fault)
+    before, streams, shown = REPLACED[method](), Streams(fault.user, four(MODEL, NUM_TOKENS)), set[str]()
+    for _ in range(FAULTS_IN_A_ROW):
+        fault.faults.arm(method)
+        fault.faults.wait_until_struck(method, MENDED_S)
+
+    def is_replaced() -> bool:
+        shown.update(httpx.get(f"{fault.network.url}/health", timeout=MENDED_S).json()["problems"])
+        with suppress(ValueError, IndexError, RayActorError):
+            return REPLACED[method]() not in (before, None)
+        return False
+
+    wait_for(is_replaced, f"{method} failed, and its process goes on")
+    assert streams.answers() == expected
+    show(f"{method.partition(':')[2]}, five times: replaced; /health said {sorted(shown)}")
+
+
+def test_the_books_are_right_after_all_faults(fault: Fault) -> None:
+    assert fault.user.balance()[1] == 0
