@@ -3,6 +3,7 @@
 The points are the public methods and the background loops of each process. Four streams run at each fault.
 """
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from actors.links import REGISTRY, find
 from actors.placement import SCHEDULER
 from azu.errors import InternalError
 from azu.launch.local_network import LocalNetwork
+from azu.money.ledger.audit import Audit, audit
+from azu.money.ledger.redis import RedisLedger
 from azu.supervision import FAULTS_IN_A_ROW
 from tests.network.actors import actors_named, lend, pid_of
 from tests.network.conftest import deposited
@@ -129,6 +132,11 @@ def cancel(fault: Fault) -> None:
         next(reply.iter_lines())
 
 
+def see_health(fault: Fault) -> None:
+    """Ask whether prompts are served; a scheduler that does not say so counts as one that starts."""
+    assert httpx.get(f"{fault.network.url}/health", timeout=MENDED_S).status_code in (200, 503)
+
+
 def deposit(fault: Fault) -> None:
     with suppress(httpx.HTTPStatusError):
         deposited(fault.network, fault.user, 1_000)
@@ -185,7 +193,7 @@ POINTS = (
     Point("actors.expert:ExpertActor.ping"),
     # Scheduler
     Point(f"{SCHEDULED}.start", kill(SCHEDULER)),
-    Point(f"{SCHEDULED}.ready", get("/health")),
+    Point(f"{SCHEDULED}.ready", see_health),
     Point(f"{SCHEDULED}.problems", get("/v1/network")),
     Point(f"{SCHEDULED}.nodes", get("/v1/network")),
     Point(f"{SCHEDULED}.deployments", get("/v1/network")),
@@ -355,4 +363,9 @@ def test_a_process_whose_loop_fails_five_times_in_a_row_is_replaced(
 
 
 def test_the_books_are_right_after_all_faults(fault: Fault) -> None:
+    async def found() -> Audit:
+        ledger = RedisLedger.from_url(fault.network.redis_url)
+        return await audit(await ledger.snapshot(), ledger.journal())
+
     assert fault.user.balance()[1] == 0
+    assert asyncio.run(found()).agrees
