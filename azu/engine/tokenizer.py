@@ -116,7 +116,10 @@ class Tokenizer(TextDecoder):
     def _end_of_turn(self) -> int | None:
         """Return the token that the chat template writes after an answer, None where it writes none."""
         answer = "an answer"
-        chat = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+        chat: list[Mapping[str, Any]] = [
+            {"role": "user", "content": "a question"},
+            {"role": "assistant", "content": answer},
+        ]
         try:
             behind = self._rendered(chat).rpartition(answer)[2].lstrip()
         except InvalidRequest:
