@@ -24,10 +24,9 @@ from azu.protocol.job import FinishReason
 from azu.protocol.sampling import SamplingParams
 from tests.engine.conftest import CutModel
 from tests.engine.families import VOCAB_SIZE, build_model
+from tests.engine.overflowing import OVERFLOWS, make_overflow
 from tests.engine.test_replay import _Deployment
 
-# A token -> the layer in which it exceeds the dtype, and its own place in the hidden state.
-_OVERFLOWS = {5: (0, 63), 6: (3, 62)}
 _PLAIN = SamplingParams(max_tokens=6, ignore_eos=True)
 _SEEDED = SamplingParams(max_tokens=8, temperature=0.9, top_p=0.9, seed=7, ignore_eos=True)
 
@@ -42,22 +41,9 @@ class Wanted:
     raises_in: int | None = None
 
 
-def _cut_overflowing(folder: Path, dtype: torch.dtype, weight: float) -> CutModel:
-    """Cut a model in which some tokens lead to values that the dtype does not hold, and others do not."""
-    model = build_model("llama")
-    with torch.no_grad():
-        embedding = model.model.embed_tokens.weight
-        for token, (layer, place) in _OVERFLOWS.items():
-            embedding[:, place] = 0
-            for block in model.model.layers:
-                block.self_attn.o_proj.weight[place] = 0
-                block.mlp.down_proj.weight[place] = 0
-            embedding[token] = 0
-            embedding[token, place] = 30_000
-            model.model.layers[layer].mlp.gate_proj.weight[:, place] = weight
-            model.model.layers[layer].mlp.up_proj.weight[:, place] = weight
+def _cut_overflowing(folder: Path, dtype: torch.dtype) -> CutModel:
     source, shards = folder / "model", folder / "shards"
-    model.to(dtype).save_pretrained(source)
+    make_overflow(build_model("llama"), dtype).save_pretrained(source)
     structure = cut(source, shards, model_id="overflowing", revision="r1", architecture=describe(source))
     return CutModel(source, shards, structure)
 
@@ -65,13 +51,13 @@ def _cut_overflowing(folder: Path, dtype: torch.dtype, weight: float) -> CutMode
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> CutModel:
     """A model in float16."""
-    return _cut_overflowing(tmp_path_factory.mktemp("half"), torch.float16, 60)
+    return _cut_overflowing(tmp_path_factory.mktemp("half"), torch.float16)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> CutModel:
     """A model in float32, whose tokens do not depend on the width of steps as those of float16 may."""
-    return _cut_overflowing(tmp_path_factory.mktemp("whole"), torch.float32, 1e19)
+    return _cut_overflowing(tmp_path_factory.mktemp("whole"), torch.float32)
 
 
 def _pipeline(model: CutModel, *, num_blocks: int = 256) -> LocalPipeline:
@@ -125,7 +111,7 @@ def _between(good: Sequence[Wanted], odd: Sequence[Wanted]) -> list[Wanted]:
     return [one for pair in zip(good, odd, strict=True) for one in pair]
 
 
-@pytest.mark.parametrize("token", _OVERFLOWS)
+@pytest.mark.parametrize("token", OVERFLOWS)
 @pytest.mark.parametrize("place", [0, 8, 17])  # with its neighbours' prompts, and behind the first chunk
 def test_values_beyond_the_dtype_end_their_sequence_and_name_the_layer(
     half: CutModel, token: int, place: int
@@ -141,7 +127,7 @@ def test_values_beyond_the_dtype_end_their_sequence_and_name_the_layer(
     assert odd.finish_reason is FinishReason.ERROR
     assert odd.error is not None
     assert odd.error.code == "numerics_error"
-    layer, _ = _OVERFLOWS[token]
+    layer, _ = OVERFLOWS[token]
     assert odd.error.message == (
         f"layer {layer} computed values for this text that are not finite in float16; "
         "serve this model in bfloat16"

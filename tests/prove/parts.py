@@ -287,6 +287,22 @@ PARTS = (
         pytest("-s", "tests/engine/test_corrupted_frames.py", "-m", "prove"),
     ),
     Part(
+        "a sequence owns its faults",
+        "2,000 draws of parameters at the edges of float; 200 good sequences between 200 odd ones",
+        pytest(
+            "-s",
+            "tests/engine/test_sampler.py",
+            "tests/engine/test_sequence_faults.py",
+            "-m",
+            "prove",
+        ),
+    ),
+    Part(
+        "a request owns its faults",
+        "odd requests at a network end with their reasons; no answer changes, no stage is replaced",
+        pytest("-s", "tests/network/test_odd_requests.py"),
+    ),
+    Part(
         "mutants",
         "300 places of the pure rooms changed, one at a time: tests notice at least 90%",
         (sys.executable, "-m", "tests.prove.mutants"),
