@@ -273,13 +273,17 @@ class AnswerFormatter:
         return TextLogprobs(
             tokens=tuple(_spelled(decoder, token_id) for token_id in delta.token_ids),
             token_logprobs=tuple(max(logprob, _LOWEST_LOGPROB) for logprob in delta.logprobs),
-            top_logprobs=tuple(
-                # Of tokens with the same text the last stays: the best one.
-                {_spelled(decoder, one): max(logprob, _LOWEST_LOGPROB) for one, logprob in reversed(top)}
-                for top in delta.top_logprobs
-            ),
+            top_logprobs=tuple(_by_text(decoder, top) for top in delta.top_logprobs),
             text_offset=delta.token_offsets,
         )
+
+
+def _by_text(decoder: TextDecoder, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """Return log probabilities by the tokens' texts, best first; of equal texts the best stays."""
+    found: dict[str, float] = {}
+    for token_id, logprob in top:
+        found.setdefault(_spelled(decoder, token_id), max(logprob, _LOWEST_LOGPROB))
+    return found
 
 
 def _spelled(decoder: TextDecoder, token_id: int) -> str:
