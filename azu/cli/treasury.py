@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from azu.money.books import Books
+    from azu.money.treasury.redis import Uncredited
 
 
 # Creating an account on the chain costs the platform a dollar, so its first payout has to be larger.
@@ -24,6 +27,14 @@ _NEW_ACCOUNT_FACTOR = 4
 _DEVNET_POLL_S = 0.2
 _MEMORY = "treasury.json"
 _Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class UncreditedReport:
+    """The transfers to the platform that were credited to no account, and their number."""
+
+    count: int
+    transfers: "tuple[Uncredited, ...]"
 
 
 treasury = typer.Typer(help="Credit deposits, pay workers and users; the verbs are for the admin.")
@@ -59,6 +70,40 @@ def accept_loss(
         await books.accept_loss(size)
 
     asyncio.run(_with_books(accept))
+
+
+@treasury.command()
+def uncredited(as_json: AsJson = False) -> None:
+    """List the transfers to the platform that were credited to no account, the newest first.
+
+    They came from HyperEVM, by multi-signature, or in another way that proves no single sender. The Redis is
+    that of REDIS_HOST, or of the network that runs in AZU_HOME.
+    """
+    transfers = asyncio.run(_uncredited())
+    show(UncreditedReport(len(transfers), transfers), as_json, _drawn_uncredited)
+
+
+async def _uncredited() -> "tuple[Uncredited, ...]":
+    from azu.launch.redis_server import own_redis_url
+    from azu.money.treasury.redis import RedisUncredited
+    from azu.redis_client import connect_redis
+
+    settings = Settings.from_environment()
+    redis = connect_redis(settings.redis_url or own_redis_url(settings.home))
+    try:
+        return await RedisUncredited(redis).all()
+    finally:
+        await redis.aclose()
+
+
+def _drawn_uncredited(report: UncreditedReport) -> "RenderableType":
+    rows = [
+        (f"{datetime.fromtimestamp(one.time_ms / 1000, UTC):%Y-%m-%d %H:%M:%S}", one.sender, one.amount,
+         one.token_name, one.hash, one.reason)
+        for one in report.transfers
+    ]  # fmt: skip
+    columns = ["time (UTC)", "sender", "amount", "token", "hash", "why"]
+    return table(columns, rows, title=f"{report.count} transfers to the platform that were not credited")
 
 
 async def _with_books(act: Callable[["Books"], Awaitable[_Answer]]) -> _Answer:

@@ -1,4 +1,4 @@
-"""`azu treasury` tells the admin whether the ledger went back, and takes the answer."""
+"""`azu treasury` shows what was not credited and whether the ledger went back, and takes the admin's answer."""
 
 import asyncio
 import json
@@ -11,7 +11,8 @@ from azu.cli.treasury import treasury
 from azu.errors import AzuError, Conflict
 from azu.money.ledger.losses import LOSS
 from azu.money.ledger.redis import RedisLedger
-from azu.redis_client import connect_redis_sync
+from azu.money.treasury.redis import RedisUncredited, Uncredited
+from azu.redis_client import connect_redis, connect_redis_sync
 from tests.money.ledger import moves
 from tests.redis_server import RunningRedis
 
@@ -57,3 +58,33 @@ def test_a_loss_is_shown_until_the_admin_accepts_it(configured: str) -> None:
         redis.delete(LOSS)
     with pytest.raises(Conflict, match="nothing to accept"):
         run("accept-loss", "2")
+
+
+TRANSFERS = tuple(
+    Uncredited(
+        time_ms=1_700_000_000_000 + number,
+        hash="0x" + "00" * 32,
+        sender="0x" + "22" * 20,
+        token_name="HYPE",
+        amount=f"{number}.5",
+        reason="it came from HyperEVM",
+    )
+    for number in range(3)
+)
+
+
+def test_transfers_without_an_account_are_listed_newest_first_and_each_once(configured: str) -> None:
+    async def write() -> list[bool]:
+        redis = connect_redis(configured)
+        added = [await RedisUncredited(redis).add(one) for one in (*TRANSFERS, TRANSFERS[0])]
+        await redis.aclose()
+        return added
+
+    assert asyncio.run(write()) == [True, True, True, False]
+
+    found = json.loads(run("uncredited", "--json").stdout)
+    drawn = run("uncredited").stdout
+
+    assert (found["count"], [one["amount"] for one in found["transfers"]]) == (3, ["2.5", "1.5", "0.5"])
+    assert "2023-11-14 22:13:20" in drawn
+    assert "HyperEVM" in drawn

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, Valida
 from pydantic.alias_generators import to_camel
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from azu.errors import ChainError, InvalidRequest
+from azu.errors import ChainError, InvalidRequest, plain_fault
 from azu.money.chain.networks import ChainNetwork
 from azu.money.chain.port import LedgerTransfer, Recipient, Refusal, TxDetails
 from azu.units import lamports_from_hype
@@ -203,9 +203,8 @@ def _parse(adapter: TypeAdapter[_T], reply: Any) -> _T:
     try:
         return adapter.validate_python(reply)
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ChainError(f"the chain's answer is not what it should be: {place}: {first['msg']}") from error
+        place, fault = plain_fault(error.errors(include_input=False))
+        raise ChainError(f"the chain's answer is not what it should be: {place}: {fault}") from error
 
 
 Lower = Annotated[str, BeforeValidator(lambda text: text.lower() if isinstance(text, str) else text)]

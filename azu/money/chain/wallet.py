@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from azu.addresses import parse_address
 from azu.clock import wall_clock_ms
-from azu.errors import ChainError, ConfigurationError, DeadlineExceeded, InvalidRequest
+from azu.errors import ChainError, ConfigurationError, DeadlineExceeded, InvalidRequest, plain_fault
 from azu.files import read_json, write_private_once
 from azu.money.chain.actions import sign_send_asset
 from azu.money.chain.api import ChainClient
@@ -154,9 +154,8 @@ def _read(path: Path) -> "Keystore":
     try:
         return Keystore.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ConfigurationError(f"{path} is damaged: {place}: {first['msg']}") from error
+        place, fault = plain_fault(error.errors())
+        raise ConfigurationError(f"{path} is damaged: {place}: {fault}") from error
 
 
 _Hex = Annotated[str, Field(pattern=r"^(0x)?([0-9a-fA-F]{2})+$", max_length=512)]

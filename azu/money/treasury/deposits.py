@@ -12,7 +12,7 @@ from azu.errors import InvalidRequest, TransferConflict
 from azu.money.chain.port import Chain, LedgerTransfer, TxDetails
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Deposit
-from azu.money.treasury.redis import RedisCursor
+from azu.money.treasury.redis import RedisCursor, RedisUncredited, Uncredited
 from azu.supervision import AWAY
 from azu.units import lamports_from_hype
 
@@ -23,6 +23,7 @@ OVERLAP_MS = 120_000
 # How long a row that the explorer does not know holds the cursor. A user can still claim the deposit later.
 _GIVE_UP_MS = 3_600_000
 _ACTIONS = ("sendAsset", "spotSend")
+_MULTI_SIGNATURE = "multiSig"
 _SPOT = "spot"
 
 
@@ -53,6 +54,7 @@ class DepositWatcher:
         chain: Chain,
         ledger: RedisLedger,
         cursor: RedisCursor,
+        uncredited: RedisUncredited,
         *,
         platform: str,
         now_ms: Callable[[], int] = wall_clock_ms,
@@ -60,6 +62,7 @@ class DepositWatcher:
         self._chain = chain
         self._ledger = ledger
         self._cursor = cursor
+        self._uncredited = uncredited
         self._platform = platform
         self._now_ms = now_ms
         # Hashes that need no second check, with the chain's time, for as long as polls go back to that time.
@@ -126,7 +129,12 @@ class DepositWatcher:
 
     async def _decide(self, row: LedgerTransfer) -> bool:
         """Credit or dismiss a row; return False if the chain does not say enough yet."""
-        if row.hash in self._decided or not is_candidate(row, self._platform):
+        if not arrived(row, self._platform):
+            return True
+        if int(row.hash, 16) == 0:
+            await self._set_aside(row, "it came from HyperEVM, and no action proves its sender")
+            return True
+        if row.hash in self._decided:
             return True
         decided = await self._credited(row.hash) is not None or await self._decide_by_action(row)
         if decided:
@@ -138,16 +146,22 @@ class DepositWatcher:
         if details is None:
             if self._now_ms() - row.time_ms < _GIVE_UP_MS:
                 return False
-            _LOG.error("not credited: the explorer does not know %s", row)
+            await self._set_aside(row, "the explorer does not know its action")
             return True
         status = deposit_status(details, platform=self._platform, hype=self._chain.network.hype)
         if status.state is CreditState.REJECTED:
-            _LOG.warning("not credited, %s: %s", status.reason, row)
+            await self._set_aside(row, status.reason)
         elif not agrees(row, status):
-            _LOG.error("not credited, the explorer says %s: %s", details, row)
+            await self._set_aside(row, f"its action says {status.lamports} lamports of {status.sender}")
         elif status.lamports > 0:
             await self._credit(row, status.lamports)
         return True
+
+    async def _set_aside(self, row: LedgerTransfer, reason: str) -> None:
+        """List a transfer that is credited to no account, once; an admin may look for its owner."""
+        known = (row.time_ms, row.hash, row.sender, row.token_name, row.amount)
+        if await self._uncredited.add(Uncredited(*known, reason)):
+            _LOG.warning("not credited, %s: %s", reason, row)
 
     async def _credit(self, row: LedgerTransfer, lamports: int) -> None:
         deposit = Deposit(id=deposit_id(row.hash), address=row.sender, lamports=lamports)
@@ -164,11 +178,10 @@ def deposit_id(tx_hash: str) -> str:
     return f"deposit:{tx_hash}"
 
 
-def is_candidate(row: LedgerTransfer, platform: str) -> bool:
+def arrived(row: LedgerTransfer, platform: str) -> bool:
     """Whether a row of the platform's ledger may be a deposit; its token still has to be checked."""
-    arrived = row.destination == platform and row.sender != platform and row.to_spot
-    # An all-zero hash marks a transfer that no user's action caused: there is no action to check.
-    return arrived and row.token_name == HYPE_NAME and int(row.hash, 16) != 0
+    is_from_outside = row.destination == platform and row.sender != platform
+    return is_from_outside and row.to_spot and row.token_name == HYPE_NAME
 
 
 def deposit_status(details: TxDetails, *, platform: str, hype: str) -> DepositStatus:
@@ -176,6 +189,8 @@ def deposit_status(details: TxDetails, *, platform: str, hype: str) -> DepositSt
     action, sender = details.action, details.user
     if details.error is not None:
         reason = f"it failed on the chain: {details.error}"
+    elif action.get("type") == _MULTI_SIGNATURE:
+        reason = "several keys signed it, and its sender cannot log in with one"
     elif action.get("type") not in _ACTIONS:
         reason = "it is no transfer"
     elif _lower(action.get("destination")) != platform or action.get("destinationDex", _SPOT) != _SPOT:

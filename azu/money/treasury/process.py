@@ -28,7 +28,14 @@ from azu.money.treasury.payouts import (
     WithdrawalPlanner,
 )
 from azu.money.treasury.receipts import ReceiptSigner
-from azu.money.treasury.redis import EarningsClaims, RedisCursor, RedisLease, RedisMetrics, RedisOutbox
+from azu.money.treasury.redis import (
+    EarningsClaims,
+    RedisCursor,
+    RedisLease,
+    RedisMetrics,
+    RedisOutbox,
+    RedisUncredited,
+)
 from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
 from azu.money.treasury.withdrawals import RedisWithdrawals
 from azu.protocol.job import Receipt
@@ -117,7 +124,9 @@ class _Treasury:
         self._outbox = RedisOutbox(self._redis)
         self._memory = Memory(config.memory, self._ledger, self._outbox)
         self._lease = RedisLease(self._redis, ttl_ms=round(config.lease_s * 1000))
-        self._watcher = DepositWatcher(self._chain, self._ledger, self._cursor, platform=platform)
+        self._watcher = DepositWatcher(
+            self._chain, self._ledger, self._cursor, RedisUncredited(self._redis), platform=platform
+        )
         claims = EarningsClaims(self._redis, platform)
         self._selector = PayoutSelector(self._chain, self._ledger, claims, platform, config.threshold)
         withdrawals = RedisWithdrawals(self._redis)

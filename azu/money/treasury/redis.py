@@ -1,10 +1,11 @@
-"""The treasury's durable state in Redis: cursor, outbox, signer's lease, and claims of earnings."""
+"""The treasury's durable state in Redis: cursor, uncredited transfers, outbox, signer's lease, and claims."""
 
 import secrets
 from collections.abc import Awaitable
+from dataclasses import dataclass
 from typing import cast
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 from redis.asyncio import Redis
 
 from azu.auth.signatures import is_claim
@@ -21,6 +22,8 @@ CLAIMS = "azu:treasury:payees"
 METRICS = "azu:treasury:metrics"
 _METRICS_KEPT_S = 15
 _SHOWN = TypeAdapter(tuple[str, list[tuple[str, tuple[str, ...], float]]])
+UNCREDITED = "azu:treasury:uncredited"
+_UNCREDITED_KEPT = 10_000
 
 # Redis may run a command whose answer is lost, and the client sends the command again: each script gives the
 # same answer to its own repetition. Times and nonces are milliseconds, which Lua counts exactly.
@@ -101,6 +104,45 @@ class RedisCursor:
         """Move the cursor forward; an earlier time, from a process with an old view, changes nothing."""
         with typed_redis_errors():
             await self._raise([CURSOR], [time_ms])
+
+
+@dataclass(frozen=True, slots=True)
+class Uncredited:
+    """A transfer to the platform that was credited to no account, and why; `amount` is the chain's string."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    time_ms: int
+    hash: str
+    sender: str
+    token_name: str
+    amount: str
+    reason: str
+
+
+_UNCREDITED = TypeAdapter(Uncredited)
+
+
+class RedisUncredited:
+    """The latest transfers that were credited to no account, in the order of the chain's time."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def add(self, transfer: Uncredited) -> bool:
+        """Write a transfer; return False if it is written already."""
+        with typed_redis_errors():
+            async with self._redis.pipeline() as pipeline:
+                pipeline.zadd(UNCREDITED, {_UNCREDITED.dump_json(transfer): transfer.time_ms}, nx=True)
+                pipeline.zremrangebyrank(UNCREDITED, 0, -1 - _UNCREDITED_KEPT)
+                added, _ = await pipeline.execute()
+        return bool(added)
+
+    async def all(self) -> tuple[Uncredited, ...]:
+        """Return the transfers, the newest first."""
+        with typed_redis_errors():
+            found = cast(list[str], await self._redis.zrevrange(UNCREDITED, 0, -1))
+        return tuple(map(_UNCREDITED.validate_json, found))
 
 
 class RedisOutbox:

@@ -1,4 +1,5 @@
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from azu.devnet.chain import SECOND_HYPE
 from azu.money.chain.port import LedgerTransfer, TxDetails
 from azu.money.chain.wallet import send_hype
 from azu.money.ledger.transfers import CHAIN
-from azu.money.treasury.deposits import CreditState, DepositWatcher, agrees, deposit_status, is_candidate
+from azu.money.treasury.deposits import CreditState, DepositWatcher, agrees, arrived, deposit_status
 from tests.money.treasury.world import Open, World
 
 ALICE, PLATFORM = "0x" + "a1" * 20, "0x" + "0f" * 20
@@ -80,12 +81,11 @@ def test_everything_else_is_rejected(changes: dict[str, Any]) -> None:
         {"destination": ALICE},
         {"token_name": "USDC"},
         {"to_spot": False},
-        {"hash": "0x" + "00" * 32},
     ],
 )
 def test_a_row_that_cannot_be_a_deposit_is_no_candidate(changes: dict[str, Any]) -> None:
-    assert is_candidate(ROW, PLATFORM)
-    assert not is_candidate(replace(ROW, **changes), PLATFORM)
+    assert arrived(ROW, PLATFORM)
+    assert not arrived(replace(ROW, **changes), PLATFORM)
 
 
 @pytest.mark.parametrize("changes", [{"sender": PLATFORM}, {"amount": "5.00000001"}, {"amount": "x"}])
@@ -189,6 +189,56 @@ def test_other_rows_than_deposits_are_not_credited(world: World) -> None:
     world.run(scenario)
 
 
+def test_what_came_without_an_action_of_one_sender_is_listed_once_and_not_credited(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    alice = world.payer()
+    zero = "0x" + "00" * 32
+
+    async def scenario(parts: Open) -> None:
+        await parts.pay_platform(alice, 5)
+        platform = parts.platform.address.lower()
+        arrived_twice = [replace(ROW, hash=zero, destination=platform, time_ms=time_ms) for time_ms in (1, 2)]
+        signed = replace(ROW, destination=platform, time_ms=3)
+
+        class WithOthers:
+            network = parts.chain.network
+
+            async def ledger_updates(self, user: str, start_ms: int) -> AsyncIterator[tuple[object, ...]]:
+                yield (*arrived_twice, signed)
+                async for page in parts.chain.ledger_updates(user, start_ms):
+                    yield page
+
+            async def tx_details(self, tx_hash: str) -> TxDetails | None:
+                if tx_hash != HASH:
+                    return await parts.chain.tx_details(tx_hash)
+                action = {"type": "multiSig", "payload": {"multiSigUser": ALICE, "action": ACTION}}
+                return TxDetails(HASH, 3, ALICE, action, None)
+
+        watcher = DepositWatcher(
+            WithOthers(),
+            parts.ledger,
+            parts.cursor,
+            parts.uncredited,
+            platform=platform,  # type: ignore[arg-type]
+        )
+        await watcher.poll()
+        await watcher.poll()
+
+        assert (await parts.ledger.balances())[CHAIN] == -5
+        listed = await parts.uncredited.all()
+        assert [(one.time_ms, one.hash, one.sender, one.amount) for one in listed] == [
+            (time_ms, tx_hash, ALICE, "5.0") for time_ms, tx_hash in ((3, HASH), (2, zero), (1, zero))
+        ]
+        assert [one.reason.split(",")[0] for one in listed] == [
+            "several keys signed it",
+            *["it came from HyperEVM"] * 2,
+        ]
+        assert sum("not credited" in record.message for record in caplog.records) == 3
+
+    world.run(scenario)
+
+
 def test_a_long_history_is_read_once_to_its_end(world: World) -> None:
     alice = world.payer()
 
@@ -246,9 +296,11 @@ def test_a_watcher_killed_before_its_cursor_moved_credits_nothing_twice(world: W
 
         platform = parts.platform.address.lower()
         with pytest.raises(Killed):
-            await DepositWatcher(parts.chain, parts.ledger, DyingCursor(), platform=platform).poll()
+            await DepositWatcher(
+                parts.chain, parts.ledger, DyingCursor(), parts.uncredited, platform=platform
+            ).poll()
         assert await parts.available(alice) == 5
-        again = DepositWatcher(parts.chain, parts.ledger, parts.cursor, platform=platform)
+        again = DepositWatcher(parts.chain, parts.ledger, parts.cursor, parts.uncredited, platform=platform)
         await again.poll()
         await again.poll()
 
@@ -265,7 +317,8 @@ def test_two_watchers_credit_once(world: World) -> None:
             await parts.pay_platform(alice, lamports)
         platform = parts.platform.address.lower()
         watchers = [
-            DepositWatcher(parts.chain, parts.ledger, parts.cursor, platform=platform) for _ in range(3)
+            DepositWatcher(parts.chain, parts.ledger, parts.cursor, parts.uncredited, platform=platform)
+            for _ in range(3)
         ]
         await asyncio.gather(*(watcher.poll() for watcher in watchers))
 
@@ -294,6 +347,7 @@ def test_a_row_the_explorer_does_not_know_yet_holds_the_cursor(world: World) -> 
             SlowExplorer(),  # type: ignore[arg-type]
             parts.ledger,
             parts.cursor,
+            parts.uncredited,
             platform=parts.platform.address.lower(),
         )
         await watcher.poll()

@@ -13,6 +13,7 @@ from azu.auth.signatures import sign_claim
 from azu.errors import Unavailable
 from azu.metrics import FAULTS, Meter
 from azu.money.chain.port import SignedAction
+from azu.money.treasury import redis as module
 from azu.money.treasury.outbox import Payout, PayoutState, decode_payout, encode_payout
 from azu.money.treasury.redis import (
     METRICS,
@@ -21,6 +22,8 @@ from azu.money.treasury.redis import (
     RedisLease,
     RedisMetrics,
     RedisOutbox,
+    RedisUncredited,
+    Uncredited,
 )
 from azu.redis_client import connect_redis
 
@@ -178,3 +181,17 @@ def test_a_claim_written_without_the_addresss_signature_does_not_count(redis_url
         await redis.aclose()
 
     asyncio.run(scenario())
+
+
+def test_only_the_latest_uncredited_transfers_are_kept(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_UNCREDITED_KEPT", 2)
+
+    async def scenario(redis: Redis) -> None:
+        uncredited = RedisUncredited(redis)
+        for time_ms in (3, 1, 4, 2):
+            await uncredited.add(Uncredited(time_ms, "0x0", ADDRESS, "HYPE", "1.0", "why"))
+        assert [one.time_ms for one in await uncredited.all()] == [4, 3]
+
+    run(redis_url, scenario)

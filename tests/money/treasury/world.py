@@ -15,7 +15,7 @@ from azu.money.chain.wallet import send_hype
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import user_available
 from azu.money.treasury.deposits import DepositWatcher
-from azu.money.treasury.redis import EarningsClaims, RedisCursor, RedisOutbox
+from azu.money.treasury.redis import EarningsClaims, RedisCursor, RedisOutbox, RedisUncredited
 from azu.money.treasury.request_reply import DepositRequests
 from azu.redis_client import connect_redis
 from azu.units import LAMPORTS_PER_HYPE
@@ -40,6 +40,7 @@ class Open:
     chain: ChainClient
     ledger: RedisLedger
     cursor: RedisCursor
+    uncredited: RedisUncredited
     deposits: DepositRequests
     outbox: RedisOutbox
     earnings_claims: EarningsClaims
@@ -84,11 +85,14 @@ class World:
         redis = connect_redis(self.redis_url)
         chain = ChainClient(self.devnet.network)
         ledger, cursor = RedisLedger(redis), RedisCursor(redis)
-        watcher = DepositWatcher(chain, ledger, cursor, platform=self.platform.address.lower())
+        uncredited = RedisUncredited(redis)
+        watcher = DepositWatcher(chain, ledger, cursor, uncredited, platform=self.platform.address.lower())
         try:
             earnings_claims = EarningsClaims(redis, self.platform.address.lower())
             deposits, outbox = DepositRequests(redis), RedisOutbox(redis)
-            yield Open(chain, ledger, cursor, deposits, outbox, earnings_claims, watcher, self.platform)
+            yield Open(
+                chain, ledger, cursor, uncredited, deposits, outbox, earnings_claims, watcher, self.platform
+            )
         finally:
             await chain.close()
             await redis.aclose()
