@@ -1,6 +1,9 @@
 """Models on the Hugging Face Hub. Its library reads HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +27,14 @@ from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 from azu.errors import BrokenCheckpoint, InvalidRequest, ModelNotFound, Unavailable
 from azu.models.checkpoint import CONFIG_FILE, INDEX_FILE, MODEL_FILES, weight_files
 
+log = logging.getLogger(__name__)
+
 # Without a timeout the library waits for ever.
 _REPLY_TIMEOUT_S = 20.0
 # Config, tokenizer and index are fetched before a user has paid. No honest model has larger ones.
 _MAX_DESCRIPTION_BYTES = 256 * 1024 * 1024
 _DESCRIPTION_FILES = (*MODEL_FILES, INDEX_FILE)
+_SHA256_CHARACTERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +46,16 @@ class HubSource:
     folder: Path
     weight_names: tuple[str, ...]
     weight_bytes: int
+    listing: "Listing"
 
     def weights(self, progress: Callable[[int, int], None]) -> Path:
-        """Download only the weight files that are not in the cache yet."""
+        """Download only the weight files that are not in the cache yet; raises as `find_on_hub` does."""
         with _hub_errors(self.model_id):
-            folder = _download(
+            folder = _fetched(
                 self.model_id,
                 self.revision,
                 self.weight_names,
+                self.listing,
                 lambda done: progress(min(done, self.weight_bytes), self.weight_bytes),
             )
         progress(self.weight_bytes, self.weight_bytes)
@@ -58,8 +66,9 @@ def find_on_hub(model_id: str, revision: str | None) -> HubSource:
     """Pin a repository to a commit and fetch its config, tokenizer and index.
 
     Raises InvalidRequest for an id that no repository can have, before any request is sent; ModelNotFound;
-    BrokenCheckpoint when the repository has no safetensors weights; Unavailable when the Hub does not answer
-    and the model is not in the cache.
+    BrokenCheckpoint when the repository has no safetensors weights, or when a file came twice with another
+    content than the Hub's own hash names; Unavailable when the Hub does not answer and the model is not in
+    the cache.
     """
     try:
         validate_repo_id(model_id)
@@ -71,30 +80,59 @@ def find_on_hub(model_id: str, revision: str | None) -> HubSource:
         listing = _listing(model_id, commit)
         if listing is not None:
             _check_description_files(model_id, listing)
-        folder = _download(model_id, commit, _DESCRIPTION_FILES)
-    present = listing or {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        folder = _fetched(model_id, commit, _DESCRIPTION_FILES, listing or {})
+    sizes = {name: file.size for name, file in (listing or {}).items()}
+    present = sizes or {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     names = weight_files(folder, present)
     missing = [name for name in names if name not in present]
     if missing and listing is None:
         raise Unavailable(f"the Hub cannot be reached, and {model_id} is not whole in the cache")
     if missing:
         raise BrokenCheckpoint(f"{model_id} has no {missing[0]}, which its {INDEX_FILE} names")
-    return HubSource(model_id, commit, folder, names, sum(present[name] for name in names))
+    return HubSource(model_id, commit, folder, names, sum(present[name] for name in names), listing or {})
 
 
-def _check_description_files(model_id: str, listing: Mapping[str, int]) -> None:
+@dataclass(frozen=True, slots=True)
+class _ListedFile:
+    """A file as the Hub lists it; `digest` is the sha256 of a large file, git's hash of another one."""
+
+    size: int
+    digest: str
+
+    def is_at(self, path: Path) -> bool:
+        """Return whether a file has the listed content."""
+        if not path.is_file() or path.stat().st_size != self.size:
+            return False
+        with path.open("rb") as file:
+            if not self.digest:
+                return True
+            if len(self.digest) == _SHA256_CHARACTERS:
+                return hashlib.file_digest(file, "sha256").hexdigest() == self.digest
+            # Git hashes a file's length and content.
+            found = hashlib.sha1(f"blob {self.size}\0".encode() + file.read(), usedforsecurity=False)
+            return found.hexdigest() == self.digest
+
+
+Listing = Mapping[str, _ListedFile]
+
+
+def _check_description_files(model_id: str, listing: Listing) -> None:
     """Refuse a repository that cannot be described, before any file is downloaded."""
     if CONFIG_FILE not in listing:
         raise BrokenCheckpoint(f"{model_id} has no {CONFIG_FILE}")
-    if sum(listing.get(name, 0) for name in _DESCRIPTION_FILES) > _MAX_DESCRIPTION_BYTES:
+    if sum(listing[name].size for name in _DESCRIPTION_FILES if name in listing) > _MAX_DESCRIPTION_BYTES:
         raise BrokenCheckpoint(f"{model_id}: config and tokenizer exceed {_MAX_DESCRIPTION_BYTES} bytes")
 
 
-def _listing(model_id: str, commit: str) -> Mapping[str, int] | None:
-    """Return the sizes of the repository's files by name, or None when the Hub cannot be reached."""
+def _listing(model_id: str, commit: str) -> Listing | None:
+    """Return the repository's files by name, or None when the Hub cannot be reached."""
     try:
         info = HfApi().model_info(model_id, revision=commit, files_metadata=True, timeout=_REPLY_TIMEOUT_S)
-        return {file.rfilename: file.size for file in info.siblings or () if file.size is not None}
+        return {
+            file.rfilename: _ListedFile(file.size, file.lfs.sha256 if file.lfs else file.blob_id or "")
+            for file in info.siblings or ()
+            if file.size is not None
+        }
     except HfHubHTTPError as error:
         if error.response.status_code < 500:
             raise
@@ -103,14 +141,46 @@ def _listing(model_id: str, commit: str) -> Mapping[str, int] | None:
         return None
 
 
-def _download(
-    model_id: str, commit: str, names: Sequence[str], report: Callable[[int], None] | None = None
+def _fetched(
+    model_id: str,
+    commit: str,
+    names: Sequence[str],
+    listing: Listing,
+    report: Callable[[int], None] | None = None,
 ) -> Path:
-    return Path(
-        snapshot_download(
-            model_id, revision=commit, allow_patterns=list(names), tqdm_class=_reporting(report)
-        )
-    )
+    """Return the folder with these files; one that is not as listed is downloaded once more.
+
+    Files without an entry in the listing are not checked: it is empty while the Hub cannot be reached.
+    """
+    wrong, fault = tuple(names), ""
+    for is_second in (False, True):
+        try:
+            folder = Path(
+                snapshot_download(
+                    model_id,
+                    revision=commit,
+                    allow_patterns=list(wrong),
+                    tqdm_class=_reporting(report),
+                    force_download=is_second,
+                )
+            )
+        except OSError as error:
+            if type(error) is not OSError or error.errno is not None:
+                raise
+            fault = str(error).partition("\n")[0]  # the library's own check of a file's size
+            continue
+        if not (wrong := _not_as_listed(folder, wrong, listing)):
+            return folder
+        fault = f"{wrong[0]} has not the content that the Hub lists"
+        log.warning("%s: %s", model_id, fault)
+    raise BrokenCheckpoint(f"{model_id} was downloaded twice: {fault}")
+
+
+def _not_as_listed(folder: Path, names: Iterable[str], listing: Listing) -> tuple[str, ...]:
+    listed = [name for name in names if name in listing]
+    with ThreadPoolExecutor() as pool:
+        good = pool.map(lambda name: listing[name].is_at(folder / name), listed)
+        return tuple(name for name, is_good in zip(listed, good, strict=True) if not is_good)
 
 
 @contextmanager

@@ -16,12 +16,16 @@ OLD_COMMIT = "2" * 40
 
 @dataclass
 class HubStandIn:
-    """Repositories by id: revision -> folder. `requests` logs (method, path, Authorization)."""
+    """Repositories by id: revision -> folder. `requests` logs (method, path, Authorization).
+
+    `damaged` has, by a file's name, what the next downloads of it bring instead.
+    """
 
     repositories: dict[str, dict[str, Path]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     token: str | None = None
     broken: bool = False
+    damaged: dict[str, list[bytes]] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     url: str = ""
 
@@ -96,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "tree":
             self._json([_entry(path) for path in files])
         else:
-            siblings = [{"rfilename": path.name, "size": path.stat().st_size} for path in files]
+            siblings = [_sibling(path) for path in files]
             self._json({"id": repo_id, "sha": commit, "siblings": siblings, "private": False, "tags": []})
 
     def _file(self, commit: str, path: Path) -> None:
@@ -105,9 +109,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = path.read_bytes()
         etag = hashlib.sha256(content).hexdigest()
+        if self.command == "GET" and (instead := self.hub.damaged.get(path.name)):
+            content = instead.pop(0)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if path.suffix == ".safetensors":
-            headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))}
+            headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(path.stat().st_size)}
         self._send(200, content, headers)
 
     def _json(self, content: object) -> None:
@@ -131,8 +137,16 @@ def _entry(path: Path) -> dict[str, object]:
         "type": "file",
         "path": path.name,
         "size": len(content),
-        "oid": hashlib.sha1(content).hexdigest(),
+        "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
     }
     if path.suffix == ".safetensors":
         entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
     return entry
+
+
+def _sibling(path: Path) -> dict[str, object]:
+    entry = _entry(path)
+    sibling = {"rfilename": path.name, "size": entry["size"], "blobId": entry["oid"]}
+    if isinstance(lfs := entry.get("lfs"), dict):
+        sibling["lfs"] = {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
+    return sibling

@@ -57,6 +57,31 @@ def test_the_weights_are_fetched_later_and_only_once(hub, folder):
     assert hub.downloads() == set()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("keep", [-1, None])
+def test_a_file_that_is_not_as_the_hub_lists_it_is_fetched_once_more(hub, folder, name, keep):
+    right = (folder / name).read_bytes()
+    wrong = right[:keep] if keep else bytes(reversed(right))
+    hub.add("org/model", folder)
+    hub.damaged[name] = [wrong]
+
+    weights = find_on_hub("org/model", None).weights(quiet)
+
+    assert (weights / name).read_bytes() == right
+    assert hub.damaged[name] == []
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("keep", [-1, None])
+def test_a_file_that_stays_damaged_is_refused_by_its_name(hub, folder, name, keep):
+    right = (folder / name).read_bytes()
+    hub.add("org/model", folder)
+    hub.damaged[name] = [right[:keep] if keep else bytes(reversed(right))] * 20
+
+    with pytest.raises(BrokenCheckpoint, match=name):
+        find_on_hub("org/model", None).weights(quiet)
+
+
 def test_the_files_of_an_indexed_checkpoint_are_those_in_its_index(hub, folder):
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(
