@@ -21,6 +21,7 @@ from azu.cluster.nodes import NodeTable
 from azu.config.network import Heartbeat
 from azu.engine.device import DeviceMemory, device_speed, open_meter
 from azu.errors import ShardError
+from azu.files import disk_errors
 from azu.models.shard_cache import ShardCache
 from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import ModelFile, Shard, Structure
@@ -49,6 +50,7 @@ class NodeAgent:
     def __init__(self, node: WorkerNode, home: Path) -> None:
         log_as("node", node=node.name)
         self._node = node
+        self._home = home
         self._cache = ShardCache(home / "shards" / node.name)
         self._files = home / "models" / node.name
         self._lent_bytes = node.vram_bytes
@@ -113,8 +115,9 @@ class NodeAgent:
         read from here is mapped in place.
         """
         shards = [structure.shard(name) for name in names]
-        paths = await asyncio.gather(*(self._fetch(structure, shard) for shard in shards))
-        return dict(zip(names, paths, strict=True)), await self._config(structure)
+        with disk_errors(self._home):
+            paths = await asyncio.gather(*(self._fetch(structure, shard) for shard in shards))
+            return dict(zip(names, paths, strict=True)), await self._config(structure)
 
     async def _fetch(self, structure: Structure, shard: Shard) -> Path:
         if (cached := self._cache.path(shard.sha256)) is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from azu.errors import ConfigurationError
+from azu.errors import ConfigurationError, Unavailable
 
 # No honest document is larger, and a larger one would only cost memory and time.
 MAX_DOCUMENT_BYTES = 4 * 1024 * 1024
@@ -64,9 +64,26 @@ def replacing(path: Path, *, part: Path | None = None) -> Iterator[FileIO]:
             yield file
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        # A write to a full disk raises an error without a name.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+@contextmanager
+def disk_errors(home: Path) -> Iterator[None]:
+    """Raise the block's OSErrors as Unavailable; a file under `home` is named by its path there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise  # of a network or a lock
+        path = Path(error.filename) if isinstance(error.filename, str) else home
+        named = path.relative_to(home) if path.is_relative_to(home) else path.name
+        raise Unavailable(f"{named}: {error.strerror}", code="disk_failed") from error
 
 
 def _sync_folder(folder: Path) -> None:

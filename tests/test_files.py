@@ -4,7 +4,8 @@ import stat
 
 import pytest
 
-from azu.files import replacing, write_all, write_private, write_private_once
+from azu.errors import Unavailable
+from azu.files import disk_errors, replacing, write_all, write_private, write_private_once
 
 
 def test_a_replaced_file_keeps_its_old_content_until_the_new_one_is_whole(tmp_path):
@@ -26,6 +27,23 @@ def test_a_file_whose_block_raised_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_error_names_the_file_below_home_and_the_reason(tmp_path):
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    with (
+        pytest.raises(Unavailable) as refused,
+        disk_errors(tmp_path),
+        replacing(tmp_path / "shard", part=full) as file,
+    ):
+        write_all(file, b"x")
+    assert refused.value.message == "shard: No space left on device"
+
+    with pytest.raises(Unavailable, match=r"^model/shard: No such file"), disk_errors(tmp_path):
+        (tmp_path / "model" / "shard").read_bytes()
+    with pytest.raises(Unavailable, match=r"^shard: No such file"), disk_errors(tmp_path / "home"):
+        (tmp_path / "shard").read_bytes()
 
 
 def test_a_private_file_is_readable_by_its_owner_alone(tmp_path):

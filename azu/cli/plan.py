@@ -71,13 +71,14 @@ def _structure(model: str, revision: str | None, shards: Path) -> "Structure":
         path = folder / STRUCTURE_FILE
         return Structure.from_json(path.read_bytes(), where=str(path))
 
+    from azu.files import disk_errors
     from azu.models import describe
     from azu.models.cut import cut
     from azu.models.sources import find_source, model_folder_name
 
     model_id = str(folder.resolve()) if folder.is_dir() else model
     source = find_source(model_id, revision, [folder.resolve().parent] if folder.is_dir() else [])
-    with Console(stderr=True).status("reading the model") as status:
+    with disk_errors(shards.parent), Console(stderr=True).status("reading the model") as status:
 
         def show_progress(done: int, total: int) -> None:
             status.update(f"reading the model: {format_bytes(done)} of {format_bytes(total)}")

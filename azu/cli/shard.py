@@ -44,6 +44,7 @@ def shard(
 ) -> None:
     """Cut a model into one file per layer, router and expert; a cut that was interrupted is resumed."""
     from azu.config import Settings
+    from azu.files import disk_errors
     from azu.models import describe
     from azu.models.cut import cut
     from azu.models.sources import find_source, model_folder_name
@@ -52,11 +53,11 @@ def shard(
     model_id = str(folder.resolve()) if folder.is_dir() else model
     source = find_source(model_id, revision, [folder.resolve().parent] if folder.is_dir() else [])
     architecture = describe(source.folder)
-    if out is None:
-        out = Settings.from_environment().home / "shards" / model_folder_name(model_id) / source.revision
-    with _bar("fetching") as fetching:
+    home = Settings.from_environment().home
+    out = out or home / "shards" / model_folder_name(model_id) / source.revision
+    with disk_errors(home), _bar("fetching") as fetching:
         weights = source.weights(fetching)
-    with _bar("cutting") as cutting:
+    with disk_errors(home), _bar("cutting") as cutting:
         structure = cut(
             weights,
             out,

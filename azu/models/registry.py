@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from azu.errors import AzuError, Forbidden, InvalidRequest, NotFound
+from azu.files import disk_errors
 from azu.models import inspection
 from azu.models.checkpoint import MODEL_FILES, contained_file
 from azu.models.cut import cut, process_lock
@@ -40,6 +41,7 @@ class ModelRegistry:
         offered: Sequence[str] = ("*",),
     ) -> None:
         self._root = root
+        self._home = root.parent
         self._model_roots = tuple(model_roots)
         self._offered = tuple(offered)
         self._status = status
@@ -64,7 +66,7 @@ class ModelRegistry:
                 param="model",
                 code="model_not_offered",
             )
-        with self._describing[hash(model_id) % len(self._describing)]:
+        with disk_errors(self._home), self._describing[hash(model_id) % len(self._describing)]:
             commit = self._recent_commit(model_id, revision)
             known = None if commit is None else self._described.get((model_id, commit))
             if known is not None:
@@ -85,26 +87,29 @@ class ModelRegistry:
         folder = self._folder(model_id, revision)
         busy = "another process has been cutting this model for hours"
         lock = folder.with_name(f"{folder.name}.lock")
-        with process_lock(lock, timeout_s=_CUT_TIMEOUT_S, busy=busy):
+        with disk_errors(self._home), process_lock(lock, timeout_s=_CUT_TIMEOUT_S, busy=busy):
             ready = self.structure(model_id, revision)
             if ready is not None:
                 return ready
             report = StatusReporter(self._status, model_id, revision)
             try:
-                source = self._find(model_id, revision)
-                structure = cut(
-                    source.weights(report.fetching),
-                    folder,
-                    model_id=model_id,
-                    revision=revision,
-                    architecture=inspection.describe(source.folder),
-                    progress=report.cutting,
-                )
+                with disk_errors(self._home):
+                    structure = self._cut(self._find(model_id, revision), folder, report)
             except Exception as error:
                 report.failed(error.message if isinstance(error, AzuError) else repr(error))
                 raise
             report.ready(sum(shard.weight_bytes for shard in structure.shards))
             return structure
+
+    def _cut(self, source: Source, folder: Path, report: StatusReporter) -> Structure:
+        return cut(
+            source.weights(report.fetching),
+            folder,
+            model_id=source.model_id,
+            revision=source.revision,
+            architecture=inspection.describe(source.folder),
+            progress=report.cutting,
+        )
 
     def structure(self, model_id: str, revision: str) -> Structure | None:
         """Return the structure of a cut model, or None when it is not cut or a shard is missing."""
@@ -113,7 +118,9 @@ class ModelRegistry:
         if not path.exists():
             return None
         if (model_id, revision) not in self._structures:
-            structure = Structure.from_json(path.read_bytes(), where=str(path))
+            with disk_errors(self._home):
+                content = path.read_bytes()
+            structure = Structure.from_json(content, where=str(path.relative_to(self._home)))
             if not all(_has_size(folder / shard.file_name, shard) for shard in structure.shards):
                 return None
             self._structures[model_id, revision] = structure
@@ -147,7 +154,8 @@ class ModelRegistry:
 
     def read_shard(self, model_id: str, revision: str, shard_name: str, offset: int, size: int) -> bytes:
         """Return `size` bytes of a shard from `offset` on, fewer only at its end; raises NotFound."""
-        with self.shard_path(model_id, revision, shard_name).open("rb") as file:
+        path = self.shard_path(model_id, revision, shard_name)
+        with disk_errors(self._home), path.open("rb") as file:
             file.seek(offset)
             return file.read(size)
 
@@ -155,7 +163,8 @@ class ModelRegistry:
         """Return the content of a cut model's config or tokenizer file; raises NotFound."""
         structure = self.structure(model_id, revision)
         names = {file.name for file in structure.files} if structure else set()
-        return self._cut_file(model_id, revision, name if name in names else None).read_bytes()
+        with disk_errors(self._home):
+            return self._cut_file(model_id, revision, name if name in names else None).read_bytes()
 
     def _cut_file(self, model_id: str, revision: str, name: str | None) -> Path:
         path = self._folder(model_id, revision) / name if name else None

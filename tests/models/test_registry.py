@@ -11,10 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from azu.errors import BrokenCheckpoint, Forbidden, InvalidRequest, ModelNotFound, NotFound, UnsupportedModel
+from azu.errors import (
+    BrokenCheckpoint,
+    Forbidden,
+    InvalidRequest,
+    ModelNotFound,
+    NotFound,
+    Unavailable,
+    UnsupportedModel,
+)
 from azu.models import registry as registry_module
 from azu.models.cut import cut
 from azu.models.registry import ModelRegistry
+from azu.models.sources import model_folder_name
 from azu.models.status import ModelState, RedisModelStatus
 from azu.protocol.structure import STRUCTURE_FILE
 from tests.models.checkpoints import (
@@ -174,6 +183,19 @@ def test_the_status_of_a_failed_cut_has_the_reason_and_the_cut_is_tried_again(re
         registry.ensure_cut(str(folder), revision)
     registry.ensure_cut(str(folder), registry.describe(str(folder)).revision)
     assert status.get(str(folder)).state is ModelState.READY
+
+
+def test_a_disk_that_fails_during_a_cut_is_named_by_its_place_under_home(registry, models, status, tmp_path):
+    folder = save_checkpoint(models / "dense")
+    revision = registry.describe(str(folder)).revision
+    out = Path("registry") / model_folder_name(str(folder)) / revision
+    (tmp_path / out).parent.mkdir()
+    (tmp_path / out).write_text("a file where the folder has to be")
+
+    with pytest.raises(Unavailable) as failed:
+        registry.ensure_cut(str(folder), revision)
+
+    assert failed.value.message == status.get(str(folder)).error == f"{out}: File exists"
 
 
 def test_a_model_larger_than_the_networks_limit_is_refused_at_once(models, status, tmp_path):
