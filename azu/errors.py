@@ -4,8 +4,9 @@ Code raises the most specific class. `message` is for the person who caused the 
 and never carries a secret.
 """
 
-from collections.abc import Iterator
-from typing import ClassVar
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 NUMERICS_ERROR = "numerics_error"
 _MAX_MESSAGE_CHARACTERS = 4096
@@ -52,6 +53,41 @@ class AzuError(Exception):
 
 def _printable(text: str, max_characters: int) -> str:
     return text[:max_characters].encode("utf-8", "backslashreplace").decode()
+
+
+# Names inside a program, and how libraries speak of their parts.
+_INTERNAL = re.compile(
+    r"\b[A-Z][a-z]{2,}[A-Z]\w|\b(torch|meta|tensor|backend|pip)\b|validat|<\w+ |__|\w\(\)|::|0x[0-9a-f]{6}"
+)
+_ERROR_CLASS = re.compile(r"^\w+(Error|Exception): ")
+_FAULT_KINDS = re.compile(r"^(Value error|Assertion failed), | or (instance|object) .*$| after validation")
+# A place in a document is a name or a number; pydantic adds the kinds that a value may have.
+_VALUE_KINDS = re.compile(r"[\[(]|^(str|int|float|bool|dict|list|none|constrained-\w+)$")
+
+
+def plain_fault(faults: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return the place and the words of the first of pydantic's faults, both without names of its parts.
+
+    Where a value may be of several kinds, the fault that lies deepest is of the kind that was meant.
+    """
+    kinds = (at for at, part in enumerate(faults[0]["loc"]) if _VALUE_KINDS.search(str(part)))
+    around = faults[0]["loc"][: next(kinds, None)]
+    found = max(
+        (fault for fault in faults if fault["loc"][: len(around)] == around),
+        key=lambda fault: len(fault["loc"]),
+    )
+    place = ".".join(part for part in map(str, found["loc"]) if not _VALUE_KINDS.search(part))
+    return place, _FAULT_KINDS.sub("", found["msg"])
+
+
+def plain_reason(error: Exception, otherwise: str) -> str:
+    """Return what a library's error says, or `otherwise` if it speaks of the library's own parts."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = text.strip().splitlines() or [""]
+    # A line that ends with a colon is a heading.
+    line = lines[-1 if lines[0].endswith(":") else 0].strip().replace("`", "'")
+    line = _ERROR_CLASS.sub("", line)
+    return line if " " in line and not _INTERNAL.search(line) else otherwise
 
 
 def error_classes(base: type[AzuError] = AzuError) -> Iterator[type[AzuError]]:

@@ -1,12 +1,13 @@
 """From a job's token events to OpenAI's answers, whole or as the chunks of a stream.
 
-`follow` turns TokenEvents into TextDeltas, `with_calls` parses tool calls out of their text, and
-AnswerFormatter makes answers and chunks of them.
+`follow` turns TokenEvents into TextDeltas, `with_parts` parses reasoning and tool calls out of their text,
+and AnswerFormatter makes answers and chunks of them.
 """
 
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from azu.api.openai import (
@@ -29,7 +30,7 @@ from azu.api.openai import (
     TextLogprobs,
     Usage,
 )
-from azu.engine.text import CompletionText, TextDecoder, TextDelta
+from azu.engine.text import CompletionText, TextDecoder, TextDelta, joined
 from azu.jobs.redis import RedisJobs
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, Receipt, TokenEvent
 
@@ -41,15 +42,19 @@ _LOWEST_LOGPROB = -9999.0
 
 
 async def follow(
-    jobs: RedisJobs, job: Job, decoder: TextDecoder, after: int = 0, *, raw: bool = False
+    jobs: RedisJobs,
+    job: Job,
+    decoder: TextDecoder,
+    after: int = 0,
+    markup: Mapping[int, str] = MappingProxyType({}),
 ) -> AsyncIterator[TextDelta | JobOutcome]:
     """Yield what is new of a job's choices behind completion token `after`, and at last the job's outcome.
 
     The tokens before `after` are read too: their text that was held back is shown with the tokens that
-    follow. `raw` texts have special tokens in them.
+    follow. The texts have the tokens of `markup` in them.
     """
     choices = [
-        _Choice(index, decoder.completion(job.prompt_token_ids, job.sampling, raw=raw))
+        _Choice(index, decoder.completion(job.prompt_token_ids, job.sampling, markup))
         for index in range(job.choices)
     ]
     async for event in jobs.events(job.job_id):
@@ -110,7 +115,7 @@ class _Choice:
         )
 
 
-async def with_calls(
+async def with_parts(
     deltas: AsyncIterator[TextDelta | JobOutcome], parsers: "Sequence[AnswerParser]"
 ) -> AsyncIterator[TextDelta | JobOutcome]:
     """Parse reasoning and tool calls out of the deltas' texts; each choice has a parser of its own."""
@@ -120,16 +125,15 @@ async def with_calls(
             yield delta
             continue
         parser = parsers[delta.choice]
-        found = [parser.push(delta.text)]
+        new = parser.push(delta.text)
         if delta.finish_reason is not None:
-            found.append(parser.finish())
-        calls = tuple(call for one in found for call in one.tool_calls)
-        counts[delta.choice] += len(calls)
+            new = joined((new, parser.finish()))
+        counts[delta.choice] += len(new.tool_calls)
         yield replace(
             delta,
-            text="".join(one.content for one in found),
-            reasoning="".join(one.reasoning for one in found),
-            tool_calls=calls,
+            text=new.content,
+            reasoning=new.reasoning,
+            tool_calls=new.tool_calls,
             num_calls=counts[delta.choice],
         )
 

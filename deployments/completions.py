@@ -1,14 +1,15 @@
 """The OpenAI endpoints: a prompt becomes a job, and its tokens an answer, whole or as a stream."""
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from azu.api.base import ErrorBody, ResponseModel
 from azu.api.openai import (
@@ -24,16 +25,23 @@ from azu.auth.api_keys import ApiKey
 from azu.engine.text import TextDelta
 from azu.errors import AzuError, InternalError, InvalidRequest, Unavailable, error_classes
 from azu.protocol.job import Job, JobOutcome, JobState
-from deployments.answers import AnswerFormatter, follow, usage_of, with_calls
+from deployments.answers import AnswerFormatter, follow, usage_of, with_parts
 from deployments.middleware import refusal
-from deployments.sampling import check_limits, check_tokens, sampling_params
+from deployments.sampling import check_limits, check_tokens, max_tokens, sampling_params
 from deployments.schema import stream_of, whole_or_stream
 from deployments.services import Key, ServedModel, Services, ServicesNow, owned
 
+log = logging.getLogger(__name__)
 router = APIRouter()
 Deltas = AsyncIterator[TextDelta | JobOutcome]
 
 _NO_CACHE = {"cache-control": "no-cache"}
+# A client or a proxy gives up a stream in which nothing comes for a minute, often for 15 s.
+_HELD_BACK_S = 10.0
+_LOOK_S = 5.0  # so that twice this time is the longest silence
+_SIGN_OF_LIFE = b": keep-alive\n\n"
+# A whole answer to a request without max_tokens is expected to have so many.
+_USUAL_TOKENS = 256
 # Many clients take these three characters for the end of a line, as Python's splitlines does.
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 
@@ -63,7 +71,7 @@ async def completions(body: CompletionRequest, key: Key, services: ServicesNow) 
     check_limits(body, services.config.policy.limits)
     model = await services.model(body.model)
     if isinstance(body.prompt, str):
-        prompt = await asyncio.to_thread(model.tokenizer.encode, body.prompt)
+        prompt = await services.encode(model, body.prompt)
     else:
         prompt = body.prompt
         check_tokens("prompt", prompt, model.vocab_size)
@@ -98,8 +106,7 @@ async def job_stream(
         decoder=model.tokenizer,
     )  # fmt: skip
     deltas = follow(services.jobs, job, model.tokenizer, after)
-    events = _events(job, deltas, answer, include_usage=True, after=after)
-    return StreamingResponse(events, media_type="text/event-stream", headers=_NO_CACHE)
+    return EventStream(_events(job, deltas, answer, include_usage=True, after=after))
 
 
 async def _answer(
@@ -109,20 +116,26 @@ async def _answer(
     limit = services.intake.completion_limit(model.facts, len(prompt))
     sampling = sampling_params(body, model.defaults, model.vocab_size, default_max_tokens=limit)
     choices = body.n or 1
-    parsers = [model.tokenizer.answer_parser(prompt, tools) for _ in range(choices if tools else 0)]
+    is_chat = isinstance(body, ChatRequest)
+    found = [model.tokenizer.answer_parser(prompt, tools) for _ in range(choices if is_chat else 0)]
+    parsers = [parser for parser in found if parser is not None]
+    if not body.stream:
+        await services.check_wait(model.facts, len(prompt), max_tokens(body, min(limit, _USUAL_TOKENS)))
     accepting = services.intake.accept(key, model.facts, prompt, sampling, choices)
     job = await _accepted(services, asyncio.create_task(accepting))
     answer = AnswerFormatter(
-        chat=isinstance(body, ChatRequest), job_id=job.job_id, model=body.model, created_s=int(time.time()),
+        chat=is_chat, job_id=job.job_id, model=body.model, created_s=int(time.time()),
         decoder=model.tokenizer,
     )  # fmt: skip
-    deltas = follow(services.jobs, job, model.tokenizer, raw=bool(tools))
-    if tools:
-        deltas = with_calls(deltas, parsers)
+    deltas = follow(services.jobs, job, model.tokenizer, markup=model.tokenizer.markup if parsers else {})
+    if parsers:
+        deltas = with_parts(deltas, parsers)
     if not body.stream:
         return await _whole(services, job, deltas, answer)
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return _JobStream(services, job, _events(job, deltas, answer, include_usage=include_usage))
+    return _JobStream(
+        services, job, deltas, lambda found: _events(job, found, answer, include_usage=include_usage)
+    )
 
 
 async def _accepted(services: Services, accepting: asyncio.Task[Job]) -> Job:
@@ -144,17 +157,99 @@ async def _cancelled_after(services: Services, job: Job) -> AsyncIterator[None]:
         await asyncio.shield(services.intake.cancel(job.job_id))
 
 
-class _JobStream(StreamingResponse):
-    """A job's events as they come; when the response ends, even before its first byte, the job ends."""
+class EventStream(StreamingResponse):
+    """Server-sent events; a comment fills the time in which there are none, so that no reader gives up."""
 
-    def __init__(self, services: Services, job: Job, events: AsyncIterator[str]) -> None:
+    def __init__(
+        self, events: AsyncIterator[str], sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
         super().__init__(events, media_type="text/event-stream", headers=_NO_CACHE)
+        self._sleep = sleep
+
+    async def stream_response(self, send: Send) -> None:
+        """Send the events and the comments between them."""
+        is_silent = False
+
+        async def sent(message: Message) -> None:
+            nonlocal is_silent
+            is_silent = False
+            if not message.get("more_body", True):
+                filling.cancel()
+            await send(message)
+
+        async def fill() -> None:
+            nonlocal is_silent
+            while True:
+                is_silent = True
+                await self._sleep(_LOOK_S)
+                if is_silent:
+                    await send({"type": "http.response.body", "body": _SIGN_OF_LIFE, "more_body": True})
+
+        filling = asyncio.create_task(fill())
+        try:
+            await super().stream_response(sent)
+        finally:
+            filling.cancel()
+
+
+class _JobStream(EventStream):
+    """A job's events as they come; when the response ends, even before its first byte, the job ends.
+
+    The status waits for what comes first, for a while: a job that fails before has the status of its error.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        job: Job,
+        deltas: Deltas,
+        events: Callable[[Deltas], AsyncIterator[str]],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._first = asyncio.ensure_future(anext(deltas))
+        super().__init__(events(_resumed(self._first, deltas)), sleep)
         self._services = services
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with _cancelled_after(self._services, self._job):
-            await super().__call__(scope, receive, send)
+        held = asyncio.ensure_future(self._sleep(_HELD_BACK_S))
+        try:
+            async with _cancelled_after(self._services, self._job):
+                await asyncio.wait({self._first, held}, return_when=asyncio.FIRST_COMPLETED)
+                refused = await _refused(self._first) if self._first.done() else None
+                if refused is None:
+                    await super().__call__(scope, receive, send)
+                else:
+                    await refused(scope, receive, send)
+        finally:
+            held.cancel()
+            self._first.cancel()
+
+
+async def _resumed(first: Awaitable[TextDelta | JobOutcome], rest: Deltas) -> Deltas:
+    yield await first
+    async for delta in rest:
+        yield delta
+
+
+async def _refused(first: Awaitable[TextDelta | JobOutcome]) -> Response | None:
+    """Return the response of a job that began with its failure."""
+    try:
+        delta = await first
+    except Exception as error:
+        # The job may go on without its reader, and be charged.
+        return refusal(_known(error), may_be_charged=True)
+    if isinstance(delta, TextDelta) or delta.state is JobState.DONE:
+        return None
+    return refusal(_error_of(delta), may_be_charged=delta.receipt.charged_lamports > 0)
+
+
+def _known(error: Exception) -> AzuError:
+    """Return an error that may be shown; one that azu did not expect goes into the log."""
+    if isinstance(error, AzuError):
+        return error
+    log.error("an answer failed", exc_info=error)
+    return InternalError("azu failed to write this answer")
 
 
 async def _whole(services: Services, job: Job, deltas: Deltas, answer: AnswerFormatter) -> Response:
@@ -169,9 +264,9 @@ async def _whole(services: Services, job: Job, deltas: Deltas, answer: AnswerFor
                 else:
                     return _json(answer.whole(choices, _usage(delta)))
         raise InternalError(f"{job.job_id} ended without an outcome")
-    except AzuError as error:
+    except Exception as error:
         # The job may go on without its reader, and be charged.
-        return refusal(error, may_be_charged=True)
+        return refusal(_known(error), may_be_charged=True)
 
 
 async def _events(
@@ -180,14 +275,17 @@ async def _events(
     for choice in range(0 if after else job.choices):
         if opening := answer.opening(choice):
             yield _event(opening)
-    async for delta in deltas:
-        if isinstance(delta, TextDelta):
-            for chunk in answer.chunks(delta):
-                yield _event(chunk)
-        elif delta.state is not JobState.DONE:
-            yield _event(ErrorBody.model_validate(_error_of(delta).to_openai()))
-        elif include_usage:
-            yield _event(answer.usage_chunk(_usage(delta)))
+    try:
+        async for delta in deltas:
+            if isinstance(delta, TextDelta):
+                for chunk in answer.chunks(delta):
+                    yield _event(chunk)
+            elif delta.state is not JobState.DONE:
+                raise _error_of(delta)
+            elif include_usage:
+                yield _event(answer.usage_chunk(_usage(delta)))
+    except Exception as error:
+        yield _event(ErrorBody.model_validate(_known(error).to_openai()))
     yield "data: [DONE]\n\n"
 
 

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from azu.api.base import ErrorBody
 from azu.config import ControlConfig
-from azu.errors import AzuError, InvalidRequest, NotFound
+from azu.errors import AzuError, InvalidRequest, NotFound, plain_fault
 from deployments import accounts, completions, jobs, network, nodes, page
 from deployments.middleware import BodyLimit, RequestIds, refusal
 from deployments.schema import openapi_of
@@ -86,11 +86,10 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    param = ".".join(place) or None
-    refused = InvalidRequest(f"{param or 'the body'}: {first['msg']}", param=param)
-    return refusal(refused)
+    place, fault = plain_fault(error.errors())
+    # The place begins with the part of the request: its body, path or query.
+    param = place.partition(".")[2] or None
+    return refusal(InvalidRequest(f"{param or 'the body'}: {fault}", param=param))
 
 
 async def _no_route(_: Request, error: Exception) -> JSONResponse:

@@ -1,6 +1,5 @@
 """Jobs by id: submit a prompt, ask for its results, price and receipt."""
 
-import asyncio
 from dataclasses import asdict
 from typing import Annotated
 
@@ -36,7 +35,7 @@ async def submit(body: SubmitRequest, key: Key, services: ServicesNow) -> Submit
     """Queue a prompt as it is, with the model's own sampling defaults."""
     check_speaks_for(key, body.user_address)
     model = await services.model(body.model_id)
-    prompt = await asyncio.to_thread(model.tokenizer.encode, body.prompt)
+    prompt = await services.encode(model, body.prompt)
     request = CompletionRequest(model=body.model_id, prompt=body.prompt, max_tokens=body.est_tokens)
     sampling = sampling_params(request, model.defaults, model.vocab_size, default_max_tokens=body.est_tokens)
     job = await services.intake.accept(key, model.facts, tuple(prompt), sampling)
@@ -120,7 +119,7 @@ async def quote(body: QuoteRequest, key: Key, services: ServicesNow) -> QuoteRes
     model = await services.model(body.model)
     num_tokens = body.tokens or 0
     if body.prompt is not None:
-        num_tokens = len(await asyncio.to_thread(model.tokenizer.encode, body.prompt))
+        num_tokens = len(await services.encode(model, body.prompt))
     max_tokens = body.max_tokens or services.intake.completion_limit(model.facts, num_tokens)
     expected_tokens = await _usual_tokens(services, key.address, model.facts.model_id)
     quoted = services.intake.quote(model.facts, num_tokens, max_tokens, expected_tokens)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from azu.api.openai import ChatRequest, CompletionRequest
 from azu.config.network import Limits
-from azu.errors import BrokenCheckpoint, InvalidRequest
+from azu.errors import BrokenCheckpoint, InvalidRequest, plain_fault
 from azu.protocol.sampling import SamplingParams
 
 _FILE = "generation_config.json"
@@ -37,7 +37,7 @@ def sampling_params(
     sampling = replace(
         defaults,
         **given,
-        max_tokens=_max_tokens(body, default_max_tokens),
+        max_tokens=max_tokens(body, default_max_tokens),
         ignore_eos=body.ignore_eos,
         logit_bias=bias,
         seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
@@ -53,7 +53,8 @@ def sampling_params(
     return sampling
 
 
-def _max_tokens(body: ChatRequest | CompletionRequest, default: int) -> int:
+def max_tokens(body: ChatRequest | CompletionRequest, default: int) -> int:
+    """Return how long the answer to a request may be, `default` where the request does not say."""
     newer = body.max_completion_tokens if isinstance(body, ChatRequest) else None
     asked = body.max_tokens if newer is None else newer
     # For a prompt that leaves no room, intake raises an error of its own.
@@ -126,9 +127,8 @@ def default_sampling(files: Mapping[str, bytes]) -> SamplingParams:
     try:
         found = _GenerationConfig.model_validate_json(files.get(_FILE, b"{}"))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise BrokenCheckpoint(f"{_FILE}: {place or 'the file'}: {first['msg']}") from error
+        place, fault = plain_fault(error.errors())
+        raise BrokenCheckpoint(f"{_FILE}: {place or 'the file'}: {fault}") from error
     temperature = _TEMPERATURE if found.temperature is None else found.temperature
     top_k = _TOP_K if found.do_sample and found.top_k is None else found.top_k or 0
     return SamplingParams(

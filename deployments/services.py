@@ -22,12 +22,14 @@ from azu.auth.rate_limit import Rate, RedisRates
 from azu.auth.tickets import RedisTickets
 from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
-from azu.errors import Forbidden, NotFound, Unauthenticated, Unavailable
+from azu.errors import AzuError, Forbidden, NotFound, Unauthenticated, Unavailable
 from azu.jobs.in_flight_limit import InFlightLimit
-from azu.jobs.intake import Intake, JobLimits, ModelFacts
+from azu.jobs.intake import Intake, JobLimits, ModelFacts, check_wait
 from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
+from azu.metrics import SEQUENCES, MetricsSnapshot
 from azu.models.description import ModelDescription
+from azu.models.status import ModelStatus
 from azu.money.books import Books
 from azu.protocol.sampling import SamplingParams
 from azu.redis_client import connect_redis, redis_problem
@@ -43,6 +45,9 @@ _REFRESH_S = 60.0
 # A registry or scheduler that died is restarted in this time; a caller that waits longer asks again.
 _BACK_IN_S = 5.0
 _KEPT_MODELS = 64
+# A prediction that takes longer is not waited for.
+_PREDICTED_IN_S = 1.0
+_METRICS_KEPT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ class Services:
         self._rates = RedisRates(self._redis)
         self._key_rate = Rate(policy.limits.requests_per_minute, policy.limits.request_burst)
         self._sign_in_rate = Rate(policy.limits.sign_ins_per_minute, policy.limits.sign_in_burst)
+        self._measured = (float("-inf"), MetricsSnapshot({}, {}))
         self._models: OrderedDict[str, tuple[float, ServedModel]] = OrderedDict()
 
     async def key(self, secret: str | None) -> ApiKey:
@@ -115,6 +121,37 @@ class Services:
     async def scheduler(self, method: str, *arguments: Any) -> Any:
         """Call the scheduler; raises Unavailable while it does not answer."""
         return await self._call(SCHEDULER, method, self.config.policy.timeouts.describe_s, *arguments)
+
+    async def encode(self, model: ServedModel, text: str) -> list[int]:
+        """Return the token ids of a prompt as it is."""
+        takes_special = self.config.policy.limits.special_tokens_in_prompts
+        return await asyncio.to_thread(model.tokenizer.encode, text, takes_special=takes_special)
+
+    async def check_wait(self, model: ModelFacts, num_prompt: int, num_tokens: int) -> None:
+        """Raise Unavailable where a whole answer is predicted to take longer than the policy allows."""
+        try:
+            async with asyncio.timeout(_PREDICTED_IN_S):
+                measured = await self._recent_metrics()
+                load_s = await self._load_s(model.model_id, measured)
+        except (AzuError, TimeoutError):
+            return  # nothing is known
+        max_wait_s = self.config.policy.limits.max_wait_s
+        check_wait(measured, model.model_id, num_prompt, num_tokens, load_s=load_s, max_wait_s=max_wait_s)
+
+    async def _load_s(self, model_id: str, measured: MetricsSnapshot) -> float:
+        """Return about how long a model needs until it runs."""
+        if (SEQUENCES.name, (model_id, "running")) in measured.values:
+            return 0.0
+        planner = self.config.policy.planner
+        weights: ModelStatus = await self.registry("status", model_id)
+        return weights.total_bytes * (1 / planner.fetch_bytes_per_s + 1 / planner.load_bytes_per_s)
+
+    async def _recent_metrics(self) -> MetricsSnapshot:
+        read_s, measured = self._measured
+        if time.monotonic() - read_s > _METRICS_KEPT_S:
+            measured = await self.scheduler("metrics")
+            self._measured = (time.monotonic(), measured)
+        return measured
 
     async def model(self, model_id: str) -> ServedModel:
         """Return a model that can be priced; raises ModelNotFound, or the reason why azu cannot serve it."""

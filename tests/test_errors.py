@@ -3,8 +3,9 @@
 import pickle
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
-from azu.errors import AzuError, error_classes
+from azu.errors import AzuError, error_classes, plain_fault, plain_reason
 
 # Classes of other files may have a constructor of their own; the tests beside them cover them.
 CLASSES = [error_class for error_class in error_classes() if error_class.__module__ == AzuError.__module__]
@@ -38,3 +39,33 @@ def test_no_two_classes_share_a_code() -> None:
     ]
 
     assert len(codes) == len(set(codes))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("the width 65 is no multiple of 4"), "the width 65 is no multiple of 4"),
+        (
+            ValueError("Fault of a class:\n    TypeError: Field 'width' expected int"),
+            "Field 'width' expected int",
+        ),
+        (KeyError("Missing key in `rope`"), "Missing key in 'rope'"),
+        (KeyError("silu"), "something"),
+        (RuntimeError("Cannot copy out of meta tensor; no data!"), "something"),
+        (TypeError("LlamaRotaryEmbedding.forward() missing 1 argument"), "something"),
+        (ValueError(""), "something"),
+    ],
+)
+def test_a_librarys_reason_is_shown_in_plain_words_or_not_at_all(error: Exception, words: str) -> None:
+    assert plain_reason(error, "something") == words
+
+
+def test_a_fault_has_the_place_that_a_caller_knows() -> None:
+    adapter = TypeAdapter(dict[str, list[int] | list[dict[str, bool]]])
+    with pytest.raises(ValidationError) as refused:
+        adapter.validate_python({"a": [{"b": 7}]})
+
+    place, words = plain_fault(refused.value.errors())
+
+    assert place == "a.0.b"
+    assert words == "Input should be a valid boolean, unable to interpret input"

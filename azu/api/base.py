@@ -4,7 +4,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from azu.errors import InternalError
+from azu.errors import InternalError, plain_fault
 
 T = TypeVar("T")
 Response = TypeVar("Response", bound="ResponseModel")
@@ -64,6 +64,5 @@ def read(kind: type[Response], body: Any) -> Response:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InternalError(f"the answer is no {kind.__name__}: {place}: {first['msg']}") from error
+        place, fault = plain_fault(error.errors())
+        raise InternalError(f"the network's answer has another shape: {place}: {fault}") from error

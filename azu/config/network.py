@@ -96,6 +96,8 @@ class Moves(_Section):
 class Limits(_Section):
     """Limits on one request and on the rate of requests, and the lifetime of a reservation without a job.
 
+    A request for a whole answer is refused when it is predicted to take longer than `max_wait_s`. A special
+    token that the prompt of a completion spells is one with `special_tokens_in_prompts`, and else text.
     `requests_per_minute` and `max_jobs_in_flight` hold for each key, `sign_ins_per_minute` (challenges and
     keys) for each network address, `max_keys` for each account. A burst is the number of requests that may
     come at once.
@@ -110,6 +112,8 @@ class Limits(_Section):
     max_logit_bias: Count
     max_messages: Count
     max_tools: Count
+    max_wait_s: Seconds
+    special_tokens_in_prompts: bool
     requests_per_minute: Annotated[int, Field(ge=1, le=60_000_000)]
     request_burst: Count
     sign_ins_per_minute: Annotated[int, Field(ge=1, le=60_000_000)]

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from azu.addresses import parse_address
-from azu.errors import AzuError, ConfigurationError
+from azu.errors import AzuError, ConfigurationError, plain_fault
 from azu.units import parse_bytes
 
 _PREFIX = "AZU_"
@@ -21,7 +21,7 @@ _TEST_PREFIX = "AZU_TEST_"
 
 def configuration_error(error: ValidationError, where: str | None = None) -> ConfigurationError:
     """Return the error that names each bad key; it has no values, because they may be secret."""
-    faults = {".".join(str(part) for part in fault["loc"]): fault["msg"] for fault in error.errors()}
+    faults = dict(plain_fault([fault]) for fault in error.errors())
     text = "; ".join(f"{key}: {message}" for key, message in faults.items())
     return ConfigurationError(f"{where}: {text}" if where else text, param=next(iter(faults)))
 

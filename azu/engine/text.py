@@ -6,8 +6,9 @@ No transformers here: the ingress and the pipeline import this file, so it must 
 import codecs
 import json
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from tokenizers import Tokenizer as Backend
 
@@ -20,6 +21,9 @@ _UNKNOWN = "\ufffd"
 # No character needs so many tokens: such a run has no text, or is no text.
 _MOST_UNSETTLED = 16
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+# Stands before a token's name in a text with markup: letters that only spell the name are ordinary text.
+# Unicode keeps this code point for use inside programs.
+MARKUP = "\ufdd2"
 
 
 class TextDecoder:
@@ -62,14 +66,18 @@ class TextDecoder:
         return None
 
     def completion(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, raw: bool = False
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        markup: Mapping[int, str] = MappingProxyType({}),
     ) -> "CompletionText":
         """Return the text that follows a prompt, up to the stop strings of its sampling.
 
-        With `raw` the text contains special tokens, except those that end an answer.
+        `markup` has the names of tokens that are to be in the text, each after MARKUP.
         """
         context = prompt_token_ids[-_CONTEXT_TOKENS:]
-        stream = TextStream(self._backend, self._byte_of, context, self.ends, skips_special=not raw)
+        hidden = self.ends | (frozenset(self._specials.values()) - markup.keys() if markup else frozenset())
+        stream = TextStream(self._backend, self._byte_of, context, hidden, markup)
         # A special token may have no text, so a stop string that is one is found by its id.
         stop_ids = frozenset(self._specials[stop] for stop in sampling.stop if stop in self._specials)
         return CompletionText(stream, sampling.stop, sampling.min_tokens, stop_ids)
@@ -79,7 +87,7 @@ class TextStream:
     """Turns token ids into text as they arrive; the returned text never ends inside a character.
 
     Bytes that are no character become U+FFFD, and no text that was returned changes later. The tokens in
-    `hidden` are left out, and with `skips_special` all special tokens.
+    `hidden` are left out, and without `markup` all special tokens.
     """
 
     def __init__(
@@ -88,13 +96,13 @@ class TextStream:
         byte_of: Mapping[int, bytes],
         context: Sequence[int],
         hidden: frozenset[int],
-        *,
-        skips_special: bool,
+        markup: Mapping[int, str],
     ) -> None:
         self._backend = backend
         self._byte_of = byte_of
-        self._skips = skips_special
+        self._skips = not markup
         self._hidden = hidden
+        self._markup = markup
         # Tokens stand for single bytes only where a vocabulary has no other: a tokenizer decodes a run of
         # them as a whole, and one bad byte would change characters that were returned.
         self._bytes = _Utf8Decoder("replace")
@@ -116,6 +124,9 @@ class TextStream:
         if is_open and len(self._unsettled) < _MOST_UNSETTLED:
             return unfinished
         self._settled, self._unsettled = self._unsettled if text else self._settled, []
+        name = self._markup.get(token_id, "")
+        if name and text.endswith(name):
+            text = f"{text.removesuffix(name)}{MARKUP}{name}"
         return unfinished + text
 
     def finish(self) -> str:
@@ -292,6 +303,16 @@ def _byte_tokens(backend: Backend) -> dict[int, bytes]:
         for token_id, name, byte in found
         if token_id is not None and backend.decode([token_id], skip_special_tokens=False) != name
     }
+
+
+def joined(parts: Iterable[ParsedAnswer]) -> ParsedAnswer:
+    """Return consecutive parts of an answer as one."""
+    found = list(parts)
+    return ParsedAnswer(
+        content="".join(part.content for part in found),
+        reasoning="".join(part.reasoning for part in found),
+        tool_calls=tuple(call for part in found for call in part.tool_calls),
+    )
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -11,6 +11,7 @@ from azu.auth.api_keys import ApiKey
 from azu.errors import AzuError, InvalidRequest, Unavailable
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.redis import RedisJobs
+from azu.metrics import PROMPT_TOKENS, SEQUENCES, TIME_PER_TOKEN, TIME_TO_FIRST_TOKEN, MetricsSnapshot
 from azu.money.books import Books
 from azu.money.pricing import charge, max_charge
 from azu.protocol.job import Job
@@ -49,6 +50,37 @@ class Quote:
     lamports_per_token_layer: int
     max_lamports: int
     expected_lamports: int
+
+
+def check_wait(
+    measured: MetricsSnapshot,
+    model_id: str,
+    num_prompt: int,
+    num_tokens: int,
+    *,
+    load_s: float,
+    max_wait_s: float,
+) -> None:
+    """Raise Unavailable where a caller would wait longer than `max_wait_s` for a whole answer.
+
+    The answer's `num_tokens` are expected to come as fast as those that were measured, and the first one
+    later by as much as the prompt is longer; without a measurement they take no time. Sequences that wait
+    already come first, each in the place of one that runs. `load_s` is the time until the model runs.
+    """
+    steps = measured.histogram(TIME_PER_TOKEN, model_id)
+    firsts = measured.histogram(TIME_TO_FIRST_TOKEN, model_id)
+    prompts = measured.value(PROMPT_TOKENS, model_id) / max(1, firsts.count)
+    first_s = firsts.sum / max(1, firsts.count) * max(1.0, num_prompt / max(1.0, prompts))
+    own_s = first_s + num_tokens * steps.sum / max(1, steps.count)
+    running, waiting = (measured.value(SEQUENCES, model_id, state) for state in ("running", "waiting"))
+    wait_s = load_s + own_s * (1 + waiting / max(1.0, running))
+    if wait_s > max_wait_s:
+        raise Unavailable(
+            f"this answer would take about {wait_s:.0f} s, and a whole one may take {max_wait_s:.0f} s here; "
+            "ask for it with stream=true, or send the prompt to /submit",
+            code="answer_takes_too_long",
+            retry_after_s=wait_s,
+        )
 
 
 class Intake:

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from azu.errors import BrokenCheckpoint
+from azu.errors import BrokenCheckpoint, plain_fault, plain_reason
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -151,7 +151,9 @@ def _read_index(folder: Path) -> dict[str, str]:
     try:
         index = _Index.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise BrokenCheckpoint(f"{INDEX_FILE} is not a weight index: {error.errors()[0]['msg']}") from error
+        raise BrokenCheckpoint(
+            f"{INDEX_FILE} is not a weight index: {plain_fault(error.errors())[1]}"
+        ) from error
     for name in set(index.weight_map.values()):
         if "/" in name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
             raise BrokenCheckpoint(f"{INDEX_FILE} names {name!r}, which is no safetensors file beside it")
@@ -177,7 +179,8 @@ def _read_header(path: Path, name: str) -> dict[str, StoredTensor]:
             with safe_open(path, framework="numpy"):
                 pass
         except SafetensorError as error:
-            raise BrokenCheckpoint(f"{name} is truncated or no safetensors file: {error}") from error
+            reason = plain_reason(error, "its header does not fit its size")
+            raise BrokenCheckpoint(f"{name} is truncated or no safetensors file: {reason}") from error
         header: dict[str, Any] = json.loads(file.read(header_bytes))
     header.pop("__metadata__", None)
     data_start = _HEADER_LENGTH_BYTES + header_bytes

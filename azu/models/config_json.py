@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from azu.errors import BrokenCheckpoint, UnsupportedModel
+from azu.errors import BrokenCheckpoint, UnsupportedModel, plain_reason
 from azu.models.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE
 from azu.models.compat import has_causal_language_model, has_model_type
 
@@ -38,14 +38,24 @@ def read_config(folder: Path) -> PreTrainedConfig:
         text = config.get_text_config(decoder=True)
         num_layers = text.num_hidden_layers
     except Exception as error:  # config classes raise errors of many types
-        raise BrokenCheckpoint(f"{CONFIG_FILE} is not a {model_type} config: {_first_line(error)}") from error
+        reason = plain_reason(error, "a value in it is not of the kind that this model type has")
+        raise BrokenCheckpoint(f"{CONFIG_FILE} is not a {model_type} config: {reason}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{model_type} is an encoder-decoder: its layers need the encoder's state too")
     if not has_causal_language_model(model_type):
         raise UnsupportedModel(f"{model_type} is no causal language model")
     if not isinstance(num_layers, int) or not 0 < num_layers <= _MAX_LAYERS:
         raise BrokenCheckpoint(f"{CONFIG_FILE}: {num_layers!r} layers, where 1 to {_MAX_LAYERS} are served")
+    _fix_dynamic_rope(text)
     return config
+
+
+def _fix_dynamic_rope(text: PreTrainedConfig) -> None:
+    """Keep a dynamic rope from reading positions: it changes them only beyond the length that azu serves."""
+    parameters = getattr(text, "rope_parameters", None) or {}
+    for rope in (parameters, *parameters.values()):
+        if isinstance(rope, dict) and rope.get("rope_type") == "dynamic" and "alpha" not in rope:
+            rope["rope_type"] = "default"
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -83,7 +93,3 @@ def _refuse_too_many_layers(raw: dict[str, Any]) -> None:
     for key, value in raw.items():
         if isinstance(value, int) and key.endswith(("layer", "layers")) and value > _MAX_LAYERS:
             raise BrokenCheckpoint(f"{CONFIG_FILE}: {key} is {value}, more than {_MAX_LAYERS}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

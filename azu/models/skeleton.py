@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from azu.errors import AzuError, BrokenCheckpoint, UnsupportedModel
+from azu.errors import AzuError, BrokenCheckpoint, UnsupportedModel, plain_reason
 from azu.models.compat import is_experts_module
 
 SERVED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,7 +44,8 @@ def build_skeleton(
     except AzuError:
         raise
     except Exception as error:  # constructors raise errors of many types for a wrong number
-        raise BrokenCheckpoint(f"config.json cannot be built as {config.model_type}: {error}") from error
+        reason = plain_reason(error, "its values do not fit each other")
+        raise BrokenCheckpoint(f"config.json cannot be built as {config.model_type}: {reason}") from error
     return model.eval()
 
 
@@ -52,7 +53,7 @@ def serving_dtype(config: PreTrainedConfig) -> torch.dtype:
     """Return the config's dtype, or float32 when it has none."""
     dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
     if dtype not in SERVED_DTYPES:
-        raise UnsupportedModel(f"weights in {dtype} cannot be served")
+        raise UnsupportedModel(f"weights in {str(dtype).removeprefix('torch.')} cannot be served")
     assert isinstance(dtype, torch.dtype)
     return dtype
 
@@ -66,7 +67,7 @@ def find_layers(model: PreTrainedModel) -> LayerList:
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
     }
     if not sizes:
-        raise UnsupportedModel(f"{type(model).__name__} has no list of {num_layers} layers")
+        raise UnsupportedModel(f"{model.config.model_type} has no list of {num_layers} layers")
     decoder_path, _, attribute = max(sizes, key=lambda name: sizes[name]).rpartition(".")
     return LayerList(decoder_path, attribute)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from azu.errors import UnsupportedModel
+from azu.errors import UnsupportedModel, plain_reason
 from azu.models.compat import is_recurrent
 from azu.models.skeleton import (
     LayerList,
@@ -126,7 +126,8 @@ def trace(model: PreTrainedModel) -> Trace:
     except _CannotCut as error:
         raise UnsupportedModel(f"{family} cannot be cut: {error}") from error
     except Exception as error:  # forward code of a family raises errors of many types
-        raise UnsupportedModel(f"{family} cannot be traced: {type(error).__name__}: {error}") from error
+        fault = plain_reason(error, "its sizes do not fit each other, or its code needs the weights' values")
+        raise UnsupportedModel(f"{family} cannot be cut: {fault}") from error
     reason = _why_not(log, kept, logits)
     if reason is not None or log.state is None:
         raise UnsupportedModel(f"{family} cannot be cut: {reason}")

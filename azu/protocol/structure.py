@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from azu.errors import BrokenCheckpoint
+from azu.errors import BrokenCheckpoint, plain_fault
 
 STRUCTURE_FILE = "structure.json"
 STRUCTURE_VERSION = 1
@@ -165,9 +165,7 @@ class Structure:
         try:
             structure = _ADAPTER.validate_json(content, strict=True)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise BrokenCheckpoint(f"{where}: {place}: {first['msg']}") from error
+            raise BrokenCheckpoint(f"{where}: {': '.join(plain_fault(error.errors()))}") from error
         if fault := _contradiction(structure):
             raise BrokenCheckpoint(f"{where}: {fault}")
         return structure

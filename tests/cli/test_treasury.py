@@ -1,4 +1,4 @@
-"""`azu treasury` shows what was not credited and whether the ledger went back, and takes the admin's answer."""
+"""`azu treasury` shows what was not credited and whether the ledger went back, and takes an answer."""
 
 import asyncio
 import json

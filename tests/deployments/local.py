@@ -190,7 +190,7 @@ def config_of(
     )
 
 
-def policy_with(**limits: int) -> NetworkPolicy:
+def policy_with(**limits: float) -> NetworkPolicy:
     """Return the standard policy with other limits."""
     policy = load_network().policy
     timeouts = policy.timeouts.model_copy(update={"deposit_s": 10.0})

@@ -3,19 +3,22 @@
 import asyncio
 import json
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from transformers import AutoTokenizer
 
 from azu.api.base import ResponseModel
 from azu.api.openai import Usage
-from azu.engine.text import TextDelta, ToolCall
+from azu.engine.text import ParsedAnswer, TextDelta, ToolCall, joined
 from azu.engine.tokenizer import AnswerParser, Tokenizer
 from azu.errors import BrokenCheckpoint
 from azu.jobs.redis import RedisJobs
@@ -447,20 +450,151 @@ def test_tools_are_refused_by_name_where_the_template_does_not_support_them(play
     play(scenario, ADD)
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 1000])
-def test_pieces_of_any_size_are_parsed_alike(size: int) -> None:
-    text = f"<think>hm</think>Well. {ADD}and{TWICE} <tool_call>[1]</tool_call> x"
+WRONG = "<tool_call>[1]</tool_call>"
+PARTS = st.sampled_from(
+    [
+        "<think>hm</think>",
+        "Well. ",
+        ADD,
+        TWICE,
+        "and <tool",
+        "_call>",
+        WRONG,
+        "</think>",
+        "<",
+        "\n",
+        "</tool_call>",
+    ]
+)
+
+
+@given(st.lists(PARTS, max_size=8), st.data())
+def test_pieces_of_any_size_are_parsed_alike(parts: list[str], data: st.DataObject) -> None:
+    text = "".join(parts)
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=9)))
+
+    def parsed(pieces: Iterable[str]) -> ParsedAnswer:
+        parser = AnswerParser(RESPONSE, "<|user|>x<|assistant|>", TOOLS)
+        return joined([*(parser.push(piece) for piece in pieces), parser.finish()])
+
+    whole = parsed([text])
+
+    assert parsed(text[a:b] for a, b in pairwise([0, *cuts, len(text)])) == whole
+    assert len(whole.content) + len(whole.reasoning) <= len(text)
+
+
+def test_calls_before_a_faulty_one_arrive_and_the_faulty_one_is_text() -> None:
     parser = AnswerParser(RESPONSE, "<|user|>x<|assistant|>", TOOLS)
 
-    parts = [parser.push(text[at : at + size]) for at in range(0, len(text), size)]
-    parts.append(parser.finish())
+    found = joined((parser.push(f"<think>hm</think>Well. {ADD}and{TWICE}{WRONG} x"), parser.finish()))
 
-    calls = [call for part in parts for call in part.tool_calls]
-    assert [call.name for call in calls] == (["add", "add"] if size < 1000 else [])
-    if size == 1:
-        assert "".join(part.reasoning for part in parts) == "hm"
-        assert "".join(part.content for part in parts) == "Well. and <tool_call>[1]</tool_call> x"
-        assert calls[1] == ToolCall("add", "{}")
+    assert found.reasoning == "hm"
+    assert [call.name for call in found.tool_calls] == ["add", "add"]
+    assert found.content == f"Well. and{WRONG} x"
+
+
+@pytest.mark.parametrize("arguments", ["", ', "arguments": null', ', "arguments": {}', ', "arguments": ""'])
+def test_a_call_without_arguments_has_an_empty_object(arguments: str) -> None:
+    parser = AnswerParser(RESPONSE, "<|user|>x<|assistant|>", TOOLS)
+
+    (call,) = parser.push(f'<tool_call>{{"name": "add"{arguments}}}</tool_call>').tool_calls
+
+    assert call == ToolCall("add", "{}")
+
+
+@pytest.mark.parametrize(
+    ("opened", "text", "reasoning", "content"),
+    [
+        ("<think>", "hm</think>Hi", "hm", "Hi"),
+        ("<think>\n", "hm", "hm", ""),
+        ("<think></think>", "Hi </think>", "", "Hi </think>"),
+        ("", "Hi", "", "Hi"),
+    ],
+)
+def test_a_thought_is_open_where_the_prompt_opened_it(
+    opened: str, text: str, reasoning: str, content: str
+) -> None:
+    parser = AnswerParser(RESPONSE, f"<|user|><think>x</think><|assistant|>{opened}", TOOLS)
+
+    found = joined((parser.push(text), parser.finish()))
+
+    assert (found.reasoning, found.content) == (reasoning, content)
+
+
+def test_letters_that_spell_the_tokens_between_parts_are_text(tmp_path: Path) -> None:
+    shutil.copytree(built_in_folder("azu/tiny-dense"), tmp_path / "model")
+    spelled = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    whole = AutoTokenizer.from_pretrained(tmp_path / "model")
+    whole.add_tokens(spelled)
+    whole.response_template = RESPONSE
+    whole.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"response_template": RESPONSE}))
+    tokenizer = Tokenizer(tmp_path / "model")
+    opened, closed, call, called = whole.convert_tokens_to_ids(spelled)
+
+    def letters(text: str) -> list[int]:
+        return [token_id for letter in text for token_id in whole(letter)["input_ids"]]
+
+    def parsed(ids: list[int]) -> ParsedAnswer:
+        prompt = [
+            *letters("<|assistant|><think>"),
+            *whole.convert_tokens_to_ids(["<|assistant|>", "<think>"]),
+        ]
+        parser = tokenizer.answer_parser(prompt, TOOLS)
+        assert parser is not None
+        text = tokenizer.completion(prompt, SamplingParams(max_tokens=99), tokenizer.markup)
+        shown = [*(text.push(token_id).text for token_id in ids), text.finish().text]
+        return joined([*map(parser.push, shown), parser.finish()])
+
+    found = parsed(
+        [
+            *letters("a </think> b"), closed, *letters(f"Say {ADD}."), call,
+            *letters('{"name": "add", "arguments": {"a": "'), opened, *letters('<tool_call>"}}'), called, 2,
+        ]
+    )  # fmt: skip
+
+    assert found.reasoning == "a </think> b"
+    assert found.content == f"Say {ADD}."
+    assert found.tool_calls == (ToolCall("add", '{"a": "<think><tool_call>"}'),)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_tools_a_thought_is_told_apart_and_a_quoted_call_is_content(play, stream: bool) -> None:
+    async def scenario(client: openai.AsyncOpenAI, model: str) -> None:
+        asked = {"model": model, "messages": MESSAGES, "max_tokens": 200}
+        if stream:
+            deltas = [
+                chunk.choices[0].delta
+                async for chunk in await client.chat.completions.create(**asked, stream=True)
+            ]
+            content = "".join(delta.content or "" for delta in deltas)
+            thought = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+            assert not any(delta.tool_calls for delta in deltas)
+        else:
+            message = (await client.chat.completions.create(**asked)).choices[0].message
+            content, thought = message.content, message.reasoning_content
+            assert not message.tool_calls
+        assert (thought, content) == ("hm", f"Use {ADD}")
+
+    play(scenario, f"<think>hm</think>Use {ADD}")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_turn_that_was_cut_off_ends_with_length_also_behind_a_call(play, stream: bool) -> None:
+    async def scenario(client: openai.AsyncOpenAI, model: str) -> None:
+        asked = {"model": model, "messages": MESSAGES, "tools": TOOLS, "max_tokens": len(spoken(TWICE)) + 1}
+        if stream:
+            chunks = [chunk async for chunk in await client.chat.completions.create(**asked, stream=True)]
+            calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+            reason = chunks[-1].choices[0].finish_reason
+        else:
+            choice = (await client.chat.completions.create(**asked)).choices[0]
+            calls, reason = choice.message.tool_calls, choice.finish_reason
+        assert [call.function.name for call in calls] == ["add"]
+        assert reason == "length"
+
+    play(scenario, f"{TWICE} and more and more and more")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The app as a whole: what it serves without a key, and one shape for every error."""
 
 import asyncio
+import json
 from pathlib import Path
 
 from deployments.ingress import contract
@@ -20,5 +21,38 @@ def test_the_contract_and_its_page_are_served_like_any_answer(redis_url: str, tm
             assert missing.json()["error"]["code"] == "not_found"
             assert wrong.json()["error"]["type"] == "invalid_request_error"
             assert all(reply.headers["x-request-id"] for reply in (document, docs, missing, wrong))
+
+    asyncio.run(asyncio.wait_for(ask(), 300))
+
+
+REFUSED = [
+    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "Input should be a valid string"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+        "messages.0.content.0.text",
+        "Input should be a valid string",
+    ),
+    ({"messages": [{"role": "user"}]}, "messages.0", "a message needs content"),
+    ({"messages": [7]}, "messages.0", "Input should be a valid dictionary"),
+    ({"stop": ["\ud800"]}, "stop.0", "is not valid Unicode"),
+    ({"messages": []}, "messages", "List should have at least 1 item, not 0"),
+]
+
+
+def test_a_refusal_speaks_of_the_request_and_not_of_the_program(redis_url: str, tmp_path: Path) -> None:
+    async def ask() -> None:
+        async with local_ingress(redis_url, tmp_path) as ingress:
+            _, api_key = await ingress.user()
+            async with ingress.client(api_key) as client:
+                for change, param, fault in REFUSED:
+                    body = {
+                        "model": "azu/tiny-dense",
+                        "messages": [{"role": "user", "content": "x"}],
+                    } | change
+                    content = json.dumps(body)
+                    headers = {"content-type": "application/json"}
+                    reply = await client.post("/v1/chat/completions", content=content, headers=headers)
+                    error = reply.json()["error"]
+                    assert (error["param"], error["message"]) == (param, f"{param}: {fault}")
 
     asyncio.run(asyncio.wait_for(ask(), 300))

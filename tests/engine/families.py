@@ -139,6 +139,12 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
             "original_max_position_embeddings": 16,
         },
     ),
+    # Dynamic NTK changes no position within the length that the config names. Here a prompt reaches it.
+    "llama-dynamic": _like_llama(
+        "llama",
+        max_position_embeddings=31,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    ),
     "gemma": _like_llama("gemma", head_dim=16),
     "gemma2": _like_llama("gemma2", head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
     "gemma3_text": _like_llama(

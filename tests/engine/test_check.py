@@ -22,6 +22,7 @@ _EVERY_TIME = (
     "deepseek_v2",
     "opt-350m",
     "phi3-longrope",
+    "llama-dynamic",
 )
 _FAMILIES = [
     family if family in _EVERY_TIME else pytest.param(family, marks=pytest.mark.prove) for family in FAMILIES

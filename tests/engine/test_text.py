@@ -161,19 +161,21 @@ def test_a_stop_string_is_found_across_the_tokens_of_its_characters(tokenizer: T
     assert text.stopped
 
 
-@pytest.mark.parametrize("raw", [False, True])
-def test_a_stop_string_that_is_a_special_token_stops_by_its_id(tokenizer: Tokenizer, raw: bool) -> None:
-    (special,) = tokenizer.encode("<|user|>")[-1:]
+@pytest.mark.parametrize("markup", [{}, {4: "<|user|>"}])
+def test_a_stop_string_that_is_a_special_token_stops_by_its_id(
+    tokenizer: Tokenizer, markup: dict[int, str]
+) -> None:
+    (special,) = tokenizer.encode("<|user|>", takes_special=True)
     ids = [*tokenizer.encode("one E"), special, *tokenizer.encode("two")]
     sampling = SamplingParams(max_tokens=99, stop=("END", "<|user|>"))
     for decoder in (tokenizer, TextDecoder.from_json(tokenizer.to_json())):
-        text = decoder.completion((), sampling, raw=raw)
+        text = decoder.completion((), sampling, markup)
 
         deltas = [text.push(token) for token in ids]
 
         assert "".join(delta.text for delta in deltas).endswith("one E")
         assert sum(len(delta.token_offsets) for delta in deltas) == len(tokenizer.encode("one E"))
-        text = decoder.completion((), sampling, raw=raw)
+        text = decoder.completion((), sampling, markup)
         assert [text.ends_with(token) for token in ids].index(True) == ids.index(special)
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from azu.launch.local_network import LocalNetwork, demo_network
+from azu.config import NetworkFile, load_network
+from azu.launch.local_network import DEMO, LocalNetwork, demo_network
 from azu.money.chain.wallet import transfer_hype
 from azu.units import LAMPORTS_PER_HYPE
 from tests.network.user import User, log_in
@@ -35,12 +36,19 @@ def network(tmp_path_factory: pytest.TempPathFactory, model_root: Path) -> Itera
         environment.setenv("AZU_MODEL_ROOTS", str(model_root))
         # As in a shell that starts a network: no process that Ray starts may have the key.
         environment.setenv("SCHEDULER_PRIVATE_KEY", UNUSED_KEY)
-        with demo_network(tmp_path_factory.mktemp("azu"), print) as running:
+        with demo_network(tmp_path_factory.mktemp("azu"), print, with_special_tokens()) as running:
             user = paying_user(running, "warm-up")
             for model in ("azu/tiny-dense", "azu/tiny-moe"):
                 body = {"model": model, "prompt": "Hello", "max_tokens": 1}
                 user.http.post("/v1/completions", json=body).raise_for_status()
             yield running
+
+
+def with_special_tokens() -> NetworkFile:
+    """Return the demo's network file for tests that send a chat, as its template writes it, as a prompt."""
+    demo = load_network(DEMO)
+    limits = demo.policy.limits.model_copy(update={"special_tokens_in_prompts": True})
+    return demo.model_copy(update={"policy": demo.policy.model_copy(update={"limits": limits})})
 
 
 @pytest.fixture(scope="session")
