@@ -1,7 +1,6 @@
 """The OpenAI endpoints: a prompt becomes a job, and its tokens an answer, whole or as a stream."""
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -25,13 +24,13 @@ from azu.auth.api_keys import ApiKey
 from azu.engine.text import TextDelta
 from azu.errors import AzuError, InternalError, InvalidRequest, Unavailable, error_classes
 from azu.protocol.job import Job, JobOutcome, JobState
+from azu.supervision import as_known_error
 from deployments.answers import AnswerFormatter, follow, usage_of, with_parts
 from deployments.middleware import refusal
 from deployments.sampling import check_limits, check_tokens, max_tokens, sampling_params
 from deployments.schema import stream_of, whole_or_stream
 from deployments.services import Key, ServedModel, Services, ServicesNow, owned
 
-log = logging.getLogger(__name__)
 router = APIRouter()
 Deltas = AsyncIterator[TextDelta | JobOutcome]
 
@@ -238,18 +237,10 @@ async def _refused(first: Awaitable[TextDelta | JobOutcome]) -> Response | None:
         delta = await first
     except Exception as error:
         # The job may go on without its reader, and be charged.
-        return refusal(_known(error), may_be_charged=True)
+        return refusal(as_known_error(error, "an answer"), may_be_charged=True)
     if isinstance(delta, TextDelta) or delta.state is JobState.DONE:
         return None
     return refusal(_error_of(delta), may_be_charged=delta.receipt.charged_lamports > 0)
-
-
-def _known(error: Exception) -> AzuError:
-    """Return an error that may be shown; one that azu did not expect goes into the log."""
-    if isinstance(error, AzuError):
-        return error
-    log.error("an answer failed", exc_info=error)
-    return InternalError("azu failed to write this answer")
 
 
 async def _whole(services: Services, job: Job, deltas: Deltas, answer: AnswerFormatter) -> Response:
@@ -266,7 +257,7 @@ async def _whole(services: Services, job: Job, deltas: Deltas, answer: AnswerFor
         raise InternalError(f"{job.job_id} ended without an outcome")
     except Exception as error:
         # The job may go on without its reader, and be charged.
-        return refusal(_known(error), may_be_charged=True)
+        return refusal(as_known_error(error, "an answer"), may_be_charged=True)
 
 
 async def _events(
@@ -285,7 +276,7 @@ async def _events(
             elif include_usage:
                 yield _event(answer.usage_chunk(_usage(delta)))
     except Exception as error:
-        yield _event(ErrorBody.model_validate(_known(error).to_openai()))
+        yield _event(ErrorBody.model_validate(as_known_error(error, "an answer").to_openai()))
     yield "data: [DONE]\n\n"
 
 

@@ -270,7 +270,7 @@ def test_a_row_that_fails_stays_undecided_and_delays_no_other(world: World) -> N
                 return await super()._decide(row)
 
         platform = parts.platform.address.lower()
-        await Failing(parts.chain, parts.ledger, parts.cursor, platform=platform).poll()
+        await Failing(parts.chain, parts.ledger, parts.cursor, parts.uncredited, platform=platform).poll()
         assert await parts.available(alice) == 7
         await parts.watcher.poll()
         assert await parts.available(alice) == 12
