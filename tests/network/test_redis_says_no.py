@@ -66,7 +66,10 @@ class Store:
     def kill(self) -> None:
         process = self.process
         process.send_signal(signal.SIGKILL)
-        process.wait(30)
+        # Its parent, the process group, has to find it ended: nothing else may wait for it.
+        with suppress(psutil.NoSuchProcess):
+            while process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
 
     @contextmanager
     def config(self, name: str, value: object, usual: object) -> Iterator[None]:
