@@ -11,7 +11,7 @@ from functools import partial
 from azu.cluster.cluster import Cluster
 from azu.cluster.deployment import Deployment
 from azu.config.network import RetryPolicy
-from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, NumericsError, WorkerLost
+from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, NotFound, NumericsError, WorkerLost
 from azu.jobs.progress import ProgressWatch, RunningJob, too_old
 from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
@@ -149,6 +149,8 @@ class Dispatcher:
                     self._cancelled.add(job.job_id)
                 await self._run_and_settle(record)
             await retry_until_available(partial(self._jobs.done, job.job_id))
+        except NotFound:
+            log.warning("Redis lost the job with its last writes: nothing is left to end")
         except AWAY as error:
             log.warning("the job did not end and is tried again: %s", error.message)
             return False

@@ -322,10 +322,11 @@ class RedisJobs:
             for job_id in job_ids:
                 pipeline.hgetall(job_key(job_id))
             found = await pipeline.execute()
-        unknown = [job_id for job_id, fields in zip(job_ids, found, strict=True) if not fields]
+        # A count may have been written to a record that Redis had lost.
+        unknown = [job_id for job_id, fields in zip(job_ids, found, strict=True) if "job" not in fields]
         archived = await self._archive.read(unknown)
         return [
-            JobRecord.from_fields(fields) if fields else archived.get(job_id)
+            JobRecord.from_fields(fields) if "job" in fields else archived.get(job_id)
             for job_id, fields in zip(job_ids, found, strict=True)
         ]
 

@@ -15,7 +15,7 @@ from azu.jobs.redis import RedisJobs
 from azu.money.books import Books
 from azu.protocol.job import JobState
 from tests.deployments.local import LocalIngress, local_ingress, unhurried
-from tests.redis_server import start_redis
+from tests.redis_server import Rewindable, start_redis
 
 DURABLE = {"appendonly": "yes", "appendfsync": "always", "save": ""}
 CLIENTS = 8
@@ -145,3 +145,39 @@ def test_every_stream_goes_on_and_new_requests_are_told_to_come_again(
             await asyncio.wait_for(play(ingress), 120)
 
     asyncio.run(run())
+
+
+def test_readers_of_jobs_that_redis_lost_are_told_and_nothing_is_left_of_the_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("azu.jobs.redis._QUIET_S", 0.2)
+    store = Rewindable.start(tmp_path / "redis")
+
+    async def play(ingress: LocalIngress) -> None:
+        ingress.model.token_ids, ingress.model.pause_s = TOKENS, 0.05
+        address, key = await ingress.user()
+        jobs, books = RedisJobs.from_url(store.server.url), Books.from_url(store.server.url)
+        async with ingress.client(key) as client:
+            await client.get("/v1/models/azu/tiny-dense")
+            position = store.position()
+            streams = [asyncio.create_task(stream(client)) for _ in range(CLIENTS)]
+            await until_all_run(jobs, address, 0)
+            await asyncio.to_thread(store.rewind, position)
+
+            for answer in await asyncio.gather(*streams):
+                assert '"code":"job_lost"' in answer
+            assert await jobs.of(address, 100) == []
+            assert (await books.balance(address)).reserved_lamports == 0
+            # What was lost was no money of others.
+            ingress.model.pause_s = 0.0
+            assert "[DONE]" in await stream(client)
+            assert (await books.audit()).findings == ()
+
+    async def run() -> None:
+        async with local_ingress(store.server.url, tmp_path / "home", unhurried()) as ingress:
+            await asyncio.wait_for(play(ingress), 120)
+
+    try:
+        asyncio.run(run())
+    finally:
+        store.server.kill()
