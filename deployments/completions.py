@@ -119,6 +119,7 @@ async def _answer(
     found = [model.tokenizer.answer_parser(prompt, tools) for _ in range(choices if is_chat else 0)]
     parsers = [parser for parser in found if parser is not None]
     if not body.stream:
+        services.intake.check_sizes(model.facts, len(prompt), sampling.max_tokens)
         await services.check_wait(model.facts, len(prompt), max_tokens(body, min(limit, _USUAL_TOKENS)))
     accepting = services.intake.accept(key, model.facts, prompt, sampling, choices)
     job = await _accepted(services, asyncio.create_task(accepting))

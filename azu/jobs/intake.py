@@ -125,7 +125,7 @@ class Intake:
         is too low; then nothing has changed. The reservation comes first, so that every written job can be
         paid. Raises Unavailable while Redis is away: what was written of the job is taken back later.
         """
-        self._check(model, len(prompt_token_ids), sampling.max_tokens)
+        self.check_sizes(model, len(prompt_token_ids), sampling.max_tokens)
         now_ms = self._now_ms()
         job = Job(
             job_id=self._new_job_id(),
@@ -167,7 +167,7 @@ class Intake:
 
         Raises InvalidRequest for sizes that `accept` refuses.
         """
-        self._check(model, num_prompt_tokens, max_tokens)
+        self.check_sizes(model, num_prompt_tokens, max_tokens)
         expected = max_tokens if expected_tokens is None else min(expected_tokens, max_tokens)
         return Quote(
             prompt_tokens=num_prompt_tokens,
@@ -198,7 +198,8 @@ class Intake:
         else:
             await retry_until_available(partial(self._jobs.cancel, job_id))
 
-    def _check(self, model: ModelFacts, num_prompt_tokens: int, max_tokens: int) -> None:
+    def check_sizes(self, model: ModelFacts, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Raise InvalidRequest for a prompt or a number of new tokens that `accept` refuses."""
         if num_prompt_tokens == 0:
             raise InvalidRequest("the prompt is empty", param="prompt")
         if num_prompt_tokens > self._limits.max_prompt_tokens or num_prompt_tokens >= model.context_length:

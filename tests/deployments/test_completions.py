@@ -212,6 +212,8 @@ def test_a_whole_answer_that_would_take_too_long_is_refused_before_anything_is_r
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "61")
         assert refused.json()["error"]["code"] == "answer_takes_too_long"
         assert (await http.get("/v1/jobs")).json()["data"] == []
+        wrong = await http.post("/v1/chat/completions", json=ASKED | {"max_tokens": 10**6})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "max_tokens")
         for asked in (ASKED, long | {"stream": True}):
             assert (await http.post("/v1/chat/completions", json=asked)).status_code == 200
 
