@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from eth_account.signers.local import LocalAccount
     from rich.console import RenderableType
 
-    from azu.money.books import Books
-    from azu.money.treasury.redis import Uncredited
+    from azu.money.books import Books, Uncredited
 
 
 # Creating an account on the chain costs the platform a dollar, so its first payout has to be larger.
@@ -76,24 +75,15 @@ def accept_loss(
 def uncredited(as_json: AsJson = False) -> None:
     """List the transfers to the platform that were credited to no account, the newest first.
 
-    They came from HyperEVM, by multi-signature, or in another way that proves no single sender. The Redis is
-    that of REDIS_HOST, or of the network that runs in AZU_HOME.
+    They came from HyperEVM, by multi-signature, or in another way that proves no single sender. The books are
+    those of REDIS_HOST, or of the network that runs in AZU_HOME.
     """
-    transfers = asyncio.run(_uncredited())
+
+    async def read(books: "Books") -> "tuple[Uncredited, ...]":
+        return await books.uncredited()
+
+    transfers = asyncio.run(_with_books(read))
     show(UncreditedReport(len(transfers), transfers), as_json, _drawn_uncredited)
-
-
-async def _uncredited() -> "tuple[Uncredited, ...]":
-    from azu.launch.redis_server import own_redis_url
-    from azu.money.treasury.redis import RedisUncredited
-    from azu.redis_client import connect_redis
-
-    settings = Settings.from_environment()
-    redis = connect_redis(settings.redis_url or own_redis_url(settings.home))
-    try:
-        return await RedisUncredited(redis).all()
-    finally:
-        await redis.aclose()
 
 
 def _drawn_uncredited(report: UncreditedReport) -> "RenderableType":

@@ -34,7 +34,8 @@ from azu.money.ledger.transfers import (
 from azu.money.spend_limits import RedisSpending, SpendLimits
 from azu.money.treasury.deposits import DepositStatus, deposit_id
 from azu.money.treasury.receipts import job_end
-from azu.money.treasury.redis import EarningsClaims, RedisMetrics
+from azu.money.treasury.redis import EarningsClaims, RedisMetrics, RedisUncredited
+from azu.money.treasury.redis import Uncredited as Uncredited  # callers of the door name its type
 from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
 from azu.money.treasury.withdrawals import (
     LEAST_LAMPORTS,
@@ -107,6 +108,7 @@ class Books:
         self._claims = EarningsClaims(requests_redis, platform_address)
         self._withdrawals = RedisWithdrawals(requests_redis)
         self._treasury = RedisMetrics(requests_redis)
+        self._uncredited = RedisUncredited(requests_redis)
 
     @classmethod
     def from_url(cls, url: str, platform_address: str = "") -> "Books":
@@ -260,6 +262,10 @@ class Books:
     async def accept_loss(self, size: int) -> None:
         """Have the treasury sign again after a loss of this size; raises Conflict for another size."""
         await self._ledger.losses.accept(size)
+
+    async def uncredited(self) -> tuple[Uncredited, ...]:
+        """Return the transfers to the platform that were credited to no account, the newest first."""
+        return await self._uncredited.all()
 
     async def audit(self, wallet_lamports: int | None = None) -> Audit:
         """Rebuild the books from their journal and compare them with what is stored.
