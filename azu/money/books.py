@@ -35,7 +35,7 @@ from azu.money.spend_limits import RedisSpending, SpendLimits
 from azu.money.treasury.deposits import DepositStatus, deposit_id
 from azu.money.treasury.receipts import job_end
 from azu.money.treasury.redis import EarningsClaims, RedisMetrics, RedisUncredited
-from azu.money.treasury.redis import Uncredited as Uncredited  # callers of the door name its type
+from azu.money.treasury.redis import Uncredited as Uncredited  # noqa: PLC0414 - callers name the type
 from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
 from azu.money.treasury.withdrawals import (
     LEAST_LAMPORTS,
