@@ -7,7 +7,15 @@ import pytest
 from eth_account import Account
 
 from azu.auth.signatures import MAX_WITHDRAWAL_LIFE_MS, Withdrawal, sign_claim, sign_withdrawal
-from azu.errors import Conflict, Forbidden, InsufficientBalance, InvalidRequest, LedgerError, NotFound
+from azu.errors import (
+    Conflict,
+    DeadlineExceeded,
+    Forbidden,
+    InsufficientBalance,
+    InvalidRequest,
+    LedgerError,
+    NotFound,
+)
 from azu.money.books import Books, Totals, UserBalance, WorkerEarnings
 from azu.money.treasury.deposits import CreditState, DepositStatus
 from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
@@ -179,8 +187,18 @@ def test_the_treasurys_answers_reach_the_caller(redis_url: str) -> None:
     async def scenario(books: Books) -> None:
         redis = connect_redis(redis_url)
         pending = DepositStatus(CreditState.PENDING, ALICE, 70)
-        await DepositRequests(redis).answer(TX_HASH, pending)
-        await ReceiptRequests(redis).answer("job-1", "0x01")
+
+        async def check(_: str) -> DepositStatus:
+            return pending
+
+        async def sign(_: str) -> str:
+            return "0x01"
+
+        with pytest.raises(DeadlineExceeded):
+            await books.deposit(TX_HASH, ALICE, 0.0)
+        assert await books.receipt_signature("job-1", 0.0) is None
+        await DepositRequests(redis).serve(check, 8)
+        await ReceiptRequests(redis).serve(sign, 8)
         await redis.aclose()
 
         assert await books.deposit(TX_HASH, ALICE, 0.0) == DepositStatus(CreditState.PENDING, ALICE, 0)

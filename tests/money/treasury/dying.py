@@ -14,20 +14,19 @@ from azu.money.ledger.redis import RedisLedger
 from azu.money.treasury.payouts import PayoutTimeouts, Threshold
 from azu.money.treasury.process import TreasuryConfig, run
 from azu.money.treasury.redis import RedisCursor, RedisLease, RedisOutbox
-from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
+from azu.money.treasury.request_reply import RequestReply
 from azu.money.treasury.withdrawals import RedisWithdrawals
 from tests.killing import Death, kill_at_effect, start
 
 EFFECTS = (
     (RedisLedger, "apply"),
-    (DepositRequests, "answer"),
+    (RequestReply, "answer"),
     (RedisCursor, "advance"),
     (RedisLease, "hold"),
     (RedisOutbox, "add"),
     (RedisOutbox, "next_nonce"),
     (RedisOutbox, "replace"),
     (RedisOutbox, "remove"),
-    (ReceiptRequests, "answer"),
     (RedisWithdrawals, "refuse"),
     (RedisWithdrawals, "take_out"),
     (RedisJobs, "give_up"),
