@@ -290,9 +290,8 @@ class JobRunner:
         if active.open:
             return
         active.end(self._fault)
-        active.job = replace(
-            active.job, prompt_token_ids=()
-        )  # the rest stays for a scheduler that asks again
+        # The prompt may be long, and a scheduler that asks again needs only the outcome.
+        active.job = replace(active.job, prompt_token_ids=())
         while len(self._by_job) > _KEPT_JOBS:
             oldest = next(iter(self._by_job.values()))
             if not oldest.ended.done():
