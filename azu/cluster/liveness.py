@@ -16,7 +16,7 @@ from azu.protocol.topology import PieceKey
 
 # A count may stand still for the larger of these: seconds, and steps as long as recent ones.
 STILL_S = 60.0
-_STILL_STEPS = 50
+STILL_STEPS = 50
 # Before a fresh piece's first answer, and in its first step, it has so many times as long.
 _GRACE = 5
 # After a count that stood still for more than half of its time moved, twice the time is given for so long.
@@ -57,7 +57,7 @@ class PieceWatch:
         """How long the count may stand still."""
         now = self._progress
         is_fresh = now is None or (now.expected_s is None and now.state is not PieceState.IDLE)
-        steps_s = 0.0 if now is None or now.expected_s is None else _STILL_STEPS * now.expected_s
+        steps_s = 0.0 if now is None or now.expected_s is None else STILL_STEPS * now.expected_s
         bound_s = _GRACE * STILL_S if is_fresh else max(STILL_S, steps_s)
         return 2 * bound_s if self._looked_s < self._patient_until_s else bound_s
 

@@ -10,15 +10,13 @@ from enum import StrEnum
 
 from azu.clock import wall_clock_ms
 from azu.cluster.deployment import Deployment, DeploymentState
+from azu.cluster.liveness import STILL_S, STILL_STEPS
 from azu.config.network import RetryPolicy
 from azu.errors import AzuError, InternalError, Unavailable
 from azu.protocol.job import FinishReason, Job, JobRun, PipelineLook
 
 log = logging.getLogger(__name__)
 
-# What stands still for the longer of both does not move; steps vary with their width and the machine's load.
-STILL_S = 60.0
-STILL_STEPS = 50
 # An answer is on its way for less.
 UNHELD_S = 10.0
 # Of the time since the last look no more counts: the watchdog could not look, as when Redis is away.

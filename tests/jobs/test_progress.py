@@ -3,11 +3,10 @@
 import asyncio
 from dataclasses import dataclass, field, replace
 
+from azu.cluster.liveness import STILL_S, STILL_STEPS
 from azu.config.network import RetryPolicy
 from azu.errors import AzuError, InternalError, Unavailable, WorkerLost
 from azu.jobs.progress import (
-    STILL_S,
-    STILL_STEPS,
     UNHELD_S,
     ProgressWatch,
     Remedy,
