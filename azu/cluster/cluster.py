@@ -393,7 +393,11 @@ class Cluster:
     async def _with_room(
         self, key: PipelineKey, on: Callable[[Sequence[Node], int], Topology], given_back: Sizes
     ) -> Topology:
-        """Plan on the nodes as they are; while there is no room, idle deployments of others are closed."""
+        """Plan on the nodes as they are; while there is no room, idle deployments of others are closed.
+
+        An idle deployment is repaired without closing another one: no job would gain by it.
+        """
+        own = self._deployments.get(key)
         while True:
             epoch = await self._store.next_epoch()
             try:
@@ -401,7 +405,7 @@ class Cluster:
                 return on(self._capacity.now(given_back), epoch)
             except InsufficientCapacity as error:
                 idle = [other for other, one in self._deployments.items() if other != key and one.is_idle]
-                if not idle or error.code == NEVER_FITS:
+                if not idle or error.code == NEVER_FITS or (own is not None and own.is_idle):
                     raise
                 log.info("closing %s to make room for %s", idle[0][0], key[0])
                 await self._deployments.pop(idle[0]).close()

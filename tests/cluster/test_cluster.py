@@ -111,6 +111,28 @@ def test_an_idle_model_makes_room_and_a_busy_one_does_not(redis_url: str) -> Non
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_only_the_repair_of_a_busy_model_closes_an_idle_one(redis_url: str, busy: bool) -> None:
+    async def scenario() -> None:
+        network = Network(redis_url, nodes=[node(name, 6 * MIB) for name in "abcd"])
+        struck, other = await network.ensure("m/one"), await network.ensure("m/two", "job-2")
+        other.let_go("job-2")
+        if not busy:
+            struck.let_go("job-1")
+        lost = struck.placements()[0].node
+        network.nodes = [one for one in network.nodes if one.node_id != lost]
+        network.cluster.node_died(lost)
+
+        if busy:
+            await until(lambda: network.backend.closed == ["m/two"])
+        else:
+            await until(lambda: struck.broken)
+            assert network.backend.closed == []
+            assert other in network.cluster.deployments
+
+    asyncio.run(scenario())
+
+
 def test_a_model_that_found_no_room_is_short_until_it_is_deployed(redis_url: str) -> None:
     async def scenario() -> None:
         network = Network(redis_url, vram_bytes=6 * MIB, now_s=7.0)
