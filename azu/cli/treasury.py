@@ -145,12 +145,14 @@ def run_treasury() -> None:
     from azu.config import load_network
     from azu.errors import ConfigurationError
     from azu.jobs.redis import RedisJobs
+    from azu.launch.processes import end_with_parent
     from azu.logs import start_logging
     from azu.money.chain.networks import network_at
     from azu.money.treasury.payouts import Threshold
     from azu.money.treasury.platform_key import take_private_key
     from azu.money.treasury.process import TreasuryConfig, run
 
+    end_with_parent()
     account = take_private_key(os.environ)
     settings = Settings.from_environment()
     if settings.chain_url is None or settings.redis_url is None:

@@ -14,8 +14,8 @@ from azu.errors import AzuError, ConfigurationError, plain_fault
 from azu.units import parse_bytes
 
 _PREFIX = "AZU_"
-# Variables that only one process reads from its environment: the treasury, the wallet commands, the tests.
-_READ_ELSEWHERE = frozenset({"AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD"})
+# Variables that azu reads elsewhere: in one process each, or at the start of a child.
+_READ_ELSEWHERE = frozenset({"AZU_CONTROL_PIPE", "AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD"})
 _TEST_PREFIX = "AZU_TEST_"
 
 

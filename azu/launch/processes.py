@@ -18,13 +18,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import psutil
 
 from azu.errors import DeadlineExceeded, Unavailable
+from azu.launch.unix_users import UnixUser
 from azu.units import MIB
+
+# Set for a process that has its control pipe as standard input.
+CONTROL_PIPE = "AZU_CONTROL_PIPE"
 
 STOP_TIMEOUT_S = 10.0
 _KILL_TIMEOUT_S = 10.0
@@ -43,12 +47,16 @@ _PRCTL = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """What to start, and whether it is started again when it ends."""
+    """What to start, and whether it is started again when it ends.
+
+    It runs as another `user` if one is named, which only root can start.
+    """
 
     name: str
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
     restart: bool = False
+    user: UnixUser | None = None
 
 
 def azu_command(*arguments: str) -> tuple[str, ...]:
@@ -174,16 +182,17 @@ class _Child:
         self._log_start = log.stat().st_size if log.exists() else 0
         self._started_s = time.monotonic()
         parent = os.getpid()
+        # Another user writes to the log through this descriptor, and cannot open the file.
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             self._process = subprocess.Popen(
                 spec.arguments,
-                env=dict(spec.environment),
-                stdin=subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # It runs after the change of the user, which would undo it.
                 preexec_fn=lambda: _die_with(parent),  # noqa: PLW1509 - two system calls, nothing that locks
+                **_as_user(spec),
             )
         finally:
             os.close(descriptor)
@@ -237,6 +246,39 @@ class _Child:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
         self._process.wait()
+
+
+def _as_user(spec: ProcessSpec) -> dict[str, Any]:
+    """Return the options with which `Popen` starts a process as its user."""
+    if spec.user is None:
+        return {"env": dict(spec.environment), "stdin": subprocess.DEVNULL}
+    user = spec.user
+    return {
+        "env": user.environment(spec.environment) | {CONTROL_PIPE: "stdin"},
+        # This process holds the other end until it ends.
+        "stdin": subprocess.PIPE,
+        # The user may be unable to read the folder that this process is in.
+        "cwd": "/",
+        "user": user.uid,
+        "group": user.gid,
+        "extra_groups": user.groups,
+        "umask": 0o077,
+    }
+
+
+def end_with_parent() -> None:
+    """End this process as soon as its control pipe closes; one without a control pipe is left alone.
+
+    The kernel ends a child with its parent too, but forgets that when the child changes its credentials.
+    """
+    if os.environ.pop(CONTROL_PIPE, None) is not None:
+        threading.Thread(target=_end_with_pipe, name="control-pipe", daemon=True).start()
+
+
+def _end_with_pipe() -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _die_with(parent: int) -> None:
