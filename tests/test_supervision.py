@@ -96,6 +96,13 @@ def test_another_service_that_is_away_is_no_fault() -> None:
     assert (life.taken, life.faults, life.replaced_at) == (42, 0, [])
 
 
+def test_a_loop_outlives_any_outage_of_another_service() -> None:
+    life = Life(*[Unavailable("the chain did not answer")] * 2000, OK).live()
+
+    assert (life.taken, life.faults) == (2002, 0)
+    assert max(life.slept_s) <= 2
+
+
 def test_what_is_away_in_between_does_not_end_a_row() -> None:
     away = Unavailable("Redis did not answer")
 

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from azu.protocol.job import ChoiceKey
+from azu.supervision import doubling_s
 
 # A choice that was under way at so many losses, and came no further between them, caused them.
 _MOST_LOSSES = 3
@@ -39,8 +40,7 @@ class RepairTurns:
     async def rest(self, vain: int) -> None:
         """Wait after `vain` attempts that did not help."""
         if vain > 0:
-            longest_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (vain - 1))
-            await self._sleep(longest_s * self._chance.uniform(0.5, 1.0))
+            await self._sleep(doubling_s(_FIRST_WAIT_S, _LONGEST_WAIT_S, vain, self._chance))
 
 
 @dataclass(frozen=True, slots=True)

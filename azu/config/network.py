@@ -12,6 +12,7 @@ from azu.config.settings import Address, Settings, Size, configuration_error
 from azu.errors import ConfigurationError
 from azu.files import CONFIGS, read_yaml
 from azu.planner.policy import PlanPolicy
+from azu.supervision import doubling_s
 from azu.units import MIB
 
 NAME_PATTERN = r"^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,40}[a-zA-Z0-9])?$"
@@ -151,7 +152,7 @@ class RetryPolicy:
 
     def wait_s(self, tries: int, chance: random.Random) -> float:
         """Return the wait after a number of attempts; half of it is random, or jobs would come in waves."""
-        return min(self.longest_s, self.first_s * 2.0 ** (tries - 1)) * chance.uniform(0.5, 1.0)
+        return doubling_s(self.first_s, self.longest_s, tries, chance)
 
 
 class NetworkPolicy(_Section):

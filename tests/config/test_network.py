@@ -1,11 +1,13 @@
 """Network files override the default policy; unknown keys are refused."""
 
+import random
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from azu.config import load_network
+from azu.config.network import RetryPolicy
 from azu.errors import ConfigurationError
 from azu.units import MIB
 
@@ -41,6 +43,12 @@ def test_jobs_wait_for_new_nodes_only_where_an_autoscaler_adds_them() -> None:
     assert not standard.policy.requeue.nodes_come
     assert autoscaled.policy.requeue.nodes_come
     assert autoscaled.policy.requeue.budget_s > standard.policy.requeue.budget_s
+
+
+def test_a_job_may_be_tried_any_number_of_times() -> None:
+    patience = RetryPolicy(first_s=1, longest_s=8, budget_s=10**6)
+
+    assert 4 <= patience.wait_s(10**6, random.Random(1)) <= 8
 
 
 def test_a_file_overrides_single_values(tmp_path: Path) -> None:
