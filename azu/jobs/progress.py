@@ -194,6 +194,7 @@ class ProgressWatch:
 
     async def look(self) -> None:
         """Look once at every pipeline with a job."""
+        self._without_room = self._without_room.intersection(self._running)
         jobs = defaultdict[Deployment, list[str]](list)
         for job_id, one in self._running.items():
             jobs[one.deployment].append(job_id)

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass, field, replace
 
+from azu.cluster.deployment import DeploymentState
 from azu.cluster.liveness import STILL_S, STILL_STEPS
 from azu.config.network import RetryPolicy
 from azu.errors import AzuError, InternalError, Unavailable, WorkerLost
@@ -149,6 +150,7 @@ class Standing:
 
     def __init__(self) -> None:
         self.structure = structure(1)
+        self.state = DeploymentState.SERVING
         self.seen: PipelineLook | None = PipelineLook(0, 0.0, {"job-1": 1})
         self.helped: list[str] = []
         self.runs: list[asyncio.Future[JobRun]] = []
@@ -227,6 +229,23 @@ def test_a_job_that_even_its_pipeline_cannot_end_is_waited_for_no_longer() -> No
 
     assert run is not None
     assert (run.completion_tokens, run.finish_reason) == (0, FinishReason.ERROR)
+
+
+def test_a_job_that_left_without_room_is_not_remembered() -> None:
+    async def look() -> list[str]:
+        deployment = Standing()
+        deployment.seen = PipelineLook(0, 0.0, {"job-1": 1}, frozenset({"job-1"}))
+        one = RunningJob(replace(job(), job_id="job-1", created_at_ms=0), deployment)
+        running = {"job-1": one}
+        watch = ProgressWatch(running, RetryPolicy(1, 8, BUDGET_S), now_ms=lambda: 0)
+        await watch.look()
+        reasons = [watch.reason("job-1")]
+        del running["job-1"]
+        await watch.look()
+        running["job-1"] = one
+        return [*reasons, watch.reason("job-1")]
+
+    assert asyncio.run(look()) == ["it waits for room in its model's KV cache", ""]
 
 
 def test_a_job_that_its_pipeline_does_not_hold_is_asked_for_again() -> None:
