@@ -214,9 +214,13 @@ class _Child:
         return time.monotonic() - self._started_s
 
     def limit_log(self) -> None:
-        """Copy a full log in place of the copy before, and empty it: the process goes on writing to it."""
+        """Copy a full log in place of the copy before, and empty it: the process goes on writing to it.
+
+        A disk that has no room for the copy has some afterwards.
+        """
         if self._log.stat().st_size > _MAX_LOG_BYTES:
-            shutil.copy(self._log, self._log.with_name(f"{self._log.name}.1"))
+            with suppress(OSError):
+                shutil.copy(self._log, self._log.with_name(f"{self._log.name}.1"))
             os.truncate(self._log, 0)
             self._log_start = 0
 

@@ -1,5 +1,6 @@
 """A process group stops every child and everything that the children started."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -179,6 +180,22 @@ def test_a_full_log_is_moved_aside_and_its_process_goes_on_writing(
         assert sorted(path.name for path in tmp_path.iterdir()) == ["child.log", "child.log.1"]
         assert not group.has_printed("child", "^first$")
         assert (tmp_path / "child.log.1").stat().st_mode & 0o077 == 0
+
+
+def test_a_full_log_is_emptied_though_the_disk_has_no_room_for_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr("azu.launch.processes._MAX_LOG_BYTES", 10_000)
+    monkeypatch.setattr("azu.launch.processes.shutil.copy", full)
+    with ProcessGroup(tmp_path) as group:
+        group.start(python("print('x' * 20_000, flush=True)\nimport time; time.sleep(60)"))
+        group.wait_until_printed("child", "^x+$", 10)
+
+        assert group.revive() == []
+        assert (tmp_path / "child.log").stat().st_size == 0
 
 
 def test_logs_can_be_read_by_their_owner_alone(tmp_path: Path) -> None:
