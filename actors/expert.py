@@ -1,7 +1,6 @@
 """ExpertActor: experts of some layers on one node, apart from their routers."""
 
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,11 +44,13 @@ class ExpertActor:
         """Run token slices through the experts of a layer."""
         assert self._runner is not None, "load() comes first"
         self._num_requests += 1
-        self._clock.begin(self._num_requests, len(request), time.perf_counter())
+        self._clock.begin(self._num_requests, len(request))
         try:
-            return self._runner.run(layer, request)
+            answer = self._runner.run(layer, request)
+            self._clock.layer_done()
         finally:
-            self._clock.end(time.perf_counter())
+            self._clock.end()
+        return answer
 
     def ping(self, seconds: float) -> PieceProgress:
         """Return after some seconds how far this set is; the call fails at once when this process dies."""

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -94,11 +93,11 @@ class LayerActor:
 
     def step(self, batch: StepBatch, frame: bytes | None) -> StageTiming:
         """Run one step and pass it on; the caller takes the return as acknowledgement."""
-        self._clock.begin(batch.step, batch.num_tokens, time.perf_counter())
+        self._clock.begin(batch.step, batch.num_tokens)
         try:
             self._run(batch, frame)
         finally:
-            timing = self._clock.end(time.perf_counter())
+            timing = self._clock.end()
         return timing
 
     def _run(self, batch: StepBatch, frame: bytes | None) -> None:

@@ -1,7 +1,8 @@
 """Measurements: a pipeline's tokens and waits, a piece's steps, and a frame's time between two stages."""
 
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -154,11 +155,18 @@ class StepTimes:
 
 
 class StageClock:
-    """Measures the steps of one piece, by that piece's clock; other threads may ask how far it is."""
+    """Measures the steps of one piece, by a clock in seconds; other threads may ask how far it is.
 
-    def __init__(self) -> None:
+    What a piece waits for another one, and a step without a layer, such as one that sends kept rows again,
+    says nothing of how fast the piece computes.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self._free_since_s = float("-inf")
         self._taken_s = 0.0
+        self._waited_s = 0.0
+        self._num_layers_before = 0
         self._times = StepTimes()
         self._num_tokens = 0
         self._step = 0
@@ -167,9 +175,10 @@ class StageClock:
         self._expected_s: float | None = None
         self._slowdown = 1.0
 
-    def begin(self, step: int, num_tokens: int, now_s: float) -> None:
+    def begin(self, step: int, num_tokens: int) -> None:
         """Take a step."""
-        self._taken_s, self._num_tokens, self._step = now_s, num_tokens, step
+        self._taken_s, self._waited_s = self._clock(), 0.0
+        self._num_tokens, self._step, self._num_layers_before = num_tokens, step, self._num_layers
         self._expected_s = self._times.expected_s(num_tokens)
         self._state = PieceState.BUSY
 
@@ -180,17 +189,19 @@ class StageClock:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Wait for another piece within a step."""
-        self._state = PieceState.WAITING
+        self._state, began_s = PieceState.WAITING, self._clock()
         try:
             yield
         finally:
+            self._waited_s += self._clock() - began_s
             self._state = PieceState.BUSY
 
-    def end(self, now_s: float) -> StageTiming:
+    def end(self) -> StageTiming:
         """Return the timing of the step."""
-        self._state = PieceState.IDLE
+        self._state, now_s = PieceState.IDLE, self._clock()
         timing = StageTiming(self._taken_s - self._free_since_s, now_s - self._taken_s)
-        self._times.record(self._num_tokens, timing.run_s)
+        if self._num_layers > self._num_layers_before:
+            self._times.record(self._num_tokens, timing.run_s - self._waited_s)
         self._free_since_s = now_s
         self._slowdown = self._times.slowdown
         return timing

@@ -13,37 +13,52 @@ from azu.protocol.step import PieceProgress, PieceState
 from tests.builders import structure, topology
 
 
-def ran(clock: StageClock, taken_s: float, done_s: float) -> StageTiming:
-    clock.begin(1, 8, taken_s)
-    return clock.end(done_s)
+class Piece:
+    """A piece whose time a test sets."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.clock = StageClock(lambda: self.now_s)
+
+    def ran(self, taken_s: float, done_s: float, *, layers: int = 1, waited_s: float = 0.0) -> StageTiming:
+        self.now_s = taken_s
+        self.clock.begin(1, 8)
+        with self.clock.waiting():
+            self.now_s += waited_s
+        for _ in range(layers):
+            self.clock.layer_done()
+        self.now_s = done_s
+        return self.clock.end()
 
 
 def test_a_hop_excludes_the_time_of_the_stage() -> None:
-    timing = ran(StageClock(), 5.0, 5.2)
+    timing = Piece().ran(5.0, 5.2)
 
     assert hop_s(0.203, timing) == pytest.approx(0.003)
 
 
 def test_a_frame_that_may_have_waited_for_the_stage_gives_no_hop() -> None:
-    clock = StageClock()
-    ran(clock, 5.0, 5.2)
+    piece = Piece()
+    piece.ran(5.0, 5.2)
 
-    assert hop_s(0.4, ran(clock, 5.2001, 5.4)) is None
-    assert hop_s(0.203, ran(clock, 6.0, 6.2)) == pytest.approx(0.003)
+    assert hop_s(0.4, piece.ran(5.2001, 5.4)) is None
+    assert hop_s(0.203, piece.ran(6.0, 6.2)) == pytest.approx(0.003)
 
 
 def test_a_piece_says_how_far_it_is_while_it_computes_and_that_it_waits() -> None:
-    clock = StageClock()
+    piece = Piece()
+    clock = piece.clock
     assert clock.progress() == PieceProgress(0, 0, PieceState.IDLE)
-    clock.begin(7, 8, 5.0)
+    clock.begin(7, 8)
     clock.layer_done()
     assert clock.progress() == PieceProgress(7, 1, PieceState.BUSY)
     with clock.waiting():
         assert clock.progress().state is PieceState.WAITING
     clock.layer_done()
-    clock.end(5.5)
+    piece.now_s = 0.5
+    clock.end()
     assert clock.progress() == PieceProgress(7, 2, PieceState.IDLE)
-    clock.begin(8, 8, 6.0)
+    clock.begin(8, 8)
     assert clock.progress() == PieceProgress(8, 2, PieceState.BUSY, expected_s=0.5)
 
 
@@ -80,6 +95,27 @@ def test_a_slowdown_compares_recent_steps_with_the_quickest_of_their_width() -> 
         for _ in range(8):
             times.record(1, milliseconds / 1000)
         assert times.slowdown == 1.0, "so short steps vary by themselves"
+
+
+def test_a_piece_is_not_slow_after_steps_that_only_sent_again_what_it_had_kept() -> None:
+    piece = Piece()
+    for step in range(8):
+        piece.ran(step, step + 0.001, layers=0)
+    for step in range(8, 16):
+        piece.ran(step, step + 0.5)
+
+    assert piece.clock.progress().slowdown == 1.0
+    assert piece.clock.progress().expected_s == 0.5
+
+
+def test_a_piece_is_not_slow_while_it_waits_for_another() -> None:
+    piece = Piece()
+    for step in range(8):
+        piece.ran(step, step + 0.5)
+    for step in range(8, 16):
+        piece.ran(10 * step, 10 * step + 9.5, waited_s=9.0)
+
+    assert piece.clock.progress().slowdown == 1.0
 
 
 MODEL = "test/model"
