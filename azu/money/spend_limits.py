@@ -16,6 +16,8 @@ from azu.money.ledger.transfers import Settle
 
 # Longer than any ingress takes from here to the reservation.
 _LOST_AFTER_MS = 600_000
+# A key with a high limit is corrected after so many jobs too: all that are counted are added up for each job.
+_CORRECTED_EVERY = 512
 ENDED = "ended"
 
 # Lua's numbers are exact to 2^53 lamports, which is 90 million HYPE.
@@ -27,7 +29,7 @@ for _, value in ipairs(redis.call('HVALS', KEYS[1])) do
 end
 if spent > tonumber(ARGV[4]) then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3])
-return 1
+return redis.call('HLEN', KEYS[1])
 """
 _END = """
 if redis.call('HDEL', KEYS[1], ARGV[1]) == 1 then
@@ -55,10 +57,10 @@ class SpendLimits:
         if (limit := key.spend_limit_lamports) is None:
             return
         taken = CountedJob(job_id, lamports, now_ms)
-        if await self._spending.take(key.key_id, taken, limit):
-            return
-        await self.correct(key, now_ms)
-        if not await self._spending.take(key.key_id, taken, limit):
+        counted = await self._spending.take(key.key_id, taken, limit)
+        if counted % _CORRECTED_EVERY == 0:
+            await self.correct(key, now_ms)
+        if not counted and not await self._spending.take(key.key_id, taken, limit):
             raise InsufficientBalance(
                 f"this may take {lamports} lamports; the key's limit is {limit}",
                 code="spend_limit_reached",
@@ -111,10 +113,10 @@ class RedisSpending:
         self._take = redis.register_script(_TAKE)
         self._end = redis.register_script(_END)
 
-    async def take(self, key_id: str, taken: CountedJob, limit_lamports: int) -> bool:
-        """Count a job against its key; return False, without counting, if that exceeded the limit."""
+    async def take(self, key_id: str, taken: CountedJob, limit_lamports: int) -> int:
+        """Count a job against its key; return how many are counted, 0 if this one exceeded the limit."""
         arguments: list[str | int] = [taken.job_id, taken.lamports, taken.at_ms, limit_lamports]
-        return bool(await self._take([_key(key_id)], arguments))
+        return int(await self._take([_key(key_id)], arguments))
 
     async def open(self, key_id: str) -> list[CountedJob]:
         """Return the jobs that count with their highest price."""

@@ -5,8 +5,11 @@ import asyncio
 import pytest
 
 from azu.errors import AzuError, InsufficientBalance, Unauthenticated
+from azu.money import spend_limits
 from azu.money.ledger.transfers import user_reserved
+from azu.money.spend_limits import RedisSpending
 from azu.protocol.job import FinishReason, Job, JobRun
+from azu.redis_client import connect_redis
 from tests.builders import ALICE
 from tests.jobs.test_settlement import PAYOUTS, WORK, Billing
 
@@ -73,6 +76,26 @@ def test_the_part_of_the_limit_that_a_job_did_not_use_can_be_spent_again(redis_u
         # Other keys of the address have no limit, or their own.
         await billing.accept(key_id="key-2", spend_limit_lamports=MOST)
         await billing.accept(key_id="key-3")
+
+    asyncio.run(scenario())
+
+
+def test_a_key_with_a_high_limit_counts_few_of_the_jobs_that_have_ended(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spend_limits, "_CORRECTED_EVERY", 8)
+
+    async def scenario() -> None:
+        billing = Billing(redis_url)
+        await billing.deposit(100 * MOST)
+        run = JobRun(6, FinishReason.STOP, WORK, payout_by_node=PAYOUTS)
+        for _ in range(40):
+            job = await billing.accept(key_id="key-1", spend_limit_lamports=100 * MOST)
+            await billing.settlement.settle(job, run)
+        spending = RedisSpending(connect_redis(redis_url))
+
+        assert len(await spending.open("key-1")) < 8
+        assert 40 * 80 <= await spending.spent("key-1") < 40 * 80 + 8 * (MOST - 80)
 
     asyncio.run(scenario())
 
