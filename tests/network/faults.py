@@ -30,12 +30,18 @@ class Struck(Exception):
 
 
 def strike(name):
+    armed = os.path.join(FOLDER, "armed", name)
     try:
-        os.unlink(os.path.join(FOLDER, "armed", name))
+        with open(armed) as file:
+            if file.read() not in ("", str(os.getpid())):
+                return
+        os.unlink(armed)
     except OSError:
         return
-    with open(os.path.join(FOLDER, "struck", name), "w") as file:
+    struck = os.path.join(FOLDER, "struck", name)
+    with open(struck + ".new", "w") as file:
         file.write(str(os.getpid()))
+    os.replace(struck + ".new", struck)
     raise Struck(name)
 
 
@@ -108,10 +114,13 @@ class Faults:
         assert "sitecustomize" not in sys.modules or not hasattr(sys.modules["sitecustomize"], "METHODS")
         return cls(folder)
 
-    def arm(self, method: str) -> None:
-        """Have the next call of a method raise, in whichever process it comes first."""
+    def arm(self, method: str, pid: int | None = None) -> None:
+        """Have the next call of a method raise, in this process or in whichever it comes first."""
         self._struck(method).unlink(missing_ok=True)
-        self._armed(method).touch()
+        # Renamed into place: a process never reads half of it.
+        new = self.folder / "armed.new"
+        new.write_text("" if pid is None else str(pid))
+        new.replace(self._armed(method))
 
     def disarm(self, method: str) -> None:
         """Have a method raise no more."""
@@ -121,12 +130,13 @@ class Faults:
         """Return whether a method has raised since it was armed."""
         return self._struck(method).exists()
 
-    def wait_until_struck(self, method: str, timeout_s: float) -> None:
-        """Wait until a method has raised."""
+    def wait_until_struck(self, method: str, timeout_s: float) -> int:
+        """Wait until a method has raised, and return the id of the process."""
         deadline_s = time.monotonic() + timeout_s
         while not self.has_struck(method):
             assert time.monotonic() < deadline_s, f"{method} was not called"
             time.sleep(_POLL_S)
+        return int(self._struck(method).read_text())
 
     def _armed(self, method: str) -> Path:
         return self.folder / "armed" / method.partition(":")[2]
