@@ -204,7 +204,8 @@ class Deployment:
         """
         if self.state is not DeploymentState.SERVING:
             return None
-        return await self._backend.look(self._pipeline_name())
+        look = await self._backend.look(self._pipeline_name())
+        return replace(look, is_computing=self._pieces.is_computing)
 
     def restart_pipeline(self) -> None:
         """Have the pipeline replaced although it answers; its jobs go on in its successor."""

@@ -53,6 +53,11 @@ class PieceWatch:
         return 1.0 if self._progress is None else self._progress.slowdown
 
     @property
+    def is_computing(self) -> bool:
+        """Whether the piece was in a step when it answered last."""
+        return self._progress is not None and self._progress.state is not PieceState.IDLE
+
+    @property
     def bound_s(self) -> float:
         """How long the count may stand still."""
         now = self._progress

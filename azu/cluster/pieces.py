@@ -104,6 +104,11 @@ class PieceActors:
         actors = self._running.values()
         return any(one.pulse is Pulse.SLOW or one.slowdown >= SLOW_FACTOR for one in actors)
 
+    @property
+    def is_computing(self) -> bool:
+        """Whether a piece is in a step."""
+        return any(one.watch is not None and one.watch.is_computing for one in self._running.values())
+
     def slow_factors(self) -> dict[str, float]:
         """Return the factor by which each node is slowed down more than the others are."""
         slowdowns = {key: actor.slowdown for key, actor in self._running.items()}

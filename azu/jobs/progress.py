@@ -99,11 +99,17 @@ class Watchdog:
         if look is None:
             return self._while_repaired(passed_s)
         bound_s = max(STILL_S, STILL_STEPS * look.step_s)
-        self._pipeline.see(look.num_completed, passed_s, can_move=bool(look.moved))
+        # A step that is computed is waited for, however slowly: each piece has a watch of its own.
+        is_in_step = look.is_computing and look.num_completed == self._pipeline.value
+        counted_s = 0.0 if is_in_step else passed_s
+        self._pipeline.see(look.num_completed, counted_s, can_move=bool(look.moved))
         if self._pipeline.needs_help(bound_s):
             remedy = Remedy.REPLAY if self._pipeline.helped == 1 else Remedy.RESTART
             return [Standstill(remedy, self._pipeline.still_s)]
-        found = [self._job(job_id, mark, look, passed_s, bound_s) for job_id, mark in self._jobs.items()]
+        found = [
+            self._job(job_id, mark, look, counted_s if job_id in look.moved else passed_s, bound_s)
+            for job_id, mark in self._jobs.items()
+        ]
         return [finding for finding in found if finding is not None]
 
     def _while_repaired(self, passed_s: float) -> list[Standstill]:

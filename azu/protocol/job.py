@@ -163,13 +163,14 @@ class PipelineLook:
 
     `num_completed` counts the steps that came back, replays included; `step_s` is what its last ones took.
     `moved` has a number for each of its jobs that changes whenever the job comes further; those in `no_room`
-    wait for blocks of the KV cache.
+    wait for blocks of the KV cache. `is_computing` says whether a piece is in a step.
     """
 
     num_completed: int
     step_s: float
     moved: Mapping[str, int] = field(default_factory=dict)
     no_room: frozenset[str] = frozenset()
+    is_computing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -464,6 +464,23 @@ def test_a_piece_that_comes_on_slowly_is_waited_for(redis_url: str, monkeypatch:
     run(redis_url, scenario)
 
 
+def test_a_look_at_the_pipeline_says_whether_a_piece_computes(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(model: Model) -> None:
+        computing = []
+        for state in (PieceState.BUSY, PieceState.WAITING, PieceState.IDLE):
+            model.backend.stage(2).answers.put_nowait(PieceProgress(1, 0, state, 1.0))
+            await model.pass_time(1)
+            look = await model.deployment.look()
+            assert look is not None
+            computing.append(look.is_computing)
+        assert computing == [True, True, False]
+
+    monkeypatch.setattr("azu.cluster.pieces._LOOK_S", 0.0)
+    run(redis_url, scenario)
+
+
 def test_a_stage_is_linked_after_its_step_however_long_that_is_unless_it_dies(redis_url: str) -> None:
     async def scenario(model: Model) -> None:
         model.backend.long_steps = {0, 2}

@@ -32,6 +32,7 @@ class Pipeline:
     no_room: frozenset[str] = frozenset()
     expected: tuple[str, ...] = ("a", "b")
     repaired: bool = False
+    computing: bool = False
     now_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -45,7 +46,9 @@ class Pipeline:
             self.now_s += PERIOD_S
             self.completed += stepping
             self.moved = {job: number + (job in moving) for job, number in self.moved.items()}
-            look = PipelineLook(self.completed, self.step_s, dict(self.moved), self.no_room)
+            look = PipelineLook(
+                self.completed, self.step_s, dict(self.moved), self.no_room, is_computing=self.computing
+            )
             new = self.watchdog.look(self.expected, None if self.repaired else look)
             times += [self.now_s] * len(new)
             found += new
@@ -69,6 +72,26 @@ def test_a_slow_pipeline_has_fifty_steps_of_time() -> None:
 
     assert pipeline.run(STILL_STEPS * 10.0 - PERIOD_S, stepping=False) == []
     assert pipeline.run(3 * PERIOD_S, stepping=False) != []
+
+
+def test_a_step_that_is_computed_is_waited_for_however_slowly() -> None:
+    pipeline = Pipeline(step_s=0.0, computing=True)
+
+    assert pipeline.run(3600, stepping=False) == []
+    pipeline.computing = False
+    assert pipeline.run(STILL_S, stepping=False) == [(3600 + STILL_S, "replay", "")]
+
+
+def test_a_job_that_the_pipeline_does_not_hold_is_asked_for_during_a_long_step() -> None:
+    found = Pipeline(moved={"b": 1}, computing=True).run(UNHELD_S + PERIOD_S, stepping=False)
+
+    assert [(remedy, job) for _, remedy, job in found] == [("ask", "a")]
+
+
+def test_a_job_that_stands_still_is_found_while_others_compute() -> None:
+    found = Pipeline(computing=True).run(STILL_S + PERIOD_S, moving="b")
+
+    assert found == [(STILL_S + PERIOD_S, "replay", "a")]
 
 
 def test_a_step_ends_the_alarm() -> None:
