@@ -27,7 +27,9 @@ class SubmittedJob(ResponseModel):
 class ReceiptLines(ResponseModel):
     """What a job cost and which nodes ran it. `worker_lamports` is keyed by payout address.
 
-    charged = platform + sum of workers. `token_layers` is tokens times layers, the unit of the price.
+    charged = platform + held + sum of workers. `held_lamports` is the part of the workers' shares whose owner
+    is unknown. `prompt_tokens` and `completion_tokens` are those that are charged; `token_layers` is their
+    sum times the layers, the unit of the price.
     """
 
     job_id: str
@@ -44,6 +46,7 @@ class ReceiptLines(ResponseModel):
     worker_lamports: Mapping[str, int]
     transfer_id: str
     topology: tuple[PieceLine, ...]
+    held_lamports: int = 0
     token_layers: int
 
 

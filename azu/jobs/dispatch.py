@@ -15,6 +15,7 @@ from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, NotFoun
 from azu.jobs.progress import ProgressWatch, RunningJob, too_old
 from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
+from azu.jobs.run_check import checked
 from azu.jobs.settlement import Settlement
 from azu.logs import log_context
 from azu.metrics import JOBS_ENDED
@@ -193,7 +194,7 @@ class Dispatcher:
                 # The job ran before and may have delivered something: the deployment knows.
                 await asyncio.sleep(0)
                 await deployment.cancel(job.job_id)
-            run = await running
+            run = checked(await running, job)
             if isinstance(run.error, NumericsError) and (other := self._cluster.beside(deployment)):
                 return await self._in_another(job, run.error, deployment, other)
             return run
@@ -220,7 +221,7 @@ class Dispatcher:
         other.expect(job.job_id)
         self._running[job.job_id] = one = RunningJob(job, other)
         try:
-            run = await one.run()
+            run = checked(await one.run(), job)
         finally:
             other.let_go(job.job_id)
         if run.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -260,7 +261,7 @@ async def keep_trying(
     while True:
         run = await once()
         is_further = run.completion_tokens > kept.completion_tokens
-        if is_further or not kept.completion_tokens:
+        if is_further or _came_as_far(run, kept):
             kept = run
         else:
             # This try added nothing; what was delivered before stays delivered, and paid.
@@ -277,6 +278,11 @@ async def keep_trying(
         log.warning("the job is tried again in %.1f s: %s", wait_s, run.error.message)
         if not await wait(wait_s):
             return replace(kept, finish_reason=FinishReason.CANCELLED, error=None)
+
+
+def _came_as_far(run: JobRun, kept: JobRun) -> bool:
+    """Say whether a try that brought no token is to be kept instead of the tries before it."""
+    return not kept.completion_tokens and run.prompt_tokens_ran >= kept.prompt_tokens_ran
 
 
 def _may_pass(error: AzuError, *, had_workers: bool) -> bool:

@@ -147,7 +147,7 @@ class RunningJob:
         self._error: AzuError | None = None
 
     async def run(self) -> JobRun:
-        """Run the job to its end, or until it is abandoned: then nothing is charged."""
+        """Run the job to its end, or until it is abandoned: then nothing is known of its work."""
         while self._error is None:
             self._is_asked_again = False
             self._call = asyncio.ensure_future(self.deployment.run(self.job))

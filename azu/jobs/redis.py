@@ -113,6 +113,13 @@ class RedisJobs:
         record = await self.get(job_id)
         return None if record is None or record.outcome is None else record.outcome.receipt
 
+    async def delivered(self, job_id: str) -> int:
+        """Return how many completion tokens of a job are written. Raises NotFound."""
+        ((delivered, _),) = await self._reader.standing([job_id])
+        if delivered is None:
+            raise _unknown(job_id)
+        return int(delivered)
+
     async def states(self, job_ids: Sequence[str]) -> list[JobState | None]:
         """Return the jobs' states; None for an id that was never submitted."""
         async with self._redis.pipeline(transaction=False) as pipeline:

@@ -1,13 +1,27 @@
-"""The end of a job: charge the delivered tokens, pay the workers, release the rest, write the outcome."""
+"""The end of a job: charge the delivered tokens, pay the workers, release the rest, write the outcome.
 
+Every job ends. What a run says of work decides only who gets the workers' part of the charge, and what the
+books refuse three times ends without them.
+"""
+
+import logging
+import re
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
-from azu.errors import AzuError, LedgerError
+from azu.addresses import ADDRESS_PATTERN
+from azu.errors import AzuError, LedgerError, TransferConflict
 from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
 from azu.money.books import Books
-from azu.money.pricing import charge, divide
+from azu.money.pricing import charge, charged_prompt, divide
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState, Receipt
+from azu.supervision import AWAY
+
+log = logging.getLogger(__name__)
+
+_ADDRESS = re.compile(ADDRESS_PATTERN)
 
 _STATES = {FinishReason.ERROR: JobState.FAILED, FinishReason.CANCELLED: JobState.CANCELLED}
 
@@ -24,27 +38,36 @@ class Settlement:
         self._platform_percent = platform_percent
 
     async def give_up(self, record: JobRecord, error: AzuError) -> None:
-        """End a job that cannot be settled, with an error; its whole reservation is released.
+        """End a job whose end failed again and again, with an error, whatever the books say to it.
 
-        Only where its planned end was settled before does the job end as planned.
+        Its delivered tokens are charged, and the workers' part is held. Where the books refuse that too, all
+        is released; where its reservation has ended before, the job ends as planned.
         """
         job = record.job
-        nothing = JobRun(completion_tokens=0, finish_reason=FinishReason.ERROR, error=error)
-        outcome = self._outcome(job, nothing)
-        try:
-            await self._books.settle(outcome.receipt)
-        except LedgerError as refused:
-            if refused.code != "hold_ended":
+        delivered = JobRun(await self._jobs.delivered(job.job_id), FinishReason.ERROR, error=error)
+        nothing = replace(delivered, completion_tokens=0)
+        for outcome in (self._outcome(job, delivered), self._outcome(job, nothing)):
+            try:
+                await self._books.settle(outcome.receipt)
+                break
+            except AWAY:
                 raise
-            outcome = record.ending or outcome
+            except Exception as refused:
+                log.error("the books refuse this end: %s", refused, extra={"job_id": job.job_id})
+                has_ended = isinstance(refused, LedgerError) and refused.code == "hold_ended"
+                if has_ended or isinstance(refused, TransferConflict):
+                    outcome = record.ending or outcome  # noqa: PLW2901 - the books have ended it so
+                    break
         await self._jobs.finish(job.job_id, outcome)
 
     async def settle(self, job: Job, run: JobRun) -> JobOutcome:
         """End a job: charge the delivered tokens or release the whole reservation, then write the outcome.
 
-        The outcome is fixed first. A scheduler that takes the job after a crash may run it again with another
-        result; it ends the job with the outcome that was fixed before.
+        The tokens in the job's stream are charged, however many the run says there are. The outcome is fixed
+        first: a scheduler that takes the job after a crash may run it again with another result, and ends
+        the job with the outcome that was fixed before.
         """
+        run = replace(run, completion_tokens=await self._jobs.delivered(job.job_id))
         outcome = await self._jobs.plan_end(job.job_id, self._outcome(job, run))
         await self.conclude(job, outcome)
         return outcome
@@ -63,25 +86,28 @@ class Settlement:
         )
 
     def _receipt(self, job: Job, run: JobRun) -> Receipt:
-        # A job without a delivered token costs nothing, its prompt included.
-        prompt_tokens = len(job.prompt_token_ids) if run.completion_tokens else 0
-        charged = charge(prompt_tokens, run.completion_tokens, job.num_layers, self._price)
-        division = divide(
-            charged, self._platform_percent, _by_payout(run.work, run.payout_by_node), job.num_layers
-        )
+        num_prompt = len(job.prompt_token_ids)
+        # A pipeline may have written more than was asked for, and no job costs more than it reserved.
+        delivered = min(run.completion_tokens, job.choices * job.sampling.max_tokens)
+        # What azu ends before the first token costs nothing, whatever ran.
+        ran = run.prompt_tokens_ran if run.finish_reason is FinishReason.CANCELLED else 0
+        charged = charge(num_prompt, delivered, job.num_layers, self._price, ran)
+        division = divide(charged, self._platform_percent, run.work, job.num_layers)
+        workers, unowned = _by_payout(division.workers, run.payout_by_node)
         return Receipt(
             job_id=job.job_id,
             address=job.address,
             model_id=job.model_id,
             revision=job.revision,
-            prompt_tokens=len(job.prompt_token_ids),
-            completion_tokens=run.completion_tokens,
+            prompt_tokens=charged_prompt(num_prompt, delivered, ran),
+            completion_tokens=delivered,
             num_layers=job.num_layers,
             lamports_per_token_layer=self._price,
             charged_lamports=charged,
             released_lamports=job.reserved_lamports - charged,
             platform_lamports=division.platform_lamports,
-            worker_lamports=division.workers,
+            held_lamports=division.held_lamports + unowned,
+            worker_lamports=workers,
             transfer_id=_transfer_id(job, charged),
             topology=run.placements,
         )
@@ -91,14 +117,13 @@ def _transfer_id(job: Job, charged: int) -> str:
     return f"{'settle' if charged else 'release'}:{job.job_id}"
 
 
-def _by_payout(
-    work: Mapping[int, Mapping[str, int]], payout_by_node: Mapping[str, str]
-) -> dict[int, dict[str, int]]:
-    """Return work keyed by payout address; the nodes of one owner are added up."""
-    merged: dict[int, dict[str, int]] = {}
-    for layer, by_node in work.items():
-        shares = merged.setdefault(layer, {})
-        for node_id, activated in by_node.items():
-            payout = payout_by_node[node_id]
-            shares[payout] = shares.get(payout, 0) + activated
-    return merged
+def _by_payout(by_node: Mapping[str, int], payout_by_node: Mapping[str, str]) -> tuple[dict[str, int], int]:
+    """Return shares by payout address, and the lamports of nodes that have none."""
+    shares, unowned = Counter[str](), 0
+    for node_id, lamports in by_node.items():
+        payout = payout_by_node.get(node_id, "")
+        if _ADDRESS.fullmatch(payout):
+            shares[payout] += lamports
+        else:
+            unowned += lamports
+    return dict(shares), unowned

@@ -4,19 +4,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from azu.errors import InternalError
+
+def charged_prompt(prompt_tokens: int, completion_tokens: int, prompt_tokens_ran: int) -> int:
+    """Return how many prompt tokens are charged: all once there is a token, before that those that ran.
+
+    `prompt_tokens_ran` is 0 for a job that azu itself ended: before its first token it costs nothing.
+    """
+    return prompt_tokens if completion_tokens else min(prompt_tokens, prompt_tokens_ran)
 
 
-def charge(prompt_tokens: int, completion_tokens: int, num_layers: int, lamports_per_token_layer: int) -> int:
+def charge(
+    prompt_tokens: int,
+    completion_tokens: int,
+    num_layers: int,
+    lamports_per_token_layer: int,
+    prompt_tokens_ran: int = 0,
+) -> int:
     """Return the lamports for what was delivered: (prompt + completion tokens) x layers x price.
 
-    EOS counts as a token; the prompt counts once, however many completions share it; nothing is charged
-    before the first token.
+    EOS counts as a token; the prompt counts once, however many completions share it. Without a token only
+    `prompt_tokens_ran` are charged: the prompt tokens that ran before the job's own client left.
     """
-    assert min(prompt_tokens, completion_tokens, num_layers, lamports_per_token_layer) >= 0
-    if completion_tokens == 0:
-        return 0
-    return (prompt_tokens + completion_tokens) * num_layers * lamports_per_token_layer
+    assert min(prompt_tokens, completion_tokens, num_layers, lamports_per_token_layer, prompt_tokens_ran) >= 0
+    charged = charged_prompt(prompt_tokens, completion_tokens, prompt_tokens_ran) + completion_tokens
+    return charged * num_layers * lamports_per_token_layer
 
 
 def max_charge(
@@ -28,52 +39,49 @@ def max_charge(
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """A charge divided: the platform's lamports, and payout address -> lamports."""
+    """A charge divided: the platform's lamports, payee -> lamports, and those whose owner is unknown."""
 
     platform_lamports: int
     workers: Mapping[str, int]
+    held_lamports: int = 0
 
 
 def divide(
     charged_lamports: int, platform_percent: int, work: Mapping[int, Mapping[str, int]], num_layers: int
 ) -> Division:
-    """Divide a charge so that platform and workers sum to it exactly.
+    """Divide a charge so that platform, workers and what is held sum to it exactly, whatever `work` says.
 
-    `work` maps layer -> payout address -> parameter bytes activated there for charged tokens. Each layer
-    has the same weight; within a layer the bytes count. Raises InternalError for impossible work.
+    `work` maps layer -> payee -> parameter bytes activated there for charged tokens. Each layer has the same
+    weight; within a layer the bytes count. The share of a layer without work, or with less than no work of a
+    payee, is held. Work in layers that the model does not have counts for nothing.
     """
     assert charged_lamports >= 0
     assert 0 <= platform_percent <= 100
-    _check(work, num_layers)
-    ran = [layer for layer in work.values() if sum(layer.values())]
-    # One rounding for both: the platform gets the remainder.
+    ran = [layer for index in range(num_layers) if _is_possible(layer := work.get(index, {}))]
+    # One rounding for all of them: the platform gets the remainder.
+    share = charged_lamports * (100 - platform_percent) // 100
     pot = charged_lamports * (100 - platform_percent) * len(ran) // (100 * max(num_layers, 1))
-    workers = _by_largest_remainder(pot, _claims(ran))
-    return Division(charged_lamports - pot, workers)
+    return Division(charged_lamports - share, _by_largest_remainder(pot, _claims(ran)), share - pot)
 
 
-def _check(work: Mapping[int, Mapping[str, int]], num_layers: int) -> None:
-    for layer, by_payout in work.items():
-        if not 0 <= layer < num_layers:
-            raise InternalError(f"work was recorded for layer {layer} of a model with {num_layers}")
-        if min(by_payout.values(), default=0) < 0:
-            raise InternalError(f"less than no work was recorded for layer {layer}")
+def _is_possible(by_payee: Mapping[str, int]) -> bool:
+    return min(by_payee.values(), default=0) >= 0 and sum(by_payee.values()) > 0
 
 
 def _claims(ran: list[Mapping[str, int]]) -> dict[str, Fraction]:
-    """Return each payout's part of the pot; the parts sum to one."""
+    """Return each payee's part of the pot; the parts sum to one."""
     claims: dict[str, Fraction] = {}
-    for by_payout in ran:
-        whole = sum(by_payout.values()) * len(ran)
-        for payout, activated_bytes in by_payout.items():
-            claims[payout] = claims.get(payout, Fraction()) + Fraction(activated_bytes, whole)
+    for by_payee in ran:
+        whole = sum(by_payee.values()) * len(ran)
+        for payee, activated_bytes in by_payee.items():
+            claims[payee] = claims.get(payee, Fraction()) + Fraction(activated_bytes, whole)
     return claims
 
 
 def _by_largest_remainder(pot: int, claims: Mapping[str, Fraction]) -> dict[str, int]:
-    exact = {payout: pot * claim for payout, claim in claims.items()}
-    shares = {payout: int(amount) for payout, amount in exact.items()}
+    exact = {payee: pot * claim for payee, claim in claims.items()}
+    shares = {payee: int(amount) for payee, amount in exact.items()}
     left = pot - sum(shares.values())
-    for payout in sorted(exact, key=lambda payout: (shares[payout] - exact[payout], payout))[:left]:
-        shares[payout] += 1
+    for payee in sorted(exact, key=lambda payee: (shares[payee] - exact[payee], payee))[:left]:
+        shares[payee] += 1
     return shares

@@ -87,8 +87,9 @@ class Placement:
 class Receipt:
     """The cost of a job and the workers' shares; the amounts sum exactly.
 
-    charged = platform + sum of workers; charged + released = reserved.
-    `worker_lamports` is keyed by payout address.
+    charged = platform + held + sum of workers; charged + released = reserved. `worker_lamports` is keyed by
+    payout address. `held_lamports` is the part of the workers' shares whose owner is unknown. The tokens are
+    those that are charged: charged = token_layers * lamports_per_token_layer.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -107,6 +108,7 @@ class Receipt:
     worker_lamports: Mapping[str, int]
     transfer_id: str
     topology: tuple[Placement, ...] = ()
+    held_lamports: int = 0
 
     @property
     def token_layers(self) -> int:
@@ -134,8 +136,9 @@ class JobRun:
     """What a job's sequences did until they ended, and where.
 
     `work` maps layer -> node id -> parameter bytes activated for tokens that are charged, as the pipeline
-    counted it. `payout_by_node` has the address to pay for every node that ever ran a piece; `placements`
-    are the receipt's lines.
+    counted it. `prompt_tokens_ran` counts the prompt tokens that ran, each once however often it ran.
+    `payout_by_node` has the address to pay for every node that ever ran a piece; `placements` are the
+    receipt's lines.
     """
 
     completion_tokens: int
@@ -144,6 +147,7 @@ class JobRun:
     error: AzuError | None = None
     payout_by_node: Mapping[str, str] = field(default_factory=dict)
     placements: tuple[Placement, ...] = ()
+    prompt_tokens_ran: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from azu.jobs.settlement import Settlement
 from azu.money.books import Books
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Deposit, user_available, user_reserved, worker_earned
-from azu.protocol.job import FinishReason, Job, JobRun, JobState
+from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState, TokenEvent
 from azu.protocol.sampling import SamplingParams
 from azu.redis_client import connect_redis
 from tests import builders
@@ -54,6 +54,16 @@ class Billing:
         prompt = tuple(range(1, prompt_tokens + 1))
         return await self.intake.accept(api_key(**key), MODEL, prompt, sampling)
 
+    async def deliver(self, job: Job, tokens: int) -> None:
+        """Write tokens of a job as a pipeline does."""
+        if tokens:
+            await self.jobs.append([(job.job_id, TokenEvent(0, (7,) * tokens))])
+
+    async def end(self, job: Job, run: JobRun) -> JobOutcome:
+        """Deliver the tokens of a run, and settle it."""
+        await self.deliver(job, run.completion_tokens)
+        return await self.settlement.settle(job, run)
+
     async def balances(self) -> tuple[int, int]:
         return (
             await self.ledger.balance(user_available(ALICE)),
@@ -69,7 +79,7 @@ def test_a_job_reserves_its_highest_price_and_pays_for_the_delivered_tokens(redi
         assert job.reserved_lamports == 2 * 4 * (4 + 10)
         assert await billing.balances() == (1_000 - 112, 112)
 
-        outcome = await billing.settlement.settle(job, RUN)
+        outcome = await billing.end(job, RUN)
 
         receipt = outcome.receipt
         assert receipt.charged_lamports == 2 * 4 * (4 + 6)
@@ -87,7 +97,7 @@ def test_settling_twice_changes_nothing(redis_url: str) -> None:
         billing = Billing(redis_url)
         await billing.deposit(1_000)
         job = await billing.accept()
-        first = await billing.settlement.settle(job, RUN)
+        first = await billing.end(job, RUN)
         balances = await billing.ledger.balances()
 
         second = await billing.settlement.settle(job, RUN)
@@ -105,7 +115,7 @@ def test_nothing_is_charged_before_the_first_token(redis_url: str) -> None:
         job = await billing.accept()
 
         run = JobRun(0, FinishReason.ERROR, error=WorkerLost("stage 1 was lost"))
-        outcome = await billing.settlement.settle(job, run)
+        outcome = await billing.end(job, run)
 
         assert outcome.state is JobState.FAILED
         assert outcome.error is not None
@@ -165,7 +175,7 @@ def test_a_job_that_runs_again_ends_with_the_outcome_that_was_fixed_first(
         billing = Billing(redis_url)
         await billing.deposit(1_000)
         job = await billing.accept()
-        first = await billing.settlement.settle(job, RUN)
+        first = await billing.end(job, RUN)
 
         other = JobRun(9, FinishReason.LENGTH, {0: {"b": 1}}, payout_by_node=PAYOUTS)
         again = await billing.settlement.settle(job, other)

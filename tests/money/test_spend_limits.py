@@ -68,9 +68,9 @@ def test_the_part_of_the_limit_that_a_job_did_not_use_can_be_spent_again(redis_u
         assert (await refusal(billing, **limit)).code == "spend_limit_reached"
 
         # It is charged 80 of its 112.
-        await billing.settlement.settle(first, JobRun(6, FinishReason.STOP, WORK, payout_by_node=PAYOUTS))
+        await billing.end(first, JobRun(6, FinishReason.STOP, WORK, payout_by_node=PAYOUTS))
         second = await billing.accept(**limit)
-        await billing.settlement.settle(second, JobRun(10, FinishReason.LENGTH, WORK, payout_by_node=PAYOUTS))
+        await billing.end(second, JobRun(10, FinishReason.LENGTH, WORK, payout_by_node=PAYOUTS))
 
         assert (await refusal(billing, **limit)).code == "spend_limit_reached"
         # Other keys of the address have no limit, or their own.

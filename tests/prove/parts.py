@@ -65,6 +65,11 @@ PARTS = (
         ),
     ),
     Part(
+        "money: hostile runs",
+        "2,000 jobs whose pipelines answer anything: each ends, pays by count, and its shares sum exactly",
+        pytest("tests/jobs/test_dispatch.py", "-m", "prove"),
+    ),
+    Part(
         "money: claims",
         "1,000 copies of one claim credit once, 1,000 bad claims credit nothing",
         pytest("tests/money/treasury/test_request_reply.py", "-m", "prove"),

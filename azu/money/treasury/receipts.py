@@ -22,9 +22,14 @@ def job_end(receipt: Receipt) -> Settle | Release:
         id=receipt.transfer_id,
         job_id=receipt.job_id,
         charged_lamports=receipt.charged_lamports,
-        platform_lamports=receipt.platform_lamports,
+        platform_lamports=_kept(receipt),
         shares=receipt.worker_lamports,
     )
+
+
+def _kept(receipt: Receipt) -> int:
+    """Return what stays with azu of a charge: what is held has no account of its own yet."""
+    return receipt.platform_lamports + receipt.held_lamports
 
 
 class ReceiptSigner:

@@ -37,7 +37,7 @@ def settlements(draw: st.DrawFn, jobs: st.SearchStrategy[str] = JOBS) -> Settle:
         id=f"settle:{job}",
         job_id=job,
         charged_lamports=charged,
-        platform_lamports=division.platform_lamports,
+        platform_lamports=division.platform_lamports + division.held_lamports,
         shares=division.workers,
     )
 

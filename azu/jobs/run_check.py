@@ -1,0 +1,70 @@
+"""What can be true of a run: a pipeline's answer is data of another process, and may say anything."""
+
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+from azu.errors import AzuError, InternalError
+from azu.protocol.job import FinishReason, Job, JobRun
+
+log = logging.getLogger(__name__)
+
+# More bytes than any node activates for one job; the division computes with exact fractions.
+_MOST_BYTES = 2**64
+_MOST_NODES = 1000
+_MOST_ID_CHARACTERS = 200
+
+
+def checked(found: object, job: Job) -> JobRun:
+    """Return a run of a job in which nothing is impossible: what is, is left out.
+
+    Work that is impossible for one node leaves its whole layer without work.
+    """
+    if not isinstance(found, JobRun):
+        refused = InternalError(f"the pipeline answered with a {type(found).__name__}")
+        return JobRun(completion_tokens=0, finish_reason=FinishReason.ERROR, error=refused)
+    error = _error(found)
+    is_reason = isinstance(found.finish_reason, FinishReason)
+    work = found.work if isinstance(found.work, Mapping) else {}
+    run = replace(
+        found,
+        completion_tokens=_count(found.completion_tokens, job.choices * job.sampling.max_tokens),
+        prompt_tokens_ran=_count(found.prompt_tokens_ran, len(job.prompt_token_ids)),
+        finish_reason=found.finish_reason if is_reason and error is None else FinishReason.ERROR,
+        work={layer: work[layer] for layer in range(job.num_layers) if _is_work(work.get(layer))},
+        error=error,
+    )
+    if run != found:
+        log.error("the pipeline's answer cannot be true, and counts as %s", run)
+    return run
+
+
+def _count(number: object, most: int) -> int:
+    return min(max(0, number), most) if type(number) is int else 0
+
+
+def _is_work(by_node: object) -> bool:
+    return (
+        isinstance(by_node, Mapping)
+        and len(by_node) <= _MOST_NODES
+        and all(isinstance(node, str) and len(node) <= _MOST_ID_CHARACTERS for node in by_node)
+        and all(type(number) is int and 0 <= number < _MOST_BYTES for number in by_node.values())
+    )
+
+
+def _error(run: JobRun) -> AzuError | None:
+    """Return the error of a run; one that no answer could carry is replaced."""
+    error = run.error
+    if error is None and run.finish_reason in (
+        FinishReason.STOP,
+        FinishReason.LENGTH,
+        FinishReason.CANCELLED,
+    ):
+        return None
+    with suppress(Exception):
+        if isinstance(error, AzuError) and all(
+            isinstance(field, str | None) for field in error.to_openai()["error"].values()
+        ):
+            return error
+    return InternalError("the pipeline ended the job and did not say why")
