@@ -91,7 +91,7 @@ def test_a_key_with_a_high_limit_counts_few_of_the_jobs_that_have_ended(
         run = JobRun(6, FinishReason.STOP, WORK, payout_by_node=PAYOUTS)
         for _ in range(40):
             job = await billing.accept(key_id="key-1", spend_limit_lamports=100 * MOST)
-            await billing.settlement.settle(job, run)
+            await billing.end(job, run)
         spending = RedisSpending(connect_redis(redis_url))
 
         assert len(await spending.open("key-1")) < 8
