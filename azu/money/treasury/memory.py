@@ -1,5 +1,6 @@
 """What the treasury remembers in a file of its own: it signs nothing while Redis knows less than that."""
 
+import asyncio
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ class Memory:
         self._losses = ledger.losses
         self._outbox = outbox
         self._open: Loss | None = None
+        self._looking = asyncio.Lock()
         kept = _read(path) if path is not None and path.exists() else _Remembered()
         self._losses.mark, self._outbox.writes = kept.journal, kept.payout_writes
 
@@ -45,27 +47,29 @@ class Memory:
 
         Raises Unavailable while Redis is away.
         """
-        await self._outbox.look()
-        if self._outbox.lost:
-            await self._losses.note(Mark(), payout_writes=self._outbox.lost)
-        loss = await self._losses.look()
-        if loss is None and self._open is not None:
-            # Redis lost its own note of the loss.
-            await self._losses.note(
-                Mark(), entries=self._open.entries, payout_writes=self._open.payout_writes
-            )
-            loss = await self._losses.open_loss()
-        if loss is not None and loss.is_accepted:
-            await self._outbox.forget()
-            await self._losses.settle()
-            self._open = None
-            self.keep()
-            _LOG.warning("%s, which was accepted: payouts and receipts are signed again", loss)
-            return True
-        if loss != self._open:
-            _LOG.error("%s: nothing is signed until `azu treasury accept-loss`", loss)
-            self._open = loss
-        return loss is None
+        # A second call would find a loss settled before the first has taken note, and write it again.
+        async with self._looking:
+            await self._outbox.look()
+            if self._outbox.lost:
+                await self._losses.note(Mark(), payout_writes=self._outbox.lost)
+            loss = await self._losses.look()
+            if loss is None and self._open is not None:
+                # Redis lost its own note of the loss.
+                await self._losses.note(
+                    Mark(), entries=self._open.entries, payout_writes=self._open.payout_writes
+                )
+                loss = await self._losses.open_loss()
+            if loss is not None and loss.is_accepted:
+                await self._outbox.forget()
+                await self._losses.settle()
+                self._open = None
+                self.keep()
+                _LOG.warning("%s, which was accepted: payouts and receipts are signed again", loss)
+                return True
+            if loss != self._open:
+                _LOG.error("%s: nothing is signed until `azu treasury accept-loss`", loss)
+                self._open = loss
+            return loss is None
 
     def keep(self) -> None:
         """Write what was answered so far to the file; raises Unavailable if Redis went back meanwhile."""

@@ -1,5 +1,6 @@
 """A treasury signs nothing while Redis knows less than it answered, also after its own restart."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,6 +112,31 @@ def test_a_treasury_signs_again_once_the_admin_has_accepted_the_loss(
 
     for scenario in (lose, go_on, later):
         world.run(scenario)
+
+
+def test_an_accepted_loss_stays_closed_for_receipts_that_are_signed_at_that_moment(
+    world: World, store: Rewindable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(parts: Open) -> None:
+        memory, losses = Memory(None, parts.ledger, parts.outbox), parts.ledger.losses
+        position = store.position()
+        await parts.ledger.apply(moves.deposit(900))
+        store.rewind(position)
+        assert not await memory.may_sign()
+        await losses.accept(1)
+        settle = losses.settle
+
+        async def answered_late() -> None:
+            await settle()
+            await asyncio.sleep(0.1)
+
+        monkeypatch.setattr(losses, "settle", answered_late)
+        first = asyncio.create_task(memory.may_sign())
+        await asyncio.sleep(0.05)
+        assert await asyncio.gather(first, memory.may_sign()) == [True, True]
+        assert await losses.open_loss() is None
+
+    world.run(scenario)
 
 
 def test_a_note_that_redis_lost_too_is_written_again(world: World, store: Rewindable) -> None:
