@@ -24,7 +24,7 @@ from azu.api.accounts import (
     WithdrawalRequest,
 )
 from azu.api.base import Revoked
-from azu.auth.api_keys import ApiKey
+from azu.auth.key_records import ApiKey
 from azu.auth.signatures import Withdrawal
 from azu.clock import wall_clock_ms
 from azu.errors import Forbidden
@@ -35,9 +35,14 @@ router = APIRouter()
 
 @router.get("/v1/platform")
 async def platform(services: ServicesNow) -> Platform:
-    """Return where deposits go, and which version of azu runs here."""
+    """Return where deposits go, what names this network, and which version of azu runs here."""
+    config = services.config
     return Platform(
-        address=services.config.platform_address, chain_url=services.config.chain_url, version=version("azu")
+        address=config.platform_address,
+        chain_url=config.chain_url,
+        version=version("azu"),
+        network_id=config.network_id,
+        authority=config.authority,
     )
 
 
@@ -83,27 +88,28 @@ async def claim_earnings(body: ClaimRequest, key: Key, services: ServicesNow) ->
 
 @router.post("/v1/auth/challenge")
 async def challenge(body: ChallengeRequest, request: Request, services: ServicesNow) -> ChallengeResponse:
-    """Return a text to sign with the address's wallet."""
+    """Return a text to sign with the address's wallet, which opens the key with this hash."""
     await services.count_sign_in(request.client)
-    made = await services.auth.challenge(body.address, services.config.domain, wall_clock_ms())
-    return ChallengeResponse(nonce=made.nonce, message=made.message)
+    made = await services.auth.challenge(
+        body.address,
+        body.key_sha256,
+        services.config.domain,
+        wall_clock_ms(),
+        label=body.label,
+        expires_at_ms=body.expires_at_ms,
+        spend_limit_lamports=body.spend_limit_lamports,
+    )
+    return ChallengeResponse(nonce=made.nonce, message=made.message, created_at_ms=made.key.created_at_ms)
 
 
 @router.post("/v1/auth/keys")
 async def open_key(body: KeyRequest, request: Request, services: ServicesNow) -> NewKey:
-    """Return a new API key for a signed challenge; the network keeps only the key's hash."""
+    """Open the key of a signed challenge; the network never sees the key before it is used."""
     await services.count_sign_in(request.client)
-    now = wall_clock_ms()
-    secret, key = await services.auth.open_key(
-        body.nonce,
-        body.signature,
-        body.label,
-        now,
-        expires_at_ms=None if body.expires_in_s is None else now + 1000 * body.expires_in_s,
-        spend_limit_lamports=body.spend_limit_lamports,
-        max_keys=services.config.policy.limits.max_keys,
+    key = await services.auth.open_key(
+        body.nonce, body.signature, wall_clock_ms(), max_keys=services.config.policy.limits.max_keys
     )
-    return NewKey(api_key=secret, key_id=key.key_id, address=key.address)
+    return NewKey(key_id=key.key_id, address=key.address)
 
 
 @router.get("/v1/auth/keys")

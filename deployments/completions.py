@@ -20,7 +20,7 @@ from azu.api.openai import (
     TextCompletion,
     Usage,
 )
-from azu.auth.api_keys import ApiKey
+from azu.auth.key_records import ApiKey
 from azu.engine.text import TextDelta
 from azu.errors import AzuError, InternalError, InvalidRequest, Unavailable, error_classes
 from azu.protocol.job import Job, JobOutcome, JobState

@@ -21,7 +21,6 @@ from azu.auth.certificates import (
     Authority,
     certificate_pem,
     check_text,
-    fingerprint,
     key_digest,
     public_key,
     read_certificate,
@@ -51,7 +50,7 @@ Enrolment = Annotated[EnrolmentConfig, Depends(enrolment_of)]
 
 @router.get("/authority")
 async def authority(enrolment: Enrolment) -> AuthorityResponse:
-    """Return the certificate of the network's authority."""
+    """Return the certificate of the nodes' authority."""
     signer = await asyncio.to_thread(_authority, enrolment)
     return AuthorityResponse(certificate=signer.pem.decode())
 
@@ -63,7 +62,7 @@ async def enrol(body: EnrolRequest, services: ServicesNow, enrolment: Enrolment)
     await services.tickets.admit(body.secret, key_digest(key), body.name, wall_clock_ms())
     signer = await asyncio.to_thread(_authority, enrolment)
     signed = signer.sign(key, [str(body.host)], utc_now())
-    return await _admission(enrolment, certificate_pem(signed))
+    return await _admission(enrolment, signer, certificate_pem(signed))
 
 
 @router.post("/renew")
@@ -76,7 +75,7 @@ async def renew(body: RenewRequest, services: ServicesNow, enrolment: Enrolment)
     if abs(wall_clock_ms() - body.signed_at_ms) > _FRESH_MS:
         raise Unauthenticated("the signature is too old or from the future; set the machine's clock")
     await services.tickets.check_node(key_digest(public_key(certificate)))
-    return await _admission(enrolment, certificate_pem(signer.renew(certificate, utc_now())))
+    return await _admission(enrolment, signer, certificate_pem(signer.renew(certificate, utc_now())))
 
 
 @router.post("/tickets", dependencies=[Admin])
@@ -84,13 +83,8 @@ async def new_ticket(body: TicketRequest, services: ServicesNow, enrolment: Enro
     """Return a new ticket with its secret, which the network does not keep, and what else a node needs."""
     now = wall_clock_ms()
     secret, ticket = await services.tickets.new(body.label, body.uses, now, now + 1000 * body.expires_in_s)
-    signer = await asyncio.to_thread(_authority, enrolment)
     return NewTicket(
-        **asdict(ticket),
-        secret=secret,
-        url=enrolment.url,
-        publicly_trusted=enrolment.publicly_trusted,
-        authority_sha256=fingerprint(signer.certificate),
+        **asdict(ticket), secret=secret, url=enrolment.url, network_id=services.config.network_id
     )
 
 
@@ -108,9 +102,11 @@ async def revoke_ticket(ticket_id: str, services: ServicesNow) -> Revoked:
     return Revoked(revoked=ticket_id)
 
 
-async def _admission(enrolment: EnrolmentConfig, certificate: bytes) -> NodeAdmission:
+async def _admission(enrolment: EnrolmentConfig, signer: Authority, certificate: bytes) -> NodeAdmission:
     token = await asyncio.to_thread(enrolment.token_path.read_text)
-    return NodeAdmission(certificate=certificate.decode(), token=token, head=enrolment.head)
+    return NodeAdmission(
+        certificate=certificate.decode(), authority=signer.pem.decode(), token=token, head=enrolment.head
+    )
 
 
 def _authority(enrolment: EnrolmentConfig) -> Authority:

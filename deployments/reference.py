@@ -21,6 +21,17 @@ A caller sends its key as `Authorization: Bearer KEY`. "API key" is a key that `
 operation does not have is refused. Answers may get more fields in later versions. Amounts are whole lamports:
 one HYPE is 100,000,000 lamports.
 
+The caller makes the key itself and sends its hash; the network never has it before it is used. With curl:
+
+    KEY=azu-sk-$(openssl rand -base64 32 | tr '+/' '-_' | tr -d '=')
+    HASH=$(printf %s "$KEY" | sha256sum | cut -d' ' -f1)
+    JSON='Content-Type: application/json'
+    curl $AZU_URL/v1/auth/challenge -H "$JSON" -d '{"address": "0xYOURS", "key_sha256": "'$HASH'"}'
+    curl $AZU_URL/v1/auth/keys -H "$JSON" -d '{"nonce": "NONCE", "signature": "0xSIGNATURE"}'
+
+Between the two calls the wallet signs the first one's `message` (`personal_sign`). After them `$KEY` is a
+key.
+
 Each answer has the header `x-request-id`: the caller's own if the request had a usable one, else a new one.
 Where a network is too busy for a caller, `retry-after` is the number of seconds to wait. An answer with
 `x-should-retry: false` may have been charged: a client does not repeat the request by itself.

@@ -17,7 +17,8 @@ from starlette.datastructures import Address
 
 from actors.links import REGISTRY, ask
 from actors.placement import SCHEDULER
-from azu.auth.api_keys import ApiKey, RedisAuth
+from azu.auth.api_keys import RedisAuth
+from azu.auth.key_records import ApiKey
 from azu.auth.rate_limit import Rate, RedisRates
 from azu.auth.tickets import RedisTickets
 from azu.clock import wall_clock_ms
@@ -68,7 +69,7 @@ class Services:
         self.config = config
         connect = partial(connect_redis, config.redis_url, silence_s=_SILENCE_S)
         self._redis = connect()
-        self.auth = RedisAuth(self._redis)
+        self.auth = RedisAuth(self._redis, config.platform_address)
         self.jobs = RedisJobs(connect())
         self.books = Books(connect(), connect(), config.platform_address)
         self.tickets = RedisTickets(self._redis)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from azu.auth.api_keys import ApiKey
+from azu.auth.key_records import ApiKey
 from azu.protocol.job import Job, Placement, Receipt
 from azu.protocol.node import Node
 from azu.protocol.sampling import SamplingParams
@@ -129,5 +129,11 @@ def receipt(job_id: str = "job-1", **given: object) -> Receipt:
 
 def api_key(address: str = ALICE, **given: object) -> ApiKey:
     """Return a key without an end or a limit."""
-    values: dict[str, object] = {"key_id": "key-1", "address": address, "label": "", "created_at_ms": 1}
+    values: dict[str, object] = {
+        "key_id": "key-1",
+        "digest": "",
+        "address": address,
+        "label": "",
+        "created_at_ms": 1,
+    }
     return ApiKey(**(values | given))  # type: ignore[arg-type]

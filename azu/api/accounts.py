@@ -3,41 +3,51 @@
 from pydantic import Field
 
 from azu.api.base import RequestModel, ResponseModel
+from azu.api.openai import Text
 from azu.units import MAX_LAMPORTS
 
-_LONGEST_LIFE_S = 10 * 365 * 86_400
+# The last second that a text can name (9999-12-31).
+_LATEST_END_MS = 253_402_300_799_000
 # A Lua script counts against the limit, and its numbers are doubles.
 _LARGEST_LIMIT = 2**53
 _MAX_NONCE = 2**63 - 1
 
 
 class ChallengeRequest(RequestModel):
-    """POST /v1/auth/challenge."""
+    """POST /v1/auth/challenge: which key shall be opened.
+
+    The caller makes the key, `azu-sk-` and 32 random bytes in URL-safe base64, and sends its SHA-256 in hex.
+    A key has no end and no spend limit unless the request gives one.
+    """
 
     address: str = Field(max_length=64)
-
-
-class ChallengeResponse(ResponseModel):
-    """A text (EIP-4361) that the address's wallet signs; `nonce` names it."""
-
-    nonce: str
-    message: str
-
-
-class KeyRequest(RequestModel):
-    """POST /v1/auth/keys. A key has no end and no spend limit unless the request gives one."""
-
-    nonce: str = Field(max_length=128)
-    signature: str = Field(max_length=256)
-    label: str = Field(default="", max_length=64)
-    expires_in_s: int | None = Field(default=None, ge=1, le=_LONGEST_LIFE_S)
+    key_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    label: Text = Field(default="", max_length=64)
+    expires_at_ms: int | None = Field(default=None, ge=1, le=_LATEST_END_MS)
     spend_limit_lamports: int | None = Field(default=None, ge=0, le=_LARGEST_LIMIT)
 
 
-class NewKey(ResponseModel):
-    """A new API key. The network keeps only the key's hash and cannot show it again."""
+class ChallengeResponse(ResponseModel):
+    """A text (EIP-4361) that the address's wallet signs; `nonce` names it.
 
-    api_key: str = Field(repr=False)
+    The text names the platform, the key's hash and label, its limit and its end.
+    """
+
+    nonce: str
+    message: str
+    created_at_ms: int
+
+
+class KeyRequest(RequestModel):
+    """POST /v1/auth/keys: the wallet's signature (EIP-191, in hex) of a challenge's text."""
+
+    nonce: str = Field(max_length=128)
+    signature: str = Field(max_length=256)
+
+
+class NewKey(ResponseModel):
+    """A key that is open from now on. The network keeps only its hash, with the signature that opened it."""
+
     key_id: str
     address: str
 
@@ -60,11 +70,17 @@ class KeyList(ResponseModel):
 
 
 class Platform(ResponseModel):
-    """Where deposits go: the platform's address on the chain at `chain_url`; `version` is azu's."""
+    """Where deposits go: the platform's address on the chain at `chain_url`; `version` is azu's.
+
+    `network_id` is a hash of the address and of `authority`, the certificate (PEM) of the authority that
+    signed the ingress's certificate; null without encryption, or where a public authority signed it.
+    """
 
     address: str
     chain_url: str
     version: str = ""
+    network_id: str = ""
+    authority: str | None = None
 
 
 class DepositRequest(RequestModel):

@@ -158,8 +158,7 @@ class NewTicket(TicketResponse):
 
     secret: str = Field(repr=False)
     url: str
-    publicly_trusted: bool
-    authority_sha256: str
+    network_id: str
 
 
 class TicketList(ResponseModel):
@@ -169,7 +168,7 @@ class TicketList(ResponseModel):
 
 
 class AuthorityResponse(ResponseModel):
-    """The certificate (PEM) of the network's authority."""
+    """The certificate (PEM) of the nodes' authority."""
 
     certificate: str
 
@@ -192,8 +191,9 @@ class RenewRequest(RequestModel):
 
 
 class NodeAdmission(ResponseModel):
-    """A node's certificate (PEM), the token that opens the cluster, and the head's "host:port"."""
+    """A node's certificate and the nodes' authority (PEM), the cluster's token, the head's "host:port"."""
 
     certificate: str
+    authority: str
     token: str = Field(repr=False)
     head: str

@@ -143,11 +143,6 @@ def read_certificate(pem: bytes) -> x509.Certificate:
         raise InvalidRequest("this is no certificate", param="certificate") from error
 
 
-def fingerprint(certificate: x509.Certificate) -> str:
-    """Return the SHA-256 of a certificate, in hex."""
-    return certificate.fingerprint(hashes.SHA256()).hex()
-
-
 def public_key(
     holder: x509.Certificate | x509.CertificateSigningRequest,
 ) -> ec.EllipticCurvePublicKey:

@@ -17,7 +17,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.placement import NAMESPACE
-from azu.auth.api_keys import ApiKey
+from azu.auth.key_records import ApiKey
 from azu.bench.model import BenchModel, ModelShape, balanced_boundary, bench_model, cut_model, random_prompts
 from azu.bench.report import Measurement, Measurements, call_apart, in_turns, ray_here, seconds_of
 from azu.errors import Unavailable
@@ -57,7 +57,7 @@ def measure_settling(_shape: ModelShape) -> Measurements:
 def _settle_all(url: str) -> tuple[list[float], list[float]]:
     """Return the seconds of each round of bare writes, and of each round of settlements."""
     books, redis = Books.from_url(url), connect_redis(url)
-    key = ApiKey(key_id="bench", address=_USER, label="", created_at_ms=0)
+    key = ApiKey(key_id="bench", digest="", address=_USER, label="", created_at_ms=0)
 
     async def write(job: int) -> None:
         await redis.set(f"bench:{job}", "x" * 100)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from azu.cli.credentials import Credential, open_client, store_credential
+from azu.cli.credentials import Credential, open_client, store_credential, stored_credential
 from azu.cli.output import AsJson, console, show, table
 from azu.units import hype_from_lamports, lamports_from_hype
 
@@ -18,27 +18,41 @@ _DAY_S = 86_400
 
 
 def login(
+    network: Annotated[
+        str | None, typer.Argument(metavar="URL#ID", help="What `azu up` printed; else the one at AZU_URL.")
+    ] = None,
     label: Annotated[str, typer.Option(help="A name for the key, to tell it from others.")] = "cli",
     limit: Annotated[str | None, typer.Option(help="The most HYPE that the key may ever spend.")] = None,
     days: Annotated[int | None, typer.Option(min=1, help="How many days the key is valid.")] = None,
 ) -> None:
-    """Open an API key with the wallet's signature and keep it on this machine."""
+    """Open an API key with the wallet's signature and keep it on this machine, with the network's id."""
     from azu.cli.wallet import unlock
     from azu.client import Client
+    from azu.client.http import trusting
+    from azu.client.known_network import known_network, split_id
     from azu.config import Settings
 
     settings = Settings.from_environment()
+    url, given_id = split_id(network or settings.url)
+    if not given_id and (known := stored_credential(settings.home, url)) is not None:
+        given_id = known.network_id
+    tls = None if settings.tls_ca is None else trusting(settings.tls_ca)
+    found = known_network(url, given_id, tls=tls)
+    if not given_id:
+        console.print(f"[yellow]not checked: {url}#{found.network_id} has to be what `azu up` printed[/]")
     wallet = unlock(settings.home)
-    client = Client(settings.url)
+    client = Client(url, tls=tls or found.trust(), platform=found.platform)
     api_key = client.login(
         wallet,
         label=label,
         expires_in_s=None if days is None else days * _DAY_S,
         spend_limit_lamports=None if limit is None else lamports_from_hype(limit),
     )
-    credential = Credential(api_key, wallet.address.lower(), client.platform().address)
-    path = store_credential(settings.home, settings.url, credential)
-    console.print(f"Logged in to {settings.url} as {wallet.address}; the key is in {path}")
+    credential = Credential(api_key, wallet.address.lower(), found.platform, given_id, found.authority)
+    path = store_credential(settings.home, url, credential)
+    console.print(f"Logged in to {url} as {wallet.address}; the key is in {path}")
+    if url != settings.url.rstrip("/"):
+        console.print(f"export AZU_URL={url}", soft_wrap=True)
 
 
 def deposit(

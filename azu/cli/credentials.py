@@ -19,28 +19,38 @@ _FILE = "credentials.json"
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """A key, the address it spends from, and the platform's address when the key was opened."""
+    """A key, the address it spends from, and the network's platform and authority when it was opened.
+
+    `network_id` is the id that the user gave at the login, empty where the network was believed.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     api_key: str
     address: str
     platform: str
+    network_id: str = ""
+    authority: str | None = None
 
 
 def load_credential(home: Path, url: str) -> Credential:
     """Return this machine's key for a network; raises Unauthenticated when there is none."""
-    found = _read(home / _FILE).get(url)
+    found = stored_credential(home, url)
     if found is None:
         raise Unauthenticated(f"no key for {url} on this machine; run `azu login`")
     return found
+
+
+def stored_credential(home: Path, url: str) -> Credential | None:
+    """Return what this machine knows of a network since its login there, None before that."""
+    return _read(home / _FILE).get(url.rstrip("/"))
 
 
 def store_credential(home: Path, url: str, credential: Credential) -> Path:
     """Keep a key for a network, in place of an older one; returns the file."""
     path = home / _FILE
     known = _read(path)
-    known[url] = credential
+    known[url.rstrip("/")] = credential
     write_private(path, _KNOWN.dump_json(known, indent=1).decode())
     return path
 
@@ -55,13 +65,24 @@ def known_platform() -> str:
 
 
 def open_client() -> "Client":
-    """Return a client of AZU_URL with AZU_API_KEY or this machine's key for it."""
+    """Return a client of AZU_URL with AZU_API_KEY or this machine's key for it.
+
+    It uses the platform that this machine knows, and no other.
+    """
     from azu.client import Client
+    from azu.client.http import trusting_only
 
     settings = Settings.from_environment()
+    known = stored_credential(settings.home, settings.url)
     if settings.api_key is not None:
-        return Client(settings.url, settings.api_key.get_secret_value())
-    return Client(settings.url, load_credential(settings.home, settings.url).api_key)
+        api_key = settings.api_key.get_secret_value()
+    else:
+        api_key = (known or load_credential(settings.home, settings.url)).api_key
+    if known is None:
+        return Client(settings.url, api_key, platform=settings.platform_address)
+    pinned = known.authority if settings.tls_ca is None else None
+    tls = None if pinned is None else trusting_only(pinned)
+    return Client(settings.url, api_key, tls=tls, platform=settings.platform_address or known.platform)
 
 
 def _read(path: Path) -> dict[str, Credential]:

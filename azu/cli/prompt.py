@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from azu.api.jobs import JobLine, ReceiptLines
 
 
+DIFFERS = "red"
+
+
 def prompt(
     text: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[str, typer.Option(help="A Hub id or a built-in model.")] = "azu/tiny-dense",
@@ -25,6 +28,8 @@ def prompt(
     as_json: AsJson = False,
 ) -> None:
     """Send a prompt, stream the answer and print the receipt. Ctrl-C ends the job; its tokens are paid."""
+    from azu.client.receipts import difference
+
     client = open_client()
     given: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     sampling = {name: value for name, value in given.items() if value is not None}
@@ -38,7 +43,9 @@ def prompt(
         console.print("\n")
     generation = stream.result()
     receipt = client.receipt(generation.job_id)
-    show({"generation": generation, "receipt": receipt}, as_json, lambda _: receipt_panel(receipt))
+    differs = difference(receipt, generation.received_tokens)
+    facts = {"generation": generation, "receipt": receipt, "difference": differs}
+    show(facts, as_json, lambda _: Group(receipt_panel(receipt), compared(differs)))
 
 
 def jobs(
@@ -47,6 +54,13 @@ def jobs(
 ) -> None:
     """Show the key's jobs with their errors, charges and releases."""
     show(open_client().jobs(limit), as_json, _jobs)
+
+
+def compared(differs: str | None) -> Text:
+    """Draw what the comparison of a receipt with its answer found."""
+    if differs is None:
+        return Text("✓ charged for the tokens that came", "green")
+    return Text(f"✗ {differs}", DIFFERS)
 
 
 def receipt_panel(found: "ReceiptLines") -> Panel:

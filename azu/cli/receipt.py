@@ -1,7 +1,7 @@
 """`azu receipt`: the receipt of a job, from the network, or checked offline from a file."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
@@ -9,7 +9,10 @@ from rich.text import Text
 
 from azu.cli.credentials import known_platform, open_client
 from azu.cli.output import AsJson, show
-from azu.cli.prompt import receipt_panel
+from azu.cli.prompt import DIFFERS, compared, receipt_panel
+
+if TYPE_CHECKING:
+    from azu.client import Client
 
 
 def receipt(
@@ -28,7 +31,12 @@ def receipt(
     if (job_id is None) == (verify is None):
         raise InvalidRequest("give either a job's id or --verify FILE")
     if job_id is not None:
-        show(open_client().signed_receipt(job_id), as_json, _signed)
+        client = open_client()
+        document = client.signed_receipt(job_id)
+        found = _compared(document, client, job_id)
+        if as_json and found.style == DIFFERS:
+            typer.echo(found.plain, err=True)
+        show(document, as_json, lambda shown: Group(_signed(shown), found))
         return
     assert verify is not None
     document = _read(verify)
@@ -61,6 +69,23 @@ def _checked(document: dict[str, Any], platform: str | None) -> str:
     if signer != expected:
         raise InvalidRequest(f"{signer} signed this receipt; the platform is {expected}", param="signer")
     return signer
+
+
+def _compared(document: dict[str, Any], client: "Client", job_id: str) -> Text:
+    """Return what the comparison with the answer's tokens found, which the network keeps for a day."""
+    from azu.api.base import read
+    from azu.api.jobs import ReceiptLines
+    from azu.client.receipts import difference
+    from azu.errors import AzuError
+
+    receipt = read(ReceiptLines, document)
+    try:
+        received = sum(len(choice.token_ids) for choice in client.results(job_id).choices)
+    except AzuError as error:
+        return Text(f"not compared: {error.message}", "yellow")
+    if not received and receipt.completion_tokens:
+        return Text("not compared: the network no longer has the answer", "yellow")
+    return compared(difference(receipt, received))
 
 
 def _signed(document: dict[str, Any]) -> Group:

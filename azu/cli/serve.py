@@ -52,7 +52,7 @@ def serve(
             with ProgressPrinter(quiet=as_json).steps() as step:
                 head = address or os.environ.get("RAY_ADDRESS") or "auto"
                 running = stack.enter_context(attached_network(settings, file, head, step))
-            names = ("url", "chain_url", "platform_address", "admin_key", "head")
+            names = ("url", "chain_url", "platform_address", "network_id", "admin_key", "head")
             facts = {name: getattr(running, name) for name in names}
         show(facts, as_json, _panel)
         watch(running.revive, stop)
@@ -75,6 +75,7 @@ def _run_sidecars(stack: ExitStack, settings: "Settings", file: "NetworkFile") -
     return sidecars, {
         "chain_url": sidecars.chain.url,
         "platform_address": sidecars.chain.platform_address,
+        "network_id": config.network_id,
         "admin_key": admin_key,
         "folder": str(folder),
     }

@@ -96,6 +96,7 @@ def _facts(running: "LocalNetwork") -> dict[str, Any]:
         "url": running.url,
         "chain_url": running.chain_url,
         "platform_address": running.platform_address,
+        "network_id": running.network_id,
         "admin_key": running.admin_key,
         "dashboard_url": running.dashboard_url,
         "authority": None if running.authority is None else str(running.authority),
@@ -106,18 +107,19 @@ def _facts(running: "LocalNetwork") -> dict[str, Any]:
 def _print_facts(facts: dict[str, str | None], as_json: bool) -> None:
     show(facts, as_json, _panel)
     if not as_json:
-        # On a line of its own: a command that a panel wraps cannot be copied.
-        line = f"azu join {facts['ticket']} --vram 8GiB --payout 0x..."
-        console.print(line, soft_wrap=True)
+        # On lines of their own: a command that a panel wraps cannot be copied.
+        console.print(f"azu login {facts['url']}#{facts['network_id']}", soft_wrap=True)
+        console.print(f"azu join {facts['ticket']} --vram 8GiB --payout 0x...", soft_wrap=True)
 
 
 def _panel(facts: dict[str, str | None]) -> Panel:
     grid = Table.grid(padding=(0, 2))
-    for name in ("url", "chain_url", "platform_address", "admin_key", "dashboard_url"):
+    for name in ("url", "chain_url", "platform_address", "network_id", "admin_key", "dashboard_url"):
         if facts[name] is not None:
             grid.add_row(name.replace("_", " "), facts[name])
     if facts["authority"] is not None:
-        grid.add_row("encrypted", f"clients need AZU_TLS_CA={facts['authority']}")
-    grid.add_row("to join", "the command below, on any machine")
+        grid.add_row("encrypted", f"clients other than azu need AZU_TLS_CA={facts['authority']}")
+    grid.add_row("to pay", "the first command below; the id in it shows that it is this network")
+    grid.add_row("to lend", "the second one, on any machine")
     grid.add_row("", "[dim]a machine that joins can run code here: give the ticket to people you trust[/]")
     return Panel(grid, title="azu is up; `azu down` stops it", title_align="left", expand=False)

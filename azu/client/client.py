@@ -1,9 +1,11 @@
 """The client: one class over the network's HTTP API, and how a wallet signs in."""
 
 import os
+import secrets
 import ssl
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -35,18 +37,25 @@ from azu.api.network import (
     TicketResponse,
 )
 from azu.api.openai import ModelList
+from azu.auth.key_records import (
+    SECRET_BYTES,
+    ApiKey,
+    domain_of,
+    is_key_text,
+    key_id_of,
+    new_secret,
+    secret_digest,
+)
 from azu.auth.signatures import Withdrawal, sign_claim, sign_withdrawal
 from azu.client.http import json_of, raise_for, translated, trusting
 from azu.client.stream import Generation, Stream
 from azu.clock import wall_clock_ms
-from azu.errors import InternalError, InvalidRequest
+from azu.errors import InternalError, InvalidRequest, Unauthenticated
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _TIMEOUT_S = 600.0
 _CONNECT_TIMEOUT_S = 5.0
 _WITHDRAWAL_LIFE_S = 600
-
-_WANTS = " wants you to sign in with your Ethereum account:"
 
 Message = dict[str, str]
 
@@ -55,7 +64,8 @@ class Client:
     """A caller of a network's HTTP API. `base_url` and `api_key` default to AZU_URL and AZU_API_KEY.
 
     The client trusts public certificates, and those of the authority in the file AZU_TLS_CA; `tls` replaces
-    both.
+    both. `platform` is the platform's address that the caller knows: for a network that shows another one
+    the client signs and sends nothing.
 
     Every method raises the AzuError that the network answered with, Unavailable when the network cannot be
     reached, DeadlineExceeded when it does not answer in time, and InternalError for an answer of another
@@ -69,6 +79,7 @@ class Client:
         *,
         timeout_s: float = _TIMEOUT_S,
         tls: ssl.SSLContext | None = None,
+        platform: str | None = None,
     ) -> None:
         authority = os.environ.get("AZU_TLS_CA")
         if tls is None and authority:
@@ -78,6 +89,7 @@ class Client:
             timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
             verify=True if tls is None else tls,
         )
+        self._platform = platform
         self._use_key(api_key or os.environ.get("AZU_API_KEY"))
 
     def close(self) -> None:
@@ -115,17 +127,32 @@ class Client:
     ) -> str:
         """Open an API key with a wallet's signature, use the API key from now on and return it.
 
-        `key` is the wallet or its private key in hex; it never leaves this process. An API key that expires
-        or has a spend limit may only revoke itself.
+        `key` is the wallet or its private key in hex; it never leaves this process. The API key is made here,
+        and the network gets its hash. One that expires or has a spend limit may only revoke itself.
         """
-        wallet = wallet_of(key)
-        challenge = self._post(ChallengeResponse, "/v1/auth/challenge", {"address": wallet.address})
-        signature = sign_challenge(wallet, challenge.message, str(self._http.base_url))
-        body = {"nonce": challenge.nonce, "signature": signature, "label": label}
-        body = _given(body, expires_in_s=expires_in_s, spend_limit_lamports=spend_limit_lamports)
-        api_key = self._post(NewKey, "/v1/auth/keys", body).api_key
-        self._use_key(api_key)
-        return api_key
+        wallet, secret = wallet_of(key), new_secret(secrets.token_bytes(SECRET_BYTES))
+        digest, now_ms = secret_digest(secret), wall_clock_ms()
+        asked = ApiKey(
+            key_id=key_id_of(digest),
+            digest=digest,
+            address=wallet.address.lower(),
+            label=label,
+            created_at_ms=now_ms,
+            expires_at_ms=None if expires_in_s is None else now_ms + 1000 * expires_in_s,
+            spend_limit_lamports=spend_limit_lamports,
+        )
+        platform = self.platform().address
+        body = _given(
+            {"address": wallet.address, "key_sha256": digest, "label": label},
+            expires_at_ms=asked.expires_at_ms,
+            spend_limit_lamports=spend_limit_lamports,
+        )
+        challenge = self._post(ChallengeResponse, "/v1/auth/challenge", body)
+        asked = replace(asked, created_at_ms=challenge.created_at_ms, text=challenge.message)
+        signature = sign_key(wallet, asked, platform, str(self._http.base_url))
+        self._post(NewKey, "/v1/auth/keys", {"nonce": challenge.nonce, "signature": signature})
+        self._use_key(secret)
+        return secret
 
     def api_keys(self) -> list[KeyLine]:
         """Return the API keys of the key's address, in the order in which they were opened."""
@@ -137,8 +164,13 @@ class Client:
             raise_for(self._http.delete(f"/v1/auth/keys/{key_id}"))
 
     def platform(self) -> Platform:
-        """Return where deposits go."""
-        return self._get(Platform, "/v1/platform")
+        """Return where deposits go; raises Unauthenticated for another platform than the known one."""
+        shown = self._get(Platform, "/v1/platform")
+        if self._platform is not None and shown.address.lower() != self._platform.lower():
+            raise Unauthenticated(
+                f"the network shows the platform {shown.address}; the one that you know is {self._platform}"
+            )
+        return shown
 
     def deposit(self, tx_hash: str, address: str) -> DepositState:
         """Have the network look for a transfer at once and credit it."""
@@ -275,22 +307,20 @@ def wallet_of(key: str | LocalAccount) -> LocalAccount:
     return wallet
 
 
-def sign_challenge(wallet: LocalAccount, text: str, url: str) -> str:
-    """Sign a network's challenge as wallets do (EIP-191) and return the signature in hex.
+def sign_key(wallet: LocalAccount, key: ApiKey, platform: str, url: str) -> str:
+    """Sign a key's text as wallets do (EIP-191) and return the signature in hex.
 
-    Raises InvalidRequest for a text that is no challenge (EIP-4361) of the network at `url` for this wallet:
-    with a signed challenge of another network, this one could open a key there.
+    Raises InvalidRequest for a text that does not open this very key at the platform, or that is not of the
+    network at `url`: another network could open a key, or a key with other limits, with the signature.
     """
-    first, _, rest = text.partition("\n")
-    domain = first.removesuffix(_WANTS)
-    if domain == first or not rest.startswith(f"{wallet.address}\n"):
-        raise InvalidRequest("the network sent a text to sign that is no sign-in of this wallet")
-    here = urlsplit(url).netloc
+    if not is_key_text(key.text, key, platform):
+        raise InvalidRequest("the network sent another text to sign than the one that opens this key")
+    domain, here = domain_of(key.text), urlsplit(url).netloc
     if _loopback_as_one(domain) != _loopback_as_one(here):
         raise InvalidRequest(
             f"the network at {here} sent a sign-in for {domain}; its AZU_DOMAIN has to be {here}"
         )
-    signature: str = wallet.sign_message(encode_defunct(text=text)).signature.to_0x_hex()
+    signature: str = wallet.sign_message(encode_defunct(text=key.text)).signature.to_0x_hex()
     return signature
 
 

@@ -6,24 +6,10 @@ from typing import Any
 import httpx
 
 from azu.api.base import read
-from azu.api.network import AuthorityResponse, NodeAdmission
-from azu.client.http import fingerprint, json_of, translated
-from azu.errors import Unauthenticated
+from azu.api.network import NodeAdmission
+from azu.client.http import json_of, translated
 
 _TIMEOUT_S = 30.0
-
-
-def fetch_authority(url: str, sha256: str) -> str:
-    """Return the certificate (PEM) of a network's authority, which must have this fingerprint.
-
-    Raises Unauthenticated for another certificate: then another network answers at the address.
-    """
-    # The server is not known yet: the request holds no secret, and the answer is checked.
-    with translated(), httpx.Client(base_url=url, timeout=_TIMEOUT_S, verify=False) as http:  # noqa: S501
-        pem = read(AuthorityResponse, json_of(http.get("/v1/nodes/authority"))).certificate
-    if fingerprint(pem) != sha256:
-        raise Unauthenticated(f"the network at {url} is not the one that the ticket is for")
-    return pem
 
 
 def enrol(

@@ -4,7 +4,6 @@ import json
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from azu.errors import (
     ConfigurationError,
     DeadlineExceeded,
     InternalError,
-    Unauthenticated,
     Unavailable,
     error_classes,
 )
@@ -93,11 +91,3 @@ def trusting_this(certificate: Path) -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return context
-
-
-def fingerprint(pem: str) -> str:
-    """Return the SHA-256 of a certificate in hex; raises Unauthenticated for a text that is none."""
-    try:
-        return sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
-    except ValueError as error:
-        raise Unauthenticated("the network showed no certificate of its authority") from error

@@ -18,7 +18,10 @@ from azu.errors import InternalError, Unavailable
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A finished answer and its cost. `text` is the first choice's; `texts` has every choice's."""
+    """A finished answer and its cost. `text` is the first choice's; `texts` has every choice's.
+
+    `completion_tokens` is what the network counted and charged, `received_tokens` what came.
+    """
 
     text: str
     model: str
@@ -28,6 +31,7 @@ class Generation:
     completion_tokens: int
     charged_lamports: int
     texts: tuple[str, ...] = ()
+    received_tokens: int = 0
 
 
 # Seconds before each attempt to come back after the connection broke.
@@ -54,6 +58,7 @@ class Stream:
         self._texts: defaultdict[int, list[str]] = defaultdict(list)
         self._job_id = ""
         self._after = 0
+        self._received = 0
         self._is_done = False
         self._finish_reason = ""
         self._usage: Usage | None = None
@@ -81,6 +86,7 @@ class Stream:
             completion_tokens=self._usage.completion_tokens,
             charged_lamports=self._usage.cost_lamports,
             texts=tuple("".join(texts) for _, texts in sorted(self._texts.items())),
+            received_tokens=self._received,
         )
 
     def _read(self) -> Generator[str, None, None]:
@@ -140,6 +146,8 @@ class Stream:
         """Keep what a chunk adds to each choice and return the first choice's new text."""
         self._job_id = chunk.azu.job_id
         self._after = self._after if chunk.azu.after is None else chunk.azu.after
+        # A part of an answer that is no text has no place of its own.
+        self._received = max(self._received, self._after)
         self._usage = chunk.usage or self._usage
         first = ""
         for choice in chunk.choices:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from azu.auth.network_id import network_id
 from azu.config.network import NetworkPolicy
 from azu.config.settings import configuration_error
 from azu.errors import ConfigurationError
@@ -22,12 +23,10 @@ class TlsConfig:
 class EnrolmentConfig:
     """What a node with a ticket gets from the head, and the files that it is read from.
 
-    Nodes send their requests to `url`. Its certificate is issued by the network's authority, or, if
-    `publicly_trusted`, by one that their systems trust. `head` is the address of Ray's head ("host:port").
+    Nodes send their requests to `url`. `head` is the address of Ray's head ("host:port").
     """
 
     url: str
-    publicly_trusted: bool
     head: str
     token_path: Path
     authority: Path
@@ -42,6 +41,7 @@ class ControlConfig:
     The control plane uses `redis_url`; the pipelines that it starts use `pipeline_redis_url`.
     `admin_key_sha256` is in hex. With `open_metrics` the metrics are readable without the admin key.
     Model folders are accepted only under `model_roots`.
+    `authority` is the certificate (PEM) of the authority that signed the ingress's, None for a public one.
     Without `tls` the ingress serves plain HTTP; without `enrolment` a ticket holds all that a node needs.
     """
 
@@ -62,7 +62,13 @@ class ControlConfig:
     open_metrics: bool = False
     hf_token: str | None = field(default=None, repr=False)
     tls: TlsConfig | None = None
+    authority: str | None = None
     enrolment: EnrolmentConfig | None = None
+
+    @property
+    def network_id(self) -> str:
+        """What names this network for its users and lenders."""
+        return network_id(self.platform_address, self.authority)
 
     def to_json(self) -> str:
         """Return the configuration for a file that only its owner can read: it contains passwords."""

@@ -5,7 +5,7 @@ from typing import cast
 
 from redis.asyncio import Redis
 
-from azu.auth.api_keys import ApiKey
+from azu.auth.key_records import ApiKey
 from azu.errors import RateLimited
 from azu.jobs.redis import RedisJobs
 from azu.protocol.job import JobState

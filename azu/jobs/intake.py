@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from azu.auth.api_keys import ApiKey
+from azu.auth.key_records import ApiKey
 from azu.errors import AzuError, InvalidRequest, Unavailable
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.redis import RedisJobs

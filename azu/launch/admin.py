@@ -75,12 +75,7 @@ def admin_facts(home: Path) -> AdminFacts:
 def new_ticket(client: "Client", *, label: str, uses: int, expires_in_s: int) -> EnrolmentTicket:
     """Make a ticket that admits `uses` nodes."""
     response = client.new_ticket(label=label, uses=uses, expires_in_s=expires_in_s)
-    return EnrolmentTicket(
-        url=response.url,
-        authority_sha256=response.authority_sha256,
-        secret=response.secret,
-        publicly_trusted=response.publicly_trusted,
-    )
+    return EnrolmentTicket(url=response.url, network=response.network_id, secret=response.secret)
 
 
 def first_ticket(client: "Client") -> EnrolmentTicket:

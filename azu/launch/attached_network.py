@@ -22,6 +22,7 @@ class AttachedNetwork:
     url: str
     chain_url: str
     platform_address: str
+    network_id: str
     admin_key: str = field(repr=False)
     head: str
     _sidecars: Sidecars = field(repr=False)
@@ -65,6 +66,7 @@ def attached_network(
                 url=serving.local_url(config),
                 chain_url=sidecars.chain.url,
                 platform_address=sidecars.chain.platform_address,
+                network_id=config.network_id,
                 admin_key=admin_key,
                 head=head,
                 _sidecars=sidecars,

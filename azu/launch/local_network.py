@@ -47,6 +47,7 @@ class LocalNetwork:
     redis_url: str = field(repr=False)
     chain_url: str
     platform_address: str
+    network_id: str
     admin_key: str = field(repr=False)
     authority: Path | None
     dashboard_url: str | None
@@ -153,10 +154,13 @@ def local_network(
                 redis_url=redis.owner,
                 chain_url=chain.url,
                 platform_address=chain.platform_address,
+                network_id=config.network_id,
                 admin_key=admin_key,
                 authority=None if files is None else files.authority,
                 dashboard_url=f"http://127.0.0.1:{dashboard_port}" if dashboard else None,
-                ticket=first_ticket(client) if tls else Ticket(address=address, token=token),
+                ticket=first_ticket(client)
+                if tls
+                else Ticket(address=address, token=token, network=config.network_id),
                 _processes=processes,
                 _config=config,
             )

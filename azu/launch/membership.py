@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from azu.auth.certificates import Authority
 
 
+NetworkId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
 class _TicketModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
@@ -28,9 +31,13 @@ class _TicketModel(BaseModel):
 
 
 class Ticket(_TicketModel):
-    """An unencrypted network: the address of its Ray head ("host:port") and the cluster's token."""
+    """An unencrypted network: the address of its Ray head ("host:port") and the cluster's token.
+
+    `network` is the network's id.
+    """
 
     address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+:\d{1,5}$")]
+    network: NetworkId
     token: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", repr=False)]
     version: Literal[1] = 1
 
@@ -38,14 +45,12 @@ class Ticket(_TicketModel):
 class EnrolmentTicket(_TicketModel):
     """An encrypted network: the URL at which it admits nodes, and the secret that a node sends there.
 
-    `authority_sha256` is the fingerprint of the network's certificate authority. That authority has signed
-    the ingress's certificate, unless it is `publicly_trusted`: then the system's authorities count.
+    `network` is the network's id, which a node checks before it sends the secret.
     """
 
     url: Annotated[str, Field(pattern=r"^https://[A-Za-z0-9.:\[\]-]+$", max_length=300)]
-    authority_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    network: NetworkId
     secret: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", repr=False)]
-    publicly_trusted: bool = False
     version: Literal[2] = 2
 
 
@@ -143,25 +148,15 @@ class EnrolledMembership:
     def access(self) -> ClusterAccess:
         """Return access with a new certificate, which the network signs at each call."""
         from azu.auth.certificates import RENEWED_BEFORE_END, read_certificate
-        from azu.client.http import trusting_only
+        from azu.client.known_network import known_network
 
-        authority = self._authority()
-        trust = ssl.create_default_context() if self._ticket.publicly_trusted else trusting_only(authority)
+        network = known_network(self._ticket.url, self._ticket.network)
+        trust = network.trust() or ssl.create_default_context()
         admitted = self._renew(trust) or self._enrol(trust)
         certificate = admitted.certificate.encode()
-        self._files.write(certificate, authority.encode())
+        self._files.write(certificate, admitted.authority.encode())
         ends = read_certificate(certificate).not_valid_after_utc
         return ClusterAccess(admitted.head, admitted.token, self._files, ends - RENEWED_BEFORE_END)
-
-    def _authority(self) -> str:
-        from azu.client.enrolment import fetch_authority
-        from azu.client.http import fingerprint
-
-        if self._files.authority.exists():
-            known = self._files.authority.read_text()
-            if fingerprint(known) == self._ticket.authority_sha256:
-                return known
-        return fetch_authority(self._ticket.url, self._ticket.authority_sha256)
 
     def _renew(self, trust: ssl.SSLContext) -> "NodeAdmission | None":
         from azu.auth.certificates import renewal_text, sign_text
@@ -203,7 +198,7 @@ class EnrolledMembership:
 def membership_of(ticket: AnyTicket, home: Path, *, name: str, host: str) -> Membership:
     """Return the membership that a ticket gives; key and certificate of the machine are kept under `home`."""
     if isinstance(ticket, EnrolmentTicket):
-        folder = home / "networks" / ticket.authority_sha256[:16]
+        folder = home / "networks" / ticket.network
         return EnrolledMembership(ticket, folder, name=name, host=host)
     return PlainMembership(ClusterAccess(ticket.address, ticket.token))
 

@@ -61,11 +61,12 @@ def control_config(
         max_model_bytes=settings.max_model_bytes,
         hf_token=settings.hf_token.get_secret_value() if settings.hf_token else None,
         tls=_ingress_tls(settings, files),
+        # The certificate of the settings is one that clients trust already.
+        authority=None if files is None or settings.tls_cert else files.authority.read_text(),
         enrolment=None
         if host is None or files is None
         else EnrolmentConfig(
             url=f"https://{domain}",
-            publicly_trusted=settings.tls_cert is not None,
             head=head,
             token_path=host.token_path,
             authority=files.authority,

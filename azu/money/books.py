@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from redis.asyncio import Redis
 
-from azu.auth.api_keys import ApiKey
+from azu.auth.key_records import ApiKey
 from azu.auth.signatures import MAX_WITHDRAWAL_LIFE_MS, Withdrawal, is_signed
 from azu.errors import Conflict, Forbidden, InsufficientBalance, InvalidRequest
 from azu.metrics import MetricsSnapshot

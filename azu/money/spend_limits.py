@@ -9,7 +9,7 @@ from typing import cast
 
 from redis.asyncio import Redis
 
-from azu.auth.api_keys import ApiKey
+from azu.auth.key_records import ApiKey
 from azu.errors import InsufficientBalance, Unauthenticated
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Settle

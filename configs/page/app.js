@@ -83,4 +83,8 @@ receipt.start();
 view();
 open().then(view);
 refresh();
+// The id in the command is what a wallet's owner compares with the one that `azu up` printed.
+fetch("/v1/platform").then((answer) => answer.json()).then((shown) => {
+  find("identity").textContent = `azu login ${location.origin}#${shown.network_id}`;
+}, () => {});
 setInterval(() => { if (!document.hidden) refresh(); }, PERIOD_MS);

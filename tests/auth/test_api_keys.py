@@ -8,17 +8,21 @@ import pytest
 from eth_account import Account
 from eth_account.messages import encode_defunct
 
-from azu.auth.api_keys import RedisAuth, challenge_text, parse_checksummed_address
-from azu.errors import InvalidRequest, NotFound, Unauthenticated, Unavailable
+from azu.auth.api_keys import RedisAuth, parse_checksummed_address
+from azu.auth.key_records import ApiKey, key_record_is_signed, new_secret, secret_digest
+from azu.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthenticated, Unavailable
 from azu.redis_client import connect_redis
 
 WALLET = Account.from_key("0x" + "07" * 32)
 STRANGER = Account.from_key("0x" + "08" * 32)
 ADDRESS = WALLET.address.lower()
 DOMAIN = "azu.example:8000"
+PLATFORM = "0x" + "99" * 20
+DIGEST = "ab" * 32
 NOW_MS = 1_700_000_000_000
 FIVE_MINUTES_MS = 300_000
 
+SECRETS = random.Random(2)
 Scenario = Callable[[RedisAuth], Awaitable[None]]
 
 
@@ -27,7 +31,7 @@ def play(redis_url: str) -> Callable[[Scenario], None]:
     async def run(scenario: Scenario) -> None:
         redis = connect_redis(redis_url)
         try:
-            await asyncio.wait_for(scenario(RedisAuth(redis, random.Random(1).randbytes)), 20)
+            await asyncio.wait_for(scenario(RedisAuth(redis, PLATFORM, random.Random(1).randbytes)), 20)
         finally:
             await redis.aclose()
 
@@ -38,20 +42,56 @@ def sign(message: str, wallet=WALLET) -> str:
     return wallet.sign_message(encode_defunct(text=message)).signature.to_0x_hex()
 
 
-async def opened(auth: RedisAuth, now_ms: int = NOW_MS, **given):
-    made = await auth.challenge(WALLET.address, DOMAIN, now_ms)
-    return await auth.open_key(made.nonce, sign(made.message), "laptop", now_ms, **given)
+async def opened(auth: RedisAuth, now_ms: int = NOW_MS, **given) -> tuple[str, ApiKey]:
+    """Open a key as a client does, and return its secret with it."""
+    secret = new_secret(SECRETS.randbytes(32))
+    digest = secret_digest(secret)
+    made = await auth.challenge(WALLET.address, digest, DOMAIN, now_ms, label="laptop", **given)
+    return secret, await auth.open_key(made.nonce, sign(made.message), now_ms)
 
 
 def test_a_signed_challenge_opens_a_key_that_is_recognised(play) -> None:
     async def scenario(auth: RedisAuth) -> None:
         secret, key = await opened(auth, spend_limit_lamports=500)
 
-        assert secret.startswith("azu-sk-")
-        assert len(secret) == len("azu-sk-") + 43
         assert (key.address, key.label, key.created_at_ms) == (ADDRESS, "laptop", NOW_MS)
         assert key.spend_limit_lamports == 500
         assert await auth.check(secret, NOW_MS + 1) == key
+        assert key_record_is_signed(key, PLATFORM)
+
+    play(scenario)
+
+
+def test_a_hash_opens_one_key(play) -> None:
+    async def scenario(auth: RedisAuth) -> None:
+        secret, key = await opened(auth)
+        made = await auth.challenge(STRANGER.address, key.digest, DOMAIN, NOW_MS)
+        with pytest.raises(Conflict, match="opened before"):
+            await auth.open_key(made.nonce, sign(made.message, STRANGER), NOW_MS)
+        assert await auth.check(secret, NOW_MS) == key
+
+    play(scenario)
+
+
+def test_keys_that_ended_make_room_for_others(play) -> None:
+    async def scenario(auth: RedisAuth) -> None:
+        await opened(auth, expires_at_ms=NOW_MS + 1)
+        for digest, at_ms in (("ab" * 32, NOW_MS), ("cd" * 32, NOW_MS + 1)):
+            made = await auth.challenge(ADDRESS, digest, DOMAIN, at_ms)
+            opening = auth.open_key(made.nonce, sign(made.message), at_ms, max_keys=1)
+            if at_ms == NOW_MS:
+                with pytest.raises(Forbidden, match="1 keys"):
+                    await opening
+            else:
+                await opening
+
+    play(scenario)
+
+
+def test_a_key_that_would_have_ended_is_refused(play) -> None:
+    async def scenario(auth: RedisAuth) -> None:
+        with pytest.raises(InvalidRequest, match="ended"):
+            await auth.challenge(ADDRESS, DIGEST, DOMAIN, NOW_MS, expires_at_ms=NOW_MS)
 
     play(scenario)
 
@@ -71,12 +111,12 @@ def test_the_secret_is_not_in_the_store(play) -> None:
 
 def test_a_challenge_opens_one_key_for_many_requests_at_once(play) -> None:
     async def scenario(auth: RedisAuth) -> None:
-        made = await auth.challenge(ADDRESS, DOMAIN, NOW_MS)
+        made = await auth.challenge(ADDRESS, DIGEST, DOMAIN, NOW_MS)
         signature = sign(made.message)
-        tries = [auth.open_key(made.nonce, signature, "", NOW_MS) for _ in range(50)]
+        tries = [auth.open_key(made.nonce, signature, NOW_MS) for _ in range(50)]
         results = await asyncio.gather(*tries, return_exceptions=True)
 
-        assert sum(isinstance(result, tuple) for result in results) == 1
+        assert sum(isinstance(result, ApiKey) for result in results) == 1
         assert sum(isinstance(result, Unauthenticated) for result in results) == 49
         assert len(await auth.list(ADDRESS)) == 1
 
@@ -85,11 +125,11 @@ def test_a_challenge_opens_one_key_for_many_requests_at_once(play) -> None:
 
 def test_a_wrong_signature_uses_up_the_challenge(play) -> None:
     async def scenario(auth: RedisAuth) -> None:
-        made = await auth.challenge(ADDRESS, DOMAIN, NOW_MS)
+        made = await auth.challenge(ADDRESS, DIGEST, DOMAIN, NOW_MS)
         with pytest.raises(Unauthenticated):
-            await auth.open_key(made.nonce, sign(made.message, STRANGER), "", NOW_MS)
+            await auth.open_key(made.nonce, sign(made.message, STRANGER), NOW_MS)
         with pytest.raises(Unauthenticated, match="unknown, used or expired"):
-            await auth.open_key(made.nonce, sign(made.message), "", NOW_MS)
+            await auth.open_key(made.nonce, sign(made.message), NOW_MS)
         assert await auth.list(ADDRESS) == ()
 
     play(scenario)
@@ -111,20 +151,20 @@ def test_a_wrong_signature_uses_up_the_challenge(play) -> None:
 )
 def test_other_bytes_than_a_signature_of_the_text_are_refused(play, signature: str) -> None:
     async def scenario(auth: RedisAuth) -> None:
-        made = await auth.challenge(ADDRESS, DOMAIN, NOW_MS)
+        made = await auth.challenge(ADDRESS, DIGEST, DOMAIN, NOW_MS)
         with pytest.raises(Unauthenticated):
-            await auth.open_key(made.nonce, signature, "", NOW_MS)
+            await auth.open_key(made.nonce, signature, NOW_MS)
 
     play(scenario)
 
 
 def test_a_challenge_expires_after_five_minutes(play) -> None:
     async def scenario(auth: RedisAuth) -> None:
-        early, late = [await auth.challenge(ADDRESS, DOMAIN, NOW_MS) for _ in range(2)]
+        early, late = [await auth.challenge(ADDRESS, DIGEST, DOMAIN, NOW_MS) for _ in range(2)]
         assert 295 <= await auth._redis.ttl(f"azu:auth:challenge:{late.nonce}") <= 300
-        await auth.open_key(early.nonce, sign(early.message), "", NOW_MS + FIVE_MINUTES_MS - 1)
+        await auth.open_key(early.nonce, sign(early.message), NOW_MS + FIVE_MINUTES_MS - 1)
         with pytest.raises(Unauthenticated):
-            await auth.open_key(late.nonce, sign(late.message), "", NOW_MS + FIVE_MINUTES_MS)
+            await auth.open_key(late.nonce, sign(late.message), NOW_MS + FIVE_MINUTES_MS)
 
     play(scenario)
 
@@ -177,33 +217,17 @@ def test_an_address_cannot_revoke_the_key_of_another(play) -> None:
 
 def test_a_redis_that_is_away_is_unavailable() -> None:
     async def scenario() -> None:
-        auth = RedisAuth(connect_redis("redis://127.0.0.1:9/0"))
+        auth = RedisAuth(connect_redis("redis://127.0.0.1:9/0"), PLATFORM)
         with pytest.raises(Unavailable):
             await auth.check("azu-sk-x", NOW_MS)
         with pytest.raises(Unavailable):
-            await auth.challenge(ADDRESS, DOMAIN, NOW_MS)
+            await auth.challenge(ADDRESS, DIGEST, DOMAIN, NOW_MS)
 
     asyncio.run(scenario())
 
 
 OWNER = "0xfb6916095ca1df60bb79ce92ce3ea74c37c5d359"
 CHECKSUMMED = "0xfB6916095ca1df60bB79Ce92cE3Ea74c37c5d359"
-
-
-def test_the_text_is_an_eip_4361_message() -> None:
-    assert challenge_text(OWNER, "127.0.0.1:8000", "0123456789abcdef", 1_700_000_000_123) == (
-        "127.0.0.1:8000 wants you to sign in with your Ethereum account:\n"
-        f"{CHECKSUMMED}\n"
-        "\n"
-        "Open an azu API key. It can spend this address's balance at azu; it cannot withdraw it.\n"
-        "\n"
-        "URI: https://127.0.0.1:8000\n"
-        "Version: 1\n"
-        "Chain ID: 1\n"
-        "Nonce: 0123456789abcdef\n"
-        "Issued At: 2023-11-14T22:13:20.123Z\n"
-        "Expiration Time: 2023-11-14T22:18:20.123Z"
-    )
 
 
 @pytest.mark.parametrize("address", [OWNER, CHECKSUMMED, "0x" + OWNER[2:].upper()])

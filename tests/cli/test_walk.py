@@ -20,6 +20,7 @@ pytestmark = pytest.mark.prove
 README = Path(__file__).parents[2] / "README.md"
 # A word in capitals in the README stands for something that an earlier command printed.
 PRINTED = {
+    "NETWORK": re.compile(r"azu login (\S+)"),
     "TICKET": re.compile(r"azu join (\S+)"),
     "0xYOURS": re.compile(r"^(0x[0-9a-f]{40})  \(", re.MULTILINE),
     "JOB": re.compile(r"(job-[0-9a-f]{24})"),
@@ -124,6 +125,8 @@ def test_a_newcomer_lends_pays_and_earns(newcomer: Newcomer) -> None:
     earned = charge(printed["receipt"], "worker 0x[0-9a-f]{40}")
     assert charged == charge(printed["receipt"], "charged") > 0
     assert "signed by" in printed["receipt"]
+    assert "not checked" not in printed["login"]
+    assert all("charged for the tokens that came" in printed[step] for step in ("prompt", "receipt"))
     # The only worker gets the whole share of the workers.
     assert earned == charged - charge(printed["receipt"], "platform") == charged * 80 // 100
     assert re.search(rf"earned, not yet paid\D+{earned}\b", printed["earnings"])

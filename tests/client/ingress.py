@@ -2,11 +2,15 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from azu.auth.key_records import ApiKey, key_id_of, key_text
+
+PLATFORM = "0x" + "9a" * 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +35,10 @@ class Reply:
 
 @dataclass(slots=True)
 class Ingress:
-    """`replies` maps "METHOD path" to the reply; `requests` are those that arrived."""
+    """`replies` maps "METHOD path" to the reply, or to what makes it of a body; `requests` are what came."""
 
     url: str = ""
-    replies: dict[str, Reply] = field(default_factory=dict)
+    replies: dict[str, Reply | Callable[[Any], Reply]] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     closed_early: threading.Event = field(default_factory=threading.Event)
 
@@ -56,9 +60,10 @@ def running_ingress() -> Iterator[Ingress]:
 
         def _answer(self, method: str, body: Any) -> None:
             ingress.requests.append(Request(method, self.path, self.headers["authorization"], body))
-            reply = ingress.replies.get(
+            found = ingress.replies.get(
                 f"{method} {self.path}", Reply({"error": {"message": "no route"}}, 404)
             )
+            reply = found(body) if callable(found) else found
             self.send_response(reply.status)
             if reply.chunks is not None:
                 self._stream(reply.chunks)
@@ -95,3 +100,35 @@ def running_ingress() -> Iterator[Ingress]:
         server.shutdown()
         server.server_close()
         thread.join(5)
+
+
+def platform_of(ingress: Ingress, address: str = PLATFORM) -> None:
+    """Have the ingress show a platform, without encryption."""
+    ingress.replies["GET /v1/platform"] = Reply({"address": address, "chain_url": ""})
+
+
+def signing_in(
+    ingress: Ingress,
+    domain: str | None = None,
+    platform: str = PLATFORM,
+    change: Callable[[ApiKey], ApiKey] = lambda key: key,
+) -> None:
+    """Have the ingress ask for a signature of the key that the client wants, or of a changed one."""
+    platform_of(ingress)
+
+    def challenge(asked: dict[str, Any]) -> Reply:
+        key = ApiKey(
+            key_id=key_id_of(asked["key_sha256"]),
+            digest=asked["key_sha256"],
+            address=asked["address"].lower(),
+            label=asked["label"],
+            created_at_ms=1_700_000_000_000,
+            expires_at_ms=asked.get("expires_at_ms"),
+            spend_limit_lamports=asked.get("spend_limit_lamports"),
+        )
+        here = domain or ingress.url.removeprefix("http://")
+        text = key_text(change(key), platform, here, "0f")
+        return Reply({"nonce": "0f", "message": text, "created_at_ms": key.created_at_ms})
+
+    ingress.replies["POST /v1/auth/challenge"] = challenge
+    ingress.replies["POST /v1/auth/keys"] = Reply({"key_id": "key-1", "address": "0x1"})

@@ -1,14 +1,15 @@
 """The client over real HTTP: its requests, its values and its errors."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from eth_account import Account
-from eth_account.messages import encode_defunct
 
 from azu.api.openai import AzuFields, ChatChunk, ChatChunkChoice, Delta, TextChoice, TextChunk, Usage
+from azu.auth.key_records import ApiKey, key_id_of, key_record_is_signed, key_text, secret_digest
 from azu.client import Client
 from azu.client import stream as client_stream
 from azu.errors import (
@@ -24,9 +25,10 @@ from azu.errors import (
     Unauthenticated,
     Unavailable,
 )
-from tests.client.ingress import Ingress, Reply, running_ingress
+from tests.client.ingress import PLATFORM, Ingress, Reply, platform_of, running_ingress, signing_in
 
 MODEL = "azu/tiny-dense"
+STRANGER = "0x" + "66" * 20
 HEAD: dict[str, Any] = {"id": "cmpl-job-1", "created": 7, "model": MODEL}
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, total_tokens=5, cost_lamports=60)
 
@@ -145,6 +147,8 @@ def test_a_broken_stream_continues_behind_its_last_chunk(ingress: Ingress, clien
     generation = client.generate("The capital of France is", model=MODEL)
 
     assert (generation.text, generation.finish_reason) == ("Paris", "stop")
+    # The usage speaks of two tokens; the places in the stream say that four came.
+    assert (generation.completion_tokens, generation.received_tokens) == (2, 4)
 
 
 @pytest.mark.parametrize("chunks", [(), (piece("Pa", after=1),), (piece("Pa", after=1), usage_chunk())])
@@ -290,35 +294,48 @@ def test_health_is_false_while_starting(ingress: Ingress, client: Client) -> Non
     assert client.healthy()
 
 
-def challenge_of(ingress: Ingress, domain: str, address: str) -> str:
-    text = f"{domain} wants you to sign in with your Ethereum account:\n{address}\n\nNonce: n1"
-    ingress.replies["POST /v1/auth/challenge"] = Reply({"nonce": "n1", "message": text})
-    ingress.replies["POST /v1/auth/keys"] = Reply(
-        {"api_key": "azu-sk-new", "key_id": "k1", "address": address.lower()}
-    )
-    return text
-
-
-def test_login_signs_the_challenge_and_uses_the_key(ingress: Ingress, client: Client) -> None:
+def test_login_makes_the_key_and_sends_its_hash_alone(ingress: Ingress, client: Client) -> None:
     account = Account.create()
-    text = challenge_of(ingress, ingress.url.removeprefix("http://"), account.address)
+    signing_in(ingress)
     ingress.replies["GET /v1/balance"] = Reply(
         {"address": account.address.lower(), "available_lamports": 5, "reserved_lamports": 0}
     )
 
-    assert client.login(account, label="laptop") == "azu-sk-new"
+    api_key = client.login(account, label="laptop", expires_in_s=60, spend_limit_lamports=7)
 
-    keys = ingress.requests[1]
-    assert keys.body["label"] == "laptop"
-    signer = Account.recover_message(encode_defunct(text=text), signature=keys.body["signature"])
-    assert signer == account.address
+    _, challenge, keys = ingress.requests
+    assert api_key.removeprefix("azu-sk-") not in str(ingress.requests)
+    assert challenge.body["key_sha256"] == secret_digest(api_key)
+    assert (challenge.body["label"], challenge.body["spend_limit_lamports"]) == ("laptop", 7)
+    assert keys.body["nonce"] == "0f"
     assert client.balance().available_lamports == 5
-    assert ingress.requests[2].authorization == "Bearer azu-sk-new"
+    assert ingress.requests[-1].authorization == f"Bearer {api_key}"
+
+
+def test_the_signature_proves_the_whole_record(ingress: Ingress, client: Client) -> None:
+    account = Account.create()
+    signing_in(ingress)
+
+    api_key = client.login(account, label="laptop", spend_limit_lamports=7)
+
+    digest, here = secret_digest(api_key), ingress.url.removeprefix("http://")
+    key = ApiKey(
+        key_id_of(digest), digest, account.address.lower(), "laptop", 1_700_000_000_000, None, 7,
+        signature=ingress.requests[-1].body["signature"],
+    )  # fmt: skip
+    assert key_record_is_signed(replace(key, text=key_text(key, PLATFORM, here, "0f")), PLATFORM)
+
+
+def test_every_login_makes_another_key(ingress: Ingress, client: Client) -> None:
+    account = Account.create()
+    signing_in(ingress)
+
+    assert len({client.login(account) for _ in range(5)}) == 5
 
 
 def test_login_takes_a_private_key_and_never_sends_it(ingress: Ingress, client: Client) -> None:
     account = Account.create()
-    challenge_of(ingress, ingress.url.removeprefix("http://"), account.address)
+    signing_in(ingress)
 
     client.login(account.key.to_0x_hex())
 
@@ -326,21 +343,70 @@ def test_login_takes_a_private_key_and_never_sends_it(ingress: Ingress, client: 
 
 
 def test_a_challenge_of_another_network_is_not_signed(ingress: Ingress, client: Client) -> None:
-    account = Account.create()
-    challenge_of(ingress, "azu.example:8000", account.address)
+    signing_in(ingress, domain="azu.example:8000")
 
     with pytest.raises(InvalidRequest, match=r"azu\.example:8000"):
-        client.login(account)
+        client.login(Account.create())
 
-    assert [request.path for request in ingress.requests] == ["/v1/auth/challenge"]
+    assert [request.path for request in ingress.requests] == ["/v1/platform", "/v1/auth/challenge"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda key: replace(key, digest="66" * 32, key_id=key_id_of("66" * 32)),
+        lambda key: replace(key, spend_limit_lamports=None),
+        lambda key: replace(key, spend_limit_lamports=8),
+        lambda key: replace(key, expires_at_ms=None),
+        lambda key: replace(key, expires_at_ms=key.expires_at_ms + 1000),
+        lambda key: replace(key, label="another"),
+        lambda key: replace(key, address=STRANGER.lower()),
+    ],
+)
+def test_a_text_that_opens_another_key_is_not_signed(
+    ingress: Ingress, client: Client, change: Callable[[ApiKey], ApiKey]
+) -> None:
+    signing_in(ingress, change=change)
+
+    with pytest.raises(InvalidRequest, match="another text"):
+        client.login(Account.create(), label="laptop", expires_in_s=60, spend_limit_lamports=7)
+
+    assert len(ingress.requests) == 2
+
+
+def test_a_text_for_another_platform_is_not_signed(ingress: Ingress, client: Client) -> None:
+    signing_in(ingress, platform=STRANGER)
+
+    with pytest.raises(InvalidRequest, match="another text"):
+        client.login(Account.create())
 
 
 def test_a_text_that_is_no_challenge_is_not_signed(ingress: Ingress, client: Client) -> None:
-    account = Account.create()
-    ingress.replies["POST /v1/auth/challenge"] = Reply({"nonce": "n", "message": "I owe you 5 HYPE"})
+    platform_of(ingress)
+    ingress.replies["POST /v1/auth/challenge"] = Reply(
+        {"nonce": "n", "message": "I owe you 5 HYPE", "created_at_ms": 1}
+    )
 
     with pytest.raises(InvalidRequest):
-        client.login(account)
+        client.login(Account.create())
+
+
+def test_nothing_is_signed_for_another_platform_than_the_known_one(ingress: Ingress) -> None:
+    signing_in(ingress)
+    platform_of(ingress, STRANGER)
+    client, account = Client(ingress.url, "azu-sk-key", platform=PLATFORM), Account.create()
+
+    for act in (
+        lambda: client.login(account),
+        lambda: client.withdraw(account, 5),
+        lambda: client.claim_earnings(account),
+        client.platform,
+    ):
+        with pytest.raises(Unauthenticated, match=PLATFORM):
+            act()
+    assert {request.path for request in ingress.requests} == {"/v1/platform"}
+    platform_of(ingress, PLATFORM.upper().replace("0X", "0x"))
+    assert client.platform().address.lower() == PLATFORM
 
 
 def test_an_error_does_not_quote_a_private_key(client: Client) -> None:

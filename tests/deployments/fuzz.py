@@ -128,8 +128,8 @@ def good_calls(sender: Sender) -> list[tuple[str, str, str, Any]]:
         ("POST", "/v1/quote", "", {"model": MODEL, "tokens": 5, "max_tokens": 4}),
         ("POST", "/deposit", "", {"tx_sig": "0x" + "ab" * 32, "user_address": address}),
         ("POST", "/models/shard", "", {"model_id": MODEL}),
-        ("POST", "/v1/auth/challenge", "", {"address": address}),
-        ("POST", "/v1/auth/keys", "", {"nonce": "00", "signature": "0x" + "1b" * 65, "label": "x"}),
+        ("POST", "/v1/auth/challenge", "", {"address": address, "key_sha256": "ab" * 32, "label": "x"}),
+        ("POST", "/v1/auth/keys", "", {"nonce": "00", "signature": "0x" + "1b" * 65}),
         ("POST", "/v1/earnings/claim", "", {"signature": "0x" + "1b" * 65}),
         (
             "POST",

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import inspect
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -154,11 +155,14 @@ class LocalIngress:
     async def open_key(self, account: LocalAccount, **asked: Any) -> str:
         """Sign in and open a key over HTTP."""
         async with self.client() as client:
-            made = (await client.post("/v1/auth/challenge", json={"address": account.address})).json()
+            api_key = f"azu-sk-{secrets.token_urlsafe(32)}"
+            digest = hashlib.sha256(api_key.encode()).hexdigest()
+            body = {"address": account.address, "key_sha256": digest, "label": "test", **asked}
+            made = (await client.post("/v1/auth/challenge", json=body)).raise_for_status().json()
             signature = account.sign_message(encode_defunct(text=made["message"])).signature.to_0x_hex()
-            body = {"nonce": made["nonce"], "signature": signature, "label": "test", **asked}
-            opened = (await client.post("/v1/auth/keys", json=body)).raise_for_status().json()
-        return str(opened["api_key"])
+            signed = {"nonce": made["nonce"], "signature": signature}
+            (await client.post("/v1/auth/keys", json=signed)).raise_for_status()
+        return api_key
 
     async def user(self, lamports: int = LAMPORTS_PER_HYPE) -> tuple[str, str]:
         """Return the address and a key of a user with this balance."""

@@ -88,7 +88,7 @@ def test_a_key_with_too_many_requests_is_refused_with_a_time_to_wait(play) -> No
 def test_sign_ins_are_counted_by_their_senders_address(play) -> None:
     async def scenario(ingress: LocalIngress) -> None:
         async with ingress.client() as client:
-            body = {"address": Account.create().address}
+            body = {"address": Account.create().address, "key_sha256": "ab" * 32}
             replies = [await client.post("/v1/auth/challenge", json=body) for _ in range(5)]
         assert [reply.status_code for reply in replies] == [200, 200, 200, 429, 429]
         assert int(replies[-1].headers["retry-after"]) >= 1

@@ -8,8 +8,8 @@ import pytest
 from azu.errors import ConfigurationError
 from azu.launch.membership import EnrolmentTicket, Ticket, decode_ticket
 
-TICKET = Ticket(address="192.0.2.7:6379", token="ab" * 32)
-ENROLMENT = EnrolmentTicket(url="https://192.0.2.7:8000", authority_sha256="cd" * 32, secret="ef" * 32)
+TICKET = Ticket(address="192.0.2.7:6379", token="ab" * 32, network="cd" * 16)
+ENROLMENT = EnrolmentTicket(url="https://192.0.2.7:8000", network="cd" * 16, secret="ef" * 32)
 
 
 def encoded(**fields: object) -> str:
@@ -38,14 +38,14 @@ def test_repr_shows_no_secret() -> None:
         TICKET.encode()[:-4],
         TICKET.encode()[4:],
         encoded(address="192.0.2.7:6379"),
-        encoded(address="192.0.2.7:6379", token="ab" * 32, version=2),
-        encoded(address="192.0.2.7:6379", token="ab" * 32, version=1, more=1),
-        encoded(address="192.0.2.7", token="ab" * 32, version=1),
-        encoded(address="192.0.2.7:6379 --head", token="ab" * 32, version=1),
-        encoded(address="192.0.2.7:6379", token="../../etc/passwd", version=1),
-        encoded(url="http://192.0.2.7:8000", authority_sha256="cd" * 32, secret="ef" * 32, version=2),
-        encoded(url="https://192.0.2.7:8000", authority_sha256="cd" * 32, secret="ef", version=2),
-        encoded(url="https://192.0.2.7:8000", authority_sha256="cd" * 32, version=2),
+        encoded(address="192.0.2.7:6379", token="ab" * 32, network="cd" * 16, version=2),
+        encoded(address="192.0.2.7:6379", token="ab" * 32, network="cd" * 16, version=1, more=1),
+        encoded(address="192.0.2.7", network="cd" * 16, token="ab" * 32, version=1),
+        encoded(address="192.0.2.7:6379 --head", network="cd" * 16, token="ab" * 32, version=1),
+        encoded(address="192.0.2.7:6379", network="cd" * 16, token="../../etc/passwd", version=1),
+        encoded(url="http://192.0.2.7:8000", network="cd" * 16, secret="ef" * 32, version=2),
+        encoded(url="https://192.0.2.7:8000", network="cd" * 16, secret="ef", version=2),
+        encoded(url="https://192.0.2.7:8000", network="cd" * 16, version=2),
     ],
 )
 def test_a_damaged_ticket_is_refused(word: str) -> None:

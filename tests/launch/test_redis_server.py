@@ -33,7 +33,7 @@ from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
 from azu.money.treasury.withdrawals import RedisWithdrawals, SignedWithdrawal
 from azu.protocol.job import FinishReason, JobRun, JobState, TokenEvent
 from azu.redis_client import connect_redis
-from tests.builders import ALICE, job
+from tests.builders import ALICE, BOB, job
 from tests.money.ledger import moves
 
 TIMEOUT_S = 15.0
@@ -111,8 +111,8 @@ def test_a_folder_may_have_a_space_in_its_name(tmp_path: Path) -> None:
 
 # What each process does with Redis through its own adapters.
 async def as_ingress(redis: Redis) -> None:
-    auth, jobs, ledger = RedisAuth(redis), RedisJobs(redis), RedisLedger(redis)
-    await auth.challenge(ALICE, "azu.example", 1)
+    auth, jobs, ledger = RedisAuth(redis, BOB), RedisJobs(redis), RedisLedger(redis)
+    await auth.challenge(ALICE, "ab" * 32, "azu.example", 1)
     assert await auth.list(ALICE) == ()
     assert await RedisSpending(redis).take("key-1", CountedJob("job-1", 5, 1), 5)
     await ledger.apply(moves.deposit(100))

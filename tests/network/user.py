@@ -1,5 +1,7 @@
 """A user of the test network: a wallet, a key and perhaps a deposit."""
 
+import hashlib
+import secrets
 from dataclasses import dataclass, replace
 
 import httpx
@@ -44,10 +46,16 @@ class User:
 def log_in(url: str, label: str) -> User:
     """Make a wallet and open a key for it, as any client would."""
     account: LocalAccount = Account.create()
-    challenge = httpx.post(f"{url}/v1/auth/challenge", json={"address": account.address}, timeout=30).json()
-    signed = account.sign_message(encode_defunct(text=challenge["message"]))
-    body = {"nonce": challenge["nonce"], "signature": signed.signature.to_0x_hex(), "label": label}
+    api_key = f"azu-sk-{secrets.token_urlsafe(32)}"
+    asked = {
+        "address": account.address,
+        "key_sha256": hashlib.sha256(api_key.encode()).hexdigest(),
+        "label": label,
+    }
+    made = httpx.post(f"{url}/v1/auth/challenge", json=asked, timeout=30).raise_for_status().json()
+    signed = account.sign_message(encode_defunct(text=made["message"]))
+    body = {"nonce": made["nonce"], "signature": signed.signature.to_0x_hex()}
     opened = httpx.post(f"{url}/v1/auth/keys", json=body, timeout=30).raise_for_status().json()
-    headers = {"authorization": f"Bearer {opened['api_key']}"}
+    headers = {"authorization": f"Bearer {api_key}"}
     http = httpx.Client(base_url=url, timeout=_TIMEOUT_S, headers=headers)
-    return User(url, opened["address"], account, opened["api_key"], http)
+    return User(url, opened["address"], account, api_key, http)

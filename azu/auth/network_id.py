@@ -1,0 +1,23 @@
+"""What names a network: a hash of its platform's address and of the authority of its ingress."""
+
+import ssl
+from hashlib import sha256
+
+from azu.errors import Unauthenticated
+
+# 128 bits: too many to find another address and authority with the same ones.
+ID_DIGITS = 32
+
+
+def network_id(platform: str, authority_pem: str | None) -> str:
+    """Return a network's id: 32 hex digits.
+
+    `authority_pem` is the certificate of the authority that signed the ingress's certificate; None for a
+    network without encryption and for one whose certificate the public authorities signed. Raises
+    Unauthenticated for a text that is no certificate.
+    """
+    try:
+        authority = b"" if authority_pem is None else ssl.PEM_cert_to_DER_cert(authority_pem)
+    except ValueError as error:
+        raise Unauthenticated("the network showed no certificate of its authority") from error
+    return sha256(b"azu network\n" + platform.lower().encode() + b"\n" + authority).hexdigest()[:ID_DIGITS]

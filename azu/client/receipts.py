@@ -1,0 +1,18 @@
+"""What a receipt charges, against what came: the client counts the tokens of an answer itself."""
+
+from azu.api.jobs import ReceiptLines
+
+
+def difference(receipt: ReceiptLines, received_tokens: int) -> str | None:
+    """Return how a receipt differs from an answer that came whole; None if it does not.
+
+    `received_tokens` are the answer's tokens, of all its choices.
+    """
+    found = []
+    if receipt.completion_tokens != received_tokens:
+        found.append(f"{receipt.completion_tokens} tokens of the answer were charged, {received_tokens} came")
+    tokens = receipt.prompt_tokens + receipt.completion_tokens
+    highest = tokens * receipt.num_layers * receipt.lamports_per_token_layer
+    if receipt.charged_lamports > highest:
+        found.append(f"{receipt.charged_lamports} lamports were charged, its tokens cost {highest}")
+    return "; ".join(found) or None

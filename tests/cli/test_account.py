@@ -1,0 +1,104 @@
+"""`azu login` pins a network, and later commands use no other."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from eth_account import Account
+from typer.testing import CliRunner
+
+from azu.auth.network_id import network_id
+from azu.cli import app
+from azu.cli.credentials import stored_credential
+from azu.errors import AzuError, Unauthenticated
+from tests.client.ingress import PLATFORM, Ingress, platform_of, running_ingress, signing_in
+
+RUNNER = CliRunner()
+ID = network_id(PLATFORM, None)
+STRANGER = "0x" + "66" * 20
+
+
+@pytest.fixture
+def ingress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ingress]:
+    """A network, and a machine with a wallet."""
+    wallet = Account.encrypt("0x" + "07" * 32, "walk", kdf="pbkdf2", iterations=2)
+    (tmp_path / "wallet.json").write_text(json.dumps(wallet))
+    (tmp_path / "wallet.json").chmod(0o600)
+    with running_ingress() as running:
+        monkeypatch.setenv("AZU_HOME", str(tmp_path))
+        monkeypatch.setenv("AZU_URL", running.url)
+        monkeypatch.setenv("AZU_WALLET_PASSWORD", "walk")
+        signing_in(running)
+        yield running
+
+
+def said(*words: str) -> str:
+    done = RUNNER.invoke(app, [*words], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output + str(done.exception)
+    return done.output
+
+
+def refusal(*words: str) -> AzuError:
+    done = RUNNER.invoke(app, [*words])
+    assert isinstance(done.exception, AzuError), done.output
+    return done.exception
+
+
+def paths(ingress: Ingress) -> set[str]:
+    return {request.path for request in ingress.requests}
+
+
+def test_a_login_with_the_id_pins_the_network(ingress: Ingress, tmp_path: Path) -> None:
+    output = said("login", f"{ingress.url}/#{ID}")
+
+    assert "not checked" not in output
+    assert "Logged in" in output
+    pinned = stored_credential(tmp_path, ingress.url)
+    assert pinned is not None
+    assert (pinned.network_id, pinned.platform) == (ID, PLATFORM)
+
+
+def test_a_login_without_the_id_warns_in_one_line_that_names_it(ingress: Ingress, tmp_path: Path) -> None:
+    (warning,) = [line for line in said("login").splitlines() if "not checked" in line]
+
+    assert f"{ingress.url}#{ID}" in warning
+    pinned = stored_credential(tmp_path, ingress.url)
+    assert pinned is not None
+    assert pinned.network_id == ""
+
+
+def test_a_network_with_another_id_is_not_logged_in_to(ingress: Ingress, tmp_path: Path) -> None:
+    assert isinstance(refusal("login", f"{ingress.url}#{'0' * 32}"), Unauthenticated)
+
+    assert paths(ingress) == {"/v1/platform"}
+    assert stored_credential(tmp_path, ingress.url) is None
+
+
+def test_a_pinned_network_that_changed_is_not_logged_in_to_again(ingress: Ingress) -> None:
+    said("login", f"{ingress.url}#{ID}")
+    signing_in(ingress, platform=STRANGER)
+    platform_of(ingress, STRANGER)
+
+    assert isinstance(refusal("login"), Unauthenticated)
+    # Its owner may say that it is the same network with another platform.
+    assert "not checked" not in said("login", f"{ingress.url}#{network_id(STRANGER, None)}")
+
+
+@pytest.mark.parametrize("login", [("login",), ("login", "#id")])
+@pytest.mark.parametrize("command", [("deposit", "1"), ("withdraw", "1"), ("earnings", "--claim")])
+def test_nothing_is_sent_or_signed_for_another_platform(
+    ingress: Ingress, login: tuple[str, ...], command: tuple[str, ...]
+) -> None:
+    said(*[word.replace("#id", f"{ingress.url}#{ID}") for word in login])
+    platform_of(ingress, STRANGER)
+    ingress.requests.clear()
+
+    assert PLATFORM in refusal(*command).message
+    assert paths(ingress) == {"/v1/platform"}
+
+
+def test_a_login_elsewhere_says_how_to_use_it(ingress: Ingress, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZU_URL", "http://127.0.0.1:9")
+
+    assert f"export AZU_URL={ingress.url}" in said("login", f"{ingress.url}#{ID}")
