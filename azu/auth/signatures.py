@@ -1,15 +1,16 @@
-"""Everything that wallets and the platform sign: claims of earnings, withdrawals, receipts, and texts."""
+"""Everything that wallets, admins and the platform sign: claims, withdrawals, commands, receipts, texts."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from eth_account import Account
 from eth_account.messages import SignableMessage, encode_defunct, encode_typed_data
 from eth_account.signers.local import LocalAccount
 from eth_keys.exceptions import BadSignature
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.alias_generators import to_camel
 
 from azu.errors import InvalidRequest
 from azu.protocol.job import Receipt
@@ -23,6 +24,8 @@ _WITHDRAWAL_FIELDS = (
     ("nonce", "uint256"),
     ("expiresAtMs", "uint256"),
 )
+# The EIP-712 type of each field that is neither a text nor an address.
+_NUMBERS = ("lamports", "number", "nonce", "expires_at_ms")
 _RECEIPT = TypeAdapter(Receipt)
 # The fields of a receipt that are not part of what is signed.
 _SEAL = ("signer", "signature")
@@ -90,6 +93,93 @@ def is_signed(withdrawal: Withdrawal, platform: str, signature: str) -> bool:
     return signer_of_data(_withdrawal_data(withdrawal, platform), signature) == withdrawal.address
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreditSuspense:
+    """Credit a row of the chain that is in suspense to an address."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    row: str
+    address: str
+    nonce: int
+    expires_at_ms: int
+    kind: Literal["CreditSuspense"] = "CreditSuspense"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeRevenue:
+    """Send the platform's own money to an address."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    address: str
+    lamports: int
+    nonce: int
+    expires_at_ms: int
+    kind: Literal["TakeRevenue"] = "TakeRevenue"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReverseJob:
+    """Give back to its payer what a job earned and that is not mature yet."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    job_id: str
+    nonce: int
+    expires_at_ms: int
+    kind: Literal["ReverseJob"] = "ReverseJob"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptLoss:
+    """Go on with books that lost what came after entry `number`, which has this hash."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    number: int
+    hash: str
+    nonce: int
+    expires_at_ms: int
+    kind: Literal["AcceptLoss"] = "AcceptLoss"
+
+
+AdminCommand = CreditSuspense | TakeRevenue | ReverseJob | AcceptLoss
+
+
+@dataclass(frozen=True, slots=True)
+class _SignedCommand:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    command: Annotated[AdminCommand, Field(discriminator="kind")]
+    signature: str
+
+
+_COMMAND = TypeAdapter(_SignedCommand)
+_COMMAND_FIELDS: TypeAdapter[AdminCommand] = TypeAdapter(AdminCommand)
+
+
+def sign_command(account: LocalAccount, command: AdminCommand, platform: str) -> str:
+    """Return an admin's command with its signature, as a text, for the platform's network alone."""
+    signed = account.sign_typed_data(full_message=_command_data(command, platform))
+    return _COMMAND.dump_json(_SignedCommand(command, signed.signature.to_0x_hex())).decode()
+
+
+def command_of(text: str, platforms: Iterable[str], admins: Collection[str]) -> AdminCommand | None:
+    """Return the command of a text that one of these lower-case addresses signed; None for any other.
+
+    The caller has to check the command's end, and that its nonce was not used.
+    """
+    try:
+        signed = _COMMAND.validate_json(text)
+    except ValidationError:
+        return None
+    found = (
+        signer_of_data(_command_data(signed.command, platform), signed.signature) for platform in platforms
+    )
+    return signed.command if any(signer in admins for signer in found) else None
+
+
 def receipt_facts(receipt: Receipt) -> dict[str, Any]:
     """Return a receipt as JSON values: what is signed."""
     facts: dict[str, Any] = _RECEIPT.dump_python(receipt, mode="json")
@@ -148,6 +238,17 @@ def _withdrawal_data(withdrawal: Withdrawal, platform: str) -> dict[str, Any]:
         "expiresAtMs": withdrawal.expires_at_ms,
     }
     return _typed_data("Withdrawal", _WITHDRAWAL_FIELDS, message, platform)
+
+
+def _command_data(command: AdminCommand, platform: str) -> dict[str, Any]:
+    values = _COMMAND_FIELDS.dump_python(command)
+    kind = values.pop("kind")
+    fields = [(to_camel(name), _type_of(name)) for name in values]
+    return _typed_data(kind, fields, {to_camel(name): value for name, value in values.items()}, platform)
+
+
+def _type_of(field: str) -> str:
+    return "uint256" if field in _NUMBERS else "address" if field == "address" else "string"
 
 
 def _typed_data(

@@ -1,0 +1,1 @@
+"""The signer: the platform's key, and the policy by which it signs."""
