@@ -25,6 +25,7 @@ from azu.money.books import Books
 from azu.protocol.job import DeploymentStatus
 from azu.protocol.node import Node
 from azu.protocol.topology import Prediction
+from azu.redis_client import connect_redis
 from azu.supervision import Supervisor, end_process
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Scheduler:
         self._rebalance = Rebalance(self._cluster, Cooldown(policy.moves.rest_s))
         self._replication = ExpertReplication(self._cluster, Cooldown(policy.moves.rest_s))
         self._scale_out = ScaleOut(self._cluster, policy.kv.promised_sequences, policy.moves.idle_s)
-        self._books = Books.from_url(config.redis_url)
+        self._books = Books(config.books_url, connect_redis(config.redis_url))
         self._meter = RayMeter()
         self._supervisor = Supervisor(SCHEDULER, self._meter, end_process)
         self._metrics = MetricsSum()

@@ -19,6 +19,7 @@ from redis.exceptions import ConnectionError as ConnectionLost
 from redis.exceptions import TimeoutError as NoReply
 from redis.retry import Retry as SyncRetry
 
+from azu.contact import RETRY_AFTER_S, Contact
 from azu.errors import Unavailable
 
 log = logging.getLogger(__name__)
@@ -30,11 +31,6 @@ REPLY_TIMEOUT_S = 5.0
 _MAX_CONNECTIONS = 32
 _RETRIES = 3
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0
-_RETRY_AFTER_S = 2.0
-# In this time a process that was busy takes the answers that arrived meanwhile.
-_SECOND_LOOK_S = 0.1
-# An outage that lasts longer is not taken for one that passes by itself.
-STANDING_S = 60.0
 # What Redis answers when it takes no command, or no write, for a while: it loads its files, it is a replica
 # or lost its own, it has no memory left, its last save failed, a script holds it, or it came back with other
 # passwords or without a group of readers. An error inside a script has the word in its message, and redis-py
@@ -52,30 +48,7 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
-class _Contact:
-    """What this process knows of one Redis: when it answered last, since when and why it is away."""
-
-    def __init__(self) -> None:
-        self.answered_s = -math.inf
-        self.away_since_s: float | None = None
-        self.reason = ""
-
-    def answers(self) -> None:
-        self.answered_s = time.monotonic()
-        self.away_since_s = None
-
-    def fails(self, error: Exception) -> Unavailable:
-        """Note why Redis is away; return the error for the caller."""
-        if self.away_since_s is None:
-            self.away_since_s = time.monotonic()
-        self.reason = str(error) or "it is silent"
-        unavailable = Unavailable(f"Redis did not answer: {self.reason}", retry_after_s=_RETRY_AFTER_S)
-        if isinstance(error, AuthenticationError):
-            self.reason += "; check REDIS_USERNAME and REDIS_PASSWORD"
-        return unavailable
-
-
-_contacts: dict[str, _Contact] = {}  # by URL
+_contacts: dict[str, Contact] = {}  # by URL
 
 
 def connect_redis(url: str, *, silence_s: float = math.inf) -> Redis:
@@ -94,7 +67,7 @@ def connect_redis(url: str, *, silence_s: float = math.inf) -> Redis:
         **_OPTIONS,
     )
     client = cast(_Client, _Client.from_pool(pool))
-    client.calls = _Calls(_contacts.setdefault(url, _Contact()), silence_s)
+    client.calls = _Calls(_contacts.setdefault(url, Contact("Redis")), silence_s)
     return client
 
 
@@ -106,11 +79,7 @@ def connect_redis_sync(url: str) -> SyncRedis:
 def redis_problem(redis: Redis, now_s: float | None = None) -> str | None:
     """Say since when a client's Redis is away from this process, and after STANDING_S also why; else None."""
     assert isinstance(redis, _Client)
-    contact = redis.calls.contact
-    if contact.away_since_s is None:
-        return None
-    away_s = (time.monotonic() if now_s is None else now_s) - contact.away_since_s
-    return f"Redis is away since {away_s:.0f} s" + (f": {contact.reason}" if away_s >= STANDING_S else "")
+    return redis.calls.contact.problem(now_s)
 
 
 async def retry_until_available(
@@ -139,13 +108,13 @@ def typed_redis_errors() -> Iterator[None]:
     try:
         yield
     except RedisError as error:
-        raise Unavailable(f"Redis did not answer: {error}", retry_after_s=_RETRY_AFTER_S) from error
+        raise Unavailable(f"Redis did not answer: {error}", retry_after_s=RETRY_AFTER_S) from error
 
 
 class _Calls:
     """What every call of one client passes: the limit on silence, and typed errors."""
 
-    def __init__(self, contact: _Contact, silence_s: float) -> None:
+    def __init__(self, contact: Contact, silence_s: float) -> None:
         self.contact = contact
         self._silence_s = silence_s
 
@@ -159,48 +128,21 @@ class _Calls:
         assert task is not None
         cancellations = task.cancelling()
         try:
-            async with self._unless_silent(self._silence_s + blocks_s):
+            async with self.contact.unless_silent(self._silence_s + blocks_s):
                 yield
             self.contact.answers()
         except (RedisError, TimeoutError) as error:
             if isinstance(error, RedisError) and not _is_away(error):
                 self.contact.answers()
                 raise
-            raise self.contact.fails(error) from error
+            unavailable = self.contact.fails(error)
+            if isinstance(error, AuthenticationError):
+                self.contact.reason += "; check REDIS_USERNAME and REDIS_PASSWORD"
+            raise unavailable from error
         finally:
             # Also in place of an answer or another error: the caller may handle that one and go on.
             if task.cancelling() > cancellations:
                 raise asyncio.CancelledError
-
-    @asynccontextmanager
-    async def _unless_silent(self, silence_s: float) -> AsyncIterator[None]:
-        """Raise TimeoutError once Redis answered no call of this process for `silence_s`.
-
-        A call that waits for its turn while others are answered may wait longer.
-        """
-        if silence_s == math.inf:
-            yield
-            return
-        loop = asyncio.get_running_loop()
-        heard_s = time.monotonic()
-        timer: asyncio.TimerHandle
-
-        def look(*, is_second: bool = False) -> None:
-            nonlocal heard_s, timer
-            before_s, heard_s = heard_s, max(heard_s, self.contact.answered_s)
-            if heard_s > before_s:
-                timer = loop.call_later(heard_s + silence_s - time.monotonic(), look)
-            elif is_second:
-                limit.reschedule(loop.time())
-            else:
-                timer = loop.call_later(_SECOND_LOOK_S, lambda: look(is_second=True))
-
-        async with asyncio.timeout(None) as limit:
-            timer = loop.call_later(silence_s, look)
-            try:
-                yield
-            finally:
-                timer.cancel()
 
 
 class _Client(Redis):

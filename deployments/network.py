@@ -63,8 +63,7 @@ _STARTING: dict[int | str, dict[str, Any]] = {
 @router.get("/health", responses=_STARTING)
 async def health(services: ServicesNow, response: Response) -> Health:
     """Return whether prompts can be served, 503 while something is starting or away, and what goes wrong."""
-    problem, is_away = await services.redis_problem()
-    problems = () if problem is None else (problem,)
+    problems, is_away = await services.problems()
     ready = False
     if not is_away:
         with suppress(AzuError):

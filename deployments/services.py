@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 # A request is answered within a second while Redis is away.
 _SILENCE_S = 0.6
+# The books say within this time that their own Redis is away.
+_BOOKS_SILENCE_S = 0.8
 _REFRESH_S = 60.0
 # A registry or scheduler that died is restarted in this time; a caller that waits longer asks again.
 _BACK_IN_S = 5.0
@@ -71,7 +73,8 @@ class Services:
         self._redis = connect()
         self.auth = RedisAuth(self._redis, config.platform_address)
         self.jobs = RedisJobs(connect())
-        self.books = Books(connect(), connect(), config.platform_address)
+        # Callers that wait for the treasury have connections of their own.
+        self.books = Books(config.books_url, connect(), silence_s=_BOOKS_SILENCE_S)
         self.tickets = RedisTickets(self._redis)
         self.intake = Intake(
             self.books,
@@ -105,15 +108,19 @@ class Services:
         """Count a request that needs no key, by its sender's address; raises RateLimited."""
         await self._rates.take(f"from:{client.host if client else ''}", self._sign_in_rate)
 
-    async def redis_problem(self) -> tuple[str | None, bool]:
-        """Return what is wrong with Redis, None if nothing is, and whether Redis is away."""
-        try:
-            loss = await self.books.loss()
-        except Unavailable as away:
-            return redis_problem(self._redis) or away.message, True
+    async def problems(self) -> tuple[tuple[str, ...], bool]:
+        """Return what is wrong with Redis and the books, and whether one of them is away."""
+        asked = await asyncio.gather(self._redis.ping(), self.books.loss(), return_exceptions=True)
+        away = [one for one in asked if isinstance(one, Unavailable)]
+        if away:
+            known = (redis_problem(self._redis), self.books.problem())
+            return tuple(filter(None, known)) or (away[0].message,), True
+        loss = asked[1]
         if loss is None:
-            return None, False
-        return f"{loss}: the treasury signs nothing until `azu treasury accept-loss {loss.size}`", False
+            return (), False
+        if isinstance(loss, BaseException):
+            raise loss
+        return (f"{loss}: the treasury signs nothing until `azu treasury accept-loss {loss.size}`",), False
 
     async def registry(self, method: str, *arguments: Any) -> Any:
         """Call the registry; raises Unavailable while it does not answer."""

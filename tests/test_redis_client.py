@@ -11,8 +11,9 @@ import pytest
 import redis
 from redis.exceptions import ResponseError
 
+from azu.contact import STANDING_S
 from azu.errors import Unavailable
-from azu.redis_client import STANDING_S, connect_redis, redis_problem, retry_until_available
+from azu.redis_client import connect_redis, redis_problem, retry_until_available
 from tests.redis_server import start_redis
 
 

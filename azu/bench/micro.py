@@ -20,14 +20,17 @@ from actors.placement import NAMESPACE
 from azu.auth.key_records import ApiKey
 from azu.bench.model import BenchModel, ModelShape, balanced_boundary, bench_model, cut_model, random_prompts
 from azu.bench.report import Measurement, Measurements, call_apart, in_turns, ray_here, seconds_of
+from azu.config import Settings
 from azu.errors import Unavailable
 from azu.files import write_private
 from azu.launch.membership import head_files
 from azu.launch.processes import ProcessGroup, address_towards, free_port, variables_set
 from azu.launch.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment
 from azu.launch.redis_server import start_redis, wait_for_redis
+from azu.launch.sidecars import BOOKS, BOOKS_READY, ChainSettings, start_books
 from azu.models import describe
 from azu.money.books import Books
+from azu.money.wire import Access
 from azu.protocol.job import Receipt
 from azu.protocol.step import Slice
 from azu.redis_client import connect_redis
@@ -48,25 +51,30 @@ def measure_settling(_shape: ModelShape) -> Measurements:
     with tempfile.TemporaryDirectory(prefix="azu-bench-") as folder, ProcessGroup(Path(folder)) as children:
         server = start_redis(children, Path(folder) / "redis")
         wait_for_redis(children, server, _START_TIMEOUT_S)
-        written_s, settled_s = _settle_all(server.urls.owner)
-    name, notes = "settlements on a flushing Redis", {"at once": _AT_ONCE}
+        settings = Settings.from_environment().model_copy(update={"home": Path(folder)})
+        chain = ChainSettings("", _USER, is_devnet=True, treasury_key={})
+        access = start_books(children, settings, chain, server.urls.books)
+        children.wait_until_printed(BOOKS, BOOKS_READY, _START_TIMEOUT_S)
+        written_s, settled_s = _settle_all(server.urls.owner, access)
+    name, notes = "settlements by the books on a flushing Redis", {"at once": _AT_ONCE}
     speed, writes = _JOBS / sum(settled_s), _JOBS / sum(written_s)
     return [Measurement(name, "per s", speed, writes, "bare SET, flushed", at_least=0.3, notes=notes)]
 
 
-def _settle_all(url: str) -> tuple[list[float], list[float]]:
+def _settle_all(redis_url: str, access: Access) -> tuple[list[float], list[float]]:
     """Return the seconds of each round of bare writes, and of each round of settlements."""
-    books, redis = Books.from_url(url), connect_redis(url)
+    redis = connect_redis(redis_url)
+    ingress, scheduler, treasury = (Books(access.url(name)) for name in ("ingress", "scheduler", "treasury"))
     key = ApiKey(key_id="bench", digest="", address=_USER, label="", created_at_ms=0)
 
     async def write(job: int) -> None:
         await redis.set(f"bench:{job}", "x" * 100)
 
     async def reserve(job: int) -> None:
-        await books.reserve(key, str(job), _CHARGED, now_ms=0, expires_at_ms=2**50)
+        await ingress.reserve(key, str(job), _CHARGED, now_ms=0, expires_at_ms=2**50)
 
     async def settle(job: int) -> None:
-        await books.settle(_receipt(job))
+        await scheduler.settle(_receipt(job))
 
     async def each(jobs: Iterable[int], call: Callable[[int], Awaitable[None]]) -> None:
         """Make the call for every job, _AT_ONCE of them at once."""
@@ -82,10 +90,11 @@ def _settle_all(url: str) -> tuple[list[float], list[float]]:
         return lambda number: loop.run(each(range(number, _JOBS, _ROUNDS), call))
 
     with asyncio.Runner() as loop:
-        loop.run(books.credit("bench", _USER, _JOBS * _CHARGED))
+        loop.run(treasury.credit("bench", _USER, _JOBS * _CHARGED))
         loop.run(each(range(_JOBS), reserve))
         seconds = in_turns(_ROUNDS, round_of(write), round_of(settle))
-        loop.run(books.close())
+        for books in (ingress, scheduler, treasury):
+            loop.run(books.close())
         loop.run(redis.aclose())
     return seconds
 

@@ -38,6 +38,7 @@ _COMMANDS = (
     ("check", "check"),
     ("doctor", "doctor"),
     ("bench", "bench"),
+    ("books", "books"),
     ("devnet", "devnet"),
 )
 _GROUPS = (

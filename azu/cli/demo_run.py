@@ -65,7 +65,7 @@ def run_demo(progress: ProgressPrinter) -> DemoReport:
         with progress.steps() as step, demo_network(Path(home), step) as network:
             client = _paying_client(network, step)
             runs = tuple(_ask(client, model, step, progress) for model in MODELS)
-            ledger_sum = asyncio.run(_ledger_sum(network.redis_url))
+            ledger_sum = asyncio.run(_ledger_sum(network.books_url))
             step("Stopping everything")
         report = DemoReport(runs, ledger_sum, round(time.monotonic() - started, 1))
     for run in report.runs:
@@ -112,8 +112,8 @@ def _ask(client: Client, model: str, step: Step, progress: ProgressPrinter) -> D
     )
 
 
-async def _ledger_sum(redis_url: str) -> int:
-    return (await Books.from_url(redis_url).totals()).sum_lamports
+async def _ledger_sum(books_url: str) -> int:
+    return (await Books(books_url).totals()).sum_lamports
 
 
 def _topology(run: DemoRun) -> Table:

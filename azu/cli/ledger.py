@@ -34,7 +34,7 @@ def audit(
 ) -> None:
     """Rebuild the books from their journal and compare; exit 0 only if everything agrees.
 
-    The books are those of REDIS_HOST, or of the network that runs in AZU_HOME. The chain is that of
+    The books are those of the network that runs in AZU_HOME. The chain is that of
     HYPERLIQUID_RPC_URL and HYPERLIQUID_ADDRESS, or that network's devnet; without one it is not asked.
     """
     report = asyncio.run(_audit(Settings.from_environment(), wallet_lamports))
@@ -59,10 +59,9 @@ def repair(
 
 
 async def _audit(settings: Settings, wallet_lamports: int | None) -> "Audit":
-    from azu.launch.redis_server import own_redis_url
-    from azu.money.books import Books
+    from azu.launch.sidecars import owners_books
 
-    books = Books.from_url(settings.redis_url or own_redis_url(settings.home))
+    books = owners_books(settings.home)
     chain = None if wallet_lamports is not None else _chain(settings)
     try:
         report = await _audit_once(books, chain, wallet_lamports)

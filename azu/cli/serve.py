@@ -67,11 +67,11 @@ def _run_sidecars(stack: ExitStack, settings: "Settings", file: "NetworkFile") -
     sidecars = stack.enter_context(sidecars_running(settings, file.policy.timeouts.start_s))
     admin_key = admin_key_of(settings)
     config = control_config(
-        settings, file.policy, sidecars.chain, sidecars.redis, settings.http_port, admin_key
+        settings, file.policy, sidecars.chain, sidecars.redis, sidecars.books, settings.http_port, admin_key
     )
     folder = settings.home / "serve"
     write_private(folder / "control.json", config.to_json())
-    write_private(folder / "ingress.json", ingress_config(config, sidecars.redis.ingress).to_json())
+    write_private(folder / "ingress.json", ingress_config(config, sidecars.redis, sidecars.books).to_json())
     return sidecars, {
         "chain_url": sidecars.chain.url,
         "platform_address": sidecars.chain.platform_address,

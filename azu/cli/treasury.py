@@ -50,7 +50,7 @@ def process(context: typer.Context) -> None:
 def status(as_json: AsJson = False) -> None:
     """Print what is on its way to users and workers, and whether the ledger went back.
 
-    The books are those of REDIS_HOST, or of the network that runs in AZU_HOME.
+    The books are those of the network that runs in AZU_HOME.
     """
     show(asyncio.run(_with_books(_status)), as_json, _drawn_status)
 
@@ -76,7 +76,7 @@ def uncredited(as_json: AsJson = False) -> None:
     """List the transfers to the platform that were credited to no account, the newest first.
 
     They came from HyperEVM, by multi-signature, or in another way that proves no single sender. The books are
-    those of REDIS_HOST, or of the network that runs in AZU_HOME.
+    those of the network that runs in AZU_HOME.
     """
 
     async def read(books: "Books") -> "tuple[Uncredited, ...]":
@@ -97,11 +97,9 @@ def _drawn_uncredited(report: UncreditedReport) -> "RenderableType":
 
 
 async def _with_books(act: Callable[["Books"], Awaitable[_Answer]]) -> _Answer:
-    from azu.launch.redis_server import own_redis_url
-    from azu.money.books import Books
+    from azu.launch.sidecars import owners_books
 
-    settings = Settings.from_environment()
-    books = Books.from_url(settings.redis_url or own_redis_url(settings.home))
+    books = owners_books(Settings.from_environment().home)
     try:
         return await act(books)
     finally:

@@ -38,7 +38,8 @@ class ControlConfig:
     """One network's control plane.
 
     `domain` is the ingress's name for clients; each text that they sign contains it.
-    The control plane uses `redis_url`; the pipelines that it starts use `pipeline_redis_url`.
+    The control plane uses `redis_url`; the pipelines that it starts use `pipeline_redis_url`. `books_url` has
+    the secret by which it reaches the books.
     `admin_key_sha256` is in hex. With `open_metrics` the metrics are readable without the admin key.
     Model folders are accepted only under `model_roots`.
     `authority` is the certificate (PEM) of the authority that signed the ingress's, None for a public one.
@@ -49,6 +50,7 @@ class ControlConfig:
 
     redis_url: str = field(repr=False)
     pipeline_redis_url: str = field(repr=False)
+    books_url: str = field(repr=False)
     home: Path
     http_host: str
     http_port: int

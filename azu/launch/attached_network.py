@@ -49,7 +49,7 @@ def attached_network(
     not come up.
     """
     timeout_s = file.policy.timeouts.start_s
-    progress("Starting Redis, the chain and the treasury")
+    progress("Starting Redis, the chain, the books and the treasury")
     with sidecars_running(settings, timeout_s) as sidecars:
         admin_key = admin_key_of(settings)
         config = serving.control_config(
@@ -57,6 +57,7 @@ def attached_network(
             file.policy,
             sidecars.chain,
             sidecars.redis,
+            sidecars.books,
             settings.http_port or free_port(),
             admin_key,
         )
@@ -74,7 +75,7 @@ def attached_network(
             )
             try:
                 serving.stop()  # a network that was killed may have left actors
-                serving.start(config, sidecars.redis.ingress)
+                serving.start(config, serving.ingress_config(config, sidecars.redis, sidecars.books))
                 # A cluster that grows on demand has no workers yet.
                 client = serving.local_client(config)
                 serving.wait_until_up(client, timeout_s, network.revive, accepts_prompts=False)

@@ -18,6 +18,7 @@ from azu.launch.serving import (
     Progress,
     connected,
     control_config,
+    ingress_config,
     local_client,
     local_url,
     revive,
@@ -25,10 +26,13 @@ from azu.launch.serving import (
     wait_until_up,
 )
 from azu.launch.sidecars import (
+    BOOKS,
+    BOOKS_READY,
     TREASURY,
     TREASURY_READY,
     admin_key_of,
     choose_chain,
+    start_books,
     start_redis_and_devnet,
     start_treasury,
 )
@@ -45,6 +49,7 @@ class LocalNetwork:
 
     url: str
     redis_url: str = field(repr=False)
+    books_url: str = field(repr=False)
     chain_url: str
     platform_address: str
     network_id: str
@@ -131,20 +136,22 @@ def local_network(
         nodes.start(host.head(port))
         chain = choose_chain(settings)
         redis = start_redis_and_devnet(services, settings, chain, timeout_s)
+        books = start_books(services, settings, chain, redis.books)
         nodes.wait_until_printed(HEAD, STARTED, timeout_s)
-        progress("Starting the workers and the treasury")
+        progress("Starting the workers, the books and the treasury")
         head = f"{ip or '127.0.0.1'}:{port}"
         _start_workers(nodes, host, head, file.workers)
         start_treasury(treasury, settings, chain, redis.treasury)
+        services.wait_until_printed(BOOKS, BOOKS_READY, timeout_s)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
         for worker in file.workers:
             nodes.wait_until_printed(worker.name, STARTED, timeout_s)
         admin_key = admin_key_of(settings)
         http_port = settings.http_port or free_port()
-        config = control_config(settings, file.policy, chain, redis, http_port, admin_key, host, head)
+        config = control_config(settings, file.policy, chain, redis, books, http_port, admin_key, host, head)
         progress("Starting the control plane")
         with connected(head, logs, driver_environment(token_path, files)) as address:
-            start(config, redis.ingress)
+            start(config, ingress_config(config, redis, books))
             progress("Waiting until it serves")
             client = local_client(config, admin_key)
             processes = (services, treasury, nodes)
@@ -152,6 +159,7 @@ def local_network(
             network = LocalNetwork(
                 url=local_url(config),
                 redis_url=redis.owner,
+                books_url=books.url("owner"),
                 chain_url=chain.url,
                 platform_address=chain.platform_address,
                 network_id=config.network_id,

@@ -16,24 +16,19 @@ from azu.money.ledger.durability import DURABLE_CONFIG
 NAME = "redis"
 _CONFIG = "redis.conf"
 # The keys by which the ingress asks the treasury.
-_TREASURY_REQUESTS = (
-    "azu:treasury:claims:*",
-    "azu:treasury:payees",
-    "azu:treasury:receipts:*",
-    "azu:treasury:withdrawals:*",
-)
+_TREASURY_REQUESTS = ("azu:treasury:claims:*", "azu:treasury:receipts:*")
 # The keys that each user of the server reaches.
 KEYS_OF: Mapping[str, tuple[str, ...]] = {
-    "ingress": ("azu:auth:*", "azu:job:*", "azu:jobs:*", "azu:ledger:*", *_TREASURY_REQUESTS),
-    "scheduler": (
-        "azu:fleet:*",
-        "azu:job:*",
-        "azu:jobs:*",
-        "azu:ledger:*",
-        "azu:model:*",
-        "azu:treasury:metrics",
-    ),
+    "ingress": ("azu:auth:*", "azu:job:*", "azu:jobs:*", *_TREASURY_REQUESTS),
+    "scheduler": ("azu:fleet:*", "azu:job:*", "azu:jobs:*", "azu:model:*", "azu:treasury:metrics"),
     "pipeline": ("azu:job:*",),
+    "books": (
+        "azu:books:*",
+        "azu:ledger:*",
+        "azu:treasury:payees",
+        "azu:treasury:uncredited",
+        "azu:treasury:withdrawals:*",
+    ),
     "treasury": ("azu:treasury:*", "azu:ledger:*", "azu:job:*", "azu:jobs:archive"),
 }
 # No user lists all keys, changes the configuration or empties the server.
@@ -48,12 +43,13 @@ class RedisUrls:
     ingress: str = field(repr=False)
     scheduler: str = field(repr=False)
     pipeline: str = field(repr=False)
+    books: str = field(repr=False)
     treasury: str = field(repr=False)
 
     @classmethod
     def same(cls, url: str) -> "RedisUrls":
         """Return one URL for all processes: azu sets up no users on a Redis that it did not start."""
-        return cls(url, url, url, url, url)
+        return cls(url, url, url, url, url, url)
 
 
 @dataclass(frozen=True, slots=True)

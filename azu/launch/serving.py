@@ -16,6 +16,7 @@ from azu.launch.processes import handlers_kept, variables_set
 from azu.launch.ray_nodes import RayHost
 from azu.launch.redis_server import RedisUrls
 from azu.launch.sidecars import ChainSettings
+from azu.money.wire import Access
 
 if TYPE_CHECKING:
     from azu.client import Client
@@ -32,6 +33,7 @@ def control_config(
     policy: NetworkPolicy,
     chain: ChainSettings,
     redis: RedisUrls,
+    books: Access,
     http_port: int,
     admin_key: str,
     host: RayHost | None = None,
@@ -47,6 +49,7 @@ def control_config(
     domain = settings.domain or f"{_local_host(listens)}:{http_port}"
     return ControlConfig(
         redis_url=redis.scheduler,
+        books_url=books.url("scheduler"),
         pipeline_redis_url=redis.pipeline,
         home=settings.home,
         http_host=settings.http_host,
@@ -99,14 +102,14 @@ def connected(head: str, logs: Path, environment: Mapping[str, str]) -> Iterator
             ray.shutdown()
 
 
-def start(config: ControlConfig, ingress_redis_url: str) -> None:
+def start(config: ControlConfig, ingress: ControlConfig) -> None:
     """Start the control plane and the ingress in the cluster that this process is connected to."""
     from actors import control_plane
     from deployments import app
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     control_plane.start(config)
-    app.start(ingress_config(config, ingress_redis_url))
+    app.start(ingress)
 
 
 def stop() -> None:
@@ -118,9 +121,9 @@ def stop() -> None:
     control_plane.stop()
 
 
-def ingress_config(config: ControlConfig, ingress_redis_url: str) -> ControlConfig:
-    """Return the part of the configuration that the ingress gets."""
-    return replace(config, redis_url=ingress_redis_url, pipeline_redis_url="")
+def ingress_config(config: ControlConfig, redis: RedisUrls, books: Access) -> ControlConfig:
+    """Return the part of the configuration that the ingress gets, with credentials of its own."""
+    return replace(config, redis_url=redis.ingress, pipeline_redis_url="", books_url=books.url("ingress"))
 
 
 def revive(config: ControlConfig) -> list[str]:

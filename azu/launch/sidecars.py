@@ -1,4 +1,4 @@
-"""The plain processes beside a network's Ray cluster: Redis, the devnet's chain and the treasury."""
+"""The plain processes beside a network's Ray cluster: Redis, the books, the devnet and the treasury."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from azu.config import Settings
@@ -16,12 +17,22 @@ from azu.launch.network_process import home_locked
 from azu.launch.processes import ProcessGroup, ProcessSpec, azu_command, free_port
 from azu.launch.redis_server import RedisUrls, start_redis, wait_for_redis
 from azu.money.treasury.environment import take_variable
+from azu.money.wire import Access
+
+if TYPE_CHECKING:
+    from azu.money.books import Books
 
 DEVNET = "devnet"
+BOOKS = "books"
 TREASURY = "treasury"
 # What they print once they are ready.
 DEVNET_READY = r"^devnet ready "
+BOOKS_READY = r"^books ready$"
 TREASURY_READY = r"^treasury ready$"
+_BOOKS_FILE = "books.json"
+_BOOKS_CALLERS = ("ingress", "scheduler", "treasury", "owner")
+# The books answer nothing else to their owner while they audit.
+_AUDIT_S = 600.0
 _DEVNET_FILE = "devnet.json"
 _KEY = "SCHEDULER_PRIVATE_KEY"
 _KEY_FILE = "AZU_PRIVATE_KEY_FILE"
@@ -39,10 +50,11 @@ class ChainSettings:
 
 @dataclass(frozen=True, slots=True)
 class Sidecars:
-    """The running processes: the chain, the treasury, and where each process finds Redis."""
+    """The running processes: the chain, the treasury, and where each process finds Redis and the books."""
 
     chain: ChainSettings
     redis: RedisUrls
+    books: Access
     _groups: tuple[ProcessGroup, ...] = field(repr=False)
 
     def revive(self) -> list[str]:
@@ -61,9 +73,11 @@ def sidecars_running(settings: Settings, timeout_s: float) -> Iterator[Sidecars]
     with home_locked(settings.home), ProcessGroup(logs) as services, ProcessGroup(logs) as treasury:
         chain = choose_chain(settings)
         redis = start_redis_and_devnet(services, settings, chain, timeout_s)
+        books = start_books(services, settings, chain, redis.books)
         start_treasury(treasury, settings, chain, redis.treasury)
+        services.wait_until_printed(BOOKS, BOOKS_READY, timeout_s)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
-        yield Sidecars(chain, redis, (services, treasury))
+        yield Sidecars(chain, redis, books, (services, treasury))
 
 
 def start_redis_and_devnet(
@@ -89,8 +103,35 @@ def start_devnet(services: ProcessGroup, chain: ChainSettings) -> None:
     services.start(ProcessSpec(DEVNET, azu_command("devnet", "--port", port), dict(os.environ), restart=True))
 
 
+def start_books(services: ProcessGroup, settings: Settings, chain: ChainSettings, redis_url: str) -> Access:
+    """Start the books with new secrets for their callers; they serve once they have printed BOOKS_READY."""
+    access = Access.new(free_port(), _BOOKS_CALLERS)
+    access.write(settings.home / _BOOKS_FILE)
+    environment = _environment(settings, chain, redis_url)
+    services.start(ProcessSpec(BOOKS, azu_command("books"), environment, restart=True))
+    return access
+
+
+def books_access(home: Path) -> Access:
+    """Return where the books of a home folder are reached; raises NotFound where no network ever ran."""
+    return Access.read(home / _BOOKS_FILE)
+
+
+def owners_books(home: Path) -> "Books":
+    """Return the books of a home folder's network for its owner; raises NotFound where none ever ran."""
+    from azu.money.books import Books
+
+    return Books(books_access(home).url("owner"), silence_s=_AUDIT_S)
+
+
 def start_treasury(group: ProcessGroup, settings: Settings, chain: ChainSettings, redis_url: str) -> None:
     """Start the treasury, the only process that gets the platform's key."""
+    environment = {**_environment(settings, chain, redis_url), **chain.treasury_key}
+    group.start(ProcessSpec(TREASURY, azu_command("treasury"), environment, restart=True))
+
+
+def _environment(settings: Settings, chain: ChainSettings, redis_url: str) -> dict[str, str]:
+    """Return the variables of a process that has a user of its own in Redis."""
     redis = urlsplit(redis_url)
     environment = dict(os.environ) | {
         "HYPERLIQUID_RPC_URL": chain.url,
@@ -100,13 +141,12 @@ def start_treasury(group: ProcessGroup, settings: Settings, chain: ChainSettings
         "AZU_HOME": str(settings.home),
         "AZU_NETWORK": str(settings.network or ""),
         "AZU_REDIS_TLS": str(redis.scheme == "rediss"),
-        **chain.treasury_key,
     }
     if redis.scheme != "rediss":
         environment.pop("AZU_REDIS_CA", None)
     if redis.password:
         environment |= {"REDIS_USERNAME": redis.username or "", "REDIS_PASSWORD": unquote(redis.password)}
-    group.start(ProcessSpec(TREASURY, azu_command("treasury"), environment, restart=True))
+    return environment
 
 
 def choose_chain(settings: Settings) -> ChainSettings:

@@ -1,6 +1,6 @@
 """Keeps a key within its spend limit, with what the ledger charged for the key's jobs.
 
-`azu:auth:spent:{key id}`  hash: job id -> highest price and time, and "ended" -> charges of ended jobs.
+`azu:books:spent:{key id}`  hash: job id -> highest price and time, and "ended" -> charges of ended jobs.
 """
 
 from collections.abc import Awaitable
@@ -135,4 +135,4 @@ class RedisSpending:
 
 
 def _key(key_id: str) -> str:
-    return f"azu:auth:spent:{key_id}"
+    return f"azu:books:spent:{key_id}"

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,18 @@ from redis import Redis
 from typer.testing import CliRunner, Result
 
 from azu.cli import ledger as commands
-from azu.errors import AzuError, Conflict, NotFound
+from azu.errors import AzuError, Conflict, NotFound, Unavailable
+from azu.launch.processes import free_port
 from azu.money.ledger.durability import APPEND_ONLY_FILE, DURABLE_CONFIG
 from azu.money.ledger.records import BALANCES
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import CHAIN, Transfer
+from azu.money.wire import Access
 from tests.builders import BOB
 from tests.money.chain.running import running_devnet
 from tests.money.ledger import moves
-from tests.redis_server import RunningRedis, start_redis
+from tests.money.serving import served
+from tests.redis_server import start_redis
 
 PLANNED = (moves.deposit(1_000), moves.plan_withdrawal("p1", 100))
 
@@ -33,11 +36,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def configured(redis_server: RunningRedis, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A Redis that the environment names."""
-    monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
-    monkeypatch.setenv("REDIS_PORT", str(redis_server.port))
-    return redis_url
+def configured(redis_url: str, home: Path) -> Iterator[str]:
+    """A Redis whose books are served to the owner of AZU_HOME."""
+    with served(redis_url) as access:
+        access.write(home / "books.json")
+        yield redis_url
 
 
 def run(*arguments: object) -> Result:
@@ -106,18 +109,13 @@ def test_the_wallet_on_the_chain_is_compared(configured: str, monkeypatch: pytes
         assert audited()[0] == 1
 
 
-def test_the_redis_that_azu_started_itself_is_found(home: Path) -> None:
-    password = secrets.token_urlsafe(24)
-    server = start_redis(home / "redis", {"save": ""})
-    (home / "redis" / "redis.conf").write_text(f'port {server.port}\nrequirepass {password}\nsave ""\n')
-    with Redis.from_url(server.url) as redis:
-        redis.config_set("requirepass", password)
-    book(f"redis://:{password}@127.0.0.1:{server.port}/0", *PLANNED)
-    assert audited()[1]["entries"] == 2
-    server.stop()
+def test_books_that_are_not_running_are_said_to_be_away(home: Path) -> None:
+    Access.new(free_port(), ["owner"]).write(home / "books.json")
+    with pytest.raises(Unavailable, match="the books did not answer"):
+        run("audit")
 
 
-def test_without_any_redis_there_is_nothing_to_audit() -> None:
+def test_where_no_network_ran_there_is_nothing_to_audit() -> None:
     with pytest.raises(NotFound):
         run("audit")
 

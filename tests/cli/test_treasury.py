@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,18 +15,16 @@ from azu.money.ledger.redis import RedisLedger
 from azu.money.treasury.redis import RedisUncredited, Uncredited
 from azu.redis_client import connect_redis, connect_redis_sync
 from tests.money.ledger import moves
-from tests.redis_server import RunningRedis
+from tests.money.serving import served
 
 
 @pytest.fixture(autouse=True)
-def configured(
-    redis_server: RunningRedis, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """A Redis that the environment names."""
+def configured(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A Redis whose books are served to the owner of AZU_HOME."""
     monkeypatch.setenv("AZU_HOME", str(tmp_path))
-    monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
-    monkeypatch.setenv("REDIS_PORT", str(redis_server.port))
-    return redis_url
+    with served(redis_url) as access:
+        access.write(tmp_path / "books.json")
+        yield redis_url
 
 
 def run(*arguments: str) -> Result:

@@ -14,6 +14,7 @@ def config(tmp_path: Path) -> ControlConfig:
     return ControlConfig(
         redis_url="redis://scheduler:secret@127.0.0.1:6379/0",
         pipeline_redis_url="redis://pipeline:secret@127.0.0.1:6379/0",
+        books_url="wire://scheduler:secret@127.0.0.1:6380",
         home=tmp_path,
         http_host="127.0.0.1",
         http_port=8000,

@@ -38,6 +38,7 @@ from azu.units import LAMPORTS_PER_HYPE
 from deployments.ingress import build_api
 from deployments.services import Services
 from tests.builders import OWNERS
+from tests.money.serving import ServedBooks, serving
 
 ADMIN_KEY = "azu-admin-of-the-test"
 PLATFORM = "0x" + "99" * 20
@@ -140,6 +141,7 @@ class LocalIngress:
     transport: httpx.ASGITransport
     model: ScriptedModel
     ledger: RedisLedger
+    books: ServedBooks
 
     def client(self, api_key: str = "", **given: Any) -> httpx.AsyncClient:
         """Return an HTTP client that sends a key."""
@@ -175,12 +177,13 @@ class LocalIngress:
 
 
 def config_of(
-    redis_url: str, home: Path, policy: NetworkPolicy, model_roots: tuple[Path, ...]
+    redis_url: str, books_url: str, home: Path, policy: NetworkPolicy, model_roots: tuple[Path, ...]
 ) -> ControlConfig:
     """Return the config of an ingress."""
     return ControlConfig(
         redis_url=redis_url,
         pipeline_redis_url=redis_url,
+        books_url=books_url,
         home=home,
         http_host="127.0.0.1",
         http_port=8000,
@@ -227,24 +230,25 @@ async def knows_no_transfer(redis_url: str) -> None:
 async def local_ingress(
     redis_url: str, home: Path, policy: NetworkPolicy | None = None, model_roots: tuple[Path, ...] = ()
 ) -> AsyncIterator[LocalIngress]:
-    """Run an ingress, and the dispatcher that takes its jobs, until the block ends."""
-    config = config_of(redis_url, home, policy or policy_with(), model_roots)
-    api = build_api(config, LocalServices)
+    """Run an ingress, the books, and the dispatcher that takes its jobs, until the block ends."""
     jobs, ledger = RedisJobs.from_url(redis_url), RedisLedger.from_url(redis_url)
     model = ScriptedModel(jobs)
-    price = config.policy.price
-    books = Books.from_url(redis_url)
-    settlement = Settlement(books, jobs, price.lamports_per_token_layer, price.platform_percent)
-    dispatcher = Dispatcher(
-        jobs, model, settlement, consumer="test", patience=config.policy.retry_policy(),
-        supervisor=Supervisor("test", Meter(), replace=lambda: None),
-    )  # fmt: skip
-    running = [asyncio.create_task(one) for one in (dispatcher.run(), knows_no_transfer(redis_url))]
-    try:
-        async with api.router.lifespan_context(api):
-            transport = httpx.ASGITransport(api, raise_app_exceptions=False)
-            yield LocalIngress(config, api, transport, model, ledger)
-    finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+    async with serving(redis_url, PLATFORM) as served:
+        access = served.access
+        config = config_of(redis_url, access.url("ingress"), home, policy or policy_with(), model_roots)
+        price, books = config.policy.price, Books(access.url("scheduler"))
+        dispatcher = Dispatcher(
+            jobs, model, Settlement(books, jobs, price.lamports_per_token_layer, price.platform_percent),
+            consumer="test", patience=config.policy.retry_policy(),
+            supervisor=Supervisor("test", Meter(), replace=lambda: None),
+        )  # fmt: skip
+        running = [asyncio.create_task(one) for one in (dispatcher.run(), knows_no_transfer(redis_url))]
+        api = build_api(config, LocalServices)
+        try:
+            async with api.router.lifespan_context(api):
+                transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+                yield LocalIngress(config, api, transport, model, ledger, served)
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)

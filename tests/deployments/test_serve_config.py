@@ -44,7 +44,8 @@ def test_unknown_arguments_are_refused(config, args: dict[str, object]) -> None:
 
 def test_a_replica_fails_its_health_check_when_its_file_changed(tmp_path: Path) -> None:
     read = ControlConfig(
-        redis_url="redis://ingress:old@127.0.0.1:6379/0", pipeline_redis_url="", home=tmp_path,
+        redis_url="redis://ingress:old@127.0.0.1:6379/0", pipeline_redis_url="", books_url="",
+        home=tmp_path,
         http_host="127.0.0.1", http_port=8000, domain="azu.example", policy=load_network().policy,
         admin_key_sha256="ab" * 32, platform_address="0x" + "a1" * 20, chain_url="http://127.0.0.1:1",
         model_roots=(), max_model_bytes=1,

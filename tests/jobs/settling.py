@@ -17,7 +17,7 @@ from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
 from azu.metrics import Meter
-from azu.money.books import Books
+from azu.money.bookkeeping import Bookkeeper
 from azu.money.ledger.redis import RedisLedger
 from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
 from azu.supervision import Supervisor, end_process
@@ -95,7 +95,7 @@ def settle_for_ever(redis_url: str, death: Death, seed: int) -> None:
 
 
 async def _settle(redis_url: str, dice: random.Random) -> None:
-    jobs, books = RedisJobs.from_url(redis_url), Books.from_url(redis_url)
+    jobs, books = RedisJobs.from_url(redis_url), Bookkeeper.from_url(redis_url)
     settlement = Settlement(books, jobs, PRICE, PLATFORM_PERCENT)
     model = FakeModel(jobs, dice)
     consumer = f"settling-{os.getpid()}"

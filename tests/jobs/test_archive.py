@@ -12,7 +12,7 @@ from azu.clock import wall_clock_ms
 from azu.jobs.archive import ARCHIVE, pack, shared_text, unpack
 from azu.jobs.record import ENDED, JobRecord, address_key, job_key, tokens_key
 from azu.jobs.redis import LISTED_JOBS, TOKENS_KEPT_S, RedisJobs
-from azu.money.books import Books
+from azu.money.bookkeeping import Bookkeeper
 from azu.money.ledger.audit import audit
 from azu.money.ledger.records import JOURNAL
 from azu.money.ledger.redis import RedisLedger
@@ -121,7 +121,7 @@ def test_a_finished_job_takes_at_most_600_bytes_after_a_day_beside_the_journal(r
     count = 200
 
     async def scenario() -> None:
-        billing, books = Billing(redis_url), Books.from_url(redis_url)
+        billing, books = Billing(redis_url), Bookkeeper.from_url(redis_url)
         jobs = billing.jobs
         await billing.deposit(10**9)
         before = await used(jobs)

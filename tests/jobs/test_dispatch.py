@@ -25,7 +25,7 @@ from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
 from azu.metrics import Meter
-from azu.money.books import Books
+from azu.money.bookkeeping import Bookkeeper
 from azu.money.ledger.transfers import worker_earned
 from azu.planner.plan import NEVER_FITS
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState, Receipt
@@ -238,7 +238,7 @@ class OddOnce(Settlement):
         return await super().settle(job, run)
 
 
-class Refusing(Books):
+class Refusing(Bookkeeper):
     """Books that refuse the ends whose transfers begin with one of `kinds`."""
 
     kinds: tuple[str, ...] = ()

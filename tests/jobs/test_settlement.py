@@ -9,7 +9,7 @@ from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
-from azu.money.books import Books
+from azu.money.bookkeeping import Bookkeeper
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Deposit, user_available, user_reserved, worker_earned
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState, TokenEvent
@@ -31,7 +31,7 @@ class Billing:
     def __init__(self, redis_url: str) -> None:
         self.ledger = RedisLedger.from_url(redis_url)
         self.jobs = RedisJobs.from_url(redis_url)
-        books = Books.from_url(redis_url)
+        books = Bookkeeper.from_url(redis_url)
         ids = iter(f"job-{n}" for n in range(10_000))
         limits = JobLimits(max_prompt_tokens=32, max_completion_tokens=40, reservation_ttl_ms=600_000)
         self.intake = Intake(

@@ -13,7 +13,7 @@ import redis
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits
 from azu.jobs.redis import RedisJobs
-from azu.money.books import Books
+from azu.money.bookkeeping import Bookkeeper
 from azu.money.ledger.audit import audit
 from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import (
@@ -55,13 +55,13 @@ async def submitted(redis_url: str, dice: random.Random, count: int) -> list[Job
     """Deposit, submit jobs (sometimes cancel the first), and reserve for a job that is never written."""
     async with books(redis_url) as (ledger, jobs):
         in_flight_limit = InFlightLimit(connect_redis(redis_url), jobs, 10_000)
-        return await submit(ledger, jobs, Books.from_url(redis_url), in_flight_limit, dice, count)
+        return await submit(ledger, jobs, Bookkeeper.from_url(redis_url), in_flight_limit, dice, count)
 
 
 async def submit(
     ledger: RedisLedger,
     jobs: RedisJobs,
-    books: Books,
+    books: Bookkeeper,
     in_flight_limit: InFlightLimit,
     dice: random.Random,
     count: int,

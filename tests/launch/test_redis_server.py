@@ -14,27 +14,26 @@ from redis.retry import Retry
 
 from azu.auth.api_keys import RedisAuth
 from azu.auth.signatures import Withdrawal
-from azu.errors import DeadlineExceeded, Unavailable
+from azu.errors import DeadlineExceeded, Forbidden, Unavailable
 from azu.jobs.redis import RedisJobs
-from azu.jobs.settlement import Settlement
 from azu.launch.processes import ProcessGroup
 from azu.launch.redis_server import KEYS_OF, NAME, RedisServer, RedisUrls, start_redis, wait_for_redis
 from azu.metrics import Meter
 from azu.models.status import RedisModelStatus
+from azu.money.bookkeeping import Bookkeeper
 from azu.money.books import Books
 from azu.money.ledger.audit import audit
 from azu.money.ledger.redis import RedisLedger
-from azu.money.spend_limits import CountedJob, RedisSpending
 from azu.money.treasury.deposits import CreditState, DepositStatus
 from azu.money.treasury.expired_reservations import ReservationExpiry
 from azu.money.treasury.receipts import ReceiptSigner
 from azu.money.treasury.redis import RedisCursor, RedisLease, RedisMetrics, RedisOutbox
 from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
 from azu.money.treasury.withdrawals import RedisWithdrawals, SignedWithdrawal
-from azu.protocol.job import FinishReason, JobRun, JobState, TokenEvent
+from azu.protocol.job import JobState, TokenEvent
 from azu.redis_client import connect_redis
-from tests.builders import ALICE, BOB, job
-from tests.money.ledger import moves
+from tests.builders import ALICE, BOB, api_key, job
+from tests.jobs.endings import outcome
 
 TIMEOUT_S = 15.0
 
@@ -109,21 +108,20 @@ def test_a_folder_may_have_a_space_in_its_name(tmp_path: Path) -> None:
     assert (tmp_path / "my redis" / "appendonly.aof").exists()
 
 
+PLATFORM = "0x" + "99" * 20
+WITHDRAWAL = Withdrawal(address=ALICE, lamports=1, nonce=1, expires_at_ms=1)
+
+
 # What each process does with Redis through its own adapters.
 async def as_ingress(redis: Redis) -> None:
-    auth, jobs, ledger = RedisAuth(redis, BOB), RedisJobs(redis), RedisLedger(redis)
+    auth, jobs = RedisAuth(redis, BOB), RedisJobs(redis)
     await auth.challenge(ALICE, "ab" * 32, "azu.example", 1)
     assert await auth.list(ALICE) == ()
-    assert await RedisSpending(redis).take("key-1", CountedJob("job-1", 5, 1), 5)
-    await ledger.apply(moves.deposit(100))
-    await ledger.apply(moves.reserve("job-1", 60))
     await jobs.submit(job())
     await jobs.cancel("job-1")
     with pytest.raises(DeadlineExceeded):
         await DepositRequests(redis).ask("0x" + "12" * 32, ALICE, 0.0)
     assert await ReceiptRequests(redis).ask("job-1", 0.0) is None
-    withdrawal = Withdrawal(address=ALICE, lamports=1, nonce=1, expires_at_ms=1)
-    await RedisWithdrawals(redis).hand_in(SignedWithdrawal(withdrawal, "0x"))
     following = asyncio.create_task(anext(jobs.events("job-1")))
     await asyncio.sleep(0.05)
     following.cancel()
@@ -131,15 +129,31 @@ async def as_ingress(redis: Redis) -> None:
 
 async def as_scheduler(redis: Redis) -> None:
     jobs = RedisJobs(redis)
-    [record] = await jobs.take("scheduler", 1, 60_000)
+    [_] = await jobs.take("scheduler", 1, 60_000)
     await jobs.set_state("job-1", JobState.RUNNING)
     await jobs.explain({"job-1": "its model is being started"})
     assert await jobs.count_fault("job-1") == 1
-    assert await Books(redis, redis).treasury_metrics() is None
-    run = JobRun(0, FinishReason.CANCELLED)
-    await Settlement(Books(redis, redis), jobs, 2, 20).settle(record.job, run)
+    assert await Books("wire://scheduler:secret@127.0.0.1:9", redis).treasury_metrics() is None
+    await jobs.plan_end("job-1", outcome())
+    await jobs.finish("job-1", outcome())
     await jobs.done("job-1")
     assert await anext(jobs.cancellations()) == "job-1"
+
+
+async def as_books(redis: Redis) -> None:
+    books = Bookkeeper(redis, PLATFORM)
+    await books.credit("0x" + "12" * 32, ALICE, 112)
+    key = api_key(spend_limit_lamports=112)
+    await books.reserve(key, "job-1", 112, now_ms=1, expires_at_ms=1)
+    await books.settle(outcome().receipt)
+    await books.forget(["job-0"])
+    assert await books.spent(key, 1) == 48
+    await RedisWithdrawals(redis).hand_in(SignedWithdrawal(WITHDRAWAL, "0x"))
+    with pytest.raises(Forbidden):
+        await books.claim_earnings(ALICE, "0x")
+    assert not (await books.earnings(ALICE)).claimed
+    assert await books.uncredited() == ()
+    assert (await books.audit()).agrees
 
 
 async def as_pipeline(redis: Redis) -> None:
@@ -173,6 +187,7 @@ def test_each_process_reaches_what_it_needs(tmp_path: Path) -> None:
         for url, duty in (
             (urls.ingress, as_ingress),
             (urls.pipeline, as_pipeline),
+            (urls.books, as_books),
             (urls.scheduler, as_scheduler),
             (urls.treasury, as_treasury),
         ):
@@ -187,8 +202,22 @@ def test_each_process_reaches_what_it_needs(tmp_path: Path) -> None:
 
 
 OTHERS_KEYS = {
-    "ingress": ["azu:treasury:outbox", "azu:treasury:nonce", "azu:treasury:signer", "azu:model:x", "other"],
-    "scheduler": ["azu:treasury:outbox", "azu:treasury:claims:waiting", "azu:auth:key:1"],
+    "ingress": [
+        "azu:ledger:balances",
+        "azu:books:spent:1",
+        "azu:treasury:outbox",
+        "azu:treasury:payees",
+        "azu:treasury:withdrawals:waiting",
+        "azu:model:x",
+        "other",
+    ],
+    "scheduler": [
+        "azu:ledger:balances",
+        "azu:books:spent:1",
+        "azu:treasury:claims:waiting",
+        "azu:auth:key:1",
+    ],
+    "books": ["azu:auth:key:1", "azu:job:1", "azu:jobs:queue", "azu:treasury:outbox", "azu:treasury:nonce"],
     "pipeline": ["azu:treasury:outbox", "azu:ledger:balances", "azu:jobs:queue", "azu:auth:key:1"],
     "treasury": ["azu:auth:key:1", "azu:jobs:queue", "azu:model:x"],
 }

@@ -22,6 +22,7 @@ from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS, WithdrawalState, WithdrawalStatus
 from azu.redis_client import connect_redis
 from tests.builders import ALICE, OWNERS, api_key, receipt
+from tests.money.serving import TESTER, serving
 
 PLATFORM = "0x" + "99" * 20
 NOW_MS = 1_000
@@ -31,11 +32,12 @@ USER = Account.from_key("0x" + "05" * 32)
 
 def play(url: str, scenario: Callable[[Books], Awaitable[None]]) -> None:
     async def run() -> None:
-        books = Books.from_url(url, PLATFORM)
-        try:
+        async with serving(url, PLATFORM) as served:
+            redis = connect_redis(url)
+            books = Books(served.access.url(TESTER), redis)
             await scenario(books)
-        finally:
             await books.close()
+            await redis.aclose()
 
     asyncio.run(run())
 

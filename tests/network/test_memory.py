@@ -84,7 +84,7 @@ async def send(client: httpx.AsyncClient, count: int) -> None:
 
 async def kept_bytes(network: LocalNetwork) -> tuple[int, int]:
     """Let the day of every job pass; return Redis' bytes in the journal, and in everything else."""
-    redis, books = connect_redis(network.redis_url), Books.from_url(network.redis_url)
+    redis, books = connect_redis(network.redis_url), Books(network._config.books_url)
     await RedisJobs(redis).archive(wall_clock_ms() + 2 * AFTER_MS, books.forget)
     sizes = {key: await redis.memory_usage(key) or 0 async for key in redis.scan_iter(count=1000)}
     await redis.aclose()

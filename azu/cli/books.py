@@ -1,0 +1,25 @@
+"""`azu books`: the process that keeps the books."""
+
+
+def books() -> None:
+    """Keep the books until stopped; the only process with rights on the ledger in Redis.
+
+    The Redis is that of REDIS_HOST, REDIS_PORT and REDIS_PASSWORD, the platform that of HYPERLIQUID_ADDRESS.
+    Callers reach the books at the port, and with the secrets, of a file in AZU_HOME.
+    """
+    import asyncio
+
+    from azu.config import Settings
+    from azu.errors import ConfigurationError
+    from azu.launch.sidecars import books_access
+    from azu.logs import start_logging
+    from azu.money.bookkeeping import BooksConfig, run
+
+    settings = Settings.from_environment()
+    if settings.redis_url is None or settings.platform_address is None:
+        raise ConfigurationError("the books need REDIS_HOST and HYPERLIQUID_ADDRESS")
+    access, password = books_access(settings.home), settings.redis_password
+    hidden = [*access.secrets.values(), *([password.get_secret_value()] if password else [])]
+    start_logging("books", hidden=hidden)
+    config = BooksConfig(settings.redis_url, settings.platform_address, access)
+    asyncio.run(run(config, ready=lambda: print("books ready", flush=True)))  # noqa: T201

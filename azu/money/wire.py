@@ -1,0 +1,401 @@
+"""Calls between azu's processes on one machine: a server on the loopback, and its clients.
+
+The verbs are the asynchronous methods of a class that both sides import. Its annotations say what crosses;
+pydantic checks the arguments, and the answer, where they arrive. A connection begins with a proof by each of
+the two that it knows the caller's secret, which itself never crosses: a process that listens at the port in
+the server's place learns nothing. Then frames cross, each a length and JSON. A call is [number, verb,
+arguments]; in any order [number, answer, error] comes back.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import inspect
+import logging
+import secrets
+import struct
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+from urllib.parse import urlsplit
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic_core import from_json, to_json
+from typing_extensions import TypedDict
+
+from azu.contact import Contact
+from azu.errors import (
+    AzuError,
+    ConfigurationError,
+    Forbidden,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    error_classes,
+    plain_fault,
+)
+from azu.files import write_private
+from azu.supervision import as_known_error
+from azu.units import KIB, MIB
+
+_LOG = logging.getLogger(__name__)
+_HOST = "127.0.0.1"
+_LENGTH = struct.Struct(">I")
+_MAX_FRAME_BYTES = 16 * MIB
+_MAX_GREETING_BYTES = KIB
+_GREETING_S = 2.0
+_MAX_CONNECTIONS = 256
+# Of one connection; the server reads no further call until one of these has ended.
+_MAX_IN_FLIGHT = 256
+_SECRET_BYTES = 32
+# How long a call tries to reach a server that does not listen, and the pauses between two tries.
+_REACHED_IN_S = 2.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
+_LOST = (OSError, EOFError)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The port at which a process listens on this machine, and the secret of each of its callers."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    port: int
+    secrets: Mapping[str, str] = field(repr=False)
+
+    @classmethod
+    def new(cls, port: int, callers: Iterable[str]) -> "Access":
+        """Return an access with new secrets."""
+        return cls(port, {caller: secrets.token_urlsafe(_SECRET_BYTES) for caller in callers})
+
+    @classmethod
+    def read(cls, path: Path) -> "Access":
+        """Read the file of `write`; raises NotFound, ConfigurationError for a damaged one."""
+        try:
+            return _ACCESS.validate_json(path.read_bytes())
+        except FileNotFoundError as error:
+            raise NotFound(f"there is no {path}: no network ever ran there") from error
+        except (OSError, ValidationError) as error:
+            raise ConfigurationError(f"{path} cannot be read, or is damaged") from error
+
+    def write(self, path: Path) -> None:
+        """Write a file that only its owner can read."""
+        write_private(path, _ACCESS.dump_json(self).decode())
+
+    def url(self, caller: str) -> str:
+        """Return the URL, with the secret, for one caller."""
+        return f"wire://{caller}:{self.secrets[caller]}@{_HOST}:{self.port}"
+
+
+_ACCESS = TypeAdapter(Access)
+
+
+@dataclass(frozen=True, slots=True)
+class _Verb:
+    """What crosses in a call of one method."""
+
+    signature: inspect.Signature
+    arguments: TypeAdapter[dict[str, Any]]
+    answer: TypeAdapter[Any]
+
+
+@cache
+def _verbs(calls: type) -> Mapping[str, _Verb]:
+    """Return the verbs of a class by their names."""
+    methods = {name: one for name, one in vars(calls).items() if inspect.iscoroutinefunction(one)}
+    return {name: _verb(name, method) for name, method in methods.items()}
+
+
+def _verb(name: str, method: Callable[..., Any]) -> _Verb:
+    crossing = get_type_hints(method)
+    answer = crossing.pop("return")
+    checked = with_config(ConfigDict(extra="forbid"))(TypedDict(name, crossing))  # type: ignore[operator]
+    return _Verb(inspect.signature(method), TypeAdapter(checked), TypeAdapter(answer))
+
+
+class WireServer:
+    """Serves the verbs of `calls` by the methods of `implementation`, to each caller those it is allowed."""
+
+    def __init__(
+        self,
+        calls: type,
+        implementation: object,
+        caller_secrets: Mapping[str, str],
+        allowed: Mapping[str, frozenset[str]],
+    ) -> None:
+        self._verbs = _verbs(calls)
+        assert set().union(*allowed.values()) <= self._verbs.keys(), "each verb is a method of the calls"
+        self._implementation = implementation
+        self._secrets = caller_secrets
+        self._allowed = allowed
+        self._connected: set[asyncio.StreamWriter] = set()
+        self._running: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, port: int = 0) -> int:
+        """Listen at a port of the loopback, a free one for 0; return it."""
+        self._server = await asyncio.start_server(self._serve, _HOST, port)
+        listens_at: int = self._server.sockets[0].getsockname()[1]
+        return listens_at
+
+    async def close(self) -> None:
+        """Listen no more, and end every connection once the calls that run have ended."""
+        if self._server is not None:
+            self._server.close()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        for writer in self._connected:
+            writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._connected) >= _MAX_CONNECTIONS:
+            writer.close()
+            return
+        self._connected.add(writer)
+        try:
+            async with asyncio.timeout(_GREETING_S):
+                caller = await self._greet(reader, writer)
+            if caller is not None:
+                await self._answer_all(caller, reader, writer)
+        except (*_LOST, TimeoutError):
+            pass  # the caller has left
+        except ValueError as error:
+            _LOG.warning("a connection is closed: %s", error)
+        finally:
+            self._connected.discard(writer)
+            writer.close()
+
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str | None:
+        """Return the caller's name once it has proved that it knows its secret; None if it does not."""
+        caller, their_nonce = _GREETING.validate_python(await _read(reader, _MAX_GREETING_BYTES))
+        secret = self._secrets.get(caller)
+        if secret is None:
+            _LOG.warning("refused a caller that is not known")
+            return None
+        nonce = secrets.token_hex(_SECRET_BYTES)
+        writer.write(_frame([nonce, _proof(secret, "server", their_nonce, nonce)]))
+        _, proof = _GREETING.validate_python(await _read(reader, _MAX_GREETING_BYTES))
+        if not hmac.compare_digest(proof, _proof(secret, "caller", their_nonce, nonce)):
+            _LOG.warning("refused %s, which does not know its secret", caller)
+            return None
+        return caller
+
+    async def _answer_all(
+        self, caller: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        slots = asyncio.Semaphore(_MAX_IN_FLIGHT)
+        while True:
+            number, verb, arguments = _CALL.validate_python(await _read(reader, _MAX_FRAME_BYTES))
+            await slots.acquire()
+            task = asyncio.create_task(self._answer(caller, writer, number, verb, arguments))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+            task.add_done_callback(lambda _: slots.release())
+
+    async def _answer(
+        self, caller: str, writer: asyncio.StreamWriter, number: int, verb: str, arguments: Any
+    ) -> None:
+        try:
+            frame = _frame([number, await self._call(caller, verb, arguments), None])
+        except Exception as error:
+            frame = _frame([number, None, _refusal(as_known_error(error, f"the call of {verb}"))])
+        with suppress(*_LOST):  # the caller has left, and asks again
+            writer.write(frame)
+            await writer.drain()
+
+    async def _call(self, caller: str, verb: str, arguments: Any) -> Any:
+        if verb not in self._allowed[caller]:
+            raise Forbidden(f"{verb} is no call of the {caller}")
+        try:
+            checked = self._verbs[verb].arguments.validate_python(arguments)
+        except ValidationError as error:
+            place, fault = plain_fault(error.errors(include_input=False))
+            raise InvalidRequest(f"{verb}, {place}: {fault}", param=place) from error
+        return await getattr(self._implementation, verb)(**checked)
+
+
+class Remote:
+    """A client of a WireServer: each verb of `calls` is one of its methods, unless it has its own.
+
+    A call raises Unavailable when the server answered no call of this process for `silence_s`, or cannot be
+    reached for as long. It may have been carried out then, and after a lost connection it is made again:
+    every verb has to be safe to repeat.
+    """
+
+    def __init_subclass__(cls, calls: type) -> None:
+        super().__init_subclass__()
+        for name, verb in _verbs(calls).items():
+            if name not in vars(cls):
+                setattr(cls, name, _method(name, verb))
+
+    def __init__(self, url: str, contact: Contact, *, silence_s: float) -> None:
+        place = urlsplit(url)
+        if place.scheme != "wire" or None in (place.username, place.password, place.port):
+            raise ConfigurationError("this is no URL of a process of azu")
+        self._place = place
+        self._contact = contact
+        self._silence_s = silence_s
+        self._opening: asyncio.Task[_Connected] | None = None
+
+    def problem(self) -> str | None:
+        """Say since when the server is away from this process; None while it answers."""
+        return self._contact.problem()
+
+    async def close(self) -> None:
+        """Close the connection."""
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            opening.cancel()
+            for connected in await asyncio.gather(opening, return_exceptions=True):
+                if isinstance(connected, _Connected):
+                    connected.close()
+
+    async def _ask(self, name: str, verb: _Verb, arguments: Mapping[str, Any]) -> Any:
+        try:
+            async with self._contact.unless_silent(self._silence_s):
+                answer, refusal = await self._insist([name, arguments])
+        except (*_LOST, TimeoutError) as error:
+            raise self._contact.fails(error) from error
+        if refusal is not None:
+            raise _error(refusal)
+        return verb.answer.validate_python(answer)
+
+    async def _insist(self, call: list[Any]) -> tuple[Any, Any]:
+        """Make a call until it is answered; raises what kept it from the server."""
+        pause_s, until_s = _FIRST_PAUSE_S, time.monotonic() + min(_REACHED_IN_S, self._silence_s)
+        while True:
+            try:
+                answered = await (await self._connection()).ask(call)
+            except _LOST:
+                if time.monotonic() + pause_s > until_s:
+                    raise
+            else:
+                self._contact.answers()
+                return answered
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _connection(self) -> "_Connected":
+        """Return the connection, which all calls share; raises OSError or EOFError where there is none."""
+        opening = self._opening
+        if opening is None or (opening.done() and (opening.exception() or opening.result().is_lost)):
+            opening = self._opening = asyncio.create_task(_open(self._place))
+        return await asyncio.shield(opening)
+
+
+def _method(name: str, verb: _Verb) -> Callable[..., Any]:
+    async def call(self: Remote, *values: Any, **named: Any) -> Any:
+        bound = verb.signature.bind(self, *values, **named)
+        bound.apply_defaults()
+        _, *arguments = bound.arguments.items()
+        return await self._ask(name, verb, dict(arguments))
+
+    call.__name__ = name
+    return call
+
+
+async def _open(place: Any) -> "_Connected":
+    """Connect, and prove to each other that both know the secret; raises OSError, also for another server."""
+    try:
+        async with asyncio.timeout(_GREETING_S):
+            try:
+                reader, writer = await asyncio.open_connection(place.hostname, place.port)
+            except OSError as error:
+                raise ConnectionRefusedError("it does not listen") from error
+            nonce = secrets.token_hex(_SECRET_BYTES)
+            writer.write(_frame([place.username, nonce]))
+            their_nonce, proof = _GREETING.validate_python(await _read(reader, _MAX_GREETING_BYTES))
+            if not hmac.compare_digest(proof, _proof(place.password, "server", nonce, their_nonce)):
+                writer.close()
+                raise ConnectionRefusedError("another process listens in its place, or it has new secrets")
+            writer.write(_frame([place.username, _proof(place.password, "caller", nonce, their_nonce)]))
+    except ValueError as error:
+        raise ConnectionRefusedError("another process listens in its place") from error
+    except EOFError as error:
+        raise ConnectionRefusedError("it refused the connection") from error
+    return _Connected(reader, writer)
+
+
+class _Connected:
+    """One connection of a client, and the calls that wait for an answer over it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._number = 0
+        self._waiting: dict[int, asyncio.Future[tuple[Any, Any]]] = {}
+        self.is_lost = False
+        self._task = asyncio.create_task(self._read_all(reader))
+
+    async def ask(self, call: list[Any]) -> tuple[Any, Any]:
+        """Return the answer and the error, one of which is None; raises OSError where the connection ends."""
+        if self.is_lost:
+            raise ConnectionResetError("the connection was lost")
+        self._number += 1
+        number = self._number
+        answer: asyncio.Future[tuple[Any, Any]] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = answer
+        try:
+            self._writer.write(_frame([number, *call]))
+            return await answer
+        finally:
+            del self._waiting[number]
+
+    def close(self) -> None:
+        """End the connection."""
+        self._task.cancel()
+        self._writer.close()
+
+    async def _read_all(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                number, answer, refusal = _ANSWER.validate_python(await _read(reader, _MAX_FRAME_BYTES))
+                if (waits := self._waiting.get(number)) is not None and not waits.done():
+                    waits.set_result((answer, refusal))
+        except (*_LOST, ValueError):
+            pass
+        finally:
+            self.is_lost = True
+            self._writer.close()
+            for waits in self._waiting.values():
+                if not waits.done():
+                    waits.set_exception(ConnectionResetError("the connection was lost"))
+
+
+_GREETING = TypeAdapter(tuple[str, str])
+_CALL = TypeAdapter(tuple[int, str, Any])
+_ANSWER = TypeAdapter(tuple[int, Any, Any])
+_REFUSAL = TypeAdapter(tuple[str, str, str | None, str | None, float | None])
+
+
+def _proof(secret: str, side: str, callers_nonce: str, servers_nonce: str) -> str:
+    return hmac.new(
+        secret.encode(), f"{side} {callers_nonce} {servers_nonce}".encode(), hashlib.sha256
+    ).hexdigest()
+
+
+def _refusal(error: AzuError) -> list[Any]:
+    return [type(error).__name__, error.message, error.param, error.code, error.retry_after_s]
+
+
+def _error(refusal: Any) -> AzuError:
+    name, message, param, code, retry_after_s = _REFUSAL.validate_python(refusal)
+    known = next((one for one in error_classes() if one.__name__ == name), InternalError)
+    return known(message, param=param, code=code, retry_after_s=retry_after_s)
+
+
+def _frame(content: list[Any]) -> bytes:
+    text = to_json(content)
+    if len(text) > _MAX_FRAME_BYTES:
+        raise InternalError(f"a call or an answer of {len(text)} bytes does not cross")
+    return _LENGTH.pack(len(text)) + text
+
+
+async def _read(reader: asyncio.StreamReader, most_bytes: int) -> Any:
+    """Return a frame's content; raises ValueError for a frame that is too large or no JSON."""
+    (size,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    if size > most_bytes:
+        raise ValueError(f"a frame of {size} bytes")
+    return from_json(await reader.readexactly(size))
