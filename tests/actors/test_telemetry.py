@@ -3,7 +3,7 @@
 from actors.telemetry import show_books, show_nodes
 from azu import metrics
 from azu.metrics import Meter
-from azu.money.books import totals_of
+from azu.money.bookkeeping import totals_of
 from azu.money.ledger.transfers import (
     CHAIN,
     PLATFORM,
