@@ -11,10 +11,12 @@ def books() -> None:
 
     from azu.config import Settings
     from azu.errors import ConfigurationError
+    from azu.launch.processes import end_with_parent
     from azu.launch.sidecars import books_access
     from azu.logs import start_logging
     from azu.money.bookkeeping import BooksConfig, run
 
+    end_with_parent()
     settings = Settings.from_environment()
     if settings.redis_url is None or settings.platform_address is None:
         raise ConfigurationError("the books need REDIS_HOST and HYPERLIQUID_ADDRESS")
