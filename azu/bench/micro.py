@@ -26,7 +26,7 @@ from azu.files import write_private
 from azu.launch.membership import head_files
 from azu.launch.processes import ProcessGroup, address_towards, free_port, variables_set
 from azu.launch.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment
-from azu.launch.redis_server import start_redis, wait_for_redis
+from azu.launch.redis_server import BOOKS_STORE, start_redis, wait_for_redis
 from azu.launch.sidecars import BOOKS, BOOKS_READY, ChainSettings, start_books
 from azu.models import describe
 from azu.money.books import Books
@@ -49,13 +49,13 @@ _CHARGED = 1000
 def measure_settling(_shape: ModelShape) -> Measurements:
     """Return the speed of settling jobs of two workers each."""
     with tempfile.TemporaryDirectory(prefix="azu-bench-") as folder, ProcessGroup(Path(folder)) as children:
-        server = start_redis(children, Path(folder) / "redis")
+        server = start_redis(children, BOOKS_STORE, Path(folder) / "redis")
         wait_for_redis(children, server, _START_TIMEOUT_S)
         settings = Settings.from_environment().model_copy(update={"home": Path(folder)})
         chain = ChainSettings("", _USER, is_devnet=True, treasury_key={})
-        access = start_books(children, settings, chain, server.urls.books)
+        access = start_books(children, settings, chain, server.url("books"))
         children.wait_until_printed(BOOKS, BOOKS_READY, _START_TIMEOUT_S)
-        written_s, settled_s = _settle_all(server.urls.owner, access)
+        written_s, settled_s = _settle_all(server.owner, access)
     name, notes = "settlements by the books on a flushing Redis", {"at once": _AT_ONCE}
     speed, writes = _JOBS / sum(settled_s), _JOBS / sum(written_s)
     return [Measurement(name, "per s", speed, writes, "bare SET, flushed", at_least=0.3, notes=notes)]

@@ -36,11 +36,13 @@ from azu.units import GIB, MIB, format_bytes
 if TYPE_CHECKING:
     from redis import Redis
 
+    from azu.launch.redis_server import Store
+
 _LEAST_REDIS = (6, 2)
 _MOST_SKEW_S = 5.0
 _SOON = timedelta(days=14)
 _TIMEOUT_S = 5.0
-_SECRET_NAMES = ("*.key", "*.json", "ray-token", "redis/redis.conf", "tls/*.key", "networks/*/*.key")
+_SECRET_NAMES = ("*.key", "*.json", "ray-token", "redis*/redis.conf", "tls/*.key", "networks/*/*.key")
 _SEE_LOGS = "look into logs/ under the head's AZU_HOME"
 
 
@@ -197,18 +199,31 @@ def _key_files(settings: Settings) -> Iterator[Finding]:
 
 
 def _redis(settings: Settings) -> Iterator[Finding]:
-    """Check the Redis of REDIS_HOST, or that of the network that runs here."""
+    """Check the Redis of REDIS_HOST, or the two of the network that runs here."""
+    from azu.launch.redis_server import BOOKS_STORE, JOB_STORE, own_redis_url
+
+    if settings.redis_url is not None:
+        told = "holds the books and the jobs: it flushes each token too"
+        yield Finding("REDIS_HOST", Severity.OK, told)
+        yield from _store(settings, settings.redis_url, BOOKS_STORE)
+        return
+    for store in (BOOKS_STORE, JOB_STORE):
+        try:
+            url = own_redis_url(settings.home, store)
+        except NotFound:
+            yield Finding("Redis", Severity.OK, "none yet: `azu up` starts its own")
+            return
+        yield from _store(settings, url, store)
+
+
+def _store(settings: Settings, url: str, store: "Store") -> Iterator[Finding]:
+    """Check one Redis; what is flushed when it acknowledges matters for money."""
     from redis import Redis
     from redis.exceptions import RedisError
 
-    from azu.launch.redis_server import own_redis_url
+    from azu.launch.redis_server import BOOKS_STORE
     from azu.money.ledger.durability import APPEND_ONLY_FILE
 
-    try:
-        url = settings.redis_url or own_redis_url(settings.home)
-    except NotFound:
-        yield Finding("Redis", Severity.OK, "none yet: `azu up` starts its own")
-        return
     advice = "AZU_REDIS_TLS=1 (and AZU_REDIS_CA for an authority of your own)"
     yield _link("Redis link", url, "money and keys cross the network in the clear", advice)
     with Redis.from_url(url, socket_timeout=3.0, socket_connect_timeout=3.0, decode_responses=True) as client:
@@ -218,14 +233,15 @@ def _redis(settings: Settings) -> Iterator[Finding]:
             is_own = settings.redis_url is None and not (settings.home / "admin.json").exists()
             told = "azu's own, not running" if is_own else str(error)
             advice = "start it, and check REDIS_HOST, REDIS_PORT and REDIS_PASSWORD"
-            yield _result("Redis", is_own, told, advice)
-            yield from _append_only_file(settings.home / "redis" / APPEND_ONLY_FILE)
+            yield _result(store.title, is_own, told, advice)
+            if store is BOOKS_STORE:
+                yield from _append_only_file(settings.home / store.name / APPEND_ONLY_FILE)
         else:
             found = server["redis_version"]
             is_new = tuple(map(int, found.split(".")[:2])) >= _LEAST_REDIS
-            yield _result("Redis", is_new, found, "use 6.2 or later")
+            yield _result(store.title, is_new, found, "use 6.2 or later")
             yield _persistence(persistence)
-            yield _durability(client)
+            yield _durability(client, store)
 
 
 def _append_only_file(path: Path) -> Iterator[Finding]:
@@ -253,22 +269,20 @@ def _persistence(found: Mapping[str, Any]) -> Finding:
     return _result("append-only file", not failed, told, "look at the disk of Redis: it could not write")
 
 
-def _durability(client: "Redis") -> Finding:
+def _durability(client: "Redis", store: "Store") -> Finding:
     from redis.exceptions import RedisError
 
-    from azu.money.ledger.durability import DURABLE_CONFIG
-
     # The file's name is up to Redis's owner; the ledger counts on the other settings.
-    names = [name for name in DURABLE_CONFIG if name != "appendfilename"]
+    names = [name for name in store.config if name != "appendfilename"]
     try:
         # One name at a time: Redis 6 takes no more.
         found = {name: client.config_get(name).get(name) for name in names}
     except RedisError as error:
         told = f"this user may not read it: {error}"
         return Finding("durability", Severity.UNKNOWN, told, "ask Redis's owner")
-    wrong = [name for name, value in found.items() if value not in (DURABLE_CONFIG[name], None)]
-    told = ", ".join(f"{name} is {found[name]!r}" for name in wrong) or "what is acknowledged is on disk"
-    advice = "; ".join(f'CONFIG SET {name} "{DURABLE_CONFIG[name]}"' for name in wrong)
+    wrong = [name for name, value in found.items() if value not in (store.config[name], None)]
+    told = ", ".join(f"{name} is {found[name]!r}" for name in wrong) or store.promise
+    advice = "; ".join(f'CONFIG SET {name} "{store.config[name]}"' for name in wrong)
     return _result("durability", not wrong, told, advice)
 
 

@@ -136,6 +136,7 @@ def run_treasury() -> None:
 
     The key comes from SCHEDULER_PRIVATE_KEY or the file that AZU_PRIVATE_KEY_FILE names, the chain from
     HYPERLIQUID_RPC_URL, the books from REDIS_HOST, REDIS_PORT and REDIS_PASSWORD.
+    AZU_JOBS_REDIS_URL, which `azu up` sets, is the Redis of the jobs; without it both are one.
     """
     import os
     from dataclasses import replace
@@ -144,14 +145,16 @@ def run_treasury() -> None:
     from azu.errors import ConfigurationError
     from azu.jobs.redis import RedisJobs
     from azu.launch.processes import end_with_parent
+    from azu.launch.sidecars import JOBS_URL
     from azu.logs import start_logging
     from azu.money.chain.networks import network_at
+    from azu.money.treasury.environment import take_variable
     from azu.money.treasury.payouts import Threshold
     from azu.money.treasury.platform_key import take_private_key
     from azu.money.treasury.process import TreasuryConfig, run
 
     end_with_parent()
-    account = take_private_key(os.environ)
+    account, jobs_url = take_private_key(os.environ), take_variable(os.environ, JOBS_URL)
     settings = Settings.from_environment()
     if settings.chain_url is None or settings.redis_url is None:
         raise ConfigurationError("the treasury needs HYPERLIQUID_RPC_URL and REDIS_HOST")
@@ -164,12 +167,13 @@ def run_treasury() -> None:
         account=account,
         threshold=Threshold(threshold, _NEW_ACCOUNT_FACTOR * threshold),
         memory=settings.home / _MEMORY,
+        jobs_redis_url=jobs_url,
     )
     if config.network.name == "devnet":
         # The official networks count requests; a local chain does not.
         config = replace(config, poll_s=_DEVNET_POLL_S, plan_every_s=1.0)
     start_logging("treasury", hidden=_secrets(account, settings))
-    jobs = RedisJobs.from_url(settings.redis_url)
+    jobs = RedisJobs.from_url(jobs_url or settings.redis_url)
     asyncio.run(run(config, jobs, ready=lambda: print("treasury ready", flush=True)))  # noqa: T201
 
 

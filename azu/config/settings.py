@@ -15,7 +15,9 @@ from azu.units import parse_bytes
 
 _PREFIX = "AZU_"
 # Variables that azu reads elsewhere: in one process each, or at the start of a child.
-_READ_ELSEWHERE = frozenset({"AZU_CONTROL_PIPE", "AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD"})
+_READ_ELSEWHERE = frozenset(
+    {"AZU_CONTROL_PIPE", "AZU_JOBS_REDIS_URL", "AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD"}
+)
 _TEST_PREFIX = "AZU_TEST_"
 
 

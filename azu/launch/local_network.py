@@ -33,7 +33,7 @@ from azu.launch.sidecars import (
     admin_key_of,
     choose_chain,
     start_books,
-    start_redis_and_devnet,
+    start_stores_and_devnet,
     start_treasury,
 )
 
@@ -135,13 +135,13 @@ def local_network(
         host = RayHost(ray_folder, token_path, ip, dashboard_port, files)
         nodes.start(host.head(port))
         chain = choose_chain(settings)
-        redis = start_redis_and_devnet(services, settings, chain, timeout_s)
+        redis = start_stores_and_devnet(services, settings, chain, timeout_s)
         books = start_books(services, settings, chain, redis.books)
         nodes.wait_until_printed(HEAD, STARTED, timeout_s)
         progress("Starting the workers, the books and the treasury")
         head = f"{ip or '127.0.0.1'}:{port}"
         _start_workers(nodes, host, head, file.workers)
-        start_treasury(treasury, settings, chain, redis.treasury)
+        start_treasury(treasury, settings, chain, redis)
         services.wait_until_printed(BOOKS, BOOKS_READY, timeout_s)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
         for worker in file.workers:
@@ -158,7 +158,7 @@ def local_network(
             wait_until_up(client, timeout_s, lambda: _revive(processes), accepts_prompts=bool(file.workers))
             network = LocalNetwork(
                 url=local_url(config),
-                redis_url=redis.owner,
+                redis_url=redis.jobs_owner,
                 books_url=books.url("owner"),
                 chain_url=chain.url,
                 platform_address=chain.platform_address,

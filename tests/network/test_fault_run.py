@@ -26,7 +26,7 @@ from azu.money.ledger.audit import Audit, audit
 from azu.money.ledger.redis import RedisLedger
 from azu.supervision import FAULTS_IN_A_ROW
 from tests.network.actors import actors_named, lend, pid_of
-from tests.network.conftest import deposited
+from tests.network.conftest import deposited, ledger_redis_url
 from tests.network.faults import Faults
 from tests.network.recovering import (
     Answer,
@@ -367,7 +367,7 @@ def test_a_process_whose_loop_fails_five_times_in_a_row_is_replaced(
 
 def test_the_books_are_right_after_all_faults(fault: Fault) -> None:
     async def found() -> Audit:
-        ledger = RedisLedger.from_url(fault.network.redis_url)
+        ledger = RedisLedger.from_url(ledger_redis_url(fault.network))
         return await audit(await ledger.snapshot(), ledger.journal())
 
     assert fault.user.balance()[1] == 0

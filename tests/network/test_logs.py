@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from azu.launch.local_network import LocalNetwork
-from tests.network.conftest import UNUSED_KEY
+from tests.network.conftest import UNUSED_KEY, ledger_redis_url
 from tests.network.user import User
 
 pytestmark = [pytest.mark.cluster, pytest.mark.prove]
@@ -102,7 +102,9 @@ def test_no_log_shows_a_key_a_token_or_a_password(
         "the admin key": network.admin_key,
         "a user's bearer": user.api_key,
         "Ray's token": network.ticket.token,
-        "the owner's password for Redis": urlsplit(network.redis_url).password or "",
+        "the owner's password for the jobs' Redis": urlsplit(network.redis_url).password or "",
+        "the owner's password for the books' Redis": urlsplit(ledger_redis_url(network)).password or "",
+        "the owner's secret at the books": urlsplit(network.books_url).password or "",
     }
     read = logs()
     assert len(read) > 20

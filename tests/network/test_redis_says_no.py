@@ -19,8 +19,9 @@ import redis
 from azu.client import Client
 from azu.errors import AzuError
 from azu.launch.local_network import LocalNetwork
+from azu.launch.redis_server import BOOKS_STORE, JOB_STORE
 from azu.money.ledger.durability import APPEND_ONLY_FILE, DURABLE_CONFIG
-from tests.network.conftest import paying_user
+from tests.network.conftest import ledger_redis_url, paying_user
 from tests.network.load import MAX_TOKENS, Load, loaded, undisturbed
 from tests.network.test_money import settled
 from tests.network.test_soak import audit
@@ -37,17 +38,19 @@ TOLD_S, BACK_S = 5.0, 15.0
 
 @dataclass
 class Store:
-    """The network's Redis and what happens to it; a fault lasts as long as its block."""
+    """One of the network's two Redis and what happens to it; a fault lasts as long as its block."""
 
     network: LocalNetwork
     home: Path
+    name: str
 
     def admin(self) -> redis.Redis:
-        return redis.Redis.from_url(self.network.redis_url)
+        is_books = self.name == BOOKS_STORE.name
+        return redis.Redis.from_url(ledger_redis_url(self.network) if is_books else self.network.redis_url)
 
     @property
     def folder(self) -> Path:
-        return self.home / "redis"
+        return self.home / self.name
 
     @property
     def process(self) -> psutil.Process:
@@ -155,9 +158,11 @@ def answers(admin: redis.Redis) -> bool:
         return False
 
 
-@pytest.fixture(scope="module")
-def store(network: LocalNetwork, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    """The network's Redis; what dies is restarted as `azu up` does."""
+@pytest.fixture(scope="module", params=[BOOKS_STORE.name, JOB_STORE.name])
+def store(
+    request: pytest.FixtureRequest, network: LocalNetwork, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Store]:
+    """Each Redis of the network; what dies is restarted as `azu up` does."""
     over = threading.Event()
 
     def revive() -> None:
@@ -166,7 +171,7 @@ def store(network: LocalNetwork, tmp_path_factory: pytest.TempPathFactory) -> It
 
     reviving = threading.Thread(target=revive)
     reviving.start()
-    yield Store(network, tmp_path_factory.getbasetemp() / "azu0")
+    yield Store(network, tmp_path_factory.getbasetemp() / "azu0", request.param)
     over.set()
     reviving.join(60)
 
@@ -186,7 +191,7 @@ LOSSES = ("cut tail", "promoted replica")
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_job_is_right_or_told_and_everything_runs_again_by_itself(store: Store, fault: str) -> None:
-    user = paying_user(store.network, fault)
+    user = paying_user(store.network, f"{store.name} {fault}")
     right = undisturbed(user)
     known = {str(job["job_id"]) for job in jobs_of(user)}
 
@@ -213,10 +218,11 @@ def test_every_job_is_right_or_told_and_everything_runs_again_by_itself(store: S
         assert len(found["token_ids"]) < MAX_TOKENS or found["text"] in texts
     report = audit(store.network, store.home)
     assert report["in_flight_lamports"] == 0
-    if fault in LOSSES:
+    if fault in LOSSES and store.name == BOOKS_STORE.name:
         accept_loss(store, user)
     print(
-        f"{fault}: {load.answers} answers, all right; a new request was refused after {told_s:.2f} s, the "
+        f"{store.name}, {fault}: {load.answers} answers, all right; a new request was refused after "
+        f"{told_s:.2f} s, the "
         f"first was answered {back_s:.2f} s after the end; jobs {states}; refused: {dict(load.refused)}; "
         f"{available} lamports left, {reserved} reserved"
     )

@@ -4,6 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -12,7 +13,7 @@ from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from azu.launch.local_network import LocalNetwork
-from tests.network.conftest import UNUSED_KEY
+from tests.network.conftest import UNUSED_KEY, ledger_redis_url
 
 pytestmark = pytest.mark.cluster
 
@@ -69,13 +70,14 @@ def test_a_task_on_any_node_finds_no_private_key(network: LocalNetwork, platform
 def test_no_log_shows_a_private_key_or_a_password_of_redis(
     network: LocalNetwork, platform_key: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    password = network.redis_url.partition("//:")[2].partition("@")[0]
+    urls = (network.redis_url, ledger_redis_url(network), network.books_url)
+    passwords = [str(urlsplit(url).password) for url in urls]
     home = tmp_path_factory.getbasetemp()
     logs = [*home.glob("azu0/logs/*"), *ray_logs()]
     read = [path.read_bytes() for path in logs if path.is_file()]
     assert len(read) > 10
     assert any(b"treasury ready" in content for content in read), "the search works"
-    for secret in (platform_key, UNUSED_KEY, password):
+    for secret in (platform_key, UNUSED_KEY, *passwords):
         assert secret
         assert not any(secret.encode() in content for content in read)
 

@@ -66,7 +66,8 @@ class TreasuryConfig:
     """What the treasury runs with. `account` holds the platform's key: nothing prints it.
 
     `poll_s` is the time between two polls of the chain; after `lease_s` a signer that died no longer blocks
-    the next one. `memory` is the file that keeps what Redis answered.
+    the next one. `memory` is the file that keeps what Redis answered. Requests of the ingress come, and
+    metrics go, through the Redis at `jobs_redis_url`, else through the other.
     """
 
     redis_url: str = field(repr=False)
@@ -80,6 +81,7 @@ class TreasuryConfig:
     max_open_payouts: int = 20
     lease_s: float = 30.0
     memory: Path | None = None
+    jobs_redis_url: str | None = field(default=None, repr=False)
 
 
 async def run(config: TreasuryConfig, jobs: JobRecords, *, ready: Callable[[], None]) -> None:
@@ -117,9 +119,10 @@ class _Treasury:
         self._redis = connect_redis(config.redis_url)
         self._chain = ChainClient(config.network)
         self._ledger = RedisLedger(self._redis)
-        self._deposits = DepositRequests(self._redis)
+        self._jobs_redis = connect_redis(config.jobs_redis_url or config.redis_url)
+        self._deposits = DepositRequests(self._jobs_redis)
         self._cursor = RedisCursor(self._redis)
-        self._metrics = RedisMetrics(self._redis)
+        self._metrics = RedisMetrics(self._jobs_redis)
         self._source = f"treasury-{secrets.token_hex(6)}"
         self._outbox = RedisOutbox(self._redis)
         self._memory = Memory(config.memory, self._ledger, self._outbox)
@@ -144,7 +147,7 @@ class _Treasury:
             remember=self._memory.keep,
         )
         self._expiry = ReservationExpiry(self._ledger, jobs.give_up)
-        self._receipts = ReceiptRequests(self._redis)
+        self._receipts = ReceiptRequests(self._jobs_redis)
         self._receipt_signer = ReceiptSigner(jobs.receipt, self._ledger, config.account)
         self._plan_at_s = 0.0
         self._ready: Callable[[], None] | None = ready
@@ -186,6 +189,7 @@ class _Treasury:
             _LOG.warning("the signer's lease was not released and expires later: %s", error)
         await self._chain.close()
         await self._redis.aclose()
+        await self._jobs_redis.aclose()
 
     async def _sign(self, job_id: str) -> str:
         if not await self._memory.may_sign():
