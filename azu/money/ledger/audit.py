@@ -1,15 +1,20 @@
 """The proof that the books are right: the rules replay every entry, and the result is compared."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from azu.clock import wall_clock_ms
 from azu.errors import AzuError, LedgerError
+from azu.money.ledger.journal import BEGIN, Head, RedisJournal, follow
 from azu.money.ledger.records import Snapshot
 from azu.money.ledger.rules import Entry, Hold, Reservation, booked, hold_name, owner_sign, post
-from azu.money.ledger.transfers import PLATFORM, is_account, is_in_transit, is_outside
+from azu.money.ledger.seals import Seals
+from azu.money.ledger.state import BooksState
+from azu.money.ledger.transfers import CHAIN, PLATFORM, is_account, is_in_transit, is_outside
 
 # Ended jobs are forgotten after a day; the clocks of two machines differ by less than an hour.
+_PAUSE_EVERY = 200
 _KEPT_MS = 23 * 3600 * 1000
 
 
@@ -35,6 +40,87 @@ class Audit:
     def agrees(self) -> bool:
         """Whether journal, store and wallet agree."""
         return not self.findings
+
+
+async def audit_books(
+    live: BooksState,
+    head: Head,
+    seals: Seals,
+    journal: RedisJournal,
+    since: int = 0,
+    wallet_lamports: int | None = None,
+) -> Audit:
+    """Rebuild the books up to `head` from the seals and the journal; compare them with `live` and the wallet.
+
+    `since` is the last number of the seal whose state is believed; 0 believes none. No seal may be written
+    meanwhile.
+    """
+    findings: list[str] = []
+    state, before = BooksState(), BEGIN
+    try:
+        if since:
+            seal = seals.read(since)
+            state, before = seal.state, seal.through
+            if seal.sha256 != live.seals.get(str(since)):
+                raise LedgerError(f"the sealed entries up to {since} were changed")
+        for number in sorted(int(through) for through in live.seals):
+            if number > since:
+                before = await _follow_seal(seals, number, state, before, live.seals[str(number)])
+        async for line in journal.lines(before.number, head.number):
+            follow(state, before, line)
+            before = line.head
+        if before != head:
+            raise LedgerError(f"the journal leads to entry {before.number}, not to {head.number} as written")
+        findings += _state_differences(live, state)
+    except LedgerError as error:
+        findings.append(error.message)
+    inside = {account: n for account, n in live.balances.items() if not is_outside(account)}
+    revenue = inside.pop(PLATFORM, 0)
+    liabilities = sum(inside.values())
+    in_transit = sum(lamports for account, lamports in inside.items() if is_in_transit(account))
+    in_flight = None if wallet_lamports is None else liabilities + revenue - wallet_lamports
+    return Audit(
+        entries=head.number,
+        accounts=len(live.balances),
+        liabilities_lamports=liabilities,
+        revenue_lamports=revenue,
+        in_transit_lamports=in_transit,
+        findings=(*findings, *_unsound(live), *_wallet_differences(in_flight, in_transit)),
+        wallet_lamports=wallet_lamports,
+        in_flight_lamports=in_flight,
+    )
+
+
+async def _follow_seal(seals: Seals, number: int, state: BooksState, before: Head, digest: str) -> Head:
+    """Go through a file's entries, and compare its state with the one that they lead to."""
+    seal = await asyncio.to_thread(seals.read, number)
+    if seal.sha256 != digest or seal.after != before:
+        raise LedgerError(f"the sealed entries up to {number} were changed")
+    for line in seals.lines(number):
+        follow(state, before, line)
+        before = line.head
+        if line.number % _PAUSE_EVERY == 0:
+            await asyncio.sleep(0)
+    if different := list(_state_differences(seal.state, state)):
+        raise LedgerError(f"the state that was sealed at {number}: {different[0]}")
+    return before
+
+
+def _state_differences(stored: BooksState, replayed: BooksState) -> Iterator[str]:
+    for table in fields(BooksState):
+        yield from _unequal(table.name, getattr(stored, table.name), getattr(replayed, table.name))
+
+
+def _unsound(state: BooksState) -> Iterator[str]:
+    """Yield what no entry can lead to."""
+    if total := sum(state.balances.values()):
+        yield f"all accounts sum to {total} lamports, not to zero"
+    for account, lamports in sorted(state.balances.items()):
+        if not is_account(account):
+            yield f"{account!r} is no account"
+        # What left the wallet without a payout is the platform's debt.
+        if account not in (PLATFORM, CHAIN) and lamports < state.locked.get(account, 0):
+            yield f"{account} stands at {lamports} lamports, {state.locked.get(account, 0)} of them locked"
 
 
 async def audit(

@@ -5,7 +5,7 @@ RedisLedger applies the same rules, and gives the same answers to the same trans
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -115,12 +115,16 @@ class Posting:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A line of the journal. `number` counts from 1 without gaps; `at_ms` is when Redis wrote it, or 0."""
+    """A line of the journal. `number` counts from 1 without gaps; `at_ms` is when it was written, or 0.
+
+    `hash` is over the entry and the hash before it.
+    """
 
     number: int
     transfer: Transfer
     legs: tuple[Leg, ...]
     at_ms: int = field(default=0, compare=False)
+    hash: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +211,7 @@ def post(transfer: Transfer, found: Hold | None) -> Posting:
         case Release() | Expire() | PayoutRefused():
             hold = _still_open(transfer, found)
             return _end(transfer, hold, {hold.source: hold.lamports})
-        case _ as never:
-            assert_never(never)
+    raise LedgerError(f"{transfer.id}: this ledger books no {transfer.kind}")
 
 
 def _open(transfer: Reserve | PayoutPlanned | WithdrawalPlanned, found: Hold | None) -> Posting:
@@ -292,8 +295,7 @@ def hold_name(transfer: Transfer) -> str:
             return reservation_name(transfer.job_id)
         case PayoutPlanned() | WithdrawalPlanned() | PayoutPaid() | PayoutRefused():
             return payout_name(transfer.payout_id)
-        case _ as never:
-            assert_never(never)
+    raise LedgerError(f"{transfer.id}: this ledger books no {transfer.kind}")
 
 
 def reservation_name(job_id: str) -> str:

@@ -111,7 +111,7 @@ AVAILABLE = user_available(ALICE)
         (lambda redis: redis.zrem(EXPIRIES, "job:open"), "expiry of job:open"),
         (lambda redis: redis.zadd(EXPIRIES, {"job:settled": 1}), "expiry of job:settled"),
         (lambda redis: redis.xdel(JOURNAL, "2-0"), "entry 3: comes where 2 is missing"),
-        (lambda redis: redis.xdel(JOURNAL, "5-0"), "number of payout:p1:planned"),
+        (lambda redis: redis.xdel(JOURNAL, "5-0"), "number of p1:planned"),
         (lambda redis: redis.delete(JOURNAL), "number of deposit:0x01"),
         (lambda redis: redis.xadd(JOURNAL, {"by": "hand"}, id="6-0"), "6-0 is damaged"),
         (lambda redis: redis.xadd(JOURNAL, {"by": "hand"}, id="5-1"), "5-1 is damaged"),
@@ -133,7 +133,7 @@ def test_every_change_by_hand_is_found(redis_url: str, edit: Edit, expected: str
 def test_a_history_that_the_rules_forbid_is_found_though_all_sums_are_right(redis_url: str) -> None:
     def overdraw(redis: Any) -> None:
         fields = redis.xrange(JOURNAL, "4-0", "4-0")[0][1]
-        content = fields["transfer"].replace('"lamports":200', '"lamports":9000')
+        content = fields["transfer"].replace("200", "9000")
         legs = fields["legs"].replace("200", "9000")
         redis.xadd(
             JOURNAL, {"at_ms": "1", "transfer": content.replace("open", "more"), "legs": legs}, id="6-0"

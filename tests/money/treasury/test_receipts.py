@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from azu.auth.signatures import sealed, verify_receipt
 from azu.jobs.redis import RedisJobs
 from azu.money.ledger.redis import RedisLedger
-from azu.money.treasury.receipts import ReceiptSigner
+from azu.money.treasury.receipts import ReceiptSigner, job_end
 from azu.money.treasury.request_reply import ReceiptRequests
 from azu.protocol.job import FinishReason, JobOutcome, JobState, Receipt
 from azu.redis_client import connect_redis
@@ -39,7 +39,7 @@ class Office:
             self.ledger,
             moves.deposit(1_000),
             moves.reserve("job-1", 112),
-            moves.settle("job-1", 80, w0=40, w1=24),
+            job_end(receipt()),
         )
         await self.jobs.submit(job())
         await self.jobs.finish("job-1", JobOutcome(JobState.DONE, FinishReason.STOP, written))

@@ -1,0 +1,188 @@
+"""Files of old entries, so that Redis holds only the latest, and the ids that were ever used.
+
+    {through}.jsonl  {"after": number, "hash": ...}, then the lines ["hash", {entry}], then
+                     {"through": number, "hash": ..., "state": {the books after it}}
+    ids.sqlite       transfer id -> number, of all sealed entries; it can be made again from the files
+    head.json        the last entry that was seen in the journal, to notice a journal that went back
+
+The journal's entry `JournalSealed` has the SHA-256 of its file.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from azu.errors import ConfigurationError, LedgerError
+from azu.files import replacing, write_all, write_private
+from azu.money.ledger.journal import BEGIN, Head, Line, read_line
+from azu.money.ledger.state import BooksState, decode_state
+
+_DIGITS = 15
+_ID_BYTES = 16
+_HEAD = TypeAdapter(Head)
+_HASH_END = 2 + 64
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """One file: what its first line follows, its last line's head, and the books after it."""
+
+    after: Head
+    through: Head
+    state: BooksState
+    sha256: str
+
+
+class Seals:
+    """The files in one folder, of one ledger. Its methods block: they read and write files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A seal is written in a thread, while the loop looks ids up.
+        self._ids = sqlite3.connect(folder / "ids.sqlite", check_same_thread=False)
+        self._ids.execute(
+            "CREATE TABLE IF NOT EXISTS ids (digest BLOB PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID"
+        )
+
+    def close(self) -> None:
+        """Close the index of ids."""
+        self._ids.close()
+
+    def numbers(self) -> list[int]:
+        """Return the last number of each file, in order."""
+        return sorted(int(path.stem) for path in self._folder.glob("[0-9]*.jsonl"))
+
+    def write(self, after: Head, through: Head, lines: Iterable[Line], state: bytes) -> str:
+        """Write a file, and its ids into the index; return its SHA-256. A file of the same end is replaced.
+
+        Raises LedgerError if the lines do not lead from `after` to `through`.
+        """
+        digest, ids, head = sha256(), [], after
+        path = self._path(through.number)
+        with replacing(path) as file:
+
+            def put(content: bytes) -> None:
+                digest.update(content)
+                write_all(file, content)
+
+            put(json.dumps({"after": after.number, "hash": after.hash}).encode() + b"\n")
+            for line in lines:
+                put(f'["{line.hash}",{line.text}]\n'.encode())
+                ids.append((_digest(read_line(line).transfer.id), line.number))
+                head = line.head
+            if head != through:
+                raise LedgerError(f"the journal's lines lead to {head}, not to {through}")
+            last = json.dumps({"through": through.number, "hash": through.hash})
+            put(last.removesuffix("}").encode() + b', "state": ' + state + b"}\n")
+        self._index(ids)
+        return digest.hexdigest()
+
+    def read(self, through: int) -> Seal:
+        """Return what a file says; raises LedgerError if it is damaged."""
+        path = self._path(through)
+        try:
+            content = path.read_bytes()
+            first, last = content[: content.index(b"\n")], content[content.rindex(b"\n", 0, -1) + 1 :]
+            begin = json.loads(first)
+            head, _, state = last.partition(b', "state": ')
+            end = json.loads(head + b"}")
+            return Seal(
+                Head(begin["after"], begin["hash"]),
+                Head(end["through"], end["hash"]),
+                decode_state(state.removesuffix(b"}\n")),
+                sha256(content).hexdigest(),
+            )
+        except (OSError, ValueError, KeyError, TypeError, LedgerError) as error:
+            raise LedgerError(f"the sealed entries in {path} cannot be read: {error}") from error
+
+    def sha256(self, through: int) -> str:
+        """Return a file's SHA-256; empty if it cannot be read."""
+        try:
+            with self._path(through).open("rb") as file:
+                digest = sha256()
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                return digest.hexdigest()
+        except OSError:
+            return ""
+
+    def lines(self, through: int) -> Iterator[Line]:
+        """Yield a file's lines; raises LedgerError for what is none."""
+        with self._path(through).open(encoding="utf-8") as file:
+            number = json.loads(next(file))["after"]
+            for stored in file:
+                if stored.startswith('{"through"'):
+                    return
+                number += 1
+                if not (stored.startswith('["') and stored.endswith("]\n")):
+                    raise LedgerError(f"sealed entry {number} is damaged: {stored[:200]!r}")
+                yield Line(number, stored[_HASH_END + 2 : -2], stored[2:_HASH_END])
+
+    def line(self, number: int) -> Line | None:
+        """Return the line of a sealed entry, None if no file has it."""
+        through = next((last for last in self.numbers() if last >= number), None)
+        if through is None:
+            return None
+        return next((line for line in self.lines(through) if line.number == number), None)
+
+    def number_of(self, transfer_id: str, through: int) -> int | None:
+        """Return the number of the sealed entry, up to `through`, in which an id was used."""
+        row = self._ids.execute("SELECT number FROM ids WHERE digest = ?", (_digest(transfer_id),)).fetchone()
+        return row[0] if row is not None and row[0] <= through else None
+
+    def check_ids(self, through: int) -> None:
+        """Make the index of ids again if it has not exactly the ids of the entries up to `through`."""
+        count, last = self._ids.execute("SELECT COUNT(*), MAX(number) FROM ids").fetchone()
+        if (count, last or 0) == (through, through):
+            return
+        with self._ids:
+            self._ids.execute("DELETE FROM ids")
+        for number in self.numbers():
+            if number <= through:
+                lines = self.lines(number)
+                self._index((_digest(read_line(line).transfer.id), line.number) for line in lines)
+
+    def has_ids_of(self, through: int) -> bool:
+        """Whether the index has each id of one file."""
+        return all(
+            self.number_of(read_line(line).transfer.id, through) == line.number
+            for line in self.lines(through)
+        )
+
+    def remove(self, through: int) -> None:
+        """Remove a file whose entries the journal still has."""
+        self._path(through).unlink()
+
+    def mark(self) -> Head:
+        """Return the entry that was noted last."""
+        path = self._folder / "head.json"
+        if not path.exists():
+            return BEGIN
+        try:
+            return _HEAD.validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise ConfigurationError(
+                f"{path} cannot be read; it says how far the ledger was: move it away only after "
+                "`azu ledger audit` agrees with the chain"
+            ) from error
+
+    def note(self, head: Head) -> None:
+        """Note the last entry."""
+        write_private(self._folder / "head.json", _HEAD.dump_json(head).decode())
+
+    def _index(self, ids: Iterable[tuple[bytes, int]]) -> None:
+        with self._ids:
+            self._ids.executemany("INSERT OR REPLACE INTO ids VALUES (?, ?)", ids)
+
+    def _path(self, through: int) -> Path:
+        return self._folder / f"{through:0{_DIGITS}d}.jsonl"
+
+
+def _digest(transfer_id: str) -> bytes:
+    return sha256(transfer_id.encode()).digest()[:_ID_BYTES]

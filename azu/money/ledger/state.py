@@ -1,0 +1,220 @@
+"""What the journal amounts to: balances, open holds, keys, nodes, claims, and what may still be reversed.
+
+Nothing of this is stored beside the journal: it is rebuilt from the entries, or from the last seal on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Generic, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from azu.errors import LedgerError
+from azu.money.ledger.transfers import (
+    Deposit,
+    EarningsClaimed,
+    KeyOpened,
+    NodeEnrolled,
+    PayoutPlanned,
+    Reserve,
+    RevenueTaken,
+    Suspended,
+    WithdrawalPlanned,
+)
+
+# How long credits and nonces are kept by name; the chain takes a nonce for two days.
+KEPT_MS = 30 * 86_400_000
+
+_Row = TypeVar("_Row")
+Credit = Annotated[Deposit | Suspended, Field(discriminator="kind")]
+OpenPayout = Annotated[PayoutPlanned | WithdrawalPlanned | RevenueTaken, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, slots=True)
+class Unmatured:
+    """What a job paid out: account -> lamports. Until `matures_at_ms` it can go back to the payer."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    payer: str
+    matures_at_ms: int
+    accounts: dict[str, int]
+
+    @property
+    def lamports(self) -> int:
+        """All of it together."""
+        return sum(self.accounts.values())
+
+
+@dataclass(slots=True)
+class BooksState:
+    """The books after an entry of the journal. Only `Draft` changes them; all others read.
+
+    An open hold, a key, a node, a claim and a suspended row are kept as the transfer that made them, without
+    the texts that keys were signed for. Accounts that hold nothing are left out.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    balances: dict[str, int] = field(default_factory=dict)
+    # Account -> what of its balance has not matured.
+    locked: dict[str, int] = field(default_factory=dict)
+    reservations: dict[str, Reserve] = field(default_factory=dict)  # by job
+    unmatured: dict[str, Unmatured] = field(default_factory=dict)  # by job, in the order of their ends
+    disputes: dict[str, Unmatured] = field(default_factory=dict)  # by job
+    payouts: dict[str, OpenPayout] = field(default_factory=dict)  # by payout
+    nonces: dict[str, str] = field(default_factory=dict)  # nonce -> payout, of the last KEPT_MS
+    keys: dict[str, KeyOpened] = field(default_factory=dict)  # by key id
+    spent: dict[str, int] = field(default_factory=dict)  # key id -> charges, and open reservations in full
+    nodes: dict[str, NodeEnrolled] = field(default_factory=dict)  # by node id
+    claims: dict[str, EarningsClaimed] = field(default_factory=dict)  # by address
+    suspense: dict[str, Suspended] = field(default_factory=dict)  # by row
+    credits: dict[str, Credit] = field(default_factory=dict)  # by transfer id, of the last KEPT_MS
+    seals: dict[str, str] = field(default_factory=dict)  # the last sealed number -> its file's SHA-256
+    # "at_ms": of the last entry, "nonce": the largest, "older_credits": lamports, "lost": entries.
+    facts: dict[str, int] = field(default_factory=dict)
+
+    def balance(self, account: str) -> int:
+        """Return an account's lamports."""
+        return self.balances.get(account, 0)
+
+    def free(self, account: str) -> int:
+        """Return what of an account's lamports has matured."""
+        return self.balance(account) - self.locked.get(account, 0)
+
+    def expired(self, now_ms: int) -> list[Reserve]:
+        """Return the open reservations that expire up to now, the oldest first."""
+        due = [hold for hold in self.reservations.values() if hold.expires_at_ms <= now_ms]
+        return sorted(due, key=lambda hold: (hold.expires_at_ms, hold.job_id))
+
+
+_ADAPTER = TypeAdapter(BooksState)
+
+
+def encode_state(state: BooksState) -> bytes:
+    """Return the state's JSON text."""
+    return _ADAPTER.dump_json(state)
+
+
+def decode_state(content: bytes) -> BooksState:
+    """Parse the text of a state; raises LedgerError."""
+    try:
+        return _ADAPTER.validate_json(content)
+    except ValidationError as error:
+        raise LedgerError(f"not a state of the books: {content[:200]!r}") from error
+
+
+class Overlay(Generic[_Row]):
+    """Changes to a table, seen through this; the table has them once they are kept."""
+
+    __slots__ = ("_changed", "_table")
+
+    def __init__(self, table: dict[str, _Row]) -> None:
+        self._table = table
+        self._changed: dict[str, _Row | None] = {}
+
+    def get(self, key: str) -> _Row | None:
+        """Return a row, None if there is none."""
+        return self._changed[key] if key in self._changed else self._table.get(key)
+
+    def put(self, key: str, row: _Row | None) -> None:
+        """Write a row; None removes it."""
+        self._changed[key] = row
+
+    def oldest(self) -> Iterator[tuple[str, _Row]]:
+        """Yield the table's rows that were not touched, in the order in which they came."""
+        for key, row in self._table.items():
+            if key not in self._changed:
+                yield key, row
+
+    def keep(self) -> None:
+        """Move the changes into the table."""
+        for key, row in self._changed.items():
+            if row is None:
+                self._table.pop(key, None)
+            else:
+                self._table[key] = row
+        self._changed.clear()
+
+
+def add(table: Overlay[int], key: str, lamports: int) -> None:
+    """Add to a row of amounts; a row of nothing is left out."""
+    table.put(key, (table.get(key) or 0) + lamports or None)
+
+
+class Draft:
+    """Changes to the books that are not in the journal yet: kept as a whole or not at all.
+
+    `at_ms` is the time of all its entries, never before that of the last entry. What has matured by then is
+    unlocked; once kept, what is older than KEPT_MS loses its name.
+    """
+
+    def __init__(self, state: BooksState, at_ms: int) -> None:
+        self.balances = Overlay(state.balances)
+        self.locked = Overlay(state.locked)
+        self.reservations = Overlay(state.reservations)
+        self.unmatured = Overlay(state.unmatured)
+        self.disputes = Overlay(state.disputes)
+        self.payouts = Overlay(state.payouts)
+        self.nonces = Overlay(state.nonces)
+        self.keys = Overlay(state.keys)
+        self.spent = Overlay(state.spent)
+        self.nodes = Overlay(state.nodes)
+        self.claims = Overlay(state.claims)
+        self.suspense = Overlay(state.suspense)
+        self.credits = Overlay(state.credits)
+        self.seals = Overlay(state.seals)
+        self.facts = Overlay(state.facts)
+        self.at_ms = max(at_ms, self.fact("at_ms"))
+        self.facts.put("at_ms", self.at_ms)
+        self._mature()
+
+    def keep(self) -> None:
+        """Make the changes part of the books."""
+        self._keep_all()
+        # Afterwards, so that entries leave the same books whether they were kept together or one by one.
+        self._forget_old()
+        self._keep_all()
+
+    def fact(self, name: str) -> int:
+        """Return one of the state's facts."""
+        return self.facts.get(name) or 0
+
+    def free(self, account: str) -> int:
+        """Return what of an account's lamports has matured."""
+        return (self.balances.get(account) or 0) - (self.locked.get(account) or 0)
+
+    def lock(self, job_id: str, paid: Unmatured) -> None:
+        """Keep what a job paid out where it is until it matures."""
+        self.unmatured.put(job_id, paid)
+        for account, lamports in paid.accounts.items():
+            add(self.locked, account, lamports)
+
+    def unlock(self, job_id: str, paid: Unmatured) -> None:
+        """End that: the accounts may be drawn on."""
+        self.unmatured.put(job_id, None)
+        for account, lamports in paid.accounts.items():
+            add(self.locked, account, -lamports)
+
+    def _keep_all(self) -> None:
+        for table in vars(self).values():
+            if isinstance(table, Overlay):
+                table.keep()
+
+    def _mature(self) -> None:
+        for job_id, paid in self.unmatured.oldest():
+            if paid.matures_at_ms > self.at_ms:
+                break
+            self.unlock(job_id, paid)
+
+    def _forget_old(self) -> None:
+        before_ms = self.at_ms - KEPT_MS
+        for nonce, _ in self.nonces.oldest():
+            if int(nonce) >= before_ms:
+                break
+            self.nonces.put(nonce, None)
+        for credit_id, credit in self.credits.oldest():
+            if credit.at_ms >= before_ms:
+                break
+            self.credits.put(credit_id, None)
+            add(self.facts, "older_credits", credit.lamports)
