@@ -74,9 +74,9 @@ async def send(client: httpx.AsyncClient, count: int) -> None:
                 "stream": number % 2 == 0,
             }  # fmt: skip
             # A busy machine may put one off: what it says is shown, and the job comes later.
-            while (answer := await client.post("/v1/completions", json=body)).status_code == 503:
+            while (answer := await client.post("/v1/completions", json=body)).status_code in (429, 503):
                 print(f"put off: {answer.text}")
-                await asyncio.sleep(float(answer.headers["retry-after"]))
+                await asyncio.sleep(float(answer.headers.get("retry-after", "1")))
             answer.raise_for_status()
 
     await asyncio.gather(*(one_after_the_other() for _ in range(AT_ONCE)))
