@@ -30,6 +30,7 @@ class FaultKind(StrEnum):
     RESTART = "restart"  # every connection is cut for `seconds`
     ROWS_LATE = "rows_late"  # ledger rows appear `seconds` later, with their own time
     ROWS_TWICE = "rows_twice"
+    SAME_TIME = "same_time"  # an action happens in the millisecond of the last one
     SECOND_HYPE = "second_hype"  # another token called HYPE exists from now on
 
 

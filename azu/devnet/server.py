@@ -61,6 +61,18 @@ class FundRequest(BaseModel):
     token: Annotated[str, Field(max_length=80)] = HYPE.full_id
 
 
+class ContractRequest(BaseModel):
+    """POST /devnet/contract: a contract of HyperEVM sends `amount` of the token `count` times at once."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sender: Address
+    destination: Address
+    amount: Amount
+    token: Annotated[str, Field(max_length=80)] = HYPE.full_id
+    count: Annotated[int, Field(ge=1, le=10_000)] = 1
+
+
 def build_app(*, seed: int | None = None) -> FastAPI:
     """Return the app of a new, empty chain; `seed` fixes which requests random faults hit."""
     chain, faults = DevnetState(), Faults(seed)
@@ -76,7 +88,8 @@ def build_app(*, seed: int | None = None) -> FastAPI:
             return PlainTextResponse(error.message, status_code=422)
         late = faults.take(FaultKind.ROWS_LATE)
         rows_late_ms = round(late.seconds * 1000) if late else 0
-        return JSONResponse(chain.execute(parsed, signer, raw, wall_clock_ms(), rows_late_ms=rows_late_ms))
+        now_ms = chain.last_ms if faults.take(FaultKind.SAME_TIME) else wall_clock_ms()
+        return JSONResponse(chain.execute(parsed, signer, raw, now_ms, rows_late_ms=rows_late_ms))
 
     @app.post("/info")
     async def info(request: Request) -> Response:
@@ -96,6 +109,16 @@ def build_app(*, seed: int | None = None) -> FastAPI:
         if chain.balance(address, USDC) < _FAUCET_USDC:
             chain.fund(address, USDC, _FAUCET_USDC, wall_clock_ms())
         return JSONResponse({"hash": tx_hash, "balance": decimal(chain.balance(address, token))})
+
+    @app.post("/devnet/contract")
+    async def contract(body: ContractRequest) -> Response:
+        token = chain.tokens.get(body.token)
+        if token is None:
+            return PlainTextResponse(f"no token {body.token} here", status_code=404)
+        sender, destination = body.sender.lower(), body.destination.lower()
+        amount, now_ms = lamports_from_hype(body.amount), wall_clock_ms()
+        chain.send_from_contract(sender, destination, token, amount, body.count, now_ms)
+        return JSONResponse({"time": now_ms})
 
     @app.post("/devnet/faults")
     async def add_fault(fault: Fault) -> Response:
@@ -140,6 +163,8 @@ def answer_info(chain: DevnetState, query: Query, now_ms: int, *, twice: bool = 
             return _spot_meta(chain)
         case "allMids":
             return {}
+        case "exchangeStatus":
+            return {"time": now_ms, "specialStatuses": None}
         case "userNonFundingLedgerUpdates":
             return _ledger_updates(chain, query, now_ms, twice=twice)
         case str(kind) if kind in _ACCOUNT_QUERIES:

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 import httpx
@@ -42,21 +43,28 @@ class ChainClient:
     async def ledger_updates(self, user: str, start_ms: int) -> AsyncIterator[tuple[LedgerTransfer, ...]]:
         """Yield the transfers of an account's ledger since `start_ms`, oldest first, page by page.
 
-        A row that the chain repeats within the answer is yielded once.
+        Of more rows in one millisecond than a page holds only the first are shown: the API has no pages
+        within a millisecond. The senders' ledgers have the others.
         """
-        seen: set[str] = set()
+        seen = Counter[str]()
         while True:
             rows = await self._rows(user, start_ms)
-            fresh = {key: row for row in rows if (key := _row_key(row)) not in seen}
+            # A page begins with all rows of its first millisecond, so that of each it has no fewer copies.
+            copies = Counter[str]()
+            fresh = []
+            for row in rows:
+                key = _row_key(row)
+                copies[key] += 1
+                if copies[key] > seen[key]:
+                    fresh.append((row, copies[key] - 1))
             if not fresh and len(rows) < _PAGE_ROWS:
                 return
             if fresh:
-                transfers = (row.transfer for row in fresh.values())
+                transfers = (row.transfer(nth) for row, nth in fresh)
                 yield tuple(transfer for transfer in transfers if transfer is not None)
-                seen.update(fresh)
+                seen |= copies
                 start_ms = max(row.time for row in rows)
             else:
-                # The API has no pages within one millisecond; only an operator can find the other rows.
                 _LOG.error("%s has more ledger rows at %d ms than a page holds", user, start_ms)
                 start_ms += 1
 
@@ -67,18 +75,27 @@ class ChainClient:
 
     async def spot_balance(self, user: str) -> int:
         """Return the lamports of HYPE, by exact token, in an account's spot balance."""
-        if self._hype_index is None:
-            meta = await self._info({"type": "spotMeta"})
-            self._hype_index = _token_index(meta, self.network.hype)
-        state = await self._info({"type": "spotClearinghouseState", "user": user})
-        try:
-            return lamports_from_hype(_balance_of(state, self._hype_index))
-        except InvalidRequest as error:
-            raise ChainError(f"spotClearinghouseState: {error.message}") from error
+        index = await self._index()
+        return _sum(one for one in await self._balances(user) if one.token == index)
+
+    async def namesakes(self, user: str) -> int:
+        """Return the lamports that an account holds of other tokens that are called HYPE."""
+        index, name = await self._index(), self.network.hype.partition(":")[0]
+        held = await self._balances(user)
+        return _sum(one for one in held if one.coin == name and one.token != index)
+
+    async def now_ms(self) -> int:
+        """Return the chain's time."""
+        return _parse(_STATUS, await self._info({"type": "exchangeStatus"})).time
 
     async def recipient(self, user: str, source: str) -> Recipient:
         """Return what the chain says of `user` as the recipient of a transfer from `source`."""
-        return parse_recipient(await self._info({"type": "preTransferCheck", "user": user, "source": source}))
+        check = _parse(_CHECK, await self._info({"type": "preTransferCheck", "user": user, "source": source}))
+        has_fee = check.user_exists
+        if not has_fee:
+            held = await self._balances(source)
+            has_fee = _sum(one for one in held if one.coin == check.fee_token) >= _lamports(check.fee)
+        return Recipient(exists=check.user_exists, sanctioned=check.is_sanctioned, has_fee=has_fee)
 
     async def actions_left(self, user: str) -> int:
         """Return how many actions the chain still accepts from an address before it limits the rate."""
@@ -96,6 +113,17 @@ class ChainClient:
         if response.status_code != httpx.codes.OK:
             raise ChainError(f"the chain answered {response.status_code} to an action")
         return parse_refusal(_json(response))
+
+    async def _index(self) -> int:
+        """Return the number of the token HYPE."""
+        if self._hype_index is None:
+            meta = await self._info({"type": "spotMeta"})
+            self._hype_index = _token_index(meta, self.network.hype)
+        return self._hype_index
+
+    async def _balances(self, user: str) -> "list[_Balance]":
+        state = await self._info({"type": "spotClearinghouseState", "user": user})
+        return _parse(_BALANCES, state).balances
 
     async def _rows(self, user: str, start_ms: int) -> "list[LedgerRow]":
         query = {"type": "userNonFundingLedgerUpdates", "user": user, "startTime": start_ms}
@@ -160,12 +188,6 @@ def parse_tx_details(reply: Any) -> TxDetails | None:
     return None if tx is None else TxDetails(tx.hash, tx.time, tx.user, tx.action, tx.error)
 
 
-def parse_recipient(reply: Any) -> Recipient:
-    """Parse preTransferCheck."""
-    check = _parse(_CHECK, reply)
-    return Recipient(exists=check.user_exists, sanctioned=check.is_sanctioned)
-
-
 def parse_actions_left(reply: Any) -> int:
     """Parse userRateLimit: return how many actions the account may still send."""
     limit = _parse(_LIMIT, reply)
@@ -193,10 +215,15 @@ def _token_index(reply: Any, token: str) -> int:
     raise ChainError(f"the chain has no token {token}")
 
 
-def _balance_of(reply: Any, index: int) -> str:
-    """Parse spotClearinghouseState: return the decimal amount that the account holds of a token."""
-    balances = _parse(_BALANCES, reply).balances
-    return next((balance.total for balance in balances if balance.token == index), "0")
+def _sum(balances: "Iterable[_Balance]") -> int:
+    return sum(_lamports(balance.total) for balance in balances)
+
+
+def _lamports(amount: str) -> int:
+    try:
+        return lamports_from_hype(amount)
+    except InvalidRequest as error:
+        raise ChainError(f"the chain's answer is not what it should be: {error.message}") from error
 
 
 def _parse(adapter: TypeAdapter[_T], reply: Any) -> _T:
@@ -221,9 +248,8 @@ class LedgerRow(_Reply):
     hash: Lower
     delta: dict[str, Any]
 
-    @property
-    def transfer(self) -> LedgerTransfer | None:
-        """The row as a transfer, None if it is of another kind; raises ChainError if it is malformed."""
+    def transfer(self, nth: int = 0) -> LedgerTransfer | None:
+        """Return the row as a transfer, None if it is of another kind; raises ChainError if malformed."""
         if self.delta.get("type") not in _TRANSFERS:
             return None
         delta = _parse(_DELTA, self.delta)
@@ -236,6 +262,7 @@ class LedgerRow(_Reply):
             amount=delta.amount,
             to_spot=delta.destination_dex == _SPOT,
             nonce=delta.nonce,
+            nth=nth,
         )
 
 
@@ -261,6 +288,7 @@ class _TxReply(_Reply):
 
 
 class _Balance(_Reply):
+    coin: str
     token: int
     total: str
 
@@ -282,6 +310,12 @@ class _SpotMeta(_Reply):
 class _TransferCheck(_Reply):
     user_exists: bool
     is_sanctioned: bool
+    fee: str = "0"
+    fee_token: str = ""
+
+
+class _Status(_Reply):
+    time: int
 
 
 class _RateLimit(_Reply):
@@ -305,5 +339,6 @@ _TX = TypeAdapter(_TxReply)
 _BALANCES = TypeAdapter(_Balances)
 _SPOT_META = TypeAdapter(_SpotMeta)
 _CHECK = TypeAdapter(_TransferCheck)
+_STATUS = TypeAdapter(_Status)
 _LIMIT = TypeAdapter(_RateLimit)
 _ANSWER: TypeAdapter[_Accepted | _RefusedReply] = TypeAdapter(_Accepted | _RefusedReply)

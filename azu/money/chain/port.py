@@ -15,6 +15,8 @@ class LedgerTransfer:
     """One transfer in an account's ledger on the chain. `token_name` is not unique and proves nothing.
 
     `amount` is the chain's decimal string. `nonce` is the sender's signed nonce, None where it is not known.
+    `nth` numbers rows of one answer that are equal in everything else: transfers without a hash may be, and
+    so are rows that the chain repeats by mistake.
     """
 
     time_ms: int
@@ -25,6 +27,7 @@ class LedgerTransfer:
     amount: str
     to_spot: bool
     nonce: int | None
+    nth: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +43,14 @@ class TxDetails:
 
 @dataclass(frozen=True, slots=True)
 class Recipient:
-    """What the chain says of a recipient: a new account costs the sender a fee in another token."""
+    """What the chain says of a recipient.
+
+    A new account costs the sender a fee in another token; `has_fee` says whether the sender holds that much.
+    """
 
     exists: bool
     sanctioned: bool
+    has_fee: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +81,22 @@ class Chain(Protocol):
     network: ChainNetwork
 
     def ledger_updates(self, user: str, start_ms: int) -> AsyncIterator[tuple[LedgerTransfer, ...]]:
-        """Yield the transfers in an account's ledger since `start_ms`, oldest first, page by page."""
+        """Yield the transfers in an account's ledger since `start_ms`, oldest first, page by page.
+
+        Of more rows in one millisecond than a page holds only the first are shown.
+        """
 
     async def tx_details(self, tx_hash: str) -> TxDetails | None:
         """Return what the explorer knows of a hash, None if it does not know the hash (yet)."""
 
     async def spot_balance(self, user: str) -> int:
         """Return an account's lamports."""
+
+    async def namesakes(self, user: str) -> int:
+        """Return the lamports that an account holds of other tokens with the same name."""
+
+    async def now_ms(self) -> int:
+        """Return the chain's time."""
 
     async def recipient(self, user: str, source: str) -> Recipient:
         """Return what the chain says of `user` as the recipient of a transfer from `source`."""

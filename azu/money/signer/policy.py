@@ -10,6 +10,7 @@ from pydantic import ConfigDict
 
 from azu.auth.signatures import TakeRevenue, Withdrawal, command_of, is_claim, is_signed
 from azu.errors import Conflict, Forbidden, InvalidRequest, RateLimited, Unavailable
+from azu.money.chain.rows import LATE_MS
 from azu.money.signer.views import (
     BooksHead,
     BooksView,
@@ -24,8 +25,6 @@ from azu.money.signer.views import (
 
 _HOUR_MS = 3_600_000
 DAY_MS = 24 * _HOUR_MS
-# The chain may show a row this much later than it happened.
-SETTLED_MS = 120_000
 # How long no other process may send from the platform's account before a signer goes on that was stopped.
 QUARANTINE_MS = 600_000
 # The chain admits a nonce from two days before to one day after its own time.
@@ -285,8 +284,8 @@ def _waiting(state: SignerState, chain: ChainView) -> dict[int, SignedTransfer]:
         nonce: one
         for nonce, one in state.signed.items()
         if nonce not in seen
-        and nonce > chain.now_ms - NONCE_LIFE_MS - SETTLED_MS
-        and not 0 < one.burned_at_ms < chain.now_ms - SETTLED_MS
+        and nonce > chain.now_ms - NONCE_LIFE_MS - LATE_MS
+        and not 0 < one.burned_at_ms < chain.now_ms - LATE_MS
     }
 
 
@@ -318,7 +317,7 @@ def _head_fault(state: SignerState, books: BooksView) -> str:
 
 
 def _settled_ms(books: BooksView, chain: ChainView) -> int:
-    return min(books.read_until_ms, chain.now_ms - SETTLED_MS)
+    return min(books.read_until_ms, chain.now_ms - LATE_MS)
 
 
 class _Rows:

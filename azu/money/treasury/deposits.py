@@ -1,29 +1,34 @@
 """Credits deposits from the platform's own ledger on the chain, each hash once, to the chain's sender."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from typing import Any
 
 from azu.clock import wall_clock_ms
 from azu.errors import InvalidRequest, TransferConflict
 from azu.money.chain.port import Chain, LedgerTransfer, TxDetails
+from azu.money.chain.rows import (
+    LATE_MS,
+    MULTI_SIGNATURE,
+    arrived,
+    has_no_hash,
+    lamports_of,
+    moved_hype,
+    row_id,
+    same_amount,
+)
 from azu.money.ledger.redis import RedisLedger
-from azu.money.ledger.transfers import Deposit
+from azu.money.ledger.transfers import Deposit, is_outside
 from azu.money.treasury.redis import RedisCursor, RedisUncredited, Uncredited
 from azu.supervision import AWAY
 from azu.units import lamports_from_hype
 
 _LOG = logging.getLogger(__name__)
-HYPE_NAME = "HYPE"
-# The chain may show a row late, with its original time: every poll goes back this far behind the cursor.
-OVERLAP_MS = 120_000
 # How long a row that the explorer does not know holds the cursor. A user can still claim the deposit later.
 _GIVE_UP_MS = 3_600_000
 _ACTIONS = ("sendAsset", "spotSend")
-_MULTI_SIGNATURE = "multiSig"
 _SPOT = "spot"
 
 
@@ -46,8 +51,21 @@ class DepositStatus:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Sighting:
+    """A row that no action proves: when it was first seen, and that every poll since then has seen it."""
+
+    row: LedgerTransfer
+    reason: str
+    since_ms: int
+
+
 class DepositWatcher:
-    """Reads the platform's ledger from a durable cursor on; safe to run twice, to kill and to repeat."""
+    """Reads the platform's ledger from a durable cursor on; safe to run twice, to kill and to repeat.
+
+    A row with a hash is credited at once if its action shows that one sender moved HYPE. What no action
+    proves is set aside once it is `settled_ms` old and two polls, some time apart, have shown the same.
+    """
 
     def __init__(
         self,
@@ -58,6 +76,7 @@ class DepositWatcher:
         *,
         platform: str,
         now_ms: Callable[[], int] = wall_clock_ms,
+        settled_ms: int = LATE_MS,
     ) -> None:
         self._chain = chain
         self._ledger = ledger
@@ -65,8 +84,11 @@ class DepositWatcher:
         self._uncredited = uncredited
         self._platform = platform
         self._now_ms = now_ms
-        # Hashes that need no second check, with the chain's time, for as long as polls go back to that time.
+        self._settled_ms = settled_ms
+        # Rows that need no second check, with the chain's time, for as long as polls go back to that time.
         self._decided: dict[str, int] = {}
+        self._unproven: dict[str, _Sighting] = {}
+        self._unproven_before: Mapping[str, _Sighting] = {}
         self._num_losses = 0
 
     async def poll(self) -> None:
@@ -77,8 +99,9 @@ class DepositWatcher:
             self._num_losses = self._ledger.losses.num_noted
             self._decided.clear()
         reached = await self._cursor.read()
-        start_ms = max(0, reached - OVERLAP_MS)
-        self._decided = {tx: time_ms for tx, time_ms in self._decided.items() if time_ms >= start_ms}
+        start_ms = max(0, reached - LATE_MS)
+        self._decided = {row: time_ms for row, time_ms in self._decided.items() if time_ms >= start_ms}
+        self._unproven_before, self._unproven = self._unproven, {}
         held_ms: int | None = None
         async for page in self._chain.ledger_updates(self._platform, start_ms):
             for row in page:
@@ -88,6 +111,8 @@ class DepositWatcher:
                 # Only now, with the whole page in the ledger; never past a row that is not decided.
                 reached = max(reached, page[-1].time_ms)
                 await self._cursor.advance(reached if held_ms is None else min(reached, held_ms))
+        if self._unproven:
+            await self._set_settled_aside()
 
     async def check(self, tx_hash: str) -> DepositStatus:
         """Return what is known of a hash; a deposit is credited first. Raises ChainError."""
@@ -100,13 +125,15 @@ class DepositWatcher:
         status = deposit_status(details, platform=self._platform, hype=self._chain.network.hype)
         if status.state is CreditState.REJECTED:
             return status
-        # From the transfer's own time on: no poll may go back that far any more.
-        async for page in self._chain.ledger_updates(self._platform, details.time_ms):
-            for row in page:
-                if row.hash == tx_hash and await self._decide(row):
-                    return await self._credited(tx_hash) or DepositStatus(
-                        CreditState.REJECTED, status.sender, reason="the ledger says otherwise"
-                    )
+        # From the transfer's own time on: no poll may go back that far any more. The platform's ledger does
+        # not show all rows of a crowded millisecond; the sender's has them too.
+        for account in (self._platform, status.sender):
+            async for page in self._chain.ledger_updates(account, details.time_ms):
+                for row in page:
+                    if row.hash == tx_hash and row.nth == 0 and await self._decide(row):
+                        return await self._credited(tx_hash) or DepositStatus(
+                            CreditState.REJECTED, status.sender, reason="the ledger says otherwise"
+                        )
         return status
 
     async def _credited(self, tx_hash: str) -> DepositStatus | None:
@@ -128,39 +155,88 @@ class DepositWatcher:
             return False
 
     async def _decide(self, row: LedgerTransfer) -> bool:
-        """Credit or dismiss a row; return False if the chain does not say enough yet."""
-        if not arrived(row, self._platform):
+        """Credit, set aside or dismiss a row; return False if that has to wait."""
+        name = row_id(row)
+        if not arrived(row, self._platform) or name in self._decided:
             return True
-        if int(row.hash, 16) == 0:
-            await self._set_aside(row, "it came from HyperEVM, and no action proves its sender")
-            return True
-        if row.hash in self._decided:
-            return True
-        decided = await self._credited(row.hash) is not None or await self._decide_by_action(row)
-        if decided:
-            self._decided[row.hash] = row.time_ms
-        return decided
+        if has_no_hash(row):
+            return self._sight(row, "it came from HyperEVM, and no action proves its sender")
+        if row.nth:
+            return self._sight(row, "it is equal to another row of its action")
+        if await self._credited(row.hash) is None and not await self._decide_by_action(row):
+            return False
+        self._decided[name] = row.time_ms
+        return True
 
     async def _decide_by_action(self, row: LedgerTransfer) -> bool:
         details = await self._chain.tx_details(row.hash)
         if details is None:
             if self._now_ms() - row.time_ms < _GIVE_UP_MS:
                 return False
-            await self._set_aside(row, "the explorer does not know its action")
-            return True
-        status = deposit_status(details, platform=self._platform, hype=self._chain.network.hype)
+            return self._sight(row, "the explorer does not know its action")
+        hype = self._chain.network.hype
+        status = deposit_status(details, platform=self._platform, hype=hype)
         if status.state is CreditState.REJECTED:
-            await self._set_aside(row, status.reason)
+            match moved_hype(details, hype):
+                case True:
+                    await self._set_aside(row, status.reason)
+                case None:
+                    return self._sight(row, status.reason)
+                case False:
+                    _LOG.warning("no HYPE arrived, %s: %s", status.reason, row)
         elif not agrees(row, status):
-            await self._set_aside(row, f"its action says {status.lamports} lamports of {status.sender}")
+            return self._sight(row, f"its action says {status.lamports} of {status.sender}")
         elif status.lamports > 0:
             await self._credit(row, status.lamports)
         return True
 
+    def _sight(self, row: LedgerTransfer, reason: str) -> bool:
+        """Remember a row that no action proves; return False, because it has to wait."""
+        name = row_id(row)
+        known = self._unproven_before.get(name)
+        self._unproven[name] = _Sighting(row, reason, known.since_ms if known else self._now_ms())
+        return False
+
+    async def _set_settled_aside(self) -> None:
+        """Set rows aside that no action proves, that are old enough and were read again.
+
+        Another token may have the same name. A row is HYPE if it is of more than the account holds of such
+        tokens; one that another row is equal to has to be in the account beside all that is owed.
+        """
+        now_ms, namesakes = await self._chain.now_ms(), await self._chain.namesakes(self._platform)
+        for name, seen in tuple(self._unproven.items()):
+            row = seen.row
+            if (
+                now_ms - row.time_ms < self._settled_ms
+                or self._now_ms() - seen.since_ms < self._read_again_ms
+            ):
+                continue
+            lamports = lamports_of(row)
+            if lamports is None or lamports <= namesakes:
+                _LOG.error("not set aside, it may be of another token: %s", row)
+            elif row.nth and await self._surplus() < lamports:
+                if now_ms - row.time_ms < _GIVE_UP_MS:
+                    continue
+                _LOG.error("the chain repeats a row: %s", row)
+            else:
+                await self._set_aside(row, seen.reason)
+            self._decided[name] = row.time_ms
+            del self._unproven[name]
+
+    @property
+    def _read_again_ms(self) -> int:
+        return self._settled_ms // 4
+
+    async def _surplus(self) -> int:
+        """Return how many lamports the account holds beside all that is owed."""
+        held = await self._chain.spot_balance(self._platform)
+        balances = await self._ledger.balances()
+        return held - sum(lamports for account, lamports in balances.items() if not is_outside(account))
+
     async def _set_aside(self, row: LedgerTransfer, reason: str) -> None:
         """List a transfer that is credited to no account, once; an admin may look for its owner."""
         known = (row.time_ms, row.hash, row.sender, row.token_name, row.amount)
-        if await self._uncredited.add(Uncredited(*known, reason)):
+        if await self._uncredited.add(Uncredited(*known, reason, row_id(row))):
             _LOG.warning("not credited, %s: %s", reason, row)
 
     async def _credit(self, row: LedgerTransfer, lamports: int) -> None:
@@ -178,18 +254,12 @@ def deposit_id(tx_hash: str) -> str:
     return f"deposit:{tx_hash}"
 
 
-def arrived(row: LedgerTransfer, platform: str) -> bool:
-    """Whether a row of the platform's ledger may be a deposit; its token still has to be checked."""
-    is_from_outside = row.destination == platform and row.sender != platform
-    return is_from_outside and row.to_spot and row.token_name == HYPE_NAME
-
-
 def deposit_status(details: TxDetails, *, platform: str, hype: str) -> DepositStatus:
     """Return PENDING if an action moved HYPE, by its exact token id, to the platform, else REJECTED."""
     action, sender = details.action, details.user
     if details.error is not None:
         reason = f"it failed on the chain: {details.error}"
-    elif action.get("type") == _MULTI_SIGNATURE:
+    elif action.get("type") == MULTI_SIGNATURE:
         reason = "several keys signed it, and its sender cannot log in with one"
     elif action.get("type") not in _ACTIONS:
         reason = "it is no transfer"
@@ -210,14 +280,6 @@ def deposit_status(details: TxDetails, *, platform: str, hype: str) -> DepositSt
 def agrees(row: LedgerTransfer, status: DepositStatus) -> bool:
     """Whether the ledger's row has the same sender and amount as the action."""
     return row.sender == status.sender and same_amount(row.amount, status.lamports)
-
-
-def same_amount(amount: str, lamports: int) -> bool:
-    """Whether a decimal amount of HYPE is exactly that many lamports."""
-    try:
-        return Decimal(amount) == Decimal(lamports).scaleb(-8)
-    except InvalidOperation:
-        return False
 
 
 def _lower(value: Any) -> str:

@@ -15,8 +15,8 @@ from azu.clock import wall_clock_ms
 from azu.errors import ChainError, InsufficientBalance, LedgerError
 from azu.money.chain.actions import sign_noop, sign_send_asset
 from azu.money.chain.port import Chain, LedgerTransfer
+from azu.money.chain.rows import same_amount
 from azu.money.ledger.redis import RedisLedger
-from azu.money.treasury.deposits import same_amount
 from azu.money.treasury.outbox import Payout, PayoutState
 from azu.money.treasury.redis import EarningsClaims, RedisOutbox
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS, RedisWithdrawals, SignedWithdrawal
@@ -71,6 +71,14 @@ class PayoutTimeouts:
     conclude_ms: int = 600_000
 
 
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why an address is not paid now; a passing obstacle may be gone later without a change of the amount."""
+
+    reason: str
+    is_passing: bool = False
+
+
 class PayoutSelector:
     """Selects the workers that are paid next."""
 
@@ -110,11 +118,14 @@ class PayoutSelector:
             if amount.lamports > funds:
                 _LOG.error("the platform's wallet does not hold enough for what is owed: %s", amount)
                 self.pass_over(amount.address)
-            elif await self._claims.has_claimed(amount.address) and await self.is_payable(amount):
+            elif not await self._claims.has_claimed(amount.address):
+                self.pass_over(amount.address)
+            elif obstacle := await self.obstacle(amount):
+                _LOG.warning("not paid now, %s: %s", obstacle.reason, amount)
+                self.pass_over(amount.address)
+            else:
                 selected.append(amount)
                 funds -= amount.lamports
-            else:
-                self.pass_over(amount.address)
         return selected
 
     async def capacity(self, open_lamports: Mapping[str, int], max_open: int) -> tuple[int, int]:
@@ -124,13 +135,18 @@ class PayoutSelector:
         held = await self._chain.spot_balance(self._platform)
         return room, held - KEPT_LAMPORTS - sum(open_lamports.values())
 
-    async def is_payable(self, amount: AmountOwed) -> bool:
-        """Whether an address can be paid, and the amount is worth the cost. Raises ChainError."""
+    async def obstacle(self, amount: AmountOwed) -> Obstacle | None:
+        """Return why an amount cannot be sent, or is not worth its cost; None if it is. Raises ChainError."""
         recipient = await self._chain.recipient(amount.address, self._platform)
         if recipient.sanctioned:
-            _LOG.error("the chain bars an address that is owed: %s", amount)
-            return False
-        return recipient.exists or amount.lamports >= self._threshold.new_account_lamports
+            return Obstacle("the chain bars the address")
+        if recipient.exists:
+            return None
+        if amount.lamports < self._threshold.new_account_lamports:
+            return Obstacle("the amount is too small for an address that is new to the chain")
+        if not recipient.has_fee:
+            return Obstacle("the platform cannot pay the chain's fee for a new address", is_passing=True)
+        return None
 
     def pass_over(self, address: str) -> None:
         """Leave an address out for _ASK_AGAIN_MS."""
@@ -192,8 +208,9 @@ class WithdrawalPlanner:
                 await self._refuse(signed, fault)
             elif room <= 0 or withdrawal.lamports > funds:
                 _LOG.error("the platform cannot send a withdrawal now: %s", withdrawal)
-            elif obstacle := await self._obstacle(withdrawal):
-                await self._refuse(signed, obstacle)
+            elif obstacle := await self._selector.obstacle(_owed(withdrawal)):
+                if not obstacle.is_passing:
+                    await self._refuse(signed, obstacle.reason)
             else:
                 await self._plan(withdrawal, since_ms)
                 room, funds = room - 1, funds - withdrawal.lamports
@@ -224,12 +241,6 @@ class WithdrawalPlanner:
             return f"it is less than {LEAST_LAMPORTS} lamports, which the chain would remove"
         return None
 
-    async def _obstacle(self, withdrawal: Withdrawal) -> str | None:
-        """Return why the chain would not execute a withdrawal, or not for what it costs."""
-        if await self._selector.is_payable(AmountOwed(withdrawal.address, withdrawal.lamports)):
-            return None
-        return "the chain bars the address, or the amount is too small for one that is new to the chain"
-
     async def _plan(self, withdrawal: Withdrawal, since_ms: int) -> None:
         payout = Payout(
             payout_id=withdrawal.payout_id,
@@ -241,6 +252,10 @@ class WithdrawalPlanner:
         )
         if await self._outbox.add(payout):
             _LOG.info("planned %s of %d lamports", payout.payout_id, payout.lamports)
+
+
+def _owed(withdrawal: Withdrawal) -> AmountOwed:
+    return AmountOwed(withdrawal.address, withdrawal.lamports)
 
 
 class Superseded(Exception):

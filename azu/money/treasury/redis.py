@@ -108,7 +108,10 @@ class RedisCursor:
 
 @dataclass(frozen=True, slots=True)
 class Uncredited:
-    """A transfer to the platform that was credited to no account, and why; `amount` is the chain's string."""
+    """A transfer to the platform that was credited to no account, and why; `amount` is the chain's string.
+
+    `row` tells it from all others.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -118,6 +121,7 @@ class Uncredited:
     token_name: str
     amount: str
     reason: str
+    row: str = ""
 
 
 _UNCREDITED = TypeAdapter(Uncredited)

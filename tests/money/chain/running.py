@@ -29,6 +29,15 @@ class RunningDevnet:
         body = {"address": address, "amount": hype_from_lamports(lamports)}
         self._post("/devnet/fund", body | ({"token": token} if token else {}))
 
+    def contract(
+        self, destination: str, lamports: int, *, sender: str, count: int = 1, token: str | None = None
+    ) -> int:
+        """Have a contract of HyperEVM send; return the chain's time of the rows."""
+        body = {"sender": sender, "destination": destination, "amount": hype_from_lamports(lamports)}
+        options = {"count": count} | ({"token": token} if token else {})
+        time_ms: int = self._post("/devnet/contract", body | options)["time"]
+        return time_ms
+
     def fault(self, kind: str, **options: Any) -> None:
         self._post("/devnet/faults", {"kind": kind, **options})
 

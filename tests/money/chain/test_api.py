@@ -10,14 +10,16 @@ import pytest
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
-from azu.devnet.chain import SECOND_HYPE
+from azu.devnet.chain import SECOND_HYPE, USDC
 from azu.errors import ChainError
 from azu.money.chain.actions import sign_noop, sign_send_asset
 from azu.money.chain.api import ChainClient
 from azu.money.chain.port import LedgerTransfer
 from azu.money.chain.wallet import send_hype
 from azu.units import LAMPORTS_PER_HYPE
-from tests.money.chain.running import RunningDevnet
+from tests.money.chain.running import RunningDevnet, fresh_address
+
+CONTRACT = "0x" + "c0" * 20
 
 
 @pytest.fixture
@@ -70,10 +72,73 @@ def test_every_page_of_a_long_ledger_is_read(devnet: RunningDevnet, bob: str, al
             await send_hype(chain, alice, bob, 2)
             devnet.fault("rows_twice", times=None)
 
-            assert [transfer.amount for transfer in await transfers(chain, bob)] == [
-                "0.00000001",
-                "0.00000002",
-            ]
+            found = [(transfer.amount, transfer.nth) for transfer in await transfers(chain, bob)]
+            assert found == [(amount, nth) for amount in ("0.00000001", "0.00000002") for nth in (0, 1)]
+
+    asyncio.run(scenario())
+
+
+def test_rows_without_a_hash_are_counted_across_pages(devnet: RunningDevnet, bob: str) -> None:
+    async def scenario() -> None:
+        async with client(devnet) as chain:
+            for count in (3, 400, 300, 1):
+                devnet.contract(bob, 7, sender=CONTRACT, count=count)
+                await asyncio.sleep(0.002)
+            found = [(transfer.time_ms, transfer.nth) for transfer in await transfers(chain, bob)]
+
+            assert len(found) == len(set(found)) == 704
+            times = [time_ms for time_ms, nth in found if nth == 0]
+            assert [sum(time_ms == one for time_ms, _ in found) for one in times] == [3, 400, 300, 1]
+
+    asyncio.run(scenario())
+
+
+def test_a_crowded_millisecond_hides_no_later_row(
+    devnet: RunningDevnet, bob: str, alice: LocalAccount
+) -> None:
+    async def scenario() -> None:
+        async with client(devnet) as chain:
+            devnet.contract(bob, 7, sender=CONTRACT, count=700)
+            await asyncio.sleep(0.002)
+            await send_hype(chain, alice, bob, 2)
+            found = await transfers(chain, bob)
+
+            assert len(found) == 501
+            assert found[-1].sender == alice.address.lower()
+
+    asyncio.run(scenario())
+
+
+def test_other_tokens_of_the_same_name_are_counted_apart(devnet: RunningDevnet, bob: str) -> None:
+    async def scenario() -> None:
+        devnet.fault("second_hype")
+        devnet.fund(bob, 5)
+        async with client(devnet) as chain:
+            assert await chain.namesakes(bob) == 0
+            devnet.fund(bob, 7, token=SECOND_HYPE.full_id)
+            assert (await chain.namesakes(bob), await chain.spot_balance(bob)) == (7, 5)
+
+    asyncio.run(scenario())
+
+
+def test_a_new_recipient_costs_a_fee_that_the_sender_may_lack(devnet: RunningDevnet, bob: str) -> None:
+    sender = fresh_address()
+
+    async def scenario() -> None:
+        async with client(devnet) as chain:
+            devnet.contract(sender, 5, sender=CONTRACT)
+            assert not (await chain.recipient(bob, sender)).has_fee
+            devnet.contract(sender, 10**8, sender=CONTRACT, token=USDC.full_id)
+            assert (await chain.recipient(bob, sender)).has_fee
+            assert (await chain.recipient(sender, fresh_address())).has_fee
+
+    asyncio.run(scenario())
+
+
+def test_the_chain_tells_its_time(devnet: RunningDevnet) -> None:
+    async def scenario() -> None:
+        async with client(devnet) as chain:
+            assert abs(await chain.now_ms() - now_ms()) < 60_000
 
     asyncio.run(scenario())
 

@@ -197,6 +197,18 @@ def test_a_recipient_exists_once_it_was_paid_and_actions_are_counted(
     play(running, scenario)
 
 
+def test_the_chain_tells_its_time_and_tells_no_other_token_from_its_own(
+    running: RunningChain, alice: LocalAccount
+) -> None:
+    async def scenario(chain: Chain) -> None:
+        before_ms = await chain.now_ms()
+        assert before_ms <= await chain.now_ms()
+        assert abs(before_ms - now_ms()) < 60_000
+        assert await chain.namesakes(alice.address.lower()) == 0
+
+    play(running, scenario)
+
+
 def test_a_chain_that_does_not_answer_raises_a_chain_error(running: RunningChain, bob: str) -> None:
     async def scenario(chain: Chain) -> None:
         with pytest.raises(ChainError):

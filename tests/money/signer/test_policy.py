@@ -6,10 +6,10 @@ import pytest
 
 from azu.auth.signatures import TakeRevenue, sign_claim, sign_command
 from azu.errors import AzuError, Conflict, Forbidden, InvalidRequest, RateLimited, Unavailable
+from azu.money.chain.rows import LATE_MS
 from azu.money.signer.policy import (
     DAY_MS,
     QUARANTINE_MS,
-    SETTLED_MS,
     Look,
     PayoutLimit,
     SignerState,
@@ -175,7 +175,7 @@ def test_a_credit_without_a_row_of_its_own_is_found(row: IncomingRow) -> None:
 
 
 def test_a_settled_row_without_a_credit_is_found_unless_it_is_excused() -> None:
-    old = replace(ROW, at_ms=START_MS - SETTLED_MS - 1)
+    old = replace(ROW, at_ms=START_MS - LATE_MS - 1)
     state, view = SignerState(head=HEAD), books()
 
     assert looked(state, view, chain(incoming=(ROW,))).findings == ()
@@ -469,7 +469,7 @@ def test_a_transfer_that_the_books_forgot_bars_others_to_its_address_until_it_is
     # or its nonce was used up, and no row came late,
     state = burned(state, forgotten.nonce, START_MS)
     assert undecided(state, view, chain())
-    after = replace(chain(), now_ms=START_MS + SETTLED_MS + 1)
+    after = replace(chain(), now_ms=START_MS + LATE_MS + 1)
     assert undecided(state, view, after) == {}
     assert admit(state, view, after, asked(other), rules_of()).signed
     # or the chain does not admit it any more.

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import pytest
 from pydantic import TypeAdapter
 
+from azu.money.chain.rows import LATE_MS
 from azu.money.signer.policy import (
     DAY_MS,
     QUARANTINE_MS,
-    SETTLED_MS,
     PayoutLimit,
     SignerState,
     accept,
@@ -121,14 +121,14 @@ class Platform:
     def execute(self, dice: random.Random) -> None:
         """Have the chain execute a transfer that was posted, now or when it was posted twice."""
         if self.posted:
-            self.chain.execute(dice.choice(self.posted), late_ms=dice.choice([0, 0, 500, SETTLED_MS - 1]))
+            self.chain.execute(dice.choice(self.posted), late_ms=dice.choice([0, 0, 500, LATE_MS - 1]))
 
     def step(self, dice: random.Random, rights: Rights, among: Sequence[str] = ALL) -> None:
         """Do something that happens on a platform."""
         match dice.choice(among):
             case "deposit":
                 address, lamports = dice.choice([PAYER, STRANGER]), dice.randrange(1, 60)
-                self.chain.deposit(address, lamports, late_ms=dice.choice([0, 400, SETTLED_MS - 1]))
+                self.chain.deposit(address, lamports, late_ms=dice.choice([0, 400, LATE_MS - 1]))
                 rights.of[address] += lamports
                 rights.owner += lamports if address in OWNED else 0
             case "job":

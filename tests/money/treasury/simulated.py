@@ -5,19 +5,19 @@ Every write and post can crash its caller, before or after it took effect.
 
 import json
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import httpx
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
 from azu.devnet.chain import HYPE, USDC, parse_exchange
 from azu.devnet.chain import DevnetState as DevnetState
 from azu.devnet.server import answer_info
-from azu.errors import ChainError
-from azu.money.chain import api
-from azu.money.chain.networks import ChainNetwork, network_at
-from azu.money.chain.port import LedgerTransfer, Recipient, Refusal, TxDetails
+from azu.money.chain.api import ChainClient
+from azu.money.chain.networks import network_at
 from azu.money.ledger import rules
 from azu.money.ledger.transfers import (
     Deposit,
@@ -80,44 +80,34 @@ class Line:
     rows_twice: bool = False
 
 
-@dataclass
-class SimulatedChain:
-    clock: Clock
-    crash: CrashPlan
-    line: Line = field(default_factory=Line)
-    state: DevnetState = field(default_factory=DevnetState)
-    network: ChainNetwork = field(default_factory=lambda: network_at("http://127.0.0.1:1"))
-    posts: list[bytes] = field(default_factory=list)
+class SimulatedChain(ChainClient):
+    """The real client over a chain in memory."""
 
-    async def ledger_updates(self, user: str, start_ms: int) -> AsyncIterator[tuple[LedgerTransfer, ...]]:
-        query = {"type": "userNonFundingLedgerUpdates", "user": user, "startTime": start_ms}
-        rows = api.parse_ledger_rows(answer_info(self.state, query, self.clock(), twice=self.line.rows_twice))
-        yield tuple(transfer for row in rows if (transfer := row.transfer))
+    def __init__(self, clock: Clock, crash: CrashPlan, line: Line) -> None:
+        self.line, self.state = line, DevnetState()
+        self.posts: list[bytes] = []
+        self._clock, self._crash = clock, crash
+        transport = httpx.MockTransport(self._answer)
+        super().__init__(network_at("http://127.0.0.1:1"), httpx.AsyncClient(transport=transport))
 
-    async def tx_details(self, tx_hash: str) -> TxDetails | None:
-        raise NotImplementedError
+    async def _answer(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/info":
+            query, twice = json.loads(request.content), self.line.rows_twice
+            return httpx.Response(200, json=answer_info(self.state, query, self._clock(), twice=twice))
+        return httpx.Response(200, json=self._execute(request.content))
 
-    async def spot_balance(self, user: str) -> int:
-        return self.state.balance(user, HYPE)
-
-    async def recipient(self, user: str, source: str) -> Recipient:
-        return api.parse_recipient(answer_info(self.state, {"type": "preTransferCheck", "user": user}, 0))
-
-    async def actions_left(self, user: str) -> int:
-        return api.parse_actions_left(answer_info(self.state, {"type": "userRateLimit", "user": user}, 0))
-
-    async def post_action(self, body: bytes) -> Refusal | None:
-        hit = self.crash.begin()
+    def _execute(self, body: bytes) -> dict[str, Any]:
+        hit = self._crash.begin()
         if self.line.dice.random() < self.line.lost_before:
-            raise ChainError("lost on the way there")
+            raise httpx.ConnectError("lost on the way there")
         self.posts.append(body)
         request, signer, raw = parse_exchange(body)
         late = self.line.dice.randint(0, self.line.rows_late_ms)
-        answer = self.state.execute(request, signer, raw, self.clock(), rows_late_ms=late)
-        self.crash.end(hit)
+        answer = self.state.execute(request, signer, raw, self._clock(), rows_late_ms=late)
+        self._crash.end(hit)
         if self.line.dice.random() < self.line.lost_after:
-            raise ChainError("lost on the way back")
-        return api.parse_refusal(dict(answer))
+            raise httpx.ReadError("lost on the way back")
+        return dict(answer)
 
 
 @dataclass

@@ -273,8 +273,8 @@ KNOWN, NEW, THIRD = ("0x" + digits * 20 for digits in ("0a", "0b", "0c"))
 THRESHOLD = Threshold(lamports=100, new_account_lamports=400)
 
 
-def simulation(funds: int = 10**9) -> Simulation:
-    made = Simulation(funds=funds)
+def simulation(funds: int = 10**9, dollars: int = 10**12) -> Simulation:
+    made = Simulation(funds=funds, dollars=dollars)
     made.chain.state.fund(KNOWN, HYPE, 1, made.clock())
     return made
 
@@ -306,6 +306,14 @@ def test_an_account_that_is_new_to_the_chain_has_a_higher_threshold(earned: int,
     world.ledger.earn(NEW, earned)
 
     assert selected(world) == ([AmountOwed(NEW, earned)] if paid else [])
+
+
+def test_a_new_account_whose_fee_the_platform_lacks_keeps_no_other_from_its_money() -> None:
+    world = simulation(dollars=0)
+    for address, lamports in ((KNOWN, 500), (NEW, 700)):
+        world.ledger.earn(address, lamports)
+
+    assert selected(world) == [AmountOwed(KNOWN, 500)]
 
 
 def test_the_largest_sums_come_first_up_to_the_most_open_payouts() -> None:

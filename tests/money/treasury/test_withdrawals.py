@@ -10,6 +10,7 @@ from eth_account.signers.local import LocalAccount
 
 from azu.auth.signatures import Withdrawal, sign_withdrawal
 from azu.clock import wall_clock_ms
+from azu.devnet.chain import USDC
 from azu.errors import ChainError, Conflict, NotFound
 from azu.money.ledger.rules import Result
 from azu.money.ledger.transfers import user_withdrawing
@@ -94,6 +95,30 @@ def received(world: World, account: LocalAccount) -> list[str]:
     rows = world.devnet.info("userNonFundingLedgerUpdates", account.address.lower(), startTime=0)
     platform = world.platform.address.lower()
     return [row["delta"]["amount"] for row in rows if row["delta"].get("user") == platform]
+
+
+def test_a_new_address_whose_fee_the_platform_lacks_waits_and_delays_no_other(world: World) -> None:
+    platform, new, known = world.platform.address, Account.create(), world.payer()
+    # From a contract, so that the platform gets no dollars.
+    world.devnet.contract(platform, 10**9, sender="0x" + "c0" * 20)
+
+    async def scenario(parts: Open) -> None:
+        treasury = Treasury(world, parts)
+        asked = [signed(world, account, 4 * LEAST_LAMPORTS) for account in (new, known)]
+        for index, one in enumerate(asked):
+            await parts.ledger.apply(
+                moves.deposit(HELD, address=one.withdrawal.address, tx_hash=f"0x{index}")
+            )
+            await treasury.store.hand_in(one)
+        assert await treasury.until_decided(asked[1]) == (WithdrawalState.PAID, None)
+        waiting = await status_of(treasury.store, asked[0], parts.ledger)
+        assert waiting == WithdrawalStatus(WithdrawalState.WAITING)
+
+        world.devnet.fund(platform, 10**8, token=USDC.full_id)
+        assert await treasury.until_decided(asked[0]) == (WithdrawalState.PAID, None)
+        assert received(world, new) == ["0.04"]
+
+    world.run(scenario)
 
 
 def test_a_withdrawal_arrives_once_however_often_it_is_handed_in(world: World) -> None:

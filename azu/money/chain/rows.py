@@ -1,0 +1,60 @@
+"""What a row of an account's ledger on the chain says, and what an action proves of it."""
+
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from azu.errors import InvalidRequest
+from azu.money.chain.port import LedgerTransfer, TxDetails
+from azu.units import lamports_from_hype
+
+HYPE_NAME = "HYPE"
+MULTI_SIGNATURE = "multiSig"
+# The chain may show a row this much later than it happened, with its original time.
+LATE_MS = 120_000
+
+
+def has_no_hash(row: LedgerTransfer) -> bool:
+    """Whether no signed action belongs to a row, as when a contract of HyperEVM sent it."""
+    return int(row.hash, 16) == 0
+
+
+def row_id(row: LedgerTransfer) -> str:
+    """Return the id of a row, which no other row of the platform's ledger has."""
+    tx_hash = "0x0" if has_no_hash(row) else row.hash
+    nonce = "-" if row.nonce is None else row.nonce
+    return f"{row.time_ms}:{tx_hash}:{row.sender}:{nonce}:{row.amount}:{row.nth}"
+
+
+def arrived(row: LedgerTransfer, platform: str) -> bool:
+    """Whether a row of the platform's ledger may be a deposit; its token still has to be checked."""
+    is_from_outside = row.destination == platform and row.sender != platform
+    return is_from_outside and row.to_spot and row.token_name == HYPE_NAME
+
+
+def moved_hype(details: TxDetails, hype: str) -> bool | None:
+    """Whether an action moved HYPE by its exact token id; None if the action does not say."""
+    if details.error is not None:
+        return False
+    action: Any = details.action
+    if action.get("type") == MULTI_SIGNATURE:
+        payload = action.get("payload")
+        action = payload.get("action") if isinstance(payload, dict) else None
+    token = action.get("token") if isinstance(action, Mapping) else None
+    return None if token is None else bool(token == hype)
+
+
+def lamports_of(row: LedgerTransfer) -> int | None:
+    """Return a row's amount, None if it is not a whole number of lamports."""
+    try:
+        return lamports_from_hype(row.amount)
+    except InvalidRequest:
+        return None
+
+
+def same_amount(amount: str, lamports: int) -> bool:
+    """Whether a decimal amount of HYPE is exactly that many lamports."""
+    try:
+        return Decimal(amount) == Decimal(lamports).scaleb(-8)
+    except InvalidOperation:
+        return False
