@@ -110,9 +110,8 @@ class RayBackend:
         device = self.nodes[piece.node_id].device
         if isinstance(piece, Stage):
             spec = StageSpec(
-                structure=structure, stage=piece, epoch=topology.epoch, num_blocks=topology.num_blocks,
-                block_size=topology.block_size, shard_paths=paths, config_folder=config_folder,
-                device=device, expert_sets=topology.expert_sets,
+                structure=structure, stage=piece, topology=topology, shard_paths=paths,
+                config_folder=config_folder, device=device,
             )  # fmt: skip
             loading = actor.load.remote(spec, *self._handles(to), self._timeouts.step_s)
         else:
@@ -167,8 +166,8 @@ class RayBackend:
             raise as_azu_error(error, name) from error
         self._actors[name] = _Actor(handle)
 
-    async def begin(self, pipeline: str, stages: Sequence[str]) -> None:
-        await self._call(pipeline, "start", [self._handle(stage) for stage in stages])
+    async def begin(self, pipeline: str, stages: Sequence[str], expert_sets: Mapping[int, str]) -> None:
+        await self._call(pipeline, "start", *self._steps_through(stages, expert_sets))
 
     async def run(self, pipeline: str, job: Job) -> JobRun:
         try:
@@ -203,13 +202,14 @@ class RayBackend:
         pipeline: str,
         topology: Topology,
         stages: Sequence[str],
+        expert_sets: Mapping[int, str],
         empty: frozenset[int],
         *,
         alone: frozenset[ChoiceKey],
         is_repair: bool,
     ) -> None:
-        handles = [self._handle(stage) for stage in stages]
-        await self._call(pipeline, "resume", topology, handles, empty, alone, is_repair)
+        handles = self._steps_through(stages, expert_sets)
+        await self._call(pipeline, "resume", topology, *handles, empty, alone, is_repair)
 
     async def next_loss(self, pipeline: str) -> LossReport | None:
         report: LossReport | None = await self._call(pipeline, "next_loss", _LISTEN_S)
@@ -224,6 +224,12 @@ class RayBackend:
         if actor is None:
             raise WorkerLost(f"{name} is gone")
         return actor.handle
+
+    def _steps_through(
+        self, stages: Sequence[str], expert_sets: Mapping[int, str]
+    ) -> tuple[list[ActorHandle], dict[int, ActorHandle]]:
+        named = {index: self._handle(name) for index, name in expert_sets.items()}
+        return [self._handle(stage) for stage in stages], named
 
     def _handles(
         self, to: Neighbours

@@ -1,12 +1,13 @@
 """ExpertActor: experts of some layers on one node, apart from their routers."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.links import raises_known_errors
 from actors.telemetry import log_as
+from azu.engine.expert_counts import Received
 from azu.engine.malloc import keep_between_steps
 from azu.engine.timing import StageClock
 from azu.protocol.step import PieceProgress
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @raises_known_errors
 class ExpertActor:
-    """Wraps an ExpertRunner. It keeps no state between calls: a lost slice is sent again."""
+    """Wraps an ExpertRunner. It keeps nothing that a lost slice needs: the slice is sent again."""
 
     def __init__(self) -> None:
         self._runner: ExpertRunner | None = None
@@ -51,6 +52,11 @@ class ExpertActor:
         finally:
             self._clock.end()
         return answer
+
+    def received(self, epoch: int, steps: Sequence[int]) -> Received | None:
+        """Return how many choices came in some steps by layer, None when that is forgotten."""
+        assert self._runner is not None, "load() comes first"
+        return self._runner.received.of(epoch, steps)
 
     def ping(self, seconds: float) -> PieceProgress:
         """Return after some seconds how far this set is; the call fails at once when this process dies."""

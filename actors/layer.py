@@ -56,7 +56,7 @@ class LayerActor:
         self._pipeline = pipeline
         self._ack_timeout_s = ack_timeout_s
         self._next = next_stage
-        self._acks = self._expect_from(self._index + 1, spec.epoch)
+        self._acks = self._expect_from(self._index + 1, spec.topology.epoch)
 
     def relink(
         self,

@@ -13,19 +13,26 @@ from ray.actor import ActorHandle
 from actors.links import answer_from_piece, as_azu_error, raises_known_errors
 from actors.placement import CONTROL
 from actors.telemetry import log_as, open_supervisor
+from azu.engine.expert_counts import Received, ReportedStep, check_received
 from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig
+from azu.engine.stage_contract import BadFrame
 from azu.engine.text import TextDecoder
 from azu.engine.timing import PipelineMetrics, RoundTimes
-from azu.errors import AzuError
+from azu.errors import AzuError, FrameError
 from azu.jobs.job_runner import JobRunner
 from azu.jobs.redis import RedisJobs
 from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport, PipelineLook
 from azu.protocol.step import StepResult
 from azu.protocol.structure import Structure
 from azu.protocol.topology import LossReport, PieceSet, Topology
+from azu.supervision import as_known_error
 
 log = logging.getLogger(__name__)
+
+# How often expert sets are asked what they got, and how long an answer may take.
+_COMPARE_S = 0.5
+_ANSWER_S = 5.0
 
 
 @raises_known_errors
@@ -57,18 +64,21 @@ class Pipeline:
             text,
             self._metrics,
             on_change=self._has_change.set,
+            ask_expert_sets=self._ask_expert_sets,
         )
         self._step_timeout_s = step_timeout_s
         self._stages: Sequence[ActorHandle] = ()
+        self._expert_sets: Mapping[int, ActorHandle] = {}
+        self._comparing: set[asyncio.Task[None]] = set()
         self._losses: deque[LossReport] = deque()
         self._has_losses = asyncio.Event()
         self._is_paused = False
         self._has_loops = False
         self._watchers: set[asyncio.Task[None]] = set()
 
-    async def start(self, stages: Sequence[ActorHandle]) -> None:
-        """Learn the stages, in order, and begin to write tokens."""
-        self._stages = stages
+    async def start(self, stages: Sequence[ActorHandle], expert_sets: Mapping[int, ActorHandle]) -> None:
+        """Learn the stages, in order, and the expert sets, and begin to write tokens."""
+        self._stages, self._expert_sets = stages, expert_sets
         self._keep_loops()
 
     async def run(self, job: Job) -> JobRun:
@@ -94,7 +104,11 @@ class Pipeline:
     async def completed(self, result: StepResult) -> None:
         """Take the last stage's tokens."""
         self._round_times.returned(result.step, time.monotonic())
-        self._runner.complete(result)
+        try:
+            self._runner.complete(result)
+        except BadFrame as error:
+            sender = PieceSet(stages=frozenset({error.sender}))
+            self._lose(sender, error.message, result.epoch, is_bad_frame=True)
 
     async def fail(self, error: AzuError) -> None:
         """End everything that runs here with what was delivered."""
@@ -141,6 +155,7 @@ class Pipeline:
         self,
         topology: Topology,
         stages: Sequence[ActorHandle],
+        expert_sets: Mapping[int, ActorHandle],
         empty_stages: frozenset[int],
         alone: frozenset[ChoiceKey],
         is_repair: bool,
@@ -155,9 +170,10 @@ class Pipeline:
         num_sent = await asyncio.gather(*(self._num_sent(stages[sender], cached) for sender in senders))
         if topology.epoch <= self._epoch:
             return  # from a scheduler that died meanwhile
+        self._compare_work()
         self._epoch = topology.epoch
         self._is_paused = False
-        self._stages = stages
+        self._stages, self._expert_sets = stages, expert_sets
         self._engine.suspend()
         sent = dict(zip(senders, num_sent, strict=True))
         self._engine.resume(topology, empty, sent, self._runner.sequences_of(alone))
@@ -182,6 +198,7 @@ class Pipeline:
             self._has_loops = True
             self._supervisor.start("tokens", self._runner.write)
             self._supervisor.start("steps", self._send_steps)
+            self._supervisor.start("work", self._ask_expert_sets, every_s=_COMPARE_S)
 
     async def _send_steps(self) -> None:
         """Send the steps that can be sent now, once there may be one."""
@@ -194,6 +211,47 @@ class Pipeline:
             self._watchers.add(watcher)
             watcher.add_done_callback(self._watchers.discard)
         self._has_change.clear()
+
+    async def _ask_expert_sets(self) -> None:
+        """Compare what routers say with what the expert sets got, and wait until all is compared."""
+        self._compare_work()
+        if self._comparing:
+            await asyncio.wait(self._comparing)
+
+    def _compare_work(self) -> None:
+        if reported := self._engine.take_reported():
+            comparing = asyncio.create_task(self._compare(reported, self._epoch, self._expert_sets))
+            self._comparing.add(comparing)
+            comparing.add_done_callback(self._comparing.discard)
+
+    async def _compare(
+        self, reported: Sequence[ReportedStep], epoch: int, expert_sets: Mapping[int, ActorHandle]
+    ) -> None:
+        try:
+            steps = [one.step for one in reported]
+            asking = (self._received(index, piece, epoch, steps) for index, piece in expert_sets.items())
+            answers = zip(expert_sets, await asyncio.gather(*asking), strict=True)
+            received = {index: answer for index, answer in answers if answer is not None}
+            for one, found in self._engine.compare(reported, received):
+                log.warning("node %s, step %d, %s", one.nodes[found.holder][:8], one.step, found)
+                self._metrics.record_difference(found)
+        except Exception as error:
+            as_known_error(error, "the comparison of expert work")
+
+    async def _received(
+        self, expert_set: int, piece: ActorHandle, epoch: int, steps: Sequence[int]
+    ) -> Received | None:
+        """Ask an expert set what it got in some steps; None without an answer."""
+        asking = piece.received.options(concurrency_group=CONTROL).remote(epoch, steps)
+        try:
+            answer = await asyncio.wait_for(asking, _ANSWER_S)
+            return None if answer is None else check_received(answer, steps)
+        except FrameError as error:
+            lost = PieceSet(expert_sets=frozenset({expert_set}))
+            self._lose(lost, error.message, epoch, is_bad_frame=True)
+        except Exception as error:
+            log.warning("expert set %d does not say what it got: %s", expert_set, type(error).__name__)
+        return None
 
     async def _watch(self, sent: ray.ObjectRef, piece: ActorHandle, stage: int, epoch: int) -> None:
         try:

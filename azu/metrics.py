@@ -103,6 +103,11 @@ UNHEALTHY = _gauge(
     "azu_unhealthy_loops", "Loops that failed five times in a row; their process is replaced.", "component"
 )
 BAD_FRAMES = _counter("azu_bad_frames_total", "Frames that a node sent and their receiver refused.", "node")
+DISPUTED_CHOICES = _counter(
+    "azu_disputed_choices_total",
+    "Choices of experts that a router and an expert set count differently; the platform keeps their pay.",
+    "model",
+)
 LAMPORTS_CHARGED = _counter(
     "azu_lamports_charged_total", "Lamports charged for jobs since the books were opened."
 )

@@ -268,9 +268,7 @@ def deployed(
             spec = StageSpec(
                 structure=structure,
                 stage=what,
-                epoch=topology.epoch,
-                num_blocks=num_blocks,
-                block_size=_BLOCK_SIZE,
+                topology=topology,
                 shard_paths=paths,
                 config_folder=model.shards,
                 device="cpu",

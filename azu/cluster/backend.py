@@ -74,8 +74,8 @@ class DeploymentBackend(Protocol):
     async def start_pipeline(self, name: str, structure: Structure, topology: Topology) -> None:
         """Start a pipeline; it schedules nothing before `begin`."""
 
-    async def begin(self, pipeline: str, stages: Sequence[str]) -> None:
-        """Have a new pipeline send steps through these stages."""
+    async def begin(self, pipeline: str, stages: Sequence[str], expert_sets: Mapping[int, str]) -> None:
+        """Have a new pipeline send steps through these stages; it asks the expert sets what they ran."""
 
     async def run(self, pipeline: str, job: Job) -> JobRun:
         """Run a job to its end; raises WorkerLost when the pipeline dies."""
@@ -103,6 +103,7 @@ class DeploymentBackend(Protocol):
         pipeline: str,
         topology: Topology,
         stages: Sequence[str],
+        expert_sets: Mapping[int, str],
         empty: frozenset[int],
         *,
         alone: frozenset[ChoiceKey],

@@ -248,7 +248,7 @@ class Deployment:
         errors = await self._pieces.bring_up(topology, topology.piece_set, self._pipeline_name())
         if errors:
             raise next(iter(errors.values()))
-        await self._backend.begin(self._pipeline_name(), self._pieces.stages)
+        await self._backend.begin(self._pipeline_name(), self._pieces.stages, self._pieces.expert_sets)
         await self._save()
         self._supervise()
 
@@ -503,7 +503,7 @@ class Deployment:
                 log.warning("%s", error.message)
                 self._backend.kill(self._pipeline)
         await self._start_pipeline()
-        await self._backend.begin(self._pipeline_name(), ())
+        await self._backend.begin(self._pipeline_name(), (), {})
         return await self._backend.pause(self._pipeline_name())
 
     async def _switch(self, wanted: _WantedChange) -> _Round:
@@ -535,10 +535,10 @@ class Deployment:
         return _Round(fresh=lost, missing=lost)
 
     async def _resume(self, empty: frozenset[int], *, alone: frozenset[ChoiceKey], is_repair: bool) -> bool:
-        pipeline, stages = self._pipeline_name(), self._pieces.stages
+        pipeline, stages, expert_sets = self._pipeline_name(), self._pieces.stages, self._pieces.expert_sets
         try:
             await self._backend.resume(
-                pipeline, self.topology, stages, empty, alone=alone, is_repair=is_repair
+                pipeline, self.topology, stages, expert_sets, empty, alone=alone, is_repair=is_repair
             )
         except AzuError as error:
             log.warning("%s", error.message)

@@ -87,6 +87,11 @@ class PieceActors:
         found = sorted((index, actor.name) for (kind, index), actor in self._running.items() if kind is Stage)
         return [name for _, name in found]
 
+    @property
+    def expert_sets(self) -> dict[int, str]:
+        """The names of the expert sets' actors, by index."""
+        return {index: actor.name for (kind, index), actor in self._running.items() if kind is ExpertSet}
+
     def records(self) -> tuple[PieceRecord, ...]:
         """Return what the next scheduler needs in order to find the actors."""
         return tuple(

@@ -17,6 +17,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from azu.engine.expert_counts import ReceivedChoices
 from azu.engine.layout import Layout
 from azu.engine.out_of_memory import run_in_parts
 from azu.engine.stage_contract import ExpertsFailed, RowsNotFinite, is_bad_frame
@@ -83,11 +84,12 @@ class StepContext:
         self._layout: Layout | None = None
         self._owners = torch.empty(0, dtype=torch.long)
         self._work: list[ExpertWork] = []
+        self.lost: frozenset[int] = frozenset()  # sequences with rows that are not finite
         self.not_finite: dict[int, str] = {}  # layer -> the node whose experts left finite numbers
 
     def begin(self, step: StepId, layout: Layout) -> None:
         """Start a step."""
-        self._step, self._layout, self._work = step, layout, []
+        self._step, self._layout, self._work, self.lost = step, layout, [], frozenset()
         self.not_finite.clear()
         counts = torch.tensor([slice_.num_tokens for slice_ in layout.slices])
         self._owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
@@ -106,19 +108,22 @@ class StepContext:
 
     @property
     def work(self) -> tuple[ExpertWork, ...]:
-        """What nodes activated in the layers whose experts are distributed."""
+        """What each holder ran in the layers whose experts are distributed."""
         return tuple(self._work)
 
-    def add_work(self, layer: int, node_id: str, activated_bytes: Tensor) -> None:
-        """Count the parameter bytes [tokens] that a node activated in a layer for each token row."""
+    def lose(self, rows: Tensor) -> None:
+        """Note that these token rows are not finite."""
+        slices = self.layout.slices
+        self.lost |= {slices[index].sequence_id for index in self._owners[rows.cpu()].tolist()}
+
+    def add_work(self, layer: int, expert_set: int | None, choices: Tensor) -> None:
+        """Count the choices [tokens] of each token row that a holder of experts served in a layer."""
         slices = self.layout.slices
         totals = torch.zeros(len(slices), dtype=torch.long)
-        totals.index_add_(0, self._owners, activated_bytes.cpu())
-        self._work += [
-            ExpertWork(slice_.sequence_id, layer, node_id, total)
-            for slice_, total in zip(slices, totals.tolist(), strict=True)
-            if total
-        ]
+        totals.index_add_(0, self._owners, choices.cpu())
+        counted = zip(slices, totals.tolist(), strict=True)
+        if served := {slice_.sequence_id: total for slice_, total in counted if total}:
+            self._work.append(ExpertWork(layer, expert_set, served))
 
 
 class HeldExperts:
@@ -154,17 +159,10 @@ def shrink_experts(module: nn.Module, num_experts: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class DistributedLayer:
-    """A MoE layer whose experts are not all beside their router; `node_id` is the router's node.
-
-    `router_bytes` are the parameter bytes that one token activates beside the experts, `expert_bytes` those
-    of one expert.
-    """
+    """A MoE layer whose experts are not all beside their router."""
 
     layer: int
     num_experts: int
-    node_id: str
-    router_bytes: int
-    expert_bytes: int
     expert_sets: tuple[ExpertSet, ...]
 
 
@@ -264,6 +262,7 @@ class DistributedExperts(nn.Module):
         if not all_finite(hidden) or not all_finite(weights):
             # No expert gets such a token.
             is_lost = ~(hidden.isfinite().all(-1, True) & weights.isfinite().all(-1, True))
+            self._context.lose(is_lost[:, 0].nonzero()[:, 0])
             zeros = (
                 hidden.masked_fill(is_lost, 0),
                 ids.masked_fill(is_lost, -1),
@@ -278,7 +277,7 @@ class DistributedExperts(nn.Module):
         out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         if self._held is not None:
             out += self._held(hidden, ids.masked_fill(servers != _LOCAL, -1), weights)
-        self._count(self._distributed.node_id, (servers == _LOCAL).sum(1), router=True)
+        self._context.add_work(self.layer, None, (servers == _LOCAL).sum(1))
         while sent:
             request = sent.popleft()
             try:
@@ -288,6 +287,7 @@ class DistributedExperts(nn.Module):
                 if isinstance(error, RowsNotFinite):
                     rows = request.rows[list(error.rows)]
                     out[rows] = torch.nan
+                    self._context.lose(rows)
                     self._compare(request, hidden[rows], missing[rows], weights[rows])
                     missing[rows] = -1
                 else:
@@ -295,7 +295,7 @@ class DistributedExperts(nn.Module):
                 counts = _counts(missing, self._distributed.num_experts)
                 sent += self._send(self._servers(missing, counts), hidden, missing, weights)
                 continue
-            self._count(request.expert_set.node_id, request.choices.sum(1), router=False)
+            self._context.add_work(self.layer, request.expert_set.index, request.choices.sum(1))
             out.index_add_(0, request.rows, answer.float())
         return out.to(hidden.dtype)
 
@@ -387,10 +387,6 @@ class DistributedExperts(nn.Module):
                 load[servers[-1]] += count
         return torch.tensor([*servers, _NONE], device=ids.device)[ids]
 
-    def _count(self, node_id: str, choices: Tensor, *, router: bool) -> None:
-        extra = self._distributed.router_bytes if router else 0
-        self._context.add_work(self.layer, node_id, choices * self._distributed.expert_bytes + extra)
-
 
 def _counts(ids: Tensor, num_experts: int) -> Collection[int]:
     """Return how often each expert is chosen; -1 counts for none."""
@@ -428,6 +424,7 @@ class ExpertRunner:
         self._structure = structure
         self._device = torch.device(device)
         self._held = dict(_load_experts(structure, experts, shard_paths, config_folder, self._device))
+        self.received = ReceivedChoices()
 
     @torch.inference_mode()
     def run(self, layer: int, request: bytes) -> bytes:
@@ -439,7 +436,7 @@ class ExpertRunner:
         if layer not in self._held:
             raise FrameError(f"no expert of layer {layer} is held here")
         held, slices = self._held[layer], TokenSlices.decode(request, self._device)
-        self._refuse(slices, held)
+        num_choices = self._num_choices(slices, held)
 
         def run(rows: range) -> Tensor:
             part = slice(rows.start, rows.stop)
@@ -449,18 +446,21 @@ class ExpertRunner:
         sums = parts[0] if len(parts) == 1 else torch.cat(parts)
         if not all_finite(sums):
             raise RowsNotFinite(tuple((~sums.isfinite().all(-1)).nonzero()[:, 0].tolist()))
+        self.received.add(slices.step.epoch, slices.step.step, layer, num_choices)
         return encode_answer(sums, request, slices.step, layer)
 
-    def _refuse(self, slices: TokenSlices, held: HeldExperts) -> None:
+    def _num_choices(self, slices: TokenSlices, held: HeldExperts) -> int:
+        """Return how many choices a request has; raises FrameError for one that is not for these experts."""
         structure = self._structure
         if (
             slices.hidden.shape[1] != structure.hidden_size
             or dtype_name(slices.hidden.dtype) != structure.dtype
         ):
             raise FrameError(f"stage {slices.step.stage} sent hidden states that are not this model's")
-        asked = set(slices.ids.flatten().tolist()) - {-1}
-        if not asked <= set(held.experts):
+        chosen = [expert for expert in slices.ids.flatten().tolist() if expert != -1]
+        if not set(chosen) <= set(held.experts):
             raise FrameError(f"stage {slices.step.stage} asked for experts that are not held here")
+        return len(chosen)
 
 
 def _halved(rows: range) -> tuple[range, range] | None:

@@ -82,13 +82,10 @@ class LocalPipeline:
         spec = StageSpec(
             structure=self._structure,
             stage=stage,
-            epoch=self.topology.epoch,
-            num_blocks=self.topology.num_blocks,
-            block_size=self.topology.block_size,
+            topology=self.topology,
             shard_paths=self._paths,
             config_folder=self._folder,
             device=self._device,
-            expert_sets=self.topology.expert_sets,
         )
         return StageRunner(spec, self.link, on_logits=self._on_logits)
 

@@ -5,7 +5,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from azu.engine.accounting import Work, WorkAccount
+from azu.engine.expert_counts import Difference, Received, ReportedStep
 from azu.engine.scheduler import BatchScheduler, SchedulerConfig, Sequence, SequenceState
+from azu.engine.step_check import StepCheck
 from azu.errors import AzuError, InternalError, NumericsError
 from azu.logs import log_context
 from azu.protocol.job import FinishReason, TokenEvent
@@ -43,6 +45,8 @@ class EnginePipeline:
         self._num_blocks = config.num_blocks
         self._scheduler = BatchScheduler(config, len(topology.stages), structure.restart_length)
         self._account = WorkAccount(structure, topology)
+        self._structure = structure
+        self._check = StepCheck(structure, topology)
         self._ends = frozenset(ends)
         self._sequences: dict[int, Sequence] = {}
         self._in_flight: dict[int, _Step] = {}
@@ -66,6 +70,20 @@ class EnginePipeline:
     def presumed_work(self, prompt_tokens: int, completion_tokens: int) -> Work:
         """Return the work of a completion that an earlier pipeline left no record of."""
         return self._account.estimated(prompt_tokens, completion_tokens)
+
+    def take_reported(self) -> tuple[ReportedStep, ...]:
+        """Return what routers said of expert sets in each step since the last call."""
+        return self._account.take_reported()
+
+    def compare(
+        self, reported: Iterable[ReportedStep], received: Mapping[int, Received]
+    ) -> list[tuple[ReportedStep, Difference]]:
+        """Have the smaller number count where expert sets, by index, say otherwise; return these places."""
+        return [(one, found) for one in reported for found in self._account.compare(one, received)]
+
+    def taken_back(self, sequence_id: int) -> Work:
+        """Return, once, by how much the work of a sequence that ended has changed since; see `compare`."""
+        return self._account.taken_back(sequence_id)
 
     @property
     def num_waiting(self) -> int:
@@ -160,6 +178,7 @@ class EnginePipeline:
         self._alone = set(alone)
         self._epoch = topology.epoch
         self._account.set_topology(topology)
+        self._check = StepCheck(self._structure, topology)
         self._scheduler.set_num_stages(len(topology.stages))
         if topology.num_blocks != self._num_blocks:
             self._num_blocks = topology.num_blocks
@@ -203,11 +222,14 @@ class EnginePipeline:
     def complete(self, result: StepResult) -> dict[int, TokenEvent]:
         """Take a step back from the last stage; one of another epoch or not in flight changes nothing.
 
-        Whatever goes wrong with a sequence ends that sequence, and no other.
+        Whatever goes wrong with a sequence ends that sequence, and no other. Raises BadFrame, which names
+        the stage that sent it, for an answer that is not one to the step: it changes nothing either.
         """
-        if result.epoch != self._epoch or result.step not in self._in_flight:
+        step = self._in_flight.get(result.step)
+        if result.epoch != self._epoch or step is None:
             return {}
-        step = self._in_flight.pop(result.step)
+        self._check.check_result(result, step.micro_batch, step.chosen, step.replay)
+        del self._in_flight[result.step]
         self.num_returned += 1
         if result.most_tokens is not None:
             self._scheduler.shorten_steps(result.most_tokens)
@@ -219,7 +241,7 @@ class EnginePipeline:
         counted = {
             sequence.sequence_id for sequence, slice_ in step.chosen if self._returned(sequence, slice_)
         }
-        self._account.add_expert_work(work for work in result.expert_work if work.sequence_id in counted)
+        self._account.add_expert_work(result.step, result.expert_work, counted)
         return self._faults(step, result) | {
             token.sequence_id: self._sampled(sequence, token)
             for token in result.tokens

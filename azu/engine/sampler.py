@@ -105,7 +105,8 @@ class _OpenSequence:
         self._counts[token] += 1
         if self._sampling.logprobs is None:
             return SampledToken(self._id, token)
-        logprobs = logits.log_softmax(-1)
+        # The probability of a token may be below what the logarithm of a float32 can be.
+        logprobs = logits.log_softmax(-1).clamp(min=torch.finfo(torch.float32).min)
         top = logprobs.topk(min(self._sampling.logprobs, len(logprobs)))
         ranked = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         return SampledToken(self._id, token, float(logprobs[token]), ranked)

@@ -11,7 +11,7 @@ from azu.errors import AzuError, FrameError, WorkerLost
 from azu.logs import log_context
 from azu.protocol.step import SequenceFault, StepBatch
 from azu.protocol.structure import Structure
-from azu.protocol.topology import ExpertSet, PieceSet, Stage
+from azu.protocol.topology import PieceSet, Stage, Topology
 from azu.supervision import as_known_error
 from azu.units import MIB
 
@@ -20,19 +20,15 @@ from azu.units import MIB
 class StageSpec:
     """All that a stage is built from. `shard_paths` maps the names of its shards to files on this node.
 
-    Its KV capacity is `num_blocks` of `block_size` tokens. `expert_sets` are those of the whole topology.
     `sent_log_bytes` is the host memory for hidden states that it sent, in case the next stage is lost.
     """
 
     structure: Structure
     stage: Stage
-    epoch: int
-    num_blocks: int
-    block_size: int
+    topology: Topology
     shard_paths: Mapping[str, Path]
     config_folder: Path
     device: str
-    expert_sets: tuple[ExpertSet, ...] = ()
     expert_timeout_s: float = 30.0
     sent_log_bytes: int = 64 * MIB
 

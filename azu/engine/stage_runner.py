@@ -30,6 +30,7 @@ from azu.engine.out_of_memory import StepPart, run_in_parts
 from azu.engine.sampler import Sampler
 from azu.engine.stage import BuiltStage, build_stage
 from azu.engine.stage_contract import BadFrame, Handoff, OldEpoch, StageSpec, fault_of
+from azu.engine.step_check import StepCheck
 from azu.engine.tensors import all_finite, dtype_named, payload_of, tensor_of
 from azu.errors import NUMERICS_ERROR, AzuError, FrameError, WorkerLost
 from azu.models.skeleton import replace_module
@@ -68,8 +69,10 @@ class StageRunner:
             spec.structure, span, spec.stage.experts, spec.shard_paths, spec.config_folder, self._device
         )
         self._model = built.model
-        self._kv = PagedKV(len(span), spec.num_blocks, spec.block_size)
-        self._layouts = LayoutBuilder(spec.num_blocks, spec.block_size, self._device)
+        topology = spec.topology
+        self._check = StepCheck(spec.structure, topology)
+        self._kv = PagedKV(len(span), topology.num_blocks, topology.block_size)
+        self._layouts = LayoutBuilder(topology.num_blocks, topology.block_size, self._device)
         self._sampler = Sampler()
         self._sent = SentLog(spec.structure.hidden_size * spec.structure.dtype_bytes, spec.sent_log_bytes)
         self._context = StepContext()
@@ -102,7 +105,8 @@ class StageRunner:
                 if batch.slices:
                     self._try_zeros(batch)
                 faults = [fault_of(one.sequence_id, error, self._failure) for one in batch.slices]
-                return _result(replace(batch, faults=(*batch.faults, *faults)), ())
+                failed = replace(batch, faults=(*batch.faults, *faults))
+                return replace(_result(failed, ()), stopped_at=self._spec.stage.index)
 
     def _run(self, batch: StepBatch, frame: bytes | None) -> Handoff | StepResult:
         self._refuse_epoch(batch)
@@ -123,18 +127,15 @@ class StageRunner:
         Waits for the current step. Steps of the older topology are refused from now on.
         """
         with self._lock:
-            assert topology.epoch > self._spec.epoch, "each topology has a higher epoch"
+            before = self._spec.topology
+            assert topology.epoch > before.epoch, "each topology has a higher epoch"
             self._last_step = 0
-            if topology.num_blocks != self._spec.num_blocks:
+            if topology.num_blocks != before.num_blocks:
                 self._kv.resize(topology.num_blocks)
                 give_back(self._device.type)
                 self._layouts = LayoutBuilder(topology.num_blocks, topology.block_size, self._device)
-            self._spec = replace(
-                self._spec,
-                epoch=topology.epoch,
-                expert_sets=topology.expert_sets,
-                num_blocks=topology.num_blocks,
-            )
+            self._spec = replace(self._spec, topology=topology)
+            self._check = StepCheck(self._spec.structure, topology)
             for module in self._distributed_layers:
                 assert experts is not None, "the distributed experts need a link"
                 module.relink(topology.expert_sets, experts)
@@ -172,15 +173,15 @@ class StageRunner:
             if isinstance(one, SequenceFault):
                 faults.append(one)
                 continue
-            work += one.work
             if one.num_tokens < len(part.rows):
                 most_tokens = min(one.num_tokens, most_tokens or one.num_tokens)
-            for own, out in self._finite(batch, part, one.out, compute):
-                if isinstance(out, SequenceFault):
-                    faults.append(out)
+            for own, finite in self._finite(batch, part, one, compute):
+                if isinstance(finite, SequenceFault):
+                    faults.append(finite)
                 else:
                     slices += own
-                    outs.append(out)
+                    outs.append(finite.out)
+                    work += finite.work
         batch = replace(
             batch,
             slices=tuple(slices),
@@ -210,41 +211,43 @@ class StageRunner:
         def run(part: StepPart) -> _Ran:
             layout = self._layout(part.slices)
             self._context.begin(self._step_id(batch), layout)
-            return _Ran(compute(part.rows, layout), len(part.rows), self._context.work)
+            out = compute(part.rows, layout)
+            return _Ran(out, len(part.rows), self._context.work, self._context.lost)
 
         parts = run_in_parts(run, whole, StepPart.halves, self._device.type)
         return _Ran(
             _joined([part.out for part in parts]),
             max(part.num_tokens for part in parts),
             tuple(one for part in parts for one in part.work),
+            frozenset().union(*(part.lost for part in parts)),
         )
 
     def _finite(
-        self, batch: StepBatch, part: StepPart, out: Tensor, compute: _Compute
-    ) -> Iterator[tuple[tuple[Slice, ...], Tensor | SequenceFault]]:
+        self, batch: StepBatch, part: StepPart, ran: "_Ran", compute: _Compute
+    ) -> "Iterator[tuple[tuple[Slice, ...], _Ran | SequenceFault]]":
         """Yield a part's outputs; sequences without finite ones run again alone, and may be at fault."""
-        if all_finite(out):
-            yield part.slices, out
+        if ran.is_finite:
+            yield part.slices, ran
             return
         sizes = [slice_.num_tokens for slice_ in part.slices]
         out_sizes = [int(slice_.sample) for slice_ in part.slices] if self._is_last else sizes
-        for slice_, rows, own in zip(
-            part.slices, torch.split(part.rows, sizes), torch.split(out, out_sizes), strict=True
+        for slice_, rows, out in zip(
+            part.slices, torch.split(part.rows, sizes), torch.split(ran.out, out_sizes), strict=True
         ):
-            is_finite = all_finite(own)
-            yield (slice_,), own if is_finite else self._alone(batch, StepPart((slice_,), rows), compute)
+            own = ran.of(slice_.sequence_id, out)
+            yield (slice_,), own if own.is_finite else self._alone(batch, StepPart((slice_,), rows), compute)
 
-    def _alone(self, batch: StepBatch, own: StepPart, compute: _Compute) -> Tensor | SequenceFault:
+    def _alone(self, batch: StepBatch, own: StepPart, compute: _Compute) -> "_Ran | SequenceFault":
         sequence_id = own.slices[0].sequence_id
         with _not_finite(self._model.layers) as places:
             try:
-                out = self._ran(batch, own, compute).out
+                ran = self._ran(batch, own, compute)
             except AzuError:
                 raise
             except Exception as error:
                 return fault_of(sequence_id, error, self._failure)
-        if all_finite(out):
-            return out
+        if ran.is_finite:
+            return ran
         stage, dtype = self._spec.stage, self._spec.structure.dtype
         layer = stage.span.start + places[0] if places else stage.span.end - 1
         advice = "serve this model in bfloat16" if dtype == "float16" else "its checkpoint may be damaged"
@@ -328,14 +331,16 @@ class StageRunner:
         try:
             received = Frame.decode(frame)
             self._refuse(batch, received, sender)
+            self._check.check_relayed(batch, self._spec.stage.index)
             return tensor_of(received, self._device)
         except FrameError as error:
             raise BadFrame(sender, error.message) from error
 
     def _refuse_epoch(self, batch: StepBatch) -> None:
-        if batch.epoch < self._spec.epoch:
-            raise OldEpoch(f"step {batch.step} of epoch {batch.epoch} came when {self._spec.epoch} runs")
-        if batch.epoch > self._spec.epoch:
+        epoch = self._spec.topology.epoch
+        if batch.epoch < epoch:
+            raise OldEpoch(f"step {batch.step} of epoch {batch.epoch} came when {epoch} runs")
+        if batch.epoch > epoch:
             raise FrameError(f"step {batch.step} is of epoch {batch.epoch}, which this stage does not know")
 
     def _refuse_repeated(self, batch: StepBatch) -> None:
@@ -383,10 +388,7 @@ class StageRunner:
         distributed = DistributedLayer(
             layer=layer,
             num_experts=structure.layers[layer].num_experts,
-            node_id=spec.stage.node_id,
-            router_bytes=structure.layer_shard(layer).active_parameters * structure.dtype_bytes,
-            expert_bytes=structure.expert_shard(layer, 0).active_parameters * structure.dtype_bytes,
-            expert_sets=tuple(one for one in spec.expert_sets if layer in one.experts),
+            expert_sets=tuple(one for one in spec.topology.expert_sets if layer in one.experts),
         )
         module = DistributedExperts(distributed, held, link, self._context, spec.expert_timeout_s)
         block = self._model.layers[layer - spec.stage.span.start]
@@ -482,11 +484,25 @@ def _joined(outs: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Ran:
-    """The outputs of some tokens of a step; at most `num_tokens` of them ran at once."""
+    """The outputs of some tokens of a step; at most `num_tokens` of them ran at once.
+
+    The sequences in `lost` had a row in some layer that is not finite, also where no output shows it.
+    """
 
     out: Tensor
     num_tokens: int
     work: tuple[ExpertWork, ...]
+    lost: frozenset[int]
+
+    @property
+    def is_finite(self) -> bool:
+        return not self.lost and all_finite(self.out)
+
+    def of(self, sequence_id: int, out: Tensor) -> "_Ran":
+        """Return the part of one sequence, whose outputs are `out`."""
+        own = [one for one in self.work if sequence_id in one.choices]
+        work = tuple(replace(one, choices={sequence_id: one.choices[sequence_id]}) for one in own)
+        return _Ran(out, self.num_tokens, work, self.lost & {sequence_id})
 
 
 def _rows(batch: StepBatch) -> tuple[FrameRow, ...]:

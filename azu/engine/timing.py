@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from azu import metrics
+from azu.engine.expert_counts import Difference
 from azu.engine.pipeline import EnginePipeline
 from azu.metrics import Meter
 from azu.protocol.job import TokenEvent
@@ -57,6 +58,10 @@ class PipelineMetrics:
     def record_recovery(self, *, given_up: bool = False) -> None:
         """Count a repair that replaced the lost pieces, or one that was given up."""
         self._meter.count(metrics.RECOVERIES, 1, self._model_id, _RESULTS[given_up])
+
+    def record_difference(self, found: Difference) -> None:
+        """Count the choices that a router and an expert set count differently."""
+        self._meter.count(metrics.DISPUTED_CHOICES, abs(found.said - found.got), self._model_id)
 
     def set_load(self, pipeline: EnginePipeline) -> None:
         """Set the gauges of sequences and KV blocks to the pipeline's present state."""

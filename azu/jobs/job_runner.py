@@ -6,7 +6,7 @@ import logging
 import struct
 import time
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -44,6 +44,7 @@ class _ActiveJob:
     job: Job
     ended: asyncio.Future[JobRun]
     open: set[int] = field(default_factory=set)
+    sequences: list[int] = field(default_factory=list)  # of all choices that ran here
     delivered: int = 0
     cancelled: bool = False
     error: AzuError | None = None
@@ -53,6 +54,10 @@ class _ActiveJob:
     def end_choice(self, reason: FinishReason, work: Work) -> None:
         """Count a choice that has ended."""
         self.reason = max(self.reason, reason, key=_BEST_FIRST.index)
+        self.count(work)
+
+    def count(self, work: Work) -> None:
+        """Add work, or take some back."""
         for layer, by_node in work.items():
             self.work[layer].update(by_node)
 
@@ -63,7 +68,6 @@ class _ActiveJob:
         run = JobRun(
             completion_tokens=self.delivered,
             finish_reason=FinishReason.ERROR if error else self.reason,
-            work={layer: dict(by_node) for layer, by_node in self.work.items()},
             error=error,
         )
         self.ended.set_result(run)
@@ -72,7 +76,8 @@ class _ActiveJob:
 class JobRunner:
     """Jobs in, tokens to Redis; each choice of a job is a sequence of `engine`.
 
-    `on_change` is called when the engine may have another step to send.
+    `on_change` is called when the engine may have another step to send. `ask_expert_sets` returns when the
+    engine has compared all work so far with what expert sets say of it.
     """
 
     def __init__(
@@ -82,12 +87,14 @@ class JobRunner:
         text: TextDecoder,
         metrics: PipelineMetrics,
         on_change: Callable[[], None],
+        ask_expert_sets: Callable[[], Awaitable[None]],
     ) -> None:
         self._engine = engine
         self._jobs = jobs
         self._text = text
         self._metrics = metrics
         self._on_change = on_change
+        self._ask_expert_sets = ask_expert_sets
         self._sequence_ids = itertools.count(1)
         self._by_sequence: dict[int, tuple[_ActiveJob, int]] = {}  # with the choice that the sequence is
         self._by_job: OrderedDict[str, _ActiveJob] = OrderedDict()  # with those that ended lately
@@ -115,7 +122,12 @@ class JobRunner:
             active = _ActiveJob(job, asyncio.get_running_loop().create_future())
             self._by_job[job.job_id] = active
             await self._begin(active)
-        return await asyncio.shield(active.ended)
+        run = await asyncio.shield(active.ended)
+        # The user has all tokens already.
+        await self._ask_expert_sets()
+        for sequence_id in active.sequences:
+            active.count(self._engine.taken_back(sequence_id))
+        return replace(run, work={layer: dict(by_node) for layer, by_node in active.work.items()})
 
     def cancel(self, job_id: str) -> None:
         """End a job's sequences within one step; what was delivered stays delivered."""
@@ -209,6 +221,7 @@ class JobRunner:
             self._metrics.record_tokens([*self._engine.cancel(sequence_id).items()], time.monotonic())
             del self._by_sequence[sequence_id]
         active.open.clear()
+        active.sequences.clear()
         active.work.clear()
         active.reason = FinishReason.STOP
         await self._begin(active)
@@ -269,6 +282,7 @@ class JobRunner:
         self._metrics.record_start(sequence.sequence_id, len(job.prompt_token_ids), time.monotonic())
         self._by_sequence[sequence.sequence_id] = (active, choice)
         active.open.add(sequence.sequence_id)
+        active.sequences.append(sequence.sequence_id)
         log.info("began", extra={"job_id": job.job_id, "sequence_id": sequence.sequence_id})
 
     def _of_job(self, sequence_id: int, event: TokenEvent) -> tuple[str, TokenEvent]:

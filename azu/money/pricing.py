@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from azu.protocol.job import PLATFORM_NODE
+
 
 def charged_prompt(prompt_tokens: int, completion_tokens: int, prompt_tokens_ran: int) -> int:
     """Return how many prompt tokens are charged: all once there is a token, before that those that ran.
@@ -53,7 +55,8 @@ def divide(
 
     `work` maps layer -> payee -> parameter bytes activated there for charged tokens. Each layer has the same
     weight; within a layer the bytes count. The share of a layer without work, or with less than no work of a
-    payee, is held. Work in layers that the model does not have counts for nothing.
+    payee, is held. Work in layers that the model does not have counts for nothing. PLATFORM_NODE stands for
+    the platform among the payees.
     """
     assert charged_lamports >= 0
     assert 0 <= platform_percent <= 100
@@ -61,7 +64,9 @@ def divide(
     # One rounding for all of them: the platform gets the remainder.
     share = charged_lamports * (100 - platform_percent) // 100
     pot = charged_lamports * (100 - platform_percent) * len(ran) // (100 * max(num_layers, 1))
-    return Division(charged_lamports - share, _by_largest_remainder(pot, _claims(ran)), share - pot)
+    workers = _by_largest_remainder(pot, _claims(ran))
+    platform = charged_lamports - share + workers.pop(PLATFORM_NODE, 0)
+    return Division(platform, workers, share - pot)
 
 
 def _is_possible(by_payee: Mapping[str, int]) -> bool:

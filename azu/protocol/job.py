@@ -12,6 +12,8 @@ from azu.protocol.sampling import SamplingParams
 from azu.protocol.topology import ExpertSet, Piece, Stage
 
 ChoiceKey = tuple[str, int]  # job id, the number of the choice
+# Stands in for a node, where work is the platform's: no node has such an id.
+PLATFORM_NODE = "platform"
 
 
 class JobState(StrEnum):
@@ -136,9 +138,9 @@ class JobRun:
     """What a job's sequences did until they ended, and where.
 
     `work` maps layer -> node id -> parameter bytes activated for tokens that are charged, as the pipeline
-    counted it. `prompt_tokens_ran` counts the prompt tokens that ran, each once however often it ran.
-    `payout_by_node` has the address to pay for every node that ever ran a piece; `placements` are the
-    receipt's lines.
+    counted it; PLATFORM_NODE has what a router and an expert set do not agree about. `prompt_tokens_ran`
+    counts the prompt tokens that ran, each once however often it ran. `payout_by_node` has the address to pay
+    for every node that ever ran a piece; `placements` are the receipt's lines.
     """
 
     completion_tokens: int

@@ -1,5 +1,6 @@
 """The messages of one engine step: the batch for the stages and the result of the last one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -53,12 +54,15 @@ class SequenceFault:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWork:
-    """Parameter bytes that a node activated for a sequence in a MoE layer with distributed experts."""
+    """What one holder of experts ran of a step in a MoE layer with distributed experts, as the router says.
 
-    sequence_id: int
+    `expert_set` is the holder's index in the topology, None for the router's own stage. `choices` has the
+    number of choices, of all tokens of a sequence together, by sequence id.
+    """
+
     layer: int
-    node_id: str
-    activated_bytes: int
+    expert_set: int | None
+    choices: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,8 @@ class StepResult:
     """The last stage's result for the pipeline: token ids, never hidden states.
 
     `faults` are the sequences that failed in any stage. `most_tokens` is the batch's, None when every stage
-    ran the step whole.
+    ran the step whole. `stopped_at` is the stage in which every sequence of the step failed, so that it sent
+    the result in place of the last one.
     """
 
     epoch: int
@@ -126,6 +131,7 @@ class StepResult:
     faults: tuple[SequenceFault, ...] = ()
     expert_work: tuple[ExpertWork, ...] = ()
     most_tokens: int | None = None
+    stopped_at: int | None = None
 
 
 class PieceState(StrEnum):

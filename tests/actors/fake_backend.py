@@ -1,7 +1,7 @@
 """A DeploymentBackend without a cluster: it knows which actor is up, loaded, linked and filled."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from azu.cluster.backend import Neighbours
@@ -185,7 +185,7 @@ class FakeBackend:
         self.deployed.append(topology.model_id)
         self.pipelines[name] = FakePipeline(name, topology)
 
-    async def begin(self, pipeline: str, stages: Sequence[str]) -> None:
+    async def begin(self, pipeline: str, stages: Sequence[str], expert_sets: Mapping[int, str]) -> None:
         found = self._living(pipeline)
         found.stages, found.is_running = stages, bool(stages)
         for stage in stages:
@@ -222,6 +222,7 @@ class FakeBackend:
         pipeline: str,
         topology: Topology,
         stages: Sequence[str],
+        expert_sets: Mapping[int, str],
         empty: frozenset[int],
         *,
         alone: frozenset[ChoiceKey],
@@ -229,6 +230,8 @@ class FakeBackend:
     ) -> None:
         found = self._living(pipeline)
         self._check(found, topology, stages, empty)
+        assert expert_sets.keys() == {one.index for one in topology.expert_sets}
+        assert all(self.pieces[name].is_loaded for name in expert_sets.values())
         for index in empty:
             self.pieces[stages[index]].is_filled = True
         found.topology, found.stages, found.is_running = topology, stages, True

@@ -101,11 +101,10 @@ class _Pending:
 def _stage(
     model: CutModel, sets: tuple[ExpertSet, ...], local: dict[int, tuple[int, ...]], link: _Link
 ) -> StageRunner:
-    whole = local_topology(model.structure, (0, 6)).stages[0]
-    stage = Stage(0, "router", whole.span, local, 0)
-    return StageRunner(
-        StageSpec(model.structure, stage, 1, 8, 4, model.paths(), model.shards, "cpu", sets), link
-    )
+    whole = local_topology(model.structure, (0, 6), num_blocks=8, block_size=4)
+    stage = Stage(0, "router", whole.stages[0].span, local, 0)
+    topology = replace(whole, stages=(stage,), expert_sets=sets)
+    return StageRunner(StageSpec(model.structure, stage, topology, model.paths(), model.shards, "cpu"), link)
 
 
 def _run(runner: StageRunner, num_tokens: int = 9) -> StepResult:
@@ -163,17 +162,17 @@ def test_replicas_share_the_tokens_and_change_nothing(cut_model: Callable[[str],
 
 def test_every_choice_is_counted_at_the_node_that_ran_it(cut_model: Callable[[str], CutModel]) -> None:
     model = cut_model("mixtral")
-    structure = model.structure
     sets = tuple(ExpertSet(i, f"node-{i}", _everywhere(model, tuple(range(i, 8, 2))), 0) for i in range(2))
+    link = _link(model, *sets)
 
-    result = _run(_stage(model, sets, _everywhere(model, ()), _link(model, *sets)))
+    result = _run(_stage(model, sets, _everywhere(model, ()), link))
 
-    expert = structure.expert_shard(1, 0).active_parameters * 4
-    router = structure.layer_shard(1).active_parameters * 4
     for layer in range(6):
-        work = {w.node_id: w.activated_bytes for w in result.expert_work if w.layer == layer}
-        assert work.pop("router") == 9 * router
-        assert sum(work.values()) == 9 * 2 * expert
+        said = {one.expert_set: one.choices[1] for one in result.expert_work if one.layer == layer}
+        assert said.keys() == {0, 1}
+        assert sum(said.values()) == 9 * 2
+        got = {index: runner.received.of(1, [1]) for index, runner in link.runners.items()}
+        assert {index: one and one[1][layer] for index, one in got.items()} == said
 
 
 def test_a_lost_expert_set_fails_the_step_and_is_named(cut_model: Callable[[str], CutModel]) -> None:
@@ -234,7 +233,7 @@ def test_replicas_take_over_at_once_for_a_lost_set_and_are_paid(
     result = _run(runner)
 
     assert [token.token_id for token in result.tokens] == [token.token_id for token in whole.tokens]
-    assert {work.node_id for work in result.expert_work} == {"router", "second", "third"}
+    assert {work.expert_set for work in result.expert_work} == {None, 1, 2}
     per_layer = Counter(layer for chosen, layer, _ in link.asked if chosen == 0)
     assert set(per_layer.values()) == {1}, "the lost set gets one request a layer and no other"
     assert sum(sum(counts) for counts in runner.num_chosen().values()) == 9 * 2 * len(per_layer)

@@ -11,6 +11,7 @@ from azu.protocol.job import FinishReason, TokenEvent
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import ExpertWork, Replay, SampledToken, StepBatch, StepResult
 from azu.protocol.topology import ExpertSet, LayerSpan, Stage
+from azu.units import MIB
 from tests import builders
 
 _EOS = 2
@@ -147,7 +148,7 @@ def test_recomputed_tokens_are_counted_once() -> None:
     assert work[0] == work[1]
 
 
-def test_expert_work_is_added_up_and_that_of_unknown_sequences_ignored() -> None:
+def test_work_of_experts_is_added_up_where_the_topology_has_them() -> None:
     structure = builders.structure(2, moe_layers={1: 4})
     topology = replace(
         builders.topology({"a": (0, 2)}),
@@ -157,12 +158,12 @@ def test_expert_work_is_added_up_and_that_of_unknown_sequences_ignored() -> None
     pipeline = EnginePipeline(structure, topology, SchedulerConfig(8, 4), (_EOS,))
     _add(pipeline, max_tokens=2)
     events: list[TokenEvent] = []
-    for _ in range(2):
-        reports = (ExpertWork(1, 1, "a", 5), ExpertWork(1, 1, "b", 7), ExpertWork(99, 1, "b", 1000))
-        events += pipeline.complete(_answer(_next(pipeline), expert_work=reports)).values()
+    for said in (({1: 2}, {1: 4}), ({1: 1}, {1: 1})):
+        work = tuple(ExpertWork(1, holder, choices) for holder, choices in zip((None, 0), said, strict=True))
+        events += pipeline.complete(_answer(_next(pipeline), expert_work=work)).values()
 
-    head = structure.shard("head").active_parameters * 4 * 4
-    assert events[-1].work[1] == {"a": 10 + head, "b": 14}
+    fixed, expert = 4 * 4 * 2 * MIB // 4, 4 * MIB // 4
+    assert events[-1].work[1] == {"a": fixed + 3 * expert, "b": 5 * expert}
 
 
 def test_a_cancelled_sequence_ends_at_once_and_frees_its_blocks_when_its_step_returns() -> None:
@@ -204,7 +205,7 @@ def test_no_more_steps_start_than_may_be_in_flight() -> None:
 @pytest.mark.parametrize("logprob", [None, -0.5])
 def test_logprobs_are_returned_only_on_request(logprob: float | None) -> None:
     pipeline = _pipeline()
-    _add(pipeline, max_tokens=1)
+    _add(pipeline, max_tokens=1, logprobs=logprob and 1)
     batch = _next(pipeline)
     token = SampledToken(1, 9, logprob, ((9, -0.5),) if logprob else ())
 

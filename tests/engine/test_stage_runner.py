@@ -92,13 +92,11 @@ _BATCH = StepBatch(
 
 
 def _spec(model: CutModel, stage: int) -> StageSpec:
-    topology = local_topology(model.structure, (0, 2, 6))
+    topology = local_topology(model.structure, (0, 2, 6), num_blocks=4, block_size=4)
     return StageSpec(
         structure=model.structure,
         stage=topology.stages[stage],
-        epoch=1,
-        num_blocks=4,
-        block_size=4,
+        topology=topology,
         shard_paths=model.paths(),
         config_folder=model.shards,
         device="cpu",

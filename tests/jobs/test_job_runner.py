@@ -11,6 +11,7 @@ import pytest
 import redis
 from tokenizers import Tokenizer, decoders, models
 
+from azu.engine.expert_counts import Received
 from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.text import TextDecoder
@@ -21,10 +22,13 @@ from azu.jobs.job_runner import JobRunner
 from azu.jobs.record import job_key, tokens_key
 from azu.jobs.redis import RedisJobs
 from azu.metrics import Meter
-from azu.protocol.job import FinishReason, Job, TokenEvent
+from azu.protocol.job import PLATFORM_NODE, FinishReason, Job, TokenEvent
 from azu.protocol.sampling import SamplingParams
-from azu.protocol.step import SampledToken, SequenceFault, StepBatch, StepResult
+from azu.protocol.step import ExpertWork, SampledToken, SequenceFault, StepBatch, StepResult
+from azu.protocol.structure import Structure
+from azu.protocol.topology import ExpertSet, Topology
 from azu.supervision import Supervisor, end_process
+from azu.units import MIB
 from tests.builders import job, structure, topology
 from tests.redis_server import start_redis
 
@@ -39,13 +43,18 @@ class Pipeline:
 
     jobs: RedisJobs
     sent: list[StepBatch] = field(default_factory=list)
+    model: Structure = field(default_factory=lambda: structure(4))
+    places: Topology = field(default_factory=lambda: topology({"a": (0, 4)}))
+    received: Received | None = None  # what its only expert set says that it got
 
     def __post_init__(self) -> None:
-        self.engine = EnginePipeline(structure(4), topology({"a": (0, 4)}), SchedulerConfig(64, 4), (2,))
+        self.engine = EnginePipeline(self.model, self.places, SchedulerConfig(64, 4), (2,))
         decoder = Tokenizer(models.WordLevel(VOCABULARY, unk_token="a"))
         decoder.decoder = decoders.Fuse()
         metrics = PipelineMetrics("test/model", 64, Meter())
-        self.runner = JobRunner(self.engine, self.jobs, TextDecoder(decoder), metrics, self.send)
+        self.runner = JobRunner(
+            self.engine, self.jobs, TextDecoder(decoder), metrics, self.send, self.ask_expert_sets
+        )
         self.supervisor = Supervisor("test", Meter(), end_process)
         self.supervisor.start("tokens", self.runner.write)
 
@@ -53,7 +62,13 @@ class Pipeline:
         while self.runner.takes_tokens and (batch := self.engine.next_batch()) is not None:
             self.sent.append(batch)
 
-    async def answer(self, token_id: int, *faults: SequenceFault, patience_s: float = 10) -> None:
+    async def ask_expert_sets(self) -> None:
+        reported = self.engine.take_reported()
+        self.engine.compare(reported, {} if self.received is None else {0: self.received})
+
+    async def answer(
+        self, token_id: int, *faults: SequenceFault, work: tuple[ExpertWork, ...] = (), patience_s: float = 10
+    ) -> None:
         """Answer the oldest step with one token for each sequence that samples and does not fail."""
         async with asyncio.timeout(patience_s):
             while not self.sent:
@@ -62,7 +77,7 @@ class Pipeline:
         failed = {fault.sequence_id for fault in faults}
         sampled = [one.sequence_id for one in batch.slices if one.sample and one.sequence_id not in failed]
         tokens = tuple(SampledToken(sequence_id, token_id) for sequence_id in sampled)
-        self.runner.complete(StepResult(batch.epoch, batch.step, batch.micro_batch, tokens, faults))
+        self.runner.complete(StepResult(batch.epoch, batch.step, batch.micro_batch, tokens, faults, work))
 
     async def answer_all(self, token_id: int) -> None:
         """Answer every step."""
@@ -108,6 +123,28 @@ def test_a_job_ends_with_its_tokens_written_and_its_work_counted(play) -> None:
         assert pipeline.runner.job_ids == frozenset()
 
     play(scenario)
+
+
+def test_what_an_expert_set_did_not_get_is_the_platforms(run_scenario) -> None:
+    sets = (ExpertSet(0, "b", {1: (0, 1, 2, 3)}, 0),)
+
+    async def scenario(jobs: RedisJobs) -> None:
+        places = replace(topology({"a": (0, 4)}), expert_sets=sets)
+        pipeline = Pipeline(jobs, model=structure(4, moe_layers={1: 4}), places=places)
+        wanted = job(max_tokens=1)
+        await jobs.submit(wanted)
+        running = await pipeline.begin(wanted)
+        pipeline.received = {1: {1: 6}}
+        await pipeline.answer(5, work=(ExpertWork(1, 0, {1: 8}),))
+        expert_bytes = MIB
+        assert await running == await pipeline.runner.run(wanted)
+        work = (await running).work[1]
+
+        assert work["b"] == 6 * expert_bytes
+        assert work[PLATFORM_NODE] == 2 * expert_bytes
+        await pipeline.supervisor.stop()
+
+    run_scenario(scenario)
 
 
 def test_a_second_call_gets_the_answer_of_the_first_even_after_the_end(play) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from azu.money.pricing import Division, charge, divide, max_charge
+from azu.protocol.job import PLATFORM_NODE
 
 COUNTS = st.integers(0, 10**6)
 
@@ -60,6 +61,11 @@ def test_within_a_layer_the_activated_bytes_count() -> None:
 def test_a_worker_that_died_is_paid_for_the_bytes_it_finished() -> None:
     work = {0: {A: 30, B: 10}, 1: {C: 40}}
     assert divide(1_000, 20, work, 2) == Division(200, {A: 300, B: 100, C: 400})
+
+
+def test_what_two_workers_do_not_agree_about_is_the_platforms() -> None:
+    work = {0: {A: 30, PLATFORM_NODE: 10}, 1: {C: 40}}
+    assert divide(1_000, 20, work, 2) == Division(300, {A: 300, C: 400})
 
 
 def test_a_lamport_left_over_goes_to_the_largest_fraction() -> None:

@@ -192,6 +192,7 @@ POINTS = (
     # ExpertActor
     Point("actors.expert:ExpertActor.load", kill_experts),
     Point("actors.expert:ExpertActor.run"),
+    Point("actors.expert:ExpertActor.received"),
     Point("actors.expert:ExpertActor.ping"),
     # Scheduler
     Point(f"{SCHEDULED}.start", kill(SCHEDULER)),
