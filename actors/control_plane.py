@@ -21,9 +21,11 @@ _SCHEDULER_CONCURRENCY = 1000
 
 
 def start(config: ControlConfig) -> None:
-    """Start the control plane in the Ray cluster that this process is connected to."""
-    _start_registry(config)
-    ray.get(_start_scheduler(config), timeout=_START_TIMEOUT_S)
+    """Start what does not run of the control plane in the Ray cluster that this process is connected to."""
+    if _is_gone(REGISTRY):
+        _start_registry(config)
+    started = _start_scheduler(config) if _is_gone(SCHEDULER) else find(SCHEDULER).start.remote()
+    ray.get(started, timeout=_START_TIMEOUT_S)
 
 
 def stop() -> None:

@@ -47,8 +47,10 @@ _FIRST_REPORTS = 6
 class NodeAgent:
     """Wraps a node's ShardCache and DeviceMeter."""
 
-    def __init__(self, node: WorkerNode, home: Path) -> None:
+    def __init__(self, node: WorkerNode, head_home: Path) -> None:
+        """Take over a node; it keeps its files in its own AZU_HOME, else in the folder that the head uses."""
         log_as("node", node=node.name)
+        home = Path(os.environ.get("AZU_HOME") or head_home)
         self._node = node
         self._home = home
         self._cache = ShardCache(home / "shards" / node.name)

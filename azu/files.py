@@ -29,14 +29,35 @@ def read_json(path: Path) -> Any:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace a file by one that only its owner can ever read; missing folders are made, as private."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Replace a file by one that only its owner can ever read; missing folders are made, as private.
+
+    What root makes belongs to the owner of the folder that it is in.
+    """
+    private_folder(path.parent)
     temporary = path.with_name(f".{path.name}.part")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
+        _give_away(descriptor, path.parent)
     temporary.rename(path)
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder and those above it unless they exist; only their owner can enter the new ones.
+
+    What root makes belongs to the owner of the folder that it is in.
+    """
+    if not folder.is_dir():
+        private_folder(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        _give_away(folder, folder.parent)
+
+
+def _give_away(made: int | Path, folder: Path) -> None:
+    if os.geteuid() == 0:
+        owner = folder.stat()
+        os.chown(made, owner.st_uid, owner.st_gid)
 
 
 def write_private_once(path: Path, content: bytes) -> None:

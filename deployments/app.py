@@ -53,9 +53,11 @@ def http_options(config: ControlConfig) -> dict[str, Any]:
 
 
 def start(config: ControlConfig) -> None:
-    """Serve the network's ingress from the Ray cluster that this process is connected to."""
+    """Serve the network's ingress in the Ray cluster that this process is connected to, unless it serves."""
     # The caller shows progress; Serve's log lines would repeat it on the terminal.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if NAME in serve.status().applications:
+        return
     serve.start(http_options=http_options(config))
     serve.run(build_app(config), name=NAME, route_prefix="/")
 

@@ -23,6 +23,7 @@ PATH = re.compile(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/[\w./*-]*")
 FILE = re.compile(r"^[\w.-]+\.(?:py|md|yaml|toml|lua|json)$|^Makefile$")
 # A class, or a function that begins with an underscore; with a dot, a method.
 NAME = re.compile(r"`(_[a-z]\w+|(?:[A-Z][a-z]+){2,}(?:\.\w+)?)`")
+TEST = re.compile(r"(tests/[\w/]+\.py)::(test_\w+)")
 METRIC = re.compile(r"\bazu_[a-z_]+[a-z]\b")
 VARIABLE = re.compile(r"\bAZU_[A-Z][A-Z_]*[A-Z]\b")
 OPERATION = re.compile(r"\b(?:GET|POST|DELETE) (/[\w/{}.-]+)|\$AZU_URL(/[\w/.-]+)")
@@ -140,6 +141,12 @@ def exists(name: str) -> bool:
     return any(ROOT.glob(name.rstrip("/")))
 
 
+def has_test(path: str, name: str) -> bool:
+    """Return whether a file of tests has a function with a name."""
+    file = ROOT / path
+    return file.exists() and re.search(rf"^(async )?def {name}\(", file.read_text(), re.M) is not None
+
+
 def faults(text: str, folder: Path = ROOT) -> list[str]:
     """Return what a page names and what does not exist."""
     links = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
@@ -147,6 +154,7 @@ def faults(text: str, folder: Path = ROOT) -> list[str]:
     names += [span for span in re.findall(r"`([^`\s]+)`", text) if FILE.match(span)]
     found = {f"there is no {name}" for name in names if name not in MODELS and not exists(name)}
     found |= {f"there is no {target}" for target in links.findall(text) if not (folder / target).exists()}
+    found |= {f"there is no {path}::{name}" for path, name in TEST.findall(text) if not has_test(path, name)}
     found |= {f"nothing reads {name}" for name in VARIABLE.findall(text) if name not in words()}
     found |= {f"there is no metric {name}" for name in METRIC.findall(text) if name not in words()}
     for name in NAME.findall(text):
@@ -175,6 +183,7 @@ def test_the_architecture_page_names_every_file() -> None:
         ("See azu/gone.py.", "there is no azu/gone.py"),
         ("See `azu/jobs/gone_*.lua`.", "there is no azu/jobs/gone_*.lua"),
         ("See [here](docs/gone.md#a-part).", "there is no docs/gone.md"),
+        ("See tests/test_docs.py::test_gone.", "there is no tests/test_docs.py::test_gone"),
         ("See `gone.yaml`.", "there is no gone.yaml"),
         ("    azu fly --json\n", "azu has no command fly"),
         ("    azu wallet burn\n", "wallet has no command burn"),

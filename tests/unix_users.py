@@ -1,15 +1,21 @@
-"""A second Unix user for tests, and an interpreter that it can run."""
+"""Other Unix users for tests, and an interpreter that they can run."""
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from azu.launch.unix_users import UnixUser
 
+# The names of the users that a network of the tests runs as.
+MONEY = "azu-test-money"
+RAY = "azu-test-ray"
 _CLONE_NEWNS = 0x00020000
 _TIMEOUT_S = 20.0
 
@@ -21,6 +27,38 @@ def second_user() -> UnixUser:
     if (user := UnixUser.find("daemon")) is None:
         pytest.skip("this machine has no user daemon")
     return user
+
+
+@contextmanager
+def users_of_tests(folder: Path) -> Iterator[None]:
+    """Have MONEY and RAY created where a network needs them, and remove them; `folder` is an empty one.
+
+    Skips the test where this process cannot create or use them.
+    """
+    second_user()
+    if shutil.which("useradd") is None:
+        pytest.skip("this machine has no useradd")
+    share_interpreter(folder)
+    try:
+        yield
+    finally:
+        for name in (MONEY, RAY):
+            if UnixUser.find(name) is not None:
+                subprocess.run(("userdel", name), check=True, timeout=_TIMEOUT_S)
+
+
+def as_user(user: UnixUser | None, *command: str) -> int:
+    """Run a command as a user, and return its exit status."""
+    assert user is not None
+    done = subprocess.run(
+        command,
+        env=user.environment(os.environ),
+        capture_output=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+        **user.popen_options(),
+    )
+    return done.returncode
 
 
 def share_interpreter(folder: Path) -> None:

@@ -188,7 +188,8 @@ def _port(settings: Settings) -> Iterator[Finding]:
 
 def _key_files(settings: Settings) -> Iterator[Finding]:
     """Check that only their owner can read the files with keys and passwords."""
-    files = sorted({path for name in _SECRET_NAMES for path in settings.home.glob(name)})
+    homes = (settings.home, settings.money_home)
+    files = sorted({path for name in _SECRET_NAMES for home in homes for path in home.glob(name)})
     if named := os.environ.get("AZU_PRIVATE_KEY_FILE"):
         files.append(Path(named))
     exposed = [path for path in files if path.exists() and path.stat().st_mode & 0o077]
@@ -209,7 +210,7 @@ def _redis(settings: Settings) -> Iterator[Finding]:
         return
     for store in (BOOKS_STORE, JOB_STORE):
         try:
-            url = own_redis_url(settings.home, store)
+            url = own_redis_url(settings.money_home, store)
         except NotFound:
             yield Finding("Redis", Severity.OK, "none yet: `azu up` starts its own")
             return
@@ -235,7 +236,7 @@ def _store(settings: Settings, url: str, store: "Store") -> Iterator[Finding]:
             advice = "start it, and check REDIS_HOST, REDIS_PORT and REDIS_PASSWORD"
             yield _result(store.title, is_own, told, advice)
             if store is BOOKS_STORE:
-                yield from _append_only_file(settings.home / store.name / APPEND_ONLY_FILE)
+                yield from _append_only_file(settings.money_home / store.name / APPEND_ONLY_FILE)
         else:
             found = server["redis_version"]
             is_new = tuple(map(int, found.split(".")[:2])) >= _LEAST_REDIS

@@ -13,9 +13,11 @@ from azu.errors import AzuError, Unauthenticated
 from azu.units import format_bytes
 
 if TYPE_CHECKING:
+    from azu.config import Settings
     from azu.launch.membership import ClusterAccess, Membership
     from azu.launch.processes import ProcessGroup
     from azu.launch.ray_nodes import Worker
+    from azu.launch.unix_users import UnixUser
 
 
 _START_TIMEOUT_S = 120.0
@@ -42,32 +44,64 @@ def join(
     decoded = decode_ticket(ticket)
     machine = name or socket.gethostname()
     workers = _workers(machine, vram, payout, cpu=cpu)
-    home = Settings.from_environment().home
+    settings = Settings.from_environment()
+    user = _ray_user(settings)
     if isinstance(decoded, EnrolmentTicket):
         # The certificate has to contain the address that Ray gives the node.
         ip = ip or address_towards(decoded.url)
-    membership = membership_of(decoded, home, name=machine, host=ip or "")
+    membership = membership_of(decoded, settings.home, name=machine, host=ip or "")
     with stop_signals_raised():
         while True:
-            _lend(membership, workers, ip, home / "logs")
+            _lend(membership, workers, ip, settings.home, user)
 
 
-def _lend(membership: "Membership", workers: "list[Worker]", ip: str | None, logs: Path) -> None:
+def _ray_user(settings: "Settings") -> "UnixUser | None":
+    """Return the user that runs the network's code on a machine of root; None for the one of this process."""
+    import os
+
+    from azu.errors import ConfigurationError
+    from azu.launch.network_users import ray_user
+
+    if os.geteuid() != 0 or settings.one_user:
+        return None
+    try:
+        return ray_user(settings)
+    except ConfigurationError as error:
+        console.print(f"[yellow]The network runs its code here as root: {error.message}[/]")
+        return None
+
+
+def _lend(
+    membership: "Membership", workers: "list[Worker]", ip: str | None, home: Path, user: "UnixUser | None"
+) -> None:
     """Run the nodes until they have to be started again with a new access."""
     import tempfile
+    from dataclasses import astuple
 
     from azu.files import write_private
+    from azu.launch.membership import TlsFiles
+    from azu.launch.network_users import shared_file
     from azu.launch.processes import ProcessGroup
-    from azu.launch.ray_nodes import RayHost
+    from azu.launch.ray_nodes import RayHost, socket_folder
 
     access = membership.access()
     with (
         # A short path: the paths of Ray's sockets have a limit.
         tempfile.TemporaryDirectory(prefix="azu-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        ProcessGroup(logs) as nodes,
+        socket_folder(Path(folder) / "ray", user) as sessions,
+        ProcessGroup(home / "logs", user=user) as nodes,
     ):
-        host = RayHost(Path(folder), Path(folder) / "token", ip, tls=access.tls)
-        write_private(host.token_path, access.token)
+        token, tls = Path(folder) / "token", access.tls
+        if user is None:
+            write_private(token, access.token)
+        else:
+            Path(folder).chmod(0o711)
+            files = Path(folder) / "files"
+            token = shared_file(files, "token", access.token, user)
+            if tls is not None:
+                copies = (shared_file(files, path.name, path.read_text(), user) for path in astuple(tls))
+                tls = TlsFiles(*copies)
+        host = RayHost(sessions, token, ip, tls=tls, home=home if user is None else user.home)
         for worker in workers:
             nodes.start(host.worker(access.head, worker))
         _watch(nodes, workers, membership, access)

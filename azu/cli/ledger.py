@@ -54,14 +54,14 @@ def repair(
     from azu.money.ledger.durability import APPEND_ONLY_FILE
     from azu.money.ledger.durability import repair as cut_tail
 
-    path = file or Settings.from_environment().home / "redis" / APPEND_ONLY_FILE
+    path = file or Settings.from_environment().money_home / "redis" / APPEND_ONLY_FILE
     show(cut_tail(path), as_json, _drawn_repair)
 
 
 async def _audit(settings: Settings, wallet_lamports: int | None) -> "Audit":
     from azu.launch.sidecars import owners_books
 
-    books = owners_books(settings.home)
+    books = owners_books(settings.money_home)
     chain = None if wallet_lamports is not None else _chain(settings)
     try:
         report = await _audit_once(books, chain, wallet_lamports)
@@ -87,7 +87,9 @@ def _chain(settings: Settings) -> tuple[str, str] | None:
 
     if settings.chain_url is not None and settings.platform_address is not None:
         return settings.chain_url, settings.platform_address
-    devnet = devnet_of(settings.home) if settings.redis_url is None and settings.chain_url is None else None
+    devnet = (
+        devnet_of(settings.money_home) if settings.redis_url is None and settings.chain_url is None else None
+    )
     return None if devnet is None else (devnet.url, devnet.platform_address)
 
 

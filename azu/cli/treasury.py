@@ -99,7 +99,7 @@ def _drawn_uncredited(report: UncreditedReport) -> "RenderableType":
 async def _with_books(act: Callable[["Books"], Awaitable[_Answer]]) -> _Answer:
     from azu.launch.sidecars import owners_books
 
-    books = owners_books(Settings.from_environment().home)
+    books = owners_books(Settings.from_environment().money_home)
     try:
         return await act(books)
     finally:

@@ -101,6 +101,7 @@ def _facts(running: "LocalNetwork") -> dict[str, Any]:
         "dashboard_url": running.dashboard_url,
         "authority": None if running.authority is None else str(running.authority),
         "ticket": running.ticket.encode(),
+        "why_one_user": running.why_one_user,
     }
 
 
@@ -119,6 +120,8 @@ def _panel(facts: dict[str, str | None]) -> Panel:
             grid.add_row(name.replace("_", " "), facts[name])
     if facts["authority"] is not None:
         grid.add_row("encrypted", f"clients other than azu need AZU_TLS_CA={facts['authority']}")
+    one = f"one for everything: {facts['why_one_user']}"
+    grid.add_row("Unix users", one if facts["why_one_user"] else "money and Ray have one each")
     grid.add_row("to pay", "the first command below; the id in it shows that it is this network")
     grid.add_row("to lend", "the second one, on any machine")
     grid.add_row("", "[dim]a machine that joins can run code here: give the ticket to people you trust[/]")

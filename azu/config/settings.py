@@ -18,6 +18,8 @@ _PREFIX = "AZU_"
 _READ_ELSEWHERE = frozenset(
     {"AZU_CONTROL_PIPE", "AZU_JOBS_REDIS_URL", "AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD"}
 )
+# A link in AZU_HOME to the homes of the other users that run the network.
+USERS_LINK = "users"
 _TEST_PREFIX = "AZU_TEST_"
 
 
@@ -52,6 +54,8 @@ Size = Annotated[int, BeforeValidator(_checked(parse_bytes))]
 Address = Annotated[str, BeforeValidator(_checked(lambda value: parse_address(str(value))))]
 Port = Annotated[int, Field(ge=0, le=65535)]
 HomePath = Annotated[Path, BeforeValidator(_expanded)]
+# As useradd accepts it.
+UserName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")]
 PathList = Annotated[tuple[HomePath, ...], NoDecode, BeforeValidator(_paths)]
 
 
@@ -62,7 +66,8 @@ class Settings(BaseSettings):
     folders separated as in PATH; AZU_MAX_MODEL_BYTES accepts sizes such as 64GiB. AZU_TLS_CERT and
     AZU_TLS_KEY are the ingress's certificate chain and key. AZU_TLS_CA is an authority that clients trust at
     AZU_URL besides those of the system. AZU_REDIS_TLS encrypts the link to Redis; AZU_REDIS_CA is its
-    authority.
+    authority. AZU_USER_HOMES holds the homes of AZU_MONEY_USER and AZU_RAY_USER, as which root starts a
+    network; with AZU_ONE_USER root runs all of it.
     """
 
     model_config = SettingsConfigDict(
@@ -97,6 +102,10 @@ class Settings(BaseSettings):
     model_roots: PathList = Field((), validation_alias="AZU_MODEL_ROOTS")
     max_model_bytes: Size = Field(64 * 1024**3, validation_alias="AZU_MAX_MODEL_BYTES")
     network: HomePath | None = Field(None, validation_alias="AZU_NETWORK")
+    money_user: UserName = Field("azu-money", validation_alias="AZU_MONEY_USER")
+    ray_user: UserName = Field("azu-ray", validation_alias="AZU_RAY_USER")
+    user_homes: HomePath = Field(Path("/var/lib/azu"), validation_alias="AZU_USER_HOMES")
+    one_user: bool = Field(False, validation_alias="AZU_ONE_USER")
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -119,6 +128,12 @@ class Settings(BaseSettings):
             raise ConfigurationError("AZU_REDIS_CA is for AZU_REDIS_TLS=1", param="AZU_REDIS_CA")
         if self.redis_tls and self.redis_host is None:
             raise ConfigurationError("AZU_REDIS_TLS is for the Redis at REDIS_HOST", param="AZU_REDIS_TLS")
+
+    @property
+    def money_home(self) -> Path:
+        """The folder of what the processes of money keep: in their own user's home, where they have one."""
+        theirs = self.home / USERS_LINK / "money"
+        return theirs if theirs.is_dir() else self.home
 
     @property
     def redis_url(self) -> str | None:

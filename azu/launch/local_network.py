@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,10 +10,20 @@ from azu.config import ControlConfig, LocalWorker, NetworkFile, Settings, load_n
 from azu.errors import ConfigurationError, Unavailable
 from azu.files import CONFIGS, write_private
 from azu.launch.admin import admin_file_kept, first_ticket
-from azu.launch.membership import AnyTicket, Ticket, head_files
+from azu.launch.control_process import CONTROL, CONTROL_READY, control_process
+from azu.launch.membership import AnyTicket, Ticket, TlsFiles, authority_key, head_files
 from azu.launch.network_process import home_locked
+from azu.launch.network_users import NetworkUsers, network_users
 from azu.launch.processes import ProcessGroup, free_port
-from azu.launch.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment, socket_folder
+from azu.launch.ray_nodes import (
+    HEAD,
+    STARTED,
+    RayHost,
+    Worker,
+    driver_environment,
+    inherited_environment,
+    socket_folder,
+)
 from azu.launch.serving import (
     Progress,
     connected,
@@ -44,7 +54,8 @@ DEMO = CONFIGS / "demo.yaml"
 class LocalNetwork:
     """A running network and how to reach it.
 
-    `authority` is the certificate that clients of an encrypted network have to trust.
+    `authority` is the certificate that clients of an encrypted network have to trust. `why_one_user` says why
+    one user runs everything; it is empty where money, Ray and `azu up` have a user each.
     """
 
     url: str
@@ -57,8 +68,10 @@ class LocalNetwork:
     authority: Path | None
     dashboard_url: str | None
     ticket: AnyTicket = field(repr=False)
+    why_one_user: str
     _processes: tuple[ProcessGroup, ...] = field(repr=False)
-    _config: ControlConfig = field(repr=False)
+    # None where the control process watches the actors.
+    _config: ControlConfig | None = field(repr=False)
 
     def fund(self, address: str, lamports: int) -> None:
         """Give an address HYPE from the devnet's faucet."""
@@ -71,7 +84,8 @@ class LocalNetwork:
 
         Raises Unavailable when Ray's head died: what the network kept in memory is lost with it.
         """
-        return _revive(self._processes) + revive(self._config)
+        revived = _revive(self._processes)
+        return revived if self._config is None else revived + revive(self._config)
 
 
 @contextmanager
@@ -120,38 +134,49 @@ def local_network(
     token_path, token = settings.home / "ray-token", secrets.token_hex(32)
     with (
         home_locked(settings.home),
-        socket_folder(settings.home / "ray") as ray_folder,
-        ProcessGroup(logs) as services,
-        ProcessGroup(logs) as treasury,
-        ProcessGroup(logs) as nodes,
+        nullcontext(network_users(settings, others_join=ip is not None)) as users,
+        socket_folder(users.ray_sessions, users.ray) as ray_folder,
+        ProcessGroup(logs, user=users.money) as services,
+        ProcessGroup(logs, user=users.money) as treasury,
+        ProcessGroup(logs, user=users.ray) as nodes,
     ):
         progress("Starting Redis, the chain and Ray's head")
         write_private(token_path, token)
-        files = None
+        files, authority = None, None
         if tls:
             settings = _with_http_host(settings, ip)
-            files = head_files(settings.home / "tls", _hosts(settings, ip))
+            own = head_files(settings.home / "tls", _hosts(settings, ip))
+            files, authority = _for_ray(users, own), own.authority
         port, dashboard_port = free_port(), free_port() if dashboard else None
-        host = RayHost(ray_folder, token_path, ip, dashboard_port, files)
+        token_path = users.for_ray(token_path)
+        host = RayHost(ray_folder, token_path, ip, dashboard_port, files, users.ray_home)
         nodes.start(host.head(port))
-        chain = choose_chain(settings)
-        redis = start_stores_and_devnet(services, settings, chain, timeout_s)
-        books = start_books(services, settings, chain, redis.books)
+        of_money = _of_money(settings, users)
+        chain = choose_chain(of_money)
+        redis = start_stores_and_devnet(services, of_money, chain, timeout_s)
+        books = start_books(services, of_money, chain, redis.books)
         nodes.wait_until_printed(HEAD, STARTED, timeout_s)
         progress("Starting the workers, the books and the treasury")
         head = f"{ip or '127.0.0.1'}:{port}"
         _start_workers(nodes, host, head, file.workers)
-        start_treasury(treasury, settings, chain, redis)
+        start_treasury(treasury, of_money, chain, redis)
         services.wait_until_printed(BOOKS, BOOKS_READY, timeout_s)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
         for worker in file.workers:
             nodes.wait_until_printed(worker.name, STARTED, timeout_s)
         admin_key = admin_key_of(settings)
         http_port = settings.http_port or free_port()
-        config = control_config(settings, file.policy, chain, redis, books, http_port, admin_key, host, head)
+        of_ray = _of_ray(settings, users)
+        config = control_config(of_ray, file.policy, chain, redis, books, http_port, admin_key, host, head)
+        ingress = ingress_config(config, redis, books)
         progress("Starting the control plane")
-        with connected(head, logs, driver_environment(token_path, files)) as address:
-            start(config, ingress_config(config, redis, books))
+        driver = driver_environment(token_path, files)
+        with nullcontext(head) if users.ray else connected(head, logs, driver) as address:
+            if users.ray is None:
+                start(config, ingress)
+            else:
+                nodes.start(control_process(users, config, ingress, head, inherited_environment() | driver))
+                nodes.wait_until_printed(CONTROL, CONTROL_READY, timeout_s)
             progress("Waiting until it serves")
             client = local_client(config, admin_key)
             processes = (services, treasury, nodes)
@@ -164,13 +189,14 @@ def local_network(
                 platform_address=chain.platform_address,
                 network_id=config.network_id,
                 admin_key=admin_key,
-                authority=None if files is None else files.authority,
+                authority=authority,
                 dashboard_url=f"http://127.0.0.1:{dashboard_port}" if dashboard else None,
                 ticket=first_ticket(client)
                 if tls
                 else Ticket(address=address, token=token, network=config.network_id),
+                why_one_user=users.why_one,
                 _processes=processes,
-                _config=config,
+                _config=config if users.ray is None else None,
             )
             with admin_file_kept(settings.home, network.url, admin_key, config.tls):
                 yield network
@@ -180,6 +206,29 @@ def _with_http_host(settings: Settings, ip: str | None) -> Settings:
     if "http_host" in settings.model_fields_set:
         return settings
     return settings.model_copy(update={"http_host": ip})
+
+
+def _for_ray(users: NetworkUsers, files: TlsFiles) -> TlsFiles:
+    users.for_ray(authority_key(files.authority.parent))
+    return TlsFiles(*(users.for_ray(path) for path in (files.certificate, files.key, files.authority)))
+
+
+def _of_money(settings: Settings, users: NetworkUsers) -> Settings:
+    """Return the settings of the processes of money, which can read what they name."""
+    changed = {"home": users.money_home}
+    if settings.network is not None and users.money is not None:
+        changed["network"] = users.money_home / "network.yaml"
+        write_private(changed["network"], settings.network.read_text())
+    return settings.model_copy(update=changed)
+
+
+def _of_ray(settings: Settings, users: NetworkUsers) -> Settings:
+    """Return the settings of Ray's processes, which can read what they name."""
+    changed = {"home": users.ray_home}
+    for name in ("tls_cert", "tls_key"):
+        if (path := getattr(settings, name)) is not None:
+            changed[name] = users.for_ray(path)
+    return settings.model_copy(update=changed)
 
 
 def _hosts(settings: Settings, ip: str | None) -> list[str]:

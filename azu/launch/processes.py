@@ -47,16 +47,12 @@ _PRCTL = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """What to start, and whether it is started again when it ends.
-
-    It runs as another `user` if one is named, which only root can start.
-    """
+    """What to start, and whether it is started again when it ends."""
 
     name: str
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
     restart: bool = False
-    user: UnixUser | None = None
 
 
 def azu_command(*arguments: str) -> tuple[str, ...]:
@@ -66,10 +62,16 @@ def azu_command(*arguments: str) -> tuple[str, ...]:
 
 
 class ProcessGroup:
-    """Child processes that log to files in one folder; leaving the context stops all of them."""
+    """Child processes that log to files in one folder; leaving the context stops all of them.
 
-    def __init__(self, logs: Path, *, stop_timeout_s: float = STOP_TIMEOUT_S) -> None:
+    They run as another `user` if one is named, which only root can start.
+    """
+
+    def __init__(
+        self, logs: Path, *, user: UnixUser | None = None, stop_timeout_s: float = STOP_TIMEOUT_S
+    ) -> None:
         self._logs = logs
+        self._user = user
         self._stop_timeout_s = stop_timeout_s
         self._children: dict[str, _Child] = {}
         self._restarts: dict[str, _Restart] = {}
@@ -91,7 +93,7 @@ class ProcessGroup:
         assert spec.name not in self._children, spec.name
         # An interrupt between the fork and the assignment would leave a process that the group does not stop.
         with interrupts_held():
-            self._children[spec.name] = _Child(spec, self._logs / f"{spec.name}.log")
+            self._children[spec.name] = _Child(spec, self._logs / f"{spec.name}.log", self._user)
 
     def wait_until(self, name: str, ready: Callable[[], bool], timeout_s: float) -> None:
         """Wait until a process is ready.
@@ -176,7 +178,7 @@ class _Restart:
 class _Child:
     """A process in a session of its own. Everything that it starts is in that session and can be ended."""
 
-    def __init__(self, spec: ProcessSpec, log: Path) -> None:
+    def __init__(self, spec: ProcessSpec, log: Path, user: UnixUser | None) -> None:
         self.spec = spec
         self._log = log
         self._log_start = log.stat().st_size if log.exists() else 0
@@ -192,7 +194,7 @@ class _Child:
                 start_new_session=True,
                 # It runs after the change of the user, which would undo it.
                 preexec_fn=lambda: _die_with(parent),  # noqa: PLW1509 - two system calls, nothing that locks
-                **_as_user(spec),
+                **_as_user(user, spec.environment),
             )
         finally:
             os.close(descriptor)
@@ -252,21 +254,15 @@ class _Child:
         self._process.wait()
 
 
-def _as_user(spec: ProcessSpec) -> dict[str, Any]:
-    """Return the options with which `Popen` starts a process as its user."""
-    if spec.user is None:
-        return {"env": dict(spec.environment), "stdin": subprocess.DEVNULL}
-    user = spec.user
+def _as_user(user: UnixUser | None, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options with which `Popen` starts a process as a user."""
+    if user is None:
+        return {"env": dict(environment), "stdin": subprocess.DEVNULL}
     return {
-        "env": user.environment(spec.environment) | {CONTROL_PIPE: "stdin"},
+        "env": user.environment(environment) | {CONTROL_PIPE: "stdin"},
         # This process holds the other end until it ends.
         "stdin": subprocess.PIPE,
-        # The user may be unable to read the folder that this process is in.
-        "cwd": "/",
-        "user": user.uid,
-        "group": user.gid,
-        "extra_groups": user.groups,
-        "umask": 0o077,
+        **user.popen_options(),
     }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from azu.launch import ray_start
 from azu.launch.membership import TlsFiles
 from azu.launch.processes import ProcessSpec, free_port
+from azu.launch.unix_users import UnixUser
 from azu.units import MIB
 
 HEAD = "ray-head"
@@ -85,7 +86,8 @@ class RayHost:
 
     `folder` holds their sockets and logs, `token_path` the cluster's token. `ip` is the address at which
     other machines reach them, None for the one that Ray finds by itself. Without a dashboard they start much
-    faster. With `tls` they accept only connections with a certificate of the network.
+    faster. With `tls` they accept only connections with a certificate of the network. `home` is AZU_HOME for
+    them, None for that of this process.
     """
 
     folder: Path
@@ -93,6 +95,7 @@ class RayHost:
     ip: str | None = None
     dashboard_port: int | None = None
     tls: TlsFiles | None = None
+    home: Path | None = None
 
     def head(self, port: int) -> ProcessSpec:
         """Return how to start the head: Ray's control service and azu's control plane, without VRAM."""
@@ -125,8 +128,10 @@ class RayHost:
 
     def _environment(self, left_out: frozenset[str]) -> dict[str, str]:
         # torch makes this folder at its import; in /tmp it would stay after the network.
-        torch_folder = {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "torch")}
-        return _inherited_environment(left_out) | driver_environment(self.token_path, self.tls) | torch_folder
+        own = {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "torch")}
+        if self.home is not None:
+            own["AZU_HOME"] = str(self.home)
+        return inherited_environment(left_out) | driver_environment(self.token_path, self.tls) | own
 
     def _start(self, folder: str, *options: str) -> tuple[str, ...]:
         return (
@@ -144,19 +149,26 @@ class RayHost:
 
 
 @contextmanager
-def socket_folder(preferred: Path) -> Iterator[Path]:
+def socket_folder(preferred: Path, user: UnixUser | None = None) -> Iterator[Path]:
     """Yield an empty folder for Ray: the preferred one if its path is short enough for sockets, else another.
 
-    The preferred one stays, with the logs of this run, until the next run empties it.
+    It belongs to the user that runs Ray. The preferred one stays, with the logs of this run, until the next
+    run empties it.
     """
     if len(str(preferred)) + _SOCKET_SUFFIX > _MAX_SOCKET_PATH:
         with tempfile.TemporaryDirectory(prefix="azu-ray-", dir="/tmp", ignore_cleanup_errors=True) as short:
-            yield Path(short)
+            yield _given(Path(short), user)
         return
     if preferred.exists():
         shutil.rmtree(preferred)
     preferred.mkdir(mode=0o700, parents=True)
-    yield preferred
+    yield _given(preferred, user)
+
+
+def _given(folder: Path, user: UnixUser | None) -> Path:
+    if user is not None:
+        os.chown(folder, user.uid, user.gid)
+    return folder
 
 
 def driver_environment(token_path: Path, tls: TlsFiles | None = None) -> dict[str, str]:
@@ -171,7 +183,7 @@ def driver_environment(token_path: Path, tls: TlsFiles | None = None) -> dict[st
     }
 
 
-def _inherited_environment(left_out: frozenset[str]) -> dict[str, str]:
+def inherited_environment(left_out: frozenset[str] = frozenset()) -> dict[str, str]:
     """Return this process's environment without secrets and without variables that change azu's cluster."""
     # RAY_ADDRESS names another cluster of the user.
     left_out |= _SECRETS | {"RAY_ADDRESS"}

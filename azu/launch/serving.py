@@ -103,7 +103,10 @@ def connected(head: str, logs: Path, environment: Mapping[str, str]) -> Iterator
 
 
 def start(config: ControlConfig, ingress: ControlConfig) -> None:
-    """Start the control plane and the ingress in the cluster that this process is connected to."""
+    """Start the control plane and the ingress in the cluster that this process is connected to.
+
+    What runs already is left alone.
+    """
     from actors import control_plane
     from deployments import app
 

@@ -1,11 +1,17 @@
-"""Other Unix users that run parts of a network, and what their processes get of the environment."""
+"""Other Unix users that run parts of a network: found, created, and what their processes get."""
 
 import os
 import pwd
+import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+from azu.errors import ConfigurationError
+
+_TIMEOUT_S = 30.0
 
 # What a process of another user keeps of the environment: the rest may hold the operator's secrets, or name
 # folders that the user cannot read.
@@ -41,6 +47,30 @@ class UnixUser:
         groups = tuple(group for group in os.getgrouplist(name, found.pw_gid) if group != found.pw_gid)
         return cls(name, found.pw_uid, found.pw_gid, groups, Path(found.pw_dir))
 
+    @classmethod
+    def found_or_created(cls, name: str) -> Self:
+        """Return the user of a name, created as a system user without a login where it is missing.
+
+        Raises ConfigurationError where it cannot be created.
+        """
+        if (found := cls.find(name)) is not None:
+            return found
+        useradd = shutil.which("useradd", path=f"{os.defpath}:/usr/sbin:/sbin")
+        if useradd is None:
+            raise ConfigurationError(f"there is no user {name}, and this machine has no useradd to create it")
+        options = ("--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent")
+        done = subprocess.run(
+            (useradd, *options, "--shell", "/usr/sbin/nologin", name),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+        # Two networks may create it at once: the later one finds it.
+        if (found := cls.find(name)) is None:
+            raise ConfigurationError(f"the user {name} cannot be created: {done.stderr.strip()}")
+        return found
+
     def environment(self, variables: Mapping[str, str]) -> dict[str, str]:
         """Return the environment of a process of this user that `variables` were meant for."""
         kept = {
@@ -49,3 +79,14 @@ class UnixUser:
             if name in _KEPT or name.startswith(_KEPT_PREFIXES)
         }
         return kept | {"HOME": str(self.home), "USER": self.name, "LOGNAME": self.name}
+
+    def popen_options(self) -> dict[str, Any]:
+        """Return the options with which `subprocess` starts a process as this user."""
+        return {
+            # The user may be unable to read the folder that this process is in.
+            "cwd": "/",
+            "user": self.uid,
+            "group": self.gid,
+            "extra_groups": self.groups,
+            "umask": 0o077,
+        }

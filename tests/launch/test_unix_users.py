@@ -34,9 +34,8 @@ from pathlib import Path
 from azu.launch.processes import ProcessGroup, ProcessSpec
 from azu.launch.unix_users import UnixUser
 
-with ProcessGroup(Path(sys.argv[1])) as group:
-    user = UnixUser.find(sys.argv[2])
-    group.start(ProcessSpec("child", tuple(sys.argv[3:]), dict(os.environ), user=user))
+with ProcessGroup(Path(sys.argv[1]), user=UnixUser.find(sys.argv[2])) as group:
+    group.start(ProcessSpec("child", tuple(sys.argv[3:]), dict(os.environ)))
     group.wait_until_printed("child", "^ready$", 30)
     print(group.pid("child"), flush=True)
     time.sleep(600)
@@ -54,9 +53,9 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> None:
     share_interpreter(tmp_path_factory.mktemp("view"))
 
 
-def shell(program: str, user: UnixUser, *, restart: bool = False) -> ProcessSpec:
+def shell(program: str, *, restart: bool = False) -> ProcessSpec:
     environment = {"PATH": os.defpath, "AWS_SECRET": "operators", "TMPDIR": "/root/tmp", "AZU_HOME": "/x"}
-    return ProcessSpec("child", ("/bin/sh", "-c", program), environment, restart=restart, user=user)
+    return ProcessSpec("child", ("/bin/sh", "-c", program), environment, restart=restart)
 
 
 @pytest.fixture
@@ -91,8 +90,8 @@ class KilledParent:
 def test_a_process_of_another_user_gets_no_right_and_no_secret_of_the_operator(
     tmp_path: Path, user: UnixUser
 ) -> None:
-    with ProcessGroup(tmp_path / "logs") as group:
-        group.start(shell(SHOWS_ITSELF, user))
+    with ProcessGroup(tmp_path / "logs", user=user) as group:
+        group.start(shell(SHOWS_ITSELF))
         group.wait_until_printed("child", "^ready$", 10)
     name, groups, folder, umask, *environment = (tmp_path / "logs/child.log").read_text().splitlines()
 
@@ -104,8 +103,8 @@ def test_a_process_of_another_user_gets_no_right_and_no_secret_of_the_operator(
 
 def test_the_operator_reads_its_log_and_the_user_does_not(tmp_path: Path, user: UnixUser) -> None:
     logs = tmp_path / "logs"
-    with ProcessGroup(logs) as group:
-        group.start(shell(f"cat {logs}/child.log; echo tried; exit 3", user))
+    with ProcessGroup(logs, user=user) as group:
+        group.start(shell(f"cat {logs}/child.log; echo tried; exit 3"))
         with pytest.raises(Unavailable, match=r"(?s)denied.*tried"):
             group.wait_until("child", lambda: False, 10)
 
@@ -113,8 +112,8 @@ def test_the_operator_reads_its_log_and_the_user_does_not(tmp_path: Path, user: 
 
 
 def test_it_is_stopped_and_started_again_as_any_other(tmp_path: Path, user: UnixUser) -> None:
-    with ProcessGroup(tmp_path) as group:
-        group.start(shell("sleep 600 & echo born; wait", user, restart=True))
+    with ProcessGroup(tmp_path, user=user) as group:
+        group.start(shell("sleep 600 & echo born; wait", restart=True))
         group.wait_until_printed("child", "^born$", 10)
         first = group.pid("child")
         os.kill(first, signal.SIGKILL)
@@ -128,8 +127,8 @@ def test_it_is_stopped_and_started_again_as_any_other(tmp_path: Path, user: Unix
 
 
 def test_one_that_ignores_sigterm_is_killed(tmp_path: Path, user: UnixUser) -> None:
-    with ProcessGroup(tmp_path, stop_timeout_s=0.3) as group:
-        group.start(shell("trap '' TERM; echo ready; while true; do sleep 1; done", user))
+    with ProcessGroup(tmp_path, user=user, stop_timeout_s=0.3) as group:
+        group.start(shell("trap '' TERM; echo ready; while true; do sleep 1; done"))
         group.wait_until_printed("child", "^ready$", 10)
         pid = group.pid("child")
 

@@ -1,0 +1,166 @@
+"""Money and Ray get users of their own: none of them reads the other's files, and Ray's changes no code."""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from azu.config import Settings
+from azu.errors import ConfigurationError, Conflict
+from azu.files import write_private
+from azu.launch.network_users import NetworkUsers, network_users, ray_user
+from azu.launch.unix_users import UnixUser
+from tests.unix_users import MONEY, RAY, as_user, users_of_tests
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with users_of_tests(tmp_path_factory.mktemp("view")):
+        yield
+
+
+@pytest.fixture
+def homes() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="azu-", dir="/var/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder) / "homes"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, homes: Path) -> Settings:
+    return Settings(home=tmp_path / "azu", user_homes=homes, money_user=MONEY, ray_user=RAY)
+
+
+def reads(user: UnixUser | None, path: Path) -> bool:
+    return as_user(user, "test", "-r", str(path)) == 0
+
+
+def separate(settings: Settings) -> NetworkUsers:
+    settings.home.mkdir(mode=0o700, exist_ok=True)
+    users = network_users(settings, others_join=True)
+    assert users.why_one == ""
+    return users
+
+
+def test_each_user_reads_its_own_home_alone(settings: Settings) -> None:
+    users = separate(settings)
+    write_private(users.money_home / "tls" / "authority.key", "secret")
+    operators = settings.home / "admin.json"
+    write_private(operators, "secret")
+
+    key = users.money_home / "tls" / "authority.key"
+    assert reads(users.money, key)
+    assert not reads(users.ray, key)
+    assert not reads(users.ray, users.money_home)
+    assert not reads(users.money, users.ray_home)
+    assert not reads(users.ray, operators)
+    assert not reads(users.money, operators)
+    for home in (users.ray_home, users.ray_sessions):
+        assert as_user(users.ray, "touch", str(home / "own")) == 0
+
+
+def test_ray_reads_the_files_that_it_is_given_and_changes_none(settings: Settings) -> None:
+    users = separate(settings)
+    token = settings.home / "ray-token"
+    write_private(token, "first")
+    users.for_ray(token)
+    write_private(token, "second")
+
+    given = users.for_ray(token)
+
+    assert given.read_text() == "second"
+    assert reads(users.ray, given)
+    assert not reads(users.money, given)
+    for change in (("sh", "-c", f"echo x >> {given}"), ("rm", "-f", str(given)), ("touch", f"{given}.new")):
+        assert as_user(users.ray, *change) != 0
+
+
+def test_the_users_stay_when_no_other_machine_can_join(settings: Settings) -> None:
+    first = separate(settings)
+
+    assert network_users(settings, others_join=False) == first
+    assert settings.money_home.resolve() == first.money_home
+
+
+def test_money_moves_to_its_user_once(settings: Settings) -> None:
+    write_private(settings.home / "redis" / "appendonly.aof", "journal")
+    write_private(settings.home / "treasury.json", "memory")
+
+    users = separate(settings)
+
+    assert (users.money_home / "redis" / "appendonly.aof").read_text() == "journal"
+    assert reads(users.money, users.money_home / "redis" / "appendonly.aof")
+    assert sorted(path.name for path in settings.home.iterdir()) == ["users"]
+    separate(settings)
+    assert (users.money_home / "treasury.json").read_text() == "memory"
+
+
+def test_books_in_two_places_are_refused(settings: Settings) -> None:
+    users = separate(settings)
+    write_private(users.money_home / "redis" / "appendonly.aof", "new")
+    write_private(settings.home / "redis" / "appendonly.aof", "old")
+
+    with pytest.raises(Conflict, match="both exist"):
+        network_users(settings, others_join=True)
+
+    assert (settings.home / "redis" / "appendonly.aof").read_text() == "old"
+
+
+def test_one_user_runs_a_network_that_no_other_machine_joins(settings: Settings) -> None:
+    users = network_users(settings, others_join=False)
+
+    assert (users.money, users.ray) == (None, None)
+    assert users.money_home == users.ray_home == settings.home == settings.money_home
+    assert users.for_ray(settings.home / "token") == settings.home / "token"
+    assert not settings.user_homes.exists()
+
+
+def test_a_setting_keeps_one_user_until_money_has_its_own(settings: Settings) -> None:
+    one = settings.model_copy(update={"one_user": True})
+    assert "AZU_ONE_USER" in network_users(one, others_join=True).why_one
+
+    separate(settings)
+
+    with pytest.raises(ConfigurationError, match="AZU_ONE_USER"):
+        network_users(one, others_join=True)
+
+
+def test_a_user_that_could_change_azus_code_runs_nothing(settings: Settings, homes: Path) -> None:
+    open_folder = homes.parent / "code"
+    open_folder.mkdir()
+    open_folder.chmod(0o777)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{open_folder}")
+        with pytest.raises(ConfigurationError, match=r"change azu's code.*/code"):
+            ray_user(settings)
+
+
+def test_a_model_folder_that_ray_cannot_read_is_named(settings: Settings, tmp_path: Path) -> None:
+    closed = tmp_path / "models"
+    closed.mkdir(mode=0o700)
+
+    users = network_users(settings.model_copy(update={"model_roots": (closed,)}), others_join=True)
+
+    assert str(closed) in users.why_one
+
+
+def test_one_name_for_both_users_is_refused(settings: Settings) -> None:
+    users = network_users(settings.model_copy(update={"money_user": RAY}), others_join=True)
+
+    assert "two users" in users.why_one
+
+
+def test_a_missing_user_is_created_without_a_login() -> None:
+    name = f"{MONEY}-new"
+    try:
+        created = UnixUser.found_or_created(name)
+
+        assert created.uid != 0
+        assert UnixUser.found_or_created(name) == created
+        entry = subprocess.run(["getent", "passwd", name], capture_output=True, text=True, check=True)
+        assert entry.stdout.strip().endswith("nologin")
+    finally:
+        subprocess.run(["userdel", name], check=True)
