@@ -51,6 +51,16 @@ PARTS = (
         pytest("tests/cli/test_up.py", "-m", "prove"),
     ),
     Part(
+        "azu up as root",
+        "money and Ray run as users of their own; killed, the network leaves no process of theirs",
+        pytest("tests/cli/test_up_as_root.py", "-m", "prove"),
+    ),
+    Part(
+        "red team",
+        "a member that runs its own code in every process of Ray gains nothing of the money",
+        pytest("tests/redteam", "-m", "prove", "-s"),
+    ),
+    Part(
         "money: rules in Redis",
         "the Redis adapter answers as the pure rules do; kill -9 under load loses no acknowledged transfer",
         pytest(

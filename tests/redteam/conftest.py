@@ -1,0 +1,160 @@
+"""A real network with a Unix user for money and one for Ray, and a hostile member that joined it."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from azu.config import LocalWorker, Settings, load_network
+from azu.launch.local_network import DEMO, LocalNetwork, local_network
+from azu.launch.membership import TlsFiles, membership_of
+from azu.launch.network_users import shared_file
+from azu.launch.processes import address_towards, free_port
+from azu.launch.ray_nodes import driver_environment
+from azu.launch.unix_users import UnixUser
+from tests.unix_users import MONEY, RAY, users_of_tests
+
+# No packet goes there: the address only chooses the route, and so this machine's own address.
+_ANYWHERE = "http://192.0.2.1"
+HONEST = "0x" + "a1" * 20
+MALLORY = "0x" + "bad0" * 10
+_START_TIMEOUT_S = 240.0
+_STOP_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attacked:
+    """A network under attack: `act` runs a function of tests/redteam/code.py where the member says."""
+
+    network: LocalNetwork
+    home: Path
+    user_homes: Path
+    _member: subprocess.Popen[str] = field(repr=False)
+
+    def act(self, where: str, function: str, *arguments: Any) -> Any:
+        """Have the member run its code in the "scheduler", "registry" or "ingress", or as a task ("head")."""
+        assert self._member.stdin is not None
+        assert self._member.stdout is not None
+        self._member.stdin.write(json.dumps([where, function, arguments]) + "\n")
+        self._member.stdin.flush()
+        answer = json.loads(self._member.stdout.readline())
+        assert not (isinstance(answer, dict) and "failed" in answer), answer
+        return answer
+
+    @property
+    def money_home(self) -> Path:
+        """AZU_HOME of the processes of money."""
+        return self.home / "users" / "money"
+
+    def processes_of(self, name: str) -> list[int]:
+        """Return the ids of the processes of a Unix user."""
+        user = UnixUser.find(name)
+        assert user is not None
+        return [one.pid for one in psutil.process_iter() if one.uids().real == user.uid]
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
+    with (
+        users_of_tests(tmp_path_factory.mktemp("view")),
+        pytest.MonkeyPatch.context() as environment,
+        tempfile.TemporaryDirectory(prefix="azu-", dir="/var/tmp", ignore_cleanup_errors=True) as name,
+        ExitStack() as stack,
+    ):
+        ip = address_towards(_ANYWHERE)
+        environment.setenv("HF_HUB_OFFLINE", "1")
+        folder = Path(name)
+        folder.chmod(0o711)
+        settings = Settings.from_environment().model_copy(
+            update={
+                "home": folder / "head",
+                "network": DEMO,
+                "http_host": ip,
+                "http_port": free_port(),
+                "domain": None,
+                "chain_url": None,
+                "redis_host": None,
+                "money_user": MONEY,
+                "ray_user": RAY,
+                "user_homes": folder / "homes",
+            }
+        )
+        workers = tuple(LocalWorker(name=f"honest-{n}", vram="8MiB", payout=HONEST) for n in range(2))
+        file = load_network(DEMO).model_copy(update={"workers": workers})
+        network = stack.enter_context(local_network(settings, file, print, ip=ip, tls=True))
+        assert network.why_one_user == ""
+        stack.enter_context(_joined(network, folder, ip))
+        member = stack.enter_context(_member(network, folder, ip))
+        yield Attacked(network, settings.home, settings.user_homes, member)
+
+
+@contextmanager
+def _joined(network: LocalNetwork, folder: Path, ip: str) -> Iterator[None]:
+    """Run `azu join` as the hostile member's machine does."""
+    options = ("--vram", "8MiB", "--payout", MALLORY, "--name", "mallory", "--ip", ip, "--cpu")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AZU_")}
+    environment = kept | {
+        "AZU_HOME": str(folder / "mallory"),
+        "AZU_USER_HOMES": str(folder / "homes"),
+        "AZU_RAY_USER": RAY,
+    }
+    command = [sys.executable, "-m", "azu.cli", "join", network.ticket.encode(), *options]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    try:
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while "mallory lends" not in (line := process.stdout.readline()):
+            assert line, "it ended"
+            assert time.monotonic() < deadline
+        yield
+    finally:
+        _stop(process)
+
+
+@contextmanager
+def _member(network: LocalNetwork, folder: Path, ip: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the member's own program, with nothing but what its machine has."""
+    membership = membership_of(network.ticket, folder / "mallory", name="mallory", host=ip)
+    access = membership.access()
+    user = UnixUser.find(RAY)
+    assert user is not None
+    assert access.tls is not None
+    files = folder / "mallorys"
+    of_tls = (access.tls.certificate, access.tls.key, access.tls.authority)
+    tls = TlsFiles(*(shared_file(files, path.name, path.read_text(), user) for path in of_tls))
+    token = shared_file(files, "token", access.token, user)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.redteam.member", access.head],
+        env=user.environment(os.environ) | driver_environment(token, tls),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        **user.popen_options(),
+    )
+    assert process.stdout is not None
+    try:
+        assert json.loads(process.stdout.readline()) == "in"
+        yield process
+    finally:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
