@@ -122,12 +122,13 @@ def test_many_short_jobs_leave_nothing_behind(running: LocalNetwork) -> None:
     for key, resident in sorted(whole[1].items(), key=lambda one: -one[1]):
         before = [f"{at[1][key] / MIB:.0f}" if key in at[1] else "-" for at in (quarter, half)]
         print(f"{key[0]:40} {' -> '.join([*before, f'{resident / MIB:.0f}'])} MiB")
-    # A process that waits for its first work is still importing what it will need.
+    # A process that waits for its first work is still importing what it will need; and what Redis holds, the
+    # journal and the jobs of less than a day among it, is counted key by key below.
     grown = {
         key[0]: (half[1][key], resident)
         for key, resident in whole[1].items()
         if key in half[1]
-        and key[0] != "ray::IDLE"
+        and key[0] not in ("ray::IDLE", "redis-server")
         and resident > max(GROWTH * half[1][key], half[1][key] + GROWTH_BYTES)
     }
     assert grown == {}
