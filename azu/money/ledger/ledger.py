@@ -97,10 +97,11 @@ class Ledger:
 
     async def close(self) -> None:
         """Wait for what is being written, note the head, close the connections and files."""
-        self._closed = self._closed or Unavailable("the ledger was closed")
+        is_writer, self._closed = self._closed is None, self._closed or Unavailable("the ledger was closed")
         if self._writing is not None:
             await self._writing
-        self._seals.note(self.head)
+        if is_writer:
+            self._seals.note(self.head)
         self._seals.close()
         await self._journal.close()
 

@@ -75,7 +75,9 @@ def post(draft: Draft, transfer: Transfer) -> tuple[Leg, ...]:
     size, LedgerError for every other transfer that the rules do not allow: code `unknown_hold` for a job or
     payout that is not open, `hold_exists` for one that is, `not_matured` for money that may be reversed.
     """
-    return _RULES[type(transfer)](draft, transfer)
+    legs = _RULES[type(transfer)](draft, transfer)
+    add(draft.facts, "number", 1)
+    return legs
 
 
 def owner_sign(account: str) -> int:
@@ -113,7 +115,7 @@ def _refusal(transfer: Transfer, leg: Leg, balance: int) -> AzuError:
 def _deposit(draft: Draft, transfer: Deposit) -> tuple[Leg, ...]:
     arrived = {CHAIN: -transfer.lamports, user_available(transfer.address): transfer.lamports}
     legs = _book(draft, transfer, arrived)
-    draft.credits.put(transfer.id, transfer)
+    _note_credit(draft, transfer)
     return legs
 
 
@@ -121,8 +123,13 @@ def _suspend(draft: Draft, transfer: Suspended) -> tuple[Leg, ...]:
     _check_id(transfer, f"suspended:{transfer.row}")
     legs = _book(draft, transfer, {CHAIN: -transfer.lamports, SUSPENSE: transfer.lamports})
     draft.suspense.put(transfer.row, transfer)
-    draft.credits.put(transfer.id, transfer)
+    _note_credit(draft, transfer)
     return legs
+
+
+def _note_credit(draft: Draft, transfer: Deposit | Suspended) -> None:
+    draft.credits.put(str(draft.fact("number") + 1), transfer)
+    add(draft.facts, "credited", transfer.lamports)
 
 
 def _credit_suspense(draft: Draft, transfer: SuspenseCredited) -> tuple[Leg, ...]:

@@ -69,9 +69,10 @@ class BooksState:
     nodes: dict[str, NodeEnrolled] = field(default_factory=dict)  # by node id
     claims: dict[str, EarningsClaimed] = field(default_factory=dict)  # by address
     suspense: dict[str, Suspended] = field(default_factory=dict)  # by row
-    credits: dict[str, Credit] = field(default_factory=dict)  # by transfer id, of the last KEPT_MS
+    credits: dict[str, Credit] = field(default_factory=dict)  # by entry number, of the last KEPT_MS
     seals: dict[str, str] = field(default_factory=dict)  # the last sealed number -> its file's SHA-256
-    # "at_ms": of the last entry, "nonce": the largest, "older_credits": lamports, "lost": entries.
+    # "number" and "at_ms" of the last entry, "nonce": the largest, "credited": all that ever arrived, in
+    # lamports, "lost": entries.
     facts: dict[str, int] = field(default_factory=dict)
 
     def balance(self, account: str) -> int:
@@ -213,8 +214,7 @@ class Draft:
             if int(nonce) >= before_ms:
                 break
             self.nonces.put(nonce, None)
-        for credit_id, credit in self.credits.oldest():
+        for number, credit in self.credits.oldest():
             if credit.at_ms >= before_ms:
                 break
-            self.credits.put(credit_id, None)
-            add(self.facts, "older_credits", credit.lamports)
+            self.credits.put(number, None)

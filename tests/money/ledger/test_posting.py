@@ -361,15 +361,15 @@ def test_a_reversal_gives_the_payer_all_though_the_platform_lost_its_part() -> N
     }
 
 
-def test_credits_are_kept_by_name_for_thirty_days_and_then_as_a_sum() -> None:
+def test_credits_are_kept_by_their_entry_for_thirty_days_and_their_sum_for_ever() -> None:
     first = moves.deposit(7, at_ms=1_000)
     state = after(first, moves.suspend("r1", 5, at_ms=2_000), at_ms=2_000)
-    assert list(state.credits) == ["deposit:0x01", "suspended:r1"]
+    assert list(state.credits) == ["2", "3"], "the first entry is of the key"
     state = after(moves.claim(), at_ms=1_000 + KEPT_MS, state=state)
-    assert state.credits["deposit:0x01"] == first
+    assert state.credits["2"] == first
     state = after(moves.claim(BOB), at_ms=1_001 + KEPT_MS, state=state)
-    assert list(state.credits) == ["suspended:r1"]
-    assert state.facts["older_credits"] == 7
+    assert list(state.credits) == ["3"]
+    assert (state.facts["credited"], state.facts["number"]) == (12, 5)
 
 
 def test_a_loss_stands_until_its_size_is_accepted() -> None:

@@ -84,6 +84,7 @@ def test_the_books_come_back_from_the_last_seal(redis_url: str, tmp_path: Path) 
         first = tmp_path / f"{Seals(tmp_path).numbers()[0]:015d}.jsonl"
         first.rename(tmp_path / "away")
         async with open_books(redis_url, tmp_path) as ledger:
+            state.facts["number"] += 1
             assert ledger.state == state
             assert ledger.head.number == head.number + 1
             assert (await ledger.audit(since=Seals(tmp_path).numbers()[-1])).agrees
