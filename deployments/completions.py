@@ -130,6 +130,7 @@ async def _answer(
     deltas = follow(services.jobs, job, model.tokenizer, markup=model.tokenizer.markup if parsers else {})
     if parsers:
         deltas = with_parts(deltas, parsers)
+    deltas = _unless_unreadable(services, job, deltas)
     if not body.stream:
         return await _whole(services, job, deltas, answer)
     include_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -144,7 +145,7 @@ async def _accepted(services: Services, accepting: asyncio.Task[Job]) -> Job:
         return await asyncio.shield(accepting)
     except asyncio.CancelledError:
         job = await accepting
-        await services.intake.cancel(job.job_id)
+        await services.intake.cancel(job.job_id, client_left=True)
         raise
 
 
@@ -154,7 +155,17 @@ async def _cancelled_after(services: Services, job: Job) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        await asyncio.shield(services.intake.cancel(job.job_id))
+        await asyncio.shield(services.intake.cancel(job.job_id, client_left=True))
+
+
+async def _unless_unreadable(services: Services, job: Job, deltas: Deltas) -> Deltas:
+    """Yield an answer's deltas; where azu cannot read it, end the job before its client hears of that."""
+    try:
+        async for delta in deltas:
+            yield delta
+    except Exception:
+        await services.intake.cancel(job.job_id, client_left=False)
+        raise
 
 
 class EventStream(StreamingResponse):

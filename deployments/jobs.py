@@ -24,7 +24,7 @@ from azu.jobs.record import JobRecord
 from azu.protocol.job import JobState
 from azu.protocol.topology import Prediction
 from deployments.answers import usage_of
-from deployments.sampling import sampling_params
+from deployments.sampling import check_choices, sampling_params
 from deployments.services import Key, ServedModel, Services, ServicesNow, check_speaks_for, owned
 
 router = APIRouter()
@@ -116,13 +116,14 @@ async def quote(body: QuoteRequest, key: Key, services: ServicesNow) -> QuoteRes
     """Return the highest and the expected price; `prediction` is null for a model that is not deployed."""
     if (body.prompt is None) == (body.tokens is None):
         raise InvalidRequest("give either the prompt or the number of its tokens", param="prompt")
+    check_choices(body.n, services.config.policy.limits)
     model = await services.model(body.model)
     num_tokens = body.tokens or 0
     if body.prompt is not None:
         num_tokens = len(await services.encode(model, body.prompt))
     max_tokens = body.max_tokens or services.intake.completion_limit(model.facts, num_tokens)
     expected_tokens = await _usual_tokens(services, key.address, model.facts.model_id)
-    quoted = services.intake.quote(model.facts, num_tokens, max_tokens, expected_tokens)
+    quoted = services.intake.quote(model.facts, num_tokens, max_tokens, expected_tokens, body.n)
     prediction: Prediction | None = await services.scheduler(
         "prediction", model.facts.model_id, model.facts.revision
     )

@@ -85,8 +85,8 @@ def check_tokens(param: str, token_ids: Iterable[int], vocab_size: int) -> None:
 
 def check_limits(body: ChatRequest | CompletionRequest, limits: Limits) -> None:
     """Raise InvalidRequest with the name of the first parameter that exceeds its limit."""
+    check_choices(body.n or 1, limits)
     counted = {
-        "n": (body.n or 1, limits.max_choices),
         "stop": (len(body.stop), limits.max_stop_strings),
         "stop_token_ids": (len(body.stop_token_ids or ()), limits.max_stop_strings),
         "logit_bias": (len(body.logit_bias or ()), limits.max_logit_bias),
@@ -95,14 +95,23 @@ def check_limits(body: ChatRequest | CompletionRequest, limits: Limits) -> None:
         counted["messages"] = (len(body.messages), limits.max_messages)
         counted["tools"] = (len(body.tools or ()), limits.max_tools)
     for param, (asked, most) in counted.items():
-        if asked > most:
-            raise InvalidRequest(f"{param}: {asked}, where at most {most} are taken here", param=param)
+        _check_most(param, asked, most)
     longest = max(map(len, body.stop), default=0)
     if longest > limits.max_stop_characters:
         raise InvalidRequest(
             f"stop: {longest} characters, where at most {limits.max_stop_characters} are taken here",
             param="stop",
         )
+
+
+def check_choices(choices: int, limits: Limits) -> None:
+    """Raise InvalidRequest for more answers to one prompt than the network gives."""
+    _check_most("n", choices, limits.max_choices)
+
+
+def _check_most(param: str, asked: int, most: int) -> None:
+    if asked > most:
+        raise InvalidRequest(f"{param}: {asked}, where at most {most} are taken here", param=param)
 
 
 class _GenerationConfig(BaseModel):

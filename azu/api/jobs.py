@@ -104,12 +104,13 @@ class JobList(ResponseModel):
 
 
 class QuoteRequest(RequestModel):
-    """POST /v1/quote: either a prompt as it is, or the number of its tokens."""
+    """POST /v1/quote: either a prompt as it is, or the number of its tokens; for `n` answers to it."""
 
     model: Text = Field(min_length=1, max_length=256)
     prompt: Text | None = Field(default=None, min_length=1)
     tokens: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
+    n: int = Field(default=1, ge=1)
 
 
 class PredictionLine(ResponseModel):
@@ -121,7 +122,10 @@ class PredictionLine(ResponseModel):
 
 
 class QuoteResponse(ResponseModel):
-    """The highest and the expected price of a job; `prediction` is null for a model that is not deployed."""
+    """The highest and the expected price of a job; `prediction` is null for a model that is not deployed.
+
+    `max_tokens` and `expected_tokens` are those of each answer; the prompt is in the price once.
+    """
 
     model: str
     num_layers: int

@@ -129,8 +129,10 @@ class EnginePipeline:
         sequence = self._sequences.get(sequence_id)
         if sequence is None:
             return {}
-        work = self._finish(sequence)
-        return {sequence_id: TokenEvent(0, (), finish_reason=FinishReason.CANCELLED, work=work)}
+        # What ran again after a loss or a preemption counts once.
+        ran, work = min(sequence.num_ran, sequence.num_prompt), self._finish(sequence)
+        event = TokenEvent(0, (), finish_reason=FinishReason.CANCELLED, work=work, prompt_tokens_ran=ran)
+        return {sequence_id: event}
 
     def suspend(self) -> None:
         """Schedule nothing until `resume`, and forget what is in flight: it will not be waited for.

@@ -169,6 +169,10 @@ class Dispatcher:
         run = await keep_trying(
             partial(self._try, record), self._patience, wait=partial(self._wait, job), chance=self._chance
         )
+        if run.finish_reason is FinishReason.CANCELLED and not await retry_until_available(
+            partial(self._jobs.client_left, job.job_id)
+        ):
+            run = replace(run, prompt_tokens_ran=0)  # azu itself ended it
         outcome = await retry_until_available(partial(self._settlement.settle, job, run))
         self._supervisor.meter.count(JOBS_ENDED, 1, job.model_id, outcome.state.value)
         log.info("ended", extra=_outcome_fields(outcome))

@@ -42,7 +42,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """The price of a job: at most, and for the expected number of tokens."""
+    """The price of a job: at most, and for the expected number of tokens, both of each choice."""
 
     prompt_tokens: int
     max_tokens: int
@@ -161,9 +161,14 @@ class Intake:
         return job
 
     def quote(
-        self, model: ModelFacts, num_prompt_tokens: int, max_tokens: int, expected_tokens: int | None
+        self,
+        model: ModelFacts,
+        num_prompt_tokens: int,
+        max_tokens: int,
+        expected_tokens: int | None,
+        choices: int = 1,
     ) -> Quote:
-        """Return the price of a job; `expected_tokens` defaults to `max_tokens`.
+        """Return the price of a job; `expected_tokens` of each choice default to `max_tokens`.
 
         Raises InvalidRequest for sizes that `accept` refuses.
         """
@@ -174,16 +179,20 @@ class Intake:
             max_tokens=max_tokens,
             expected_tokens=expected,
             lamports_per_token_layer=self._price,
-            max_lamports=max_charge(num_prompt_tokens, max_tokens, model.num_layers, self._price),
-            expected_lamports=charge(num_prompt_tokens, expected, model.num_layers, self._price),
+            max_lamports=max_charge(num_prompt_tokens, choices * max_tokens, model.num_layers, self._price),
+            expected_lamports=charge(num_prompt_tokens, choices * expected, model.num_layers, self._price),
         )
 
-    async def cancel(self, job_id: str) -> None:
-        """End a job whose caller has left; while Redis is away, as soon as it is back."""
+    async def cancel(self, job_id: str, *, client_left: bool) -> None:
+        """End a job whose client left, or that azu cannot answer; while Redis is away, as soon as it is back.
+
+        A client that left before the first token pays for the prompt tokens that ran.
+        """
+        cancel = partial(self._jobs.cancel, job_id, client_left=client_left)
         try:
-            await self._jobs.cancel(job_id)
+            await cancel()
         except Unavailable:
-            self._go_on(retry_until_available(partial(self._jobs.cancel, job_id)))
+            self._go_on(retry_until_available(cancel))
 
     def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -46,14 +46,16 @@ class _ActiveJob:
     open: set[int] = field(default_factory=set)
     sequences: list[int] = field(default_factory=list)  # of all choices that ran here
     delivered: int = 0
+    prompt_tokens_ran: int = 0
     cancelled: bool = False
     error: AzuError | None = None
     reason: FinishReason = FinishReason.STOP
     work: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
-    def end_choice(self, reason: FinishReason, work: Work) -> None:
-        """Count a choice that has ended."""
+    def end_choice(self, reason: FinishReason, work: Work, prompt_tokens_ran: int = 0) -> None:
+        """Count a choice that has ended; all of them have one prompt."""
         self.reason = max(self.reason, reason, key=_BEST_FIRST.index)
+        self.prompt_tokens_ran = max(self.prompt_tokens_ran, prompt_tokens_ran)
         self.count(work)
 
     def count(self, work: Work) -> None:
@@ -69,6 +71,7 @@ class _ActiveJob:
             completion_tokens=self.delivered,
             finish_reason=FinishReason.ERROR if error else self.reason,
             error=error,
+            prompt_tokens_ran=self.prompt_tokens_ran,
         )
         self.ended.set_result(run)
 
@@ -203,7 +206,7 @@ class JobRunner:
         while self._taken:
             sequence_id, _, event = self._taken[0]
             if event.finish_reason is not None and sequence_id in self._by_sequence:
-                self._end_sequence(sequence_id, event.finish_reason, event.work)
+                self._end_sequence(sequence_id, event.finish_reason, event)
             self._taken.popleft()
         # The engine may have waited for these tokens to be written.
         self._on_change()
@@ -292,12 +295,12 @@ class JobRunner:
         active.delivered += len(event.token_ids)
         return active.job.job_id, event
 
-    def _end_sequence(self, sequence_id: int, reason: FinishReason, work: Work) -> None:
+    def _end_sequence(self, sequence_id: int, reason: FinishReason, last: TokenEvent) -> None:
         active, _ = self._by_sequence.pop(sequence_id)
         active.open.remove(sequence_id)
         ids = {"job_id": active.job.job_id, "sequence_id": sequence_id}
         log.info("ended", extra=ids | {"finish_reason": reason.value})
-        active.end_choice(reason, work)
+        active.end_choice(reason, last.work, last.prompt_tokens_ran)
         self._end_if_over(active)
 
     def _end_if_over(self, active: _ActiveJob) -> None:

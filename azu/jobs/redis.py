@@ -51,6 +51,7 @@ BLOCK_MS = 2_000
 # Longer than any process hangs between the reservation of a job and its submission.
 _LOST_KEPT_S = 7 * 24 * 3600
 _CANCELLATIONS_KEPT = 10_000
+_CLIENT_LEFT, _REFUSED = "client left", "refused"
 _TAKEN_AT_ONCE = 64
 _OWN_IDLE_MS = 2_000
 _EVENTS_AT_ONCE = 1024
@@ -211,9 +212,18 @@ class RedisJobs:
 
     # Cancellations
 
-    async def cancel(self, job_id: str) -> None:
-        """Record that a user cancelled a job; an ended or unknown job does not change."""
-        await self._cancel([job_key(job_id), CANCELLED], [job_id, _CANCELLATIONS_KEPT])
+    async def cancel(self, job_id: str, *, client_left: bool = False) -> None:
+        """Record that a job is to end: its client left, or azu refuses it; an ended one does not change.
+
+        The first reason stays.
+        """
+        reason = _CLIENT_LEFT if client_left else _REFUSED
+        await self._cancel([job_key(job_id), CANCELLED], [job_id, reason, _CANCELLATIONS_KEPT])
+
+    async def client_left(self, job_id: str) -> bool:
+        """Return whether a job was cancelled because its client left."""
+        cancelled = cast(Awaitable[str | None], self._redis.hget(job_key(job_id), "cancelled"))
+        return await cancelled == _CLIENT_LEFT
 
     async def cancellations(self) -> AsyncIterator[str]:
         """Yield the ids of cancelled jobs, for ever.

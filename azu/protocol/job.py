@@ -60,7 +60,8 @@ class TokenEvent:
     `index` is the number of tokens of all choices that were written before. `logprobs` and `top_logprobs`
     (token id and log probability, best first) are parallel to `token_ids` when the job asked for them, else
     empty. With a `finish_reason` the choice has ended, and `work` maps layer -> node id -> parameter bytes
-    that the node activated for it. `error` is why a choice ended with ERROR; that end is never written.
+    that the node activated for it. `error` is why a choice ended with ERROR; that end is never written, and
+    neither is `prompt_tokens_ran`, how many prompt tokens of a choice that was cancelled ran.
     """
 
     index: int
@@ -71,6 +72,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     work: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     error: AzuError | None = None
+    prompt_tokens_ran: int = 0
 
 
 @dataclass(frozen=True, slots=True)

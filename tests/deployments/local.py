@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import inspect
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -228,11 +228,15 @@ async def knows_no_transfer(redis_url: str) -> None:
 
 @asynccontextmanager
 async def local_ingress(
-    redis_url: str, home: Path, policy: NetworkPolicy | None = None, model_roots: tuple[Path, ...] = ()
+    redis_url: str,
+    home: Path,
+    policy: NetworkPolicy | None = None,
+    model_roots: tuple[Path, ...] = (),
+    make_model: Callable[[RedisJobs], Any] = ScriptedModel,
 ) -> AsyncIterator[LocalIngress]:
     """Run an ingress, the books, and the dispatcher that takes its jobs, until the block ends."""
     jobs, ledger = RedisJobs.from_url(redis_url), RedisLedger.from_url(redis_url)
-    model = ScriptedModel(jobs)
+    model = make_model(jobs)
     async with serving(redis_url, PLATFORM) as served:
         access = served.access
         config = config_of(redis_url, access.url("ingress"), home, policy or policy_with(), model_roots)

@@ -181,6 +181,52 @@ def test_a_cancelled_sequence_ends_at_once_and_frees_its_blocks_when_its_step_re
     assert pipeline.cancel(1) == {}
 
 
+@pytest.mark.parametrize("num_returned", range(10))
+def test_a_sequence_cancelled_in_its_prefill_counts_the_prompt_tokens_that_came_back(
+    num_returned: int,
+) -> None:
+    pipeline = _pipeline(prefill_chunk_tokens=4)
+    _add(pipeline, prompt=64)
+    for _ in range(num_returned):
+        pipeline.complete(_answer(_next(pipeline)))
+    _next(pipeline)  # on its way
+
+    event = pipeline.cancel(1)[1]
+
+    assert event.prompt_tokens_ran == 4 * num_returned
+    layer = builders.structure(4).shard("layer_1_dense").active_parameters * 4
+    assert event.work.get(1, {}) == ({"a": 4 * num_returned * layer} if num_returned else {})
+
+
+def test_prompt_tokens_that_run_again_count_once() -> None:
+    pipeline = _two_stages()
+    pipeline._scheduler._config = replace(pipeline._scheduler._config, prefill_chunk_tokens=4)
+    _add(pipeline, prompt=64)
+    for _ in range(5):
+        pipeline.complete(_answer(_next(pipeline)))
+    pipeline.suspend()
+    # The stage before the lost one kept nothing: all is computed from the tokens.
+    pipeline.resume(builders.topology({"a": (0, 2), "c": (2, 4)}, epoch=2), (1,), {0: {}})
+    pipeline.complete(_answer(_next(pipeline)))
+
+    assert pipeline.cancel(1)[1].prompt_tokens_ran == 20
+
+
+def test_prompt_tokens_of_a_preempted_sequence_count_once() -> None:
+    pipeline = _pipeline(num_blocks=12, prefill_chunk_tokens=4, micro_batches=1)
+    _add(pipeline, 1, prompt=8, max_tokens=40)
+    _add(pipeline, 2, prompt=8, max_tokens=40)
+    most = 0
+    while not pipeline.num_preempted:
+        pipeline.complete(_answer(_next(pipeline)))
+        most = max(most, pipeline._sequences[2].num_ran)
+    for _ in range(2):
+        pipeline.complete(_answer(_next(pipeline)))
+
+    assert most > 8
+    assert pipeline.cancel(2)[2].prompt_tokens_ran == 8
+
+
 def test_results_of_another_epoch_or_repeated_change_nothing() -> None:
     pipeline = _pipeline()
     _add(pipeline)

@@ -400,10 +400,8 @@ def end_and_check(redis_url: str, run: object, delivered: int) -> None:
         found = await lived(billing, job, run, billing.settlement)
 
         receipt, balances = found.receipt, await billing.ledger.balances()
-        is_cancelled = found.state is JobState.CANCELLED
-        tokens = 4 + delivered if delivered else receipt.prompt_tokens
-        assert tokens <= 4 + delivered
-        assert delivered or is_cancelled or not tokens, "azu's own ends cost nothing before the first token"
+        # No client left: before the first token nothing is charged.
+        tokens = 4 + delivered if delivered else 0
         assert receipt.charged_lamports == 2 * receipt.token_layers == 2 * 4 * tokens
         paid = sum(receipt.worker_lamports.values()) + receipt.held_lamports
         assert receipt.platform_lamports + paid == receipt.charged_lamports
