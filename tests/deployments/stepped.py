@@ -50,7 +50,7 @@ class SteppedModel:
     async def step(self, count: int = 1) -> None:
         """Answer the next steps with one token for each sequence that samples."""
         for _ in range(count):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while not self.sent:
                     await asyncio.sleep(0.001)
             batch = self.sent.pop(0)
