@@ -24,6 +24,10 @@ CHUNK_TOKENS = 4
 TOKEN = 70
 
 
+async def _ask() -> None:
+    """Ask expert sets for their work: there are none."""
+
+
 class SteppedModel:
     """A deployment of every model on one node of OWNERS[0]; steps wait until `step` or `keep_stepping`."""
 
@@ -37,7 +41,7 @@ class SteppedModel:
         decoder = Tokenizer(models.WordLevel({"a": 5}, unk_token="a"))
         decoder.decoder = decoders.Fuse()
         metrics = PipelineMetrics("stepped", 256, Meter())
-        self.runner = JobRunner(self.engine, jobs, TextDecoder(decoder), metrics, self._send)
+        self.runner = JobRunner(self.engine, jobs, TextDecoder(decoder), metrics, self._send, _ask)
         self.sent: list[StepBatch] = []
         self.num_steps = 0
         self._supervisor = Supervisor("stepped", Meter(), replace=lambda: None)
