@@ -66,6 +66,11 @@ class _Content:
 _CONTENT = TypeAdapter(_Content)
 
 
+def changed(message: str) -> LedgerError:
+    """Return the error for entries that are not what this ledger wrote."""
+    return LedgerError(message, code="journal_changed")
+
+
 def next_hash(before: str, text: str) -> str:
     """Return the hash of an entry's text that follows an entry with the hash `before`."""
     return sha256(f"{before}{text}".encode()).hexdigest()
@@ -84,7 +89,7 @@ def read_line(line: Line) -> Entry:
     try:
         content = _CONTENT.validate_json(line.text)
     except ValidationError as error:
-        raise LedgerError(f"journal entry {line.number} is damaged: {line.text[:200]!r}") from error
+        raise changed(f"journal entry {line.number} is damaged: {line.text[:200]!r}") from error
     legs = tuple(Leg(Account(account), lamports) for account, lamports in content.legs)
     return Entry(content.number, content.transfer, legs, content.at_ms, line.hash)
 
@@ -92,11 +97,9 @@ def read_line(line: Line) -> Entry:
 def check_line(before: Head, line: Line) -> Head:
     """Return the head after a line; raises LedgerError if the line does not join `before`."""
     if line.number != before.number + 1:
-        raise LedgerError(f"journal entry {line.number} comes where {before.number + 1} is missing")
+        raise changed(f"journal entry {line.number} comes where {before.number + 1} is missing")
     if line.hash != next_hash(before.hash, line.text):
-        raise LedgerError(
-            f"journal entry {line.number} was changed, or one before it", code="journal_changed"
-        )
+        raise changed(f"journal entry {line.number} was changed, or one before it")
     return line.head
 
 
@@ -107,9 +110,9 @@ def follow(state: BooksState, before: Head, line: Line) -> Entry:
     try:
         legs = apply_once(state, entry.transfer, entry.at_ms)
     except AzuError as error:
-        raise LedgerError(f"journal entry {line.number}: {error.message}") from error
+        raise changed(f"journal entry {line.number}: {error.message}") from error
     if legs != entry.legs or entry.number != line.number:
-        raise LedgerError(f"journal entry {line.number} booked {_told(entry)}, which is not what it says")
+        raise changed(f"journal entry {line.number} booked {_told(entry)}, which is not what it says")
     return entry
 
 
@@ -178,11 +181,11 @@ class RedisJournal:
 
 def _line(stream_id: str, fields: dict[str, str]) -> Line:
     if fields.keys() != {"entry", "hash"}:
-        raise LedgerError(f"journal entry {stream_id} is damaged: {fields}")
+        raise changed(f"journal entry {stream_id} is damaged: {fields}")
     return Line(_number(stream_id.removesuffix("-0")), fields["entry"], fields["hash"])
 
 
 def _number(text: str) -> int:
     if not text.isdecimal():
-        raise LedgerError(f"the journal has an entry {text!r}, which no ledger wrote")
+        raise changed(f"the journal has an entry {text!r}, which no ledger wrote")
     return int(text)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from azu.clock import wall_clock_ms
 from azu.errors import AzuError, LedgerError, Unavailable
 from azu.money.ledger.audit import Audit, audit_books
-from azu.money.ledger.journal import Head, Line, RedisJournal, check_line, read_line, write_line
+from azu.money.ledger.journal import Head, Line, RedisJournal, changed, check_line, read_line, write_line
 from azu.money.ledger.posting import post
 from azu.money.ledger.rebuild import Rebuilt, rebuild
 from azu.money.ledger.rules import Entry, Result, repeat
@@ -131,13 +131,13 @@ class Ledger:
         return None if number is None else Result(await self.entry(number))
 
     async def entry(self, number: int) -> Entry:
-        """Return an entry, sealed ones too; raises LedgerError if there is none."""
+        """Return an entry, sealed ones too; raises LedgerError, code `journal_changed`, if there is none."""
         if number > self._books.anchor.number:
             async for line in self._journal.lines(number - 1, number):
                 return read_line(line)
         sealed = await asyncio.to_thread(self._seals.line, number)
         if sealed is None:
-            raise LedgerError(f"journal entry {number} is missing")
+            raise changed(f"journal entry {number} is missing")
         return read_line(sealed)
 
     async def journal(self, after: int = 0) -> AsyncIterator[Entry]:
@@ -177,10 +177,9 @@ class Ledger:
             async with self._turn:
                 stored = self.head if self._unsure else await self._journal.head()
                 if before != head or stored != self.head:
-                    raise LedgerError(
+                    raise changed(
                         f"the journal leads to entry {before.number} and ends with {stored.number}; "
-                        f"{self.head.number} was written last",
-                        code="journal_changed",
+                        f"{self.head.number} was written last"
                     )
             await asyncio.to_thread(self._check_seals, dict(self.state.seals))
             self._seals.note(self.head)
@@ -208,9 +207,9 @@ class Ledger:
         other = numbers[self._looks % len(numbers)]
         for number in {numbers[-1], other}:
             if self._seals.sha256(number) != said[str(number)]:
-                raise LedgerError(f"the sealed entries up to {number} were changed", code="journal_changed")
+                raise changed(f"the sealed entries up to {number} were changed")
         if not self._seals.has_ids_of(other):
-            raise LedgerError(f"the index lacks ids of the entries up to {other}", code="journal_changed")
+            raise changed(f"the index lacks ids of the entries up to {other}")
 
     def _number_of(self, transfer_id: str) -> int | None:
         number = self._books.ids.get(transfer_id)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from azu.errors import LedgerError
-from azu.money.ledger.journal import BEGIN, Head, Line, RedisJournal, follow, write_line
+from azu.money.ledger.journal import BEGIN, Head, Line, RedisJournal, changed, follow, write_line
 from azu.money.ledger.seals import Seals
 from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import JournalSealed, LossNoted, Transfer
@@ -71,7 +71,7 @@ def _from_files(seals: Seals, stored: Head) -> Rebuilt:
     """Rebuild the books from the files, which know more than the store."""
     line = seals.line(stored.number) if stored.number else None
     if line is not None and line.hash != stored.hash:
-        raise LedgerError("the sealed entries are not of this journal", code="journal_changed")
+        raise changed("the sealed entries are not of this journal")
     books = Rebuilt()
     for number in seals.numbers():
         for line in seals.lines(number):
@@ -85,14 +85,14 @@ def _check_files(seals: Seals, books: Rebuilt, hashes: dict[int, str]) -> None:
     said = {int(through): digest for through, digest in books.state.seals.items()}
     last = max(said, default=0)
     if last < books.anchor.number or (last and seals.sha256(last) != said[last]):
-        raise LedgerError(f"the sealed entries up to {last} were changed", code="journal_changed")
+        raise changed(f"the sealed entries up to {last} were changed")
     if last > books.anchor.number:
         books.sealed(Head(last, hashes[last]))
     for number in seals.numbers():
         if number <= last:
             continue
         if seals.read(number).through.hash != hashes.get(number):
-            raise LedgerError("the sealed entries are not of this journal", code="journal_changed")
+            raise changed("the sealed entries are not of this journal")
         seals.remove(number)
     seals.check_ids(books.anchor.number)
 

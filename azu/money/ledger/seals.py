@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from azu.errors import ConfigurationError, LedgerError
 from azu.files import replacing, write_all, write_private
-from azu.money.ledger.journal import BEGIN, Head, Line, read_line
+from azu.money.ledger.journal import BEGIN, Head, Line, changed, read_line
 from azu.money.ledger.state import BooksState, decode_state
 
 _DIGITS = 15
@@ -99,7 +99,7 @@ class Seals:
                 sha256(content).hexdigest(),
             )
         except (OSError, ValueError, KeyError, TypeError, LedgerError) as error:
-            raise LedgerError(f"the sealed entries in {path} cannot be read: {error}") from error
+            raise changed(f"the sealed entries in {path} cannot be read: {error}") from error
 
     def sha256(self, through: int) -> str:
         """Return a file's SHA-256; empty if it cannot be read."""
@@ -113,16 +113,20 @@ class Seals:
             return ""
 
     def lines(self, through: int) -> Iterator[Line]:
-        """Yield a file's lines; raises LedgerError for what is none."""
-        with self._path(through).open(encoding="utf-8") as file:
-            number = json.loads(next(file))["after"]
-            for stored in file:
-                if stored.startswith('{"through"'):
-                    return
-                number += 1
-                if not (stored.startswith('["') and stored.endswith("]\n")):
-                    raise LedgerError(f"sealed entry {number} is damaged: {stored[:200]!r}")
-                yield Line(number, stored[_HASH_END + 2 : -2], stored[2:_HASH_END])
+        """Yield a file's lines; raises LedgerError, code `journal_changed`, for what is none."""
+        path = self._path(through)
+        try:
+            with path.open(encoding="utf-8") as file:
+                number = json.loads(file.readline())["after"]
+                for stored in file:
+                    if stored.startswith('{"through"'):
+                        return
+                    number += 1
+                    if not (stored.startswith('["') and stored.endswith("]\n")):
+                        raise changed(f"sealed entry {number} is damaged: {stored[:200]!r}")
+                    yield Line(number, stored[_HASH_END + 2 : -2], stored[2:_HASH_END])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise changed(f"the sealed entries in {path} cannot be read: {error}") from error
 
     def line(self, number: int) -> Line | None:
         """Return the line of a sealed entry, None if no file has it."""

@@ -378,8 +378,9 @@ def test_every_change_by_hand_is_found_while_the_ledger_runs(
         await apply_each(ledger, *HISTORY)
         await ledger.verify()
         write_again(redis_url, CHANGES[change](rows(redis_url)))
-        with pytest.raises(LedgerError):
+        with pytest.raises(LedgerError) as raised:
             await ledger.verify()
+        assert raised.value.code == "journal_changed"
         assert not (await ledger.audit()).agrees
 
     with_books(redis_url, tmp_path, scenario)
