@@ -17,6 +17,7 @@ from actors.pipeline import Pipeline
 from actors.placement import CONTROL, find_piece, release, reserve, start_in_group, start_on_head, sweep
 from azu.cluster.backend import Neighbours
 from azu.config import NetworkPolicy
+from azu.engine.canary import CanaryAnswer
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.stage_contract import StageSpec
 from azu.errors import AzuError, WorkerLost
@@ -30,6 +31,8 @@ from azu.protocol.topology import LossReport, Piece, Stage, Topology
 
 _PIPELINE_CONCURRENCY = 10_000
 _LISTEN_S = 1.0
+# The canary's few steps come after those of all jobs.
+_CANARY_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +185,11 @@ class RayBackend:
     async def look(self, pipeline: str) -> PipelineLook:
         look: PipelineLook = await self._call(pipeline, "look")
         return look
+
+    async def canary(self, pipeline: str) -> CanaryAnswer:
+        asking = self._handle(pipeline).canary.remote(_CANARY_S)
+        answer: CanaryAnswer = await self._answer(asking, pipeline, _CANARY_S + self._timeouts.step_s)
+        return answer
 
     async def running_jobs(self, pipeline: str) -> frozenset[str]:
         jobs: frozenset[str] = await self._call(pipeline, "jobs")

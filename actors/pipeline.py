@@ -13,13 +13,14 @@ from ray.actor import ActorHandle
 from actors.links import answer_from_piece, as_azu_error, raises_known_errors
 from actors.placement import CONTROL
 from actors.telemetry import log_as, open_supervisor
+from azu.engine.canary import CanaryAnswer
 from azu.engine.expert_counts import Received, ReportedStep, check_received
 from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.stage_contract import BadFrame
 from azu.engine.text import TextDecoder
 from azu.engine.timing import PipelineMetrics, RoundTimes
-from azu.errors import AzuError, FrameError
+from azu.errors import AzuError, DeadlineExceeded, FrameError
 from azu.jobs.job_runner import JobRunner
 from azu.jobs.redis import RedisJobs
 from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport, PipelineLook
@@ -92,6 +93,14 @@ class Pipeline:
     async def look(self) -> PipelineLook:
         """Return what the jobs here do."""
         return self._runner.look(self._round_times.usual_s)
+
+    async def canary(self, timeout_s: float) -> CanaryAnswer:
+        """Continue the canary's prompts behind all jobs; raises an AzuError without an answer in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._runner.canary()
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the canary was not through in {timeout_s:.0f} s") from error
 
     async def cancel(self, job_id: str) -> None:
         """End a job's sequences within one step; what was delivered stays delivered."""

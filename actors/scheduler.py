@@ -10,6 +10,7 @@ from actors.node import NodeAgents
 from actors.placement import SCHEDULER, request_nodes
 from actors.telemetry import RayMeter, log_as, show_books, show_deployments, show_jobs, show_nodes
 from azu.clock import wall_clock_ms
+from azu.cluster.canary import CanaryWatch
 from azu.cluster.cluster import Cluster
 from azu.cluster.deployment import Deployment
 from azu.cluster.deployment_store import DeploymentStore
@@ -20,7 +21,7 @@ from azu.errors import NotFound
 from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
-from azu.metrics import BAD_FRAMES, UNHEALTHY, MetricsSnapshot, MetricsSum
+from azu.metrics import BAD_FRAMES, LEFT_OUT, UNHEALTHY, MetricsSnapshot, MetricsSum
 from azu.money.books import Books
 from azu.protocol.job import DeploymentStatus
 from azu.protocol.node import Node
@@ -46,11 +47,12 @@ class Scheduler:
             suspect_s=policy.heartbeat.suspect_s, dead_s=policy.heartbeat.dead_s, on_dead=self._node_died
         )
         self._agents = NodeAgents(policy.heartbeat, config.home, self._nodes)
+        store = DeploymentStore.from_url(config.redis_url)
         self._cluster = Cluster(
             RayBackend(policy, config.pipeline_redis_url, self._agents, self._blame, self._mark),
             lambda placed, given_back: self._nodes.nodes(time.monotonic(), placed, given_back),
             policy.plan_policy(),
-            DeploymentStore.from_url(config.redis_url),
+            store,
             # Room that a dead process held is reported free by the time its node would be dead itself.
             room_wait_s=policy.heartbeat.dead_s,
             nodes_come=policy.requeue.nodes_come,
@@ -66,6 +68,13 @@ class Scheduler:
         self._meter = RayMeter()
         self._supervisor = Supervisor(SCHEDULER, self._meter, end_process)
         self._metrics = MetricsSum()
+        self._canary = CanaryWatch(
+            self._cluster,
+            store,
+            self._meter,
+            every_s=policy.canary.every_s,
+            leave_out=self._leave_node_out,
+        )
         self._jobs = jobs = RedisJobs.from_url(config.redis_url)
         price = policy.price
         self._dispatcher = Dispatcher(
@@ -154,6 +163,7 @@ class Scheduler:
         start("KV", self._check_kv, every_s=policy.heartbeat.period_s)
         start("node requests", self._check_nodes, every_s=policy.heartbeat.period_s)
         start("places", self._check_places, every_s=policy.moves.look_s)
+        start("canary", self._canary.check, every_s=policy.heartbeat.period_s)
         start("old jobs", self._archive, every_s=_ARCHIVE_S)
         start("jobs", self._dispatcher.run)
 
@@ -184,7 +194,7 @@ class Scheduler:
         for node_id in self._nodes.marks.judge(self._cluster.placed_bytes(), now_s):
             log.warning("node %s alone computed values that are not finite", node_id[:8])
             self._nodes.blame(node_id, now_s)
-        await self._kv_pressure.check(self._nodes.reports(), now_s)
+        await self._kv_pressure.check(self._nodes.reports(now_s), now_s)
 
     async def _check_nodes(self) -> None:
         """Request nodes while jobs find no room."""
@@ -202,6 +212,13 @@ class Scheduler:
         if node := self._agents.nodes.get(node_id):
             log.warning("node %s sent a bad frame", node.name)
             self._meter.count(BAD_FRAMES, 1, node.name)
+
+    def _leave_node_out(self, node_id: str) -> None:
+        """Give a node no pieces for an hour: without it the canary's tokens are right."""
+        self._nodes.leave_out(node_id, time.monotonic())
+        name = node.name if (node := self._agents.nodes.get(node_id)) else node_id[:8]
+        log.error("node %s changes tokens: it is left out", name)
+        self._meter.count(LEFT_OUT, 1, name)
 
     def _mark(self, node_id: str, model_id: str, layer: int, owner: str) -> None:
         log.warning("node %s: values of %s, layer %d, are not finite", node_id[:8], model_id, layer)

@@ -108,6 +108,10 @@ DISPUTED_CHOICES = _counter(
     "Choices of experts that a router and an expert set count differently; the platform keeps their pay.",
     "model",
 )
+CANARIES = _counter(
+    "azu_canaries_total", "Answers to the canary's prompts, by what they say.", "model", "result"
+)
+LEFT_OUT = _counter("azu_left_out_total", "Times that a node was left out because it changed tokens.", "node")
 LAMPORTS_CHARGED = _counter(
     "azu_lamports_charged_total", "Lamports charged for jobs since the books were opened."
 )

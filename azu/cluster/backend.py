@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from azu.engine.canary import CanaryAnswer
 from azu.errors import AzuError
 from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport, PipelineLook
@@ -88,6 +89,9 @@ class DeploymentBackend(Protocol):
 
     async def look(self, pipeline: str) -> PipelineLook:
         """Return what the pipeline and its jobs do."""
+
+    async def canary(self, pipeline: str) -> CanaryAnswer:
+        """Have the pipeline continue the canary's prompts, behind all jobs."""
 
     async def running_jobs(self, pipeline: str) -> frozenset[str]:
         """Return the ids of the jobs that have not ended in the pipeline."""

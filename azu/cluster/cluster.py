@@ -234,6 +234,20 @@ class Cluster:
             deployment.node_lost(node_id)
         return bool(moving)
 
+    async def move_off(self, deployment: Deployment, node_id: str) -> bool:
+        """Replace what a deployment has on a node by pieces elsewhere; say whether there is room for them."""
+        async with self._capacity.placing:
+            before = deployment.topology
+            pieces = before.on_node(node_id)
+            if self._deployments.get(before.key) is not deployment or not pieces:
+                return False
+            try:
+                self._room_elsewhere(deployment, pieces, node_id, beside={})
+            except InsufficientCapacity:
+                return False
+            deployment.move_off(node_id)
+            return True
+
     async def improve(self, deployment: Deployment) -> bool:
         """Move a deployment to where a plan over the present nodes has it, if that is worth it.
 
@@ -349,7 +363,7 @@ class Cluster:
                 wanted, growth = before, {}
 
             siblings = self._siblings(deployment)
-            avoided = deployment.pieces.hung_on.union(*(one.vram_bytes_by_node for one in siblings))
+            avoided = deployment.pieces.avoided.union(*(one.vram_bytes_by_node for one in siblings))
 
             def on(nodes: Sequence[Node], epoch: int) -> Topology:
                 return replan(

@@ -21,6 +21,7 @@ from azu.cluster.backend import DeploymentBackend
 from azu.cluster.deployment_store import DeploymentRecord, DeploymentStore
 from azu.cluster.pieces import PieceActors
 from azu.cluster.repairs import RepairTimes, RepairTurns, Suspects, Suspicion
+from azu.engine.canary import CanaryAnswer
 from azu.errors import AzuError, HarmfulRequest, InsufficientCapacity, NumericsError, WorkerLost
 from azu.planner.kv_blocks import with_blocks
 from azu.planner.migration import TopologyChange
@@ -207,6 +208,10 @@ class Deployment:
         look = await self._backend.look(self._pipeline_name())
         return replace(look, is_computing=self._pieces.is_computing)
 
+    async def canary(self) -> CanaryAnswer:
+        """Continue the canary's prompts here; raises an AzuError when there is no answer."""
+        return await self._backend.canary(self._pipeline_name())
+
     def restart_pipeline(self) -> None:
         """Have the pipeline replaced although it answers; its jobs go on in its successor."""
         self._backend.kill(self._pipeline_name())
@@ -314,6 +319,11 @@ class Deployment:
     def blame(self, node_id: str) -> None:
         """Replace what is on a node that computed values that are not finite, where another's are."""
         self._backend.blame(node_id)
+        self.node_lost(node_id)
+
+    def move_off(self, node_id: str) -> None:
+        """Replace what is on a node, on others if one has room."""
+        self._pieces.avoided.add(node_id)
         self.node_lost(node_id)
 
     def node_lost(self, node_id: str) -> None:
@@ -473,7 +483,7 @@ class Deployment:
             is_repair |= bool(lost)
             if not lost and await self._resume(empty, alone=alone, is_repair=is_repair):
                 times.passed("resumed")
-                self._pieces.hung_on.clear()
+                self._pieces.avoided.clear()
                 log.warning("%s: %s", "repaired" if is_repair else "changed", times)
                 self._replacing = PieceSet()
                 if change is not None:

@@ -2,6 +2,7 @@
 
 `azu:fleet:epoch`  the highest epoch that a topology was given.
 `azu:fleet:models` hash: model id, revision and replica -> the deployment's record (JSON).
+`azu:fleet:canary` hash: model id, revision and dtype -> the known answer to the canary (JSON).
 """
 
 from collections.abc import Mapping
@@ -11,11 +12,13 @@ from typing import cast
 from pydantic import ConfigDict, TypeAdapter
 from redis.asyncio import Redis
 
+from azu.engine.canary import CanaryAnswer
 from azu.protocol.topology import Topology
 from azu.redis_client import connect_redis, retry_until_available
 
 EPOCH = "azu:fleet:epoch"
 MODELS = "azu:fleet:models"
+CANARY = "azu:fleet:canary"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class DeploymentRecord:
 
 
 _RECORD = TypeAdapter(DeploymentRecord)
+_ANSWER = TypeAdapter(CanaryAnswer)
 
 
 class DeploymentStore:
@@ -80,6 +84,16 @@ class DeploymentStore:
         """Write a deployment's record in place of the one before."""
         content = _RECORD.dump_json(record).decode()
         await retry_until_available(lambda: self._redis.hset(MODELS, _field(record.topology), content))
+
+    async def canary(self, model: tuple[str, str, str]) -> CanaryAnswer | None:
+        """Return what the canary answers for a model (id, revision, dtype), None if that is not known."""
+        found = await retry_until_available(lambda: self._redis.hget(CANARY, "@".join(model)))
+        return None if found is None else _ANSWER.validate_json(cast(str, found))
+
+    async def keep_canary(self, model: tuple[str, str, str], answer: CanaryAnswer) -> None:
+        """Write what the canary answers for a model."""
+        content = _ANSWER.dump_json(answer).decode()
+        await retry_until_available(lambda: self._redis.hset(CANARY, "@".join(model), content))
 
     async def forget(self, topology: Topology) -> None:
         """Delete a deployment's record; a record that is missing is no error."""

@@ -11,6 +11,7 @@ _LONGEST_CHECK_S = 1.5
 _MOST_DOUBLINGS = 8
 _MARK_S = 3600.0
 _MARKING_OWNERS = 3
+_LEFT_OUT_S = 3600.0
 
 _Layer = tuple[str, int]  # the model's id, and the layer's number
 
@@ -33,6 +34,8 @@ class _Entry:
     patient_until_s: float
     is_dead: bool = False
     bad_frames: int = 0
+    left_out: int = 0
+    left_out_until_s: float = 0.0
 
 
 class NumericsMarks:
@@ -123,7 +126,7 @@ class NodeTable:
             self._entries[node.node_id] = _Entry(node, now_s, now_s, heard_s=now_s, patient_until_s=now_s)
             return
         if entry.is_dead:
-            entry.trusted_s = now_s + self._dead_s
+            entry.trusted_s = max(entry.trusted_s, now_s + self._dead_s)
         self.heard(node.node_id, now_s)
         entry.node, entry.reported_s, entry.is_dead = node, now_s, False
 
@@ -139,6 +142,14 @@ class NodeTable:
         if entry := self._entries.get(node_id):
             self._suspect(entry, now_s, self._suspect_s * 2 ** min(entry.bad_frames, _MOST_DOUBLINGS))
             entry.bad_frames += 1
+
+    def leave_out(self, node_id: str, now_s: float) -> None:
+        """Suspect a node that changes tokens, for an hour and longer each time; its pieces are to move."""
+        if entry := self._entries.get(node_id):
+            seconds = _LEFT_OUT_S * 2 ** min(entry.left_out, _MOST_DOUBLINGS)
+            entry.left_out += 1
+            entry.left_out_until_s = now_s + seconds
+            self._suspect(entry, now_s, seconds)
 
     def suspect(self, node_id: str, now_s: float) -> None:
         """Suspect a node at once that does not answer."""
@@ -183,10 +194,12 @@ class NodeTable:
             for node_id, entry in sorted(self._entries.items())
         )
 
-    def reports(self) -> tuple[Node, ...]:
-        """Return the last report of each node that is not dead; one in doubt is SUSPECT in it."""
+    def reports(self, now_s: float) -> tuple[Node, ...]:
+        """Return the last report of each node that is not dead; one in doubt or left out is SUSPECT in it."""
         return tuple(
-            replace(entry.node, state=NodeState.SUSPECT) if node_id in self.marks.doubted else entry.node
+            replace(entry.node, state=NodeState.SUSPECT)
+            if node_id in self.marks.doubted or now_s < entry.left_out_until_s
+            else entry.node
             for node_id, entry in sorted(self._entries.items())
             if not entry.is_dead
         )

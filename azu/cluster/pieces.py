@@ -63,7 +63,7 @@ class PieceActors:
     """The actors that there are, by piece; `on_lost` is called with a piece whose actor dies or hangs.
 
     Actors that were prepared for a change stand beside the running ones until they are installed. The clock
-    is in seconds. `hung_on` are the nodes of pieces that hung and are being replaced: others come first.
+    is in seconds. For pieces that are being replaced, nodes that are not `avoided` come first.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class PieceActors:
         self._structure = structure
         self._on_lost = on_lost
         self._clock = clock
-        self.hung_on: set[str] = set()
+        self.avoided: set[str] = set()
         self._running: dict[PieceKey, _PieceActor] = {}
         self._prepared: dict[PieceKey, _PieceActor] = {}
 
@@ -290,7 +290,7 @@ class PieceActors:
         finally:
             if asking is not None:
                 asking.cancel()
-        self.hung_on.add(actor.piece.node_id)
+        self.avoided.add(actor.piece.node_id)
         raise WorkerLost(f"{actor.name} has not come on for {watch.bound_s:.0f} s")
 
     def _kill(self, actors: dict[PieceKey, _PieceActor]) -> None:

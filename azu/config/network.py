@@ -94,6 +94,12 @@ class Moves(_Section):
     idle_s: Seconds
 
 
+class CanaryPolicy(_Section):
+    """How often each placement continues the canary's prompts after its first answer."""
+
+    every_s: Seconds
+
+
 class Limits(_Section):
     """Limits on one request and on the rate of requests, and the lifetime of a reservation without a job.
 
@@ -167,6 +173,7 @@ class NetworkPolicy(_Section):
     heartbeat: Heartbeat
     requeue: Requeue
     moves: Moves
+    canary: CanaryPolicy
     limits: Limits
     timeouts: Timeouts
 

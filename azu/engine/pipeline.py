@@ -102,10 +102,11 @@ class EnginePipeline:
 
     @property
     def positions(self) -> Mapping[int, tuple[int, bool]]:
-        """A number for each sequence that changes whenever it comes further, and whether it has KV blocks."""
+        """A number for each job's sequence that changes when it comes further; whether it has KV blocks."""
         return {
             key: (one.num_scheduled + one.num_ran + one.num_generated, one.state is SequenceState.RUNNING)
             for key, one in self._sequences.items()
+            if not one.is_background
         }
 
     @property
@@ -123,6 +124,12 @@ class EnginePipeline:
         assert sequence.sequence_id not in self._sequences, "a sequence id is used once"
         self._scheduler.add(sequence)
         self._sequences[sequence.sequence_id] = sequence
+
+    def takes(self, prompt: Collection[int]) -> bool:
+        """Say whether a prompt is one of this model: of its vocabulary, and not almost too long."""
+        structure = self._structure
+        fits = 0 < len(prompt) <= structure.context_length // 2
+        return fits and max(prompt) < structure.vocab_size
 
     def cancel(self, sequence_id: int) -> dict[int, TokenEvent]:
         """End a sequence now; what is in flight of it is ignored later. Unknown ids change nothing."""
@@ -240,10 +247,8 @@ class EnginePipeline:
                 self._unfilled.clear()
             return self._faults(step, result)
         self.num_completed += 1
-        counted = {
-            sequence.sequence_id for sequence, slice_ in step.chosen if self._returned(sequence, slice_)
-        }
-        self._account.add_expert_work(result.step, result.expert_work, counted)
+        paid = {sequence.sequence_id for sequence, slice_ in step.chosen if self._returned(sequence, slice_)}
+        self._account.add_expert_work(result.step, result.expert_work, paid)
         return self._faults(step, result) | {
             token.sequence_id: self._sampled(sequence, token)
             for token in result.tokens
@@ -282,14 +287,19 @@ class EnginePipeline:
         )
 
     def _returned(self, sequence: Sequence, slice_: Slice) -> bool:
-        """Take one slice back; say if it counts: not if it was computed before or its sequence has ended."""
+        """Take one slice back; say if it is paid for.
+
+        It is not if it was computed before, if its sequence has ended, or in the background.
+        """
         self._scheduler.slice_returned(sequence)
-        new = slice_.position >= sequence.num_ran and sequence.sequence_id in self._sequences
-        if new:
-            sequence.num_ran = slice_.position + slice_.num_tokens
-            self._alone.discard(sequence.sequence_id)
-            self._account.add_tokens(sequence.sequence_id, slice_.num_tokens)
-        return new
+        if slice_.position < sequence.num_ran or sequence.sequence_id not in self._sequences:
+            return False
+        sequence.num_ran = slice_.position + slice_.num_tokens
+        self._alone.discard(sequence.sequence_id)
+        if sequence.is_background:
+            return False
+        self._account.add_tokens(sequence.sequence_id, slice_.num_tokens)
+        return True
 
     def _sampled(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
         self._scheduler.extend(sequence, token.token_id)

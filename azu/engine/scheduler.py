@@ -6,7 +6,7 @@ micro-batches are in flight to keep every stage busy; stages run them in order, 
 prompt may follow each other closely.
 """
 
-from collections import deque
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -51,7 +51,8 @@ class Sequence:
     `generated` holds completion tokens that exist already when a new pipeline continues a sequence.
     `num_scheduled` of its tokens were sent to the first stage since it last got blocks. `num_ran` is the
     largest number that ever ran: tokens below it that run again are not paid for. `ends_with` gets every
-    completion token once, in order, and says whether the text ends with it.
+    completion token once, in order, and says whether the text ends with it. One in the background comes after
+    all others.
     """
 
     def __init__(
@@ -61,11 +62,14 @@ class Sequence:
         sampling: SamplingParams,
         generated: tuple[int, ...] = (),
         ends_with: Callable[[int], bool] | None = None,
+        *,
+        is_background: bool = False,
     ) -> None:
         assert prompt_token_ids, "an empty prompt has nothing to continue"
         self.sequence_id = sequence_id
         self.sampling = sampling
         self._ends_with = ends_with
+        self.is_background = is_background
         self.num_prompt = len(prompt_token_ids)
         self.token_ids = [*prompt_token_ids, *generated]
         self.state = SequenceState.WAITING
@@ -120,8 +124,9 @@ class BatchScheduler:
         self._most_tokens = self._longest_step
         self._short_steps = 0
         self._free = list(range(config.num_blocks - 1, -1, -1))
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []  # oldest first
+        # The oldest first, those in the background last.
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
         self.num_preempted = 0
 
     @property
@@ -143,7 +148,7 @@ class BatchScheduler:
                 f"this deployment has {capacity}",
                 code="insufficient_kv_cache",
             )
-        self._waiting.append(sequence)
+        _append(self._waiting, sequence)
 
     def set_num_stages(self, num_stages: int) -> None:
         """Keep another number of stages busy, unless the config sets the number of micro-batches."""
@@ -253,9 +258,9 @@ class BatchScheduler:
             if committed + needed > len(self._free) and self._running:
                 return
             committed += needed
-            sequence = self._waiting.popleft()
+            sequence = self._waiting.pop(0)
             sequence.state = SequenceState.RUNNING
-            self._running.append(sequence)
+            _append(self._running, sequence)
 
     def _step_groups(self, ready: list[Sequence]) -> Iterator[list[Sequence]]:
         """Yield groups that may share a step: sequences up to the restart length and longer ones, in turns.
@@ -292,7 +297,7 @@ class BatchScheduler:
         others = sum(sequence.num_pending for sequence in prefilling[1:])
         shares: list[tuple[Sequence, int]] = []
         limit = max(budget // 2, budget - others, 1)
-        for sequence in prefilling[:1] + sorted(prefilling[1:], key=lambda one: one.num_pending):
+        for sequence in prefilling[:1] + sorted(prefilling[1:], key=_urgency):
             num_tokens = min(_chunk(sequence), limit, budget)
             if num_tokens <= 0 or (len(shares) > 1 and num_tokens < sequence.num_pending):
                 break
@@ -332,7 +337,7 @@ class BatchScheduler:
                 victim.state = SequenceState.WAITING
                 victim.num_scheduled = 0
                 self.num_preempted += 1
-                self._waiting.appendleft(victim)
+                self._waiting.insert(0 if not victim.is_background else _num_users(self._waiting), victim)
                 return True
         return False
 
@@ -345,6 +350,19 @@ class BatchScheduler:
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)
+
+
+def _num_users(sequences: list[Sequence]) -> int:
+    """Return how many of some sequences, which come first, are not in the background."""
+    return bisect_left(sequences, True, key=lambda one: one.is_background)
+
+
+def _append(sequences: list[Sequence], sequence: Sequence) -> None:
+    sequences.insert(len(sequences) if sequence.is_background else _num_users(sequences), sequence)
+
+
+def _urgency(sequence: Sequence) -> tuple[bool, int]:
+    return sequence.is_background, sequence.num_pending
 
 
 def _slice_of(sequence: Sequence, position: int, num_tokens: int, *, sample: bool) -> Slice:

@@ -132,20 +132,21 @@ class StepCheck:
             _require(most > 0, "work of a holder that has no expert of the layer")
             served, total = by_holder.setdefault((layer, expert_set), {}), totals[layer]
             for sequence_id, choices in entry.choices.items():
-                if not (_is_count(sequence_id) and _is_count(choices, 1)):
+                if not type(sequence_id) is type(choices) is int or choices < 1:
                     raise FrameError("work that is not counted")
-                served[sequence_id] = served.get(sequence_id, 0) + choices
+                served[sequence_id] = own = served.get(sequence_id, 0) + choices
                 total[sequence_id] = total.get(sequence_id, 0) + choices
                 if sequence_id in num_tokens:
-                    if served[sequence_id] > most * num_tokens[sequence_id]:
+                    if own > most * num_tokens[sequence_id]:
                         raise FrameError("more work than a holder's experts can have")
                 elif sequence_id not in failed:
                     raise FrameError("work for a sequence that is not in the step")
         for layer, total in totals.items():
+            each = self._chosen[layer]
             for sequence_id, tokens in num_tokens.items():
-                served_choices, chosen = total.get(sequence_id, 0), tokens * self._chosen[layer]
-                if served_choices > chosen or (served_choices < chosen and sequence_id not in failed):
-                    raise FrameError(f"work for {served_choices} of {chosen} choices in layer {layer}")
+                choices = total.get(sequence_id, 0)
+                if choices != tokens * each and (choices > tokens * each or sequence_id not in failed):
+                    raise FrameError(f"work for {choices} of {tokens * each} choices in layer {layer}")
 
     def _is_token(self, token_id: object) -> bool:
         return _is_count(token_id, 0, self._vocab_size - 1)

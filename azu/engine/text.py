@@ -46,6 +46,11 @@ class TextDecoder:
         """Return all that decoding needs of the tokenizer, as text."""
         return json.dumps({"ends": sorted(self.ends), "tokenizer": self._backend.to_str()})
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """Return a text's token ids with the special tokens that the model expects around a prompt."""
+        ids: list[int] = self._backend.encode(text).ids
+        return ids
+
     def token_text(self, token_id: int) -> str:
         """Return one token's text as it appears inside a text; the token may be special."""
         once: str = self._backend.decode([token_id], skip_special_tokens=False)

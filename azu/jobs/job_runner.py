@@ -13,6 +13,8 @@ from functools import partial
 import xxhash
 
 from azu.engine.accounting import Work
+from azu.engine.canary import TEXTS as CANARY_TEXTS
+from azu.engine.canary import Canary, CanaryAnswer
 from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import Sequence
 from azu.engine.text import TextDecoder
@@ -99,6 +101,7 @@ class JobRunner:
         self._on_change = on_change
         self._ask_expert_sets = ask_expert_sets
         self._sequence_ids = itertools.count(1)
+        self._canary = Canary(engine, self._sequence_ids, on_change)
         self._by_sequence: dict[int, tuple[_ActiveJob, int]] = {}  # with the choice that the sequence is
         self._by_job: OrderedDict[str, _ActiveJob] = OrderedDict()  # with those that ended lately
         self._events: asyncio.Queue[dict[int, TokenEvent]] = asyncio.Queue()  # by sequence id
@@ -131,6 +134,11 @@ class JobRunner:
         for sequence_id in active.sequences:
             active.count(self._engine.taken_back(sequence_id))
         return replace(run, work={layer: dict(by_node) for layer, by_node in active.work.items()})
+
+    async def canary(self) -> CanaryAnswer:
+        """Continue the canary's prompts beside the jobs; raises an AzuError when that fails."""
+        prompts = [self._text.prompt_ids(text) for text in CANARY_TEXTS]
+        return await self._canary.ask([prompt for prompt in prompts if self._engine.takes(prompt)])
 
     def cancel(self, job_id: str) -> None:
         """End a job's sequences within one step; what was delivered stays delivered."""
@@ -175,7 +183,7 @@ class JobRunner:
 
     def complete(self, result: StepResult) -> None:
         """Take the last stage's tokens; a sequence that failed ends its job, with the error."""
-        events = self._engine.complete(result)
+        events = self._canary.take(self._engine.complete(result))
         # The next step leaves before the tokens of this one are written.
         self._on_change()
         self._events.put_nowait(events)
@@ -187,6 +195,7 @@ class JobRunner:
         """End every job with what was delivered, and this error."""
         self._fault = error
         self._engine.suspend()
+        self._canary.fail(error)
         for sequence_id in self._by_sequence:
             self._events.put_nowait(self._engine.cancel(sequence_id))
 

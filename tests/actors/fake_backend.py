@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from azu.cluster.backend import Neighbours
+from azu.engine.canary import CanaryAnswer
 from azu.errors import AzuError, WorkerLost
 from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import ChoiceKey, FinishReason, Job, JobRun, PauseReport, PipelineLook
@@ -72,6 +73,9 @@ class FakeBackend:
     repairs: list[bool] = field(default_factory=list)  # what each resume was told
     alone: list[frozenset[ChoiceKey]] = field(default_factory=list)  # and this
     counts: ExpertCounts = field(default_factory=dict)
+    liars: set[str] = field(default_factory=set)  # nodes whose pieces change tokens
+    clear: bool = True  # whether the model is in no doubt about tokens
+    asked: list[frozenset[str]] = field(default_factory=list)  # the nodes of each placement with a canary
 
     # What the test does and asks
 
@@ -205,6 +209,12 @@ class FakeBackend:
     async def look(self, pipeline: str) -> PipelineLook:
         found = self._living(pipeline)
         return PipelineLook(found.completed, 0.0, dict.fromkeys(found.jobs, found.completed))
+
+    async def canary(self, pipeline: str) -> CanaryAnswer:
+        nodes = self._living(pipeline).topology.vram_bytes_by_node.keys()
+        self.asked.append(frozenset(nodes))
+        tokens = 1 + len(self.liars & nodes) if self.clear else 0
+        return CanaryAnswer(((7, 8, 9, 7, tokens),), ((5.0 if self.clear else 0.1,) * 5,))
 
     async def running_jobs(self, pipeline: str) -> frozenset[str]:
         return frozenset(self._living(pipeline).jobs)

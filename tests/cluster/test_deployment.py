@@ -437,11 +437,11 @@ def test_a_piece_that_answers_no_more_is_replaced_after_a_minute_on_another_node
         assert model.deployment.pieces.is_slow
         await model.pass_time(2)
         await until(lambda: bool(model.placed))
-        assert model.deployment.pieces.hung_on == {"b"}
+        assert model.deployment.pieces.avoided == {"b"}
         await model.resumed(1)
 
         assert model.placed == [stages(1)]
-        assert model.deployment.pieces.hung_on == set()
+        assert model.deployment.pieces.avoided == set()
         assert model.backend.blamed == []
 
     monkeypatch.setattr("azu.cluster.pieces._LOOK_S", 0.0)

@@ -292,4 +292,21 @@ def test_a_doubted_node_is_suspect_and_told_apart_in_the_reports() -> None:
         nodes.marks.mark(LAYER, "a", owner, 0)
 
     assert state(nodes, 0) is NodeState.SUSPECT
-    assert [one.state for one in nodes.reports()] == [NodeState.SUSPECT]
+    assert [one.state for one in nodes.reports(now_s=3.0)] == [NodeState.SUSPECT]
+
+
+def test_a_node_that_is_left_out_takes_nothing_for_an_hour_and_longer_the_next_time() -> None:
+    nodes = table()
+
+    def found(now_s: float) -> tuple[NodeState, NodeState]:
+        nodes.record(node("a"), now_s)
+        return state(nodes, now_s), nodes.reports(now_s)[0].state
+
+    assert found(0) == (NodeState.ALIVE, NodeState.ALIVE)
+    nodes.leave_out("a", now_s=0)
+    assert found(HOUR_S - 1) == (NodeState.SUSPECT, NodeState.SUSPECT)
+    assert found(HOUR_S) == (NodeState.ALIVE, NodeState.ALIVE)
+    nodes.leave_out("a", now_s=HOUR_S)
+    assert found(3 * HOUR_S - 1) == (NodeState.SUSPECT, NodeState.SUSPECT)
+    assert found(3 * HOUR_S) == (NodeState.ALIVE, NodeState.ALIVE)
+    nodes.leave_out("unknown", now_s=0)

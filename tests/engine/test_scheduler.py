@@ -260,3 +260,26 @@ def test_steps_are_short_for_a_while_after_a_stage_ran_out_of_memory() -> None:
     assert largest_of(128) == 100
     assert 100 < largest_of(128) <= 200
     assert largest_of(20) > 200
+
+
+def test_a_sequence_in_the_background_waits_behind_all_others_and_gives_its_blocks_to_them() -> None:
+    engine = _Engine(SchedulerConfig(4, 4, max_running=2))
+    background = Sequence(9, (1,) * 6, SamplingParams(max_tokens=6), is_background=True)
+    engine.scheduler.add(background)
+    for sequence_id in (1, 2):
+        engine.scheduler.add(_sequence(sequence_id, 3, 2))
+    assert engine.send()
+    assert background.state == "waiting", "the others took both places, although they came later"
+    while background.state != "running":
+        engine.take()
+        engine.send()
+    engine.scheduler.add(long := _sequence(3, 3, 12))
+    while long.state != "finished":
+        engine.take() if engine.in_flight else None
+        engine.send()
+
+    assert engine.scheduler.num_preempted == 1
+    while background.state != "finished":
+        engine.take() if engine.in_flight else None
+        engine.send()
+    assert background.num_generated == 6

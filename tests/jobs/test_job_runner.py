@@ -11,6 +11,7 @@ import pytest
 import redis
 from tokenizers import Tokenizer, decoders, models
 
+from azu.engine.canary import TEXTS as CANARY_TEXTS
 from azu.engine.expert_counts import Received
 from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig
@@ -145,6 +146,22 @@ def test_what_an_expert_set_did_not_get_is_the_platforms(run_scenario) -> None:
         await pipeline.supervisor.stop()
 
     run_scenario(scenario)
+
+
+def test_a_canary_runs_without_a_job_and_ends_with_the_pipeline(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        asking = asyncio.create_task(pipeline.runner.canary())
+        await asyncio.sleep(0)
+        looked = pipeline.runner.look(0.0)
+        assert (looked.moved, pipeline.runner.job_ids) == ({}, frozenset())
+        assert len(pipeline.sent[0].slices) == len(CANARY_TEXTS)
+        pipeline.runner.fail(WorkerLost("the pipeline is given up"))
+
+        with pytest.raises(WorkerLost, match="given up"):
+            await asking
+        assert pipeline.engine.num_sequences == 0
+
+    play(scenario)
 
 
 def test_a_second_call_gets_the_answer_of_the_first_even_after_the_end(play) -> None:
