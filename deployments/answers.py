@@ -93,7 +93,7 @@ class _Choice:
             deltas.append(self._completed(self._text.push(token_id)))
         if event.finish_reason is not None:
             # The last token's delta has all text that was held back: nothing follows the last `after`.
-            deltas.append(deltas.pop().joined(self.end(event.finish_reason)))
+            deltas.append(TextDelta.of((deltas.pop(), self.end(event.finish_reason))))
         return [delta for delta in deltas if delta.text or delta.logprobs or delta.finish_reason]
 
     def end(self, reason: FinishReason) -> TextDelta:

@@ -13,11 +13,11 @@ from ray.serve import Application
 from azu.config import ControlConfig
 from azu.logs import start_logging
 from deployments.control_plane import ControlPlane, unless_changed
-from deployments.ingress import build_api
+from deployments.ingress import MOST_OPEN, build_api
 
 NAME = "azu"
-# With Serve's default of 5 streams would wait for each other.
-_MAX_ONGOING_REQUESTS = 1000
+# With Serve's default of 5 streams would wait for each other. With so many the ingress refuses by itself.
+_MAX_ONGOING_REQUESTS = 2 * MOST_OPEN
 _ON_HEAD = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
 # Redis has new passwords after `azu serve --books` started again: a replica soon notices and is replaced.
 _HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 15.0}

@@ -256,16 +256,18 @@ async def _refused(first: Awaitable[TextDelta | JobOutcome]) -> Response | None:
 
 
 async def _whole(services: Services, job: Job, deltas: Deltas, answer: AnswerFormatter) -> Response:
-    choices = [TextDelta(choice=index) for index in range(job.choices)]
+    parts = [[TextDelta(choice=index)] for index in range(job.choices)]
     try:
         async with _cancelled_after(services, job):
             async for delta in deltas:
                 if isinstance(delta, TextDelta):
-                    choices[delta.choice] = choices[delta.choice].joined(delta)
+                    parts[delta.choice].append(delta)
                 elif delta.state is JobState.FAILED:
                     return refusal(_error_of(delta), may_be_charged=delta.receipt.charged_lamports > 0)
                 else:
-                    return _json(answer.whole(choices, _usage(delta)))
+                    choices = [TextDelta.of(deltas_of_one) for deltas_of_one in parts]
+                    # Log probabilities take long, in which the other callers' answers go on.
+                    return _json(await asyncio.to_thread(answer.whole, choices, _usage(delta)))
         raise InternalError(f"{job.job_id} ended without an outcome")
     except Exception as error:
         # The job may go on without its reader, and be charged.

@@ -15,10 +15,13 @@ from azu.api.base import ErrorBody
 from azu.config import ControlConfig
 from azu.errors import AzuError, InvalidRequest, NotFound, plain_fault
 from deployments import accounts, completions, jobs, network, nodes, page
-from deployments.middleware import BodyLimit, RequestIds, refusal
+from deployments.middleware import BodyLimit, OpenRequests, RequestIds, refusal
 from deployments.schema import openapi_of
 from deployments.services import Services, warm_up
 
+# Requests that are open at once: one more is refused, because behind them it would wait without an answer.
+MOST_OPEN = 1500
+_MOST_OPEN_OF_A_KEY = 512
 _GROUPS = {
     "Completions": completions,
     "Jobs": jobs,
@@ -52,6 +55,7 @@ def build_api(
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _no_route)
     api.add_middleware(BodyLimit, max_bytes=config.policy.limits.max_body_bytes)
+    api.add_middleware(OpenRequests, most=MOST_OPEN, most_of_one=_MOST_OPEN_OF_A_KEY)
     api.add_middleware(RequestIds, echo=echo_ids)
     return api
 

@@ -1,5 +1,6 @@
 """Jobs by id: submit a prompt, ask for its results, price and receipt."""
 
+import asyncio
 from dataclasses import asdict
 from typing import Annotated
 
@@ -47,10 +48,9 @@ async def results(job_id: str, key: Key, services: ServicesNow) -> Results:
     """Return a job's state and what it has produced so far."""
     record = await owned(services, key, job_id)
     model = await services.model(record.job.model_id)
-    choices = [
-        _choice(model, record, await services.jobs.tokens(job_id, index))
-        for index in range(record.job.choices)
-    ]
+    tokens = await services.jobs.tokens(job_id, record.job.choices)
+    # A long answer takes seconds, in which the other callers' answers go on.
+    choices = await asyncio.to_thread(lambda: [_choice(model, record, token_ids) for token_ids in tokens])
     outcome = record.outcome
     receipt = outcome.receipt if outcome else None
     prompt_tokens = receipt.prompt_tokens if receipt else len(record.job.prompt_token_ids)

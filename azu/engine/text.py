@@ -8,12 +8,16 @@ import json
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from types import MappingProxyType
+from typing import TypeVar
 
 from tokenizers import Tokenizer as Backend
 
 from azu.protocol.job import FinishReason
 from azu.protocol.sampling import SamplingParams
+
+_Item = TypeVar("_Item")
 
 # A stream decodes after so many tokens of the prompt: a token may join with the ones before it.
 _CONTEXT_TOKENS = 8
@@ -185,17 +189,18 @@ class TextDelta:
     finish_reason: FinishReason | None = None
     after: int = 0
 
-    def joined(self, later: "TextDelta") -> "TextDelta":
-        """Return this delta and a later one of the same choice as one."""
+    @classmethod
+    def of(cls, parts: Sequence["TextDelta"]) -> "TextDelta":
+        """Return consecutive deltas of one choice as one."""
         return replace(
-            later,
-            text=self.text + later.text,
-            token_offsets=self.token_offsets + later.token_offsets,
-            token_ids=self.token_ids + later.token_ids,
-            logprobs=self.logprobs + later.logprobs,
-            top_logprobs=self.top_logprobs + later.top_logprobs,
-            reasoning=self.reasoning + later.reasoning,
-            tool_calls=self.tool_calls + later.tool_calls,
+            parts[-1],
+            text="".join(part.text for part in parts),
+            token_offsets=_chained(part.token_offsets for part in parts),
+            token_ids=_chained(part.token_ids for part in parts),
+            logprobs=_chained(part.logprobs for part in parts),
+            top_logprobs=_chained(part.top_logprobs for part in parts),
+            reasoning="".join(part.reasoning for part in parts),
+            tool_calls=_chained(part.tool_calls for part in parts),
         )
 
 
@@ -297,6 +302,10 @@ class ParsedAnswer:
     content: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+
+
+def _chained(parts: Iterable[tuple[_Item, ...]]) -> tuple[_Item, ...]:
+    return tuple(chain.from_iterable(parts))
 
 
 def _byte_tokens(backend: Backend) -> dict[int, bytes]:

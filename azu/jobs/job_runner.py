@@ -318,11 +318,10 @@ class JobRunner:
         active.end(self._fault)
         # The prompt may be long, and a scheduler that asks again needs only the outcome.
         active.job = replace(active.job, prompt_token_ids=())
-        while len(self._by_job) > _KEPT_JOBS:
-            oldest = next(iter(self._by_job.values()))
-            if not oldest.ended.done():
-                break
-            self._by_job.popitem(last=False)
+        self._by_job.move_to_end(active.job.job_id)
+        ended = [job_id for job_id, one in self._by_job.items() if one.ended.done()]
+        for job_id in ended[:-_KEPT_JOBS]:
+            del self._by_job[job_id]
 
 
 def _seed(seed: int, choice: int) -> int:

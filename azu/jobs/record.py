@@ -102,10 +102,14 @@ class JobProgress:
     @classmethod
     def from_events(cls, events: Iterable[TokenEvent], num_choices: int, *, cancelled: bool) -> "JobProgress":
         """Combine the events of a job's token stream, in order."""
-        choices = [ChoiceProgress()] * num_choices
+        token_ids: list[list[int]] = [[] for _ in range(num_choices)]
+        last: dict[int, TokenEvent] = {}
         for event in events:
-            token_ids = choices[event.choice].token_ids + event.token_ids
-            choices[event.choice] = ChoiceProgress(token_ids, event.finish_reason, event.work)
+            token_ids[event.choice] += event.token_ids
+            last[event.choice] = event
+        choices = [ChoiceProgress()] * num_choices
+        for choice, event in last.items():
+            choices[choice] = ChoiceProgress(tuple(token_ids[choice]), event.finish_reason, event.work)
         return cls(tuple(choices), cancelled)
 
 

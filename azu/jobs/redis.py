@@ -56,6 +56,8 @@ _TAKEN_AT_ONCE = 64
 _OWN_IDLE_MS = 2_000
 _EVENTS_AT_ONCE = 1024
 _ENTRIES_PER_STREAM = 256
+# A stream may have a million entries; what else the process does goes on between two reads.
+_ENTRIES_AT_ONCE = 256
 _WAKE_KEPT_S = 600
 # How long the reader of a stream waits for a Redis that is away, and for news of a job before it asks.
 _AWAY_S = 600.0
@@ -179,7 +181,7 @@ class RedisJobs:
         state, cancelled = cast(list[str | None], found)
         if state is None:
             raise _unknown(job.job_id)
-        events = await self._events(job.job_id)
+        events = [decode_event(*entry) async for entry in _read_all(self._redis, tokens_key(job.job_id))]
         written = [event for event in events if isinstance(event, TokenEvent)]
         return JobProgress.from_events(written, job.choices, cancelled=cancelled is not None)
 
@@ -295,14 +297,13 @@ class RedisJobs:
             raise _unknown(job_id)
         return bool(written)
 
-    async def tokens(self, job_id: str, choice: int = 0) -> tuple[int, ...]:
-        """Return the completion tokens of a job's choice so far; none once its stream has expired."""
-        return tuple(
-            token_id
-            for event in await self._events(job_id)
-            if isinstance(event, TokenEvent) and event.choice == choice
-            for token_id in event.token_ids
-        )
+    async def tokens(self, job_id: str, choices: int = 1) -> tuple[tuple[int, ...], ...]:
+        """Return the tokens so far of each of a job's choices; none once its stream has expired."""
+        found: list[list[int]] = [[] for _ in range(choices)]
+        async for _, fields in _read_all(self._redis, tokens_key(job_id)):
+            if "choice" in fields:
+                found[int(fields["choice"])] += map(int, fields["tokens"].split())
+        return tuple(map(tuple, found))
 
     async def events(self, job_id: str, after: int = 0) -> AsyncIterator[JobEvent]:
         """Yield a job's events from completion token `after` on; the last one is its outcome.
@@ -324,15 +325,11 @@ class RedisJobs:
             async for event in self._reader.follow(job_id, after):
                 yield event
             return
-        for entry_id, fields in await _read_all(self._redis, tokens_key(job_id), after=f"{after}-0"):
+        async for entry_id, fields in _read_all(self._redis, tokens_key(job_id), after=f"{after}-0"):
             event = decode_event(entry_id, fields)
             if isinstance(event, TokenEvent):
                 yield without_first(event, after)
         yield OUTCOME.validate_json(outcome)
-
-    async def _events(self, job_id: str) -> list[JobEvent]:
-        entries = await _read_all(self._redis, tokens_key(job_id))
-        return [decode_event(*entry) for entry in entries]
 
     async def _records(self, job_ids: Sequence[str]) -> list[JobRecord | None]:
         async with self._redis.pipeline(transaction=False) as pipeline:
@@ -512,9 +509,16 @@ async def _read_group(
     return [entry for _, entries in answer for entry in entries]
 
 
-async def _read_all(redis: Redis, stream: str, *, after: str | None = None) -> list[_Entry]:
-    """Return a stream's entries, or those after the entry `after`."""
-    return cast(list[_Entry], await redis.xrange(stream, min="-" if after is None else f"({after}"))
+async def _read_all(redis: Redis, stream: str, *, after: str = "0-0") -> AsyncIterator[_Entry]:
+    """Yield a stream's entries after the entry `after`."""
+    while True:
+        found = await redis.xrange(stream, min=f"({after}", count=_ENTRIES_AT_ONCE)
+        page = cast(list[_Entry], found)
+        for entry in page:
+            yield entry
+        if len(page) < _ENTRIES_AT_ONCE:
+            return
+        after = page[-1][0]
 
 
 def _unknown(job_id: str) -> NotFound:

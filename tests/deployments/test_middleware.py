@@ -1,14 +1,18 @@
 """What every request gets: an id, limits, and an answer even if it fails."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 from eth_account import Account
+from starlette.types import Message, Receive, Scope, Send
 
 from azu.config import NetworkPolicy
 from azu.money.ledger.transfers import user_available, user_reserved
+from deployments import middleware
+from deployments.middleware import BodyLimit, OpenRequests
 from tests.deployments.local import LocalIngress, local_ingress, policy_with
 from tests.logged import logged
 
@@ -144,3 +148,96 @@ def test_a_body_with_unprintable_keys_is_refused_with_a_printable_message(play) 
                 assert len(reply.content) < 10_000
 
     play(scenario)
+
+
+class Caller:
+    """A request of which the test says what comes of its body, and its answer."""
+
+    def __init__(self, *, key: str = "", path: str = "/v1/completions") -> None:
+        headers = [(b"authorization", key.encode())] if key else []
+        self.scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+        self.body: asyncio.Queue[Message] = asyncio.Queue()
+        self.status = 0
+        self.answer = b""
+
+    def say(self, body: bytes, *, more: bool) -> None:
+        self.body.put_nowait({"type": "http.request", "body": body, "more_body": more})
+
+    async def send(self, message: Message) -> None:
+        self.status = message.get("status", self.status)
+        self.answer += message.get("body", b"")
+
+    @property
+    def code(self) -> str:
+        return str(json.loads(self.answer)["error"]["code"])
+
+
+async def echo(_: Scope, receive: Receive, send: Send) -> None:
+    body = (await receive())["body"]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+def test_a_body_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "_BODY_S", 0.05)
+
+    async def scenario() -> None:
+        caller = Caller()
+        caller.say(b"{", more=True)
+        await BodyLimit(echo, 100)(caller.scope, caller.body.get, caller.send)
+        assert (caller.status, caller.code) == (400, "slow_body")
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_of_too_many_unfinished_bodies_the_oldest_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "_BODIES_AT_ONCE", 3)
+
+    async def scenario() -> None:
+        app = BodyLimit(echo, 100)
+        callers = [Caller() for _ in range(9)]
+        sending = []
+        for caller in callers:
+            caller.say(b"{", more=True)
+            sending.append(asyncio.create_task(app(caller.scope, caller.body.get, caller.send)))
+        await asyncio.gather(*sending[:6])
+        assert {caller.code for caller in callers[:6]} == {"slow_body"}
+        for caller in callers[6:]:
+            caller.say(b"}", more=False)
+        await asyncio.gather(*sending)
+        assert [(caller.status, caller.answer) for caller in callers[6:]] == [(200, b"{}")] * 3
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_one_request_too_many_is_refused_and_the_health_is_told_always() -> None:
+    async def scenario() -> None:
+        app = OpenRequests(echo, most=5, most_of_one=3)
+        sending = []
+
+        async def ask(**given: str) -> Caller:
+            caller = Caller(**given)
+            sending.append(asyncio.create_task(app(caller.scope, caller.body.get, caller.send)))
+            callers.append(caller)
+            await asyncio.sleep(0)
+            return caller
+
+        callers: list[Caller] = []
+        for _ in range(3):
+            await ask(key="one")
+        refused = await ask(key="one")
+        assert (refused.status, refused.code) == (429, "too_many_open_requests")
+        waiting = [await ask(key="other"), await ask()]
+        refused = await ask(key="third")
+        assert (refused.status, refused.code) == (503, "overloaded")
+        health = await ask(path="/health")
+        for caller in callers:
+            caller.say(b"", more=False)
+        await asyncio.gather(*sending)
+        assert [caller.status for caller in (*callers[:3], *waiting, health)] == [200] * 6
+        later = await ask(key="one")
+        later.say(b"", more=False)
+        await sending[-1]
+        assert later.status == 200
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))

@@ -1,7 +1,10 @@
-"""An outcome for tests that do not examine its receipt."""
+"""An outcome for tests that do not examine its receipt, and the tokens that led to it."""
 
+from azu.jobs.redis import RedisJobs
 from azu.protocol.job import FinishReason, JobOutcome, JobState, Receipt
 from tests.builders import ALICE
+
+_MOST_CHOICES = 8
 
 
 def outcome(
@@ -28,3 +31,8 @@ def outcome(
         transfer_id=f"settle:{job_id}",
     )
     return JobOutcome(state, finish_reason, receipt)
+
+
+async def tokens(jobs: RedisJobs, job_id: str, choice: int = 0) -> tuple[int, ...]:
+    """Return the tokens of one choice that are written."""
+    return (await jobs.tokens(job_id, _MOST_CHOICES))[choice]

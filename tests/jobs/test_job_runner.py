@@ -31,6 +31,7 @@ from azu.protocol.topology import ExpertSet, Topology
 from azu.supervision import Supervisor, end_process
 from azu.units import MIB
 from tests.builders import job, structure, topology
+from tests.jobs.endings import tokens
 from tests.redis_server import start_redis
 
 Scenario = Callable[[RedisJobs], Awaitable[None]]
@@ -120,7 +121,7 @@ def test_a_job_ends_with_its_tokens_written_and_its_work_counted(play) -> None:
 
         assert (run.completion_tokens, run.finish_reason) == (2, FinishReason.LENGTH)
         assert set(run.work) == set(range(4))
-        assert await pipeline.jobs.tokens("job-1") == (5, 6)
+        assert await tokens(pipeline.jobs, "job-1") == (5, 6)
         assert pipeline.runner.job_ids == frozenset()
 
     play(scenario)
@@ -189,7 +190,7 @@ def test_a_job_goes_on_after_the_tokens_that_an_earlier_pipeline_wrote(play) -> 
         run = await running
 
         assert run.completion_tokens == 3
-        assert await pipeline.jobs.tokens("job-1") == (7, 5, 6)
+        assert await tokens(pipeline.jobs, "job-1") == (7, 5, 6)
 
     play(scenario)
 
@@ -211,7 +212,7 @@ def test_each_choice_is_a_sequence_with_a_seed_of_its_own_and_its_index(play) ->
         assert 0 <= second < 2**63
         assert second not in (first, first + 1), "the next seed's first choice is another"
         assert run.completion_tokens == 2
-        assert await pipeline.jobs.tokens("job-1", 0) == await pipeline.jobs.tokens("job-1", 1) == (5,)
+        assert await tokens(pipeline.jobs, "job-1", 0) == await tokens(pipeline.jobs, "job-1", 1) == (5,)
 
     play(scenario)
 
@@ -236,7 +237,7 @@ def test_a_cancelled_job_keeps_what_was_delivered_and_is_no_error(play) -> None:
         await pipeline.jobs.submit(wanted)
         running = await pipeline.begin(wanted)
         await pipeline.answer(5)
-        while await pipeline.jobs.tokens("job-1") != (5,):
+        while await tokens(pipeline.jobs, "job-1") != (5,):
             await asyncio.sleep(0)
         pipeline.runner.cancel("job-1")
         run = await running
@@ -306,14 +307,14 @@ def test_a_choice_that_fails_ends_its_job_with_its_error_and_what_was_delivered(
         for one in (wanted, job("job-2", max_tokens=3)):
             await pipeline.jobs.submit(one)
         running, other = await pipeline.begin(wanted), await pipeline.begin(job("job-2", max_tokens=3))
-        while await pipeline.jobs.tokens("job-1", 1) == ():
+        while await tokens(pipeline.jobs, "job-1", 1) == ():
             await pipeline.answer(5)
             await asyncio.sleep(0.01)
-        delivered = sum([len(await pipeline.jobs.tokens("job-1", choice)) for choice in range(2)])
+        delivered = sum([len(await tokens(pipeline.jobs, "job-1", choice)) for choice in range(2)])
         fault = SequenceFault(2, "numerics_error", "values that are not finite", node_id="a", layer=3)
         await pipeline.answer(6, fault)
         run = await running
-        written = sum([len(await pipeline.jobs.tokens("job-1", choice)) for choice in range(2)])
+        written = sum([len(await tokens(pipeline.jobs, "job-1", choice)) for choice in range(2)])
 
         assert isinstance(run.error, NumericsError)
         assert (run.error.message, run.error.node_id, run.error.layer) == (fault.message, "a", 3)
@@ -369,7 +370,7 @@ def test_what_was_taken_is_written_by_the_next_call_after_one_that_raised(
         await pipeline.answer(5)
 
         assert (await running).completion_tokens == 1
-        assert await pipeline.jobs.tokens("job-1") == (5,)
+        assert await tokens(pipeline.jobs, "job-1") == (5,)
 
     play(scenario)
 
@@ -386,6 +387,30 @@ def test_only_so_many_ended_jobs_are_kept(play, monkeypatch: pytest.MonkeyPatch)
             await running
 
         assert list(pipeline.runner._by_job) == ["job-2", "job-3"]
+
+    play(scenario)
+
+
+def test_a_long_job_keeps_none_of_those_that_ended_beside_it(play, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_runner, "_KEPT_JOBS", 2)
+
+    async def scenario(pipeline: Pipeline) -> None:
+        long = job("job-long", max_tokens=200)
+        await pipeline.jobs.submit(long)
+        running = await pipeline.begin(long)
+        for number in range(4):
+            wanted = job(f"job-{number}", max_tokens=1)
+            await pipeline.jobs.submit(wanted)
+            short = await pipeline.begin(wanted)
+            await pipeline.answer(5)
+            while not short.done():
+                if pipeline.sent:
+                    await pipeline.answer(5)
+                await asyncio.wait({short}, timeout=0.01)
+        assert list(pipeline.runner._by_job) == ["job-long", "job-2", "job-3"]
+        pipeline.runner.cancel("job-long")
+        await running
+        assert list(pipeline.runner._by_job) == ["job-3", "job-long"]
 
     play(scenario)
 
@@ -414,7 +439,7 @@ def test_an_engine_computes_on_while_redis_is_away_up_to_a_bound_and_the_tokens_
             await pipeline.answer(token_id)
 
         assert (await running).completion_tokens == 9
-        assert await pipeline.jobs.tokens("job-1") == tuple(range(5, 14))
+        assert await tokens(pipeline.jobs, "job-1") == tuple(range(5, 14))
         await pipeline.supervisor.stop()
 
     try:
@@ -429,14 +454,14 @@ def test_a_job_whose_last_tokens_redis_lost_is_computed_from_there_again(play) -
         for one in (wanted, other):
             await pipeline.jobs.submit(one)
         running, beside = await pipeline.begin(wanted), asyncio.create_task(pipeline.runner.run(other))
-        while len(await pipeline.jobs.tokens("job-1")) < 2:
+        while len(await tokens(pipeline.jobs, "job-1")) < 2:
             await pipeline.answer(5)
         await pipeline.jobs._redis.hset(job_key("job-1"), "delivered", 0)
         await pipeline.jobs._redis.delete(tokens_key("job-1"))
         answering = asyncio.create_task(pipeline.answer_all(7))
 
         assert (await running).completion_tokens == 40
-        assert await pipeline.jobs.tokens("job-1") == (7,) * 40
+        assert await tokens(pipeline.jobs, "job-1") == (7,) * 40
         assert (await beside).completion_tokens == 40
         answering.cancel()
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 
 from azu.errors import InternalError, InvalidRequest, NotFound, Unavailable
+from azu.jobs import redis
 from azu.jobs.record import GROUP, QUEUE, ChoiceProgress, job_key, tokens_key
 from azu.jobs.redis import TOKENS_KEPT_S, RedisJobs
 from azu.money.ledger.durability import DURABLE_CONFIG
 from azu.protocol.job import FinishReason, JobOutcome, JobState, TokenEvent
 from azu.protocol.sampling import SamplingParams
 from tests.builders import ALICE, BOB, job
-from tests.jobs.endings import outcome
+from tests.jobs.endings import outcome, tokens
 from tests.redis_server import start_redis
 
 LATER_MS = 60_000
@@ -154,6 +155,39 @@ def test_the_progress_of_a_job_is_its_written_part(run_scenario) -> None:
     run_scenario(scenario)
 
 
+def test_a_long_stream_is_read_in_parts_between_which_other_tasks_run(run_scenario, monkeypatch) -> None:
+    monkeypatch.setattr(redis, "_ENTRIES_AT_ONCE", 3)
+    two = job(choices=2, max_tokens=10)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async def scenario(jobs: RedisJobs) -> None:
+        nonlocal turns
+        await jobs.submit(two)
+        written = [TokenEvent(index, (index,), choice=index % 2) for index in range(20)]
+        await jobs.append([("job-1", event) for event in written])
+        even, odd = tuple(range(0, 20, 2)), tuple(range(1, 20, 2))
+
+        beside = asyncio.create_task(others())
+        assert await jobs.tokens("job-1", 2) == (even, odd)
+        assert turns >= 7
+        assert [one.token_ids for one in (await jobs.progress(two)).choices] == [even, odd]
+        await jobs.finish("job-1", outcome(completion_tokens=20))
+        turns = 0
+        *events, last = await streamed(jobs, "job-1", after=2)
+        assert turns >= 6
+        assert (events, last) == (written[2:], outcome(completion_tokens=20))
+        assert await jobs.tokens("job-1", 2) == (even, odd)
+        beside.cancel()
+
+    run_scenario(scenario)
+
+
 def test_a_consumer_that_calls_take_again_keeps_its_jobs(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())
@@ -240,9 +274,9 @@ def test_tokens_of_many_jobs_are_written_in_one_call_and_only_once(run_scenario)
         await jobs.append(step)
         await jobs.append([("job-1", TokenEvent(2, (13,)))])
 
-        assert await jobs.tokens("job-1") == (11, 12, 13)
-        assert await jobs.tokens("job-2") == (21,)
-        assert await jobs.tokens("job-3") == ()
+        assert await tokens(jobs, "job-1") == (11, 12, 13)
+        assert await tokens(jobs, "job-2") == (21,)
+        assert await tokens(jobs, "job-3") == ()
 
     run_scenario(scenario)
 
@@ -289,8 +323,8 @@ def test_tokens_after_a_gap_are_not_written_and_their_jobs_named(run_scenario) -
         step = [(f"job-{n}", TokenEvent(index, (7,))) for n, index in ((1, 1), (2, 0), (3, 0))]
         assert await jobs.append(step) == {"job-1", "job-3"}
 
-        assert await jobs.tokens("job-1") == ()
-        assert await jobs.tokens("job-2") == (7,)
+        assert await tokens(jobs, "job-1") == ()
+        assert await tokens(jobs, "job-2") == (7,)
 
     run_scenario(scenario)
 
@@ -302,7 +336,7 @@ def test_a_job_that_has_ended_takes_no_more_tokens(run_scenario) -> None:
         await jobs.finish("job-1", outcome())
         await jobs.append([("job-1", TokenEvent(1, (2,)))])
 
-        assert await jobs.tokens("job-1") == (1,)
+        assert await tokens(jobs, "job-1") == (1,)
 
     run_scenario(scenario)
 
@@ -385,7 +419,7 @@ def test_a_call_whose_answer_was_lost_can_be_repeated(run_scenario) -> None:
             await jobs._redis.client_kill_filter(_type="normal", skipme=True)
             await jobs._redis.connection_pool.disconnect()
             await jobs.append([("job-1", TokenEvent(index, (index,)))])
-        assert await jobs.tokens("job-1") == (0, 1, 2, 3, 4)
+        assert await tokens(jobs, "job-1") == (0, 1, 2, 3, 4)
 
     run_scenario(scenario)
 
