@@ -34,6 +34,29 @@ def start_waiting(raylet: str) -> None:
         NodeManagerServiceStub(channel).PrestartWorkers(asked, timeout=_TIMEOUT_S)
 
 
+def stay_on_loopback(stays: bool) -> None:
+    """Have Ray take the loopback's address as it is in this process, which it replaces otherwise.
+
+    Ray reads the variable for it once, when it is imported.
+    """
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = not stays
+
+
+def serve_on_loopback() -> None:
+    """Have a replica of Ray Serve that starts in this process listen for others on the loopback alone.
+
+    It listens on every address otherwise, and trusts who calls.
+    """
+    from ray.serve._private import replica
+
+    add_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add_port(
+        server, address.replace("[::]", "127.0.0.1")
+    )
+
+
 def group_of(group_id: str) -> PlacementGroup:
     """Return the placement group that has an id in hexadecimal, as Ray's table of groups lists it."""
     return PlacementGroup(PlacementGroupID(bytes.fromhex(group_id)))

@@ -178,7 +178,8 @@ def _write(folder: Path, file: ModelFile, content: bytes) -> None:
 class NodeAgents:
     """Starts the agents and keeps a NodeTable by their reports.
 
-    By node id: `by_node` has the agents, `nodes` the last reports, `lent_bytes` the VRAM that Ray hands out.
+    By node id: `by_node` has the agents, `nodes` the last reports, `lent_bytes` the VRAM that Ray hands out,
+    and `hosts` the addresses of the machines.
     """
 
     def __init__(self, heartbeat: Heartbeat, home: Path, table: NodeTable) -> None:
@@ -188,6 +189,7 @@ class NodeAgents:
         self.by_node: dict[str, ActorHandle] = {}
         self.nodes: dict[str, Node] = {}
         self.lent_bytes: dict[str, int] = {}
+        self.hosts: dict[str, str] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._linked: set[str] = set()
         self._has_agents = False
@@ -212,6 +214,7 @@ class NodeAgents:
         """
         living = {node.node_id: node for node in await asyncio.to_thread(worker_nodes)}
         self.lent_bytes = {node_id: node.vram_bytes for node_id, node in living.items()}
+        self.hosts = {node_id: node.raylet.rpartition(":")[0] for node_id, node in living.items()}
         for node_id in self.by_node.keys() - living.keys():
             del self.by_node[node_id]
             self._table.remove(node_id)

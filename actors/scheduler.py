@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Collection
 
 from actors.deployment import RayBackend
 from actors.links import raises_known_errors
@@ -15,6 +16,7 @@ from azu.cluster.cluster import Cluster
 from azu.cluster.deployment import Deployment
 from azu.cluster.deployment_store import DeploymentStore
 from azu.cluster.nodes import NodeTable
+from azu.cluster.restarts import RestartTurn
 from azu.cluster.scaling import Cooldown, ExpertReplication, KvPressure, NodeRequest, Rebalance, ScaleOut
 from azu.config import ControlConfig
 from azu.errors import NotFound
@@ -85,6 +87,7 @@ class Scheduler:
             patience=policy.retry_policy(),
             supervisor=self._supervisor,
         )
+        self._restarts = RestartTurn()
         self._serving: asyncio.Task[None] | None = None
         self._has_adopted = False
 
@@ -139,6 +142,21 @@ class Scheduler:
                 await agent.leave.remote()
                 return node_id not in self._cluster.placed_bytes()
         raise NotFound(f"no node {name} of yours lends here", param="name")
+
+    async def restart(self, name: str, hosts: Collection[str]) -> tuple[bool, bool]:
+        """Give a node on one of the `hosts` its turn to be started again; it then gives away what it holds.
+
+        Return whether it has the turn, and whether it holds nothing any more. Raises NotFound.
+        """
+        names = {node_id: node.name for node_id, node in self._agents.nodes.items()}
+        names = {node_id: names[node_id] for node_id in names.keys() & self._agents.hosts.keys()}
+        mine = [one for one in names if names[one] == name and self._agents.hosts[one] in hosts]
+        if not mine:
+            raise NotFound(f"no node {name} of yours lends here", param="name")
+        if not self._restarts.take(mine[0], names, time.monotonic()):
+            return False, False
+        await self._agents.by_node[mine[0]].leave.remote()
+        return True, mine[0] not in self._cluster.placed_bytes()
 
     async def take_metrics(self, source: str, snapshot: MetricsSnapshot) -> None:
         """Take a snapshot of another process's meter."""

@@ -43,6 +43,7 @@ async def platform(services: ServicesNow) -> Platform:
         version=version("azu"),
         network_id=config.network_id,
         authority=config.authority,
+        nodes=config.nodes.value,
     )
 
 

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
 
-from azu.config import ControlConfig
+from actors.compat import serve_on_loopback
+from azu.config import ControlConfig, NodeLinks
 from azu.logs import start_logging
 from deployments.control_plane import ControlPlane, unless_changed
 from deployments.ingress import MOST_OPEN, build_api
@@ -70,6 +71,8 @@ def stop() -> None:
 
 def _api(config: ControlConfig) -> FastAPI:
     start_logging("ingress")
+    if config.nodes is NodeLinks.LOCAL:
+        serve_on_loopback()
     # Serve's proxy writes a request's id into the response by itself.
     return build_api(config, echo_ids=False)
 

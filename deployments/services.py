@@ -20,7 +20,6 @@ from actors.placement import SCHEDULER
 from azu.auth.api_keys import RedisAuth
 from azu.auth.key_records import ApiKey
 from azu.auth.rate_limit import Rate, RedisRates
-from azu.auth.tickets import RedisTickets
 from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
 from azu.errors import AzuError, Forbidden, NotFound, Unauthenticated, Unavailable
@@ -31,7 +30,7 @@ from azu.jobs.redis import RedisJobs
 from azu.metrics import SEQUENCES, MetricsSnapshot
 from azu.models.description import ModelDescription
 from azu.models.status import ModelStatus
-from azu.money.books import Books
+from azu.money.books import Books, Members
 from azu.protocol.sampling import SamplingParams
 from azu.redis_client import connect_redis, redis_problem
 from deployments.sampling import default_sampling
@@ -75,7 +74,7 @@ class Services:
         self.jobs = RedisJobs(connect())
         # Callers that wait for the treasury have connections of their own.
         self.books = Books(config.books_url, connect(), silence_s=_BOOKS_SILENCE_S)
-        self.tickets = RedisTickets(self._redis)
+        self.members = Members(config.books_url)
         self.intake = Intake(
             self.books,
             self.jobs,

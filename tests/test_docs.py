@@ -210,7 +210,7 @@ def test_what_exists_is_no_fault() -> None:
         "See azu/jobs/*.lua, tests/jobs, configs/network.yaml and `pyproject.toml`.\n\n"
         "    azu login --limit 0.2 --days 30   # a key\n"
         '    AZU_HOME=/tmp azu prompt "What is it?" --json\n\n'
-        "`make house BEFORE=/tmp/before`, `azu up --no-tls`, `pytest -m 'not prove' tests/jobs`, `AZU_HOME`, "
+        "`make house BEFORE=/tmp/before`, `azu down`, `pytest -m 'not prove' tests/jobs`, `AZU_HOME`, "
         "[the home](README.md#one-command), azu/tiny-moe"
     )
     assert faults(text) == []

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from azu.auth.tickets import RedisTickets
+from azu.auth.api_keys import RedisAuth
 from azu.config import Settings
 from azu.errors import Unavailable
 from azu.launch.membership import TlsFiles, head_files
 from azu.redis_client import connect_redis
+from tests.builders import ALICE
 from tests.redis_server import RunningRedis
+
+PLATFORM = "0x" + "99" * 20
 
 
 @contextmanager
@@ -60,11 +63,13 @@ def settings(port: int, authority: Path | None) -> Settings:
     return Settings(redis_host="127.0.0.1", redis_port=port, redis_tls=True, redis_ca=authority)
 
 
-async def make_ticket(url: str) -> str:
+async def write_something(url: str) -> str:
     redis = connect_redis(url)
     try:
-        secret, _ = await asyncio.wait_for(RedisTickets(redis).new("lab", 1, 1, 2), 60)
-        return secret
+        made = await asyncio.wait_for(
+            RedisAuth(redis, PLATFORM).challenge(ALICE, "ab" * 32, "azu.test", 1), 60
+        )
+        return made.nonce
     finally:
         await redis.aclose()
 
@@ -72,16 +77,15 @@ async def make_ticket(url: str) -> str:
 def test_a_write_over_an_encrypted_connection_arrives(
     redis_server: RunningRedis, redis_url: str, tmp_path: Path
 ) -> None:
-    files = head_files(tmp_path, ["127.0.0.1"])
+    files = head_files(tmp_path, ["127.0.0.1"]).ray
     with encrypted(redis_server, files) as port:
         url = settings(port, files.authority).redis_url
         assert url is not None
-        asyncio.run(make_ticket(url))
+        asyncio.run(write_something(url))
 
     async def check() -> None:
         redis = connect_redis(redis_url)
-        (line,) = await RedisTickets(redis).list()
-        assert line.label == "lab"
+        assert len(await redis.keys("azu:auth:challenge:*")) == 1
         await redis.aclose()
 
     asyncio.run(check())
@@ -90,10 +94,10 @@ def test_a_write_over_an_encrypted_connection_arrives(
 def test_a_redis_with_another_certificate_gets_no_command(
     redis_server: RunningRedis, redis_url: str, tmp_path: Path
 ) -> None:
-    expected = head_files(tmp_path / "ours", ["127.0.0.1"])
-    with encrypted(redis_server, head_files(tmp_path / "other", ["127.0.0.1"])) as port:
+    expected = head_files(tmp_path / "ours", ["127.0.0.1"]).ray
+    with encrypted(redis_server, head_files(tmp_path / "other", ["127.0.0.1"]).ray) as port:
         for authority in (expected.authority, None):
             url = settings(port, authority).redis_url
             assert url is not None
             with pytest.raises(Unavailable, match="certificate"):
-                asyncio.run(make_ticket(url))
+                asyncio.run(write_something(url))

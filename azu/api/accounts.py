@@ -73,7 +73,9 @@ class Platform(ResponseModel):
     """Where deposits go: the platform's address on the chain at `chain_url`; `version` is azu's.
 
     `network_id` is a hash of the address and of `authority`, the certificate (PEM) of the authority that
-    signed the ingress's certificate; null without encryption, or where a public authority signed it.
+    signed the ingress's certificate; null without encryption, or where a public authority signed it. `nodes`
+    is "encrypted", "local" where only the head's own machine lends, or "foreign" where azu did not start the
+    Ray cluster.
     """
 
     address: str
@@ -81,6 +83,7 @@ class Platform(ResponseModel):
     version: str = ""
     network_id: str = ""
     authority: str | None = None
+    nodes: str = ""
 
 
 class DepositRequest(RequestModel):

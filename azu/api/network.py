@@ -6,8 +6,6 @@ from pydantic import Field, IPvAnyAddress
 
 from azu.api.base import RequestModel, ResponseModel
 
-_MAX_USES = 1000
-_LONGEST_LIFE_S = 30 * 86_400
 _MAX_PEM = 8192
 
 
@@ -133,46 +131,6 @@ class ModelStatusResponse(ResponseModel):
     error: str | None
 
 
-class TicketRequest(RequestModel):
-    """POST /v1/nodes/tickets. `uses` is the number of nodes that the ticket lets in."""
-
-    label: str = Field(default="", max_length=64)
-    uses: int = Field(default=1, ge=1, le=_MAX_USES)
-    expires_in_s: int = Field(default=86_400, ge=1, le=_LONGEST_LIFE_S)
-
-
-class TicketResponse(ResponseModel):
-    """A ticket without its secret, and the names of the nodes that it let in."""
-
-    ticket_id: str
-    label: str
-    uses: int
-    created_at_ms: int
-    expires_at_ms: int
-    revoked_at_ms: int | None
-    nodes: tuple[str, ...]
-
-
-class NewTicket(TicketResponse):
-    """A new ticket with all that a node needs to join. The network cannot show the secret again."""
-
-    secret: str = Field(repr=False)
-    url: str
-    network_id: str
-
-
-class TicketList(ResponseModel):
-    """All tickets of the network."""
-
-    data: tuple[TicketResponse, ...]
-
-
-class AuthorityResponse(ResponseModel):
-    """The certificate (PEM) of the nodes' authority."""
-
-    certificate: str
-
-
 class EnrolRequest(RequestModel):
     """POST /v1/nodes/enrol. `host` is the address at which other nodes reach this one; `request` is PEM."""
 
@@ -188,6 +146,22 @@ class RenewRequest(RequestModel):
     certificate: str = Field(max_length=_MAX_PEM)
     signed_at_ms: int
     signature: str = Field(max_length=256)
+
+
+class RestartRequest(RequestModel):
+    """POST /v1/nodes/restart. The certificate's key signs `restart_text(name, signed_at_ms)`."""
+
+    certificate: str = Field(max_length=_MAX_PEM)
+    signed_at_ms: int
+    signature: str = Field(max_length=256)
+    name: str = Field(min_length=1, max_length=64)
+
+
+class RestartResponse(ResponseModel):
+    """`turn` is true for one node at a time, which gives its pieces away, and has `left` without any."""
+
+    turn: bool
+    left: bool
 
 
 class NodeAdmission(ResponseModel):

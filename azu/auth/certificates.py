@@ -1,4 +1,7 @@
-"""A network's own certificate authority: the certificates that it signs, and how a node requests one."""
+"""A network's own certificate authorities: the certificates that they sign, and how a node requests one.
+
+One authority signs for the nodes and another for the ingress: no certificate of the one stands for the other.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,10 +18,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from azu.errors import InvalidRequest, Unauthenticated
 
 AUTHORITY_LIFE = timedelta(days=3650)
-# The head gets a new certificate at every start of its network.
+# The head gets new certificates at every start of its network. They have to last as long as it runs: Ray
+# reads its own once, and the head cannot be started again without ending the network.
 HEAD_LIFE = timedelta(days=397)
-NODE_LIFE = timedelta(days=90)
-RENEWED_BEFORE_END = timedelta(days=30)
+# An older signature may have been recorded by another party.
+_FRESH_MS = 300_000
 # The clocks of two machines may differ by this much.
 _SKEW = timedelta(minutes=10)
 _LOOPBACK = ("127.0.0.1", "localhost")
@@ -26,16 +30,16 @@ _LOOPBACK = ("127.0.0.1", "localhost")
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """Signs the certificates of one network; its key stays on the head."""
+    """Signs certificates of one network; its key lies with the books, where no process of Ray reads it."""
 
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
 
     @classmethod
-    def new(cls, now: datetime) -> "Authority":
-        """Return an authority with a new key."""
+    def new(cls, common_name: str, now: datetime) -> "Authority":
+        """Return an authority with a new key; its name tells people what it signs."""
         key = ec.generate_private_key(ec.SECP256R1())
-        name = _name("azu network")
+        name = _name(common_name)
         certificate = (
             _certificate(name, name, key.public_key(), now, AUTHORITY_LIFE)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -56,49 +60,61 @@ class Authority:
 
     @property
     def key_pem(self) -> bytes:
-        """The authority's key, which never leaves the head."""
+        """The authority's key."""
         return _key_pem(self.key)
 
     def sign(
-        self, key: ec.EllipticCurvePublicKey, hosts: Iterable[str], now: datetime, life: timedelta = NODE_LIFE
-    ) -> x509.Certificate:
-        """Return a certificate for a node's key, valid for `hosts` and on the node's own machine."""
-        names = x509.SubjectAlternativeName(_alternatives(hosts))
-        return self._sign(key, names, now, life)
-
-    def renew(self, certificate: x509.Certificate, now: datetime) -> x509.Certificate:
-        """Return a later certificate for the same key and hosts."""
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        return self._sign(public_key(certificate), names, now, NODE_LIFE)
-
-    def _sign(
         self,
         key: ec.EllipticCurvePublicKey,
-        names: x509.SubjectAlternativeName,
+        hosts: Iterable[str],
         now: datetime,
         life: timedelta,
+        *,
+        is_client: bool = True,
     ) -> x509.Certificate:
+        """Return a certificate for a key, valid for `hosts` and on the holder's own machine.
+
+        Every Ray process is a server and a client; the ingress is no client.
+        """
+        usages = [ExtendedKeyUsageOID.SERVER_AUTH, *([ExtendedKeyUsageOID.CLIENT_AUTH] if is_client else ())]
         return (
             _certificate(_name("azu node"), self.certificate.subject, key, now, life)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs=False), critical=True)
-            # Every Ray process is a server and a client.
-            .add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
-                critical=False,
-            )
-            .add_extension(names, critical=False)
+            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+            .add_extension(x509.SubjectAlternativeName(_alternatives(hosts)), critical=False)
             .sign(self.key, hashes.SHA256())
         )
 
-    def check(self, certificate: x509.Certificate, now: datetime) -> None:
-        """Raise Unauthenticated unless this authority signed the certificate and it is valid now."""
-        try:
-            certificate.verify_directly_issued_by(self.certificate)
-        except (ValueError, TypeError, InvalidSignature) as error:
-            raise Unauthenticated("this certificate is not of this network") from error
-        if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
-            raise Unauthenticated("this certificate has ended; ask for a new ticket")
+
+def check_signed_text(
+    authority: x509.Certificate,
+    certificate: x509.Certificate,
+    text: str,
+    signature: str,
+    *,
+    signed_at_ms: int,
+    now: datetime,
+) -> None:
+    """Raise Unauthenticated unless the holder of a certificate of this authority signed a text just now."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise Unauthenticated("this certificate is not of this network") from error
+    if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
+        raise Unauthenticated("this certificate has ended; ask for a new ticket")
+    try:
+        public_key(certificate).verify(bytes.fromhex(signature), text.encode(), ec.ECDSA(hashes.SHA256()))
+    except (ValueError, InvalidSignature) as error:
+        raise Unauthenticated("this was not signed by the certificate's key") from error
+    if abs(now.timestamp() * 1000 - signed_at_ms) > _FRESH_MS:
+        raise Unauthenticated("the signature is too old or from the future; set the machine's clock")
+
+
+def hosts_of(certificate: x509.Certificate) -> frozenset[str]:
+    """Return the addresses that a certificate is valid for."""
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return frozenset(map(str, names.get_values_for_type(x509.IPAddress)))
 
 
 def utc_now() -> datetime:
@@ -120,14 +136,6 @@ def new_request(key_pem: bytes) -> bytes:
 def sign_text(key_pem: bytes, text: str) -> str:
     """Return a private key's signature of a text, in hex."""
     return _private_key(key_pem).sign(text.encode(), ec.ECDSA(hashes.SHA256())).hex()
-
-
-def check_text(certificate: x509.Certificate, text: str, signature: str) -> None:
-    """Raise Unauthenticated unless the certificate's key signed the text."""
-    try:
-        public_key(certificate).verify(bytes.fromhex(signature), text.encode(), ec.ECDSA(hashes.SHA256()))
-    except (ValueError, InvalidSignature) as error:
-        raise Unauthenticated("this was not signed by the certificate's key") from error
 
 
 def certificate_pem(certificate: x509.Certificate) -> bytes:
@@ -220,6 +228,11 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
+
+
+def restart_text(name: str, signed_at_ms: int) -> str:
+    """Return the text that a node signs to ask for its turn to be started again."""
+    return f"azu node {name} asks at {signed_at_ms} for its turn"
 
 
 def renewal_text(signed_at_ms: int) -> str:

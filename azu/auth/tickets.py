@@ -1,141 +1,117 @@
-"""Tickets in Redis: how many nodes each admits, and which nodes came with it.
+"""The tickets with which machines join an encrypted network, and the calls of what checks them."""
 
-`azu:auth:ticket:{id}`           hash: `digest` (of its secret), `label`, `uses`, `created_at_ms`,
-                                 `expires_at_ms` and, once it is revoked, `revoked_at_ms`.
-`azu:auth:ticket:{id}:nodes`     hash: digest of a node's public key -> its name.
-`azu:auth:tickets`               sorted set of ticket ids by their time of creation.
-`azu:auth:node:{digest}`         the id of the latest ticket of the node with this public key.
-"""
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
 
-import secrets
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from hashlib import sha256
-from typing import cast
+from pydantic import ConfigDict, TypeAdapter
 
-from redis.asyncio import Redis
 
-from azu.errors import NotFound, Unauthenticated
+@dataclass(frozen=True, slots=True)
+class AdmittedNode:
+    """A node that came with a ticket: the address in its certificates, and when the last one was signed."""
 
-_SECRET_BYTES = 32
-_ID_DIGITS = 16
-_TICKETS = "azu:auth:tickets"
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
-# A node that asks again after a lost answer has the same key and is not counted twice.
-_ADMIT = """
-local digest, uses, ends, revoked = unpack(
-  redis.call('HMGET', KEYS[1], 'digest', 'uses', 'expires_at_ms', 'revoked_at_ms'))
-if digest ~= ARGV[1] then return 'is unknown' end
-if revoked then return 'was revoked' end
-if tonumber(ends) <= tonumber(ARGV[2]) then return 'has expired' end
-if redis.call('HEXISTS', KEYS[2], ARGV[3]) == 0 and redis.call('HLEN', KEYS[2]) >= tonumber(uses) then
-  return 'is used up'
-end
-redis.call('HSET', KEYS[2], ARGV[3], ARGV[4])
-redis.call('SET', KEYS[3], ARGV[5])
-return ''
-"""
+    name: str
+    host: str
+    signed_at_ms: int
 
 
 @dataclass(frozen=True, slots=True)
 class TicketRecord:
-    """A ticket without its secret, which is not stored. `nodes` are the names of the admitted nodes."""
+    """A ticket without its secret, which is not stored. `nodes` has the admitted nodes by their keys' hashes.
+
+    It is for the machines whose addresses are in the range `host` (CIDR), up to `uses` of them.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     ticket_id: str
+    digest: str
     label: str
     uses: int
+    host: str
     created_at_ms: int
     expires_at_ms: int
     revoked_at_ms: int | None = None
-    nodes: tuple[str, ...] = ()
+    nodes: Mapping[str, AdmittedNode] = field(default_factory=dict)
+
+    def counts_until_ms(self, life: timedelta) -> int:
+        """Return when the ticket and the last certificate that was signed by it have ended."""
+        life_ms = round(life.total_seconds() * 1000)
+        return max([self.expires_at_ms, *(node.signed_at_ms + life_ms for node in self.nodes.values())])
 
 
-class RedisTickets:
-    """Admits nodes to a network, each ticket a number of them. The caller passes the time."""
+@dataclass(frozen=True, slots=True)
+class NodeCertificate:
+    """A node's certificate, and the authority to which the certificates of all nodes belong (PEM)."""
 
-    def __init__(self, redis: Redis, random_bytes: Callable[[int], bytes] = secrets.token_bytes) -> None:
-        self._redis = redis
-        self._random_bytes = random_bytes
-        self._admit = redis.register_script(_ADMIT)
+    certificate: str
+    authority: str
 
-    async def new(self, label: str, uses: int, now_ms: int, expires_at_ms: int) -> tuple[str, TicketRecord]:
-        """Return the secret of a new ticket in hex, and the ticket."""
-        secret = self._random_bytes(_SECRET_BYTES).hex()
-        ticket = TicketRecord(_id_of(secret), label, uses, now_ms, expires_at_ms)
-        facts: dict[str, str | int] = {
-            "digest": _digest(secret),
-            "label": label,
-            "uses": uses,
-            "created_at_ms": now_ms,
-            "expires_at_ms": expires_at_ms,
-        }
-        async with self._redis.pipeline() as pipeline:
-            pipeline.hset(_key(ticket.ticket_id), mapping=facts)  # type: ignore[arg-type]
-            pipeline.zadd(_TICKETS, {ticket.ticket_id: now_ms})
-            await pipeline.execute()
-        return secret, ticket
 
-    async def admit(self, secret: str, key_digest: str, name: str, now_ms: int) -> str:
-        """Admit the node with a public key and return the ticket's id.
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """How a network admits nodes: how long their certificates are valid.
 
-        Raises Unauthenticated when the ticket is unknown, revoked, expired or used up.
+    No certificate is given for the addresses `head_hosts`. With a reason in `makes_none` no ticket is made.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    life_s: float
+    head_hosts: tuple[str, ...]
+    makes_none: str = ""
+
+    def to_json(self) -> str:
+        """Return the admission for the command line of the books."""
+        return _ADMISSION.dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> "Admission":
+        """Return the admission that `to_json` wrote."""
+        return _ADMISSION.validate_json(text)
+
+
+_ADMISSION = TypeAdapter(Admission)
+
+
+class EnrolmentCalls:
+    """The calls by which machines become and stay nodes.
+
+    Each raises Unavailable when the books do not answer, or their disk fails. It is safe to make a call
+    again; that makes one ticket more.
+    """
+
+    async def new_ticket(
+        self, label: str, uses: int, host: str, expires_in_s: int
+    ) -> tuple[str, TicketRecord]:
+        """Return the secret of a new ticket in hex, and the ticket; `host` is an address or a range (CIDR).
+
+        Raises Forbidden where this network makes no tickets.
         """
-        ticket_id = _id_of(secret)
-        keys = [_key(ticket_id), _nodes_key(ticket_id), _node_key(key_digest)]
-        arguments: list[str | int] = [_digest(secret), now_ms, key_digest, name, ticket_id]
-        refusal = await cast(Awaitable[str], self._admit(keys, arguments))
-        if refusal:
-            raise Unauthenticated(f"this ticket {refusal}; ask for a new one", code="invalid_ticket")
-        return ticket_id
+        raise NotImplementedError
 
-    async def check_node(self, key_digest: str) -> None:
-        """Raise Unauthenticated unless the ticket of the node with this public key is not revoked."""
-        ticket_id = cast(str | None, await self._redis.get(_node_key(key_digest)))
-        revoked = None if ticket_id is None else await self._redis.hget(_key(ticket_id), "revoked_at_ms")
-        if ticket_id is None or revoked is not None:
-            raise Unauthenticated("the ticket of this node was revoked", code="invalid_ticket")
+    async def tickets(self) -> tuple[TicketRecord, ...]:
+        """Return the tickets that still count, in the order in which they were made."""
+        raise NotImplementedError
 
-    async def list(self) -> tuple[TicketRecord, ...]:
-        """Return all tickets in the order of their creation."""
-        ids = cast("list[str]", await self._redis.zrange(_TICKETS, 0, -1))
-        return tuple([await self._record(ticket_id) for ticket_id in ids])
+    async def revoke_ticket(self, ticket_id: str) -> None:
+        """Admit no more nodes with a ticket, and renew none of its nodes; raises NotFound."""
 
-    async def revoke(self, ticket_id: str, now_ms: int) -> None:
-        """Make a ticket invalid, for new nodes and for renewals of admitted ones; raises NotFound."""
-        if not await self._redis.exists(_key(ticket_id)):
-            raise NotFound(f"there is no ticket {ticket_id}", param="ticket_id", code="ticket_not_found")
-        await self._redis.hsetnx(_key(ticket_id), "revoked_at_ms", str(now_ms))
+    async def enrol(self, secret: str, name: str, host: str, request: str) -> NodeCertificate:
+        """Admit the node whose key signed a certificate request (PEM), for its own address alone.
 
-    async def _record(self, ticket_id: str) -> TicketRecord:
-        facts = cast(dict[str, str], await self._redis.hgetall(_key(ticket_id)))
-        names = cast("list[str]", await self._redis.hvals(_nodes_key(ticket_id)))
-        revoked = facts.get("revoked_at_ms")
-        return TicketRecord(
-            ticket_id,
-            facts["label"],
-            int(facts["uses"]),
-            int(facts["created_at_ms"]),
-            int(facts["expires_at_ms"]),
-            None if revoked is None else int(revoked),
-            tuple(sorted(names)),
-        )
+        A node that asks again, because an answer was lost, is not counted twice. Raises Unauthenticated when
+        the ticket is unknown, revoked, expired or used up, Forbidden for an address that it is not for.
+        """
+        raise NotImplementedError
 
+    async def renew(self, certificate: str, signed_at_ms: int, signature: str) -> NodeCertificate:
+        """Return a later certificate for the key and the address of a node that shows its present one.
 
-def _digest(secret: str) -> str:
-    return sha256(secret.encode()).hexdigest()
-
-
-def _id_of(secret: str) -> str:
-    return f"ticket-{_digest(secret)[:_ID_DIGITS]}"
-
-
-def _key(ticket_id: str) -> str:
-    return f"azu:auth:ticket:{ticket_id}"
-
-
-def _nodes_key(ticket_id: str) -> str:
-    return f"azu:auth:ticket:{ticket_id}:nodes"
-
-
-def _node_key(key_digest: str) -> str:
-    return f"azu:auth:node:{key_digest}"
+        Raises Unauthenticated unless the certificate is of this network and valid, its key signed
+        `renewal_text` just now, and the node's ticket was not revoked.
+        """
+        raise NotImplementedError

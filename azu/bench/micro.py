@@ -210,11 +210,11 @@ def _hops_between_nodes(*, tls: bool) -> dict[int, float]:
     """Return the median hop of each size between two nodes of a cluster that is started for it."""
     with tempfile.TemporaryDirectory(prefix="azu-ray-", dir="/tmp", ignore_cleanup_errors=True) as made:
         folder, ip, port = Path(made), _own_address(), free_port()
-        files = head_files(folder / "tls", [ip]) if tls else None
+        files = head_files(folder, [ip]).ray if tls else None
         host = RayHost(folder, folder / "token", ip, tls=files)
         token = secrets.token_hex(32)
         write_private(host.token_path, token)
-        settings = driver_environment(host.token_path, files) | {"RAY_AUTH_TOKEN": token}
+        settings = driver_environment(host.token_path, files, ip) | {"RAY_AUTH_TOKEN": token}
         with variables_set(settings), ProcessGroup(folder / "logs") as processes:
             processes.start(host.head(port))
             for index, name in enumerate(_NODES):

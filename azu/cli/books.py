@@ -1,7 +1,15 @@
 """`azu books`: the process that keeps the books."""
 
+from typing import Annotated
 
-def books() -> None:
+import typer
+
+
+def books(
+    admission: Annotated[
+        str | None, typer.Option(help="How nodes are admitted, as `azu up` writes it; without it none are.")
+    ] = None,
+) -> None:
     """Keep the books until stopped; the only process with rights on the ledger in Redis.
 
     The Redis is that of REDIS_HOST, REDIS_PORT and REDIS_PASSWORD, the platform that of HYPERLIQUID_ADDRESS.
@@ -9,8 +17,11 @@ def books() -> None:
     """
     import asyncio
 
+    from azu.auth.enrolment import Enrolment
+    from azu.auth.tickets import Admission
     from azu.config import Settings
     from azu.errors import ConfigurationError
+    from azu.launch.membership import members_folder
     from azu.launch.processes import end_with_parent
     from azu.launch.sidecars import books_access
     from azu.logs import start_logging
@@ -23,5 +34,8 @@ def books() -> None:
     access, password = books_access(settings.home), settings.redis_password
     hidden = [*access.secrets.values(), *([password.get_secret_value()] if password else [])]
     start_logging("books", hidden=hidden)
-    config = BooksConfig(settings.redis_url, settings.platform_address, access)
+    enrolment = None
+    if admission is not None:
+        enrolment = Enrolment(members_folder(settings.home), Admission.from_json(admission))
+    config = BooksConfig(settings.redis_url, settings.platform_address, access, enrolment)
     asyncio.run(run(config, ready=lambda: print("books ready", flush=True)))  # noqa: T201

@@ -11,6 +11,8 @@ from azu.errors import ConfigurationError, Unauthenticated
 from azu.files import read_json, write_private
 
 if TYPE_CHECKING:
+    import ssl
+
     from azu.client import Client
 
 
@@ -70,7 +72,6 @@ def open_client() -> "Client":
     It uses the platform that this machine knows, and no other.
     """
     from azu.client import Client
-    from azu.client.http import trusting_only
 
     settings = Settings.from_environment()
     known = stored_credential(settings.home, settings.url)
@@ -78,11 +79,19 @@ def open_client() -> "Client":
         api_key = settings.api_key.get_secret_value()
     else:
         api_key = (known or load_credential(settings.home, settings.url)).api_key
-    if known is None:
-        return Client(settings.url, api_key, platform=settings.platform_address)
-    pinned = known.authority if settings.tls_ca is None else None
-    tls = None if pinned is None else trusting_only(pinned)
-    return Client(settings.url, api_key, tls=tls, platform=settings.platform_address or known.platform)
+    pinned = None if known is None else known.platform
+    platform = settings.platform_address or pinned
+    return Client(settings.url, api_key, tls=trust_at(settings), platform=platform)
+
+
+def trust_at(settings: Settings) -> "ssl.SSLContext | None":
+    """Return which certificates to trust at AZU_URL; None for those of the system."""
+    from azu.client.http import trusting, trusting_only
+
+    if settings.tls_ca is not None:
+        return trusting(settings.tls_ca)
+    known = stored_credential(settings.home, settings.url)
+    return None if known is None or known.authority is None else trusting_only(known.authority)
 
 
 def _read(path: Path) -> dict[str, Credential]:

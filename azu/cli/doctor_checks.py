@@ -24,12 +24,12 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from azu.cli.credentials import load_credential
+from azu.cli.credentials import load_credential, trust_at
 from azu.client import Client
-from azu.client.http import trusting, trusting_this
-from azu.config import Settings
+from azu.client.http import trusting_this
+from azu.config import NodeLinks, Settings
 from azu.errors import AzuError, LedgerError, NotFound, Unauthenticated
-from azu.launch.admin import admin_facts
+from azu.launch.admin import AdminFacts, admin_facts
 from azu.launch.membership import TlsFiles
 from azu.units import GIB, MIB, format_bytes
 
@@ -42,7 +42,10 @@ _LEAST_REDIS = (6, 2)
 _MOST_SKEW_S = 5.0
 _SOON = timedelta(days=14)
 _TIMEOUT_S = 5.0
-_SECRET_NAMES = ("*.key", "*.json", "ray-token", "redis*/redis.conf", "tls/*.key", "networks/*/*.key")
+_SECRET_NAMES = (
+    "*.key", "*.json", "ray-token", "redis*/redis.conf", "tls/*.key", "ingress/*.key", "books/*.key",
+    "networks/*/*.key",
+)  # fmt: skip
 _SEE_LOGS = "look into logs/ under the head's AZU_HOME"
 
 
@@ -304,8 +307,9 @@ def check_network(settings: Settings) -> Iterator[Finding]:
         facts = admin_facts(settings.home)
     except NotFound:
         url, is_expected = settings.url, "url" in settings.model_fields_set
-        tls = None if settings.tls_ca is None else trusting(settings.tls_ca)
+        tls = trust_at(settings)
     else:
+        yield from _users(facts)
         url, is_expected = facts.url, True
         tls = None if facts.certificate is None else trusting_this(facts.certificate)
     with httpx.Client(base_url=url, timeout=_TIMEOUT_S, verify=tls or True) as http:
@@ -317,7 +321,7 @@ def check_network(settings: Settings) -> Iterator[Finding]:
             state = Severity.BAD if is_expected else Severity.WARNING
             advice = "`azu up` starts a network here; AZU_URL says where another one is"
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                advice = "AZU_TLS_CA=FILE with the network's authority.crt, which its admin has"
+                advice = "`azu login URL#ID`, as its owner's `azu up` printed it"
             yield Finding("ingress", state, f"{url}: {error}", advice)
         else:
             serves = health.status_code == 200
@@ -328,7 +332,7 @@ def check_network(settings: Settings) -> Iterator[Finding]:
             yield from _clock(health, started_s, time.time())
             platform_facts = http.get("/v1/platform").json()
             yield _azu_version(platform_facts.get("version"))
-            yield from _encryption(http, url, platform_facts.get("chain_url", ""))
+            yield from _encryption(url, platform_facts)
             yield from _nodes(settings, url, tls)
     yield from _own_certificates(settings)
 
@@ -351,7 +355,19 @@ def _azu_version(theirs: str | None) -> Finding:
     return _result("azu's version", theirs == ours, told, advice, Severity.WARNING)
 
 
-def _encryption(http: httpx.Client, url: str, chain_url: str) -> Iterator[Finding]:
+def _users(facts: AdminFacts) -> Iterator[Finding]:
+    """Check that no member of the cluster can take the money of the network that runs here."""
+    if not facts.why_one_user:
+        yield Finding("Unix users", Severity.OK, "money and Ray have a user each")
+    elif facts.nodes is NodeLinks.ENCRYPTED:
+        told = f"one for everything ({facts.why_one_user}): each member could take all money"
+        advice = "start it as root, or admit only machines that you trust with it"
+        yield Finding("Unix users", Severity.BAD, told, advice)
+    else:
+        yield Finding("Unix users", Severity.OK, f"one for everything: {facts.why_one_user}")
+
+
+def _encryption(url: str, shown: Mapping[str, Any]) -> Iterator[Finding]:
     """Check each kind of connection between machines for encryption."""
     if url.startswith("https://"):
         parts = urlsplit(url)
@@ -359,16 +375,21 @@ def _encryption(http: httpx.Client, url: str, chain_url: str) -> Iterator[Findin
         pem = ssl.get_server_certificate((parts.hostname or "", parts.port or 443), timeout=_TIMEOUT_S)
         yield _expiry("ingress link", "encrypted", pem.encode(), "a new certificate is due")
     else:
-        advice = "`azu up --tls --ip ADDRESS`, or AZU_TLS_CERT and AZU_TLS_KEY"
+        advice = "`azu up --ip ADDRESS`, or AZU_TLS_CERT and AZU_TLS_KEY"
         yield _link("ingress link", url, "keys and prompts can be read", advice)
-    if http.get("/v1/nodes/authority").status_code == 200:
-        yield Finding("between nodes", Severity.OK, "encrypted, both ends show a certificate")
-    elif _is_this_machine(url):
-        told, advice = "not encrypted: for one machine only", "with others: `azu up --ip ADDRESS`"
-        yield Finding("between nodes", Severity.OK, told, advice)
-    else:
-        told = "not encrypted: hidden states and the cluster's token can be read"
-        yield Finding("between nodes", Severity.BAD, told, "`azu up --ip ADDRESS` without --no-tls")
+    match shown.get("nodes"):
+        case NodeLinks.ENCRYPTED:
+            yield Finding("between nodes", Severity.OK, "encrypted, both ends show a certificate")
+        case NodeLinks.LOCAL:
+            told, advice = "all on the head's machine", "with others: `azu up --ip ADDRESS`"
+            yield Finding("between nodes", Severity.OK, told, advice)
+        case _:
+            told = (
+                "azu did not start this Ray cluster: it gives no tickets, and cannot tell what is encrypted"
+            )
+            advice = "keep it in one private network, or use `azu up --ip ADDRESS`"
+            yield Finding("between nodes", Severity.WARNING, told, advice)
+    chain_url = shown.get("chain_url", "")
     advice = "HYPERLIQUID_RPC_URL=https://..."
     yield _link("chain link", chain_url, "balances can be forged", advice, Severity.WARNING)
     told = "never encrypted: it listens on the head's loopback only, where `azu up --dashboard` starts it"
@@ -413,18 +434,26 @@ def _nodes(settings: Settings, url: str, tls: ssl.SSLContext | None) -> Iterator
 
 def _own_certificates(settings: Settings) -> Iterator[Finding]:
     """Check how long the certificates of this machine are valid."""
-    head = (settings.home / "tls", "head's certificate", "start the network again: that makes a new one")
+    made = "start the network again: that makes a new one"
     renewed = "`azu join` renews it by itself while it runs"
-    nodes = [(path, "node's certificate", renewed) for path in sorted(settings.home.glob("networks/*"))]
-    for folder, about, advice in (head, *nodes):
-        path = TlsFiles.of(folder).certificate
-        if path.exists():
-            yield _expiry(about, f"of {folder}", path.read_bytes(), advice)
+    nodes = [(TlsFiles.of(path), "node's", renewed) for path in sorted(settings.home.glob("networks/*"))]
+    head = (TlsFiles.of(settings.home / "tls"), "head's", made)
+    ingress = (TlsFiles.of(settings.home / "ingress", "ingress"), "ingress's", made)
+    for files, whose, advice in (head, ingress, *nodes):
+        if files.certificate.exists():
+            content = files.certificate.read_bytes()
+            yield _expiry(f"{whose} certificate", f"in {files.certificate.parent}", content, advice)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def _expiry(about: str, found: str, certificate_pem: bytes, advice: str) -> Finding:
     from azu.auth.certificates import read_certificate
 
-    ends, now = read_certificate(certificate_pem).not_valid_after_utc, datetime.now(UTC)
+    certificate, now = read_certificate(certificate_pem), _now()
+    ends = certificate.not_valid_after_utc
     state = Severity.BAD if ends <= now else Severity.WARNING
-    return _result(about, ends - now >= _SOON, f"{found}, until {ends:%Y-%m-%d}", advice, state)
+    soon = min(_SOON, (ends - certificate.not_valid_before_utc) / 4)
+    return _result(about, ends - now >= soon, f"{found}, until {ends:%Y-%m-%d}", advice, state)

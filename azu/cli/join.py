@@ -2,6 +2,7 @@
 
 import socket
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,18 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from azu.cli.output import console
-from azu.errors import AzuError, Unauthenticated
+from azu.errors import AzuError, ConfigurationError, Unauthenticated
 from azu.units import format_bytes
 
 if TYPE_CHECKING:
+    from azu.api.network import RestartResponse
     from azu.config import Settings
-    from azu.launch.membership import ClusterAccess, Membership
+    from azu.launch.membership import ClusterAccess, Membership, Ticket, TlsFiles
     from azu.launch.processes import ProcessGroup
     from azu.launch.ray_nodes import Worker
     from azu.launch.unix_users import UnixUser
 
 
 _START_TIMEOUT_S = 120.0
+_REACH_TIMEOUT_S = 2.0
 _WATCH_S = 0.5
 # A node that stays up asks the network this often whether its access is still good.
 _CHECK_ACCESS_EVERY_S = 600.0
@@ -49,17 +52,38 @@ def join(
     if isinstance(decoded, EnrolmentTicket):
         # The certificate has to contain the address that Ray gives the node.
         ip = ip or address_towards(decoded.url)
-    membership = membership_of(decoded, settings.home, name=machine, host=ip or "")
+    else:
+        ip = _on_the_heads_machine(decoded, ip)
+    console.print(f"[dim]network {decoded.network}[/]")
+    membership = membership_of(decoded, settings.home, name=machine, host=ip)
     with stop_signals_raised():
         while True:
             _lend(membership, workers, ip, settings.home, user)
+
+
+def _on_the_heads_machine(ticket: "Ticket", ip: str | None) -> str:
+    """Return the address of a node without encryption; raises ConfigurationError on another machine."""
+    from azu.launch.membership import LOOPBACK
+
+    try:
+        socket.create_connection((LOOPBACK, ticket.port), timeout=_REACH_TIMEOUT_S).close()
+    except OSError:
+        reached = False
+    else:
+        reached = ip in (None, LOOPBACK)
+    if not reached:
+        raise ConfigurationError(
+            "this network is not encrypted: its ticket is for the head's own machine, while it runs there; "
+            "others join after `azu up --ip ADDRESS`",
+            param="ticket",
+        )
+    return LOOPBACK
 
 
 def _ray_user(settings: "Settings") -> "UnixUser | None":
     """Return the user that runs the network's code on a machine of root; None for the one of this process."""
     import os
 
-    from azu.errors import ConfigurationError
     from azu.launch.network_users import ray_user
 
     if os.geteuid() != 0 or settings.one_user:
@@ -72,14 +96,12 @@ def _ray_user(settings: "Settings") -> "UnixUser | None":
 
 
 def _lend(
-    membership: "Membership", workers: "list[Worker]", ip: str | None, home: Path, user: "UnixUser | None"
+    membership: "Membership", workers: "list[Worker]", ip: str, home: Path, user: "UnixUser | None"
 ) -> None:
     """Run the nodes until they have to be started again with a new access."""
     import tempfile
-    from dataclasses import astuple
 
     from azu.files import write_private
-    from azu.launch.membership import TlsFiles
     from azu.launch.network_users import shared_file
     from azu.launch.processes import ProcessGroup
     from azu.launch.ray_nodes import RayHost, socket_folder
@@ -98,13 +120,23 @@ def _lend(
             Path(folder).chmod(0o711)
             files = Path(folder) / "files"
             token = shared_file(files, "token", access.token, user)
-            if tls is not None:
-                copies = (shared_file(files, path.name, path.read_text(), user) for path in astuple(tls))
-                tls = TlsFiles(*copies)
+            tls = _shared(tls, files, user)
         host = RayHost(sessions, token, ip, tls=tls, home=home if user is None else user.home)
         for worker in workers:
             nodes.start(host.worker(access.head, worker))
-        _watch(nodes, workers, membership, access)
+        _watch(nodes, workers, membership, access, lambda: _shared(access.tls, Path(folder) / "files", user))
+
+
+def _shared(tls: "TlsFiles | None", folder: Path, user: "UnixUser | None") -> "TlsFiles | None":
+    """Return the certificate's files where the user that runs Ray can read them."""
+    from dataclasses import astuple
+
+    from azu.launch.membership import TlsFiles
+    from azu.launch.network_users import shared_file
+
+    if tls is None or user is None:
+        return tls
+    return TlsFiles(*(shared_file(folder, path.name, path.read_text(), user) for path in astuple(tls)))
 
 
 def _workers(name: str, vram: str, payout: str, *, cpu: bool) -> "list[Worker]":
@@ -128,15 +160,26 @@ def _workers(name: str, vram: str, payout: str, *, cpu: bool) -> "list[Worker]":
 
 
 def _watch(
-    nodes: "ProcessGroup", workers: "list[Worker]", membership: "Membership", access: "ClusterAccess"
+    nodes: "ProcessGroup",
+    workers: "list[Worker]",
+    membership: "Membership",
+    access: "ClusterAccess",
+    share: Callable[[], object],
 ) -> None:
-    """Wait until all nodes have joined, then start again those that end, and print both.
+    """Wait until all nodes have joined, then start again those that end or need a new certificate.
 
-    Returns when they need a new access; raises Unauthenticated when they may no longer join.
+    `share` puts a new one where they read it. Returns when the network was started again; raises
+    Unauthenticated when they may no longer join.
     """
     from azu.launch.ray_nodes import STARTED
+    from azu.launch.renewal import Renewal
 
-    checked_s = time.monotonic()
+    life, renewal, checked_s = access.life, None, time.monotonic()
+    check_s = _CHECK_ACCESS_EVERY_S
+    if life is not None:
+        names = [worker.name for worker in workers]
+        renewal = Renewal(names, life, lambda name: _asked(membership, name), nodes.restart)
+        check_s = min(check_s, life.window.total_seconds() / 6)
     with console.status(f"Joining {access.head}") as status:
         for worker in workers:
             nodes.wait_until_printed(worker.name, STARTED, _START_TIMEOUT_S)
@@ -146,22 +189,36 @@ def _watch(
             revived = nodes.revive()
             for name in revived:
                 console.print(f"[yellow]{name} had ended and was started again[/]")
-            if revived or time.monotonic() - checked_s > _CHECK_ACCESS_EVERY_S:
+            if revived or time.monotonic() - checked_s > check_s:
                 checked_s = time.monotonic()
-                if _is_outdated(membership, access):
+                later = _later(membership)
+                if later is not None and not access.is_of_same_run(later):
                     return
+                if renewal is not None and later is not None and later.life is not None:
+                    share()
+                    renewal.take(later.life, datetime.now(UTC))
+            if renewal is not None and (renewed := renewal.step(datetime.now(UTC))) is not None:
+                console.print(f"[dim]{renewed} was started again, with a new certificate[/]")
             joined = sum(nodes.has_printed(worker.name, STARTED) for worker in workers)
             status.update(f"{joined} of {len(workers)} nodes joined to {access.head}; Ctrl-C leaves")
             time.sleep(_WATCH_S)
 
 
-def _is_outdated(membership: "Membership", access: "ClusterAccess") -> bool:
-    """Return whether the nodes need a new access: the network was started again or their certificate ends."""
+def _later(membership: "Membership") -> "ClusterAccess | None":
+    """Return what joins the network now; None while it does not answer."""
     try:
-        later = membership.access()
+        return membership.access()
     except Unauthenticated:
         raise
     except AzuError as error:
         console.print(f"[yellow]{error.message}[/]")
-        return False
-    return access.is_outdated(later, datetime.now(UTC))
+        return None
+
+
+def _asked(membership: "Membership", name: str) -> "RestartResponse | None":
+    """Return whether it is a node's turn to be started again; None where the network does not say so."""
+    try:
+        return membership.ask_restart(name)
+    except AzuError as error:
+        console.print(f"[yellow]{error.message}[/]")
+        return None

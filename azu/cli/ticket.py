@@ -1,6 +1,9 @@
-"""`azu ticket new|list|revoke`: the tickets with which machines join an encrypted network."""
+"""`azu ticket new|list|revoke`, on the head: the tickets with which other machines join its network."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,7 +12,8 @@ from rich.table import Table
 from azu.cli.output import AsJson, show, table
 
 if TYPE_CHECKING:
-    from azu.api.network import TicketResponse
+    from azu.auth.tickets import TicketRecord
+    from azu.launch.admin import AdminFacts
 
 
 _HOUR_S = 3600
@@ -19,6 +23,7 @@ ticket = typer.Typer(no_args_is_help=True, help="Tickets of an encrypted network
 
 @ticket.command()
 def new(
+    host: Annotated[str, typer.Option(help="The machine's address, or a range such as 10.0.0.0/24.")],
     label: Annotated[str, typer.Option(help="The person or machine that it is for.")] = "",
     uses: Annotated[int, typer.Option(min=1, max=1000, help="How many machines it admits.")] = 1,
     hours: Annotated[int, typer.Option(min=1, max=720, help="How many hours it is valid.")] = 24,
@@ -26,10 +31,13 @@ def new(
 ) -> None:
     """Make a ticket; give it only to people who may run programs on your machines."""
     from azu.config import Settings
-    from azu.launch.admin import admin_client, new_ticket
+    from azu.launch.admin import new_ticket
 
-    client = admin_client(Settings.from_environment())
-    made = new_ticket(client, label=label, uses=uses, expires_in_s=hours * _HOUR_S)
+    settings = Settings.from_environment()
+    facts = _admitting(settings.home)
+    made = new_ticket(
+        settings.money_home, facts, label=label, uses=uses, host=host, expires_in_s=hours * _HOUR_S
+    )
     show({"ticket": made.encode()}, as_json, lambda facts: facts["ticket"])
 
 
@@ -37,9 +45,12 @@ def new(
 def list_(as_json: AsJson = False) -> None:
     """Show the tickets and the machines that joined with them."""
     from azu.config import Settings
-    from azu.launch.admin import admin_client
+    from azu.launch.admin import ask_members
 
-    show(admin_client(Settings.from_environment()).tickets(), as_json, _drawn)
+    settings = Settings.from_environment()
+    _admitting(settings.home)
+    found = ask_members(settings.money_home, lambda members: members.tickets())
+    show([asdict(one) for one in found], as_json, lambda _: _drawn(found))
 
 
 @ticket.command()
@@ -49,24 +60,39 @@ def revoke(
 ) -> None:
     """Make a ticket invalid; the machines that joined with it cannot join again."""
     from azu.config import Settings
-    from azu.launch.admin import admin_client
+    from azu.launch.admin import ask_members
 
-    admin_client(Settings.from_environment()).revoke_ticket(ticket_id)
+    settings = Settings.from_environment()
+    _admitting(settings.home)
+    ask_members(settings.money_home, lambda members: members.revoke_ticket(ticket_id))
     show({"revoked": ticket_id}, as_json, lambda _: f"{ticket_id} is revoked")
 
 
-def _drawn(found: "list[TicketResponse]") -> Table:
+def _admitting(home: Path) -> "AdminFacts":
+    """Return the facts of the network that runs here; raises NotFound unless it admits other machines."""
+    from azu.config import NodeLinks
+    from azu.errors import NotFound
+    from azu.launch.admin import admin_facts
+
+    facts = admin_facts(home)
+    if facts.nodes is not NodeLinks.ENCRYPTED:
+        raise NotFound("the network that runs here admits no other machine; `azu up --ip ADDRESS` does")
+    return facts
+
+
+def _drawn(found: "Sequence[TicketRecord]") -> Table:
     rows = [
         (
             one.ticket_id,
             one.label,
+            one.host,
             f"{len(one.nodes)} of {one.uses}",
             "revoked" if one.revoked_at_ms is not None else _minute(one.expires_at_ms),
-            ", ".join(one.nodes),
+            ", ".join(sorted(node.name for node in one.nodes.values())),
         )
         for one in found
     ]
-    return table(["ticket", "label", "used", "ends", "machines"], rows)
+    return table(["ticket", "label", "for", "used", "ends", "machines"], rows)
 
 
 def _minute(at_ms: int) -> str:

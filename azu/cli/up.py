@@ -21,10 +21,15 @@ PayoutOption = Annotated[
     str | None, typer.Option(help="The address that is paid for them; not needed on a devnet.")
 ]
 File = Annotated[Path | None, typer.Option(help="A network file; see configs/network.yaml.")]
-Ip = Annotated[str | None, typer.Option(help="The address at which other machines reach this one.")]
-Tls = Annotated[
-    bool | None,
-    typer.Option("--tls/--no-tls", help="Encrypt between machines; default with --ip."),
+Ip = Annotated[
+    str | None, typer.Option(help="The address at which other machines reach this one, encrypted.")
+]
+TrustMembers = Annotated[
+    bool,
+    typer.Option("--trust-members", help="Make tickets although each member could take the money of all."),
+]
+Rotate = Annotated[
+    bool, typer.Option("--rotate", help="Shut every other machine out, until it has a new ticket.")
 ]
 Dashboard = Annotated[bool, typer.Option(help="Start Ray's dashboard too.")]
 Background = Annotated[bool, typer.Option("--background", help="Return once it is up.")]
@@ -36,7 +41,8 @@ def up(
     payout: PayoutOption = None,
     network: File = None,
     ip: Ip = None,
-    tls: Tls = None,
+    trust_members: TrustMembers = False,
+    rotate: Rotate = False,
     dashboard: Dashboard = False,
     background: Background = False,
     as_json: AsJson = False,
@@ -57,10 +63,12 @@ def up(
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals_raised())
         with ProgressPrinter(quiet=as_json).steps() as step:
-            encrypted = tls if tls is not None else ip is not None
             running = stack.enter_context(
-                local_network(settings, file, step, ip=ip, dashboard=dashboard, tls=encrypted)
-            )
+                local_network(
+                    settings, file, step,
+                    ip=ip, dashboard=dashboard, trust_members=trust_members, rotate=rotate,
+                )
+            )  # fmt: skip
         _print_facts(_facts(running), as_json)
         watch(running.revive, stop)
 
@@ -100,7 +108,9 @@ def _facts(running: "LocalNetwork") -> dict[str, Any]:
         "admin_key": running.admin_key,
         "dashboard_url": running.dashboard_url,
         "authority": None if running.authority is None else str(running.authority),
-        "ticket": running.ticket.encode(),
+        "ticket": None if running.ticket is None else running.ticket.encode(),
+        "ticket_host": getattr(running.ticket, "host", None),
+        "no_ticket": running.no_ticket or None,
         "why_one_user": running.why_one_user,
     }
 
@@ -110,7 +120,14 @@ def _print_facts(facts: dict[str, str | None], as_json: bool) -> None:
     if not as_json:
         # On lines of their own: a command that a panel wraps cannot be copied.
         console.print(f"azu login {facts['url']}#{facts['network_id']}", soft_wrap=True)
-        console.print(f"azu join {facts['ticket']} --vram 8GiB --payout 0x...", soft_wrap=True)
+        if facts["ticket"] is not None:
+            console.print(f"azu join {facts['ticket']} --vram 8GiB --payout 0x...", soft_wrap=True)
+
+
+def _more_tickets(no_ticket: str | None) -> str:
+    if no_ticket is None:
+        return "azu ticket new --host ADDRESS"
+    return f"[red]none: {no_ticket}[/]; see --trust-members"
 
 
 def _panel(facts: dict[str, str | None]) -> Panel:
@@ -122,7 +139,10 @@ def _panel(facts: dict[str, str | None]) -> Panel:
         grid.add_row("encrypted", f"clients other than azu need AZU_TLS_CA={facts['authority']}")
     one = f"one for everything: {facts['why_one_user']}"
     grid.add_row("Unix users", one if facts["why_one_user"] else "money and Ray have one each")
-    grid.add_row("to pay", "the first command below; the id in it shows that it is this network")
-    grid.add_row("to lend", "the second one, on any machine")
-    grid.add_row("", "[dim]a machine that joins can run code here: give the ticket to people you trust[/]")
+    grid.add_row("to pay", "the first command below; its id shows that it is this network")
+    if facts["ticket"] is not None:
+        grid.add_row("to lend", f"the second command, on {facts['ticket_host'] or 'this machine alone'}")
+    if facts["authority"] is not None:
+        grid.add_row("more tickets", _more_tickets(facts["no_ticket"]))
+        grid.add_row("", "[dim]a machine that joins can run code here: admit people you trust[/]")
     return Panel(grid, title="azu is up; `azu down` stops it", title_align="left", expand=False)

@@ -32,9 +32,6 @@ from azu.api.network import (
     LeaveResponse,
     ModelStatusResponse,
     NetworkResponse,
-    NewTicket,
-    TicketList,
-    TicketResponse,
 )
 from azu.api.openai import ModelList
 from azu.auth.key_records import (
@@ -252,20 +249,6 @@ class Client:
     def models(self) -> list[str]:
         """Return the ids of the models that the network knows."""
         return [line.id for line in self._get(ModelList, "/v1/models").data]
-
-    def new_ticket(self, *, label: str, uses: int, expires_in_s: int) -> NewTicket:
-        """Make a ticket that lets nodes in; needs the admin key."""
-        body = {"label": label, "uses": uses, "expires_in_s": expires_in_s}
-        return self._post(NewTicket, "/v1/nodes/tickets", body)
-
-    def tickets(self) -> list[TicketResponse]:
-        """Return every ticket; needs the admin key."""
-        return list(self._get(TicketList, "/v1/nodes/tickets").data)
-
-    def revoke_ticket(self, ticket_id: str) -> None:
-        """Let no more nodes in with a ticket; needs the admin key."""
-        with translated():
-            raise_for(self._http.delete(f"/v1/nodes/tickets/{ticket_id}"))
 
     def shard(self, model: str) -> ModelStatusResponse:
         """Have a model cut into shards; needs the admin key."""

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 
 from azu.api.base import read
-from azu.api.network import NodeAdmission
+from azu.api.network import NodeAdmission, RestartResponse
 from azu.client.http import json_of, translated
 
 _TIMEOUT_S = 30.0
@@ -33,6 +33,17 @@ def renew(
     """
     body = {"certificate": certificate_pem, "signed_at_ms": signed_at_ms, "signature": signature}
     return _ask(url, trust, "/v1/nodes/renew", body)
+
+
+def ask_restart(
+    url: str, trust: ssl.SSLContext, *, certificate_pem: str, signed_at_ms: int, signature: str, name: str
+) -> RestartResponse:
+    """Ask for the turn of a node to be started again; the certificate's key signs `restart_text`."""
+    body = {
+        "certificate": certificate_pem, "signed_at_ms": signed_at_ms, "signature": signature, "name": name
+    }  # fmt: skip
+    with translated(), httpx.Client(base_url=url, timeout=_TIMEOUT_S, verify=trust) as http:
+        return read(RestartResponse, json_of(http.post("/v1/nodes/restart", json=body)))
 
 
 def _ask(url: str, trust: ssl.SSLContext, path: str, body: dict[str, Any]) -> NodeAdmission:

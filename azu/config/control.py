@@ -1,6 +1,7 @@
 """The configuration that the control plane hands to the head's actors and to the ingress."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -9,6 +10,17 @@ from azu.auth.network_id import network_id
 from azu.config.network import NetworkPolicy
 from azu.config.settings import configuration_error
 from azu.errors import ConfigurationError
+
+
+class NodeLinks(StrEnum):
+    """How a network's nodes are linked: ENCRYPTED between machines that came with tickets, or LOCAL to one.
+
+    FOREIGN links are those of a cluster that azu did not start: its owner encrypts it, or not.
+    """
+
+    ENCRYPTED = "encrypted"
+    LOCAL = "local"
+    FOREIGN = "foreign"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +33,16 @@ class TlsConfig:
 
 @dataclass(frozen=True, slots=True)
 class EnrolmentConfig:
-    """What a node with a ticket gets from the head, and the files that it is read from.
+    """How nodes with a ticket become members.
 
-    Nodes send their requests to `url`. `head` is the address of Ray's head ("host:port").
+    They send their requests to `url`, and get the address of Ray's head ("host:port") and its token.
+    `authority` is the file with the certificate of the nodes' authority.
     """
 
     url: str
     head: str
     token_path: Path
     authority: Path
-    authority_key: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +55,7 @@ class ControlConfig:
     `admin_key_sha256` is in hex. With `open_metrics` the metrics are readable without the admin key.
     Model folders are accepted only under `model_roots`.
     `authority` is the certificate (PEM) of the authority that signed the ingress's, None for a public one.
-    Without `tls` the ingress serves plain HTTP; without `enrolment` a ticket holds all that a node needs.
+    Without `tls` the ingress serves plain HTTP. `nodes` says how the nodes are linked.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", hide_input_in_errors=True)
@@ -65,6 +77,7 @@ class ControlConfig:
     hf_token: str | None = field(default=None, repr=False)
     tls: TlsConfig | None = None
     authority: str | None = None
+    nodes: NodeLinks = NodeLinks.FOREIGN
     enrolment: EnrolmentConfig | None = None
 
     @property

@@ -130,6 +130,12 @@ class Limits(_Section):
     reservation_ttl_s: Count
 
 
+class Certificates(_Section):
+    """How long a node's certificate is valid."""
+
+    node_s: Annotated[int, Field(ge=60, le=90 * 86_400)]
+
+
 class Timeouts(_Section):
     """How long parts of the network wait for each other."""
 
@@ -175,6 +181,7 @@ class NetworkPolicy(_Section):
     moves: Moves
     canary: CanaryPolicy
     limits: Limits
+    certificates: Certificates
     timeouts: Timeouts
 
     def retry_policy(self) -> RetryPolicy:

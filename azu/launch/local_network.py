@@ -3,18 +3,38 @@
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from azu.config import ControlConfig, LocalWorker, NetworkFile, Settings, load_network
-from azu.errors import ConfigurationError, Unavailable
+from azu.auth.enrolment import forget_members
+from azu.auth.tickets import Admission
+from azu.config import (
+    ControlConfig,
+    EnrolmentConfig,
+    LocalWorker,
+    NetworkFile,
+    NetworkPolicy,
+    NodeLinks,
+    Settings,
+    load_network,
+)
+from azu.errors import Unavailable
 from azu.files import CONFIGS, write_private
-from azu.launch.admin import admin_file_kept, first_ticket
+from azu.launch.admin import AdminFacts, admin_file_kept, new_ticket
 from azu.launch.control_process import CONTROL, CONTROL_READY, control_process
-from azu.launch.membership import AnyTicket, Ticket, TlsFiles, authority_key, head_files
+from azu.launch.membership import (
+    LOOPBACK,
+    AnyTicket,
+    EnrolmentTicket,
+    HeadFiles,
+    Ticket,
+    TlsFiles,
+    head_files,
+    members_folder,
+)
 from azu.launch.network_process import home_locked
 from azu.launch.network_users import NetworkUsers, network_users
-from azu.launch.processes import ProcessGroup, free_port
+from azu.launch.processes import ProcessGroup, free_port, own_addresses, own_network
 from azu.launch.ray_nodes import (
     HEAD,
     STARTED,
@@ -48,6 +68,7 @@ from azu.launch.sidecars import (
 )
 
 DEMO = CONFIGS / "demo.yaml"
+_FIRST_TICKET_S = 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +76,8 @@ class LocalNetwork:
     """A running network and how to reach it.
 
     `authority` is the certificate that clients of an encrypted network have to trust. `why_one_user` says why
-    one user runs everything; it is empty where money, Ray and `azu up` have a user each.
+    one user runs everything; it is empty where money, Ray and `azu up` have a user each. `no_ticket` says why
+    there is no `ticket`.
     """
 
     url: str
@@ -67,7 +89,8 @@ class LocalNetwork:
     admin_key: str = field(repr=False)
     authority: Path | None
     dashboard_url: str | None
-    ticket: AnyTicket = field(repr=False)
+    ticket: AnyTicket | None = field(repr=False)
+    no_ticket: str
     why_one_user: str
     _processes: tuple[ProcessGroup, ...] = field(repr=False)
     # None where the control process watches the actors.
@@ -94,20 +117,22 @@ def demo_network(
 ) -> Iterator[LocalNetwork]:
     """Run the demo's network in the folder `home`, without regard to this machine's settings.
 
-    `file` replaces the demo's network file; `ip` is the address at which other machines reach this one.
+    `file` replaces the demo's network file; `ip` is the address at which other machines reach this one, which
+    may then join.
     """
     settings = Settings.from_environment().model_copy(
         update={
             "home": home,
             "network": DEMO,
-            "http_host": "127.0.0.1",
+            "http_host": ip or LOOPBACK,
             "http_port": free_port(),
             "domain": None,
             "chain_url": None,
             "redis_host": None,
         }
     )
-    with local_network(settings, file or load_network(DEMO), progress, ip=ip) as network:
+    running = local_network(settings, file or load_network(DEMO), progress, ip=ip, trust_members=True)
+    with running as network:
         yield network
 
 
@@ -119,17 +144,17 @@ def local_network(
     *,
     ip: str | None = None,
     dashboard: bool = False,
-    tls: bool = False,
+    trust_members: bool = False,
+    rotate: bool = False,
 ) -> Iterator[LocalNetwork]:
     """Run a network until the context is left; everything that it started is stopped then.
 
-    `ip` is the address at which other machines reach this one. With `tls`, which needs `ip`, every connection
+    `ip` is the address at which other machines reach this one. With it they can join, every connection
     between machines is encrypted, and the ingress listens at `ip` unless the settings name another address.
-    Raises Conflict when a network runs in the same home, Unavailable or DeadlineExceeded with the last output
-    of the process that did not come up.
+    `trust_members` makes tickets also where a member could take the money of all. With `rotate` no
+    certificate and no ticket of before counts any more. Raises Conflict when a network runs in the same home,
+    Unavailable or DeadlineExceeded with the last output of the process that did not come up.
     """
-    if tls and ip is None:
-        raise ConfigurationError("an encrypted network needs the address that others reach it at", param="ip")
     logs, timeout_s = settings.home / "logs", file.policy.timeouts.start_s
     token_path, token = settings.home / "ray-token", secrets.token_hex(32)
     with (
@@ -142,22 +167,29 @@ def local_network(
     ):
         progress("Starting Redis, the chain and Ray's head")
         write_private(token_path, token)
-        files, authority = None, None
-        if tls:
-            settings = _with_http_host(settings, ip)
-            own = head_files(settings.home / "tls", _hosts(settings, ip))
-            files, authority = _for_ray(users, own), own.authority
+        if rotate:
+            forget_members(members_folder(users.money_home))
+        settings = _with_http_host(settings, ip)
+        own, shown = _certificates(settings, users, ip)
+        ray_files = None if shown is None else shown.ray
+        admission = _admission(file.policy, ip, "" if trust_members else users.why_one)
         port, dashboard_port = free_port(), free_port() if dashboard else None
-        token_path = users.for_ray(token_path)
-        host = RayHost(ray_folder, token_path, ip, dashboard_port, files, users.ray_home)
+        host = RayHost(
+            ray_folder,
+            users.for_ray(token_path),
+            ip or LOOPBACK,
+            dashboard_port,
+            ray_files,
+            users.ray_home,
+        )
         nodes.start(host.head(port))
         of_money = _of_money(settings, users)
         chain = choose_chain(of_money)
         redis = start_stores_and_devnet(services, of_money, chain, timeout_s)
-        books = start_books(services, of_money, chain, redis.books)
+        books = start_books(services, of_money, chain, redis.books, admission)
         nodes.wait_until_printed(HEAD, STARTED, timeout_s)
         progress("Starting the workers, the books and the treasury")
-        head = f"{ip or '127.0.0.1'}:{port}"
+        head = f"{host.ip}:{port}"
         _start_workers(nodes, host, head, file.workers)
         start_treasury(treasury, of_money, chain, redis)
         services.wait_until_printed(BOOKS, BOOKS_READY, timeout_s)
@@ -166,12 +198,15 @@ def local_network(
             nodes.wait_until_printed(worker.name, STARTED, timeout_s)
         admin_key = admin_key_of(settings)
         http_port = settings.http_port or free_port()
-        of_ray = _of_ray(settings, users)
-        config = control_config(of_ray, file.policy, chain, redis, books, http_port, admin_key, host, head)
+        config = control_config(
+            _of_ray(settings, users), file.policy, chain, redis, books, http_port, admin_key, ip,
+            None if shown is None else shown.ingress,
+        )  # fmt: skip
+        config = _with_nodes(config, host, head)
         ingress = ingress_config(config, redis, books)
         progress("Starting the control plane")
-        driver = driver_environment(token_path, files)
-        with nullcontext(head) if users.ray else connected(head, logs, driver) as address:
+        driver = driver_environment(host.token_path, host.tls, host.ip)
+        with nullcontext() if users.ray else connected(head, logs, driver):
             if users.ray is None:
                 start(config, ingress)
             else:
@@ -181,36 +216,54 @@ def local_network(
             client = local_client(config, admin_key)
             processes = (services, treasury, nodes)
             wait_until_up(client, timeout_s, lambda: _revive(processes), accepts_prompts=bool(file.workers))
+            facts = AdminFacts.of(config, local_url(config), admin_key, users.why_one)
             network = LocalNetwork(
-                url=local_url(config),
+                url=facts.url,
                 redis_url=redis.jobs_owner,
                 books_url=books.url("owner"),
                 chain_url=chain.url,
                 platform_address=chain.platform_address,
                 network_id=config.network_id,
                 admin_key=admin_key,
-                authority=authority,
+                authority=None if own is None else own.ingress.authority,
                 dashboard_url=f"http://127.0.0.1:{dashboard_port}" if dashboard else None,
-                ticket=first_ticket(client)
-                if tls
-                else Ticket(address=address, token=token, network=config.network_id),
+                ticket=Ticket(port=port, token=token, network=config.network_id)
+                if admission is None
+                else _first_ticket(users.money_home, facts, host.ip, admission),
+                no_ticket="" if admission is None else admission.makes_none,
                 why_one_user=users.why_one,
                 _processes=processes,
                 _config=config if users.ray is None else None,
             )
-            with admin_file_kept(settings.home, network.url, admin_key, config.tls):
+            with admin_file_kept(settings.home, facts):
                 yield network
 
 
 def _with_http_host(settings: Settings, ip: str | None) -> Settings:
-    if "http_host" in settings.model_fields_set:
+    if ip is None or "http_host" in settings.model_fields_set:
         return settings
     return settings.model_copy(update={"http_host": ip})
 
 
+def _certificates(
+    settings: Settings, users: NetworkUsers, ip: str | None
+) -> tuple[HeadFiles | None, HeadFiles | None]:
+    """Return the head's certificates, and their files for Ray's processes; None where no machine joins."""
+    if ip is None:
+        return None, None
+    own = head_files(settings.home, _hosts(settings, ip), members_folder(users.money_home))
+    return own, HeadFiles(_for_ray(users, own.ray), _for_ray(users, own.ingress))
+
+
 def _for_ray(users: NetworkUsers, files: TlsFiles) -> TlsFiles:
-    users.for_ray(authority_key(files.authority.parent))
-    return TlsFiles(*(users.for_ray(path) for path in (files.certificate, files.key, files.authority)))
+    """Return where Ray's processes can read a certificate's files."""
+    if users.ray is None:
+        return files
+    copied = (
+        users.text_for_ray(f"{path.parent.name}-{path.name}", path.read_text())
+        for path in (files.certificate, files.key, files.authority)
+    )
+    return TlsFiles(*copied)
 
 
 def _of_money(settings: Settings, users: NetworkUsers) -> Settings:
@@ -231,10 +284,42 @@ def _of_ray(settings: Settings, users: NetworkUsers) -> Settings:
     return settings.model_copy(update=changed)
 
 
-def _hosts(settings: Settings, ip: str | None) -> list[str]:
-    """Return the names and addresses of the head for its certificate."""
+def _hosts(settings: Settings, ip: str) -> list[str]:
+    """Return the names and addresses of the head for its certificates."""
     names = [] if settings.domain is None else [settings.domain.rpartition(":")[0] or settings.domain]
-    return [str(ip), settings.http_host, *names]
+    return [ip, settings.http_host, *names]
+
+
+def _admission(policy: NetworkPolicy, ip: str | None, why_one: str) -> Admission | None:
+    """Return how machines are admitted; `why_one` says why a member could take the money, if it could."""
+    if ip is None:
+        return None
+    makes_none = f"one Unix user runs everything ({why_one}), so a member could take all money"
+    return Admission(
+        life_s=policy.certificates.node_s,
+        head_hosts=tuple(sorted(own_addresses() | {ip})),
+        makes_none=makes_none if why_one else "",
+    )
+
+
+def _first_ticket(
+    money_home: Path, facts: AdminFacts, ip: str, admission: Admission
+) -> EnrolmentTicket | None:
+    """Return a ticket for one machine of the head's own network; None where there is no such network."""
+    network = own_network(ip)
+    if admission.makes_none or network is None:
+        return None
+    return new_ticket(
+        money_home, facts, label="printed by azu up", uses=1, host=network, expires_in_s=_FIRST_TICKET_S
+    )
+
+
+def _with_nodes(config: ControlConfig, host: RayHost, head: str) -> ControlConfig:
+    """Return the configuration with what it has to say of the nodes of a cluster that azu started."""
+    if host.tls is None:
+        return replace(config, nodes=NodeLinks.LOCAL)
+    enrolment = EnrolmentConfig(f"https://{config.domain}", head, host.token_path, host.tls.authority)
+    return replace(config, nodes=NodeLinks.ENCRYPTED, enrolment=enrolment)
 
 
 def _revive(groups: Sequence[ProcessGroup]) -> list[str]:

@@ -5,7 +5,7 @@ import binascii
 import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
@@ -15,8 +15,12 @@ from azu.errors import ConfigurationError, Unauthenticated
 from azu.files import write_private
 
 if TYPE_CHECKING:
-    from azu.api.network import NodeAdmission
-    from azu.auth.certificates import Authority
+    from azu.api.network import NodeAdmission, RestartResponse
+
+# The part of a certificate's life after which it is renewed.
+_RENEWED_AFTER = 0.4
+# Ray's processes on it are reached by those of the same machine alone.
+LOOPBACK = "127.0.0.1"
 
 
 NetworkId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -31,12 +35,12 @@ class _TicketModel(BaseModel):
 
 
 class Ticket(_TicketModel):
-    """An unencrypted network: the address of its Ray head ("host:port") and the cluster's token.
+    """An unencrypted network, for this machine alone: the port of its Ray head and the cluster's token.
 
     `network` is the network's id.
     """
 
-    address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+:\d{1,5}$")]
+    port: Annotated[int, Field(ge=1, le=65535)]
     network: NetworkId
     token: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", repr=False)]
     version: Literal[1] = 1
@@ -45,12 +49,14 @@ class Ticket(_TicketModel):
 class EnrolmentTicket(_TicketModel):
     """An encrypted network: the URL at which it admits nodes, and the secret that a node sends there.
 
-    `network` is the network's id, which a node checks before it sends the secret.
+    `network` is the network's id, which a node checks before it sends the secret. The ticket is for machines
+    in the range `host` (CIDR).
     """
 
     url: Annotated[str, Field(pattern=r"^https://[A-Za-z0-9.:\[\]-]+$", max_length=300)]
     network: NetworkId
     secret: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", repr=False)]
+    host: Annotated[str, Field(pattern=r"^[0-9a-f.:]+/\d{1,3}$")]
     version: Literal[2] = 2
 
 
@@ -79,9 +85,9 @@ class TlsFiles:
     authority: Path
 
     @classmethod
-    def of(cls, folder: Path) -> "TlsFiles":
+    def of(cls, folder: Path, name: str = "node") -> "TlsFiles":
         """Return the paths of these files in a folder, whether they exist or not."""
-        return cls(folder / "node.crt", folder / "node.key", folder / "authority.crt")
+        return cls(folder / f"{name}.crt", folder / f"{name}.key", folder / "authority.crt")
 
     def ray_environment(self) -> dict[str, str]:
         """Return the variables that have Ray encrypt its connections and check both ends' certificates."""
@@ -100,21 +106,33 @@ class TlsFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class ClusterAccess:
-    """What a Ray node needs to join: the head's address ("host:port"), the token, with TLS the certificate.
+class CertificateLife:
+    """A node that was started with a certificate works until `ends`.
 
-    At `renewed_from` the nodes that run with it have to be started again with a later one.
+    From `renewed_from` on it is to be started again with a later one.
     """
+
+    renewed_from: datetime
+    ends: datetime
+
+    @property
+    def window(self) -> timedelta:
+        """The time in which that has to happen."""
+        return self.ends - self.renewed_from
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterAccess:
+    """What a Ray node needs to join: the head's address ("host:port"), the token, with TLS a certificate."""
 
     head: str
     token: str = field(repr=False)
     tls: TlsFiles | None = None
-    renewed_from: datetime | None = None
+    life: CertificateLife | None = None
 
-    def is_outdated(self, later: "ClusterAccess", now: datetime) -> bool:
-        """Return whether nodes that run with this access have to be started again with a later one."""
-        changed = (self.head, self.token) != (later.head, later.token)
-        return changed or (self.renewed_from is not None and now >= self.renewed_from)
+    def is_of_same_run(self, later: "ClusterAccess") -> bool:
+        """Return whether a later access opens the same cluster; else the network was started again."""
+        return (self.head, self.token) == (later.head, later.token)
 
 
 class Membership(Protocol):
@@ -122,6 +140,9 @@ class Membership(Protocol):
 
     def access(self) -> ClusterAccess:
         """Return what joins the network now; raises Unauthenticated when the machine may no longer join."""
+
+    def ask_restart(self, name: str) -> "RestartResponse":
+        """Ask for the turn of one of the machine's nodes, which then gives away what it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +154,10 @@ class PlainMembership:
     def access(self) -> ClusterAccess:
         """Return the access that the ticket holds."""
         return self.granted
+
+    def ask_restart(self, name: str) -> "RestartResponse":
+        """No certificate ends here, and no node is started again for one."""
+        raise NotImplementedError(name)
 
 
 class EnrolledMembership:
@@ -147,7 +172,7 @@ class EnrolledMembership:
 
     def access(self) -> ClusterAccess:
         """Return access with a new certificate, which the network signs at each call."""
-        from azu.auth.certificates import RENEWED_BEFORE_END, read_certificate
+        from azu.auth.certificates import read_certificate, utc_now
         from azu.client.known_network import known_network
 
         network = known_network(self._ticket.url, self._ticket.network)
@@ -155,8 +180,9 @@ class EnrolledMembership:
         admitted = self._renew(trust) or self._enrol(trust)
         certificate = admitted.certificate.encode()
         self._files.write(certificate, admitted.authority.encode())
-        ends = read_certificate(certificate).not_valid_after_utc
-        return ClusterAccess(admitted.head, admitted.token, self._files, ends - RENEWED_BEFORE_END)
+        now, ends = utc_now(), read_certificate(certificate).not_valid_after_utc
+        life = CertificateLife(now + _RENEWED_AFTER * (ends - now), ends)
+        return ClusterAccess(admitted.head, admitted.token, self._files, life)
 
     def _renew(self, trust: ssl.SSLContext) -> "NodeAdmission | None":
         from azu.auth.certificates import renewal_text, sign_text
@@ -179,6 +205,23 @@ class EnrolledMembership:
             # The certificate expired, or its ticket was revoked; the ticket at hand may be another one.
             return None
 
+    def ask_restart(self, name: str) -> "RestartResponse":
+        """Ask for a node's turn, by the machine's certificate."""
+        from azu.auth.certificates import restart_text, sign_text
+        from azu.client.enrolment import ask_restart
+        from azu.client.known_network import known_network
+        from azu.clock import wall_clock_ms
+
+        network, at_ms = known_network(self._ticket.url, self._ticket.network), wall_clock_ms()
+        return ask_restart(
+            self._ticket.url,
+            network.trust() or ssl.create_default_context(),
+            certificate_pem=self._files.certificate.read_text(),
+            signed_at_ms=at_ms,
+            signature=sign_text(self._files.key.read_bytes(), restart_text(name, at_ms)),
+            name=name,
+        )
+
     def _enrol(self, trust: ssl.SSLContext) -> "NodeAdmission":
         from azu.auth.certificates import new_key, new_request
         from azu.client.enrolment import enrol
@@ -200,43 +243,45 @@ def membership_of(ticket: AnyTicket, home: Path, *, name: str, host: str) -> Mem
     if isinstance(ticket, EnrolmentTicket):
         folder = home / "networks" / ticket.network
         return EnrolledMembership(ticket, folder, name=name, host=host)
-    return PlainMembership(ClusterAccess(ticket.address, ticket.token))
+    return PlainMembership(ClusterAccess(f"{LOOPBACK}:{ticket.port}", ticket.token))
 
 
-def head_files(folder: Path, hosts: Iterable[str]) -> TlsFiles:
-    """Return a new certificate of the head, signed by the network's authority.
+@dataclass(frozen=True, slots=True)
+class HeadFiles:
+    """The head's two certificates: one for Ray's nodes, and one that the ingress shows to clients."""
 
-    The authority is made when there is none. Raises ConfigurationError when its files are damaged.
+    ray: TlsFiles
+    ingress: TlsFiles
+
+
+def head_files(home: Path, hosts: Iterable[str], members: Path | None = None) -> HeadFiles:
+    """Return new certificates of the head; the authorities are made when there are none.
+
+    They are those in the folder `members`, by default the one of `home`. Raises ConfigurationError when their
+    files are damaged.
     """
-    from azu.auth.certificates import HEAD_LIFE, certificate_pem, new_key, new_request, read_request, utc_now
+    from azu.auth.enrolment import INGRESS, NODES
 
-    authority = _authority(folder)
-    files = TlsFiles.of(folder)
+    hosts, members = tuple(hosts), members or members_folder(home)
+    return HeadFiles(
+        _signed(members, NODES, TlsFiles.of(home / "tls"), hosts),
+        _signed(members, INGRESS, TlsFiles.of(home / "ingress", "ingress"), hosts),
+    )
+
+
+def members_folder(money_home: Path) -> Path:
+    """Return the folder of azu/auth/enrolment.py; it lies with the books."""
+    return money_home / "books"
+
+
+def _signed(folder: Path, name: str, files: TlsFiles, hosts: Iterable[str]) -> TlsFiles:
+    from azu.auth.certificates import HEAD_LIFE, certificate_pem, new_key, new_request, read_request, utc_now
+    from azu.auth.enrolment import NODES, kept_authority
+
+    authority = kept_authority(folder, name, utc_now())
     key = new_key()
     write_private(files.key, key.decode())
-    signed = authority.sign(read_request(new_request(key)), hosts, utc_now(), HEAD_LIFE)
+    request = read_request(new_request(key))
+    signed = authority.sign(request, hosts, utc_now(), HEAD_LIFE, is_client=name == NODES)
     files.write(certificate_pem(signed), authority.pem)
     return files
-
-
-def authority_key(folder: Path) -> Path:
-    """Return the file of the authority's key, which only the head's machine has."""
-    return folder / "authority.key"
-
-
-def _authority(folder: Path) -> "Authority":
-    from azu.auth.certificates import Authority, utc_now
-
-    certificate, key = TlsFiles.of(folder).authority, authority_key(folder)
-    if not key.exists():
-        new = Authority.new(utc_now())
-        # The key comes last: an authority without it is made anew.
-        write_private(certificate, new.pem.decode())
-        write_private(key, new.key_pem.decode())
-    try:
-        return Authority.load(certificate.read_bytes(), key.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"the authority in {folder} is damaged; without the folder `azu up` makes another, and every "
-            "node needs a new ticket"
-        ) from error

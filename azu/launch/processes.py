@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -147,6 +148,17 @@ class ProcessGroup:
                 self.start(child.spec)
                 revived.append(name)
         return revived
+
+    def restart(self, name: str) -> None:
+        """Stop a process and everything it started, and start it again."""
+        with interrupts_held():
+            child = self._children[name]
+            child.terminate()
+            deadline = time.monotonic() + self._stop_timeout_s
+            while time.monotonic() < deadline and not child.ended:
+                time.sleep(_POLL_S)
+            self._children.pop(name).kill()
+            self.start(child.spec)
 
     def stop(self) -> None:
         """Stop every process and everything it started: SIGTERM first, SIGKILL after the timeout."""
@@ -394,6 +406,26 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def own_addresses() -> frozenset[str]:
+    """Return this machine's addresses."""
+    return frozenset(one.address.partition("%")[0] for one in _interfaces())
+
+
+def own_network(ip: str) -> str | None:
+    """Return the range (CIDR) of the network of one of this machine's addresses; None where it is alone."""
+    for one in _interfaces():
+        if one.address.partition("%")[0] == ip and one.netmask:
+            length = int(ip_address(one.netmask)).bit_count()
+            network = ip_network(f"{ip}/{length}", strict=False)
+            return str(network) if network.num_addresses > 1 else None
+    return None
+
+
+def _interfaces() -> Iterator[Any]:
+    for addresses in psutil.net_if_addrs().values():
+        yield from (one for one in addresses if one.family in (socket.AF_INET, socket.AF_INET6))
 
 
 def address_towards(url: str) -> str:

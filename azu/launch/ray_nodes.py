@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from azu.launch import ray_start
-from azu.launch.membership import TlsFiles
+from azu.launch.membership import LOOPBACK, TlsFiles
 from azu.launch.processes import ProcessSpec, free_port
 from azu.launch.unix_users import UnixUser
 from azu.units import MIB
@@ -85,14 +85,14 @@ class RayHost:
     """This machine as a host of Ray nodes.
 
     `folder` holds their sockets and logs, `token_path` the cluster's token. `ip` is the address at which
-    other machines reach them, None for the one that Ray finds by itself. Without a dashboard they start much
-    faster. With `tls` they accept only connections with a certificate of the network. `home` is AZU_HOME for
-    them, None for that of this process.
+    other machines reach them; with that of the loopback they listen nowhere else. Without a dashboard they
+    start much faster. With `tls` they accept only connections with a certificate of the network. `home` is
+    AZU_HOME for them, None for that of this process.
     """
 
     folder: Path
     token_path: Path
-    ip: str | None = None
+    ip: str = LOOPBACK
     dashboard_port: int | None = None
     tls: TlsFiles | None = None
     home: Path | None = None
@@ -131,7 +131,8 @@ class RayHost:
         own = {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "torch")}
         if self.home is not None:
             own["AZU_HOME"] = str(self.home)
-        return inherited_environment(left_out) | driver_environment(self.token_path, self.tls) | own
+        driver = driver_environment(self.token_path, self.tls, self.ip)
+        return inherited_environment(left_out) | driver | own
 
     def _start(self, folder: str, *options: str) -> tuple[str, ...]:
         return (
@@ -143,7 +144,7 @@ class RayHost:
             *("--num-cpus", "0", "--num-gpus", "0", "--object-store-memory", str(_OBJECT_STORE_BYTES)),
             # It sends every actor's lines to the driver's terminal; the log files are enough.
             *("--include-log-monitor", "false"),
-            *(() if self.ip is None else ("--node-ip-address", self.ip)),
+            *("--node-ip-address", self.ip),
             *options,
         )
 
@@ -171,9 +172,11 @@ def _given(folder: Path, user: UnixUser | None) -> Path:
     return folder
 
 
-def driver_environment(token_path: Path, tls: TlsFiles | None = None) -> dict[str, str]:
-    """Return the environment variables with which a process connects to the cluster."""
+def driver_environment(token_path: Path, tls: TlsFiles | None = None, ip: str = LOOPBACK) -> dict[str, str]:
+    """Return the environment variables with which a process connects to the cluster whose head is at `ip`."""
     return {
+        # Without it Ray takes an address that other machines reach for the loopback's, and listens there.
+        ray_start.CLUSTERS: str(int(ip != LOOPBACK)),
         # A value that the user set for another cluster does not count here.
         "RAY_USE_TLS": "0",
         **({} if tls is None else tls.ray_environment()),

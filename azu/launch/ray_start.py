@@ -8,14 +8,18 @@ azu runs this file by its path, without importing azu: its command line costs as
 Usage: python -P ray_start.py start [--light] OPTIONS...
 """
 
+import os
 import shlex
 import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 LIGHT = "--light"
+# Ray's own variable. Where it is 0, Ray keeps the loopback's address and listens there alone.
+CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _UNUSED = ("ray.serve.scripts", "ray.util.state.state_cli", "ray.dashboard.modules.job.cli")
 # The dashboard needs it.
 _UNUSED_BY_LIGHT = ("grpc",)
@@ -36,6 +40,9 @@ def main() -> None:
     if is_light:
         sys.argv.remove(LIGHT)
         _leave_out_the_dashboard()
+    if os.environ.get(CLUSTERS) == "0":
+        # It lets no node join where the variable is 0: it was made for systems without clusters.
+        scripts.ray_constants = SimpleNamespace(**vars(scripts.ray_constants) | {"ENABLE_RAY_CLUSTER": True})
     if "--address" in sys.argv:
         _wait_for_head(sys.argv[sys.argv.index("--address") + 1])
     scripts.main()

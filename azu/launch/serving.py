@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from azu.config import ControlConfig, EnrolmentConfig, NetworkPolicy, Settings, TlsConfig
+from azu.config import ControlConfig, NetworkPolicy, Settings, TlsConfig
 from azu.errors import DeadlineExceeded, Unavailable
-from azu.launch.membership import TlsFiles, authority_key
+from azu.launch.membership import LOOPBACK, TlsFiles
 from azu.launch.processes import handlers_kept, variables_set
-from azu.launch.ray_nodes import RayHost
 from azu.launch.redis_server import RedisUrls
 from azu.launch.sidecars import ChainSettings
 from azu.money.wire import Access
@@ -36,14 +35,14 @@ def control_config(
     books: Access,
     http_port: int,
     admin_key: str,
-    host: RayHost | None = None,
-    head: str = "",
+    ip: str | None = None,
+    ingress: TlsFiles | None = None,
 ) -> ControlConfig:
     """Return the configuration of the control plane.
 
-    `host` and `head` (host:port) say where Ray's head runs if azu started it; only then azu admits nodes.
+    `ip` is the address at which other machines reach this one, `ingress` the files of the network's own
+    certificate for clients.
     """
-    files, ip = (None, None) if host is None else (host.tls, host.ip)
     # An ingress that listens on every address is named by the one at which other machines reach it.
     listens = ip if ip is not None and settings.http_host in _EVERYWHERE else settings.http_host
     domain = settings.domain or f"{_local_host(listens)}:{http_port}"
@@ -63,18 +62,9 @@ def control_config(
         open_metrics=settings.open_metrics,
         max_model_bytes=settings.max_model_bytes,
         hf_token=settings.hf_token.get_secret_value() if settings.hf_token else None,
-        tls=_ingress_tls(settings, files),
+        tls=_ingress_tls(settings, ingress),
         # The certificate of the settings is one that clients trust already.
-        authority=None if files is None or settings.tls_cert else files.authority.read_text(),
-        enrolment=None
-        if host is None or files is None
-        else EnrolmentConfig(
-            url=f"https://{domain}",
-            head=head,
-            token_path=host.token_path,
-            authority=files.authority,
-            authority_key=authority_key(files.authority.parent),
-        ),
+        authority=None if ingress is None or settings.tls_cert else ingress.authority.read_text(),
     )
 
 
@@ -93,6 +83,9 @@ def connected(head: str, logs: Path, environment: Mapping[str, str]) -> Iterator
     with variables_set(environment):
         import ray
 
+        from actors.compat import stay_on_loopback
+
+        stay_on_loopback(head.startswith(f"{LOOPBACK}:"))
         try:
             # Ray puts the directory that it is in here first on the import path of every worker.
             with handlers_kept(), chdir(logs):

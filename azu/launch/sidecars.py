@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from azu.auth.tickets import Admission
 from azu.config import Settings
 from azu.errors import ConfigurationError
 from azu.files import write_private
@@ -103,12 +104,22 @@ def start_devnet(services: ProcessGroup, chain: ChainSettings) -> None:
     services.start(ProcessSpec(DEVNET, azu_command("devnet", "--port", port), dict(os.environ), restart=True))
 
 
-def start_books(services: ProcessGroup, settings: Settings, chain: ChainSettings, redis_url: str) -> Access:
-    """Start the books with new secrets for their callers; they serve once they have printed BOOKS_READY."""
+def start_books(
+    services: ProcessGroup,
+    settings: Settings,
+    chain: ChainSettings,
+    redis_url: str,
+    admission: Admission | None = None,
+) -> Access:
+    """Start the books with new secrets for their callers; they serve once they have printed BOOKS_READY.
+
+    With an `admission` they admit nodes: the key of the nodes' authority lies with them.
+    """
     access = Access.new(free_port(), _BOOKS_CALLERS)
     access.write(settings.home / _BOOKS_FILE)
     environment = _environment(settings, chain, redis_url)
-    services.start(ProcessSpec(BOOKS, azu_command("books"), environment, restart=True))
+    admits = () if admission is None else ("--admission", admission.to_json())
+    services.start(ProcessSpec(BOOKS, azu_command("books", *admits), environment, restart=True))
     return access
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from redis.asyncio import Redis
 
+from azu.auth.enrolment import Enrolment
 from azu.auth.key_records import ApiKey
 from azu.auth.signatures import MAX_WITHDRAWAL_LIFE_MS, Withdrawal, is_signed
+from azu.auth.tickets import EnrolmentCalls
 from azu.errors import Conflict, Forbidden, InsufficientBalance, InvalidRequest
 from azu.money.books import BooksCalls, Totals, UserBalance, WorkerEarnings
 from azu.money.ledger.audit import Audit, audit
@@ -57,13 +59,31 @@ ALLOWED: Mapping[str, frozenset[str]] = {
 }
 
 
+# An ingress passes on what nodes ask; only the owner, on the head, makes tickets.
+_ENROLMENT: Mapping[str, frozenset[str]] = {
+    "ingress": frozenset({"enrol", "renew"}),
+    "owner": frozenset({"new_ticket", "tickets", "revoke_ticket"}),
+}
+
+
+def allowed_to(enrolment: Enrolment | None) -> Mapping[str, frozenset[str]]:
+    """Return the calls that each caller may make, with those of enrolment where there is one."""
+    if enrolment is None:
+        return ALLOWED
+    return {caller: verbs | _ENROLMENT.get(caller, frozenset()) for caller, verbs in ALLOWED.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class BooksConfig:
-    """What the books run with: their Redis, the platform's address, and who may call them where."""
+    """What the books run with: their Redis, the platform's address, and who may call them where.
+
+    With `enrolment` they admit nodes.
+    """
 
     redis_url: str = field(repr=False)
     platform_address: str
     access: Access
+    enrolment: Enrolment | None = None
 
 
 async def run(config: BooksConfig, *, ready: Callable[[], None]) -> None:
@@ -73,7 +93,9 @@ async def run(config: BooksConfig, *, ready: Callable[[], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     bookkeeper = Bookkeeper.from_url(config.redis_url, config.platform_address)
-    server = WireServer(BooksCalls, bookkeeper, config.access.secrets, ALLOWED)
+    server = WireServer(BooksCalls, bookkeeper, config.access.secrets, allowed_to(config.enrolment))
+    if config.enrolment is not None:
+        server.serve(EnrolmentCalls, config.enrolment)
     await server.start(config.access.port)
     ready()
     try:

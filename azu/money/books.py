@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 
 from azu.auth.key_records import ApiKey
 from azu.auth.signatures import Withdrawal
+from azu.auth.tickets import EnrolmentCalls
 from azu.contact import Contact
 from azu.metrics import MetricsSnapshot
 from azu.money.ledger.audit import Audit
@@ -144,6 +145,13 @@ class BooksCalls:
 
         `wallet_lamports` is what the platform's wallet holds on the chain, None if that is not compared.
         """
+
+
+class Members(Remote, EnrolmentCalls, calls=EnrolmentCalls):
+    """The calls by which nodes are admitted: the books' process has the key of the nodes' authority."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, Contact("the books", "are"), silence_s=_SILENCE_S)
 
 
 class Books(Remote, BooksCalls, calls=BooksCalls):

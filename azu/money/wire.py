@@ -127,17 +127,21 @@ class WireServer:
         caller_secrets: Mapping[str, str],
         allowed: Mapping[str, frozenset[str]],
     ) -> None:
-        self._verbs = _verbs(calls)
-        assert set().union(*allowed.values()) <= self._verbs.keys(), "each verb is a method of the calls"
-        self._implementation = implementation
+        self._verbs: dict[str, tuple[_Verb, object]] = {}
+        self.serve(calls, implementation)
         self._secrets = caller_secrets
         self._allowed = allowed
         self._connected: set[asyncio.StreamWriter] = set()
         self._running: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
+    def serve(self, calls: type, implementation: object) -> None:
+        """Serve the verbs of another class too."""
+        self._verbs |= {name: (verb, implementation) for name, verb in _verbs(calls).items()}
+
     async def start(self, port: int = 0) -> int:
         """Listen at a port of the loopback, a free one for 0; return it."""
+        assert set().union(*self._allowed.values()) <= self._verbs.keys(), "each verb is one of the calls"
         self._server = await asyncio.start_server(self._serve, _HOST, port)
         listens_at: int = self._server.sockets[0].getsockname()[1]
         return listens_at
@@ -209,12 +213,13 @@ class WireServer:
     async def _call(self, caller: str, verb: str, arguments: Any) -> Any:
         if verb not in self._allowed[caller]:
             raise Forbidden(f"{verb} is no call of the {caller}")
+        served, implementation = self._verbs[verb]
         try:
-            checked = self._verbs[verb].arguments.validate_python(arguments)
+            checked = served.arguments.validate_python(arguments)
         except ValidationError as error:
             place, fault = plain_fault(error.errors(include_input=False))
             raise InvalidRequest(f"{verb}, {place}: {fault}", param=place) from error
-        return await getattr(self._implementation, verb)(**checked)
+        return await getattr(implementation, verb)(**checked)
 
 
 class Remote:

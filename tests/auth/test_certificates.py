@@ -1,10 +1,9 @@
 """A certificate of a network's authority is valid in that network alone, and until it expires."""
 
-import ipaddress
 import socket
 import ssl
 import threading
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from azu.auth.certificates import (
-    NODE_LIFE,
     Authority,
     certificate_pem,
-    check_text,
-    key_digest,
+    check_signed_text,
+    hosts_of,
     new_key,
     new_request,
-    public_key,
     read_request,
     sign_text,
     utc_now,
@@ -27,16 +24,17 @@ from azu.auth.certificates import (
 from azu.errors import InvalidRequest, Unauthenticated
 
 NOW = utc_now()
+LIFE = timedelta(days=7)
 HOST = "192.0.2.7"
 
 
 @pytest.fixture(scope="module")
 def authority() -> Authority:
-    return Authority.new(NOW)
+    return Authority.new("azu nodes", NOW)
 
 
 def signed(by: Authority, key: bytes) -> x509.Certificate:
-    return by.sign(read_request(new_request(key)), [HOST], NOW)
+    return by.sign(read_request(new_request(key)), [HOST], NOW, LIFE)
 
 
 class Node:
@@ -97,7 +95,7 @@ def test_a_certificate_is_not_valid_for_another_address(tmp_path: Path, authorit
 
 
 def test_a_node_of_another_network_cannot_connect(tmp_path: Path, authority: Authority) -> None:
-    stranger = Node(tmp_path / "stranger", Authority.new(NOW))
+    stranger = Node(tmp_path / "stranger", Authority.new("azu nodes", NOW))
     here = Node(tmp_path / "here", authority)
 
     with pytest.raises((ssl.SSLError, ConnectionError)):
@@ -115,41 +113,70 @@ def test_a_nodes_certificate_cannot_sign_others(tmp_path: Path, authority: Autho
         call(Node(tmp_path / "here", authority), Node(tmp_path / "there", pretender), HOST)
 
 
-def test_a_renewed_certificate_is_for_the_same_key_and_addresses(authority: Authority) -> None:
-    first = signed(authority, new_key())
-    later = NOW + timedelta(days=40)
-
-    renewed = authority.renew(first, later)
-
-    assert key_digest(public_key(renewed)) == key_digest(public_key(first))
-    names = renewed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert ipaddress.ip_address(HOST) in names.get_values_for_type(x509.IPAddress)
-    assert renewed.not_valid_after_utc >= later + NODE_LIFE - timedelta(seconds=1)
-    authority.check(renewed, first.not_valid_after_utc + timedelta(days=1))
+def shown(
+    authority: Authority,
+    certificate: x509.Certificate,
+    signature: str,
+    *,
+    text: str = "let me stay",
+    now: datetime = NOW,
+    signed_at: datetime = NOW,
+) -> None:
+    signed_at_ms = round(signed_at.timestamp() * 1000)
+    check_signed_text(authority.certificate, certificate, text, signature, signed_at_ms=signed_at_ms, now=now)
 
 
 def test_an_expired_certificate_and_one_of_another_network_are_refused(authority: Authority) -> None:
-    certificate = signed(authority, new_key())
-    authority.check(certificate, NOW)
+    key = new_key()
+    certificate, signature = signed(authority, key), sign_text(key, "let me stay")
+    shown(authority, certificate, signature)
 
     with pytest.raises(Unauthenticated, match="ended"):
-        authority.check(certificate, NOW + NODE_LIFE)
+        shown(authority, certificate, signature, now=NOW + LIFE, signed_at=NOW + LIFE)
     with pytest.raises(Unauthenticated, match="not of this network"):
-        Authority.new(NOW).check(certificate, NOW)
+        shown(Authority.new("azu nodes", NOW), certificate, signature)
 
 
-def test_only_the_certificates_own_key_signs_for_it(authority: Authority) -> None:
+def test_only_the_certificates_own_key_signs_for_it_and_just_now(authority: Authority) -> None:
     key = new_key()
     certificate = signed(authority, key)
-    check_text(certificate, "let me stay", sign_text(key, "let me stay"))
 
     for text, signature in (
         ("let me stay", sign_text(new_key(), "let me stay")),
         ("let me go", sign_text(key, "let me stay")),
         ("let me stay", "not hex"),
     ):
-        with pytest.raises(Unauthenticated):
-            check_text(certificate, text, signature)
+        with pytest.raises(Unauthenticated, match="not signed"):
+            shown(authority, certificate, signature, text=text)
+    for away in (timedelta(minutes=6), -timedelta(minutes=6)):
+        with pytest.raises(Unauthenticated, match="clock"):
+            shown(authority, certificate, sign_text(key, "let me stay"), signed_at=NOW + away)
+
+
+def test_a_certificate_names_the_nodes_address(authority: Authority) -> None:
+    assert hosts_of(signed(authority, new_key())) == {HOST, "127.0.0.1"}
+
+
+def test_the_ingress_and_a_node_cannot_stand_for_each_other(tmp_path: Path, authority: Authority) -> None:
+    """Both are valid for one address: only the authority differs, and what it signs for."""
+    ingress = Node(tmp_path / "ingress", Authority.new("azu ingress", NOW))
+    node, client = Node(tmp_path / "node", authority), Node(tmp_path / "client", authority)
+
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        call(ingress, client, HOST)  # a node calls what has only the ingress's certificate
+    client.authority.write_bytes(ingress.authority.read_bytes())
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        call(node, client, HOST)  # a user calls what has only a node's certificate
+
+
+def test_the_ingress_is_no_client_of_rays(tmp_path: Path, authority: Authority) -> None:
+    ingress, there = Node(tmp_path / "ingress", authority), Node(tmp_path / "there", authority)
+    key = read_request(new_request(ingress.key.read_bytes()))
+    server_only = authority.sign(key, [HOST], NOW, LIFE, is_client=False)
+    ingress.certificate.write_bytes(certificate_pem(server_only))
+
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        call(there, ingress, HOST)
 
 
 def test_a_request_that_another_key_signed_is_refused() -> None:
@@ -173,8 +200,8 @@ def test_bytes_that_are_no_request_are_refused(pem: bytes) -> None:
 
 
 def test_an_authority_is_the_same_after_its_files_are_read(authority: Authority) -> None:
-    again = Authority.load(authority.pem, authority.key_pem)
+    again, key = Authority.load(authority.pem, authority.key_pem), new_key()
 
-    again.check(signed(authority, new_key()), NOW)
+    shown(again, signed(authority, key), sign_text(key, "let me stay"))
     with pytest.raises(ValueError, match="PEM"):
         Authority.load(authority.pem, b"damaged")

@@ -10,7 +10,7 @@ PLATFORM = "0x" + "9a" * 20
 
 
 def test_platform_and_authority_make_the_id() -> None:
-    one, two = (Authority.new(utc_now()).pem.decode() for _ in range(2))
+    one, two = (Authority.new("azu ingress", utc_now()).pem.decode() for _ in range(2))
     ids = {
         network_id(platform, authority)
         for platform in (PLATFORM, "0x" + "66" * 20)
@@ -22,7 +22,7 @@ def test_platform_and_authority_make_the_id() -> None:
 
 
 def test_how_they_are_written_does_not_matter() -> None:
-    authority = Authority.new(utc_now()).pem.decode()
+    authority = Authority.new("azu ingress", utc_now()).pem.decode()
 
     assert network_id(PLATFORM.upper().replace("0X", "0x"), authority) == network_id(PLATFORM, authority)
     assert network_id(PLATFORM, f"{authority}\n") == network_id(PLATFORM, authority)

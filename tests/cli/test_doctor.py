@@ -5,15 +5,25 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from pathlib import Path
 
 import pytest
 
+from azu.auth.certificates import (
+    HEAD_LIFE,
+    Authority,
+    certificate_pem,
+    new_key,
+    new_request,
+    read_request,
+)
 from azu.cli import doctor_checks
 from azu.cli.doctor_checks import MACHINE_CHECKS, Finding, Severity, check_network, run_check
-from azu.config import Settings
-from azu.launch.membership import head_files
+from azu.config import NodeLinks, Settings
+from azu.launch.admin import AdminFacts, admin_file_kept
+from azu.launch.membership import TlsFiles, head_files
 from azu.money.ledger.durability import DURABLE_CONFIG
 from tests.client.ingress import Ingress, Reply, running_ingress
 from tests.redis_server import RunningRedis, start_redis
@@ -40,15 +50,15 @@ def test_this_machine_can_run_azu(tmp_path: Path) -> None:
 
 
 def test_a_key_file_that_others_can_read_is_named(tmp_path: Path) -> None:
-    head_files(tmp_path / "tls", ["192.0.2.1"])
+    head_files(tmp_path, ["192.0.2.1"])
     settings = Settings(home=tmp_path)
     assert state_of("key files", MACHINE_CHECKS["key files"](settings)) is Severity.OK
 
-    (tmp_path / "tls" / "authority.key").chmod(0o644)
+    (tmp_path / "books" / "nodes.key").chmod(0o644)
 
     (finding,) = MACHINE_CHECKS["key files"](settings)
     assert finding.state is Severity.BAD
-    assert finding.advice == f"chmod 600 {tmp_path}/tls/authority.key"
+    assert finding.advice == f"chmod 600 {tmp_path}/books/nodes.key"
 
 
 def test_a_taken_port_is_a_warning(tmp_path: Path, redis_server: RunningRedis) -> None:
@@ -102,14 +112,14 @@ def test_the_connection_to_a_redis_on_another_machine_has_to_be_encrypted(tmp_pa
         assert state_of("Redis link", MACHINE_CHECKS["Redis"](settings)) is state
 
 
-def answering(ingress: Ingress, *, encrypted_nodes: bool, chain_url: str = "http://127.0.0.1:1") -> Ingress:
+def answering(
+    ingress: Ingress, nodes: NodeLinks = NodeLinks.LOCAL, *, chain_url: str = "http://127.0.0.1:1"
+) -> Ingress:
     from importlib.metadata import version
 
     ingress.replies["GET /health"] = Reply({"status": "ok"})
-    platform = {"address": "0x0", "chain_url": chain_url, "version": version("azu")}
+    platform = {"address": "0x0", "chain_url": chain_url, "version": version("azu"), "nodes": nodes}
     ingress.replies["GET /v1/platform"] = Reply(platform)
-    if encrypted_nodes:
-        ingress.replies["GET /v1/nodes/authority"] = Reply({"certificate": "..."})
     return ingress
 
 
@@ -128,14 +138,24 @@ def test_the_checks_run_where_packages_are_missing(tmp_path: Path) -> None:
     assert {"Python", "packages", "capacity", "Redis"} <= set(done.stdout.split())
 
 
-@pytest.mark.parametrize("encrypted_nodes", [False, True])
-def test_each_connection_is_reported_as_encrypted_or_not(tmp_path: Path, encrypted_nodes: bool) -> None:
+@pytest.mark.parametrize(
+    ("nodes", "state", "words"),
+    [
+        (NodeLinks.ENCRYPTED, Severity.OK, "encrypted"),
+        (NodeLinks.LOCAL, Severity.OK, "all on the head's machine"),
+        (NodeLinks.FOREIGN, Severity.WARNING, "azu did not start this Ray cluster: it gives no tickets"),
+    ],
+)
+def test_each_connection_is_reported_as_encrypted_or_not(
+    tmp_path: Path, nodes: NodeLinks, state: Severity, words: str
+) -> None:
     with running_ingress() as ingress:
-        answering(ingress, encrypted_nodes=encrypted_nodes)
+        answering(ingress, nodes)
         found = list(check_network(Settings(home=tmp_path, url=ingress.url)))
 
     told = {one.about: one.found for one in found}
-    assert told["between nodes"].startswith("encrypted" if encrypted_nodes else "not encrypted")
+    assert state_of("between nodes", found) is state
+    assert told["between nodes"].startswith(words)
     assert told["ingress link"].startswith("not encrypted, but within this machine")
     assert state_of("azu's version", found) is Severity.OK
     assert state_of("nodes", found) is Severity.UNKNOWN  # this machine has no key
@@ -143,7 +163,7 @@ def test_each_connection_is_reported_as_encrypted_or_not(tmp_path: Path, encrypt
 
 def test_an_unencrypted_chain_on_another_machine_is_a_warning(tmp_path: Path) -> None:
     with running_ingress() as ingress:
-        answering(ingress, encrypted_nodes=True, chain_url="http://chain.example")
+        answering(ingress, NodeLinks.ENCRYPTED, chain_url="http://chain.example")
         found = list(check_network(Settings(home=tmp_path, url=ingress.url)))
 
     assert state_of("chain link", found) is Severity.WARNING
@@ -151,7 +171,7 @@ def test_an_unencrypted_chain_on_another_machine_is_a_warning(tmp_path: Path) ->
 
 def test_problems_that_the_ingress_tells_are_bad(tmp_path: Path) -> None:
     with running_ingress() as ingress:
-        answering(ingress, encrypted_nodes=True)
+        answering(ingress, NodeLinks.ENCRYPTED)
         ingress.replies["GET /health"] = Reply({"status": "ok", "problems": ["the ledger went back by 3"]})
         found = list(check_network(Settings(home=tmp_path, url=ingress.url)))
 
@@ -179,13 +199,51 @@ def test_an_ingress_that_does_not_answer_is_bad_only_where_one_is_expected(tmp_p
 
 
 def test_a_certificate_that_ends_soon_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    head_files(tmp_path / "tls", ["192.0.2.1"])
+    head_files(tmp_path, ["192.0.2.1"])
     settings = Settings(home=tmp_path)
     assert state_of("head's certificate", doctor_checks._own_certificates(settings)) is Severity.OK
 
-    monkeypatch.setattr(doctor_checks, "_SOON", doctor_checks._SOON * 1000)
+    now = datetime.now(UTC) + HEAD_LIFE - timedelta(days=13)
+    monkeypatch.setattr(doctor_checks, "_now", lambda: now)
 
-    assert state_of("head's certificate", doctor_checks._own_certificates(settings)) is Severity.WARNING
+    for about in ("head's certificate", "ingress's certificate"):
+        assert state_of(about, doctor_checks._own_certificates(settings)) is Severity.WARNING
+
+
+def test_a_nodes_certificate_is_a_warning_in_the_last_quarter_of_its_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, life = datetime.now(UTC), timedelta(days=7)
+    authority, key = Authority.new("azu nodes", now), read_request(new_request(new_key()))
+    files = TlsFiles.of(tmp_path / "networks" / "a1")
+    files.write(certificate_pem(authority.sign(key, ["192.0.2.7"], now, life)), authority.pem)
+
+    for age, state in ((1, Severity.OK), (5, Severity.OK), (6, Severity.WARNING), (8, Severity.BAD)):
+        monkeypatch.setattr(doctor_checks, "_now", lambda age=age: now + timedelta(days=age))
+        found = doctor_checks._own_certificates(Settings(home=tmp_path))
+        assert state_of("node's certificate", found) is state
+
+
+@pytest.mark.parametrize("nodes", [NodeLinks.LOCAL, NodeLinks.ENCRYPTED])
+def test_one_user_for_money_and_members_is_bad_where_others_can_join(
+    tmp_path: Path, nodes: NodeLinks
+) -> None:
+    with running_ingress() as ingress:
+        answering(ingress, nodes)
+        facts = AdminFacts(
+            url=ingress.url,
+            admin_key="k",
+            network_id="",
+            domain="",
+            certificate=None,
+            nodes=nodes,
+            why_one_user="a",
+        )
+        with admin_file_kept(tmp_path, facts):
+            found = list(check_network(Settings(home=tmp_path)))
+
+    state = Severity.BAD if nodes is NodeLinks.ENCRYPTED else Severity.OK
+    assert state_of("Unix users", found) is state
 
 
 def test_the_command_prints_json_and_fails_if_something_is_bad(tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ SEED = int(os.environ.get("AZU_TEST_SEED", "1"))
 MUTANTS = int(os.environ.get("AZU_TEST_FILE_MUTANTS", "20"))
 URL = "http://127.0.0.1:9"
 MODEL = structure()
-ENROLMENT = EnrolmentTicket(url="https://10.0.0.1:8000", network="0" * 32, secret="0" * 64)
+ENROLMENT = EnrolmentTicket(
+    url="https://10.0.0.1:8000", network="0" * 32, secret="0" * 64, host="10.0.0.0/24"
+)
 PLATFORM = Account.from_key("0x" + "09" * 32)
 
 
@@ -76,9 +78,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object]
     "policy": ("network.yaml", lambda path: path.write_text(_configuration("network.yaml")), load_network),
     "ticket": (
         "ticket",
-        lambda path: path.write_text(
-            Ticket(address="10.0.0.1:6379", token="0" * 64, network="0" * 32).encode()
-        ),
+        lambda path: path.write_text(Ticket(port=6379, token="0" * 64, network="0" * 32).encode()),
         _read_ticket,
     ),
     "enrolment": ("ticket", lambda path: path.write_text(ENROLMENT.encode()), _read_ticket),

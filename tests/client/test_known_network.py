@@ -24,7 +24,7 @@ def shown(ingress: Ingress, platform: str, authority: str | None = None, claimed
 
 
 def test_the_network_with_the_expected_id_is_known(ingress: Ingress) -> None:
-    authority = Authority.new(utc_now()).pem.decode()
+    authority = Authority.new("azu ingress", utc_now()).pem.decode()
     shown(ingress, PLATFORM.upper().replace("0X", "0x"), authority)
 
     found = known_network(ingress.url, network_id(PLATFORM, authority))
@@ -43,7 +43,7 @@ def test_another_platform_is_refused_whatever_id_it_claims(ingress: Ingress, pla
 
 
 def test_another_authority_is_refused(ingress: Ingress) -> None:
-    mine, other = (Authority.new(utc_now()).pem.decode() for _ in range(2))
+    mine, other = (Authority.new("azu ingress", utc_now()).pem.decode() for _ in range(2))
     for authority in (other, None, other + mine, "hello"):
         shown(ingress, PLATFORM, authority)
         with pytest.raises(Unauthenticated):
@@ -61,7 +61,7 @@ def test_without_an_id_the_network_is_believed_and_its_id_computed(ingress: Ingr
 
 def test_the_trusted_authority_is_one_certificate(ingress: Ingress) -> None:
     """Text behind the certificate, which the hash may not cover, adds no authority."""
-    mine, other = (Authority.new(utc_now()).pem.decode() for _ in range(2))
+    mine, other = (Authority.new("azu ingress", utc_now()).pem.decode() for _ in range(2))
     for text in (f"{mine}\n", mine + other):
         shown(ingress, PLATFORM, text)
         try:

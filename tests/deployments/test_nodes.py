@@ -4,12 +4,11 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeVar
 
 import httpx
 import pytest
@@ -18,43 +17,79 @@ from cryptography import x509
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
-from azu.auth.certificates import key_digest, public_key, read_certificate
+from azu.auth.certificates import (
+    key_digest,
+    new_key,
+    public_key,
+    read_certificate,
+    restart_text,
+    sign_text,
+)
+from azu.auth.enrolment import Enrolment
 from azu.auth.network_id import network_id
-from azu.auth.tickets import RedisTickets
-from azu.client import Client
+from azu.auth.tickets import Admission, EnrolmentCalls
 from azu.client.http import trusting
 from azu.clock import wall_clock_ms
-from azu.config import EnrolmentConfig
-from azu.errors import AzuError, NotFound, Unauthenticated, Unavailable
-from azu.launch.membership import EnrolledMembership, EnrolmentTicket, TlsFiles, authority_key, head_files
-from azu.redis_client import connect_redis
+from azu.config import EnrolmentConfig, NodeLinks
+from azu.errors import AzuError, Forbidden, Unauthenticated, Unavailable
+from azu.launch.membership import (
+    EnrolledMembership,
+    EnrolmentTicket,
+    HeadFiles,
+    TlsFiles,
+    head_files,
+    members_folder,
+)
+from azu.launch.processes import free_port
+from azu.money.bookkeeping import ALLOWED, allowed_to
+from azu.money.books import Members
+from azu.money.wire import Access, WireServer
 from deployments import accounts, nodes
 from deployments.ingress import _invalid, _refused
 
-ADMIN_KEY = "azu-admin-key"
+T = TypeVar("T")
 TOKEN = "ab" * 32
 HEAD = "192.0.2.1:6379"
 HOST = "192.0.2.7"
+LIFE_S = 7 * 86_400.0
 PLATFORM = "0x" + "99" * 20
 
 
 @dataclass(slots=True)
 class Door:
-    """The ingress's routes for nodes, served over TLS with Redis behind them."""
+    """The ingress's routes for nodes, served over TLS, and the books behind them, which admit nodes."""
 
     url: str
-    files: TlsFiles
+    files: HeadFiles
     services: SimpleNamespace
+    books_url: str
 
-    def admin(self) -> Client:
-        return Client(self.url, ADMIN_KEY, tls=trusting(self.files.authority))
+    def ask(self, ask: Callable[[Members], Awaitable[T]]) -> T:
+        """Ask the books as their owner."""
 
-    def ticket(self, uses: int = 1, expires_in_s: int = 3600) -> EnrolmentTicket:
-        made = self.admin().new_ticket(label="lab", uses=uses, expires_in_s=expires_in_s)
-        return EnrolmentTicket(url=made.url, network=made.network_id, secret=made.secret)
+        async def asked() -> T:
+            members = Members(self.books_url)
+            try:
+                return await ask(members)
+            finally:
+                await members.close()
 
-    def ticket_id(self) -> str:
-        return self.admin().tickets()[-1].ticket_id
+        return asyncio.run(asked())
+
+    def ticket(self, uses: int = 1, host: str = HOST) -> EnrolmentTicket:
+        secret, record = self.ask(lambda members: members.new_ticket("lab", uses, host, 3600))
+        network = self.services.config.network_id
+        return EnrolmentTicket(url=self.url, network=network, secret=secret, host=record.host)
+
+    def revoke(self) -> None:
+        """Revoke the latest ticket."""
+        *_, record = self.ask(lambda members: members.tickets())
+        self.ask(lambda members: members.revoke_ticket(record.ticket_id))
+
+    def post(self, path: str, **body: object) -> httpx.Response:
+        """Send a request as it is."""
+        trust = trusting(self.files.ingress.authority)
+        return httpx.post(f"{self.url}/v1/nodes/{path}", json=body, verify=trust)
 
 
 def member(ticket: EnrolmentTicket, folder: Path, name: str = "ada") -> EnrolledMembership:
@@ -66,49 +101,58 @@ def certificate(folder: Path, name: str = "ada") -> x509.Certificate:
 
 
 @pytest.fixture
-def door(tmp_path: Path, redis_url: str) -> Iterator[Door]:
-    with serving(tmp_path / "head", redis_url) as opened:
+def door(tmp_path: Path) -> Iterator[Door]:
+    with serving(tmp_path / "head") as opened:
         yield opened
 
 
 class serving:  # noqa: N801 - a context, used as one
-    """Serve the routes until the context is left."""
+    """Serve the routes and the books until the context is left."""
 
-    def __init__(self, folder: Path, redis_url: str) -> None:
+    def __init__(self, home: Path) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
         url = f"https://127.0.0.1:{self._listener.getsockname()[1]}"
-        files = head_files(folder, ["127.0.0.1"])
-        (folder / "ray-token").write_text(TOKEN)
-        enrolment = EnrolmentConfig(
-            url=url,
-            head=HEAD,
-            token_path=folder / "ray-token",
-            authority=files.authority,
-            authority_key=authority_key(folder),
-        )
+        files = head_files(home, ["127.0.0.1"])
+        (home / "ray-token").write_text(TOKEN)
+        self._access = Access.new(free_port(), ALLOWED)
+        enrolment = Enrolment(members_folder(home), Admission(LIFE_S, ("127.0.0.1",)))
+        self._books = WireServer(
+            EnrolmentCalls, enrolment, self._access.secrets,
+            {caller: verbs - ALLOWED[caller] for caller, verbs in allowed_to(enrolment).items()},
+        )  # fmt: skip
         api = FastAPI()
         api.include_router(nodes.router)
         api.include_router(accounts.router)
         api.add_exception_handler(AzuError, _refused)
         api.add_exception_handler(RequestValidationError, _invalid)
-        digest = sha256(ADMIN_KEY.encode()).hexdigest()
+        authority = files.ingress.authority.read_text()
         api.state.services = SimpleNamespace(
             config=SimpleNamespace(
-                enrolment=enrolment,
-                admin_key_sha256=digest,
+                enrolment=EnrolmentConfig(url, HEAD, home / "ray-token", files.ray.authority),
                 platform_address=PLATFORM,
                 chain_url="",
-                authority=files.authority.read_text(),
-                network_id=network_id(PLATFORM, files.authority.read_text()),
+                authority=authority,
+                network_id=network_id(PLATFORM, authority),
+                nodes=NodeLinks.ENCRYPTED,
             ),
-            tickets=RedisTickets(connect_redis(redis_url)),
+            members=Members(self._access.url("ingress")),
+            scheduler=self._scheduler,
         )
-        config = uvicorn.Config(api, ssl_certfile=files.certificate, ssl_keyfile=files.key, log_level="error")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._server.serve([self._listener])), daemon=True
-        )
-        self._door = Door(url, files, api.state.services)
+        shown = {"ssl_certfile": files.ingress.certificate, "ssl_keyfile": files.ingress.key}
+        self._server = uvicorn.Server(uvicorn.Config(api, log_level="error", **shown))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._door = Door(url, files, api.state.services, self._access.url("owner"))
+        self.asked: list[tuple[object, ...]] = []
+        api.state.services.asked = self.asked
+
+    async def _scheduler(self, *call: object) -> tuple[bool, bool]:
+        self.asked.append(call)
+        return True, False
+
+    async def _serve(self) -> None:
+        await self._books.start(self._access.port)
+        await self._server.serve([self._listener])
+        await self._books.close()
 
     def __enter__(self) -> Door:
         self._thread.start()
@@ -133,8 +177,10 @@ def test_a_ticket_gives_a_certificate_and_what_opens_the_cluster(door: Door, tmp
     assert HOST in map(str, names.get_values_for_type(x509.IPAddress))
     assert access.tls is not None
     assert access.tls.key.stat().st_mode & 0o077 == 0
-    assert access.tls.authority.read_bytes() == door.files.authority.read_bytes()
-    assert not authority_key(tmp_path / "ada").exists()
+    assert access.tls.authority.read_bytes() == door.files.ray.authority.read_bytes()
+    assert [path.name for path in (tmp_path / "ada").glob("*.key")] == ["node.key"]
+    assert access.life is not None
+    assert abs(access.life.window.total_seconds() - 0.6 * LIFE_S) < 5
 
 
 def test_a_ticket_for_one_machine_lets_in_that_machine_alone_and_again(door: Door, tmp_path: Path) -> None:
@@ -145,8 +191,13 @@ def test_a_ticket_for_one_machine_lets_in_that_machine_alone_and_again(door: Doo
     with pytest.raises(Unauthenticated, match="used up"):
         member(ticket, tmp_path, "ben").access()
     first.access()
-    (line,) = door.admin().tickets()
-    assert line.nodes == ("ada",)
+    (record,) = door.ask(lambda members: members.tickets())
+    assert [node.name for node in record.nodes.values()] == ["ada"]
+
+
+def test_a_ticket_for_another_address_lets_in_no_machine(door: Door, tmp_path: Path) -> None:
+    with pytest.raises(Forbidden, match=r"192\.0\.2\.9/32"):
+        member(door.ticket(host="192.0.2.9"), tmp_path).access()
 
 
 def test_a_machine_with_a_certificate_needs_no_ticket(door: Door, tmp_path: Path) -> None:
@@ -167,7 +218,7 @@ def test_a_revoked_ticket_lets_in_and_renews_no_machine(door: Door, tmp_path: Pa
     ticket = door.ticket(uses=2)
     member(ticket, tmp_path).access()
 
-    door.admin().revoke_ticket(door.ticket_id())
+    door.revoke()
 
     with pytest.raises(Unauthenticated, match="revoked"):
         member(ticket, tmp_path).access()
@@ -175,28 +226,16 @@ def test_a_revoked_ticket_lets_in_and_renews_no_machine(door: Door, tmp_path: Pa
         member(ticket, tmp_path, "ben").access()
 
 
-def test_an_expired_ticket_lets_in_no_machine(
-    door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ticket = door.ticket(expires_in_s=60)
-    monkeypatch.setattr("deployments.nodes.wall_clock_ms", lambda: wall_clock_ms() + 61_000)
-
-    with pytest.raises(Unauthenticated, match="expired"):
-        member(ticket, tmp_path).access()
-
-
-def test_another_network_at_the_same_address_learns_no_secret(
-    door: Door, tmp_path: Path, redis_url: str
-) -> None:
+def test_another_network_at_the_same_address_learns_no_secret(door: Door, tmp_path: Path) -> None:
     ticket = door.ticket()
-    with serving(tmp_path / "impostor", redis_url) as impostor:
+    with serving(tmp_path / "impostor") as impostor:
         lured = ticket.model_copy(update={"url": impostor.url})
 
         with pytest.raises(Unauthenticated, match="do not use it"):
             member(lured, tmp_path).access()
         # It shows the true authority's certificate, but the authority did not sign its own.
         config = impostor.services.config
-        config.authority = door.files.authority.read_text()
+        config.authority = door.files.ingress.authority.read_text()
         with pytest.raises(Unavailable, match="certificate"):
             member(lured, tmp_path).access()
         # It shows another platform beside the true authority.
@@ -207,41 +246,80 @@ def test_another_network_at_the_same_address_learns_no_secret(
     member(ticket, tmp_path).access()  # the ticket is still valid
 
 
-def test_a_machine_of_another_network_is_not_renewed(door: Door, tmp_path: Path, redis_url: str) -> None:
-    with serving(tmp_path / "other", redis_url) as other:
+def test_a_machine_of_another_network_is_not_renewed(door: Door, tmp_path: Path) -> None:
+    with serving(tmp_path / "other") as other:
         member(other.ticket(), tmp_path).access()
         stolen = TlsFiles.of(tmp_path / "ada")
-    stolen.authority.write_bytes(door.files.authority.read_bytes())
+    stolen.authority.write_bytes(door.files.ray.authority.read_bytes())
 
     with pytest.raises(Unauthenticated):
         member(door.ticket().model_copy(update={"secret": "0" * 64}), tmp_path).access()
 
 
-def test_access_is_outdated_when_the_network_moved_or_the_certificate_is_due(
-    door: Door, tmp_path: Path
-) -> None:
+def test_a_network_that_was_started_again_is_another_run(door: Door, tmp_path: Path) -> None:
     access = member(door.ticket(), tmp_path).access()
-    now = datetime.now(UTC)
-    assert access.renewed_from is not None
 
-    assert not access.is_outdated(replace(access), now)
-    assert access.is_outdated(replace(access, head="192.0.2.9:6379"), now)
-    assert access.is_outdated(replace(access, token="cd" * 32), now)
-    assert access.is_outdated(replace(access), access.renewed_from)
+    assert access.is_of_same_run(replace(access, life=None))
+    assert not access.is_of_same_run(replace(access, head="192.0.2.9:6379"))
+    assert not access.is_of_same_run(replace(access, token="cd" * 32))
 
 
-def test_only_the_admin_makes_lists_and_revokes_tickets(door: Door) -> None:
-    stranger = Client(door.url, "azu-sk-stranger", tls=trusting(door.files.authority))
+def test_the_ingress_makes_lists_and_revokes_no_ticket(door: Door) -> None:
+    """What runs code in the ingress has its credential, and can mint nothing with it."""
+    members = door.services.members
 
-    for call in (
-        lambda: stranger.new_ticket(label="", uses=1, expires_in_s=60),
-        stranger.tickets,
-        lambda: stranger.revoke_ticket("ticket-0"),
-    ):
-        with pytest.raises(Unauthenticated, match="admin key"):
-            call()
-    with pytest.raises(NotFound):
-        door.admin().revoke_ticket("ticket-0")
+    async def refused() -> None:
+        pretender = Members(str(members._place.geturl()))
+        for call in (
+            pretender.new_ticket("", 1, "0.0.0.0/0", 60),
+            pretender.tickets(),
+            pretender.revoke_ticket("ticket-0"),
+        ):
+            with pytest.raises(Forbidden, match="no call of the ingress"):
+                await call
+        await pretender.close()
+
+    asyncio.run(refused())
+    assert door.post("tickets", host="0.0.0.0/0").status_code == 404
+
+
+def test_a_machine_asks_for_the_turn_of_its_node(door: Door, tmp_path: Path) -> None:
+    machine = member(door.ticket(), tmp_path)
+    machine.access()
+
+    found = machine.ask_restart("ada-0")
+
+    assert (found.turn, found.left) == (True, False)
+    assert door.services.asked == [("restart", "ada-0", frozenset({HOST, "127.0.0.1"}))]
+
+
+def test_only_a_machine_of_the_network_asks_for_a_turn(door: Door, tmp_path: Path) -> None:
+    with serving(tmp_path / "other") as other:
+        machine = member(other.ticket(), tmp_path)
+        machine.access()
+        stranger = TlsFiles.of(tmp_path / "ada")
+    at_ms = wall_clock_ms()
+    for key, name in ((stranger.key.read_bytes(), "ada"), (new_key(), "ada")):
+        reply = door.post(
+            "restart",
+            certificate=stranger.certificate.read_text(),
+            signed_at_ms=at_ms,
+            signature=sign_text(key, restart_text(name, at_ms)),
+            name=name,
+        )
+        assert reply.status_code == 401
+    assert door.services.asked == []
+
+
+@pytest.mark.parametrize("nodes_are", [NodeLinks.LOCAL, NodeLinks.FOREIGN])
+def test_a_network_without_tickets_says_why(door: Door, nodes_are: NodeLinks) -> None:
+    door.services.config.enrolment, door.services.config.nodes = None, nodes_are
+
+    reply = door.post("enrol", secret="0" * 64, name="a", host=HOST, request="")
+
+    assert reply.status_code == 404
+    told = "only its own machine" if nodes_are is NodeLinks.LOCAL else "did not start this Ray cluster"
+    assert told in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -253,17 +331,15 @@ def test_only_the_admin_makes_lists_and_revokes_tickets(door: Door) -> None:
         ("enrol", {"secret": "0" * 64, "name": "a", "host": HOST, "request": "hello"}, "request"),
         ("enrol", {"secret": "0" * 64, "name": "a", "host": HOST, "request": "x" * 9000}, "request"),
         ("renew", {"certificate": "hello", "signed_at_ms": 1, "signature": "00"}, "certificate"),
-        ("tickets", {"uses": 0}, "uses"),
-        ("tickets", {"expires_in_s": 10**9}, "expires_in_s"),
+        (
+            "restart",
+            {"certificate": "hello", "signed_at_ms": 1, "signature": "00", "name": "a"},
+            "certificate",
+        ),
     ],
 )
 def test_bad_input_is_refused_by_name(door: Door, path: str, body: dict[str, object], param: str) -> None:
-    reply = httpx.post(
-        f"{door.url}/v1/nodes/{path}",
-        json=body,
-        headers={"authorization": f"Bearer {ADMIN_KEY}"},
-        verify=trusting(door.files.authority),
-    )
+    reply = door.post(path, **body)
 
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["param"] == param

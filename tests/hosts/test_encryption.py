@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from azu.protocol.frame import Frame
 from tests.hosts.capture import Capture, captured
 from tests.hosts.insider import MODEL
 from tests.hosts.namespaces import lan
-from tests.hosts.network import ROOT, HostedNetwork, eventually, hosted, trust
+from tests.hosts.network import ROOT, HostedNetwork, eventually, foreign, hosted, trust
 
 pytestmark = [pytest.mark.prove, pytest.mark.usefixtures("namespaces")]
 
@@ -28,35 +27,25 @@ PATTERN_BYTES = 64
 
 
 @contextmanager
-def insider(network: HostedNetwork) -> Iterator[subprocess.Popen[str]]:
+def insider(network: HostedNetwork, ray_head: str, files: TlsFiles | None) -> Iterator[subprocess.Popen[str]]:
     """Run `tests.hosts.insider` on the head's host."""
-    files = TlsFiles.of(network.home / "tls") if network.is_encrypted else None
+    token = network.home / "ray-token"
     process = subprocess.Popen(
         network.head.command(sys.executable, "-m", "tests.hosts.insider"),
-        env=os.environ | driver_environment(network.home / "ray-token", files),
+        env=os.environ | driver_environment(token, files, network.head.ip),
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert process.stdin is not None
-    process.stdin.write(json.dumps(network.facts | {"head": decode_head(network)}) + "\n")
+    process.stdin.write(json.dumps(network.facts | {"head": ray_head}) + "\n")
     process.stdin.flush()
     try:
         yield process
     finally:
         process.kill()
         process.wait(20)
-
-
-def decode_head(network: HostedNetwork) -> str:
-    ticket = decode_ticket(network.ticket())
-    if isinstance(ticket, EnrolmentTicket):
-        membership = EnrolledMembership(
-            ticket, network.home.parent / "look", name="look", host=network.head.ip
-        )
-        return membership.access().head
-    return ticket.address
 
 
 def ask(network: HostedNetwork, api_key: str, index: int) -> str:
@@ -76,39 +65,51 @@ def patterns(frame: bytes) -> list[bytes]:
 def run_requests(folder: Path, *, encrypted: bool) -> tuple[Capture, list[bytes], dict[str, str]]:
     """Answer NUM_REQUESTS on three hosts; return what crossed the bridge, the frames, and the secrets."""
     with lan(3) as net, captured(net.bridge) as capture:
-        head, *lenders = net.hosts
-        with hosted(head, folder, encrypted=encrypted) as network:
-            tickets = [network.ticket(), network.ticket()]
-            for host, name, ticket in zip(lenders, ("ada", "ben"), tickets, strict=True):
-                network.join(host, name, ticket)
-            eventually(lambda: network.names() == {"ada", "ben"})
-            with insider(network) as inside:
-                assert inside.stdin is not None
-                assert inside.stdout is not None
-                told = json.loads(inside.stdout.readline())
-                assert told["stages"] == 2
-                started = time.monotonic()
-                with ThreadPoolExecutor(8) as pool:
-                    texts = list(pool.map(lambda i: ask(network, told["api_key"], i), range(NUM_REQUESTS)))
-                seconds = time.monotonic() - started
-                inside.stdin.write("\n")
-                inside.stdin.flush()
-                frames = [bytes.fromhex(frame) for frame in json.loads(inside.stdout.readline())]
-            assert len(texts) == NUM_REQUESTS
-            known = {
-                "the Ray token": network.ray_token(),
-                "a user's API key": told["api_key"],
-                "the admin key": network.facts["admin_key"],
-            }
-            opened = decode_ticket(tickets[0])
-            if isinstance(opened, EnrolmentTicket):
+        head, *hosts = net.hosts
+        lenders = list(zip(("ada", "ben"), hosts, strict=True))
+        if not encrypted:
+            with foreign(head, lenders, folder) as network:
+                frames, known = answered(network, network.facts["head"], None)
+        else:
+            with hosted(head, folder) as network:
+                tickets = {name: network.ticket(host) for name, host in lenders}
+                for name, host in lenders:
+                    network.join(host, name, tickets[name])
+                opened = decode_ticket(network.ticket(net.ip))
+                assert isinstance(opened, EnrolmentTicket)
+                look = EnrolledMembership(opened, folder / "look", name="look", host=net.ip).access()
+                frames, known = answered(network, look.head, TlsFiles.of(network.home / "tls"))
                 known["a ticket's secret"] = opened.secret
     print(
-        f"\nTLS {'on' if encrypted else 'off'}: {NUM_REQUESTS} requests in {seconds:.1f} s, "
+        f"\nTLS {'on' if encrypted else 'off'}: {NUM_REQUESTS} requests, "
         f"{len(frames)} frames of hidden states, {capture.num_bytes:,} bytes on the bridge, "
         f"{capture.lost} packets lost to the capture"
     )
     return capture, frames, known
+
+
+def answered(
+    network: HostedNetwork, ray_head: str, files: TlsFiles | None
+) -> tuple[list[bytes], dict[str, str]]:
+    """Answer NUM_REQUESTS; return the frames that the stages got, and the secrets that were used."""
+    eventually(lambda: network.names() == {"ada", "ben"})
+    with insider(network, ray_head, files) as inside:
+        assert inside.stdin is not None
+        assert inside.stdout is not None
+        told = json.loads(inside.stdout.readline())
+        assert told["stages"] == 2
+        with ThreadPoolExecutor(8) as pool:
+            texts = list(pool.map(lambda i: ask(network, told["api_key"], i), range(NUM_REQUESTS)))
+        inside.stdin.write("\n")
+        inside.stdin.flush()
+        frames = [bytes.fromhex(frame) for frame in json.loads(inside.stdout.readline())]
+    assert len(texts) == NUM_REQUESTS
+    known = {
+        "the Ray token": network.ray_token(),
+        "a user's API key": told["api_key"],
+        "the admin key": network.facts["admin_key"],
+    }
+    return frames, known
 
 
 def found(capture: Capture, frames: list[bytes], known: dict[str, str]) -> tuple[int, set[str]]:

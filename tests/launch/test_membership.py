@@ -2,18 +2,33 @@
 
 import base64
 import json
+from pathlib import Path
 
 import pytest
 
+from azu.auth.certificates import read_certificate
 from azu.errors import ConfigurationError
-from azu.launch.membership import EnrolmentTicket, Ticket, decode_ticket
+from azu.launch.membership import (
+    EnrolmentTicket,
+    Ticket,
+    decode_ticket,
+    head_files,
+    members_folder,
+    membership_of,
+)
 
-TICKET = Ticket(address="192.0.2.7:6379", token="ab" * 32, network="cd" * 16)
-ENROLMENT = EnrolmentTicket(url="https://192.0.2.7:8000", network="cd" * 16, secret="ef" * 32)
+TICKET = Ticket(port=6379, token="ab" * 32, network="cd" * 16)
+ENROLMENT = EnrolmentTicket(
+    url="https://192.0.2.7:8000", network="cd" * 16, secret="ef" * 32, host="192.0.2.0/24"
+)
 
 
 def encoded(**fields: object) -> str:
     return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
+
+
+def enrolment(**changed: object) -> dict[str, object]:
+    return ENROLMENT.model_dump() | changed
 
 
 @pytest.mark.parametrize("ticket", [TICKET, ENROLMENT])
@@ -22,6 +37,31 @@ def test_a_ticket_is_one_word_that_reads_back(ticket: Ticket | EnrolmentTicket) 
 
     assert word.split() == [word]
     assert decode_ticket(f" {word}\n") == ticket
+
+
+def test_a_ticket_without_encryption_names_no_other_machine() -> None:
+    membership = membership_of(TICKET, Path("home"), name="ada", host="127.0.0.1")
+
+    assert membership.access().head == "127.0.0.1:6379"
+    assert membership.access().life is None
+
+
+def test_the_head_shows_clients_and_nodes_certificates_of_two_authorities(tmp_path: Path) -> None:
+    files = head_files(tmp_path, ["192.0.2.1"])
+
+    assert files.ray.authority.read_bytes() != files.ingress.authority.read_bytes()
+    for shown in (files.ray, files.ingress):
+        authority = read_certificate(shown.authority.read_bytes())
+        read_certificate(shown.certificate.read_bytes()).verify_directly_issued_by(authority)
+        assert shown.key.stat().st_mode & 0o077 == 0
+    # The authorities stay at the next start, and their keys lie with the books.
+    again = head_files(tmp_path, ["192.0.2.1"])
+    assert again.ray.authority.read_bytes() == files.ray.authority.read_bytes()
+    assert again.ingress.authority.read_bytes() == files.ingress.authority.read_bytes()
+    assert {path.name for path in tmp_path.rglob("*.key")} == {
+        "node.key", "ingress.key", "nodes.key"
+    }  # fmt: skip
+    assert {path.name for path in members_folder(tmp_path).glob("*.key")} == {"nodes.key", "ingress.key"}
 
 
 def test_repr_shows_no_secret() -> None:
@@ -37,15 +77,18 @@ def test_repr_shows_no_secret() -> None:
         "häh",
         TICKET.encode()[:-4],
         TICKET.encode()[4:],
-        encoded(address="192.0.2.7:6379"),
-        encoded(address="192.0.2.7:6379", token="ab" * 32, network="cd" * 16, version=2),
-        encoded(address="192.0.2.7:6379", token="ab" * 32, network="cd" * 16, version=1, more=1),
-        encoded(address="192.0.2.7", network="cd" * 16, token="ab" * 32, version=1),
-        encoded(address="192.0.2.7:6379 --head", network="cd" * 16, token="ab" * 32, version=1),
-        encoded(address="192.0.2.7:6379", network="cd" * 16, token="../../etc/passwd", version=1),
-        encoded(url="http://192.0.2.7:8000", network="cd" * 16, secret="ef" * 32, version=2),
-        encoded(url="https://192.0.2.7:8000", network="cd" * 16, secret="ef", version=2),
-        encoded(url="https://192.0.2.7:8000", network="cd" * 16, version=2),
+        encoded(port=6379),
+        encoded(port=6379, token="ab" * 32, network="cd" * 16, version=2),
+        encoded(port=6379, token="ab" * 32, network="cd" * 16, version=1, more=1),
+        encoded(port=0, token="ab" * 32, network="cd" * 16, version=1),
+        encoded(port="6379 --head", token="ab" * 32, network="cd" * 16, version=1),
+        encoded(port=6379, token="../../etc/passwd", network="cd" * 16, version=1),
+        encoded(port=6379, token="ab" * 32, network="cd" * 16, version=1, address="192.0.2.7:6379"),
+        encoded(**enrolment(url="http://192.0.2.7:8000")),
+        encoded(**enrolment(secret="ef")),
+        encoded(**enrolment(network="cd")),
+        encoded(**enrolment(host="anywhere")),
+        encoded(**enrolment(host=None)),
     ],
 )
 def test_a_damaged_ticket_is_refused(word: str) -> None:

@@ -58,7 +58,12 @@ def network_of(
         pytest.skip("a network runs in this process already: run this file by itself")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("HF_HUB_OFFLINE", "1")
+        # Root would have users of its own for it.
+        environment.setenv("AZU_ONE_USER", "1")
         with demo_network(home, print, file, ip=ip) as network:
+            if network.authority is not None:
+                # The clients of these tests trust the system's authorities.
+                environment.setenv("SSL_CERT_FILE", str(network.authority))
             yield network, paying_user(network, "recovering")
     print("\n".join(_SHOWN))
 

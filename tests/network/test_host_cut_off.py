@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from azu.launch.admin import admin_facts, new_ticket
 from azu.launch.local_network import LocalNetwork
 from tests.hosts.namespaces import Host, lan, why_not
 from tests.network.recovering import (
@@ -74,7 +75,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         network, user = stack.enter_context(network_of(home, spared(near=1), ip=hosts.ip))
         by_name = dict(zip(NAMES, hosts.hosts, strict=True))
         for name, host in by_name.items():
-            joined(stack, host, name, home, network.ticket.encode())
+            ticket = new_ticket(home, admin_facts(home), label=name, uses=1, host=host.ip, expires_in_s=3600)
+            joined(stack, host, name, home, ticket.encode())
         wait_until_alive(network, user, NAMES)
         yield network, user, by_name
 

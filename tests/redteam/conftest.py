@@ -19,13 +19,12 @@ from azu.config import LocalWorker, Settings, load_network
 from azu.launch.local_network import DEMO, LocalNetwork, local_network
 from azu.launch.membership import TlsFiles, membership_of
 from azu.launch.network_users import shared_file
-from azu.launch.processes import address_towards, free_port
+from azu.launch.processes import free_port
 from azu.launch.ray_nodes import driver_environment
 from azu.launch.unix_users import UnixUser
+from tests.hosts.namespaces import Host, lan, why_not
 from tests.unix_users import MONEY, RAY, users_of_tests
 
-# No packet goes there: the address only chooses the route, and so this machine's own address.
-_ANYWHERE = "http://192.0.2.1"
 HONEST = "0x" + "a1" * 20
 MALLORY = "0x" + "bad0" * 10
 _START_TIMEOUT_S = 240.0
@@ -65,13 +64,16 @@ class Attacked:
 
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
+    if (missing := why_not()) is not None:
+        pytest.skip(missing)
     with (
         users_of_tests(tmp_path_factory.mktemp("view")),
         pytest.MonkeyPatch.context() as environment,
         tempfile.TemporaryDirectory(prefix="azu-", dir="/var/tmp", ignore_cleanup_errors=True) as name,
         ExitStack() as stack,
     ):
-        ip = address_towards(_ANYWHERE)
+        net = stack.enter_context(lan(1))
+        ip, (host,) = net.ip, net.hosts
         environment.setenv("HF_HUB_OFFLINE", "1")
         folder = Path(name)
         folder.chmod(0o711)
@@ -91,24 +93,25 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         )
         workers = tuple(LocalWorker(name=f"honest-{n}", vram="8MiB", payout=HONEST) for n in range(2))
         file = load_network(DEMO).model_copy(update={"workers": workers})
-        network = stack.enter_context(local_network(settings, file, print, ip=ip, tls=True))
+        network = stack.enter_context(local_network(settings, file, print, ip=ip))
         assert network.why_one_user == ""
-        stack.enter_context(_joined(network, folder, ip))
-        member = stack.enter_context(_member(network, folder, ip))
+        stack.enter_context(_joined(network, folder, host))
+        member = stack.enter_context(_member(network, folder, host))
         yield Attacked(network, settings.home, settings.user_homes, member)
 
 
 @contextmanager
-def _joined(network: LocalNetwork, folder: Path, ip: str) -> Iterator[None]:
+def _joined(network: LocalNetwork, folder: Path, host: Host) -> Iterator[None]:
     """Run `azu join` as the hostile member's machine does."""
-    options = ("--vram", "8MiB", "--payout", MALLORY, "--name", "mallory", "--ip", ip, "--cpu")
+    options = ("--vram", "8MiB", "--payout", MALLORY, "--name", "mallory", "--ip", host.ip, "--cpu")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AZU_")}
     environment = kept | {
         "AZU_HOME": str(folder / "mallory"),
         "AZU_USER_HOMES": str(folder / "homes"),
         "AZU_RAY_USER": RAY,
     }
-    command = [sys.executable, "-m", "azu.cli", "join", network.ticket.encode(), *options]
+    assert network.ticket is not None
+    command = host.command(sys.executable, "-m", "azu.cli", "join", network.ticket.encode(), *options)
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -124,9 +127,9 @@ def _joined(network: LocalNetwork, folder: Path, ip: str) -> Iterator[None]:
 
 
 @contextmanager
-def _member(network: LocalNetwork, folder: Path, ip: str) -> Iterator[subprocess.Popen[str]]:
+def _member(network: LocalNetwork, folder: Path, host: Host) -> Iterator[subprocess.Popen[str]]:
     """Run the member's own program, with nothing but what its machine has."""
-    membership = membership_of(network.ticket, folder / "mallory", name="mallory", host=ip)
+    membership = membership_of(network.ticket, folder / "mallory", name="mallory", host=host.ip)
     access = membership.access()
     user = UnixUser.find(RAY)
     assert user is not None
@@ -135,13 +138,15 @@ def _member(network: LocalNetwork, folder: Path, ip: str) -> Iterator[subprocess
     of_tls = (access.tls.certificate, access.tls.key, access.tls.authority)
     tls = TlsFiles(*(shared_file(files, path.name, path.read_text(), user) for path in of_tls))
     token = shared_file(files, "token", access.token, user)
+    # Only root enters the member's host; its program runs there as another user.
+    as_user = ("setpriv", f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups", "--")
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.redteam.member", access.head],
-        env=user.environment(os.environ) | driver_environment(token, tls),
+        host.command(*as_user, sys.executable, "-m", "tests.redteam.member", access.head),
+        env=user.environment(os.environ) | driver_environment(token, tls, host.ip),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        **user.popen_options(),
+        cwd="/",
     )
     assert process.stdout is not None
     try:
