@@ -39,7 +39,7 @@ def login(
     tls = None if settings.tls_ca is None else trusting(settings.tls_ca)
     found = known_network(url, given_id, tls=tls)
     if not given_id:
-        console.print(f"[yellow]not checked: {url}#{found.network_id} has to be what `azu up` printed[/]")
+        console.print(f"[yellow]not checked: the network's id is {found.network_id}, compare it[/]")
     wallet = unlock(settings.home)
     client = Client(url, tls=tls or found.trust(), platform=found.platform)
     api_key = client.login(

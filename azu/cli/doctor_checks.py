@@ -359,6 +359,9 @@ def _users(facts: AdminFacts) -> Iterator[Finding]:
     """Check that no member of the cluster can take the money of the network that runs here."""
     if not facts.why_one_user:
         yield Finding("Unix users", Severity.OK, "money and Ray have a user each")
+    elif facts.nodes is NodeLinks.FOREIGN:
+        advice = "run Ray as another user than `azu serve`"
+        yield Finding("Unix users", Severity.WARNING, "azu did not start Ray, nor choose its user", advice)
     elif facts.nodes is NodeLinks.ENCRYPTED:
         told = f"one for everything ({facts.why_one_user}): each member could take all money"
         advice = "start it as root, or admit only machines that you trust with it"

@@ -75,7 +75,9 @@ def _admitting(home: Path) -> "AdminFacts":
     from azu.launch.admin import admin_facts
 
     facts = admin_facts(home)
-    if facts.nodes is not NodeLinks.ENCRYPTED:
+    if facts.nodes is NodeLinks.FOREIGN:
+        raise NotFound("azu did not start this Ray cluster: its owner adds nodes to it, without tickets")
+    if facts.nodes is NodeLinks.LOCAL:
         raise NotFound("the network that runs here admits no other machine; `azu up --ip ADDRESS` does")
     return facts
 

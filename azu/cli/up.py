@@ -143,6 +143,6 @@ def _panel(facts: dict[str, str | None]) -> Panel:
     if facts["ticket"] is not None:
         grid.add_row("to lend", f"the second command, on {facts['ticket_host'] or 'this machine alone'}")
     if facts["authority"] is not None:
-        grid.add_row("more tickets", _more_tickets(facts["no_ticket"]))
+        grid.add_row("tickets", _more_tickets(facts["no_ticket"]))
         grid.add_row("", "[dim]a machine that joins can run code here: admit people you trust[/]")
     return Panel(grid, title="azu is up; `azu down` stops it", title_align="left", expand=False)

@@ -73,7 +73,7 @@ def admin_facts(home: Path) -> AdminFacts:
     try:
         return _FACTS.validate_json((home / _FILE).read_bytes())
     except FileNotFoundError as error:
-        raise NotFound(f"no network runs in {home}, and AZU_ADMIN_KEY is not set") from error
+        raise NotFound(f"no network runs in {home}") from error
     except ValidationError as error:
         raise configuration_error(error, str(home / _FILE)) from error
 

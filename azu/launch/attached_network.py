@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from azu.config import ControlConfig, NetworkFile, Settings
 from azu.errors import Unavailable
 from azu.launch import serving
+from azu.launch.admin import AdminFacts, admin_file_kept
 from azu.launch.processes import free_port
 from azu.launch.serving import Progress
 from azu.launch.sidecars import Sidecars, admin_key_of, sidecars_running
@@ -79,7 +80,9 @@ def attached_network(
                 # A cluster that grows on demand has no workers yet.
                 client = serving.local_client(config)
                 serving.wait_until_up(client, timeout_s, network.revive, accepts_prompts=False)
-                yield network
+                facts = AdminFacts.of(config, network.url, admin_key, "its owner runs Ray")
+                with admin_file_kept(settings.home, facts):
+                    yield network
             finally:
                 if _listens(head):
                     serving.stop()

@@ -224,9 +224,16 @@ def test_a_nodes_certificate_is_a_warning_in_the_last_quarter_of_its_life(
         assert state_of("node's certificate", found) is state
 
 
-@pytest.mark.parametrize("nodes", [NodeLinks.LOCAL, NodeLinks.ENCRYPTED])
+@pytest.mark.parametrize(
+    ("nodes", "state"),
+    [
+        (NodeLinks.LOCAL, Severity.OK),
+        (NodeLinks.ENCRYPTED, Severity.BAD),
+        (NodeLinks.FOREIGN, Severity.WARNING),
+    ],
+)
 def test_one_user_for_money_and_members_is_bad_where_others_can_join(
-    tmp_path: Path, nodes: NodeLinks
+    tmp_path: Path, nodes: NodeLinks, state: Severity
 ) -> None:
     with running_ingress() as ingress:
         answering(ingress, nodes)
@@ -242,7 +249,6 @@ def test_one_user_for_money_and_members_is_bad_where_others_can_join(
         with admin_file_kept(tmp_path, facts):
             found = list(check_network(Settings(home=tmp_path)))
 
-    state = Severity.BAD if nodes is NodeLinks.ENCRYPTED else Severity.OK
     assert state_of("Unix users", found) is state
 
 

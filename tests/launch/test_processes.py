@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from azu.errors import DeadlineExceeded, Unavailable
-from azu.launch.processes import ProcessGroup, ProcessSpec, _Restart, session_members
+from azu.launch.processes import (
+    ProcessGroup,
+    ProcessSpec,
+    _Restart,
+    own_addresses,
+    own_network,
+    session_members,
+)
 
 PYTHON = sys.executable
 # Starts a grandchild in a process group of its own, as Ray's nodes do with their workers, and waits.
@@ -143,6 +150,29 @@ def test_the_delay_grows_while_a_child_ends_young() -> None:
 
     assert delays_s[:5] == [0.5, 1, 2, 0.5, 1]
     assert delays_s[-1] == 30
+
+
+def test_one_child_is_started_again_and_the_others_stay(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path) as group:
+        for name in ("first", "second"):
+            group.start(ProcessSpec(name, (PYTHON, "-c", FAMILY), dict(os.environ), restart=True))
+        for name in ("first", "second"):
+            group.wait_until_printed(name, "grandchild", 20)
+        before = {name: group.pid(name) for name in ("first", "second")}
+
+        group.restart("first")
+
+        assert session_members(before["first"]) == []
+        assert group.pid("first") != before["first"]
+        assert group.pid("second") == before["second"]
+        group.wait_until_printed("first", "grandchild", 20)
+        assert group.revive() == []
+
+
+def test_a_machine_knows_its_own_addresses_and_their_networks() -> None:
+    assert "127.0.0.1" in own_addresses()
+    assert own_network("127.0.0.1") == "127.0.0.0/8"
+    assert own_network("192.0.2.77") is None
 
 
 def test_a_child_without_restart_stays_ended(tmp_path: Path) -> None:
