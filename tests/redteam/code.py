@@ -99,16 +99,6 @@ def writable(_: object, paths: Iterable[str]) -> list[str]:
     return [path for path in paths if os.access(path, os.W_OK)]
 
 
-def listeners(_: object) -> list[int]:
-    """Return the ports of the loopback at which some process listens."""
-    ports = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        address, state = line.split()[1], line.split()[3]
-        if state == "0A":
-            ports.add(int(address.partition(":")[2], 16))
-    return sorted(ports)
-
-
 def redis_answers(_: object, ports: Iterable[int], logins: Iterable[tuple[str, str]]) -> list[list[Any]]:
     """Return (port, user, an answer) for each login and command that a Redis at one of the ports accepts.
 

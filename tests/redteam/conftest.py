@@ -55,6 +55,13 @@ class Attacked:
         """AZU_HOME of the processes of money."""
         return self.home / "users" / "money"
 
+    def ports_of(self, name: str) -> set[int]:
+        """Return the ports at which a Unix user's processes listen."""
+        connections = (
+            one for pid in self.processes_of(name) for one in psutil.Process(pid).net_connections("tcp")
+        )
+        return {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}
+
     def processes_of(self, name: str) -> list[int]:
         """Return the ids of the processes of a Unix user."""
         user = UnixUser.find(name)
