@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -36,9 +37,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def programs_of(name: str) -> list[str]:
     """Return the command lines of a user's processes."""
-    user = UnixUser.find(name)
-    found = [one for one in psutil.process_iter() if user and one.uids().real == user.uid]
-    return [" ".join(one.cmdline()) for one in found if one.status() != psutil.STATUS_ZOMBIE]
+    user, found = UnixUser.find(name), []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess):
+            if user and process.uids().real == user.uid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+    return found
 
 
 def test_a_network_of_root_runs_as_three_users_and_leaves_nothing_behind(azu: Start, folder: Path) -> None:
