@@ -148,14 +148,15 @@ class Scheduler:
 
         Return whether it has the turn, and whether it holds nothing any more. Raises NotFound.
         """
-        names = {node_id: node.name for node_id, node in self._agents.nodes.items()}
-        names = {node_id: names[node_id] for node_id in names.keys() & self._agents.hosts.keys()}
-        mine = [one for one in names if names[one] == name and self._agents.hosts[one] in hosts]
+        agents, where = self._agents.by_node, self._agents.hosts
+        living = self._agents.nodes.keys() & agents.keys() & where.keys()
+        names = {node_id: self._agents.nodes[node_id].name for node_id in living}
+        mine = [node_id for node_id in sorted(living) if names[node_id] == name and where[node_id] in hosts]
         if not mine:
             raise NotFound(f"no node {name} of yours lends here", param="name")
         if not self._restarts.take(mine[0], names, time.monotonic()):
             return False, False
-        await self._agents.by_node[mine[0]].leave.remote()
+        await agents[mine[0]].leave.remote()
         return True, mine[0] not in self._cluster.placed_bytes()
 
     async def take_metrics(self, source: str, snapshot: MetricsSnapshot) -> None:
