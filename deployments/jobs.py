@@ -39,7 +39,13 @@ async def submit(body: SubmitRequest, key: Key, services: ServicesNow) -> Submit
     prompt = await services.encode(model, body.prompt)
     request = CompletionRequest(model=body.model_id, prompt=body.prompt, max_tokens=body.est_tokens)
     sampling = sampling_params(request, model.defaults, model.vocab_size, default_max_tokens=body.est_tokens)
-    job = await services.intake.accept(key, model.facts, tuple(prompt), sampling)
+    accepting = asyncio.create_task(services.intake.accept(key, model.facts, tuple(prompt), sampling))
+    try:
+        job = await asyncio.shield(accepting)
+    except asyncio.CancelledError:
+        # A caller that hangs up leaves no reservation without its job.
+        await accepting
+        raise
     return SubmittedJob(job_id=job.job_id)
 
 

@@ -4,12 +4,14 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from eth_account import Account
 from starlette.types import Message, Receive, Scope, Send
 
 from azu.config import NetworkPolicy
+from azu.jobs.redis import RedisJobs
 from azu.money.ledger.transfers import user_available, user_reserved
 from deployments import middleware
 from deployments.middleware import BodyLimit, OpenRequests
@@ -135,6 +137,36 @@ def test_a_key_has_a_limited_number_of_jobs_in_flight_and_a_refused_job_changes_
     play(scenario, policy_with(max_jobs_in_flight=2))
 
 
+def test_a_submit_whose_caller_hangs_up_leaves_no_reservation_without_its_job(play, monkeypatch) -> None:
+    reserved, go_on = asyncio.Event(), asyncio.Event()
+    submit = RedisJobs.submit
+
+    async def held_up(*arguments: Any) -> None:
+        reserved.set()
+        await go_on.wait()
+        await submit(*arguments)
+
+    async def scenario(ingress: LocalIngress) -> None:
+        monkeypatch.setattr(RedisJobs, "submit", held_up)
+        address, api_key = await ingress.user()
+        body = {"user_address": address, "model_id": "azu/tiny-dense", "prompt": "Hello", "est_tokens": 2}
+        caller = Caller(key=f"Bearer {api_key}", path="/submit")
+        caller.say(json.dumps(body).encode(), more=False)
+        asking = asyncio.create_task(ingress.app(caller.scope, caller.body.get, caller.send))
+        await reserved.wait()
+        asking.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.wait({asking})
+        async with ingress.client(api_key) as client:
+            async with asyncio.timeout(15):
+                while [one["status"] for one in (await client.get("/v1/jobs")).json()["data"]] != ["done"]:
+                    await asyncio.sleep(0.2)
+        assert await ingress.ledger.balances_of(user_reserved(address)) == (0,)
+
+    play(scenario)
+
+
 def test_a_body_with_unprintable_keys_is_refused_with_a_printable_message(play) -> None:
     async def scenario(ingress: LocalIngress) -> None:
         _, api_key = await ingress.user()
@@ -154,8 +186,11 @@ class Caller:
     """A request of which the test says what comes of its body, and its answer."""
 
     def __init__(self, *, key: str = "", path: str = "/v1/completions") -> None:
-        headers = [(b"authorization", key.encode())] if key else []
-        self.scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+        headers = [(b"content-type", b"application/json")]
+        headers += [(b"authorization", key.encode())] if key else []
+        self.scope: Scope = {
+            "type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b"",
+        }  # fmt: skip
         self.body: asyncio.Queue[Message] = asyncio.Queue()
         self.status = 0
         self.answer = b""
