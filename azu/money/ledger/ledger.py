@@ -170,33 +170,47 @@ class Ledger:
 
         Raises LedgerError, code `journal_changed`, if one has changed since it was written.
         """
-        async with self._sealing:
-            head, before = self.head, self._books.anchor
-            async for line in self._journal.lines(before.number, head.number):
-                before = check_line(before, line)
-            async with self._turn:
-                stored = self.head if self._unsure else await self._journal.head()
-                if before != head or stored != self.head:
-                    raise changed(
-                        f"the journal leads to entry {before.number} and ends with {stored.number}; "
-                        f"{self.head.number} was written last"
-                    )
-            await asyncio.to_thread(self._check_seals, dict(self.state.seals))
-            self._seals.note(self.head)
+        anchor = self._books.anchor
+        try:
+            await self._check_journal()
+        except LedgerError:
+            if anchor == self._books.anchor:
+                raise
+            # Its first entries were moved into a file meanwhile.
+            await self._check_journal()
+        await asyncio.to_thread(self._check_seals, dict(self.state.seals))
+        self._seals.note(self.head)
 
     async def seal(self, at_least: int = 1) -> None:
         """Move the entries up to now, if they are so many, into a file with the books after them."""
         async with self._sealing:
-            after, through, state = self._books.anchor, self.head, encode_state(self.state)
+            books, after, through, state = (
+                self._books, self._books.anchor, self.head, encode_state(self.state)
+            )  # fmt: skip
             if through.number - after.number < at_least:
                 return
             lines = [line async for line in self._journal.lines(after.number, through.number)]
             digest = await asyncio.to_thread(self._seals.write, after, through, lines, state)
+            if self._books is not books:
+                self._seals.remove(through.number)
+                return  # the store went back meanwhile
             await self.apply(
                 JournalSealed(id=f"sealed:{through.number}", through=through.number, sha256=digest)
             )
             self._books.sealed(through)
             await self._journal.trim(through.number)
+
+    async def _check_journal(self) -> None:
+        head, before = self.head, self._books.anchor
+        async for line in self._journal.lines(before.number, head.number):
+            before = check_line(before, line)
+        async with self._turn:
+            stored = self.head if self._unsure else await self._journal.head()
+            if before != head or stored != self.head:
+                raise changed(
+                    f"the journal leads to entry {before.number} and ends with {stored.number}; "
+                    f"{self.head.number} was written last"
+                )
 
     def _check_seals(self, said: dict[str, str]) -> None:
         """Read the last seal again, and one of the others with its ids."""

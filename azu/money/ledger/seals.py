@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from azu.errors import ConfigurationError, LedgerError
-from azu.files import replacing, write_all, write_private
+from azu.files import replacing, write_all
 from azu.money.ledger.journal import BEGIN, Head, Line, changed, read_line
 from azu.money.ledger.state import BooksState, decode_state
 
@@ -44,11 +44,7 @@ class Seals:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # A seal is written in a thread, while the loop looks ids up.
-        self._ids = sqlite3.connect(folder / "ids.sqlite", check_same_thread=False)
-        self._ids.execute(
-            "CREATE TABLE IF NOT EXISTS ids (digest BLOB PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID"
-        )
+        self._ids = _ids_in(folder / "ids.sqlite")
 
     def close(self) -> None:
         """Close the index of ids."""
@@ -142,11 +138,15 @@ class Seals:
 
     def check_ids(self, through: int) -> None:
         """Make the index of ids again if it has not exactly the ids of the entries up to `through`."""
-        count, last = self._ids.execute("SELECT COUNT(*), MAX(number) FROM ids").fetchone()
+        try:
+            count, last = self._ids.execute("SELECT COUNT(*), MAX(number) FROM ids").fetchone()
+        except sqlite3.DatabaseError:
+            count = last = None
         if (count, last or 0) == (through, through):
             return
-        with self._ids:
-            self._ids.execute("DELETE FROM ids")
+        self._ids.close()
+        (self._folder / "ids.sqlite").unlink()
+        self._ids = _ids_in(self._folder / "ids.sqlite")
         for number in self.numbers():
             if number <= through:
                 lines = self.lines(number)
@@ -178,7 +178,8 @@ class Seals:
 
     def note(self, head: Head) -> None:
         """Note the last entry."""
-        write_private(self._folder / "head.json", _HEAD.dump_json(head).decode())
+        with replacing(self._folder / "head.json") as file:
+            write_all(file, _HEAD.dump_json(head))
 
     def _index(self, ids: Iterable[tuple[bytes, int]]) -> None:
         with self._ids:
@@ -186,6 +187,21 @@ class Seals:
 
     def _path(self, through: int) -> Path:
         return self._folder / f"{through:0{_DIGITS}d}.jsonl"
+
+
+def _ids_in(path: Path) -> sqlite3.Connection:
+    """Open an index of ids; one that cannot be read is empty, and `check_ids` fills it."""
+    # A seal is written in a thread, while the loop looks ids up.
+    ids = sqlite3.connect(path, check_same_thread=False)
+    table = "CREATE TABLE IF NOT EXISTS ids (digest BLOB PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID"
+    try:
+        ids.execute(table)
+    except sqlite3.DatabaseError:
+        ids.close()
+        path.unlink()
+        ids = sqlite3.connect(path, check_same_thread=False)
+        ids.execute(table)
+    return ids
 
 
 def _digest(transfer_id: str) -> bytes:

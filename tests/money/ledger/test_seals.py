@@ -227,9 +227,12 @@ def test_the_index_of_ids_is_made_again_where_it_lacks_some(redis_url: str, tmp_
                 seals._ids.execute("DELETE FROM ids WHERE number = 2")
             with pytest.raises(LedgerError, match="lacks ids"):
                 await verify_thrice(ledger)
-        async with open_books(redis_url, tmp_path) as ledger:
-            await ledger.verify()
-            assert (await ledger.apply(history[1])).repeated
+        for content in (None, b"no database" * 1000):
+            if content is not None:
+                (tmp_path / "ids.sqlite").write_bytes(content)
+            async with open_books(redis_url, tmp_path) as ledger:
+                await verify_thrice(ledger)
+                assert (await ledger.apply(history[1])).repeated
 
     asyncio.run(scenario())
 
