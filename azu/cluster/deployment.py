@@ -128,6 +128,7 @@ class Deployment:
         # The events that the loop has not taken yet.
         self._event = asyncio.Event()
         self._lost = PieceSet()
+        self._no_job_caused = PieceSet()  # those of them that are gone for another reason
         self._is_fault = False
         self._replacing = PieceSet()  # what the present repair starts
         self._wanted_change: _WantedChange | None = None
@@ -312,6 +313,7 @@ class Deployment:
             self.pipeline_lost()
         lost = self._pieces.not_replaced(report.lost, report.epoch)
         if report.is_bad_frame:
+            self._no_job_caused |= lost
             for node_id in self._pieces.nodes_of(lost):
                 self._backend.blame(node_id)
         self._lose(lost)
@@ -324,6 +326,7 @@ class Deployment:
     def move_off(self, node_id: str) -> None:
         """Replace what is on a node, on others if one has room."""
         self._pieces.avoided.add(node_id)
+        self._no_job_caused |= self.topology.on_node(node_id)
         self.node_lost(node_id)
 
     def node_lost(self, node_id: str) -> None:
@@ -449,7 +452,8 @@ class Deployment:
         if not self._lost and not self._is_fault:
             await self._take_rounds(change, times, is_repair=False)
             return
-        suspicion = self._suspects.lost(paused.under_way) if self._lost else Suspicion()
+        is_suspicious = bool(self._lost - self._no_job_caused)
+        suspicion = self._suspects.lost(paused.under_way) if is_suspicious else Suspicion()
         await self._end_harmful(suspicion.guilty)
         self._count_fruitless(paused.num_completed, is_explained=bool(suspicion.guilty))
         async with self._turns.turn(self._fruitless):
@@ -560,6 +564,7 @@ class Deployment:
 
     def _take_losses(self) -> PieceSet:
         lost, self._lost, self._is_fault = self._lost, PieceSet(), False
+        self._no_job_caused = PieceSet()
         self._event.clear()
         return lost
 

@@ -517,6 +517,23 @@ def test_a_report_counts_only_for_pieces_that_were_not_replaced_since(redis_url:
     run(redis_url, scenario)
 
 
+def test_no_job_is_harmful_because_stages_lie_in_its_steps(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        running = asyncio.create_task(model.deployment.run(job()))
+        await until(lambda: bool(model.backend.pipeline.jobs))
+        model.backend.pipeline.under_way = {("job-1", 0): 7}
+        for times in range(1, 5):
+            model.backend.report(stages(3), is_bad_frame=True)
+            await model.resumed(times)
+
+        assert model.backend.blamed == ["d"] * 4
+        assert model.backend.alone == [frozenset()] * 4
+        model.backend.end_job("job-1")
+        assert (await running).error is None
+
+    run(redis_url, scenario)
+
+
 def test_a_sequence_whose_values_are_not_finite_marks_the_node_for_its_owner(redis_url: str) -> None:
     async def scenario(model: Model) -> None:
         running = asyncio.create_task(model.deployment.run(job()))

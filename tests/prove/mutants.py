@@ -30,6 +30,8 @@ REASONS = Path(__file__).with_name("survivors.toml")
 TARGETS = {
     "azu/protocol/frame.py": "tests/protocol/test_frame.py",
     "azu/engine/scheduler.py": "tests/engine/test_scheduler.py tests/engine/test_pipeline.py",
+    "azu/engine/step_check.py": "tests/engine/test_step_check.py",
+    "azu/engine/expert_counts.py": "tests/engine/test_expert_counts.py",
     "azu/cluster/*.py": "tests/cluster tests/actors",
     "azu/planner/*.py": "tests/planner",
     "azu/money/ledger/transfers.py": "tests/money/ledger/test_transfers.py tests/money/ledger/test_rules.py "
