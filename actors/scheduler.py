@@ -78,11 +78,10 @@ class Scheduler:
             leave_out=self._leave_node_out,
         )
         self._jobs = jobs = RedisJobs.from_url(config.redis_url)
-        price = policy.price
         self._dispatcher = Dispatcher(
             jobs,
             self._cluster,
-            Settlement(self._books, jobs, price.lamports_per_token_layer, price.platform_percent),
+            Settlement(self._books, jobs),
             consumer="scheduler",
             patience=policy.retry_policy(),
             supervisor=self._supervisor,
@@ -187,8 +186,13 @@ class Scheduler:
         start("jobs", self._dispatcher.run)
 
     async def _archive(self) -> None:
-        """Keep little of the jobs that ended a day ago."""
-        await self._jobs.archive(wall_clock_ms(), self._books.forget)
+        """Keep little of the jobs that ended a day ago, and return what lost ones had reserved."""
+        await self._jobs.archive(wall_clock_ms())
+        for job_id in await self._books.overdue():
+            # First the job, then its money: a job that is written meanwhile keeps its reservation.
+            if await self._jobs.give_up(job_id):
+                await self._books.expire(job_id)
+                log.warning("gave back what was reserved for a lost job", extra={"job_id": job_id})
 
     async def _adopt(self) -> None:
         await self._agents.first_reports()

@@ -24,11 +24,10 @@ from azu.api.accounts import (
     WithdrawalRequest,
 )
 from azu.api.base import Revoked
-from azu.auth.key_records import ApiKey
 from azu.auth.signatures import Withdrawal
 from azu.clock import wall_clock_ms
-from azu.errors import Forbidden
-from deployments.services import Key, Services, ServicesNow, check_speaks_for
+from azu.money.books import KeySpending
+from deployments.services import Bearer, Key, ServicesNow, check_speaks_for
 
 router = APIRouter()
 
@@ -91,7 +90,7 @@ async def claim_earnings(body: ClaimRequest, key: Key, services: ServicesNow) ->
 async def challenge(body: ChallengeRequest, request: Request, services: ServicesNow) -> ChallengeResponse:
     """Return a text to sign with the address's wallet, which opens the key with this hash."""
     await services.count_sign_in(request.client)
-    made = await services.auth.challenge(
+    made = await services.challenges.challenge(
         body.address,
         body.key_sha256,
         services.config.domain,
@@ -107,40 +106,33 @@ async def challenge(body: ChallengeRequest, request: Request, services: Services
 async def open_key(body: KeyRequest, request: Request, services: ServicesNow) -> NewKey:
     """Open the key of a signed challenge; the network never sees the key before it is used."""
     await services.count_sign_in(request.client)
-    key = await services.auth.open_key(
-        body.nonce, body.signature, wall_clock_ms(), max_keys=services.config.policy.limits.max_keys
-    )
+    key = await services.challenges.answered(body.nonce, body.signature, wall_clock_ms())
+    await services.books.open_key(key)
     return NewKey(key_id=key.key_id, address=key.address)
 
 
 @router.get("/v1/auth/keys")
 async def keys(key: Key, services: ServicesNow) -> KeyList:
     """Return the keys of the caller's address, with what counts against their spend limits."""
-    found = await services.auth.list(key.address)
-    return KeyList(data=tuple([await _line(services, one) for one in found]))
+    return KeyList(data=tuple(map(_line, await services.books.keys(key.address))))
 
 
 @router.delete("/v1/auth/keys/{key_id}")
-async def revoke(key_id: str, key: Key, services: ServicesNow) -> Revoked:
+async def revoke(key_id: str, _: Key, bearer: Bearer, services: ServicesNow) -> Revoked:
     """Make a key of the caller's address invalid at once."""
-    restricted = key.expires_at_ms is not None or key.spend_limit_lamports is not None
-    if restricted and key_id != key.key_id:
-        raise Forbidden("a key that expires or has a spend limit may only revoke itself", param="key_id")
-    await services.auth.revoke(key.address, key_id)
+    await services.books.revoke_key(bearer, key_id)
     return Revoked(revoked=key_id)
 
 
-async def _line(services: Services, key: ApiKey) -> KeyLine:
-    spent = None
-    if key.spend_limit_lamports is not None:
-        spent = await services.books.spent(key, wall_clock_ms())
+def _line(found: KeySpending) -> KeyLine:
+    key = found.key
     return KeyLine(
         key_id=key.key_id,
         label=key.label,
         created_at_ms=key.created_at_ms,
         expires_at_ms=key.expires_at_ms,
         spend_limit_lamports=key.spend_limit_lamports,
-        spent_lamports=spent,
+        spent_lamports=None if key.spend_limit_lamports is None else found.spent_lamports,
     )
 
 
@@ -150,7 +142,7 @@ async def withdraw(body: WithdrawalRequest, key: Key, services: ServicesNow) -> 
     withdrawal = Withdrawal(
         address=key.address, lamports=body.lamports, nonce=body.nonce, expires_at_ms=body.expires_at_ms
     )
-    status = await services.books.withdraw(withdrawal, body.signature, wall_clock_ms())
+    status = await services.books.withdraw(withdrawal, body.signature)
     return WithdrawalLine(nonce=body.nonce, **asdict(status))
 
 

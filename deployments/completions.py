@@ -29,7 +29,7 @@ from deployments.answers import AnswerFormatter, follow, usage_of, with_parts
 from deployments.middleware import refusal
 from deployments.sampling import check_limits, check_tokens, max_tokens, sampling_params
 from deployments.schema import stream_of, whole_or_stream
-from deployments.services import Key, ServedModel, Services, ServicesNow, owned
+from deployments.services import Bearer, Key, ServedModel, Services, ServicesNow, owned
 
 router = APIRouter()
 Deltas = AsyncIterator[TextDelta | JobOutcome]
@@ -48,7 +48,7 @@ _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 @router.post(
     "/v1/chat/completions", response_model=None, responses=whole_or_stream(ChatCompletion, ChatChunk)
 )
-async def chat_completions(body: ChatRequest, key: Key, services: ServicesNow) -> Response:
+async def chat_completions(body: ChatRequest, key: Key, bearer: Bearer, services: ServicesNow) -> Response:
     """Answer a chat through the model's own template."""
     check_limits(body, services.config.policy.limits)
     model = await services.model(body.model)
@@ -61,11 +61,11 @@ async def chat_completions(body: ChatRequest, key: Key, services: ServicesNow) -
         )
     messages = [message.for_template() for message in body.messages]
     prompt = await asyncio.to_thread(model.tokenizer.render_chat, messages, tools or None)
-    return await _answer(services, key, model, tuple(prompt), body, tools)
+    return await _answer(services, key, bearer, model, tuple(prompt), body, tools)
 
 
 @router.post("/v1/completions", response_model=None, responses=whole_or_stream(TextCompletion, TextChunk))
-async def completions(body: CompletionRequest, key: Key, services: ServicesNow) -> Response:
+async def completions(body: CompletionRequest, key: Key, bearer: Bearer, services: ServicesNow) -> Response:
     """Continue a prompt as it is."""
     check_limits(body, services.config.policy.limits)
     model = await services.model(body.model)
@@ -74,7 +74,7 @@ async def completions(body: CompletionRequest, key: Key, services: ServicesNow) 
     else:
         prompt = body.prompt
         check_tokens("prompt", prompt, model.vocab_size)
-    return await _answer(services, key, model, tuple(prompt), body, [])
+    return await _answer(services, key, bearer, model, tuple(prompt), body, [])
 
 
 @router.get(
@@ -109,7 +109,7 @@ async def job_stream(
 
 
 async def _answer(
-    services: Services, key: ApiKey, model: ServedModel, prompt: tuple[int, ...],
+    services: Services, key: ApiKey, bearer: str, model: ServedModel, prompt: tuple[int, ...],
     body: ChatRequest | CompletionRequest, tools: Sequence[Mapping[str, Any]],
 ) -> Response:  # fmt: skip
     limit = services.intake.completion_limit(model.facts, len(prompt))
@@ -121,7 +121,7 @@ async def _answer(
     if not body.stream:
         services.intake.check_sizes(model.facts, len(prompt), sampling.max_tokens)
         await services.check_wait(model.facts, len(prompt), max_tokens(body, min(limit, _USUAL_TOKENS)))
-    accepting = services.intake.accept(key, model.facts, prompt, sampling, choices)
+    accepting = services.intake.accept(key, bearer, model.facts, prompt, sampling, choices)
     job = await _accepted(services, asyncio.create_task(accepting))
     answer = AnswerFormatter(
         chat=is_chat, job_id=job.job_id, model=body.model, created_s=int(time.time()),

@@ -26,20 +26,20 @@ from azu.protocol.job import JobState
 from azu.protocol.topology import Prediction
 from deployments.answers import usage_of
 from deployments.sampling import check_choices, sampling_params
-from deployments.services import Key, ServedModel, Services, ServicesNow, check_speaks_for, owned
+from deployments.services import Bearer, Key, ServedModel, Services, ServicesNow, check_speaks_for, owned
 
 router = APIRouter()
 
 
 @router.post("/submit")
-async def submit(body: SubmitRequest, key: Key, services: ServicesNow) -> SubmittedJob:
+async def submit(body: SubmitRequest, key: Key, bearer: Bearer, services: ServicesNow) -> SubmittedJob:
     """Queue a prompt as it is, with the model's own sampling defaults."""
     check_speaks_for(key, body.user_address)
     model = await services.model(body.model_id)
     prompt = await services.encode(model, body.prompt)
     request = CompletionRequest(model=body.model_id, prompt=body.prompt, max_tokens=body.est_tokens)
     sampling = sampling_params(request, model.defaults, model.vocab_size, default_max_tokens=body.est_tokens)
-    accepting = asyncio.create_task(services.intake.accept(key, model.facts, tuple(prompt), sampling))
+    accepting = asyncio.create_task(services.intake.accept(key, bearer, model.facts, tuple(prompt), sampling))
     try:
         job = await asyncio.shield(accepting)
     except asyncio.CancelledError:
@@ -129,7 +129,7 @@ async def quote(body: QuoteRequest, key: Key, services: ServicesNow) -> QuoteRes
         num_tokens = len(await services.encode(model, body.prompt))
     max_tokens = body.max_tokens or services.intake.completion_limit(model.facts, num_tokens)
     expected_tokens = await _usual_tokens(services, key.address, model.facts.model_id)
-    quoted = services.intake.quote(model.facts, num_tokens, max_tokens, expected_tokens, body.n)
+    quoted = await services.intake.quote(model.facts, num_tokens, max_tokens, expected_tokens, body.n)
     prediction: Prediction | None = await services.scheduler(
         "prediction", model.facts.model_id, model.facts.revision
     )
@@ -158,10 +158,9 @@ async def receipt(job_id: str, key: Key, services: ServicesNow) -> SignedReceipt
 
     `signature` is null while the treasury does not answer.
     """
-    record = await owned(services, key, job_id)
-    if record.outcome is None:
+    await owned(services, key, job_id)
+    outcome = await services.books.ended(job_id)
+    if outcome is None:
         raise Conflict(f"{job_id} has not ended", code="job_not_finished")
     signature = await services.books.receipt_signature(job_id, _SIGNATURE_TIMEOUT_S)
-    return SignedReceipt.model_validate(
-        sealed(record.outcome.receipt, services.config.platform_address, signature)
-    )
+    return SignedReceipt.model_validate(sealed(outcome.receipt, services.config.platform_address, signature))

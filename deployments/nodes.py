@@ -5,9 +5,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 
+from azu.addresses import parse_address
 from azu.api.network import (
     EnrolRequest,
     NodeAdmission,
+    NodePayout,
+    PayoutRequest,
     RenewRequest,
     RestartRequest,
     RestartResponse,
@@ -66,6 +69,16 @@ async def restart(body: RestartRequest, services: ServicesNow, enrolment: Enroll
     )
     turn, left = await services.scheduler("restart", body.name, hosts_of(certificate))
     return RestartResponse(turn=turn, left=left)
+
+
+@router.post("/payout")
+async def payout(body: PayoutRequest, services: ServicesNow, _: Enrolling) -> NodePayout:
+    """Have the books pay for a node's work to an address that the machine's own key signed."""
+    address = parse_address(body.payout, param="payout")
+    await services.members.set_payout(
+        body.certificate, body.node_id, address, body.name, body.signed_at_ms, body.signature
+    )
+    return NodePayout(node_id=body.node_id, payout=address)
 
 
 async def _admission(config: EnrolmentConfig, signed: NodeCertificate) -> NodeAdmission:

@@ -17,15 +17,15 @@ from starlette.datastructures import Address
 
 from actors.links import REGISTRY, ask
 from actors.placement import SCHEDULER
-from azu.auth.api_keys import RedisAuth
+from azu.auth.challenges import RedisChallenges
 from azu.auth.key_records import ApiKey
 from azu.auth.rate_limit import Rate, RedisRates
 from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
-from azu.errors import AzuError, Forbidden, NotFound, Unauthenticated, Unavailable
+from azu.errors import AzuError, Forbidden, LedgerError, NotFound, Unauthenticated, Unavailable
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts, check_wait
-from azu.jobs.record import JobRecord
+from azu.jobs.record import JobRecord, record_of
 from azu.jobs.redis import RedisJobs
 from azu.metrics import SEQUENCES, MetricsSnapshot
 from azu.models.description import ModelDescription
@@ -70,10 +70,10 @@ class Services:
         self.config = config
         connect = partial(connect_redis, config.redis_url, silence_s=_SILENCE_S)
         self._redis = connect()
-        self.auth = RedisAuth(self._redis, config.platform_address)
-        self.jobs = RedisJobs(connect())
+        self.challenges = RedisChallenges(self._redis, config.platform_address)
         # Callers that wait for the treasury have connections of their own.
         self.books = Books(config.books_url, connect(), silence_s=_BOOKS_SILENCE_S)
+        self.jobs = RedisJobs(connect(), self.books.ended)
         self.members = Members(config.books_url)
         self.intake = Intake(
             self.books,
@@ -82,9 +82,7 @@ class Services:
             JobLimits(
                 max_prompt_tokens=policy.limits.max_prompt_tokens,
                 max_completion_tokens=policy.limits.max_completion_tokens,
-                reservation_ttl_ms=policy.limits.reservation_ttl_s * 1000,
             ),
-            policy.price.lamports_per_token_layer,
             now_ms=wall_clock_ms,
             new_job_id=lambda: f"job-{secrets.token_hex(12)}",
         )
@@ -99,7 +97,11 @@ class Services:
 
         Raises Unauthenticated without a valid key, RateLimited for a key with too many requests.
         """
-        key = await self.auth.check(secret, wall_clock_ms())
+        if not secret:
+            raise Unauthenticated(
+                "send an API key as `Authorization: Bearer azu-sk-...`; `azu login` opens one"
+            )
+        key = await self.books.key(secret)
         await self._rates.take(key.key_id, self._key_rate)
         return key
 
@@ -114,12 +116,15 @@ class Services:
         if away:
             known = (redis_problem(self._redis), self.books.problem())
             return tuple(filter(None, known)) or (away[0].message,), True
-        loss = asked[1]
-        if loss is None:
+        lost = asked[1]
+        if isinstance(lost, LedgerError):
+            return (f"{lost.message}: nothing is signed any more",), False
+        if isinstance(lost, BaseException):
+            raise lost
+        if not lost:
             return (), False
-        if isinstance(loss, BaseException):
-            raise loss
-        return (f"{loss}: the treasury signs nothing until `azu treasury accept-loss {loss.size}`",), False
+        told = f"the ledger went back by {lost}: the treasury signs nothing until"
+        return (f"{told} `azu treasury accept-loss {lost}`",), False
 
     async def registry(self, method: str, *arguments: Any) -> Any:
         """Call the registry; raises Unavailable while it does not answer."""
@@ -231,7 +236,13 @@ async def key_of(services: ServicesNow, secret: ApiKeySecret) -> ApiKey:
     return await services.key(secret)
 
 
+async def bearer_of(secret: ApiKeySecret) -> str:
+    """Return the secret of the caller's key, which only the books can judge."""
+    return secret or ""
+
+
 Key = Annotated[ApiKey, Depends(key_of)]
+Bearer = Annotated[str, Depends(bearer_of)]
 
 
 def check_speaks_for(key: ApiKey, address: str) -> None:
@@ -261,8 +272,13 @@ def is_admin(services: Services, secret: str | None) -> bool:
 
 
 async def owned(services: Services, key: ApiKey, job_id: str) -> JobRecord:
-    """Return a job of the key's address; raises NotFound, and Forbidden for another address's."""
+    """Return a job of the key's address; raises NotFound, and Forbidden for another address's.
+
+    A job that Redis lost after its end has the end that the books know.
+    """
     record = await services.jobs.get(job_id)
+    if record is None and (outcome := await services.books.ended(job_id)):
+        record = record_of(outcome)
     if record is None:
         raise NotFound("there is no such job", param="job_id", code="job_not_found")
     if record.job.address != key.address:

@@ -29,7 +29,6 @@ WAY_FILES = 8
 WITH_REASON = {
     "Chain": "a second payment chain is written against it, and its tests hold for every chain",
     "DeploymentBackend": "the state machine's tests put a cluster without Ray behind it",
-    "JobRecords": "money lies below jobs, so the treasury's process is handed what reads job records",
 }
 
 _OPERATIONS = """

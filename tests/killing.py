@@ -37,14 +37,14 @@ def kill_at_effect(effects: Effects, death: Death) -> None:
     seen: set[str] = set()
 
     def armed(name: str, original: Any) -> Any:
-        async def effect(*arguments: Any) -> Any:
-            call = f"{name}{arguments[1:]}"
+        async def effect(*arguments: Any, **named: Any) -> Any:
+            call = f"{name}{arguments[1:]}{named}"
             hit = call not in seen and len(seen) + 1 == death.at
             seen.add(call)
             if hit and death.when == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
             try:
-                return await original(*arguments)
+                return await original(*arguments, **named)
             finally:
                 # Also when the call failed: a send may take effect and lose its answer.
                 if hit:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from azu.auth.api_keys import RedisAuth
+from azu.auth.challenges import RedisChallenges
 from azu.config import Settings
 from azu.errors import Unavailable
 from azu.launch.membership import TlsFiles, head_files
@@ -67,7 +67,7 @@ async def write_something(url: str) -> str:
     redis = connect_redis(url)
     try:
         made = await asyncio.wait_for(
-            RedisAuth(redis, PLATFORM).challenge(ALICE, "ab" * 32, "azu.test", 1), 60
+            RedisChallenges(redis, PLATFORM).challenge(ALICE, "ab" * 32, "azu.test", 1), 60
         )
         return made.nonce
     finally:

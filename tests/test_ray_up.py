@@ -69,6 +69,8 @@ def on_own_machines(machines: dict[str, Machine]) -> dict[str, Any]:
         command.replace("ray start", "RAY_enable_autoscaler_v2=0 ray start")
         for command in config["head_start_ray_commands"]
     ]
+    *_, serve = config["head_start_ray_commands"]
+    config["head_start_ray_commands"][-1] = serve.replace("azu serve", f"azu serve --payout {OWNERS['ada']}")
     *_, start = config["worker_start_ray_commands"]
     labels = f'azu-name=$(hostname),azu-payout=$(cat {HOME}/payout),azu-device=cpu"'
     resources = shlex.quote(json.dumps({"VRAM": VRAM_MIB}))
@@ -98,7 +100,7 @@ def test_a_prompt_is_answered_and_paid_and_nothing_stays(machines: dict[str, Mac
 
     receipt = only(done.stdout, "generation")["receipt"]
     assert receipt["charged_lamports"] > 0
-    assert set(receipt["worker_lamports"]) <= set(OWNERS.values())
+    assert set(receipt["worker_lamports"]) == {OWNERS["ada"]}, "the one address that is paid for the cluster"
     assert (
         only(done.stdout, "available_lamports")["available_lamports"]
         == 5 * LAMPORTS_PER_HYPE - receipt["charged_lamports"]

@@ -164,6 +164,24 @@ class RestartResponse(ResponseModel):
     left: bool
 
 
+class PayoutRequest(RequestModel):
+    """POST /v1/nodes/payout. The certificate's key signs `payout_text` of the node's id, payout and name."""
+
+    certificate: str = Field(max_length=_MAX_PEM)
+    node_id: str = Field(pattern=r"^[0-9a-f]{56}$")
+    payout: str = Field(max_length=64)
+    name: str = Field(min_length=1, max_length=64)
+    signed_at_ms: int
+    signature: str = Field(max_length=256)
+
+
+class NodePayout(ResponseModel):
+    """The address that is paid for a node's work."""
+
+    node_id: str
+    payout: str
+
+
 class NodeAdmission(ResponseModel):
     """A node's certificate and the nodes' authority (PEM), the cluster's token, the head's "host:port"."""
 

@@ -238,3 +238,8 @@ def restart_text(name: str, signed_at_ms: int) -> str:
 def renewal_text(signed_at_ms: int) -> str:
     """Return the text that a node signs to have its certificate renewed."""
     return f"azu node renewal at {signed_at_ms}"
+
+
+def payout_text(node_id: str, payout: str, name: str, signed_at_ms: int) -> str:
+    """Return what a node's key signs to have the work of a Ray node be paid to an address."""
+    return f"azu node {node_id} named {name} is paid to {payout} as of {signed_at_ms}"

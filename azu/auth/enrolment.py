@@ -8,13 +8,14 @@ The folder holds the authorities and the tickets; one process uses it, and nothi
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from pydantic import TypeAdapter, ValidationError
 
 from azu.auth.certificates import (
@@ -22,6 +23,7 @@ from azu.auth.certificates import (
     certificate_pem,
     check_signed_text,
     key_digest,
+    payout_text,
     public_key,
     read_certificate,
     read_request,
@@ -61,6 +63,8 @@ class Enrolment(EnrolmentCalls):
         self._now = now
         self._random_bytes = random_bytes
         self._records = _read(self._path)
+        # Writes that an address is paid for a node: its id, the address, the key's hash, the machine's name.
+        self.pays: Callable[[str, str, str, str], Awaitable[None]] | None = None
 
     async def new_ticket(
         self, label: str, uses: int, host: str, expires_in_s: int
@@ -108,11 +112,32 @@ class Enrolment(EnrolmentCalls):
         return NodeCertificate(certificate_pem(signed).decode(), self._authority.pem.decode())
 
     async def renew(self, certificate: str, signed_at_ms: int, signature: str) -> NodeCertificate:
+        text = renewal_text(signed_at_ms)
+        key, record = self._member(certificate, text, signature, signed_at_ms)
+        digest = key_digest(key)
+        node = replace(record.nodes[digest], signed_at_ms=self._now_ms())
+        self._check_host(record, _parsed(node.host))
+        self._keep(replace(record, nodes={**record.nodes, digest: node}))
+        signed = self._authority.sign(key, [node.host], self._now(), self._life)
+        return NodeCertificate(certificate_pem(signed).decode(), self._authority.pem.decode())
+
+    async def set_payout(
+        self, certificate: str, node_id: str, payout: str, name: str, signed_at_ms: int, signature: str
+    ) -> None:
+        text = payout_text(node_id, payout, name, signed_at_ms)
+        key, _ = self._member(certificate, text, signature, signed_at_ms)
+        assert self.pays is not None, "the books set it before they serve"
+        await self.pays(node_id, payout, key_digest(key), name)
+
+    def _member(
+        self, certificate: str, text: str, signature: str, signed_at_ms: int
+    ) -> tuple[EllipticCurvePublicKey, TicketRecord]:
+        """Return the key that signed a text just now, and the ticket that the machine came with last."""
         shown = read_certificate(certificate.encode())
         check_signed_text(
             self._authority.certificate,
             shown,
-            renewal_text(signed_at_ms),
+            text,
             signature,
             signed_at_ms=signed_at_ms,
             now=self._now(),
@@ -127,11 +152,7 @@ class Enrolment(EnrolmentCalls):
         )
         if record is None or record.revoked_at_ms is not None:
             raise Unauthenticated("the ticket of this node was revoked", code="invalid_ticket")
-        node = replace(record.nodes[digest], signed_at_ms=self._now_ms())
-        self._check_host(record, _parsed(node.host))
-        self._keep(replace(record, nodes={**record.nodes, digest: node}))
-        signed = self._authority.sign(key, [node.host], self._now(), self._life)
-        return NodeCertificate(certificate_pem(signed).decode(), self._authority.pem.decode())
+        return key, record
 
     def _open_ticket(self, secret: str) -> TicketRecord:
         record = self._records.get(_id_of(secret))

@@ -115,3 +115,11 @@ class EnrolmentCalls:
         `renewal_text` just now, and the node's ticket was not revoked.
         """
         raise NotImplementedError
+
+    async def set_payout(
+        self, certificate: str, node_id: str, payout: str, name: str, signed_at_ms: int, signature: str
+    ) -> None:
+        """Have the books pay an address for the work of a Ray node, as the machine's key signed.
+
+        The text is `payout_text`. Raises what `renew` does, and Conflict if another machine has the node.
+        """

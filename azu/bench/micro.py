@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -17,9 +18,10 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.placement import NAMESPACE
-from azu.auth.key_records import ApiKey
+from azu.auth.key_records import SECRET_BYTES, ApiKey, key_id_of, key_text, new_secret, secret_digest
 from azu.bench.model import BenchModel, ModelShape, balanced_boundary, bench_model, cut_model, random_prompts
 from azu.bench.report import Measurement, Measurements, call_apart, in_turns, ray_here, seconds_of
+from azu.clock import wall_clock_ms
 from azu.config import Settings
 from azu.errors import Unavailable
 from azu.files import write_private
@@ -29,9 +31,10 @@ from azu.launch.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environm
 from azu.launch.redis_server import BOOKS_STORE, start_redis, wait_for_redis
 from azu.launch.sidecars import BOOKS, BOOKS_READY, ChainSettings, start_books
 from azu.models import describe
-from azu.money.books import Books
+from azu.money.books import Books, BooksTerms
+from azu.money.ledger.transfers import Deposit
 from azu.money.wire import Access
-from azu.protocol.job import Receipt
+from azu.protocol.job import FinishReason, JobEnding, JobState
 from azu.protocol.step import Slice
 from azu.redis_client import connect_redis
 from azu.units import KIB, MIB, format_bytes
@@ -42,7 +45,7 @@ _TIMEOUT_S = 900.0
 _JOBS = 2000
 _ROUNDS = 20
 _AT_ONCE = 32
-_USER, *_WORKERS = (f"0x{number:040x}" for number in (1, 2, 3))
+_PLATFORM, *_WORKERS = (f"0x{number:040x}" for number in (1, 2, 3))
 _CHARGED = 1000
 
 
@@ -52,8 +55,9 @@ def measure_settling(_shape: ModelShape) -> Measurements:
         server = start_redis(children, BOOKS_STORE, Path(folder) / "redis")
         wait_for_redis(children, server, _START_TIMEOUT_S)
         settings = Settings.from_environment().model_copy(update={"home": Path(folder)})
-        chain = ChainSettings("", _USER, is_devnet=True, treasury_key={})
-        access = start_books(children, settings, chain, server.url("books"))
+        chain = ChainSettings("", _PLATFORM, is_devnet=True, treasury_key={})
+        terms = BooksTerms(1, 20, reservation_ttl_ms=3_600_000, max_keys=1)
+        access = start_books(children, settings, chain, server.url("books"), terms)
         children.wait_until_printed(BOOKS, BOOKS_READY, _START_TIMEOUT_S)
         written_s, settled_s = _settle_all(server.owner, access)
     name, notes = "settlements by the books on a flushing Redis", {"at once": _AT_ONCE}
@@ -65,32 +69,46 @@ def _settle_all(redis_url: str, access: Access) -> tuple[list[float], list[float
     """Return the seconds of each round of bare writes, and of each round of settlements."""
     redis = connect_redis(redis_url)
     ingress, scheduler, treasury = (Books(access.url(name)) for name in ("ingress", "scheduler", "treasury"))
-    key = ApiKey(key_id="bench", digest="", address=_USER, label="", created_at_ms=0)
+    bearer = new_secret(secrets.token_bytes(SECRET_BYTES))
+    work = {0: dict.fromkeys(_WORKERS, 1)}
+    ending = JobEnding(JobState.DONE, FinishReason.STOP)
+
+    async def open_account() -> None:
+        key = _opened_key(bearer)
+        await treasury.apply(Deposit(id="deposit:bench", address=key.address, lamports=_JOBS * _CHARGED))
+        await ingress.open_key(key)
+        for node in _WORKERS:
+            await ingress.enrol_node(node, node, key_digest="bench", name=node, work_bytes_per_s=0)
 
     async def write(job: int) -> None:
         await redis.set(f"bench:{job}", "x" * 100)
 
     async def reserve(job: int) -> None:
-        await ingress.reserve(key, str(job), _CHARGED, now_ms=0, expires_at_ms=2**50)
+        await ingress.reserve(
+            bearer, str(job), model_id="azu/bench", revision="bench", num_layers=1, prompt_tokens=1,
+            max_tokens=_CHARGED - 1,
+        )  # fmt: skip
 
     async def settle(job: int) -> None:
-        await scheduler.settle(_receipt(job))
+        await scheduler.settle(
+            str(job), prompt_tokens=1, completion_tokens=_CHARGED - 1, work=work, ending=ending
+        )
 
     async def each(jobs: Iterable[int], call: Callable[[int], Awaitable[None]]) -> None:
         """Make the call for every job, _AT_ONCE of them at once."""
 
-        async def work(waiting: Iterator[int]) -> None:
+        async def work_off(waiting: Iterator[int]) -> None:
             for job in waiting:
                 await call(job)
 
         waiting = iter(jobs)
-        await asyncio.gather(*(work(waiting) for _ in range(_AT_ONCE)))
+        await asyncio.gather(*(work_off(waiting) for _ in range(_AT_ONCE)))
 
     def round_of(call: Callable[[int], Awaitable[None]]) -> Callable[[int], None]:
         return lambda number: loop.run(each(range(number, _JOBS, _ROUNDS), call))
 
     with asyncio.Runner() as loop:
-        loop.run(treasury.credit("bench", _USER, _JOBS * _CHARGED))
+        loop.run(open_account())
         loop.run(each(range(_JOBS), reserve))
         seconds = in_turns(_ROUNDS, round_of(write), round_of(settle))
         for books in (ingress, scheduler, treasury):
@@ -99,22 +117,16 @@ def _settle_all(redis_url: str, access: Access) -> tuple[list[float], list[float
     return seconds
 
 
-def _receipt(job: int) -> Receipt:
-    return Receipt(
-        job_id=str(job),
-        address=_USER,
-        model_id="azu/bench",
-        revision="bench",
-        prompt_tokens=1,
-        completion_tokens=1,
-        num_layers=1,
-        lamports_per_token_layer=_CHARGED // 2,
-        charged_lamports=_CHARGED,
-        released_lamports=0,
-        platform_lamports=_CHARGED // 5,
-        worker_lamports=dict.fromkeys(_WORKERS, _CHARGED * 2 // 5),
-        transfer_id=f"settle:{job}",
-    )
+def _opened_key(bearer: str) -> ApiKey:
+    """Return the record of a key with a secret, signed by a new wallet."""
+    from eth_account import Account
+    from eth_account.messages import encode_defunct
+
+    account, digest = Account.create(), secret_digest(bearer)
+    key = ApiKey(key_id_of(digest), digest, account.address.lower(), "bench", wall_clock_ms())
+    text = key_text(key, _PLATFORM, "azu.bench", "0")
+    signature = account.sign_message(encode_defunct(text=text)).signature.to_0x_hex()
+    return replace(key, text=text, signature=signature)
 
 
 def measure_sharding(shape: ModelShape) -> Measurements:

@@ -6,6 +6,7 @@ import typer
 
 
 def books(
+    terms: Annotated[str, typer.Option(help="By what the books reckon, as JSON.")],
     admission: Annotated[
         str | None, typer.Option(help="How nodes are admitted, as `azu up` writes it; without it none are.")
     ] = None,
@@ -13,9 +14,11 @@ def books(
     """Keep the books until stopped; the only process with rights on the ledger in Redis.
 
     The Redis is that of REDIS_HOST, REDIS_PORT and REDIS_PASSWORD, the platform that of HYPERLIQUID_ADDRESS.
-    Callers reach the books at the port, and with the secrets, of a file in AZU_HOME.
+    AZU_HOME has a file with their port and the secrets of their callers, and a folder with old entries.
     """
     import asyncio
+
+    from pydantic import TypeAdapter
 
     from azu.auth.enrolment import Enrolment
     from azu.auth.tickets import Admission
@@ -25,7 +28,8 @@ def books(
     from azu.launch.processes import end_with_parent
     from azu.launch.sidecars import books_access
     from azu.logs import start_logging
-    from azu.money.bookkeeping import BooksConfig, run
+    from azu.money.books import BooksTerms
+    from azu.money.books_process import BooksConfig, run
 
     end_with_parent()
     settings = Settings.from_environment()
@@ -37,5 +41,12 @@ def books(
     enrolment = None
     if admission is not None:
         enrolment = Enrolment(members_folder(settings.home), Admission.from_json(admission))
-    config = BooksConfig(settings.redis_url, settings.platform_address, access, enrolment)
+    config = BooksConfig(
+        settings.redis_url,
+        settings.home / "ledger",
+        settings.platform_address,
+        TypeAdapter(BooksTerms).validate_json(terms),
+        access,
+        enrolment,
+    )
     asyncio.run(run(config, ready=lambda: print("books ready", flush=True)))  # noqa: T201

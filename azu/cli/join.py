@@ -4,6 +4,7 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +56,7 @@ def join(
     else:
         ip = _on_the_heads_machine(decoded, ip)
     console.print(f"[dim]network {decoded.network}[/]")
-    membership = membership_of(decoded, settings.home, name=machine, host=ip)
+    membership = membership_of(decoded, settings.home, name=machine, host=ip, money_home=settings.money_home)
     with stop_signals_raised():
         while True:
             _lend(membership, workers, ip, settings.home, user)
@@ -123,7 +124,11 @@ def _lend(
             tls = _shared(tls, files, user)
         host = RayHost(sessions, token, ip, tls=tls, home=home if user is None else user.home)
         for worker in workers:
-            nodes.start(host.worker(access.head, worker))
+            nodes.start(
+                host.worker(
+                    access.head, worker, partial(membership.enrol, worker.name, worker.payout_address)
+                )
+            )
         _watch(nodes, workers, membership, access, lambda: _shared(access.tls, Path(folder) / "files", user))
 
 

@@ -21,6 +21,9 @@ BooksOnly = Annotated[
     bool,
     typer.Option("--books", help="Only the processes beside Ray; then run `serve deploy`."),
 ]
+PayoutOption = Annotated[
+    str | None, typer.Option(help="The address that is paid for the cluster's nodes; else it is held.")
+]
 Background = Annotated[bool, typer.Option("--background", help="Return once it is up; `azu down` stops it.")]
 
 
@@ -28,16 +31,19 @@ def serve(
     address: Address = None,
     network: File = None,
     books: BooksOnly = False,
+    payout: PayoutOption = None,
     background: Background = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a network on this machine's Ray head until Ctrl-C, `azu down` or the end of the head."""
+    from azu.addresses import parse_address
     from azu.cli.output import ProgressPrinter
     from azu.config import load_settings
     from azu.launch.network_process import run_in_background, watch
     from azu.launch.processes import stop_signals_raised
 
     settings, file = load_settings(network)
+    paid = None if payout is None else parse_address(payout, param="payout")
     if background:
         facts = run_in_background(settings.home, 4 * file.policy.timeouts.start_s)
         show(facts, as_json, _panel)
@@ -45,26 +51,28 @@ def serve(
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals_raised())
         if books:
-            running, facts = _run_sidecars(stack, settings, file)
+            running, facts = _run_sidecars(stack, settings, file, paid)
         else:
             from azu.launch.attached_network import attached_network
 
             with ProgressPrinter(quiet=as_json).steps() as step:
                 head = address or os.environ.get("RAY_ADDRESS") or "auto"
-                running = stack.enter_context(attached_network(settings, file, head, step))
+                running = stack.enter_context(attached_network(settings, file, head, step, paid))
             names = ("url", "chain_url", "platform_address", "network_id", "admin_key", "head")
             facts = {name: getattr(running, name) for name in names}
         show(facts, as_json, _panel)
         watch(running.revive, stop)
 
 
-def _run_sidecars(stack: ExitStack, settings: "Settings", file: "NetworkFile") -> tuple[Any, dict[str, str]]:
+def _run_sidecars(
+    stack: ExitStack, settings: "Settings", file: "NetworkFile", payout: str | None
+) -> tuple[Any, dict[str, str]]:
     """Run the processes beside Ray, and write the configuration files that Serve's replicas read."""
     from azu.files import write_private
     from azu.launch.serving import control_config, ingress_config
     from azu.launch.sidecars import admin_key_of, sidecars_running
 
-    sidecars = stack.enter_context(sidecars_running(settings, file.policy.timeouts.start_s))
+    sidecars = stack.enter_context(sidecars_running(settings, file.policy, payout))
     admin_key = admin_key_of(settings)
     config = control_config(
         settings, file.policy, sidecars.chain, sidecars.redis, sidecars.books, settings.http_port, admin_key

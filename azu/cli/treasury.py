@@ -135,17 +135,16 @@ def run_treasury() -> None:
     """Credit deposits and pay workers until stopped; the only process that reads the platform's private key.
 
     The key comes from SCHEDULER_PRIVATE_KEY or the file that AZU_PRIVATE_KEY_FILE names, the chain from
-    HYPERLIQUID_RPC_URL, the books from REDIS_HOST, REDIS_PORT and REDIS_PASSWORD.
-    AZU_JOBS_REDIS_URL, which `azu up` sets, is the Redis of the jobs; without it both are one.
+    HYPERLIQUID_RPC_URL, its own state from REDIS_HOST, REDIS_PORT and REDIS_PASSWORD. `azu up` sets
+    AZU_BOOKS_URL, the books, and AZU_JOBS_REDIS_URL, the Redis of the jobs; without that both Redis are one.
     """
     import os
     from dataclasses import replace
 
     from azu.config import load_network
     from azu.errors import ConfigurationError
-    from azu.jobs.redis import RedisJobs
     from azu.launch.processes import end_with_parent
-    from azu.launch.sidecars import JOBS_URL
+    from azu.launch.sidecars import BOOKS_URL, JOBS_URL
     from azu.logs import start_logging
     from azu.money.chain.networks import network_at
     from azu.money.treasury.environment import take_variable
@@ -154,15 +153,17 @@ def run_treasury() -> None:
     from azu.money.treasury.process import TreasuryConfig, run
 
     end_with_parent()
-    account, jobs_url = take_private_key(os.environ), take_variable(os.environ, JOBS_URL)
+    account = take_private_key(os.environ)
+    books_url, jobs_url = (take_variable(os.environ, name) for name in (BOOKS_URL, JOBS_URL))
     settings = Settings.from_environment()
-    if settings.chain_url is None or settings.redis_url is None:
-        raise ConfigurationError("the treasury needs HYPERLIQUID_RPC_URL and REDIS_HOST")
+    if settings.chain_url is None or settings.redis_url is None or not books_url:
+        raise ConfigurationError("the treasury needs HYPERLIQUID_RPC_URL, REDIS_HOST and AZU_BOOKS_URL")
     if settings.platform_address not in (None, account.address.lower()):
         raise ConfigurationError("HYPERLIQUID_ADDRESS is not the address of the treasury's key")
     threshold = load_network(settings.network).policy.payout_threshold_lamports
     config = TreasuryConfig(
         redis_url=settings.redis_url,
+        books_url=books_url,
         network=network_at(settings.chain_url),
         account=account,
         threshold=Threshold(threshold, _NEW_ACCOUNT_FACTOR * threshold),
@@ -173,8 +174,7 @@ def run_treasury() -> None:
         # The official networks count requests; a local chain does not.
         config = replace(config, poll_s=_DEVNET_POLL_S, plan_every_s=1.0)
     start_logging("treasury", hidden=_secrets(account, settings))
-    jobs = RedisJobs.from_url(jobs_url or settings.redis_url)
-    asyncio.run(run(config, jobs, ready=lambda: print("treasury ready", flush=True)))  # noqa: T201
+    asyncio.run(run(config, ready=lambda: print("treasury ready", flush=True)))  # noqa: T201
 
 
 def _secrets(account: "LocalAccount", settings: "Settings") -> "list[str]":

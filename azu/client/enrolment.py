@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 
 from azu.api.base import read
-from azu.api.network import NodeAdmission, RestartResponse
+from azu.api.network import NodeAdmission, NodePayout, RestartResponse
 from azu.client.http import json_of, translated
 
 _TIMEOUT_S = 30.0
@@ -44,6 +44,15 @@ def ask_restart(
     }  # fmt: skip
     with translated(), httpx.Client(base_url=url, timeout=_TIMEOUT_S, verify=trust) as http:
         return read(RestartResponse, json_of(http.post("/v1/nodes/restart", json=body)))
+
+
+def set_payout(url: str, trust: ssl.SSLContext, body: dict[str, Any]) -> None:
+    """Have the work of a node be paid to an address; `body` is that of a PayoutRequest.
+
+    Raises Unauthenticated if the certificate has expired or its ticket was revoked.
+    """
+    with translated(), httpx.Client(base_url=url, timeout=_TIMEOUT_S, verify=trust) as http:
+        read(NodePayout, json_of(http.post("/v1/nodes/payout", json=body)))
 
 
 def _ask(url: str, trust: ssl.SSLContext, path: str, body: dict[str, Any]) -> NodeAdmission:

@@ -119,7 +119,6 @@ class Deployment:
         self._num_planned_blocks = num_planned_blocks
         self._room_wait_s = room_wait_s
         self._num_blocks = topology.num_blocks
-        self._payout_by_node: dict[str, str] = {}
         # The actors that there are.
         self._pieces = PieceActors(backend, structure, self._lose, clock)
         self._pipeline: str | None = None
@@ -185,7 +184,7 @@ class Deployment:
             self._backend.mark(run.error.node_id, job.model_id, run.error.layer, job.address)
         self._held -= {job.job_id}
         self._suspects.forget(job.job_id)
-        return replace(run, payout_by_node=dict(self._payout_by_node), placements=self.placements())
+        return replace(run, placements=self.placements())
 
     async def cancel(self, job_id: str) -> None:
         """End a job's sequences; a pipeline that is started later reads that the job was cancelled."""
@@ -248,7 +247,6 @@ class Deployment:
 
     async def start(self) -> None:
         """Start every actor of the topology; raises the first error of a piece that did not come up."""
-        self._record_payouts()
         await self._start_pipeline()
         topology = self.topology
         errors = await self._pieces.bring_up(topology, topology.piece_set, self._pipeline_name())
@@ -260,7 +258,6 @@ class Deployment:
 
     async def adopt(self, record: DeploymentRecord) -> None:
         """Take over what another scheduler started; what is gone of it is started again."""
-        self._payout_by_node |= record.payout_by_node
         if await self._backend.find(record.pipeline):
             await self._set_pipeline(record.pipeline)
             try:
@@ -300,7 +297,6 @@ class Deployment:
     def set_topology(self, topology: Topology) -> None:
         """Make a topology the wanted one, with the number of KV blocks that the deployment is to have."""
         self.topology = with_blocks(self.structure, topology, self._num_blocks)
-        self._record_payouts()
 
     # Events
 
@@ -602,19 +598,9 @@ class Deployment:
         assert self._pipeline is not None, "a pipeline is started first"
         return self._pipeline
 
-    def _record_payouts(self) -> None:
-        # A node that reports no more was recorded when it first ran a piece.
-        self._payout_by_node |= {
-            node_id: self._backend.nodes[node_id].payout_address
-            for node_id in self.topology.vram_bytes_by_node
-            if node_id in self._backend.nodes
-        }
-
     async def _save(self) -> None:
         """Keep the actors' names for the scheduler that comes after this one."""
-        record = DeploymentRecord(
-            self.topology, self._pieces.records(), self._pipeline_name(), self._payout_by_node
-        )
+        record = DeploymentRecord(self.topology, self._pieces.records(), self._pipeline_name())
         await self._store.keep(record)
 
 

@@ -5,7 +5,6 @@
 `azu:fleet:canary` hash: model id, revision and dtype -> the known answer to the canary (JSON).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -42,7 +41,6 @@ class DeploymentRecord:
     topology: Topology
     pieces: tuple[PieceRecord, ...]
     pipeline: str
-    payout_by_node: Mapping[str, str]
 
     @property
     def names(self) -> set[str]:

@@ -8,15 +8,14 @@
 import base64
 import hashlib
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
 from redis.asyncio import Redis
 
-from azu.jobs.record import ENDED, OUTCOME, JobRecord, job_key, tokens_key
-from azu.protocol.job import Job, JobOutcome
-from azu.protocol.sampling import SamplingParams
+from azu.jobs.record import ENDED, OUTCOME, JobRecord, job_key, record_of, tokens_key
+from azu.protocol.job import JobOutcome
 
 ARCHIVE = "azu:jobs:archive"
 AFTER_MS = 24 * 3600 * 1000
@@ -69,25 +68,7 @@ def unpack(job_id: str, packed: str, like: str) -> JobRecord:
     receipt = replace(
         outcome.receipt, job_id=job_id, address=address, transfer_id=outcome.receipt.transfer_id + job_id
     )
-    job = Job(
-        job_id=job_id,
-        address=address,
-        model_id=receipt.model_id,
-        revision=receipt.revision,
-        num_layers=receipt.num_layers,
-        prompt_token_ids=(),
-        sampling=SamplingParams(max_tokens=max(1, receipt.completion_tokens)),
-        reserved_lamports=receipt.charged_lamports + receipt.released_lamports,
-        created_at_ms=int(created_at_ms),
-        choices=int(choices),
-    )
-    return JobRecord(
-        job=job,
-        state=outcome.state,
-        outcome=replace(outcome, receipt=receipt),
-        attempts=1,
-        delivered=receipt.completion_tokens,
-    )
+    return record_of(replace(outcome, receipt=receipt), int(created_at_ms), int(choices))
 
 
 def _text(outcome: JobOutcome) -> str:
@@ -104,17 +85,15 @@ class Archive:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def sweep(self, now_ms: int, forget: Callable[[Sequence[str]], Awaitable[None]]) -> bool:
+    async def sweep(self, now_ms: int) -> bool:
         """Archive jobs that ended a day ago; return whether there may be more.
 
-        `forget` is called first, with their ids: the ledger keeps no reservation of an archived job. A sweep
-        that is cut off is taken up by the next.
+        A sweep that is cut off is taken up by the next.
         """
         found = await self._redis.zrangebyscore(ENDED, "-inf", now_ms - AFTER_MS, start=0, num=_AT_ONCE)
         job_ids = cast(list[str], found)
         if not job_ids:
             return False
-        await forget(job_ids)
         async with self._redis.pipeline(transaction=False) as read:
             for job_id in job_ids:
                 read.hgetall(job_key(job_id))

@@ -143,15 +143,14 @@ class Dispatcher:
         """Try to bring a job to its end and out of the queue; say if that is done."""
         job = record.job
         try:
-            if record.outcome is None and record.ending is not None:
-                await retry_until_available(partial(self._settlement.conclude, job, record.ending))
-            elif record.outcome is None:
+            if record.outcome is None and not await self._was_ended(record):
                 if record.cancelled:
                     self._cancelled.add(job.job_id)
                 await self._run_and_settle(record)
             await retry_until_available(partial(self._jobs.done, job.job_id))
         except NotFound:
-            log.warning("Redis lost the job with its last writes: nothing is left to end")
+            log.warning("Redis lost the job with its last writes")
+            await retry_until_available(partial(self._settlement.lose, job))
         except AWAY as error:
             log.warning("the job did not end and is tried again: %s", error.message)
             return False
@@ -160,9 +159,15 @@ class Dispatcher:
             faults = await retry_until_available(partial(self._jobs.count_fault, job.job_id))
             if faults < _MOST_FAULTS:
                 return False
-            await self._settlement.give_up(record, known)
+            await self._settlement.give_up(job, known)
             await self._jobs.done(job.job_id)
         return True
+
+    async def _was_ended(self, record: JobRecord) -> bool:
+        """End a job that ran before as the books ended it, if they did: its outcome may have been lost."""
+        if not record.attempts:
+            return False
+        return await retry_until_available(partial(self._settlement.take_back, record.job))
 
     async def _run_and_settle(self, record: JobRecord) -> None:
         job = record.job

@@ -23,11 +23,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class JobLimits:
-    """The sizes that one job may have, and the lifetime of a reservation whose job was never written."""
+    """The sizes that one job may have."""
 
     max_prompt_tokens: int
     max_completion_tokens: int
-    reservation_ttl_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,6 @@ class Intake:
         jobs: RedisJobs,
         in_flight_limit: InFlightLimit,
         limits: JobLimits,
-        lamports_per_token_layer: int,
         *,
         now_ms: Callable[[], int],
         new_job_id: Callable[[], str],
@@ -101,7 +99,6 @@ class Intake:
         self._jobs = jobs
         self._in_flight_limit = in_flight_limit
         self._limits = limits
-        self._price = lamports_per_token_layer
         self._now_ms = now_ms
         self._new_job_id = new_job_id
         self._going_on: set[asyncio.Task[None]] = set()
@@ -113,6 +110,7 @@ class Intake:
     async def accept(
         self,
         key: ApiKey,
+        bearer: str,
         model: ModelFacts,
         prompt_token_ids: tuple[int, ...],
         sampling: SamplingParams,
@@ -120,47 +118,49 @@ class Intake:
     ) -> Job:
         """Reserve the highest price of a job with `choices` answers, and queue the job for the key's owner.
 
-        Raises InvalidRequest for sizes out of range, RateLimited for a key with too many jobs in flight,
-        Unauthenticated for an expired key, and InsufficientBalance when the balance or the key's spend limit
-        is too low; then nothing has changed. The reservation comes first, so that every written job can be
-        paid. Raises Unavailable while Redis is away: what was written of the job is taken back later.
+        `bearer` is the key's secret, which the books check. Raises InvalidRequest for sizes out of range,
+        RateLimited for a key with too many jobs in flight, Unauthenticated for an expired key, and
+        InsufficientBalance when the balance or the key's spend limit is too low; then nothing has changed.
+        The reservation comes first, so that every written job can be paid. Raises Unavailable while Redis or
+        the books are away: what was written of the job is taken back later.
         """
         self.check_sizes(model, len(prompt_token_ids), sampling.max_tokens)
         now_ms = self._now_ms()
-        job = Job(
-            job_id=self._new_job_id(),
-            address=key.address,
-            model_id=model.model_id,
-            revision=model.revision,
-            num_layers=model.num_layers,
-            prompt_token_ids=prompt_token_ids,
-            sampling=sampling,
-            reserved_lamports=max_charge(
-                len(prompt_token_ids), choices * sampling.max_tokens, model.num_layers, self._price
-            ),
-            created_at_ms=now_ms,
-            choices=choices,
-        )
-        await self._in_flight_limit.add(key, job.job_id, now_ms)
+        job_id = self._new_job_id()
+        await self._in_flight_limit.add(key, job_id, now_ms)
         try:
-            await self._books.reserve(
-                key,
-                job.job_id,
-                job.reserved_lamports,
-                now_ms=now_ms,
-                expires_at_ms=now_ms + self._limits.reservation_ttl_ms,
+            reserved_lamports = await self._books.reserve(
+                bearer,
+                job_id,
+                model_id=model.model_id,
+                revision=model.revision,
+                num_layers=model.num_layers,
+                prompt_tokens=len(prompt_token_ids),
+                max_tokens=choices * sampling.max_tokens,
+            )
+            job = Job(
+                job_id=job_id,
+                address=key.address,
+                model_id=model.model_id,
+                revision=model.revision,
+                num_layers=model.num_layers,
+                prompt_token_ids=prompt_token_ids,
+                sampling=sampling,
+                reserved_lamports=reserved_lamports,
+                created_at_ms=now_ms,
+                choices=choices,
             )
             await self._jobs.submit(job)
         except Unavailable:
-            self._go_on(self._take_back(key, job.job_id))
+            self._go_on(self._take_back(key, job_id))
             raise
         except AzuError:
-            await self._in_flight_limit.remove(key, job.job_id)
+            await self._in_flight_limit.remove(key, job_id)
             raise
         log.info("accepted", extra=_log_fields(job, key))
         return job
 
-    def quote(
+    async def quote(
         self,
         model: ModelFacts,
         num_prompt_tokens: int,
@@ -173,14 +173,15 @@ class Intake:
         Raises InvalidRequest for sizes that `accept` refuses.
         """
         self.check_sizes(model, num_prompt_tokens, max_tokens)
+        price = await self._books.price()
         expected = max_tokens if expected_tokens is None else min(expected_tokens, max_tokens)
         return Quote(
             prompt_tokens=num_prompt_tokens,
             max_tokens=max_tokens,
             expected_tokens=expected,
-            lamports_per_token_layer=self._price,
-            max_lamports=max_charge(num_prompt_tokens, choices * max_tokens, model.num_layers, self._price),
-            expected_lamports=charge(num_prompt_tokens, choices * expected, model.num_layers, self._price),
+            lamports_per_token_layer=price,
+            max_lamports=max_charge(num_prompt_tokens, choices * max_tokens, model.num_layers, price),
+            expected_lamports=charge(num_prompt_tokens, choices * expected, model.num_layers, price),
         )
 
     async def cancel(self, job_id: str, *, client_left: bool) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pydantic import TypeAdapter
 
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, TokenEvent
+from azu.protocol.sampling import SamplingParams
 
 QUEUE = "azu:jobs:queue"
 GROUP = "schedulers"
@@ -49,8 +50,7 @@ class JobRecord:
     """A job, its state and its outcome.
 
     `attempts` counts how often the job began to run, `delivered` its completion tokens so far. `cancelled` is
-    set as soon as the user asks for it, `ending` as soon as the outcome is fixed, before the job is settled.
-    `waits_for` says why the job does not move, empty when it does.
+    set as soon as the user asks for it. `waits_for` says why the job does not move, empty when it does.
     """
 
     job: Job
@@ -58,24 +58,40 @@ class JobRecord:
     outcome: JobOutcome | None
     attempts: int
     cancelled: bool = False
-    ending: JobOutcome | None = None
     delivered: int = 0
     waits_for: str = ""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, str]) -> "JobRecord":
         """Read a record's hash."""
-        outcome, ending = fields.get("outcome"), fields.get("ending")
+        outcome = fields.get("outcome")
         return cls(
             job=JOB.validate_json(fields["job"]),
             state=JobState(fields["state"]),
             outcome=None if outcome is None else OUTCOME.validate_json(outcome),
             attempts=int(fields["attempts"]),
             cancelled="cancelled" in fields,
-            ending=None if ending is None else OUTCOME.validate_json(ending),
             delivered=int(fields["delivered"]),
             waits_for=fields.get("waits_for", ""),
         )
+
+
+def record_of(outcome: JobOutcome, created_at_ms: int = 0, choices: int = 1) -> JobRecord:
+    """Return the record of an ended job of which only the outcome is left: it has no prompt any more."""
+    receipt = outcome.receipt
+    job = Job(
+        job_id=receipt.job_id,
+        address=receipt.address,
+        model_id=receipt.model_id,
+        revision=receipt.revision,
+        num_layers=receipt.num_layers,
+        prompt_token_ids=(),
+        sampling=SamplingParams(max_tokens=max(1, receipt.completion_tokens)),
+        reserved_lamports=receipt.charged_lamports + receipt.released_lamports,
+        created_at_ms=created_at_ms,
+        choices=choices,
+    )
+    return JobRecord(job, outcome.state, outcome, attempts=1, delivered=receipt.completion_tokens)
 
 
 @dataclass(frozen=True, slots=True)

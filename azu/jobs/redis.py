@@ -38,7 +38,7 @@ from azu.jobs.record import (
     wake_key,
     without_first,
 )
-from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, Receipt, TokenEvent
+from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, TokenEvent
 from azu.redis_client import connect_redis, retry_until_available
 from azu.supervision import FAULTS_IN_A_ROW, as_known_error
 
@@ -64,13 +64,20 @@ _AWAY_S = 600.0
 _QUIET_S = 5.0
 _FAULT_PAUSE_S = 0.2
 
+JOB_LOST = "job_lost"
+
 _Entry = tuple[str, dict[str, str]]
+Ended = Callable[[str], Awaitable[JobOutcome | None]]
 
 
 class RedisJobs:
-    """Durable jobs. A caller that got no answer may call any method again: nothing happens twice."""
+    """Durable jobs. A caller that got no answer may call any method again: nothing happens twice.
 
-    def __init__(self, redis: Redis) -> None:
+    `ended` says how the books have ended a job: with it, a job that Redis lost still has its end.
+    """
+
+    def __init__(self, redis: Redis, ended: Ended | None = None) -> None:
+        self._ended = ended or _unended
         self._redis = redis
         self._reader = TokenReader(redis)
         self._archive = Archive(redis)
@@ -82,7 +89,6 @@ class RedisJobs:
         self._explain = redis.register_script(_script("explain"))
         self._done = redis.register_script(_script("done"))
         self._cancel = redis.register_script(_script("cancel"))
-        self._plan_end = redis.register_script(_script("plan_end"))
         self._give_up = redis.register_script(_script("give_up"))
 
     @classmethod
@@ -111,13 +117,8 @@ class RedisJobs:
         """Return a job's record, or None for an id that was never submitted."""
         return (await self._records([job_id]))[0]
 
-    async def receipt(self, job_id: str) -> Receipt | None:
-        """Return the receipt of a job that has ended, None for every other id."""
-        record = await self.get(job_id)
-        return None if record is None or record.outcome is None else record.outcome.receipt
-
     async def delivered(self, job_id: str) -> int:
-        """Return how many completion tokens of a job are written. Raises NotFound."""
+        """Return how many tokens are in a job's stream; raises NotFound for an unknown job."""
         ((delivered, _),) = await self._reader.standing([job_id])
         if delivered is None:
             raise _unknown(job_id)
@@ -240,12 +241,12 @@ class RedisJobs:
                 for _, fields in entries:
                     yield fields["job"]
 
-    async def archive(self, now_ms: int, forget: Callable[[Sequence[str]], Awaitable[None]]) -> None:
-        """Archive every job that ended a day ago; `forget` is called with their ids before.
+    async def archive(self, now_ms: int) -> None:
+        """Archive every job that ended a day ago.
 
         An archived job has no prompt any more, and its state and receipt stay.
         """
-        while await self._archive.sweep(now_ms, forget):
+        while await self._archive.sweep(now_ms):
             pass
 
     # Tokens and the end
@@ -273,16 +274,6 @@ class RedisJobs:
             arguments += [WORK.dump_json(event.work) if event.work else ""]
         refused: list[int] = await self._append(keys, arguments)
         return {events[at - 1][0] for at in refused}
-
-    async def plan_end(self, job_id: str, outcome: JobOutcome) -> JobOutcome:
-        """Fix a job's outcome before its money is settled; return the outcome that was fixed first.
-
-        Raises NotFound.
-        """
-        first = await self._plan_end([job_key(job_id)], [OUTCOME.dump_json(outcome)])
-        if first is None:
-            raise _unknown(job_id)
-        return OUTCOME.validate_json(first)
 
     async def finish(self, job_id: str, outcome: JobOutcome) -> bool:
         """Write a job's outcome and close its stream; False if there was an outcome, which stays.
@@ -318,12 +309,20 @@ class RedisJobs:
                 assert archived.outcome is not None
                 yield archived.outcome
                 return
-            raise _unknown(job_id)
+            if (lost := await self._ended(job_id)) is None:
+                raise _unknown(job_id)
+            yield lost
+            return
         if not 0 <= after <= int(delivered):
             raise InvalidRequest(f"after is {after}; the job has {delivered} tokens so far", param="after")
         if outcome is None:
-            async for event in self._reader.follow(job_id, after):
-                yield event
+            try:
+                async for event in self._reader.follow(job_id, after):
+                    yield event
+            except Unavailable as error:
+                if error.code != JOB_LOST or (lost := await self._ended(job_id)) is None:
+                    raise
+                yield lost
             return
         async for entry_id, fields in _read_all(self._redis, tokens_key(job_id), after=f"{after}-0"):
             event = decode_event(entry_id, fields)
@@ -486,7 +485,7 @@ class _Subscription:
         if delivered is None:
             self.ended = True
             lost = f"Redis lost {self.job_id} when it lost its last writes; what it reserved is given back"
-            self.arrivals.put_nowait(Unavailable(lost, code="job_lost"))
+            self.arrivals.put_nowait(Unavailable(lost, code=JOB_LOST))
         elif outcome is not None and delivered <= self.position:
             self.ended = True
             self.arrivals.put_nowait(OUTCOME.validate_json(outcome))
@@ -519,6 +518,10 @@ async def _read_all(redis: Redis, stream: str, *, after: str = "0-0") -> AsyncIt
         if len(page) < _ENTRIES_AT_ONCE:
             return
         after = page[-1][0]
+
+
+async def _unended(_: str) -> None:
+    return None
 
 
 def _unknown(job_id: str) -> NotFound:

@@ -41,7 +41,11 @@ class AttachedNetwork:
 
 @contextmanager
 def attached_network(
-    settings: Settings, file: NetworkFile, address: str, progress: Progress
+    settings: Settings,
+    file: NetworkFile,
+    address: str,
+    progress: Progress,
+    others_payout: str | None = None,
 ) -> Iterator[AttachedNetwork]:
     """Run a network on the Ray cluster at `address` until the context is left.
 
@@ -51,7 +55,7 @@ def attached_network(
     """
     timeout_s = file.policy.timeouts.start_s
     progress("Starting Redis, the chain, the books and the treasury")
-    with sidecars_running(settings, timeout_s) as sidecars:
+    with sidecars_running(settings, file.policy, others_payout) as sidecars:
         admin_key = admin_key_of(settings)
         config = serving.control_config(
             settings,

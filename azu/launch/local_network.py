@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from azu.auth.enrolment import forget_members
@@ -61,7 +62,9 @@ from azu.launch.sidecars import (
     TREASURY,
     TREASURY_READY,
     admin_key_of,
+    books_terms,
     choose_chain,
+    enrol_own_node,
     start_books,
     start_stores_and_devnet,
     start_treasury,
@@ -186,13 +189,14 @@ def local_network(
         of_money = _of_money(settings, users)
         chain = choose_chain(of_money)
         redis = start_stores_and_devnet(services, of_money, chain, timeout_s)
-        books = start_books(services, of_money, chain, redis.books, admission)
+        terms = books_terms(file.policy, chain)
+        books = start_books(services, of_money, chain, redis.books, terms, admission)
         nodes.wait_until_printed(HEAD, STARTED, timeout_s)
         progress("Starting the workers, the books and the treasury")
         head = f"{host.ip}:{port}"
-        _start_workers(nodes, host, head, file.workers)
-        start_treasury(treasury, of_money, chain, redis)
         services.wait_until_printed(BOOKS, BOOKS_READY, timeout_s)
+        _start_workers(nodes, host, head, file.workers, of_money.home)
+        start_treasury(treasury, of_money, chain, redis, books)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
         for worker in file.workers:
             nodes.wait_until_printed(worker.name, STARTED, timeout_s)
@@ -328,7 +332,10 @@ def _revive(groups: Sequence[ProcessGroup]) -> list[str]:
     return [name for group in groups for name in group.revive()]
 
 
-def _start_workers(nodes: ProcessGroup, host: RayHost, head: str, workers: Sequence[LocalWorker]) -> None:
+def _start_workers(
+    nodes: ProcessGroup, host: RayHost, head: str, workers: Sequence[LocalWorker], home: Path
+) -> None:
     for index, worker in enumerate(workers):
         cuda_device = None if worker.device == "cpu" else worker.device.removeprefix("cuda:")
-        nodes.start(host.worker(head, Worker(index, worker.name, worker.vram, worker.payout, cuda_device)))
+        lends = Worker(index, worker.name, worker.vram, worker.payout, cuda_device)
+        nodes.start(host.worker(head, lends, partial(enrol_own_node, home, lends.name, lends.payout_address)))

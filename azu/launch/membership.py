@@ -4,6 +4,7 @@ import base64
 import binascii
 import ssl
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from azu.errors import ConfigurationError, Unauthenticated
+from azu.errors import ConfigurationError, NotFound, Unauthenticated
 from azu.files import write_private
 
 if TYPE_CHECKING:
@@ -144,12 +145,19 @@ class Membership(Protocol):
     def ask_restart(self, name: str) -> "RestartResponse":
         """Ask for the turn of one of the machine's nodes, which then gives away what it holds."""
 
+    def enrol(self, name: str, payout: str, node_id: str) -> None:
+        """Have the books pay an address for the work of the node with this id.
+
+        Raises Unavailable, and Unauthenticated when the machine may no longer join.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class PlainMembership:
     """Membership of an unencrypted network: the access never changes."""
 
     granted: ClusterAccess
+    money_home: Path
 
     def access(self) -> ClusterAccess:
         """Return the access that the ticket holds."""
@@ -158,6 +166,13 @@ class PlainMembership:
     def ask_restart(self, name: str) -> "RestartResponse":
         """No certificate ends here, and no node is started again for one."""
         raise NotImplementedError(name)
+
+    def enrol(self, name: str, payout: str, node_id: str) -> None:
+        """Tell the books of this machine, if they are here; what the node earns is held else."""
+        from azu.launch.sidecars import enrol_own_node
+
+        with suppress(NotFound):
+            enrol_own_node(self.money_home, name, payout, node_id)
 
 
 class EnrolledMembership:
@@ -183,6 +198,26 @@ class EnrolledMembership:
         now, ends = utc_now(), read_certificate(certificate).not_valid_after_utc
         life = CertificateLife(now + _RENEWED_AFTER * (ends - now), ends)
         return ClusterAccess(admitted.head, admitted.token, self._files, life)
+
+    def enrol(self, name: str, payout: str, node_id: str) -> None:
+        """Have the books pay an address, with the signature of this machine's key."""
+        from azu.auth.certificates import payout_text, sign_text
+        from azu.client.enrolment import set_payout
+        from azu.client.known_network import known_network
+        from azu.clock import wall_clock_ms
+
+        trust = known_network(self._ticket.url, self._ticket.network).trust() or ssl.create_default_context()
+        at_ms = wall_clock_ms()
+        text = payout_text(node_id, payout, name, at_ms)
+        body = {
+            "certificate": self._files.certificate.read_text(),
+            "node_id": node_id,
+            "payout": payout,
+            "name": name,
+            "signed_at_ms": at_ms,
+            "signature": sign_text(self._files.key.read_bytes(), text),
+        }
+        set_payout(self._ticket.url, trust, body)
 
     def _renew(self, trust: ssl.SSLContext) -> "NodeAdmission | None":
         from azu.auth.certificates import renewal_text, sign_text
@@ -238,12 +273,17 @@ class EnrolledMembership:
         )
 
 
-def membership_of(ticket: AnyTicket, home: Path, *, name: str, host: str) -> Membership:
-    """Return the membership that a ticket gives; key and certificate of the machine are kept under `home`."""
+def membership_of(
+    ticket: AnyTicket, home: Path, *, name: str, host: str, money_home: Path | None = None
+) -> Membership:
+    """Return the membership that a ticket gives; key and certificate of the machine are kept under `home`.
+
+    The books of a network that runs on this machine are found in `money_home`.
+    """
     if isinstance(ticket, EnrolmentTicket):
         folder = home / "networks" / ticket.network
         return EnrolledMembership(ticket, folder, name=name, host=host)
-    return PlainMembership(ClusterAccess(f"{LOOPBACK}:{ticket.port}", ticket.token))
+    return PlainMembership(ClusterAccess(f"{LOOPBACK}:{ticket.port}", ticket.token), money_home or home)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from azu.errors import DeadlineExceeded, Unavailable
+from azu.errors import AzuError, DeadlineExceeded, Unavailable
 from azu.launch.unix_users import UnixUser
 from azu.units import MIB
 
@@ -48,12 +48,21 @@ _PRCTL = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """What to start, and whether it is started again when it ends."""
+    """What to start, and whether it is started again when it ends.
+
+    `each_start` returns variables that differ from start to start; it may raise an AzuError, and the process
+    is started later then.
+    """
 
     name: str
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
     restart: bool = False
+    each_start: Callable[[], Mapping[str, str]] = dict
+
+    def starting(self) -> "ProcessSpec":
+        """Return what to start this time; raises what `each_start` does."""
+        return replace(self, environment={**self.environment, **self.each_start()})
 
 
 def azu_command(*arguments: str) -> tuple[str, ...]:
@@ -92,9 +101,10 @@ class ProcessGroup:
         Call it from a thread that lives as long as the process: the kernel ends both together.
         """
         assert spec.name not in self._children, spec.name
+        starting = spec.starting()
         # An interrupt between the fork and the assignment would leave a process that the group does not stop.
         with interrupts_held():
-            self._children[spec.name] = _Child(spec, self._logs / f"{spec.name}.log", self._user)
+            self._children[spec.name] = _Child(starting, self._logs / f"{spec.name}.log", self._user)
 
     def wait_until(self, name: str, ready: Callable[[], bool], timeout_s: float) -> None:
         """Wait until a process is ready.
@@ -145,8 +155,12 @@ class ProcessGroup:
             elif time.monotonic() >= restart.due_s:
                 restart.due_s = None
                 self._children.pop(name).kill()
-                self.start(child.spec)
-                revived.append(name)
+                try:
+                    self.start(child.spec)
+                except AzuError:
+                    self._children[name] = child  # its end is found again, and its delay grows
+                else:
+                    revived.append(name)
         return revived
 
     def restart(self, name: str) -> None:
@@ -158,7 +172,10 @@ class ProcessGroup:
             while time.monotonic() < deadline and not child.ended:
                 time.sleep(_POLL_S)
             self._children.pop(name).kill()
-            self.start(child.spec)
+            try:
+                self.start(child.spec)
+            except AzuError:
+                self._children[name] = child  # `revive` starts it later
 
     def stop(self) -> None:
         """Stop every process and everything it started: SIGTERM first, SIGKILL after the timeout."""
@@ -219,6 +236,8 @@ class _Child:
     @property
     def ended(self) -> bool:
         """Whether the process itself has ended; processes that it started may still run."""
+        if self._process.returncode is not None:
+            return True
         # It stays a zombie, and the id of its session taken, until `kill` has emptied the session.
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 

@@ -2,11 +2,12 @@
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,8 @@ _ALWAYS = {
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # Imported by every process of a lender's node before it has work.
 _PRELOADED = "actors.preloaded"
+# Ray reads a node's id from this variable, if it is set, and makes one else.
+_NODE_ID, _NODE_ID_BYTES = "RAY_OVERRIDE_NODE_ID_FOR_TESTING", 28
 # The longest path that a Unix socket may have, and what Ray appends to its folder to make one.
 _MAX_SOCKET_PATH = 107
 _SOCKET_SUFFIX = len("/head/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
@@ -107,8 +110,18 @@ class RayHost:
         environment = self._environment(frozenset()) | _HEAD_ONLY
         return ProcessSpec(HEAD, self._start("head", *options), environment)
 
-    def worker(self, head: str, worker: Worker) -> ProcessSpec:
-        """Return how to start a node that joins the head at "host:port" as soon as the head answers."""
+    def worker(self, head: str, worker: Worker, enrol: Callable[[str], None] = lambda _: None) -> ProcessSpec:
+        """Return how to start a node that joins the head at "host:port" as soon as the head answers.
+
+        Each time it starts it has a new id, with which `enrol` is called before: until then no other machine
+        knows the id, so that none can be paid for the node's work.
+        """
+
+        def each_start() -> dict[str, str]:
+            node_id = secrets.token_hex(_NODE_ID_BYTES)
+            enrol(node_id)
+            return {_NODE_ID: node_id}
+
         device = "cpu" if worker.cuda_device is None else "cuda:0"
         labels = {"azu-name": worker.name, "azu-payout": worker.payout_address, "azu-device": device}
         options = (
@@ -124,7 +137,13 @@ class RayHost:
         # Ray sets it too late, after torch is imported: threads of several nodes on one machine would
         # wait for each other.
         environment.setdefault("OMP_NUM_THREADS", "1")
-        return ProcessSpec(worker.name, self._start(str(worker.index), *options), environment, restart=True)
+        return ProcessSpec(
+            worker.name,
+            self._start(str(worker.index), *options),
+            environment,
+            restart=True,
+            each_start=each_start,
+        )
 
     def _environment(self, left_out: frozenset[str]) -> dict[str, str]:
         # torch makes this folder at its import; in /tmp it would stay after the network.

@@ -42,11 +42,10 @@ BOOKS_STORE = Store(
         "books": (
             "azu:books:*",
             "azu:ledger:*",
-            "azu:treasury:payees",
             "azu:treasury:uncredited",
             "azu:treasury:withdrawals:*",
         ),
-        "treasury": ("azu:treasury:*", "azu:ledger:*"),
+        "treasury": ("azu:treasury:*",),
     },
 )
 # A crash of the machine costs at most the last second: no money is here, and a file that is cut is taken.
@@ -64,7 +63,7 @@ JOB_STORE = Store(
         "ingress": ("azu:auth:*", "azu:job:*", "azu:jobs:*", *_TREASURY_REQUESTS),
         "scheduler": ("azu:fleet:*", "azu:job:*", "azu:jobs:*", "azu:model:*", _TREASURY_METRICS),
         "pipeline": ("azu:job:*",),
-        "treasury": ("azu:job:*", "azu:jobs:archive", *_TREASURY_REQUESTS, _TREASURY_METRICS),
+        "treasury": (*_TREASURY_REQUESTS, _TREASURY_METRICS),
     },
 )
 # No user lists all keys, changes the configuration or empties the server.

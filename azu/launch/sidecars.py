@@ -1,17 +1,18 @@
 """The plain processes beside a network's Ray cluster: Redis, the books, the devnet and the treasury."""
 
+import asyncio
 import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from azu.auth.tickets import Admission
-from azu.config import Settings
+from azu.config import NetworkPolicy, Settings
 from azu.errors import ConfigurationError
 from azu.files import write_private
 from azu.launch.network_process import home_locked
@@ -21,7 +22,7 @@ from azu.money.treasury.environment import take_variable
 from azu.money.wire import Access
 
 if TYPE_CHECKING:
-    from azu.money.books import Books
+    from azu.money.books import Books, BooksTerms
 
 DEVNET = "devnet"
 BOOKS = "books"
@@ -32,11 +33,13 @@ BOOKS_READY = r"^books ready$"
 TREASURY_READY = r"^treasury ready$"
 _BOOKS_FILE = "books.json"
 _BOOKS_CALLERS = ("ingress", "scheduler", "treasury", "owner")
+# Nodes that have no key are enrolled by the owner of the books' machine.
+_OWN_NODES = "owner"
 # The books answer nothing else to their owner while they audit.
 _AUDIT_S = 600.0
 _DEVNET_FILE = "devnet.json"
-# The variable by which the treasury gets the URL of the job store.
-JOBS_URL = "AZU_JOBS_REDIS_URL"
+# The variables by which the treasury gets the URLs of the job store, and of the books.
+JOBS_URL, BOOKS_URL = "AZU_JOBS_REDIS_URL", "AZU_BOOKS_URL"
 _KEY = "SCHEDULER_PRIVATE_KEY"
 _KEY_FILE = "AZU_PRIVATE_KEY_FILE"
 
@@ -66,18 +69,22 @@ class Sidecars:
 
 
 @contextmanager
-def sidecars_running(settings: Settings, timeout_s: float) -> Iterator[Sidecars]:
+def sidecars_running(
+    settings: Settings, policy: NetworkPolicy, others_payout: str | None = None
+) -> Iterator[Sidecars]:
     """Run what a network needs beside a Ray cluster that azu did not start, until the context is left.
 
-    Raises Conflict when a network runs in the same home, Unavailable or DeadlineExceeded with the last output
-    of the process that did not come up.
+    Nodes of such a cluster are not enrolled; their work is paid to `others_payout`, or held. Raises Conflict
+    when a network runs in the same home, Unavailable or DeadlineExceeded with the last output of the process
+    that did not come up.
     """
-    logs = settings.home / "logs"
+    logs, timeout_s = settings.home / "logs", policy.timeouts.start_s
     with home_locked(settings.home), ProcessGroup(logs) as services, ProcessGroup(logs) as treasury:
         chain = choose_chain(settings)
         redis = start_stores_and_devnet(services, settings, chain, timeout_s)
-        books = start_books(services, settings, chain, redis.books)
-        start_treasury(treasury, settings, chain, redis)
+        terms = books_terms(policy, chain, others_payout)
+        books = start_books(services, settings, chain, redis.books, terms)
+        start_treasury(treasury, settings, chain, redis, books)
         services.wait_until_printed(BOOKS, BOOKS_READY, timeout_s)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
         yield Sidecars(chain, redis, books, (services, treasury))
@@ -109,6 +116,7 @@ def start_books(
     settings: Settings,
     chain: ChainSettings,
     redis_url: str,
+    terms: "BooksTerms",
     admission: Admission | None = None,
 ) -> Access:
     """Start the books with new secrets for their callers; they serve once they have printed BOOKS_READY.
@@ -119,8 +127,25 @@ def start_books(
     access.write(settings.home / _BOOKS_FILE)
     environment = _environment(settings, chain, redis_url)
     admits = () if admission is None else ("--admission", admission.to_json())
-    services.start(ProcessSpec(BOOKS, azu_command("books", *admits), environment, restart=True))
+    command = azu_command("books", "--terms", json.dumps(asdict(terms)), *admits)
+    services.start(ProcessSpec(BOOKS, command, environment, restart=True))
     return access
+
+
+def books_terms(
+    policy: NetworkPolicy, chain: ChainSettings, others_payout: str | None = None
+) -> "BooksTerms":
+    """Return by what the books of a network reckon; on a local chain earnings can be paid at once."""
+    from azu.money.books import BooksTerms
+
+    return BooksTerms(
+        lamports_per_token_layer=policy.price.lamports_per_token_layer,
+        platform_percent=policy.price.platform_percent,
+        reservation_ttl_ms=policy.limits.reservation_ttl_s * 1000,
+        max_keys=policy.limits.max_keys,
+        maturity_ms=0 if chain.is_devnet else policy.earnings_mature_s * 1000,
+        others_payout=others_payout,
+    )
 
 
 def books_access(home: Path) -> Access:
@@ -135,10 +160,25 @@ def owners_books(home: Path) -> "Books":
     return Books(books_access(home).url("owner"), silence_s=_AUDIT_S)
 
 
-def start_treasury(group: ProcessGroup, settings: Settings, chain: ChainSettings, redis: RedisUrls) -> None:
+def enrol_own_node(home: Path, name: str, payout: str, node_id: str) -> None:
+    """Have the work of one of this machine's nodes be paid to an address; raises Unavailable, NotFound."""
+
+    async def enrol() -> None:
+        books = owners_books(home)
+        try:
+            await books.enrol_node(node_id, payout, key_digest=_OWN_NODES, name=name, work_bytes_per_s=0)
+        finally:
+            await books.close()
+
+    asyncio.run(enrol())
+
+
+def start_treasury(
+    group: ProcessGroup, settings: Settings, chain: ChainSettings, redis: RedisUrls, books: Access
+) -> None:
     """Start the treasury, the only process that gets the platform's key."""
     environment = {**_environment(settings, chain, redis.treasury), **chain.treasury_key}
-    environment[JOBS_URL] = redis.treasury_jobs
+    environment |= {JOBS_URL: redis.treasury_jobs, BOOKS_URL: books.url("treasury")}
     group.start(ProcessSpec(TREASURY, azu_command("treasury"), environment, restart=True))
 
 

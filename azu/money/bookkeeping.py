@@ -1,28 +1,62 @@
-"""The books' process: the only one with rights on the ledger, which each caller reaches by its own calls."""
+"""What the books do at each call: they check keys, fix prices, charge and share out, over the one ledger."""
 
 import asyncio
-import signal
+import logging
+import secrets
+import zlib
+from base64 import b85decode, b85encode
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
-from redis.asyncio import Redis
+from pydantic import TypeAdapter
 
-from azu.auth.enrolment import Enrolment
-from azu.auth.key_records import ApiKey
-from azu.auth.signatures import MAX_WITHDRAWAL_LIFE_MS, Withdrawal, is_signed
-from azu.auth.tickets import EnrolmentCalls
-from azu.errors import Conflict, Forbidden, InsufficientBalance, InvalidRequest
-from azu.money.books import BooksCalls, Totals, UserBalance, WorkerEarnings
-from azu.money.ledger.audit import Audit, audit
-from azu.money.ledger.losses import Loss
-from azu.money.ledger.redis import RedisLedger
+from azu.auth.key_records import CHALLENGE_TTL_S, ApiKey, key_id_of, key_record_is_signed, secret_digest
+from azu.auth.signatures import MAX_WITHDRAWAL_LIFE_MS, Withdrawal, is_claim, is_signed
+from azu.clock import wall_clock_ms
+from azu.errors import (
+    Conflict,
+    Forbidden,
+    InsufficientBalance,
+    InvalidRequest,
+    LedgerError,
+    NotFound,
+    TransferConflict,
+    Unauthenticated,
+)
+from azu.money.books import (
+    BooksCalls,
+    BooksTerms,
+    KeySpending,
+    Totals,
+    TreasuryTransfer,
+    UserBalance,
+    WorkerEarnings,
+)
+from azu.money.ledger.audit import Audit
+from azu.money.ledger.journal import RedisJournal
+from azu.money.ledger.ledger import Ledger
+from azu.money.ledger.rules import Result
+from azu.money.ledger.seals import Seals
+from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import (
+    MAX_OUTCOME_BYTES,
     PLATFORM,
-    Deposit,
+    EarningsClaimed,
     Expire,
+    HeldPaid,
+    KeyOpened,
+    KeyRevoked,
+    LossAccepted,
+    LossNoted,
+    NodeEnrolled,
+    Release,
     Reserve,
+    Settle,
     WithdrawalPlanned,
+    WriterOpened,
+    is_outside,
+    node_held,
     user_available,
     user_reserved,
     user_withdrawing,
@@ -30,164 +64,330 @@ from azu.money.ledger.transfers import (
     worker_paid,
     worker_paying,
 )
-from azu.money.spend_limits import RedisSpending, SpendLimits
-from azu.money.treasury.deposits import deposit_id
-from azu.money.treasury.receipts import job_end
-from azu.money.treasury.redis import EarningsClaims, RedisUncredited, Uncredited
+from azu.money.pricing import divide
+from azu.money.treasury.redis import RedisUncredited, Uncredited
 from azu.money.treasury.withdrawals import (
     LEAST_LAMPORTS,
     RedisWithdrawals,
     SignedWithdrawal,
     WithdrawalStatus,
 )
-from azu.money.wire import Access, WireServer
-from azu.protocol.job import Receipt
+from azu.protocol.job import FinishReason, JobEnding, JobOutcome, JobState, Receipt
 from azu.redis_client import connect_redis
 from azu.units import hype_from_lamports
 
+_LOG = logging.getLogger(__name__)
 # A caller is answered within a second while Redis is away.
 _SILENCE_S = 0.5
-# More reservations at once wait here: in the queue for a connection they would fail after its timeout.
-_RESERVATIONS_AT_ONCE = 16
-_READS = frozenset({"balance", "earnings", "withdrawal", "spent", "totals", "loss", "uncredited"})
-# The calls that each caller may make.
-ALLOWED: Mapping[str, frozenset[str]] = {
-    "ingress": _READS | {"reserve", "give_back", "claim_earnings", "withdraw"},
-    "scheduler": frozenset({"settle", "forget", "totals"}),
-    "treasury": frozenset({"credit"}),
-    "owner": _READS | {"audit", "accept_loss"},
-}
-
-
-# An ingress passes on what nodes ask; only the owner, on the head, makes tickets.
-_ENROLMENT: Mapping[str, frozenset[str]] = {
-    "ingress": frozenset({"enrol", "renew"}),
-    "owner": frozenset({"new_ticket", "tickets", "revoke_ticket"}),
-}
-
-
-def allowed_to(enrolment: Enrolment | None) -> Mapping[str, frozenset[str]]:
-    """Return the calls that each caller may make, with those of enrolment where there is one."""
-    if enrolment is None:
-        return ALLOWED
-    return {caller: verbs | _ENROLMENT.get(caller, frozenset()) for caller, verbs in ALLOWED.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class BooksConfig:
-    """What the books run with: their Redis, the platform's address, and who may call them where.
-
-    With `enrolment` they admit nodes.
-    """
-
-    redis_url: str = field(repr=False)
-    platform_address: str
-    access: Access
-    enrolment: Enrolment | None = None
-
-
-async def run(config: BooksConfig, *, ready: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT; call `ready` once, as soon as callers are served."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    bookkeeper = Bookkeeper.from_url(config.redis_url, config.platform_address)
-    server = WireServer(BooksCalls, bookkeeper, config.access.secrets, allowed_to(config.enrolment))
-    if config.enrolment is not None:
-        server.serve(EnrolmentCalls, config.enrolment)
-    await server.start(config.access.port)
-    ready()
-    try:
-        await stop.wait()
-    finally:
-        await server.close()
-        await bookkeeper.close()
+# The part of a charge whose work no node has shown is held under this name.
+UNSHOWN = "-"
+_ENDING = TypeAdapter(JobEnding)
+_PACKED = "~"
+_ENDS = ("settle", "release", "expire")
 
 
 class Bookkeeper(BooksCalls):
-    """Carries out the calls of the books, which azu/money/books.py describes."""
+    """Carries out the calls of the books, which azu/money/books.py describes.
 
-    def __init__(self, redis: Redis, platform_address: str = "") -> None:
-        self._redis = redis
-        self._platform = platform_address
-        self._reserving = asyncio.Semaphore(_RESERVATIONS_AT_ONCE)
-        self._ledger = RedisLedger(redis)
-        self._spend_limits = SpendLimits(RedisSpending(redis), self._ledger)
-        self._claims = EarningsClaims(redis, platform_address)
-        self._withdrawals = RedisWithdrawals(redis)
-        self._uncredited = RedisUncredited(redis)
+    The ledger is opened at the first call; no other process may have it open.
+    """
 
-    @classmethod
-    def from_url(cls, url: str, platform_address: str = "") -> "Bookkeeper":
-        """Return the bookkeeper of the books in the Redis at `url`; it connects when it is first used.
+    def __init__(
+        self,
+        redis_url: str,
+        folder: Path,
+        platform: str,
+        terms: BooksTerms,
+        *,
+        now_ms: Callable[[], int] = wall_clock_ms,
+    ) -> None:
+        self._redis = connect_redis(redis_url, silence_s=_SILENCE_S)
+        self._folder = folder
+        self._platform = platform
+        self._terms = terms
+        self._now_ms = now_ms
+        self._journal = RedisJournal(self._redis)
+        self._opening = asyncio.Lock()
+        self._open: Ledger | None = None
+        self._withdrawals = RedisWithdrawals(self._redis)
+        self._uncredited = RedisUncredited(self._redis)
+        # Why the journal is not what was written; empty while it is.
+        self._changed = ""
 
-        Only claims of earnings and withdrawals need the platform's address: their signatures name it.
-        """
-        return cls(connect_redis(url, silence_s=_SILENCE_S), platform_address)
+    async def ledger(self) -> Ledger:
+        """Return the ledger, which is opened if it was not; raises Unavailable, LedgerError."""
+        if self._open is None:
+            async with self._opening:
+                if self._open is None:
+                    self._open = await Ledger.open(self._journal, Seals(self._folder), self._now_ms)
+        return self._open
+
+    async def verify(self) -> None:
+        """Read the journal again; once it was changed, `loss` says so, and nothing may be signed."""
+        try:
+            await (await self._looked()).verify()
+        except LedgerError as error:
+            if error.code != "journal_changed":
+                raise
+            _LOG.error("%s: nothing is signed any more", error.message)
+            self._changed = error.message
+
+    async def _looked(self) -> Ledger:
+        """Return the ledger once it knows how far its store goes; one that went back is noted as a loss."""
+        ledger = await self.ledger()
+        head = ledger.head
+        if await self._journal.head() != head == ledger.head:
+            # A write finds out what became of the others before it.
+            await ledger.apply(WriterOpened(id=f"writer:{secrets.token_hex(16)}"))
+        return ledger
+
+    async def seal(self, at_least: int) -> None:
+        """Move old entries into files, once there are so many."""
+        await (await self.ledger()).seal(at_least)
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the ledger and the connections."""
+        if self._open is not None:
+            await self._open.close()
         await self._redis.aclose()
 
+    async def key(self, bearer: str) -> ApiKey:
+        state, digest = (await self.ledger()).state, secret_digest(bearer)
+        known = state.keys.get(key_id_of(digest))
+        if known is None or known.digest != digest:
+            raise Unauthenticated("this API key is unknown or revoked; `azu login` opens another")
+        if known.expires_at_ms is not None and known.expires_at_ms <= self._now_ms():
+            raise Unauthenticated("this API key has expired; `azu login` opens another")
+        return _api_key(known)
+
+    async def open_key(self, key: ApiKey) -> None:
+        ledger = await self.ledger()
+        age_ms = self._now_ms() - key.created_at_ms
+        if not key_record_is_signed(key, self._platform):
+            raise Unauthenticated(f"the challenge was not signed by {key.address}")
+        opened = KeyOpened(
+            id=f"key:{key.key_id}",
+            key_id=key.key_id,
+            digest=key.digest,
+            address=key.address,
+            label=key.label,
+            created_at_ms=key.created_at_ms,
+            expires_at_ms=key.expires_at_ms,
+            spend_limit_lamports=key.spend_limit_lamports,
+            text=key.text,
+            signature=key.signature,
+        )
+        if await ledger.result(opened.id) is None:
+            # What was signed long ago may have been revoked since.
+            if not -1000 * CHALLENGE_TTL_S < age_ms < 1000 * CHALLENGE_TTL_S:
+                raise Unauthenticated("this challenge has expired; ask for a new one")
+            await self._make_room(ledger, key.address)
+        elif ledger.state.keys.get(key.key_id) is None:
+            raise Conflict(f"{key.key_id} was revoked; make a new secret", code="key_exists")
+        try:
+            await ledger.apply(opened)
+        except TransferConflict as error:
+            message = f"{key.key_id} was opened before; make a new secret"
+            raise Conflict(message, code="key_exists") from error
+
+    async def _make_room(self, ledger: Ledger, address: str) -> None:
+        """Revoke an address's keys that have expired, if it has as many as it may have; raises Forbidden."""
+        mine = [one for one in ledger.state.keys.values() if one.address == address]
+        if len(mine) < self._terms.max_keys:
+            return
+        now_ms = self._now_ms()
+        ended = [one for one in mine if one.expires_at_ms is not None and one.expires_at_ms <= now_ms]
+        for one in ended:
+            await ledger.apply(KeyRevoked(id=f"revoked:{one.key_id}", key_id=one.key_id))
+        if not ended:
+            most = self._terms.max_keys
+            raise Forbidden(f"this address has {most} keys; revoke one", code="too_many_keys")
+
+    async def revoke_key(self, bearer: str, key_id: str) -> None:
+        mine, ledger = await self.key(bearer), await self.ledger()
+        restricted = mine.expires_at_ms is not None or mine.spend_limit_lamports is not None
+        if restricted and key_id != mine.key_id:
+            message = "a key that expires or has a spend limit may only revoke itself"
+            raise Forbidden(message, param="key_id")
+        known = ledger.state.keys.get(key_id)
+        if known is None or known.address != mine.address:
+            raise NotFound(f"there is no key {key_id} of this address", param="key_id", code="key_not_found")
+        await ledger.apply(KeyRevoked(id=f"revoked:{key_id}", key_id=key_id))
+
+    async def keys(self, address: str) -> tuple[KeySpending, ...]:
+        state = (await self.ledger()).state
+        mine = [one for one in state.keys.values() if one.address == address]
+        return tuple(
+            KeySpending(_api_key(one), state.spent.get(one.key_id, 0))
+            for one in sorted(mine, key=lambda one: (one.created_at_ms, one.key_id))
+        )
+
+    async def price(self) -> int:
+        return self._terms.lamports_per_token_layer
+
     async def reserve(
-        self, key: ApiKey, job_id: str, lamports: int, *, now_ms: int, expires_at_ms: int
-    ) -> None:
-        reserve = Reserve(
+        self,
+        bearer: str,
+        job_id: str,
+        *,
+        model_id: str,
+        revision: str,
+        num_layers: int,
+        prompt_tokens: int,
+        max_tokens: int,
+    ) -> int:
+        key, ledger = await self.key(bearer), await self.ledger()
+        asked = Reserve(
             id=f"reserve:{job_id}",
             address=key.address,
             job_id=job_id,
-            lamports=lamports,
-            expires_at_ms=expires_at_ms,
+            expires_at_ms=self._now_ms() + self._terms.reservation_ttl_ms,
+            key_id=key.key_id,
+            model_id=model_id,
+            revision=revision,
+            num_layers=num_layers,
+            lamports_per_token_layer=self._terms.lamports_per_token_layer,
+            platform_percent=self._terms.platform_percent,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
         )
-        async with self._reserving:
-            await self._spend_limits.take(key, job_id, lamports, now_ms)
-            try:
-                await self._ledger.apply(reserve)
-            except InsufficientBalance:
-                await self._spend_limits.give_back(key, job_id)
-                raise
+        # A repeated call has another time.
+        known = await ledger.result(asked.id)
+        if known is None:
+            await ledger.apply(asked)
+            return asked.lamports
+        before = known.entry.transfer
+        if not isinstance(before, Reserve) or _facts(before) != _facts(asked):
+            raise TransferConflict(f"{job_id} was reserved for before, in another way")
+        return before.lamports
 
     async def give_back(self, job_id: str) -> None:
-        if await self._ledger.reservation(job_id) is not None:
-            await self._ledger.apply(Expire(id=f"expire:{job_id}", job_id=job_id))
+        ledger = await self.ledger()
+        if (hold := ledger.state.reservations.get(job_id)) is not None:
+            await self._end(hold, Release(id=f"release:{job_id}", job_id=job_id, outcome=_pack(_LOST)))
 
-    async def settle(self, receipt: Receipt) -> None:
-        await self._ledger.apply(job_end(receipt))
+    async def settle(
+        self,
+        job_id: str,
+        *,
+        prompt_tokens: int,
+        completion_tokens: int,
+        work: Mapping[int, Mapping[str, int]],
+        ending: JobEnding,
+    ) -> JobOutcome:
+        ledger = await self.ledger()
+        hold = ledger.state.reservations.get(job_id)
+        if hold is None:
+            ended = await self.ended(job_id)
+            if ended is None:
+                raise LedgerError(f"nothing is reserved for {job_id}", code="unknown_hold")
+            return ended
+        prompt_tokens = min(max(0, prompt_tokens), hold.prompt_tokens)
+        completion_tokens = min(max(0, completion_tokens), hold.max_tokens)
+        charged = hold.price_of(prompt_tokens + completion_tokens)
+        if not charged:
+            return await self._end(
+                hold, Release(id=f"release:{job_id}", job_id=job_id, outcome=_pack(ending))
+            )
+        division = divide(charged, hold.platform_percent, work, hold.num_layers)
+        shares, held = self._payees(ledger.state, division.workers)
+        if division.held_lamports:
+            held[UNSHOWN] += division.held_lamports
+        settle = Settle(
+            id=f"settle:{job_id}",
+            job_id=job_id,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            charged_lamports=charged,
+            platform_lamports=division.platform_lamports,
+            shares=shares,
+            held=held,
+            by_node=division.workers,
+            maturity_ms=self._terms.maturity_ms,
+            outcome=_pack(ending),
+        )
+        return await self._end(hold, settle)
 
-    async def forget(self, job_ids: Sequence[str]) -> None:
-        await self._ledger.forget(job_ids)
+    def _payees(self, state: BooksState, by_node: Mapping[str, int]) -> tuple[Counter[str], Counter[str]]:
+        """Return the shares of payout addresses, and those of nodes that have none."""
+        shares, held = Counter[str](), Counter[str]()
+        for node_id, lamports in by_node.items():
+            node = state.nodes.get(node_id)
+            payout = self._terms.others_payout if node is None else node.payout
+            if payout is None:
+                held[node_id] += lamports
+            else:
+                shares[payout] += lamports
+        return shares, held
 
-    async def spent(self, key: ApiKey, now_ms: int) -> int:
-        return await self._spend_limits.spent(key, now_ms)
+    async def _end(self, hold: Reserve, transfer: Settle | Release | Expire) -> JobOutcome:
+        """Apply the end of a job; return how the job has ended, which another call may have decided."""
+        try:
+            await (await self.ledger()).apply(transfer)
+        except (LedgerError, TransferConflict):
+            if (ended := await self.ended(hold.job_id)) is None:
+                raise
+            return ended
+        return _outcome(hold, transfer)
 
-    async def credit(self, tx_hash: str, address: str, lamports: int) -> None:
-        await self._ledger.apply(Deposit(id=deposit_id(tx_hash), address=address, lamports=lamports))
+    async def ended(self, job_id: str) -> JobOutcome | None:
+        ledger = await self.ledger()
+        reserved = await ledger.result(f"reserve:{job_id}")
+        if reserved is None:
+            return None
+        hold = reserved.entry.transfer
+        for kind in _ENDS:
+            if (end := await ledger.result(f"{kind}:{job_id}")) is not None:
+                transfer = end.entry.transfer
+                assert isinstance(hold, Reserve), "the ids say so"
+                assert isinstance(transfer, Settle | Release | Expire), "the ids say so"
+                return _outcome(hold, transfer)
+        return None
+
+    async def overdue(self) -> tuple[str, ...]:
+        return tuple(hold.job_id for hold in (await self.ledger()).state.expired(self._now_ms()))
+
+    async def expire(self, job_id: str) -> None:
+        hold = (await self.ledger()).state.reservations.get(job_id)
+        if hold is None:
+            return
+        if hold.expires_at_ms > self._now_ms():
+            raise Conflict(f"the reservation for {job_id} does not expire yet")
+        await self._end(hold, Expire(id=f"expire:{job_id}", job_id=job_id))
 
     async def balance(self, address: str) -> UserBalance:
         accounts = user_available(address), user_reserved(address), user_withdrawing(address)
-        return UserBalance(*await self._ledger.balances_of(*accounts))
+        return UserBalance(*map((await self.ledger()).state.balance, accounts))
 
     async def earnings(self, address: str) -> WorkerEarnings:
-        accounts = worker_earned(address), worker_paying(address), worker_paid(address)
-        earned, paying, paid = await self._ledger.balances_of(*accounts)
-        return WorkerEarnings(earned, paying, paid, await self._claims.has_claimed(address))
+        state = (await self.ledger()).state
+        return WorkerEarnings(
+            earned_lamports=state.balance(worker_earned(address)),
+            paying_lamports=state.balance(worker_paying(address)),
+            paid_lamports=state.balance(worker_paid(address)),
+            claimed=address in state.claims,
+        )
 
     async def claim_earnings(self, address: str, signature: str) -> None:
-        if not await self._claims.claim(address, signature):
+        if not is_claim(address, self._platform, signature):
             raise Forbidden("this claim was not signed by the key's address", param="signature")
+        ledger = await self.ledger()
+        if address not in ledger.state.claims:
+            claim = EarningsClaimed(id=f"claim:{address}", address=address, signature=signature)
+            await ledger.apply(claim)
 
-    async def withdraw(self, withdrawal: Withdrawal, signature: str, now_ms: int) -> WithdrawalStatus:
+    async def withdraw(self, withdrawal: Withdrawal, signature: str) -> WithdrawalStatus:
         if withdrawal.lamports < LEAST_LAMPORTS:
             least = hype_from_lamports(LEAST_LAMPORTS)
             raise InvalidRequest(f"a withdrawal is of at least {least} HYPE", param="lamports")
         if not is_signed(withdrawal, self._platform, signature):
             raise Forbidden("this withdrawal was not signed by the key's address", param="signature")
-        if not 0 < withdrawal.expires_at_ms - now_ms <= MAX_WITHDRAWAL_LIFE_MS:
+        if not 0 < withdrawal.expires_at_ms - self._now_ms() <= MAX_WITHDRAWAL_LIFE_MS:
             raise InvalidRequest("a withdrawal is good for at most a day, from now on", param="expires_at_ms")
-        planned = await self._ledger.result(f"{withdrawal.payout_id}:planned")
+        ledger = await self.ledger()
+        planned = await ledger.result(f"{withdrawal.payout_id}:planned")
         if planned is None:
-            available = await self._ledger.balance(user_available(withdrawal.address))
+            available = ledger.state.balance(user_available(withdrawal.address))
             if withdrawal.lamports > available:
                 raise InsufficientBalance(
                     f"the account holds {available} lamports; this takes {withdrawal.lamports}"
@@ -200,43 +400,172 @@ class Bookkeeper(BooksCalls):
         return await self.withdrawal(withdrawal.address, withdrawal.nonce)
 
     async def withdrawal(self, address: str, nonce: int) -> WithdrawalStatus:
-        return await self._withdrawals.status(address, nonce, self._ledger)
+        ledger = await self.ledger()
+        return await self._withdrawals.status(address, nonce, ledger.result)
+
+    async def enrol_node(
+        self, node_id: str, payout: str, *, key_digest: str, name: str, work_bytes_per_s: int
+    ) -> None:
+        ledger = await self.ledger()
+        known = ledger.state.nodes.get(node_id)
+        if known is not None and known.key_digest != key_digest:
+            raise Conflict("this node is enrolled with another key", code="node_taken")
+        if known is None or (known.payout, known.name, known.work_bytes_per_s) != (
+            payout, name, work_bytes_per_s,
+        ):  # fmt: skip
+            node = NodeEnrolled(
+                id=f"node:{node_id}:{ledger.head.number}",
+                node_id=node_id,
+                payout=payout,
+                key_digest=key_digest,
+                name=name,
+                work_bytes_per_s=work_bytes_per_s,
+            )
+            await ledger.apply(node)
+        if held := ledger.state.free(node_held(node_id)):
+            paid = HeldPaid(
+                id=f"held-paid:{node_id}:{ledger.head.number}", node_id=node_id, address=payout, lamports=held
+            )
+            await ledger.apply(paid)
+
+    async def pay_node(self, node_id: str, payout: str, key_digest: str, name: str) -> None:
+        """Pay an address for the work of a node whose machine signed that; raises Conflict."""
+        await self.enrol_node(node_id, payout, key_digest=key_digest, name=name, work_bytes_per_s=0)
+
+    async def apply(self, transfer: TreasuryTransfer) -> None:
+        await (await self.ledger()).apply(transfer)
+
+    async def result(self, transfer_id: str) -> Result | None:
+        return await (await self.ledger()).result(transfer_id)
+
+    async def owed(self) -> Mapping[str, int]:
+        state = (await self.ledger()).state
+        free = {address: state.free(worker_earned(address)) for address in state.claims}
+        return {address: lamports for address, lamports in free.items() if lamports > 0}
+
+    async def inside(self) -> int:
+        balances = (await self.ledger()).state.balances
+        return sum(lamports for account, lamports in balances.items() if not is_outside(account))
+
+    async def note_loss(self, size: int) -> None:
+        ledger = await self.ledger()
+        if not ledger.lost:
+            await ledger.apply(LossNoted(id=f"loss:treasury:{ledger.head.number}", num_entries=size))
 
     async def totals(self) -> Totals:
-        totals, loss = totals_of(await self._ledger.balances()), await self.loss()
-        return totals if loss is None else replace(totals, lost_writes=loss.size)
+        ledger = await self.ledger()
+        return totals_of(ledger.state.balances, ledger.lost)
 
-    async def loss(self) -> Loss | None:
-        loss = await self._ledger.losses.look()
-        return None if loss is None or loss.is_accepted else loss
+    async def loss(self) -> int:
+        ledger = await self._looked()
+        if self._changed:
+            raise LedgerError(self._changed, code="journal_changed")
+        return ledger.lost
 
     async def accept_loss(self, size: int) -> None:
-        await self._ledger.losses.accept(size)
+        ledger = await self.ledger()
+        await ledger.apply(LossAccepted(id=f"loss:accepted:{ledger.head.number}", num_entries=size))
 
     async def uncredited(self) -> tuple[Uncredited, ...]:
         return await self._uncredited.all()
 
     async def audit(self, wallet_lamports: int | None = None) -> Audit:
-        return await audit(await self._ledger.snapshot(), self._ledger.journal(), wallet_lamports)
+        return await (await self.ledger()).audit(wallet_lamports)
 
 
-def totals_of(balances: Mapping[str, int]) -> Totals:
+def totals_of(balances: Mapping[str, int], lost_writes: int = 0) -> Totals:
     """Return the sums of all accounts' balances.
 
     Of each charge the platform's account gets one part and workers the rest, and neither gives any back: what
-    workers earned stands in the three accounts through which it reaches their wallets.
+    workers earned stands in the accounts through which it reaches their wallets, or is held.
     """
     held: Counter[str] = Counter()
     for account, lamports in balances.items():
         owner, _, rest = account.partition(":")
-        if rest:
+        if owner == "held":
+            held[owner] += lamports
+        elif rest:
             held[f"{owner}_{rest.rpartition(':')[2]}"] += lamports
     paid = held.pop("worker_paid", 0)
-    earned = held["worker_earned"] + held["worker_paying"] + paid
+    earned = held["worker_earned"] + held["worker_paying"] + held["held"] + paid
     return Totals(
         charged_lamports=earned + balances.get(PLATFORM, 0),
         earned_lamports=earned,
         paid_lamports=paid,
         held_lamports=held,
         sum_lamports=sum(balances.values()),
+        lost_writes=lost_writes,
     )
+
+
+def _api_key(opened: KeyOpened) -> ApiKey:
+    return ApiKey(
+        key_id=opened.key_id,
+        digest=opened.digest,
+        address=opened.address,
+        label=opened.label,
+        created_at_ms=opened.created_at_ms,
+        expires_at_ms=opened.expires_at_ms,
+        spend_limit_lamports=opened.spend_limit_lamports,
+    )
+
+
+def _facts(reserve: Reserve) -> tuple[object, ...]:
+    """Return what a repeated reservation has in common with the first; the price stays that of the first."""
+    return (
+        reserve.address, reserve.key_id, reserve.model_id, reserve.revision, reserve.num_layers,
+        reserve.prompt_tokens, reserve.max_tokens,
+    )  # fmt: skip
+
+
+_LOST = JobEnding(
+    JobState.FAILED,
+    FinishReason.ERROR,
+    {"message": "the job was lost before it ran", "type": "server_error", "param": None, "code": "job_lost"},
+)
+
+
+def _outcome(hold: Reserve, end: Settle | Release | Expire) -> JobOutcome:
+    """Return how a job has ended from the two entries of its money alone."""
+    ending = _LOST if isinstance(end, Expire) or not end.outcome else _unpack(end.outcome)
+    charge = end if isinstance(end, Settle) else Settle(
+        id=end.id, job_id=end.job_id, charged_lamports=0, platform_lamports=0, shares={}
+    )  # fmt: skip
+    receipt = Receipt(
+        job_id=hold.job_id,
+        address=hold.address,
+        model_id=hold.model_id,
+        revision=hold.revision,
+        prompt_tokens=charge.prompt_tokens,
+        completion_tokens=charge.completion_tokens,
+        num_layers=hold.num_layers,
+        lamports_per_token_layer=hold.lamports_per_token_layer,
+        charged_lamports=charge.charged_lamports,
+        released_lamports=hold.lamports - charge.charged_lamports,
+        platform_lamports=charge.platform_lamports,
+        worker_lamports=charge.shares,
+        transfer_id=end.id,
+        topology=ending.topology,
+        held_lamports=sum(charge.held.values()),
+    )
+    return JobOutcome(ending.state, ending.finish_reason, receipt, ending.error)
+
+
+def _pack(ending: JobEnding) -> str:
+    """Return an ending as the ledger keeps it; which experts ran where is left out where that is too long."""
+    text = _ENDING.dump_json(ending, exclude_defaults=True).decode()
+    if len(text) > 1024:
+        text = _PACKED + b85encode(zlib.compress(text.encode(), 9)).decode()
+    if len(text.encode()) <= MAX_OUTCOME_BYTES:
+        return text
+    return _pack(JobEnding(ending.state, ending.finish_reason, _short(ending.error)))
+
+
+def _unpack(text: str) -> JobEnding:
+    if text.startswith(_PACKED):
+        text = zlib.decompress(b85decode(text.removeprefix(_PACKED))).decode()
+    return _ENDING.validate_json(text)
+
+
+def _short(error: Mapping[str, str | None] | None) -> Mapping[str, str | None] | None:
+    return None if error is None else {name: value and value[:200] for name, value in error.items()}

@@ -3,9 +3,10 @@
 Nothing outside azu.money imports its store adapters.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pydantic import ConfigDict
 from redis.asyncio import Redis
 
 from azu.auth.key_records import ApiKey
@@ -14,17 +15,44 @@ from azu.auth.tickets import EnrolmentCalls
 from azu.contact import Contact
 from azu.metrics import MetricsSnapshot
 from azu.money.ledger.audit import Audit
-from azu.money.ledger.losses import Loss
-from azu.money.treasury.deposits import DepositStatus
+from azu.money.ledger.rules import Result
+from azu.money.ledger.transfers import (
+    Deposit,
+    PayoutPaid,
+    PayoutPlanned,
+    PayoutRefused,
+    WithdrawalPlanned,
+)
 from azu.money.treasury.redis import RedisMetrics
 from azu.money.treasury.redis import Uncredited as Uncredited  # noqa: PLC0414 - callers name the type
-from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
+from azu.money.treasury.request_reply import DepositRequests, DepositStatus, ReceiptRequests
 from azu.money.treasury.withdrawals import WithdrawalStatus
 from azu.money.wire import Remote
-from azu.protocol.job import Receipt
+from azu.protocol.job import JobEnding, JobOutcome
 
 # Longer than the books wait for their Redis, so that they can say what is away.
 _SILENCE_S = 5.0
+
+# What the treasury books; it is checked against the chain before it comes here.
+TreasuryTransfer = Deposit | PayoutPlanned | WithdrawalPlanned | PayoutPaid | PayoutRefused
+
+
+@dataclass(frozen=True, slots=True)
+class BooksTerms:
+    """By what a network's books reckon: the price of new jobs, and for how long things stay open.
+
+    An owner can have at most `max_keys` keys. What a job pays out may be reversed for `maturity_ms`. Work of
+    nodes that are not enrolled is paid to `others_payout`; without one it is held.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    lamports_per_token_layer: int
+    platform_percent: int
+    reservation_ttl_ms: int
+    max_keys: int
+    maturity_ms: int = 0
+    others_payout: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +78,14 @@ class WorkerEarnings:
 
 
 @dataclass(frozen=True, slots=True)
+class KeySpending:
+    """A key, and what counts against its limit; open jobs count in full."""
+
+    key: ApiKey
+    spent_lamports: int
+
+
+@dataclass(frozen=True, slots=True)
 class Totals:
     """Sums over all accounts since the books were opened, in lamports.
 
@@ -71,36 +107,80 @@ class BooksCalls:
     A write may then have been made; it is safe to make the call again with the same values.
     """
 
-    async def reserve(
-        self, key: ApiKey, job_id: str, lamports: int, *, now_ms: int, expires_at_ms: int
-    ) -> None:
-        """Set aside the most that a job can cost, from the account of the key's address.
+    # Keys
 
-        Raises Unauthenticated for a key that has expired, InsufficientBalance if the account does not cover
+    async def key(self, bearer: str) -> ApiKey:
+        """Return the key of a bearer secret; raises Unauthenticated unless it is valid now."""
+
+    async def open_key(self, key: ApiKey) -> None:
+        """Open a key that its address's wallet signed.
+
+        Raises Unauthenticated for a record that was not signed just now, Conflict for a key that was opened
+        before, Forbidden when the address has too many.
+        """
+
+    async def revoke_key(self, bearer: str, key_id: str) -> None:
+        """Make a key of the bearer's address invalid at once.
+
+        Raises NotFound when the address has no such key, Forbidden when a key that expires or has a limit
+        would revoke another one.
+        """
+
+    async def keys(self, address: str) -> tuple[KeySpending, ...]:
+        """Return an address's keys, expired ones too, in the order in which they were opened."""
+
+    # Jobs
+
+    async def price(self) -> int:
+        """Return what new jobs cost, in lamports per token and layer."""
+
+    async def reserve(
+        self,
+        bearer: str,
+        job_id: str,
+        *,
+        model_id: str,
+        revision: str,
+        num_layers: int,
+        prompt_tokens: int,
+        max_tokens: int,
+    ) -> int:
+        """Set aside the most that a job can cost, from the account of the key's address; return it.
+
+        The price of now is the job's price until its end; `max_tokens` counts all its choices. Raises
+        Unauthenticated for a key that is not valid now, InsufficientBalance if the account does not cover
         the amount, or the key's limit (code `spend_limit_reached`). Then nothing is set aside.
         """
 
     async def give_back(self, job_id: str) -> None:
         """Return what is reserved for a job that was marked as lost, and so never runs."""
 
-    async def settle(self, receipt: Receipt) -> None:
-        """End a job's reservation as its receipt says: charge and share out, or release all of it.
+    async def settle(
+        self,
+        job_id: str,
+        *,
+        prompt_tokens: int,
+        completion_tokens: int,
+        work: Mapping[int, Mapping[str, int]],
+        ending: JobEnding,
+    ) -> JobOutcome:
+        """End a job: charge these tokens, share the charge out by the work, and release the rest.
 
-        The receipt's `transfer_id` makes it safe to repeat. Raises LedgerError for a receipt that does not
-        fit the reservation, TransferConflict if the id was used for another transfer.
+        `work` maps layer -> node id -> parameter bytes that the node activated there. Returns how the job
+        has ended: for a job that ended before, as it ended then. Raises LedgerError (`unknown_hold`) where
+        nothing was ever reserved for the job.
         """
 
-    async def forget(self, job_ids: Sequence[str]) -> None:
-        """Keep nothing of jobs that have ended but what the journal has of them."""
+    async def ended(self, job_id: str) -> JobOutcome | None:
+        """Return how a job has ended, with its receipt; None for one that runs, and for an unknown id."""
 
-    async def spent(self, key: ApiKey, now_ms: int) -> int:
-        """Return the lamports that count against a key's spend limit; open jobs count in full."""
+    async def overdue(self) -> tuple[str, ...]:
+        """Return the jobs whose reservations may expire, the oldest first; they may not have been written."""
 
-    async def credit(self, tx_hash: str, address: str, lamports: int) -> None:
-        """Credit a deposit that the chain's ledger shows, once for each hash.
+    async def expire(self, job_id: str) -> None:
+        """Return what is reserved for an overdue job that was never written; raises Conflict too early."""
 
-        In a network only the treasury may do this, after it has read the chain itself.
-        """
+    # Accounts
 
     async def balance(self, address: str) -> UserBalance:
         """Return a user's balance at one moment."""
@@ -114,7 +194,7 @@ class BooksCalls:
         Raises Forbidden if the address did not sign the claim.
         """
 
-    async def withdraw(self, withdrawal: Withdrawal, signature: str, now_ms: int) -> WithdrawalStatus:
+    async def withdraw(self, withdrawal: Withdrawal, signature: str) -> WithdrawalStatus:
         """Hand a signed withdrawal to the treasury; the same one sent again changes nothing.
 
         Raises InvalidRequest for an amount that is too small or a time out of range, Forbidden if the address
@@ -125,13 +205,44 @@ class BooksCalls:
     async def withdrawal(self, address: str, nonce: int) -> WithdrawalStatus:
         """Return how far an address's withdrawal has come; raises NotFound for an unknown one."""
 
+    async def enrol_node(
+        self, node_id: str, payout: str, *, key_digest: str, name: str, work_bytes_per_s: int
+    ) -> None:
+        """Have the work of a node be paid to an address; only the key that enrolled the node changes that.
+
+        What was held of the node's work goes to the address. Raises Conflict for another key.
+        """
+
+    # The treasury
+
+    async def apply(self, transfer: TreasuryTransfer) -> None:
+        """Book what the treasury found on the chain, or sets aside for it, once for each id.
+
+        Raises what the ledger's rules do.
+        """
+
+    async def result(self, transfer_id: str) -> Result | None:
+        """Return what a transfer did, None for an id that was never applied."""
+
+    async def owed(self) -> Mapping[str, int]:
+        """Return what may be paid out now: address -> lamports, of addresses that claimed their earnings."""
+
+    async def inside(self) -> int:
+        """Return how many lamports the platform has to hold on the chain, its own and what it owes."""
+
+    async def note_loss(self, size: int) -> None:
+        """Note that the treasury's own state went back by so many writes."""
+
+    # All of it
+
     async def totals(self) -> Totals:
         """Return the sums over all accounts."""
 
-    async def loss(self) -> Loss | None:
-        """Return how far Redis went back, None if it has all that it answered or the admin accepted that.
+    async def loss(self) -> int:
+        """Return by how many writes the ledger went back, until the admin accepts that; 0 if it did not.
 
-        Until the admin accepts, the treasury signs nothing.
+        Until then the treasury signs nothing. Raises Unavailable when the books' Redis does not answer, and
+        LedgerError (`journal_changed`) when the journal is not what was written.
         """
 
     async def accept_loss(self, size: int) -> None:
@@ -179,7 +290,7 @@ class Books(Remote, BooksCalls, calls=BooksCalls):
     async def receipt_signature(self, job_id: str, timeout_s: float) -> str | None:
         """Return the platform's signature of an ended job's receipt, in hex.
 
-        None if the treasury does not answer in `timeout_s`, or if the ledger contradicts the receipt.
+        None if the treasury does not answer in `timeout_s`, or if the job has not ended.
         """
         return await ReceiptRequests(self._redis).ask(job_id, timeout_s)
 

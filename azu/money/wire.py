@@ -3,8 +3,9 @@
 The verbs are the asynchronous methods of a class that both sides import. Its annotations say what crosses;
 pydantic checks the arguments, and the answer, where they arrive. A connection begins with a proof by each of
 the two that it knows the caller's secret, which itself never crosses: a process that listens at the port in
-the server's place learns nothing. Then frames cross, each a length and JSON. A call is [number, verb,
-arguments]; in any order [number, answer, error] comes back.
+the server's place learns nothing. Then frames cross, each a length, a line of two words and JSON: of a
+call its number, the verb and the arguments; of what comes back, in any order, the number, "answer" or
+"error", and either.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ from typing import Any, get_type_hints
 from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 from typing_extensions import TypedDict
 
 from azu.contact import Contact
@@ -111,7 +112,7 @@ def _verbs(calls: type) -> Mapping[str, _Verb]:
 
 
 def _verb(name: str, method: Callable[..., Any]) -> _Verb:
-    crossing = get_type_hints(method)
+    crossing = get_type_hints(method, include_extras=True)
     answer = crossing.pop("return")
     checked = with_config(ConfigDict(extra="forbid"))(TypedDict(name, crossing))  # type: ignore[operator]
     return _Verb(inspect.signature(method), TypeAdapter(checked), TypeAdapter(answer))
@@ -174,14 +175,14 @@ class WireServer:
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str | None:
         """Return the caller's name once it has proved that it knows its secret; None if it does not."""
-        caller, their_nonce = _GREETING.validate_python(await _read(reader, _MAX_GREETING_BYTES))
+        caller, their_nonce, _ = await _read(reader, _MAX_GREETING_BYTES)
         secret = self._secrets.get(caller)
         if secret is None:
             _LOG.warning("refused a caller that is not known")
             return None
         nonce = secrets.token_hex(_SECRET_BYTES)
-        writer.write(_frame([nonce, _proof(secret, "server", their_nonce, nonce)]))
-        _, proof = _GREETING.validate_python(await _read(reader, _MAX_GREETING_BYTES))
+        writer.write(_frame(nonce, _proof(secret, "server", their_nonce, nonce)))
+        _, proof, _ = await _read(reader, _MAX_GREETING_BYTES)
         if not hmac.compare_digest(proof, _proof(secret, "caller", their_nonce, nonce)):
             _LOG.warning("refused %s, which does not know its secret", caller)
             return None
@@ -192,7 +193,7 @@ class WireServer:
     ) -> None:
         slots = asyncio.Semaphore(_MAX_IN_FLIGHT)
         while True:
-            number, verb, arguments = _CALL.validate_python(await _read(reader, _MAX_FRAME_BYTES))
+            number, verb, arguments = await _read(reader, _MAX_FRAME_BYTES)
             await slots.acquire()
             task = asyncio.create_task(self._answer(caller, writer, number, verb, arguments))
             self._running.add(task)
@@ -200,22 +201,23 @@ class WireServer:
             task.add_done_callback(lambda _: slots.release())
 
     async def _answer(
-        self, caller: str, writer: asyncio.StreamWriter, number: int, verb: str, arguments: Any
+        self, caller: str, writer: asyncio.StreamWriter, number: str, verb: str, arguments: bytes
     ) -> None:
         try:
-            frame = _frame([number, await self._call(caller, verb, arguments), None])
+            frame = _frame(number, _ANSWER, to_json(await self._call(caller, verb, arguments)))
         except Exception as error:
-            frame = _frame([number, None, _refusal(as_known_error(error, f"the call of {verb}"))])
+            known = as_known_error(error, f"the call of {verb}")
+            frame = _frame(number, _ERROR, to_json(_refusal(known)))
         with suppress(*_LOST):  # the caller has left, and asks again
             writer.write(frame)
             await writer.drain()
 
-    async def _call(self, caller: str, verb: str, arguments: Any) -> Any:
+    async def _call(self, caller: str, verb: str, arguments: bytes) -> Any:
         if verb not in self._allowed[caller]:
             raise Forbidden(f"{verb} is no call of the {caller}")
         served, implementation = self._verbs[verb]
         try:
-            checked = served.arguments.validate_python(arguments)
+            checked = served.arguments.validate_json(arguments)
         except ValidationError as error:
             place, fault = plain_fault(error.errors(include_input=False))
             raise InvalidRequest(f"{verb}, {place}: {fault}", param=place) from error
@@ -261,19 +263,19 @@ class Remote:
     async def _ask(self, name: str, verb: _Verb, arguments: Mapping[str, Any]) -> Any:
         try:
             async with self._contact.unless_silent(self._silence_s):
-                answer, refusal = await self._insist([name, arguments])
+                kind, content = await self._insist(name, to_json(arguments))
         except (*_LOST, TimeoutError) as error:
             raise self._contact.fails(error) from error
-        if refusal is not None:
-            raise _error(refusal)
-        return verb.answer.validate_python(answer)
+        if kind == _ERROR:
+            raise _error(content)
+        return verb.answer.validate_json(content)
 
-    async def _insist(self, call: list[Any]) -> tuple[Any, Any]:
+    async def _insist(self, verb: str, arguments: bytes) -> tuple[str, bytes]:
         """Make a call until it is answered; raises what kept it from the server."""
         pause_s, until_s = _FIRST_PAUSE_S, time.monotonic() + min(_REACHED_IN_S, self._silence_s)
         while True:
             try:
-                answered = await (await self._connection()).ask(call)
+                answered = await (await self._connection()).ask(verb, arguments)
             except _LOST:
                 if time.monotonic() + pause_s > until_s:
                     raise
@@ -311,12 +313,12 @@ async def _open(place: Any) -> "_Connected":
             except OSError as error:
                 raise ConnectionRefusedError("it does not listen") from error
             nonce = secrets.token_hex(_SECRET_BYTES)
-            writer.write(_frame([place.username, nonce]))
-            their_nonce, proof = _GREETING.validate_python(await _read(reader, _MAX_GREETING_BYTES))
+            writer.write(_frame(place.username, nonce))
+            their_nonce, proof, _ = await _read(reader, _MAX_GREETING_BYTES)
             if not hmac.compare_digest(proof, _proof(place.password, "server", nonce, their_nonce)):
                 writer.close()
                 raise ConnectionRefusedError("another process listens in its place, or it has new secrets")
-            writer.write(_frame([place.username, _proof(place.password, "caller", nonce, their_nonce)]))
+            writer.write(_frame(place.username, _proof(place.password, "caller", nonce, their_nonce)))
     except ValueError as error:
         raise ConnectionRefusedError("another process listens in its place") from error
     except EOFError as error:
@@ -330,20 +332,20 @@ class _Connected:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
         self._number = 0
-        self._waiting: dict[int, asyncio.Future[tuple[Any, Any]]] = {}
+        self._waiting: dict[str, asyncio.Future[tuple[str, bytes]]] = {}
         self.is_lost = False
         self._task = asyncio.create_task(self._read_all(reader))
 
-    async def ask(self, call: list[Any]) -> tuple[Any, Any]:
-        """Return the answer and the error, one of which is None; raises OSError where the connection ends."""
+    async def ask(self, verb: str, arguments: bytes) -> tuple[str, bytes]:
+        """Return which kind of answer came, and its content; raises OSError where the connection ends."""
         if self.is_lost:
             raise ConnectionResetError("the connection was lost")
         self._number += 1
-        number = self._number
-        answer: asyncio.Future[tuple[Any, Any]] = asyncio.get_running_loop().create_future()
+        number = str(self._number)
+        answer: asyncio.Future[tuple[str, bytes]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:
-            self._writer.write(_frame([number, *call]))
+            self._writer.write(_frame(number, verb, arguments))
             return await answer
         finally:
             del self._waiting[number]
@@ -356,9 +358,9 @@ class _Connected:
     async def _read_all(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
-                number, answer, refusal = _ANSWER.validate_python(await _read(reader, _MAX_FRAME_BYTES))
+                number, kind, content = await _read(reader, _MAX_FRAME_BYTES)
                 if (waits := self._waiting.get(number)) is not None and not waits.done():
-                    waits.set_result((answer, refusal))
+                    waits.set_result((kind, content))
         except (*_LOST, ValueError):
             pass
         finally:
@@ -369,9 +371,7 @@ class _Connected:
                     waits.set_exception(ConnectionResetError("the connection was lost"))
 
 
-_GREETING = TypeAdapter(tuple[str, str])
-_CALL = TypeAdapter(tuple[int, str, Any])
-_ANSWER = TypeAdapter(tuple[int, Any, Any])
+_ANSWER, _ERROR = "answer", "error"
 _REFUSAL = TypeAdapter(tuple[str, str, str | None, str | None, float | None])
 
 
@@ -385,22 +385,24 @@ def _refusal(error: AzuError) -> list[Any]:
     return [type(error).__name__, error.message, error.param, error.code, error.retry_after_s]
 
 
-def _error(refusal: Any) -> AzuError:
-    name, message, param, code, retry_after_s = _REFUSAL.validate_python(refusal)
+def _error(refusal: bytes) -> AzuError:
+    name, message, param, code, retry_after_s = _REFUSAL.validate_json(refusal)
     known = next((one for one in error_classes() if one.__name__ == name), InternalError)
     return known(message, param=param, code=code, retry_after_s=retry_after_s)
 
 
-def _frame(content: list[Any]) -> bytes:
-    text = to_json(content)
+def _frame(first: str, second: str, content: bytes = b"") -> bytes:
+    text = f"{first} {second}\n".encode() + content
     if len(text) > _MAX_FRAME_BYTES:
         raise InternalError(f"a call or an answer of {len(text)} bytes does not cross")
     return _LENGTH.pack(len(text)) + text
 
 
-async def _read(reader: asyncio.StreamReader, most_bytes: int) -> Any:
-    """Return a frame's content; raises ValueError for a frame that is too large or no JSON."""
+async def _read(reader: asyncio.StreamReader, most_bytes: int) -> tuple[str, str, bytes]:
+    """Return a frame's two words and its content; raises ValueError for a frame that is none."""
     (size,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     if size > most_bytes:
         raise ValueError(f"a frame of {size} bytes")
-    return from_json(await reader.readexactly(size))
+    line, _, content = (await reader.readexactly(size)).partition(b"\n")
+    first, second = line.decode("ascii").split(" ")
+    return first, second, content

@@ -121,8 +121,20 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
+class JobEnding:
+    """How a job ended, beside its money; the books keep it with the entry that ends the job's reservation."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    state: JobState
+    finish_reason: FinishReason
+    error: Mapping[str, str | None] | None = None
+    topology: tuple[Placement, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class JobOutcome:
-    """The last event of a job's stream; it is written after the job is settled."""
+    """The last event of a job's stream, as the books have the job's end."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -141,15 +153,13 @@ class JobRun:
 
     `work` maps layer -> node id -> parameter bytes activated for tokens that are charged, as the pipeline
     counted it; PLATFORM_NODE has what a router and an expert set do not agree about. `prompt_tokens_ran`
-    counts the prompt tokens that ran, each once however often it ran. `payout_by_node` has the address to pay
-    for every node that ever ran a piece; `placements` are the receipt's lines.
+    counts the prompt tokens that ran, each once however often it ran. `placements` are the receipt's lines.
     """
 
     completion_tokens: int
     finish_reason: FinishReason
     work: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     error: AzuError | None = None
-    payout_by_node: Mapping[str, str] = field(default_factory=dict)
     placements: tuple[Placement, ...] = ()
     prompt_tokens_ran: int = 0
 

@@ -10,21 +10,19 @@ from typer.testing import CliRunner, Result
 
 from azu.cli.treasury import treasury
 from azu.errors import AzuError, Conflict
-from azu.money.ledger.losses import LOSS
-from azu.money.ledger.redis import RedisLedger
 from azu.money.treasury.redis import RedisUncredited, Uncredited
-from azu.redis_client import connect_redis, connect_redis_sync
+from azu.redis_client import connect_redis
 from tests.money.ledger import moves
-from tests.money.serving import served
+from tests.money.serving import ServedBooks, served
 
 
 @pytest.fixture(autouse=True)
-def configured(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def configured(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServedBooks]:
     """A Redis whose books are served to the owner of AZU_HOME."""
     monkeypatch.setenv("AZU_HOME", str(tmp_path))
-    with served(redis_url) as access:
-        access.write(tmp_path / "books.json")
-        yield redis_url
+    with served(redis_url) as books:
+        books.access.write(tmp_path / "books.json")
+        yield books
 
 
 def run(*arguments: str) -> Result:
@@ -34,14 +32,13 @@ def run(*arguments: str) -> Result:
     return result
 
 
-def test_a_loss_is_shown_until_the_admin_accepts_it(configured: str) -> None:
+def test_a_loss_is_shown_until_the_admin_accepts_it(configured: ServedBooks) -> None:
     async def lose() -> None:
-        ledger = RedisLedger.from_url(configured)
-        for transfer in (moves.deposit(900), moves.plan_withdrawal("p1", 200)):
-            await ledger.apply(transfer)
-        mark = ledger.losses.mark
-        await ledger.losses.note(mark, entries=2)
-        await ledger.close()
+        books = configured.client()
+        await books.apply(moves.deposit(900))
+        await books.apply(moves.plan_withdrawal("payout:1", 200))
+        await books.note_loss(2)
+        await books.close()
 
     asyncio.run(lose())
     facts = {"to_workers_lamports": 0, "to_users_lamports": 200, "lost_writes": 2}
@@ -53,8 +50,6 @@ def test_a_loss_is_shown_until_the_admin_accepts_it(configured: str) -> None:
     assert run("accept-loss", "2").exit_code == 0
 
     assert json.loads(run("status", "--json").stdout)["lost_writes"] == 0
-    with connect_redis_sync(configured) as redis:
-        redis.delete(LOSS)
     with pytest.raises(Conflict, match="nothing to accept"):
         run("accept-loss", "2")
 
@@ -72,9 +67,9 @@ TRANSFERS = tuple(
 )
 
 
-def test_transfers_without_an_account_are_listed_newest_first_and_each_once(configured: str) -> None:
+def test_transfers_without_an_account_are_listed_newest_first_and_each_once(configured: ServedBooks) -> None:
     async def write() -> list[bool]:
-        redis = connect_redis(configured)
+        redis = connect_redis(configured.redis_url)
         added = [await RedisUncredited(redis).add(one) for one in (*TRANSFERS, TRANSFERS[0])]
         await redis.aclose()
         return added

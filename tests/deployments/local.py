@@ -6,7 +6,7 @@ import inspect
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,8 @@ from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
 from azu.metrics import Meter, MetricsSnapshot
-from azu.money.books import Books
-from azu.money.ledger.redis import RedisLedger
 from azu.money.ledger.transfers import Deposit
-from azu.money.treasury.deposits import CreditState, DepositStatus
-from azu.money.treasury.request_reply import DepositRequests
+from azu.money.treasury.request_reply import CreditState, DepositRequests, DepositStatus
 from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
 from azu.redis_client import connect_redis, retry_until_available
 from azu.supervision import Supervisor
@@ -38,7 +35,7 @@ from azu.units import LAMPORTS_PER_HYPE
 from deployments.ingress import build_api
 from deployments.services import Services
 from tests.builders import OWNERS
-from tests.money.serving import ServedBooks, serving
+from tests.money.serving import TERMS, ServedBooks, serving
 
 ADMIN_KEY = "azu-admin-of-the-test"
 PLATFORM = "0x" + "99" * 20
@@ -75,7 +72,7 @@ class ScriptedModel:
         cut = job.sampling.max_tokens <= len(self.token_ids)
         reason = FinishReason.LENGTH if cut else FinishReason.STOP
         reason = reason if self.error is None else FinishReason.ERROR
-        return JobRun(written, reason, work, self.error, payout_by_node={"node": OWNERS[0]})
+        return JobRun(written, reason, work, self.error)
 
     async def cancel(self, job_id: str) -> None:
         pass
@@ -140,7 +137,6 @@ class LocalIngress:
     app: FastAPI
     transport: httpx.ASGITransport
     model: ScriptedModel
-    ledger: RedisLedger
     books: ServedBooks
 
     def client(self, api_key: str = "", **given: Any) -> httpx.AsyncClient:
@@ -166,13 +162,19 @@ class LocalIngress:
             (await client.post("/v1/auth/keys", json=signed)).raise_for_status()
         return api_key
 
+    async def money(self, address: str) -> tuple[int, int, int, int]:
+        """Return what an address has available, reserved and on its way, and what it earned."""
+        books = self.books.bookkeeper
+        balance, earned = await books.balance(address), (await books.earnings(address)).earned_lamports
+        return balance.available_lamports, balance.reserved_lamports, balance.withdrawing_lamports, earned
+
     async def user(self, lamports: int = LAMPORTS_PER_HYPE) -> tuple[str, str]:
         """Return the address and a key of a user with this balance."""
         account: LocalAccount = Account.create()
         address = account.address.lower()
         if lamports:
             deposit = f"deposit:0x{hashlib.sha256(address.encode()).hexdigest()}"
-            await self.ledger.apply(Deposit(id=deposit, address=address, lamports=lamports))
+            await self.books.bookkeeper.apply(Deposit(id=deposit, address=address, lamports=lamports))
         return address, await self.open_key(account)
 
 
@@ -235,15 +237,16 @@ async def local_ingress(
     make_model: Callable[[RedisJobs], Any] = ScriptedModel,
 ) -> AsyncIterator[LocalIngress]:
     """Run an ingress, the books, and the dispatcher that takes its jobs, until the block ends."""
-    jobs, ledger = RedisJobs.from_url(redis_url), RedisLedger.from_url(redis_url)
-    model = make_model(jobs)
-    async with serving(redis_url, PLATFORM) as served:
-        access = served.access
-        config = config_of(redis_url, access.url("ingress"), home, policy or policy_with(), model_roots)
-        price, books = config.policy.price, Books(access.url("scheduler"))
+    policy = policy or policy_with()
+    terms = replace(TERMS, max_keys=policy.limits.max_keys)
+    async with serving(redis_url, platform=PLATFORM, terms=terms) as served:
+        access, books = served.access, served.client("scheduler")
+        jobs = RedisJobs(connect_redis(redis_url), books.ended)
+        model = make_model(jobs)
+        await served.bookkeeper.enrol_node("node", OWNERS[0], key_digest="k", name="node", work_bytes_per_s=0)
+        config = config_of(redis_url, access.url("ingress"), home, policy, model_roots)
         dispatcher = Dispatcher(
-            jobs, model, Settlement(books, jobs, price.lamports_per_token_layer, price.platform_percent),
-            consumer="test", patience=config.policy.retry_policy(),
+            jobs, model, Settlement(books, jobs), consumer="test", patience=config.policy.retry_policy(),
             supervisor=Supervisor("test", Meter(), replace=lambda: None),
         )  # fmt: skip
         running = [asyncio.create_task(one) for one in (dispatcher.run(), knows_no_transfer(redis_url))]
@@ -251,7 +254,7 @@ async def local_ingress(
         try:
             async with api.router.lifespan_context(api):
                 transport = httpx.ASGITransport(api, raise_app_exceptions=False)
-                yield LocalIngress(config, api, transport, model, ledger, served)
+                yield LocalIngress(config, api, transport, model, served)
         finally:
             for task in running:
                 task.cancel()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import uvicorn
 
-from azu.money.ledger.transfers import user_available, user_reserved
 from tests.deployments.local import LocalIngress, local_ingress, unhurried
 
 _PATIENCE_S = 300
@@ -29,9 +28,8 @@ class Served:
 
     def money(self) -> tuple[int, ...]:
         """Return the user's available and reserved lamports."""
-        accounts = (user_available(self.address), user_reserved(self.address))
-        asked = asyncio.run_coroutine_threadsafe(self.ingress.ledger.balances_of(*accounts), self.loop)
-        return asked.result(_PATIENCE_S)
+        asked = asyncio.run_coroutine_threadsafe(self.ingress.money(self.address), self.loop)
+        return asked.result(_PATIENCE_S)[:2]
 
 
 @contextmanager

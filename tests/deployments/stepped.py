@@ -1,7 +1,6 @@
 """The real engine and job runner behind the ingress; its one stage is the test, which answers each step."""
 
 import asyncio
-from dataclasses import replace
 
 from tokenizers import Tokenizer, decoders, models
 
@@ -17,7 +16,7 @@ from azu.metrics import Meter
 from azu.protocol.job import Job, JobRun
 from azu.protocol.step import SampledToken, StepBatch, StepResult
 from azu.supervision import Supervisor
-from tests.builders import OWNERS, structure, topology
+from tests.builders import structure, topology
 
 NUM_LAYERS = 6  # of azu/tiny-dense
 CHUNK_TOKENS = 4
@@ -76,7 +75,7 @@ class SteppedModel:
         return self
 
     async def run(self, job: Job) -> JobRun:
-        return replace(await self.runner.run(job), payout_by_node={"node": OWNERS[0]})
+        return await self.runner.run(job)
 
     async def cancel(self, job_id: str) -> None:
         self.runner.cancel(job_id)

@@ -8,8 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from azu.jobs.redis import RedisJobs
-from azu.money.ledger.audit import audit
-from azu.money.ledger.transfers import Reserve, user_available, user_reserved, user_withdrawing, worker_earned
+from azu.money.ledger.transfers import Reserve
 from tests.deployments.asgi import AsgiTarget
 from tests.deployments.fuzz import Found, Sender, fuzz
 from tests.deployments.local import ADMIN_KEY, LocalIngress, local_ingress, unhurried
@@ -23,17 +22,13 @@ SENDERS = 24
 
 async def sender_at(ingress: LocalIngress) -> Sender:
     address, api_key = await ingress.user()
-    accounts = [of(address) for of in (user_available, user_reserved, user_withdrawing, worker_earned)]
-    return Sender(address, api_key, lambda: ingress.ledger.balances_of(*accounts))
+    return Sender(address, api_key, lambda: ingress.money(address))
 
 
 async def reserved_jobs(ingress: LocalIngress) -> set[str]:
     """Return the jobs that have or had a reservation."""
-    return {
-        entry.transfer.job_id
-        async for entry in ingress.ledger.journal()
-        if isinstance(entry.transfer, Reserve)
-    }
+    journal = (await ingress.books.bookkeeper.ledger()).journal()
+    return {entry.transfer.job_id async for entry in journal if isinstance(entry.transfer, Reserve)}
 
 
 def test_no_request_breaks_the_ingress_and_no_refused_one_moves_money(
@@ -54,7 +49,7 @@ def test_no_request_breaks_the_ingress_and_no_refused_one_moves_money(
                 record.job.job_id for sender in senders for record in await jobs.of(sender.address, REQUESTS)
             }
             assert await reserved_jobs(ingress) == written
-            assert (await audit(await ingress.ledger.snapshot(), ingress.ledger.journal())).agrees
+            assert (await ingress.books.bookkeeper.audit()).agrees
             return found
 
     found = asyncio.run(scenario())

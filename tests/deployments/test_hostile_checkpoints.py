@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from azu.money.ledger.transfers import user_available, user_reserved
 from tests.deployments.local import LocalIngress, local_ingress
 from tests.models.questions import built_in_folder
 
@@ -181,13 +180,12 @@ def test_every_hostile_checkpoint_is_refused_by_name(redis_url: str, tmp_path: P
         async with local_ingress(redis_url, tmp_path / "home", model_roots=(root,)) as ingress:
             ingress.cut_first()
             address, api_key = await ingress.user()
-            accounts = (user_available(address), user_reserved(address))
-            before = await ingress.ledger.balances_of(*accounts)
+            before = await ingress.money(address)
             for damage, word in HOSTILE.items():
                 status, error = await ask(ingress, damage.__name__, api_key)
                 assert status == 400, (damage.__name__, status, error)
                 assert word in error["message"], (damage.__name__, error)
-                assert await ingress.ledger.balances_of(*accounts) == before, damage.__name__
+                assert await ingress.money(address) == before, damage.__name__
             shutil.copytree(built_in_folder("azu/tiny-dense"), root / "good")
             assert (await ask(ingress, "good", api_key))[0] == 200
 

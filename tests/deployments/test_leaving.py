@@ -11,7 +11,6 @@ from starlette.types import Message
 
 from azu.errors import ShardError
 from azu.jobs.redis import RedisJobs
-from azu.money.ledger.transfers import user_available, user_reserved, worker_earned
 from azu.protocol.job import JobOutcome, JobState
 from azu.units import LAMPORTS_PER_HYPE
 from tests.builders import OWNERS
@@ -57,10 +56,11 @@ class Client:
 
     async def spent(self) -> int:
         """Return what the jobs of the client cost; nothing may be reserved."""
-        ledger = self.ingress.ledger
-        assert await ledger.balance(user_reserved(self.address)) == 0
-        assert sum((await ledger.balances()).values()) == 0
-        return LAMPORTS_PER_HYPE - await ledger.balance(user_available(self.address))
+        books = self.ingress.books.bookkeeper
+        assert (await books.totals()).sum_lamports == 0
+        balance = await books.balance(self.address)
+        assert balance.reserved_lamports == 0
+        return LAMPORTS_PER_HYPE - balance.available_lamports
 
 
 class Asking:
@@ -142,7 +142,8 @@ def test_a_client_that_leaves_in_its_prefill_pays_for_the_prompt_tokens_that_ran
                 paid += ran * PRICE
                 earned += ran * PRICE * 80 // 100
                 assert await client.spent() == paid
-                assert await client.ingress.ledger.balance(worker_earned(OWNERS[0])) == earned
+                books = client.ingress.books.bookkeeper
+                assert (await books.earnings(OWNERS[0])).earned_lamports == earned
                 await model.step()
 
     play(scenario)

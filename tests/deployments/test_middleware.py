@@ -12,7 +12,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from azu.config import NetworkPolicy
 from azu.jobs.redis import RedisJobs
-from azu.money.ledger.transfers import user_available, user_reserved
 from deployments import middleware
 from deployments.middleware import BodyLimit, OpenRequests
 from tests.deployments.local import LocalIngress, local_ingress, policy_with
@@ -62,7 +61,7 @@ def test_a_failed_request_is_answered_and_logged_with_its_id(play, monkeypatch) 
         async def broken(*_: object) -> None:
             raise RuntimeError("the secret path /etc/x")
 
-        monkeypatch.setattr("azu.auth.api_keys.RedisAuth.check", broken)
+        monkeypatch.setattr("azu.auth.rate_limit.RedisRates.take", broken)
         async with ingress.client(api_key) as client:
             reply = await client.get("/v1/balance", headers={"x-request-id": "find-me"})
         assert reply.status_code == 500
@@ -123,16 +122,15 @@ def test_a_key_has_a_limited_number_of_jobs_in_flight_and_a_refused_job_changes_
         address, api_key = await ingress.user()
         ingress.model.delay_s = 30.0
         body = {"user_address": address, "model_id": "azu/tiny-dense", "prompt": "Hello", "est_tokens": 2}
-        accounts = (user_available(address), user_reserved(address))
         async with ingress.client(api_key) as client:
             taken = [await client.post("/submit", json=body) for _ in range(2)]
-            before = await ingress.ledger.balances_of(*accounts)
+            before = await ingress.money(address)
             refused = await client.post("/v1/completions", json=COMPLETION)
         assert [reply.status_code for reply in taken] == [200, 200]
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "too_many_jobs"
         assert int(refused.headers["retry-after"]) >= 1
-        assert await ingress.ledger.balances_of(*accounts) == before
+        assert await ingress.money(address) == before
 
     play(scenario, policy_with(max_jobs_in_flight=2))
 
@@ -162,7 +160,7 @@ def test_a_submit_whose_caller_hangs_up_leaves_no_reservation_without_its_job(pl
             async with asyncio.timeout(15):
                 while [one["status"] for one in (await client.get("/v1/jobs")).json()["data"]] != ["done"]:
                     await asyncio.sleep(0.2)
-        assert await ingress.ledger.balances_of(user_reserved(address)) == (0,)
+        assert (await ingress.books.bookkeeper.balance(address)).reserved_lamports == 0
 
     play(scenario)
 

@@ -41,11 +41,12 @@ from azu.launch.membership import (
     members_folder,
 )
 from azu.launch.processes import free_port
-from azu.money.bookkeeping import ALLOWED, allowed_to
 from azu.money.books import Members
+from azu.money.books_process import ALLOWED, allowed_to
 from azu.money.wire import Access, WireServer
 from deployments import accounts, nodes
 from deployments.ingress import _invalid, _refused
+from tests.builders import ALICE, BOB
 
 T = TypeVar("T")
 TOKEN = "ab" * 32
@@ -63,6 +64,7 @@ class Door:
     files: HeadFiles
     services: SimpleNamespace
     books_url: str
+    payouts: dict[str, str]
 
     def ask(self, ask: Callable[[Members], Awaitable[T]]) -> T:
         """Ask the books as their owner."""
@@ -116,6 +118,8 @@ class serving:  # noqa: N801 - a context, used as one
         (home / "ray-token").write_text(TOKEN)
         self._access = Access.new(free_port(), ALLOWED)
         enrolment = Enrolment(members_folder(home), Admission(LIFE_S, ("127.0.0.1",)))
+        self._payouts: dict[str, str] = {}
+        enrolment.pays = self._pay
         self._books = WireServer(
             EnrolmentCalls, enrolment, self._access.secrets,
             {caller: verbs - ALLOWED[caller] for caller, verbs in allowed_to(enrolment).items()},
@@ -141,9 +145,12 @@ class serving:  # noqa: N801 - a context, used as one
         shown = {"ssl_certfile": files.ingress.certificate, "ssl_keyfile": files.ingress.key}
         self._server = uvicorn.Server(uvicorn.Config(api, log_level="error", **shown))
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
-        self._door = Door(url, files, api.state.services, self._access.url("owner"))
+        self._door = Door(url, files, api.state.services, self._access.url("owner"), self._payouts)
         self.asked: list[tuple[object, ...]] = []
         api.state.services.asked = self.asked
+
+    async def _pay(self, node_id: str, payout: str, key_digest: str, name: str) -> None:
+        self._payouts[node_id] = payout
 
     async def _scheduler(self, *call: object) -> tuple[bool, bool]:
         self.asked.append(call)
@@ -224,6 +231,34 @@ def test_a_revoked_ticket_lets_in_and_renews_no_machine(door: Door, tmp_path: Pa
         member(ticket, tmp_path).access()
     with pytest.raises(Unauthenticated, match="revoked"):
         member(ticket, tmp_path, "ben").access()
+
+
+def test_a_machine_has_its_nodes_paid_as_its_own_key_signs_just_now(
+    door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticket = door.ticket(uses=2)
+    ada, ben = member(ticket, tmp_path), member(ticket, tmp_path, "ben")
+    for one in (ada, ben):
+        one.access()
+
+    ada.enrol("ada", ALICE, "ab" * 28)
+    ada.enrol("ada", BOB, "ab" * 28)
+
+    assert door.payouts == {"ab" * 28: BOB}
+    key = TlsFiles.of(tmp_path / "ben").key
+    right = key.read_bytes()
+    key.write_bytes(TlsFiles.of(tmp_path / "ada").key.read_bytes())
+    with pytest.raises(Unauthenticated, match="not signed"):
+        ben.enrol("ben", ALICE, "cd" * 28)
+    key.write_bytes(right)
+    with monkeypatch.context() as late:
+        late.setattr("azu.clock.wall_clock_ms", lambda: wall_clock_ms() - 600_000)
+        with pytest.raises(Unauthenticated, match="too old"):
+            ben.enrol("ben", ALICE, "cd" * 28)
+    door.revoke()
+    with pytest.raises(Unauthenticated, match="revoked"):
+        ben.enrol("ben", ALICE, "cd" * 28)
+    assert door.payouts == {"ab" * 28: BOB}
 
 
 def test_another_network_at_the_same_address_learns_no_secret(door: Door, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 import redis
 
 from azu.jobs.redis import RedisJobs
-from azu.money.bookkeeping import Bookkeeper
 from azu.protocol.job import JobState
 from tests.deployments.local import LocalIngress, local_ingress, unhurried
 from tests.redis_server import Rewindable, start_redis
@@ -112,7 +111,7 @@ def test_every_stream_goes_on_and_new_requests_are_told_to_come_again(
     async def play(ingress: LocalIngress) -> None:
         ingress.model.token_ids, ingress.model.pause_s = TOKENS, 0.02
         address, key = await ingress.user()
-        jobs, books = RedisJobs.from_url(store.server.url), Bookkeeper.from_url(store.server.url)
+        jobs, books = RedisJobs.from_url(store.server.url), ingress.books.bookkeeper
         async with ingress.client(key) as client:
             right = text_of(await stream(client))
             assert right
@@ -156,7 +155,7 @@ def test_readers_of_jobs_that_redis_lost_are_told_and_nothing_is_left_of_the_job
     async def play(ingress: LocalIngress) -> None:
         ingress.model.token_ids, ingress.model.pause_s = TOKENS, 0.05
         address, key = await ingress.user()
-        jobs, books = RedisJobs.from_url(store.server.url), Bookkeeper.from_url(store.server.url)
+        jobs, books = RedisJobs.from_url(store.server.url), ingress.books.bookkeeper
         async with ingress.client(key) as client:
             await client.get("/v1/models/azu/tiny-dense")
             position = store.position()

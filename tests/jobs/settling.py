@@ -17,22 +17,17 @@ from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
 from azu.metrics import Meter
-from azu.money.bookkeeping import Bookkeeper
-from azu.money.ledger.redis import RedisLedger
+from azu.money.books import Books
 from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
 from azu.supervision import Supervisor, end_process
-from tests.builders import OWNERS
 from tests.killing import Death, kill_at_effect, start
 
 # The jobs of these tests are as old as 1970.
 PATIENCE = RetryPolicy(first_s=1, longest_s=1, budget_s=1, job_s=10**12)
-PRICE, PLATFORM_PERCENT = 2, 20
-PAYOUTS = {"a": OWNERS[0], "b": OWNERS[1], "c": OWNERS[2]}
 EFFECTS = (
-    (RedisLedger, "apply"),
+    (Books, "settle"),
     (RedisJobs, "set_state"),
     (RedisJobs, "append"),
-    (RedisJobs, "plan_end"),
     (RedisJobs, "finish"),
     (RedisJobs, "done"),
 )
@@ -57,7 +52,7 @@ class FakeModel:
             produced += 1
             await asyncio.sleep(0.002)
         reason = FinishReason.CANCELLED if job.job_id in self.cancelled else FinishReason.STOP
-        return JobRun(produced, reason, self._work(job.num_layers), payout_by_node=PAYOUTS)
+        return JobRun(produced, reason, self._work(job.num_layers))
 
     async def look(self) -> None:
         raise WorkerLost("there is no pipeline to look at")
@@ -82,21 +77,21 @@ class OneDeployment:
         return self.model
 
 
-def start_settling(redis_url: str, *, death: Death = _NEVER, seed: int = 0) -> BaseProcess:
+def start_settling(redis_url: str, books_url: str, *, death: Death = _NEVER, seed: int = 0) -> BaseProcess:
     """Start the process; it kills itself at the write that `death` names."""
-    return start(settle_for_ever, redis_url, death, seed)
+    return start(settle_for_ever, redis_url, books_url, death, seed)
 
 
-def settle_for_ever(redis_url: str, death: Death, seed: int) -> None:
+def settle_for_ever(redis_url: str, books_url: str, death: Death, seed: int) -> None:
     kill_at_effect(EFFECTS, death)
     # The next process soon gets the jobs that a dead process had taken.
     dispatch._TAKE_BLOCK_MS, dispatch._CLAIM_IDLE_MS = 50, 200
-    asyncio.run(_settle(redis_url, random.Random(f"{seed}-{os.getpid()}")))
+    asyncio.run(_settle(redis_url, books_url, random.Random(f"{seed}-{os.getpid()}")))
 
 
-async def _settle(redis_url: str, dice: random.Random) -> None:
-    jobs, books = RedisJobs.from_url(redis_url), Bookkeeper.from_url(redis_url)
-    settlement = Settlement(books, jobs, PRICE, PLATFORM_PERCENT)
+async def _settle(redis_url: str, books_url: str, dice: random.Random) -> None:
+    jobs = RedisJobs.from_url(redis_url)
+    settlement = Settlement(Books(books_url), jobs)
     model = FakeModel(jobs, dice)
     consumer = f"settling-{os.getpid()}"
     supervisor = Supervisor("settling", Meter(), end_process)

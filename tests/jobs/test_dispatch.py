@@ -2,8 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -28,28 +28,25 @@ from azu.metrics import Meter
 from azu.money.bookkeeping import Bookkeeper
 from azu.money.ledger.transfers import worker_earned
 from azu.planner.plan import NEVER_FITS
-from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState, Receipt
+from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState, Placement
 from azu.supervision import Supervisor, end_process
-from tests.builders import ALICE, OWNERS, job
-from tests.jobs.endings import outcome
-from tests.jobs.test_settlement import RUN, Billing
+from tests.builders import OWNERS, job
+from tests.jobs.test_settlement import RUN, WORK, Billing
 
 # The jobs of these tests are as old as 1970.
 PATIENCE = RetryPolicy(first_s=1, longest_s=8, budget_s=60, job_s=10**12)
-OLD, NEW = {"a": "0xa"}, {"b": "0xb"}  # payout addresses by node
+OLD, NEW = ((Placement(node, "layer:0", (0, 4)),) for node in "ab")
 LOST = WorkerLost("stage 1 is gone")
 NO_ROOM = InsufficientCapacity("no node has room")
 TOO_LARGE = InsufficientCapacity("no node will ever have room", code=NEVER_FITS)
 
 
-def failed(tokens: int, error: AzuError, payouts: Mapping[str, str] = OLD) -> JobRun:
-    return JobRun(
-        completion_tokens=tokens, finish_reason=FinishReason.ERROR, error=error, payout_by_node=payouts
-    )
+def failed(tokens: int, error: AzuError, placed: tuple[Placement, ...] = OLD) -> JobRun:
+    return JobRun(tokens, FinishReason.ERROR, error=error, placements=placed)
 
 
 def done(tokens: int) -> JobRun:
-    return JobRun(completion_tokens=tokens, finish_reason=FinishReason.LENGTH, payout_by_node=NEW)
+    return JobRun(tokens, FinishReason.LENGTH, placements=NEW)
 
 
 class Life:
@@ -103,7 +100,7 @@ def test_what_was_delivered_stays_paid_when_nothing_helps() -> None:
 
     run = life.end()
 
-    assert (run.completion_tokens, run.finish_reason, run.payout_by_node) == (7, FinishReason.ERROR, OLD)
+    assert (run.completion_tokens, run.finish_reason, run.placements) == (7, FinishReason.ERROR, OLD)
     assert isinstance(run.error, WorkerLost)
     assert NO_ROOM.message in run.error.message
 
@@ -132,7 +129,7 @@ def test_a_model_that_fitted_once_is_waited_for_when_its_nodes_are_gone() -> Non
 def test_a_job_that_is_given_up_while_it_waits_pays_for_what_it_got() -> None:
     run = Life(failed(7, LOST), wanted_for=1).end()
 
-    assert run == JobRun(7, FinishReason.CANCELLED, payout_by_node=OLD)
+    assert run == JobRun(7, FinishReason.CANCELLED, placements=OLD)
 
 
 @dataclass
@@ -239,15 +236,14 @@ class OddOnce(Settlement):
 
 
 class Refusing(Bookkeeper):
-    """Books that refuse the ends whose transfers begin with one of `kinds`."""
+    """Books that refuse every end."""
 
-    kinds: tuple[str, ...] = ()
-    error: Exception = LedgerError("refused")
+    error: Exception | None = None
 
-    async def settle(self, receipt: Receipt) -> None:
-        if receipt.transfer_id.startswith(self.kinds):
+    async def settle(self, job_id: str, **given: Any) -> JobOutcome:
+        if self.error is not None:
             raise self.error
-        await super().settle(receipt)
+        return await super().settle(job_id, **given)
 
 
 async def lived(
@@ -270,32 +266,20 @@ async def lived(
     return seen
 
 
-def ended(
-    redis_url: str,
-    run: JobRun,
-    *,
-    once: bool = False,
-    planned: int | None = None,
-    refused: tuple[str, ...] = (),
-    error: Exception | None = None,
-) -> JobOutcome:
-    """Let a job end as `run` says, or as planned before with a charge of `planned`; check the books."""
+def ended(redis_url: str, run: JobRun, *, once: bool = False, error: Exception | None = None) -> JobOutcome:
+    """Let a job end as `run` says, where the books may refuse that; check the books."""
 
     async def scenario() -> JobOutcome:
-        billing = Billing(redis_url)
+        billing = Billing(redis_url, Refusing)
         await billing.deposit(1_000)
         job = await billing.accept()
         await billing.deliver(job, run.completion_tokens)
-        books = Refusing.from_url(redis_url)
-        books.kinds, books.error = refused, error or books.error
-        settlement = (OddOnce if once else Settlement)(books, billing.jobs, 2, 20)
-        if planned is not None:
-            receipt = replace(outcome(job.job_id).receipt, charged_lamports=planned)
-            await billing.jobs.plan_end(job.job_id, replace(outcome(job.job_id), receipt=receipt))
+        billing.books.error = error
+        settlement = (OddOnce if once else Settlement)(billing.books, billing.jobs)
         seen = await lived(billing, job, run, settlement)
-        held = 112 if "release" in refused else 0
+        held = 112 if error is not None else 0
         assert await billing.balances() == (1_000 - seen.receipt.charged_lamports - held, held)
-        assert sum((await billing.ledger.balances()).values()) == 0
+        assert sum((await billing.accounts()).values()) == 0
         return seen
 
     return asyncio.run(scenario())
@@ -310,28 +294,17 @@ def test_a_fault_at_the_end_of_a_job_is_tried_again_and_charged_once(redis_url: 
     assert ended(redis_url, RUN, once=True).receipt.charged_lamports == 2 * 4 * (4 + 6)
 
 
-def test_workers_who_cannot_be_paid_have_their_part_held(redis_url: str) -> None:
-    found = ended(redis_url, replace(RUN, payout_by_node={"a": OWNERS[0], "b": "0xb"}))
+def test_work_of_a_node_that_is_not_enrolled_is_held(redis_url: str) -> None:
+    work = {layer: {"c" if node == "b" else node: n for node, n in by.items()} for layer, by in WORK.items()}
+    found = ended(redis_url, replace(RUN, work=work))
 
     assert (found.state, found.receipt.charged_lamports) == (JobState.DONE, 80)
     assert (found.receipt.worker_lamports, found.receipt.held_lamports) == ({OWNERS[0]: 40}, 24)
 
 
-def test_a_planned_end_that_the_books_refuse_is_replaced_by_a_charge_for_what_was_delivered(
-    redis_url: str,
-) -> None:
-    found = ended(redis_url, RUN, planned=10_000)
-
-    assert (found.state, found.receipt.charged_lamports) == (JobState.FAILED, 80)
-    assert (found.receipt.platform_lamports, found.receipt.held_lamports) == (16, 64)
-
-
-@pytest.mark.parametrize("refused", [("settle",), ("settle", "release")])
 @pytest.mark.parametrize("error", [LedgerError("no"), InternalError("no"), ZeroDivisionError("no")])
-def test_a_job_ends_whatever_the_books_refuse(
-    redis_url: str, refused: tuple[str, ...], error: Exception
-) -> None:
-    found = ended(redis_url, RUN, refused=refused, error=error)
+def test_a_job_ends_whatever_the_books_refuse(redis_url: str, error: Exception) -> None:
+    found = ended(redis_url, RUN, error=error)
 
     assert (found.state, found.receipt.charged_lamports) == (JobState.FAILED, 0)
 
@@ -358,7 +331,6 @@ HOSTILE_WORK = st.one_of(
     st.dictionaries(st.sampled_from([0, 1, "2", None]), NUMBERS, max_size=2),
     st.sampled_from([None, 7, "work", [1]]),
 )
-ADDRESSES = st.sampled_from([*OWNERS[:2], ALICE, "0xb", "", "0X" + "A" * 40])
 HOSTILE_RUNS = st.one_of(
     st.builds(
         JobRun,
@@ -366,7 +338,6 @@ HOSTILE_RUNS = st.one_of(
         finish_reason=st.sampled_from([*FinishReason, "stop", "done", None]),
         work=HOSTILE_WORK,
         error=st.sampled_from([None, LOST, InternalError("x"), ValueError("x"), "lost", 7]),
-        payout_by_node=st.dictionaries(st.sampled_from(["a", "b", "c"]), ADDRESSES),
         prompt_tokens_ran=NUMBERS,
     ),
     st.sampled_from([None, 7, "run", {"completion_tokens": 1}]),
@@ -399,7 +370,7 @@ def end_and_check(redis_url: str, run: object, delivered: int) -> None:
         await billing.deliver(job, delivered)
         found = await lived(billing, job, run, billing.settlement)
 
-        receipt, balances = found.receipt, await billing.ledger.balances()
+        receipt, balances = found.receipt, await billing.accounts()
         # No client left: before the first token nothing is charged.
         tokens = 4 + delivered if delivered else 0
         assert receipt.charged_lamports == 2 * receipt.token_layers == 2 * 4 * tokens

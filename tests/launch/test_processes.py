@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,22 @@ def exists(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_each_start_has_variables_of_its_own_and_waits_while_they_cannot_be_had(tmp_path: Path) -> None:
+    given = iter(["1", None, "2"])
+
+    def each_start() -> dict[str, str]:
+        if (number := next(given)) is None:
+            raise Unavailable("the books are away")
+        return {"NUMBER": number}
+
+    spec = python("import os; print('start', os.environ['NUMBER'])", restart=True)
+    with ProcessGroup(tmp_path) as group:
+        group.start(replace(spec, each_start=each_start))
+        group.wait_until_printed("child", "^start 1$", 10)
+        eventually(lambda: group.revive() == ["child"])
+        group.wait_until_printed("child", "^start 2$", 10)
 
 
 def test_stop_ends_children_and_what_they_started(tmp_path: Path) -> None:

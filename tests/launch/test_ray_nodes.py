@@ -1,5 +1,6 @@
 """Ray nodes start side by side on one machine, get no secret, and end with everything that they started."""
 
+import json
 import os
 import secrets
 import subprocess
@@ -93,6 +94,18 @@ def test_a_worker_sees_its_own_gpu_alone(host: RayHost) -> None:
     assert any("azu-device=cpu" in word for word in on_cpu.arguments)
 
 
+def test_a_worker_is_enrolled_with_a_new_id_before_each_start(host: RayHost) -> None:
+    enrolled: list[str] = []
+    spec = host.worker("192.0.2.7:6379", worker(0), enrolled.append)
+    assert enrolled == []
+
+    first, second = spec.starting().environment, spec.starting().environment
+
+    assert [one["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] for one in (first, second)] == enrolled
+    assert len(set(enrolled)) == 2
+    assert all(len(bytes.fromhex(one)) == 28 for one in enrolled)
+
+
 def test_a_home_too_long_for_sockets_gets_a_folder_elsewhere(tmp_path: Path) -> None:
     far = tmp_path / ("long" * 30)
     with socket_folder(far) as folder:
@@ -123,7 +136,8 @@ alive = [node for node in ray.nodes() if node["Alive"]]
 lenders = [(n["Labels"]["azu-name"], n["Resources"]["VRAM"]) for n in alive if "azu-name" in n["Labels"]]
 asked = [environment.options(label_selector={"azu-name": name}).remote() for name, _ in lenders]
 environments = ray.get(asked)
-print(json.dumps({"alive": len(alive), "lenders": sorted(lenders), "environments": environments}))
+ids = [n["NodeID"] for n in alive if "azu-name" in n["Labels"]]
+print(json.dumps({"alive": len(alive), "lenders": sorted(lenders), "environments": environments, "ids": ids}))
 """
 
 
@@ -131,10 +145,11 @@ print(json.dumps({"alive": len(alive), "lenders": sorted(lenders), "environments
 def test_a_head_and_three_workers_on_one_machine(host: RayHost, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCHEDULER_PRIVATE_KEY", "hunter2")
     head = f"127.0.0.1:{(port := free_port())}"
+    enrolled: list[str] = []
     with ProcessGroup(host.folder / "logs") as nodes:
         nodes.start(host.head(port))
         for index in range(3):
-            nodes.start(host.worker(head, worker(index)))
+            nodes.start(host.worker(head, worker(index), enrolled.append))
         for name in (HEAD, "worker-0", "worker-1", "worker-2"):
             nodes.wait_until_printed(name, STARTED, START_TIMEOUT_S)
         sessions = [nodes.pid(name) for name in (HEAD, "worker-0", "worker-1", "worker-2")]
@@ -153,6 +168,7 @@ def test_a_head_and_three_workers_on_one_machine(host: RayHost, monkeypatch: pyt
     assert printed.returncode == 0, printed.stderr
     assert '"alive": 4' in printed.stdout
     assert '["worker-0", 4.0], ["worker-1", 4.0], ["worker-2", 4.0]' in printed.stdout
+    assert sorted(json.loads(printed.stdout.splitlines()[-1])["ids"]) == sorted(enrolled)
     assert "hunter2" not in printed.stdout
     assert without_token.returncode != 0
     assert [session_members(session) for session in sessions] == [[], [], [], []]

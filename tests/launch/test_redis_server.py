@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import redis
-from eth_account import Account
 from redis.asyncio import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from azu.auth.api_keys import RedisAuth
+from azu.auth.challenges import RedisChallenges
 from azu.auth.signatures import Withdrawal
 from azu.errors import DeadlineExceeded, Forbidden, Unavailable
 from azu.jobs.redis import RedisJobs
@@ -31,18 +30,15 @@ from azu.metrics import Meter
 from azu.models.status import RedisModelStatus
 from azu.money.bookkeeping import Bookkeeper
 from azu.money.books import Books
-from azu.money.ledger.audit import audit
-from azu.money.ledger.redis import RedisLedger
-from azu.money.treasury.deposits import CreditState, DepositStatus
-from azu.money.treasury.expired_reservations import ReservationExpiry
-from azu.money.treasury.receipts import ReceiptSigner
 from azu.money.treasury.redis import RedisCursor, RedisLease, RedisMetrics, RedisOutbox
-from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
+from azu.money.treasury.request_reply import CreditState, DepositRequests, DepositStatus, ReceiptRequests
 from azu.money.treasury.withdrawals import RedisWithdrawals, SignedWithdrawal
 from azu.protocol.job import JobState, TokenEvent
 from azu.redis_client import connect_redis
-from tests.builders import ALICE, BOB, api_key, job
+from tests.builders import ALICE, BOB, job
 from tests.jobs.endings import outcome
+from tests.money.accounts import fund, signed_key
+from tests.money.serving import PLATFORM, TERMS
 
 TIMEOUT_S = 15.0
 
@@ -133,15 +129,13 @@ def test_a_folder_may_have_a_space_in_its_name(tmp_path: Path) -> None:
     assert (tmp_path / "my redis" / "appendonly.aof").exists()
 
 
-PLATFORM = "0x" + "99" * 20
 WITHDRAWAL = Withdrawal(address=ALICE, lamports=1, nonce=1, expires_at_ms=1)
 
 
 # What each process does with Redis through its own adapters.
 async def as_ingress(redis: Redis) -> None:
-    auth, jobs = RedisAuth(redis, BOB), RedisJobs(redis)
-    await auth.challenge(ALICE, "ab" * 32, "azu.example", 1)
-    assert await auth.list(ALICE) == ()
+    jobs = RedisJobs(redis)
+    await RedisChallenges(redis, BOB).challenge(ALICE, "ab" * 32, "azu.example", 1)
     await jobs.submit(job())
     await jobs.cancel("job-1")
     with pytest.raises(DeadlineExceeded):
@@ -159,26 +153,24 @@ async def as_scheduler(redis: Redis) -> None:
     await jobs.explain({"job-1": "its model is being started"})
     assert await jobs.count_fault("job-1") == 1
     assert await Books("wire://scheduler:secret@127.0.0.1:9", redis).treasury_metrics() is None
-    await jobs.plan_end("job-1", outcome())
     await jobs.finish("job-1", outcome())
     await jobs.done("job-1")
     assert await anext(jobs.cancellations()) == "job-1"
 
 
-async def as_books(redis: Redis) -> None:
-    books = Bookkeeper(redis, PLATFORM)
-    await books.credit("0x" + "12" * 32, ALICE, 112)
-    key = api_key(spend_limit_lamports=112)
-    await books.reserve(key, "job-1", 112, now_ms=1, expires_at_ms=1)
-    await books.settle(outcome().receipt)
-    await books.forget(["job-0"])
-    assert await books.spent(key, 1) == 48
-    await RedisWithdrawals(redis).hand_in(SignedWithdrawal(WITHDRAWAL, "0x"))
+async def as_books(url: str, folder: Path) -> None:
+    books = Bookkeeper(url, folder, PLATFORM, TERMS)
+    await fund(books, 1_000)
+    await books.open_key(signed_key())
+    await books.seal(1)
+    await RedisWithdrawals(books._redis).hand_in(SignedWithdrawal(WITHDRAWAL, "0x"))
     with pytest.raises(Forbidden):
         await books.claim_earnings(ALICE, "0x")
     assert not (await books.earnings(ALICE)).claimed
     assert await books.uncredited() == ()
+    await books.verify()
     assert (await books.audit()).agrees
+    await books.close()
 
 
 async def as_pipeline(redis: Redis) -> None:
@@ -186,7 +178,6 @@ async def as_pipeline(redis: Redis) -> None:
 
 
 async def as_treasury(redis: Redis, jobs_redis: Redis) -> None:
-    jobs, ledger = RedisJobs(jobs_redis), RedisLedger(redis)
     await RedisCursor(redis).advance(5)
     assert await RedisLease(redis, ttl_ms=100).hold()
     assert await RedisOutbox(redis).open() == ()
@@ -201,18 +192,14 @@ async def as_treasury(redis: Redis, jobs_redis: Redis) -> None:
     await DepositRequests(jobs_redis).serve(check, 10)
     assert asked == ["0x" + "12" * 32]
     await RedisMetrics(jobs_redis).show("treasury-1", Meter().snapshot())
-    await ReservationExpiry(ledger, jobs.give_up).sweep()
-    signer = ReceiptSigner(jobs.receipt, ledger, Account.from_key("0x" + "07" * 32))
-    assert await signer.sign("job-1")
-    assert (await audit(await ledger.snapshot(), ledger.journal())).agrees
 
 
 def test_each_process_reaches_what_it_needs(tmp_path: Path) -> None:
     async def scenario(urls: RedisUrls) -> None:
+        await as_books(urls.books, tmp_path / "ledger")
         for duty, *reached in (
             (as_ingress, urls.ingress),
             (as_pipeline, urls.pipeline),
-            (as_books, urls.books),
             (as_scheduler, urls.scheduler),
             (as_treasury, urls.treasury, urls.treasury_jobs),
         ):
@@ -227,14 +214,14 @@ def test_each_process_reaches_what_it_needs(tmp_path: Path) -> None:
         RedisModelStatus(urls.scheduler).get("azu/tiny-dense")
 
 
-MONEY = ("azu:ledger:balances", "azu:books:spent:1", "azu:treasury:outbox", "azu:treasury:payees")
+MONEY = ("azu:ledger:journal", "azu:books:1", "azu:treasury:outbox", "azu:treasury:nonce")
 OTHERS_KEYS = (
     (BOOKS_STORE, "books", ("azu:auth:key:1", "azu:job:1", "azu:treasury:outbox", "azu:treasury:nonce")),
-    (BOOKS_STORE, "treasury", ("azu:books:spent:1", "azu:auth:key:1", "azu:jobs:queue")),
+    (BOOKS_STORE, "treasury", ("azu:ledger:journal", "azu:books:1", "azu:auth:key:1", "azu:jobs:queue")),
     (JOB_STORE, "ingress", (*MONEY, "azu:treasury:withdrawals:waiting", "azu:model:x", "other")),
     (JOB_STORE, "scheduler", (*MONEY, "azu:treasury:claims:waiting", "azu:auth:key:1")),
     (JOB_STORE, "pipeline", (*MONEY, "azu:jobs:queue", "azu:auth:key:1")),
-    (JOB_STORE, "treasury", (*MONEY, "azu:auth:key:1", "azu:jobs:queue", "azu:model:x")),
+    (JOB_STORE, "treasury", (*MONEY, "azu:auth:key:1", "azu:job:1", "azu:jobs:queue", "azu:model:x")),
 )
 
 

@@ -1,24 +1,32 @@
 """The platform's key reaches only the treasury."""
 
+import asyncio
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from eth_account import Account
 
-from azu.config import Settings
+from azu.config import Settings, load_network
 from azu.errors import ConfigurationError
 from azu.launch.processes import ProcessGroup
 from azu.launch.redis_server import RedisUrls
 from azu.launch.sidecars import (
+    BOOKS,
+    BOOKS_READY,
     DEVNET,
     DEVNET_READY,
     TREASURY,
     TREASURY_READY,
+    books_terms,
     choose_chain,
     devnet_of,
+    enrol_own_node,
+    owners_books,
+    start_books,
     start_devnet,
     start_treasury,
 )
@@ -75,7 +83,7 @@ def test_the_kernel_no_longer_shows_the_key_in_the_process_environment(settings:
     script = f"""
 from pathlib import Path
 from azu.launch.sidecars import choose_chain
-from azu.config import Settings
+from azu.config import Settings, load_network
 
 settings = Settings(home={str(settings.home)!r}, redis_host=None, platform_address={ADDRESS!r},
                     chain_url="https://api.hyperliquid.xyz")
@@ -88,19 +96,49 @@ assert "{"11" * 32}" not in Path("/proc/self/environ").read_text()
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
 
 
-def test_devnet_and_treasury_come_up_on_our_redis(settings: Settings, tmp_path: Path, redis_url: str) -> None:
-    chain = choose_chain(settings)
+def test_devnet_books_and_treasury_come_up_on_our_redis(
+    settings: Settings, tmp_path: Path, redis_url: str
+) -> None:
+    chain, redis = choose_chain(settings), RedisUrls.same(redis_url)
+    terms = books_terms(load_network(None).policy, chain)
     with ProcessGroup(tmp_path / "services") as services, ProcessGroup(tmp_path / "treasury") as treasury:
         start_devnet(services, chain)
         services.wait_until_printed(DEVNET, DEVNET_READY, TIMEOUT_S)
-        start_treasury(treasury, settings, chain, RedisUrls.same(redis_url))
+        books = start_books(services, settings, chain, redis.books, terms)
+        services.wait_until_printed(BOOKS, BOOKS_READY, TIMEOUT_S)
+        start_treasury(treasury, settings, chain, redis, books)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, TIMEOUT_S)
 
-        devnet_environment = Path(f"/proc/{services.pid(DEVNET)}/environ").read_text()
-        treasury_environment = Path(f"/proc/{treasury.pid(TREASURY)}/environ").read_text()
+        environments = {
+            name: Path(f"/proc/{group.pid(name)}/environ").read_text()
+            for group, name in ((services, DEVNET), (services, BOOKS), (treasury, TREASURY))
+        }
+        # The owner of the books' machine enrols its nodes; what changes is the address alone.
+        enrol_own_node(settings.home, "ada", ADDRESS, "ab" * 28)
+        enrol_own_node(settings.home, "ada", "0x" + "b2" * 20, "ab" * 28)
+        nodes = asyncio.run(audited(settings.home))
 
     known = devnet_of(settings.home)
     assert known is not None
     assert (known.url, known.platform_address) == (chain.url, chain.platform_address)
-    assert "PRIVATE_KEY" not in devnet_environment
-    assert "AZU_PRIVATE_KEY_FILE" in treasury_environment
+    assert [name for name in environments if "PRIVATE_KEY" in environments[name]] == [TREASURY]
+    assert nodes == 3, "the writer and two enrolments"
+
+
+async def audited(home: Path) -> int:
+    books = owners_books(home)
+    try:
+        report = await books.audit()
+        assert report.agrees, report.findings
+        return report.entries
+    finally:
+        await books.close()
+
+
+def test_earnings_on_a_local_chain_can_be_paid_at_once(settings: Settings) -> None:
+    policy = load_network(None).policy
+    devnet = choose_chain(settings)
+    real = replace(devnet, is_devnet=False)
+
+    assert books_terms(policy, devnet).maturity_ms == 0
+    assert books_terms(policy, real).maturity_ms == 1000 * policy.earnings_mature_s > 0

@@ -1,17 +1,23 @@
 """The books served as their process serves them, in a test's own loop or in a thread."""
 
 import asyncio
+import tempfile
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from azu.money.bookkeeping import ALLOWED, Bookkeeper
-from azu.money.books import BooksCalls
+from azu.clock import wall_clock_ms
+from azu.money.bookkeeping import Bookkeeper
+from azu.money.books import Books, BooksCalls, BooksTerms
+from azu.money.books_process import ALLOWED
 from azu.money.wire import Access, WireServer
 
 # A caller for tests, which may make every call.
 TESTER = "tester"
+PLATFORM = "0x" + "99" * 20
+TERMS = BooksTerms(lamports_per_token_layer=2, platform_percent=20, reservation_ttl_ms=600_000, max_keys=100)
 _ALL = frozenset().union(*ALLOWED.values())
 
 
@@ -20,41 +26,50 @@ class ServedBooks:
     """The books in the Redis at a URL; they can be stopped and started again at their port."""
 
     redis_url: str
-    platform: str
-    access: Access
+    folder: Path
+    platform: str = PLATFORM
+    terms: BooksTerms = TERMS
+    now_ms: Callable[[], int] = wall_clock_ms
+    access: Access = field(default_factory=lambda: Access.new(0, [*ALLOWED, TESTER]))
 
     async def start(self) -> None:
-        self._bookkeeper = Bookkeeper.from_url(self.redis_url, self.platform)
+        self.bookkeeper = Bookkeeper(
+            self.redis_url, self.folder, self.platform, self.terms, now_ms=self.now_ms
+        )
         allowed = {**ALLOWED, TESTER: _ALL}
-        self._server = WireServer(BooksCalls, self._bookkeeper, self.access.secrets, allowed)
+        self._server = WireServer(BooksCalls, self.bookkeeper, self.access.secrets, allowed)
         self.access = Access(await self._server.start(self.access.port), self.access.secrets)
 
     async def stop(self) -> None:
         await self._server.close()
-        await self._bookkeeper.close()
+        await self.bookkeeper.close()
+
+    def client(self, caller: str = TESTER) -> Books:
+        return Books(self.access.url(caller))
 
 
 @asynccontextmanager
-async def serving(redis_url: str, platform: str = "") -> AsyncIterator[ServedBooks]:
-    """Serve the books until the block ends."""
-    books = ServedBooks(redis_url, platform, Access.new(0, [*ALLOWED, TESTER]))
-    await books.start()
-    try:
-        yield books
-    finally:
-        await books.stop()
+async def serving(redis_url: str, folder: Path | None = None, **given: object) -> AsyncIterator[ServedBooks]:
+    """Serve the books until the block ends; without a `folder` they remember nothing of it."""
+    with tempfile.TemporaryDirectory() as passing:
+        books = ServedBooks(redis_url, folder or Path(passing), **given)  # type: ignore[arg-type]
+        await books.start()
+        try:
+            yield books
+        finally:
+            await books.stop()
 
 
 @contextmanager
-def served(redis_url: str, platform: str = "") -> Iterator[Access]:
+def served(redis_url: str, **given: object) -> Iterator[ServedBooks]:
     """Serve them from a thread, for a test that runs no loop of its own."""
-    found: list[Access] = []
+    found: list[ServedBooks] = []
     is_up, stop = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()
 
     async def serve() -> None:
-        async with serving(redis_url, platform) as books:
-            found.append(books.access)
+        async with serving(redis_url, **given) as books:
+            found.append(books)
             is_up.set()
             await stop.wait()
 

@@ -1,12 +1,15 @@
-"""The door to money: what other rooms can do with the books, over a real Redis."""
+"""The door to money: what each caller can do with the books over their wire, over a real Redis."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 from eth_account import Account
 
+from azu.auth.key_records import CHALLENGE_TTL_S
 from azu.auth.signatures import MAX_WITHDRAWAL_LIFE_MS, Withdrawal, sign_claim, sign_withdrawal
+from azu.clock import wall_clock_ms
 from azu.errors import (
     Conflict,
     DeadlineExceeded,
@@ -15,168 +18,399 @@ from azu.errors import (
     InvalidRequest,
     LedgerError,
     NotFound,
+    TransferConflict,
+    Unauthenticated,
 )
 from azu.money.books import Books, Totals, UserBalance, WorkerEarnings
-from azu.money.treasury.deposits import CreditState, DepositStatus
-from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
+from azu.money.books_process import ALLOWED
+from azu.money.treasury.request_reply import CreditState, DepositRequests, DepositStatus, ReceiptRequests
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS, WithdrawalState, WithdrawalStatus
+from azu.protocol.job import FinishReason, JobEnding, JobOutcome, JobState, Placement
 from azu.redis_client import connect_redis
-from tests.builders import ALICE, OWNERS, api_key, receipt
-from tests.money.serving import TESTER, serving
+from tests.builders import ALICE, OWNERS
+from tests.money.accounts import BEARER, USER, fund, signed_key
+from tests.money.serving import PLATFORM, TERMS, TESTER, ServedBooks, serving
 
-PLATFORM = "0x" + "99" * 20
-NOW_MS = 1_000
+ADDRESS = USER.address.lower()
 TX_HASH = "0x" + "12" * 32
-USER = Account.from_key("0x" + "05" * 32)
+DONE = JobEnding(JobState.DONE, FinishReason.STOP)
+WORK = {0: {"a": 1}, 1: {"a": 1}, 2: {"b": 1}, 3: {"a": 1, "b": 3}}
 
 
-def play(url: str, scenario: Callable[[Books], Awaitable[None]]) -> None:
+def play(url: str, scenario: Callable[[Books, ServedBooks], Awaitable[None]], **given: object) -> None:
     async def run() -> None:
-        async with serving(url, PLATFORM) as served:
+        async with serving(url, **given) as served:
             redis = connect_redis(url)
             books = Books(served.access.url(TESTER), redis)
-            await scenario(books)
+            await scenario(books, served)
             await books.close()
             await redis.aclose()
 
     asyncio.run(run())
 
 
-async def reserve(books: Books, job_id: str = "job-1", lamports: int = 112, **key: object) -> None:
-    await books.reserve(api_key(**key), job_id, lamports, now_ms=NOW_MS, expires_at_ms=NOW_MS + 60_000)
+async def open_account(books: Books, lamports: int = 1_000, **key: object) -> None:
+    await fund(books, lamports)
+    await books.open_key(signed_key(**key))
+    for node, owner in (("a", OWNERS[0]), ("b", OWNERS[1])):
+        await books.enrol_node(node, owner, key_digest="k", name=node, work_bytes_per_s=0)
 
 
-def test_a_job_is_reserved_settled_and_shared_out_as_its_receipt_says(redis_url: str) -> None:
-    async def scenario(books: Books) -> None:
-        await books.credit(TX_HASH, ALICE, 1_000)
-        await reserve(books)
-        assert await books.balance(ALICE) == UserBalance(888, 112, 0)
+async def reserve(books: Books, job_id: str = "job-1", *, max_tokens: int = 10, **given: object) -> int:
+    """Reserve for a job of 4 prompt tokens over 4 layers: 112 lamports."""
+    facts: dict[str, object] = {"model_id": "test/model", "revision": "r1", "num_layers": 4}
+    return await books.reserve(
+        str(given.get("bearer", BEARER)), job_id, **facts, prompt_tokens=4, max_tokens=max_tokens
+    )
 
-        for _ in range(2):
-            await books.settle(receipt())
 
-        assert await books.balance(ALICE) == UserBalance(920, 0, 0)
-        assert await books.earnings(OWNERS[0]) == WorkerEarnings(40, 0, 0, claimed=False)
-        held = {"user_available": 920, "user_reserved": 0, "worker_earned": 64}
-        assert await books.totals() == Totals(80, 64, 0, held, sum_lamports=0)
+async def settle(books: Books, job_id: str = "job-1", tokens: int = 6, **given: object) -> JobOutcome:
+    facts: dict[str, object] = {"work": WORK, "ending": DONE} | given
+    return await books.settle(job_id, prompt_tokens=4 if tokens else 0, completion_tokens=tokens, **facts)
+
+
+def test_the_books_fix_the_price_charge_by_tokens_and_share_out_by_work(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        assert await books.price() == 2
+        assert [await reserve(books) for _ in range(2)] == [112, 112]
+        assert await books.balance(ADDRESS) == UserBalance(888, 112, 0)
+        assert await books.ended("job-1") is None
+
+        placed = replace(DONE, topology=(Placement("ada", "layer:0", (0, 4), {1: (2, 3)}),))
+        outcomes = [await settle(books, ending=placed), await settle(books, tokens=10)]
+
+        assert outcomes[0] == outcomes[1] == await books.ended("job-1"), "the first end is the end"
+        receipt = outcomes[0].receipt
+        assert (receipt.charged_lamports, receipt.released_lamports, receipt.platform_lamports) == (
+            80,
+            32,
+            16,
+        )
+        assert receipt.worker_lamports == {OWNERS[0]: 36, OWNERS[1]: 28}
+        assert (receipt.prompt_tokens, receipt.completion_tokens) == (4, 6)
+        assert receipt.topology == placed.topology
+        assert await books.balance(ADDRESS) == UserBalance(920, 0, 0)
+        assert await books.earnings(OWNERS[0]) == WorkerEarnings(36, 0, 0, claimed=False)
+        held = {"user_available": 920, "worker_earned": 64}
+        totals = await books.totals()
+        assert totals == Totals(80, 64, 0, held, sum_lamports=0)
         assert (await books.audit()).agrees
 
     play(redis_url, scenario)
 
 
-def test_a_receipt_without_a_charge_releases_the_whole_reservation(redis_url: str) -> None:
-    async def scenario(books: Books) -> None:
-        await books.credit(TX_HASH, ALICE, 1_000)
+def test_a_job_keeps_the_price_at_which_it_was_reserved(redis_url: str) -> None:
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        await open_account(books)
         await reserve(books)
+        await served.stop()
+        served.terms = replace(TERMS, lamports_per_token_layer=5, platform_percent=50)
+        await served.start()
 
-        free = receipt(
-            charged_lamports=0, platform_lamports=0, worker_lamports={}, transfer_id="release:job-1"
+        assert await reserve(books) == 112
+        outcome = await settle(books)
+
+        assert (outcome.receipt.charged_lamports, outcome.receipt.platform_lamports) == (80, 16)
+        assert await reserve(books, "job-2") == 280
+
+    play(redis_url, scenario)
+
+
+def test_no_more_is_charged_than_was_reserved_whatever_the_scheduler_counts(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        await reserve(books)
+        outcome = await books.settle(
+            "job-1", prompt_tokens=10**6, completion_tokens=10**6, work=WORK, ending=DONE
         )
-        await books.settle(free)
-
-        assert await books.balance(ALICE) == UserBalance(1_000, 0, 0)
+        assert outcome.receipt.charged_lamports == 112
+        with pytest.raises(LedgerError) as unknown:
+            await settle(books, "job-2")
+        assert unknown.value.code == "unknown_hold"
 
     play(redis_url, scenario)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"charged_lamports": 113, "platform_lamports": 49}, {"platform_lamports": 17}]
-)
-def test_a_receipt_that_does_not_fit_the_reservation_changes_nothing(
-    redis_url: str, wrong: dict[str, int]
-) -> None:
-    async def scenario(books: Books) -> None:
-        await books.credit(TX_HASH, ALICE, 1_000)
+def test_a_job_without_tokens_costs_nothing(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
         await reserve(books)
-        with pytest.raises(LedgerError):
-            await books.settle(receipt(**wrong))
-        assert await books.balance(ALICE) == UserBalance(888, 112, 0)
+        error = {"message": "lost", "type": "server_error", "param": None, "code": "worker_lost"}
+        failed = JobEnding(JobState.FAILED, FinishReason.ERROR, error)
+        outcome = await settle(books, tokens=0, ending=failed)
+        assert (outcome.receipt.charged_lamports, outcome.receipt.released_lamports) == (0, 112)
+        assert (outcome.state, outcome.error) == (JobState.FAILED, error)
+        assert await books.balance(ADDRESS) == UserBalance(1_000, 0, 0)
 
     play(redis_url, scenario)
 
 
-def test_a_deposit_is_credited_once_for_each_hash(redis_url: str) -> None:
-    async def scenario(books: Books) -> None:
+def test_the_shares_of_nodes_that_are_not_enrolled_are_held_until_they_are(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        await reserve(books)
+        # The first layer's work is unknown, and the node "c" is not enrolled.
+        outcome = await settle(books, work={1: {"c": 1}, 2: {"a": 1}, 3: {"a": 1}})
+        assert outcome.receipt.worker_lamports == {OWNERS[0]: 32}
+        assert outcome.receipt.held_lamports == 32
+        assert (await books.totals()).held_lamports["held"] == 32
+
+        await books.enrol_node("c", OWNERS[2], key_digest="k", name="c", work_bytes_per_s=0)
+        assert (await books.earnings(OWNERS[2])).earned_lamports == 16
+        with pytest.raises((Conflict, LedgerError)):
+            await books.enrol_node("c", OWNERS[3], key_digest="other", name="c", work_bytes_per_s=0)
+        assert (await books.audit()).agrees
+
+    play(redis_url, scenario)
+
+
+def test_work_of_other_nodes_is_paid_where_the_owner_of_a_cluster_says(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        await reserve(books)
+        outcome = await settle(books, work={key: {"c": 1} for key in range(4)})
+        assert outcome.receipt.worker_lamports == {OWNERS[5]: 64}
+
+    play(redis_url, scenario, terms=replace(TERMS, others_payout=OWNERS[5]))
+
+
+def test_a_topology_that_is_too_long_for_an_entry_is_left_out(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        for job_id, experts in (("job-1", 128), ("job-2", 40_000)):
+            await reserve(books, job_id)
+            long = Placement("ada", "expert:0", (0, 0), {layer: tuple(range(experts)) for layer in range(8)})
+            outcome = await settle(books, job_id, ending=replace(DONE, topology=(long,)))
+            assert outcome.receipt.topology == ((long,) if job_id == "job-1" else ())
+            assert await books.ended(job_id) == outcome
+
+    play(redis_url, scenario)
+
+
+def test_a_reservation_expires_once_it_is_overdue_and_not_before(redis_url: str) -> None:
+    now_ms = wall_clock_ms()
+    clock = [now_ms]
+
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        await reserve(books)
+        assert await books.overdue() == ()
+        with pytest.raises(Conflict):
+            await books.expire("job-1")
+        clock[0] += TERMS.reservation_ttl_ms
+        assert await books.overdue() == ("job-1",)
         for _ in range(2):
-            await books.credit(TX_HASH, ALICE, 70)
-        assert await books.balance(ALICE) == UserBalance(70, 0, 0)
+            await books.expire("job-1")
+        assert await books.balance(ADDRESS) == UserBalance(1_000, 0, 0)
+        outcome = await settle(books)
+        assert (outcome.state, outcome.receipt.charged_lamports) == (JobState.FAILED, 0)
+        assert outcome.error
+        assert outcome.error["code"] == "job_lost"
+
+    play(redis_url, scenario, now_ms=lambda: clock[0])
+
+
+def test_what_was_reserved_for_a_job_that_never_ran_is_given_back(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        await reserve(books)
+        for _ in range(2):
+            await books.give_back("job-1")
+        assert await books.balance(ADDRESS) == UserBalance(1_000, 0, 0)
+        await books.give_back("job-2")
 
     play(redis_url, scenario)
 
 
 def test_neither_the_account_nor_the_limit_of_a_key_is_exceeded(redis_url: str) -> None:
-    async def scenario(books: Books) -> None:
-        await books.credit(TX_HASH, ALICE, 200)
-        limited = api_key(key_id="key-2", spend_limit_lamports=150)
-        await reserve(books, key_id="key-2", spend_limit_lamports=150)
-        assert await books.spent(limited, NOW_MS) == 112
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books, 200)
+        await books.open_key(signed_key(bearer="limited", spend_limit_lamports=150))
+        await reserve(books, bearer="limited")
+        limited = (await books.keys(ADDRESS))[1]
+        assert (limited.key.spend_limit_lamports, limited.spent_lamports) == (150, 112)
         with pytest.raises(InsufficientBalance) as refused:
-            await reserve(books, "job-2", 80, key_id="key-2", spend_limit_lamports=150)
+            await reserve(books, "job-2", max_tokens=5, bearer="limited")
         assert refused.value.code == "spend_limit_reached"
         with pytest.raises(InsufficientBalance) as refused:
-            await reserve(books, "job-3", 89)
+            await reserve(books, "job-3")
         assert refused.value.code == "insufficient_balance"
 
-        await books.settle(receipt())
+        await settle(books)
 
-        assert await books.spent(limited, NOW_MS) == 80
-        assert await books.balance(ALICE) == UserBalance(120, 0, 0)
+        assert (await books.keys(ADDRESS))[1].spent_lamports == 80
+        assert await books.balance(ADDRESS) == UserBalance(120, 0, 0)
 
     play(redis_url, scenario)
 
 
-def test_earnings_are_claimed_by_the_address_itself(redis_url: str) -> None:
-    async def scenario(books: Books) -> None:
-        address = USER.address.lower()
+def test_of_many_reservations_at_once_the_balance_decides_how_many_are_made(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books, 10 * 112 + 5)
+        asked = (reserve(books, f"job-{number}") for number in range(300))
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert sum(answer == 112 for answer in answers) == 10
+        assert sum(isinstance(answer, InsufficientBalance) for answer in answers) == 290
+        assert await books.balance(ADDRESS) == UserBalance(5, 1_120, 0)
+
+    play(redis_url, scenario)
+
+
+def test_a_job_is_reserved_once_and_only_as_it_was_asked_first(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        await reserve(books)
+        with pytest.raises(TransferConflict):
+            await reserve(books, max_tokens=9)
+        assert await books.balance(ADDRESS) == UserBalance(888, 112, 0)
+
+    play(redis_url, scenario)
+
+
+def test_a_key_is_opened_by_its_owners_signature_and_is_good_until_its_end(redis_url: str) -> None:
+    now_ms = wall_clock_ms()
+    clock = [now_ms]
+
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        key = signed_key(expires_at_ms=now_ms + 1_000)
+        for wrong in (
+            replace(key, spend_limit_lamports=7),
+            replace(key, address=ALICE),
+            replace(key, signature="0x"),
+            signed_key(platform="0x" + "98" * 20),
+            signed_key(now_ms=now_ms - CHALLENGE_TTL_S * 1000),
+        ):
+            with pytest.raises(Unauthenticated):
+                await books.open_key(wrong)
+        with pytest.raises(Unauthenticated):
+            await books.key(BEARER)
+        for _ in range(2):
+            await books.open_key(key)
+        assert await books.key(BEARER) == replace(key, text="", signature="")
+        with pytest.raises(Conflict) as known:
+            await books.open_key(signed_key(Account.create()))
+        assert known.value.code == "key_exists"
+
+        await fund(books, 1_000)
+        clock[0] += 1_000
+        for refused in (books.key(BEARER), reserve(books)):
+            with pytest.raises(Unauthenticated):
+                await refused
+
+    play(redis_url, scenario, now_ms=lambda: clock[0])
+
+
+def test_a_key_is_revoked_by_its_owner_for_ever(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        key = signed_key()
+        await books.open_key(key)
+        await books.open_key(signed_key(bearer="limited", spend_limit_lamports=7))
+        await books.open_key(signed_key(Account.create(), "of another"))
         with pytest.raises(Forbidden):
-            await books.claim_earnings(address, sign_claim(Account.create(), PLATFORM))
-        assert not (await books.earnings(address)).claimed
-        await books.claim_earnings(address, sign_claim(USER, PLATFORM))
-        assert (await books.earnings(address)).claimed
+            await books.revoke_key("limited", key.key_id)
+        with pytest.raises(NotFound):
+            await books.revoke_key("of another", key.key_id)
+        await books.revoke_key(BEARER, key.key_id)
+        with pytest.raises(Unauthenticated):
+            await books.key(BEARER)
+        # What was signed before opens nothing again.
+        with pytest.raises(Conflict):
+            await books.open_key(key)
+        assert [one.key.spend_limit_lamports for one in await books.keys(ADDRESS)] == [7]
 
     play(redis_url, scenario)
+
+
+def test_an_address_has_so_many_keys_and_those_that_expired_make_room(redis_url: str) -> None:
+    now_ms = wall_clock_ms()
+    clock = [now_ms]
+
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await books.open_key(signed_key(bearer="one", expires_at_ms=now_ms + 10))
+        await books.open_key(signed_key(bearer="two"))
+        with pytest.raises(Forbidden) as full:
+            await books.open_key(signed_key(bearer="three"))
+        assert full.value.code == "too_many_keys"
+        clock[0] += 10
+        await books.open_key(signed_key(bearer="three"))
+        assert len(await books.keys(ADDRESS)) == 2
+
+    play(redis_url, scenario, now_ms=lambda: clock[0], terms=replace(TERMS, max_keys=2))
+
+
+def test_earnings_are_claimed_by_the_address_itself_and_owed_from_then_on(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        await books.enrol_node("a", ADDRESS, key_digest="k", name="a", work_bytes_per_s=0)
+        await reserve(books)
+        await settle(books)
+        with pytest.raises(Forbidden):
+            await books.claim_earnings(ADDRESS, sign_claim(Account.create(), PLATFORM))
+        assert not (await books.earnings(ADDRESS)).claimed
+        assert await books.owed() == {}
+        for _ in range(2):
+            await books.claim_earnings(ADDRESS, sign_claim(USER, PLATFORM))
+        assert (await books.earnings(ADDRESS)).claimed
+        assert await books.owed() == {ADDRESS: 36}
+
+    play(redis_url, scenario)
+
+
+def test_earnings_that_may_still_be_reversed_are_not_owed(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        await books.enrol_node("a", ADDRESS, key_digest="k", name="a", work_bytes_per_s=0)
+        await reserve(books)
+        await settle(books)
+        await books.claim_earnings(ADDRESS, sign_claim(USER, PLATFORM))
+        assert (await books.earnings(ADDRESS)).earned_lamports == 36
+        assert await books.owed() == {}
+
+    play(redis_url, scenario, terms=replace(TERMS, maturity_ms=60_000))
 
 
 def withdrawal(lamports: int = LEAST_LAMPORTS, nonce: int = 1, life_ms: int = 60_000) -> Withdrawal:
     return Withdrawal(
-        address=USER.address.lower(), lamports=lamports, nonce=nonce, expires_at_ms=NOW_MS + life_ms
+        address=ADDRESS, lamports=lamports, nonce=nonce, expires_at_ms=wall_clock_ms() + life_ms
     )
 
 
 async def withdraw(books: Books, asked: Withdrawal, platform: str = PLATFORM) -> WithdrawalStatus:
-    return await books.withdraw(asked, sign_withdrawal(USER, asked, platform), NOW_MS)
+    return await books.withdraw(asked, sign_withdrawal(USER, asked, platform))
 
 
 def test_a_withdrawal_waits_for_the_treasury_once(redis_url: str) -> None:
-    async def scenario(books: Books) -> None:
-        await books.credit(TX_HASH, USER.address.lower(), 2 * LEAST_LAMPORTS)
-        waiting = WithdrawalStatus(WithdrawalState.WAITING)
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await fund(books, 2 * LEAST_LAMPORTS)
+        waiting, asked = WithdrawalStatus(WithdrawalState.WAITING), withdrawal()
         for _ in range(2):
-            assert await withdraw(books, withdrawal()) == waiting
-        assert await books.withdrawal(USER.address.lower(), 1) == waiting
+            assert await withdraw(books, asked) == waiting
+        assert await books.withdrawal(ADDRESS, 1) == waiting
         with pytest.raises(Conflict):
             await withdraw(books, withdrawal(nonce=2))
         with pytest.raises(NotFound):
-            await books.withdrawal(USER.address.lower(), 2)
+            await books.withdrawal(ADDRESS, 2)
 
     play(redis_url, scenario)
 
 
 @pytest.mark.parametrize(
-    ("asked", "platform", "error"),
+    ("given", "platform", "error"),
     [
-        (withdrawal(LEAST_LAMPORTS - 1), PLATFORM, InvalidRequest),
-        (withdrawal(), "0x" + "98" * 20, Forbidden),
-        (withdrawal(life_ms=0), PLATFORM, InvalidRequest),
-        (withdrawal(life_ms=MAX_WITHDRAWAL_LIFE_MS + 1), PLATFORM, InvalidRequest),
-        (withdrawal(LEAST_LAMPORTS + 1), PLATFORM, InsufficientBalance),
+        ({"lamports": LEAST_LAMPORTS - 1}, PLATFORM, InvalidRequest),
+        ({}, "0x" + "98" * 20, Forbidden),
+        ({"life_ms": 0}, PLATFORM, InvalidRequest),
+        ({"life_ms": MAX_WITHDRAWAL_LIFE_MS + 60_000}, PLATFORM, InvalidRequest),
+        ({"lamports": LEAST_LAMPORTS + 1}, PLATFORM, InsufficientBalance),
     ],
 )
 def test_a_withdrawal_that_is_not_good_is_refused_at_once(
-    redis_url: str, asked: Withdrawal, platform: str, error: type[Exception]
+    redis_url: str, given: dict[str, int], platform: str, error: type[Exception]
 ) -> None:
-    async def scenario(books: Books) -> None:
-        await books.credit(TX_HASH, USER.address.lower(), LEAST_LAMPORTS)
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await fund(books, LEAST_LAMPORTS)
+        asked = withdrawal(**given)
         with pytest.raises(error):
             await withdraw(books, asked, platform)
         with pytest.raises(NotFound):
@@ -186,7 +420,7 @@ def test_a_withdrawal_that_is_not_good_is_refused_at_once(
 
 
 def test_the_treasurys_answers_reach_the_caller(redis_url: str) -> None:
-    async def scenario(books: Books) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
         redis = connect_redis(redis_url)
         pending = DepositStatus(CreditState.PENDING, ALICE, 70)
 
@@ -213,9 +447,57 @@ def test_the_treasurys_answers_reach_the_caller(redis_url: str) -> None:
 
 
 def test_an_audit_compares_the_wallet_on_request(redis_url: str) -> None:
-    async def scenario(books: Books) -> None:
-        await books.credit(TX_HASH, ALICE, 70)
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await fund(books, 70)
         assert (await books.audit(70)).agrees
         assert not (await books.audit(69)).agrees
 
     play(redis_url, scenario)
+
+
+def test_a_loss_stands_until_the_admin_accepts_it(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await fund(books, 70)
+        assert await books.loss() == 0
+        await books.note_loss(3)
+        assert await books.loss() == (await books.totals()).lost_writes == 3
+        with pytest.raises(Conflict):
+            await books.accept_loss(2)
+        await books.accept_loss(3)
+        assert await books.loss() == 0
+
+    play(redis_url, scenario)
+
+
+def test_a_journal_that_was_changed_is_said_to_be(redis_url: str) -> None:
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        await fund(books, 70)
+        await served.bookkeeper.verify()
+        redis = connect_redis(redis_url)
+        rows = await redis.xrange("azu:ledger:journal")
+        await redis.delete("azu:ledger:journal")
+        for number, fields in rows:
+            changed = {**fields, "entry": fields["entry"].replace("70", "71")}
+            await redis.xadd("azu:ledger:journal", changed, number)
+        await redis.aclose()
+
+        await served.bookkeeper.verify()
+
+        with pytest.raises(LedgerError) as found:
+            await books.loss()
+        assert found.value.code == "journal_changed"
+
+    play(redis_url, scenario)
+
+
+CALLS_OF_OTHERS = {
+    "ingress": ("settle", "expire", "apply", "owed", "accept_loss", "audit"),
+    "scheduler": ("reserve", "open_key", "balance", "apply", "accept_loss", "withdraw", "enrol_node"),
+    "treasury": ("reserve", "settle", "open_key", "accept_loss", "enrol_node", "withdraw"),
+    "owner": ("reserve", "settle", "apply", "open_key", "withdraw"),
+}
+
+
+def test_no_caller_makes_the_calls_of_others() -> None:
+    assert {caller: [call for call in calls if call in ALLOWED[caller]]
+            for caller, calls in CALLS_OF_OTHERS.items()} == {key: [] for key in ALLOWED}  # fmt: skip

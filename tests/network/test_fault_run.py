@@ -22,11 +22,11 @@ from actors.links import REGISTRY
 from actors.placement import SCHEDULER
 from azu.errors import InternalError
 from azu.launch.local_network import LocalNetwork
-from azu.money.ledger.audit import Audit, audit
-from azu.money.ledger.redis import RedisLedger
+from azu.money.books import Books
+from azu.money.ledger.audit import Audit
 from azu.supervision import FAULTS_IN_A_ROW
 from tests.network.actors import actors_named, lend, pid_of
-from tests.network.conftest import deposited, ledger_redis_url
+from tests.network.conftest import deposited
 from tests.network.faults import Faults
 from tests.network.recovering import (
     Answer,
@@ -248,7 +248,6 @@ POINTS = (
     Point("azu.money.treasury.process:_Treasury.answer_deposits", is_loop=True),
     Point("azu.money.treasury.process:_Treasury.sign_receipts", is_loop=True),
     Point("azu.money.treasury.process:_Treasury.pay", is_loop=True),
-    Point("azu.money.treasury.process:_Treasury.sweep", is_loop=True),
     Point("azu.money.treasury.deposits:DepositWatcher.check", deposit),
     Point("azu.money.treasury.receipts:ReceiptSigner.sign", sign_receipt),
 )
@@ -370,8 +369,7 @@ def test_a_process_whose_loop_fails_five_times_in_a_row_is_replaced(
 
 def test_the_books_are_right_after_all_faults(fault: Fault) -> None:
     async def found() -> Audit:
-        ledger = RedisLedger.from_url(ledger_redis_url(fault.network))
-        return await audit(await ledger.snapshot(), ledger.journal())
+        return await Books(fault.network.books_url, silence_s=60.0).audit()
 
     assert fault.user.balance()[1] == 0
     assert asyncio.run(found()).agrees

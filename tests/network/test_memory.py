@@ -18,8 +18,7 @@ from azu.config import load_network
 from azu.jobs.archive import AFTER_MS
 from azu.jobs.redis import RedisJobs
 from azu.launch.local_network import DEMO, LocalNetwork, demo_network
-from azu.money.books import Books
-from azu.money.ledger.records import JOURNAL
+from azu.money.ledger.journal import JOURNAL
 from azu.redis_client import connect_redis
 from azu.units import MIB
 from tests.network.conftest import ledger_redis_url, paying_user
@@ -85,13 +84,11 @@ async def send(client: httpx.AsyncClient, count: int) -> None:
 async def kept_bytes(network: LocalNetwork) -> tuple[int, int]:
     """Let the day of every job pass; return Redis' bytes in the journal, and in everything else."""
     stores = connect_redis(network.redis_url), connect_redis(ledger_redis_url(network))
-    books = Books(network._config.books_url)
-    await RedisJobs(stores[0]).archive(wall_clock_ms() + 2 * AFTER_MS, books.forget)
+    await RedisJobs(stores[0]).archive(wall_clock_ms() + 2 * AFTER_MS)
     sizes: dict[str, int] = {}
     for redis in stores:
         sizes |= {key: await redis.memory_usage(key) or 0 async for key in redis.scan_iter(count=1000)}
         await redis.aclose()
-    await books.close()
     journal = sizes.pop(JOURNAL)
     # What stands for an API key has a bound of its own, which a short run does not reach.
     return journal, sum(size for key, size in sizes.items() if not key.startswith("azu:auth:"))

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from azu.money.bookkeeping import ALLOWED
 from azu.money.books import Books, Totals
+from azu.money.books_process import ALLOWED
 from tests.redteam.conftest import MALLORY, Attacked
 
 pytestmark = pytest.mark.prove
@@ -14,7 +14,10 @@ pytestmark = pytest.mark.prove
 ACTORS = ("ingress", "scheduler")
 # Each of them would move money to the member, if its caller were believed.
 FORGED = (
-    ("credit", {"tx_hash": "0x" + "ab" * 32, "address": MALLORY, "lamports": 10**9}),
+    (
+        "apply",
+        {"transfer": {"kind": "deposit", "id": "deposit:0x1", "address": MALLORY, "lamports": 10**9}},
+    ),
     ("accept_loss", {"size": 1}),
     ("audit", {"wallet_lamports": None}),
 )

@@ -1,5 +1,6 @@
 """The ledger's file: how Redis must be configured to keep it, and how a torn tail is cut off it."""
 
+import json
 import mmap
 import os
 import re
@@ -11,8 +12,7 @@ import psutil
 
 from azu.errors import Conflict, LedgerError, NotFound
 from azu.files import write_private_once
-from azu.money.ledger.records import JOURNAL
-from azu.money.ledger.transfers import decode_transfer
+from azu.money.ledger.journal import JOURNAL
 
 FileCommand = tuple[bytes, ...]
 
@@ -147,7 +147,7 @@ def _transfer_ids(commands: tuple[FileCommand, ...]) -> Iterator[str]:
     for command in commands:
         if command[0].upper() == b"XADD" and command[1] == JOURNAL.encode():
             fields = dict(zip(command[3::2], command[4::2], strict=False))
-            yield decode_transfer(fields[b"transfer"].decode()).id
+            yield str(json.loads(fields[b"entry"])["transfer"]["id"])
 
 
 def _refuse_if_open(path: Path) -> None:

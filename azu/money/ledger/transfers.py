@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, NewType
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from azu.addresses import ADDRESS_PATTERN
 from azu.errors import LedgerError
@@ -398,14 +398,6 @@ _ADAPTER: TypeAdapter[Transfer] = TypeAdapter(AnyTransfer)
 def encode_transfer(transfer: Transfer) -> str:
     """Return the transfer's one JSON text: equal transfers give equal texts."""
     return _ADAPTER.dump_json(transfer).decode()
-
-
-def decode_transfer(content: str) -> Transfer:
-    """Parse the text of a transfer; raises LedgerError."""
-    try:
-        return _ADAPTER.validate_json(content)
-    except ValidationError as error:
-        raise LedgerError(f"not a transfer: {content[:200]!r}") from error
 
 
 def user_available(address: str) -> Account:

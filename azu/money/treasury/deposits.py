@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from azu.clock import wall_clock_ms
 from azu.errors import InvalidRequest, TransferConflict
+from azu.money.books import Books
 from azu.money.chain.port import Chain, LedgerTransfer, TxDetails
 from azu.money.chain.rows import (
     LATE_MS,
@@ -19,9 +19,9 @@ from azu.money.chain.rows import (
     row_id,
     same_amount,
 )
-from azu.money.ledger.redis import RedisLedger
-from azu.money.ledger.transfers import Deposit, is_outside
+from azu.money.ledger.transfers import Deposit
 from azu.money.treasury.redis import RedisCursor, RedisUncredited, Uncredited
+from azu.money.treasury.request_reply import CreditState, DepositStatus
 from azu.supervision import AWAY
 from azu.units import lamports_from_hype
 
@@ -30,25 +30,6 @@ _LOG = logging.getLogger(__name__)
 _GIVE_UP_MS = 3_600_000
 _ACTIONS = ("sendAsset", "spotSend")
 _SPOT = "spot"
-
-
-class CreditState(StrEnum):
-    """PENDING: good, but not in the platform's ledger yet. REJECTED: will never be credited."""
-
-    UNKNOWN = "unknown"
-    PENDING = "pending"
-    CREDITED = "credited"
-    REJECTED = "rejected"
-
-
-@dataclass(frozen=True, slots=True)
-class DepositStatus:
-    """What the treasury knows of a hash. `sender` is the chain's, empty while the hash is unknown."""
-
-    state: CreditState
-    sender: str = ""
-    lamports: int = 0
-    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +51,7 @@ class DepositWatcher:
     def __init__(
         self,
         chain: Chain,
-        ledger: RedisLedger,
+        ledger: Books,
         cursor: RedisCursor,
         uncredited: RedisUncredited,
         *,
@@ -89,14 +70,13 @@ class DepositWatcher:
         self._decided: dict[str, int] = {}
         self._unproven: dict[str, _Sighting] = {}
         self._unproven_before: Mapping[str, _Sighting] = {}
-        self._num_losses = 0
+        self._lost = 0
 
     async def poll(self) -> None:
         """Credit every new deposit. Raises ChainError; the next poll continues where this one stopped."""
-        await self._ledger.losses.look()
-        if self._num_losses != self._ledger.losses.num_noted:
+        if (lost := await self._ledger.loss()) != self._lost:
             # What was decided may be lost.
-            self._num_losses = self._ledger.losses.num_noted
+            self._lost = lost
             self._decided.clear()
         reached = await self._cursor.read()
         start_ms = max(0, reached - LATE_MS)
@@ -230,8 +210,7 @@ class DepositWatcher:
     async def _surplus(self) -> int:
         """Return how many lamports the account holds beside all that is owed."""
         held = await self._chain.spot_balance(self._platform)
-        balances = await self._ledger.balances()
-        return held - sum(lamports for account, lamports in balances.items() if not is_outside(account))
+        return held - await self._ledger.inside()
 
     async def _set_aside(self, row: LedgerTransfer, reason: str) -> None:
         """List a transfer that is credited to no account, once; an admin may look for its owner."""

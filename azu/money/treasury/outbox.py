@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import ConfigDict, TypeAdapter
 
 from azu.money.chain.port import SignedAction
-from azu.money.ledger.transfers import PayoutPaid, PayoutPlanned, PayoutRefused, Transfer, WithdrawalPlanned
+from azu.money.ledger.transfers import PayoutPaid, PayoutPlanned, PayoutRefused, WithdrawalPlanned
 
 
 class PayoutState(StrEnum):
@@ -36,7 +36,8 @@ class Payout:
 
     The chain's ledger cannot show the payout before `since_ms`, a time of the chain. `body` is the signed
     action, posted unchanged; `attempts` and `tried_at_ms` count its posts. `burned_at_ms` is when the chain
-    confirmed that the nonce of an abandoned payout is used up, 0 before.
+    confirmed that the nonce of an abandoned payout is used up, 0 before. `expires_at_ms` and
+    `signature` are of the user's own signed withdrawal.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -55,11 +56,19 @@ class Payout:
     tx_hash: str = ""
     reason: str = ""
     payee: Literal["worker", "user"] = "worker"
+    expires_at_ms: int = 0
+    signature: str = ""
+
+    def numbered(self, nonce: int) -> "Payout":
+        """Fix the nonce under which the payout is sent, and no other."""
+        assert self.state is PayoutState.PLANNED
+        return replace(self, nonce=nonce)
 
     def signed(self, action: SignedAction) -> "Payout":
         """Store the bytes."""
         assert self.state is PayoutState.PLANNED
-        return replace(self, state=PayoutState.SIGNED, nonce=action.nonce, body=action.body.decode())
+        assert self.nonce == action.nonce
+        return replace(self, state=PayoutState.SIGNED, body=action.body.decode())
 
     def sending(self, now_ms: int) -> "Payout":
         """Announce a post."""
@@ -107,22 +116,36 @@ class Payout:
         return min(60_000, 500 << min(self.attempts, 7))
 
     @property
-    def booking(self) -> Transfer:
+    def booking(self) -> PayoutPlanned | WithdrawalPlanned | PayoutPaid | PayoutRefused:
         """The ledger's transfer for the state; its fixed id makes the ledger apply it once."""
         match self.state:
             case PayoutState.PLANNED:
-                plan = PayoutPlanned if self.payee == "worker" else WithdrawalPlanned
-                return plan(
-                    id=f"{self.payout_id}:planned",
-                    payout_id=self.payout_id,
-                    address=self.address,
-                    lamports=self.lamports,
-                )
+                return self._plan()
             case PayoutState.PAID:
                 return PayoutPaid(id=f"{self.payout_id}:paid", payout_id=self.payout_id)
             case PayoutState.REFUSED:
                 return PayoutRefused(id=f"{self.payout_id}:refused", payout_id=self.payout_id)
         raise AssertionError(f"nothing to book in state {self.state}")
+
+    def _plan(self) -> PayoutPlanned | WithdrawalPlanned:
+        id_ = f"{self.payout_id}:planned"
+        if self.payee == "worker":
+            return PayoutPlanned(
+                id=id_,
+                payout_id=self.payout_id,
+                address=self.address,
+                lamports=self.lamports,
+                nonce=self.nonce,
+            )
+        return WithdrawalPlanned(
+            id=id_,
+            payout_id=self.payout_id,
+            address=self.address,
+            lamports=self.lamports,
+            nonce=self.nonce,
+            expires_at_ms=self.expires_at_ms,
+            signature=self.signature,
+        )
 
 
 _PAYOUT = TypeAdapter(Payout)

@@ -2,30 +2,28 @@
 
 import asyncio
 import logging
-import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from eth_account.signers.local import LocalAccount
 
-from azu.addresses import ADDRESS_PATTERN
 from azu.auth.signatures import Withdrawal, is_signed
 from azu.clock import wall_clock_ms
 from azu.errors import ChainError, InsufficientBalance, LedgerError
+from azu.money.books import Books
 from azu.money.chain.actions import sign_noop, sign_send_asset
 from azu.money.chain.port import Chain, LedgerTransfer
 from azu.money.chain.rows import same_amount
-from azu.money.ledger.redis import RedisLedger
+from azu.money.ledger.transfers import PayoutPlanned, WithdrawalPlanned
 from azu.money.treasury.outbox import Payout, PayoutState
-from azu.money.treasury.redis import EarningsClaims, RedisOutbox
+from azu.money.treasury.redis import RedisOutbox
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS, RedisWithdrawals, SignedWithdrawal
 
 _LOG = logging.getLogger(__name__)
 # The chain drops an emptied account together with its ledger, which proves what was paid; and it removes
 # balances below a million lamports.
 KEPT_LAMPORTS = 2_000_000
-_EARNED = re.compile(rf"worker:({ADDRESS_PATTERN}):earned")
 # Actions of the address's budget that are kept for repeated posts and for burning nonces.
 _ACTIONS_KEPT = 200
 # Each payout takes one action, and up to two more when something fails.
@@ -85,8 +83,7 @@ class PayoutSelector:
     def __init__(
         self,
         chain: Chain,
-        ledger: RedisLedger,
-        claims: EarningsClaims,
+        ledger: Books,
         platform: str,
         threshold: Threshold,
         *,
@@ -94,7 +91,6 @@ class PayoutSelector:
     ) -> None:
         self._chain = chain
         self._ledger = ledger
-        self._claims = claims
         self._platform = platform
         self._threshold = threshold
         self._now_ms = now_ms
@@ -117,8 +113,6 @@ class PayoutSelector:
                 break
             if amount.lamports > funds:
                 _LOG.error("the platform's wallet does not hold enough for what is owed: %s", amount)
-                self.pass_over(amount.address)
-            elif not await self._claims.has_claimed(amount.address):
                 self.pass_over(amount.address)
             elif obstacle := await self.obstacle(amount):
                 _LOG.warning("not paid now, %s: %s", obstacle.reason, amount)
@@ -156,10 +150,9 @@ class PayoutSelector:
         now_ms = self._now_ms()
         self._passed_over = {address: until for address, until in self._passed_over.items() if until > now_ms}
         owed = []
-        for account, lamports in (await self._ledger.balances()).items():
-            match = _EARNED.fullmatch(account)
-            if match and lamports >= self._threshold.lamports:
-                amount = AmountOwed(match[1], lamports)
+        for address, lamports in (await self._ledger.owed()).items():
+            if lamports >= self._threshold.lamports:
+                amount = AmountOwed(address, lamports)
                 # What the platform owes itself is in its wallet already.
                 left_out = amount.address == self._platform or amount.address in self._passed_over
                 if amount.address not in open_lamports and not left_out:
@@ -173,7 +166,7 @@ class WithdrawalPlanner:
     def __init__(
         self,
         withdrawals: RedisWithdrawals,
-        ledger: RedisLedger,
+        ledger: Books,
         outbox: RedisOutbox,
         selector: PayoutSelector,
         *,
@@ -212,7 +205,7 @@ class WithdrawalPlanner:
                 if not obstacle.is_passing:
                     await self._refuse(signed, obstacle.reason)
             else:
-                await self._plan(withdrawal, since_ms)
+                await self._plan(signed, since_ms)
                 room, funds = room - 1, funds - withdrawal.lamports
 
     async def _refuse(self, signed: SignedWithdrawal, reason: str) -> None:
@@ -241,7 +234,8 @@ class WithdrawalPlanner:
             return f"it is less than {LEAST_LAMPORTS} lamports, which the chain would remove"
         return None
 
-    async def _plan(self, withdrawal: Withdrawal, since_ms: int) -> None:
+    async def _plan(self, signed: SignedWithdrawal, since_ms: int) -> None:
+        withdrawal, signature = signed.withdrawal, signed.signature
         payout = Payout(
             payout_id=withdrawal.payout_id,
             address=withdrawal.address,
@@ -249,6 +243,8 @@ class WithdrawalPlanner:
             planned_at_ms=self._now_ms(),
             since_ms=since_ms,
             payee="user",
+            expires_at_ms=withdrawal.expires_at_ms,
+            signature=signature,
         )
         if await self._outbox.add(payout):
             _LOG.info("planned %s of %d lamports", payout.payout_id, payout.lamports)
@@ -272,7 +268,7 @@ class Payer:
     def __init__(
         self,
         chain: Chain,
-        ledger: RedisLedger,
+        ledger: Books,
         outbox: RedisOutbox,
         withdrawals: RedisWithdrawals,
         account: LocalAccount,
@@ -373,31 +369,55 @@ class Payer:
         if is_withdrawal and await self._withdrawals.refusal(payout.payout_id) is not None:
             await self._outbox.remove(payout)
             return
-        try:
-            await self._ledger.apply(payout.booking)
-        except (LedgerError, InsufficientBalance):
-            if await self._ledger.result(payout.booking.id) is not None:
-                raise
-            _LOG.exception("%s is dropped: its account does not hold so much", payout.payout_id)
-            if is_withdrawal:
-                reason = "the account does not hold so much any more"
-                await self._withdrawals.refuse(payout.payout_id, reason)
-            await self._outbox.remove(payout)
-            return
+        planned = await self._ledger.result(payout.booking.id)
+        if planned is None:
+            set_aside = await self._set_aside(payout)
+            if set_aside is None:
+                return
+            payout = set_aside
+        else:
+            transfer = planned.entry.transfer
+            assert isinstance(transfer, PayoutPlanned | WithdrawalPlanned), "the id says so"
+            if payout.nonce != transfer.nonce:
+                payout = await self._replace(payout, payout.numbered(transfer.nonce))
         if await self._has_ended(payout):
             _LOG.warning("%s was paid or refused before; another process planned it late", payout.payout_id)
             await self._outbox.remove(payout)
             return
-        nonce = await self._outbox.next_nonce(self._now_ms())
         self._remember()
         action = sign_send_asset(
             self._account,
             self._chain.network,
             destination=payout.address,
             lamports=payout.lamports,
-            nonce=nonce,
+            nonce=payout.nonce,
         )
         await self._send(await self._replace(payout, payout.signed(action)))
+
+    async def _set_aside(self, payout: Payout) -> Payout | None:
+        """Have the ledger set the money aside under a nonce that is fixed before; None if it does not."""
+        if not payout.nonce:
+            payout = await self._numbered(payout)
+        try:
+            await self._ledger.apply(payout.booking)
+        except (LedgerError, InsufficientBalance) as error:
+            if error.code == "nonce_used":
+                # Another payout with a later nonce was set aside first.
+                await self._numbered(payout)
+                return None
+            if await self._ledger.result(payout.booking.id) is not None:
+                raise
+            _LOG.exception("%s is dropped: its account does not hold so much", payout.payout_id)
+            if payout.payee == "user":
+                reason = "the account does not hold so much any more"
+                await self._withdrawals.refuse(payout.payout_id, reason)
+            await self._outbox.remove(payout)
+            return None
+        return payout
+
+    async def _numbered(self, payout: Payout) -> Payout:
+        nonce = await self._outbox.next_nonce(self._now_ms())
+        return await self._replace(payout, payout.numbered(nonce))
 
     async def _has_ended(self, payout: Payout) -> bool:
         """Whether the books have the payout's end: a withdrawal can be planned twice under its one id."""

@@ -1,4 +1,4 @@
-"""The treasury's process: deposits, payouts, receipts and lost reservations, until a signal stops it."""
+"""The treasury's process: deposits, payouts and receipts, until a signal stops it."""
 
 import asyncio
 import logging
@@ -8,17 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from eth_account.signers.local import LocalAccount
 
 from azu.errors import AzuError, InternalError, Unavailable
 from azu.metrics import Meter
+from azu.money.books import Books
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import ChainNetwork
-from azu.money.ledger.redis import RedisLedger
 from azu.money.treasury.deposits import DepositWatcher
-from azu.money.treasury.expired_reservations import ReservationExpiry
 from azu.money.treasury.memory import Memory
 from azu.money.treasury.payouts import (
     Payer,
@@ -29,7 +27,6 @@ from azu.money.treasury.payouts import (
 )
 from azu.money.treasury.receipts import ReceiptSigner
 from azu.money.treasury.redis import (
-    EarningsClaims,
     RedisCursor,
     RedisLease,
     RedisMetrics,
@@ -38,7 +35,6 @@ from azu.money.treasury.redis import (
 )
 from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
 from azu.money.treasury.withdrawals import RedisWithdrawals
-from azu.protocol.job import Receipt
 from azu.redis_client import connect_redis
 from azu.supervision import Supervisor
 
@@ -46,19 +42,6 @@ _LOG = logging.getLogger(__name__)
 _REQUESTS_AT_ONCE = 16
 _REQUESTS_EVERY_S = 0.05
 _METRICS_EVERY_S = 1.0
-
-
-class JobRecords(Protocol):
-    """What the treasury needs of the durable jobs. It is a port because jobs are a higher floor than money.
-
-    Both methods raise Unavailable when Redis does not answer.
-    """
-
-    async def receipt(self, job_id: str) -> Receipt | None:
-        """Return the receipt of a job that has ended, None for every other id."""
-
-    async def give_up(self, job_id: str) -> bool:
-        """Mark a job as lost, so that it is never written later; return False if it was written before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +54,20 @@ class TreasuryConfig:
     """
 
     redis_url: str = field(repr=False)
+    books_url: str = field(repr=False)
     network: ChainNetwork
     account: LocalAccount = field(repr=False)
     threshold: Threshold
     timeouts: PayoutTimeouts = field(default_factory=PayoutTimeouts)
     poll_s: float = 5.0
     plan_every_s: float = 60.0
-    sweep_every_s: float = 30.0
     max_open_payouts: int = 20
     lease_s: float = 30.0
     memory: Path | None = None
     jobs_redis_url: str | None = field(default=None, repr=False)
 
 
-async def run(config: TreasuryConfig, jobs: JobRecords, *, ready: Callable[[], None]) -> None:
+async def run(config: TreasuryConfig, *, ready: Callable[[], None]) -> None:
     """Run until SIGTERM or SIGINT; call `ready` once, after the platform's ledger on the chain was read.
 
     The process waits for a chain or a Redis that is away. Raises InternalError when a loop cannot go on.
@@ -93,13 +76,12 @@ async def run(config: TreasuryConfig, jobs: JobRecords, *, ready: Callable[[], N
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    treasury = _Treasury(config, jobs, ready)
+    treasury = _Treasury(config, ready)
     supervisor = Supervisor("treasury", Meter(), stop.set)
     supervisor.start("deposits", treasury.watch, every_s=config.poll_s)
     supervisor.start("deposit requests", treasury.answer_deposits, every_s=_REQUESTS_EVERY_S)
     supervisor.start("receipt requests", treasury.sign_receipts, every_s=_REQUESTS_EVERY_S)
     supervisor.start("payouts", treasury.pay, every_s=config.poll_s)
-    supervisor.start("reservations", treasury.sweep, every_s=config.sweep_every_s)
     supervisor.start("metrics", partial(treasury.show, supervisor.meter), every_s=_METRICS_EVERY_S)
     try:
         await stop.wait()
@@ -111,14 +93,14 @@ async def run(config: TreasuryConfig, jobs: JobRecords, *, ready: Callable[[], N
 
 
 class _Treasury:
-    """The parts over one chain and one Redis, and what each loop does."""
+    """The parts over one chain, one Redis and the books, and what each loop does."""
 
-    def __init__(self, config: TreasuryConfig, jobs: JobRecords, ready: Callable[[], None]) -> None:
+    def __init__(self, config: TreasuryConfig, ready: Callable[[], None]) -> None:
         platform = config.account.address.lower()
         self._config = config
         self._redis = connect_redis(config.redis_url)
         self._chain = ChainClient(config.network)
-        self._ledger = RedisLedger(self._redis)
+        self._ledger = Books(config.books_url)
         self._jobs_redis = connect_redis(config.jobs_redis_url or config.redis_url)
         self._deposits = DepositRequests(self._jobs_redis)
         self._cursor = RedisCursor(self._redis)
@@ -130,8 +112,7 @@ class _Treasury:
         self._watcher = DepositWatcher(
             self._chain, self._ledger, self._cursor, RedisUncredited(self._redis), platform=platform
         )
-        claims = EarningsClaims(self._redis, platform)
-        self._selector = PayoutSelector(self._chain, self._ledger, claims, platform, config.threshold)
+        self._selector = PayoutSelector(self._chain, self._ledger, platform, config.threshold)
         withdrawals = RedisWithdrawals(self._redis)
         self._withdrawal_planner = WithdrawalPlanner(
             withdrawals, self._ledger, self._outbox, self._selector, platform=platform
@@ -146,9 +127,8 @@ class _Treasury:
             on_refused=self._selector.pass_over,
             remember=self._memory.keep,
         )
-        self._expiry = ReservationExpiry(self._ledger, jobs.give_up)
         self._receipts = ReceiptRequests(self._jobs_redis)
-        self._receipt_signer = ReceiptSigner(jobs.receipt, self._ledger, config.account)
+        self._receipt_signer = ReceiptSigner(self._ledger, config.account)
         self._plan_at_s = 0.0
         self._ready: Callable[[], None] | None = ready
 
@@ -176,9 +156,6 @@ class _Treasury:
             open_lamports = {payout.address: payout.lamports for payout in await self._outbox.open()}
             await self._payer.plan(await self._selector.select(open_lamports, max_open), since_ms)
 
-    async def sweep(self) -> None:
-        await self._expiry.sweep()
-
     async def show(self, meter: Meter) -> None:
         await self._metrics.show(self._source, meter.snapshot())
 
@@ -188,6 +165,7 @@ class _Treasury:
         except AzuError as error:
             _LOG.warning("the signer's lease was not released and expires later: %s", error)
         await self._chain.close()
+        await self._ledger.close()
         await self._redis.aclose()
         await self._jobs_redis.aclose()
 

@@ -1,4 +1,4 @@
-"""The treasury's durable state in Redis: cursor, uncredited transfers, outbox, signer's lease, and claims."""
+"""The treasury's durable state in Redis: cursor, uncredited transfers, outbox, and signer's lease."""
 
 import secrets
 from collections.abc import Awaitable
@@ -8,7 +8,6 @@ from typing import cast
 from pydantic import ConfigDict, TypeAdapter
 from redis.asyncio import Redis
 
-from azu.auth.signatures import is_claim
 from azu.metrics import MetricsSnapshot
 from azu.money.treasury.outbox import Payout, decode_payout, encode_payout
 from azu.redis_client import typed_redis_errors
@@ -18,7 +17,6 @@ OUTBOX = "azu:treasury:outbox"
 NONCE = "azu:treasury:nonce"
 WRITES = "azu:treasury:writes"
 SIGNER = "azu:treasury:signer"
-CLAIMS = "azu:treasury:payees"
 METRICS = "azu:treasury:metrics"
 _METRICS_KEPT_S = 15
 _SHOWN = TypeAdapter(tuple[str, list[tuple[str, tuple[str, ...], float]]])
@@ -234,28 +232,3 @@ class RedisLease:
         """Give the lease back if it is held."""
         with typed_redis_errors():
             await self._release([SIGNER], [self._token])
-
-
-class EarningsClaims:
-    """Claims of earnings: a hash of address -> signature. Every read checks the signature again.
-
-    Every method raises Unavailable when Redis does not answer.
-    """
-
-    def __init__(self, redis: Redis, platform: str) -> None:
-        self._redis = redis
-        self._platform = platform
-
-    async def claim(self, address: str, signature: str) -> bool:
-        """Write an address's claim; return False if the address did not sign it."""
-        if not is_claim(address, self._platform, signature):
-            return False
-        with typed_redis_errors():
-            await self._redis.hset(CLAIMS, address, signature)
-        return True
-
-    async def has_claimed(self, address: str) -> bool:
-        """Whether an address may be paid what it earned."""
-        with typed_redis_errors():
-            signature = await cast(Awaitable[str | None], self._redis.hget(CLAIMS, address))
-        return signature is not None and is_claim(address, self._platform, signature)

@@ -7,7 +7,8 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import cast
 
 from pydantic import TypeAdapter
@@ -15,9 +16,28 @@ from redis.asyncio import Redis
 
 from azu.addresses import parse_address, parse_hash
 from azu.errors import DeadlineExceeded, DepositRejected, Forbidden, InternalError, NotFound, Unavailable
-from azu.money.treasury.deposits import CreditState, DepositStatus
 from azu.redis_client import typed_redis_errors
 from azu.supervision import AWAY, as_known_error
+
+
+class CreditState(StrEnum):
+    """PENDING: good, but not in the platform's ledger yet. REJECTED: will never be credited."""
+
+    UNKNOWN = "unknown"
+    PENDING = "pending"
+    CREDITED = "credited"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class DepositStatus:
+    """What the treasury knows of a hash. `sender` is the chain's, empty while the hash is unknown."""
+
+    state: CreditState
+    sender: str = ""
+    lamports: int = 0
+    reason: str = ""
+
 
 # How many requests may wait at once, and how long one waits for a treasury that is away.
 _MAX_WAITING = 10_000

@@ -1,6 +1,6 @@
 """Signed withdrawals: how they reach the treasury, and how far each has come. Payouts carry them out."""
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import cast
@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from azu.auth.signatures import Withdrawal, withdrawal_id
 from azu.errors import Conflict, NotFound, Unavailable
-from azu.money.ledger.redis import RedisLedger
+from azu.money.ledger.rules import Result
 from azu.redis_client import typed_redis_errors
 
 # The chain removes balances below 0.01 HYPE.
@@ -104,18 +104,23 @@ class RedisWithdrawals:
         with typed_redis_errors():
             return cast(str | None, await self._redis.get(_REFUSED + payout_id))
 
-    async def status(self, address: str, nonce: int, ledger: RedisLedger) -> WithdrawalStatus:
-        """Return how far an address's withdrawal with this nonce has come; raises NotFound."""
+    async def status(
+        self, address: str, nonce: int, result: Callable[[str], Awaitable[Result | None]]
+    ) -> WithdrawalStatus:
+        """Return how far an address's withdrawal with this nonce has come; raises NotFound.
+
+        `result` returns what a transfer of the ledger did.
+        """
         payout_id = withdrawal_id(address, nonce)
         # First: a withdrawal that no longer waits has left its mark in one of the other places before.
         waiting = await self._waiting_of(address)
-        if await ledger.result(f"{payout_id}:paid"):
+        if await result(f"{payout_id}:paid"):
             return WithdrawalStatus(WithdrawalState.PAID)
-        if await ledger.result(f"{payout_id}:refused"):
+        if await result(f"{payout_id}:refused"):
             return WithdrawalStatus(
                 WithdrawalState.REFUSED, "the chain did not carry it out; the money is back"
             )
-        if await ledger.result(f"{payout_id}:planned"):
+        if await result(f"{payout_id}:planned"):
             return WithdrawalStatus(WithdrawalState.SENDING)
         if reason := await self.refusal(payout_id):
             return WithdrawalStatus(WithdrawalState.REFUSED, reason)

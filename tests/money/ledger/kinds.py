@@ -1,27 +1,31 @@
-"""Random transfers of every kind, over so few names that they repeat and contradict each other."""
+"""Random transfers of every kind, over few names: they repeat, contradict each other and meet ended holds."""
 
 from hypothesis import strategies as st
 
 from azu.money.ledger.transfers import Settle, Transfer
 from azu.money.pricing import divide
+from azu.units import MAX_LAMPORTS
 from tests.builders import ALICE, BOB, OWNERS
 from tests.money.ledger import moves
-from tests.money.ledger.strategies import (
-    CHARGED,
-    DEPOSITED,
-    FEES,
-    HASHES,
-    JOBS,
-    LAYERS,
-    PAYOUTS,
-    PERCENTS,
-    RESERVED,
-    TAKEN,
-    USERS,
-    WORK,
-    WORKERS,
-)
 
+USERS = st.sampled_from([ALICE, BOB])
+# A user may lend a GPU too.
+WORKERS = st.sampled_from([*OWNERS[:2], ALICE])
+JOBS = st.sampled_from([f"job-{number}" for number in range(3)])
+PAYOUTS = st.sampled_from([f"p{number}" for number in range(3)])
+HASHES = st.sampled_from([f"0x{number:02x}" for number in range(4)])
+FEES = st.integers(0, 3)
+LARGE = st.sampled_from([2**53 - 1, 2**53, 2**53 + 1, MAX_LAMPORTS - 1, MAX_LAMPORTS])
+# Mostly amounts for which a deposit pays for several jobs and a job for several payouts.
+DEPOSITED = st.one_of(st.integers(1, 60), LARGE)
+RESERVED = st.one_of(st.integers(0, 40), st.integers(0, 40), LARGE)
+CHARGED = st.one_of(st.integers(0, 30), st.integers(0, 30), LARGE)
+TAKEN = st.one_of(st.integers(1, 6), st.integers(1, 6), LARGE)
+PERCENTS = st.sampled_from([0, 20, 20, 100])
+LAYERS = 4
+WORK = st.dictionaries(
+    st.integers(0, LAYERS - 1), st.dictionaries(WORKERS, st.integers(0, 9), max_size=3), max_size=LAYERS
+)
 DAY_MS = 86_400_000
 NODES = st.sampled_from(["node-1", "node-2"])
 ROWS = st.sampled_from(["r1", "r2", "r3"])

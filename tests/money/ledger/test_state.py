@@ -25,12 +25,16 @@ from azu.money.ledger.transfers import CHAIN, HELD, PLATFORM, SUSPENSE, Transfer
 from tests.money.ledger import moves
 from tests.money.ledger.kinds import (
     BEGIN,
+    DEPOSITED,
     PAUSES,
+    RESERVED,
+    TAKEN,
+    USERS,
+    WORKERS,
     any_transfer,
     histories_of_all_kinds,
     settled,
 )
-from tests.money.ledger.strategies import DEPOSITED, RESERVED, TAKEN, USERS, WORKERS
 
 # A rule whose transfer was refused adds nothing to its bundle.
 Name = str | MultipleResults[str]

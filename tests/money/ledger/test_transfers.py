@@ -8,7 +8,8 @@ import pytest
 
 from azu.errors import LedgerError
 from azu.money.ledger import transfers
-from azu.money.ledger.transfers import Deposit, Reserve, Settle, Transfer, decode_transfer, encode_transfer
+from azu.money.ledger.journal import Line, read_line
+from azu.money.ledger.transfers import Deposit, Reserve, Settle, Transfer, encode_transfer
 from azu.units import MAX_LAMPORTS
 from tests.builders import ALICE, OWNERS
 from tests.money.ledger import moves
@@ -24,6 +25,11 @@ ONE_OF_EACH: list[Transfer] = [
     moves.paid("p1", fee_lamports=3),
     moves.refused("p1"),
 ]
+
+
+def decode_transfer(text: str) -> Transfer:
+    """Return the transfer with this text, as the journal reads it."""
+    return read_line(Line(1, f'{{"number":1,"at_ms":1,"transfer":{text},"legs":[]}}', "")).transfer
 
 
 @pytest.mark.parametrize("transfer", ONE_OF_EACH, ids=lambda transfer: transfer.kind)

@@ -7,10 +7,9 @@ from multiprocessing.process import BaseProcess
 
 from eth_account import Account
 
-from azu.jobs.redis import RedisJobs
+from azu.money.books import Books
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import network_at
-from azu.money.ledger.redis import RedisLedger
 from azu.money.treasury.payouts import PayoutTimeouts, Threshold
 from azu.money.treasury.process import TreasuryConfig, run
 from azu.money.treasury.redis import RedisCursor, RedisLease, RedisOutbox
@@ -19,7 +18,7 @@ from azu.money.treasury.withdrawals import RedisWithdrawals
 from tests.killing import Death, kill_at_effect, start
 
 EFFECTS = (
-    (RedisLedger, "apply"),
+    (Books, "apply"),
     (RequestReply, "answer"),
     (RedisCursor, "advance"),
     (RedisLease, "hold"),
@@ -29,7 +28,6 @@ EFFECTS = (
     (RedisOutbox, "remove"),
     (RedisWithdrawals, "refuse"),
     (RedisWithdrawals, "take_out"),
-    (RedisJobs, "give_up"),
     (ChainClient, "post_action"),
 )
 _NEVER = Death()
@@ -40,6 +38,7 @@ class Treasury:
     """The platform, chain and threshold of a treasury."""
 
     redis_url: str
+    books_url: str
     chain_url: str
     key: str
     threshold_lamports: int
@@ -54,13 +53,13 @@ def _live(treasury: Treasury, death: Death) -> None:
     kill_at_effect(EFFECTS, death)
     config = TreasuryConfig(
         redis_url=treasury.redis_url,
+        books_url=treasury.books_url,
         network=network_at(treasury.chain_url),
         account=Account.from_key(treasury.key),
         threshold=Threshold(treasury.threshold_lamports, treasury.threshold_lamports),
         timeouts=PayoutTimeouts(conclude_ms=3_000),
         poll_s=0.05,
         plan_every_s=0.1,
-        sweep_every_s=0.1,
         lease_s=0.3,
     )
-    asyncio.run(run(config, RedisJobs.from_url(treasury.redis_url), ready=lambda: None))
+    asyncio.run(run(config, ready=lambda: None))

@@ -5,28 +5,24 @@ import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
 from azu.auth.signatures import Withdrawal, sealed, sign_claim, sign_withdrawal, verify_receipt
 from azu.clock import wall_clock_ms
-from azu.jobs.redis import RedisJobs
-from azu.money.ledger.audit import audit
-from azu.money.ledger.transfers import Deposit, Reserve, Settle, user_reserved, worker_paid
-from azu.money.treasury.deposits import CreditState
-from azu.money.treasury.request_reply import ReceiptRequests
+from azu.money.ledger.transfers import worker_paid
+from azu.money.treasury.request_reply import CreditState, ReceiptRequests
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS, RedisWithdrawals, SignedWithdrawal, WithdrawalState
-from azu.protocol.job import FinishReason, JobOutcome, JobState
 from azu.redis_client import connect_redis
 from azu.units import lamports_from_hype
-from tests.builders import ALICE, job, receipt
+from tests.builders import ALICE
 from tests.killing import Death
+from tests.money.ledger import moves
 from tests.money.treasury.dying import Treasury
 from tests.money.treasury.world import Open, World
 
-LOST_LAMPORTS = 700
 COMMISSION_LAMPORTS = 1_000
 # What the platform's wallet holds above what it owes.
 FLOAT_LAMPORTS = 10**9
@@ -35,7 +31,7 @@ PATIENCE_S = 60.0
 
 @dataclass
 class History:
-    """A deposit is requested, a worker is owed, one user withdraws, another tries to, a job was lost.
+    """A deposit is requested, a worker is owed, one user withdraws, another tries to.
 
     `prepare` books what happened before and makes all requests to the treasury; `is_over` returns whether the
     treasury has done everything.
@@ -43,7 +39,6 @@ class History:
 
     world: World
     parts: Open
-    jobs: RedisJobs
     withdrawals: RedisWithdrawals
     receipts: ReceiptRequests
     payer: LocalAccount
@@ -58,35 +53,28 @@ class History:
     def treasury(self) -> Treasury:
         """The treasury of this platform, ready to start."""
         world = self.world
-        return Treasury(world.redis_url, world.devnet.url, world.platform.key.hex(), LEAST_LAMPORTS)
+        books_url = self.parts.books.access.url("treasury")
+        return Treasury(
+            world.redis_url, books_url, world.devnet.url, world.platform.key.hex(), LEAST_LAMPORTS
+        )
 
     async def prepare(self) -> list[asyncio.Task[object]]:
         """Return the requests that wait for the treasury: for the deposit and for the receipt."""
         owner, platform = self.owner.address.lower(), self.world.platform.address.lower()
         charged = self.earned + COMMISSION_LAMPORTS
-        for transfer in (
-            Deposit(id="deposit:0x1", address=ALICE, lamports=charged + LOST_LAMPORTS),
-            Deposit(id="deposit:0x2", address=self.withdrawer.address.lower(), lamports=self.withdrawn),
-            Reserve(id="reserve:job-1", address=ALICE, job_id="job-1", lamports=charged, expires_at_ms=2**50),
-            Settle(
-                id="settle:job-1",
-                job_id="job-1",
-                charged_lamports=charged,
+        await self.parts.book(
+            moves.open_key(ALICE),
+            moves.deposit(charged, tx_hash="0x1"),
+            moves.deposit(self.withdrawn, address=self.withdrawer.address.lower(), tx_hash="0x2"),
+            moves.reserve("job-1", charged),
+            replace(
+                moves.settle("job-1", charged),
                 platform_lamports=COMMISSION_LAMPORTS,
                 shares={owner: self.earned},
             ),
-            Reserve(id="reserve:lost", address=ALICE, job_id="lost", lamports=LOST_LAMPORTS, expires_at_ms=1),
-        ):
-            await self.parts.ledger.apply(transfer)
-        self.world.devnet.fund(platform, charged + LOST_LAMPORTS + self.withdrawn + FLOAT_LAMPORTS)
-        ended = receipt(
-            charged_lamports=charged,
-            platform_lamports=COMMISSION_LAMPORTS,
-            worker_lamports={owner: self.earned},
         )
-        await self.jobs.submit(job())
-        await self.jobs.finish("job-1", JobOutcome(JobState.DONE, FinishReason.STOP, ended))
-        assert await self.parts.earnings_claims.claim(owner, sign_claim(self.owner, platform))
+        self.world.devnet.fund(platform, charged + self.withdrawn + FLOAT_LAMPORTS)
+        await self.parts.ledger.claim_earnings(owner, sign_claim(self.owner, platform))
         for account, lamports in ((self.withdrawer, self.withdrawn), (self.overdrawer, LEAST_LAMPORTS)):
             await self.withdrawals.hand_in(self._asked(account, lamports))
         tx_hash = await self.parts.pay_platform(self.payer, self.deposited)
@@ -94,13 +82,11 @@ class History:
 
     async def is_over(self) -> bool:
         """Whether everything has arrived."""
-        ledger = self.parts.ledger
-        balances = await ledger.balances()
+        balances = await self.parts.balances()
         return (
             await self._state(self.withdrawer) is WithdrawalState.PAID
             and await self._state(self.overdrawer) is WithdrawalState.REFUSED
             and balances.get(worker_paid(self.owner.address.lower())) == self.earned
-            and balances[user_reserved(ALICE)] == 0
             and await self.parts.available(self.payer) == self.deposited
             and await self.parts.outbox.open() == ()
             and await self.withdrawals.waiting() == []
@@ -112,12 +98,11 @@ class History:
         assert self._received(self.withdrawer) == [self.withdrawn]
         assert self._received(self.overdrawer) == []
         wallet = await self.parts.chain.spot_balance(self.world.platform.address.lower()) - FLOAT_LAMPORTS
-        books = await self.parts.ledger.snapshot()
-        report = await audit(books, self.parts.ledger.journal(), wallet)
+        report = await self.parts.ledger.audit(wallet)
         assert report.agrees, report.findings
         assert (report.in_flight_lamports, report.in_transit_lamports) == (0, 0)
         assert report.revenue_lamports == COMMISSION_LAMPORTS
-        assert report.liabilities_lamports == self.deposited + LOST_LAMPORTS
+        assert report.liabilities_lamports == self.deposited
 
     def _asked(self, account: LocalAccount, lamports: int) -> SignedWithdrawal:
         address, platform = account.address.lower(), self.world.platform.address.lower()
@@ -133,14 +118,12 @@ class History:
     async def _have_signed(self) -> None:
         platform = self.world.platform.address.lower()
         signature = await self.receipts.ask("job-1", PATIENCE_S)
-        record = await self.jobs.get("job-1")
-        assert record is not None
-        assert record.outcome is not None
-        assert verify_receipt(sealed(record.outcome.receipt, platform, signature)) == platform
+        outcome = await self.parts.ledger.ended("job-1")
+        assert outcome is not None
+        assert verify_receipt(sealed(outcome.receipt, platform, signature)) == platform
 
     async def _state(self, account: LocalAccount) -> WithdrawalState:
-        status = await self.withdrawals.status(account.address.lower(), 1, self.parts.ledger)
-        return status.state
+        return (await self.parts.ledger.withdrawal(account.address.lower(), 1)).state
 
     def _received(self, account: LocalAccount) -> list[int]:
         """Return what the chain's ledger shows of the platform's payments to an account."""
@@ -161,7 +144,6 @@ async def history(world: World, dice: random.Random) -> AsyncIterator[History]:
             yield History(
                 world,
                 parts,
-                RedisJobs(redis),
                 RedisWithdrawals(redis),
                 ReceiptRequests(redis),
                 payer=world.payer(),

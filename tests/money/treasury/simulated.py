@@ -6,7 +6,7 @@ Every write and post can crash its caller, before or after it took effect.
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -18,18 +18,13 @@ from azu.devnet.chain import DevnetState as DevnetState
 from azu.devnet.server import answer_info
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import network_at
-from azu.money.ledger import rules
-from azu.money.ledger.transfers import (
-    Deposit,
-    Reserve,
-    Settle,
-    Transfer,
-    worker_earned,
-    worker_paid,
-    worker_paying,
-)
+from azu.money.ledger.posting import apply_once
+from azu.money.ledger.rules import Entry, Result, repeat
+from azu.money.ledger.state import BooksState
+from azu.money.ledger.transfers import Transfer, worker_earned, worker_paid, worker_paying
 from azu.money.treasury.outbox import Payout, PayoutState, decode_payout, encode_payout
 from azu.money.treasury.payouts import Payer, PayoutTimeouts
+from tests.money.ledger import moves
 
 PLATFORM = Account.from_key("0x" + "0123456789" * 6 + "0123")
 USER = "0x" + "a1" * 20
@@ -112,43 +107,47 @@ class SimulatedChain(ChainClient):
 
 @dataclass
 class MemoryLedger:
+    """The ledger's own rules over books in memory, as far as the treasury calls them."""
+
     crash: CrashPlan
-    state: rules.LedgerState = field(default_factory=rules.LedgerState)
+    state: BooksState = field(default_factory=BooksState)
+    entries: dict[str, Entry] = field(default_factory=dict)
 
-    async def apply(self, transfer: Transfer) -> rules.Result:
+    async def apply(self, transfer: Transfer) -> None:
         hit = self.crash.begin()
-        self.state, result = rules.apply(self.state, transfer)
+        self._apply(transfer)
         self.crash.end(hit)
-        return result
 
-    async def result(self, transfer_id: str) -> rules.Result | None:
-        entry = self.state.entries.get(transfer_id)
-        return rules.Result(entry) if entry else None
+    async def result(self, transfer_id: str) -> Result | None:
+        entry = self.entries.get(transfer_id)
+        return Result(entry) if entry else None
 
-    async def balances(self) -> Mapping[str, int]:
-        return self.state.balances
+    async def owed(self) -> Mapping[str, int]:
+        return {address: self.state.free(worker_earned(address)) for address in self.state.claims}
 
-    def earn(self, address: str, lamports: int) -> None:
-        """Book a user's job whose whole charge goes to the worker."""
-        job = f"job-{len(self.state.entries)}"
-        for transfer in (
-            Deposit(id=f"deposit:{job}", address=USER, lamports=lamports),
-            Reserve(id=f"reserve:{job}", address=USER, job_id=job, lamports=lamports, expires_at_ms=1),
-            Settle(
-                id=f"settle:{job}",
-                job_id=job,
-                charged_lamports=lamports,
-                platform_lamports=0,
-                shares={address: lamports},
-            ),
-        ):
-            self.state, _ = rules.apply(self.state, transfer)
+    def earn(self, address: str, lamports: int, *, claims: bool = True) -> None:
+        """Book a user's job whose whole charge goes to the worker, who has claimed what it earns."""
+        job = f"job-{len(self.entries)}"
+        if claims:
+            self._apply(moves.claim(address))
+        self._apply(moves.open_key(USER))
+        self._apply(moves.deposit(lamports, address=USER, tx_hash=job))
+        self._apply(moves.reserve(job, lamports, address=USER))
+        settle = moves.settle(job, lamports)
+        self._apply(replace(settle, platform_lamports=0, shares={address: lamports}))
 
     def worker(self, address: str) -> tuple[int, int, int]:
         """Return (earned, paying, paid)."""
         accounts = (worker_earned(address), worker_paying(address), worker_paid(address))
-        earned, paying, paid = (self.state.balances.get(account, 0) for account in accounts)
+        earned, paying, paid = (self.state.balance(account) for account in accounts)
         return earned, paying, paid
+
+    def _apply(self, transfer: Transfer) -> None:
+        if (known := self.entries.get(transfer.id)) is not None:
+            repeat(known, transfer)
+            return
+        legs = apply_once(self.state, transfer, 0)
+        self.entries[transfer.id] = Entry(len(self.entries) + 1, transfer, legs)
 
 
 class NoWithdrawals:

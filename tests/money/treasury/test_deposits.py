@@ -11,12 +11,8 @@ from azu.devnet.chain import SECOND_HYPE
 from azu.money.chain.port import LedgerTransfer, TxDetails
 from azu.money.chain.wallet import send_hype
 from azu.money.ledger.transfers import CHAIN
-from azu.money.treasury.deposits import (
-    CreditState,
-    DepositWatcher,
-    agrees,
-    deposit_status,
-)
+from azu.money.treasury.deposits import DepositWatcher, agrees, deposit_status
+from azu.money.treasury.request_reply import CreditState
 from tests.money.treasury.world import Open, World
 
 ALICE, PLATFORM = "0x" + "a1" * 20, "0x" + "0f" * 20
@@ -135,7 +131,7 @@ def test_every_deposit_is_credited_once_under_a_fault(
             await asyncio.sleep(0.2)
 
         assert (await parts.available(alice), await parts.available(carol)) == (321, 321)
-        assert (await parts.ledger.balances())[CHAIN] == -642
+        assert (await parts.balances())[CHAIN] == -642
 
     world.run(scenario)
 
@@ -176,7 +172,7 @@ def test_other_rows_than_deposits_are_not_credited(world: World) -> None:
         await send_hype(parts.chain, parts.platform, alice.address, 13)  # from the platform
         await parts.watcher.poll()
 
-        assert await parts.ledger.balances() == {}
+        assert await parts.balances() == {}
 
     world.run(scenario)
 
@@ -311,7 +307,7 @@ def test_what_several_keys_signed_is_set_aside_at_once(world: World) -> None:
         await watcher.poll()
         await watcher.poll()
 
-        assert (await parts.ledger.balances())[CHAIN] == -5
+        assert (await parts.balances())[CHAIN] == -5
         [one] = await parts.uncredited.all()
         assert (one.time_ms, one.hash, one.sender, one.amount) == (3, HASH, ALICE, "5.0")
         assert one.reason.startswith("several keys signed it")
@@ -458,6 +454,6 @@ def test_a_check_of_a_hash_returns_what_it_is(world: World) -> None:
         assert await parts.available(alice) == 5
         assert (await parts.watcher.check(elsewhere)).state is CreditState.REJECTED
         assert (await parts.watcher.check("0x" + "12" * 32)).state is CreditState.UNKNOWN
-        assert await parts.ledger.balance(f"user:{stranger}:available") == 0
+        assert (await parts.balances()).get(f"user:{stranger}:available", 0) == 0
 
     world.run(scenario)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from azu.errors import ConfigurationError, Unavailable
-from azu.money.ledger.transfers import worker_paid
 from azu.money.treasury.memory import Memory
 from azu.money.treasury.outbox import Payout
 from azu.money.treasury.payouts import AmountOwed, Payer, PayoutTimeouts
@@ -28,8 +27,8 @@ def store(tmp_path: Path) -> Iterator[Rewindable]:
 
 
 @pytest.fixture
-def world(store: Rewindable, devnet_server: RunningDevnet) -> World:
-    return World(devnet_server, store.server.url)
+def world(store: Rewindable, devnet_server: RunningDevnet, tmp_path: Path) -> World:
+    return World(devnet_server, store.server.url, folder=tmp_path / "ledger")
 
 
 def payer(parts: Open, memory: Memory) -> Payer:
@@ -58,6 +57,7 @@ def test_a_payout_that_redis_forgot_is_not_signed_again(
         memory = Memory(file, parts.ledger, parts.outbox)
         assert await memory.may_sign()
         await earn(parts, [owner])
+        await parts.book(moves.claim(owner))
         await payer(parts, memory).plan([AmountOwed(owner, PAID)], since_ms=0)
         position = store.position()
         await payer(parts, memory).advance()
@@ -74,9 +74,7 @@ def test_a_payout_that_redis_forgot_is_not_signed_again(
             memory.keep()
         await payer(parts, memory).advance()
         assert received() == 1
-        loss = await parts.ledger.losses.open_loss()
-        assert loss is not None
-        assert loss.payout_writes > 0
+        assert await parts.ledger.loss() > 0
 
     world.run(before)
     world.run(after)
@@ -90,9 +88,9 @@ def test_a_treasury_signs_again_once_the_admin_has_accepted_the_loss(
 
     async def lose(parts: Open) -> None:
         memory = Memory(file, parts.ledger, parts.outbox)
+        await parts.book(moves.deposit(1))
         position = store.position()
-        await parts.ledger.apply(moves.deposit(900))
-        await parts.ledger.apply(moves.reserve("job-1", 50))
+        await parts.book(moves.deposit(900, tx_hash="0x3"), moves.open_key())
         memory.keep()
         store.rewind(position)
         assert not await memory.may_sign()
@@ -101,49 +99,25 @@ def test_a_treasury_signs_again_once_the_admin_has_accepted_the_loss(
         memory = Memory(file, parts.ledger, parts.outbox)
         assert not await memory.may_sign()
         # Jobs go on meanwhile.
-        await parts.ledger.apply(moves.deposit(100, tx_hash="0x02"))
-        await parts.ledger.losses.accept(2)
-        assert await memory.may_sign()
+        await parts.book(moves.deposit(100, tx_hash="0x02"))
+        await parts.ledger.accept_loss(2)
+        assert await asyncio.gather(memory.may_sign(), memory.may_sign()) == [True, True]
         memory.keep()
 
     async def later(parts: Open) -> None:
         assert await Memory(file, parts.ledger, parts.outbox).may_sign()
-        assert await parts.ledger.losses.open_loss() is None
+        assert await parts.ledger.loss() == 0
 
     for scenario in (lose, go_on, later):
         world.run(scenario)
 
 
-def test_an_accepted_loss_stays_closed_for_receipts_that_are_signed_at_that_moment(
-    world: World, store: Rewindable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def scenario(parts: Open) -> None:
-        memory, losses = Memory(None, parts.ledger, parts.outbox), parts.ledger.losses
-        position = store.position()
-        await parts.ledger.apply(moves.deposit(900))
-        store.rewind(position)
-        assert not await memory.may_sign()
-        await losses.accept(1)
-        settle = losses.settle
-
-        async def answered_late() -> None:
-            await settle()
-            await asyncio.sleep(0.1)
-
-        monkeypatch.setattr(losses, "settle", answered_late)
-        first = asyncio.create_task(memory.may_sign())
-        await asyncio.sleep(0.05)
-        assert await asyncio.gather(first, memory.may_sign()) == [True, True]
-        assert await losses.open_loss() is None
-
-    world.run(scenario)
-
-
 def test_a_note_that_redis_lost_too_is_written_again(world: World, store: Rewindable) -> None:
     async def scenario(parts: Open) -> None:
         memory = Memory(None, parts.ledger, parts.outbox)
+        await parts.book(moves.deposit(1))
         position = store.position()
-        await parts.ledger.apply(moves.deposit(900))
+        await parts.book(moves.deposit(900, tx_hash="0x3"))
         for _ in range(2):
             store.rewind(position)
             assert not await memory.may_sign()
@@ -165,10 +139,9 @@ def test_states_of_payouts_alone_are_missed_too(world: World, store: Rewindable,
         store.rewind(position)
 
         assert not await memory.may_sign()
-        loss = await parts.ledger.losses.open_loss()
-        assert loss is not None
-        assert (loss.entries, loss.payout_writes) == (0, 2)
-        assert await parts.ledger.balance(worker_paid(ALICE)) == 0
+        assert await parts.ledger.loss() == 2
+        await parts.ledger.accept_loss(2)
+        assert await memory.may_sign()
 
     world.run(scenario)
 

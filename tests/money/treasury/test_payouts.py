@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-from typing import Any
 
 import pytest
 
@@ -15,8 +14,9 @@ from azu.money.treasury.payouts import (
     PayoutTimeouts,
     Threshold,
 )
+from tests.money.ledger import moves
 from tests.money.treasury.simulated import PLATFORM, Crash, CrashPlan, Line, Simulation
-from tests.money.treasury.world import SEED, AllClaimed
+from tests.money.treasury.world import SEED
 
 WORKER = "0x" + "0e" * 20
 LAMPORTS = 25_000_000
@@ -279,11 +279,9 @@ def simulation(funds: int = 10**9, dollars: int = 10**12) -> Simulation:
     return made
 
 
-def selector(world: Simulation, claims: Any = None) -> PayoutSelector:
+def selector(world: Simulation) -> PayoutSelector:
     platform = PLATFORM.address.lower()
-    return PayoutSelector(
-        world.chain, world.ledger, claims or AllClaimed(), platform, THRESHOLD, now_ms=world.clock
-    )
+    return PayoutSelector(world.chain, world.ledger, platform, THRESHOLD, now_ms=world.clock)
 
 
 def selected(
@@ -363,19 +361,9 @@ def test_an_address_that_was_passed_over_is_checked_again_later() -> None:
     assert (before, after) == ([], [AmountOwed(KNOWN, 500)])
 
 
-def test_an_address_without_a_claim_is_checked_again_later() -> None:
+def test_an_address_is_paid_once_it_has_claimed() -> None:
     world = simulation()
-    world.ledger.earn(KNOWN, 100)
-
-    class Claims:
-        claimed = False
-
-        async def has_claimed(self, address: str) -> bool:
-            return self.claimed
-
-    claims = Claims()
-    choosing = selector(world, claims)
-    assert asyncio.run(choosing.select({}, 10)) == []
-    claims.claimed = True
-    world.clock.ms += 600_000
-    assert asyncio.run(choosing.select({}, 10)) == [AmountOwed(KNOWN, 100)]
+    world.ledger.earn(KNOWN, 100, claims=False)
+    assert selected(world) == []
+    asyncio.run(world.ledger.apply(moves.claim(KNOWN)))
+    assert selected(world) == [AmountOwed(KNOWN, 100)]

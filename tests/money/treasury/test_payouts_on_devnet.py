@@ -13,7 +13,7 @@ from azu.money.treasury.payouts import Payer, PayoutSelector, PayoutTimeouts, Th
 from tests.money.chain.running import fresh_address, running_devnet
 from tests.money.treasury.booked import PAID, all_paid, assert_paid_once, earn, fund_platform
 from tests.money.treasury.simulated import NoWithdrawals
-from tests.money.treasury.world import SEED, AllClaimed, Open, World
+from tests.money.treasury.world import SEED, Open, World
 
 FAULTS = (
     "reply_dropped_before",
@@ -48,7 +48,7 @@ async def pay_for_ever(world: World, parts: Open) -> None:
     # Shorter than the devnet's delay.
     chain = ChainClient(world.devnet.network, httpx.AsyncClient(timeout=1.0))
     platform = world.platform.address.lower()
-    selector = PayoutSelector(chain, parts.ledger, AllClaimed(), platform, Threshold(PAID, PAID))
+    selector = PayoutSelector(chain, parts.ledger, platform, Threshold(PAID, PAID))
     payer = Payer(
         chain,
         parts.ledger,

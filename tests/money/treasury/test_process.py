@@ -16,7 +16,7 @@ import pytest
 from azu.cli.treasury import run_treasury
 from azu.errors import ConfigurationError
 from azu.money.ledger.transfers import CHAIN
-from azu.money.treasury.deposits import CreditState
+from azu.money.treasury.request_reply import CreditState
 from tests.money.treasury.booked import (
     PAID,
     all_paid,
@@ -31,21 +31,23 @@ from tests.money.treasury.world import SEED, Open, World
 TREASURY = [sys.executable, "-c", "from azu.cli.treasury import run_treasury; run_treasury()"]
 
 
-def environment(world: World) -> dict[str, str]:
+def environment(world: World, books_url: str) -> dict[str, str]:
     server = urlsplit(world.redis_url)
     return os.environ | {
         "HYPERLIQUID_RPC_URL": world.devnet.url,
         "HYPERLIQUID_ADDRESS": world.platform.address,
         "REDIS_HOST": str(server.hostname),
         "REDIS_PORT": str(server.port),
+        "AZU_BOOKS_URL": books_url,
         "SCHEDULER_PRIVATE_KEY": world.platform.key.hex(),
     }
 
 
 @contextmanager
-def running(world: World) -> Iterator[subprocess.Popen[str]]:
+def running(world: World, parts: Open) -> Iterator[subprocess.Popen[str]]:
+    variables = environment(world, parts.books.access.url("treasury"))
     process = subprocess.Popen(
-        TREASURY, env=environment(world), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        TREASURY, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         yield process
@@ -64,7 +66,7 @@ def test_it_credits_deposits_answers_requests_and_stops_at_a_signal(world: World
 
     async def scenario(parts: Open) -> None:
         await parts.pay_platform(alice, 5)
-        with running(world) as process:
+        with running(world, parts) as process:
             await asyncio.to_thread(wait_until_ready, process)
             assert await parts.available(alice) == 5
             tx_hash = await parts.pay_platform(alice, 60)
@@ -92,7 +94,7 @@ def test_it_waits_for_a_chain_that_is_away(world: World) -> None:
     async def scenario(parts: Open) -> None:
         await parts.pay_platform(alice, 5)
         world.devnet.fault("restart", seconds=3.0)
-        with running(world) as process:
+        with running(world, parts) as process:
             await asyncio.to_thread(wait_until_ready, process)
 
         assert await parts.available(alice) == 5
@@ -107,12 +109,13 @@ def test_it_waits_for_a_chain_that_is_away(world: World) -> None:
         ("HYPERLIQUID_ADDRESS", "0x" + "12" * 20),
         ("HYPERLIQUID_RPC_URL", ""),
         ("REDIS_HOST", ""),
+        ("AZU_BOOKS_URL", ""),
     ],
 )
 def test_it_does_not_start_without_the_platforms_key_its_chain_and_its_books(
     world: World, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
-    for name, good in environment(world).items():
+    for name, good in environment(world, "wire://treasury:secret@127.0.0.1:9").items():
         monkeypatch.setenv(name, good)
     monkeypatch.setenv(variable, value)
 
@@ -139,7 +142,8 @@ def test_it_is_killed_at_random_under_faults_and_pays_every_worker_once(world: W
             world.devnet.fault(kind, times=None, chance=0.05, path="/info")
         world.devnet.fault("rows_late", times=None, chance=0.3, seconds=1.0)
         world.devnet.fault("rows_twice", times=None, chance=0.3)
-        treasury = Treasury(world.redis_url, world.devnet.url, world.platform.key.hex(), PAID)
+        books_url = parts.books.access.url("treasury")
+        treasury = Treasury(world.redis_url, books_url, world.devnet.url, world.platform.key.hex(), PAID)
         for _ in range(12):
             process = treasury.start()
             await asyncio.sleep(dice.uniform(0.2, 1.5))
@@ -152,6 +156,6 @@ def test_it_is_killed_at_random_under_faults_and_pays_every_worker_once(world: W
         await asyncio.sleep(1.2)
 
         await assert_paid_once(world, parts, owners)
-        assert (await parts.ledger.balances())[CHAIN] == -sum(PAID + index for index in range(20))
+        assert (await parts.balances())[CHAIN] == -sum(PAID + index for index in range(20))
 
     world.run(scenario)

@@ -1,102 +1,77 @@
-"""The treasury signs the receipts that agree with its ledger, and no others."""
+"""The treasury signs the receipts of jobs that the books have ended, and no others."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 from eth_account import Account
 from redis.asyncio import Redis
 
 from azu.auth.signatures import sealed, verify_receipt
-from azu.jobs.redis import RedisJobs
-from azu.money.ledger.redis import RedisLedger
-from azu.money.treasury.receipts import ReceiptSigner, job_end
+from azu.money.books import Books
+from azu.money.treasury.receipts import ReceiptSigner
 from azu.money.treasury.request_reply import ReceiptRequests
-from azu.protocol.job import FinishReason, JobOutcome, JobState, Receipt
 from azu.redis_client import connect_redis
-from tests.builders import OWNERS, job, receipt
+from tests.builders import OWNERS
 from tests.money.ledger import moves
-from tests.money.ledger.opened import apply_all
+from tests.money.serving import ServedBooks, serving
 
 PLATFORM = Account.from_key("0x" + "09" * 32)
 
 
 @dataclass
 class Office:
-    ledger: RedisLedger
-    jobs: RedisJobs
+    served: ServedBooks
+    books: Books
     receipts: ReceiptRequests
 
-    @classmethod
-    def over(cls, redis: Redis) -> "Office":
-        return cls(RedisLedger(redis), RedisJobs(redis), ReceiptRequests(redis))
-
-    async def end(self, written: Receipt) -> None:
-        """Settle job-1 for 80 lamports and end it with a receipt that may say something else."""
-        await apply_all(
-            self.ledger,
-            moves.deposit(1_000),
-            moves.reserve("job-1", 112),
-            job_end(receipt()),
-        )
-        await self.jobs.submit(job())
-        await self.jobs.finish("job-1", JobOutcome(JobState.DONE, FinishReason.STOP, written))
+    async def reserve(self, job_id: str) -> None:
+        core = await self.served.bookkeeper.ledger()
+        for transfer in (moves.open_key(), moves.deposit(1_000), moves.reserve(job_id, 112)):
+            await core.apply(transfer)
 
     async def sign_all(self) -> None:
-        signer = ReceiptSigner(self.jobs.receipt, self.ledger, PLATFORM)
+        signer = ReceiptSigner(self.books, PLATFORM)
         while True:
             await self.receipts.serve(signer.sign, 10)
             await asyncio.sleep(0.01)
 
 
 def play(url: str, scenario: Callable[[Office], Coroutine[Any, Any, None]]) -> None:
-    async def run() -> None:
-        redis = connect_redis(url)
-        office = Office.over(redis)
-        signing = asyncio.create_task(office.sign_all())
-        try:
-            await scenario(office)
-        finally:
-            signing.cancel()
-            await redis.aclose()
+    async def run(redis: Redis) -> None:
+        async with serving(url) as served:
+            office = Office(served, served.client("treasury"), ReceiptRequests(redis))
+            signing = asyncio.create_task(office.sign_all())
+            try:
+                await scenario(office)
+            finally:
+                signing.cancel()
+                await office.books.close()
+                await redis.aclose()
 
-    asyncio.run(run())
+    asyncio.run(run(connect_redis(url)))
 
 
-def test_a_settled_jobs_receipt_is_signed(redis_url: str) -> None:
+def test_the_receipt_of_a_settled_job_is_signed(redis_url: str) -> None:
     async def scenario(office: Office) -> None:
-        await office.end(receipt())
+        await office.reserve("job-1")
+        await (await office.served.bookkeeper.ledger()).apply(moves.settle("job-1", 80, w0=40, w1=24))
+
         signature = await office.receipts.ask("job-1", 5.0)
+
+        outcome = await office.books.ended("job-1")
+        assert outcome is not None
+        assert outcome.receipt.worker_lamports == {OWNERS[0]: 40, OWNERS[1]: 24}
         platform = PLATFORM.address.lower()
-        assert verify_receipt(sealed(receipt(), platform, signature)) == platform
-
-    play(redis_url, scenario)
-
-
-@pytest.mark.parametrize(
-    "written",
-    [
-        receipt(charged_lamports=79),
-        receipt(platform_lamports=80, worker_lamports={}),
-        receipt(worker_lamports={OWNERS[0]: 24, OWNERS[1]: 40}),
-        receipt(transfer_id="settle:job-2"),
-        receipt(transfer_id="deposit:0x01"),
-        receipt("job-2", transfer_id="settle:job-1"),
-    ],
-)
-def test_a_receipt_that_the_ledger_contradicts_is_not_signed(redis_url: str, written: Receipt) -> None:
-    async def scenario(office: Office) -> None:
-        await office.end(written)
-        assert await office.receipts.ask("job-1", 5.0) is None
+        assert verify_receipt(sealed(outcome.receipt, platform, signature)) == platform
 
     play(redis_url, scenario)
 
 
 def test_an_unknown_job_and_an_open_job_have_no_receipt(redis_url: str) -> None:
     async def scenario(office: Office) -> None:
-        await office.jobs.submit(job("job-7"))
+        await office.reserve("job-7")
         assert await office.receipts.ask("job-7", 5.0) is None
         assert await office.receipts.ask("job-8", 5.0) is None
 

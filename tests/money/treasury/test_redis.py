@@ -6,10 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from eth_account import Account
 from redis.asyncio import Redis
 
-from azu.auth.signatures import sign_claim
 from azu.errors import Unavailable
 from azu.metrics import FAULTS, Meter
 from azu.money.chain.port import SignedAction
@@ -17,7 +15,6 @@ from azu.money.treasury import redis as module
 from azu.money.treasury.outbox import Payout, PayoutState, decode_payout, encode_payout
 from azu.money.treasury.redis import (
     METRICS,
-    EarningsClaims,
     RedisCursor,
     RedisLease,
     RedisMetrics,
@@ -34,7 +31,7 @@ PAYOUT = Payout(
     planned_at_ms=1_790_000_000_000,
     since_ms=5,
 )
-SIGNED = PAYOUT.signed(SignedAction(1_790_000_000_001, b'{"action":{}}'))
+SIGNED = PAYOUT.numbered(1_790_000_000_001).signed(SignedAction(1_790_000_000_001, b'{"action":{}}'))
 
 
 def run(redis_url: str, scenario: Callable[[Redis], Coroutine[Any, Any, None]]) -> None:
@@ -150,39 +147,6 @@ def test_a_payout_written_before_a_field_existed_is_read_and_written_the_same() 
     assert decode_payout(encode_payout(PAYOUT)).state is PayoutState.PLANNED
 
 
-OWNER = Account.from_key("0x" + "07" * 32)
-MALLORY = Account.from_key("0x" + "08" * 32)
-ADDRESS = OWNER.address.lower()
-PLATFORM, OTHER_PLATFORM = "0x" + "99" * 20, "0x" + "98" * 20
-
-
-def test_an_address_has_claimed_after_it_signed(redis_url: str) -> None:
-    async def scenario() -> None:
-        redis = connect_redis(redis_url)
-        payees = EarningsClaims(redis, PLATFORM)
-        assert not await payees.has_claimed(ADDRESS)
-        for signature in (sign_claim(MALLORY, PLATFORM), sign_claim(OWNER, OTHER_PLATFORM), "0x", "zz"):
-            assert not await payees.claim(ADDRESS, signature)
-        assert not await payees.has_claimed(ADDRESS)
-
-        assert await payees.claim(ADDRESS, sign_claim(OWNER, PLATFORM))
-        assert await payees.has_claimed(ADDRESS)
-        assert not await EarningsClaims(redis, OTHER_PLATFORM).has_claimed(ADDRESS)
-        await redis.aclose()
-
-    asyncio.run(scenario())
-
-
-def test_a_claim_written_without_the_addresss_signature_does_not_count(redis_url: str) -> None:
-    async def scenario() -> None:
-        redis = connect_redis(redis_url)
-        await redis.hset("azu:treasury:payees", ADDRESS, sign_claim(MALLORY, PLATFORM))
-        assert not await EarningsClaims(redis, PLATFORM).has_claimed(ADDRESS)
-        await redis.aclose()
-
-    asyncio.run(scenario())
-
-
 def test_only_the_latest_uncredited_transfers_are_kept(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +155,7 @@ def test_only_the_latest_uncredited_transfers_are_kept(
     async def scenario(redis: Redis) -> None:
         uncredited = RedisUncredited(redis)
         for time_ms in (3, 1, 4, 2):
-            await uncredited.add(Uncredited(time_ms, "0x0", ADDRESS, "HYPE", "1.0", "why"))
+            await uncredited.add(Uncredited(time_ms, "0x0", PAYOUT.address, "HYPE", "1.0", "why"))
         assert [one.time_ms for one in await uncredited.all()] == [4, 3]
 
     run(redis_url, scenario)

@@ -24,7 +24,7 @@ from azu.errors import (
     NotFound,
 )
 from azu.money.chain.actions import sign_send_asset
-from azu.money.treasury.deposits import CreditState, DepositStatus
+from azu.money.treasury.request_reply import CreditState, DepositStatus
 from azu.units import LAMPORTS_PER_HYPE
 from tests.money.chain.running import RunningDevnet
 from tests.money.treasury.world import Open, World
@@ -131,7 +131,7 @@ def test_a_transfer_that_is_no_deposit_is_rejected_and_credits_nothing(
             await parts.deposits.ask(tx_hash, alice.address, TIMEOUT_S)
         await parts.watcher.poll()
 
-        assert await parts.ledger.balances() == {}
+        assert await parts.balances() == {}
 
     with_treasury(world, scenario)
 
@@ -290,7 +290,7 @@ def test_a_thousand_bad_requests_credit_nothing(world: World, figures: Counter[s
             NotFound: 200,
         }
         # A repeated request gets the same answer and credits nothing more.
-        assert await parts.ledger.balances() == {
+        assert await parts.balances() == {
             "chain": -5,
             f"user:{alice.address.lower()}:available": 5,
         }

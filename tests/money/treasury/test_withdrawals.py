@@ -25,7 +25,7 @@ from azu.money.treasury.withdrawals import (
 from azu.redis_client import connect_redis
 from tests.money.ledger import moves
 from tests.money.treasury.booked import fund_platform
-from tests.money.treasury.world import AllClaimed, Open, World
+from tests.money.treasury.world import Open, World
 
 HELD = 5 * LEAST_LAMPORTS
 THRESHOLD = Threshold(LEAST_LAMPORTS, 4 * LEAST_LAMPORTS)
@@ -50,7 +50,7 @@ class Treasury:
         platform = world.platform.address.lower()
         self.store = RedisWithdrawals(connect_redis(world.redis_url))
         self.ledger = parts.ledger
-        selector = PayoutSelector(parts.chain, parts.ledger, AllClaimed(), platform, THRESHOLD)
+        selector = PayoutSelector(parts.chain, parts.ledger, platform, THRESHOLD)
         self.planner = WithdrawalPlanner(self.store, parts.ledger, parts.outbox, selector, platform=platform)
         self.payer = Payer(
             parts.chain,
@@ -82,7 +82,7 @@ class Treasury:
 
 
 async def status_of(store: RedisWithdrawals, asked: SignedWithdrawal, ledger: Any) -> WithdrawalStatus:
-    return await store.status(asked.withdrawal.address, asked.withdrawal.nonce, ledger)
+    return await store.status(asked.withdrawal.address, asked.withdrawal.nonce, ledger.result)
 
 
 def credited(world: World) -> LocalAccount:
@@ -126,7 +126,7 @@ def test_a_withdrawal_arrives_once_however_often_it_is_handed_in(world: World) -
 
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
-        await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
+        await parts.book(moves.deposit(HELD, address=alice.address.lower()))
         asked = signed(world, alice, 3 * LEAST_LAMPORTS)
         await treasury.store.hand_in(asked)
         waiting = await status_of(treasury.store, asked, parts.ledger)
@@ -139,7 +139,7 @@ def test_a_withdrawal_arrives_once_however_often_it_is_handed_in(world: World) -
 
         assert received(world, alice) == ["0.03"]
         assert await parts.available(alice) == HELD - 3 * LEAST_LAMPORTS
-        assert await parts.ledger.balance(user_withdrawing(alice.address.lower())) == 0
+        assert (await parts.balances()).get(user_withdrawing(alice.address.lower()), 0) == 0
 
     world.run(scenario)
 
@@ -152,7 +152,7 @@ def test_a_withdrawal_arrives_once_under_a_fault(world: World, kind: str) -> Non
 
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
-        await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
+        await parts.book(moves.deposit(HELD, address=alice.address.lower()))
         world.devnet.fault(kind, times=2, seconds=0.5)
         asked = signed(world, alice, HELD)
         await treasury.store.hand_in(asked)
@@ -171,7 +171,7 @@ def test_a_withdrawal_against_the_rules_is_refused_and_moves_nothing(world: Worl
         treasury = Treasury(world, parts)
         for number, account in enumerate((alice, newcomer)):
             deposit = moves.deposit(HELD, address=account.address.lower(), tx_hash=f"0x{number}")
-            await parts.ledger.apply(deposit)
+            await parts.book(deposit)
         forged = signed(world, mallory, HELD, nonce=1)
         cases = {
             "signed": replace(forged, withdrawal=replace(forged.withdrawal, address=alice.address.lower())),
@@ -197,7 +197,7 @@ def test_of_two_withdrawals_above_the_balance_one_is_refused(world: World) -> No
 
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
-        await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
+        await parts.book(moves.deposit(HELD, address=alice.address.lower()))
         first, second = (signed(world, alice, HELD, nonce=nonce) for nonce in (1, 2))
         await treasury.store.hand_in(first)
         with pytest.raises(Conflict, match="waits"):
@@ -218,7 +218,7 @@ def test_one_address_does_not_delay_the_others(world: World) -> None:
         treasury = Treasury(world, parts)
         for number, account in enumerate((alice, bob)):
             deposit = moves.deposit(HELD, address=account.address.lower(), tx_hash=f"0x{number}")
-            await parts.ledger.apply(deposit)
+            await parts.book(deposit)
         refused = 0
         for nonce in range(100):
             try:
@@ -246,7 +246,7 @@ def test_what_was_refused_stays_refused_though_its_treasury_died_over_it(world: 
         [planned] = await parts.outbox.open()
         # The treasury died here: the withdrawal is refused, its payout in the outbox. Then money arrives.
         await treasury.store.refuse(planned.payout_id, "the account does not hold so much")
-        await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
+        await parts.book(moves.deposit(HELD, address=alice.address.lower()))
 
         assert (await treasury.until_decided(asked))[0] is WithdrawalState.REFUSED
         assert await parts.outbox.open() == ()
@@ -261,7 +261,7 @@ def test_a_withdrawal_that_another_process_plans_again_after_its_end_is_not_sent
 
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
-        await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
+        await parts.book(moves.deposit(HELD, address=alice.address.lower()))
         asked = signed(world, alice, LEAST_LAMPORTS)
         await treasury.store.hand_in(asked)
         while not await parts.outbox.open():
@@ -286,7 +286,7 @@ def test_a_withdrawal_has_a_status_at_every_moment(world: World) -> None:
 
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
-        await parts.ledger.apply(moves.deposit(HELD, address=alice.address.lower()))
+        await parts.book(moves.deposit(HELD, address=alice.address.lower()))
         asked = signed(world, alice, HELD)
         await treasury.store.hand_in(asked)
 

@@ -5,32 +5,27 @@ import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
+from azu.money.books import Books
 from azu.money.chain.api import ChainClient
 from azu.money.chain.wallet import send_hype
-from azu.money.ledger.redis import RedisLedger
-from azu.money.ledger.transfers import user_available
+from azu.money.ledger.transfers import Transfer
 from azu.money.treasury.deposits import DepositWatcher
-from azu.money.treasury.redis import EarningsClaims, RedisCursor, RedisOutbox, RedisUncredited
+from azu.money.treasury.redis import RedisCursor, RedisOutbox, RedisUncredited
 from azu.money.treasury.request_reply import DepositRequests
 from azu.redis_client import connect_redis
 from azu.units import LAMPORTS_PER_HYPE
 from tests.money.chain.running import RunningDevnet
+from tests.money.serving import ServedBooks, serving
 
 # The seed of all randomness here; each run of a test adds its number.
 SEED = 1000 * int(os.environ.get("AZU_TEST_SEED", "1"))
 FUNDS = 10 * LAMPORTS_PER_HYPE
-
-
-class AllClaimed:
-    """Claims of earnings in which every address has claimed."""
-
-    async def has_claimed(self, address: str) -> bool:
-        return True
 
 
 @dataclass(frozen=True)
@@ -38,17 +33,27 @@ class Open:
     """The treasury's parts over one set of connections."""
 
     chain: ChainClient
-    ledger: RedisLedger
+    books: ServedBooks
+    ledger: Books
     cursor: RedisCursor
     uncredited: RedisUncredited
     deposits: DepositRequests
     outbox: RedisOutbox
-    earnings_claims: EarningsClaims
     watcher: DepositWatcher
     platform: LocalAccount
 
     async def available(self, account: LocalAccount) -> int:
-        return await self.ledger.balance(user_available(account.address.lower()))
+        return (await self.ledger.balance(account.address.lower())).available_lamports
+
+    async def book(self, *transfers: Transfer) -> None:
+        """Apply transfers of any kind, as the books do it themselves."""
+        core = await self.books.bookkeeper.ledger()
+        for transfer in transfers:
+            await core.apply(transfer)
+
+    async def balances(self) -> dict[str, int]:
+        """Return all accounts' lamports."""
+        return dict((await self.books.bookkeeper.ledger()).state.balances)
 
     async def pay_platform(self, sender: LocalAccount, lamports: int) -> str:
         return await send_hype(self.chain, sender, self.platform.address, lamports)
@@ -65,6 +70,7 @@ class World:
     devnet: RunningDevnet
     redis_url: str
     platform: LocalAccount = field(default_factory=Account.create)
+    folder: Path | None = None
 
     def payer(self, lamports: int = FUNDS) -> LocalAccount:
         account = Account.create()
@@ -84,15 +90,14 @@ class World:
     async def open(self) -> AsyncIterator[Open]:
         redis = connect_redis(self.redis_url)
         chain = ChainClient(self.devnet.network)
-        ledger, cursor = RedisLedger(redis), RedisCursor(redis)
-        uncredited = RedisUncredited(redis)
-        watcher = DepositWatcher(chain, ledger, cursor, uncredited, platform=self.platform.address.lower())
-        try:
-            earnings_claims = EarningsClaims(redis, self.platform.address.lower())
-            deposits, outbox = DepositRequests(redis), RedisOutbox(redis)
-            yield Open(
-                chain, ledger, cursor, uncredited, deposits, outbox, earnings_claims, watcher, self.platform
-            )
-        finally:
-            await chain.close()
-            await redis.aclose()
+        platform = self.platform.address.lower()
+        async with serving(self.redis_url, self.folder, platform=platform) as books:
+            ledger, cursor, uncredited = books.client(), RedisCursor(redis), RedisUncredited(redis)
+            watcher = DepositWatcher(chain, ledger, cursor, uncredited, platform=platform)
+            try:
+                deposits, outbox = DepositRequests(redis), RedisOutbox(redis)
+                yield Open(chain, books, ledger, cursor, uncredited, deposits, outbox, watcher, self.platform)
+            finally:
+                await ledger.close()
+                await chain.close()
+                await redis.aclose()
