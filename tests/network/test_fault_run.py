@@ -204,6 +204,7 @@ POINTS = (
     Point(f"{SCHEDULED}.metrics", get("/v1/network")),
     Point(f"{SCHEDULED}.prediction", post("/v1/quote", model=MODEL, tokens=5)),
     Point(f"{SCHEDULED}.leave", as_admin("POST", "/v1/nodes/ada/leave")),
+    Point(f"{SCHEDULED}.restart", call(SCHEDULER, "restart", "ada", ["nowhere"])),
     Point(f"{SCHEDULED}.take_metrics"),
     Point(f"{SCHEDULED}._adopt", kill(SCHEDULER)),
     Point(f"{SCHEDULED}._measure", is_loop=True),
