@@ -30,6 +30,9 @@ def audit(
     wallet_lamports: Annotated[
         int | None, typer.Option(help="What the platform's wallet holds, instead of asking the chain.")
     ] = None,
+    since: Annotated[
+        int, typer.Option(help="Begin at the seal that ends with this entry, instead of at the first.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Rebuild the books from their journal and compare; exit 0 only if everything agrees.
@@ -37,7 +40,7 @@ def audit(
     The books are those of the network that runs in AZU_HOME. The chain is that of
     HYPERLIQUID_RPC_URL and HYPERLIQUID_ADDRESS, or that network's devnet; without one it is not asked.
     """
-    report = asyncio.run(_audit(Settings.from_environment(), wallet_lamports))
+    report = asyncio.run(_audit(Settings.from_environment(), wallet_lamports, since))
     show(report, as_json, _drawn_audit)
     if not report.agrees:
         raise typer.Exit(1)
@@ -58,27 +61,29 @@ def repair(
     show(cut_tail(path), as_json, _drawn_repair)
 
 
-async def _audit(settings: Settings, wallet_lamports: int | None) -> "Audit":
+async def _audit(settings: Settings, wallet_lamports: int | None, since: int) -> "Audit":
     from azu.launch.sidecars import owners_books
 
     books = owners_books(settings.money_home)
     chain = None if wallet_lamports is not None else _chain(settings)
     try:
-        report = await _audit_once(books, chain, wallet_lamports)
+        report = await _audit_once(books, chain, wallet_lamports, since)
         for _ in range(_MORE_AUDITS):
             if report.agrees or chain is None:
                 break
             await asyncio.sleep(_AUDIT_AGAIN_S)
-            report = await _audit_once(books, chain, wallet_lamports)
+            report = await _audit_once(books, chain, wallet_lamports, since)
         return report
     finally:
         await books.close()
 
 
-async def _audit_once(books: "Books", chain: tuple[str, str] | None, wallet_lamports: int | None) -> "Audit":
+async def _audit_once(
+    books: "Books", chain: tuple[str, str] | None, wallet_lamports: int | None, since: int
+) -> "Audit":
     if chain is not None:
         wallet_lamports = await _wallet(*chain)
-    return await books.audit(wallet_lamports)
+    return await books.audit(wallet_lamports, since)
 
 
 def _chain(settings: Settings) -> tuple[str, str] | None:

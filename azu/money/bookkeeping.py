@@ -34,9 +34,9 @@ from azu.money.books import (
     WorkerEarnings,
 )
 from azu.money.ledger.audit import Audit
+from azu.money.ledger.entry import Result
 from azu.money.ledger.journal import RedisJournal
 from azu.money.ledger.ledger import Ledger
-from azu.money.ledger.rules import Result
 from azu.money.ledger.seals import Seals
 from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import (
@@ -469,8 +469,8 @@ class Bookkeeper(BooksCalls):
     async def uncredited(self) -> tuple[Uncredited, ...]:
         return await self._uncredited.all()
 
-    async def audit(self, wallet_lamports: int | None = None) -> Audit:
-        return await (await self.ledger()).audit(wallet_lamports)
+    async def audit(self, wallet_lamports: int | None = None, since: int = 0) -> Audit:
+        return await (await self.ledger()).audit(wallet_lamports, since=since)
 
 
 def totals_of(balances: Mapping[str, int], lost_writes: int = 0) -> Totals:

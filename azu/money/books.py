@@ -15,7 +15,7 @@ from azu.auth.tickets import EnrolmentCalls
 from azu.contact import Contact
 from azu.metrics import MetricsSnapshot
 from azu.money.ledger.audit import Audit
-from azu.money.ledger.rules import Result
+from azu.money.ledger.entry import Result
 from azu.money.ledger.transfers import (
     Deposit,
     PayoutPaid,
@@ -251,10 +251,11 @@ class BooksCalls:
     async def uncredited(self) -> tuple[Uncredited, ...]:
         """Return the transfers to the platform that were credited to no account, the newest first."""
 
-    async def audit(self, wallet_lamports: int | None = None) -> Audit:
+    async def audit(self, wallet_lamports: int | None = None, since: int = 0) -> Audit:
         """Rebuild the books from their journal and compare them with what is stored.
 
-        `wallet_lamports` is what the platform's wallet holds on the chain, None if that is not compared.
+        `wallet_lamports` is what the platform's wallet holds on the chain, None if that is not compared. The
+        audit believes what was sealed up to the entry `since`, which has to be the last one of a seal.
         """
 
 

@@ -99,6 +99,13 @@ def test_a_wallet_that_is_given_is_compared(configured: ServedBooks, wallet: int
     assert audited("--wallet-lamports", wallet)[0] == status
 
 
+def test_an_audit_begins_at_a_seal_if_there_is_one(configured: ServedBooks) -> None:
+    book(configured, *PLANNED)
+    status, facts = audited("--since", 2)
+    assert status == 1
+    assert "cannot be read" in facts["findings"][0]
+
+
 def test_the_wallet_on_the_chain_is_compared(
     configured: ServedBooks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

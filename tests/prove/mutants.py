@@ -34,9 +34,10 @@ TARGETS = {
     "azu/engine/expert_counts.py": "tests/engine/test_expert_counts.py",
     "azu/cluster/*.py": "tests/cluster tests/actors",
     "azu/planner/*.py": "tests/planner",
-    "azu/money/ledger/transfers.py": "tests/money/ledger/test_transfers.py tests/money/ledger/test_rules.py "
-    "tests/money/ledger/test_invariants.py",
-    "azu/money/ledger/rules.py": "tests/money/ledger/test_rules.py tests/money/ledger/test_invariants.py",
+    "azu/money/ledger/transfers.py": "tests/money/ledger/test_transfers.py "
+    "tests/money/ledger/test_posting.py",
+    "azu/money/ledger/posting.py": "tests/money/ledger/test_posting.py tests/money/ledger/test_state.py",
+    "azu/money/ledger/state.py": "tests/money/ledger/test_posting.py tests/money/ledger/test_state.py",
 }
 # A mutant that runs this long is in an endless loop.
 TIMEOUT_S = 900

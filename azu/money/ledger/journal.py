@@ -16,8 +16,8 @@ from redis import RedisError
 from redis.asyncio import Redis
 
 from azu.errors import AzuError, LedgerError
+from azu.money.ledger.entry import Entry, Leg
 from azu.money.ledger.posting import apply_once
-from azu.money.ledger.rules import Entry, Leg
 from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import Account, AnyTransfer, Transfer, encode_transfer
 from azu.redis_client import connect_redis

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from azu.clock import wall_clock_ms
 from azu.errors import AzuError, LedgerError, Unavailable
 from azu.money.ledger.audit import Audit, audit_books
+from azu.money.ledger.entry import Entry, Result, repeat
 from azu.money.ledger.journal import Head, Line, RedisJournal, changed, check_line, read_line, write_line
 from azu.money.ledger.posting import post
 from azu.money.ledger.rebuild import Rebuilt, rebuild
-from azu.money.ledger.rules import Entry, Result, repeat
 from azu.money.ledger.seals import Seals
 from azu.money.ledger.state import BooksState, Draft, decode_state, encode_state
 from azu.money.ledger.transfers import (

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from azu.errors import AzuError, Conflict, InsufficientBalance, LedgerError, Unauthenticated
-from azu.money.ledger.rules import MAX_BALANCE, Leg
+from azu.money.ledger.entry import Leg
 from azu.money.ledger.state import BooksState, Draft, Unmatured, add
 from azu.money.ledger.transfers import (
     CHAIN,
@@ -55,6 +55,9 @@ from azu.money.ledger.transfers import (
     worker_paid,
     worker_paying,
 )
+
+# The largest balance that an account may have.
+MAX_BALANCE = 2**63 - 1
 
 Changes = Mapping[Account, int]
 

@@ -99,22 +99,25 @@ class Reserve(Movement):
 
     address: str
     job_id: str
-    lamports: int = 0
     expires_at_ms: int
-    key_id: str = "-"
-    model_id: str = ""
-    revision: str = ""
-    num_layers: int = 0
-    lamports_per_token_layer: int = 0
-    platform_percent: int = 0
-    prompt_tokens: int = 0
-    max_tokens: int = 0
+    key_id: str
+    model_id: str
+    revision: str
+    num_layers: int
+    lamports_per_token_layer: int
+    platform_percent: int
+    prompt_tokens: int
+    max_tokens: int
     kind: Literal["reserve"] = "reserve"
 
     def __post_init__(self) -> None:
-        if self.num_layers:
-            object.__setattr__(self, "lamports", self.price_of(self.prompt_tokens + self.max_tokens))
         Movement.__post_init__(self)
+        _SUM("lamports", self.lamports)
+
+    @property
+    def lamports(self) -> int:
+        """The most that the job can cost: what is set aside."""
+        return self.price_of(self.prompt_tokens + self.max_tokens)
 
     def price_of(self, tokens: int) -> int:
         """Return what this many tokens cost in this job, in lamports."""
@@ -225,7 +228,7 @@ class PayoutPlanned(Movement):
     payout_id: str
     address: str
     lamports: int
-    nonce: int = 0
+    nonce: int
     kind: Literal["payout_planned"] = "payout_planned"
 
 
@@ -239,9 +242,9 @@ class WithdrawalPlanned(Movement):
     payout_id: str
     address: str
     lamports: int
-    nonce: int = 0
-    expires_at_ms: int = 0
-    signature: str = ""
+    nonce: int
+    expires_at_ms: int
+    signature: str
     kind: Literal["withdrawal_planned"] = "withdrawal_planned"
 
 
@@ -528,8 +531,10 @@ _CHECKS: Mapping[str, Callable[[str, Any], None]] = {
 }
 
 
-# A job may cost nothing, and a key may be good for ever.
-_OF_ONE_KIND = {(Reserve, "lamports"): _SUM, (KeyOpened, "expires_at_ms"): _optional(_TIME)}
+# A key may be good for ever.
+_OF_ONE_KIND: Mapping[tuple[type[Movement], str], Callable[[str, Any], None]] = {
+    (KeyOpened, "expires_at_ms"): _optional(_TIME)
+}
 
 
 _Checks = tuple[tuple[str, Callable[[str, Any], None]], ...]

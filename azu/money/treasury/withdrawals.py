@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from azu.auth.signatures import Withdrawal, withdrawal_id
 from azu.errors import Conflict, NotFound, Unavailable
-from azu.money.ledger.rules import Result
+from azu.money.ledger.entry import Result
 from azu.redis_client import typed_redis_errors
 
 # The chain removes balances below 0.01 HYPE.

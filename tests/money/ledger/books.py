@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from azu.money.ledger.entry import Result
 from azu.money.ledger.journal import RedisJournal
 from azu.money.ledger.ledger import Ledger
-from azu.money.ledger.rules import Result
 from azu.money.ledger.seals import Seals
 from azu.money.ledger.transfers import Transfer
 

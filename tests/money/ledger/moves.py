@@ -189,6 +189,7 @@ def plan_withdrawal(payout: str, lamports: int, *, address: str = ALICE, nonce: 
         address=address,
         lamports=lamports,
         nonce=nonce or _nonce(payout),
+        expires_at_ms=1,
         signature=SIGNATURE,
     )
 

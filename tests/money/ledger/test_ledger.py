@@ -11,9 +11,9 @@ import pytest
 from redis import Redis
 
 from azu.errors import InsufficientBalance, LedgerError, TransferConflict, Unavailable
+from azu.money.ledger.entry import Result
 from azu.money.ledger.journal import JOURNAL, Line, RedisJournal, next_hash
 from azu.money.ledger.ledger import Ledger
-from azu.money.ledger.rules import Result
 from azu.money.ledger.seals import Seals
 from azu.money.ledger.transfers import LossAccepted, Transfer, WriterOpened, user_available, worker_earned
 from azu.redis_client import connect_redis
@@ -407,7 +407,7 @@ def test_a_forged_entry_that_the_rules_forbid_is_refused_at_the_start(redis_url:
     def overdrawn(found: Rows) -> Rows:
         forged = [(id_, dict(fields)) for id_, fields in found]
         content = json.loads(forged[3][1]["entry"])
-        content["transfer"]["max_tokens"] = content["transfer"]["lamports"] = 9_000
+        content["transfer"]["max_tokens"] = 9_000
         content["legs"] = [[account, 9_000 if n > 0 else -9_000] for account, n in content["legs"]]
         forged[3][1]["entry"] = json.dumps(content)
         return chained_again(forged)

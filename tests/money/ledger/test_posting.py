@@ -19,7 +19,6 @@ from azu.money.ledger.transfers import (
     LossAccepted,
     LossNoted,
     NodeRemoved,
-    Reserve,
     Transfer,
     WriterOpened,
     node_held,
@@ -100,17 +99,8 @@ def test_a_user_cannot_use_more_than_is_available(too_much: Transfer) -> None:
 def test_a_charge_is_at_most_what_is_reserved_and_what_the_tokens_cost() -> None:
     state = after(moves.deposit(500), moves.reserve("job-1", 300))
     assert refused(state, moves.settle("job-1", 301)).code == "ledger_error"
-    dear = Reserve(
-        id="reserve:job-2",
-        address=ALICE,
-        job_id="job-2",
-        expires_at_ms=1,
-        key_id=moves.key_of(ALICE),
-        num_layers=4,
-        lamports_per_token_layer=2,
-        prompt_tokens=3,
-        max_tokens=7,
-    )
+    priced = moves.reserve("job-2", 7)
+    dear = replace(priced, num_layers=4, lamports_per_token_layer=2, prompt_tokens=3)
     assert dear.lamports == 80
     state = after(dear, state=state)
     nine_tokens = replace(moves.settle("job-2", 9 * 8 + 1), completion_tokens=9)
@@ -126,7 +116,7 @@ def test_a_reservation_ends_once(end: Transfer) -> None:
 def test_a_job_is_reserved_for_under_one_id() -> None:
     state = after(moves.deposit(500), moves.reserve("job-1", 300))
     assert refused(state, moves.reserve("job-1", 1)).code == "hold_exists"
-    other = Reserve(id="another", address=ALICE, job_id="job-2", expires_at_ms=1, key_id=moves.key_of(ALICE))
+    other = replace(moves.reserve("job-2", 1), id="another")
     assert "has to be reserve:job-2" in refused(state, other).message
 
 

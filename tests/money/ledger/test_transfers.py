@@ -69,10 +69,31 @@ def test_an_id_has_to_be_short_and_printable(id_: str) -> None:
         Deposit(id=id_, address=ALICE, lamports=1)
 
 
-@pytest.mark.parametrize(("lamports", "expires_at_ms"), [(-1, 0), (1, -1), (1, 2**53 + 1), (1, 1.5)])
-def test_a_reservation_out_of_range_is_refused(lamports: int, expires_at_ms: Any) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "expires_at_ms"),
+    [(-1, 0), (1, -1), (1, 2**53 + 1), (1, 1.5), (1, None), (MAX_LAMPORTS + 1, 0)],
+)
+def test_a_reservation_out_of_range_is_refused(tokens: int, expires_at_ms: Any) -> None:
     with pytest.raises(LedgerError):
-        Reserve(id="r", address=ALICE, job_id="j", lamports=lamports, expires_at_ms=expires_at_ms)
+        moves.reserve("j", tokens, expires_at_ms=expires_at_ms)
+
+
+def test_a_reservation_is_of_the_most_that_its_tokens_cost() -> None:
+    values = {
+        "id": "reserve:j", "address": ALICE, "job_id": "j", "expires_at_ms": 1, "key_id": "k",
+        "model_id": "m", "revision": "r", "num_layers": 80, "lamports_per_token_layer": 2,
+        "platform_percent": 20, "prompt_tokens": 60, "max_tokens": 40,
+    }  # fmt: skip
+    assert Reserve(**values).lamports == 16_000
+    assert Reserve(**values).price_of(1) == 160
+    for bad in (
+        {"num_layers": -1},
+        {"platform_percent": 101},
+        {"prompt_tokens": True},
+        {"model_id": "m" * 600},
+    ):
+        with pytest.raises(LedgerError):
+            Reserve(**values | bad)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from azu.devnet.chain import DevnetState as DevnetState
 from azu.devnet.server import answer_info
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import network_at
+from azu.money.ledger.entry import Entry, Result, repeat
 from azu.money.ledger.posting import apply_once
-from azu.money.ledger.rules import Entry, Result, repeat
 from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import Transfer, worker_earned, worker_paid, worker_paying
 from azu.money.treasury.outbox import Payout, PayoutState, decode_payout, encode_payout

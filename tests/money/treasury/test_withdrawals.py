@@ -12,7 +12,7 @@ from azu.auth.signatures import Withdrawal, sign_withdrawal
 from azu.clock import wall_clock_ms
 from azu.devnet.chain import USDC
 from azu.errors import ChainError, Conflict, NotFound
-from azu.money.ledger.rules import Result
+from azu.money.ledger.entry import Result
 from azu.money.ledger.transfers import user_withdrawing
 from azu.money.treasury.payouts import Payer, PayoutSelector, PayoutTimeouts, Threshold, WithdrawalPlanner
 from azu.money.treasury.withdrawals import (

@@ -5,9 +5,6 @@ from dataclasses import dataclass, field
 from azu.errors import TransferConflict
 from azu.money.ledger.transfers import Account, AnyTransfer, Transfer
 
-# The largest balance that an account may have.
-MAX_BALANCE = 2**63 - 1
-
 
 @dataclass(frozen=True, slots=True)
 class Leg:
