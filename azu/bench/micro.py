@@ -68,7 +68,8 @@ def measure_settling(_shape: ModelShape) -> Measurements:
 def _settle_all(redis_url: str, access: Access) -> tuple[list[float], list[float]]:
     """Return the seconds of each round of bare writes, and of each round of settlements."""
     redis = connect_redis(redis_url)
-    ingress, scheduler, treasury = (Books(access.url(name)) for name in ("ingress", "scheduler", "treasury"))
+    callers = ("ingress", "scheduler", "treasury", "owner")
+    ingress, scheduler, treasury, owner = (Books(access.url(name)) for name in callers)
     bearer = new_secret(secrets.token_bytes(SECRET_BYTES))
     work = {0: dict.fromkeys(_WORKERS, 1)}
     ending = JobEnding(JobState.DONE, FinishReason.STOP)
@@ -78,7 +79,7 @@ def _settle_all(redis_url: str, access: Access) -> tuple[list[float], list[float
         await treasury.apply(Deposit(id="deposit:bench", address=key.address, lamports=_JOBS * _CHARGED))
         await ingress.open_key(key)
         for node in _WORKERS:
-            await ingress.enrol_node(node, node, key_digest="bench", name=node, work_bytes_per_s=0)
+            await owner.enrol_node(node, node, key_digest="bench", name=node, work_bytes_per_s=0)
 
     async def write(job: int) -> None:
         await redis.set(f"bench:{job}", "x" * 100)
@@ -111,7 +112,7 @@ def _settle_all(redis_url: str, access: Access) -> tuple[list[float], list[float
         loop.run(open_account())
         loop.run(each(range(_JOBS), reserve))
         seconds = in_turns(_ROUNDS, round_of(write), round_of(settle))
-        for books in (ingress, scheduler, treasury):
+        for books in (ingress, scheduler, treasury, owner):
             loop.run(books.close())
         loop.run(redis.aclose())
     return seconds
