@@ -20,7 +20,16 @@ from azu.errors import ConfigurationError, Conflict
 from azu.launch.unix_users import UnixUser
 
 # What belongs to the user of money; it moves there from AZU_HOME when the users are separated.
-_MONEY = ("redis", "redis-jobs", "treasury.json", "devnet.key", "devnet.json", "books.json", "books")
+_MONEY = (
+    "redis",
+    "redis-jobs",
+    "treasury.json",
+    "devnet.key",
+    "devnet.json",
+    "books.json",
+    "books",
+    "ledger",
+)
 _PROBE_TIMEOUT_S = 60.0
 # Run as a user: what of azu's code it could change, and what it cannot read of the paths in the arguments.
 _PROBE = """

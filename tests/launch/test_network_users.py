@@ -88,6 +88,7 @@ def test_the_users_stay_when_no_other_machine_can_join(settings: Settings) -> No
 def test_money_moves_to_its_user_once(settings: Settings) -> None:
     write_private(settings.home / "redis" / "appendonly.aof", "journal")
     write_private(settings.home / "treasury.json", "memory")
+    write_private(settings.home / "ledger" / "head.json", "head")
 
     users = separate(settings)
 
@@ -96,6 +97,7 @@ def test_money_moves_to_its_user_once(settings: Settings) -> None:
     assert sorted(path.name for path in settings.home.iterdir()) == ["users"]
     separate(settings)
     assert (users.money_home / "treasury.json").read_text() == "memory"
+    assert (users.money_home / "ledger" / "head.json").read_text() == "head"
 
 
 def test_books_in_two_places_are_refused(settings: Settings) -> None:
