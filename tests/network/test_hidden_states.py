@@ -6,6 +6,7 @@ import psutil
 import pytest
 
 from azu.launch.local_network import LocalNetwork
+from azu.launch.membership import Ticket
 from tests.network.actors import actors_named, ask_inside, pid_of
 from tests.network.test_generation import chat_text, finished
 from tests.network.user import User
@@ -83,7 +84,8 @@ def test_no_hidden_state_is_in_the_pipelines_or_the_heads_memory(user: User, net
     on_head = actors_named("pipeline:azu-tiny-dense") + actors_named("scheduler") + actors_named("registry")
     head_pids = [pid_of(actor) for actor in on_head]
     # Other clusters may run on this machine, so the head's processes are found by their port.
-    port = network.ticket.address.rpartition(":")[2]
+    assert isinstance(network.ticket, Ticket)
+    port = str(network.ticket.port)
     head_pids += [
         process.pid
         for process in psutil.process_iter(["name", "cmdline"])

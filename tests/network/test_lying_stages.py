@@ -25,7 +25,7 @@ from tests.network.recovering import (
 from tests.network.test_metrics import scrape
 from tests.network.user import User
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.prove]
 
 MODEL = "azu/tiny-dense"
 NUM_TOKENS = 24

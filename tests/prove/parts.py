@@ -316,6 +316,12 @@ PARTS = (
         pytest("-s", "tests/network/test_odd_requests.py"),
     ),
     Part(
+        "stages that lie",
+        "a last stage that invents tokens, a stage that distorts: named, nothing charged for it, streams "
+        "identical; the canary finds what changes its tokens",
+        pytest("-s", "tests/network/test_lying_stages.py", "-m", "prove"),
+    ),
+    Part(
         "mutants",
         "300 places of the pure rooms changed, one at a time: tests notice at least 90%",
         (sys.executable, "-m", "tests.prove.mutants"),
