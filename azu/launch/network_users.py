@@ -194,15 +194,20 @@ def _move(source: Path, target: Path, user: UnixUser) -> None:
 
 
 def _probe(user: UnixUser, readable: Iterable[Path]) -> None:
-    done = subprocess.run(
-        (sys.executable, "-P", "-c", _PROBE, *(str(path) for path in readable)),
-        env=user.environment(os.environ),
-        capture_output=True,
-        text=True,
-        timeout=_PROBE_TIMEOUT_S,
-        check=False,
-        **user.popen_options(),
-    )
+    try:
+        done = subprocess.run(
+            (sys.executable, "-P", "-c", _PROBE, *(str(path) for path in readable)),
+            env=user.environment(os.environ),
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_TIMEOUT_S,
+            check=False,
+            **user.popen_options(),
+        )
+    except PermissionError as error:
+        raise ConfigurationError(
+            f"the user {user.name} cannot run azu with {sys.executable}: {error.strerror}"
+        ) from error
     if done.returncode != 0:
         reason = done.stderr.strip().rpartition("\n")[2]
         raise ConfigurationError(f"the user {user.name} cannot run azu with {sys.executable}: {reason}")
