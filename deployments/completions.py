@@ -1,12 +1,13 @@
 """The OpenAI endpoints: a prompt becomes a job, and its tokens an answer, whole or as a stream."""
 
 import asyncio
+import json
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Header, Query
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
@@ -23,6 +24,7 @@ from azu.api.openai import (
 from azu.auth.key_records import ApiKey
 from azu.engine.text import TextDelta
 from azu.errors import AzuError, InternalError, InvalidRequest, Unavailable, error_classes
+from azu.jobs.departures import Reader, request_name
 from azu.protocol.job import Job, JobOutcome, JobState
 from azu.supervision import as_known_error
 from deployments.answers import AnswerFormatter, follow, usage_of, with_parts
@@ -33,6 +35,7 @@ from deployments.services import Bearer, Key, ServedModel, Services, ServicesNow
 
 router = APIRouter()
 Deltas = AsyncIterator[TextDelta | JobOutcome]
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=256)]
 
 _NO_CACHE = {"cache-control": "no-cache"}
 # A client or a proxy gives up a stream in which nothing comes for a minute, often for 15 s.
@@ -48,7 +51,13 @@ _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 @router.post(
     "/v1/chat/completions", response_model=None, responses=whole_or_stream(ChatCompletion, ChatChunk)
 )
-async def chat_completions(body: ChatRequest, key: Key, bearer: Bearer, services: ServicesNow) -> Response:
+async def chat_completions(
+    body: ChatRequest,
+    key: Key,
+    bearer: Bearer,
+    services: ServicesNow,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
     """Answer a chat through the model's own template."""
     check_limits(body, services.config.policy.limits)
     model = await services.model(body.model)
@@ -61,11 +70,17 @@ async def chat_completions(body: ChatRequest, key: Key, bearer: Bearer, services
         )
     messages = [message.for_template() for message in body.messages]
     prompt = await asyncio.to_thread(model.tokenizer.render_chat, messages, tools or None)
-    return await _answer(services, key, bearer, model, tuple(prompt), body, tools)
+    return await _answer(services, key, bearer, model, tuple(prompt), body, tools, idempotency_key)
 
 
 @router.post("/v1/completions", response_model=None, responses=whole_or_stream(TextCompletion, TextChunk))
-async def completions(body: CompletionRequest, key: Key, bearer: Bearer, services: ServicesNow) -> Response:
+async def completions(
+    body: CompletionRequest,
+    key: Key,
+    bearer: Bearer,
+    services: ServicesNow,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
     """Continue a prompt as it is."""
     check_limits(body, services.config.policy.limits)
     model = await services.model(body.model)
@@ -74,7 +89,7 @@ async def completions(body: CompletionRequest, key: Key, bearer: Bearer, service
     else:
         prompt = body.prompt
         check_tokens("prompt", prompt, model.vocab_size)
-    return await _answer(services, key, bearer, model, tuple(prompt), body, [])
+    return await _answer(services, key, bearer, model, tuple(prompt), body, [], idempotency_key)
 
 
 @router.get(
@@ -92,8 +107,8 @@ async def job_stream(
 ) -> Response:
     """Stream a job's answer from its completion token `after` on, as the chunks of a text or of a chat.
 
-    Each chunk's `azu.after` is the place to continue from if the stream breaks. The job goes on when the
-    caller disconnects.
+    Each chunk's `azu.after` is the place to continue from if the stream breaks. A job whose client hung up
+    goes on, and stands still again when this reader hangs up too.
     """
     record = await owned(services, key, job_id)
     job = record.job
@@ -105,12 +120,16 @@ async def job_stream(
         decoder=model.tokenizer,
     )  # fmt: skip
     deltas = follow(services.jobs, job, model.tokenizer, after)
-    return EventStream(_events(job, deltas, answer, include_usage=True, after=after))
+    events = _events(job, deltas, answer, include_usage=True, after=after)
+    if record.outcome is not None or not record.asked:
+        return EventStream(events)
+    reader = Reader(job_id, job.address, record.asked, secrets.token_hex(8))
+    return _ReadStream(_Reading(services, reader), events)
 
 
 async def _answer(
     services: Services, key: ApiKey, bearer: str, model: ServedModel, prompt: tuple[int, ...],
-    body: ChatRequest | CompletionRequest, tools: Sequence[Mapping[str, Any]],
+    body: ChatRequest | CompletionRequest, tools: Sequence[Mapping[str, Any]], idempotency_key: str | None,
 ) -> Response:  # fmt: skip
     limit = services.intake.completion_limit(model.facts, len(prompt))
     sampling = sampling_params(body, model.defaults, model.vocab_size, default_max_tokens=limit)
@@ -118,11 +137,19 @@ async def _answer(
     is_chat = isinstance(body, ChatRequest)
     found = [model.tokenizer.answer_parser(prompt, tools) for _ in range(choices if is_chat else 0)]
     parsers = [parser for parser in found if parser is not None]
-    if not body.stream:
-        services.intake.check_sizes(model.facts, len(prompt), sampling.max_tokens)
-        await services.check_wait(model.facts, len(prompt), max_tokens(body, min(limit, _USUAL_TOKENS)))
-    accepting = services.intake.accept(key, bearer, model.facts, prompt, sampling, choices)
-    job = await _accepted(services, asyncio.create_task(accepting))
+    asked = request_name(key.key_id, _content(body, idempotency_key))
+
+    async def begin() -> tuple[Job, Reader]:
+        if (reader := await services.intake.departures.find(key.address, asked)) is not None:
+            return (await owned(services, key, reader.job_id)).job, reader
+        if not body.stream:
+            services.intake.check_sizes(model.facts, len(prompt), sampling.max_tokens)
+            await services.check_wait(model.facts, len(prompt), max_tokens(body, min(limit, _USUAL_TOKENS)))
+        job = await services.intake.accept(key, bearer, model.facts, prompt, sampling, choices, asked=asked)
+        return job, Reader(job.job_id, key.address, asked)
+
+    job, reader = await _begun(services, asyncio.create_task(begin()))
+    reading = _Reading(services, reader)
     answer = AnswerFormatter(
         chat=is_chat, job_id=job.job_id, model=body.model, created_s=int(time.time()),
         decoder=model.tokenizer,
@@ -132,30 +159,52 @@ async def _answer(
         deltas = with_parts(deltas, parsers)
     deltas = _unless_unreadable(services, job, deltas)
     if not body.stream:
-        return await _whole(services, job, deltas, answer)
+        return await _whole(reading, job, deltas, answer)
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return _JobStream(
-        services, job, deltas, lambda found: _events(job, found, answer, include_usage=include_usage)
-    )
+    return _JobStream(reading, deltas, lambda found: _events(job, found, answer, include_usage=include_usage))
 
 
-async def _accepted(services: Services, accepting: asyncio.Task[Job]) -> Job:
+def _content(body: ChatRequest | CompletionRequest, idempotency_key: str | None) -> bytes:
+    """Return what makes a request the same as another: its content, or the name that its sender gave it."""
+    found = body.model_dump(mode="json") if idempotency_key is None else idempotency_key
+    return json.dumps([type(body).__name__, found], sort_keys=True).encode()
+
+
+async def _begun(services: Services, beginning: asyncio.Task[tuple[Job, Reader]]) -> tuple[Job, Reader]:
     """Let a job be accepted or refused completely, even if its caller disconnects meanwhile."""
     try:
-        return await asyncio.shield(accepting)
+        return await asyncio.shield(beginning)
     except asyncio.CancelledError:
-        job = await accepting
-        await services.intake.cancel(job.job_id, client_left=True)
+        _, reader = await beginning
+        await services.intake.leave(reader)
         raise
 
 
-@asynccontextmanager
-async def _cancelled_after(services: Services, job: Job) -> AsyncIterator[None]:
-    """Cancel a job whose reader disconnects; an ended job stays as it is."""
-    try:
-        yield
-    finally:
-        await asyncio.shield(services.intake.cancel(job.job_id, client_left=True))
+class _Reading:
+    """One client that reads a job; at the end it has its whole answer or an error, or it left before."""
+
+    def __init__(self, services: Services, reader: Reader) -> None:
+        self.is_over = False
+        self._reader = reader
+        self._intake = services.intake
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        is_over = self.is_over or isinstance(error, Exception)
+        note = self._intake.answered if is_over else self._intake.leave
+        await asyncio.shield(note(self._reader))
+
+    async def come_back(self) -> None:
+        """Note the client, which knows its job."""
+        await self._intake.departures.come_back(self._reader)
+
+    async def to_their_end(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
+        """Yield events, and note that all were read."""
+        async for event in events:
+            yield event
+        self.is_over = True
 
 
 async def _unless_unreadable(services: Services, job: Job, deltas: Deltas) -> Deltas:
@@ -164,7 +213,7 @@ async def _unless_unreadable(services: Services, job: Job, deltas: Deltas) -> De
         async for delta in deltas:
             yield delta
     except Exception:
-        await services.intake.cancel(job.job_id, client_left=False)
+        await services.intake.cancel(job.job_id)
         raise
 
 
@@ -203,35 +252,52 @@ class EventStream(StreamingResponse):
             filling.cancel()
 
 
+class _ReadStream(EventStream):
+    """A job's events for a client that comes back to it."""
+
+    def __init__(
+        self,
+        reading: _Reading,
+        events: AsyncIterator[str],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        super().__init__(reading.to_their_end(events), sleep)
+        self._reading = reading
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._reading:
+            await self._reading.come_back()
+            await super().__call__(scope, receive, send)
+
+
 class _JobStream(EventStream):
-    """A job's events as they come; when the response ends, even before its first byte, the job ends.
+    """A job's events as they come, for the client whose request began or took it up.
 
     The status waits for what comes first, for a while: a job that fails before has the status of its error.
     """
 
     def __init__(
         self,
-        services: Services,
-        job: Job,
+        reading: _Reading,
         deltas: Deltas,
         events: Callable[[Deltas], AsyncIterator[str]],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._first = asyncio.ensure_future(anext(deltas))
-        super().__init__(events(_resumed(self._first, deltas)), sleep)
-        self._services = services
-        self._job = job
+        super().__init__(reading.to_their_end(events(_resumed(self._first, deltas))), sleep)
+        self._reading = reading
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         held = asyncio.ensure_future(self._sleep(_HELD_BACK_S))
         try:
-            async with _cancelled_after(self._services, self._job):
+            async with self._reading:
                 await asyncio.wait({self._first, held}, return_when=asyncio.FIRST_COMPLETED)
                 refused = await _refused(self._first) if self._first.done() else None
                 if refused is None:
                     await super().__call__(scope, receive, send)
                 else:
                     await refused(scope, receive, send)
+                    self._reading.is_over = True
         finally:
             held.cancel()
             self._first.cancel()
@@ -255,11 +321,12 @@ async def _refused(first: Awaitable[TextDelta | JobOutcome]) -> Response | None:
     return refusal(_error_of(delta), may_be_charged=delta.receipt.charged_lamports > 0)
 
 
-async def _whole(services: Services, job: Job, deltas: Deltas, answer: AnswerFormatter) -> Response:
+async def _whole(reading: _Reading, job: Job, deltas: Deltas, answer: AnswerFormatter) -> Response:
     parts = [[TextDelta(choice=index)] for index in range(job.choices)]
     try:
-        async with _cancelled_after(services, job):
+        async with reading:
             async for delta in deltas:
+                reading.is_over = not isinstance(delta, TextDelta)
                 if isinstance(delta, TextDelta):
                     parts[delta.choice].append(delta)
                 elif delta.state is JobState.FAILED:

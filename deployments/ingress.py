@@ -46,8 +46,10 @@ def build_api(
     @asynccontextmanager
     async def connected(app: FastAPI) -> AsyncIterator[None]:
         app.state.services = connect(config)
+        beating = asyncio.create_task(app.state.services.keep_beating())
         warming = asyncio.create_task(asyncio.to_thread(warm_up))
         yield
+        beating.cancel()
         warming.cancel()
 
     api = _with_routes(connected)

@@ -81,6 +81,17 @@ async def jobs(key: Key, services: ServicesNow, limit: Annotated[int, Query(ge=1
     return JobList(data=tuple(map(_line, await services.jobs.of(key.address, limit))))
 
 
+@router.post("/v1/jobs/{job_id}/cancel")
+async def cancel(job_id: str, key: Key, services: ServicesNow) -> JobLine:
+    """End a job soon; what was delivered is charged, and before the first token the prompt tokens that ran.
+
+    A job that has ended stays as it is.
+    """
+    await owned(services, key, job_id)
+    await services.jobs.cancel(job_id, client_left=True)
+    return _line(await owned(services, key, job_id))
+
+
 def _choice(model: ServedModel, record: JobRecord, token_ids: tuple[int, ...]) -> ChoiceResult:
     text = model.tokenizer.completion(record.job.prompt_token_ids, record.job.sampling)
     shown = [text.push(token_id).text for token_id in token_ids]

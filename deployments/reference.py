@@ -41,6 +41,15 @@ once, however many answers (`n`) are asked for. What azu ends with an error befo
 nothing. A client that closes the connection itself before the first token pays for the prompt tokens that ran
 until then, and after it for the prompt and the tokens so far. Work that azu does again after a fault is never
 charged.
+
+A job whose client hangs up stops at once, which costs the least, and waits for 10 minutes with its
+reservation (`limits.repeat_within_s` of the network file). The same request under the same key within that
+time goes on with this job: it reads the answer from its beginning, whole or as a stream, and nothing is
+reserved or paid a second time, also not what has to be computed again. So a client that repeats a request by
+itself, after a timeout or a broken connection, pays once. A request is the same if its body is, or if both
+have the same `Idempotency-Key` header. Equal requests whose clients are all connected are jobs of their own,
+and so is a request after the whole answer. If the account needs the money or the place of a job that waits,
+that job ends first. `POST /v1/jobs/{job_id}/cancel` ends a job at once. A job goes on 8 times at most.
 """
 _CALLERS = {"ApiKey": "API key", "AdminKey": "admin key"}
 _BOUNDS = (

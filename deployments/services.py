@@ -6,6 +6,7 @@ import hmac
 import secrets
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,7 @@ from azu.auth.rate_limit import Rate, RedisRates
 from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
 from azu.errors import AzuError, Forbidden, LedgerError, NotFound, Unauthenticated, Unavailable
+from azu.jobs.departures import BEAT_S, Departures
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts, check_wait
 from azu.jobs.record import JobRecord, record_of
@@ -83,6 +85,7 @@ class Services:
                 max_prompt_tokens=policy.limits.max_prompt_tokens,
                 max_completion_tokens=policy.limits.max_completion_tokens,
             ),
+            Departures(self._redis, policy.limits.repeat_within_s),
             now_ms=wall_clock_ms,
             new_job_id=lambda: f"job-{secrets.token_hex(12)}",
         )
@@ -91,6 +94,13 @@ class Services:
         self._sign_in_rate = Rate(policy.limits.sign_ins_per_minute, policy.limits.sign_in_burst)
         self._measured = (float("-inf"), MetricsSnapshot({}, {}))
         self._models: OrderedDict[str, tuple[float, ServedModel]] = OrderedDict()
+
+    async def keep_beating(self) -> None:
+        """Note now and then that this ingress lives: else its clients count as gone."""
+        while True:
+            with suppress(Unavailable):
+                await self.intake.departures.beat()
+            await asyncio.sleep(BEAT_S)
 
     async def key(self, secret: str | None) -> ApiKey:
         """Return the API key with a secret and count the request as its own.

@@ -4,7 +4,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ class Stream:
         return self._text
 
     def close(self) -> None:
-        """End the stream; the network cancels the job."""
+        """End the stream and its job."""
         self._text.close()
 
     def result(self) -> Generation:
@@ -90,6 +90,19 @@ class Stream:
         )
 
     def _read(self) -> Generator[str, None, None]:
+        try:
+            yield from self._read_all()
+        except (GeneratorExit, KeyboardInterrupt):
+            self._end_job()
+            raise
+
+    def _end_job(self) -> None:
+        """Have the network end the job now; without that it would wait for its client to come back."""
+        if self._job_id and not self._is_done:
+            with suppress(httpx.HTTPError):
+                self._client.post(f"/v1/jobs/{self._job_id}/cancel")
+
+    def _read_all(self) -> Generator[str, None, None]:
         with translated():
             lost = yield from self._read_one(self._client.stream("POST", self._path, json=self._body))
             query: dict[str, Any] = {"chat": self._is_chat}

@@ -107,7 +107,8 @@ class Limits(_Section):
     token that the prompt of a completion spells is one with `special_tokens_in_prompts`, and else text.
     `requests_per_minute` and `max_jobs_in_flight` hold for each key, `sign_ins_per_minute` (challenges and
     keys) for each network address, `max_keys` for each account. A burst is the number of requests that may
-    come at once.
+    come at once. A job whose client hung up goes on when the same request comes again `repeat_within_s` later
+    at the latest; with 0 it ends at once.
     """
 
     max_body_bytes: Size
@@ -128,6 +129,7 @@ class Limits(_Section):
     max_keys: Count
     max_jobs_in_flight: Count
     reservation_ttl_s: Count
+    repeat_within_s: Annotated[float, Field(ge=0, le=3600)]
 
 
 class Certificates(_Section):

@@ -4,7 +4,9 @@ import asyncio
 import logging
 import random
 import time
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -59,11 +61,12 @@ class Dispatcher:
         self._told: dict[str, str] = {}  # why jobs wait, as far as it is written
         self._cancelled: set[str] = set()
         self._waiting: dict[str, asyncio.Event] = {}  # jobs between two tries; set when one is cancelled
+        self._left: dict[str, asyncio.Event] = {}  # jobs that wait for their clients; set when there is news
 
     @property
     def num_waiting(self) -> int:
         """Jobs that are taken and whose model is not up yet."""
-        return len(self._tasks) - len(self._running)
+        return len(self._tasks) - len(self._running) - len(self._left)
 
     @property
     def num_running(self) -> int:
@@ -93,8 +96,12 @@ class Dispatcher:
                 self._tasks[record.job.job_id] = group.create_task(self._finish(record))
 
     async def _take_cancellations(self) -> None:
-        async for job_id in self._jobs.cancellations():
-            if running := self._running.get(job_id):
+        async for job_id, is_back in self._jobs.cancellations():
+            if left := self._left.get(job_id):
+                left.set()
+            elif is_back:
+                continue  # it is seen when the job's run has ended
+            elif running := self._running.get(job_id):
                 await running.deployment.cancel(job_id)
             elif job_id in self._tasks:
                 self._cancelled.add(job_id)
@@ -110,6 +117,8 @@ class Dispatcher:
         await self._progress.look()
 
     def _reason(self, job_id: str) -> str:
+        if job_id in self._left:
+            return "its client hung up; the same request, sent again soon, goes on with it"
         if job_id in self._running:
             return self._progress.reason(job_id)
         if job_id in self._waiting:
@@ -171,9 +180,9 @@ class Dispatcher:
 
     async def _run_and_settle(self, record: JobRecord) -> None:
         job = record.job
-        run = await keep_trying(
-            partial(self._try, record), self._patience, wait=partial(self._wait, job), chance=self._chance
-        )
+        run = await self._run(record)
+        while run.finish_reason is FinishReason.CANCELLED and await self._comes_back(job):
+            run = _both(run, await self._run(record))
         if run.finish_reason is FinishReason.CANCELLED and not await retry_until_available(
             partial(self._jobs.client_left, job.job_id)
         ):
@@ -181,6 +190,26 @@ class Dispatcher:
         outcome = await retry_until_available(partial(self._settlement.settle, job, run))
         self._supervisor.meter.count(JOBS_ENDED, 1, job.model_id, outcome.state.value)
         log.info("ended", extra=_outcome_fields(outcome))
+
+    async def _run(self, record: JobRecord) -> JobRun:
+        wait = partial(self._wait, record.job)
+        return await keep_trying(partial(self._try, record), self._patience, wait=wait, chance=self._chance)
+
+    async def _comes_back(self, job: Job) -> bool:
+        """Wait while the client of a cancelled job may send its request again; say whether it did."""
+        self._running.pop(job.job_id, None)
+        self._left[job.job_id] = news = asyncio.Event()
+        try:
+            await retry_until_available(partial(self._jobs.set_state, job.job_id, JobState.QUEUED))
+            while (wait_s := await retry_until_available(partial(self._jobs.left_for, job.job_id))) > 0:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(news.wait(), wait_s)
+                news.clear()
+        finally:
+            del self._left[job.job_id]
+        if wait_s < 0:
+            self._cancelled.discard(job.job_id)
+        return wait_s < 0
 
     async def _try(self, record: JobRecord) -> JobRun:
         """Run a job once in its model's deployment; an error becomes part of the run."""
@@ -287,6 +316,20 @@ async def keep_trying(
         log.warning("the job is tried again in %.1f s: %s", wait_s, run.error.message)
         if not await wait(wait_s):
             return replace(kept, finish_reason=FinishReason.CANCELLED, error=None)
+
+
+def _both(before: JobRun, after: JobRun) -> JobRun:
+    """Return the run of a job whose client left and came back: it ends as its second part does."""
+    work = defaultdict[int, Counter[str]](Counter)
+    for layer, by_node in (*before.work.items(), *after.work.items()):
+        work[layer].update(by_node)
+    return replace(
+        after,
+        completion_tokens=max(before.completion_tokens, after.completion_tokens),
+        prompt_tokens_ran=max(before.prompt_tokens_ran, after.prompt_tokens_ran),
+        work=work,
+        placements=after.placements or before.placements,
+    )
 
 
 def _came_as_far(run: JobRun, kept: JobRun) -> bool:

@@ -2,23 +2,28 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from azu.auth.key_records import ApiKey
-from azu.errors import AzuError, InvalidRequest, Unavailable
+from azu.errors import AzuError, InsufficientBalance, InvalidRequest, RateLimited, Unavailable
+from azu.jobs.departures import Departures, Reader
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.redis import RedisJobs
 from azu.metrics import PROMPT_TOKENS, SEQUENCES, TIME_PER_TOKEN, TIME_TO_FIRST_TOKEN, MetricsSnapshot
 from azu.money.books import Books
 from azu.money.pricing import charge, max_charge
-from azu.protocol.job import Job
+from azu.protocol.job import Job, JobState
 from azu.protocol.sampling import SamplingParams
 from azu.redis_client import retry_until_available
 
 log = logging.getLogger(__name__)
+
+# How long a job may take to end that waited for its client, and how often its state is read.
+_END_S, _LOOK_S = 3.0, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,7 @@ class Intake:
         jobs: RedisJobs,
         in_flight_limit: InFlightLimit,
         limits: JobLimits,
+        departures: Departures,
         *,
         now_ms: Callable[[], int],
         new_job_id: Callable[[], str],
@@ -99,6 +105,7 @@ class Intake:
         self._jobs = jobs
         self._in_flight_limit = in_flight_limit
         self._limits = limits
+        self.departures = departures
         self._now_ms = now_ms
         self._new_job_id = new_job_id
         self._going_on: set[asyncio.Task[None]] = set()
@@ -115,29 +122,41 @@ class Intake:
         prompt_token_ids: tuple[int, ...],
         sampling: SamplingParams,
         choices: int = 1,
+        *,
+        asked: str = "",
     ) -> Job:
         """Reserve the highest price of a job with `choices` answers, and queue the job for the key's owner.
 
-        `bearer` is the key's secret, which the books check. Raises InvalidRequest for sizes out of range,
-        RateLimited for a key with too many jobs in flight, Unauthenticated for an expired key, and
-        InsufficientBalance when the balance or the key's spend limit is too low; then nothing has changed.
-        The reservation comes first, so that every written job can be paid. Raises Unavailable while Redis or
-        the books are away: what was written of the job is taken back later.
+        `bearer` is the key's secret, which the books check. `asked` names the request whose connection waits
+        for the job. Where the job needs their money or their places, the address's jobs that wait for their
+        clients end first. Raises InvalidRequest for sizes out of range, RateLimited for a key with too many
+        jobs in flight, Unauthenticated for an expired key, and InsufficientBalance when the balance or the
+        key's spend limit is too low; then nothing has changed. The reservation comes first, so that every
+        written job can be paid. Raises Unavailable while Redis or the books are away: what was written of the
+        job is taken back later.
         """
         self.check_sizes(model, len(prompt_token_ids), sampling.max_tokens)
         now_ms = self._now_ms()
         job_id = self._new_job_id()
-        await self._in_flight_limit.add(key, job_id, now_ms)
+        reserve = partial(
+            self._books.reserve,
+            bearer,
+            job_id,
+            model_id=model.model_id,
+            revision=model.revision,
+            num_layers=model.num_layers,
+            prompt_tokens=len(prompt_token_ids),
+            max_tokens=choices * sampling.max_tokens,
+        )
         try:
-            reserved_lamports = await self._books.reserve(
-                bearer,
-                job_id,
-                model_id=model.model_id,
-                revision=model.revision,
-                num_layers=model.num_layers,
-                prompt_tokens=len(prompt_token_ids),
-                max_tokens=choices * sampling.max_tokens,
-            )
+            try:
+                await self._in_flight_limit.add(key, job_id, now_ms)
+                reserved_lamports = await reserve()
+            except (InsufficientBalance, RateLimited):
+                if not await self._end_waiting(key.address):
+                    raise
+                await self._in_flight_limit.add(key, job_id, now_ms)
+                reserved_lamports = await reserve()
             job = Job(
                 job_id=job_id,
                 address=key.address,
@@ -150,7 +169,7 @@ class Intake:
                 created_at_ms=now_ms,
                 choices=choices,
             )
-            await self._jobs.submit(job)
+            await self._jobs.submit(job, asked, self.departures.ingress)
         except Unavailable:
             self._go_on(self._take_back(key, job_id))
             raise
@@ -159,6 +178,17 @@ class Intake:
             raise
         log.info("accepted", extra=_log_fields(job, key))
         return job
+
+    async def _end_waiting(self, address: str) -> bool:
+        """End the jobs of an address that wait for their clients; say whether there were any."""
+        job_ids = await self.departures.waiting(address)
+        for job_id in job_ids:
+            await self._jobs.cancel(job_id, client_left=True)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_END_S):
+                while set(await self._jobs.states(job_ids)) & {JobState.QUEUED, JobState.RUNNING}:
+                    await asyncio.sleep(_LOOK_S)
+        return bool(job_ids)
 
     async def quote(
         self,
@@ -184,16 +214,23 @@ class Intake:
             expected_lamports=charge(num_prompt_tokens, choices * expected, model.num_layers, price),
         )
 
-    async def cancel(self, job_id: str, *, client_left: bool) -> None:
-        """End a job whose client left, or that azu cannot answer; while Redis is away, as soon as it is back.
+    async def cancel(self, job_id: str) -> None:
+        """End a job that azu cannot answer; while Redis is away, as soon as it is back."""
+        await self._now_or_later(partial(self._jobs.cancel, job_id))
 
-        A client that left before the first token pays for the prompt tokens that ran.
-        """
-        cancel = partial(self._jobs.cancel, job_id, client_left=client_left)
+    async def leave(self, reader: Reader) -> None:
+        """Note that a client left, which pays for what ran; while Redis is away, as soon as it is back."""
+        await self._now_or_later(partial(self.departures.leave, reader))
+
+    async def answered(self, reader: Reader) -> None:
+        """Note that a client has its whole answer; while Redis is away, as soon as it is back."""
+        await self._now_or_later(partial(self.departures.answered, reader))
+
+    async def _now_or_later(self, note: Callable[[], Awaitable[None]]) -> None:
         try:
-            await cancel()
+            await note()
         except Unavailable:
-            self._go_on(retry_until_available(cancel))
+            self._go_on(retry_until_available(note))
 
     def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

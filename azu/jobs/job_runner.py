@@ -121,12 +121,14 @@ class JobRunner:
     async def run(self, job: Job) -> JobRun:
         """Run a job from what is written of it to its end; its tokens are in Redis when this returns.
 
-        A second call for a job that runs here, or ended here lately, gets the same answer.
+        A second call for a job that runs here, or ended here lately, gets the same answer; a job whose client
+        left and came back goes on.
         """
         active = self._by_job.get(job.job_id)
-        if active is None:
+        if active is None or await self._goes_on(active):
             active = _ActiveJob(job, asyncio.get_running_loop().create_future())
             self._by_job[job.job_id] = active
+            self._by_job.move_to_end(job.job_id)
             await self._begin(active)
         run = await asyncio.shield(active.ended)
         # The user has all tokens already.
@@ -134,6 +136,12 @@ class JobRunner:
         for sequence_id in active.sequences:
             active.count(self._engine.taken_back(sequence_id))
         return replace(run, work={layer: dict(by_node) for layer, by_node in active.work.items()})
+
+    async def _goes_on(self, active: _ActiveJob) -> bool:
+        """Say whether a job ended here as cancelled and is not cancelled any more."""
+        if not active.ended.done() or not active.cancelled:
+            return False
+        return not (await retry_until_available(partial(self._jobs.progress, active.job))).cancelled
 
     async def canary(self) -> CanaryAnswer:
         """Continue the canary's prompts beside the jobs; raises an AzuError when that fails."""

@@ -13,6 +13,7 @@ GROUP = "schedulers"
 CANCELLED = "azu:jobs:cancelled"
 ENDED = "azu:jobs:ended"
 LOOKED = "azu:jobs:looked"
+CANCELLATIONS_KEPT = 10_000
 
 JOB = TypeAdapter(Job)
 WORK = TypeAdapter(Mapping[int, Mapping[str, int]])
@@ -35,6 +36,11 @@ def lost_key(job_id: str) -> str:
     return f"azu:job:{job_id}:lost"
 
 
+def asked_key(asked: str) -> str:
+    """Return the key of the jobs of one request."""
+    return f"azu:jobs:asked:{asked}"
+
+
 def address_key(address: str) -> str:
     """Return the key of an address's jobs."""
     return f"azu:jobs:of:{address}"
@@ -50,7 +56,9 @@ class JobRecord:
     """A job, its state and its outcome.
 
     `attempts` counts how often the job began to run, `delivered` its completion tokens so far. `cancelled` is
-    set as soon as the user asks for it. `waits_for` says why the job does not move, empty when it does.
+    set as soon as its client left, also while that may come back, or azu refuses it. `waits_for` says why the
+    job does not move, empty when it does. `asked` names the request whose connection waits for the job, empty
+    where none does.
     """
 
     job: Job
@@ -60,6 +68,7 @@ class JobRecord:
     cancelled: bool = False
     delivered: int = 0
     waits_for: str = ""
+    asked: str = ""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, str]) -> "JobRecord":
@@ -70,9 +79,10 @@ class JobRecord:
             state=JobState(fields["state"]),
             outcome=None if outcome is None else OUTCOME.validate_json(outcome),
             attempts=int(fields["attempts"]),
-            cancelled="cancelled" in fields,
+            cancelled="cancelled" in fields or "left" in fields,
             delivered=int(fields["delivered"]),
             waits_for=fields.get("waits_for", ""),
+            asked=fields.get("asked", ""),
         )
 
 

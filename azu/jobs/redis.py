@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from azu.errors import AzuError, InvalidRequest, NotFound, Unavailable
 from azu.jobs.archive import Archive
 from azu.jobs.record import (
+    CANCELLATIONS_KEPT,
     CANCELLED,
     ENDED,
     GROUP,
@@ -28,6 +29,7 @@ from azu.jobs.record import (
     JobProgress,
     JobRecord,
     address_key,
+    asked_key,
     decode_event,
     encode_numbers,
     encode_top_logprobs,
@@ -50,7 +52,6 @@ _LISTED_MS = 90 * 24 * 3600 * 1000
 BLOCK_MS = 2_000
 # Longer than any process hangs between the reservation of a job and its submission.
 _LOST_KEPT_S = 7 * 24 * 3600
-_CANCELLATIONS_KEPT = 10_000
 _CLIENT_LEFT, _REFUSED = "client left", "refused"
 _TAKEN_AT_ONCE = 64
 _OWN_IDLE_MS = 2_000
@@ -89,6 +90,7 @@ class RedisJobs:
         self._explain = redis.register_script(_script("explain"))
         self._done = redis.register_script(_script("done"))
         self._cancel = redis.register_script(_script("cancel"))
+        self._left_for = redis.register_script(_script("left_for"))
         self._give_up = redis.register_script(_script("give_up"))
 
     @classmethod
@@ -98,14 +100,15 @@ class RedisJobs:
 
     # Intake and look-ups
 
-    async def submit(self, job: Job) -> None:
+    async def submit(self, job: Job, asked: str = "", ingress: str = "") -> None:
         """Write a job and queue it; a known job id changes nothing.
 
-        Raises Unavailable for a job that was marked as lost before it came.
+        `asked` names the request whose connection to `ingress` waits for the job. Raises Unavailable for a
+        job that was marked as lost before it came.
         """
-        keys = [job_key(job.job_id), QUEUE, address_key(job.address), lost_key(job.job_id)]
+        keys = [job_key(job.job_id), QUEUE, address_key(job.address), lost_key(job.job_id), asked_key(asked)]
         arguments: list[str | bytes | int] = [job.job_id, JOB.dump_json(job), job.created_at_ms]
-        arguments += [LISTED_JOBS, _LISTED_MS]
+        arguments += [LISTED_JOBS, _LISTED_MS, asked, ingress, TOKENS_KEPT_S]
         if await self._submit(keys, arguments) < 0:
             raise Unavailable(f"it took too long to write {job.job_id}; send it again")
 
@@ -178,16 +181,16 @@ class RedisJobs:
 
     async def progress(self, job: Job) -> JobProgress:
         """Return the written part of a job, from which another pipeline resumes it. Raises NotFound."""
-        found = await self._redis.hmget(job_key(job.job_id), ["state", "cancelled"])
-        state, cancelled = cast(list[str | None], found)
+        found = await self._redis.hmget(job_key(job.job_id), ["state", "cancelled", "left"])
+        state, cancelled, left = cast(list[str | None], found)
         if state is None:
             raise _unknown(job.job_id)
         events = [decode_event(*entry) async for entry in _read_all(self._redis, tokens_key(job.job_id))]
         written = [event for event in events if isinstance(event, TokenEvent)]
-        return JobProgress.from_events(written, job.choices, cancelled=cancelled is not None)
+        return JobProgress.from_events(written, job.choices, cancelled=(cancelled or left) is not None)
 
     async def set_state(self, job_id: str, state: JobState) -> bool:
-        """Record that a job is QUEUED or RUNNING; return True if its user has cancelled it.
+        """Record that a job is QUEUED or RUNNING; return True if it is cancelled, for good or for a while.
 
         The state of an ended job does not change. Raises NotFound.
         """
@@ -221,25 +224,32 @@ class RedisJobs:
         The first reason stays.
         """
         reason = _CLIENT_LEFT if client_left else _REFUSED
-        await self._cancel([job_key(job_id), CANCELLED], [job_id, reason, _CANCELLATIONS_KEPT])
+        await self._cancel([job_key(job_id), CANCELLED], [job_id, reason, CANCELLATIONS_KEPT])
+
+    async def left_for(self, job_id: str) -> float:
+        """Return for how many seconds a cancelled job waits for its client, less than zero if that came back.
+
+        With 0 the job is cancelled for good.
+        """
+        return int(await self._left_for([job_key(job_id)])) / 1000
 
     async def client_left(self, job_id: str) -> bool:
         """Return whether a job was cancelled because its client left."""
         cancelled = cast(Awaitable[str | None], self._redis.hget(job_key(job_id), "cancelled"))
         return await cancelled == _CLIENT_LEFT
 
-    async def cancellations(self) -> AsyncIterator[str]:
-        """Yield the ids of cancelled jobs, for ever.
+    async def cancellations(self) -> AsyncIterator[tuple[str, bool]]:
+        """Yield the ids of cancelled jobs, for ever, and those whose clients came back, with True.
 
-        The latest past cancellations come first, so that a consumer misses none between `take` and this
-        call; it ignores the ids of jobs that it does not run.
+        The latest past ones come first, so that a consumer misses none between `take` and this call; it
+        ignores the ids of jobs that it does not run.
         """
         position = "0-0"
         while True:
-            for _, entries in await _read_new(self._redis, {CANCELLED: position}, count=_CANCELLATIONS_KEPT):
+            for _, entries in await _read_new(self._redis, {CANCELLED: position}, count=CANCELLATIONS_KEPT):
                 position = entries[-1][0]
                 for _, fields in entries:
-                    yield fields["job"]
+                    yield fields["job"], "back" in fields
 
     async def archive(self, now_ms: int) -> None:
         """Archive every job that ended a day ago.

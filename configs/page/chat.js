@@ -1,6 +1,6 @@
 // The chat: one answer at a time, as it streams, with its cost.
 
-import { chunks, Fault } from "./api.js";
+import { ask, chunks, Fault } from "./api.js";
 import { count, find, hype, make, many, say, time } from "./dom.js";
 
 let turns = [];
@@ -68,6 +68,8 @@ async function send(onEnd) {
   } catch (error) {
     if (error.name === "AbortError") {
       answer.stopped();
+      // Else the job would wait for this page to come back.
+      if (answer.job) ask(`/v1/jobs/${answer.job}/cancel`, { body: {} }).catch(() => {});
       turns.push(asked, { role: "assistant", content: answer.text });
     } else {
       answer.failed();

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.types import Message
+from starlette.types import ASGIApp, Message
 
 from azu.errors import ShardError
 from azu.jobs.redis import RedisJobs
 from azu.protocol.job import JobOutcome, JobState
 from azu.units import LAMPORTS_PER_HYPE
 from tests.builders import OWNERS
-from tests.deployments.local import LocalIngress, local_ingress
+from tests.deployments.local import LocalIngress, local_ingress, policy_with
 from tests.deployments.stepped import CHUNK_TOKENS, NUM_LAYERS, SteppedModel
 
 PRICE = 2 * NUM_LAYERS  # of a token
@@ -31,9 +31,9 @@ class Client:
         self.ingress, self.address, self.api_key = ingress, address, api_key
         self.jobs = RedisJobs.from_url(ingress.config.redis_url)
 
-    def ask(self, body: dict[str, Any]) -> "Asking":
-        """Begin a request."""
-        return Asking(self.ingress, self.api_key, body)
+    def ask(self, body: dict[str, Any], app: ASGIApp | None = None, **headers: str) -> "Asking":
+        """Begin a request, to another ingress if `app` is given."""
+        return Asking(app or self.ingress.app, self.api_key, body, headers)
 
     async def job_ids(self) -> list[str]:
         return [record.job.job_id for record in await self.jobs.of(self.address, 100)]
@@ -54,25 +54,25 @@ class Client:
         assert isinstance(last, JobOutcome)
         return last
 
-    async def spent(self) -> int:
+    async def spent(self, deposited: int = LAMPORTS_PER_HYPE) -> int:
         """Return what the jobs of the client cost; nothing may be reserved."""
         books = self.ingress.books.bookkeeper
         assert (await books.totals()).sum_lamports == 0
         balance = await books.balance(self.address)
         assert balance.reserved_lamports == 0
-        return LAMPORTS_PER_HYPE - balance.available_lamports
+        return deposited - balance.available_lamports
 
 
 class Asking:
     """One request on its way; its handler is cancelled when its client leaves, as by Serve."""
 
-    def __init__(self, ingress: LocalIngress, api_key: str, body: dict[str, Any]) -> None:
+    def __init__(self, app: ASGIApp, api_key: str, body: dict[str, Any], headers: dict[str, str]) -> None:
         self._gone = asyncio.Event()
         self._body: bytes | None = json.dumps(body).encode()
         self.status = 0
         self.received = b""
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-        scope = {
+        scope: dict[str, Any] = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
             "scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
             "headers": [
@@ -80,7 +80,10 @@ class Asking:
             ],
             "server": ("azu.test", 80), "client": ("127.0.0.1", 4),
         }  # fmt: skip
-        self.task = asyncio.create_task(ingress.app(scope, self._receive, self._send))
+        scope["headers"] += [
+            (name.replace("_", "-").encode(), text.encode()) for name, text in headers.items()
+        ]
+        self.task = asyncio.create_task(app(scope, self._receive, self._send))
 
     async def leave(self) -> None:
         """Disconnect and wait until the ingress knows."""
@@ -110,19 +113,23 @@ class Asking:
 Scenario = Callable[[Client, SteppedModel], Awaitable[None]]
 
 
+async def play_with_client(
+    redis_url: str, home: Path, scenario: Scenario, lamports: int = LAMPORTS_PER_HYPE, **limits: float
+) -> None:
+    """Run a scenario with a client that has deposited so much."""
+    policy = policy_with(request_burst=1000, **limits)
+    async with local_ingress(redis_url, home, policy, make_model=SteppedModel) as ingress:
+        address, api_key = await ingress.user(lamports)
+        try:
+            await asyncio.wait_for(scenario(Client(ingress, address, api_key), ingress.model), 200)
+        finally:
+            await ingress.model.close()
+
+
 @pytest.fixture
 def play(redis_url: str, tmp_path: Path) -> Callable[[Scenario], None]:
-    """Run a scenario with a client of 1 HYPE."""
-
-    async def run(scenario: Scenario) -> None:
-        async with local_ingress(redis_url, tmp_path, make_model=SteppedModel) as ingress:
-            address, api_key = await ingress.user()
-            try:
-                await asyncio.wait_for(scenario(Client(ingress, address, api_key), ingress.model), 200)
-            finally:
-                await ingress.model.close()
-
-    return lambda scenario: asyncio.run(run(scenario))
+    """Run a scenario in a network in which a job that is left ends at once."""
+    return lambda scenario: asyncio.run(play_with_client(redis_url, tmp_path, scenario, repeat_within_s=0))
 
 
 def test_a_client_that_leaves_in_its_prefill_pays_for_the_prompt_tokens_that_ran(play) -> None:
@@ -156,7 +163,7 @@ def test_a_client_that_leaves_after_tokens_pays_for_its_prompt_and_them(play) ->
             job_id = await client.new_job()
             await model.step(NUM_PROMPT // CHUNK_TOKENS + 2)
             async with asyncio.timeout(60):
-                while len(await client.jobs.tokens(job_id)) < 3:
+                while await client.jobs.delivered(job_id) < 3:
                     await asyncio.sleep(0.001)
             await asking.leave()
 

@@ -11,6 +11,7 @@ import pytest
 from azu.config.network import RetryPolicy
 from azu.errors import NotFound, WorkerLost
 from azu.jobs import dispatch
+from azu.jobs.departures import Departures
 from azu.jobs.dispatch import Dispatcher
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits
@@ -96,8 +97,9 @@ class Network:
         await self.books.open_key(signed_key())
         limits = JobLimits(max_prompt_tokens=32, max_completion_tokens=40)
         limit = InFlightLimit(connect_redis(self.store.server.url), self.jobs, 100)
+        departures = Departures(self.jobs._redis, kept_s=600)
         intake = Intake(
-            self.books, self.jobs, limit, limits, now_ms=lambda: 1_000, new_job_id=lambda: "job-1"
+            self.books, self.jobs, limit, limits, departures, now_ms=lambda: 1_000, new_job_id=lambda: "job-1"
         )
         sampling, key = SamplingParams(max_tokens=10), await self.books.key(BEARER)
         return await intake.accept(key, BEARER, MODEL, (1, 2, 3, 4), sampling)

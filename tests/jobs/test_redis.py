@@ -396,13 +396,13 @@ def test_a_cancellation_is_recorded_once_and_reaches_later_readers_too(run_scena
         for job_id in ("job-0", "job-0", "job-2", "job-unknown"):
             await jobs.cancel(job_id)
         cancelled_ids = jobs.cancellations()
-        assert await anext(cancelled_ids) == "job-0"
+        assert await anext(cancelled_ids) == ("job-0", False)
         waiting = asyncio.ensure_future(anext(cancelled_ids))
         await asyncio.sleep(0.05)
         assert not waiting.done()
         await jobs.cancel("job-1")
 
-        assert await asyncio.wait_for(waiting, 30) == "job-1"
+        assert await asyncio.wait_for(waiting, 30) == ("job-1", False)
         records = [await jobs.get(f"job-{n}") for n in range(3)]
         assert [record is not None and record.cancelled for record in records] == [True, True, False]
 
@@ -632,14 +632,14 @@ def test_a_job_whose_taking_got_no_answer_is_returned_soon_unless_it_is_known_to
 
 
 def test_only_the_latest_cancellations_are_kept(run_scenario, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("azu.jobs.redis._CANCELLATIONS_KEPT", 3)
+    monkeypatch.setattr("azu.jobs.redis.CANCELLATIONS_KEPT", 3)
 
     async def scenario(jobs: RedisJobs) -> None:
         for n in range(5):
             await jobs.submit(job(f"job-{n}"))
             await jobs.cancel(f"job-{n}")
         cancelled_ids = jobs.cancellations()
-        assert [await anext(cancelled_ids) for _ in range(3)] == ["job-2", "job-3", "job-4"]
+        assert [(await anext(cancelled_ids))[0] for _ in range(3)] == ["job-2", "job-3", "job-4"]
 
     run_scenario(scenario)
 

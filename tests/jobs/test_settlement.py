@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from azu.errors import InsufficientBalance, InvalidRequest, NotFound, Unavailable, WorkerLost
+from azu.jobs.departures import Departures
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts
 from azu.jobs.redis import RedisJobs
@@ -42,6 +43,7 @@ class Billing:
             self.jobs,
             InFlightLimit(connect_redis(redis_url), self.jobs, 10_000),
             JobLimits(max_prompt_tokens=32, max_completion_tokens=40),
+            Departures(connect_redis(redis_url), kept_s=600),
             now_ms=lambda: 1_000,
             new_job_id=lambda: next(ids),
         )
@@ -220,7 +222,7 @@ def test_a_job_whose_caller_was_refused_while_redis_was_away_does_not_run(
         await billing.deposit(1_000)
         submit = billing.jobs.submit
 
-        async def no_answer(job: Job) -> None:
+        async def no_answer(job: Job, *_: str) -> None:
             if is_written:
                 await submit(job)
             raise Unavailable("Redis did not answer")

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import redis
 
+from azu.jobs.departures import Departures
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits
 from azu.jobs.redis import RedisJobs
@@ -46,7 +47,10 @@ async def submit(
 ) -> list[Job]:
     ids = iter(f"job-{number}" for number in range(count))
     limits = JobLimits(max_prompt_tokens=32, max_completion_tokens=40)
-    intake = Intake(books, jobs, in_flight_limit, limits, now_ms=lambda: 1_000, new_job_id=lambda: next(ids))
+    departures = Departures(jobs._redis, kept_s=600)
+    intake = Intake(
+        books, jobs, in_flight_limit, limits, departures, now_ms=lambda: 1_000, new_job_id=lambda: next(ids)
+    )
     await fund(books, DEPOSITED)
     await books.open_key(signed_key())
     for node, owner in zip("abc", OWNERS, strict=False):

@@ -155,7 +155,7 @@ async def as_scheduler(redis: Redis) -> None:
     assert await Books("wire://scheduler:secret@127.0.0.1:9", redis).treasury_metrics() is None
     await jobs.finish("job-1", outcome())
     await jobs.done("job-1")
-    assert await anext(jobs.cancellations()) == "job-1"
+    assert await anext(jobs.cancellations()) == ("job-1", False)
 
 
 async def as_books(url: str, folder: Path) -> None:

@@ -46,9 +46,12 @@ def network(tmp_path_factory: pytest.TempPathFactory, model_root: Path) -> Itera
 
 
 def with_special_tokens() -> NetworkFile:
-    """Return the demo's network file for tests that send a chat, as its template writes it, as a prompt."""
+    """Return the demo's network file for tests that send a chat, as its template writes it, as a prompt.
+
+    A job whose client hangs up ends at once: the tests wait for its end.
+    """
     demo = load_network(DEMO)
-    limits = demo.policy.limits.model_copy(update={"special_tokens_in_prompts": True})
+    limits = demo.policy.limits.model_copy(update={"special_tokens_in_prompts": True, "repeat_within_s": 0})
     return demo.model_copy(update={"policy": demo.policy.model_copy(update={"limits": limits})})
 
 
