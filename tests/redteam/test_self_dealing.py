@@ -126,7 +126,8 @@ class History:
         most = available if everything else self.dice.randint(1, available)
         reserve = Reserve(
             id=f"reserve:{job_id}", address=payer, job_id=job_id, key_id=payer, expires_at_ms=2**50,
-            model_id="model", num_layers=1, lamports_per_token_layer=1, platform_percent=20, max_tokens=most,
+            model_id="model", revision="r1", num_layers=1, lamports_per_token_layer=1, platform_percent=20,
+            prompt_tokens=0, max_tokens=most,
         )  # fmt: skip
         self.apply(reserve)
         return most if everything else self.dice.randint(0, most)
@@ -159,12 +160,14 @@ class History:
 
     def plan(self, kind: type[PayoutPlanned | WithdrawalPlanned], address: str, lamports: int) -> None:
         payout_id, self.nonce = self.name("payout"), self.nonce + 1
+        signed = {"expires_at_ms": 2**50, "signature": SIGNED} if kind is WithdrawalPlanned else {}
         planned = kind(
             id=f"{payout_id}:planned",
             payout_id=payout_id,
             address=address,
             lamports=lamports,
             nonce=self.nonce,
+            **signed,
         )
         self.apply(planned)
         self.posted.append(Sent(self.nonce, address, lamports))
@@ -176,8 +179,9 @@ class History:
 
     def read(self) -> None:
         """Credit deposits, end payouts that the chain shows, and book what it shows and the books lack."""
+        credited = {credit.id for credit in self.books.credits.values()}
         for deposit in self.deposits:
-            if deposit.id not in self.books.credits:
+            if deposit.id not in credited:
                 self.apply(deposit)
         for row in self.rows:
             payout_id = self.books.nonces.get(str(row.nonce))

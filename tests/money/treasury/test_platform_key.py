@@ -64,7 +64,11 @@ def test_no_key_and_two_keys_are_refused(tmp_path: Path) -> None:
 
 def test_the_configuration_does_not_show_its_secrets() -> None:
     config = TreasuryConfig(
-        redis_url="redis://:geheim@127.0.0.1/0", network=DEVNET, account=ACCOUNT, threshold=Threshold(1, 1)
+        redis_url="redis://:geheim@127.0.0.1/0",
+        books_url="wire://treasury:geheim@127.0.0.1:1",
+        network=DEVNET,
+        account=ACCOUNT,
+        threshold=Threshold(1, 1),
     )
 
     for text in (repr(config), str(config), repr(config.account), str(config.account)):
