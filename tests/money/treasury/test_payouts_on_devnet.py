@@ -11,6 +11,7 @@ from azu.errors import ChainError
 from azu.money.chain.api import ChainClient
 from azu.money.treasury.payouts import Payer, PayoutSelector, PayoutTimeouts, Threshold
 from tests.money.chain.running import fresh_address, running_devnet
+from tests.money.ledger import moves
 from tests.money.treasury.booked import PAID, all_paid, assert_paid_once, earn, fund_platform
 from tests.money.treasury.simulated import NoWithdrawals
 from tests.money.treasury.world import SEED, Open, World
@@ -76,6 +77,7 @@ def every_worker_is_paid_once(world: World, workers: int, chance: float, seed: i
     fund_platform(world)
 
     async def scenario(parts: Open) -> None:
+        await parts.book(*map(moves.claim, owners))
         await earn(parts, owners)
         break_everything(world, chance)
         tasks = [asyncio.create_task(pay_for_ever(world, parts)) for _ in range(2)]
