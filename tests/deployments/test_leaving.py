@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp, Message
 
+from azu.config import NetworkPolicy
 from azu.errors import ShardError
 from azu.jobs.redis import RedisJobs
 from azu.protocol.job import JobOutcome, JobState
@@ -118,6 +119,15 @@ async def play_with_client(
 ) -> None:
     """Run a scenario with a client that has deposited so much."""
     policy = policy_with(request_burst=1000, **limits)
+    with pytest.MonkeyPatch.context() as patience:
+        # A process of a busy machine that is late is not taken for a Redis that is away.
+        for name in ("deployments.services._SILENCE_S", "deployments.services._BOOKS_SILENCE_S"):
+            patience.setattr(name, 30.0)
+        patience.setattr("azu.money.bookkeeping._SILENCE_S", 30.0)
+        await _play(redis_url, home, scenario, policy, lamports)
+
+
+async def _play(redis_url: str, home: Path, scenario: Scenario, policy: NetworkPolicy, lamports: int) -> None:
     async with local_ingress(redis_url, home, policy, make_model=SteppedModel) as ingress:
         address, api_key = await ingress.user(lamports)
         try:
