@@ -53,13 +53,17 @@ class SteppedModel:
     async def step(self, count: int = 1) -> None:
         """Answer the next steps with one token for each sequence that samples."""
         for _ in range(count):
-            async with asyncio.timeout(60):
-                while not self.sent:
-                    await asyncio.sleep(0.001)
+            await self.until_sent()
             batch = self.sent.pop(0)
             tokens = tuple(SampledToken(one.sequence_id, TOKEN) for one in batch.slices if one.sample)
             self.num_steps += 1
             self.runner.complete(StepResult(batch.epoch, batch.step, batch.micro_batch, tokens))
+
+    async def until_sent(self) -> None:
+        """Wait until a step waits for its answer."""
+        async with asyncio.timeout(60):
+            while not self.sent:
+                await asyncio.sleep(0.001)
 
     async def keep_stepping(self) -> None:
         """Answer every step, until cancelled."""

@@ -150,6 +150,7 @@ def test_a_client_that_leaves_in_its_prefill_pays_for_the_prompt_tokens_that_ran
                 asking = client.ask(ASKED | {"stream": stream, "seed": num_steps})
                 job_id = await client.new_job()
                 await model.step(num_steps)
+                await model.until_sent()  # a job that is left before its first step has none to answer
                 await asking.leave()
                 receipt = (await client.ended(job_id)).receipt
 
@@ -175,6 +176,7 @@ def test_a_client_that_leaves_after_tokens_pays_for_its_prompt_and_them(play) ->
             async with asyncio.timeout(60):
                 while await client.jobs.delivered(job_id) < 3:
                     await asyncio.sleep(0.001)
+            await model.until_sent()
             await asking.leave()
 
             assert (await client.ended(job_id)).receipt.completion_tokens == 3

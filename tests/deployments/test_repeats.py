@@ -52,6 +52,7 @@ async def left(client: Client, model: SteppedModel, num_steps: int, body: dict[s
     await model.step(num_steps)
     num_tokens = max(0, num_steps - NUM_PREFILL + 1)
     await until(lambda: has_tokens(client.jobs, job_id, num_tokens))
+    await model.until_sent()
     await asking.leave()
     await waiting(client, job_id)
     await model.step()  # it was on its way
@@ -222,6 +223,7 @@ def test_a_request_may_have_a_name_of_its_own(play) -> None:
         asking = client.ask(STREAMED, idempotency_key="one")
         job_id = await client.new_job()
         await model.step(2)
+        await model.until_sent()
         await asking.leave()
         await waiting(client, job_id)
         await model.step()
