@@ -175,7 +175,7 @@ class NetworkPolicy(_Section):
     models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
     price: Price
     payout_threshold_lamports: Count
-    earnings_mature_s: Annotated[int, Field(ge=0, le=30 * 86_400)]
+    earnings_mature_s: Annotated[int, Field(ge=0, le=30 * 86_400)] | None
     kv: KvCapacity
     planner: Planner
     engine: Engine

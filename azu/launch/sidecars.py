@@ -33,6 +33,8 @@ BOOKS_READY = r"^books ready$"
 TREASURY_READY = r"^treasury ready$"
 _BOOKS_FILE = "books.json"
 _BOOKS_CALLERS = ("ingress", "scheduler", "treasury", "owner")
+# How long earnings wait on a real chain where the network's owner says nothing else.
+_MATURE_S = 86_400
 # Nodes that have no key are enrolled by the owner of the books' machine.
 _OWN_NODES = "owner"
 # The books answer nothing else to their owner while they audit.
@@ -135,15 +137,18 @@ def start_books(
 def books_terms(
     policy: NetworkPolicy, chain: ChainSettings, others_payout: str | None = None
 ) -> "BooksTerms":
-    """Return by what the books of a network reckon; on a local chain earnings can be paid at once."""
+    """Return by what the books of a network reckon; on a local chain earnings wait only if its owner says so."""
     from azu.money.books import BooksTerms
 
+    mature_s = policy.earnings_mature_s
+    if mature_s is None:
+        mature_s = 0 if chain.is_devnet else _MATURE_S
     return BooksTerms(
         lamports_per_token_layer=policy.price.lamports_per_token_layer,
         platform_percent=policy.price.platform_percent,
         reservation_ttl_ms=policy.limits.reservation_ttl_s * 1000,
         max_keys=policy.limits.max_keys,
-        maturity_ms=0 if chain.is_devnet else policy.earnings_mature_s * 1000,
+        maturity_ms=mature_s * 1000,
         others_payout=others_payout,
     )
 

@@ -135,10 +135,12 @@ async def audited(home: Path) -> int:
         await books.close()
 
 
-def test_earnings_on_a_local_chain_can_be_paid_at_once(settings: Settings) -> None:
+def test_earnings_wait_as_the_owner_says_or_a_day_and_on_a_local_chain_no_time(settings: Settings) -> None:
     policy = load_network(None).policy
     devnet = choose_chain(settings)
     real = replace(devnet, is_devnet=False)
+    said = policy.model_copy(update={"earnings_mature_s": 60})
 
     assert books_terms(policy, devnet).maturity_ms == 0
-    assert books_terms(policy, real).maturity_ms == 1000 * policy.earnings_mature_s > 0
+    assert books_terms(policy, real).maturity_ms == 86_400_000
+    assert books_terms(said, devnet).maturity_ms == books_terms(said, real).maturity_ms == 60_000
