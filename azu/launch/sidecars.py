@@ -137,7 +137,7 @@ def start_books(
 def books_terms(
     policy: NetworkPolicy, chain: ChainSettings, others_payout: str | None = None
 ) -> "BooksTerms":
-    """Return by what the books of a network reckon; on a local chain earnings wait only if its owner says so."""
+    """Return by what a network's books reckon; on a local chain earnings wait only if its owner says so."""
     from azu.money.books import BooksTerms
 
     mature_s = policy.earnings_mature_s
