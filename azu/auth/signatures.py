@@ -12,6 +12,7 @@ from eth_keys.exceptions import BadSignature
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 
+from azu.addresses import ADDRESS_PATTERN
 from azu.errors import InvalidRequest
 from azu.protocol.job import Receipt
 
@@ -93,16 +94,22 @@ def is_signed(withdrawal: Withdrawal, platform: str, signature: str) -> bool:
     return signer_of_data(_withdrawal_data(withdrawal, platform), signature) == withdrawal.address
 
 
+# What a command has to be before its signature is looked at: the EIP-712 types take no other values.
+_Address = Annotated[str, Field(pattern=f"^{ADDRESS_PATTERN}$")]
+_Number = Annotated[int, Field(ge=0, le=2**63)]
+_Word = Annotated[str, Field(pattern=r"^[!-~]{1,200}$")]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreditSuspense:
     """Credit a row of the chain that is in suspense to an address."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    row: str
-    address: str
-    nonce: int
-    expires_at_ms: int
+    row: _Word
+    address: _Address
+    nonce: _Number
+    expires_at_ms: _Number
     kind: Literal["CreditSuspense"] = "CreditSuspense"
 
 
@@ -112,10 +119,10 @@ class TakeRevenue:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    address: str
-    lamports: int
-    nonce: int
-    expires_at_ms: int
+    address: _Address
+    lamports: _Number
+    nonce: _Number
+    expires_at_ms: _Number
     kind: Literal["TakeRevenue"] = "TakeRevenue"
 
 
@@ -125,10 +132,62 @@ class ReverseJob:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    job_id: str
-    nonce: int
-    expires_at_ms: int
+    job_id: _Word
+    nonce: _Number
+    expires_at_ms: _Number
     kind: Literal["ReverseJob"] = "ReverseJob"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DismissDispute:
+    """Give the shares of a disputed job to those who earned them."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    job_id: _Word
+    nonce: _Number
+    expires_at_ms: _Number
+    kind: Literal["DismissDispute"] = "DismissDispute"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PayHeld:
+    """Give what is held of a node's work to an address as its earnings."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    node_id: _Word
+    address: _Address
+    lamports: _Number
+    nonce: _Number
+    expires_at_ms: _Number
+    kind: Literal["PayHeld"] = "PayHeld"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseHeld:
+    """Give what is held of a node's work back to a user."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    node_id: _Word
+    address: _Address
+    lamports: _Number
+    nonce: _Number
+    expires_at_ms: _Number
+    kind: Literal["ReleaseHeld"] = "ReleaseHeld"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveNode:
+    """Hold what a node's work is worth from now on; its id is never enrolled again."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    node_id: _Word
+    nonce: _Number
+    expires_at_ms: _Number
+    kind: Literal["RemoveNode"] = "RemoveNode"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,14 +196,23 @@ class AcceptLoss:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    number: int
-    hash: str
-    nonce: int
-    expires_at_ms: int
+    number: _Number
+    hash: _Word
+    nonce: _Number
+    expires_at_ms: _Number
     kind: Literal["AcceptLoss"] = "AcceptLoss"
 
 
-AdminCommand = CreditSuspense | TakeRevenue | ReverseJob | AcceptLoss
+AdminCommand = (
+    ReverseJob
+    | DismissDispute
+    | PayHeld
+    | ReleaseHeld
+    | RemoveNode
+    | CreditSuspense
+    | TakeRevenue
+    | AcceptLoss
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,12 @@ def _paths(value: Any) -> Any:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
+def _addresses(value: Any) -> Any:
+    # As one, so that an error names the variable.
+    parts = value.replace(",", " ").split() if isinstance(value, str) else value
+    return [parse_address(str(part)) for part in parts]
+
+
 def _expanded(value: Any) -> Any:
     return Path(value).expanduser() if isinstance(value, str | Path) else value
 
@@ -57,6 +63,7 @@ HomePath = Annotated[Path, BeforeValidator(_expanded)]
 # As useradd accepts it.
 UserName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")]
 PathList = Annotated[tuple[HomePath, ...], NoDecode, BeforeValidator(_paths)]
+AddressList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_checked(_addresses))]
 
 
 class Settings(BaseSettings):
@@ -67,7 +74,8 @@ class Settings(BaseSettings):
     AZU_TLS_KEY are the ingress's certificate chain and key. AZU_TLS_CA is an authority that clients trust at
     AZU_URL besides those of the system. AZU_REDIS_TLS encrypts the link to Redis; AZU_REDIS_CA is its
     authority. AZU_USER_HOMES holds the homes of AZU_MONEY_USER and AZU_RAY_USER, as which root starts a
-    network; with AZU_ONE_USER root runs all of it.
+    network; with AZU_ONE_USER root runs all of it. AZU_ADMIN_ADDRESSES holds the addresses, with commas
+    between them, whose wallets sign commands that move money.
     """
 
     model_config = SettingsConfigDict(
@@ -98,6 +106,7 @@ class Settings(BaseSettings):
     tls_key: HomePath | None = Field(None, validation_alias="AZU_TLS_KEY")
     domain: str | None = Field(None, validation_alias="AZU_DOMAIN")
     admin_key: SecretStr | None = Field(None, validation_alias="AZU_ADMIN_KEY")
+    admin_addresses: AddressList = Field((), validation_alias="AZU_ADMIN_ADDRESSES")
     open_metrics: bool = Field(False, validation_alias="AZU_OPEN_METRICS")
     model_roots: PathList = Field((), validation_alias="AZU_MODEL_ROOTS")
     max_model_bytes: Size = Field(64 * 1024**3, validation_alias="AZU_MAX_MODEL_BYTES")

@@ -25,6 +25,7 @@ _MONEY = (
     "redis-jobs",
     "treasury.json",
     "devnet.key",
+    "devnet-admin.key",
     "devnet.json",
     "books.json",
     "books",

@@ -22,6 +22,8 @@ from azu.money.treasury.environment import take_variable
 from azu.money.wire import Access
 
 if TYPE_CHECKING:
+    from eth_account.signers.local import LocalAccount
+
     from azu.money.books import Books, BooksTerms
 
 DEVNET = "devnet"
@@ -40,6 +42,7 @@ _OWN_NODES = "owner"
 # The books answer nothing else to their owner while they audit.
 _AUDIT_S = 600.0
 _DEVNET_FILE = "devnet.json"
+_DEVNET_ADMIN = "devnet-admin.key"
 # The variables by which the treasury gets the URLs of the job store, and of the books.
 JOBS_URL, BOOKS_URL = "AZU_JOBS_REDIS_URL", "AZU_BOOKS_URL"
 _KEY = "SCHEDULER_PRIVATE_KEY"
@@ -48,12 +51,16 @@ _KEY_FILE = "AZU_PRIVATE_KEY_FILE"
 
 @dataclass(frozen=True, slots=True)
 class ChainSettings:
-    """The chain's URL, the platform's address there, and the variables that give its key to the treasury."""
+    """The chain's URL, the platform's address there, and the variables that give its key to the treasury.
+
+    The wallets of `admins` sign the commands that move money.
+    """
 
     url: str
     platform_address: str
     is_devnet: bool
     treasury_key: Mapping[str, str] = field(repr=False)
+    admins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +157,7 @@ def books_terms(
         max_keys=policy.limits.max_keys,
         maturity_ms=mature_s * 1000,
         others_payout=others_payout,
+        admins=chain.admins,
     )
 
 
@@ -218,20 +226,38 @@ def choose_chain(settings: Settings) -> ChainSettings:
     key = {name: value for name, value in taken.items() if value is not None}
     if settings.platform_address is None or not key:
         raise ConfigurationError(f"a chain needs HYPERLIQUID_ADDRESS, and {_KEY} or {_KEY_FILE}")
-    return ChainSettings(settings.chain_url, settings.platform_address, is_devnet=False, treasury_key=key)
+    return ChainSettings(
+        settings.chain_url,
+        settings.platform_address,
+        is_devnet=False,
+        treasury_key=key,
+        admins=settings.admin_addresses,
+    )
 
 
 def _devnet(settings: Settings) -> ChainSettings:
-    from eth_account import Account
-
     # A separate key: what it signs for a devnet is valid on the testnet too.
     path = settings.home / "devnet.key"
-    if not path.exists():
-        write_private(path, Account.create().key.hex())
-    address = Account.from_key(path.read_text()).address.lower()
+    address = _kept_wallet(path).address.lower()
+    admin = _kept_wallet(settings.home / _DEVNET_ADMIN).address.lower()
     url = f"http://127.0.0.1:{free_port()}"
     write_private(settings.home / _DEVNET_FILE, json.dumps({"url": url, "platform_address": address}))
-    return ChainSettings(url, address, is_devnet=True, treasury_key={_KEY_FILE: str(path)})
+    return ChainSettings(
+        url,
+        address,
+        is_devnet=True,
+        treasury_key={_KEY_FILE: str(path)},
+        admins=(admin, *settings.admin_addresses),
+    )
+
+
+def _kept_wallet(path: Path) -> "LocalAccount":
+    from eth_account import Account
+
+    if not path.exists():
+        write_private(path, Account.create().key.hex())
+    wallet: LocalAccount = Account.from_key(path.read_text())
+    return wallet
 
 
 def devnet_of(home: Path) -> ChainSettings | None:

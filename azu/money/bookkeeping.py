@@ -6,13 +6,14 @@ import secrets
 import zlib
 from base64 import b85decode, b85encode
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from azu.auth.key_records import CHALLENGE_TTL_S, ApiKey, key_id_of, key_record_is_signed, secret_digest
-from azu.auth.signatures import MAX_WITHDRAWAL_LIFE_MS, Withdrawal, is_claim, is_signed
+from azu.auth.signatures import MAX_WITHDRAWAL_LIFE_MS, Withdrawal, command_of, is_claim, is_signed
 from azu.clock import wall_clock_ms
 from azu.errors import (
     Conflict,
@@ -33,6 +34,7 @@ from azu.money.books import (
     UserBalance,
     WorkerEarnings,
 )
+from azu.money.commands import command_id, transfer_of
 from azu.money.ledger.audit import Audit
 from azu.money.ledger.entry import Result
 from azu.money.ledger.journal import RedisJournal
@@ -84,6 +86,8 @@ UNSHOWN = "-"
 _ENDING = TypeAdapter(JobEnding)
 _PACKED = "~"
 _ENDS = ("settle", "release", "expire")
+# What the ledger says of a decision that comes too late, or too early.
+_REFUSALS = ("matured", "node_removed", "not_matured", "unknown_node")
 
 
 class Bookkeeper(BooksCalls):
@@ -421,7 +425,8 @@ class Bookkeeper(BooksCalls):
                 name=name,
                 work_bytes_per_s=work_bytes_per_s,
             )
-            await ledger.apply(node)
+            with _refusals_as_conflicts():
+                await ledger.apply(node)
         if held := ledger.state.free(node_held(node_id)):
             paid = HeldPaid(
                 id=f"held-paid:{node_id}:{ledger.head.number}", node_id=node_id, address=payout, lamports=held
@@ -466,6 +471,21 @@ class Bookkeeper(BooksCalls):
         ledger = await self.ledger()
         await ledger.apply(LossAccepted(id=f"loss:accepted:{ledger.head.number}", num_entries=size))
 
+    async def command(self, text: str) -> None:
+        command = command_of(text, (self._platform,), self._terms.admins)
+        if command is None:
+            raise Forbidden("no admin of this network signed this command", code="no_admin")
+        ledger = await self.ledger()
+        used = await ledger.result(command_id(command))
+        if used is not None and getattr(used.entry.transfer, "command", None) == text:
+            return
+        if used is not None:
+            raise Conflict(f"the nonce {command.nonce} was used before", param="nonce", code="nonce_used")
+        if command.expires_at_ms <= self._now_ms():
+            raise Forbidden("this command has expired", param="expires_at_ms", code="command_expired")
+        with _refusals_as_conflicts():
+            await ledger.apply(transfer_of(command, text, ledger.state))
+
     async def uncredited(self) -> tuple[Uncredited, ...]:
         return await self._uncredited.all()
 
@@ -496,6 +516,16 @@ def totals_of(balances: Mapping[str, int], lost_writes: int = 0) -> Totals:
         sum_lamports=sum(balances.values()),
         lost_writes=lost_writes,
     )
+
+
+@contextmanager
+def _refusals_as_conflicts() -> Iterator[None]:
+    try:
+        yield
+    except LedgerError as error:
+        if error.code not in _REFUSALS:
+            raise
+        raise Conflict(error.message, code=error.code) from error
 
 
 def _api_key(opened: KeyOpened) -> ApiKey:

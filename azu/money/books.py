@@ -42,7 +42,8 @@ class BooksTerms:
     """By what a network's books reckon: the price of new jobs, and for how long things stay open.
 
     An owner can have at most `max_keys` keys. What a job pays out may be reversed for `maturity_ms`. Work of
-    nodes that are not enrolled is paid to `others_payout`; without one it is held.
+    nodes that are not enrolled is paid to `others_payout`; without one it is held. The wallets of `admins`
+    (lower-case addresses) sign commands.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -53,6 +54,7 @@ class BooksTerms:
     max_keys: int
     maturity_ms: int = 0
     others_payout: str | None = None
+    admins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,8 @@ class BooksCalls:
     ) -> None:
         """Have the work of a node be paid to an address; only the key that enrolled the node changes that.
 
-        What was held of the node's work goes to the address. Raises Conflict for another key.
+        What was held of the node's work goes to the address. Raises Conflict for another key, and for a node
+        that an admin removed.
         """
 
     # The treasury
@@ -247,6 +250,14 @@ class BooksCalls:
 
     async def accept_loss(self, size: int) -> None:
         """Have the treasury sign again after a loss of this size; raises Conflict for another size."""
+
+    async def command(self, text: str) -> None:
+        """Carry out an admin's signed command, once; the same one again changes nothing.
+
+        Raises Forbidden for a text that no admin of this network signed, or that has expired, Conflict for a
+        nonce that was used, and where the books do not allow it (code `matured` for a job that can not be
+        reversed any more, `not_matured` for held money that may be), NotFound for an unknown row in suspense.
+        """
 
     async def uncredited(self) -> tuple[Uncredited, ...]:
         """Return the transfers to the platform that were credited to no account, the newest first."""

@@ -62,6 +62,7 @@ def test_variables_that_another_process_reads_are_accepted(
         ("AZU_HTTP_PORT", "http"),
         ("AZU_MAX_MODEL_BYTES", "much"),
         ("HYPERLIQUID_ADDRESS", "0x12"),
+        ("AZU_ADMIN_ADDRESSES", "0x12"),
         ("REDIS_PORT", "-1"),
     ],
 )
@@ -104,6 +105,13 @@ def test_paths_with_a_tilde_and_sizes_with_units_are_read(monkeypatch: pytest.Mo
 
     assert settings.model_roots == (Path("/models"), Path("/home/ada/mine"))
     assert settings.max_model_bytes == 3 * 1024**3
+
+
+def test_the_addresses_of_admins_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.from_environment().admin_addresses == ()
+    monkeypatch.setenv("AZU_ADMIN_ADDRESSES", f"0x{'AB' * 20}, 0x{'12' * 20}")
+
+    assert Settings.from_environment().admin_addresses == ("0x" + "ab" * 20, "0x" + "12" * 20)
 
 
 def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from azu.launch.sidecars import (
 from azu.money.chain.networks import network_at
 
 ADDRESS = "0x" + "a1" * 20
+ADMIN = "0x" + "ad" * 20
 TIMEOUT_S = 60.0
 
 
@@ -54,6 +55,18 @@ def test_without_a_chain_there_is_a_devnet_with_a_platform_that_stays(settings: 
     assert Account.from_key(key_file.read_text()).address.lower() == first.platform_address
 
 
+def test_a_devnet_has_a_wallet_that_signs_its_admins_commands(settings: Settings) -> None:
+    named = settings.model_copy(update={"admin_addresses": (ADMIN,)})
+    first, second = choose_chain(settings), choose_chain(named)
+
+    key_file = settings.home / "devnet-admin.key"
+    assert key_file.stat().st_mode & 0o777 == 0o600
+    wallet = Account.from_key(key_file.read_text()).address.lower()
+    assert first.admins == (wallet,)
+    assert second.admins == (wallet, ADMIN)
+    assert wallet != first.platform_address
+
+
 def test_a_home_without_a_network_has_no_devnet(tmp_path: Path) -> None:
     assert devnet_of(tmp_path) is None
 
@@ -72,9 +85,11 @@ def test_a_configured_chain_needs_the_platforms_address_and_key(
         choose_chain(configured)
     monkeypatch.setenv("SCHEDULER_PRIVATE_KEY", "0x" + "11" * 32)
 
-    chain = choose_chain(configured.model_copy(update={"platform_address": ADDRESS}))
+    named = {"platform_address": ADDRESS, "admin_addresses": (ADMIN,)}
+    chain = choose_chain(configured.model_copy(update=named))
 
     assert not chain.is_devnet
+    assert chain.admins == books_terms(load_network(None).policy, chain).admins == (ADMIN,)
     assert chain.platform_address == ADDRESS
     assert "11" * 32 not in repr(chain)
 

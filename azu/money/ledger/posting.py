@@ -336,6 +336,8 @@ def _enrol(draft: Draft, transfer: NodeEnrolled) -> tuple[Leg, ...]:
     known = draft.nodes.get(transfer.node_id)
     if known is not None and known.key_digest != transfer.key_digest:
         raise LedgerError(f"{transfer.id}: the node is enrolled with another key", code="node_taken")
+    if draft.removed.get(transfer.node_id) is not None:
+        raise LedgerError(f"{transfer.id}: an admin removed the node", code="node_removed")
     draft.nodes.put(transfer.node_id, transfer)
     return ()
 
@@ -344,6 +346,7 @@ def _remove_node(draft: Draft, transfer: NodeRemoved) -> tuple[Leg, ...]:
     if draft.nodes.get(transfer.node_id) is None:
         raise LedgerError(f"{transfer.id}: there is no node {transfer.node_id}", code="unknown_node")
     draft.nodes.put(transfer.node_id, None)
+    draft.removed.put(transfer.node_id, transfer)
     return ()
 
 

@@ -15,6 +15,7 @@ from azu.money.ledger.transfers import (
     EarningsClaimed,
     KeyOpened,
     NodeEnrolled,
+    NodeRemoved,
     PayoutPlanned,
     Reserve,
     RevenueTaken,
@@ -67,6 +68,7 @@ class BooksState:
     keys: dict[str, KeyOpened] = field(default_factory=dict)  # by key id
     spent: dict[str, int] = field(default_factory=dict)  # key id -> charges, and open reservations in full
     nodes: dict[str, NodeEnrolled] = field(default_factory=dict)  # by node id
+    removed: dict[str, NodeRemoved] = field(default_factory=dict)  # by node id
     claims: dict[str, EarningsClaimed] = field(default_factory=dict)  # by address
     suspense: dict[str, Suspended] = field(default_factory=dict)  # by row
     credits: dict[str, Credit] = field(default_factory=dict)  # by entry number, of the last KEPT_MS
@@ -161,6 +163,7 @@ class Draft:
         self.keys = Overlay(state.keys)
         self.spent = Overlay(state.spent)
         self.nodes = Overlay(state.nodes)
+        self.removed = Overlay(state.removed)
         self.claims = Overlay(state.claims)
         self.suspense = Overlay(state.suspense)
         self.credits = Overlay(state.credits)

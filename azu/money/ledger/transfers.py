@@ -315,9 +315,10 @@ class NodeEnrolled(Movement):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeRemoved(Movement):
-    """A node's work is held from now on."""
+    """A node's work is held from now on, and the node is never enrolled again, as a command says."""
 
     node_id: str
+    command: str
     kind: Literal["node_removed"] = "node_removed"
 
 

@@ -16,6 +16,7 @@ from azu.money.ledger.transfers import (
     KeyOpened,
     KeyRevoked,
     NodeEnrolled,
+    NodeRemoved,
     PayoutPaid,
     PayoutPlanned,
     PayoutRefused,
@@ -77,6 +78,10 @@ def enrol(node_id: str, payout: str = OWNERS[0], *, key_digest: str = "k", numbe
         name=node_id,
         work_bytes_per_s=1,
     )
+
+
+def remove_node(node_id: str, *, number: int = 1) -> NodeRemoved:
+    return NodeRemoved(id=f"removed:{node_id}:{number}", node_id=node_id, command="it lies")
 
 
 def deposit(lamports: int, *, address: str = ALICE, tx_hash: str = "0x01", at_ms: int = 0) -> Deposit:

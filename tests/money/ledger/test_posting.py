@@ -18,7 +18,6 @@ from azu.money.ledger.transfers import (
     JournalSealed,
     LossAccepted,
     LossNoted,
-    NodeRemoved,
     Transfer,
     WriterOpened,
     node_held,
@@ -306,9 +305,10 @@ def test_a_node_changes_only_with_its_own_key() -> None:
     state = after(moves.enrol("n"), moves.enrol("n", OWNERS[1], number=2))
     assert state.nodes["n"].payout == OWNERS[1]
     assert refused(state, moves.enrol("n", BOB, key_digest="other", number=3)).code == "node_taken"
-    state = after(NodeRemoved(id="gone", node_id="n"), state=state)
+    state = after(moves.remove_node("n"), state=state)
     assert state.nodes == {}
-    assert refused(state, NodeRemoved(id="gone-2", node_id="n")).code == "unknown_node"
+    assert refused(state, moves.remove_node("n", number=2)).code == "unknown_node"
+    assert refused(state, moves.enrol("n", number=4)).code == "node_removed"
 
 
 def test_a_suspended_row_belongs_to_no_user_until_it_is_credited() -> None:
