@@ -6,6 +6,9 @@ from fractions import Fraction
 
 from azu.protocol.job import PLATFORM_NODE
 
+# Fractions of larger numbers would keep the books busy.
+_MOST_BYTES = 2**63
+
 
 def charged_prompt(prompt_tokens: int, completion_tokens: int, prompt_tokens_ran: int) -> int:
     """Return how many prompt tokens are charged: all once there is a token, before that those that ran.
@@ -54,13 +57,14 @@ def divide(
     """Divide a charge so that platform, workers and what is held sum to it exactly, whatever `work` says.
 
     `work` maps layer -> payee -> parameter bytes activated there for charged tokens. Each layer has the same
-    weight; within a layer the bytes count. The share of a layer without work, or with less than no work of a
-    payee, is held. Work in layers that the model does not have counts for nothing. PLATFORM_NODE stands for
-    the platform among the payees.
+    weight; within a layer the bytes count. The share of a layer without work, or with work that no payee can
+    have done, is held. Work in layers that the model does not have counts for nothing. PLATFORM_NODE stands
+    for the platform among the payees.
     """
     assert charged_lamports >= 0
     assert 0 <= platform_percent <= 100
-    ran = [layer for index in range(num_layers) if _is_possible(layer := work.get(index, {}))]
+    # As many steps as there is work: who asks for a settlement also chose the number of layers.
+    ran = [work[index] for index in sorted(work) if 0 <= index < num_layers and _is_possible(work[index])]
     # One rounding for all of them: the platform gets the remainder.
     share = charged_lamports * (100 - platform_percent) // 100
     pot = charged_lamports * (100 - platform_percent) * len(ran) // (100 * max(num_layers, 1))
@@ -70,7 +74,7 @@ def divide(
 
 
 def _is_possible(by_payee: Mapping[str, int]) -> bool:
-    return min(by_payee.values(), default=0) >= 0 and sum(by_payee.values()) > 0
+    return min(by_payee.values(), default=0) >= 0 and 0 < sum(by_payee.values()) < _MOST_BYTES
 
 
 def _claims(ran: list[Mapping[str, int]]) -> dict[str, Fraction]:

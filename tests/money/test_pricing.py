@@ -82,6 +82,12 @@ def test_the_share_of_a_layer_whose_work_is_missing_or_impossible_is_held() -> N
     assert divide(400, 20, work, 4) == Division(80, {A: 80}, 240)
     assert divide(400, 20, {}, 4) == Division(80, {}, 320)
     assert divide(400, 20, {0: {A: -1, B: 2}, 1: {B: 1}}, 2) == Division(80, {B: 160}, 160)
+    assert divide(400, 20, {0: {A: 2**63}, 1: {B: 2**63 - 1}}, 2) == Division(80, {B: 160}, 160)
+
+
+def test_a_division_takes_as_many_steps_as_there_is_work() -> None:
+    # Over as many layers this would not come to an end.
+    assert divide(400, 20, {0: {A: 1}}, 10**15) == Division(80, {A: 0}, 320)
 
 
 def test_work_in_layers_that_the_model_lacks_counts_for_nothing() -> None:

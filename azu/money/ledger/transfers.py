@@ -26,6 +26,8 @@ HELD = Account("held")
 # The chain's times and nonces are milliseconds; a double counts them exactly up to here.
 MAX_TIME_MS = 2**53
 MAX_OUTCOME_BYTES = 8192
+# Far above any model; a charge is divided layer by layer while all other calls wait.
+MAX_LAYERS = 1024
 
 _ADDRESS = re.compile(ADDRESS_PATTERN)
 _ID = re.compile(r"[!-~]{1,200}")
@@ -519,9 +521,8 @@ _CHECKS: Mapping[str, Callable[[str, Any], None]] = {
     "platform_percent": _whole_number(0, 100),
     **dict.fromkeys(("at_ms", "created_at_ms", "maturity_ms", "nonce"), _TIME),
     "expires_at_ms": _TIME,
-    **dict.fromkeys(
-        ("completion_tokens", "max_tokens", "num_entries", "num_layers", "prompt_tokens", "through"), _COUNT
-    ),
+    **dict.fromkeys(("completion_tokens", "max_tokens", "num_entries", "prompt_tokens", "through"), _COUNT),
+    "num_layers": _whole_number(0, MAX_LAYERS),
     "work_bytes_per_s": _COUNT,
     "shares": _shared(_check_address),
     **dict.fromkeys(("by_node", "held"), _shared(_check_id)),

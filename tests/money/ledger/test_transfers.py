@@ -88,6 +88,7 @@ def test_a_reservation_is_of_the_most_that_its_tokens_cost() -> None:
     assert Reserve(**values).price_of(1) == 160
     for bad in (
         {"num_layers": -1},
+        {"num_layers": 1025},
         {"platform_percent": 101},
         {"prompt_tokens": True},
         {"model_id": "m" * 600},
