@@ -75,5 +75,5 @@ def _is_silent(name: str) -> bool:
         ray.kill(actor)
         return True
     except RayError as error:
-        log.warning("the %s did not start: %s", name, type(error).__name__)
+        log.warning("the %s did not start", name, exc_info=error)
     return False

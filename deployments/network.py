@@ -1,6 +1,6 @@
 """The network: its health, nodes, deployments, models and metrics."""
 
-from contextlib import suppress
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
@@ -18,7 +18,6 @@ from azu.api.network import (
     TimeTotal,
 )
 from azu.api.openai import ModelLine, ModelList
-from azu.errors import AzuError
 from azu.metrics import (
     CONTENT_TYPE,
     GENERATED_TOKENS,
@@ -63,12 +62,7 @@ _STARTING: dict[int | str, dict[str, Any]] = {
 @router.get("/health", responses=_STARTING)
 async def health(services: ServicesNow, response: Response) -> Health:
     """Return whether prompts can be served, 503 while something is starting or away, and what goes wrong."""
-    problems, is_away = await services.problems()
-    ready = False
-    if not is_away:
-        with suppress(AzuError):
-            ready = await services.scheduler("ready")
-            problems += await services.scheduler("problems")
+    ready, problems = await services.health()
     response.status_code = 200 if ready else 503
     return Health(status="ok" if ready else "starting", problems=problems)
 
@@ -88,11 +82,11 @@ async def metrics(services: ServicesNow, secret: AdminSecret) -> Response:
 @router.get("/v1/network")
 async def network(_: Key, services: ServicesNow) -> NetworkResponse:
     """Return nodes and deployments, the number of jobs on them, and what does not run as it should."""
-    nodes = await services.scheduler("nodes")
-    deployments: list[DeploymentStatus] = await services.scheduler("deployments")
-    snapshot: MetricsSnapshot = await services.scheduler("metrics")
+    asked = map(services.scheduler, ("nodes", "deployments", "metrics", "problems"))
+    answers: tuple[Any, ...] = await asyncio.gather(*asked)
+    nodes, deployments, snapshot, problems = answers
     return NetworkResponse(
-        problems=await services.scheduler("problems"),
+        problems=problems,
         jobs=JobCounts(
             running=round(snapshot.value(JOBS, "running")), waiting=round(snapshot.value(JOBS, "waiting"))
         ),

@@ -23,6 +23,7 @@ from azu.auth.key_records import ApiKey
 from azu.auth.rate_limit import Rate, RedisRates
 from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
+from azu.contact import Contact
 from azu.errors import AzuError, Forbidden, LedgerError, NotFound, Unauthenticated, Unavailable
 from azu.jobs.departures import BEAT_S, Departures
 from azu.jobs.in_flight_limit import InFlightLimit
@@ -52,6 +53,10 @@ _KEPT_MODELS = 64
 # A prediction that takes longer is not waited for.
 _PREDICTED_IN_S = 1.0
 _METRICS_KEPT_S = 2.0
+# Every answer of the scheduler is ready; one that keeps its callers waiting is frozen or very busy.
+_SCHEDULER_S = 10.0
+# The health is told within a second, whoever does not answer.
+_HEALTH_IN_S = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,7 @@ class Services:
         self._rates = RedisRates(self._redis)
         self._key_rate = Rate(policy.limits.requests_per_minute, policy.limits.request_burst)
         self._sign_in_rate = Rate(policy.limits.sign_ins_per_minute, policy.limits.sign_in_burst)
+        self._scheduler = Contact("the scheduler")
         self._measured = (float("-inf"), MetricsSnapshot({}, {}))
         self._models: OrderedDict[str, tuple[float, ServedModel]] = OrderedDict()
 
@@ -119,7 +125,26 @@ class Services:
         """Count a request that needs no key, by its sender's address; raises RateLimited."""
         await self._rates.take(f"from:{client.host if client else ''}", self._sign_in_rate)
 
-    async def problems(self) -> tuple[tuple[str, ...], bool]:
+    async def health(self) -> tuple[bool, tuple[str, ...]]:
+        """Return whether prompts can be served, and what goes wrong; who does not answer at once is away."""
+        (stores, are_away), (is_ready, failing) = await asyncio.gather(
+            self._problems_of_stores(), self._said_by_scheduler()
+        )
+        return is_ready and not are_away, stores + failing
+
+    async def _said_by_scheduler(self) -> tuple[bool, tuple[str, ...]]:
+        """Return whether jobs can be run, and what goes wrong in the network's processes."""
+        try:
+            async with asyncio.timeout(_HEALTH_IN_S):
+                asked = (self._call(SCHEDULER, one, _HEALTH_IN_S) for one in ("ready", "problems"))
+                is_ready, failing = await asyncio.gather(*asked)
+        except (AzuError, TimeoutError) as error:
+            self._scheduler.fails(error)
+            return False, tuple(filter(None, [self._scheduler.problem()]))
+        self._scheduler.answers()
+        return is_ready, failing
+
+    async def _problems_of_stores(self) -> tuple[tuple[str, ...], bool]:
         """Return what is wrong with Redis and the books, and whether one of them is away."""
         asked = await asyncio.gather(self._redis.ping(), self.books.loss(), return_exceptions=True)
         away = [one for one in asked if isinstance(one, Unavailable)]
@@ -142,7 +167,7 @@ class Services:
 
     async def scheduler(self, method: str, *arguments: Any) -> Any:
         """Call the scheduler; raises Unavailable while it does not answer."""
-        return await self._call(SCHEDULER, method, self.config.policy.timeouts.describe_s, *arguments)
+        return await self._call(SCHEDULER, method, _SCHEDULER_S, *arguments)
 
     async def encode(self, model: ServedModel, text: str) -> list[int]:
         """Return the token ids of a prompt as it is."""
@@ -188,7 +213,8 @@ class Services:
         return served
 
     async def _call(self, actor: str, method: str, timeout_s: float, *arguments: Any) -> Any:
-        return await ask(actor, method, *arguments, timeout_s=timeout_s, back_in_s=_BACK_IN_S)
+        back_in_s = min(_BACK_IN_S, timeout_s)
+        return await ask(actor, method, *arguments, timeout_s=timeout_s, back_in_s=back_in_s)
 
 
 def warm_up() -> None:

@@ -1,0 +1,89 @@
+"""What is told of a scheduler that does not answer, or whose answer is a fault: at once, and in words."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from actors.placement import SCHEDULER
+from azu.errors import InternalError, Unavailable
+from tests.deployments.local import LocalIngress, NoNodes, local_ingress
+
+# A second, and what a busy machine adds.
+TOLD_S = 2.0
+
+
+class Silent(NoNodes):
+    """A scheduler that is frozen."""
+
+    async def ready(self) -> bool:
+        await asyncio.sleep(60)
+        raise AssertionError("nobody waits so long")
+
+    problems = nodes = deployments = metrics = ready  # type: ignore[assignment]
+
+
+class NotUp(NoNodes):
+    """A scheduler that died, or does not start."""
+
+    async def ready(self) -> bool:
+        raise Unavailable("the scheduler is not up")
+
+    problems = nodes = deployments = metrics = ready  # type: ignore[assignment]
+
+
+class Faulty(NoNodes):
+    """A scheduler in which something goes wrong."""
+
+    async def ready(self) -> bool:
+        raise InternalError("azu made a mistake")
+
+
+def play(
+    redis_url: str, home: Path, scenario: Callable[[LocalIngress, httpx.AsyncClient], Awaitable[None]]
+) -> None:
+    async def run() -> None:
+        async with local_ingress(redis_url, home) as ingress:
+            _, key = await ingress.user()
+            async with ingress.client(key) as client:
+                await scenario(ingress, client)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("scheduler", [Silent(), NotUp(), Faulty()], ids=lambda one: type(one).__name__)
+def test_the_health_is_told_within_a_second_and_names_the_scheduler(
+    redis_url: str, tmp_path: Path, scheduler: NoNodes
+) -> None:
+    async def scenario(ingress: LocalIngress, client: httpx.AsyncClient) -> None:
+        actors = ingress.app.state.services._actors
+        usual, actors[SCHEDULER] = actors[SCHEDULER], scheduler
+        began_s = time.monotonic()
+        health = await client.get("/health")
+        told_s = time.monotonic() - began_s
+        actors[SCHEDULER] = usual
+
+        assert health.status_code == 503
+        assert health.json()["status"] == "starting"
+        (problem,) = health.json()["problems"]
+        assert problem.startswith("the scheduler is away since")
+        assert told_s < TOLD_S, told_s
+        assert (await client.get("/health")).json() == {"status": "ok", "problems": []}
+
+    play(redis_url, tmp_path, scenario)
+
+
+def test_of_a_scheduler_that_is_away_for_long_the_health_says_why(redis_url: str, tmp_path: Path) -> None:
+    async def scenario(ingress: LocalIngress, client: httpx.AsyncClient) -> None:
+        services = ingress.app.state.services
+        services._actors[SCHEDULER] = NotUp()
+        await client.get("/health")
+        services._scheduler._away_since_s -= 61
+
+        (problem,) = (await client.get("/health")).json()["problems"]
+        assert problem == "the scheduler is away since 61 s: the scheduler is not up"
+
+    play(redis_url, tmp_path, scenario)
