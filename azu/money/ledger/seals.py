@@ -11,14 +11,15 @@ The journal's entry `JournalSealed` has the SHA-256 of its file.
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from azu.errors import ConfigurationError, LedgerError
-from azu.files import replacing, write_all
+from azu.errors import ConfigurationError, LedgerError, Unavailable
+from azu.files import disk_errors, replacing, write_all
 from azu.money.ledger.journal import BEGIN, Head, Line, changed, read_line
 from azu.money.ledger.state import BooksState, decode_state
 
@@ -39,12 +40,16 @@ class Seal:
 
 
 class Seals:
-    """The files in one folder, of one ledger. Its methods block: they read and write files."""
+    """The files in one folder, of one ledger. Its methods block: they read and write files.
+
+    What writes raises Unavailable, code `disk_failed`, where the disk is full; nothing has changed then.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._ids = _ids_in(folder / "ids.sqlite")
+        with _disk_errors(folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._ids = _ids_in(folder / "ids.sqlite")
 
     def close(self) -> None:
         """Close the index of ids."""
@@ -61,7 +66,7 @@ class Seals:
         """
         digest, ids, head = sha256(), [], after
         path = self._path(through.number)
-        with replacing(path) as file:
+        with _disk_errors(self._folder), replacing(path) as file:
 
             def put(content: bytes) -> None:
                 digest.update(content)
@@ -76,7 +81,11 @@ class Seals:
                 raise LedgerError(f"the journal's lines lead to {head}, not to {through}")
             last = json.dumps({"through": through.number, "hash": through.hash})
             put(last.removesuffix("}").encode() + b', "state": ' + state + b"}\n")
-        self._index(ids)
+        try:
+            self._index(ids)
+        except Unavailable:
+            self.remove(through.number)
+            raise
         return digest.hexdigest()
 
     def read(self, through: int) -> Seal:
@@ -178,15 +187,25 @@ class Seals:
 
     def note(self, head: Head) -> None:
         """Note the last entry."""
-        with replacing(self._folder / "head.json") as file:
+        with _disk_errors(self._folder), replacing(self._folder / "head.json") as file:
             write_all(file, _HEAD.dump_json(head))
 
     def _index(self, ids: Iterable[tuple[bytes, int]]) -> None:
-        with self._ids:
+        with _disk_errors(self._folder), self._ids:
             self._ids.executemany("INSERT OR REPLACE INTO ids VALUES (?, ?)", ids)
 
     def _path(self, through: int) -> Path:
         return self._folder / f"{through:0{_DIGITS}d}.jsonl"
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Raise what a failing disk raises as Unavailable; SQLite has errors of its own for it."""
+    try:
+        with disk_errors(folder):
+            yield
+    except sqlite3.OperationalError as error:
+        raise Unavailable(f"ids.sqlite: {error}", code="disk_failed") from error
 
 
 def _ids_in(path: Path) -> sqlite3.Connection:

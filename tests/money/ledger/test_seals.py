@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from azu.errors import ConfigurationError, LedgerError, TransferConflict
+from azu.errors import ConfigurationError, LedgerError, TransferConflict, Unavailable
 from azu.money.ledger.journal import JOURNAL
 from azu.money.ledger.ledger import Ledger
 from azu.money.ledger.seals import Seals
@@ -166,6 +166,44 @@ def test_a_seal_that_is_cut_off_leaves_the_ledger_whole(
             assert ledger.lost == 0
 
     asyncio.run(scenario())
+
+
+def fill_the_disk(ledger: Ledger, folder: Path, file: str) -> None:
+    """Have the next write of a file find no room."""
+    if file == "ids.sqlite":
+        (pages,) = ledger._seals._ids.execute("PRAGMA page_count").fetchone()
+        ledger._seals._ids.execute(f"PRAGMA max_page_count = {pages}")
+    else:
+        (folder / f".{file}.part").symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("file", ["000000000000203.jsonl", "ids.sqlite", "head.json"])
+def test_a_full_disk_is_said_to_be_away_and_everything_goes_on_once_it_has_room(
+    redis_url: str, tmp_path: Path, file: str
+) -> None:
+    async def scenario(ledger: Ledger) -> None:
+        history = [*BEGIN, *jobs(1, 100)]
+        await apply_each(ledger, *history)
+        write = ledger.verify if file == "head.json" else ledger.seal
+        fill_the_disk(ledger, tmp_path, file)
+        with pytest.raises(Unavailable, match=file) as full:
+            await write()
+        assert full.value.code == "disk_failed"
+        assert Seals(tmp_path).numbers() == []
+        more = jobs(101, 102)
+        await apply_each(ledger, *more)
+        (tmp_path / f".{file}.part").unlink(missing_ok=True)
+        ledger._seals._ids.execute("PRAGMA max_page_count = 1000000")
+
+        await write()
+        await ledger.seal()
+        await ledger.verify()
+        assert (await ledger.audit()).agrees
+        assert stored(redis_url) == 1
+        known = [*history, *more]
+        assert all([(await ledger.apply(transfer)).repeated for transfer in known])
+
+    with_books(redis_url, tmp_path, scenario)
 
 
 async def verify_thrice(ledger: Ledger) -> None:
