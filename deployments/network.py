@@ -83,8 +83,7 @@ async def metrics(services: ServicesNow, secret: AdminSecret) -> Response:
 async def network(_: Key, services: ServicesNow) -> NetworkResponse:
     """Return nodes and deployments, the number of jobs on them, and what does not run as it should."""
     asked = map(services.scheduler, ("nodes", "deployments", "metrics", "problems"))
-    answers: tuple[Any, ...] = await asyncio.gather(*asked)
-    nodes, deployments, snapshot, problems = answers
+    nodes, deployments, snapshot, problems = await asyncio.gather(*asked)
     return NetworkResponse(
         problems=problems,
         jobs=JobCounts(

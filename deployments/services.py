@@ -55,8 +55,8 @@ _PREDICTED_IN_S = 1.0
 _METRICS_KEPT_S = 2.0
 # Every answer of the scheduler is ready; one that keeps its callers waiting is frozen or very busy.
 _SCHEDULER_S = 10.0
-# The health is told within a second, whoever does not answer.
-_HEALTH_IN_S = 0.9
+# The health is told within a second, whatever does not answer.
+_HEALTH_IN_S = 0.7
 
 
 @dataclass(frozen=True, slots=True)
