@@ -8,6 +8,8 @@ from fastapi import APIRouter, Query
 
 from azu.api.jobs import (
     ChoiceResult,
+    DisputeRequest,
+    DisputeState,
     JobLine,
     JobList,
     QuoteRequest,
@@ -90,6 +92,16 @@ async def cancel(job_id: str, key: Key, services: ServicesNow) -> JobLine:
     await owned(services, key, job_id)
     await services.jobs.cancel(job_id, client_left=True)
     return _line(await owned(services, key, job_id))
+
+
+@router.post("/v1/jobs/{job_id}/dispute")
+async def dispute(job_id: str, body: DisputeRequest, key: Key, services: ServicesNow) -> DisputeState:
+    """Have what a job paid out be held until the network's admin decides, before it has matured.
+
+    The same dispute again gets the same answer.
+    """
+    held = await services.books.dispute(key.address, job_id, body.signature)
+    return DisputeState(job_id=job_id, held_lamports=held.lamports)
 
 
 def _choice(model: ServedModel, record: JobRecord, token_ids: tuple[int, ...]) -> ChoiceResult:

@@ -103,6 +103,19 @@ class JobList(ResponseModel):
     data: tuple[JobLine, ...]
 
 
+class DisputeRequest(RequestModel):
+    """POST /v1/jobs/{job_id}/dispute. `signature` is the EIP-712 signature of the address that paid."""
+
+    signature: str = Field(max_length=256)
+
+
+class DisputeState(ResponseModel):
+    """A disputed job. What workers and platform got for it is held, until the network's admin decides."""
+
+    job_id: str
+    held_lamports: int
+
+
 class QuoteRequest(RequestModel):
     """POST /v1/quote: either a prompt as it is, or the number of its tokens; for `n` answers to it."""
 

@@ -18,6 +18,7 @@ from azu.protocol.job import Receipt
 
 MAX_WITHDRAWAL_LIFE_MS = 24 * 3_600_000
 _SIGNATURE_BYTES = 65
+_DISPUTE_FIELDS = (("jobId", "string"),)
 _CLAIM_FIELDS = (("account", "address"),)
 _WITHDRAWAL_FIELDS = (
     ("account", "address"),
@@ -92,6 +93,18 @@ def sign_withdrawal(account: LocalAccount, withdrawal: Withdrawal, platform: str
 def is_signed(withdrawal: Withdrawal, platform: str, signature: str) -> bool:
     """Whether the address itself signed this withdrawal for this platform."""
     return signer_of_data(_withdrawal_data(withdrawal, platform), signature) == withdrawal.address
+
+
+def sign_dispute(account: LocalAccount, job_id: str, platform: str) -> str:
+    """Return the account's dispute of a job that it paid for, in hex."""
+    signed = account.sign_typed_data(full_message=_dispute_data(job_id, platform))
+    signature: str = signed.signature.to_0x_hex()
+    return signature
+
+
+def is_dispute(address: str, job_id: str, platform: str, signature: str) -> bool:
+    """Whether a lower-case address itself signed that it disputes a job."""
+    return signer_of_data(_dispute_data(job_id, platform), signature) == address
 
 
 # What a command has to be before its signature is looked at: the EIP-712 types take no other values.
@@ -306,6 +319,10 @@ def _withdrawal_data(withdrawal: Withdrawal, platform: str) -> dict[str, Any]:
         "expiresAtMs": withdrawal.expires_at_ms,
     }
     return _typed_data("Withdrawal", _WITHDRAWAL_FIELDS, message, platform)
+
+
+def _dispute_data(job_id: str, platform: str) -> dict[str, Any]:
+    return _typed_data("DisputeJob", _DISPUTE_FIELDS, {"jobId": job_id}, platform)
 
 
 def _command_data(command: AdminCommand, platform: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ _COMMANDS = (
     ("prompt", "prompt"),
     ("prompt", "jobs"),
     ("receipt", "receipt"),
+    ("dispute", "dispute"),
     ("ps", "ps"),
     ("top", "top"),
     ("ps", "models"),

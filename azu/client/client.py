@@ -27,7 +27,7 @@ from azu.api.accounts import (
     WithdrawalLine,
 )
 from azu.api.base import Response, read
-from azu.api.jobs import JobLine, JobList, ReceiptLines, Results, SubmittedJob
+from azu.api.jobs import DisputeState, JobLine, JobList, ReceiptLines, Results, SubmittedJob
 from azu.api.network import (
     LeaveResponse,
     ModelStatusResponse,
@@ -43,7 +43,7 @@ from azu.auth.key_records import (
     new_secret,
     secret_digest,
 )
-from azu.auth.signatures import Withdrawal, sign_claim, sign_withdrawal
+from azu.auth.signatures import Withdrawal, sign_claim, sign_dispute, sign_withdrawal
 from azu.client.http import json_of, raise_for, translated, trusting
 from azu.client.stream import Generation, Stream
 from azu.clock import wall_clock_ms
@@ -221,6 +221,11 @@ class Client:
     def jobs(self, limit: int = 50) -> list[JobLine]:
         """Return the jobs of the key's address, newest first."""
         return list(self._get(JobList, "/v1/jobs", limit=limit).data)
+
+    def dispute(self, job_id: str, wallet: "LocalAccount") -> DisputeState:
+        """Have what a job paid out be held until the network's admin decides; the payer's wallet signs."""
+        body = {"signature": sign_dispute(wallet, job_id, self.platform().address)}
+        return self._post(DisputeState, f"/v1/jobs/{quote(job_id, safe='')}/dispute", body)
 
     def receipt(self, job_id: str) -> ReceiptLines:
         """Return what a job cost and which workers earned it."""

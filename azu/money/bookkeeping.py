@@ -13,7 +13,14 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from azu.auth.key_records import CHALLENGE_TTL_S, ApiKey, key_id_of, key_record_is_signed, secret_digest
-from azu.auth.signatures import MAX_WITHDRAWAL_LIFE_MS, Withdrawal, command_of, is_claim, is_signed
+from azu.auth.signatures import (
+    MAX_WITHDRAWAL_LIFE_MS,
+    Withdrawal,
+    command_of,
+    is_claim,
+    is_dispute,
+    is_signed,
+)
 from azu.clock import wall_clock_ms
 from azu.errors import (
     Conflict,
@@ -28,6 +35,7 @@ from azu.errors import (
 from azu.money.books import (
     BooksCalls,
     BooksTerms,
+    JobDispute,
     KeySpending,
     Totals,
     TreasuryTransfer,
@@ -42,8 +50,10 @@ from azu.money.ledger.ledger import Ledger
 from azu.money.ledger.seals import Seals
 from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import (
+    HELD,
     MAX_OUTCOME_BYTES,
     PLATFORM,
+    Disputed,
     EarningsClaimed,
     Expire,
     HeldPaid,
@@ -358,6 +368,24 @@ class Bookkeeper(BooksCalls):
         if hold.expires_at_ms > self._now_ms():
             raise Conflict(f"the reservation for {job_id} does not expire yet")
         await self._end(hold, Expire(id=f"expire:{job_id}", job_id=job_id))
+
+    async def dispute(self, address: str, job_id: str, signature: str) -> JobDispute:
+        ledger = await self.ledger()
+        reserved = await ledger.result(f"reserve:{job_id}")
+        hold = None if reserved is None else reserved.entry.transfer
+        if not isinstance(hold, Reserve) or hold.address != address:
+            raise NotFound(f"{address} paid for no job {job_id}", param="job_id", code="job_not_found")
+        if not is_dispute(address, job_id, self._platform, signature):
+            raise Forbidden("this dispute was not signed by the key's address", param="signature")
+        if job_id in ledger.state.reservations:
+            raise Conflict(f"{job_id} has not ended", code="job_not_finished")
+        disputed = await ledger.result(f"disputed:{job_id}")
+        if disputed is None:
+            transfer = Disputed(id=f"disputed:{job_id}", job_id=job_id, signature=signature)
+            with _refusals_as_conflicts():
+                disputed = await ledger.apply(transfer)
+        held = sum(leg.lamports for leg in disputed.entry.legs if leg.account == HELD)
+        return JobDispute(job_id, address, held)
 
     async def balance(self, address: str) -> UserBalance:
         accounts = user_available(address), user_reserved(address), user_withdrawing(address)

@@ -88,6 +88,15 @@ class KeySpending:
 
 
 @dataclass(frozen=True, slots=True)
+class JobDispute:
+    """A disputed job: what all got for it is held until an admin gives it to them, or back to `payer`."""
+
+    job_id: str
+    payer: str
+    lamports: int
+
+
+@dataclass(frozen=True, slots=True)
 class Totals:
     """Sums over all accounts since the books were opened, in lamports.
 
@@ -181,6 +190,14 @@ class BooksCalls:
 
     async def expire(self, job_id: str) -> None:
         """Return what is reserved for an overdue job that was never written; raises Conflict too early."""
+
+    async def dispute(self, address: str, job_id: str, signature: str) -> JobDispute:
+        """Hold what all got for a job that an address paid for, until an admin decides; once.
+
+        Raises NotFound if the address has no such job, Forbidden if it did not sign the dispute, Conflict for
+        a job that has not ended (code `job_not_finished`), or of which nothing can be held any more
+        (`matured`).
+        """
 
     # Accounts
 

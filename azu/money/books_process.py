@@ -26,7 +26,7 @@ _READS = frozenset({"balance", "earnings", "ended", "loss", "totals", "uncredite
 # The calls that each caller may make.
 ALLOWED: Mapping[str, frozenset[str]] = {
     "ingress": _READS
-    | {"claim_earnings", "give_back", "key", "keys", "open_key", "price", "reserve"}
+    | {"claim_earnings", "dispute", "give_back", "key", "keys", "open_key", "price", "reserve"}
     | {"revoke_key", "withdraw"},
     "scheduler": frozenset({"ended", "expire", "overdue", "settle", "totals"}),
     "treasury": frozenset({"apply", "ended", "inside", "loss", "note_loss", "owed", "result"}),

@@ -12,7 +12,7 @@ from azu.auth.network_id import network_id
 from azu.cli import app
 from azu.cli.credentials import stored_credential
 from azu.errors import AzuError, Unauthenticated
-from tests.client.ingress import PLATFORM, Ingress, platform_of, running_ingress, signing_in
+from tests.client.ingress import PLATFORM, Ingress, Reply, platform_of, running_ingress, signing_in
 
 RUNNER = CliRunner()
 ID = network_id(PLATFORM, None)
@@ -87,7 +87,9 @@ def test_a_pinned_network_that_changed_is_not_logged_in_to_again(ingress: Ingres
 
 
 @pytest.mark.parametrize("login", [("login",), ("login", "#id")])
-@pytest.mark.parametrize("command", [("deposit", "1"), ("withdraw", "1"), ("earnings", "--claim")])
+@pytest.mark.parametrize(
+    "command", [("deposit", "1"), ("withdraw", "1"), ("earnings", "--claim"), ("dispute", "job-1")]
+)
 def test_nothing_is_sent_or_signed_for_another_platform(
     ingress: Ingress, login: tuple[str, ...], command: tuple[str, ...]
 ) -> None:
@@ -97,6 +99,14 @@ def test_nothing_is_sent_or_signed_for_another_platform(
 
     assert PLATFORM in refusal(*command).message
     assert paths(ingress) == {"/v1/platform"}
+
+
+def test_a_dispute_says_what_is_held(ingress: Ingress) -> None:
+    said("login")
+    ingress.replies["POST /v1/jobs/job-1/dispute"] = Reply({"job_id": "job-1", "held_lamports": 80})
+
+    assert "0.0000008 HYPE of job-1 are held" in said("dispute", "job-1")
+    assert json.loads(said("dispute", "job-1", "--json")) == {"job_id": "job-1", "held_lamports": 80}
 
 
 def test_a_login_elsewhere_says_how_to_use_it(ingress: Ingress, monkeypatch: pytest.MonkeyPatch) -> None:

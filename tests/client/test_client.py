@@ -10,6 +10,7 @@ from eth_account import Account
 
 from azu.api.openai import AzuFields, ChatChunk, ChatChunkChoice, Delta, TextChoice, TextChunk, Usage
 from azu.auth.key_records import ApiKey, key_id_of, key_record_is_signed, key_text, secret_digest
+from azu.auth.signatures import is_dispute
 from azu.client import Client
 from azu.client import stream as client_stream
 from azu.errors import (
@@ -400,6 +401,7 @@ def test_nothing_is_signed_for_another_platform_than_the_known_one(ingress: Ingr
         lambda: client.login(account),
         lambda: client.withdraw(account, 5),
         lambda: client.claim_earnings(account),
+        lambda: client.dispute("job-1", account),
         client.platform,
     ):
         with pytest.raises(Unauthenticated, match=PLATFORM):
@@ -407,6 +409,19 @@ def test_nothing_is_signed_for_another_platform_than_the_known_one(ingress: Ingr
     assert {request.path for request in ingress.requests} == {"/v1/platform"}
     platform_of(ingress, PLATFORM.upper().replace("0X", "0x"))
     assert client.platform().address.lower() == PLATFORM
+
+
+def test_a_dispute_is_signed_for_this_job_and_platform(ingress: Ingress, client: Client) -> None:
+    account = Account.create()
+    platform_of(ingress)
+    ingress.replies["POST /v1/jobs/job-1/dispute"] = Reply({"job_id": "job-1", "held_lamports": 80})
+
+    assert client.dispute("job-1", account).held_lamports == 80
+
+    signature = ingress.requests[-1].body["signature"]
+    assert is_dispute(account.address.lower(), "job-1", PLATFORM, signature)
+    assert not is_dispute(account.address.lower(), "job-2", PLATFORM, signature)
+    assert not is_dispute(account.address.lower(), "job-1", STRANGER, signature)
 
 
 def test_an_error_does_not_quote_a_private_key(client: Client) -> None:

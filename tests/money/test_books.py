@@ -8,7 +8,13 @@ import pytest
 from eth_account import Account
 
 from azu.auth.key_records import CHALLENGE_TTL_S
-from azu.auth.signatures import MAX_WITHDRAWAL_LIFE_MS, Withdrawal, sign_claim, sign_withdrawal
+from azu.auth.signatures import (
+    MAX_WITHDRAWAL_LIFE_MS,
+    Withdrawal,
+    sign_claim,
+    sign_dispute,
+    sign_withdrawal,
+)
 from azu.clock import wall_clock_ms
 from azu.errors import (
     Conflict,
@@ -21,7 +27,7 @@ from azu.errors import (
     TransferConflict,
     Unauthenticated,
 )
-from azu.money.books import Books, Totals, UserBalance, WorkerEarnings
+from azu.money.books import Books, JobDispute, Totals, UserBalance, WorkerEarnings
 from azu.money.books_process import ALLOWED
 from azu.money.treasury.request_reply import CreditState, DepositRequests, DepositStatus, ReceiptRequests
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS, WithdrawalState, WithdrawalStatus
@@ -130,6 +136,50 @@ def test_no_more_is_charged_than_was_reserved_whatever_the_scheduler_counts(redi
         assert unknown.value.code == "unknown_hold"
 
     play(redis_url, scenario)
+
+
+def test_what_a_job_paid_out_is_held_when_its_payer_disputes_it(redis_url: str) -> None:
+    now_ms = wall_clock_ms()
+    clock = [now_ms]
+
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        other = Account.create()
+        await reserve(books)
+        signature = sign_dispute(USER, "job-1", PLATFORM)
+        with pytest.raises(Conflict) as refused:
+            await books.dispute(ADDRESS, "job-1", signature)
+        assert refused.value.code == "job_not_finished"
+        await settle(books)
+        for address, job_id in ((ADDRESS, "job-2"), (other.address.lower(), "job-1")):
+            with pytest.raises(NotFound):
+                await books.dispute(address, job_id, sign_dispute(other, job_id, PLATFORM))
+        for wrong in (
+            sign_dispute(other, "job-1", PLATFORM),
+            sign_dispute(USER, "job-2", PLATFORM),
+            sign_dispute(USER, "job-1", "0x" + "98" * 20),
+            "0x",
+        ):
+            with pytest.raises(Forbidden):
+                await books.dispute(ADDRESS, "job-1", wrong)
+        assert (await books.earnings(OWNERS[0])).earned_lamports == 36
+
+        held = await books.dispute(ADDRESS, "job-1", signature)
+
+        assert held == JobDispute("job-1", ADDRESS, 80)
+        assert (await books.earnings(OWNERS[0])).earned_lamports == 0
+        assert (await books.totals()).held_lamports["user_available"] == 920
+        await reserve(books, "job-2")
+        await settle(books, "job-2")
+        clock[0] += 60_000
+        assert await books.dispute(ADDRESS, "job-1", signature) == held
+        with pytest.raises(Conflict) as refused:
+            await books.dispute(ADDRESS, "job-2", sign_dispute(USER, "job-2", PLATFORM))
+        assert refused.value.code == "matured"
+        assert (await books.audit()).agrees
+
+    terms = replace(TERMS, maturity_ms=60_000)
+    play(redis_url, scenario, terms=terms, now_ms=lambda: clock[0])
 
 
 def test_a_job_without_tokens_costs_nothing(redis_url: str) -> None:

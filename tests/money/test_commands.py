@@ -18,7 +18,9 @@ from azu.auth.signatures import (
     ReverseJob,
     TakeRevenue,
     command_of,
+    sign_claim,
     sign_command,
+    sign_dispute,
 )
 from azu.clock import wall_clock_ms
 from azu.errors import AzuError, Conflict, Forbidden, InvalidRequest, LedgerError, NotFound
@@ -168,9 +170,22 @@ def test_a_row_in_suspense_is_credited_to_whom_an_admin_says(redis_url: str) -> 
     decide(redis_url, scenario)
 
 
-def test_a_dispute_that_is_dismissed_needs_a_dispute(redis_url: str) -> None:
-    async def scenario(books: Books, _: ServedBooks, __: list[int]) -> None:
-        await refused(books, signed(DismissDispute(job_id="job-1", **LIFE)), Conflict, "matured")
+@pytest.mark.parametrize("is_right", [True, False])
+def test_an_admin_decides_a_dispute_also_after_the_time_of_maturity(redis_url: str, is_right: bool) -> None:
+    async def scenario(books: Books, _: ServedBooks, clock: list[int]) -> None:
+        late = {"job_id": "job-1", "nonce": 1, "expires_at_ms": NOW_MS + 2 * DAY_MS}
+        dismissal = signed(DismissDispute(**late))
+        await refused(books, dismissal, Conflict, "matured")
+        await books.dispute(ADDRESS, "job-1", sign_dispute(USER, "job-1", PLATFORM))
+        clock[0] += DAY_MS
+        await books.claim_earnings(ADDRESS, sign_claim(USER, PLATFORM))
+
+        await books.command(signed(ReverseJob(**late)) if is_right else dismissal)
+
+        assert (await books.balance(ADDRESS)).available_lamports == (1_000 if is_right else 920)
+        assert (await books.earnings(OWNERS[0])).earned_lamports == (0 if is_right else 36)
+        again = DismissDispute(**late | {"nonce": 2})
+        await refused(books, signed(again), Conflict, "matured")
 
     decide(redis_url, scenario)
 
