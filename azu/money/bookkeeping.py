@@ -438,6 +438,8 @@ class Bookkeeper(BooksCalls):
     async def enrol_node(
         self, node_id: str, payout: str, *, key_digest: str, name: str, work_bytes_per_s: int
     ) -> None:
+        if node_id == UNSHOWN:
+            raise Forbidden("no node has this id", param="node_id")
         ledger = await self.ledger()
         known = ledger.state.nodes.get(node_id)
         if known is not None and known.key_digest != key_digest:
