@@ -1,19 +1,22 @@
 """What can be true of a run: a pipeline's answer is data of another process, and may say anything."""
 
 import logging
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from typing import TypeGuard
 
 from azu.errors import AzuError, InternalError
+from azu.money.ledger.transfers import MAX_SHARES
 from azu.protocol.job import FinishReason, Job, JobRun
 
 log = logging.getLogger(__name__)
 
-# More bytes than any node activates for one job; the division computes with exact fractions.
+# More bytes than any node activates for one job.
 _MOST_BYTES = 2**64
-_MOST_NODES = 1000
-_MOST_ID_CHARACTERS = 200
+# The books take no id that is longer, or has other characters.
+_NODE_ID = re.compile(r"[!-~]{1,200}")
 
 
 def checked(found: object, job: Job) -> JobRun:
@@ -26,13 +29,12 @@ def checked(found: object, job: Job) -> JobRun:
         return JobRun(completion_tokens=0, finish_reason=FinishReason.ERROR, error=refused)
     error = _error(found)
     is_reason = isinstance(found.finish_reason, FinishReason)
-    work = found.work if isinstance(found.work, Mapping) else {}
     run = replace(
         found,
         completion_tokens=_count(found.completion_tokens, job.choices * job.sampling.max_tokens),
         prompt_tokens_ran=_count(found.prompt_tokens_ran, len(job.prompt_token_ids)),
         finish_reason=found.finish_reason if is_reason and error is None else FinishReason.ERROR,
-        work={layer: work[layer] for layer in range(job.num_layers) if _is_work(work.get(layer))},
+        work=_work(found.work, job.num_layers),
         error=error,
     )
     if run != found:
@@ -44,11 +46,24 @@ def _count(number: object, most: int) -> int:
     return min(max(0, number), most) if type(number) is int else 0
 
 
-def _is_work(by_node: object) -> bool:
+def _work(given: object, num_layers: int) -> Mapping[int, Mapping[str, int]]:
+    """Return the layers whose work is possible, as long as they name no more nodes than the books take."""
+    work: dict[int, Mapping[str, int]] = {}
+    nodes: set[str] = set()
+    said = given if isinstance(given, Mapping) else {}
+    for layer in range(num_layers):
+        by_node = said.get(layer)
+        if _is_work(by_node) and len(nodes | by_node.keys()) <= MAX_SHARES:
+            nodes |= by_node.keys()
+            work[layer] = by_node
+    return work
+
+
+def _is_work(by_node: object) -> TypeGuard[Mapping[str, int]]:
     return (
         isinstance(by_node, Mapping)
-        and len(by_node) <= _MOST_NODES
-        and all(isinstance(node, str) and len(node) <= _MOST_ID_CHARACTERS for node in by_node)
+        and len(by_node) <= MAX_SHARES
+        and all(isinstance(node, str) and _NODE_ID.fullmatch(node) for node in by_node)
         and all(type(number) is int and 0 <= number < _MOST_BYTES for number in by_node.values())
     )
 

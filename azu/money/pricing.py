@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 
 from azu.protocol.job import PLATFORM_NODE
 
-# Fractions of larger numbers would keep the books busy.
+# No node activates as many in a layer for one job.
 _MOST_BYTES = 2**63
+# Exact fractions of many layers have denominators of many digits: the books would stand still for them. What
+# these parts are too coarse for is far less than a lamport.
+_WHOLE = 2**192
 
 
 def charged_prompt(prompt_tokens: int, completion_tokens: int, prompt_tokens_ran: int) -> int:
@@ -77,20 +79,20 @@ def _is_possible(by_payee: Mapping[str, int]) -> bool:
     return min(by_payee.values(), default=0) >= 0 and 0 < sum(by_payee.values()) < _MOST_BYTES
 
 
-def _claims(ran: list[Mapping[str, int]]) -> dict[str, Fraction]:
-    """Return each payee's part of the pot; the parts sum to one."""
-    claims: dict[str, Fraction] = {}
+def _claims(ran: list[Mapping[str, int]]) -> dict[str, int]:
+    """Return each payee's part of the pot, in parts of _WHOLE; those of all payees sum to just below it."""
+    claims: dict[str, int] = {}
     for by_payee in ran:
         whole = sum(by_payee.values()) * len(ran)
         for payee, activated_bytes in by_payee.items():
-            claims[payee] = claims.get(payee, Fraction()) + Fraction(activated_bytes, whole)
+            claims[payee] = claims.get(payee, 0) + activated_bytes * _WHOLE // whole
     return claims
 
 
-def _by_largest_remainder(pot: int, claims: Mapping[str, Fraction]) -> dict[str, int]:
-    exact = {payee: pot * claim for payee, claim in claims.items()}
-    shares = {payee: int(amount) for payee, amount in exact.items()}
+def _by_largest_remainder(pot: int, claims: Mapping[str, int]) -> dict[str, int]:
+    exact = {payee: divmod(pot * claim, _WHOLE) for payee, claim in claims.items()}
+    shares = {payee: lamports for payee, (lamports, _) in exact.items()}
     left = pot - sum(shares.values())
-    for payee in sorted(exact, key=lambda payee: (shares[payee] - exact[payee], payee))[:left]:
+    for payee in sorted(exact, key=lambda payee: (-exact[payee][1], payee))[:left]:
         shares[payee] += 1
     return shares

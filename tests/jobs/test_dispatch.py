@@ -28,7 +28,7 @@ from azu.metrics import Meter
 from azu.money.bookkeeping import Bookkeeper
 from azu.money.ledger.transfers import worker_earned
 from azu.planner.plan import NEVER_FITS
-from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState, Placement
+from azu.protocol.job import PLATFORM_NODE, FinishReason, Job, JobOutcome, JobRun, JobState, Placement
 from azu.supervision import Supervisor, end_process
 from tests.builders import OWNERS, job
 from tests.jobs.test_settlement import RUN, WORK, Billing
@@ -322,14 +322,29 @@ def test_a_job_whose_run_is_lost_pays_for_the_tokens_in_its_stream(redis_url: st
     asyncio.run(scenario())
 
 
-IDS = st.sampled_from(["a", "b", "stranger", "", 7])
+def lost(message: str = "lost", code: str | None = None) -> AzuError:
+    return InternalError(message, code=code)
+
+
+NAMED_AS_AN_ACCOUNT = worker_earned(OWNERS[2])
+IDS = st.sampled_from(
+    ("a", "b", "stranger", "", 7, "-", PLATFORM_NODE, "é", "a b", "\ud800", "x" * 201, NAMED_AS_AN_ACCOUNT)
+)
 NUMBERS = st.one_of(
     st.integers(-1, 9), st.sampled_from([2**64, 10**40, -(10**40), 1.5, float("nan"), "9", None])
 )
+# More than the books take, and more digits than a division can have exactly in a moment.
+MANY_NODES = {layer: {f"n{layer}-{number}": 2**64 - number for number in range(900)} for layer in range(4)}
 HOSTILE_WORK = st.one_of(
     st.dictionaries(st.integers(-1, 5), st.dictionaries(IDS, NUMBERS, max_size=3), max_size=6),
     st.dictionaries(st.sampled_from([0, 1, "2", None]), NUMBERS, max_size=2),
     st.sampled_from([None, 7, "work", [1]]),
+    st.sampled_from([MANY_NODES, {0: {"a": 1}, 1: {"b": 2}, 9: {"a": 1}, "job-1": {"a": 1}}]),
+)
+ENDS = (FinishReason.STOP, FinishReason.LENGTH)
+TOO_LONG = lost("x" * 2**24), lost(code="x" * 2**24)
+ERRORS = st.sampled_from(
+    (None, LOST, lost(), ValueError("x"), "lost", 7, lost("\ud800"), lost(code="\ud800"), *TOO_LONG)
 )
 HOSTILE_RUNS = st.one_of(
     st.builds(
@@ -337,7 +352,7 @@ HOSTILE_RUNS = st.one_of(
         completion_tokens=NUMBERS,
         finish_reason=st.sampled_from([*FinishReason, "stop", "done", None]),
         work=HOSTILE_WORK,
-        error=st.sampled_from([None, LOST, InternalError("x"), ValueError("x"), "lost", 7]),
+        error=ERRORS,
         prompt_tokens_ran=NUMBERS,
     ),
     st.sampled_from([None, 7, "run", {"completion_tokens": 1}]),
@@ -371,6 +386,8 @@ def end_and_check(redis_url: str, run: object, delivered: int) -> None:
         found = await lived(billing, job, run, billing.settlement)
 
         receipt, balances = found.receipt, await billing.accounts()
+        if isinstance(run, JobRun) and run.error is None and run.finish_reason in ENDS:
+            assert found.finish_reason is run.finish_reason, "what is impossible in its work ends no job"
         # No client left: before the first token nothing is charged.
         tokens = 4 + delivered if delivered else 0
         assert receipt.charged_lamports == 2 * receipt.token_layers == 2 * 4 * tokens
@@ -381,6 +398,7 @@ def end_and_check(redis_url: str, run: object, delivered: int) -> None:
         assert {name for name in balances if name.startswith("worker")} <= {
             worker_earned(payout) for payout in receipt.worker_lamports
         }
+        assert receipt.worker_lamports.keys() <= {OWNERS[0], OWNERS[1]}, "others are not enrolled"
 
     # The retries of a worker that is lost are of another test.
     patience = replace(PATIENCE, first_s=0.001, longest_s=0.001, budget_s=0.002)

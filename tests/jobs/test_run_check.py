@@ -30,13 +30,22 @@ def test_counts_are_whole_and_within_what_the_job_asked_for(given: object, count
 
 @pytest.mark.parametrize(
     "layer",
-    [{"a": -1}, {"a": 1.5}, {"a": "1"}, {"a": True}, {"a": 2**64}, {7: 1}, {"a" * 201: 1}, None, [], "a",
+    [{"a": -1}, {"a": 1.5}, {"a": "1"}, {"a": True}, {"a": 2**64}, {7: 1},
+     {"a" * 201: 1}, {"a b": 1}, {"é": 1}, {"\ud800": 1}, {"": 1},
+     None, [], "a",
      {f"n{number}": 1 for number in range(1001)}],
 )  # fmt: skip
 def test_impossible_work_leaves_its_layer_without_work(layer: object) -> None:
     found = checked(replace(RUN, work=WORK | {1: layer, 4: {"a": 1}, "0": {"a": 1}}), JOB)
 
     assert found == replace(RUN, work={index: WORK[index] for index in (0, 2, 3)})
+
+
+def test_a_run_names_no_more_nodes_than_the_books_take() -> None:
+    layers = [{f"n{layer}-{number}": 1 for number in range(400)} for layer in range(4)]
+    found = checked(replace(RUN, work=dict(enumerate([*layers[:2], layers[2], layers[0]]))), JOB)
+
+    assert found.work == {0: layers[0], 1: layers[1], 3: layers[0]}
 
 
 def test_work_that_is_no_mapping_is_none() -> None:

@@ -27,6 +27,7 @@ from azu.errors import (
     TransferConflict,
     Unauthenticated,
 )
+from azu.money.bookkeeping import UNSHOWN
 from azu.money.books import Books, JobDispute, Totals, UserBalance, WorkerEarnings
 from azu.money.books_process import ALLOWED
 from azu.money.treasury.request_reply import CreditState, DepositRequests, DepositStatus, ReceiptRequests
@@ -211,6 +212,33 @@ def test_the_shares_of_nodes_that_are_not_enrolled_are_held_until_they_are(redis
         with pytest.raises((Conflict, LedgerError)):
             await books.enrol_node("c", OWNERS[3], key_digest="other", name="c", work_bytes_per_s=0)
         assert (await books.audit()).agrees
+
+    play(redis_url, scenario)
+
+
+def test_no_one_enrols_as_the_node_whose_work_was_not_shown(redis_url: str) -> None:
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        await open_account(books)
+        await reserve(books)
+        assert (await settle(books, work={})).receipt.held_lamports == 64
+
+        with pytest.raises(Forbidden):
+            await books.enrol_node(UNSHOWN, OWNERS[2], key_digest="k", name="m", work_bytes_per_s=0)
+        assert (await books.earnings(OWNERS[2])).earned_lamports == 0
+        assert (await books.totals()).held_lamports["held"] == 64
+
+    play(redis_url, scenario)
+
+
+def test_a_settlement_for_more_nodes_than_a_job_can_have_changes_nothing(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        await reserve(books)
+        with pytest.raises(LedgerError, match="1001 shares"):
+            await settle(books, work={key: {f"n{number}": 1 for number in range(1001)} for key in range(4)})
+        assert await books.balance(ADDRESS) == UserBalance(1_000 - 112, 112, 0)
+
+        assert (await settle(books, work={})).receipt.held_lamports == 64
 
     play(redis_url, scenario)
 

@@ -28,6 +28,8 @@ MAX_TIME_MS = 2**53
 MAX_OUTCOME_BYTES = 8192
 # Far above any model; a charge is divided layer by layer while all other calls wait.
 MAX_LAYERS = 1024
+# A job's shares go to so many at most: each of them may be a new account.
+MAX_SHARES = 1000
 
 _ADDRESS = re.compile(ADDRESS_PATTERN)
 _ID = re.compile(r"[!-~]{1,200}")
@@ -504,6 +506,8 @@ _AMOUNT, _SUM, _TIME, _COUNT = (
 
 def _shared(check: Callable[[str, str], None]) -> Callable[[str, Any], None]:
     def check_all(name: str, value: Mapping[str, int]) -> None:
+        if len(value) > MAX_SHARES:
+            raise LedgerError(f"{name} has {len(value)} shares, and not at most {MAX_SHARES}")
         for key, lamports in value.items():
             check(name, key)
             _SUM(name, lamports)
