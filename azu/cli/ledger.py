@@ -1,4 +1,4 @@
-"""`azu ledger audit|repair`: check the books, and repair their file after a crash of the machine."""
+"""`azu ledger`: check the books, repair their file, and decide about money that is held or disputed."""
 
 import asyncio
 from pathlib import Path
@@ -8,12 +8,14 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
+from azu.cli.admin_command import Moves, carry_out, with_books
 from azu.cli.output import AsJson, show, table
 from azu.config import Settings
-from azu.units import format_bytes, hype_from_lamports
+from azu.units import format_bytes, hype_from_lamports, lamports_from_hype
 
 if TYPE_CHECKING:
-    from azu.money.books import Books
+    from azu.auth.signatures import PayHeld, ReleaseHeld
+    from azu.money.books import Books, HeldMoney
     from azu.money.ledger.audit import Audit
     from azu.money.ledger.durability import FileRepair
 
@@ -22,7 +24,15 @@ if TYPE_CHECKING:
 _MORE_AUDITS = 4
 _AUDIT_AGAIN_S = 2.0
 
-ledger = typer.Typer(no_args_is_help=True, help="The books: check them, repair their file.")
+ledger = typer.Typer(
+    no_args_is_help=True, help="The books: check them, repair their file, decide about held money."
+)
+JobId = Annotated[str, typer.Argument(help="The job's id.")]
+NodeId = Annotated[str, typer.Argument(help="The node's id, as `azu ledger held` shows it.")]
+Recipient = Annotated[str, typer.Argument(help="The address that gets it.")]
+Amount = Annotated[
+    str | None, typer.Option("--amount", help="HYPE, for example 0.5; without it all that has matured.")
+]
 
 
 @ledger.command()
@@ -40,7 +50,8 @@ def audit(
     The books are those of the network that runs in AZU_HOME. The chain is that of
     HYPERLIQUID_RPC_URL and HYPERLIQUID_ADDRESS, or that network's devnet; without one it is not asked.
     """
-    report = asyncio.run(_audit(Settings.from_environment(), wallet_lamports, since))
+    chain = None if wallet_lamports is not None else _chain(Settings.from_environment())
+    report = with_books(lambda books: _audit(books, chain, wallet_lamports, since))
     show(report, as_json, _drawn_audit)
     if not report.agrees:
         raise typer.Exit(1)
@@ -61,21 +72,115 @@ def repair(
     show(cut_tail(path), as_json, _drawn_repair)
 
 
-async def _audit(settings: Settings, wallet_lamports: int | None, since: int) -> "Audit":
-    from azu.launch.sidecars import owners_books
+@ledger.command()
+def held(as_json: AsJson = False) -> None:
+    """List the money that waits for an admin: of nodes, of disputed jobs, and in suspense."""
+    show(with_books(lambda books: books.held()), as_json, _drawn_held)
 
-    books = owners_books(settings.money_home)
-    chain = None if wallet_lamports is not None else _chain(settings)
-    try:
+
+@ledger.command()
+def reverse(job_id: JobId, as_json: AsJson = False) -> None:
+    """Give back to its payer what a job paid out, while it is disputed or has not matured."""
+    from azu.auth.signatures import ReverseJob
+    from azu.errors import NotFound
+
+    outcome = with_books(lambda books: books.ended(job_id))
+    if outcome is None:
+        raise NotFound(f"no job {job_id} has ended", code="job_not_found")
+    paid = outcome.receipt
+    sources = {
+        "platform": paid.platform_lamports,
+        **{f"worker {address}": lamports for address, lamports in paid.worker_lamports.items()},
+        "held of nodes": paid.held_lamports,
+    }
+    moves = [(source, f"user {paid.address}", lamports) for source, lamports in sources.items() if lamports]
+    carry_out(ReverseJob, moves, as_json, job_id=job_id)
+
+
+@ledger.command()
+def dismiss(job_id: JobId, as_json: AsJson = False) -> None:
+    """Give what is held of a disputed job to those who earned it."""
+    from azu.auth.signatures import DismissDispute
+    from azu.errors import NotFound
+
+    disputes = with_books(lambda books: books.held()).disputes
+    lamports = next((one.lamports for one in disputes if one.job_id == job_id), None)
+    if lamports is None:
+        raise NotFound(f"{job_id} is not disputed", code="no_dispute")
+    moves = [(f"dispute of {job_id}", "those who earned it", lamports)]
+    carry_out(DismissDispute, moves, as_json, job_id=job_id)
+
+
+@ledger.command("pay-held")
+def pay_held(node_id: NodeId, address: Recipient, amount: Amount = None, as_json: AsJson = False) -> None:
+    """Give what is held of a node's work to an address as its earnings."""
+    from azu.auth.signatures import PayHeld
+
+    _from_held(PayHeld, "worker", node_id, address, amount, as_json)
+
+
+@ledger.command("release-held")
+def release_held(node_id: NodeId, address: Recipient, amount: Amount = None, as_json: AsJson = False) -> None:
+    """Give what is held of a node's work back to a user's account."""
+    from azu.auth.signatures import ReleaseHeld
+
+    _from_held(ReleaseHeld, "user", node_id, address, amount, as_json)
+
+
+@ledger.command("remove-node")
+def remove_node(node_id: NodeId, as_json: AsJson = False) -> None:
+    """Hold what a node earns from now on; `azu ticket revoke` also keeps its machine from coming back."""
+    from azu.auth.signatures import RemoveNode
+
+    carry_out(RemoveNode, [], as_json, node_id=node_id)
+
+
+def _from_held(
+    kind: "type[PayHeld | ReleaseHeld]",
+    whose: str,
+    node_id: str,
+    address: str,
+    amount: str | None,
+    as_json: bool,
+) -> None:
+    from azu.addresses import parse_address
+    from azu.errors import NotFound
+
+    found = next(
+        (one for one in with_books(lambda books: books.held()).nodes if one.node_id == node_id), None
+    )
+    if found is None:
+        raise NotFound(f"nothing is held of {node_id}", param="node_id", code="nothing_held")
+    recipient = parse_address(address)
+    lamports = found.matured_lamports if amount is None else lamports_from_hype(amount)
+    moves: Moves = [(f"held of {node_id}", f"{whose} {recipient}", lamports)]
+    carry_out(kind, moves, as_json, node_id=node_id, address=recipient, lamports=lamports)
+
+
+def _drawn_held(found: "HeldMoney") -> Group:
+    nodes = [
+        (one.node_id, one.payout, hype_from_lamports(one.lamports), hype_from_lamports(one.matured_lamports))
+        for one in found.nodes
+    ]
+    disputes = [(one.job_id, one.payer, hype_from_lamports(one.lamports)) for one in found.disputes]
+    rows = [(one.row, one.sender, hype_from_lamports(one.lamports)) for one in found.suspense]
+    return Group(
+        table(["node", "enrolled for", "HYPE", "matured HYPE"], nodes, title="held of nodes"),
+        table(["job", "payer", "HYPE"], disputes, title="disputed jobs"),
+        table(["row", "sender", "HYPE"], rows, title="in suspense"),
+    )
+
+
+async def _audit(
+    books: "Books", chain: tuple[str, str] | None, wallet_lamports: int | None, since: int
+) -> "Audit":
+    report = await _audit_once(books, chain, wallet_lamports, since)
+    for _ in range(_MORE_AUDITS):
+        if report.agrees or chain is None:
+            break
+        await asyncio.sleep(_AUDIT_AGAIN_S)
         report = await _audit_once(books, chain, wallet_lamports, since)
-        for _ in range(_MORE_AUDITS):
-            if report.agrees or chain is None:
-                break
-            await asyncio.sleep(_AUDIT_AGAIN_S)
-            report = await _audit_once(books, chain, wallet_lamports, since)
-        return report
-    finally:
-        await books.close()
+    return report
 
 
 async def _audit_once(

@@ -1,15 +1,15 @@
 """`azu treasury`: the process that holds the platform's key, and what its admin has to decide."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group
 from rich.text import Text
 
+from azu.cli.admin_command import carry_out, with_books
 from azu.cli.output import AsJson, show, table
 from azu.config import Settings
 from azu.units import hype_from_lamports
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 _NEW_ACCOUNT_FACTOR = 4
 _DEVNET_POLL_S = 0.2
 _MEMORY = "treasury.json"
-_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ def status(as_json: AsJson = False) -> None:
 
     The books are those of the network that runs in AZU_HOME.
     """
-    show(asyncio.run(_with_books(_status)), as_json, _drawn_status)
+    show(with_books(_status), as_json, _drawn_status)
 
 
 @treasury.command("accept-loss")
@@ -64,11 +63,7 @@ def accept_loss(
     A payout that the chain executed and the ledger lost is owed again in the books: once the loss is accepted
     it is paid a second time, at the platform's cost.
     """
-
-    async def accept(books: "Books") -> None:
-        await books.accept_loss(size)
-
-    asyncio.run(_with_books(accept))
+    with_books(lambda books: books.accept_loss(size))
 
 
 @treasury.command()
@@ -78,12 +73,28 @@ def uncredited(as_json: AsJson = False) -> None:
     They came from HyperEVM, by multi-signature, or in another way that proves no single sender. The books are
     those of the network that runs in AZU_HOME.
     """
-
-    async def read(books: "Books") -> "tuple[Uncredited, ...]":
-        return await books.uncredited()
-
-    transfers = asyncio.run(_with_books(read))
+    transfers = with_books(lambda books: books.uncredited())
     show(UncreditedReport(len(transfers), transfers), as_json, _drawn_uncredited)
+
+
+@treasury.command()
+def credit(
+    row: Annotated[str, typer.Argument(help="The row in suspense, as `azu ledger held` shows it.")],
+    address: Annotated[str, typer.Argument(help="The address whose account gets it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Credit a row of the chain that is in suspense to the user that it belongs to."""
+    from azu.addresses import parse_address
+    from azu.auth.signatures import CreditSuspense
+    from azu.errors import NotFound
+
+    suspense = with_books(lambda books: books.held()).suspense
+    found = next((one for one in suspense if one.row == row), None)
+    if found is None:
+        raise NotFound(f"no row {row} is in suspense", param="row", code="row_not_found")
+    recipient = parse_address(address)
+    moves = [(f"suspense, sent by {found.sender}", f"user {recipient}", found.lamports)]
+    carry_out(CreditSuspense, moves, as_json, row=row, address=recipient)
 
 
 def _drawn_uncredited(report: UncreditedReport) -> "RenderableType":
@@ -94,16 +105,6 @@ def _drawn_uncredited(report: UncreditedReport) -> "RenderableType":
     ]  # fmt: skip
     columns = ["time (UTC)", "sender", "amount", "token", "hash", "why"]
     return table(columns, rows, title=f"{report.count} transfers to the platform that were not credited")
-
-
-async def _with_books(act: Callable[["Books"], Awaitable[_Answer]]) -> _Answer:
-    from azu.launch.sidecars import owners_books
-
-    books = owners_books(Settings.from_environment().money_home)
-    try:
-        return await act(books)
-    finally:
-        await books.close()
 
 
 async def _status(books: "Books") -> dict[str, int]:

@@ -260,6 +260,12 @@ def _kept_wallet(path: Path) -> "LocalAccount":
     return wallet
 
 
+def devnet_admin(home: Path) -> "LocalAccount | None":
+    """Return the wallet that signs an admin's commands on the devnet of a home folder; None without one."""
+    path = home / _DEVNET_ADMIN
+    return _kept_wallet(path) if path.exists() else None
+
+
 def devnet_of(home: Path) -> ChainSettings | None:
     """Return the devnet that a network of this home folder started last; None if there is none."""
     try:

@@ -35,8 +35,10 @@ from azu.errors import (
 from azu.money.books import (
     BooksCalls,
     BooksTerms,
+    HeldMoney,
     JobDispute,
     KeySpending,
+    NodesHeldMoney,
     Totals,
     TreasuryTransfer,
     UserBalance,
@@ -67,6 +69,7 @@ from azu.money.ledger.transfers import (
     Settle,
     WithdrawalPlanned,
     WriterOpened,
+    is_node_held,
     is_outside,
     node_held,
     user_available,
@@ -500,6 +503,21 @@ class Bookkeeper(BooksCalls):
     async def accept_loss(self, size: int) -> None:
         ledger = await self.ledger()
         await ledger.apply(LossAccepted(id=f"loss:accepted:{ledger.head.number}", num_entries=size))
+
+    async def held(self) -> HeldMoney:
+        state = (await self.ledger()).state
+        nodes = (
+            NodesHeldMoney(
+                node_id := account.partition(":")[2],
+                node.payout if (node := state.nodes.get(node_id)) else None,
+                lamports,
+                state.free(account),
+            )
+            for account, lamports in sorted(state.balances.items())
+            if is_node_held(account)
+        )
+        disputes = (JobDispute(job, one.payer, one.lamports) for job, one in state.disputes.items())
+        return HeldMoney(tuple(nodes), tuple(disputes), tuple(state.suspense.values()))
 
     async def command(self, text: str) -> None:
         command = command_of(text, (self._platform,), self._terms.admins)

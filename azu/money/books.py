@@ -21,6 +21,7 @@ from azu.money.ledger.transfers import (
     PayoutPaid,
     PayoutPlanned,
     PayoutRefused,
+    Suspended,
     WithdrawalPlanned,
 )
 from azu.money.treasury.redis import RedisMetrics
@@ -94,6 +95,25 @@ class JobDispute:
     job_id: str
     payer: str
     lamports: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodesHeldMoney:
+    """What is held of a node's work, and how much of that has matured; `payout` is what the node enrolled."""
+
+    node_id: str
+    payout: str | None
+    lamports: int
+    matured_lamports: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeldMoney:
+    """The money that waits for an admin: of nodes, of disputed jobs, and rows of the chain in suspense."""
+
+    nodes: tuple[NodesHeldMoney, ...]
+    disputes: tuple[JobDispute, ...]
+    suspense: tuple[Suspended, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +287,9 @@ class BooksCalls:
 
     async def accept_loss(self, size: int) -> None:
         """Have the treasury sign again after a loss of this size; raises Conflict for another size."""
+
+    async def held(self) -> HeldMoney:
+        """Return the money that waits for an admin's command."""
 
     async def command(self, text: str) -> None:
         """Carry out an admin's signed command, once; the same one again changes nothing.

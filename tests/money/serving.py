@@ -33,6 +33,7 @@ class ServedBooks:
     access: Access = field(default_factory=lambda: Access.new(0, [*ALLOWED, TESTER]))
 
     async def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
         self.bookkeeper = Bookkeeper(
             self.redis_url, self.folder, self.platform, self.terms, now_ms=self.now_ms
         )

@@ -444,6 +444,11 @@ def node_held(node_id: str) -> Account:
     return Account(f"held:{node_id}")
 
 
+def is_node_held(account: str) -> bool:
+    """Whether an account has what is held of one node's work."""
+    return account.startswith(f"{HELD}:")
+
+
 def is_account(name: str) -> bool:
     """Whether a name is that of an account."""
     return _ACCOUNT.fullmatch(name) is not None
