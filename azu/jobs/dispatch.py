@@ -60,6 +60,7 @@ class Dispatcher:
         self._failed: dict[str, str] = {}  # why the last try of a job failed
         self._told: dict[str, str] = {}  # why jobs wait, as far as it is written
         self._cancelled: set[str] = set()
+        self._taken_over: set[str] = set()  # jobs of an earlier scheduler, whose nodes may not be back yet
         self._waiting: dict[str, asyncio.Event] = {}  # jobs between two tries; set when one is cancelled
         self._left: dict[str, asyncio.Event] = {}  # jobs that wait for their clients; set when there is news
 
@@ -84,7 +85,9 @@ class Dispatcher:
             await self._supervisor.keep("jobs", partial(self._take, group))
 
     async def _take_over(self, group: asyncio.TaskGroup) -> None:
-        self._begin(await self._jobs.take_over(self._consumer), group)
+        records = await self._jobs.take_over(self._consumer)
+        self._taken_over |= {record.job.job_id for record in records}
+        self._begin(records, group)
 
     async def _take(self, group: asyncio.TaskGroup) -> None:
         taken = await self._jobs.take(self._consumer, _TAKE_BLOCK_MS, _CLAIM_IDLE_MS, self._tasks)
@@ -147,6 +150,7 @@ class Dispatcher:
                 self._running.pop(job.job_id, None)
                 self._failed.pop(job.job_id, None)
                 self._cancelled.discard(job.job_id)
+                self._taken_over.discard(job.job_id)
 
     async def _has_ended(self, record: JobRecord) -> bool:
         """Try to bring a job to its end and out of the queue; say if that is done."""
@@ -192,8 +196,13 @@ class Dispatcher:
         log.info("ended", extra=_outcome_fields(outcome))
 
     async def _run(self, record: JobRecord) -> JobRun:
-        wait = partial(self._wait, record.job)
-        return await keep_trying(partial(self._try, record), self._patience, wait=wait, chance=self._chance)
+        return await keep_trying(
+            partial(self._try, record),
+            self._patience,
+            wait=partial(self._wait, record.job),
+            chance=self._chance,
+            had_workers=record.job.job_id in self._taken_over,
+        )
 
     async def _comes_back(self, job: Job) -> bool:
         """Wait while the client of a cancelled job may send its request again; say whether it did."""
@@ -288,14 +297,16 @@ async def keep_trying(
     *,
     wait: Callable[[float], Awaitable[bool]],
     chance: random.Random,
+    had_workers: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> JobRun:
     """Try a job until it ends, waits in vain or has an error that waiting does not help.
 
-    Every try goes on after the tokens that there are. `wait(seconds)` says whether the job is still wanted.
+    Every try goes on after the tokens that there are. `wait(seconds)` says whether the job is still wanted. A
+    job that `had_workers` waits until they are back.
     """
     kept = JobRun(completion_tokens=0, finish_reason=FinishReason.ERROR)
-    tries, failed_s, had_workers = 0, clock(), False
+    tries, failed_s = 0, clock()
     while True:
         run = await once()
         is_further = run.completion_tokens > kept.completion_tokens

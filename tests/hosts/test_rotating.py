@@ -55,8 +55,9 @@ def test_a_rotation_shuts_a_dishonest_node_out_and_jobs_wait(folder: Path) -> No
                 assert network.names() == set()
             # The job of before waited in the store, and is done by an honest node.
             user = network.logged_in()
-            assert user.results(job_id).status == "queued"
-            network.join(honest, "good", network.ticket(honest))
+            waits = user.results(job_id)
+            assert waits.status == "queued", waits
+            network.join(honest, "good", network.ticket(honest), "16MiB")
             eventually(lambda: user.results(job_id).status == "done")
             assert network.names() == {"good"}
     print(f"\nnot let in after the rotation for {REFUSED_FOR_S:.0f} s; the job of before is done")

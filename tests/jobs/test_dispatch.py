@@ -223,6 +223,18 @@ class Odd:
         pass
 
 
+class Late(Odd):
+    """A network whose nodes are not there when a job first asks for its model."""
+
+    asked = 0
+
+    async def ensure(self, model_id: str, revision: str, job_id: str) -> Odd:
+        self.asked += 1
+        if self.asked == 1:
+            raise TOO_LARGE
+        return self
+
+
 class OddOnce(Settlement):
     """A settlement that fails the first time, for a reason of its own."""
 
@@ -249,10 +261,11 @@ class Refusing(Bookkeeper):
 async def lived(
     billing: Billing, job: Job, run: object, settlement: Settlement, patience_s: float = 20
 ) -> JobOutcome:
-    """Have a dispatcher run a job whose deployment answers `run`; return how the job ends."""
+    """Have a dispatcher run a job whose deployment answers `run`, or is one; return how the job ends."""
     supervisor = Supervisor("test", Meter(), lambda: None)
+    models = run if isinstance(run, Odd) else Odd(run)
     dispatcher = Dispatcher(
-        billing.jobs, Odd(run), settlement, consumer="test", patience=PATIENCE, supervisor=supervisor
+        billing.jobs, models, settlement, consumer="test", patience=PATIENCE, supervisor=supervisor
     )
     running = asyncio.create_task(dispatcher.run())
     async with asyncio.timeout(patience_s):
@@ -318,6 +331,23 @@ def test_a_job_whose_run_is_lost_pays_for_the_tokens_in_its_stream(redis_url: st
         found = await lived(billing, job, failed(0, InternalError("abandoned")), billing.settlement)
         assert (found.state, found.receipt.completion_tokens) == (JobState.FAILED, 6)
         assert (found.receipt.charged_lamports, found.receipt.held_lamports) == (80, 64)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("was_taken", [True, False])
+def test_a_job_of_an_earlier_scheduler_waits_until_its_nodes_are_back(
+    redis_url: str, was_taken: bool
+) -> None:
+    async def scenario() -> None:
+        billing = Billing(redis_url)
+        await billing.deposit(1_000)
+        job = await billing.accept()
+        await billing.deliver(job, RUN.completion_tokens)
+        if was_taken:
+            assert await billing.jobs.take("earlier", 1, 30_000)
+        found = await lived(billing, job, Late(RUN), billing.settlement)
+        assert found.state is (JobState.DONE if was_taken else JobState.FAILED)
 
     asyncio.run(scenario())
 
