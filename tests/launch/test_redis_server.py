@@ -30,6 +30,7 @@ from azu.metrics import Meter
 from azu.models.status import RedisModelStatus
 from azu.money.bookkeeping import Bookkeeper
 from azu.money.books import Books
+from azu.money.ledger.durability import append_only_files
 from azu.money.treasury.redis import RedisCursor, RedisLease, RedisMetrics, RedisOutbox
 from azu.money.treasury.request_reply import CreditState, DepositRequests, DepositStatus, ReceiptRequests
 from azu.money.treasury.withdrawals import RedisWithdrawals, SignedWithdrawal
@@ -97,7 +98,7 @@ def test_a_damaged_file_is_refused_not_cut_short(tmp_path: Path) -> None:
         server = started(group, tmp_path / "redis")
         with redis.Redis.from_url(server.owner) as client:
             client.set("key", "value")
-    file = tmp_path / "redis" / "appendonly.aof"
+    file = append_only_files(tmp_path / "redis")[-1]
     file.write_bytes(file.read_bytes()[:-3])
 
     with ProcessGroup(tmp_path / "logs") as group:
@@ -113,7 +114,7 @@ def test_the_store_of_jobs_flushes_once_a_second_and_takes_a_file_that_was_cut(t
             assert client.config_get("appendfsync") == {"appendfsync": "everysec"}
             client.set("first", "value")
             client.set("last", "value")
-    file = tmp_path / "jobs" / "appendonly.aof"
+    file = append_only_files(tmp_path / "jobs")[-1]
     file.write_bytes(file.read_bytes()[:-3])
 
     with ProcessGroup(tmp_path / "logs") as group:
@@ -126,7 +127,7 @@ def test_a_folder_may_have_a_space_in_its_name(tmp_path: Path) -> None:
     with ProcessGroup(tmp_path / "logs") as group:
         started(group, tmp_path / "my redis")
 
-    assert (tmp_path / "my redis" / "appendonly.aof").exists()
+    assert append_only_files(tmp_path / "my redis")[-1].exists()
 
 
 WITHDRAWAL = Withdrawal(address=ALICE, lamports=1, nonce=1, expires_at_ms=1)

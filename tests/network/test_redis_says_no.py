@@ -20,7 +20,7 @@ from azu.client import Client
 from azu.errors import AzuError
 from azu.launch.local_network import LocalNetwork
 from azu.launch.redis_server import BOOKS_STORE, JOB_STORE
-from azu.money.ledger.durability import APPEND_ONLY_FILE, DURABLE_CONFIG
+from azu.money.ledger.durability import DURABLE_CONFIG, append_only_files
 from tests.network.conftest import ledger_redis_url, paying_user
 from tests.network.load import MAX_TOKENS, Load, loaded, undisturbed
 from tests.network.test_money import settled
@@ -55,16 +55,20 @@ class Store:
     @property
     def process(self) -> psutil.Process:
         below = psutil.Process().children(recursive=True)
-        (found,) = [one for one in below if one.name().startswith("redis-server") and self._is_ours(one)]
+        (found,) = [one for one in below if one.name().startswith("valkey-server") and self._is_ours(one)]
         return found
 
     def _is_ours(self, process: psutil.Process) -> bool:
         with suppress(psutil.Error):
-            return any(Path(file.path).parent == self.folder for file in process.open_files())
+            return any(self.folder in Path(file.path).parents for file in process.open_files())
         return False
 
     def position(self) -> int:
-        return (self.folder / APPEND_ONLY_FILE).stat().st_size
+        return self.written_file.stat().st_size
+
+    @property
+    def written_file(self) -> Path:
+        return append_only_files(self.folder)[-1]
 
     def kill(self) -> None:
         process = self.process
@@ -111,7 +115,7 @@ class Store:
         """Die, and take about as long as a fault lasts to read the file."""
         conf = self.folder / "redis.conf"
         usual = conf.read_text()
-        commands = (self.folder / APPEND_ONLY_FILE).read_bytes().count(b"\r\n*")
+        commands = sum(one.read_bytes().count(b"\r\n*") for one in append_only_files(self.folder))
         conf.write_text(f"{usual}key-load-delay {max(1, round(FAULT_S * 1e6 / commands))}\n")
         self.kill()
         yield
@@ -126,7 +130,7 @@ class Store:
         position = self.position()
         time.sleep(2.0)
         self.kill()
-        os.truncate(self.folder / APPEND_ONLY_FILE, position)
+        os.truncate(self.written_file, position)
         yield
 
     @contextmanager
@@ -147,7 +151,9 @@ class Store:
             time.sleep(2.0)
             self.kill()
             other.stop()
-            shutil.copy(other.folder / APPEND_ONLY_FILE, self.folder / APPEND_ONLY_FILE)
+            kept = self.written_file.parent
+            shutil.rmtree(kept)
+            shutil.copytree(append_only_files(other.folder)[-1].parent, kept)
         yield
 
 

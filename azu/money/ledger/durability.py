@@ -1,10 +1,10 @@
-"""The ledger's file: how Redis must be configured to keep it, and how a torn tail is cut off it."""
+"""The ledger's files: how the store must be configured to keep them, and how a torn tail is cut off."""
 
 import json
 import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from azu.money.ledger.journal import JOURNAL
 FileCommand = tuple[bytes, ...]
 
 APPEND_ONLY_FILE = "appendonly.aof"
+_APPEND_ONLY_FOLDER = "appendonlydir"
+_MANIFEST = f"{APPEND_ONLY_FILE}.manifest"
 
 # An acknowledged write is on disk; a damaged file is refused, never cut without a word; nothing is evicted.
 DURABLE_CONFIG: Mapping[str, str] = {
@@ -54,15 +56,51 @@ class FileRepair:
     saved_to: str | None
 
 
-def repair(path: Path) -> FileRepair:
-    """Cut an append-only file back to its last whole transfer; no server may be using the file.
+def append_only_files(folder: Path) -> tuple[Path, ...]:
+    """Return the files of a store's folder in the order in which it reads them; it writes to the last one.
 
-    Raises NotFound, Conflict if a process has the file open, and LedgerError if the file is damaged elsewhere
-    than at its end. Then nothing was changed.
+    A server since version 7 lists them in a manifest; an older one has a single file. Raises LedgerError for
+    a manifest that names none.
     """
-    if not path.is_file():
-        raise NotFound(f"there is no file {path}")
-    _refuse_if_open(path)
+    manifest = folder / _APPEND_ONLY_FOLDER / _MANIFEST
+    if not manifest.is_file():
+        return (folder / APPEND_ONLY_FILE,)
+    # Each line is pairs of a name and a value; files of type "h" are history, which the server removes.
+    lines = [line.split() for line in manifest.read_text().splitlines()]
+    named = [dict(zip(words[::2], words[1::2], strict=False)) for words in lines]
+    files = tuple(manifest.parent / one["file"] for one in named if one.get("type") in ("b", "i"))
+    if not files:
+        raise LedgerError(f"{manifest} names no file")
+    return files
+
+
+def torn_file(files: Sequence[Path]) -> Path | None:
+    """Return the file whose tail is torn, None if all are whole.
+
+    Raises LedgerError for a file that is damaged elsewhere than at the end of all.
+    """
+    torn = None
+    for path in files:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if torn is not None and size:
+                raise LedgerError(f"{torn} is torn, and {path} has what came after it")
+            if torn is None and _read(file.fileno(), path).whole_bytes < size:
+                torn = path
+    return torn
+
+
+def repair(files: Sequence[Path]) -> FileRepair:
+    """Cut a store's files, in their order, back to the last whole transfer; no server may be using them.
+
+    Raises NotFound, Conflict if a process has one open, and LedgerError if one is damaged elsewhere than at
+    the end of all. Then nothing was changed.
+    """
+    for path in files:
+        if not path.is_file():
+            raise NotFound(f"there is no file {path}")
+    _refuse_if_open(files)
+    path = torn_file(files) or files[-1]
     with path.open("r+b") as file:
         size = os.fstat(file.fileno()).st_size
         reading = _read(file.fileno(), path)
@@ -150,14 +188,14 @@ def _transfer_ids(commands: tuple[FileCommand, ...]) -> Iterator[str]:
             yield str(json.loads(fields[b"entry"])["transfer"]["id"])
 
 
-def _refuse_if_open(path: Path) -> None:
-    target = path.resolve()
+def _refuse_if_open(files: Sequence[Path]) -> None:
+    targets = {path.resolve() for path in files}
     for process in psutil.process_iter():
         try:
-            files = process.open_files()
+            opened = {Path(file.path) for file in process.open_files()}
         except psutil.Error:
             continue  # it ended meanwhile, or belongs to another user
-        if any(Path(file.path) == target for file in files):
+        for path in targets & opened:
             raise Conflict(f"process {process.pid} has {path} open: stop it first")
 
 

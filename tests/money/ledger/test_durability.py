@@ -4,20 +4,31 @@ import asyncio
 import os
 import random
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import redis
 
 from azu.errors import Conflict, InsufficientBalance, LedgerError, NotFound, Unavailable
-from azu.money.ledger.durability import APPEND_ONLY_FILE, DURABLE_CONFIG, FileTail, read, repair
+from azu.money.ledger.durability import (
+    APPEND_ONLY_FILE,
+    DURABLE_CONFIG,
+    FileRepair,
+    FileTail,
+    append_only_files,
+    read,
+    repair,
+    torn_file,
+)
 from azu.money.ledger.ledger import Ledger
 from azu.money.ledger.transfers import Deposit, Transfer, user_available
 from azu.redis_client import connect_redis
 from tests.builders import ALICE, BOB
 from tests.money.ledger import moves
 from tests.money.ledger.books import apply_each, open_books, with_books
-from tests.redis_server import RedisDidNotStart, RunningRedis, start_redis
+from tests.redis_server import OLDER_SERVER, RedisDidNotStart, RunningRedis, start_redis
 
 CLIENTS = 8
 KILLS = 20
@@ -99,9 +110,8 @@ def test_a_killed_server_loses_no_acknowledged_transfer(tmp_path: Path, figures:
 
 
 def test_a_transfer_is_on_disk_before_it_is_acknowledged(tmp_path: Path) -> None:
-    file = tmp_path / APPEND_ONLY_FILE
-
     async def scenario(ledger: Ledger) -> None:
+        file = append_only_files(tmp_path)[-1]
         await apply_each(ledger, moves.open_key(), moves.deposit(5))
         assert b"deposit:0x01" in file.read_bytes()
         with pytest.raises(InsufficientBalance):
@@ -204,18 +214,27 @@ def test_an_empty_command_is_refused() -> None:
 TRANSFERS = 8
 
 
+def folder_of(file: Path) -> Path:
+    """Return the store's folder, in which the folder of its append-only files is."""
+    return file.parent.parent
+
+
+def mended(file: Path) -> FileRepair:
+    return repair(append_only_files(folder_of(file)))
+
+
 @pytest.fixture
 def torn(tmp_path: Path) -> tuple[Path, list[int]]:
     """A durable file of some deposits; the list holds its size after each of them."""
-    file = tmp_path / APPEND_ONLY_FILE
     sizes: list[int] = []
+    server = start_redis(tmp_path, DURABLE_CONFIG)
+    file = append_only_files(tmp_path)[-1]
 
     async def deposits(ledger: Ledger) -> None:
         for number in range(1, TRANSFERS + 1):
             await ledger.apply(moves.deposit(number, tx_hash=f"0x{number}"))
             sizes.append(file.stat().st_size)
 
-    server = start_redis(tmp_path, DURABLE_CONFIG)
     with_books(server.url, tmp_path / "ledger", deposits)
     server.kill()
     return file, sizes
@@ -242,49 +261,40 @@ def deposited(folder: Path) -> list[int]:
     return amounts
 
 
-ENDS_IT = b"*1\r\n$4\r\nEXEC"
-
-
-@pytest.mark.parametrize(
-    ("behind", "more", "readable"),
-    [(ENDS_IT, 0, True), (ENDS_IT, 8, True), (b"XADD", 30, False), (b"MULTI", 2, False), (b"*1", 1, False)],
-)
-def test_a_torn_tail_is_refused_then_repaired(
-    torn: tuple[Path, list[int]], behind: bytes, more: int, readable: bool
-) -> None:
+@pytest.mark.parametrize(("behind", "more"), [(b"XADD", 30), (b"XADD", 2), (b"$", 3), (b"*", 1)])
+def test_a_torn_tail_is_refused_then_repaired(torn: tuple[Path, list[int]], behind: bytes, more: int) -> None:
     file, sizes = torn
     content = file.read_bytes()
     cut = content.index(behind, sizes[-2]) + more
     file.write_bytes(content[:cut])
     with pytest.raises(RedisDidNotStart, match="Unexpected end of file"):
-        start_redis(file.parent, DURABLE_CONFIG)
+        start_redis(folder_of(file), DURABLE_CONFIG)
 
-    done = repair(file)
+    done = mended(file)
 
     assert done.kept_bytes == file.stat().st_size == sizes[-2]
     assert done.dropped_bytes == cut - sizes[-2]
     assert done.saved_to is not None
     assert Path(done.saved_to).read_bytes() == content[sizes[-2] : cut]
     assert Path(done.saved_to).stat().st_mode & 0o777 == 0o600
-    assert done.dropped_transfers == ((f"deposit:0x{TRANSFERS}",) if readable else ())
-    assert deposited(file.parent) == list(range(1, TRANSFERS))
+    assert deposited(folder_of(file)) == list(range(1, TRANSFERS))
 
 
 def test_a_whole_file_is_not_changed(torn: tuple[Path, list[int]]) -> None:
     file, sizes = torn
     content = file.read_bytes()
-    done = repair(file)
+    done = mended(file)
     assert (done.dropped_bytes, done.saved_to, done.kept_bytes) == (0, None, sizes[-1])
     assert file.read_bytes() == content
-    assert deposited(file.parent) == list(range(1, TRANSFERS + 1))
+    assert deposited(folder_of(file)) == list(range(1, TRANSFERS + 1))
 
 
 def test_zeros_after_a_power_cut_are_cut_off(torn: tuple[Path, list[int]]) -> None:
     file, sizes = torn
     content = file.read_bytes()
     file.write_bytes(content[: sizes[-2] + 30] + bytes(200_000))
-    assert repair(file).kept_bytes == sizes[-2]
-    assert deposited(file.parent) == list(range(1, TRANSFERS))
+    assert mended(file).kept_bytes == sizes[-2]
+    assert deposited(folder_of(file)) == list(range(1, TRANSFERS))
 
 
 def test_a_second_repair_of_the_same_tail_keeps_both_tails(torn: tuple[Path, list[int]]) -> None:
@@ -293,7 +303,7 @@ def test_a_second_repair_of_the_same_tail_keeps_both_tails(torn: tuple[Path, lis
     tails = []
     for cut in (len(content) - 3, len(content) - 7):
         file.write_bytes(content[:cut])
-        tails.append(repair(file).saved_to)
+        tails.append(mended(file).saved_to)
     assert len(set(tails)) == 2
     assert all(tail is not None and Path(tail).exists() for tail in tails)
 
@@ -304,7 +314,7 @@ def test_damage_before_the_end_is_refused_and_changes_nothing(torn: tuple[Path, 
     content[sizes[2] + 1] = ord("9")
     file.write_bytes(content)
     with pytest.raises(LedgerError, match=APPEND_ONLY_FILE):
-        repair(file)
+        mended(file)
     assert file.read_bytes() == content
     assert [path.name for path in file.parent.glob("*.dropped*")] == []
 
@@ -312,25 +322,131 @@ def test_damage_before_the_end_is_refused_and_changes_nothing(torn: tuple[Path, 
 def test_an_empty_file_is_whole(tmp_path: Path) -> None:
     file = tmp_path / "empty.aof"
     file.touch()
-    assert repair(file).dropped_bytes == 0
+    assert repair([file]).dropped_bytes == 0
 
 
 def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
-        repair(tmp_path / "nothing.aof")
+        repair([tmp_path / "nothing.aof"])
 
 
 def test_a_file_in_use_by_a_server_is_not_changed(tmp_path: Path) -> None:
     server = start_redis(tmp_path, DURABLE_CONFIG)
     asyncio.run(_deposit_once(server.url, tmp_path / "ledger"))
     with pytest.raises(Conflict, match=f"process {server.process.pid} "):
-        repair(tmp_path / APPEND_ONLY_FILE)
+        repair(append_only_files(tmp_path))
     server.stop()
 
 
 async def _deposit_once(url: str, folder: Path) -> None:
     async with open_books(url, folder) as ledger:
         await ledger.apply(moves.deposit(1))
+
+
+def rewrite(url: str) -> None:
+    """Have the server write its files anew: what it holds becomes the base of what comes."""
+    with redis.Redis.from_url(url) as client:
+        client.bgrewriteaof()
+        while client.info("persistence")["aof_rewrite_in_progress"]:
+            time.sleep(0.01)
+
+
+def split(folder: Path, more: int) -> tuple[Path, Path]:
+    """Return the base of all deposits but the last `more`, and the increment that has these."""
+
+    async def deposits(ledger: Ledger) -> None:
+        for number in range(1, TRANSFERS + 1):
+            if number == TRANSFERS + 1 - more:
+                rewrite(server.url)
+            await ledger.apply(moves.deposit(number, tx_hash=f"0x{number}"))
+        if not more:
+            rewrite(server.url)
+
+    server = start_redis(folder, DURABLE_CONFIG)
+    with_books(server.url, folder / "ledger", deposits)
+    server.kill()
+    base, increment = append_only_files(folder)
+    assert b"deposit:0x1" in base.read_bytes()
+    return base, increment
+
+
+def test_a_torn_increment_after_a_rewrite_is_repaired(tmp_path: Path) -> None:
+    base, increment = split(tmp_path, 2)
+    whole = base.read_bytes()
+    increment.write_bytes(increment.read_bytes()[:-3])
+    with pytest.raises(RedisDidNotStart, match="Unexpected end of file"):
+        start_redis(tmp_path, DURABLE_CONFIG)
+
+    assert mended(increment).file == str(increment)
+
+    assert base.read_bytes() == whole
+    assert deposited(tmp_path) == list(range(1, TRANSFERS))
+
+
+def test_a_torn_base_is_repaired_only_if_nothing_came_after_it(tmp_path: Path) -> None:
+    base, increment = split(tmp_path / "later", 2)
+    base.write_bytes(base.read_bytes()[:-3])
+    with pytest.raises(LedgerError, match="is torn, and"):
+        mended(increment)
+    base, increment = split(tmp_path / "nothing", 0)
+    increment.write_bytes(b"")
+    content = base.read_bytes()
+    base.write_bytes(content[:-3])
+
+    done = mended(increment)
+
+    assert done.file == str(base)
+    assert base.read_bytes() == content[: done.kept_bytes]
+    assert torn_file(append_only_files(tmp_path / "nothing")) is None
+
+
+def test_files_of_redis_6_are_taken_over(tmp_path: Path) -> None:
+    older = start_redis(tmp_path, DURABLE_CONFIG, server=OLDER_SERVER)
+
+    async def deposits(ledger: Ledger) -> None:
+        for number in range(1, TRANSFERS + 1):
+            await ledger.apply(moves.deposit(number, tx_hash=f"0x{number}"))
+
+    with_books(older.url, tmp_path / "ledger", deposits)
+    assert append_only_files(tmp_path) == (tmp_path / APPEND_ONLY_FILE,)
+    older.kill()
+
+    assert deposited(tmp_path) == list(range(1, TRANSFERS + 1))
+
+    base, increment = append_only_files(tmp_path)
+    assert b"deposit:0x1" in base.read_bytes()
+    assert b"writer:" in increment.read_bytes()
+
+
+@pytest.mark.parametrize("is_taken_over", [False, True])
+@pytest.mark.parametrize("more", [0, 8])
+def test_a_torn_file_of_redis_6_is_repaired(tmp_path: Path, more: int, is_taken_over: bool) -> None:
+    older = start_redis(tmp_path, DURABLE_CONFIG, server=OLDER_SERVER)
+
+    async def deposits(ledger: Ledger) -> None:
+        for number in range(1, TRANSFERS + 1):
+            await ledger.apply(moves.deposit(number, tx_hash=f"0x{number}"))
+
+    with_books(older.url, tmp_path / "ledger", deposits)
+    older.kill()
+    file = tmp_path / APPEND_ONLY_FILE
+    content = file.read_bytes()
+    file.write_bytes(content[: content.rindex(b"*1\r\n$4\r\nEXEC") + more])
+    if is_taken_over:
+        with pytest.raises(RedisDidNotStart, match="Unexpected end of file"):
+            start_redis(tmp_path, DURABLE_CONFIG)
+
+    assert repair(append_only_files(tmp_path)).dropped_transfers == (f"deposit:0x{TRANSFERS}",)
+
+    assert deposited(tmp_path) == list(range(1, TRANSFERS))
+
+
+def test_a_manifest_that_names_no_file_is_refused(tmp_path: Path) -> None:
+    manifest = tmp_path / "appendonlydir" / f"{APPEND_ONLY_FILE}.manifest"
+    manifest.parent.mkdir()
+    manifest.write_text("file appendonly.aof.1.base.aof seq 1 type h\n")
+    with pytest.raises(LedgerError, match="names no file"):
+        append_only_files(tmp_path)
 
 
 @pytest.mark.prove
@@ -340,6 +456,6 @@ def test_a_file_cut_at_any_byte_keeps_every_whole_transfer(torn: tuple[Path, lis
     for cut in range(sizes[0], len(content), 7):
         file.write_bytes(content[:cut])
         whole = sum(size <= cut for size in sizes)
-        assert repair(file).kept_bytes == sizes[whole - 1]
+        assert mended(file).kept_bytes == sizes[whole - 1]
         if cut % 5 == 0:
-            assert deposited(file.parent) == list(range(1, whole + 1))
+            assert deposited(folder_of(file)) == list(range(1, whole + 1))
