@@ -57,7 +57,7 @@ def memory() -> Memory:
 
 
 def _short(title: str) -> str:
-    known = ("ray::", "gcs_server", "raylet", "redis-server", "treasury", "devnet")
+    known = ("ray::", "gcs_server", "raylet", "valkey-server", "treasury", "devnet")
     name = next((word for word in known if word in title), "other")
     return title.split()[0] if name == "ray::" else name
 
@@ -125,7 +125,7 @@ def test_many_short_jobs_leave_nothing_behind(running: LocalNetwork) -> None:
         key[0]: (half[1][key], resident)
         for key, resident in whole[1].items()
         if key in half[1]
-        and key[0] not in ("ray::IDLE", "redis-server")
+        and key[0] not in ("ray::IDLE", "valkey-server")
         and resident > max(GROWTH * half[1][key], half[1][key] + GROWTH_BYTES)
     }
     assert grown == {}
