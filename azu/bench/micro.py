@@ -76,7 +76,9 @@ def _settle_all(redis_url: str, access: Access) -> tuple[list[float], list[float
 
     async def open_account() -> None:
         key = _opened_key(bearer)
-        await treasury.apply(Deposit(id="deposit:bench", address=key.address, lamports=_JOBS * _CHARGED))
+        await treasury.apply(
+            Deposit(id="deposit:bench", address=key.address, lamports=_JOBS * _CHARGED, at_ms=1)
+        )
         await ingress.open_key(key)
         for node in _WORKERS:
             await owner.enrol_node(node, node, key_digest="bench", name=node, work_bytes_per_s=0)

@@ -144,7 +144,7 @@ class Bookkeeper(BooksCalls):
         try:
             await (await self._looked()).verify()
         except LedgerError as error:
-            if error.code != "journal_changed":
+            if error.code not in ("journal_changed", "another_writer"):
                 raise
             _LOG.error("%s: nothing is signed any more", error.message)
             self._changed = error.message
@@ -495,10 +495,9 @@ class Bookkeeper(BooksCalls):
         return totals_of(ledger.state.balances, ledger.lost)
 
     async def loss(self) -> int:
-        ledger = await self._looked()
         if self._changed:
             raise LedgerError(self._changed, code="journal_changed")
-        return ledger.lost
+        return (await self._looked()).lost
 
     async def accept_loss(self, size: int) -> None:
         ledger = await self.ledger()

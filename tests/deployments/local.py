@@ -174,7 +174,9 @@ class LocalIngress:
         address = account.address.lower()
         if lamports:
             deposit = f"deposit:0x{hashlib.sha256(address.encode()).hexdigest()}"
-            await self.books.bookkeeper.apply(Deposit(id=deposit, address=address, lamports=lamports))
+            await self.books.bookkeeper.apply(
+                Deposit(id=deposit, address=address, lamports=lamports, at_ms=1)
+            )
         return address, await self.open_key(account)
 
 

@@ -19,7 +19,7 @@ def test_a_job_is_disputed_by_its_payer_alone_and_the_answer_stays(redis_url: st
             payer = Account.create()
             address, lamports = payer.address.lower(), LAMPORTS_PER_HYPE
             await ingress.books.bookkeeper.apply(
-                Deposit(id="deposit:0x1", address=address, lamports=lamports)
+                Deposit(id="deposit:0x1", address=address, lamports=lamports, at_ms=1)
             )
             api_key = await ingress.open_key(payer)
             _, others_key = await ingress.user()
@@ -48,7 +48,9 @@ def test_a_job_that_has_matured_is_not_disputed(redis_url: str, tmp_path: Path) 
     async def ask() -> None:
         async with local_ingress(redis_url, tmp_path) as ingress:
             payer = Account.create()
-            funded = Deposit(id="deposit:0x1", address=payer.address.lower(), lamports=LAMPORTS_PER_HYPE)
+            funded = Deposit(
+                id="deposit:0x1", address=payer.address.lower(), lamports=LAMPORTS_PER_HYPE, at_ms=1
+            )
             await ingress.books.bookkeeper.apply(funded)
             async with ingress.client(await ingress.open_key(payer)) as client:
                 job_id = (await client.post("/v1/completions", json=ASKED)).json()["azu"]["job_id"]

@@ -37,4 +37,5 @@ def signed_key(
 
 async def fund(books: BooksCalls, lamports: int, account: LocalAccount = USER, tx_hash: str = "0x1") -> None:
     """Credit a deposit of a wallet."""
-    await books.apply(Deposit(id=f"deposit:{tx_hash}", address=account.address.lower(), lamports=lamports))
+    address = account.address.lower()
+    await books.apply(Deposit(id=f"deposit:{tx_hash}", address=address, lamports=lamports, at_ms=1))

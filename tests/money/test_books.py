@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from eth_account import Account
@@ -30,6 +31,10 @@ from azu.errors import (
 from azu.money.bookkeeping import UNSHOWN
 from azu.money.books import Books, JobDispute, Totals, UserBalance, WorkerEarnings
 from azu.money.books_process import ALLOWED
+from azu.money.ledger.journal import RedisJournal
+from azu.money.ledger.ledger import Ledger
+from azu.money.ledger.seals import Seals
+from azu.money.ledger.transfers import Deposit
 from azu.money.treasury.request_reply import CreditState, DepositRequests, DepositStatus, ReceiptRequests
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS, WithdrawalState, WithdrawalStatus
 from azu.protocol.job import FinishReason, JobEnding, JobOutcome, JobState, Placement
@@ -562,6 +567,26 @@ def test_a_journal_that_was_changed_is_said_to_be(redis_url: str) -> None:
         await served.bookkeeper.verify()
 
         with pytest.raises(LedgerError) as found:
+            await books.loss()
+        assert found.value.code == "journal_changed"
+
+    play(redis_url, scenario)
+
+
+def test_an_entry_that_another_process_added_is_said_to_be_there(redis_url: str, tmp_path: Path) -> None:
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        await fund(books, 70)
+        await served.bookkeeper.verify()
+        assert await books.loss() == 0
+        other = await Ledger.open(RedisJournal.from_url(redis_url), Seals(tmp_path))
+        await other.apply(Deposit(id="deposit:0x2", address=ALICE, lamports=7, at_ms=1))
+        await other.close()
+
+        # As its loop does, until an operator looks.
+        for _ in range(10):
+            await served.bookkeeper.verify()
+
+        with pytest.raises(LedgerError, match="another process") as found:
             await books.loss()
         assert found.value.code == "journal_changed"
 

@@ -58,7 +58,7 @@ class Deposit(Movement):
 
     address: str
     lamports: int
-    at_ms: int = 0
+    at_ms: int
     kind: Literal["deposit"] = "deposit"
 
 

@@ -219,7 +219,7 @@ class DepositWatcher:
             _LOG.warning("not credited, %s: %s", reason, row)
 
     async def _credit(self, row: LedgerTransfer, lamports: int) -> None:
-        deposit = Deposit(id=deposit_id(row.hash), address=row.sender, lamports=lamports)
+        deposit = Deposit(id=deposit_id(row.hash), address=row.sender, lamports=lamports, at_ms=row.time_ms)
         try:
             await self._ledger.apply(deposit)
         except TransferConflict:

@@ -60,13 +60,13 @@ def test_a_transfer_keeps_its_shares_when_the_caller_changes_the_mapping() -> No
 @pytest.mark.parametrize("lamports", [0, -1, MAX_LAMPORTS + 1, 1.0, True, "1", None])
 def test_a_deposit_of_anything_but_a_whole_positive_amount_is_refused(lamports: Any) -> None:
     with pytest.raises(LedgerError):
-        Deposit(id="d", address=ALICE, lamports=lamports)
+        Deposit(id="d", address=ALICE, lamports=lamports, at_ms=1)
 
 
 @pytest.mark.parametrize("id_", ["", " ", "a b", "a\n", "é", "x" * 201])
 def test_an_id_has_to_be_short_and_printable(id_: str) -> None:
     with pytest.raises(LedgerError):
-        Deposit(id=id_, address=ALICE, lamports=1)
+        Deposit(id=id_, address=ALICE, lamports=1, at_ms=1)
 
 
 @pytest.mark.parametrize(
