@@ -9,7 +9,14 @@ from functools import partial
 from typing import Any
 
 from azu.auth.key_records import ApiKey
-from azu.errors import AzuError, InsufficientBalance, InvalidRequest, RateLimited, Unavailable
+from azu.errors import (
+    AzuError,
+    InsufficientBalance,
+    InternalError,
+    InvalidRequest,
+    RateLimited,
+    Unavailable,
+)
 from azu.jobs.departures import Departures, Reader
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.redis import RedisJobs
@@ -132,8 +139,8 @@ class Intake:
         clients end first. Raises InvalidRequest for sizes out of range, RateLimited for a key with too many
         jobs in flight, Unauthenticated for an expired key, and InsufficientBalance when the balance or the
         key's spend limit is too low; then nothing has changed. The reservation comes first, so that every
-        written job can be paid. Raises Unavailable while Redis or the books are away: what was written of the
-        job is taken back later.
+        written job can be paid. Raises Unavailable while Redis or the books are away. What was written of the
+        job is taken back later then, and after any error that is no refusal.
         """
         self.check_sizes(model, len(prompt_token_ids), sampling.max_tokens)
         now_ms = self._now_ms()
@@ -170,11 +177,11 @@ class Intake:
                 choices=choices,
             )
             await self._jobs.submit(job, asked, self.departures.ingress)
-        except Unavailable:
-            self._go_on(self._take_back(key, job_id))
-            raise
-        except AzuError:
-            await self._in_flight_limit.remove(key, job_id)
+        except Exception as error:
+            if isinstance(error, AzuError) and not isinstance(error, Unavailable | InternalError):
+                await self._in_flight_limit.remove(key, job_id)  # nothing was reserved
+            else:
+                self._go_on(self._take_back(key, job_id))
             raise
         log.info("accepted", extra=_log_fields(job, key))
         return job
@@ -238,7 +245,7 @@ class Intake:
         task.add_done_callback(self._going_on.discard)
 
     async def _take_back(self, key: ApiKey, job_id: str) -> None:
-        """Once Redis is back, have a job whose caller was refused never run, or end if it was written."""
+        """Once Redis is back, have a job whose caller got an error never run, or end if it was written."""
         if await retry_until_available(partial(self._jobs.give_up, job_id)):
             await retry_until_available(partial(self._in_flight_limit.remove, key, job_id))
             await retry_until_available(partial(self._books.give_back, job_id))

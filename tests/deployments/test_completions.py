@@ -12,7 +12,9 @@ import pytest
 from starlette.types import Message
 
 from azu.errors import ShardError
+from azu.jobs.redis import RedisJobs
 from azu.metrics import SEQUENCES, TIME_PER_TOKEN, Meter, MetricsSnapshot
+from azu.money.bookkeeping import Bookkeeper
 from deployments import completions
 from deployments.completions import EventStream
 from tests.deployments.local import LocalIngress, NoNodes, local_ingress, policy_with
@@ -218,3 +220,46 @@ def test_a_whole_answer_that_would_take_too_long_is_refused_before_anything_is_r
             assert (await http.post("/v1/chat/completions", json=asked)).status_code == 200
 
     play(scenario)
+
+
+FAILING = {
+    "the reservation": (Bookkeeper, "reserve"),
+    "the writing of the job": (RedisJobs, "submit"),
+}
+
+
+@pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", FAILING)
+def test_a_job_that_an_unexpected_exception_kept_from_its_client_holds_no_money_and_no_place(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, is_done: bool
+) -> None:
+    owner, name = FAILING[step]
+    usual = getattr(owner, name)
+
+    async def failing(*arguments: Any, **named: Any) -> None:
+        if is_done:
+            await usual(*arguments, **named)
+        raise ZeroDivisionError
+
+    async def scenario() -> None:
+        async with local_ingress(redis_url, tmp_path, policy_with(max_jobs_in_flight=1)) as ingress:
+            address, api_key = await ingress.user()
+            before = await ingress.money(address)
+            async with ingress.client(api_key) as http, asyncio.timeout(60):
+                with monkeypatch.context() as struck:
+                    struck.setattr(owner, name, failing)
+                    refused = await http.post("/v1/chat/completions", json=ASKED)
+                assert refused.status_code == 500
+                assert refused.json()["error"]["code"] == "internal_error"
+
+                while (await ingress.money(address))[1]:
+                    await asyncio.sleep(0.01)
+                while (answered := await http.post("/v1/chat/completions", json=ASKED)).status_code == 429:
+                    await asyncio.sleep(0.01)
+                assert answered.status_code == 200
+                cost = answered.json()["usage"]["cost_lamports"]
+                # A job that was written may have run before it was ended.
+                may_have_run = step == "the writing of the job" and is_done
+                assert before[0] - (await ingress.money(address))[0] in (cost, (1 + may_have_run) * cost)
+
+    asyncio.run(scenario())
