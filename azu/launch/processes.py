@@ -4,6 +4,7 @@ Also what such a process needs around it: signals, environment variables, ports 
 """
 
 import ctypes
+import logging
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ import psutil
 from azu.errors import AzuError, DeadlineExceeded, Unavailable
 from azu.launch.unix_users import UnixUser
 from azu.units import MIB
+
+log = logging.getLogger(__name__)
 
 # Set for a process that has its control pipe as standard input.
 CONTROL_PIPE = "AZU_CONTROL_PIPE"
@@ -154,14 +157,25 @@ class ProcessGroup:
                 restart.schedule(lived_s=child.age_s)
             elif time.monotonic() >= restart.due_s:
                 restart.due_s = None
-                self._children.pop(name).kill()
-                try:
-                    self.start(child.spec)
-                except AzuError:
-                    self._children[name] = child  # its end is found again, and its delay grows
-                else:
+                if self._start_again(child, restart):
                     revived.append(name)
         return revived
+
+    def _start_again(self, child: "_Child", restart: "_Restart") -> bool:
+        """Start a process that ended; False where that fails now, and its end is found again."""
+        name = child.spec.name
+        try:
+            child.kill()
+            del self._children[name]
+            self.start(child.spec)
+        except (AzuError, OSError) as error:
+            self._children[name] = child
+            if str(error) != restart.failed:
+                log.warning("%s cannot be started again now: %s", name, error)
+            restart.failed = str(error)
+            return False
+        restart.failed = ""
+        return True
 
     def restart(self, name: str) -> None:
         """Stop a process and everything it started, and start it again."""
@@ -171,11 +185,8 @@ class ProcessGroup:
             deadline = time.monotonic() + self._stop_timeout_s
             while time.monotonic() < deadline and not child.ended:
                 time.sleep(_POLL_S)
-            self._children.pop(name).kill()
-            try:
-                self.start(child.spec)
-            except AzuError:
-                self._children[name] = child  # `revive` starts it later
+            # Where it fails, `revive` starts it later.
+            self._start_again(child, self._restarts.setdefault(name, _Restart()))
 
     def stop(self) -> None:
         """Stop every process and everything it started: SIGTERM first, SIGKILL after the timeout."""
@@ -192,10 +203,11 @@ class ProcessGroup:
 
 @dataclass(slots=True)
 class _Restart:
-    """When a process that ended is started again; `due_s` is None while it lives."""
+    """When a process that ended is started again, and why that failed; `due_s` is None while it lives."""
 
     delay_s: float = 0.0
     due_s: float | None = None
+    failed: str = ""
 
     def schedule(self, *, lived_s: float) -> None:
         """Set the time of the next start, with a longer delay if the process ended soon again."""
@@ -249,13 +261,14 @@ class _Child:
     def limit_log(self) -> None:
         """Copy a full log in place of the copy before, and empty it: the process goes on writing to it.
 
-        A disk that has no room for the copy has some afterwards.
+        A disk that has no room for the copy has some afterwards. A log that was removed is left alone.
         """
-        if self._log.stat().st_size > _MAX_LOG_BYTES:
-            with suppress(OSError):
-                shutil.copy(self._log, self._log.with_name(f"{self._log.name}.1"))
-            os.truncate(self._log, 0)
-            self._log_start = 0
+        with suppress(FileNotFoundError):
+            if self._log.stat().st_size > _MAX_LOG_BYTES:
+                with suppress(OSError):
+                    shutil.copy(self._log, self._log.with_name(f"{self._log.name}.1"))
+                os.truncate(self._log, 0)
+                self._log_start = 0
 
     def output(self) -> str:
         """Return what the process has printed since it was started, or since its log was emptied."""
@@ -274,6 +287,8 @@ class _Child:
 
     def kill(self) -> None:
         """Kill every process of the session and wait until all of them have ended."""
+        if self._process.returncode is not None:
+            return  # another session may have the id now
         deadline = time.monotonic() + _KILL_TIMEOUT_S
         while members := session_members(self.pid):
             if time.monotonic() > deadline:

@@ -14,6 +14,7 @@ import pytest
 
 from azu.errors import DeadlineExceeded, Unavailable
 from azu.launch.processes import (
+    _FIRST_RESTART_S,
     ProcessGroup,
     ProcessSpec,
     _Restart,
@@ -21,6 +22,7 @@ from azu.launch.processes import (
     own_network,
     session_members,
 )
+from tests.logged import logged
 
 PYTHON = sys.executable
 # Starts a grandchild in a process group of its own, as Ray's nodes do with their workers, and waits.
@@ -88,6 +90,29 @@ def test_each_start_has_variables_of_its_own_and_waits_while_they_cannot_be_had(
         group.wait_until_printed("child", "^start 1$", 10)
         eventually(lambda: group.revive() == ["child"])
         group.wait_until_printed("child", "^start 2$", 10)
+
+
+def test_a_child_that_the_machine_cannot_start_now_is_started_later(tmp_path: Path) -> None:
+    logs, away = tmp_path / "logs", tmp_path / "away"
+    with ProcessGroup(logs) as group:
+        group.start(python("print('ran')", restart=True))
+        eventually(lambda: group.ended() == ["child"])
+        logs.rename(away)
+        with logged() as lines:
+            eventually(lambda: group.revive() == [] and lines())
+            time.sleep(2 * _FIRST_RESTART_S)
+            assert group.revive() + group.revive() == []
+            assert len(lines()) == 1, "what goes on is said once"
+            assert group.ended() == ["child"]
+        away.rename(logs)
+        eventually(lambda: group.revive() == ["child"])
+
+
+def test_a_log_that_was_removed_keeps_no_child_from_its_restart(tmp_path: Path) -> None:
+    with ProcessGroup(tmp_path) as group:
+        group.start(python("print('ran')", restart=True))
+        (tmp_path / "child.log").unlink()
+        eventually(lambda: group.revive() == ["child"])
 
 
 def test_stop_ends_children_and_what_they_started(tmp_path: Path) -> None:
