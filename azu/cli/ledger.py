@@ -1,6 +1,8 @@
 """`azu ledger`: check the books, repair their file, and decide about money that is held or disputed."""
 
 import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,8 +16,10 @@ from azu.config import Settings
 from azu.units import format_bytes, hype_from_lamports, lamports_from_hype
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from azu.auth.signatures import PayHeld, ReleaseHeld
-    from azu.money.books import Books, HeldMoney
+    from azu.money.books import Books, HeldMoney, ReversibleJob
     from azu.money.ledger.audit import Audit
     from azu.money.ledger.durability import FileRepair
 
@@ -23,6 +27,14 @@ if TYPE_CHECKING:
 # While the chain disagrees: a deposit or payout may be on its way into the books.
 _MORE_AUDITS = 4
 _AUDIT_AGAIN_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReversibleReport:
+    """The jobs that can be reversed."""
+
+    jobs: "tuple[ReversibleJob, ...]"
+
 
 ledger = typer.Typer(
     no_args_is_help=True, help="The books: check them, repair their file, decide about held money."
@@ -77,6 +89,21 @@ def repair(
 def held(as_json: AsJson = False) -> None:
     """List the money that waits for an admin: of nodes, of disputed jobs, and in suspense."""
     show(with_books(lambda books: books.held()), as_json, _drawn_held)
+
+
+@ledger.command()
+def reversible(
+    address: Annotated[str, typer.Argument(help="Of a payer, or of a node's owner.")], as_json: AsJson = False
+) -> None:
+    """List the jobs that an address paid for, or was paid for, and that have not matured.
+
+    A job that a thief settled is in no list of its payer's jobs: it is here.
+    """
+    from azu.addresses import parse_address
+
+    of = parse_address(address)
+    found = with_books(lambda books: books.reversible(of))
+    show(ReversibleReport(found), as_json, _drawn_reversible)
 
 
 @ledger.command()
@@ -156,6 +183,19 @@ def _from_held(
     lamports = found.matured_lamports if amount is None else lamports_from_hype(amount)
     moves: Moves = [(f"held of {node_id}", f"{whose} {recipient}", lamports)]
     carry_out(kind, moves, as_json, node_id=node_id, address=recipient, lamports=lamports)
+
+
+def _drawn_reversible(report: ReversibleReport) -> "RenderableType":
+    rows = [
+        (
+            one.job_id,
+            one.payer,
+            f"{datetime.fromtimestamp(one.matures_at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S}",
+            "\n".join(f"{account} {hype_from_lamports(n)}" for account, n in one.accounts.items()),
+        )
+        for one in report.jobs
+    ]
+    return table(["job", "payer", "matures (UTC)", "HYPE paid to"], rows, title="jobs that can be reversed")
 
 
 def _drawn_held(found: "HeldMoney") -> Group:

@@ -39,6 +39,7 @@ from azu.money.books import (
     JobDispute,
     KeySpending,
     NodesHeldMoney,
+    ReversibleJob,
     Totals,
     TreasuryTransfer,
     UserBalance,
@@ -98,6 +99,7 @@ _SILENCE_S = 0.5
 UNSHOWN = "-"
 _ENDING = TypeAdapter(JobEnding)
 _PACKED = "~"
+_MOST_REVERSIBLE = 1000
 _ENDS = ("settle", "release", "expire")
 # What the ledger says of a decision that comes too late, or too early.
 _REFUSALS = ("matured", "node_removed", "not_matured", "unknown_node")
@@ -517,6 +519,15 @@ class Bookkeeper(BooksCalls):
         )
         disputes = (JobDispute(job, one.payer, one.lamports) for job, one in state.disputes.items())
         return HeldMoney(tuple(nodes), tuple(disputes), tuple(state.suspense.values()))
+
+    async def reversible(self, address: str) -> tuple[ReversibleJob, ...]:
+        earned, found = worker_earned(address), list[ReversibleJob]()
+        for job_id, one in reversed((await self.ledger()).state.unmatured.items()):
+            if address == one.payer or earned in one.accounts:
+                found.append(ReversibleJob(job_id, one.payer, one.matures_at_ms, one.accounts))
+            if len(found) == _MOST_REVERSIBLE:
+                break
+        return tuple(found)
 
     async def command(self, text: str) -> None:
         command = command_of(text, (self._platform,), self._terms.admins)

@@ -98,6 +98,16 @@ class JobDispute:
 
 
 @dataclass(frozen=True, slots=True)
+class ReversibleJob:
+    """What a job of `payer` paid out, account -> lamports; until `matures_at_ms` an admin can reverse it."""
+
+    job_id: str
+    payer: str
+    matures_at_ms: int
+    accounts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class NodesHeldMoney:
     """What is held of a node's work, and how much of that has matured; `payout` is what the node enrolled."""
 
@@ -290,6 +300,12 @@ class BooksCalls:
 
     async def held(self) -> HeldMoney:
         """Return the money that waits for an admin's command."""
+
+    async def reversible(self, address: str) -> tuple[ReversibleJob, ...]:
+        """Return the jobs that an address paid for, or was paid for, and that can be reversed.
+
+        The last ones to mature come first, and a thousand of them at most.
+        """
 
     async def command(self, text: str) -> None:
         """Carry out an admin's signed command, once; the same one again changes nothing.

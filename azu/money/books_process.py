@@ -30,7 +30,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     | {"revoke_key", "withdraw"},
     "scheduler": frozenset({"ended", "expire", "overdue", "settle", "totals"}),
     "treasury": frozenset({"apply", "ended", "inside", "loss", "note_loss", "owed", "result"}),
-    "owner": _READS | {"accept_loss", "audit", "command", "enrol_node", "held"},
+    "owner": _READS | {"accept_loss", "audit", "command", "enrol_node", "held", "reversible"},
 }
 
 

@@ -93,6 +93,18 @@ def test_what_waits_for_an_admin_is_listed(books: ServedBooks) -> None:
     assert "0.00000064" in drawn
 
 
+def test_jobs_that_can_be_reversed_are_listed_for_who_paid_and_for_who_was_paid(books: ServedBooks) -> None:
+    # job-1 is disputed: an admin decides about it another way.
+    of_payer, of_owner = (facts("ledger", "reversible", one)["jobs"] for one in (ADDRESS, OWNERS[0]))
+    assert [one["job_id"] for one in of_payer] == ["job-3", "job-2"]
+    assert [one["job_id"] for one in of_owner] == ["job-2"]
+    assert of_owner[0]["accounts"] == {"platform": 16, f"worker:{OWNERS[0]}:earned": 64}
+    assert facts("ledger", "reversible", BOB)["jobs"] == []
+    assert f"worker:{OWNERS[0]}:earned 0.00000064" in run("ledger", "reversible", ADDRESS)
+    run("ledger", "reverse", "job-2")
+    assert [one["job_id"] for one in facts("ledger", "reversible", ADDRESS)["jobs"]] == ["job-3"]
+
+
 def test_a_job_is_reversed_and_what_moves_is_shown(books: ServedBooks) -> None:
     assert available(books) == 760
     drawn = run("ledger", "reverse", "job-2")
