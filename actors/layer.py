@@ -14,7 +14,7 @@ from azu.engine.stage_contract import Handoff, OldEpoch, StageSpec, blamed, is_b
 from azu.engine.timing import StageClock, StageTiming, hop_s
 from azu.errors import AzuError, InternalError
 from azu.metrics import HOP
-from azu.protocol.step import PieceProgress, StepBatch
+from azu.protocol.step import PieceProgress, SeenTokens, StepBatch
 from azu.protocol.topology import PieceSet, Topology
 
 if TYPE_CHECKING:
@@ -75,6 +75,11 @@ class LayerActor:
         self._acks.close()
         self._next = next_stage
         self._acks = self._expect_from(self._index + 1, topology.epoch)
+
+    def see(self, sequences: Sequence[SeenTokens]) -> None:
+        """Store what this last stage's penalties look at; the steps that need it come after the answer."""
+        assert self._runner is not None, "load() comes first"
+        self._runner.see(sequences)
 
     def num_sent(self, sequence_ids: Sequence[int]) -> Mapping[int, int]:
         """Return how many rows of which sequences can be sent to the next stage again."""

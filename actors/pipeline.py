@@ -213,10 +213,17 @@ class Pipeline:
         """Send the steps that can be sent now, once there may be one."""
         await self._has_change.wait()
         while self._runner.takes_tokens and (batch := self._engine.next_batch()) is not None:
+            stages = self._stages
+            if seen := self._engine.seen_by(batch):
+                # A step must not come to the last stage before the tokens that it needs there.
+                showing = stages[-1].see.options(concurrency_group=CONTROL).remote(seen)
+                await self._watch(showing, stages[-1], len(stages) - 1, batch.epoch)
+                if not self._engine.waits_for(batch):
+                    continue
             stage = max(0, batch.replay.first - 1) if batch.replay else 0
             self._round_times.sent(batch.step, time.monotonic())
-            sent = self._stages[stage].step.remote(batch, None)
-            watcher = asyncio.create_task(self._watch(sent, self._stages[stage], stage, batch.epoch))
+            sent = stages[stage].step.remote(batch, None)
+            watcher = asyncio.create_task(self._watch(sent, stages[stage], stage, batch.epoch))
             self._watchers.add(watcher)
             watcher.add_done_callback(self._watchers.discard)
         self._has_change.clear()

@@ -111,6 +111,7 @@ class LocalPipeline:
     def step(self) -> dict[int, TokenEvent]:
         """Start as many steps as may be in flight, then run the oldest of them through all stages."""
         while (batch := self.engine.next_batch()) is not None:
+            self.stages[-1].see(self.engine.seen_by(batch))
             self.in_flight.append(batch)
         if not self.in_flight:
             raise InternalError("sequences wait, but no step can run")

@@ -2,19 +2,22 @@
 
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from azu.engine.accounting import Work, WorkAccount
 from azu.engine.expert_counts import Difference, Received, ReportedStep
+from azu.engine.opening import opened, seen
 from azu.engine.scheduler import BatchScheduler, SchedulerConfig, Sequence, SequenceState
 from azu.engine.step_check import StepCheck
 from azu.errors import AzuError, InternalError, NumericsError
 from azu.logs import log_context
 from azu.protocol.job import FinishReason, TokenEvent
+from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import (
     OpenedSequence,
     Replay,
     SampledToken,
+    SeenTokens,
     SequenceFault,
     Slice,
     StepBatch,
@@ -228,6 +231,18 @@ class EnginePipeline:
         chosen = self._scheduler.next_slices()
         return self._send(None, tuple(chosen)) if chosen else None
 
+    def seen_by(self, batch: StepBatch) -> tuple[SeenTokens, ...]:
+        """Return what the last stage has to know before the step that `next_batch` just returned.
+
+        No other stage may get it: a step carries no token past the first stage.
+        """
+        found = (seen(*_parts(self._sequences[one.sequence_id])) for one in batch.opened)
+        return tuple(one for one in found if one is not None)
+
+    def waits_for(self, batch: StepBatch) -> bool:
+        """Say whether a step is still in flight: a `suspend` forgets it."""
+        return batch.epoch == self._epoch and batch.step in self._in_flight
+
     def complete(self, result: StepResult) -> dict[int, TokenEvent]:
         """Take a step back from the last stage; one of another epoch or not in flight changes nothing.
 
@@ -270,10 +285,10 @@ class EnginePipeline:
         taken = {step.micro_batch for step in self._in_flight.values()}
         micro_batch = min(set(range(self._scheduler.micro_batches)) - taken)
         closed: tuple[int, ...] = ()
-        opened: tuple[OpenedSequence, ...] = ()
+        new: tuple[OpenedSequence, ...] = ()
         if replay is None:
             closed, self._closed = tuple(self._closed), []
-            opened = self._open(sequence for sequence, _ in chosen)
+            new = self._open(sequence for sequence, _ in chosen)
         self._in_flight[self._steps] = _Step(micro_batch, chosen, closed, replay)
         return StepBatch(
             epoch=self._epoch,
@@ -281,7 +296,7 @@ class EnginePipeline:
             micro_batch=micro_batch,
             slices=tuple(slice_ for _, slice_ in chosen),
             token_ids=() if replay and replay.first else _tokens(chosen),
-            opened=opened,
+            opened=new,
             closed=closed,
             replay=replay,
         )
@@ -346,17 +361,8 @@ class EnginePipeline:
         ]
         self._opened.update(sequence.sequence_id for sequence in new)
         self._reopen.difference_update(sequence.sequence_id for sequence in new)
-        return tuple(
-            OpenedSequence(
-                sequence_id=sequence.sequence_id,
-                prompt_token_ids=tuple(sequence.token_ids[: sequence.num_prompt]),
-                sampling=replace(
-                    sequence.sampling, stop_token_ids=(*sequence.sampling.stop_token_ids, *self._ends)
-                ),
-                generated=sequence.generated,
-            )
-            for sequence in new
-        )
+        ends = tuple(self._ends)
+        return tuple(opened(*_parts(sequence), ends) for sequence in new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,6 +379,11 @@ def _error(fault: SequenceFault) -> AzuError:
     if fault.node_id is not None:
         return NumericsError(fault.message, node_id=fault.node_id, layer=fault.layer)
     return InternalError(fault.message, code=fault.code)
+
+
+def _parts(sequence: Sequence) -> tuple[int, list[int], SamplingParams, tuple[int, ...]]:
+    prompt = sequence.token_ids[: sequence.num_prompt]
+    return sequence.sequence_id, prompt, sequence.sampling, sequence.generated
 
 
 def _tokens(chosen: Chosen) -> tuple[int, ...]:

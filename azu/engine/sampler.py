@@ -1,7 +1,6 @@
 """The choice of each sequence's next token, with transformers' logits processors and no random state."""
 
 import struct
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -22,10 +21,9 @@ from transformers import (
 from azu.engine.stage_contract import fault_of
 from azu.errors import NUMERICS_ERROR, FrameError, InternalError
 from azu.protocol.sampling import SamplingParams
-from azu.protocol.step import OpenedSequence, SampledToken, SequenceFault
+from azu.protocol.step import OpenedSequence, SampledToken, SeenTokens, SequenceFault
 
-_SEED = struct.Struct("<QQQ")
-_SEED_MASK = (1 << 64) - 1
+_SEED = struct.Struct("<QQ")
 # float32 has no smaller normal number: below it the highest logit has the whole probability.
 _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 # Below this temperature a logit divided by it may exceed float32.
@@ -37,20 +35,34 @@ class Sampler:
 
     def __init__(self) -> None:
         self._open: dict[int, _OpenSequence] = {}
+        self._seen: dict[int, SeenTokens] = {}
+
+    def see(self, sequences: Iterable[SeenTokens]) -> None:
+        """Store tokens of sequences that are opened next; another thread may sample meanwhile."""
+        for seen in sequences:
+            self._seen[seen.sequence_id] = seen
 
     def open(self, sequences: Iterable[OpenedSequence]) -> None:
-        """Store prompts and parameters; a sequence that is opened again starts with its generated tokens."""
+        """Store parameters; a sequence that is opened again starts after its generated tokens.
+
+        Raises FrameError for one whose penalties look at tokens that did not come before.
+        """
         for opened in sequences:
-            self._open[opened.sequence_id] = _OpenSequence(opened)
+            seen = self._seen.pop(opened.sequence_id, None)
+            if seen is None and _needs_tokens(opened):
+                raise FrameError(f"sequence {opened.sequence_id} was opened without its tokens")
+            self._open[opened.sequence_id] = _OpenSequence(opened, seen)
 
     def close(self, sequence_ids: Iterable[int]) -> None:
         """Forget sequences. An unknown id is not an error, because a close may be repeated."""
         for sequence_id in sequence_ids:
             self._open.pop(sequence_id, None)
+            self._seen.pop(sequence_id, None)
 
     def clear(self) -> None:
         """Forget every sequence."""
         self._open.clear()
+        self._seen.clear()
 
     def sample(
         self, sequence_ids: Sequence[int], logits: Tensor
@@ -74,16 +86,18 @@ class Sampler:
 
 
 class _OpenSequence:
-    def __init__(self, opened: OpenedSequence) -> None:
+    def __init__(self, opened: OpenedSequence, seen: SeenTokens | None) -> None:
         self._id = opened.sequence_id
         self._sampling = sampling = opened.sampling
         if sampling.temperature < _LEAST_TEMPERATURE:
             self._sampling = sampling = replace(sampling, temperature=0.0)
-        self._num_prompt = len(opened.prompt_token_ids)
-        # Without it, one seed would draw alike for all prompts.
-        self._prompt_hash = xxhash.xxh3_64_intdigest(array("q", opened.prompt_token_ids))
-        self._tokens = [*opened.prompt_token_ids, *opened.generated]
-        self._counts = Counter(opened.generated)
+        self._draw_key = opened.draw_key
+        prompt = seen.prompt_token_ids if seen else ()
+        generated = seen.generated if seen else ()
+        self._num_prompt = len(prompt)
+        # Of tokens that no penalty looks at the number counts, and not which they are.
+        self._tokens = [*prompt, *(generated or [0] * opened.num_generated)]
+        self._counts = Counter(generated)
         self._processors: LogitsProcessorList | None = None
 
     def next(self, logits: Tensor, best: int) -> SampledToken:
@@ -115,10 +129,15 @@ class _OpenSequence:
         index = len(self._tokens) - self._num_prompt
         # A new generator for each draw: a stage that continues the sequence at any index draws the same
         # token.
-        of_all = _SEED.pack(self._prompt_hash, self._sampling.seed & _SEED_MASK, index)
-        seed = xxhash.xxh3_64_intdigest(of_all)
+        seed = xxhash.xxh3_64_intdigest(_SEED.pack(self._draw_key, index))
         generator = torch.Generator().manual_seed(seed)
         return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+
+
+def _needs_tokens(opened: OpenedSequence) -> bool:
+    sampling = opened.sampling
+    counts = sampling.presence_penalty or sampling.frequency_penalty
+    return sampling.repetition_penalty != 1.0 or bool(counts and opened.num_generated)
 
 
 class _Bias(LogitsProcessor):  # type: ignore[misc] # transformers is untyped

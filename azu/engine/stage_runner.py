@@ -38,6 +38,7 @@ from azu.protocol.frame import Frame, FrameRow
 from azu.protocol.step import (
     ExpertWork,
     SampledToken,
+    SeenTokens,
     SequenceFault,
     Slice,
     StepBatch,
@@ -145,6 +146,10 @@ class StageRunner:
         with self._lock:
             self._sent.clear()
             self._sampler.clear()
+
+    def see(self, sequences: Sequence[SeenTokens]) -> None:
+        """Store tokens that this stage's penalties look at, before the step that opens their sequences."""
+        self._sampler.see(sequences)
 
     def num_sent(self, sequence_ids: Sequence[int]) -> Mapping[int, int]:
         """Return how many rows of hidden states can be sent again, for each sequence with such rows."""

@@ -26,16 +26,28 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class OpenedSequence:
-    """The facts of a sequence that the last stage needs before its first sample.
+    """The facts of a sequence that the last stage needs before its first sample; no token is among them.
 
-    `generated` holds the completion tokens that exist already, when a sequence continues. The
-    `stop_token_ids` of its sampling hold every token that may end it.
+    The draws depend on `draw_key`, which stands for prompt and seed. `num_generated` completion tokens exist
+    already, when a sequence continues. The `stop_token_ids` of its sampling hold every token that may end it.
+    """
+
+    sequence_id: int
+    sampling: SamplingParams
+    draw_key: int = 0
+    num_generated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SeenTokens:
+    """The tokens of a sequence that its penalties look at, for the last stage alone.
+
+    `prompt_token_ids` is empty where they look at the completion only.
     """
 
     sequence_id: int
     prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams
-    generated: tuple[int, ...] = ()
+    generated: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,7 @@ def _run(runner: StageRunner, num_tokens: int = 9) -> StepResult:
         micro_batch=0,
         slices=(Slice(1, 0, num_tokens, (0, 1, 2), sample=True, sequence_length=num_tokens),),
         token_ids=tokens,
-        opened=(OpenedSequence(1, tokens, SamplingParams(max_tokens=1, logprobs=5)),),
+        opened=(OpenedSequence(1, SamplingParams(max_tokens=1, logprobs=5)),),
     )
     result = runner.run(batch, None)
     assert isinstance(result, StepResult)

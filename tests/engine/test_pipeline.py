@@ -9,7 +9,7 @@ from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig, Sequence
 from azu.protocol.job import FinishReason, TokenEvent
 from azu.protocol.sampling import SamplingParams
-from azu.protocol.step import ExpertWork, Replay, SampledToken, StepBatch, StepResult
+from azu.protocol.step import ExpertWork, Replay, SampledToken, SeenTokens, StepBatch, StepResult
 from azu.protocol.topology import ExpertSet, LayerSpan, Stage
 from azu.units import MIB
 from tests import builders
@@ -86,6 +86,35 @@ def test_steps_have_the_tokens_of_their_slices() -> None:
     assert [batch.slices[0].position for batch in batches] == [0, 2, 3, 4, 5]
 
 
+def test_only_penalties_have_the_last_stage_see_tokens_and_no_step_carries_them_past_the_first() -> None:
+    seen = {}
+    for name, value in {"repetition_penalty": 1.2, "presence_penalty": 1.0, "temperature": 1.0}.items():
+        pipeline = _pipeline()
+        sampling = SamplingParams(max_tokens=9, seed=7, stop=("secret",), **{name: value})  # type: ignore[arg-type]
+        pipeline.add(Sequence(1, (1000, 1001), sampling, generated=(2000,)))
+        batch = _next(pipeline)
+        seen[name] = pipeline.seen_by(batch)
+        after = repr(replace(batch, token_ids=()))
+        assert not [word for word in ("1000", "1001", "2000", "secret", "seed=7") if word in after]
+
+    assert seen == {
+        "repetition_penalty": (SeenTokens(1, (1000, 1001), (2000,)),),
+        "presence_penalty": (SeenTokens(1, (), (2000,)),),
+        "temperature": (),
+    }
+
+
+def test_a_step_that_a_loss_took_back_is_not_waited_for() -> None:
+    pipeline = _two_stages()
+    _add(pipeline, prompt=3)
+    batch = _next(pipeline)
+    assert pipeline.waits_for(batch)
+
+    pipeline.suspend()
+
+    assert not pipeline.waits_for(batch)
+
+
 def test_a_sequence_is_opened_once_and_closed_with_the_next_step() -> None:
     pipeline = _pipeline()
     _add(pipeline, 1, max_tokens=1)
@@ -110,8 +139,7 @@ def test_a_sequence_with_generated_tokens_continues_after_them() -> None:
     pipeline.complete(_answer(batch))
 
     assert batch.token_ids == (10, 11, 20, 21)
-    assert batch.opened[0].prompt_token_ids == (10, 11)
-    assert batch.opened[0].generated == (20, 21)
+    assert batch.opened[0].num_generated == 2
     assert [event.finish_reason for event in _run(pipeline)] == [FinishReason.LENGTH]
 
 
@@ -281,7 +309,7 @@ def test_a_suspended_pipeline_sends_nothing_and_continues_after_its_last_complet
     again = _next(pipeline)
     assert (again.epoch, again.token_ids) == (5, (20,))
     # The last stage may have sampled a token that never returned.
-    assert [one.generated for one in again.opened] == [(20,)]
+    assert [one.num_generated for one in again.opened] == [1]
 
 
 def test_a_lost_stage_is_filled_before_any_other_step_runs() -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from azu.engine.opening import opened, seen
 from azu.engine.sampler import Sampler
 from azu.errors import FrameError
 from azu.protocol.sampling import SamplingParams
-from azu.protocol.step import OpenedSequence, SampledToken
+from azu.protocol.step import SampledToken
 
 _VOCAB = 50
 _EOS = 2
@@ -22,10 +23,23 @@ def _logits(seed: int = 0, rows: int = 1) -> torch.Tensor:
     return torch.randn(rows, _VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+def _open(
+    sampler: Sampler,
+    sequence_id: int,
+    sampling: SamplingParams,
+    generated: tuple[int, ...] = (),
+    prompt: tuple[int, ...] = _PROMPT,
+) -> None:
+    """Open a sequence as the pipeline does: its tokens come only where a penalty looks at them."""
+    looked_at = seen(sequence_id, prompt, sampling, generated)
+    sampler.see([looked_at] if looked_at else [])
+    sampler.open([opened(sequence_id, prompt, sampling, generated)])
+
+
 def _sampler(sampling: SamplingParams, generated: tuple[int, ...] = (), sequence_id: int = 1) -> Sampler:
     sampler = Sampler()
     sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, _EOS))
-    sampler.open([OpenedSequence(sequence_id, _PROMPT, sampling, generated)])
+    _open(sampler, sequence_id, sampling, generated)
     return sampler
 
 
@@ -71,10 +85,20 @@ def test_a_sequence_continued_in_the_middle_gets_the_same_tokens() -> None:
     assert rest == whole[8:]
 
 
+@pytest.mark.parametrize("penalty", [{"repetition_penalty": 1.2}, {"presence_penalty": 1.0}])
+def test_a_sequence_whose_penalty_looks_at_tokens_is_not_opened_without_them(
+    penalty: dict[str, float],
+) -> None:
+    sampling = SamplingParams(max_tokens=9, **penalty)  # type: ignore[arg-type]
+
+    with pytest.raises(FrameError, match="without its tokens"):
+        Sampler().open([opened(1, _PROMPT, sampling, (8,))])
+
+
 def test_other_sequences_in_the_batch_change_no_token() -> None:
     sampling = SamplingParams(max_tokens=20, temperature=1.0, seed=3)
     sampler = _sampler(sampling, sequence_id=5)
-    sampler.open([OpenedSequence(6, _PROMPT, SamplingParams(max_tokens=9, temperature=2.0, seed=9))])
+    _open(sampler, 6, SamplingParams(max_tokens=9, temperature=2.0, seed=9))
 
     tokens = [sampler.sample([6, 5], torch.cat([_logits(99), _logits(i)]))[0][1].token_id for i in range(20)]
 
@@ -187,8 +211,8 @@ def test_closed_sequences_are_forgotten_and_unknown_ones_refused() -> None:
 def test_what_fails_for_one_row_ends_that_row_and_no_other(odd: dict[str, object], code: str) -> None:
     plain = SamplingParams(max_tokens=9, temperature=1.0, seed=3)
     sampler = _sampler(plain, sequence_id=1)
-    sampler.open([OpenedSequence(2, _PROMPT, SamplingParams(max_tokens=9, **odd))])  # type: ignore[arg-type]
-    sampler.open([OpenedSequence(3, _PROMPT, plain)])
+    _open(sampler, 2, SamplingParams(max_tokens=9, **odd))  # type: ignore[arg-type]
+    _open(sampler, 3, plain)
 
     tokens, faults = sampler.sample([1, 2, 3], torch.cat([_logits(7)] * 3))
 
@@ -199,7 +223,8 @@ def test_what_fails_for_one_row_ends_that_row_and_no_other(odd: dict[str, object
 
 def test_one_seed_draws_otherwise_for_another_prompt() -> None:
     sampler, sampling = Sampler(), SamplingParams(max_tokens=1, temperature=1.0, seed=5)
-    sampler.open(OpenedSequence(n, (n,), sampling) for n in range(20))
+    for n in range(20):
+        _open(sampler, n, sampling, prompt=(n,))
 
     tokens, _ = sampler.sample(range(20), torch.zeros(20, _VOCAB))
 
@@ -291,13 +316,13 @@ def test_no_accepted_parameters_make_a_draw_fail_or_wrong_or_touch_a_neighbour(n
         sampler = _sampler(plain, _GENERATED)
         for sequence_id in rows[1:]:
             seeded = replace(odd, seed=chance.getrandbits(63))
-            sampler.open([OpenedSequence(sequence_id, _PROMPT, seeded, _GENERATED)])
+            _open(sampler, sequence_id, seeded, _GENERATED)
         chance.shuffle(rows)
 
         tokens, faults = sampler.sample(rows, logits[[int(row > 1) for row in rows]])
 
         assert not faults
-        alone.open([OpenedSequence(1, _PROMPT, plain, _GENERATED)])
+        _open(alone, 1, plain, _GENERATED)
         found = {token.sequence_id: token for token in tokens}
         assert found.pop(1) == _token(alone, logits[:1])
         for token in found.values():

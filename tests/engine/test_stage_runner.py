@@ -87,7 +87,7 @@ _BATCH = StepBatch(
         Slice(2, 0, 2, (2,), sample=False, sequence_length=9),
     ),
     token_ids=(5, 6, 7, 8, 9),
-    opened=(OpenedSequence(1, (5, 6, 7), SamplingParams(max_tokens=2, logprobs=3)),),
+    opened=(OpenedSequence(1, SamplingParams(max_tokens=2, logprobs=3)),),
 )
 
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from azu.engine.canary import TEXTS as CANARY_TEXTS
 from azu.engine.expert_counts import Received
+from azu.engine.opening import draw_key
 from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.text import TextDecoder
@@ -197,20 +198,20 @@ def test_a_job_goes_on_after_the_tokens_that_an_earlier_pipeline_wrote(play) -> 
 
 def test_each_choice_is_a_sequence_with_a_seed_of_its_own_and_its_index(play) -> None:
     async def scenario(pipeline: Pipeline) -> None:
-        wanted = replace(job(max_tokens=1), choices=2)
+        wanted = job(sampling=SamplingParams(max_tokens=1, temperature=1.0, seed=3), choices=2)
         await pipeline.jobs.submit(wanted)
         running = await pipeline.begin(wanted)
         opened = []
         while pipeline.runner.job_ids:
-            opened += [one.sampling.seed for one in pipeline.sent[0].opened]
+            opened += [one.draw_key for one in pipeline.sent[0].opened]
             await pipeline.answer(5)
             await asyncio.sleep(0.01)
         run = await running
 
         first, second = opened
-        assert first == wanted.sampling.seed
-        assert 0 <= second < 2**63
-        assert second not in (first, first + 1), "the next seed's first choice is another"
+        prompt, seed = wanted.prompt_token_ids, wanted.sampling.seed
+        assert first == draw_key(prompt, seed)
+        assert second not in (first, draw_key(prompt, seed + 1)), "the next seed's first choice is another"
         assert run.completion_tokens == 2
         assert await tokens(pipeline.jobs, "job-1", 0) == await tokens(pipeline.jobs, "job-1", 1) == (5,)
 
