@@ -247,7 +247,7 @@ class NodeAgents:
         else:
             # Ray may have declared it gone while it answered.
             if self.by_node.get(node_id) is agent:
-                self.nodes[node_id] = node
+                node = self.nodes[node_id] = node.with_plain_names()
                 self._table.record(node, time.monotonic())
                 self._measure_links(node_id)
         finally:

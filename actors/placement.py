@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from actors.compat import group_of
 from azu.errors import InsufficientCapacity, Unavailable
+from azu.protocol.node import plain_name
 from azu.units import MIB
 
 NAMESPACE = "azu"
@@ -58,9 +59,9 @@ def worker_nodes() -> tuple[WorkerNode, ...]:
     return tuple(
         WorkerNode(
             node_id=node["NodeID"],
-            name=node["Labels"].get(NAME_LABEL, node["NodeID"][:8]),
-            payout_address=node["Labels"][PAYOUT_LABEL],
-            device=node["Labels"].get(DEVICE_LABEL, "cpu"),
+            name=plain_name(node["Labels"].get(NAME_LABEL, node["NodeID"][:8])),
+            payout_address=plain_name(node["Labels"][PAYOUT_LABEL]),
+            device=plain_name(node["Labels"].get(DEVICE_LABEL, "cpu")),
             vram_bytes=int(node["Resources"][VRAM]) * MIB,
             raylet=f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}",
         )

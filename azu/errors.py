@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from azu.printable import printable
+
 NUMERICS_ERROR = "numerics_error"
 _MAX_MESSAGE_CHARACTERS = 4096
 _MAX_PARAM_CHARACTERS = 256
@@ -35,6 +37,7 @@ class AzuError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+        self._clean()
         self.code = code if code is not None else self.default_code
         self.retry_after_s = retry_after_s
 
@@ -43,16 +46,20 @@ class AzuError(Exception):
         # have a constructor of its own.
         return _rebuild, (type(self), self.message), self.__dict__
 
+    def __setstate__(self, state: dict[str, Any] | None) -> None:
+        # Another process wrote it.
+        self.__dict__.update(state or {})
+        self._clean()
+
+    def _clean(self) -> None:
+        # Both may quote what others wrote; a message that quotes a log has lines.
+        self.message = printable(self.message, _MAX_MESSAGE_CHARACTERS, kept="\n")
+        self.param = None if self.param is None else printable(self.param, _MAX_PARAM_CHARACTERS)
+        self.args = (self.message,)
+
     def to_openai(self) -> dict[str, dict[str, str | None]]:
         """Return the body that an OpenAI client expects: `{"error": {message, type, param, code}}`."""
-        # Both may quote the request: lone surrogates are escaped, and the length is limited.
-        message = _printable(self.message, _MAX_MESSAGE_CHARACTERS)
-        param = None if self.param is None else _printable(self.param, _MAX_PARAM_CHARACTERS)
-        return {"error": {"message": message, "type": self.type, "param": param, "code": self.code}}
-
-
-def _printable(text: str, max_characters: int) -> str:
-    return text[:max_characters].encode("utf-8", "backslashreplace").decode()
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
 # Names inside a program, and how libraries speak of their parts.

@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import TextIO
 
+from azu.printable import printable
+
 _OURS = ("azu", "actors", "deployments")
 # The attributes that Python itself gives a record; all others come from `extra`.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -91,7 +93,8 @@ class _Lines(logging.Formatter):
         if record.exc_info:
             facts["exception"] = self.formatException(record.exc_info)
         line = _SECRETS.sub(_HIDDEN, json.dumps(facts, default=str, ensure_ascii=False))
-        return self._known.sub(_HIDDEN, line) if self._known else line
+        # Escaped as in JSON, so the line stays an object.
+        return printable(self._known.sub(_HIDDEN, line) if self._known else line)
 
 
 def _with_ids(record: logging.LogRecord) -> bool:

@@ -31,6 +31,16 @@ def test_an_error_keeps_its_values_across_a_process_border(error_class: type[Azu
     assert (arrived.message, arrived.param, arrived.code) == ("what is wrong", "model", "special")
 
 
+def test_an_error_that_quotes_others_acts_on_nothing_wherever_it_comes_from() -> None:
+    made = AzuError("no model \x1b[2J" + "x" * 9_000, param="\x9bmodel")
+    crafted = AzuError("")
+    crafted.__dict__.update(message="node \x1b[2J" + "x" * 9_000, param="\x9bmodel")
+    for error in (made, pickle.loads(pickle.dumps(crafted))):
+        assert "\x1b" not in error.message + str(error)
+        assert len(error.message) == 4096
+        assert error.param == "\\u009bmodel"
+
+
 def test_no_two_classes_share_a_code() -> None:
     codes = [
         error_class.__dict__["default_code"]

@@ -111,3 +111,21 @@ def test_other_libraries_log_from_level_warning_on(lines: Lines) -> None:
     logging.getLogger("httpx").warning("a failure")
 
     assert [line["message"] for line in lines()] == ["a failure"]
+
+
+def test_no_character_of_a_line_acts_on_a_terminal(lines: Lines) -> None:
+    name = "node \x1b[2J\x9b1m\x7f\n\u202e\ud800"
+    raw = []
+    handler = logging.getLogger().handlers[0]
+    handler.addFilter(lambda record: raw.append(handler.format(record)) or True)
+    try:
+        raise ValueError(name)
+    except ValueError:
+        log.exception("%s", name, extra={"node": name})
+
+    (line,) = lines()
+
+    assert not [
+        character for character in "".join(raw) if character in name and ord(character) not in range(32, 127)
+    ]
+    assert line["message"] == line["node"] == name, "the line is JSON, and whole"

@@ -1,12 +1,14 @@
 """The network: nodes, deployed models and what they do, cuts, and how a machine becomes a node."""
 
 from collections.abc import Mapping
+from typing import Annotated
 
 from pydantic import Field, IPvAnyAddress
 
 from azu.api.base import RequestModel, ResponseModel
 
 _MAX_PEM = 8192
+NodeName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
 
 
 class Health(ResponseModel):
@@ -135,7 +137,7 @@ class EnrolRequest(RequestModel):
     """POST /v1/nodes/enrol. `host` is the address at which other nodes reach this one; `request` is PEM."""
 
     secret: str = Field(pattern=r"^[0-9a-f]{64}$")
-    name: str = Field(min_length=1, max_length=64)
+    name: NodeName
     host: IPvAnyAddress
     request: str = Field(max_length=_MAX_PEM)
 
@@ -154,7 +156,7 @@ class RestartRequest(RequestModel):
     certificate: str = Field(max_length=_MAX_PEM)
     signed_at_ms: int
     signature: str = Field(max_length=256)
-    name: str = Field(min_length=1, max_length=64)
+    name: NodeName
 
 
 class RestartResponse(ResponseModel):
@@ -170,7 +172,7 @@ class PayoutRequest(RequestModel):
     certificate: str = Field(max_length=_MAX_PEM)
     node_id: str = Field(pattern=r"^[0-9a-f]{56}$")
     payout: str = Field(max_length=64)
-    name: str = Field(min_length=1, max_length=64)
+    name: NodeName
     signed_at_ms: int
     signature: str = Field(max_length=256)
 

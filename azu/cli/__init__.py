@@ -69,10 +69,11 @@ def _print_error(error: AzuError) -> None:
     """Print an error for people on stderr, or with --json for programs on stdout."""
     import json
 
-    from rich.console import Console
     from rich.text import Text
+
+    from azu.cli.output import Terminal
 
     if "--json" in sys.argv:
         typer.echo(json.dumps(error.to_openai()))
     else:
-        Console(stderr=True).print(Text(error.message, style="red"), soft_wrap=True)
+        Terminal(stderr=True).print(Text(error.message, style="red"), soft_wrap=True)

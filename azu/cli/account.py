@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from azu.cli.credentials import Credential, open_client, store_credential, stored_credential
 from azu.cli.output import AsJson, console, show, table
@@ -39,7 +40,7 @@ def login(
     tls = None if settings.tls_ca is None else trusting(settings.tls_ca)
     found = known_network(url, given_id, tls=tls)
     if not given_id:
-        console.print(f"[yellow]not checked: the network's id is {found.network_id}, compare it[/]")
+        console.print(Text(f"not checked: the network's id is {found.network_id}, compare it", "yellow"))
     wallet = unlock(settings.home)
     client = Client(url, tls=tls or found.trust(), platform=found.platform)
     api_key = client.login(

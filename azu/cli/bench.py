@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from azu.cli.output import AsJson, show
+from azu.cli.output import AsJson, Terminal, show
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from azu.bench.report import BenchReport, Measurement
 
@@ -17,12 +18,10 @@ Only = Annotated[list[str] | None, typer.Option(help="A measurement; may be give
 
 def bench(only: Only = None, as_json: AsJson = False) -> None:
     """Measure azu beside transformers, cp and Redis; exit 1 when a target is missed. Takes some minutes."""
-    from rich.console import Console
-
     from azu.bench.model import ModelShape
     from azu.bench.suite import run_bench
 
-    with Console(stderr=True).status("Measuring") as status:
+    with Terminal(stderr=True).status("Measuring") as status:
         report = run_bench(only or (), ModelShape(), status.update)
     if as_json:
         show(report.facts(), as_json, lambda _: "")
@@ -55,8 +54,10 @@ def _drawn(report: "BenchReport") -> "Table":
     return table
 
 
-def _verdict(figure: "Measurement") -> str:
+def _verdict(figure: "Measurement") -> "Text":
+    from rich.text import Text
+
     if figure.passed is None:
-        return ""
+        return Text()
     bound = f"≥ {figure.at_least:g}" if figure.at_least is not None else f"≤ {figure.at_most:g}"
-    return f"[green]{bound} ✓[/]" if figure.passed else f"[red]{bound} ✗[/]"
+    return Text(f"{bound} ✓", "green") if figure.passed else Text(f"{bound} ✗", "red")

@@ -12,6 +12,7 @@ from typing import Any
 from eth_account import Account
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from azu.cli.output import ProgressPrinter, Step
 from azu.client import Client
@@ -141,4 +142,4 @@ def _receipt(run: DemoRun) -> Panel:
         table.add_row(f"worker {address}", f"{lamports} lamports")
     before, after = run.balance_before_lamports, run.balance_after_lamports
     table.add_row("balance", f"{hype_from_lamports(before)} to {hype_from_lamports(after)} HYPE")
-    return Panel(table, title=f"receipt: {run.model}", title_align="left", expand=False)
+    return Panel(table, title=Text(f"receipt: {run.model}"), title_align="left", expand=False)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from azu.cli.doctor_checks import Diagnosis, Finding
 
 
-_MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "bad": "[red]✗[/]", "unknown": "[dim]?[/]"}
+_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "bad": ("✗", "red"), "unknown": ("?", "dim")}
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -35,7 +35,7 @@ def _drawn(diagnosis: "Diagnosis") -> "Group":
 
 
 def _part(title: str, findings: "Sequence[Finding]") -> "Table":
-    from rich.markup import escape
+    from rich.text import Text
 
-    rows = [(_MARKS[one.state.value], one.about, escape(one.found), escape(one.advice)) for one in findings]
+    rows = [(Text(*_MARKS[one.state.value]), one.about, one.found, one.advice) for one in findings]
     return table(["", "what", "found", "to do"], rows, title=title)

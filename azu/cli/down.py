@@ -1,6 +1,6 @@
 """`azu down`: stop the network that `azu up` runs on this machine."""
 
-from azu.cli.output import console
+from azu.cli.output import console, done
 
 _TIMEOUT_S = 60.0
 
@@ -13,4 +13,4 @@ def down() -> None:
     home = Settings.from_environment().home
     with console.status(f"Stopping the network in {home}"):
         stop_network(home, _TIMEOUT_S)
-    console.print("[green]✓[/] stopped")
+    console.print(done("stopped"))

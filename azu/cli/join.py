@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
-from azu.cli.output import console
+from azu.cli.output import console, done
 from azu.errors import AzuError, ConfigurationError, Unauthenticated
 from azu.units import format_bytes
 
@@ -55,7 +56,7 @@ def join(
         ip = ip or address_towards(decoded.url)
     else:
         ip = _on_the_heads_machine(decoded, ip)
-    console.print(f"[dim]network {decoded.network}[/]")
+    console.print(Text(f"network {decoded.network}", "dim"))
     membership = membership_of(decoded, settings.home, name=machine, host=ip, money_home=settings.money_home)
     with stop_signals_raised():
         while True:
@@ -92,7 +93,7 @@ def _ray_user(settings: "Settings") -> "UnixUser | None":
     try:
         return ray_user(settings)
     except ConfigurationError as error:
-        console.print(f"[yellow]The network runs its code here as root: {error.message}[/]")
+        console.print(Text(f"The network runs its code here as root: {error.message}", "yellow"))
         return None
 
 
@@ -185,15 +186,15 @@ def _watch(
         names = [worker.name for worker in workers]
         renewal = Renewal(names, life, lambda name: _asked(membership, name), nodes.restart)
         check_s = min(check_s, life.window.total_seconds() / 6)
-    with console.status(f"Joining {access.head}") as status:
+    with console.status(Text(f"Joining {access.head}")) as status:
         for worker in workers:
             nodes.wait_until_printed(worker.name, STARTED, _START_TIMEOUT_S)
             lent = f"{worker.name} lends {format_bytes(worker.vram_bytes)}"
-            console.print(f"[green]✓[/] {lent}, paid to {worker.payout_address}")
+            console.print(done(f"{lent}, paid to {worker.payout_address}"))
         while True:
             revived = nodes.revive()
             for name in revived:
-                console.print(f"[yellow]{name} had ended and was started again[/]")
+                console.print(Text(f"{name} had ended and was started again", "yellow"))
             if revived or time.monotonic() - checked_s > check_s:
                 checked_s = time.monotonic()
                 later = _later(membership)
@@ -203,9 +204,9 @@ def _watch(
                     share()
                     renewal.take(later.life, datetime.now(UTC))
             if renewal is not None and (renewed := renewal.step(datetime.now(UTC))) is not None:
-                console.print(f"[dim]{renewed} was started again, with a new certificate[/]")
+                console.print(Text(f"{renewed} was started again, with a new certificate", "dim"))
             joined = sum(nodes.has_printed(worker.name, STARTED) for worker in workers)
-            status.update(f"{joined} of {len(workers)} nodes joined to {access.head}; Ctrl-C leaves")
+            status.update(Text(f"{joined} of {len(workers)} nodes joined to {access.head}; Ctrl-C leaves"))
             time.sleep(_WATCH_S)
 
 
@@ -216,7 +217,7 @@ def _later(membership: "Membership") -> "ClusterAccess | None":
     except Unauthenticated:
         raise
     except AzuError as error:
-        console.print(f"[yellow]{error.message}[/]")
+        console.print(Text(error.message, "yellow"))
         return None
 
 
@@ -225,5 +226,5 @@ def _asked(membership: "Membership", name: str) -> "RestartResponse | None":
     try:
         return membership.ask_restart(name)
     except AzuError as error:
-        console.print(f"[yellow]{error.message}[/]")
+        console.print(Text(error.message, "yellow"))
         return None

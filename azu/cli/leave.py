@@ -4,9 +4,10 @@ import time
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from azu.cli.credentials import open_client
-from azu.cli.output import AsJson, console, show
+from azu.cli.output import AsJson, console, done, show
 
 _POLL_S = 0.5
 
@@ -23,9 +24,9 @@ def leave(name: Name, patience: WaitOption = 300.0, as_json: AsJson = False) -> 
 
     client = open_client()
     deadline = time.monotonic() + patience
-    with console.status(f"Moving the pieces of {name}"):
+    with console.status(Text(f"Moving the pieces of {name}")):
         while not client.leave(name):
             if time.monotonic() > deadline:
                 raise DeadlineExceeded(f"{name} still holds pieces: no other node has room for them")
             time.sleep(_POLL_S)
-    show({"name": name, "left": True}, as_json, lambda _: f"[green]✓[/] {name} holds nothing any more")
+    show({"name": name, "left": True}, as_json, lambda _: done(f"{name} holds nothing any more"))

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 
-from azu.cli.output import AsJson, show, table
+from azu.cli.output import AsJson, Terminal, show, table
 from azu.units import format_bytes
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def plan(
     policy = load_network(network or settings.network).policy.plan_policy()
     structure = _structure(model, revision, settings.home / "shards")
     if structure.may_overflow:
-        Console(stderr=True).print(
+        Terminal(stderr=True).print(
             "Warning: this checkpoint is in bfloat16, and its config.json has it served in float16, whose "
             "largest value is 65,504. Texts that exceed it end with numerics_error. "
             'Set "dtype": "bfloat16" in its config.json, and cut it again.',
@@ -78,7 +78,7 @@ def _structure(model: str, revision: str | None, shards: Path) -> "Structure":
 
     model_id = str(folder.resolve()) if folder.is_dir() else model
     source = find_source(model_id, revision, [folder.resolve().parent] if folder.is_dir() else [])
-    with disk_errors(shards.parent), Console(stderr=True).status("reading the model") as status:
+    with disk_errors(shards.parent), Terminal(stderr=True).status("reading the model") as status:
 
         def show_progress(done: int, total: int) -> None:
             status.update(f"reading the model: {format_bytes(done)} of {format_bytes(total)}")

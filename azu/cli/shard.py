@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from azu.cli.output import AsJson, show, table
+from azu.cli.output import AsJson, Terminal, show, table
 from azu.units import format_bytes
 
 if TYPE_CHECKING:
@@ -82,8 +82,9 @@ def shard(
 
 @contextmanager
 def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    named = TextColumn("{task.description}", markup=False)
+    columns = (named, BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as progress:
         task: TaskID = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

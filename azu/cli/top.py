@@ -13,7 +13,7 @@ from rich.text import Text
 
 from azu.api.network import Activity
 from azu.cli.credentials import open_client
-from azu.cli.output import AsJson, console, show
+from azu.cli.output import AsJson, cell, console, show
 from azu.units import format_bytes
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _nodes(nodes: "tuple[NodeLine, ...]") -> Table:
     for node in sorted(nodes, key=lambda node: node.name):
         used = node.vram_used_bytes
         drawn.add_row(
-            node.name,
+            cell(node.name),
             Text(node.state, style="green" if node.state == "alive" else "red"),
             _bar(node.vram_total_bytes - node.vram_free_bytes, node.vram_total_bytes, _BAR_WIDTH),
             format_bytes(node.vram_total_bytes),
@@ -138,7 +138,7 @@ def _model(model: "DeploymentLine", speed: "Speed") -> list[RenderableType]:
     does = model.activity
     waiting = f" + {does.waiting_sequences} waiting" if does.waiting_sequences else ""
     return [
-        model.model_id if model.state == "running" else f"{model.model_id} ({model.state})",
+        cell(model.model_id if model.state == "running" else f"{model.model_id} ({model.state})"),
         f"{speed.tokens_per_s:.1f}",
         _time(speed.time_to_first_token_s),
         _time(speed.time_per_token_s),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from azu.cli.output import AsJson, console, show
 
@@ -124,10 +125,10 @@ def _print_facts(facts: dict[str, str | None], as_json: bool) -> None:
             console.print(f"azu join {facts['ticket']} --vram 8GiB --payout 0x...", soft_wrap=True)
 
 
-def _more_tickets(no_ticket: str | None) -> str:
+def _more_tickets(no_ticket: str | None) -> Text:
     if no_ticket is None:
-        return "azu ticket new --host ADDRESS"
-    return f"[red]none: {no_ticket}[/]; see --trust-members"
+        return Text("azu ticket new --host ADDRESS")
+    return Text.assemble((f"none: {no_ticket}", "red"), "; see --trust-members")
 
 
 def _panel(facts: dict[str, str | None]) -> Panel:
@@ -144,5 +145,5 @@ def _panel(facts: dict[str, str | None]) -> Panel:
         grid.add_row("to lend", f"the second command, on {facts['ticket_host'] or 'this machine alone'}")
     if facts["authority"] is not None:
         grid.add_row("tickets", _more_tickets(facts["no_ticket"]))
-        grid.add_row("", "[dim]a machine that joins can run code here: admit people you trust[/]")
+        grid.add_row("", Text("a machine that joins can run code here: admit people you trust", "dim"))
     return Panel(grid, title="azu is up; `azu down` stops it", title_align="left", expand=False)

@@ -4,6 +4,7 @@ import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from azu.cli.credentials import open_client
 from azu.cli.output import AsJson, console, show
@@ -32,7 +33,7 @@ def withdraw(
         state = client.withdraw(wallet, lamports)
         deadline = time.monotonic() + _TIMEOUT_S
         while state.state not in _DECIDED and time.monotonic() < deadline:
-            status.update(f"The withdrawal of {amount} HYPE is {state.state}")
+            status.update(Text(f"The withdrawal of {amount} HYPE is {state.state}"))
             time.sleep(_POLL_S)
             state = client.withdrawal(state.nonce)
     show(state, as_json, lambda found: _drawn(found, amount, wallet.address))
@@ -40,11 +41,11 @@ def withdraw(
         raise typer.Exit(1)
 
 
-def _drawn(found: "WithdrawalLine", amount: str, address: str) -> str:
+def _drawn(found: "WithdrawalLine", amount: str, address: str) -> Text:
     match found.state:
         case "paid":
-            return f"{amount} HYPE are back at {address}"
+            return Text(f"{amount} HYPE are back at {address}")
         case "refused":
-            return f"[red]refused: {found.reason}[/]"
+            return Text(f"refused: {found.reason}", "red")
         case _:
-            return f"[yellow]still {found.state}; it goes on by itself, and is in `azu balance`[/]"
+            return Text(f"still {found.state}; it goes on by itself, and is in `azu balance`", "yellow")

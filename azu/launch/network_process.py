@@ -15,10 +15,12 @@ import psutil
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from rich.console import Console
+from rich.text import Text
 
 from azu.errors import AzuError, ConfigurationError, Conflict, DeadlineExceeded, NotFound, Unavailable
 from azu.files import read_json, write_private
 from azu.launch.processes import StopSignal, azu_command
+from azu.printable import printable
 from azu.supervision import FAULTS_IN_A_ROW
 
 _LOCK = "network.lock"
@@ -76,11 +78,12 @@ def watch(revive: Callable[[], list[str]], stop: StopSignal) -> None:
             if faults == FAULTS_IN_A_ROW:
                 raise
             revived = []
-            console.print(f"[red]what had ended was not started again: {type(error).__name__}: {error}[/]")
+            told = f"what had ended was not started again: {type(error).__name__}: {error}"
+            console.print(Text(printable(told), "red"))
         else:
             faults = 0
         for name in revived:
-            console.print(f"[yellow]{name} had ended and was started again[/]")
+            console.print(Text(f"{name} had ended and was started again", "yellow"))
         stop.check()
         time.sleep(_WATCH_S)
 

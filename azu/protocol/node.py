@@ -1,10 +1,19 @@
 """A node: the state that it reports once a second."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from pydantic import ConfigDict
+
+from azu.printable import printable
+
+_MOST_NAME_CHARACTERS = 64
+
+
+def plain_name(text: str) -> str:
+    """Return a name that a machine gave itself as anything may show it."""
+    return printable(text, _MOST_NAME_CHARACTERS)
 
 
 class NodeState(StrEnum):
@@ -44,6 +53,11 @@ class Node:
     vram_other_bytes: int = 0
     load: float = 0.0
     bad_frames: int = 0
+
+    def with_plain_names(self) -> "Node":
+        """Return the same node with names that anything may show."""
+        name, payout, device = map(plain_name, (self.name, self.payout_address, self.device))
+        return replace(self, name=name, payout_address=payout, device=device)
 
     def room_bytes(self, placed_bytes: int, given_back_bytes: int = 0) -> int:
         """Return the bytes for more pieces beside those of `placed_bytes`, which need not be loaded yet.

@@ -1,6 +1,4 @@
-from rich.console import Console
-
-from azu.cli.output import table
+from azu.cli.output import Terminal, table
 
 
 def test_an_id_stays_on_one_line_of_a_narrow_terminal() -> None:
@@ -15,7 +13,7 @@ def test_an_id_stays_on_one_line_of_a_narrow_terminal() -> None:
         678_901,
         "no worker has room left",
     ]
-    console = Console(width=80)
+    console = Terminal(width=80)
 
     with console.capture() as captured:
         console.print(table(columns, [row]))

@@ -1,9 +1,9 @@
 """What `azu top` draws."""
 
 import pytest
-from rich.console import Console
 
 from azu.api.network import Activity, DeploymentLine, JobCounts, NetworkResponse, NodeLine, TimeTotal
+from azu.cli.output import Terminal
 from azu.cli.top import Sample, Speed, _screen, speed_between
 from azu.units import MIB
 
@@ -23,7 +23,7 @@ def deployment(**given: object) -> DeploymentLine:
 
 
 def drawn(sample: Sample) -> str:
-    console = Console(width=150, color_system=None)
+    console = Terminal(width=150, color_system=None)
     with console.capture() as capture:
         console.print(_screen(sample))
     return capture.get()
