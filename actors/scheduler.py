@@ -34,7 +34,8 @@ from azu.supervision import Supervisor, end_process
 log = logging.getLogger(__name__)
 
 _MEASURE_S = 2.0
-_ARCHIVE_S = 60.0
+_ARCHIVE_S = 10.0
+_GIVE_BACK_S = 60.0
 
 
 @raises_known_errors
@@ -183,11 +184,15 @@ class Scheduler:
         start("places", self._check_places, every_s=policy.moves.look_s)
         start("canary", self._canary.check, every_s=policy.heartbeat.period_s)
         start("old jobs", self._archive, every_s=_ARCHIVE_S)
+        start("lost jobs", self._give_back, every_s=_GIVE_BACK_S)
         start("jobs", self._dispatcher.run)
 
     async def _archive(self) -> None:
-        """Keep little of the jobs that ended a day ago, and return what lost ones had reserved."""
-        await self._jobs.archive(wall_clock_ms())
+        """Keep neither prompts nor answers for longer than the network's policy says."""
+        await self._jobs.archive(wall_clock_ms(), self._config.policy.retention_s * 1000)
+
+    async def _give_back(self) -> None:
+        """Return what lost jobs had reserved."""
         for job_id in await self._books.overdue():
             # First the job, then its money: a job that is written meanwhile keeps its reservation.
             if await self._jobs.give_up(job_id):

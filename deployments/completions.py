@@ -121,10 +121,19 @@ async def job_stream(
     )  # fmt: skip
     deltas = follow(services.jobs, job, model.tokenizer, after)
     events = _events(job, deltas, answer, include_usage=True, after=after)
-    if record.outcome is not None or not record.asked:
+    if not record.asked:
+        return EventStream(_noting_the_end(services, job_id, events))
+    if record.outcome is not None:
         return EventStream(events)
     reader = Reader(job_id, job.address, record.asked, secrets.token_hex(8))
     return _ReadStream(_Reading(services, reader), events)
+
+
+async def _noting_the_end(services: Services, job_id: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Yield the events of a job that no connection waits for, and note that all were read."""
+    async for event in events:
+        yield event
+    await services.jobs.note_read(job_id)
 
 
 async def _answer(

@@ -4,10 +4,11 @@ import asyncio
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, BackgroundTasks, Query
 
 from azu.api.jobs import (
     ChoiceResult,
+    DeletedJob,
     DisputeRequest,
     DisputeState,
     JobLine,
@@ -22,6 +23,7 @@ from azu.api.jobs import (
 )
 from azu.api.openai import CompletionRequest
 from azu.auth.signatures import receipt_facts, sealed
+from azu.clock import wall_clock_ms
 from azu.errors import Conflict, InvalidRequest
 from azu.jobs.record import JobRecord
 from azu.protocol.job import JobState
@@ -52,14 +54,16 @@ async def submit(body: SubmitRequest, key: Key, bearer: Bearer, services: Servic
 
 
 @router.get("/results/{job_id}")
-async def results(job_id: str, key: Key, services: ServicesNow) -> Results:
-    """Return a job's state and what it has produced so far."""
+async def results(job_id: str, key: Key, services: ServicesNow, afterwards: BackgroundTasks) -> Results:
+    """Return a job's state and what it has produced so far; nothing once its answer is not kept any more."""
     record = await owned(services, key, job_id)
     model = await services.model(record.job.model_id)
     tokens = await services.jobs.tokens(job_id, record.job.choices)
     # A long answer takes seconds, in which the other callers' answers go on.
     choices = await asyncio.to_thread(lambda: [_choice(model, record, token_ids) for token_ids in tokens])
     outcome = record.outcome
+    if outcome is not None and not record.asked:
+        afterwards.add_task(services.jobs.note_read, job_id)
     receipt = outcome.receipt if outcome else None
     prompt_tokens = receipt.prompt_tokens if receipt else len(record.job.prompt_token_ids)
     completion_tokens = sum(len(choice.token_ids) for choice in choices)
@@ -102,6 +106,14 @@ async def dispute(job_id: str, body: DisputeRequest, key: Key, services: Service
     """
     held = await services.books.dispute(key.address, job_id, body.signature)
     return DisputeState(job_id=job_id, held_lamports=held.lamports)
+
+
+@router.delete("/v1/jobs/{job_id}")
+async def delete(job_id: str, key: Key, services: ServicesNow) -> DeletedJob:
+    """Remove an ended job's prompt and answer; its receipt stays. They leave the disk within an hour."""
+    await owned(services, key, job_id)
+    await services.jobs.remove(job_id, wall_clock_ms())
+    return DeletedJob(deleted=job_id)
 
 
 def _choice(model: ServedModel, record: JobRecord, token_ids: tuple[int, ...]) -> ChoiceResult:

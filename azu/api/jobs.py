@@ -116,6 +116,12 @@ class DisputeState(ResponseModel):
     held_lamports: int
 
 
+class DeletedJob(ResponseModel):
+    """The id of a job whose prompt and answer are removed."""
+
+    deleted: str
+
+
 class QuoteRequest(RequestModel):
     """POST /v1/quote: either a prompt as it is, or the number of its tokens; for `n` answers to it."""
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from azu.cli.credentials import open_client
-from azu.cli.output import AsJson, console, show, table
+from azu.cli.output import AsJson, console, done, show, table
 
 if TYPE_CHECKING:
     from azu.api.jobs import JobLine, ReceiptLines
@@ -50,10 +50,19 @@ def prompt(
 
 def jobs(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="How many, newest first.")] = 20,
+    delete: Annotated[
+        str | None,
+        typer.Option(metavar="JOB", help="Remove this job's prompt and answer; its receipt stays."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the key's jobs with their errors, charges and releases."""
-    show(open_client().jobs(limit), as_json, _jobs)
+    """Show the key's jobs with their errors, charges and releases; or delete the texts of one."""
+    client = open_client()
+    if delete is not None:
+        job_id = client.delete_job(delete)
+        show({"deleted": job_id}, as_json, lambda _: done(f"{job_id} has no prompt and no answer any more"))
+        return
+    show(client.jobs(limit), as_json, _jobs)
 
 
 def compared(differs: str | None) -> Text:
@@ -75,7 +84,7 @@ def receipt_panel(found: "ReceiptLines") -> Panel:
     grid.add_row("platform", f"{found.platform_lamports} lamports")
     for address, lamports in sorted(found.worker_lamports.items()):
         grid.add_row(f"worker {address}", f"{lamports} lamports")
-    return Panel(grid, title=f"{found.model_id}  {found.transfer_id}", title_align="left", expand=False)
+    return Panel(grid, title=Text(f"{found.model_id}  {found.transfer_id}"), title_align="left", expand=False)
 
 
 def _jobs(found: "list[JobLine]") -> Group:

@@ -27,7 +27,15 @@ from azu.api.accounts import (
     WithdrawalLine,
 )
 from azu.api.base import Response, read
-from azu.api.jobs import DisputeState, JobLine, JobList, ReceiptLines, Results, SubmittedJob
+from azu.api.jobs import (
+    DeletedJob,
+    DisputeState,
+    JobLine,
+    JobList,
+    ReceiptLines,
+    Results,
+    SubmittedJob,
+)
 from azu.api.network import (
     LeaveResponse,
     ModelStatusResponse,
@@ -226,6 +234,12 @@ class Client:
         """Have what a job paid out be held until the network's admin decides; the payer's wallet signs."""
         body = {"signature": sign_dispute(wallet, job_id, self.platform().address)}
         return self._post(DisputeState, f"/v1/jobs/{quote(job_id, safe='')}/dispute", body)
+
+    def delete_job(self, job_id: str) -> str:
+        """Remove an ended job's prompt and answer from the network and return its id; its receipt stays."""
+        with translated():
+            answer = json_of(self._http.delete(f"/v1/jobs/{quote(job_id, safe='')}"))
+            return read(DeletedJob, answer).deleted
 
     def receipt(self, job_id: str) -> ReceiptLines:
         """Return what a job cost and which workers earned it."""

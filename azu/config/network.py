@@ -170,12 +170,17 @@ class RetryPolicy:
 
 
 class NetworkPolicy(_Section):
-    """All that a network's owner decides; `models` are the ids, or patterns of ids, that it offers."""
+    """All that a network's owner decides; `models` are the ids, or patterns of ids, that it offers.
+
+    A job's prompt and answer are kept for `retention_s` after its end; with 0 until its client has the answer
+    or may not come back any more.
+    """
 
     models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
     price: Price
     payout_threshold_lamports: Count
     earnings_mature_s: Annotated[int, Field(ge=0, le=30 * 86_400)] | None
+    retention_s: Annotated[int, Field(ge=0, le=86_400)]
     kv: KvCapacity
     planner: Planner
     engine: Engine

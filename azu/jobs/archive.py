@@ -1,6 +1,5 @@
-"""Ended jobs after a day: what receipts and lists need, in a few hundred bytes each, without the prompt.
+"""Jobs without prompt and answer: what receipts and lists need, in a few hundred bytes each.
 
-`azu:jobs:ended`    sorted set: ended jobs that are not archived, by the time at which they ended.
 `azu:jobs:archive`  hash: job id -> archived job; "like:" and a digest -> the text that an archived job is
                     compressed against. Jobs that ran in one topology share such a text.
 """
@@ -14,12 +13,22 @@ from typing import cast
 
 from redis.asyncio import Redis
 
-from azu.jobs.record import ENDED, OUTCOME, JobRecord, job_key, record_of, tokens_key
+from azu.jobs.record import (
+    ENDED,
+    GROUP,
+    OUTCOME,
+    QUEUE,
+    REMOVED,
+    JobRecord,
+    asked_key,
+    job_key,
+    readers_key,
+    record_of,
+    tokens_key,
+)
 from azu.protocol.job import JobOutcome
 
 ARCHIVE = "azu:jobs:archive"
-AFTER_MS = 24 * 3600 * 1000
-_AT_ONCE = 200
 _MAX_ERROR_CHARACTERS = 200
 _DIGEST_CHARACTERS = 12
 _ADDRESS_BYTES = 20
@@ -80,35 +89,31 @@ def _text(outcome: JobOutcome) -> str:
 
 
 class Archive:
-    """Moves ended jobs into the archive. Every method raises Unavailable while Redis is away."""
+    """Holds the archived jobs. Every method raises Unavailable while Redis is away, and may be repeated."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def sweep(self, now_ms: int) -> bool:
-        """Archive jobs that ended a day ago; return whether there may be more.
-
-        A sweep that is cut off is taken up by the next.
-        """
-        found = await self._redis.zrangebyscore(ENDED, "-inf", now_ms - AFTER_MS, start=0, num=_AT_ONCE)
-        job_ids = cast(list[str], found)
-        if not job_ids:
-            return False
-        async with self._redis.pipeline(transaction=False) as read:
-            for job_id in job_ids:
-                read.hgetall(job_key(job_id))
-            found_fields = await read.execute()
-        records = [JobRecord.from_fields(fields) for fields in found_fields if fields]
+    async def put(self, ended: Mapping[str, Mapping[str, str]], now_ms: int) -> None:
+        """Archive ended jobs, given by their records' hashes, and remove all else that Redis has of them."""
+        records = [JobRecord.from_fields(fields) for fields in ended.values() if "outcome" in fields]
         likes = await self._likes([record.outcome for record in records if record.outcome is not None])
         async with self._redis.pipeline(transaction=True) as write:
             for record in records:
-                if record.outcome is not None:
-                    digest, _ = shared_text(record.outcome)
-                    write.hset(ARCHIVE, record.job.job_id, pack(record, digest, likes[digest]))
-                    write.delete(job_key(record.job.job_id), tokens_key(record.job.job_id))
-            write.zrem(ENDED, *job_ids)
+                assert record.outcome is not None
+                job_id = record.job.job_id
+                digest, _ = shared_text(record.outcome)
+                write.hset(ARCHIVE, job_id, pack(record, digest, likes[digest]))
+                write.delete(job_key(job_id), tokens_key(job_id), readers_key(job_id))
+                write.hdel(asked_key(record.asked), job_id)
+                if queue_id := ended[job_id].get("queue_id"):
+                    # Without the record the job could not be taken out of the queue later.
+                    write.xack(QUEUE, GROUP, queue_id)
+                    write.xdel(QUEUE, queue_id)
+                write.set(REMOVED, now_ms, nx=True)
+            if ended:
+                write.zrem(ENDED, *ended)
             await write.execute()
-        return len(job_ids) == _AT_ONCE
 
     async def read(self, job_ids: Sequence[str]) -> Mapping[str, JobRecord]:
         """Return those of the jobs that are archived."""

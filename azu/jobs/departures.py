@@ -21,7 +21,7 @@ from typing import cast
 
 from redis.asyncio import Redis
 
-from azu.jobs.record import CANCELLATIONS_KEPT, CANCELLED, asked_key, job_key
+from azu.jobs.record import CANCELLATIONS_KEPT, CANCELLED, asked_key, job_key, readers_key
 
 BEAT_S = 3.0
 # A live ingress may be late by so much.
@@ -105,7 +105,7 @@ class Departures:
         """Note that a reader has its whole answer: the next request like its own is another job."""
         async with self._redis.pipeline(transaction=False) as pipeline:
             pipeline.hdel(asked_key(reader.asked), reader.job_id)
-            pipeline.srem(_readers_key(reader.job_id), reader.name)
+            pipeline.srem(readers_key(reader.job_id), reader.name)
             await pipeline.execute()
 
     async def waiting(self, address: str) -> list[str]:
@@ -117,14 +117,20 @@ class Departures:
         return state.isdigit() or 0 < await self._redis.pttl(_ingress_key(state)) < self._kept_ms
 
 
+async def may_be_read(redis: Redis, job_id: str, asked: str, now_ms: int) -> bool:
+    """Say whether a client reads a job over a connection, or may still come back to it."""
+    state = cast(str | None, await redis.hget(asked_key(asked), job_id))
+    if await redis.scard(readers_key(job_id)):
+        return True
+    if state is None:
+        return False
+    return int(state) > now_ms if state.isdigit() else bool(await redis.exists(_ingress_key(state)))
+
+
 def _keys(reader: Reader) -> list[str]:
     job_id = reader.job_id
     asked, left = asked_key(reader.asked), _left_key(reader.address)
-    return [job_key(job_id), _readers_key(job_id), CANCELLED, asked, left]
-
-
-def _readers_key(job_id: str) -> str:
-    return f"azu:job:{job_id}:readers"
+    return [job_key(job_id), readers_key(job_id), CANCELLED, asked, left]
 
 
 def _left_key(address: str) -> str:

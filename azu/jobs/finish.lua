@@ -11,8 +11,9 @@ end
 if redis.call('HSETNX', KEYS[1], 'outcome', outcome) == 0 then
   return 0
 end
-redis.call('HSET', KEYS[1], 'state', state)
+local now_ms = redis.call('TIME')[1] * 1000
+redis.call('HSET', KEYS[1], 'state', state, 'ended_at_ms', now_ms)
 redis.call('XADD', KEYS[2], math.max(delivered, tokens) .. '-1', 'outcome', outcome)
 redis.call('EXPIRE', KEYS[2], kept_s)
-redis.call('ZADD', KEYS[3], redis.call('TIME')[1] * 1000, id)
+redis.call('ZADD', KEYS[3], now_ms, id)
 return 1

@@ -12,6 +12,7 @@ QUEUE = "azu:jobs:queue"
 GROUP = "schedulers"
 CANCELLED = "azu:jobs:cancelled"
 ENDED = "azu:jobs:ended"
+REMOVED = "azu:jobs:removed"
 LOOKED = "azu:jobs:looked"
 CANCELLATIONS_KEPT = 10_000
 
@@ -29,6 +30,11 @@ def job_key(job_id: str) -> str:
 def tokens_key(job_id: str) -> str:
     """Return the key of a job's token stream."""
     return f"azu:job:{job_id}:tokens"
+
+
+def readers_key(job_id: str) -> str:
+    """Return the key of the readers that came back to a job."""
+    return f"azu:job:{job_id}:readers"
 
 
 def lost_key(job_id: str) -> str:

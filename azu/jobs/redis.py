@@ -40,6 +40,7 @@ from azu.jobs.record import (
     wake_key,
     without_first,
 )
+from azu.jobs.retention import Retention
 from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, TokenEvent
 from azu.redis_client import connect_redis, retry_until_available
 from azu.supervision import FAULTS_IN_A_ROW, as_known_error
@@ -82,6 +83,7 @@ class RedisJobs:
         self._redis = redis
         self._reader = TokenReader(redis)
         self._archive = Archive(redis)
+        self._retention = Retention(redis, self._archive)
         self._submit = redis.register_script(_script("submit"))
         self._claim = redis.register_script(_script("claim"))
         self._set_state = redis.register_script(_script("set_state"))
@@ -92,6 +94,7 @@ class RedisJobs:
         self._cancel = redis.register_script(_script("cancel"))
         self._left_for = redis.register_script(_script("left_for"))
         self._give_up = redis.register_script(_script("give_up"))
+        self._read = redis.register_script(_script("read"))
 
     @classmethod
     def from_url(cls, url: str) -> "RedisJobs":
@@ -133,7 +136,12 @@ class RedisJobs:
             for job_id in job_ids:
                 pipeline.hget(job_key(job_id), "state")
             found = await pipeline.execute()
-        return [None if state is None else JobState(state) for state in found]
+        unknown = [job_id for job_id, state in zip(job_ids, found, strict=True) if state is None]
+        archived = {job_id: one.state for job_id, one in (await self._archive.read(unknown)).items()}
+        return [
+            archived.get(job_id) if state is None else JobState(state)
+            for job_id, state in zip(job_ids, found, strict=True)
+        ]
 
     async def of(self, address: str, limit: int) -> list[JobRecord]:
         """Return the latest jobs of an address, newest first."""
@@ -251,13 +259,25 @@ class RedisJobs:
                 for _, fields in entries:
                     yield fields["job"], "back" in fields
 
-    async def archive(self, now_ms: int) -> None:
-        """Archive every job that ended a day ago.
+    # What is kept
 
-        An archived job has no prompt any more, and its state and receipt stay.
+    async def archive(self, now_ms: int, kept_ms: int) -> None:
+        """Archive every job that ended `kept_ms` ago and whose client is not expected any more.
+
+        An archived job has neither prompt nor answer, and its state and receipt stay. With 0 an answer goes
+        as soon as it was read whole.
         """
-        while await self._archive.sweep(now_ms):
+        while await self._retention.sweep(now_ms, kept_ms):
             pass
+        await self._retention.rewrite(now_ms)
+
+    async def note_read(self, job_id: str) -> None:
+        """Note that the whole answer of a job was read; no connection waits for the job."""
+        await self._read([job_key(job_id)])
+
+    async def remove(self, job_id: str, now_ms: int) -> None:
+        """Archive one ended job at once. Raises Conflict for one that has not ended."""
+        await self._retention.remove(job_id, now_ms)
 
     # Tokens and the end
 
@@ -294,9 +314,9 @@ class RedisJobs:
         tokens = outcome.receipt.completion_tokens
         arguments = [job_id, outcome.state.value, OUTCOME.dump_json(outcome), tokens, TOKENS_KEPT_S]
         written = await self._finish(keys, arguments)
-        if written < 0:
+        if written < 0 and not await self._archive.read([job_id]):
             raise _unknown(job_id)
-        return bool(written)
+        return int(written) > 0
 
     async def tokens(self, job_id: str, choices: int = 1) -> tuple[tuple[int, ...], ...]:
         """Return the tokens so far of each of a job's choices; none once its stream has expired."""
@@ -334,10 +354,14 @@ class RedisJobs:
                     raise
                 yield lost
             return
+        position = after
         async for entry_id, fields in _read_all(self._redis, tokens_key(job_id), after=f"{after}-0"):
             event = decode_event(entry_id, fields)
             if isinstance(event, TokenEvent):
+                position = token_count(entry_id)
                 yield without_first(event, after)
+        if after < position < int(delivered):  # it was removed meanwhile
+            raise NotFound(f"the answer of {job_id} is not kept any more", code="answer_removed")
         yield OUTCOME.validate_json(outcome)
 
     async def _records(self, job_ids: Sequence[str]) -> list[JobRecord | None]:

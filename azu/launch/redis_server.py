@@ -26,13 +26,17 @@ _TREASURY_METRICS = "azu:treasury:metrics"
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """One of the servers: its name, also that of its folder, how durable it is, and each user's keys."""
+    """One of the servers: its name, also that of its folder, how durable it is, and each user's keys.
+
+    `more_commands` has what single users may call beside the commands of all.
+    """
 
     name: str
     title: str
     promise: str
     config: Mapping[str, str]
     keys_of: Mapping[str, tuple[str, ...]]
+    more_commands: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 BOOKS_STORE = Store(
@@ -67,6 +71,8 @@ JOB_STORE = Store(
         "pipeline": ("azu:job:*",),
         "treasury": (*_TREASURY_REQUESTS, _TREASURY_METRICS),
     },
+    # Removed prompts leave the file only when it is written anew.
+    more_commands={"scheduler": ("+bgrewriteaof", "+info")},
 )
 # No user lists all keys, changes the configuration or empties the server.
 _COMMANDS = ("+@all", "-@admin", "-@dangerous", "-scan", "-randomkey", "-dbsize", "-swapdb")
@@ -200,7 +206,8 @@ def _password() -> str:
 def _user(user: str, password: str, store: Store) -> str:
     digest = hashlib.sha256(password.encode()).hexdigest()
     keys = (f"~{pattern}" for pattern in store.keys_of[user])
-    return " ".join(["user", user, "on", f"#{digest}", *keys, *_COMMANDS])
+    more = store.more_commands.get(user, ())
+    return " ".join(["user", user, "on", f"#{digest}", *keys, *_COMMANDS, *more])
 
 
 def _settings(server: RedisServer, folder: Path) -> Mapping[str, str]:

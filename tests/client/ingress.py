@@ -54,6 +54,9 @@ def running_ingress() -> Iterator[Ingress]:
         def do_GET(self) -> None:
             self._answer("GET", None)
 
+        def do_DELETE(self) -> None:
+            self._answer("DELETE", None)
+
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers["content-length"]))
             self._answer("POST", json.loads(content))

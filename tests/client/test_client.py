@@ -477,3 +477,16 @@ def test_the_environment_sets_the_address_and_the_key(
     assert azu.generate("The capital of France is", model=MODEL, max_tokens=3).text == "Paris"
     assert "".join(azu.stream("The capital of France is", model=MODEL)) == "Paris"
     assert {request.authorization for request in ingress.requests} == {"Bearer azu-sk-env"}
+
+
+def test_a_job_is_deleted_by_its_id(ingress: Ingress, client: Client) -> None:
+    ingress.replies["DELETE /v1/jobs/job-1"] = Reply({"deleted": "job-1"})
+    refused = {"error": {"message": "it runs", "type": "t", "param": None, "code": "job_not_finished"}}
+    ingress.replies["DELETE /v1/jobs/job-2"] = Reply(refused, status=409)
+
+    assert client.delete_job("job-1") == "job-1"
+    with pytest.raises(AzuError, match="it runs") as error:
+        client.delete_job("job-2")
+
+    assert error.value.code == "job_not_finished"
+    assert {(one.method, one.authorization) for one in ingress.requests} == {("DELETE", "Bearer azu-sk-key")}

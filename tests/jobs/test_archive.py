@@ -79,7 +79,7 @@ def test_only_jobs_that_ended_a_day_ago_are_archived_and_a_sweep_may_be_repeated
         ended_ms = int(await jobs._redis.zscore(ENDED, "job-0") or 0)
         await jobs._redis.zadd(ENDED, {"job-1": ended_ms + 5})
         for _ in range(2):
-            await jobs.archive(ended_ms + DAY_MS)
+            await jobs.archive(ended_ms + DAY_MS, DAY_MS)
 
         assert await jobs._redis.exists(*(job_key(f"job-{n}") for n in range(3))) == 2
         assert [record.job.job_id for record in await jobs.of(ALICE, 9)] == ["job-2", "job-1", "job-0"]
@@ -133,7 +133,7 @@ def test_a_finished_job_takes_at_most_600_bytes_after_a_day_beside_the_journal(r
         for key in (*map(tokens_key, receipts), f"azu:auth:flight:{KEY_ID}"):
             assert 0 < await jobs._redis.ttl(key) <= TOKENS_KEPT_S
             await jobs._redis.delete(key)
-        await jobs.archive(2**52)
+        await jobs.archive(2**52, DAY_MS)
         old = (await used(jobs) - before) / count
         print(f"bytes per job: {fresh:.0f} on its day, {old:.0f} afterwards")
 

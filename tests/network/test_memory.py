@@ -15,8 +15,7 @@ import pytest
 
 from azu.clock import wall_clock_ms
 from azu.config import load_network
-from azu.jobs.archive import AFTER_MS
-from azu.jobs.redis import RedisJobs
+from azu.jobs.redis import TOKENS_KEPT_S, RedisJobs
 from azu.launch.local_network import DEMO, LocalNetwork, demo_network
 from azu.money.ledger.journal import JOURNAL
 from azu.redis_client import connect_redis
@@ -84,7 +83,7 @@ async def send(client: httpx.AsyncClient, count: int) -> None:
 async def kept_bytes(network: LocalNetwork) -> tuple[int, int]:
     """Let the day of every job pass; return Redis' bytes in the journal, and in everything else."""
     stores = connect_redis(network.redis_url), connect_redis(ledger_redis_url(network))
-    await RedisJobs(stores[0]).archive(wall_clock_ms() + 2 * AFTER_MS)
+    await RedisJobs(stores[0]).archive(wall_clock_ms() + 1000 * TOKENS_KEPT_S, 0)
     sizes: dict[str, int] = {}
     for redis in stores:
         sizes |= {key: await redis.memory_usage(key) or 0 async for key in redis.scan_iter(count=1000)}

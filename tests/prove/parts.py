@@ -113,6 +113,11 @@ PARTS = (
         pytest("tests/network/test_logs.py", "-m", "prove"),
     ),
     Part(
+        "retention",
+        "without retention no file has a word or a token of 100 prompts, and no middle stage ever got one",
+        pytest("tests/network/test_retention.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "azu top",
         "a live view and one sample of a busy network",
         pytest("tests/network/test_top.py", "-m", "prove", "-s"),
