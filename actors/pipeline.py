@@ -112,12 +112,13 @@ class Pipeline:
 
     async def completed(self, result: StepResult) -> None:
         """Take the last stage's tokens."""
-        self._round_times.returned(result.step, time.monotonic())
         try:
             self._runner.complete(result)
         except BadFrame as error:
             sender = PieceSet(stages=frozenset({error.sender}))
-            self._lose(sender, error.message, result.epoch, is_bad_frame=True)
+            self._lose(sender, error.message, self._epoch, is_bad_frame=True)
+        else:
+            self._round_times.returned(result.step, time.monotonic())
 
     async def fail(self, error: AzuError) -> None:
         """End everything that runs here with what was delivered."""

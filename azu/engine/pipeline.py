@@ -249,6 +249,7 @@ class EnginePipeline:
         Whatever goes wrong with a sequence ends that sequence, and no other. Raises BadFrame, which names
         the stage that sent it, for an answer that is not one to the step: it changes nothing either.
         """
+        self._check.check_form(result)
         step = self._in_flight.get(result.step)
         if result.epoch != self._epoch or step is None:
             return {}

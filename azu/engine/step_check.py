@@ -27,6 +27,7 @@ class StepCheck:
     def __init__(self, structure: Structure, topology: Topology) -> None:
         self._vocab_size = structure.vocab_size
         self._spans = [stage.span for stage in topology.stages]
+        self._last = len(self._spans) - 1
         self._nodes: dict[int, frozenset[str]] = {}  # layer -> the nodes that compute in it
         self._chosen: dict[int, int] = {}  # layer with distributed experts -> the choices of each token
         # How many of them each holder can serve: no token chooses an expert twice.
@@ -41,6 +42,11 @@ class StepCheck:
                     self._served[index, None] = min(chosen, len(stage.experts.get(index, ())))
                     self._served |= {(index, one.index): min(chosen, len(one.experts[index])) for one in sets}
 
+    def check_form(self, result: object) -> None:
+        """Check that a result names a step; raises BadFrame, which names the last stage."""
+        if not isinstance(result, StepResult) or not type(result.epoch) is type(result.step) is int:
+            raise BadFrame(self._last, "it is no answer to a step")
+
     def check_result(
         self,
         result: StepResult,
@@ -49,7 +55,7 @@ class StepCheck:
         replay: Replay | None,
     ) -> None:
         """Check the answer to a step of these slices; raises BadFrame, which names the stage that sent it."""
-        first, last = (replay.first, replay.last) if replay else (0, len(self._spans) - 1)
+        first, last = (replay.first, replay.last) if replay else (0, self._last)
         stopped = result.stopped_at
         sender = stopped if _is_count(stopped, first, last) else last
         with _refusal(lambda fault: BadFrame(sender, fault)):

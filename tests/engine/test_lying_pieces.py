@@ -54,6 +54,9 @@ ANSWERS: dict[str, Callable[[StepResult], StepResult]] = {
     "work of an unknown set": lambda it: replace(it, expert_work=more(it.expert_work, expert_set=7)),
     "work in a layer that does not exist": lambda it: replace(it, expert_work=more(it.expert_work, layer=6)),
     "no work": lambda it: replace(it, expert_work=()),
+    "no answer": lambda _: None,  # type: ignore[return-value,arg-type]
+    "an answer to no step": lambda it: replace(it, step=[7]),  # type: ignore[arg-type]
+    "an epoch that is no number": lambda it: replace(it, epoch=nan),  # type: ignore[arg-type]
 }
 
 
