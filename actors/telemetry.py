@@ -155,3 +155,4 @@ def show_books(meter: Meter, totals: "Totals") -> None:
         metrics.LAMPORTS_HELD, {(kind,): lamports for kind, lamports in totals.held_lamports.items()}
     )
     meter.set_gauge(metrics.LEDGER_LOST, {(): totals.lost_writes})
+    meter.set_gauge(metrics.SIGNER_FINDINGS, {(): len(totals.unsigned)})

@@ -127,6 +127,9 @@ LAMPORTS_HELD = _gauge(
 LEDGER_LOST = _gauge(
     "azu_ledger_lost_writes", "Writes of the ledger that Redis lost, until the admin accepts the loss."
 )
+SIGNER_FINDINGS = _gauge(
+    "azu_signer_findings", "Reasons for which the signer signs nothing, once they stand for three looks."
+)
 
 CATALOGUE = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 BY_NAME = {metric.name: metric for metric in CATALOGUE}

@@ -183,19 +183,15 @@ async def _usual_tokens(services: Services, address: str, model_id: str) -> int 
     return round(sum(lengths) / len(lengths)) if lengths else None
 
 
-# The treasury signs within moments; without its answer the receipt is unsigned.
-_SIGNATURE_TIMEOUT_S = 5.0
-
-
 @router.get("/v1/receipts/{job_id}")
 async def receipt(job_id: str, key: Key, services: ServicesNow) -> SignedReceipt:
     """Return what a job cost, which nodes ran it and what each worker earned.
 
-    `signature` is null while the treasury does not answer.
+    `signature` is null while the ledger is not what it was, and before the platform has certified its key.
     """
     await owned(services, key, job_id)
     outcome = await services.books.ended(job_id)
     if outcome is None:
         raise Conflict(f"{job_id} has not ended", code="job_not_finished")
-    signature = await services.books.receipt_signature(job_id, _SIGNATURE_TIMEOUT_S)
+    signature = await services.books.receipt_signature(job_id)
     return SignedReceipt.model_validate(sealed(outcome.receipt, services.config.platform_address, signature))

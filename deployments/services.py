@@ -24,7 +24,7 @@ from azu.auth.rate_limit import Rate, RedisRates
 from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
 from azu.contact import Contact
-from azu.errors import AzuError, Forbidden, LedgerError, NotFound, Unauthenticated, Unavailable
+from azu.errors import AzuError, Forbidden, NotFound, Unauthenticated, Unavailable
 from azu.jobs.departures import BEAT_S, Departures
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts, check_wait
@@ -145,21 +145,16 @@ class Services:
         return is_ready, failing
 
     async def _problems_of_stores(self) -> tuple[tuple[str, ...], bool]:
-        """Return what is wrong with Redis and the books, and whether one of them is away."""
-        asked = await asyncio.gather(self._redis.ping(), self.books.loss(), return_exceptions=True)
+        """Return what is wrong with Redis and the money, and whether Redis or the books are away."""
+        asked = await asyncio.gather(self._redis.ping(), self.books.findings(), return_exceptions=True)
         away = [one for one in asked if isinstance(one, Unavailable)]
         if away:
             known = (redis_problem(self._redis), self.books.problem())
             return tuple(filter(None, known)) or (away[0].message,), True
-        lost = asked[1]
-        if isinstance(lost, LedgerError):
-            return (f"{lost.message}: nothing is signed any more",), False
-        if isinstance(lost, BaseException):
-            raise lost
-        if not lost:
-            return (), False
-        told = f"the ledger went back by {lost}: the treasury signs nothing until"
-        return (f"{told} `azu treasury accept-loss {lost}`",), False
+        findings = asked[1]
+        if isinstance(findings, BaseException):
+            raise findings
+        return tuple(f"payouts wait: {finding}; `azu treasury status`" for finding in findings), False
 
     async def registry(self, method: str, *arguments: Any) -> Any:
         """Call the registry; raises Unavailable while it does not answer."""

@@ -2,7 +2,11 @@
 
 from collections.abc import Mapping
 
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+
 from azu.auth.key_records import ApiKey
+from azu.auth.signatures import ReceiptSignature, sign_certificate, sign_receipt
 from azu.protocol.job import Job, Placement, Receipt
 from azu.protocol.node import Node
 from azu.protocol.sampling import SamplingParams
@@ -137,3 +141,12 @@ def api_key(address: str = ALICE, **given: object) -> ApiKey:
         "created_at_ms": 1,
     }
     return ApiKey(**(values | given))  # type: ignore[arg-type]
+
+
+def receipt_signed(
+    platform: LocalAccount, given: Receipt, *, by: LocalAccount | None = None
+) -> ReceiptSignature:
+    """Return a receipt's signature by a key that the platform has certified."""
+    key = by or Account.from_key("0x" + "0b" * 32)
+    address = key.address.lower()
+    return ReceiptSignature(address, sign_certificate(platform, address), sign_receipt(key, given))

@@ -51,9 +51,14 @@ class ReceiptLines(ResponseModel):
 
 
 class SignedReceipt(ReceiptLines):
-    """A receipt with the platform's address and signature; null while the treasury does not answer."""
+    """A receipt with the platform's address, and the signature by the key that the platform certified.
+
+    `key`, `certificate` and `signature` are null while no receipt is signed.
+    """
 
     signer: str
+    key: str | None
+    certificate: str | None
     signature: str | None
 
 

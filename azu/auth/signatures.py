@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from eth_account import Account
@@ -29,8 +29,8 @@ _WITHDRAWAL_FIELDS = (
 # The EIP-712 type of each field that is neither a text nor an address.
 _NUMBERS = ("lamports", "number", "nonce", "expires_at_ms")
 _RECEIPT = TypeAdapter(Receipt)
-# The fields of a receipt that are not part of what is signed.
-_SEAL = ("signer", "signature")
+# The fields of a receipt's document that are not part of what is signed, beside its `signer`.
+_SIGNATURE = ("key", "certificate", "signature")
 
 
 def signer_of_text(text: str, signature: str) -> str | None:
@@ -261,6 +261,29 @@ def command_of(text: str, platforms: Iterable[str], admins: Collection[str]) -> 
     return signed.command if any(signer in admins for signer in found) else None
 
 
+@dataclass(frozen=True, slots=True)
+class ReceiptSignature:
+    """A receipt's signature by the key of the address `key`, and the platform's certificate of that key."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    key: str
+    certificate: str
+    signature: str
+
+
+def sign_certificate(account: LocalAccount, key: str) -> str:
+    """Return the platform's signature, in hex, that receipts are signed by the key of this address."""
+    text = _certificate_text(account.address.lower(), key)
+    signature: str = account.sign_message(encode_defunct(text=text)).signature.to_0x_hex()
+    return signature
+
+
+def is_certified(key: str, platform: str, certificate: str) -> bool:
+    """Whether the platform itself signed that this key signs its receipts."""
+    return signer_of_text(_certificate_text(platform, key), certificate) == platform
+
+
 def receipt_facts(receipt: Receipt) -> dict[str, Any]:
     """Return a receipt as JSON values: what is signed."""
     facts: dict[str, Any] = _RECEIPT.dump_python(receipt, mode="json")
@@ -275,25 +298,34 @@ def sign_receipt(account: LocalAccount, receipt: Receipt) -> str:
     return signature
 
 
-def sealed(receipt: Receipt, signer: str, signature: str | None) -> dict[str, Any]:
-    """Return the receipt with its signer and signature; without a signature it proves nothing."""
-    return receipt_facts(receipt) | {"signer": signer, "signature": signature}
+def sealed(receipt: Receipt, platform: str, signed: ReceiptSignature | None) -> dict[str, Any]:
+    """Return the receipt with its platform (`signer`) and signature; without one it proves nothing."""
+    parts = dict.fromkeys(_SIGNATURE) if signed is None else asdict(signed)
+    return receipt_facts(receipt) | {"signer": platform} | parts
 
 
 def verify_receipt(document: Mapping[str, Any]) -> str:
-    """Return the address, in lower case, whose key signed a receipt that was not changed since.
+    """Return the platform's address, in lower case, of a receipt that was not changed since it was signed.
 
-    Raises InvalidRequest for a receipt without a signature, or with one of another address than its signer.
-    The caller has to compare the address with the platform's.
+    The platform has certified the key that signed it. Raises InvalidRequest for a receipt without a
+    signature, with one of another key, or with a key that its `signer` did not certify. The caller has to
+    compare the address with the platform's.
     """
-    signer, signature = document.get("signer"), document.get("signature")
-    if not isinstance(signer, str) or not isinstance(signature, str):
+    platform = document.get("signer")
+    key, certificate, signature = (document.get(name) for name in _SIGNATURE)
+    if not (
+        isinstance(platform, str)
+        and isinstance(key, str)
+        and isinstance(certificate, str)
+        and isinstance(signature, str)
+    ):
         raise InvalidRequest("this receipt is not signed", param="signature")
-    facts = {name: value for name, value in document.items() if name not in _SEAL}
-    found = signer_of_text(_receipt_text(facts), signature)
-    if found is None or found != signer.lower():
-        raise InvalidRequest(f"this receipt was changed, or not signed by {signer}", param="signature")
-    return found
+    facts = {name: value for name, value in document.items() if name not in ("signer", *_SIGNATURE)}
+    if signer_of_text(_receipt_text(facts), signature) != key.lower():
+        raise InvalidRequest(f"this receipt was changed, or not signed by {key}", param="signature")
+    if not is_certified(key.lower(), platform.lower(), certificate):
+        raise InvalidRequest(f"{platform} did not certify the key that signed this", param="certificate")
+    return platform.lower()
 
 
 def _signer(message: SignableMessage, signature: str) -> str | None:
@@ -353,6 +385,10 @@ def _typed_data(
         },
         "message": message,
     }
+
+
+def _certificate_text(platform: str, key: str) -> str:
+    return f"azu receipt key\nplatform: {platform}\nkey: {key}"
 
 
 def _receipt_text(facts: Mapping[str, Any]) -> str:

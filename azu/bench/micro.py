@@ -55,7 +55,7 @@ def measure_settling(_shape: ModelShape) -> Measurements:
         server = start_redis(children, BOOKS_STORE, Path(folder) / "redis")
         wait_for_redis(children, server, _START_TIMEOUT_S)
         settings = Settings.from_environment().model_copy(update={"home": Path(folder)})
-        chain = ChainSettings("", _PLATFORM, is_devnet=True, treasury_key={})
+        chain = ChainSettings("", _PLATFORM, is_devnet=True, signer_key={})
         terms = BooksTerms(1, 20, reservation_ttl_ms=3_600_000, max_keys=1)
         access = start_books(children, settings, chain, server.url("books"), terms)
         children.wait_until_printed(BOOKS, BOOKS_READY, _START_TIMEOUT_S)

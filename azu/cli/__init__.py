@@ -40,6 +40,7 @@ _COMMANDS = (
     ("doctor", "doctor"),
     ("bench", "bench"),
     ("books", "books"),
+    ("signer", "signer"),
     ("devnet", "devnet"),
 )
 _GROUPS = (

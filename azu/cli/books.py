@@ -14,9 +14,11 @@ def books(
     """Keep the books until stopped; the only process with rights on the ledger in Redis.
 
     The Redis is that of REDIS_HOST, REDIS_PORT and REDIS_PASSWORD, the platform that of HYPERLIQUID_ADDRESS.
-    AZU_HOME has a file with their port and the secrets of their callers, and a folder with old entries.
+    AZU_HOME has a file with their port and the secrets of their callers, a folder with old entries, and the
+    key that signs receipts. `azu up` sets AZU_SIGNER_URL.
     """
     import asyncio
+    import os
 
     from pydantic import TypeAdapter
 
@@ -26,15 +28,17 @@ def books(
     from azu.errors import ConfigurationError
     from azu.launch.membership import members_folder
     from azu.launch.processes import end_with_parent
-    from azu.launch.sidecars import books_access
+    from azu.launch.sidecars import SIGNER_URL, books_access
     from azu.logs import start_logging
     from azu.money.books import BooksTerms
     from azu.money.books_process import BooksConfig, run
+    from azu.money.treasury.environment import take_variable
 
     end_with_parent()
+    signer_url = take_variable(os.environ, SIGNER_URL)
     settings = Settings.from_environment()
-    if settings.redis_url is None or settings.platform_address is None:
-        raise ConfigurationError("the books need REDIS_HOST and HYPERLIQUID_ADDRESS")
+    if not signer_url or settings.redis_url is None or settings.platform_address is None:
+        raise ConfigurationError("the books need REDIS_HOST, HYPERLIQUID_ADDRESS and AZU_SIGNER_URL")
     access, password = books_access(settings.home), settings.redis_password
     hidden = [*access.secrets.values(), *([password.get_secret_value()] if password else [])]
     start_logging("books", hidden=hidden)
@@ -47,6 +51,8 @@ def books(
         settings.platform_address,
         TypeAdapter(BooksTerms).validate_json(terms),
         access,
+        settings.home / "receipt-key.json",
+        signer_url,
         enrolment,
     )
     asyncio.run(run(config, ready=lambda: print("books ready", flush=True)))  # noqa: T201

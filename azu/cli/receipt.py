@@ -93,7 +93,7 @@ def _signed(document: dict[str, Any]) -> Group:
     from azu.api.jobs import ReceiptLines
 
     signed = Text(f"signed by {document['signer']}", "green")
-    unsigned = Text("not signed: the treasury is away; ask again later", "yellow")
+    unsigned = Text("not signed: the network signs no receipt now; ask again later", "yellow")
     panel = receipt_panel(read(ReceiptLines, document))
     return Group(panel, signed if document["signature"] else unsigned)
 

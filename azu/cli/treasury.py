@@ -1,6 +1,8 @@
-"""`azu treasury`: the process that holds the platform's key, and what its admin has to decide."""
+"""`azu treasury`: the process that credits and pays, and what its admin has to decide."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
@@ -9,22 +11,22 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from azu.cli.admin_command import carry_out, with_books
+from azu.cli.admin_command import admin_wallet, carry_out, platform_of, with_books
 from azu.cli.output import AsJson, show, table
 from azu.config import Settings
-from azu.units import hype_from_lamports
+from azu.units import hype_from_lamports, lamports_from_hype
 
 if TYPE_CHECKING:
-    from eth_account.signers.local import LocalAccount
     from rich.console import RenderableType
 
     from azu.money.books import Books, Uncredited
+    from azu.money.signer.calls import RemoteSigner
 
 
 # Creating an account on the chain costs the platform a dollar, so its first payout has to be larger.
 _NEW_ACCOUNT_FACTOR = 4
 _DEVNET_POLL_S = 0.2
-_MEMORY = "treasury.json"
+_LIFE_MS = 600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,18 @@ class UncreditedReport:
 
     count: int
     transfers: "tuple[Uncredited, ...]"
+
+
+@dataclass(frozen=True, slots=True)
+class TreasuryReport:
+    """What is on its way, and what the signer found; it is red once that stands."""
+
+    to_workers_lamports: int
+    to_users_lamports: int
+    revenue_on_its_way_lamports: int
+    lost_writes: int
+    findings: tuple[str, ...]
+    is_red: bool
 
 
 treasury = typer.Typer(help="Credit deposits, pay workers and users; the verbs are for the admin.")
@@ -47,7 +61,7 @@ def process(context: typer.Context) -> None:
 
 @treasury.command()
 def status(as_json: AsJson = False) -> None:
-    """Print what is on its way to users and workers, and whether the ledger went back.
+    """Print what is on its way to users and workers, and why the signer signs nothing, if it does not.
 
     The books are those of the network that runs in AZU_HOME.
     """
@@ -55,15 +69,55 @@ def status(as_json: AsJson = False) -> None:
 
 
 @treasury.command("accept-loss")
-def accept_loss(
-    size: Annotated[int, typer.Argument(help="How far the ledger went back, as `status` prints it.")],
-) -> None:
-    """Have the treasury sign again although the ledger went back: first see what the chain shows as paid.
+def accept_loss(as_json: AsJson = False) -> None:
+    """Have the signer go on with the books as they are: first see what the chain shows as paid.
 
-    A payout that the chain executed and the ledger lost is owed again in the books: once the loss is accepted
-    it is paid a second time, at the platform's cost.
+    The wallet of an admin signs that. Nothing is signed for ten more minutes, in which no other process may
+    send from the platform's account; then only while books and chain agree.
     """
-    with_books(lambda books: books.accept_loss(size))
+    from azu.auth.signatures import AcceptLoss, sign_command
+    from azu.clock import wall_clock_ms
+    from azu.errors import Conflict
+
+    settings = Settings.from_environment()
+    wallet, platform = admin_wallet(settings), platform_of(settings)
+
+    async def accept(books: "Books") -> dict[str, int]:
+        async with _signer() as signer:
+            lost, findings = (await books.totals()).lost_writes, (await signer.status()).findings
+            if not lost and not findings:
+                raise Conflict("books and chain agree: there is nothing to accept")
+            head, now_ms = await books.head(), wall_clock_ms()
+            # The signer takes a later command only.
+            command = AcceptLoss(
+                number=head.number, hash=head.hash, nonce=now_ms, expires_at_ms=now_ms + _LIFE_MS
+            )
+            text = sign_command(wallet, command, platform)
+            if lost:
+                await books.command(text)
+            await signer.accept(text)
+        return {"entry": head.number, "lost_writes": lost}
+
+    found = with_books(accept)
+    show(found, as_json, lambda facts: f"accepted the books as they are at entry {facts['entry']}")
+
+
+@treasury.command("take-revenue")
+def take_revenue(
+    address: Annotated[str, typer.Argument(help="Where the platform's own money is sent.")],
+    amount: Annotated[str, typer.Argument(help="HYPE, for example 0.5")],
+    as_json: AsJson = False,
+) -> None:
+    """Send what the platform earned to an address.
+
+    The treasury sends it like a payout; `status` shows it until the chain has it.
+    """
+    from azu.addresses import parse_address
+    from azu.auth.signatures import TakeRevenue
+
+    recipient, lamports = parse_address(address), lamports_from_hype(amount)
+    moves = [("the platform's revenue", f"the chain's address {recipient}", lamports)]
+    carry_out(TakeRevenue, moves, as_json, address=recipient, lamports=lamports)
 
 
 @treasury.command()
@@ -100,44 +154,59 @@ def credit(
 def _drawn_uncredited(report: UncreditedReport) -> "RenderableType":
     rows = [
         (f"{datetime.fromtimestamp(one.time_ms / 1000, UTC):%Y-%m-%d %H:%M:%S}", one.sender, one.amount,
-         one.token_name, one.hash, one.reason)
+         one.token_name, one.row, one.reason)
         for one in report.transfers
     ]  # fmt: skip
-    columns = ["time (UTC)", "sender", "amount", "token", "hash", "why"]
+    columns = ["time (UTC)", "sender", "amount", "token", "row", "why"]
     return table(columns, rows, title=f"{report.count} transfers to the platform that were not credited")
 
 
-async def _status(books: "Books") -> dict[str, int]:
+@asynccontextmanager
+async def _signer() -> "AsyncIterator[RemoteSigner]":
+    """Yield the signer of the network that runs in AZU_HOME, as its owner may call it."""
+    from azu.launch.sidecars import owners_signer
+
+    signer = owners_signer(Settings.from_environment().money_home)
+    try:
+        yield signer
+    finally:
+        await signer.close()
+
+
+async def _status(books: "Books") -> TreasuryReport:
     totals = await books.totals()
+    async with _signer() as signer:
+        found = await signer.status()
     held = totals.held_lamports
-    return {
-        "to_workers_lamports": held.get("worker_paying", 0),
-        "to_users_lamports": held.get("user_withdrawing", 0),
-        "lost_writes": totals.lost_writes,
-    }
+    return TreasuryReport(
+        to_workers_lamports=held.get("worker_paying", 0),
+        to_users_lamports=held.get("user_withdrawing", 0),
+        revenue_on_its_way_lamports=held.get("platform_paying", 0),
+        lost_writes=totals.lost_writes,
+        findings=found.findings,
+        is_red=found.is_red,
+    )
 
 
-def _drawn_status(found: dict[str, int]) -> "RenderableType":
+def _drawn_status(report: TreasuryReport) -> "RenderableType":
     rows = [
-        ("on its way to workers", hype_from_lamports(found["to_workers_lamports"])),
-        ("on its way to users", hype_from_lamports(found["to_users_lamports"])),
+        ("on its way to workers", hype_from_lamports(report.to_workers_lamports)),
+        ("on its way to users", hype_from_lamports(report.to_users_lamports)),
+        ("revenue on its way", hype_from_lamports(report.revenue_on_its_way_lamports)),
     ]
-    lost = found["lost_writes"]
-    verdict = Text("The ledger has all that it answered.", "green")
-    if lost:
-        verdict = Text(
-            f"The ledger went back by {lost}: nothing is signed until `azu treasury accept-loss {lost}`.",
-            "red",
-        )
-    return Group(table(["", "HYPE"], rows, title="treasury"), verdict)
+    verdicts = [Text("Books and chain agree: payouts are signed.", "green")]
+    if report.findings:
+        style = "red" if report.is_red else "yellow"
+        verdicts = [Text(f"Payouts wait: {finding}", style) for finding in report.findings]
+    return Group(table(["", "HYPE"], rows, title="treasury"), *verdicts)
 
 
 def run_treasury() -> None:
-    """Credit deposits and pay workers until stopped; the only process that reads the platform's private key.
+    """Credit deposits and pay workers until stopped; the signer signs what it sends.
 
-    The key comes from SCHEDULER_PRIVATE_KEY or the file that AZU_PRIVATE_KEY_FILE names, the chain from
-    HYPERLIQUID_RPC_URL, its own state from REDIS_HOST, REDIS_PORT and REDIS_PASSWORD. `azu up` sets
-    AZU_BOOKS_URL, the books, and AZU_JOBS_REDIS_URL, the Redis of the jobs; without that both Redis are one.
+    The chain comes from HYPERLIQUID_RPC_URL, the platform from HYPERLIQUID_ADDRESS, the treasury's own state
+    from REDIS_HOST, REDIS_PORT and REDIS_PASSWORD. `azu up` sets AZU_BOOKS_URL and AZU_SIGNER_URL, and
+    AZU_JOBS_REDIS_URL, the Redis of the jobs; without that both Redis are one.
     """
     import os
     from dataclasses import replace
@@ -145,40 +214,41 @@ def run_treasury() -> None:
     from azu.config import load_network
     from azu.errors import ConfigurationError
     from azu.launch.processes import end_with_parent
-    from azu.launch.sidecars import BOOKS_URL, JOBS_URL
+    from azu.launch.sidecars import BOOKS_URL, JOBS_URL, SIGNER_URL, payout_limit
     from azu.logs import start_logging
     from azu.money.chain.networks import network_at
     from azu.money.treasury.environment import take_variable
     from azu.money.treasury.payouts import Threshold
-    from azu.money.treasury.platform_key import take_private_key
     from azu.money.treasury.process import TreasuryConfig, run
 
     end_with_parent()
-    account = take_private_key(os.environ)
-    books_url, jobs_url = (take_variable(os.environ, name) for name in (BOOKS_URL, JOBS_URL))
+    names = (BOOKS_URL, JOBS_URL, SIGNER_URL)
+    books_url, jobs_url, signer_url = (take_variable(os.environ, name) for name in names)
     settings = Settings.from_environment()
-    if settings.chain_url is None or settings.redis_url is None or not books_url:
-        raise ConfigurationError("the treasury needs HYPERLIQUID_RPC_URL, REDIS_HOST and AZU_BOOKS_URL")
-    if settings.platform_address not in (None, account.address.lower()):
-        raise ConfigurationError("HYPERLIQUID_ADDRESS is not the address of the treasury's key")
-    threshold = load_network(settings.network).policy.payout_threshold_lamports
+    if settings.chain_url is None or settings.platform_address is None or settings.redis_url is None:
+        needed = "HYPERLIQUID_RPC_URL, HYPERLIQUID_ADDRESS and REDIS_HOST"
+        raise ConfigurationError(f"the treasury needs {needed}")
+    if not books_url or not signer_url:
+        raise ConfigurationError("the treasury needs AZU_BOOKS_URL and AZU_SIGNER_URL")
+    policy = load_network(settings.network).policy
+    threshold, limits = policy.payout_threshold_lamports, policy.payout_limits
     config = TreasuryConfig(
         redis_url=settings.redis_url,
         books_url=books_url,
+        signer_url=signer_url,
         network=network_at(settings.chain_url),
-        account=account,
-        threshold=Threshold(threshold, _NEW_ACCOUNT_FACTOR * threshold),
-        memory=settings.home / _MEMORY,
+        platform=settings.platform_address,
+        threshold=Threshold(
+            threshold,
+            _NEW_ACCOUNT_FACTOR * threshold,
+            payout_limit(limits.earnings).largest_lamports,
+            payout_limit(limits.withdrawals).largest_lamports,
+        ),
         jobs_redis_url=jobs_url,
     )
     if config.network.name == "devnet":
         # The official networks count requests; a local chain does not.
         config = replace(config, poll_s=_DEVNET_POLL_S, plan_every_s=1.0)
-    start_logging("treasury", hidden=_secrets(account, settings))
-    asyncio.run(run(config, ready=lambda: print("treasury ready", flush=True)))  # noqa: T201
-
-
-def _secrets(account: "LocalAccount", settings: "Settings") -> "list[str]":
-    """Return the secrets of this process that no log line may contain."""
     password = settings.redis_password
-    return [account.key.hex(), *([password.get_secret_value()] if password else [])]
+    start_logging("treasury", hidden=[password.get_secret_value()] if password else [])
+    asyncio.run(run(config, ready=lambda: print("treasury ready", flush=True)))  # noqa: T201

@@ -248,8 +248,8 @@ class Client:
     def signed_receipt(self, job_id: str) -> dict[str, Any]:
         """Return a receipt as the JSON that the platform signed, with `signer` and `signature`.
 
-        `azu.auth.signatures.verify_receipt` checks it offline. The signature is None while the treasury does
-        not answer. The signature covers keys that this client does not know, so the JSON stays as it came.
+        `azu.auth.signatures.verify_receipt` checks it offline. The signature is None while no receipt
+        is signed. The signature covers keys that this client does not know, so the JSON stays as it came.
         """
         with translated():
             document = json_of(self._http.get(f"/v1/receipts/{job_id}"))

@@ -31,6 +31,21 @@ class Price(_Section):
     platform_percent: Annotated[int, Field(ge=0, le=100)]
 
 
+class Limit(_Section):
+    """The most that is sent in an hour and in a day, and the percentage that one address may get of it."""
+
+    hour_lamports: Count
+    day_lamports: Count
+    address_percent: Annotated[int, Field(ge=1, le=100)]
+
+
+class PayoutLimits(_Section):
+    """What the signer sends at most: of users' withdrawals, and of workers' earnings."""
+
+    withdrawals: Limit
+    earnings: Limit
+
+
 class KvCapacity(_Section):
     """The sequences that each deployed model has room for, and the size of a KV block in tokens."""
 
@@ -179,6 +194,7 @@ class NetworkPolicy(_Section):
     models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
     price: Price
     payout_threshold_lamports: Count
+    payout_limits: PayoutLimits
     earnings_mature_s: Annotated[int, Field(ge=0, le=30 * 86_400)] | None
     retention_s: Annotated[int, Field(ge=0, le=86_400)]
     kv: KvCapacity

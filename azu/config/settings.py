@@ -16,8 +16,11 @@ from azu.units import parse_bytes
 _PREFIX = "AZU_"
 # Variables that azu reads elsewhere: in one process each, or at the start of a child.
 _READ_ELSEWHERE = frozenset(
-    {"AZU_BOOKS_URL", "AZU_CONTROL_PIPE", "AZU_JOBS_REDIS_URL", "AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD"}
-)
+    {
+        "AZU_BOOKS_URL", "AZU_CONTROL_PIPE", "AZU_JOBS_REDIS_URL", "AZU_PRIVATE_KEY_FILE", "AZU_SIGNER_URL",
+        "AZU_WALLET_PASSWORD",
+    }
+)  # fmt: skip
 # A link in AZU_HOME to the homes of the other users that run the network.
 USERS_LINK = "users"
 _TEST_PREFIX = "AZU_TEST_"

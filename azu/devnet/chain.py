@@ -184,6 +184,10 @@ class DevnetState:
         self._balances: dict[str, dict[str, int]] = {}
         self._nonces: dict[str, Nonces] = defaultdict(Nonces)
 
+    def new_hash(self) -> str:
+        """Return a hash that no transaction has: a new devnet repeats none that an existing ledger knows."""
+        return f"0x{secrets.token_hex(32)}"
+
     def exists(self, address: str) -> bool:
         """Return whether the account was ever paid, and not emptied since."""
         return address in self._balances
@@ -326,8 +330,7 @@ class DevnetState:
         *,
         error: str | None = None,
     ) -> str:
-        # Random, so that a new devnet never repeats a hash that an existing ledger knows.
-        tx_hash = f"0x{secrets.token_hex(32)}"
+        tx_hash = self.new_hash()
         self.last_ms = now_ms
         self.txs[tx_hash] = {
             "time": now_ms,

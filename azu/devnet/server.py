@@ -3,6 +3,7 @@
 import json
 import socket
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import uvicorn
@@ -24,6 +25,7 @@ from azu.devnet.chain import (
     parse_exchange,
 )
 from azu.devnet.faults import Fault, FaultKind, Faults, FaultyWire
+from azu.devnet.kept import KeptChain
 from azu.errors import InvalidRequest
 from azu.units import LAMPORTS_PER_HYPE, lamports_from_hype
 
@@ -36,13 +38,14 @@ _FAUCET_USDC = 10 * LAMPORTS_PER_HYPE
 Query = Mapping[str, Any]
 
 
-def serve(host: str, port: int, *, seed: int | None, ready: Callable[[str], None]) -> None:
-    """Serve a new chain until SIGINT or SIGTERM; calls `ready` with its URL once it accepts connections.
+def serve(host: str, port: int, *, seed: int | None, file: Path | None, ready: Callable[[str], None]) -> None:
+    """Serve a chain until SIGINT or SIGTERM; calls `ready` with its URL once it accepts connections.
 
-    Port 0 takes a free port. Raises OSError if the port is taken.
+    It is a new one without a `file`, else the one that the file keeps. Port 0 takes a free port. Raises
+    OSError if the port is taken, ConfigurationError for a damaged file.
     """
     config = uvicorn.Config(
-        build_app(seed=seed),
+        build_app(DevnetState() if file is None else KeptChain(file), seed=seed),
         log_level="critical",  # uvicorn would log faults as errors
         timeout_graceful_shutdown=1,
     )
@@ -73,9 +76,9 @@ class ContractRequest(BaseModel):
     count: Annotated[int, Field(ge=1, le=10_000)] = 1
 
 
-def build_app(*, seed: int | None = None) -> FastAPI:
-    """Return the app of a new, empty chain; `seed` fixes which requests random faults hit."""
-    chain, faults = DevnetState(), Faults(seed)
+def build_app(chain: DevnetState | None = None, *, seed: int | None = None) -> FastAPI:
+    """Return the app of a chain, a new one by default; `seed` fixes which requests random faults hit."""
+    chain, faults = chain or DevnetState(), Faults(seed)
     wire = FaultyWire(faults)
     app = FastAPI(title="azu devnet", openapi_url=None)
     app.add_middleware(wire.wrap)

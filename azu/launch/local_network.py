@@ -57,8 +57,6 @@ from azu.launch.serving import (
     wait_until_up,
 )
 from azu.launch.sidecars import (
-    BOOKS,
-    BOOKS_READY,
     TREASURY,
     TREASURY_READY,
     admin_key_of,
@@ -66,8 +64,10 @@ from azu.launch.sidecars import (
     choose_chain,
     enrol_own_node,
     start_books,
+    start_signer,
     start_stores_and_devnet,
     start_treasury,
+    wait_for_books_and_signer,
 )
 
 DEMO = CONFIGS / "demo.yaml"
@@ -191,12 +191,13 @@ def local_network(
         redis = start_stores_and_devnet(services, of_money, chain, timeout_s)
         terms = books_terms(file.policy, chain)
         books = start_books(services, of_money, chain, redis.books, terms, admission)
+        signer = start_signer(services, of_money, chain, books)
         nodes.wait_until_printed(HEAD, STARTED, timeout_s)
-        progress("Starting the workers, the books and the treasury")
+        progress("Starting the workers, the books, the signer and the treasury")
         head = f"{host.ip}:{port}"
-        services.wait_until_printed(BOOKS, BOOKS_READY, timeout_s)
+        wait_for_books_and_signer(services, timeout_s)
         _start_workers(nodes, host, head, file.workers, of_money.home)
-        start_treasury(treasury, of_money, chain, redis, books)
+        start_treasury(treasury, of_money, chain, redis, books, signer)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
         for worker in file.workers:
             nodes.wait_until_printed(worker.name, STARTED, timeout_s)

@@ -20,7 +20,7 @@ from azu.money.ledger.durability import DURABLE_CONFIG
 
 _CONFIG = "redis.conf"
 # The keys by which the ingress asks the treasury, and by which the treasury shows its metrics.
-_TREASURY_REQUESTS = ("azu:treasury:claims:*", "azu:treasury:receipts:*")
+_TREASURY_REQUESTS = ("azu:treasury:claims:*",)
 _TREASURY_METRICS = "azu:treasury:metrics"
 
 
@@ -48,6 +48,7 @@ BOOKS_STORE = Store(
         "books": (
             "azu:books:*",
             "azu:ledger:*",
+            "azu:treasury:cursor",
             "azu:treasury:uncredited",
             "azu:treasury:withdrawals:*",
         ),

@@ -1,4 +1,4 @@
-"""The plain processes beside a network's Ray cluster: Redis, the books, the devnet and the treasury."""
+"""The plain processes beside a network's Ray cluster: Redis, books, devnet, signer and treasury."""
 
 import asyncio
 import json
@@ -13,11 +13,13 @@ from urllib.parse import unquote, urlsplit
 
 from azu.auth.tickets import Admission
 from azu.config import NetworkPolicy, Settings
+from azu.config.network import Limit
 from azu.errors import ConfigurationError
 from azu.files import write_private
 from azu.launch.network_process import home_locked
 from azu.launch.processes import ProcessGroup, ProcessSpec, azu_command, free_port
 from azu.launch.redis_server import RedisUrls, start_stores
+from azu.money.chain.networks import network_at
 from azu.money.treasury.environment import take_variable
 from azu.money.wire import Access
 
@@ -25,16 +27,22 @@ if TYPE_CHECKING:
     from eth_account.signers.local import LocalAccount
 
     from azu.money.books import Books, BooksTerms
+    from azu.money.signer.calls import RemoteSigner
+    from azu.money.signer.policy import PayoutLimit
 
 DEVNET = "devnet"
 BOOKS = "books"
+SIGNER = "signer"
 TREASURY = "treasury"
 # What they print once they are ready.
 DEVNET_READY = r"^devnet ready "
 BOOKS_READY = r"^books ready$"
+SIGNER_READY = r"^signer ready$"
 TREASURY_READY = r"^treasury ready$"
 _BOOKS_FILE = "books.json"
-_BOOKS_CALLERS = ("ingress", "scheduler", "treasury", "owner")
+_BOOKS_CALLERS = ("ingress", "scheduler", "treasury", "signer", "owner")
+_SIGNER_FILE = "signer-calls.json"
+_SIGNER_CALLERS = ("treasury", "books", "owner")
 # How long earnings wait on a real chain where the network's owner says nothing else.
 _MATURE_S = 86_400
 # Nodes that have no key are enrolled by the owner of the books' machine.
@@ -42,16 +50,17 @@ _OWN_NODES = "owner"
 # The books answer nothing else to their owner while they audit.
 _AUDIT_S = 600.0
 _DEVNET_FILE = "devnet.json"
+_DEVNET_CHAIN = "devnet.jsonl"
 _DEVNET_ADMIN = "devnet-admin.key"
-# The variables by which the treasury gets the URLs of the job store, and of the books.
-JOBS_URL, BOOKS_URL = "AZU_JOBS_REDIS_URL", "AZU_BOOKS_URL"
+# The variables by which processes get the URLs of the job store, of the books and of the signer.
+JOBS_URL, BOOKS_URL, SIGNER_URL = "AZU_JOBS_REDIS_URL", "AZU_BOOKS_URL", "AZU_SIGNER_URL"
 _KEY = "SCHEDULER_PRIVATE_KEY"
 _KEY_FILE = "AZU_PRIVATE_KEY_FILE"
 
 
 @dataclass(frozen=True, slots=True)
 class ChainSettings:
-    """The chain's URL, the platform's address there, and the variables that give its key to the treasury.
+    """The chain's URL, the platform's address there, and the variables that give its key to the signer.
 
     The wallets of `admins` sign the commands that move money.
     """
@@ -59,13 +68,13 @@ class ChainSettings:
     url: str
     platform_address: str
     is_devnet: bool
-    treasury_key: Mapping[str, str] = field(repr=False)
+    signer_key: Mapping[str, str] = field(repr=False)
     admins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Sidecars:
-    """The running processes: the chain, the treasury, and where each process finds Redis and the books."""
+    """The running processes: the chain, the others, and where each process finds Redis and the books."""
 
     chain: ChainSettings
     redis: RedisUrls
@@ -93,8 +102,9 @@ def sidecars_running(
         redis = start_stores_and_devnet(services, settings, chain, timeout_s)
         terms = books_terms(policy, chain, others_payout)
         books = start_books(services, settings, chain, redis.books, terms)
-        start_treasury(treasury, settings, chain, redis, books)
-        services.wait_until_printed(BOOKS, BOOKS_READY, timeout_s)
+        signer = start_signer(services, settings, chain, books)
+        start_treasury(treasury, settings, chain, redis, books, signer)
+        wait_for_books_and_signer(services, timeout_s)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
         yield Sidecars(chain, redis, books, (services, treasury))
 
@@ -104,7 +114,7 @@ def start_stores_and_devnet(
 ) -> RedisUrls:
     """Start Redis and a devnet unless they are configured; returns the URLs of Redis for each process."""
     if chain.is_devnet:
-        start_devnet(services, chain)
+        start_devnet(services, settings, chain)
     if settings.redis_url is None:
         urls = start_stores(services, settings.home, timeout_s)
     else:
@@ -114,10 +124,11 @@ def start_stores_and_devnet(
     return urls
 
 
-def start_devnet(services: ProcessGroup, chain: ChainSettings) -> None:
-    """Start the devnet; it answers once it has printed DEVNET_READY."""
-    port = str(urlsplit(chain.url).port)
-    services.start(ProcessSpec(DEVNET, azu_command("devnet", "--port", port), dict(os.environ), restart=True))
+def start_devnet(services: ProcessGroup, settings: Settings, chain: ChainSettings) -> None:
+    """Start the devnet, which goes on where it was; it answers once it has printed DEVNET_READY."""
+    port, file = str(urlsplit(chain.url).port), str(settings.home / _DEVNET_CHAIN)
+    command = azu_command("devnet", "--port", port, "--file", file)
+    services.start(ProcessSpec(DEVNET, command, dict(os.environ), restart=True))
 
 
 def start_books(
@@ -128,13 +139,17 @@ def start_books(
     terms: "BooksTerms",
     admission: Admission | None = None,
 ) -> Access:
-    """Start the books with new secrets for their callers; they serve once they have printed BOOKS_READY.
+    """Start the books with new secrets for their callers, and for those of the signer.
+
+    They serve once they have printed BOOKS_READY.
 
     With an `admission` they admit nodes: the key of the nodes' authority lies with them.
     """
-    access = Access.new(free_port(), _BOOKS_CALLERS)
+    access, signer = Access.new(free_port(), _BOOKS_CALLERS), Access.new(free_port(), _SIGNER_CALLERS)
     access.write(settings.home / _BOOKS_FILE)
-    environment = _environment(settings, chain, redis_url)
+    # Here, because each of the two calls the other.
+    signer.write(settings.home / _SIGNER_FILE)
+    environment = _environment(settings, chain, redis_url) | {SIGNER_URL: signer.url("books")}
     admits = () if admission is None else ("--admission", admission.to_json())
     command = azu_command("books", "--terms", json.dumps(asdict(terms)), *admits)
     services.start(ProcessSpec(BOOKS, command, environment, restart=True))
@@ -186,25 +201,57 @@ def enrol_own_node(home: Path, name: str, payout: str, node_id: str) -> None:
     asyncio.run(enrol())
 
 
+def start_signer(group: ProcessGroup, settings: Settings, chain: ChainSettings, books: Access) -> Access:
+    """Start the signer, the only process that gets the platform's key; return where it is called."""
+    environment = {**_chain_environment(settings, chain), **chain.signer_key}
+    environment |= {"AZU_ADMIN_ADDRESSES": ",".join(chain.admins), BOOKS_URL: books.url("signer")}
+    environment.pop("REDIS_PASSWORD", None)
+    group.start(ProcessSpec(SIGNER, azu_command("signer"), environment, restart=True))
+    return signer_access(settings.home)
+
+
+def wait_for_books_and_signer(services: ProcessGroup, timeout_s: float) -> None:
+    """Wait until both answer calls."""
+    services.wait_until_printed(BOOKS, BOOKS_READY, timeout_s)
+    services.wait_until_printed(SIGNER, SIGNER_READY, timeout_s)
+
+
+def signer_access(home: Path) -> Access:
+    """Return where the signer of a home folder is called; raises NotFound where no network ever ran."""
+    return Access.read(home / _SIGNER_FILE)
+
+
+def payout_limit(limit: Limit) -> "PayoutLimit":
+    """Return a limit of the network file as the signer's policy has it."""
+    from azu.money.signer.policy import PayoutLimit
+
+    return PayoutLimit(limit.hour_lamports, limit.day_lamports, limit.address_percent)
+
+
 def start_treasury(
-    group: ProcessGroup, settings: Settings, chain: ChainSettings, redis: RedisUrls, books: Access
+    group: ProcessGroup,
+    settings: Settings,
+    chain: ChainSettings,
+    redis: RedisUrls,
+    books: Access,
+    signer: Access,
 ) -> None:
-    """Start the treasury, the only process that gets the platform's key."""
-    environment = {**_environment(settings, chain, redis.treasury), **chain.treasury_key}
-    environment |= {JOBS_URL: redis.treasury_jobs, BOOKS_URL: books.url("treasury")}
+    """Start the treasury; it is ready once it has printed TREASURY_READY."""
+    environment = _environment(settings, chain, redis.treasury)
+    environment |= {
+        JOBS_URL: redis.treasury_jobs,
+        BOOKS_URL: books.url("treasury"),
+        SIGNER_URL: signer.url("treasury"),
+    }
     group.start(ProcessSpec(TREASURY, azu_command("treasury"), environment, restart=True))
 
 
 def _environment(settings: Settings, chain: ChainSettings, redis_url: str) -> dict[str, str]:
     """Return the variables of a process that has a user of its own in Redis."""
     redis = urlsplit(redis_url)
-    environment = dict(os.environ) | {
-        "HYPERLIQUID_RPC_URL": chain.url,
-        "HYPERLIQUID_ADDRESS": chain.platform_address,
+    environment = _chain_environment(settings, chain) | {
         "REDIS_HOST": redis.hostname or "",
         "REDIS_PORT": str(redis.port),
-        "AZU_HOME": str(settings.home),
-        "AZU_NETWORK": str(settings.network or ""),
         "AZU_REDIS_TLS": str(redis.scheme == "rediss"),
     }
     if redis.scheme != "rediss":
@@ -214,23 +261,36 @@ def _environment(settings: Settings, chain: ChainSettings, redis_url: str) -> di
     return environment
 
 
+def _chain_environment(settings: Settings, chain: ChainSettings) -> dict[str, str]:
+    """Return the variables of a process of money, without those of its own."""
+    return dict(os.environ) | {
+        "HYPERLIQUID_RPC_URL": chain.url,
+        "HYPERLIQUID_ADDRESS": chain.platform_address,
+        "AZU_HOME": str(settings.home),
+        "AZU_NETWORK": str(settings.network or ""),
+    }
+
+
 def choose_chain(settings: Settings) -> ChainSettings:
     """Return the configured chain, or a devnet on a free port whose platform key is made here once.
 
-    The key of a configured chain is not read here, only handed to the treasury. In both cases it is removed
-    from this process's environment. Raises ConfigurationError when it or the platform's address is missing.
+    The key of a configured chain is not read here, only handed to the signer. In both cases it is removed
+    from this process's environment. Raises ConfigurationError when it or the platform's address is missing,
+    and for the key of a real chain that is not in a file.
     """
     taken = {name: take_variable(os.environ, name) for name in (_KEY, _KEY_FILE)}
     if settings.chain_url is None:
         return _devnet(settings)
     key = {name: value for name, value in taken.items() if value is not None}
     if settings.platform_address is None or not key:
-        raise ConfigurationError(f"a chain needs HYPERLIQUID_ADDRESS, and {_KEY} or {_KEY_FILE}")
+        raise ConfigurationError(f"a chain needs HYPERLIQUID_ADDRESS and {_KEY_FILE}")
+    if _KEY in key and network_at(settings.chain_url).name != DEVNET:
+        raise ConfigurationError(f"the key of a real chain has to be in a file that {_KEY_FILE} names")
     return ChainSettings(
         settings.chain_url,
         settings.platform_address,
         is_devnet=False,
-        treasury_key=key,
+        signer_key=key,
         admins=settings.admin_addresses,
     )
 
@@ -246,7 +306,7 @@ def _devnet(settings: Settings) -> ChainSettings:
         url,
         address,
         is_devnet=True,
-        treasury_key={_KEY_FILE: str(path)},
+        signer_key={_KEY_FILE: str(path)},
         admins=(admin, *settings.admin_addresses),
     )
 
@@ -266,13 +326,20 @@ def devnet_admin(home: Path) -> "LocalAccount | None":
     return _kept_wallet(path) if path.exists() else None
 
 
+def owners_signer(home: Path) -> "RemoteSigner":
+    """Return the signer of a home folder's network for its owner; raises NotFound where none ever ran."""
+    from azu.money.signer.calls import RemoteSigner
+
+    return RemoteSigner(signer_access(home).url("owner"))
+
+
 def devnet_of(home: Path) -> ChainSettings | None:
     """Return the devnet that a network of this home folder started last; None if there is none."""
     try:
         known = json.loads((home / _DEVNET_FILE).read_text())
     except FileNotFoundError:
         return None
-    return ChainSettings(known["url"], known["platform_address"], is_devnet=True, treasury_key={})
+    return ChainSettings(known["url"], known["platform_address"], is_devnet=True, signer_key={})
 
 
 def admin_key_of(settings: Settings) -> str:

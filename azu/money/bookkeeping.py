@@ -8,6 +8,7 @@ from base64 import b85decode, b85encode
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -15,6 +16,7 @@ from pydantic import TypeAdapter
 from azu.auth.key_records import CHALLENGE_TTL_S, ApiKey, key_id_of, key_record_is_signed, secret_digest
 from azu.auth.signatures import (
     MAX_WITHDRAWAL_LIFE_MS,
+    ReceiptSignature,
     Withdrawal,
     command_of,
     is_claim,
@@ -45,13 +47,14 @@ from azu.money.books import (
     UserBalance,
     WorkerEarnings,
 )
+from azu.money.books_view import open_payouts_of, view_of
 from azu.money.commands import command_id, transfer_of
 from azu.money.ledger.audit import Audit
 from azu.money.ledger.entry import Result
 from azu.money.ledger.journal import RedisJournal
 from azu.money.ledger.ledger import Ledger
 from azu.money.ledger.seals import Seals
-from azu.money.ledger.state import BooksState
+from azu.money.ledger.state import KEPT_MS, BooksState
 from azu.money.ledger.transfers import (
     HELD,
     MAX_OUTCOME_BYTES,
@@ -62,12 +65,13 @@ from azu.money.ledger.transfers import (
     HeldPaid,
     KeyOpened,
     KeyRevoked,
-    LossAccepted,
-    LossNoted,
     NodeEnrolled,
+    PayoutPlanned,
     Release,
     Reserve,
+    RevenueTaken,
     Settle,
+    UnknownOut,
     WithdrawalPlanned,
     WriterOpened,
     is_node_held,
@@ -81,7 +85,9 @@ from azu.money.ledger.transfers import (
     worker_paying,
 )
 from azu.money.pricing import divide
-from azu.money.treasury.redis import RedisUncredited, Uncredited
+from azu.money.receipts import ReceiptKey
+from azu.money.signer.views import BooksHead, BooksView, OpenPayout
+from azu.money.treasury.redis import RedisCursor, RedisUncredited, Uncredited
 from azu.money.treasury.withdrawals import (
     LEAST_LAMPORTS,
     RedisWithdrawals,
@@ -118,8 +124,10 @@ class Bookkeeper(BooksCalls):
         platform: str,
         terms: BooksTerms,
         *,
+        receipts: ReceiptKey | None = None,
         now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
+        self._receipts = receipts
         self._redis = connect_redis(redis_url, silence_s=_SILENCE_S)
         self._folder = folder
         self._platform = platform
@@ -130,6 +138,10 @@ class Bookkeeper(BooksCalls):
         self._open: Ledger | None = None
         self._withdrawals = RedisWithdrawals(self._redis)
         self._uncredited = RedisUncredited(self._redis)
+        self._cursor = RedisCursor(self._redis)
+        self._opened_at_ms = 0
+        # Why the signer signs nothing; empty while it does.
+        self._unsigned: tuple[str, ...] = ()
         # Why the journal is not what was written; empty while it is.
         self._changed = ""
 
@@ -363,6 +375,12 @@ class Bookkeeper(BooksCalls):
                 return _outcome(hold, transfer)
         return None
 
+    async def receipt_signature(self, job_id: str) -> ReceiptSignature | None:
+        outcome = await self.ended(job_id)
+        if outcome is None or self._receipts is None or await self._journal_fault():
+            return None
+        return self._receipts.sign(outcome.receipt)
+
     async def overdue(self) -> tuple[str, ...]:
         return tuple(hold.job_id for hold in (await self.ledger()).state.expired(self._now_ms()))
 
@@ -473,10 +491,31 @@ class Bookkeeper(BooksCalls):
         await self.enrol_node(node_id, payout, key_digest=key_digest, name=name, work_bytes_per_s=0)
 
     async def apply(self, transfer: TreasuryTransfer) -> None:
-        await (await self.ledger()).apply(transfer)
+        ledger = await self.ledger()
+        if isinstance(transfer, UnknownOut) and await ledger.result(transfer.id) is None:
+            if await _is_known(ledger, transfer):
+                return
+            if any(one.address == transfer.address for one in ledger.state.payouts.values()):
+                # Else the payout's money would stay set aside, and be paid a second time.
+                message = f"{transfer.id}: a payout to {transfer.address} is open, and has to end first"
+                raise Conflict(message, code="payout_open")
+        await ledger.apply(transfer)
 
     async def result(self, transfer_id: str) -> Result | None:
         return await (await self.ledger()).result(transfer_id)
+
+    async def open_payouts(self) -> tuple[OpenPayout, ...]:
+        return open_payouts_of((await self.ledger()).state)
+
+    async def view(self, number: int, after: int, findings: tuple[str, ...] = ()) -> BooksView:
+        self._unsigned = findings
+        if fault := await self._journal_fault():
+            raise LedgerError(fault, code="journal_fault")
+        ledger, read_until_ms = await self.ledger(), await self._cursor.read()
+        self._opened_at_ms = self._opened_at_ms or (await ledger.entry(1)).at_ms
+        return await view_of(
+            ledger, number, after, opened_at_ms=self._opened_at_ms, read_until_ms=read_until_ms
+        )
 
     async def owed(self) -> Mapping[str, int]:
         state = (await self.ledger()).state
@@ -487,23 +526,30 @@ class Bookkeeper(BooksCalls):
         balances = (await self.ledger()).state.balances
         return sum(lamports for account, lamports in balances.items() if not is_outside(account))
 
-    async def note_loss(self, size: int) -> None:
-        ledger = await self.ledger()
-        if not ledger.lost:
-            await ledger.apply(LossNoted(id=f"loss:treasury:{ledger.head.number}", num_entries=size))
-
     async def totals(self) -> Totals:
         ledger = await self.ledger()
-        return totals_of(ledger.state.balances, ledger.lost)
+        return replace(totals_of(ledger.state.balances, ledger.lost), unsigned=self._unsigned)
 
     async def loss(self) -> int:
         if self._changed:
             raise LedgerError(self._changed, code="journal_changed")
         return (await self._looked()).lost
 
-    async def accept_loss(self, size: int) -> None:
-        ledger = await self.ledger()
-        await ledger.apply(LossAccepted(id=f"loss:accepted:{ledger.head.number}", num_entries=size))
+    async def findings(self) -> tuple[str, ...]:
+        fault = await self._journal_fault()
+        return (fault, *self._unsigned) if fault else self._unsigned
+
+    async def _journal_fault(self) -> str:
+        """Return what is wrong with the journal, empty if nothing is."""
+        try:
+            lost = await self.loss()
+        except LedgerError as error:
+            return error.message
+        return f"the ledger went back by {lost} entries" if lost else ""
+
+    async def head(self) -> BooksHead:
+        head = (await self.ledger()).head
+        return BooksHead(head.number, head.hash)
 
     async def held(self) -> HeldMoney:
         state = (await self.ledger()).state
@@ -542,7 +588,7 @@ class Bookkeeper(BooksCalls):
         if command.expires_at_ms <= self._now_ms():
             raise Forbidden("this command has expired", param="expires_at_ms", code="command_expired")
         with _refusals_as_conflicts():
-            await ledger.apply(transfer_of(command, text, ledger.state))
+            await ledger.apply(transfer_of(command, text, ledger.state, self._now_ms()))
 
     async def uncredited(self) -> tuple[Uncredited, ...]:
         return await self._uncredited.all()
@@ -584,6 +630,18 @@ def _refusals_as_conflicts() -> Iterator[None]:
         if error.code not in _REFUSALS:
             raise
         raise Conflict(error.message, code=error.code) from error
+
+
+async def _is_known(ledger: Ledger, out: UnknownOut) -> bool:
+    """Whether a payout of these books made a transfer, or may have: nonces of long ago have no names."""
+    payout_id = ledger.state.nonces.get(str(out.nonce))
+    if payout_id is None:
+        return out.nonce < ledger.state.facts.get("at_ms", 0) - KEPT_MS
+    planned = await ledger.result(f"{payout_id}:planned")
+    assert planned is not None, "the nonce is that of a payout"
+    payout = planned.entry.transfer
+    assert isinstance(payout, PayoutPlanned | WithdrawalPlanned | RevenueTaken), "the id says so"
+    return (payout.address, payout.lamports) == (out.address, out.lamports)
 
 
 def _api_key(opened: KeyOpened) -> ApiKey:

@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 from redis.asyncio import Redis
 
 from azu.auth.key_records import ApiKey
-from azu.auth.signatures import Withdrawal
+from azu.auth.signatures import ReceiptSignature, Withdrawal
 from azu.auth.tickets import EnrolmentCalls
 from azu.contact import Contact
 from azu.metrics import MetricsSnapshot
@@ -21,12 +21,15 @@ from azu.money.ledger.transfers import (
     PayoutPaid,
     PayoutPlanned,
     PayoutRefused,
+    RevenueTaken,
     Suspended,
+    UnknownOut,
     WithdrawalPlanned,
 )
+from azu.money.signer.views import BooksHead, BooksView, OpenPayout
 from azu.money.treasury.redis import RedisMetrics
 from azu.money.treasury.redis import Uncredited as Uncredited  # noqa: PLC0414 - callers name the type
-from azu.money.treasury.request_reply import DepositRequests, DepositStatus, ReceiptRequests
+from azu.money.treasury.request_reply import DepositRequests, DepositStatus
 from azu.money.treasury.withdrawals import WithdrawalStatus
 from azu.money.wire import Remote
 from azu.protocol.job import JobEnding, JobOutcome
@@ -35,7 +38,16 @@ from azu.protocol.job import JobEnding, JobOutcome
 _SILENCE_S = 5.0
 
 # What the treasury books; it is checked against the chain before it comes here.
-TreasuryTransfer = Deposit | PayoutPlanned | WithdrawalPlanned | PayoutPaid | PayoutRefused
+TreasuryTransfer = (
+    Deposit
+    | Suspended
+    | UnknownOut
+    | PayoutPlanned
+    | WithdrawalPlanned
+    | RevenueTaken
+    | PayoutPaid
+    | PayoutRefused
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +143,8 @@ class Totals:
     """Sums over all accounts since the books were opened, in lamports.
 
     `held_lamports` maps a kind of account, such as "user_available", to what azu holds there.
-    `sum_lamports` is the sum of all accounts, always zero. `lost_writes` is the size of an open loss.
+    `sum_lamports` is the sum of all accounts, always zero. `lost_writes` is the size of an open loss,
+    `unsigned` why the signer signs nothing, empty while it does.
     """
 
     charged_lamports: int
@@ -140,6 +153,7 @@ class Totals:
     held_lamports: Mapping[str, int]
     sum_lamports: int
     lost_writes: int = 0
+    unsigned: tuple[str, ...] = ()
 
 
 class BooksCalls:
@@ -215,6 +229,13 @@ class BooksCalls:
     async def ended(self, job_id: str) -> JobOutcome | None:
         """Return how a job has ended, with its receipt; None for one that runs, and for an unknown id."""
 
+    async def receipt_signature(self, job_id: str) -> ReceiptSignature | None:
+        """Return the signature of an ended job's receipt.
+
+        None if the job has not ended, for a journal that is not what was written until an admin accepts that,
+        and before the platform has certified the key.
+        """
+
     async def overdue(self) -> tuple[str, ...]:
         """Return the jobs whose reservations may expire, the oldest first; they may not have been written."""
 
@@ -268,7 +289,8 @@ class BooksCalls:
     async def apply(self, transfer: TreasuryTransfer) -> None:
         """Book what the treasury found on the chain, or sets aside for it, once for each id.
 
-        Raises what the ledger's rules do.
+        Of what left the account unknown, the books leave out what a payout of theirs explains. Raises what
+        the ledger's rules do, and Conflict (code `payout_open`) while a payout to that address is open.
         """
 
     async def result(self, transfer_id: str) -> Result | None:
@@ -277,11 +299,21 @@ class BooksCalls:
     async def owed(self) -> Mapping[str, int]:
         """Return what may be paid out now: address -> lamports, of addresses that claimed their earnings."""
 
+    async def open_payouts(self) -> tuple[OpenPayout, ...]:
+        """Return the payouts that money is set aside for."""
+
     async def inside(self) -> int:
         """Return how many lamports the platform has to hold on the chain, its own and what it owes."""
 
-    async def note_loss(self, size: int) -> None:
-        """Note that the treasury's own state went back by so many writes."""
+    # The signer
+
+    async def view(self, number: int, after: int, findings: tuple[str, ...] = ()) -> BooksView:
+        """Return the books at this moment for a signer that last saw entry `number`.
+
+        Its credits are those after entry `after`, up to the entry `credits_until`. `findings` are why the
+        signer signs nothing, if that stands: the books show them. Raises LedgerError for a journal that is
+        not what was written, and for a ledger that went back until an admin accepts that.
+        """
 
     # All of it
 
@@ -291,12 +323,18 @@ class BooksCalls:
     async def loss(self) -> int:
         """Return by how many writes the ledger went back, until the admin accepts that; 0 if it did not.
 
-        Until then the treasury signs nothing. Raises Unavailable when the books' Redis does not answer, and
+        Until then nothing is signed. Raises Unavailable when the books' Redis does not answer, and
         LedgerError (`journal_changed`) when the journal is not what was written.
         """
 
-    async def accept_loss(self, size: int) -> None:
-        """Have the treasury sign again after a loss of this size; raises Conflict for another size."""
+    async def findings(self) -> tuple[str, ...]:
+        """Return why nothing is signed: what is wrong with the journal, or what the signer found.
+
+        It is empty while all agrees. Raises Unavailable as all calls do.
+        """
+
+    async def head(self) -> BooksHead:
+        """Return the last entry's number and hash."""
 
     async def held(self) -> HeldMoney:
         """Return the money that waits for an admin's command."""
@@ -354,13 +392,6 @@ class Books(Remote, BooksCalls, calls=BooksCalls):
         DeadlineExceeded if the treasury does not answer in `timeout_s`, Unavailable if too many wait.
         """
         return await DepositRequests(self._redis).ask(tx_hash, address, timeout_s)
-
-    async def receipt_signature(self, job_id: str, timeout_s: float) -> str | None:
-        """Return the platform's signature of an ended job's receipt, in hex.
-
-        None if the treasury does not answer in `timeout_s`, or if the job has not ended.
-        """
-        return await ReceiptRequests(self._redis).ask(job_id, timeout_s)
 
     async def treasury_metrics(self) -> tuple[str, MetricsSnapshot] | None:
         """Return the name of the treasury's process and its metrics; None while it is away."""

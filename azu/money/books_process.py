@@ -13,6 +13,8 @@ from azu.errors import InternalError
 from azu.metrics import Meter
 from azu.money.bookkeeping import Bookkeeper
 from azu.money.books import BooksCalls, BooksTerms
+from azu.money.receipts import ReceiptKey
+from azu.money.signer.calls import RemoteSigner
 from azu.money.wire import Access, WireServer
 from azu.supervision import Supervisor
 
@@ -21,16 +23,18 @@ _VERIFY_EVERY_S = 30.0
 # Redis keeps the latest entries in memory; older ones lie in files.
 _SEAL_EVERY_S = 60.0
 _SEALED_AT_ONCE = 20_000
+_CERTIFY_EVERY_S = 1.0
 
-_READS = frozenset({"balance", "earnings", "ended", "loss", "totals", "uncredited", "withdrawal"})
+_READS = frozenset({"balance", "earnings", "ended", "findings", "loss", "totals", "uncredited", "withdrawal"})
 # The calls that each caller may make.
 ALLOWED: Mapping[str, frozenset[str]] = {
     "ingress": _READS
-    | {"claim_earnings", "dispute", "give_back", "key", "keys", "open_key", "price", "reserve"}
-    | {"revoke_key", "withdraw"},
+    | {"claim_earnings", "dispute", "give_back", "key", "keys", "open_key", "price", "receipt_signature"}
+    | {"reserve", "revoke_key", "withdraw"},
     "scheduler": frozenset({"ended", "expire", "overdue", "settle", "totals"}),
-    "treasury": frozenset({"apply", "ended", "inside", "loss", "note_loss", "owed", "result"}),
-    "owner": _READS | {"accept_loss", "audit", "command", "enrol_node", "held", "reversible"},
+    "treasury": frozenset({"apply", "inside", "loss", "open_payouts", "owed", "result"}),
+    "signer": frozenset({"view"}),
+    "owner": _READS | {"audit", "command", "enrol_node", "head", "held", "reversible"},
 }
 
 
@@ -52,7 +56,8 @@ def allowed_to(enrolment: Enrolment | None) -> Mapping[str, frozenset[str]]:
 class BooksConfig:
     """What the books run with: their Redis, the platform's address, and who may call them where.
 
-    Entries that Redis need not keep any more lie in `folder`. With `enrolment` they admit nodes.
+    Entries that Redis need not keep any more lie in `folder`. The key in the file `receipt_key` signs
+    receipts, once the signer has certified it. With `enrolment` they admit nodes.
     """
 
     redis_url: str = field(repr=False)
@@ -60,6 +65,8 @@ class BooksConfig:
     platform_address: str
     terms: BooksTerms
     access: Access
+    receipt_key: Path
+    signer_url: str = field(repr=False)
     enrolment: Enrolment | None = None
 
 
@@ -72,7 +79,13 @@ async def run(config: BooksConfig, *, ready: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    bookkeeper = Bookkeeper(config.redis_url, config.folder, config.platform_address, config.terms)
+    receipts, signer = (
+        ReceiptKey(config.receipt_key, config.platform_address),
+        RemoteSigner(config.signer_url),
+    )
+    bookkeeper = Bookkeeper(
+        config.redis_url, config.folder, config.platform_address, config.terms, receipts=receipts
+    )
     server = WireServer(BooksCalls, bookkeeper, config.access.secrets, allowed_to(config.enrolment))
     if config.enrolment is not None:
         config.enrolment.pays = bookkeeper.pay_node
@@ -82,6 +95,7 @@ async def run(config: BooksConfig, *, ready: Callable[[], None]) -> None:
     async def begin() -> None:
         await supervisor.insist("the ledger", bookkeeper.ledger)
         ready()
+        supervisor.start("certificate", partial(receipts.have_certified, signer), every_s=_CERTIFY_EVERY_S)
         supervisor.start("verification", bookkeeper.verify, every_s=_VERIFY_EVERY_S)
         supervisor.start("seals", partial(bookkeeper.seal, _SEALED_AT_ONCE), every_s=_SEAL_EVERY_S)
 
@@ -93,6 +107,7 @@ async def run(config: BooksConfig, *, ready: Callable[[], None]) -> None:
         beginning.cancel()
         await supervisor.stop()
         await server.close()
+        await signer.close()
         await bookkeeper.close()
     if not supervisor.is_healthy:
         raise InternalError("a loop of the books cannot go on; its log says why")

@@ -11,36 +11,45 @@ from azu.auth.signatures import (
     ReverseJob,
     TakeRevenue,
 )
-from azu.errors import InvalidRequest, NotFound
+from azu.errors import NotFound
 from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import (
     DisputeDismissed,
     HeldPaid,
     HeldReleased,
+    LossAccepted,
     NodeRemoved,
+    RevenueTaken,
     Reversed,
     SuspenseCredited,
     Transfer,
 )
+from azu.money.signer.policy import nonce_for
+from azu.money.signer.views import PayoutKind
 
 
 def command_id(command: AdminCommand) -> str:
     """Return the id of the command's one transfer: the ledger takes an id once, so a nonce is used once."""
+    if isinstance(command, TakeRevenue):
+        return f"{_revenue_id(command)}:planned"
     return f"command:{command.kind}:{command.nonce}"
 
 
-def transfer_of(command: AdminCommand, text: str, state: BooksState) -> Transfer:
+def _revenue_id(command: TakeRevenue) -> str:
+    return f"payout:revenue-{command.nonce}"
+
+
+def transfer_of(command: AdminCommand, text: str, state: BooksState, now_ms: int) -> Transfer:
     """Return the transfer for a command; `text` is the command with its signature, which the entry keeps.
 
-    Raises NotFound where the books have no such row in suspense, InvalidRequest for a command that the
-    books do not carry out.
+    Revenue is set aside under a nonce of now; the treasury takes the payout up. Raises NotFound where the
+    books have no such row in suspense.
     """
     transfer_id = command_id(command)
     match command:
-        case ReverseJob():
-            return Reversed(id=transfer_id, job_id=command.job_id, command=text)
-        case DismissDispute():
-            return DisputeDismissed(id=transfer_id, job_id=command.job_id, command=text)
+        case ReverseJob() | DismissDispute():
+            decision = Reversed if isinstance(command, ReverseJob) else DisputeDismissed
+            return decision(id=transfer_id, job_id=command.job_id, command=text)
         case PayHeld() | ReleaseHeld():
             kind = HeldPaid if isinstance(command, PayHeld) else HeldReleased
             return kind(
@@ -63,5 +72,14 @@ def transfer_of(command: AdminCommand, text: str, state: BooksState) -> Transfer
                 lamports=waiting.lamports,
                 command=text,
             )
-        case TakeRevenue() | AcceptLoss():
-            raise InvalidRequest(f"{command.kind} is no command that the books carry out", param="kind")
+        case TakeRevenue():
+            return RevenueTaken(
+                id=transfer_id,
+                payout_id=_revenue_id(command),
+                address=command.address,
+                lamports=command.lamports,
+                nonce=nonce_for(PayoutKind.REVENUE, state.facts.get("nonce", 0), now_ms),
+                command=text,
+            )
+        case AcceptLoss():
+            return LossAccepted(id=transfer_id, num_entries=state.facts.get("lost", 0), command=text)

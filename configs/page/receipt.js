@@ -66,7 +66,7 @@ function receipt(one) {
     table("Nodes that ran it", ["Node", "Layers and experts"], one.topology.map((piece) => [piece.node, held(piece).filter(Boolean).join("; ")])),
     make("p", { className: "dim id", textContent: `Transfer ${one.transfer_id}` }),
     make("p", { className: "dim id", textContent: one.signature ? `Signed by ${one.signer}` :
-      "Not signed: the treasury did not answer. Ask again later." }),
+      "Not signed: the network signs no receipt now. Ask again later." }),
   ];
 }
 

@@ -7,23 +7,31 @@ from typing import Any
 import pytest
 from eth_account import Account
 
-from azu.auth.signatures import Withdrawal, is_signed, sealed, sign_receipt, sign_withdrawal, verify_receipt
+from azu.auth.signatures import (
+    Withdrawal,
+    is_signed,
+    sealed,
+    sign_certificate,
+    sign_withdrawal,
+    verify_receipt,
+)
 from azu.errors import InvalidRequest
-from tests.builders import BOB, receipt
+from tests.builders import BOB, receipt, receipt_signed
 
 SIGNER = Account.from_key("0x" + "09" * 32)
 STRANGER = Account.from_key("0x" + "0a" * 32)
+KEY = Account.from_key("0x" + "0b" * 32).address.lower()
 
 
 def document(signer: Any = SIGNER) -> dict[str, Any]:
     given = receipt()
-    body = sealed(given, SIGNER.address.lower(), sign_receipt(signer, given))
+    body = sealed(given, SIGNER.address.lower(), receipt_signed(signer, given))
     # As it may come from a file, in another order.
     loaded = json.loads(json.dumps(body))
     return dict(sorted(loaded.items(), reverse=True))
 
 
-def test_a_signed_receipt_names_its_signer() -> None:
+def test_a_signed_receipt_names_the_platform_that_certified_its_key() -> None:
     assert verify_receipt(document()) == SIGNER.address.lower()
 
 
@@ -39,6 +47,10 @@ def test_a_signed_receipt_names_its_signer() -> None:
         {"signature": "0x" + "11" * 65},
         {"signature": "0x00"},
         {"signature": None},
+        {"key": STRANGER.address.lower()},
+        {"key": None},
+        {"certificate": sign_certificate(STRANGER, KEY)},
+        {"certificate": None},
         {"signer": None},
     ],
 )
@@ -47,7 +59,9 @@ def test_a_receipt_that_was_changed_is_refused(change: dict[str, Any]) -> None:
         verify_receipt(document() | change)
 
 
-@pytest.mark.parametrize("name", ["charged_lamports", "transfer_id", "token_layers", "signer", "signature"])
+@pytest.mark.parametrize(
+    "name", ["charged_lamports", "transfer_id", "token_layers", "signer", "key", "signature"]
+)
 def test_a_receipt_without_one_of_its_fields_is_refused(name: str) -> None:
     short = document()
     del short[name]
@@ -55,9 +69,13 @@ def test_a_receipt_without_one_of_its_fields_is_refused(name: str) -> None:
         verify_receipt(short)
 
 
-def test_a_receipt_signed_by_another_key_is_refused() -> None:
-    with pytest.raises(InvalidRequest):
-        verify_receipt(document(STRANGER))
+def test_a_receipt_signed_by_a_key_that_the_platform_did_not_certify_is_refused() -> None:
+    given, platform = receipt(), SIGNER.address.lower()
+    own = receipt_signed(STRANGER, given, by=STRANGER)
+    stolen = replace(own, certificate=receipt_signed(SIGNER, given).certificate)
+    for signature in (own, stolen):
+        with pytest.raises(InvalidRequest, match="certify"):
+            verify_receipt(sealed(given, platform, signature))
 
 
 ALICE = Account.from_key("0x" + "07" * 32)

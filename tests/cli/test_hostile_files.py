@@ -12,7 +12,7 @@ import pytest
 import yaml
 from eth_account import Account
 
-from azu.auth.signatures import sealed, sign_receipt
+from azu.auth.signatures import sealed
 from azu.cli.credentials import Credential, load_credential, store_credential
 from azu.cli.receipt import _checked, _read
 from azu.config import load_network
@@ -23,7 +23,7 @@ from azu.launch.membership import EnrolmentTicket, Ticket, decode_ticket
 from azu.launch.network_process import stop_network
 from azu.money.chain import wallet
 from azu.protocol.structure import Structure
-from tests.builders import receipt, structure
+from tests.builders import receipt, receipt_signed, structure
 from tests.mutations import mutated_bytes, mutated_value
 
 SEED = int(os.environ.get("AZU_TEST_SEED", "1"))
@@ -59,7 +59,7 @@ def _write_credentials(path: Path) -> None:
 
 def _write_receipt(path: Path) -> None:
     path.write_text(
-        json.dumps(sealed(receipt(), PLATFORM.address.lower(), sign_receipt(PLATFORM, receipt())))
+        json.dumps(sealed(receipt(), PLATFORM.address.lower(), receipt_signed(PLATFORM, receipt())))
     )
 
 

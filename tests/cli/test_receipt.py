@@ -7,11 +7,11 @@ import pytest
 from eth_account import Account
 from typer.testing import CliRunner
 
-from azu.auth.signatures import sealed, sign_receipt
+from azu.auth.signatures import sealed
 from azu.cli import app
 from azu.cli.credentials import Credential, store_credential
 from azu.errors import InvalidRequest, Unauthenticated
-from tests.builders import receipt
+from tests.builders import receipt, receipt_signed
 
 RUNNER = CliRunner()
 PLATFORM = Account.from_key("0x" + "09" * 32)
@@ -22,7 +22,7 @@ URL = "http://127.0.0.1:9"
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("AZU_HOME", str(tmp_path))
     monkeypatch.setenv("AZU_URL", URL)
-    document = sealed(receipt(), PLATFORM.address.lower(), sign_receipt(PLATFORM, receipt()))
+    document = sealed(receipt(), PLATFORM.address.lower(), receipt_signed(PLATFORM, receipt()))
     path = tmp_path / "receipt.json"
     path.write_text(json.dumps(document))
     return path

@@ -87,7 +87,7 @@ def test_the_users_stay_when_no_other_machine_can_join(settings: Settings) -> No
 
 def test_money_moves_to_its_user_once(settings: Settings) -> None:
     write_private(settings.home / "redis" / "appendonly.aof", "journal")
-    write_private(settings.home / "treasury.json", "memory")
+    write_private(settings.home / "signer.json", "memory")
     write_private(settings.home / "ledger" / "head.json", "head")
 
     users = separate(settings)
@@ -96,7 +96,7 @@ def test_money_moves_to_its_user_once(settings: Settings) -> None:
     assert reads(users.money, users.money_home / "redis" / "appendonly.aof")
     assert sorted(path.name for path in settings.home.iterdir()) == ["users"]
     separate(settings)
-    assert (users.money_home / "treasury.json").read_text() == "memory"
+    assert (users.money_home / "signer.json").read_text() == "memory"
     assert (users.money_home / "ledger" / "head.json").read_text() == "head"
 
 

@@ -1,4 +1,4 @@
-"""The platform's key reaches only the treasury."""
+"""The platform's key reaches only the signer."""
 
 import asyncio
 import os
@@ -16,9 +16,9 @@ from azu.launch.processes import ProcessGroup
 from azu.launch.redis_server import RedisUrls
 from azu.launch.sidecars import (
     BOOKS,
-    BOOKS_READY,
     DEVNET,
     DEVNET_READY,
+    SIGNER,
     TREASURY,
     TREASURY_READY,
     books_terms,
@@ -28,7 +28,9 @@ from azu.launch.sidecars import (
     owners_books,
     start_books,
     start_devnet,
+    start_signer,
     start_treasury,
+    wait_for_books_and_signer,
 )
 from azu.money.chain.networks import network_at
 
@@ -50,7 +52,7 @@ def test_without_a_chain_there_is_a_devnet_with_a_platform_that_stays(settings: 
     assert first.is_devnet
     assert network_at(first.url).name == "devnet"
     assert first.platform_address == second.platform_address
-    key_file = Path(first.treasury_key["AZU_PRIVATE_KEY_FILE"])
+    key_file = Path(first.signer_key["AZU_PRIVATE_KEY_FILE"])
     assert key_file.stat().st_mode & 0o777 == 0o600
     assert Account.from_key(key_file.read_text()).address.lower() == first.platform_address
 
@@ -74,7 +76,7 @@ def test_a_home_without_a_network_has_no_devnet(tmp_path: Path) -> None:
 def test_a_real_key_is_never_used_on_a_devnet(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCHEDULER_PRIVATE_KEY", "0x" + "11" * 32)
 
-    assert "SCHEDULER_PRIVATE_KEY" not in choose_chain(settings).treasury_key
+    assert "SCHEDULER_PRIVATE_KEY" not in choose_chain(settings).signer_key
 
 
 def test_a_configured_chain_needs_the_platforms_address_and_key(
@@ -83,15 +85,22 @@ def test_a_configured_chain_needs_the_platforms_address_and_key(
     configured = settings.model_copy(update={"chain_url": "https://api.hyperliquid.xyz"})
     with pytest.raises(ConfigurationError, match="HYPERLIQUID_ADDRESS"):
         choose_chain(configured)
-    monkeypatch.setenv("SCHEDULER_PRIVATE_KEY", "0x" + "11" * 32)
-
     named = {"platform_address": ADDRESS, "admin_addresses": (ADMIN,)}
+    monkeypatch.setenv("SCHEDULER_PRIVATE_KEY", "0x" + "11" * 32)
+    with pytest.raises(ConfigurationError, match="AZU_PRIVATE_KEY_FILE"):
+        choose_chain(configured.model_copy(update=named))
+    monkeypatch.setenv("AZU_PRIVATE_KEY_FILE", "/key")
     chain = choose_chain(configured.model_copy(update=named))
 
     assert not chain.is_devnet
     assert chain.admins == books_terms(load_network(None).policy, chain).admins == (ADMIN,)
     assert chain.platform_address == ADDRESS
-    assert "11" * 32 not in repr(chain)
+    assert chain.signer_key == {"AZU_PRIVATE_KEY_FILE": "/key"}
+    assert "SCHEDULER_PRIVATE_KEY" not in os.environ
+    # A devnet of another process is no real chain.
+    monkeypatch.setenv("SCHEDULER_PRIVATE_KEY", "0x" + "11" * 32)
+    local = choose_chain(configured.model_copy(update={**named, "chain_url": "http://127.0.0.1:3001"}))
+    assert "11" * 32 not in repr(local)
 
 
 def test_the_kernel_no_longer_shows_the_key_in_the_process_environment(settings: Settings) -> None:
@@ -101,9 +110,9 @@ from azu.launch.sidecars import choose_chain
 from azu.config import Settings, load_network
 
 settings = Settings(home={str(settings.home)!r}, redis_host=None, platform_address={ADDRESS!r},
-                    chain_url="https://api.hyperliquid.xyz")
+                    chain_url="http://127.0.0.1:3001")
 assert "{"11" * 32}" in Path("/proc/self/environ").read_text()
-assert choose_chain(settings).treasury_key == {{"SCHEDULER_PRIVATE_KEY": "{"11" * 32}"}}
+assert choose_chain(settings).signer_key == {{"SCHEDULER_PRIVATE_KEY": "{"11" * 32}"}}
 assert "{"11" * 32}" not in Path("/proc/self/environ").read_text()
 """
     environment = os.environ | {"SCHEDULER_PRIVATE_KEY": "11" * 32}
@@ -111,23 +120,25 @@ assert "{"11" * 32}" not in Path("/proc/self/environ").read_text()
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
 
 
-def test_devnet_books_and_treasury_come_up_on_our_redis(
+def test_devnet_books_signer_and_treasury_come_up_on_our_redis(
     settings: Settings, tmp_path: Path, redis_url: str
 ) -> None:
     chain, redis = choose_chain(settings), RedisUrls.same(redis_url)
     terms = books_terms(load_network(None).policy, chain)
     with ProcessGroup(tmp_path / "services") as services, ProcessGroup(tmp_path / "treasury") as treasury:
-        start_devnet(services, chain)
+        start_devnet(services, settings, chain)
         services.wait_until_printed(DEVNET, DEVNET_READY, TIMEOUT_S)
         books = start_books(services, settings, chain, redis.books, terms)
-        services.wait_until_printed(BOOKS, BOOKS_READY, TIMEOUT_S)
-        start_treasury(treasury, settings, chain, redis, books)
+        signer = start_signer(services, settings, chain, books)
+        wait_for_books_and_signer(services, TIMEOUT_S)
+        start_treasury(treasury, settings, chain, redis, books, signer)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, TIMEOUT_S)
 
         environments = {
             name: Path(f"/proc/{group.pid(name)}/environ").read_text()
             for group, name in ((services, DEVNET), (services, BOOKS), (treasury, TREASURY))
         }
+        signers = Path(f"/proc/{services.pid(SIGNER)}/environ").read_text()
         # The owner of the books' machine enrols its nodes; what changes is the address alone.
         enrol_own_node(settings.home, "ada", ADDRESS, "ab" * 28)
         enrol_own_node(settings.home, "ada", "0x" + "b2" * 20, "ab" * 28)
@@ -136,7 +147,10 @@ def test_devnet_books_and_treasury_come_up_on_our_redis(
     known = devnet_of(settings.home)
     assert known is not None
     assert (known.url, known.platform_address) == (chain.url, chain.platform_address)
-    assert [name for name in environments if "PRIVATE_KEY" in environments[name]] == [TREASURY]
+    assert [name for name in environments if "PRIVATE_KEY" in environments[name]] == []
+    # The key is in a file, whose name alone was in the environment.
+    assert Path(chain.signer_key["AZU_PRIVATE_KEY_FILE"]).read_text() not in signers
+    assert chain.signer_key["AZU_PRIVATE_KEY_FILE"] not in signers
     assert nodes == 3, "the writer and two enrolments"
 
 

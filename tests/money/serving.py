@@ -12,6 +12,7 @@ from azu.clock import wall_clock_ms
 from azu.money.bookkeeping import Bookkeeper
 from azu.money.books import Books, BooksCalls, BooksTerms
 from azu.money.books_process import ALLOWED
+from azu.money.receipts import ReceiptKey
 from azu.money.wire import Access, WireServer
 
 # A caller for tests, which may make every call.
@@ -29,13 +30,19 @@ class ServedBooks:
     folder: Path
     platform: str = PLATFORM
     terms: BooksTerms = TERMS
+    receipts: ReceiptKey | None = None
     now_ms: Callable[[], int] = wall_clock_ms
     access: Access = field(default_factory=lambda: Access.new(0, [*ALLOWED, TESTER]))
 
     async def start(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.bookkeeper = Bookkeeper(
-            self.redis_url, self.folder, self.platform, self.terms, now_ms=self.now_ms
+            self.redis_url,
+            self.folder,
+            self.platform,
+            self.terms,
+            receipts=self.receipts,
+            now_ms=self.now_ms,
         )
         allowed = {**ALLOWED, TESTER: _ALL}
         self._server = WireServer(BooksCalls, self.bookkeeper, self.access.secrets, allowed)

@@ -11,10 +11,15 @@ from eth_account import Account
 from azu.auth.key_records import CHALLENGE_TTL_S
 from azu.auth.signatures import (
     MAX_WITHDRAWAL_LIFE_MS,
+    AcceptLoss,
     Withdrawal,
+    sealed,
+    sign_certificate,
     sign_claim,
+    sign_command,
     sign_dispute,
     sign_withdrawal,
+    verify_receipt,
 )
 from azu.clock import wall_clock_ms
 from azu.errors import (
@@ -22,6 +27,7 @@ from azu.errors import (
     DeadlineExceeded,
     Forbidden,
     InsufficientBalance,
+    InternalError,
     InvalidRequest,
     LedgerError,
     NotFound,
@@ -34,8 +40,10 @@ from azu.money.books_process import ALLOWED
 from azu.money.ledger.journal import RedisJournal
 from azu.money.ledger.ledger import Ledger
 from azu.money.ledger.seals import Seals
-from azu.money.ledger.transfers import Deposit
-from azu.money.treasury.request_reply import CreditState, DepositRequests, DepositStatus, ReceiptRequests
+from azu.money.ledger.transfers import Deposit, LossNoted
+from azu.money.receipts import ReceiptKey
+from azu.money.signer.calls import SignerCalls
+from azu.money.treasury.request_reply import CreditState, DepositRequests, DepositStatus
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS, WithdrawalState, WithdrawalStatus
 from azu.protocol.job import FinishReason, JobEnding, JobOutcome, JobState, Placement
 from azu.redis_client import connect_redis
@@ -44,6 +52,7 @@ from tests.money.accounts import BEARER, USER, fund, signed_key
 from tests.money.serving import PLATFORM, TERMS, TESTER, ServedBooks, serving
 
 ADDRESS = USER.address.lower()
+ADMIN = Account.from_key("0x" + "ad" * 32)
 TX_HASH = "0x" + "12" * 32
 DONE = JobEnding(JobState.DONE, FinishReason.STOP)
 WORK = {0: {"a": 1}, 1: {"a": 1}, 2: {"b": 1}, 3: {"a": 1, "b": 3}}
@@ -510,21 +519,14 @@ def test_the_treasurys_answers_reach_the_caller(redis_url: str) -> None:
         async def check(_: str) -> DepositStatus:
             return pending
 
-        async def sign(_: str) -> str:
-            return "0x01"
-
         with pytest.raises(DeadlineExceeded):
             await books.deposit(TX_HASH, ALICE, 0.0)
-        assert await books.receipt_signature("job-1", 0.0) is None
         await DepositRequests(redis).serve(check, 8)
-        await ReceiptRequests(redis).serve(sign, 8)
         await redis.aclose()
 
         assert await books.deposit(TX_HASH, ALICE, 0.0) == DepositStatus(CreditState.PENDING, ALICE, 0)
         with pytest.raises(Forbidden):
             await books.deposit(TX_HASH, OWNERS[0], 0.0)
-        assert await books.receipt_signature("job-1", 0.0) == "0x01"
-        assert await books.receipt_signature("job-2", 0.0) is None
 
     play(redis_url, scenario)
 
@@ -538,18 +540,71 @@ def test_an_audit_compares_the_wallet_on_request(redis_url: str) -> None:
     play(redis_url, scenario)
 
 
+class Certifier(SignerCalls):
+    """A signer that certifies."""
+
+    def __init__(self, key: str) -> None:
+        self.account = Account.from_key(key)
+
+    async def certify(self, address: str) -> str:
+        return sign_certificate(self.account, address)
+
+
+def test_receipts_are_signed_by_a_key_of_the_books_once_the_platform_has_certified_it(
+    redis_url: str, tmp_path: Path
+) -> None:
+    signer = Certifier("0x" + "09" * 32)
+    platform, path = signer.account.address.lower(), tmp_path / "receipt-key.json"
+    key = ReceiptKey(path, platform)
+
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        await books.open_key(signed_key(platform=platform))
+        await fund(books, 1_000)
+        await reserve(books)
+        assert await books.receipt_signature("job-1") is None, "it has not ended"
+        outcome = await settle(books)
+        assert await books.receipt_signature("job-1") is None, "the key is not certified"
+        with pytest.raises(InternalError, match="another platform"):
+            await key.have_certified(Certifier("0x" + "0a" * 32))
+        await key.have_certified(signer)
+
+        signature = await books.receipt_signature("job-1")
+
+        assert verify_receipt(sealed(outcome.receipt, platform, signature)) == platform
+        # It outlives the process, and the platform is asked once.
+        assert path.stat().st_mode & 0o777 == 0o600
+        again = ReceiptKey(path, platform)
+        await again.have_certified(SignerCalls())
+        assert again.sign(outcome.receipt) == signature
+        # What the signer finds concerns payouts; a ledger that went back concerns receipts too.
+        await books.view(0, 0, ("the account lacks 1 lamports",))
+        assert await books.receipt_signature("job-1") == signature
+        await (await served.bookkeeper.ledger()).apply(LossNoted(id="loss:1", num_entries=3))
+        assert await books.receipt_signature("job-1") is None
+
+    play(redis_url, scenario, platform=platform, receipts=key)
+
+
 def test_a_loss_stands_until_the_admin_accepts_it(redis_url: str) -> None:
-    async def scenario(books: Books, _: ServedBooks) -> None:
+    async def scenario(books: Books, served: ServedBooks) -> None:
         await fund(books, 70)
         assert await books.loss() == 0
-        await books.note_loss(3)
+        assert await books.findings() == ()
+        core = await served.bookkeeper.ledger()
+        await core.apply(LossNoted(id="loss:1", num_entries=3))
         assert await books.loss() == (await books.totals()).lost_writes == 3
-        with pytest.raises(Conflict):
-            await books.accept_loss(2)
-        await books.accept_loss(3)
+        assert await books.findings() == ("the ledger went back by 3 entries",)
+        with pytest.raises(LedgerError, match="went back by 3"):
+            await books.view(1, 1)
+        head = await books.head()
+        accepted = AcceptLoss(
+            number=head.number, hash=head.hash, nonce=1, expires_at_ms=wall_clock_ms() + 60_000
+        )
+        await books.command(sign_command(ADMIN, accepted, PLATFORM))
         assert await books.loss() == 0
+        assert (await books.view(1, 1)).head.number == head.number + 1
 
-    play(redis_url, scenario)
+    play(redis_url, scenario, terms=replace(TERMS, admins=(ADMIN.address.lower(),)))
 
 
 def test_a_journal_that_was_changed_is_said_to_be(redis_url: str) -> None:
@@ -594,9 +649,10 @@ def test_an_entry_that_another_process_added_is_said_to_be_there(redis_url: str,
 
 
 CALLS_OF_OTHERS = {
-    "ingress": ("settle", "expire", "apply", "owed", "accept_loss", "audit"),
-    "scheduler": ("reserve", "open_key", "balance", "apply", "accept_loss", "withdraw", "enrol_node"),
-    "treasury": ("reserve", "settle", "open_key", "accept_loss", "enrol_node", "withdraw"),
+    "ingress": ("settle", "expire", "apply", "owed", "command", "audit"),
+    "scheduler": ("reserve", "open_key", "balance", "apply", "command", "withdraw", "enrol_node"),
+    "treasury": ("reserve", "settle", "open_key", "command", "enrol_node", "withdraw"),
+    "signer": ("apply", "command", "settle", "withdraw"),
     "owner": ("reserve", "settle", "apply", "open_key", "withdraw"),
 }
 

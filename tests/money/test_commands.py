@@ -23,9 +23,11 @@ from azu.auth.signatures import (
     sign_dispute,
 )
 from azu.clock import wall_clock_ms
-from azu.errors import AzuError, Conflict, Forbidden, InvalidRequest, LedgerError, NotFound
+from azu.errors import AzuError, Conflict, Forbidden, LedgerError, NotFound
 from azu.money.books import Books, UserBalance
-from azu.money.ledger.transfers import Suspended
+from azu.money.ledger.transfers import LossNoted, Suspended
+from azu.money.signer.policy import kind_of
+from azu.money.signer.views import PayoutKind
 from tests.builders import BOB, OWNERS
 from tests.money.accounts import USER
 from tests.money.serving import PLATFORM, TERMS, ServedBooks
@@ -190,15 +192,31 @@ def test_an_admin_decides_a_dispute_also_after_the_time_of_maturity(redis_url: s
     decide(redis_url, scenario)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [TakeRevenue(address=BOB, lamports=1, **LIFE), AcceptLoss(number=1, hash="ab", **LIFE)],
-    ids=lambda command: command.kind,
-)
-def test_what_others_carry_out_is_refused_by_the_books(redis_url: str, command: AdminCommand) -> None:
-    async def scenario(books: Books, _: ServedBooks, __: list[int]) -> None:
-        with pytest.raises(InvalidRequest):
-            await books.command(signed(command))
+def test_matured_revenue_becomes_an_open_payout_once(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks, clock: list[int]) -> None:
+        asked = TakeRevenue(address=BOB, lamports=16, nonce=1, expires_at_ms=NOW_MS + 2 * DAY_MS)
+        await refused(books, signed(asked), Conflict, "not_matured")
+        clock[0] += DAY_MS
+        await refused(books, signed(replace(asked, lamports=17, nonce=2)), Conflict, "not_matured")
+        for _ in range(2):
+            await books.command(signed(asked))
+        [payout] = await books.open_payouts()
+        assert (payout.kind, payout.address, payout.lamports) == (PayoutKind.REVENUE, BOB, 16)
+        assert (payout.proof, kind_of(payout.nonce)) == (signed(asked), PayoutKind.REVENUE)
+        with pytest.raises(Conflict, match="used before"):
+            await books.command(signed(replace(asked, lamports=1)))
+
+    decide(redis_url, scenario)
+
+
+def test_a_loss_is_accepted_where_there_is_one(redis_url: str) -> None:
+    async def scenario(books: Books, served: ServedBooks, _: list[int]) -> None:
+        command = signed(AcceptLoss(number=1, hash="ab", **LIFE))
+        with pytest.raises(Conflict, match="nothing to accept"):
+            await books.command(command)
+        await (await served.bookkeeper.ledger()).apply(LossNoted(id="loss:1", num_entries=3))
+        await books.command(command)
+        assert await books.loss() == 0
 
     decide(redis_url, scenario)
 

@@ -45,10 +45,10 @@ def process_titled(beginning: str) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def treasury_pid() -> int | None:
-    """Return the treasury's process, None while it waits for its restart."""
+def sidecar_pid(command: str) -> int | None:
+    """Return the process of one of azu's commands, None while it waits for its restart."""
     children = psutil.Process().children()
-    found = [child.pid for child in children if command_line(child)[-1:] == ["treasury"]]
+    found = [child.pid for child in children if command_line(child)[-1:] == [command]]
     return found[0] if found else None
 
 
@@ -58,7 +58,8 @@ VICTIMS: dict[str, Callable[[], int | None]] = {
     "pipeline of the dense model": lambda: pid_of(actors_named("pipeline:azu-tiny-dense")[0]),
     "pipeline of the MoE model": lambda: pid_of(actors_named("pipeline:azu-tiny-moe")[0]),
     "ingress": lambda: process_titled("ray::ServeReplica"),
-    "treasury": treasury_pid,
+    "treasury": lambda: sidecar_pid("treasury"),
+    "signer": lambda: sidecar_pid("signer"),
 }
 
 

@@ -247,10 +247,11 @@ POINTS = (
     # Treasury
     Point("azu.money.treasury.process:_Treasury.watch", is_loop=True),
     Point("azu.money.treasury.process:_Treasury.answer_deposits", is_loop=True),
-    Point("azu.money.treasury.process:_Treasury.sign_receipts", is_loop=True),
     Point("azu.money.treasury.process:_Treasury.pay", is_loop=True),
     Point("azu.money.treasury.deposits:DepositWatcher.check", deposit),
-    Point("azu.money.treasury.receipts:ReceiptSigner.sign", sign_receipt),
+    # Books and signer
+    Point("azu.money.bookkeeping:Bookkeeper.receipt_signature", sign_receipt),
+    Point("azu.money.signer.signer:Signer.look", is_loop=True),
 )
 
 

@@ -56,7 +56,7 @@ def memory() -> Memory:
 
 
 def _short(title: str) -> str:
-    known = ("ray::", "gcs_server", "raylet", "valkey-server", "treasury", "devnet")
+    known = ("ray::", "gcs_server", "raylet", "valkey-server", "treasury", "signer", "devnet")
     name = next((word for word in known if word in title), "other")
     return title.split()[0] if name == "ray::" else name
 

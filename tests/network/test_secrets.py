@@ -60,7 +60,7 @@ def test_a_task_on_any_node_finds_no_private_key(network: LocalNetwork, platform
     for seen in ray.get(looks, timeout=120):
         # Ray's workers write their titles over what the kernel shows of their environment.
         assert sum(TOKEN in environment for environment in seen.rays) >= 4, "the search works"
-        assert any("AZU_PRIVATE_KEY_FILE" in environment for environment in seen.all), "the treasury is seen"
+        assert any("AZU_SIGNER_URL" in environment for environment in seen.all), "the treasury is seen"
         for secret in (platform_key, UNUSED_KEY):
             assert not any(secret in environment for environment in seen.all)
         for name in NAMES:

@@ -16,9 +16,18 @@ ACTORS = ("ingress", "scheduler")
 FORGED = (
     (
         "apply",
-        {"transfer": {"kind": "deposit", "id": "deposit:0x1", "address": MALLORY, "lamports": 10**9}},
+        {
+            "transfer": {
+                "kind": "deposit",
+                "id": "deposit:0x1",
+                "address": MALLORY,
+                "lamports": 10**9,
+                "at_ms": 1,
+            }
+        },
     ),
-    ("accept_loss", {"size": 1}),
+    ("view", {"number": 0, "after": 0}),
+    ("command", {"text": "{}"}),
     ("audit", {"wallet_lamports": None}),
 )
 

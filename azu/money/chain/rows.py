@@ -32,6 +32,14 @@ def arrived(row: LedgerTransfer, platform: str) -> bool:
     return is_from_outside and row.to_spot and row.token_name == HYPE_NAME
 
 
+def left(row: LedgerTransfer, platform: str) -> bool:
+    """Whether a row shows that the platform's own transfer took HYPE from its spot balance."""
+    stays = row.destination == platform and row.to_spot
+    # A nonce is used once: a row that is equal to another is the same transfer.
+    is_repeated = row.nth > 0 and row.nonce is not None
+    return row.sender == platform and row.token_name == HYPE_NAME and not stays and not is_repeated
+
+
 def moved_hype(details: TxDetails, hype: str) -> bool | None:
     """Whether an action moved HYPE by its exact token id; None if the action does not say."""
     if details.error is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from azu.clock import wall_clock_ms
-from azu.errors import InvalidRequest, TransferConflict
+from azu.errors import Conflict, InvalidRequest, TransferConflict
 from azu.money.books import Books
 from azu.money.chain.port import Chain, LedgerTransfer, TxDetails
 from azu.money.chain.rows import (
@@ -15,11 +15,12 @@ from azu.money.chain.rows import (
     arrived,
     has_no_hash,
     lamports_of,
+    left,
     moved_hype,
     row_id,
     same_amount,
 )
-from azu.money.ledger.transfers import Deposit
+from azu.money.ledger.transfers import Deposit, Suspended, UnknownOut
 from azu.money.treasury.redis import RedisCursor, RedisUncredited, Uncredited
 from azu.money.treasury.request_reply import CreditState, DepositStatus
 from azu.supervision import AWAY
@@ -70,7 +71,14 @@ class DepositWatcher:
         self._decided: dict[str, int] = {}
         self._unproven: dict[str, _Sighting] = {}
         self._unproven_before: Mapping[str, _Sighting] = {}
+        # Addresses that got what no payout says, while a payout to them is open.
+        self._unbooked: set[str] = set()
+        self._unbooked_before: frozenset[str] = frozenset()
         self._lost = 0
+
+    def has_left_otherwise(self, address: str) -> bool:
+        """Whether a transfer to an address waits for its open payout to be given up, to be booked."""
+        return address in self._unbooked_before
 
     async def poll(self) -> None:
         """Credit every new deposit. Raises ChainError; the next poll continues where this one stopped."""
@@ -82,6 +90,7 @@ class DepositWatcher:
         start_ms = max(0, reached - LATE_MS)
         self._decided = {row: time_ms for row, time_ms in self._decided.items() if time_ms >= start_ms}
         self._unproven_before, self._unproven = self._unproven, {}
+        self._unbooked = set()
         held_ms: int | None = None
         async for page in self._chain.ledger_updates(self._platform, start_ms):
             for row in page:
@@ -91,6 +100,7 @@ class DepositWatcher:
                 # Only now, with the whole page in the ledger; never past a row that is not decided.
                 reached = max(reached, page[-1].time_ms)
                 await self._cursor.advance(reached if held_ms is None else min(reached, held_ms))
+        self._unbooked_before = frozenset(self._unbooked)
         if self._unproven:
             await self._set_settled_aside()
 
@@ -124,6 +134,10 @@ class DepositWatcher:
         assert isinstance(deposit, Deposit), "the id says so"
         return DepositStatus(CreditState.CREDITED, deposit.address, deposit.lamports)
 
+    async def _is_suspended(self, row: LedgerTransfer) -> bool:
+        """Whether a row was booked as suspense: then an admin's command alone credits it."""
+        return await self._ledger.result(f"suspended:{row_id(row)}") is not None
+
     async def _try_to_decide(self, row: LedgerTransfer) -> bool:
         """Decide a row; one that fails for an unknown reason stays undecided, and no other waits for it."""
         try:
@@ -137,14 +151,33 @@ class DepositWatcher:
     async def _decide(self, row: LedgerTransfer) -> bool:
         """Credit, set aside or dismiss a row; return False if that has to wait."""
         name = row_id(row)
+        if left(row, self._platform) and name not in self._decided:
+            return await self._book_out(row)
         if not arrived(row, self._platform) or name in self._decided:
             return True
         if has_no_hash(row):
             return self._sight(row, "it came from HyperEVM, and no action proves its sender")
         if row.nth:
             return self._sight(row, "it is equal to another row of its action")
-        if await self._credited(row.hash) is None and not await self._decide_by_action(row):
+        is_booked = await self._credited(row.hash) or await self._is_suspended(row)
+        if not is_booked and not await self._decide_by_action(row):
             return False
+        self._decided[name] = row.time_ms
+        return True
+
+    async def _book_out(self, row: LedgerTransfer) -> bool:
+        """Book what left the account; the books know whether a payout did it. Return False to wait."""
+        name, lamports = row_id(row), lamports_of(row)
+        if lamports:
+            nonce = row.time_ms if row.nonce is None else row.nonce
+            out = UnknownOut(id=f"out:{name}", address=row.destination, lamports=lamports, nonce=nonce)
+            try:
+                await self._ledger.apply(out)
+            except Conflict as error:
+                if error.code != "payout_open":
+                    raise
+                self._unbooked.add(row.destination)
+                return False
         self._decided[name] = row.time_ms
         return True
 
@@ -213,7 +246,13 @@ class DepositWatcher:
         return held - await self._ledger.inside()
 
     async def _set_aside(self, row: LedgerTransfer, reason: str) -> None:
-        """List a transfer that is credited to no account, once; an admin may look for its owner."""
+        """Book a transfer that is credited to no account, and list it; an admin may look for its owner."""
+        lamports, name = lamports_of(row), row_id(row)
+        if lamports:
+            suspended = Suspended(
+                id=f"suspended:{name}", sender=row.sender, lamports=lamports, row=name, at_ms=row.time_ms
+            )
+            await self._ledger.apply(suspended)
         known = (row.time_ms, row.hash, row.sender, row.token_name, row.amount)
         if await self._uncredited.add(Uncredited(*known, reason, row_id(row))):
             _LOG.warning("not credited, %s: %s", reason, row)

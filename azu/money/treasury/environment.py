@@ -1,4 +1,4 @@
-"""Takes secrets out of this process's environment, where other processes of the user could read them.
+"""Keeps secrets from other processes of the user: in this process's environment, and in its memory.
 
 A file of its own: `azu up` needs this, and never imports what reads the platform's key.
 """
@@ -7,6 +7,14 @@ import ctypes
 import os
 import sys
 from collections.abc import MutableMapping
+
+_PR_SET_DUMPABLE = 4
+
+
+def hide_memory() -> None:
+    """Let no other process of the user read this one's memory or environment, and write no core dump."""
+    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "this process cannot hide its memory")
 
 
 def take_variable(environment: MutableMapping[str, str], name: str) -> str | None:

@@ -1,8 +1,8 @@
 """A payout's way from the ledger to the chain and back, as a value that changes state by state.
 
     planned -> signed -> sent -> accepted -> paid
-                           |-----------------> paid
-                           '-> abandoned ----> paid | refused
+       |         |         |-----------------> paid
+       '---------'---------'-> abandoned ----> paid | refused
 
 Every state is durable before the step that it announces: a payer that finds a payout in any state, after any
 crash, advances it without a lamport lost or paid twice.
@@ -10,12 +10,21 @@ crash, advances it without a lamport lost or paid twice.
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
-from azu.money.chain.port import SignedAction
-from azu.money.ledger.transfers import PayoutPaid, PayoutPlanned, PayoutRefused, WithdrawalPlanned
+from azu.money.ledger.transfers import (
+    PayoutPaid,
+    PayoutPlanned,
+    PayoutRefused,
+    PlannedPayout,
+    RevenueTaken,
+    WithdrawalPlanned,
+)
+from azu.money.signer.views import OpenPayout, PayoutKind, TransferRequest
+
+# A nonce is at most so far ahead of the chain's time when it is given out.
+_NONCE_AHEAD_MS = 600_000
 
 
 class PayoutState(StrEnum):
@@ -32,12 +41,12 @@ class PayoutState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Payout:
-    """One payment to the address of a worker who earned it, or of a user who withdraws it.
+    """One payment to a worker who earned it, to a user who withdraws it, or of the platform's own money.
 
     The chain's ledger cannot show the payout before `since_ms`, a time of the chain. `body` is the signed
     action, posted unchanged; `attempts` and `tried_at_ms` count its posts. `burned_at_ms` is when the chain
-    confirmed that the nonce of an abandoned payout is used up, 0 before. `expires_at_ms` and
-    `signature` are of the user's own signed withdrawal.
+    confirmed that the nonce of an abandoned payout is used up, 0 before. `expires_at_ms` is of the user's
+    own signed withdrawal, `proof` its signature or the command that takes revenue.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -55,20 +64,39 @@ class Payout:
     burned_at_ms: int = 0
     tx_hash: str = ""
     reason: str = ""
-    payee: Literal["worker", "user"] = "worker"
+    kind: PayoutKind = PayoutKind.EARNINGS
     expires_at_ms: int = 0
-    signature: str = ""
+    proof: str = ""
+
+    @classmethod
+    def of_books(cls, payout: OpenPayout) -> "Payout":
+        """Return a payout that the books have set money aside for, as it was before it was sent."""
+        return cls(
+            payout_id=payout.payout_id,
+            address=payout.address,
+            lamports=payout.lamports,
+            planned_at_ms=payout.nonce,
+            since_ms=payout.nonce - _NONCE_AHEAD_MS,
+            nonce=payout.nonce,
+            kind=payout.kind,
+            expires_at_ms=payout.expires_at_ms,
+            proof=payout.proof,
+        )
+
+    @property
+    def request(self) -> TransferRequest:
+        """What the signer is asked to sign."""
+        return TransferRequest(self.payout_id, self.kind, self.address, self.lamports, self.nonce)
 
     def numbered(self, nonce: int) -> "Payout":
         """Fix the nonce under which the payout is sent, and no other."""
         assert self.state is PayoutState.PLANNED
         return replace(self, nonce=nonce)
 
-    def signed(self, action: SignedAction) -> "Payout":
+    def signed(self, body: str) -> "Payout":
         """Store the bytes."""
         assert self.state is PayoutState.PLANNED
-        assert self.nonce == action.nonce
-        return replace(self, state=PayoutState.SIGNED, body=action.body.decode())
+        return replace(self, state=PayoutState.SIGNED, body=body)
 
     def sending(self, now_ms: int) -> "Payout":
         """Announce a post."""
@@ -86,7 +114,8 @@ class Payout:
 
     def abandoned(self, reason: str) -> "Payout":
         """Give the payout up: from here on its bytes are never posted, and its nonce is burned."""
-        assert self.state is PayoutState.SENT
+        assert self.state in (PayoutState.PLANNED, PayoutState.SIGNED, PayoutState.SENT)
+        assert self.nonce
         return replace(self, state=PayoutState.ABANDONED, reason=reason, attempts=0, tried_at_ms=0)
 
     def burning(self, now_ms: int) -> "Payout":
@@ -116,7 +145,7 @@ class Payout:
         return min(60_000, 500 << min(self.attempts, 7))
 
     @property
-    def booking(self) -> PayoutPlanned | WithdrawalPlanned | PayoutPaid | PayoutRefused:
+    def booking(self) -> PlannedPayout | PayoutPaid | PayoutRefused:
         """The ledger's transfer for the state; its fixed id makes the ledger apply it once."""
         match self.state:
             case PayoutState.PLANNED:
@@ -127,25 +156,33 @@ class Payout:
                 return PayoutRefused(id=f"{self.payout_id}:refused", payout_id=self.payout_id)
         raise AssertionError(f"nothing to book in state {self.state}")
 
-    def _plan(self) -> PayoutPlanned | WithdrawalPlanned:
-        id_ = f"{self.payout_id}:planned"
-        if self.payee == "worker":
-            return PayoutPlanned(
-                id=id_,
-                payout_id=self.payout_id,
-                address=self.address,
-                lamports=self.lamports,
-                nonce=self.nonce,
-            )
-        return WithdrawalPlanned(
-            id=id_,
-            payout_id=self.payout_id,
-            address=self.address,
-            lamports=self.lamports,
-            nonce=self.nonce,
-            expires_at_ms=self.expires_at_ms,
-            signature=self.signature,
-        )
+    def _plan(self) -> PlannedPayout:
+        id_, payout_id = f"{self.payout_id}:planned", self.payout_id
+        address, lamports, nonce = self.address, self.lamports, self.nonce
+        match self.kind:
+            case PayoutKind.EARNINGS:
+                return PayoutPlanned(
+                    id=id_, payout_id=payout_id, address=address, lamports=lamports, nonce=nonce
+                )
+            case PayoutKind.WITHDRAWAL:
+                return WithdrawalPlanned(
+                    id=id_,
+                    payout_id=payout_id,
+                    address=address,
+                    lamports=lamports,
+                    nonce=nonce,
+                    expires_at_ms=self.expires_at_ms,
+                    signature=self.proof,
+                )
+            case PayoutKind.REVENUE:
+                return RevenueTaken(
+                    id=id_,
+                    payout_id=payout_id,
+                    address=address,
+                    lamports=lamports,
+                    nonce=nonce,
+                    command=self.proof,
+                )
 
 
 _PAYOUT = TypeAdapter(Payout)

@@ -6,19 +6,29 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from eth_account.signers.local import LocalAccount
-
 from azu.auth.signatures import Withdrawal, is_signed
 from azu.clock import wall_clock_ms
-from azu.errors import ChainError, InsufficientBalance, LedgerError
+from azu.errors import (
+    ChainError,
+    Conflict,
+    Forbidden,
+    InsufficientBalance,
+    InvalidRequest,
+    LedgerError,
+    RateLimited,
+    Unavailable,
+)
 from azu.money.books import Books
-from azu.money.chain.actions import sign_noop, sign_send_asset
 from azu.money.chain.port import Chain, LedgerTransfer
 from azu.money.chain.rows import same_amount
-from azu.money.ledger.transfers import PayoutPlanned, WithdrawalPlanned
+from azu.money.ledger.transfers import PayoutPlanned, RevenueTaken, WithdrawalPlanned
+from azu.money.signer.calls import SignerCalls
+from azu.money.signer.policy import nonce_for
+from azu.money.signer.views import OpenPayout, PayoutKind
 from azu.money.treasury.outbox import Payout, PayoutState
 from azu.money.treasury.redis import RedisOutbox
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS, RedisWithdrawals, SignedWithdrawal
+from azu.units import MAX_LAMPORTS
 
 _LOG = logging.getLogger(__name__)
 # The chain drops an emptied account together with its ledger, which proves what was paid; and it removes
@@ -31,6 +41,7 @@ _ACTIONS_PER_PAYOUT = 3
 _ASK_AGAIN_MS = 600_000
 # The chain accepts a nonce for two days; the third allows for a wrong clock.
 _NONCE_LIFE_MS = 3 * 86_400_000
+_LEFT_OTHERWISE = "a transfer to its address left the account that the books did not know"
 # States in which the chain's ledger may show the payout.
 _AWAITING = (PayoutState.SENT, PayoutState.ACCEPTED, PayoutState.ABANDONED)
 
@@ -48,11 +59,14 @@ class Threshold:
     """The earnings from which on a worker is paid.
 
     The first payment to an account that is new to the chain costs the platform a fee in another token, so
-    that such an account is paid from `new_account_lamports` on.
+    that such an account is paid from `new_account_lamports` on. The signer never signs more at once than
+    `most_lamports` for a worker, and `most_withdrawn_lamports` for a user.
     """
 
     lamports: int
     new_account_lamports: int
+    most_lamports: int = MAX_LAMPORTS
+    most_withdrawn_lamports: int = MAX_LAMPORTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +156,10 @@ class PayoutSelector:
             return Obstacle("the platform cannot pay the chain's fee for a new address", is_passing=True)
         return None
 
+    def may_withdraw(self, lamports: int) -> bool:
+        """Whether so much is ever sent to a user at once."""
+        return lamports <= self._threshold.most_withdrawn_lamports
+
     def pass_over(self, address: str) -> None:
         """Leave an address out for _ASK_AGAIN_MS."""
         self._passed_over[address] = self._now_ms() + _ASK_AGAIN_MS
@@ -152,7 +170,7 @@ class PayoutSelector:
         owed = []
         for address, lamports in (await self._ledger.owed()).items():
             if lamports >= self._threshold.lamports:
-                amount = AmountOwed(address, lamports)
+                amount = AmountOwed(address, min(lamports, self._threshold.most_lamports))
                 # What the platform owes itself is in its wallet already.
                 left_out = amount.address == self._platform or amount.address in self._passed_over
                 if amount.address not in open_lamports and not left_out:
@@ -232,6 +250,8 @@ class WithdrawalPlanner:
             return "it expired before it was carried out"
         if signed.withdrawal.lamports < LEAST_LAMPORTS:
             return f"it is less than {LEAST_LAMPORTS} lamports, which the chain would remove"
+        if not self._selector.may_withdraw(signed.withdrawal.lamports):
+            return "it is more than this network ever sends to one address at once"
         return None
 
     async def _plan(self, signed: SignedWithdrawal, since_ms: int) -> None:
@@ -242,9 +262,9 @@ class WithdrawalPlanner:
             lamports=withdrawal.lamports,
             planned_at_ms=self._now_ms(),
             since_ms=since_ms,
-            payee="user",
+            kind=PayoutKind.WITHDRAWAL,
             expires_at_ms=withdrawal.expires_at_ms,
-            signature=signature,
+            proof=signature,
         )
         if await self._outbox.add(payout):
             _LOG.info("planned %s of %d lamports", payout.payout_id, payout.lamports)
@@ -261,8 +281,7 @@ class Superseded(Exception):
 class Payer:
     """Advances payouts, one step at a time; safe to kill anywhere and to run twice.
 
-    `remember` is called after each write and before each signature and post; it raises Unavailable if Redis
-    lost something meanwhile.
+    A payout that was not sent is given up where `gives_up` says so of its address.
     """
 
     def __init__(
@@ -271,24 +290,28 @@ class Payer:
         ledger: Books,
         outbox: RedisOutbox,
         withdrawals: RedisWithdrawals,
-        account: LocalAccount,
+        signer: SignerCalls,
         timeouts: PayoutTimeouts,
         *,
+        platform: str,
         on_refused: Callable[[str], None],
-        remember: Callable[[], None] = lambda: None,
+        gives_up: Callable[[str], bool] = lambda _: False,
         now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._chain = chain
         self._ledger = ledger
         self._outbox = outbox
-        self._account = account
-        self._platform = account.address.lower()
+        self._signer = signer
+        self._platform = platform
         self._timeouts = timeouts
         self._on_refused = on_refused
-        self._remember = remember
+        self._gives_up = gives_up
         self._withdrawals = withdrawals
         self._now_ms = now_ms
         self._overdue: set[str] = set()
+        self._last_nonce = 0
+        # Why a payout is not signed now, as it was logged.
+        self._unsigned: dict[str, str] = {}
 
     async def plan(self, owed: Sequence[AmountOwed], since_ms: int) -> None:
         """Write a payout for each amount; an address with an open payout is left out.
@@ -306,9 +329,22 @@ class Payer:
             if await self._outbox.add(payout):
                 _LOG.info("planned %s of %d lamports", payout.payout_id, payout.lamports)
 
+    async def resume(self, set_aside: Sequence[OpenPayout]) -> None:
+        """Take up payouts that the books have set money aside for and the outbox does not have.
+
+        These are revenue that an admin takes, and what the outbox lost.
+        """
+        busy = {payout.address for payout in await self._outbox.open()}
+        for payout in set_aside:
+            if payout.address not in busy and await self._outbox.add(Payout.of_books(payout)):
+                _LOG.info("took up %s of %d lamports", payout.payout_id, payout.lamports)
+                busy.add(payout.address)
+
     async def advance(self) -> None:
         """Take every open payout as far as it goes now. Raises ChainError if the ledger cannot be read."""
         payouts = await self._outbox.open()
+        open_ids = {payout.payout_id for payout in payouts}
+        self._unsigned = {name: why for name, why in self._unsigned.items() if name in open_ids}
         read_at_ms = self._now_ms()
         shown = await self._shown(payouts)
         await asyncio.gather(*(self._advance(payout, shown, read_at_ms) for payout in payouts))
@@ -344,6 +380,8 @@ class Payer:
         match payout.state:
             case PayoutState.PLANNED:
                 await self._sign(payout)
+            case PayoutState.SIGNED if self._gives_up(payout.address):
+                await self._replace(payout, payout.abandoned(_LEFT_OTHERWISE))
             case PayoutState.SIGNED:
                 await self._send(payout)
             case PayoutState.SENT if now_ms >= payout.planned_at_ms + self._timeouts.give_up_ms:
@@ -364,35 +402,42 @@ class Payer:
                     _LOG.error("the chain accepted %s but does not show it", payout.payout_id)
 
     async def _sign(self, payout: Payout) -> None:
-        """Have the ledger set the money aside, then sign once and store the bytes."""
-        is_withdrawal = payout.payee == "user"
+        """Have the ledger set the money aside, then have it signed once and store the bytes."""
+        is_withdrawal = payout.kind is PayoutKind.WITHDRAWAL
         if is_withdrawal and await self._withdrawals.refusal(payout.payout_id) is not None:
             await self._outbox.remove(payout)
             return
         planned = await self._ledger.result(payout.booking.id)
         if planned is None:
+            if self._gives_up(payout.address):
+                return
             set_aside = await self._set_aside(payout)
             if set_aside is None:
                 return
             payout = set_aside
         else:
             transfer = planned.entry.transfer
-            assert isinstance(transfer, PayoutPlanned | WithdrawalPlanned), "the id says so"
+            assert isinstance(transfer, PayoutPlanned | WithdrawalPlanned | RevenueTaken), "the id says so"
             if payout.nonce != transfer.nonce:
                 payout = await self._replace(payout, payout.numbered(transfer.nonce))
         if await self._has_ended(payout):
             _LOG.warning("%s was paid or refused before; another process planned it late", payout.payout_id)
             await self._outbox.remove(payout)
             return
-        self._remember()
-        action = sign_send_asset(
-            self._account,
-            self._chain.network,
-            destination=payout.address,
-            lamports=payout.lamports,
-            nonce=payout.nonce,
-        )
-        await self._send(await self._replace(payout, payout.signed(action)))
+        if self._gives_up(payout.address):
+            await self._replace(payout, payout.abandoned(_LEFT_OTHERWISE))
+            return
+        try:
+            body = await self._signer.transfer(payout.request)
+        except (RateLimited, Unavailable) as error:
+            if self._unsigned.get(payout.payout_id) != error.message:
+                self._unsigned[payout.payout_id] = error.message
+                _LOG.warning("%s is not signed now: %s", payout.payout_id, error.message)
+        except (Conflict, Forbidden, InvalidRequest) as error:
+            _LOG.error("%s is given up: %s", payout.payout_id, error.message)
+            await self._replace(payout, payout.abandoned(error.message))
+        else:
+            await self._send(await self._replace(payout, payout.signed(body)))
 
     async def _set_aside(self, payout: Payout) -> Payout | None:
         """Have the ledger set the money aside under a nonce that is fixed before; None if it does not."""
@@ -408,7 +453,7 @@ class Payer:
             if await self._ledger.result(payout.booking.id) is not None:
                 raise
             _LOG.exception("%s is dropped: its account does not hold so much", payout.payout_id)
-            if payout.payee == "user":
+            if payout.kind is PayoutKind.WITHDRAWAL:
                 reason = "the account does not hold so much any more"
                 await self._withdrawals.refuse(payout.payout_id, reason)
             await self._outbox.remove(payout)
@@ -416,8 +461,9 @@ class Payer:
         return payout
 
     async def _numbered(self, payout: Payout) -> Payout:
-        nonce = await self._outbox.next_nonce(self._now_ms())
-        return await self._replace(payout, payout.numbered(nonce))
+        chain_ms = await self._chain.now_ms()
+        self._last_nonce = nonce_for(payout.kind, self._last_nonce, chain_ms)
+        return await self._replace(payout, payout.numbered(self._last_nonce))
 
     async def _has_ended(self, payout: Payout) -> bool:
         """Whether the books have the payout's end: a withdrawal can be planned twice under its one id."""
@@ -445,10 +491,9 @@ class Payer:
     async def _burn(self, payout: Payout) -> None:
         """Use up the nonce of an abandoned payout, so that the chain never executes a copy of its bytes."""
         payout = await self._replace(payout, payout.burning(self._now_ms()))
-        noop = sign_noop(self._account, self._chain.network, nonce=payout.nonce)
         try:
-            refusal = await self._chain.post_action(noop.body)
-        except ChainError:
+            refusal = await self._chain.post_action((await self._signer.noop(payout.nonce)).encode())
+        except Unavailable:
             return  # the next try comes when it is due
         too_old = self._now_ms() >= payout.nonce + _NONCE_LIFE_MS
         if refusal is None or refusal.nonce_used or too_old:
@@ -466,7 +511,6 @@ class Payer:
     async def _replace(self, old: Payout, new: Payout) -> Payout:
         if not await self._outbox.replace(old, new):
             raise Superseded
-        self._remember()
         return new
 
 

@@ -1,4 +1,4 @@
-"""The treasury's process: deposits, payouts and receipts, until a signal stops it."""
+"""The treasury's process: deposits and payouts, until a signal stops it."""
 
 import asyncio
 import logging
@@ -7,17 +7,14 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
-from eth_account.signers.local import LocalAccount
-
-from azu.errors import AzuError, InternalError, Unavailable
+from azu.errors import AzuError, InternalError
 from azu.metrics import Meter
 from azu.money.books import Books
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import ChainNetwork
+from azu.money.signer.calls import RemoteSigner
 from azu.money.treasury.deposits import DepositWatcher
-from azu.money.treasury.memory import Memory
 from azu.money.treasury.payouts import (
     Payer,
     PayoutSelector,
@@ -25,7 +22,6 @@ from azu.money.treasury.payouts import (
     Threshold,
     WithdrawalPlanner,
 )
-from azu.money.treasury.receipts import ReceiptSigner
 from azu.money.treasury.redis import (
     RedisCursor,
     RedisLease,
@@ -33,7 +29,7 @@ from azu.money.treasury.redis import (
     RedisOutbox,
     RedisUncredited,
 )
-from azu.money.treasury.request_reply import DepositRequests, ReceiptRequests
+from azu.money.treasury.request_reply import DepositRequests
 from azu.money.treasury.withdrawals import RedisWithdrawals
 from azu.redis_client import connect_redis
 from azu.supervision import Supervisor
@@ -46,24 +42,24 @@ _METRICS_EVERY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class TreasuryConfig:
-    """What the treasury runs with. `account` holds the platform's key: nothing prints it.
+    """What the treasury runs with. It has no key: the signer at `signer_url` signs its payouts.
 
-    `poll_s` is the time between two polls of the chain; after `lease_s` a signer that died no longer blocks
-    the next one. `memory` is the file that keeps what Redis answered. Requests of the ingress come, and
-    metrics go, through the Redis at `jobs_redis_url`, else through the other.
+    `poll_s` is the time between two polls of the chain; after `lease_s` a treasury that died no longer blocks
+    the next one. Requests of the ingress come, and metrics go, through the Redis at `jobs_redis_url`, else
+    through the other.
     """
 
     redis_url: str = field(repr=False)
     books_url: str = field(repr=False)
+    signer_url: str = field(repr=False)
     network: ChainNetwork
-    account: LocalAccount = field(repr=False)
+    platform: str
     threshold: Threshold
     timeouts: PayoutTimeouts = field(default_factory=PayoutTimeouts)
     poll_s: float = 5.0
     plan_every_s: float = 60.0
     max_open_payouts: int = 20
     lease_s: float = 30.0
-    memory: Path | None = None
     jobs_redis_url: str | None = field(default=None, repr=False)
 
 
@@ -80,7 +76,6 @@ async def run(config: TreasuryConfig, *, ready: Callable[[], None]) -> None:
     supervisor = Supervisor("treasury", Meter(), stop.set)
     supervisor.start("deposits", treasury.watch, every_s=config.poll_s)
     supervisor.start("deposit requests", treasury.answer_deposits, every_s=_REQUESTS_EVERY_S)
-    supervisor.start("receipt requests", treasury.sign_receipts, every_s=_REQUESTS_EVERY_S)
     supervisor.start("payouts", treasury.pay, every_s=config.poll_s)
     supervisor.start("metrics", partial(treasury.show, supervisor.meter), every_s=_METRICS_EVERY_S)
     try:
@@ -96,18 +91,18 @@ class _Treasury:
     """The parts over one chain, one Redis and the books, and what each loop does."""
 
     def __init__(self, config: TreasuryConfig, ready: Callable[[], None]) -> None:
-        platform = config.account.address.lower()
+        platform = config.platform
         self._config = config
         self._redis = connect_redis(config.redis_url)
         self._chain = ChainClient(config.network)
         self._ledger = Books(config.books_url)
+        self._signer = RemoteSigner(config.signer_url)
         self._jobs_redis = connect_redis(config.jobs_redis_url or config.redis_url)
         self._deposits = DepositRequests(self._jobs_redis)
         self._cursor = RedisCursor(self._redis)
         self._metrics = RedisMetrics(self._jobs_redis)
         self._source = f"treasury-{secrets.token_hex(6)}"
         self._outbox = RedisOutbox(self._redis)
-        self._memory = Memory(config.memory, self._ledger, self._outbox)
         self._lease = RedisLease(self._redis, ttl_ms=round(config.lease_s * 1000))
         self._watcher = DepositWatcher(
             self._chain, self._ledger, self._cursor, RedisUncredited(self._redis), platform=platform
@@ -122,13 +117,12 @@ class _Treasury:
             self._ledger,
             self._outbox,
             withdrawals,
-            config.account,
+            self._signer,
             config.timeouts,
+            platform=platform,
             on_refused=self._selector.pass_over,
-            remember=self._memory.keep,
+            gives_up=self._watcher.has_left_otherwise,
         )
-        self._receipts = ReceiptRequests(self._jobs_redis)
-        self._receipt_signer = ReceiptSigner(self._ledger, config.account)
         self._plan_at_s = 0.0
         self._ready: Callable[[], None] | None = ready
 
@@ -141,18 +135,21 @@ class _Treasury:
     async def answer_deposits(self) -> None:
         await self._deposits.serve(self._watcher.check, _REQUESTS_AT_ONCE)
 
-    async def sign_receipts(self) -> None:
-        await self._receipts.serve(self._sign, _REQUESTS_AT_ONCE)
-
     async def pay(self) -> None:
-        if not await self._lease.hold() or not await self._memory.may_sign():
+        if not await self._lease.hold():
             return
         await self._payer.advance()
+        now_s = asyncio.get_running_loop().time()
+        is_due = now_s >= self._plan_at_s
+        if is_due:
+            self._plan_at_s = now_s + self._config.plan_every_s
+            await self._payer.resume(await self._ledger.open_payouts())
+        # What is set aside while books and chain do not agree may have left the account already.
+        if self._ready is not None or (await self._signer.status()).findings:
+            return
         since_ms, max_open = await self._cursor.read(), self._config.max_open_payouts
         await self._withdrawal_planner.plan(max_open, since_ms)
-        now_s = asyncio.get_running_loop().time()
-        if now_s >= self._plan_at_s:
-            self._plan_at_s = now_s + self._config.plan_every_s
+        if is_due:
             open_lamports = {payout.address: payout.lamports for payout in await self._outbox.open()}
             await self._payer.plan(await self._selector.select(open_lamports, max_open), since_ms)
 
@@ -163,13 +160,9 @@ class _Treasury:
         try:
             await self._lease.release()
         except AzuError as error:
-            _LOG.warning("the signer's lease was not released and expires later: %s", error)
+            _LOG.warning("the treasury's lease was not released and expires later: %s", error)
         await self._chain.close()
         await self._ledger.close()
+        await self._signer.close()
         await self._redis.aclose()
         await self._jobs_redis.aclose()
-
-    async def _sign(self, job_id: str) -> str:
-        if not await self._memory.may_sign():
-            raise Unavailable("nothing is signed until the admin accepts what Redis lost")
-        return await self._receipt_signer.sign(job_id)

@@ -1,4 +1,4 @@
-"""The treasury's durable state in Redis: cursor, uncredited transfers, outbox, and signer's lease."""
+"""The treasury's durable state in Redis: cursor, uncredited transfers, outbox, and lease."""
 
 import secrets
 from collections.abc import Awaitable
@@ -14,9 +14,7 @@ from azu.redis_client import typed_redis_errors
 
 CURSOR = "azu:treasury:cursor"
 OUTBOX = "azu:treasury:outbox"
-NONCE = "azu:treasury:nonce"
-WRITES = "azu:treasury:writes"
-SIGNER = "azu:treasury:signer"
+LEASE = "azu:treasury:lease"
 METRICS = "azu:treasury:metrics"
 _METRICS_KEPT_S = 15
 _SHOWN = TypeAdapter(tuple[str, list[tuple[str, tuple[str, ...], float]]])
@@ -24,24 +22,18 @@ UNCREDITED = "azu:treasury:uncredited"
 _UNCREDITED_KEPT = 10_000
 
 # Redis may run a command whose answer is lost, and the client sends the command again: each script gives the
-# same answer to its own repetition. Times and nonces are milliseconds, which Lua counts exactly.
+# same answer to its own repetition. Times are milliseconds, which Lua counts exactly.
 _RAISE = """
 local reached = tonumber(redis.call('GET', KEYS[1]) or '0')
 if tonumber(ARGV[1]) > reached then redis.call('SET', KEYS[1], ARGV[1]) end
 return 1
 """
-_NEXT_NONCE = """
-local last = tonumber(redis.call('GET', KEYS[1]) or '0')
-local nonce = string.format('%.0f', math.max(last + 1, tonumber(ARGV[1])))
-redis.call('SET', KEYS[1], nonce)
-return nonce
-"""
 _REPLACE = """
 local found = redis.call('HGET', KEYS[1], ARGV[1])
-if found == ARGV[3] then return tonumber(redis.call('GET', KEYS[2]) or '0') end
+if found == ARGV[3] then return 1 end
 if found ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
-return redis.call('INCR', KEYS[2])
+return 1
 """
 _REMOVE = """
 local found = redis.call('HGET', KEYS[1], ARGV[1])
@@ -148,19 +140,12 @@ class RedisUncredited:
 
 
 class RedisOutbox:
-    """The open payouts: a hash of address -> payout. A write compares the stored payout with the one read.
-
-    `writes` counts the states that were written so far, as this process was answered. Where Redis answers a
-    smaller number it has lost states, and `lost` says how many.
-    """
+    """The open payouts: a hash of address -> payout. A write compares the stored payout with the one read."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self.writes = 0
-        self.lost = 0
         self._replace = redis.register_script(_REPLACE)
         self._remove = redis.register_script(_REMOVE)
-        self._next_nonce = redis.register_script(_NEXT_NONCE)
 
     async def open(self) -> tuple[Payout, ...]:
         """Return all open payouts, the oldest first."""
@@ -180,42 +165,18 @@ class RedisOutbox:
     async def replace(self, old: Payout, new: Payout) -> bool:
         """Write the next state; return False if the stored payout is not `old` (any more)."""
         assert old.address == new.address
-        before = self.writes
         states = [encode_payout(old), encode_payout(new)]
         with typed_redis_errors():
-            written = int(await self._replace([OUTBOX, WRITES], [old.address, *states]))
-        if written:
-            self._answered(written, before + 1)
-        return written > 0
-
-    async def look(self) -> None:
-        """Read how many states were written."""
-        before = self.writes
-        with typed_redis_errors():
-            self._answered(int(await self._redis.get(WRITES) or 0), before)
-
-    async def forget(self) -> None:
-        """Take the number of states that Redis has for right."""
-        self.writes = self.lost = 0
-        await self.look()
-
-    def _answered(self, writes: int, least: int) -> None:
-        self.lost = max(self.lost, least - writes)
-        self.writes = max(self.writes, writes)
+            return bool(await self._replace([OUTBOX], [old.address, *states]))
 
     async def remove(self, payout: Payout) -> bool:
         """Close a payout; return False if the stored payout is another one (by now)."""
         with typed_redis_errors():
             return bool(await self._remove([OUTBOX], [payout.address, encode_payout(payout)]))
 
-    async def next_nonce(self, now_ms: int) -> int:
-        """Return a nonce near `now_ms` that is never returned again."""
-        with typed_redis_errors():
-            return int(await self._next_nonce([NONCE], [now_ms]))
-
 
 class RedisLease:
-    """The right to sign, for one process at a time: the holder has to renew it within `ttl_ms`."""
+    """The right to pay, for one process at a time: the holder has to renew it within `ttl_ms`."""
 
     def __init__(self, redis: Redis, *, ttl_ms: int) -> None:
         self._token = secrets.token_hex(16)
@@ -226,9 +187,9 @@ class RedisLease:
     async def hold(self) -> bool:
         """Take or renew the lease; return False while another process has it."""
         with typed_redis_errors():
-            return bool(await self._hold([SIGNER], [self._token, self._ttl_ms]))
+            return bool(await self._hold([LEASE], [self._token, self._ttl_ms]))
 
     async def release(self) -> None:
         """Give the lease back if it is held."""
         with typed_redis_errors():
-            await self._release([SIGNER], [self._token])
+            await self._release([LEASE], [self._token])

@@ -56,11 +56,6 @@ _UNKNOWN_TIMEOUT_S = 3.0
 _FINAL = (CreditState.CREDITED, CreditState.REJECTED)
 _STATUS = TypeAdapter(DepositStatus)
 
-_RECEIPTS_TOPIC = "receipts"
-_SIGNATURE_KEPT_MS = 3_600_000
-# A job that has not ended, or that the ledger contradicts, may be asked for again after this long.
-_REFUSAL_KEPT_MS = 1_000
-
 # Returns the reply if there is one; else the request waits (once), unless too many do.
 _ASK = """
 local answer = redis.call('GET', KEYS[2])
@@ -121,36 +116,6 @@ def _checked_status(seen: DepositStatus | None, tx_hash: str, claimant: str) -> 
     if seen.state is CreditState.REJECTED:
         raise DepositRejected(f"{tx_hash} is no deposit: {seen.reason}", param="tx_sig")
     return seen if seen.state is CreditState.CREDITED else replace(seen, lamports=0)
-
-
-class ReceiptRequests:
-    """Both ends: the ingress asks for the signature of a job's receipt, the treasury gives it.
-
-    Every method raises Unavailable when Redis does not answer, `ask` InternalError when the treasury failed.
-    """
-
-    def __init__(self, redis: Redis) -> None:
-        self._topic = RequestReply(redis, _RECEIPTS_TOPIC)
-
-    async def ask(self, job_id: str, timeout_s: float) -> str | None:
-        """Return the platform's signature of an ended job's receipt.
-
-        None if the treasury does not answer in `timeout_s`, or the ledger contradicts the receipt.
-        """
-        async for waited_s, signature in self._topic.ask(job_id):
-            if signature is not None or waited_s >= timeout_s:
-                return signature or None
-        raise AssertionError("the loop ends at the timeout")
-
-    async def serve(self, sign: Callable[[str], Awaitable[str]], limit: int) -> None:
-        """Answer the oldest requests with the signature that `sign` returns for a job, empty for none."""
-
-        async def answer(job_id: str) -> None:
-            signature = await sign(job_id)
-            kept_ms = _SIGNATURE_KEPT_MS if signature else _REFUSAL_KEPT_MS
-            await self._topic.answer(job_id, signature, kept_ms)
-
-        await self._topic.serve(answer, limit)
 
 
 class RequestReply:

@@ -10,6 +10,7 @@ from eth_account import Account
 from azu.auth.signatures import sign_claim
 from azu.devnet.chain import USDC
 from azu.money.ledger.transfers import worker_earned, worker_paid, worker_paying
+from azu.units import LAMPORTS_PER_HYPE
 from tests.money.ledger import moves
 from tests.money.treasury.world import Open, World
 
@@ -32,14 +33,17 @@ def fund_platform(world: World) -> None:
     world.devnet.fund(world.platform.address, 10**11, token=USDC.full_id)
 
 
-async def earn(parts: Open, addresses: list[str]) -> None:
-    """Book a job for every worker whose whole charge goes to the worker."""
-    for index, address in enumerate(addresses):
-        lamports = PAID + index
+async def earn(world: World, parts: Open, addresses: list[str]) -> None:
+    """Have a user deposit, and book a job for every worker whose whole charge goes to the worker."""
+    amounts = [PAID + index for index in range(len(addresses))]
+    payer = world.payer(sum(amounts) + LAMPORTS_PER_HYPE)
+    user = payer.address.lower()
+    await parts.pay_platform(payer, sum(amounts))
+    await parts.watcher.poll()
+    await parts.book(moves.open_key(user))
+    for index, (address, lamports) in enumerate(zip(addresses, amounts, strict=True)):
         await parts.book(
-            moves.open_key(address),
-            moves.deposit(lamports, address=address, tx_hash=f"{index}"),
-            moves.reserve(f"{index}", lamports, address=address),
+            moves.reserve(f"{index}", lamports, address=user),
             replace(moves.settle(f"{index}", lamports), platform_lamports=0, shares={address: lamports}),
         )
 

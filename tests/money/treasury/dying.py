@@ -5,8 +5,6 @@ import logging
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 
-from eth_account import Account
-
 from azu.money.books import Books
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import network_at
@@ -23,7 +21,6 @@ EFFECTS = (
     (RedisCursor, "advance"),
     (RedisLease, "hold"),
     (RedisOutbox, "add"),
-    (RedisOutbox, "next_nonce"),
     (RedisOutbox, "replace"),
     (RedisOutbox, "remove"),
     (RedisWithdrawals, "refuse"),
@@ -35,12 +32,13 @@ _NEVER = Death()
 
 @dataclass(frozen=True)
 class Treasury:
-    """The platform, chain and threshold of a treasury."""
+    """Where a treasury finds what it needs, its platform, and its threshold."""
 
     redis_url: str
     books_url: str
+    signer_url: str
     chain_url: str
-    key: str
+    platform: str
     threshold_lamports: int
 
     def start(self, death: Death = _NEVER) -> BaseProcess:
@@ -54,8 +52,9 @@ def _live(treasury: Treasury, death: Death) -> None:
     config = TreasuryConfig(
         redis_url=treasury.redis_url,
         books_url=treasury.books_url,
+        signer_url=treasury.signer_url,
         network=network_at(treasury.chain_url),
-        account=Account.from_key(treasury.key),
+        platform=treasury.platform,
         threshold=Threshold(treasury.threshold_lamports, treasury.threshold_lamports),
         timeouts=PayoutTimeouts(conclude_ms=3_000),
         poll_s=0.05,

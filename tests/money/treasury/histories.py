@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
-from azu.auth.signatures import Withdrawal, sealed, sign_claim, sign_withdrawal, verify_receipt
+from azu.auth.signatures import Withdrawal, sign_claim, sign_withdrawal
 from azu.clock import wall_clock_ms
 from azu.money.ledger.transfers import worker_paid
-from azu.money.treasury.request_reply import CreditState, ReceiptRequests
+from azu.money.treasury.request_reply import CreditState
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS, RedisWithdrawals, SignedWithdrawal, WithdrawalState
 from azu.redis_client import connect_redis
 from azu.units import lamports_from_hype
-from tests.builders import ALICE
 from tests.killing import Death
 from tests.money.ledger import moves
 from tests.money.treasury.dying import Treasury
@@ -40,7 +39,7 @@ class History:
     world: World
     parts: Open
     withdrawals: RedisWithdrawals
-    receipts: ReceiptRequests
+    client: LocalAccount
     payer: LocalAccount
     owner: LocalAccount
     withdrawer: LocalAccount
@@ -53,32 +52,38 @@ class History:
     def treasury(self) -> Treasury:
         """The treasury of this platform, ready to start."""
         world = self.world
-        books_url = self.parts.books.access.url("treasury")
         return Treasury(
-            world.redis_url, books_url, world.devnet.url, world.platform.key.hex(), LEAST_LAMPORTS
+            world.redis_url,
+            self.parts.books.access.url("treasury"),
+            self.parts.signer.access.url("treasury"),
+            world.devnet.url,
+            world.platform.address.lower(),
+            LEAST_LAMPORTS,
         )
 
     async def prepare(self) -> list[asyncio.Task[object]]:
-        """Return the requests that wait for the treasury: for the deposit and for the receipt."""
+        """Return the requests that wait for the treasury: for the deposit."""
         owner, platform = self.owner.address.lower(), self.world.platform.address.lower()
         charged = self.earned + COMMISSION_LAMPORTS
+        await self.parts.pay_platform(self.client, charged)
+        await self.parts.pay_platform(self.withdrawer, self.withdrawn)
+        await self.parts.watcher.poll()
+        user = self.client.address.lower()
         await self.parts.book(
-            moves.open_key(ALICE),
-            moves.deposit(charged, tx_hash="0x1"),
-            moves.deposit(self.withdrawn, address=self.withdrawer.address.lower(), tx_hash="0x2"),
-            moves.reserve("job-1", charged),
+            moves.open_key(user),
+            moves.reserve("job-1", charged, address=user),
             replace(
                 moves.settle("job-1", charged),
                 platform_lamports=COMMISSION_LAMPORTS,
                 shares={owner: self.earned},
             ),
         )
-        self.world.devnet.fund(platform, charged + self.withdrawn + FLOAT_LAMPORTS)
+        self.world.devnet.fund(platform, FLOAT_LAMPORTS)
         await self.parts.ledger.claim_earnings(owner, sign_claim(self.owner, platform))
         for account, lamports in ((self.withdrawer, self.withdrawn), (self.overdrawer, LEAST_LAMPORTS)):
             await self.withdrawals.hand_in(self._asked(account, lamports))
         tx_hash = await self.parts.pay_platform(self.payer, self.deposited)
-        return [asyncio.create_task(self._claim(tx_hash)), asyncio.create_task(self._have_signed())]
+        return [asyncio.create_task(self._claim(tx_hash))]
 
     async def is_over(self) -> bool:
         """Whether everything has arrived."""
@@ -115,13 +120,6 @@ class History:
         verdict = await self.parts.deposits.ask(tx_hash, self.payer.address, PATIENCE_S)
         assert (verdict.state, verdict.lamports) == (CreditState.CREDITED, self.deposited)
 
-    async def _have_signed(self) -> None:
-        platform = self.world.platform.address.lower()
-        signature = await self.receipts.ask("job-1", PATIENCE_S)
-        outcome = await self.parts.ledger.ended("job-1")
-        assert outcome is not None
-        assert verify_receipt(sealed(outcome.receipt, platform, signature)) == platform
-
     async def _state(self, account: LocalAccount) -> WithdrawalState:
         return (await self.parts.ledger.withdrawal(account.address.lower(), 1)).state
 
@@ -145,7 +143,7 @@ async def history(world: World, dice: random.Random) -> AsyncIterator[History]:
                 world,
                 parts,
                 RedisWithdrawals(redis),
-                ReceiptRequests(redis),
+                client=world.payer(),
                 payer=world.payer(),
                 owner=Account.create(),
                 withdrawer=world.payer(),

@@ -16,12 +16,15 @@ from eth_account.signers.local import LocalAccount
 from azu.devnet.chain import HYPE, USDC, parse_exchange
 from azu.devnet.chain import DevnetState as DevnetState
 from azu.devnet.server import answer_info
+from azu.money.chain.actions import sign_noop, sign_send_asset
 from azu.money.chain.api import ChainClient
-from azu.money.chain.networks import network_at
+from azu.money.chain.networks import ChainNetwork, network_at
 from azu.money.ledger.entry import Entry, Result, repeat
 from azu.money.ledger.posting import apply_once
 from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import Transfer, worker_earned, worker_paid, worker_paying
+from azu.money.signer.calls import SignerCalls
+from azu.money.signer.views import TransferRequest
 from azu.money.treasury.outbox import Payout, PayoutState, decode_payout, encode_payout
 from azu.money.treasury.payouts import Payer, PayoutTimeouts
 from tests.money.ledger import moves
@@ -150,6 +153,26 @@ class MemoryLedger:
         self.entries[transfer.id] = Entry(len(self.entries) + 1, transfer, legs)
 
 
+class KeySigner(SignerCalls):
+    """A signer that signs all it is asked."""
+
+    def __init__(self, account: LocalAccount, network: ChainNetwork) -> None:
+        self._account, self._network = account, network
+
+    async def transfer(self, asked: TransferRequest) -> str:
+        action = sign_send_asset(
+            self._account,
+            self._network,
+            destination=asked.address,
+            lamports=asked.lamports,
+            nonce=asked.nonce,
+        )
+        return action.body.decode()
+
+    async def noop(self, nonce: int) -> str:
+        return sign_noop(self._account, self._network, nonce=nonce).body.decode()
+
+
 class NoWithdrawals:
     """A store in which no withdrawal was refused."""
 
@@ -161,7 +184,6 @@ class NoWithdrawals:
 class MemoryOutbox:
     crash: CrashPlan
     contents: dict[str, str] = field(default_factory=dict)
-    nonce: int = 0
 
     async def open(self) -> tuple[Payout, ...]:
         return tuple(decode_payout(content) for content in self.contents.values())
@@ -174,12 +196,6 @@ class MemoryOutbox:
 
     async def remove(self, payout: Payout) -> bool:
         return self._write(payout.address, encode_payout(payout), None)
-
-    async def next_nonce(self, now_ms: int) -> int:
-        hit = self.crash.begin()
-        self.nonce = max(self.nonce + 1, now_ms)
-        self.crash.end(hit)
-        return self.nonce
 
     def _write(self, address: str, old: str | None, new: str | None) -> bool:
         hit = self.crash.begin()
@@ -222,8 +238,9 @@ class Simulation:
             self.ledger,
             self.outbox,
             NoWithdrawals(),
-            self.platform,
+            KeySigner(self.platform, self.chain.network),
             self.timeouts,
+            platform=self.platform.address.lower(),
             on_refused=self.refused.append,
             now_ms=self.clock,
         )

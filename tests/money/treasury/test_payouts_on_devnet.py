@@ -10,9 +10,15 @@ import pytest
 from azu.errors import ChainError
 from azu.money.chain.api import ChainClient
 from azu.money.treasury.payouts import Payer, PayoutSelector, PayoutTimeouts, Threshold
-from tests.money.chain.running import fresh_address, running_devnet
-from tests.money.ledger import moves
-from tests.money.treasury.booked import PAID, all_paid, assert_paid_once, earn, fund_platform
+from tests.money.chain.running import running_devnet
+from tests.money.treasury.booked import (
+    PAID,
+    all_paid,
+    assert_paid_once,
+    earn,
+    fund_platform,
+    owners_who_claimed,
+)
 from tests.money.treasury.simulated import NoWithdrawals
 from tests.money.treasury.world import SEED, Open, World
 
@@ -55,8 +61,9 @@ async def pay_for_ever(world: World, parts: Open) -> None:
         parts.ledger,
         parts.outbox,
         NoWithdrawals(),
-        world.platform,
+        parts.signer.signer,
         PayoutTimeouts(conclude_ms=3_000),
+        platform=platform,
         on_refused=lambda _address: None,
     )
     try:
@@ -73,12 +80,12 @@ async def pay_for_ever(world: World, parts: Open) -> None:
 
 
 def every_worker_is_paid_once(world: World, workers: int, chance: float, seed: int = SEED) -> None:
-    owners = [fresh_address() for _ in range(workers)]
     fund_platform(world)
 
     async def scenario(parts: Open) -> None:
-        await parts.book(*map(moves.claim, owners))
-        await earn(parts, owners)
+        keys = random.Random(f"{world.platform.address}").sample(range(1, 10**9), workers)
+        owners = await owners_who_claimed(world, parts, keys)
+        await earn(world, parts, owners)
         break_everything(world, chance)
         tasks = [asyncio.create_task(pay_for_ever(world, parts)) for _ in range(2)]
         tasks.append(asyncio.create_task(restart_for_ever(world, random.Random(seed))))

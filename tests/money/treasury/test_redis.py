@@ -10,7 +10,6 @@ from redis.asyncio import Redis
 
 from azu.errors import Unavailable
 from azu.metrics import FAULTS, Meter
-from azu.money.chain.port import SignedAction
 from azu.money.treasury import redis as module
 from azu.money.treasury.outbox import Payout, PayoutState, decode_payout, encode_payout
 from azu.money.treasury.redis import (
@@ -31,7 +30,7 @@ PAYOUT = Payout(
     planned_at_ms=1_790_000_000_000,
     since_ms=5,
 )
-SIGNED = PAYOUT.numbered(1_790_000_000_001).signed(SignedAction(1_790_000_000_001, b'{"action":{}}'))
+SIGNED = PAYOUT.numbered(1_790_000_000_001).signed('{"action":{}}')
 
 
 def run(redis_url: str, scenario: Callable[[Redis], Coroutine[Any, Any, None]]) -> None:
@@ -106,18 +105,7 @@ def test_a_process_that_read_an_older_state_changes_nothing(redis_url: str) -> N
     run(redis_url, scenario)
 
 
-def test_nonces_are_near_the_clock_and_never_given_twice(redis_url: str) -> None:
-    async def scenario(redis: Redis) -> None:
-        outboxes = [RedisOutbox(redis) for _ in range(4)]
-        nonces = await asyncio.gather(*(outbox.next_nonce(1_790_000_000_000) for outbox in outboxes * 5))
-        assert sorted(nonces) == [1_790_000_000_000 + index for index in range(20)]
-        # A clock that goes back does not repeat a nonce.
-        assert await outboxes[0].next_nonce(1_789_000_000_000) == 1_790_000_000_020
-
-    run(redis_url, scenario)
-
-
-def test_one_signer_holds_the_lease_until_it_is_released_or_silent(redis_url: str) -> None:
+def test_one_treasury_holds_the_lease_until_it_is_released_or_silent(redis_url: str) -> None:
     async def scenario(redis: Redis) -> None:
         first, second = RedisLease(redis, ttl_ms=60_000), RedisLease(redis, ttl_ms=50)
         assert await first.hold()

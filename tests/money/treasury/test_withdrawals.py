@@ -12,6 +12,7 @@ from azu.auth.signatures import Withdrawal, sign_withdrawal
 from azu.clock import wall_clock_ms
 from azu.devnet.chain import USDC
 from azu.errors import ChainError, Conflict, NotFound
+from azu.money.chain.rows import row_id
 from azu.money.ledger.entry import Result
 from azu.money.ledger.transfers import user_withdrawing
 from azu.money.treasury.payouts import Payer, PayoutSelector, PayoutTimeouts, Threshold, WithdrawalPlanner
@@ -57,8 +58,9 @@ class Treasury:
             parts.ledger,
             parts.outbox,
             self.store,
-            world.platform,
+            parts.signer.signer,
             PayoutTimeouts(conclude_ms=1_500),
+            platform=platform,
             on_refused=lambda _address: None,
         )
 
@@ -91,6 +93,23 @@ def credited(world: World) -> LocalAccount:
     return world.payer()
 
 
+async def credit_from_contract(world: World, parts: Open, account: LocalAccount) -> None:
+    """Credit HELD to an account that is new to the chain: a contract sent it, an admin found the owner."""
+    contract = "0x" + "c1" * 20
+    world.devnet.contract(world.platform.address, HELD, sender=contract)
+    platform = world.platform.address.lower()
+    [row] = [
+        row
+        async for page in parts.chain.ledger_updates(platform, 0)
+        for row in page
+        if row.sender == contract
+    ]
+    await parts.book(
+        moves.suspend(row_id(row), HELD, sender=contract, at_ms=row.time_ms),
+        moves.credit_suspense(row_id(row), HELD, address=account.address.lower()),
+    )
+
+
 def received(world: World, account: LocalAccount) -> list[str]:
     rows = world.devnet.info("userNonFundingLedgerUpdates", account.address.lower(), startTime=0)
     platform = world.platform.address.lower()
@@ -105,10 +124,9 @@ def test_a_new_address_whose_fee_the_platform_lacks_waits_and_delays_no_other(wo
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
         asked = [signed(world, account, 4 * LEAST_LAMPORTS) for account in (new, known)]
-        for index, one in enumerate(asked):
-            await parts.ledger.apply(
-                moves.deposit(HELD, address=one.withdrawal.address, tx_hash=f"0x{index}")
-            )
+        await parts.deposit(known, HELD)
+        await credit_from_contract(world, parts, new)
+        for one in asked:
             await treasury.store.hand_in(one)
         assert await treasury.until_decided(asked[1]) == (WithdrawalState.PAID, None)
         waiting = await status_of(treasury.store, asked[0], parts.ledger)
@@ -126,7 +144,7 @@ def test_a_withdrawal_arrives_once_however_often_it_is_handed_in(world: World) -
 
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
-        await parts.book(moves.deposit(HELD, address=alice.address.lower()))
+        await parts.deposit(alice, HELD)
         asked = signed(world, alice, 3 * LEAST_LAMPORTS)
         await treasury.store.hand_in(asked)
         waiting = await status_of(treasury.store, asked, parts.ledger)
@@ -152,7 +170,7 @@ def test_a_withdrawal_arrives_once_under_a_fault(world: World, kind: str) -> Non
 
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
-        await parts.book(moves.deposit(HELD, address=alice.address.lower()))
+        await parts.deposit(alice, HELD)
         world.devnet.fault(kind, times=2, seconds=0.5)
         asked = signed(world, alice, HELD)
         await treasury.store.hand_in(asked)
@@ -169,9 +187,8 @@ def test_a_withdrawal_against_the_rules_is_refused_and_moves_nothing(world: Worl
 
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
-        for number, account in enumerate((alice, newcomer)):
-            deposit = moves.deposit(HELD, address=account.address.lower(), tx_hash=f"0x{number}")
-            await parts.book(deposit)
+        await parts.deposit(alice, HELD)
+        await credit_from_contract(world, parts, newcomer)
         forged = signed(world, mallory, HELD, nonce=1)
         cases = {
             "signed": replace(forged, withdrawal=replace(forged.withdrawal, address=alice.address.lower())),
@@ -197,7 +214,7 @@ def test_of_two_withdrawals_above_the_balance_one_is_refused(world: World) -> No
 
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
-        await parts.book(moves.deposit(HELD, address=alice.address.lower()))
+        await parts.deposit(alice, HELD)
         first, second = (signed(world, alice, HELD, nonce=nonce) for nonce in (1, 2))
         await treasury.store.hand_in(first)
         with pytest.raises(Conflict, match="waits"):
@@ -216,9 +233,8 @@ def test_one_address_does_not_delay_the_others(world: World) -> None:
 
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
-        for number, account in enumerate((alice, bob)):
-            deposit = moves.deposit(HELD, address=account.address.lower(), tx_hash=f"0x{number}")
-            await parts.book(deposit)
+        for account in (alice, bob):
+            await parts.deposit(account, HELD)
         refused = 0
         for nonce in range(100):
             try:
@@ -246,7 +262,7 @@ def test_what_was_refused_stays_refused_though_its_treasury_died_over_it(world: 
         [planned] = await parts.outbox.open()
         # The treasury died here: the withdrawal is refused, its payout in the outbox. Then money arrives.
         await treasury.store.refuse(planned.payout_id, "the account does not hold so much")
-        await parts.book(moves.deposit(HELD, address=alice.address.lower()))
+        await parts.deposit(alice, HELD)
 
         assert (await treasury.until_decided(asked))[0] is WithdrawalState.REFUSED
         assert await parts.outbox.open() == ()
@@ -261,7 +277,7 @@ def test_a_withdrawal_that_another_process_plans_again_after_its_end_is_not_sent
 
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
-        await parts.book(moves.deposit(HELD, address=alice.address.lower()))
+        await parts.deposit(alice, HELD)
         asked = signed(world, alice, LEAST_LAMPORTS)
         await treasury.store.hand_in(asked)
         while not await parts.outbox.open():
@@ -286,7 +302,7 @@ def test_a_withdrawal_has_a_status_at_every_moment(world: World) -> None:
 
     async def scenario(parts: Open) -> None:
         treasury = Treasury(world, parts)
-        await parts.book(moves.deposit(HELD, address=alice.address.lower()))
+        await parts.deposit(alice, HELD)
         asked = signed(world, alice, HELD)
         await treasury.store.hand_in(asked)
 

@@ -11,7 +11,7 @@ from typing import Any
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
-from azu.money.books import Books
+from azu.money.books import Books, BooksTerms
 from azu.money.chain.api import ChainClient
 from azu.money.chain.wallet import send_hype
 from azu.money.ledger.transfers import Transfer
@@ -21,7 +21,8 @@ from azu.money.treasury.request_reply import DepositRequests
 from azu.redis_client import connect_redis
 from azu.units import LAMPORTS_PER_HYPE
 from tests.money.chain.running import RunningDevnet
-from tests.money.serving import ServedBooks, serving
+from tests.money.serving import TERMS, ServedBooks, serving
+from tests.money.signer.serving import ServedSigner, signing
 
 # The seed of all randomness here; each run of a test adds its number.
 SEED = 1000 * int(os.environ.get("AZU_TEST_SEED", "1"))
@@ -41,6 +42,7 @@ class Open:
     outbox: RedisOutbox
     watcher: DepositWatcher
     platform: LocalAccount
+    signer: ServedSigner
 
     async def available(self, account: LocalAccount) -> int:
         return (await self.ledger.balance(account.address.lower())).available_lamports
@@ -58,6 +60,12 @@ class Open:
     async def pay_platform(self, sender: LocalAccount, lamports: int) -> str:
         return await send_hype(self.chain, sender, self.platform.address, lamports)
 
+    async def deposit(self, sender: LocalAccount, lamports: int) -> None:
+        """Have an account deposit, and the deposit be credited."""
+        tx_hash = await self.pay_platform(sender, lamports)
+        while await self.ledger.result(f"deposit:{tx_hash}") is None:
+            await self.watcher.poll()
+
     async def answer_deposits(self) -> None:
         """Answer deposit requests until cancelled, as the treasury's process does."""
         while True:
@@ -71,6 +79,9 @@ class World:
     redis_url: str
     platform: LocalAccount = field(default_factory=Account.create)
     folder: Path | None = None
+    terms: BooksTerms = TERMS
+    # Between two looks of its signer.
+    look_s: float = 0.2
 
     def payer(self, lamports: int = FUNDS) -> LocalAccount:
         account = Account.create()
@@ -91,12 +102,24 @@ class World:
         redis = connect_redis(self.redis_url)
         chain = ChainClient(self.devnet.network)
         platform = self.platform.address.lower()
-        async with serving(self.redis_url, self.folder, platform=platform) as books:
+        async with serving(self.redis_url, self.folder, platform=platform, terms=self.terms) as books:
             ledger, cursor, uncredited = books.client(), RedisCursor(redis), RedisUncredited(redis)
             watcher = DepositWatcher(chain, ledger, cursor, uncredited, platform=platform)
+            deposits, outbox = DepositRequests(redis), RedisOutbox(redis)
             try:
-                deposits, outbox = DepositRequests(redis), RedisOutbox(redis)
-                yield Open(chain, books, ledger, cursor, uncredited, deposits, outbox, watcher, self.platform)
+                async with signing(self.platform, self.devnet.network, books, look_s=self.look_s) as signer:
+                    yield Open(
+                        chain,
+                        books,
+                        ledger,
+                        cursor,
+                        uncredited,
+                        deposits,
+                        outbox,
+                        watcher,
+                        self.platform,
+                        signer,
+                    )
             finally:
                 await ledger.close()
                 await chain.close()

@@ -6,9 +6,10 @@ import pytest
 from eth_account import Account
 
 from azu.errors import ConfigurationError
-from azu.money.treasury.payouts import Threshold
-from azu.money.treasury.platform_key import KEY, KEY_FILE, take_private_key
-from azu.money.treasury.process import TreasuryConfig
+from azu.money.signer.platform_key import KEY, KEY_FILE, take_private_key
+from azu.money.signer.policy import SigningRules
+from azu.money.signer.process import SignerConfig
+from azu.money.wire import Access
 from tests.money.chain.test_actions import DEVNET
 
 ACCOUNT = Account.create()
@@ -63,12 +64,13 @@ def test_no_key_and_two_keys_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_configuration_does_not_show_its_secrets() -> None:
-    config = TreasuryConfig(
-        redis_url="redis://:geheim@127.0.0.1/0",
-        books_url="wire://treasury:geheim@127.0.0.1:1",
-        network=DEVNET,
+    config = SignerConfig(
         account=ACCOUNT,
-        threshold=Threshold(1, 1),
+        network=DEVNET,
+        books_url="wire://signer:geheim@127.0.0.1:1",
+        rules=SigningRules({}, frozenset(), (ACCOUNT.address.lower(),)),
+        access=Access(1, {"treasury": "geheim"}),
+        memory=Path("signer.json"),
     )
 
     for text in (repr(config), str(config), repr(config.account), str(config.account)):

@@ -1,4 +1,4 @@
-"""Reads the platform's private key; only the treasury's process may call this."""
+"""Reads the platform's private key; only the signer's process may call this."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def take_private_key(environment: MutableMapping[str, str]) -> LocalAccount:
     if file is not None:
         return _account(_read(Path(file)), KEY_FILE)
     if key is None:
-        raise ConfigurationError(f"the treasury needs {KEY} or {KEY_FILE}")
+        raise ConfigurationError(f"the signer needs {KEY} or {KEY_FILE}")
     return _account(key, KEY)
 
 

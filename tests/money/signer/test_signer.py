@@ -1,0 +1,358 @@
+"""The signer over real books, a real Redis and a real devnet: when it signs, and what it remembers."""
+
+import asyncio
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from eth_account.signers.local import LocalAccount
+
+from azu.auth.signatures import (
+    AcceptLoss,
+    Withdrawal,
+    is_certified,
+    sign_claim,
+    sign_command,
+    sign_withdrawal,
+)
+from azu.clock import wall_clock_ms
+from azu.errors import ConfigurationError, Conflict, Forbidden, RateLimited, Unavailable
+from azu.money.chain.api import ChainClient
+from azu.money.chain.wallet import send_hype
+from azu.money.ledger.durability import DURABLE_CONFIG
+from azu.money.ledger.transfers import Deposit, LossAccepted, WithdrawalPlanned
+from azu.money.signer import policy
+from azu.money.signer.policy import PayoutLimit, nonce_for
+from azu.money.signer.signer import Signer
+from azu.money.signer.views import PayoutKind, TransferRequest
+from tests.money.chain.running import RunningDevnet
+from tests.money.ledger import moves
+from tests.money.signer.serving import ADMIN, UNLIMITED, rules_of
+from tests.money.treasury.world import Open, World
+from tests.redis_server import Rewindable, start_redis
+
+HYPE = 10**8
+
+
+@dataclass
+class Scene:
+    """A platform with one user's deposit, and the signers of it that a test starts."""
+
+    world: World
+    parts: Open
+    file: Path
+    user: LocalAccount
+    signer: Signer
+    limit: PayoutLimit = UNLIMITED
+    nonce: int = 0
+    withdrawals: int = 0
+    chains: list[ChainClient] = field(default_factory=list)
+
+    def start(self) -> Signer:
+        """Start the signer, or another one in its place that knows what the file says."""
+        chain = ChainClient(self.world.devnet.network)
+        self.chains.append(chain)
+        rules = rules_of(self.world.platform, self.limit)
+        self.signer = Signer(self.world.platform, chain, self.parts.books.client("signer"), rules, self.file)
+        return self.signer
+
+    async def deposit(self, lamports: int) -> None:
+        await self.parts.pay_platform(self.user, lamports)
+        await self.parts.watcher.poll()
+
+    async def withdraw(self, lamports: int) -> TransferRequest:
+        """Have the books set a withdrawal aside that the user signed."""
+        self.withdrawals += 1
+        address, platform = self.user.address.lower(), self.world.platform.address.lower()
+        asked = Withdrawal(
+            address=address,
+            lamports=lamports,
+            nonce=self.withdrawals,
+            expires_at_ms=wall_clock_ms() + 600_000,
+        )
+        self.nonce = nonce_for(PayoutKind.WITHDRAWAL, self.nonce, wall_clock_ms())
+        planned = WithdrawalPlanned(
+            id=f"{asked.payout_id}:planned",
+            payout_id=asked.payout_id,
+            address=address,
+            lamports=lamports,
+            nonce=self.nonce,
+            expires_at_ms=asked.expires_at_ms,
+            signature=sign_withdrawal(self.user, asked, platform),
+        )
+        await self.parts.book(planned)
+        return TransferRequest(asked.payout_id, PayoutKind.WITHDRAWAL, address, lamports, self.nonce)
+
+    async def send(self, asked: TransferRequest) -> None:
+        assert await self.parts.chain.post_action((await self.signer.transfer(asked)).encode()) is None
+
+    async def findings(self) -> tuple[str, ...]:
+        await self.signer.look()
+        return (await self.signer.status()).findings
+
+    def received(self, address: str) -> int:
+        """Return how many transfers of the platform an address got."""
+        rows = self.world.devnet.info("userNonFundingLedgerUpdates", address, startTime=0)
+        return sum(row["delta"].get("user") == self.world.platform.address.lower() for row in rows)
+
+
+def play(
+    world: World, file: Path, scenario: Callable[[Scene], Awaitable[None]], *, deposited: int = HYPE
+) -> None:
+    """Run a scenario with a signer that has seen a network from its beginning."""
+
+    async def inside(parts: Open) -> None:
+        scene = Scene(world, parts, file, world.payer(), None)  # type: ignore[arg-type]
+        try:
+            scene.start()
+            await parts.watcher.poll()
+            await scene.signer.look()
+            await scene.deposit(HYPE)
+            await scenario(scene)
+        finally:
+            for chain in scene.chains:
+                await chain.close()
+
+    # Without the looks of another signer.
+    replace(world, look_s=3600.0).run(inside)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "signer.json"
+
+
+def test_a_withdrawal_is_signed_once_and_arrives(world: World, file: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        asked = await scene.withdraw(HYPE // 2)
+        await scene.send(asked)
+        # The same bytes again: the chain takes a nonce once.
+        assert await scene.signer.transfer(asked) == await scene.start().transfer(asked)
+        assert scene.received(asked.address) == 1
+        assert await scene.findings() == ()
+
+    play(world, file, scenario)
+
+
+def test_nothing_is_signed_for_a_credit_that_no_row_shows(world: World, file: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        asked = await scene.withdraw(HYPE // 2)
+        await scene.signer.transfer(asked)
+        world.devnet.fund(world.platform.address, 10 * HYPE)
+        await scene.parts.book(Deposit(id="deposit:0x1", address=asked.address, lamports=HYPE, at_ms=1))
+        with pytest.raises(Unavailable, match="no row of the chain shows 0x1") as refused:
+            await scene.signer.transfer(await scene.withdraw(HYPE))
+        assert refused.value.code == "nothing_signed"
+        with pytest.raises(Unavailable):
+            await scene.signer.certify("0x" + "12" * 20)
+
+    play(world, file, scenario)
+
+
+def test_nothing_is_signed_while_the_account_lacks_what_the_books_owe(world: World, file: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        # A transfer that this signer did not sign takes a part away, as a thief with the key would.
+        asked = await scene.withdraw(HYPE // 2)
+        thief = world.payer().address.lower()
+        await send_hype(scene.parts.chain, world.platform, thief, HYPE // 4)
+        with pytest.raises(Unavailable, match=f"lacks {HYPE // 4} lamports") as refused:
+            await scene.signer.transfer(asked)
+        assert f"another process sent {HYPE // 4} lamports to {thief}" in refused.value.message
+
+    play(world, file, scenario)
+
+
+def test_earnings_go_to_an_address_that_claimed_them_alone(world: World, file: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        worker = world.payer()
+        address, platform = worker.address.lower(), world.platform.address.lower()
+        user = scene.user.address.lower()
+        await scene.parts.book(
+            moves.open_key(user),
+            moves.reserve("job-1", HYPE, address=user),
+            replace(moves.settle("job-1", HYPE), platform_lamports=0, shares={address: HYPE}),
+        )
+        await scene.parts.ledger.claim_earnings(address, sign_claim(worker, platform))
+        nonce = nonce_for(PayoutKind.EARNINGS, 0, wall_clock_ms())
+        planned = moves.plan_payout("payout:1", HYPE, address=address, nonce=nonce)
+        await scene.parts.book(planned)
+        asked = TransferRequest("payout:1", PayoutKind.EARNINGS, address, HYPE, nonce)
+        # The books' process itself takes no other claim; a changed store may have one.
+        state = (await scene.parts.books.bookkeeper.ledger()).state
+        claim = state.claims[address]
+        state.claims[address] = replace(claim, signature=sign_claim(scene.user, platform))
+        with pytest.raises(Forbidden, match="has not claimed"):
+            await scene.signer.transfer(asked)
+        with pytest.raises(Forbidden):
+            await scene.signer.transfer(replace(asked, address=user))
+        state.claims[address] = claim
+        await scene.send(asked)
+        assert scene.received(address) == 1
+
+    play(world, file, scenario)
+
+
+def test_a_limit_holds_also_after_a_restart(world: World, file: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        scene.limit = PayoutLimit(HYPE // 2, HYPE, 100)
+        scene.start()
+        first, second = await scene.withdraw(HYPE // 4), await scene.withdraw(HYPE // 2)
+        await scene.send(first)
+        for _ in range(2):
+            with pytest.raises(RateLimited, match="may take"):
+                await scene.signer.transfer(second)
+            scene.start()
+        # Also where the file is lost: the chain's rows say what was sent.
+        scene.file.unlink()
+        scene.start()
+        assert await scene.findings() == (
+            "this signer remembers nothing, and the platform's account has sent before",
+        )
+
+    play(world, file, scenario)
+
+
+def test_a_nonce_that_is_used_up_pays_no_one(world: World, file: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        asked = await scene.withdraw(HYPE // 2)
+        body = await scene.signer.transfer(asked)
+        noop = await scene.signer.noop(asked.nonce)
+        assert await scene.parts.chain.post_action(noop.encode()) is None
+        refusal = await scene.parts.chain.post_action(body.encode())
+        assert refusal is not None
+        assert refusal.nonce_used
+        for signer in (scene.signer, scene.start()):
+            with pytest.raises(Conflict):
+                await signer.transfer(asked)
+        with pytest.raises(Forbidden):
+            await scene.signer.noop(asked.nonce + 4)
+        assert scene.received(asked.address) == 0
+
+    play(world, file, scenario)
+
+
+def test_a_key_of_the_books_is_certified(world: World, file: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        key, platform = "0x" + "12" * 20, world.platform.address.lower()
+        certificate = await scene.signer.certify(key)
+        assert is_certified(key, platform, certificate)
+        assert not is_certified("0x" + "13" * 20, platform, certificate)
+
+    play(world, file, scenario)
+
+
+def test_a_finding_is_told_to_the_books_after_three_looks(world: World, file: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.parts.book(Deposit(id="deposit:0x1", address="0x" + "12" * 20, lamports=1, at_ms=1))
+        seen = []
+        for _ in range(4):
+            await scene.signer.look()
+            seen.append(len(await scene.parts.ledger.findings()))
+        assert seen == [0, 0, 0, 2], "the fourth look tells what the third one found"
+
+    play(world, file, scenario)
+
+
+def test_restored_books_pay_nothing_twice_and_go_on_after_a_command(
+    devnet_server: RunningDevnet, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "QUARANTINE_MS", 1_000)
+    store = Rewindable.start(tmp_path / "redis")
+    world = World(devnet_server, store.server.url, folder=tmp_path / "ledger")
+    command = AcceptLoss(number=0, hash="", nonce=1, expires_at_ms=wall_clock_ms() + 600_000)
+
+    async def scenario(scene: Scene) -> None:
+        position = store.position()
+        paid = await scene.withdraw(HYPE // 4)
+        await scene.send(paid)
+        store.rewind(position)
+        lost = await scene.parts.ledger.loss()
+        assert lost
+        # What the lost entries had sent is named, and the user has it no more.
+        scene.withdrawals += 7
+        await scene.parts.watcher.poll()
+        assert await scene.parts.available(scene.user) == 3 * HYPE // 4
+        again = await scene.withdraw(3 * HYPE // 4)
+        with pytest.raises(Unavailable, match=f"went back by {lost}"):
+            await scene.signer.transfer(again)
+        core = await scene.parts.books.bookkeeper.ledger()
+        await core.apply(LossAccepted(id="accepted", num_entries=lost, command="by an admin"))
+        with pytest.raises(Unavailable, match=r"the books (have another entry|went back)"):
+            await scene.signer.transfer(again)
+        head = await scene.parts.ledger.head()
+        accepted = replace(command, number=head.number, hash=head.hash)
+        platform = world.platform.address.lower()
+        with pytest.raises(Forbidden):
+            await scene.signer.accept(sign_command(scene.user, accepted, platform))
+        with pytest.raises(Conflict, match="do not have entry"):
+            await scene.signer.accept(sign_command(ADMIN, replace(accepted, hash="other"), platform))
+        await scene.signer.accept(sign_command(ADMIN, accepted, platform))
+        with pytest.raises(Conflict, match="used before"):
+            await scene.signer.accept(sign_command(ADMIN, accepted, platform))
+        with pytest.raises(Unavailable, match="nothing is signed for another"):
+            await scene.signer.transfer(again)
+        await asyncio.sleep(1.1)
+        # The chain drops the ledger of an account that is empty.
+        world.devnet.fund(world.platform.address, 1)
+        await scene.send(again)
+        # Everything was sent once.
+        assert scene.received(paid.address) == 2
+        assert await scene.parts.available(scene.user) == 0
+        assert await scene.findings() == ()
+
+    try:
+        play(world, file, scenario)
+    finally:
+        store.server.kill()
+
+
+def test_a_damaged_file_is_refused_by_name(world: World, file: Path) -> None:
+    file.write_text("{")
+
+    async def scenario(parts: Open) -> None:
+        with pytest.raises(ConfigurationError, match=r"signer\.json cannot be read"):
+            Scene(world, parts, file, ADMIN, None).start()  # type: ignore[arg-type]
+
+    world.run(scenario)
+
+
+def test_a_copy_of_the_network_signs_nothing_once_the_other_has(
+    devnet_server: RunningDevnet, tmp_path: Path, file: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    store = start_redis(first / "redis", DURABLE_CONFIG)
+    world = World(devnet_server, store.url, folder=first / "ledger")
+    copies = []
+
+    async def scenario(scene: Scene) -> None:
+        waiting = await scene.withdraw(HYPE // 4)
+        await scene.signer.look()
+        shutil.copytree(first, second)
+        shutil.copy(file, second / "signer.json")
+        copied = start_redis(second / "redis", DURABLE_CONFIG)
+        copies.append(copied)
+        other = replace(world, redis_url=copied.url, folder=second / "ledger", look_s=3600.0)
+        async with other.open() as parts:
+            copy = replace(scene, world=other, parts=parts, file=second / "signer.json", chains=[])
+            copy.start()
+            assert await copy.findings() == ()
+            await scene.send(await scene.withdraw(HYPE // 2))
+            # What was set aside before the copy has one nonce; a new withdrawal has another in each copy.
+            copy.withdrawals += 7
+            for asked in (waiting, await copy.withdraw(HYPE // 2)):
+                with pytest.raises(Unavailable, match=f"another process sent {HYPE // 2} lamports"):
+                    await copy.signer.transfer(asked)
+            await scene.send(waiting)
+            copy.file.unlink()
+            copy.start()
+            assert (await copy.findings())[0].startswith("this signer remembers nothing")
+            assert scene.received(waiting.address) == 2
+            await copy.chains[0].close()
+
+    try:
+        play(world, file, scenario)
+    finally:
+        for server in (store, *copies):
+            server.kill()
