@@ -146,12 +146,13 @@ class Services:
 
     async def _problems_of_stores(self) -> tuple[tuple[str, ...], bool]:
         """Return what is wrong with Redis and the money, and whether Redis or the books are away."""
-        asked = await asyncio.gather(self._redis.ping(), self.books.findings(), return_exceptions=True)
-        away = [one for one in asked if isinstance(one, Unavailable)]
-        if away:
-            known = (redis_problem(self._redis), self.books.problem())
-            return tuple(filter(None, known)) or (away[0].message,), True
-        findings = asked[1]
+        asked = (self._redis.ping(), self.books.findings())
+        pinged, findings = await asyncio.gather(*asked, return_exceptions=True)
+        known = tuple(filter(None, (redis_problem(self._redis), self.books.problem())))
+        if known or isinstance(pinged, Unavailable):
+            return known or (str(pinged),), True
+        if isinstance(findings, AzuError):
+            return (f"the books cannot go on: {findings.message}",), True
         if isinstance(findings, BaseException):
             raise findings
         return tuple(f"payouts wait: {finding}; `azu treasury status`" for finding in findings), False

@@ -1,4 +1,4 @@
-"""What is told of a scheduler that does not answer, or whose answer is a fault: at once, and in words."""
+"""What is told of a scheduler or books that do not answer, or answer with a fault: at once, and in words."""
 
 import asyncio
 import time
@@ -10,6 +10,7 @@ import pytest
 
 from actors.placement import SCHEDULER
 from azu.errors import InternalError, Unavailable
+from azu.money.bookkeeping import Bookkeeper
 from tests.deployments.local import LocalIngress, NoNodes, local_ingress
 
 # A second, and what a busy machine adds.
@@ -85,5 +86,27 @@ def test_of_a_scheduler_that_is_away_for_long_the_health_says_why(redis_url: str
 
         (problem,) = (await client.get("/health")).json()["problems"]
         assert problem == "the scheduler is away since 61 s: the scheduler is not up"
+
+    play(redis_url, tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    "error", [Unavailable("Redis did not answer"), ZeroDivisionError()], ids=["away", "a fault"]
+)
+def test_the_health_names_the_books_whose_answer_is_an_error(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def fails(_: object) -> int:
+        raise error
+
+    async def scenario(_: LocalIngress, client: httpx.AsyncClient) -> None:
+        with monkeypatch.context() as failing:
+            failing.setattr(Bookkeeper, "findings", fails)
+            health = await client.get("/health")
+
+        assert health.status_code == 503
+        (problem,) = health.json()["problems"]
+        assert problem.startswith("the books cannot go on: ")
+        assert (await client.get("/health")).json() == {"status": "ok", "problems": []}
 
     play(redis_url, tmp_path, scenario)
