@@ -105,6 +105,9 @@ class RayBackend:
         self._actors[name] = _Actor(handle, group)
         return True
 
+    async def fetch(self, name: str, piece: Piece, structure: Structure) -> None:
+        await self._fetch(name, piece, structure)
+
     async def load(
         self, name: str, piece: Piece, structure: Structure, topology: Topology, to: Neighbours
     ) -> None:

@@ -52,6 +52,9 @@ class DeploymentBackend(Protocol):
     async def find(self, name: str) -> bool:
         """Take over an actor that another scheduler started; release what is left of one that is gone."""
 
+    async def fetch(self, name: str, piece: Piece, structure: Structure) -> None:
+        """Fetch the shards of a piece to its node, before it is started there under this name."""
+
     async def load(
         self, name: str, piece: Piece, structure: Structure, topology: Topology, to: Neighbours
     ) -> None:

@@ -345,7 +345,7 @@ class Deployment:
         self._event.set()
 
     async def change(self, change: TopologyChange, *, beside: bool) -> bool:
-        """Change the topology; with `beside` the fresh pieces are loaded before the old ones go.
+        """Change the topology; the fresh pieces are fetched before the old ones go, with `beside` loaded too.
 
         Returns False when it came to nothing: a piece was lost or did not come up, another change or a repair
         was under way, or the deployment was closed.
@@ -358,7 +358,11 @@ class Deployment:
         before = self.topology
         try:
             planned = with_blocks(self.structure, change.topology, self._num_blocks)
-            if beside and not await self._pieces.prepare(planned, change.fresh, self._pipeline_name()):
+            if beside:
+                is_ready = await self._pieces.prepare(planned, change.fresh, self._pipeline_name())
+            else:
+                is_ready = await self._pieces.fetch(planned, change.fresh)
+            if not is_ready:
                 return False
             is_free = self.state is DeploymentState.SERVING and self._wanted_change is None
             if self.topology is not before or not is_free:

@@ -163,6 +163,14 @@ class PieceActors:
             self._watch(key)
         return errors
 
+    async def fetch(self, topology: Topology, fresh: PieceSet) -> bool:
+        """Fetch what pieces need to their nodes, which run them later; say whether all of it came."""
+        coming = self._new(topology, fresh)
+        errors = await _each(coming, lambda one: self._backend.fetch(one.name, one.piece, self._structure))
+        for key, error in errors.items():
+            log.warning("%s cannot be fetched: %s", piece_set([key]), error.message)
+        return not errors
+
     async def prepare(self, topology: Topology, fresh: PieceSet, pipeline: str) -> bool:
         """Start and load pieces beside those that run, for `install`; say whether all came up."""
         self._prepared = self._new(topology, fresh)

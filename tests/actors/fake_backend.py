@@ -50,7 +50,7 @@ class FakePipeline:
 
 @dataclass
 class FakeBackend:
-    """Every call is answered at once; `failing`, `deaf` and `on_load` are the test's ways to disturb it."""
+    """Every call is answered at once; a test disturbs it by `failing`, `deaf`, `on_fetch` and `on_load`."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
     structures: dict[str, Structure] = field(default_factory=dict)  # by model id; four layers where not given
@@ -59,6 +59,7 @@ class FakeBackend:
     deaf: list[PieceSet] = field(default_factory=list)  # by link round: stages that do not take it
     long_steps: set[int] = field(default_factory=set)  # stages that take a link after `steps_end`
     steps_end: asyncio.Event = field(default_factory=asyncio.Event)
+    on_fetch: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
     on_load: list[Callable[[], Awaitable[None] | None]] = field(default_factory=list)
     pieces: dict[str, FakePiece] = field(default_factory=dict)
     pipelines: dict[str, FakePipeline] = field(default_factory=dict)
@@ -133,6 +134,10 @@ class FakeBackend:
 
     async def find(self, name: str) -> bool:
         return name in self.pieces or name in self.pipelines
+
+    async def fetch(self, name: str, piece: Piece, structure: Structure) -> None:
+        if self.on_fetch:
+            await self.on_fetch.pop(0)()
 
     async def load(
         self, name: str, piece: Piece, structure: Structure, topology: Topology, to: Neighbours

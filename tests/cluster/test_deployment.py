@@ -15,6 +15,7 @@ from azu.errors import (
     InternalError,
     InvalidRequest,
     NumericsError,
+    Unavailable,
     WorkerLost,
 )
 from azu.planner.migration import TopologyChange
@@ -625,6 +626,42 @@ def test_what_is_lost_during_a_change_is_replaced_where_it_is_then(redis_url: st
         assert model.placed == [stages(3)]
         assert model.backend.stage(2).piece.node_id == "g"
         assert model.backend.repairs == [True]
+
+    run(redis_url, scenario)
+
+
+def test_a_model_serves_while_what_a_change_needs_is_fetched(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        fetching, fetched = asyncio.Event(), asyncio.Event()
+
+        async def fetch() -> None:
+            fetching.set()
+            await fetched.wait()
+
+        model.backend.on_fetch = [fetch]
+        changing = asyncio.create_task(model.deployment.change(model.change(), beside=False))
+        await fetching.wait()
+        assert model.backend.pipeline.is_running
+        assert model.deployment.state is DeploymentState.SERVING
+        assert model.backend.killed == []
+        fetched.set()
+
+        assert await changing
+        assert model.backend.stage(2).piece.node_id == "g"
+
+    run(redis_url, scenario)
+
+
+def test_a_change_whose_pieces_cannot_be_fetched_changes_nothing(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        async def fails() -> None:
+            raise Unavailable("the registry is not up")
+
+        model.backend.on_fetch = [fails]
+        assert not await model.deployment.change(model.change(), beside=False)
+
+        assert model.deployment.topology.epoch == 1
+        assert (model.backend.repairs, model.backend.killed) == ([], [])
 
     run(redis_url, scenario)
 
