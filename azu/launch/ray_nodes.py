@@ -39,6 +39,8 @@ _HEAD_ONLY = {
     # Serve kills a proxy that is not ready within 5 s, and the network does not start: on a busy machine
     # its imports take longer. 60 s is how long Serve waits for it in all.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # Serve replaces its proxy, which every request passes, after three failed checks: 30 s after it died.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # What Ray's control service remembers, for its dashboard, of calls and of what has died. By default that
     # is 100,000 calls and more than a million that were dropped: hundreds of MiB after some hours.
     "RAY_task_events_max_num_task_in_gcs": "5000",

@@ -58,6 +58,8 @@ VICTIMS: dict[str, Callable[[], int | None]] = {
     "pipeline of the dense model": lambda: pid_of(actors_named("pipeline:azu-tiny-dense")[0]),
     "pipeline of the MoE model": lambda: pid_of(actors_named("pipeline:azu-tiny-moe")[0]),
     "ingress": lambda: process_titled("ray::ServeReplica"),
+    "Serve's proxy": lambda: process_titled("ray::ProxyActor"),
+    "Serve's controller": lambda: process_titled("ray::ServeController"),
     "treasury": lambda: sidecar_pid("treasury"),
     "signer": lambda: sidecar_pid("signer"),
 }
