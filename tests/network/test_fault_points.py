@@ -1,11 +1,12 @@
-"""The fault run strikes every public method of every actor."""
+"""The fault run strikes every public method of every actor and of the books."""
 
 import inspect
 
 import pytest
 
+from azu.money.bookkeeping import Bookkeeper
 from tests.actors.test_links import ACTORS
-from tests.network.test_fault_run import POINTS
+from tests.network.test_fault_run import BOOKS, POINTS
 
 
 @pytest.mark.parametrize("actor", ACTORS)
@@ -14,6 +15,15 @@ def test_every_public_method_of_an_actor_is_struck(actor: type) -> None:
     methods = [name for name, one in vars(actor).items() if inspect.isfunction(one) and name[0] != "_"]
 
     assert [name for name in methods if f"{actor.__module__}:{actor.__name__}.{name}" not in struck] == []
+
+
+def test_every_public_method_of_the_books_is_struck() -> None:
+    struck = {point.method for point in POINTS}
+    methods = [name for name, one in vars(Bookkeeper).items() if inspect.isfunction(one) and name[0] != "_"]
+    # The end of the process; and what only a machine that joined over the network has called.
+    apart = {"close", "pay_node"}
+
+    assert [name for name in methods if f"{BOOKS}.{name}" not in struck and name not in apart] == []
 
 
 def test_there_are_at_least_sixty_points() -> None:

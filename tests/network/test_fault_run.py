@@ -20,11 +20,15 @@ from ray.exceptions import RayTaskError
 
 from actors.links import REGISTRY
 from actors.placement import SCHEDULER
-from azu.errors import InternalError
+from azu.auth.signatures import sign_claim
+from azu.client import Client
+from azu.errors import InternalError, InvalidRequest
 from azu.launch.local_network import LocalNetwork
+from azu.launch.sidecars import books_access, enrol_own_node
 from azu.money.books import Books
 from azu.money.ledger.audit import Audit
 from azu.supervision import FAULTS_IN_A_ROW
+from tests.builders import OWNERS
 from tests.network.actors import actors_named, lend, pid_of
 from tests.network.conftest import deposited
 from tests.network.faults import Faults
@@ -40,7 +44,7 @@ from tests.network.recovering import (
     spared,
     undisturbed,
 )
-from tests.network.user import User
+from tests.network.user import User, log_in
 
 pytestmark = [pytest.mark.cluster, pytest.mark.prove]
 
@@ -48,8 +52,8 @@ MODEL = "azu/tiny-moe"
 NUM_TOKENS = 40
 # From the fault on: the struck job has ended or is right, and everything runs as before.
 MENDED_S = 30.0
-# The slowest loop takes a step every 30 s.
-CALLED_S = 60.0
+# The slowest loops take a step every 60 s.
+CALLED_S = 90.0
 _POLL_S = 0.05
 
 
@@ -60,6 +64,7 @@ class Fault:
     network: LocalNetwork
     user: User
     faults: Faults
+    home: Path
 
 
 Provoke = Callable[[Fault], None]
@@ -134,6 +139,47 @@ def cancel(fault: Fault) -> None:
         next(reply.iter_lines())
 
 
+def ask_books(caller: str, verb: str, *arguments: object) -> Provoke:
+    """Call the books as one of their callers would; what they raise is an AzuError with an id."""
+
+    async def ask(fault: Fault) -> None:
+        books = Books(books_access(fault.home).url(caller))
+        try:
+            with pytest.raises(InternalError, match="fault-"):
+                await getattr(books, verb)(*arguments)
+        finally:
+            await books.close()
+
+    return lambda fault: asyncio.run(ask(fault))
+
+
+def enrol(fault: Fault) -> None:
+    """Enrol a node; only the owner's call is struck, and it succeeds when it is made again."""
+    with pytest.raises(InternalError, match="fault-"):
+        enrol_own_node(fault.home, "eve", OWNERS[0], "e" * 56)
+    enrol_own_node(fault.home, "eve", OWNERS[0], "e" * 56)
+
+
+def sign_in(fault: Fault) -> None:
+    """Open a key, and revoke it where that succeeds."""
+    with suppress(httpx.HTTPStatusError):
+        user = log_in(fault.network.url, "short")
+        (key,) = user.http.get("/v1/auth/keys").raise_for_status().json()["data"]
+        user.http.delete(f"/v1/auth/keys/{key['key_id']}").raise_for_status()
+
+
+def claim(fault: Fault) -> None:
+    """Claim what the user's address earns."""
+    signature = sign_claim(fault.user.account, fault.network.platform_address)
+    expect_id_or_success(fault.user.http.post("/v1/earnings/claim", json={"signature": signature}))
+
+
+def withdraw(fault: Fault) -> None:
+    """Ask for a withdrawal; the books refuse what is too little."""
+    with suppress(InvalidRequest, InternalError):
+        Client(fault.user.url, fault.user.api_key).withdraw(fault.user.account, 1)
+
+
 def see_health(fault: Fault) -> None:
     """Ask whether prompts are served; a scheduler that does not say so counts as one that starts."""
     assert httpx.get(f"{fault.network.url}/health", timeout=MENDED_S).status_code in (200, 503)
@@ -164,6 +210,7 @@ PIPELINE, STAGE, EXPERTS = (
     "expert:azu-tiny-moe:",
 )
 SCHEDULED, NODE = "actors.scheduler:Scheduler", "actors.node:NodeAgent"
+BOOKS = "azu.money.bookkeeping:Bookkeeper"
 POINTS = (
     # Pipeline
     Point("actors.pipeline:Pipeline.start", kill(PIPELINE)),
@@ -185,6 +232,10 @@ POINTS = (
     # LayerActor
     Point("actors.layer:LayerActor.load", kill_stage),
     Point("actors.layer:LayerActor.relink", kill_stage),
+    Point(
+        "actors.layer:LayerActor.see",
+        post("/v1/completions", model=MODEL, prompt="Hello", max_tokens=3, repetition_penalty=1.2),
+    ),
     Point("actors.layer:LayerActor.num_sent", kill_stage),
     Point("actors.layer:LayerActor.num_chosen", call(STAGE, "num_chosen")),
     Point("actors.layer:LayerActor.ping"),
@@ -244,13 +295,51 @@ POINTS = (
     Point("deployments.services:Services.registry", get("/v1/models")),
     Point("azu.jobs.intake:Intake.accept"),
     Point("azu.jobs.redis:TokenReader._distribute", is_loop=True),
+    Point("azu.jobs.redis:RedisJobs.submit"),
+    # Books
+    Point(f"{BOOKS}.ledger"),
+    Point(f"{BOOKS}.verify", is_loop=True),
+    Point(f"{BOOKS}.seal", is_loop=True),
+    Point(f"{BOOKS}.key"),
+    Point(f"{BOOKS}.open_key", sign_in),
+    Point(f"{BOOKS}.revoke_key", sign_in),
+    Point(f"{BOOKS}.keys", get("/v1/auth/keys")),
+    Point(f"{BOOKS}.price", post("/v1/quote", model=MODEL, tokens=5)),
+    Point(f"{BOOKS}.reserve"),
+    Point(f"{BOOKS}.give_back", ask_books("ingress", "give_back", "no job")),
+    Point(f"{BOOKS}.settle"),
+    Point(f"{BOOKS}.ended", get("/results/no-job")),
+    Point(f"{BOOKS}.receipt_signature", sign_receipt),
+    Point(f"{BOOKS}.overdue"),
+    Point(f"{BOOKS}.expire", ask_books("scheduler", "expire", "no job")),
+    Point(f"{BOOKS}.balance", get("/v1/balance")),
+    Point(f"{BOOKS}.earnings", get("/v1/earnings")),
+    Point(f"{BOOKS}.claim_earnings", claim),
+    Point(f"{BOOKS}.withdraw", withdraw),
+    Point(f"{BOOKS}.withdrawal", get("/v1/withdrawals/1")),
+    Point(f"{BOOKS}.apply", deposit),
+    Point(f"{BOOKS}.result", deposit),
+    Point(f"{BOOKS}.owed", is_loop=True),
+    Point(f"{BOOKS}.open_payouts", is_loop=True),
+    Point(f"{BOOKS}.view", is_loop=True),
+    Point(f"{BOOKS}.inside", ask_books("treasury", "inside")),
+    Point(f"{BOOKS}.totals", is_loop=True),
+    Point(f"{BOOKS}.loss", is_loop=True),
+    Point(f"{BOOKS}.findings", see_health),
+    Point(f"{BOOKS}.head", ask_books("owner", "head")),
+    Point(f"{BOOKS}.dispute", ask_books("ingress", "dispute", "0x" + "1" * 40, "no job", "0x")),
+    Point(f"{BOOKS}.held", ask_books("owner", "held")),
+    Point(f"{BOOKS}.reversible", ask_books("owner", "reversible", OWNERS[0])),
+    Point(f"{BOOKS}.command", ask_books("owner", "command", "no command")),
+    Point(f"{BOOKS}.uncredited", ask_books("owner", "uncredited")),
+    Point(f"{BOOKS}.audit", ask_books("owner", "audit")),
+    Point(f"{BOOKS}.enrol_node", enrol),
     # Treasury
     Point("azu.money.treasury.process:_Treasury.watch", is_loop=True),
     Point("azu.money.treasury.process:_Treasury.answer_deposits", is_loop=True),
     Point("azu.money.treasury.process:_Treasury.pay", is_loop=True),
     Point("azu.money.treasury.deposits:DepositWatcher.check", deposit),
-    # Books and signer
-    Point("azu.money.bookkeeping:Bookkeeper.receipt_signature", sign_receipt),
+    # Signer
     Point("azu.money.signer.signer:Signer.look", is_loop=True),
 )
 
@@ -267,7 +356,7 @@ def fault(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faul
             undisturbed(user, "azu/tiny-dense", 1)
             watching = threading.Thread(target=partial(watch, network, over), daemon=True)
             watching.start()
-            yield Fault(network, user, faults)
+            yield Fault(network, user, faults, home)
             over.set()
             watching.join(60)
 
