@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.table import Table
 
-from azu.cli.output import console, show, table
+from azu.cli.output import console, done, show, table
 from azu.config import Settings
 from azu.units import hype_from_lamports
 
@@ -55,8 +55,8 @@ def carry_out(kind: Callable[..., "AdminCommand"], moves: Moves, as_json: bool, 
     text = sign_command(wallet, command, platform)
     with_books(lambda books: books.command(text))
     lines = [{"from": source, "to": target, "lamports": lamports} for source, target, lamports in moves]
-    done = {"command": command.kind, **fields, "admin": wallet.address.lower(), "moved": lines}
-    show(done, as_json, lambda _: f"[green]✓[/] signed by {wallet.address}, and carried out")
+    carried = {"command": command.kind, **fields, "admin": wallet.address.lower(), "moved": lines}
+    show(carried, as_json, lambda _: done(f"signed by {wallet.address}, and carried out"))
 
 
 def admin_wallet(settings: Settings) -> "LocalAccount":

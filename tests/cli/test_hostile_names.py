@@ -1,12 +1,15 @@
 """Names, ids and errors that others wrote are shown as they are and do nothing to the terminal."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from rich.console import RenderableType
 
+from azu import cli
 from azu.api.accounts import KeyLine
 from azu.api.base import ErrorDetail
 from azu.api.jobs import JobLine, ReceiptLines
@@ -101,6 +104,13 @@ def test_a_model_id_with_a_new_line_stays_on_its_line() -> None:
     one, two = (printed(table(["model"], [[model]])) for model in ("m/one", "m/one\nm/two"))
 
     assert two.count("\n") == one.count("\n")
+
+
+def test_azu_writes_no_markup_of_its_own_which_a_terminal_would_show() -> None:
+    written = {path.name: path.read_text() for path in Path(cli.__file__).parent.glob("*.py")}
+
+    assert "output.py" in written
+    assert [name for name, text in written.items() if re.search(r"\[/\w*\]", text)] == []
 
 
 def test_an_error_acts_on_nothing() -> None:

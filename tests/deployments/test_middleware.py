@@ -43,7 +43,7 @@ def test_a_request_keeps_the_id_that_its_caller_gave(play) -> None:
 
 def test_a_request_without_a_usable_id_gets_one(play) -> None:
     async def scenario(ingress: LocalIngress) -> None:
-        for given in (None, "", "a" * 129, "a b", "ä", "%0d%0a<script>"):
+        for given in (None, "", "a" * 129, "a b", "ä", "%0d%0a<script>", "a\x1b[2J", "a\x9b1m"):
             headers = {} if given is None else {"x-request-id": given.encode()}
             async with ingress.client() as client:
                 replies = [await client.get("/v1/platform", headers=headers) for _ in range(2)]

@@ -362,6 +362,7 @@ def test_a_network_without_tickets_says_why(door: Door, nodes_are: NodeLinks) ->
     [
         ("enrol", {"secret": "x", "name": "a", "host": HOST, "request": ""}, "secret"),
         ("enrol", {"secret": "0" * 64, "name": "", "host": HOST, "request": ""}, "name"),
+        ("enrol", {"secret": "0" * 64, "name": "ada\x1b[2J", "host": HOST, "request": ""}, "name"),
         ("enrol", {"secret": "0" * 64, "name": "a", "host": "ada.example", "request": ""}, "host"),
         ("enrol", {"secret": "0" * 64, "name": "a", "host": HOST, "request": "hello"}, "request"),
         ("enrol", {"secret": "0" * 64, "name": "a", "host": HOST, "request": "x" * 9000}, "request"),

@@ -312,6 +312,23 @@ def test_a_suspended_pipeline_sends_nothing_and_continues_after_its_last_complet
     assert [one.num_generated for one in again.opened] == [1]
 
 
+def test_after_a_loss_the_last_stage_sees_the_tokens_of_a_penalty_again() -> None:
+    pipeline = _two_stages()
+    _add(pipeline, prompt=3, repetition_penalty=1.2)
+    batch = _next(pipeline)
+    assert pipeline.seen_by(batch) == (SeenTokens(1, (10, 11, 12), ()),)
+    pipeline.complete(_answer(batch, token=20))
+    assert pipeline.seen_by(_next(pipeline)) == (), "it knows them"
+    pipeline.suspend()
+
+    pipeline.resume(builders.topology({"a": (0, 2), "c": (2, 4)}, epoch=5), {1}, {0: {1: 3}})
+
+    replay = _next(pipeline)
+    assert pipeline.seen_by(replay) == ()
+    pipeline.complete(_answer(replay, tokens=()))
+    assert pipeline.seen_by(_next(pipeline)) == (SeenTokens(1, (10, 11, 12), (20,)),)
+
+
 def test_a_lost_stage_is_filled_before_any_other_step_runs() -> None:
     pipeline = _two_stages()
     _add(pipeline, prompt=3)

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pytest
 import ray
 
 from azu.launch.local_network import LocalNetwork
 from tests.network.conftest import UNUSED_KEY, ledger_redis_url
-from tests.network.user import User
+from tests.network.user import User, log_in
 
 pytestmark = [pytest.mark.cluster, pytest.mark.prove]
 
@@ -118,3 +118,24 @@ def test_no_log_shows_a_key_a_token_or_a_password(
         assert b"Bearer azu" not in content, path
         assert b"azu-sk-" not in content, path
         assert b"redis://ingress:" not in content, path
+
+
+def test_what_a_request_says_acts_on_no_terminal_in_any_log(
+    user: User, logs: Callable[[], dict[Path, bytes]]
+) -> None:
+    acts = "\x1b[2J\x9b1m"
+    quoted = f"{quote(acts)}marked%0aforged"
+    for path in (f"/v1/jobs/{quoted}/stream", f"/results/{quoted}", f"/{quoted}", f"/v1/jobs?limit={quoted}"):
+        assert 400 <= user.http.get(path).status_code < 500
+    body = {"model": f"{acts}marked\nforged", "prompt": "Hello", "max_tokens": 1}
+    refused = user.http.post("/v1/completions", json=body)
+    assert 400 <= refused.status_code < 500
+    assert not set(refused.json()["error"]["message"]) & set("\x1b\x9b\n")
+    log_in(user.url, acts)
+
+    read = logs()
+    print("these logs quote requests:", [path.name for path, content in read.items() if b"marked" in content])
+    for path, content in read.items():
+        assert acts.encode() not in content, path
+        assert b"\x1b[2J" not in content, path
+        assert b"\nforged" not in content, path
