@@ -16,6 +16,7 @@ from eth_account.signers.local import LocalAccount
 from azu.devnet.chain import HYPE, USDC, parse_exchange
 from azu.devnet.chain import DevnetState as DevnetState
 from azu.devnet.server import answer_info
+from azu.errors import AzuError
 from azu.money.chain.actions import sign_noop, sign_send_asset
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import ChainNetwork, network_at
@@ -154,12 +155,15 @@ class MemoryLedger:
 
 
 class KeySigner(SignerCalls):
-    """A signer that signs all it is asked."""
+    """A signer that signs all it is asked, unless it has a refusal."""
 
     def __init__(self, account: LocalAccount, network: ChainNetwork) -> None:
         self._account, self._network = account, network
+        self.refusal: AzuError | None = None
 
     async def transfer(self, asked: TransferRequest) -> str:
+        if self.refusal is not None:
+            raise self.refusal
         action = sign_send_asset(
             self._account,
             self._network,
@@ -227,6 +231,7 @@ class Simulation:
         self.timeouts = PayoutTimeouts(conclude_ms=600_000)
         self.refused: list[str] = []
         self.platform: LocalAccount = PLATFORM
+        self.signer = KeySigner(self.platform, self.chain.network)
         for token, amount in ((HYPE, funds), (USDC, dollars)):
             if amount:
                 self.chain.state.fund(self.platform.address.lower(), token, amount, self.clock())
@@ -238,7 +243,7 @@ class Simulation:
             self.ledger,
             self.outbox,
             NoWithdrawals(),
-            KeySigner(self.platform, self.chain.network),
+            self.signer,
             self.timeouts,
             platform=self.platform.address.lower(),
             on_refused=self.refused.append,

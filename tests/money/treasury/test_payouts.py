@@ -6,6 +6,7 @@ import random
 import pytest
 
 from azu.devnet.chain import HYPE, USDC
+from azu.errors import AzuError, Conflict, Forbidden, InvalidRequest, RateLimited, Unavailable
 from azu.money.treasury.outbox import PayoutState
 from azu.money.treasury.payouts import (
     KEPT_LAMPORTS,
@@ -141,6 +142,34 @@ def test_a_refused_payout_is_earned_again_after_its_nonce_is_used_up() -> None:
     assert simulation.outbox.contents == {}
     assert simulation.refused == [WORKER]
     assert simulation.received(WORKER) == []
+
+
+@pytest.mark.parametrize("refusal", [Unavailable("nothing is signed"), RateLimited("the limit of an hour")])
+def test_what_the_signer_does_not_sign_now_waits_and_is_sent_later(refusal: AzuError) -> None:
+    simulation = planned(Simulation())
+    simulation.signer.refusal = refusal
+    steps(simulation, 50, each_ms=MINUTE_MS)
+    assert simulation.states() == [PayoutState.PLANNED]
+    assert simulation.ledger.worker(WORKER) == (0, LAMPORTS, 0)
+
+    simulation.signer.refusal = None
+    steps(simulation, 5)
+
+    assert simulation.received(WORKER) == ARRIVED
+    assert simulation.ledger.worker(WORKER) == (0, 0, LAMPORTS)
+
+
+@pytest.mark.parametrize("refusal", [Forbidden("not claimed"), InvalidRequest("too old"), Conflict("void")])
+def test_what_the_signer_never_signs_is_earned_again_after_its_nonce_is_used_up(refusal: AzuError) -> None:
+    simulation = planned(Simulation())
+    simulation.signer.refusal = refusal
+
+    steps(simulation, 15, each_ms=MINUTE_MS)
+
+    assert simulation.is_burned()
+    assert simulation.received(WORKER) == []
+    assert simulation.ledger.worker(WORKER) == (LAMPORTS, 0, 0)
+    assert simulation.refused == [WORKER]
 
 
 def test_after_a_refusal_that_left_the_nonce_unused_the_same_bytes_are_sent_again() -> None:

@@ -133,6 +133,10 @@ def test_a_payout_that_the_outbox_lost_is_taken_up_and_paid_once(world: World) -
 
         assert received(world, owner) == ["0.2"]
         assert (await parts.ledger.earnings(owner)).paid_lamports == PAID
+        # The books know their own payout on the chain.
+        before = await parts.balances()
+        await parts.watcher.poll()
+        assert await parts.balances() == before
         await again.resume(await parts.ledger.open_payouts())
         assert await parts.outbox.open() == ()
 
