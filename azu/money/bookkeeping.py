@@ -528,7 +528,9 @@ class Bookkeeper(BooksCalls):
 
     async def totals(self) -> Totals:
         ledger = await self.ledger()
-        return replace(totals_of(ledger.state.balances, ledger.lost), unsigned=self._unsigned)
+        revenue_left = ledger.state.facts.get("revenue_left", 0)
+        totals = totals_of(ledger.state.balances, ledger.lost, revenue_left)
+        return replace(totals, unsigned=self._unsigned)
 
     async def loss(self) -> int:
         if self._changed:
@@ -597,11 +599,12 @@ class Bookkeeper(BooksCalls):
         return await (await self.ledger()).audit(wallet_lamports, since=since)
 
 
-def totals_of(balances: Mapping[str, int], lost_writes: int = 0) -> Totals:
+def totals_of(balances: Mapping[str, int], lost_writes: int = 0, revenue_left: int = 0) -> Totals:
     """Return the sums of all accounts' balances.
 
     Of each charge the platform's account gets one part and workers the rest, and neither gives any back: what
-    workers earned stands in the accounts through which it reaches their wallets, or is held.
+    workers earned stands in the accounts through which it reaches their wallets, or is held. Of the
+    platform's part `revenue_left` lamports are not in the account any more.
     """
     held: Counter[str] = Counter()
     for account, lamports in balances.items():
@@ -613,7 +616,7 @@ def totals_of(balances: Mapping[str, int], lost_writes: int = 0) -> Totals:
     paid = held.pop("worker_paid", 0)
     earned = held["worker_earned"] + held["worker_paying"] + held["held"] + paid
     return Totals(
-        charged_lamports=earned + balances.get(PLATFORM, 0),
+        charged_lamports=earned + balances.get(PLATFORM, 0) + held["platform_paying"] + revenue_left,
         earned_lamports=earned,
         paid_lamports=paid,
         held_lamports=held,

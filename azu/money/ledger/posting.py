@@ -152,7 +152,9 @@ def _unknown_out(draft: Draft, transfer: UnknownOut) -> tuple[Leg, ...]:
     owed = transfer.lamports - of_user - of_worker
     taken = {available: -of_user, earned: -of_worker, PLATFORM: -owed, CHAIN: transfer.lamports}
     # The money has left, whatever the books had of it: what the address did not have the platform owes.
-    return _book(draft, transfer, taken, may_owe=(PLATFORM, CHAIN))
+    legs = _book(draft, transfer, taken, may_owe=(PLATFORM, CHAIN))
+    add(draft.facts, "revenue_left", owed)
+    return legs
 
 
 def _reserve(draft: Draft, transfer: Reserve) -> tuple[Leg, ...]:
@@ -312,6 +314,8 @@ def _end_payout(draft: Draft, transfer: PayoutPaid | PayoutRefused) -> tuple[Leg
         arrived = payout.lamports - transfer.fee_lamports if isinstance(payout, PayoutPlanned) else 0
         to = {worker_paid(payout.address): arrived, CHAIN: payout.lamports - arrived}
     legs = _book(draft, transfer, {transit_of(payout): -payout.lamports, **to})
+    if isinstance(payout, RevenueTaken) and isinstance(transfer, PayoutPaid):
+        add(draft.facts, "revenue_left", payout.lamports)
     draft.payouts.put(payout.payout_id, None)
     return legs
 

@@ -156,12 +156,14 @@ def test_revenue_is_sent_where_an_admins_wallet_says(world: World) -> None:
         )
         asked = TakeRevenue(address=owner, lamports=PAID, nonce=1, expires_at_ms=wall_clock_ms() + 60_000)
         await parts.ledger.command(sign_command(ADMIN, asked, platform))
+        assert (await parts.ledger.totals()).charged_lamports == HELD
         treasury = payer(world, parts)
         await treasury.resume(await parts.ledger.open_payouts())
         await paid_out(parts, treasury)
 
         assert received(world, owner) == ["0.2"]
         assert (await parts.balances())[PLATFORM] == HELD - PAID
+        assert (await parts.ledger.totals()).charged_lamports == HELD
         assert await looked(parts) == ()
 
     admin_world.run(scenario)
