@@ -27,7 +27,7 @@ BEAT_S = 3.0
 # A live ingress may be late by so much.
 _SILENT_S = 12.0
 # Each return has the prompt computed again, which is not charged.
-_MOST_RETURNS = 8
+MOST_RETURNS = 8
 _READERS_KEPT_S = 24 * 3600
 
 
@@ -96,7 +96,7 @@ class Departures:
             reader.job_id,
             reader.name,
             self._kept_ms,
-            _MOST_RETURNS,
+            MOST_RETURNS,
             CANCELLATIONS_KEPT,
         ]
         await self._leave(_keys(reader), arguments)

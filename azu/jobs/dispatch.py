@@ -14,6 +14,7 @@ from azu.cluster.cluster import Cluster
 from azu.cluster.deployment import Deployment
 from azu.config.network import RetryPolicy
 from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, NotFound, NumericsError, WorkerLost
+from azu.jobs.departures import MOST_RETURNS
 from azu.jobs.progress import ProgressWatch, RunningJob, too_old
 from azu.jobs.record import JobRecord
 from azu.jobs.redis import RedisJobs
@@ -184,9 +185,12 @@ class Dispatcher:
 
     async def _run_and_settle(self, record: JobRecord) -> None:
         job = record.job
-        run = await self._run(record)
-        while run.finish_reason is FinishReason.CANCELLED and await self._comes_back(job):
-            run = _both(run, await self._run(record))
+        run, returns = await self._run(record), 0
+        # A pipeline may also call a job cancelled without a reason: it does not run for ever.
+        while run.finish_reason is FinishReason.CANCELLED and returns <= MOST_RETURNS:
+            if not await self._comes_back(job):
+                break
+            run, returns = _both(run, await self._run(record)), returns + 1
         if run.finish_reason is FinishReason.CANCELLED and not await retry_until_available(
             partial(self._jobs.client_left, job.job_id)
         ):

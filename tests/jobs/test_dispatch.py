@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from azu.config.network import RetryPolicy
@@ -391,6 +391,7 @@ HOSTILE_RUNS = st.one_of(
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(run=HOSTILE_RUNS, delivered=st.integers(0, 10))
+@example(run=JobRun(0, FinishReason.CANCELLED), delivered=3)  # it was not cancelled
 def test_every_job_ends_and_pays_by_count_whatever_its_run_says(
     redis_url: str, run: object, delivered: int
 ) -> None:
