@@ -14,8 +14,11 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
 
-from azu.config import LocalWorker, Settings, load_network
+from azu.config import Settings, load_network
 from azu.launch.local_network import DEMO, LocalNetwork, local_network
 from azu.launch.membership import TlsFiles, membership_of
 from azu.launch.network_users import shared_file
@@ -25,8 +28,13 @@ from azu.launch.unix_users import UnixUser
 from tests.hosts.namespaces import Host, lan, why_not
 from tests.unix_users import MONEY, RAY, users_of_tests
 
-HONEST = "0x" + "a1" * 20
-MALLORY = "0x" + "bad0" * 10
+HONEST_WALLET: LocalAccount = Account.from_key("0x" + "a1" * 32)
+MALLORY_WALLET: LocalAccount = Account.from_key("0x" + "bad0" * 16)
+HONEST, MALLORY = (wallet.address.lower() for wallet in (HONEST_WALLET, MALLORY_WALLET))
+# So little that a layer has experts on several nodes, whichever node is measured as the fastest.
+HONEST_VRAM, MALLORYS_VRAM = "4MiB", "3MiB"
+# Longer than any test takes.
+_MATURE_S = 86_400
 _START_TIMEOUT_S = 240.0
 _STOP_TIMEOUT_S = 30.0
 
@@ -41,7 +49,7 @@ class Attacked:
     _member: subprocess.Popen[str] = field(repr=False)
 
     def act(self, where: str, function: str, *arguments: Any) -> Any:
-        """Have the member run its code in the "scheduler", "registry" or "ingress", or as a task ("head")."""
+        """Have the member run its code in the "ingress", another actor of azu, or as a task of the "head"."""
         assert self._member.stdin is not None
         assert self._member.stdout is not None
         self._member.stdin.write(json.dumps([where, function, arguments]) + "\n")
@@ -84,10 +92,12 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         environment.setenv("HF_HUB_OFFLINE", "1")
         folder = Path(name)
         folder.chmod(0o711)
+        network_file = folder / "network.yaml"
+        network_file.write_text(yaml.safe_dump(_network_file()))
         settings = Settings.from_environment().model_copy(
             update={
                 "home": folder / "head",
-                "network": DEMO,
+                "network": network_file,
                 "http_host": ip,
                 "http_port": free_port(),
                 "domain": None,
@@ -98,8 +108,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
                 "user_homes": folder / "homes",
             }
         )
-        workers = tuple(LocalWorker(name=f"honest-{n}", vram="8MiB", payout=HONEST) for n in range(2))
-        file = load_network(DEMO).model_copy(update={"workers": workers})
+        file = load_network(network_file)
         network = stack.enter_context(local_network(settings, file, print, ip=ip))
         assert network.why_one_user == ""
         stack.enter_context(_joined(network, folder, host))
@@ -107,10 +116,20 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         yield Attacked(network, settings.home, settings.user_homes, member)
 
 
+def _network_file() -> dict[str, Any]:
+    """Return the demo's network file, in which earnings wait, and each lamport is paid."""
+    content = yaml.safe_load(DEMO.read_text())
+    content["policy"] |= {"earnings_mature_s": _MATURE_S, "payout_threshold_lamports": 1}
+    content["workers"] = [
+        {"name": f"honest-{number}", "vram": HONEST_VRAM, "payout": HONEST} for number in range(2)
+    ]
+    return content
+
+
 @contextmanager
 def _joined(network: LocalNetwork, folder: Path, host: Host) -> Iterator[None]:
     """Run `azu join` as the hostile member's machine does."""
-    options = ("--vram", "8MiB", "--payout", MALLORY, "--name", "mallory", "--ip", host.ip, "--cpu")
+    options = ("--vram", MALLORYS_VRAM, "--payout", MALLORY, "--name", "mallory", "--ip", host.ip, "--cpu")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AZU_")}
     environment = kept | {
         "AZU_HOME": str(folder / "mallory"),
