@@ -70,16 +70,13 @@ def _is_work(by_node: object) -> TypeGuard[Mapping[str, int]]:
 
 def _error(run: JobRun) -> AzuError | None:
     """Return the error of a run; one that no answer could carry is replaced."""
-    error = run.error
-    if error is None and run.finish_reason in (
-        FinishReason.STOP,
-        FinishReason.LENGTH,
-        FinishReason.CANCELLED,
-    ):
+    error, reason = run.error, run.finish_reason
+    # A text may equal a reason.
+    if error is None and isinstance(reason, FinishReason) and reason is not FinishReason.ERROR:
         return None
     with suppress(Exception):
-        if isinstance(error, AzuError) and all(
-            isinstance(field, str | None) for field in error.to_openai()["error"].values()
-        ):
-            return error
+        if isinstance(error, AzuError):
+            said = error.to_openai()["error"].values()
+            if isinstance(error.message, str) and all(isinstance(field, str | None) for field in said):
+                return error
     return InternalError("the pipeline ended the job and did not say why")

@@ -416,8 +416,9 @@ def end_and_check(redis_url: str, run: object, delivered: int) -> None:
         await billing.deliver(job, delivered)
         found = await lived(billing, job, run, billing.settlement)
 
+        assert (found.error is not None) == (found.state is JobState.FAILED)
         receipt, balances = found.receipt, await billing.accounts()
-        if isinstance(run, JobRun) and run.error is None and run.finish_reason in ENDS:
+        if isinstance(run, JobRun) and run.error is None and any(run.finish_reason is end for end in ENDS):
             assert found.finish_reason is run.finish_reason, "what is impossible in its work ends no job"
         # No client left: before the first token nothing is charged.
         tokens = 4 + delivered if delivered else 0

@@ -67,7 +67,7 @@ def test_an_error_that_no_answer_could_carry_is_azus_own(error: object) -> None:
     assert found.completion_tokens == 6
 
 
-@pytest.mark.parametrize("reason", [FinishReason.ERROR, "stop ", None])
+@pytest.mark.parametrize("reason", [FinishReason.ERROR, "stop", "stop ", None])
 def test_a_run_that_ended_for_no_reason_failed(reason: object) -> None:
     found = checked(replace(RUN, finish_reason=reason), JOB)
 
