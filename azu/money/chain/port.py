@@ -1,4 +1,4 @@
-"""The port to a payment chain: what the treasury needs of one, and the values that cross the port.
+"""The port to a payment chain: what treasury and signer need of one, and the values that cross the port.
 
 azu.money.chain.api is the implementation for Hyperliquid.
 """
