@@ -140,6 +140,19 @@ class TakeRevenue:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CoverLoss:
+    """Give the platform money from the account of an admin's own address: it pays for what is missing."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    address: _Address
+    lamports: _Number
+    nonce: _Number
+    expires_at_ms: _Number
+    kind: Literal["CoverLoss"] = "CoverLoss"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReverseJob:
     """Give back to its payer what a job earned and that is not mature yet."""
 
@@ -224,6 +237,7 @@ AdminCommand = (
     | RemoveNode
     | CreditSuspense
     | TakeRevenue
+    | CoverLoss
     | AcceptLoss
 )
 

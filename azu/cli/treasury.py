@@ -102,6 +102,19 @@ def accept_loss(as_json: AsJson = False) -> None:
     show(found, as_json, lambda facts: f"accepted the books as they are at entry {facts['entry']}")
 
 
+@treasury.command("cover-loss")
+def cover_loss(
+    amount: Annotated[str, typer.Argument(help="HYPE, for example 0.5")], as_json: AsJson = False
+) -> None:
+    """Pay for what is missing, from what the admin's wallet has deposited and has available."""
+    from azu.auth.signatures import CoverLoss
+
+    address = admin_wallet(Settings.from_environment()).address.lower()
+    lamports = lamports_from_hype(amount)
+    moves = [(f"user {address}", "the platform", lamports)]
+    carry_out(CoverLoss, moves, as_json, address=address, lamports=lamports)
+
+
 @treasury.command("take-revenue")
 def take_revenue(
     address: Annotated[str, typer.Argument(help="Where the platform's own money is sent.")],

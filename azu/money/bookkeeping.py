@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from azu.auth.key_records import CHALLENGE_TTL_S, ApiKey, key_id_of, key_record_is_signed, secret_digest
 from azu.auth.signatures import (
     MAX_WITHDRAWAL_LIFE_MS,
+    CoverLoss,
     ReceiptSignature,
     Withdrawal,
     command_of,
@@ -581,6 +582,8 @@ class Bookkeeper(BooksCalls):
         command = command_of(text, (self._platform,), self._terms.admins)
         if command is None:
             raise Forbidden("no admin of this network signed this command", code="no_admin")
+        if isinstance(command, CoverLoss) and command.address not in self._terms.admins:
+            raise Forbidden("a loss is covered from an admin's own account", param="address", code="no_admin")
         ledger = await self.ledger()
         used = await ledger.result(command_id(command))
         if used is not None and getattr(used.entry.transfer, "command", None) == text:

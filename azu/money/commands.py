@@ -3,6 +3,7 @@
 from azu.auth.signatures import (
     AcceptLoss,
     AdminCommand,
+    CoverLoss,
     CreditSuspense,
     DismissDispute,
     PayHeld,
@@ -18,6 +19,7 @@ from azu.money.ledger.transfers import (
     HeldPaid,
     HeldReleased,
     LossAccepted,
+    LossCovered,
     NodeRemoved,
     RevenueTaken,
     Reversed,
@@ -72,6 +74,21 @@ def transfer_of(command: AdminCommand, text: str, state: BooksState, now_ms: int
                 lamports=waiting.lamports,
                 command=text,
             )
+        case TakeRevenue() | CoverLoss():
+            return _of_revenue(command, text, state, now_ms)
+        case AcceptLoss():
+            return LossAccepted(id=transfer_id, num_entries=state.facts.get("lost", 0), command=text)
+
+
+def _of_revenue(
+    command: TakeRevenue | CoverLoss, text: str, state: BooksState, now_ms: int
+) -> RevenueTaken | LossCovered:
+    transfer_id = command_id(command)
+    match command:
+        case CoverLoss():
+            return LossCovered(
+                id=transfer_id, address=command.address, lamports=command.lamports, command=text
+            )
         case TakeRevenue():
             return RevenueTaken(
                 id=transfer_id,
@@ -81,5 +98,3 @@ def transfer_of(command: AdminCommand, text: str, state: BooksState, now_ms: int
                 nonce=nonce_for(PayoutKind.REVENUE, state.facts.get("nonce", 0), now_ms),
                 command=text,
             )
-        case AcceptLoss():
-            return LossAccepted(id=transfer_id, num_entries=state.facts.get("lost", 0), command=text)

@@ -10,6 +10,7 @@ from eth_account.signers.local import LocalAccount
 from azu.auth.signatures import (
     AcceptLoss,
     AdminCommand,
+    CoverLoss,
     CreditSuspense,
     DismissDispute,
     PayHeld,
@@ -23,13 +24,13 @@ from azu.auth.signatures import (
     sign_dispute,
 )
 from azu.clock import wall_clock_ms
-from azu.errors import AzuError, Conflict, Forbidden, LedgerError, NotFound
+from azu.errors import AzuError, Conflict, Forbidden, InsufficientBalance, LedgerError, NotFound
 from azu.money.books import Books, UserBalance
 from azu.money.ledger.transfers import LossNoted, Suspended
 from azu.money.signer.policy import kind_of
 from azu.money.signer.views import PayoutKind
 from tests.builders import BOB, OWNERS
-from tests.money.accounts import USER
+from tests.money.accounts import USER, fund
 from tests.money.serving import PLATFORM, TERMS, ServedBooks
 from tests.money.test_books import ADDRESS, open_account, play, reserve, settle
 
@@ -209,6 +210,22 @@ def test_matured_revenue_becomes_an_open_payout_once(redis_url: str) -> None:
     decide(redis_url, scenario)
 
 
+def test_an_admin_covers_a_loss_from_his_own_account_alone(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks, __: list[int]) -> None:
+        own = ADMIN.address.lower()
+        covers = CoverLoss(address=own, lamports=70, **LIFE)
+        await refused(books, signed(replace(covers, address=ADDRESS)), Forbidden, "no_admin")
+        await refused(books, signed(covers), InsufficientBalance, "insufficient_balance")
+        await fund(books, 100, ADMIN, "0x2")
+        charged = (await books.totals()).charged_lamports
+        for _ in range(2):
+            await books.command(signed(covers))
+        assert await books.balance(own) == UserBalance(30, 0, 0)
+        assert (await books.totals()).charged_lamports == charged, "it is no charge"
+
+    decide(redis_url, scenario)
+
+
 def test_a_loss_is_accepted_where_there_is_one(redis_url: str) -> None:
     async def scenario(books: Books, served: ServedBooks, _: list[int]) -> None:
         command = signed(AcceptLoss(number=1, hash="ab", **LIFE))
@@ -235,7 +252,8 @@ def test_every_kind_of_command_reads_back_as_it_was_signed() -> None:
     commands: tuple[AdminCommand, ...] = (
         ReverseJob(job_id="j", **LIFE), DismissDispute(job_id="j", **LIFE), PayHeld(**held),
         ReleaseHeld(**held), RemoveNode(node_id="n", **LIFE), CreditSuspense(row="r", address=BOB, **LIFE),
-        TakeRevenue(address=BOB, lamports=5, **LIFE), AcceptLoss(number=1, hash="ab", **LIFE),
+        TakeRevenue(address=BOB, lamports=5, **LIFE), CoverLoss(address=BOB, lamports=5, **LIFE),
+        AcceptLoss(number=1, hash="ab", **LIFE),
     )  # fmt: skip
     for command in commands:
         assert command_of(signed(command), [PLATFORM], [ADMIN.address.lower()]) == command

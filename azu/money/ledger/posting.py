@@ -29,6 +29,7 @@ from azu.money.ledger.transfers import (
     KeyOpened,
     KeyRevoked,
     LossAccepted,
+    LossCovered,
     LossNoted,
     NodeEnrolled,
     NodeRemoved,
@@ -110,7 +111,7 @@ def _book(
 
 
 def _refusal(transfer: Transfer, leg: Leg, balance: int) -> AzuError:
-    if isinstance(transfer, Reserve | WithdrawalPlanned) and leg.lamports < 0:
+    if isinstance(transfer, Reserve | WithdrawalPlanned | LossCovered) and leg.lamports < 0:
         return InsufficientBalance(f"the account holds {balance} lamports; this may take {-leg.lamports}")
     return LedgerError(f"{leg.account} at {balance} lamports does not allow {leg.lamports} by {transfer.id}")
 
@@ -383,6 +384,13 @@ def _accept_loss(draft: Draft, transfer: LossAccepted) -> tuple[Leg, ...]:
     return ()
 
 
+def _cover_loss(draft: Draft, transfer: LossCovered) -> tuple[Leg, ...]:
+    owner = user_available(transfer.address)
+    legs = _book(draft, transfer, {owner: -transfer.lamports, PLATFORM: transfer.lamports})
+    add(draft.facts, "revenue_left", -transfer.lamports)
+    return legs
+
+
 def _check_free(draft: Draft, transfer: PlannedPayout | HeldPaid | HeldReleased, account: Account) -> None:
     if transfer.lamports > draft.free(account):
         raise LedgerError(
@@ -425,4 +433,5 @@ _RULES: Mapping[type[Transfer], Callable[[Draft, Any], tuple[Leg, ...]]] = {
     JournalSealed: _note_seal,
     LossNoted: _note_loss,
     LossAccepted: _accept_loss,
+    LossCovered: _cover_loss,
 }

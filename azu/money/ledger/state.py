@@ -74,7 +74,8 @@ class BooksState:
     credits: dict[str, Credit] = field(default_factory=dict)  # by entry number, of the last KEPT_MS
     seals: dict[str, str] = field(default_factory=dict)  # the last sealed number -> its file's SHA-256
     # "number" and "at_ms" of the last entry, "nonce": the largest, "credited": all that ever arrived, in
-    # lamports, "lost": entries, "revenue_left": what left the account of the platform's own, in lamports.
+    # lamports, "lost": entries, "revenue_left": what left the account of the platform's own, less
+    # what its owner put in, in lamports.
     facts: dict[str, int] = field(default_factory=dict)
 
     def balance(self, account: str) -> int:

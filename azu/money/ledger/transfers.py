@@ -265,6 +265,16 @@ class RevenueTaken(Movement):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LossCovered(Movement):
+    """An admin gives the platform what he has available, to pay for what is missing, as a command says."""
+
+    address: str
+    lamports: int
+    command: str
+    kind: Literal["loss_covered"] = "loss_covered"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PayoutPaid(Movement):
     """The chain's ledger shows the payout; the chain kept `fee_lamports` of it in HYPE."""
 
@@ -397,6 +407,7 @@ Transfer = (
     | JournalSealed
     | LossNoted
     | LossAccepted
+    | LossCovered
 )
 AnyTransfer = Annotated[Transfer, Field(discriminator="kind")]
 

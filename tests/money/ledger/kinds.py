@@ -81,6 +81,7 @@ def any_transfer() -> st.SearchStrategy[Transfer]:
         st.builds(lambda p, n, who: moves.plan_payout(p, n, address=who), PAYOUTS, TAKEN, WORKERS),
         st.builds(lambda p, n, who: moves.plan_withdrawal(p, n, address=who), PAYOUTS, TAKEN, USERS),
         st.builds(moves.take_revenue, PAYOUTS, TAKEN),
+        st.builds(lambda row, n, who: moves.cover_loss(row, n, address=who), ROWS, TAKEN, USERS),
         st.builds(lambda p, fee: moves.paid(p, fee_lamports=fee), PAYOUTS, FEES),
         st.builds(moves.refused, PAYOUTS),
         st.builds(lambda who: moves.open_key(who), USERS),

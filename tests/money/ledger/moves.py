@@ -15,6 +15,7 @@ from azu.money.ledger.transfers import (
     HeldReleased,
     KeyOpened,
     KeyRevoked,
+    LossCovered,
     NodeEnrolled,
     NodeRemoved,
     PayoutPaid,
@@ -197,6 +198,10 @@ def plan_withdrawal(payout: str, lamports: int, *, address: str = ALICE, nonce: 
         expires_at_ms=1,
         signature=SIGNATURE,
     )
+
+
+def cover_loss(name: str, lamports: int, *, address: str = ALICE) -> LossCovered:
+    return LossCovered(id=f"covered:{name}", address=address, lamports=lamports, command="I pay")
 
 
 def take_revenue(payout: str, lamports: int, *, address: str = ALICE, nonce: int = 0) -> RevenueTaken:

@@ -11,6 +11,7 @@ from eth_account.signers.local import LocalAccount
 
 from azu.auth.signatures import (
     AcceptLoss,
+    CoverLoss,
     Withdrawal,
     is_certified,
     sign_claim,
@@ -29,6 +30,7 @@ from azu.money.signer.signer import Signer
 from azu.money.signer.views import PayoutKind, TransferRequest
 from tests.money.chain.running import RunningDevnet
 from tests.money.ledger import moves
+from tests.money.serving import TERMS
 from tests.money.signer.serving import ADMIN, UNLIMITED, rules_of
 from tests.money.treasury.world import Open, World
 from tests.redis_server import Rewindable, start_redis
@@ -162,6 +164,36 @@ def test_nothing_is_signed_while_the_account_lacks_what_the_books_owe(world: Wor
         assert f"another process sent {HYPE // 4} lamports to {thief}" in refused.value.message
 
     play(world, file, scenario)
+
+
+def test_after_a_theft_it_goes_on_once_the_owner_has_paid_for_it(
+    world: World, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "QUARANTINE_MS", 500)
+
+    async def scenario(scene: Scene) -> None:
+        platform, ledger = world.platform.address.lower(), scene.parts.ledger
+        asked = await scene.withdraw(HYPE // 2)
+        await send_hype(scene.parts.chain, world.platform, world.payer().address, HYPE // 4)
+        await scene.parts.watcher.poll()
+        assert len(await scene.findings()) == 2
+        head, life = await ledger.head(), {"nonce": 1, "expires_at_ms": wall_clock_ms() + 60_000}
+        accepted = AcceptLoss(number=head.number, hash=head.hash, **life)
+        await scene.signer.accept(sign_command(ADMIN, accepted, platform))
+        await asyncio.sleep(0.6)
+        world.devnet.fund(ADMIN.address, HYPE)
+        await scene.parts.deposit(ADMIN, HYPE // 4)
+        assert await scene.findings() == (
+            f"the platform's account lacks {HYPE // 4} lamports of what the books owe",
+        ), "a deposit is owed to its owner"
+
+        covers = CoverLoss(address=ADMIN.address.lower(), lamports=HYPE // 4, **life)
+        await ledger.command(sign_command(ADMIN, covers, platform))
+
+        assert await scene.findings() == ()
+        await scene.send(asked)
+
+    play(replace(world, terms=replace(TERMS, admins=(ADMIN.address.lower(),))), file, scenario)
 
 
 def test_earnings_go_to_an_address_that_claimed_them_alone(world: World, file: Path) -> None:
