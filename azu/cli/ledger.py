@@ -12,6 +12,7 @@ from rich.text import Text
 
 from azu.cli.admin_command import Moves, carry_out, with_books
 from azu.cli.output import AsJson, show, table
+from azu.clock import wall_clock_ms
 from azu.config import Settings
 from azu.units import format_bytes, hype_from_lamports, lamports_from_hype
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from azu.auth.signatures import PayHeld, ReleaseHeld
+    from azu.launch.backup import Backup, Restored
     from azu.money.books import Books, HeldMoney, ReversibleJob
     from azu.money.ledger.audit import Audit
     from azu.money.ledger.durability import FileRepair
@@ -273,6 +275,30 @@ def _drawn_audit(report: "Audit") -> Group:
 
 def _hype(lamports: int | None) -> str:
     return "not asked" if lamports is None else hype_from_lamports(lamports)
+
+
+def _drawn_backup(made: "Backup") -> Text:
+    return Text(
+        f"{made.files} files, {format_bytes(made.bytes)}, as they were at {_time(made.made_at_ms)}.\n"
+        "What happens from now on is not in this copy.",
+        "green",
+    )
+
+
+def _drawn_restored(done: "Restored") -> Text:
+    made = done.backup
+    age_s = (wall_clock_ms() - made.made_at_ms) // 1000
+    cut = f"Half a write was cut off: {done.cut.dropped_bytes} bytes.\n" if done.cut.dropped_bytes else ""
+    return Text(
+        f"{made.files} files, {format_bytes(made.bytes)}, are as they were at {_time(made.made_at_ms)}.\n"
+        f"{cut}Deposits, jobs and payouts of the {age_s} s since then are missing.\n"
+        "Next: azu up, then azu treasury status.",
+        "yellow",
+    )
+
+
+def _time(at_ms: int) -> str:
+    return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _drawn_repair(done: "FileRepair") -> Text:
