@@ -88,6 +88,36 @@ def repair(
 
 
 @ledger.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="A new file; keep it as safe as the platform's key.")],
+    as_json: AsJson = False,
+) -> None:
+    """Copy the money of AZU_HOME into one file, also while the network runs.
+
+    The platform's key on a real chain is not in it, nor are jobs and models. It has the keys of the network's
+    authorities, and on a devnet all keys.
+    """
+    from azu.launch.backup import back_up
+
+    show(back_up(Settings.from_environment().money_home, file), as_json, _drawn_backup)
+
+
+@ledger.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="A file that `azu ledger backup` made.")],
+    as_json: AsJson = False,
+) -> None:
+    """Put a copy into an AZU_HOME that has no money yet.
+
+    What happened after the copy was made is not in it: docs/operations.md, Backup, says what to do then.
+    """
+    from azu.launch.backup import restore as put_back
+
+    settings = Settings.from_environment()
+    show(put_back(file, settings.money_home, settings.home), as_json, _drawn_restored)
+
+
+@ledger.command()
 def held(as_json: AsJson = False) -> None:
     """List the money that waits for an admin: of nodes, of disputed jobs, and in suspense."""
     show(with_books(lambda books: books.held()), as_json, _drawn_held)

@@ -131,6 +131,21 @@ def test_where_no_network_ran_there_is_nothing_to_audit() -> None:
         run("audit")
 
 
+def test_money_is_copied_and_put_back(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start_redis(home / "redis", DURABLE_CONFIG)
+    with served(server.url, folder=home / "ledger") as books:
+        book(books, *PLANNED)
+        made = json.loads(run("backup", tmp_path / "copy", "--json").stdout)
+    server.stop()
+    monkeypatch.setenv("AZU_HOME", str(tmp_path / "bare"))
+
+    shown = " ".join(run("restore", tmp_path / "copy").stdout.split())
+
+    assert f"{made['files']} files" in shown
+    assert "are missing. Next: azu up, then azu treasury status." in shown
+    assert append_only_files(tmp_path / "bare" / "redis")[-1].stat().st_size > 0
+
+
 def test_a_torn_file_is_repaired_and_the_dropped_part_is_reported(home: Path) -> None:
     server = start_redis(home / "redis", DURABLE_CONFIG)
     with served(server.url) as books:
