@@ -153,6 +153,26 @@ def test_a_lie_that_a_stage_hands_on_names_that_stage(
     assert totals(got.work) == totals(expected.work)
 
 
+def test_a_step_that_a_stage_shortens_is_refused_and_the_last_stage_named_for_it(model: CutModel) -> None:
+    deployment = _Deployment(model, BOUNDARIES, holders=2)
+    deployment.add(PROMPTS, SAMPLING)
+    liar = deployment.pipeline.stages[0]
+    honest = liar.run
+
+    def shortened(batch: StepBatch, frame: bytes | None) -> Handoff | StepResult:
+        kept, left_out = batch.slices[:-1], batch.slices[-1]
+        tokens = batch.token_ids[: len(batch.token_ids) - left_out.num_tokens]
+        opened = tuple(one for one in batch.opened if one.sequence_id != left_out.sequence_id)
+        return honest(replace(batch, slices=kept, token_ids=tokens, opened=opened), frame)
+
+    liar.run = shortened  # type: ignore[method-assign]
+
+    # No stage knows what the step was: docs/trust.md says so.
+    with pytest.raises(BadFrame) as refused:
+        deployment.step()
+    assert refused.value.sender == 1
+
+
 # What is counted at both ends
 
 

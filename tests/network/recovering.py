@@ -4,7 +4,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,8 +21,11 @@ import ray
 from actors.placement import NAMESPACE
 from azu.config import LocalWorker, NetworkFile, load_network
 from azu.launch.local_network import DEMO, LocalNetwork, demo_network
+from azu.protocol.node import NodeState
 from tests.network.actors import actors_named, ask_inside, pid_of
 from tests.network.conftest import paying_user
+from tests.network.test_metrics import scrape
+from tests.network.test_nodes import wait_for
 from tests.network.user import User
 
 MODELS = ("azu/tiny-dense", "azu/tiny-moe")
@@ -256,6 +260,15 @@ def node_pids(name: str) -> list[int]:
     raise AssertionError(f"{name} has no raylet")
 
 
+def end_nodes(names: Collection[str]) -> None:
+    """Kill workers' nodes, and wait until the network knows it."""
+    for name in names:
+        kill_all(node_pids(name))
+        wait_for(
+            lambda found, name=name: found.get(name) is None or found[name].state is NodeState.DEAD, TIMEOUT_S
+        )
+
+
 def raylets() -> list[psutil.Process]:
     """Return the raylets of the network that this process is connected to."""
     head = f"--gcs-address={ray.get_runtime_context().gcs_address}"
@@ -323,9 +336,37 @@ def signal_all(pids: Sequence[int], number: signal.Signals) -> None:
 
 def node_names(user: User, model: str) -> list[str]:
     """Return the names of the nodes that hold a piece of a model."""
+    return sorted({piece["node"] for piece in topology(user, model)})
+
+
+def topology(user: User, model: str) -> list[dict[str, Any]]:
+    """Return the network's line for each of a model's stages, in order, and then for each expert set."""
     deployments = user.http.get("/v1/network").raise_for_status().json()["deployments"]
-    (topology,) = [one["topology"] for one in deployments if one["model_id"] == model]
-    return sorted({piece["node"] for piece in topology})
+    (lines,) = [one["topology"] for one in deployments if one["model_id"] == model]
+    return list(lines)
+
+
+def shares(user: User, job_id: str) -> Counter[str]:
+    """Return what each payout address, the "platform" and no one ("held") has of a job's charge."""
+    receipt = user.results(job_id)["receipt"]
+    assert isinstance(receipt, dict)
+    paid = Counter(receipt["worker_lamports"])
+    paid["platform"], paid["held"] = receipt["platform_lamports"], receipt["held_lamports"]
+    assert paid.total() == receipt["charged_lamports"]
+    return paid
+
+
+def counted(network: LocalNetwork, metric: str, node: str) -> float:
+    """Return a counter of a node."""
+    return scrape(network).get((metric, frozenset({("node", node)})), 0.0)
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for a condition; `what` says what it means that it does not come to hold."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, what
+        time.sleep(0.2)
 
 
 def wait_until_alive(network: LocalNetwork, user: User, names: Sequence[str]) -> None:

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from azu.protocol.node import NodeState
 from tests.network.recovering import (
     TIMEOUT_S,
     Running,
     Streams,
+    end_nodes,
     four,
     kill_all,
     network_of,
-    node_pids,
     pids,
     pieces_of,
     show,
@@ -41,12 +40,7 @@ def running(home: Path) -> Iterator[Running]:
     policy = file.policy.model_copy(update={"moves": moves, "planner": planner})
     with network_of(home, file.model_copy(update={"policy": policy})) as started:
         wait_for(lambda found: found.keys() >= {*FIRST, *LATER}, TIMEOUT_S)
-        for name in LATER:
-            kill_all(node_pids(name))
-            wait_for(
-                lambda found, name=name: found.get(name) is None or found[name].state is NodeState.DEAD,
-                TIMEOUT_S,
-            )
+        end_nodes(LATER)
         yield started
 
 

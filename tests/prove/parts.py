@@ -321,10 +321,20 @@ PARTS = (
         pytest("-s", "tests/network/test_odd_requests.py"),
     ),
     Part(
-        "stages that lie",
-        "a last stage that invents tokens, a stage that distorts: named, nothing charged for it, streams "
-        "identical; the canary finds what changes its tokens",
-        pytest("-s", "tests/network/test_lying_stages.py", "-m", "prove"),
+        "pieces that lie",
+        "routers, expert sets and last stages that claim what did not happen: named, 4 streams identical, "
+        "no one is paid more for it",
+        pytest("-s", "tests/network/test_lying_experts.py", "-m", "prove"),
+    ),
+    Part(
+        "canary of a placement",
+        "a stage that distorts hidden states is left out after the next placement's canary",
+        pytest("-s", "tests/network/test_canary.py", "-m", "prove"),
+    ),
+    Part(
+        "regular canary",
+        "a stage that distorts hidden states is left out after the next one; paid where no token changes",
+        pytest("-s", "tests/network/test_regular_canary.py", "-m", "prove"),
     ),
     Part(
         "mutants",
