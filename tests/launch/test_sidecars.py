@@ -11,6 +11,7 @@ import pytest
 from eth_account import Account
 
 from azu.config import Settings, load_network
+from azu.devnet.faucet import fund
 from azu.errors import ConfigurationError
 from azu.launch.processes import ProcessGroup
 from azu.launch.redis_server import RedisUrls
@@ -26,6 +27,8 @@ from azu.launch.sidecars import (
     devnet_of,
     enrol_own_node,
     owners_books,
+    owners_signer,
+    sidecars_running,
     start_books,
     start_devnet,
     start_signer,
@@ -33,6 +36,7 @@ from azu.launch.sidecars import (
     wait_for_books_and_signer,
 )
 from azu.money.chain.networks import network_at
+from azu.money.chain.wallet import transfer_hype
 
 ADDRESS = "0x" + "a1" * 20
 ADMIN = "0x" + "ad" * 20
@@ -152,6 +156,35 @@ def test_devnet_books_signer_and_treasury_come_up_on_our_redis(
     assert Path(chain.signer_key["AZU_PRIVATE_KEY_FILE"]).read_text() not in signers
     assert chain.signer_key["AZU_PRIVATE_KEY_FILE"] not in signers
     assert nodes == 3, "the writer and two enrolments"
+
+
+def test_a_restarted_network_finds_its_chain_where_the_books_and_the_signer_left_it(
+    settings: Settings,
+) -> None:
+    policy, alice = load_network(None).policy, Account.create()
+    address = alice.address.lower()
+    with sidecars_running(settings, policy) as running:
+        fund(running.chain.url, address, 10**9)
+        transfer_hype(alice, running.chain.platform_address, 500, chain_url=running.chain.url)
+        asyncio.run(agreed(settings.home, address, 500))
+
+    with sidecars_running(settings, policy) as running:
+        transfer_hype(alice, running.chain.platform_address, 70, chain_url=running.chain.url)
+        asyncio.run(agreed(settings.home, address, 570))
+
+
+async def agreed(home: Path, address: str, lamports: int) -> None:
+    """Wait until an address has so much, and the signer finds books and chain in agreement."""
+    books, signer = owners_books(home), owners_signer(home)
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            while (await books.balance(address)).available_lamports != lamports:
+                await asyncio.sleep(0.1)
+            while (await signer.status()).findings:
+                await asyncio.sleep(0.1)
+    finally:
+        await books.close()
+        await signer.close()
 
 
 async def audited(home: Path) -> int:
