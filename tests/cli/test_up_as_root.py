@@ -63,7 +63,7 @@ def test_a_network_of_root_runs_as_three_users_and_leaves_nothing_behind(azu: St
     first, facts = up()
     assert facts["why_one_user"] == ""
     of_money, of_ray = programs_of(MONEY), programs_of(RAY)
-    money = ("redis", "azu.cli books", "azu.cli signer", "azu.cli treasury")
+    money = ("valkey-server", "azu.cli books", "azu.cli signer", "azu.cli treasury")
     assert all(any(word in line for line in of_money) for word in money)
     assert all(any(word in line for line in of_ray) for word in ("gcs_server", "raylet", "control_process"))
     assert not any("ray" in line for line in of_money)
