@@ -210,9 +210,9 @@ def _redis(settings: Settings) -> Iterator[Finding]:
         yield Finding("REDIS_HOST", Severity.OK, told)
         yield from _store(settings, settings.redis_url, BOOKS_STORE)
         return
-    for store in (BOOKS_STORE, JOB_STORE):
+    for store, home in ((BOOKS_STORE, settings.money_home), (JOB_STORE, settings.jobs_home)):
         try:
-            url = own_redis_url(settings.money_home, store)
+            url = own_redis_url(home, store)
         except NotFound:
             yield Finding("Redis", Severity.OK, "none yet: `azu up` starts its own")
             return

@@ -148,6 +148,12 @@ class Settings(BaseSettings):
         return theirs if theirs.is_dir() else self.home
 
     @property
+    def jobs_home(self) -> Path:
+        """The folder of the Redis of jobs, which is in that of Ray's user, where it has one."""
+        theirs = self.home / USERS_LINK / "ray"
+        return theirs if theirs.is_dir() else self.home
+
+    @property
     def redis_url(self) -> str | None:
         """The URL of the configured Redis, or None when azu starts its own."""
         if self.redis_host is None:

@@ -166,6 +166,7 @@ def local_network(
         socket_folder(users.ray_sessions, users.ray) as ray_folder,
         ProcessGroup(logs, user=users.money) as services,
         ProcessGroup(logs, user=users.money) as treasury,
+        ProcessGroup(logs, user=users.ray) as of_jobs,
         ProcessGroup(logs, user=users.ray) as nodes,
     ):
         progress("Starting Redis, the chain and Ray's head")
@@ -188,7 +189,7 @@ def local_network(
         nodes.start(host.head(port))
         of_money = _of_money(settings, users)
         chain = choose_chain(of_money)
-        redis = start_stores_and_devnet(services, of_money, chain, timeout_s)
+        redis = start_stores_and_devnet(services, of_money, chain, of_jobs, users.jobs_home, timeout_s)
         terms = books_terms(file.policy, chain)
         books = start_books(services, of_money, chain, redis.books, terms, admission)
         signer = start_signer(services, of_money, chain, books)
@@ -219,7 +220,7 @@ def local_network(
                 nodes.wait_until_printed(CONTROL, CONTROL_READY, timeout_s)
             progress("Waiting until it serves")
             client = local_client(config, admin_key)
-            processes = (services, treasury, nodes)
+            processes = (services, treasury, of_jobs, nodes)
             wait_until_up(client, timeout_s, lambda: _revive(processes), accepts_prompts=bool(file.workers))
             facts = AdminFacts.of(config, local_url(config), admin_key, users.why_one)
             network = LocalNetwork(

@@ -22,7 +22,6 @@ from azu.launch.unix_users import UnixUser
 # What belongs to the user of money; it moves there from AZU_HOME when the users are separated.
 _MONEY = (
     "redis",
-    "redis-jobs",
     "signer.json",
     "signer-calls.json",
     "receipt-key.json",
@@ -34,6 +33,8 @@ _MONEY = (
     "books",
     "ledger",
 )
+# What belongs to the user of Ray, wherever it was before.
+_JOBS = "redis-jobs"
 _PROBE_TIMEOUT_S = 60.0
 # Run as a user: what of azu's code it could change, and what it cannot read of the paths in the arguments.
 _PROBE = """
@@ -74,6 +75,11 @@ class NetworkUsers:
     def ray_home(self) -> Path:
         """AZU_HOME of Ray's processes."""
         return self.home if self.homes is None else self.homes / "ray" / "home"
+
+    @property
+    def jobs_home(self) -> Path:
+        """The folder of the Redis of jobs, in which Ray's user can replace nothing that root writes into."""
+        return self.home if self.homes is None else self.homes / "ray"
 
     @property
     def ray_sessions(self) -> Path:
@@ -142,6 +148,9 @@ def _separate(settings: Settings) -> NetworkUsers:
     _own(home, money.uid, money.gid, 0o700)
     for name in _MONEY:
         _move(settings.home / name, home / name, money)
+    for before in (settings.home, home):
+        _move(before / _JOBS, homes / "ray" / _JOBS, ray)
+    _own(homes / "ray" / _JOBS, ray.uid, ray.gid, 0o700)
     link = settings.home / USERS_LINK
     if not link.is_symlink():
         link.symlink_to(homes)
@@ -189,7 +198,8 @@ def _move(source: Path, target: Path, user: UnixUser) -> None:
     else:
         shutil.copy2(source, part)
     for path in (part, *part.rglob("*")):
-        os.chown(path, user.uid, user.gid)
+        # The user may have put a link here once the folder is its own.
+        os.chown(path, user.uid, user.gid, follow_symlinks=False)
     os.sync()
     part.rename(target)
     # Named so that nothing finds it: from here on the copy counts.

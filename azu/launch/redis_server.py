@@ -122,11 +122,17 @@ class RedisServer:
         return f"redis://{user}:{quote(password, safe='')}@127.0.0.1:{self.port}/0"
 
 
-def start_stores(services: ProcessGroup, home: Path, timeout_s: float) -> RedisUrls:
-    """Start both servers, which keep their data in a home folder, and wait until they answer."""
-    books, jobs = (start_redis(services, store, home / store.name) for store in (BOOKS_STORE, JOB_STORE))
-    for server in (books, jobs):
-        wait_for_redis(services, server, timeout_s)
+def start_stores(
+    services: ProcessGroup, home: Path, of_jobs: ProcessGroup, home_of_jobs: Path, timeout_s: float
+) -> RedisUrls:
+    """Start both servers, each in its group and with its data in its home folder; wait until they answer.
+
+    The store of jobs holds no money: it runs as the user of Ray, so that it is no way to the user of money.
+    """
+    books = start_redis(services, BOOKS_STORE, home / BOOKS_STORE.name)
+    jobs = start_redis(of_jobs, JOB_STORE, home_of_jobs / JOB_STORE.name)
+    wait_for_redis(services, books, timeout_s)
+    wait_for_redis(of_jobs, jobs, timeout_s)
     return RedisUrls(
         books=books.url("books"),
         treasury=books.url("treasury"),

@@ -99,7 +99,7 @@ def sidecars_running(
     logs, timeout_s = settings.home / "logs", policy.timeouts.start_s
     with home_locked(settings.home), ProcessGroup(logs) as services, ProcessGroup(logs) as treasury:
         chain = choose_chain(settings)
-        redis = start_stores_and_devnet(services, settings, chain, timeout_s)
+        redis = start_stores_and_devnet(services, settings, chain, services, settings.home, timeout_s)
         terms = books_terms(policy, chain, others_payout)
         books = start_books(services, settings, chain, redis.books, terms)
         signer = start_signer(services, settings, chain, books)
@@ -110,13 +110,21 @@ def sidecars_running(
 
 
 def start_stores_and_devnet(
-    services: ProcessGroup, settings: Settings, chain: ChainSettings, timeout_s: float
+    services: ProcessGroup,
+    settings: Settings,
+    chain: ChainSettings,
+    of_jobs: ProcessGroup,
+    home_of_jobs: Path,
+    timeout_s: float,
 ) -> RedisUrls:
-    """Start Redis and a devnet unless they are configured; returns the URLs of Redis for each process."""
+    """Start Redis and a devnet unless they are configured; returns the URLs of Redis for each process.
+
+    The Redis of jobs is a process of the group `of_jobs`, and keeps its data in `home_of_jobs`.
+    """
     if chain.is_devnet:
         start_devnet(services, settings, chain)
     if settings.redis_url is None:
-        urls = start_stores(services, settings.home, timeout_s)
+        urls = start_stores(services, settings.home, of_jobs, home_of_jobs, timeout_s)
     else:
         urls = RedisUrls.same(settings.redis_url)
     if chain.is_devnet:

@@ -100,6 +100,27 @@ def test_money_moves_to_its_user_once(settings: Settings) -> None:
     assert (users.money_home / "ledger" / "head.json").read_text() == "head"
 
 
+@pytest.mark.parametrize("before", ["AZU_HOME", "money"])
+def test_the_store_of_jobs_moves_to_rays_user_who_replaces_none_of_its_folders(
+    settings: Settings, before: str
+) -> None:
+    home = settings.home if before == "AZU_HOME" else separate(settings).money_home
+    if before == "money":
+        (home.parent / "ray" / "redis-jobs").rmdir()
+    write_private(home / "redis-jobs" / "appendonly.aof", "jobs")
+
+    users = separate(settings)
+
+    store = users.jobs_home / "redis-jobs"
+    assert (store / "appendonly.aof").read_text() == "jobs"
+    assert reads(users.ray, store / "appendonly.aof")
+    assert not reads(users.money, store / "appendonly.aof")
+    assert not (home / "redis-jobs").exists()
+    assert as_user(users.ray, "touch", str(store / "own")) == 0
+    assert as_user(users.ray, "mv", str(store), f"{store}.gone") != 0
+    assert settings.jobs_home.resolve() == users.jobs_home
+
+
 def test_books_in_two_places_are_refused(settings: Settings) -> None:
     users = separate(settings)
     write_private(users.money_home / "redis" / "appendonly.aof", "new")

@@ -209,7 +209,7 @@ def test_each_process_reaches_what_it_needs(tmp_path: Path) -> None:
                 await client.aclose()
 
     with ProcessGroup(tmp_path / "logs") as group:
-        urls = start_stores(group, tmp_path, TIMEOUT_S)
+        urls = start_stores(group, tmp_path, group, tmp_path, TIMEOUT_S)
         asyncio.run(asyncio.wait_for(scenario(urls), 20))
         RedisModelStatus(urls.scheduler).get("azu/tiny-dense")
 
