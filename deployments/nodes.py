@@ -76,7 +76,13 @@ async def payout(body: PayoutRequest, services: ServicesNow, _: Enrolling) -> No
     """Have the books pay for a node's work to an address that the machine's own key signed."""
     address = parse_address(body.payout, param="payout")
     await services.members.set_payout(
-        body.certificate, body.node_id, address, body.name, body.signed_at_ms, body.signature
+        body.certificate,
+        body.node_id,
+        address,
+        body.name,
+        body.work_bytes_per_s,
+        body.signed_at_ms,
+        body.signature,
     )
     return NodePayout(node_id=body.node_id, payout=address)
 

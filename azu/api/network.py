@@ -167,12 +167,16 @@ class RestartResponse(ResponseModel):
 
 
 class PayoutRequest(RequestModel):
-    """POST /v1/nodes/payout. The certificate's key signs `payout_text` of the node's id, payout and name."""
+    """POST /v1/nodes/payout. The certificate's key signs `payout_text` of what stands here.
+
+    `work_bytes_per_s` is the most work that the node measured of itself, 0 if it measured nothing.
+    """
 
     certificate: str = Field(max_length=_MAX_PEM)
     node_id: str = Field(pattern=r"^[0-9a-f]{56}$")
     payout: str = Field(max_length=64)
     name: NodeName
+    work_bytes_per_s: int = Field(ge=0, le=2**62)
     signed_at_ms: int
     signature: str = Field(max_length=256)
 

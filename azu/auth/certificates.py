@@ -240,6 +240,10 @@ def renewal_text(signed_at_ms: int) -> str:
     return f"azu node renewal at {signed_at_ms}"
 
 
-def payout_text(node_id: str, payout: str, name: str, signed_at_ms: int) -> str:
-    """Return what a node's key signs to have the work of a Ray node be paid to an address."""
-    return f"azu node {node_id} named {name} is paid to {payout} as of {signed_at_ms}"
+def payout_text(node_id: str, payout: str, name: str, work_bytes_per_s: int, signed_at_ms: int) -> str:
+    """Return what a node's key signs to have the work of a Ray node be paid to an address.
+
+    `work_bytes_per_s` is the most work that the node can do in a second, as it measured.
+    """
+    node = f"azu node {node_id} named {name} with {work_bytes_per_s} bytes/s"
+    return f"{node} is paid to {payout} as of {signed_at_ms}"

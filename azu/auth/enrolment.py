@@ -63,8 +63,9 @@ class Enrolment(EnrolmentCalls):
         self._now = now
         self._random_bytes = random_bytes
         self._records = _read(self._path)
-        # Writes that an address is paid for a node: its id, the address, the key's hash, the machine's name.
-        self.pays: Callable[[str, str, str, str], Awaitable[None]] | None = None
+        # Writes that an address is paid for a node: its id, the address, the key's hash, the machine's name,
+        # and the node's speed.
+        self.pays: Callable[[str, str, str, str, int], Awaitable[None]] | None = None
 
     async def new_ticket(
         self, label: str, uses: int, host: str, expires_in_s: int
@@ -122,12 +123,19 @@ class Enrolment(EnrolmentCalls):
         return NodeCertificate(certificate_pem(signed).decode(), self._authority.pem.decode())
 
     async def set_payout(
-        self, certificate: str, node_id: str, payout: str, name: str, signed_at_ms: int, signature: str
+        self,
+        certificate: str,
+        node_id: str,
+        payout: str,
+        name: str,
+        work_bytes_per_s: int,
+        signed_at_ms: int,
+        signature: str,
     ) -> None:
-        text = payout_text(node_id, payout, name, signed_at_ms)
+        text = payout_text(node_id, payout, name, work_bytes_per_s, signed_at_ms)
         key, _ = self._member(certificate, text, signature, signed_at_ms)
         assert self.pays is not None, "the books set it before they serve"
-        await self.pays(node_id, payout, key_digest(key), name)
+        await self.pays(node_id, payout, key_digest(key), name, work_bytes_per_s)
 
     def _member(
         self, certificate: str, text: str, signature: str, signed_at_ms: int

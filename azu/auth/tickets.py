@@ -117,7 +117,14 @@ class EnrolmentCalls:
         raise NotImplementedError
 
     async def set_payout(
-        self, certificate: str, node_id: str, payout: str, name: str, signed_at_ms: int, signature: str
+        self,
+        certificate: str,
+        node_id: str,
+        payout: str,
+        name: str,
+        work_bytes_per_s: int,
+        signed_at_ms: int,
+        signature: str,
     ) -> None:
         """Have the books pay an address for the work of a Ray node, as the machine's key signed.
 

@@ -124,12 +124,13 @@ def _lend(
             token = shared_file(files, "token", access.token, user)
             tls = _shared(tls, files, user)
         host = RayHost(sessions, token, ip, tls=tls, home=home if user is None else user.home)
+
+        def enrol(worker: "Worker", node_id: str) -> None:
+            speed = worker.work_bytes_per_s(home / "speeds")
+            membership.enrol(worker.name, worker.payout_address, node_id, speed)
+
         for worker in workers:
-            nodes.start(
-                host.worker(
-                    access.head, worker, partial(membership.enrol, worker.name, worker.payout_address)
-                )
-            )
+            nodes.start(host.worker(access.head, worker, partial(enrol, worker)))
         _watch(nodes, workers, membership, access, lambda: _shared(access.tls, Path(folder) / "files", user))
 
 

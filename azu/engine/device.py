@@ -133,6 +133,15 @@ class DeviceSpeed:
     flops_per_s: float
     gpu_uuid: str | None = None
 
+    @property
+    def work_bytes_per_s(self) -> int:
+        """The most bytes of parameters, times tokens, that the device can multiply in a second.
+
+        Of a batch the memory is read once, so that the operations are the bound: two for a token and a
+        parameter, which has at most four bytes.
+        """
+        return round(2 * self.flops_per_s)
+
 
 _SPEED = TypeAdapter(DeviceSpeed)
 

@@ -197,7 +197,7 @@ def local_network(
         progress("Starting the workers, the books, the signer and the treasury")
         head = f"{host.ip}:{port}"
         wait_for_books_and_signer(services, timeout_s)
-        _start_workers(nodes, host, head, file.workers, of_money.home)
+        _start_workers(nodes, host, head, file.workers, of_money.home, settings.home / "speeds")
         start_treasury(treasury, of_money, chain, redis, books, signer)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
         for worker in file.workers:
@@ -335,9 +335,18 @@ def _revive(groups: Sequence[ProcessGroup]) -> list[str]:
 
 
 def _start_workers(
-    nodes: ProcessGroup, host: RayHost, head: str, workers: Sequence[LocalWorker], home: Path
+    nodes: ProcessGroup,
+    host: RayHost,
+    head: str,
+    workers: Sequence[LocalWorker],
+    money_home: Path,
+    speeds: Path,
 ) -> None:
+    def enrol(lends: Worker, node_id: str) -> None:
+        speed = lends.work_bytes_per_s(speeds)
+        enrol_own_node(money_home, lends.name, lends.payout_address, node_id, speed)
+
     for index, worker in enumerate(workers):
         cuda_device = None if worker.device == "cpu" else worker.device.removeprefix("cuda:")
         lends = Worker(index, worker.name, worker.vram, worker.payout, cuda_device)
-        nodes.start(host.worker(head, lends, partial(enrol_own_node, home, lends.name, lends.payout_address)))
+        nodes.start(host.worker(head, lends, partial(enrol, lends)))

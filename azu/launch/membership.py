@@ -145,8 +145,8 @@ class Membership(Protocol):
     def ask_restart(self, name: str) -> "RestartResponse":
         """Ask for the turn of one of the machine's nodes, which then gives away what it holds."""
 
-    def enrol(self, name: str, payout: str, node_id: str) -> None:
-        """Have the books pay an address for the work of the node with this id.
+    def enrol(self, name: str, payout: str, node_id: str, work_bytes_per_s: int) -> None:
+        """Have the books pay an address for the work of the node with this id, at most at this speed.
 
         Raises Unavailable, and Unauthenticated when the machine may no longer join.
         """
@@ -167,12 +167,12 @@ class PlainMembership:
         """No certificate ends here, and no node is started again for one."""
         raise NotImplementedError(name)
 
-    def enrol(self, name: str, payout: str, node_id: str) -> None:
+    def enrol(self, name: str, payout: str, node_id: str, work_bytes_per_s: int) -> None:
         """Tell the books of this machine, if they are here; what the node earns is held else."""
         from azu.launch.sidecars import enrol_own_node
 
         with suppress(NotFound):
-            enrol_own_node(self.money_home, name, payout, node_id)
+            enrol_own_node(self.money_home, name, payout, node_id, work_bytes_per_s)
 
 
 class EnrolledMembership:
@@ -199,7 +199,7 @@ class EnrolledMembership:
         life = CertificateLife(now + _RENEWED_AFTER * (ends - now), ends)
         return ClusterAccess(admitted.head, admitted.token, self._files, life)
 
-    def enrol(self, name: str, payout: str, node_id: str) -> None:
+    def enrol(self, name: str, payout: str, node_id: str, work_bytes_per_s: int) -> None:
         """Have the books pay an address, with the signature of this machine's key."""
         from azu.auth.certificates import payout_text, sign_text
         from azu.client.enrolment import set_payout
@@ -208,12 +208,13 @@ class EnrolledMembership:
 
         trust = known_network(self._ticket.url, self._ticket.network).trust() or ssl.create_default_context()
         at_ms = wall_clock_ms()
-        text = payout_text(node_id, payout, name, at_ms)
+        text = payout_text(node_id, payout, name, work_bytes_per_s, at_ms)
         body = {
             "certificate": self._files.certificate.read_text(),
             "node_id": node_id,
             "payout": payout,
             "name": name,
+            "work_bytes_per_s": work_bytes_per_s,
             "signed_at_ms": at_ms,
             "signature": sign_text(self._files.key.read_bytes(), text),
         }

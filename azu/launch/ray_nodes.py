@@ -84,6 +84,21 @@ class Worker:
     payout_address: str
     cuda_device: str | None = None
 
+    def work_bytes_per_s(self, speeds: Path) -> int:
+        """Return the most work that its device can do, measured now; earlier results are in a folder.
+
+        0 for a GPU that this process does not see. Raises DeadlineExceeded or InternalError for one that
+        cannot be measured.
+        """
+        from azu.engine.device import device_speed
+
+        if self.cuda_device is None:
+            return device_speed("cpu", speeds).work_bytes_per_s
+        seen = cuda_devices()
+        if self.cuda_device not in seen:
+            return 0
+        return device_speed(f"cuda:{seen.index(self.cuda_device)}", speeds).work_bytes_per_s
+
 
 @dataclass(frozen=True, slots=True)
 class RayHost:

@@ -196,13 +196,15 @@ def owners_books(home: Path) -> "Books":
     return Books(books_access(home).url("owner"), silence_s=_AUDIT_S)
 
 
-def enrol_own_node(home: Path, name: str, payout: str, node_id: str) -> None:
+def enrol_own_node(home: Path, name: str, payout: str, node_id: str, work_bytes_per_s: int) -> None:
     """Have the work of one of this machine's nodes be paid to an address; raises Unavailable, NotFound."""
 
     async def enrol() -> None:
         books = owners_books(home)
         try:
-            await books.enrol_node(node_id, payout, key_digest=_OWN_NODES, name=name, work_bytes_per_s=0)
+            await books.enrol_node(
+                node_id, payout, key_digest=_OWN_NODES, name=name, work_bytes_per_s=work_bytes_per_s
+            )
         finally:
             await books.close()
 

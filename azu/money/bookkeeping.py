@@ -85,7 +85,7 @@ from azu.money.ledger.transfers import (
     worker_paid,
     worker_paying,
 )
-from azu.money.pricing import divide
+from azu.money.pricing import divide, possible_shares
 from azu.money.receipts import ReceiptKey
 from azu.money.signer.views import BooksHead, BooksView, OpenPayout
 from azu.money.treasury.redis import RedisCursor, RedisUncredited, Uncredited
@@ -322,9 +322,15 @@ class Bookkeeper(BooksCalls):
                 hold, Release(id=f"release:{job_id}", job_id=job_id, outcome=_pack(ending))
             )
         division = divide(charged, hold.platform_percent, work, hold.num_layers)
-        shares, held = self._payees(ledger.state, division.workers)
-        if division.held_lamports:
-            held[UNSHOWN] += division.held_lamports
+        # By the terms of now: without them every settlement would read the reservation's entry.
+        elapsed_ms = self._now_ms() - (hold.expires_at_ms - self._terms.reservation_ttl_ms)
+        ran = [by_node for layer, by_node in work.items() if 0 <= layer < hold.num_layers]
+        nodes = ledger.state.nodes
+        speeds = {one: nodes[one].work_bytes_per_s for one in division.workers if one in nodes}
+        possible = possible_shares(division.workers, ran, speeds, elapsed_ms)
+        shares, held = self._payees(ledger.state, possible)
+        if unshown := division.held_lamports + sum(division.workers.values()) - sum(possible.values()):
+            held[UNSHOWN] += unshown
         settle = Settle(
             id=f"settle:{job_id}",
             job_id=job_id,
@@ -487,9 +493,13 @@ class Bookkeeper(BooksCalls):
             )
             await ledger.apply(paid)
 
-    async def pay_node(self, node_id: str, payout: str, key_digest: str, name: str) -> None:
+    async def pay_node(
+        self, node_id: str, payout: str, key_digest: str, name: str, work_bytes_per_s: int
+    ) -> None:
         """Pay an address for the work of a node whose machine signed that; raises Conflict."""
-        await self.enrol_node(node_id, payout, key_digest=key_digest, name=name, work_bytes_per_s=0)
+        await self.enrol_node(
+            node_id, payout, key_digest=key_digest, name=name, work_bytes_per_s=work_bytes_per_s
+        )
 
     async def apply(self, transfer: TreasuryTransfer) -> None:
         ledger = await self.ledger()

@@ -280,8 +280,9 @@ class BooksCalls:
     ) -> None:
         """Have the work of a node be paid to an address; only the key that enrolled the node changes that.
 
-        What was held of the node's work goes to the address. Raises Conflict for another key, and for a node
-        that an admin removed.
+        `work_bytes_per_s` is the most work that the node measured of itself, 0 if it measured nothing; what a
+        job says beyond that is held. What was held of the node's work goes to the address. Raises Conflict
+        for another key, and for a node that an admin removed.
         """
 
     # The treasury

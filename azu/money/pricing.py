@@ -1,6 +1,7 @@
 """What a job costs in lamports, before it runs and after, and how platform and workers share it."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from azu.protocol.job import PLATFORM_NODE
@@ -10,6 +11,14 @@ _MOST_BYTES = 2**63
 # Exact fractions of many layers have denominators of many digits: the books would stand still for them. What
 # these parts are too coarse for is far less than a lamport.
 _WHOLE = 2**192
+
+
+# The work of the fastest device known for a model: one with 2.5e15 bfloat16 operations a second.
+_FASTEST_BYTES_PER_S = 5 * 10**15
+# A busy machine measures too little. A node that is honest loses nothing by a bound that is too wide.
+_MARGIN = 4
+# Clocks differ, and entries of the same moment have the same time.
+_LEAST_MS = 1000
 
 
 def charged_prompt(prompt_tokens: int, completion_tokens: int, prompt_tokens_ran: int) -> int:
@@ -96,3 +105,25 @@ def _by_largest_remainder(pot: int, claims: Mapping[str, int]) -> dict[str, int]
     for payee in sorted(exact, key=lambda payee: (-exact[payee][1], payee))[:left]:
         shares[payee] += 1
     return shares
+
+
+def possible_shares(
+    shares: Mapping[str, int],
+    work: Iterable[Mapping[str, int]],
+    work_bytes_per_s: Mapping[str, int],
+    elapsed_ms: int,
+) -> Mapping[str, int]:
+    """Return what of each node's lamports is for work that it can have done in a job that took this long.
+
+    `work` are the parameter bytes by node of each layer. `work_bytes_per_s` is what nodes measured of
+    themselves, 0 for one that measured nothing; the fastest known device bounds all.
+    """
+    done = Counter[str]()
+    for by_node in work:
+        done.update({node: max(0, activated_bytes) for node, activated_bytes in by_node.items()})
+    possible: dict[str, int] = {}
+    for node, lamports in shares.items():
+        speed = min(work_bytes_per_s.get(node) or _FASTEST_BYTES_PER_S, _FASTEST_BYTES_PER_S)
+        most = _MARGIN * speed * max(elapsed_ms, _LEAST_MS) // 1000
+        possible[node] = lamports if done[node] <= most else lamports * most // done[node]
+    return possible

@@ -52,6 +52,7 @@ T = TypeVar("T")
 TOKEN = "ab" * 32
 HEAD = "192.0.2.1:6379"
 HOST = "192.0.2.7"
+SPEED = 7_000
 LIFE_S = 7 * 86_400.0
 PLATFORM = "0x" + "99" * 20
 
@@ -64,7 +65,7 @@ class Door:
     files: HeadFiles
     services: SimpleNamespace
     books_url: str
-    payouts: dict[str, str]
+    payouts: dict[str, tuple[str, int]]
 
     def ask(self, ask: Callable[[Members], Awaitable[T]]) -> T:
         """Ask the books as their owner."""
@@ -118,7 +119,7 @@ class serving:  # noqa: N801 - a context, used as one
         (home / "ray-token").write_text(TOKEN)
         self._access = Access.new(free_port(), ALLOWED)
         enrolment = Enrolment(members_folder(home), Admission(LIFE_S, ("127.0.0.1",)))
-        self._payouts: dict[str, str] = {}
+        self._payouts: dict[str, tuple[str, int]] = {}
         enrolment.pays = self._pay
         self._books = WireServer(
             EnrolmentCalls, enrolment, self._access.secrets,
@@ -149,8 +150,10 @@ class serving:  # noqa: N801 - a context, used as one
         self.asked: list[tuple[object, ...]] = []
         api.state.services.asked = self.asked
 
-    async def _pay(self, node_id: str, payout: str, key_digest: str, name: str) -> None:
-        self._payouts[node_id] = payout
+    async def _pay(
+        self, node_id: str, payout: str, key_digest: str, name: str, work_bytes_per_s: int
+    ) -> None:
+        self._payouts[node_id] = payout, work_bytes_per_s
 
     async def _scheduler(self, *call: object) -> tuple[bool, bool]:
         self.asked.append(call)
@@ -241,24 +244,24 @@ def test_a_machine_has_its_nodes_paid_as_its_own_key_signs_just_now(
     for one in (ada, ben):
         one.access()
 
-    ada.enrol("ada", ALICE, "ab" * 28)
-    ada.enrol("ada", BOB, "ab" * 28)
+    ada.enrol("ada", ALICE, "ab" * 28, SPEED)
+    ada.enrol("ada", BOB, "ab" * 28, SPEED)
 
-    assert door.payouts == {"ab" * 28: BOB}
+    assert door.payouts == {"ab" * 28: (BOB, SPEED)}
     key = TlsFiles.of(tmp_path / "ben").key
     right = key.read_bytes()
     key.write_bytes(TlsFiles.of(tmp_path / "ada").key.read_bytes())
     with pytest.raises(Unauthenticated, match="not signed"):
-        ben.enrol("ben", ALICE, "cd" * 28)
+        ben.enrol("ben", ALICE, "cd" * 28, SPEED)
     key.write_bytes(right)
     with monkeypatch.context() as late:
         late.setattr("azu.clock.wall_clock_ms", lambda: wall_clock_ms() - 600_000)
         with pytest.raises(Unauthenticated, match="too old"):
-            ben.enrol("ben", ALICE, "cd" * 28)
+            ben.enrol("ben", ALICE, "cd" * 28, SPEED)
     door.revoke()
     with pytest.raises(Unauthenticated, match="revoked"):
-        ben.enrol("ben", ALICE, "cd" * 28)
-    assert door.payouts == {"ab" * 28: BOB}
+        ben.enrol("ben", ALICE, "cd" * 28, SPEED)
+    assert door.payouts == {"ab" * 28: (BOB, SPEED)}
 
 
 def test_another_network_at_the_same_address_learns_no_secret(door: Door, tmp_path: Path) -> None:

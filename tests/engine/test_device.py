@@ -88,6 +88,8 @@ def test_a_cpus_speed_is_its_bytes_and_operations_by_time(clock: Clock, tmp_path
     # A copy of 64 MiB reads and writes every byte; a product of 512 x 512 matrices is 512^3 multiply-adds.
     assert speed.memory_bytes_per_s == 2 * 64 * MIB / 0.5
     assert speed.flops_per_s == 2 * 512**3 / 0.5
+    # Two operations for a token and a parameter of four bytes.
+    assert speed.work_bytes_per_s == 2 * speed.flops_per_s
     assert speed.gpu_uuid is None
 
 

@@ -6,12 +6,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from redis import Redis
 
 from azu.config import Settings
 from azu.errors import ConfigurationError, Conflict
 from azu.files import write_private
 from azu.launch.network_users import NetworkUsers, network_users, ray_user
+from azu.launch.processes import ProcessGroup
+from azu.launch.redis_server import JOB_STORE, own_redis_url, start_stores
 from azu.launch.unix_users import UnixUser
 from tests.unix_users import MONEY, RAY, as_user, users_of_tests
 
@@ -119,6 +123,26 @@ def test_the_store_of_jobs_moves_to_rays_user_who_replaces_none_of_its_folders(
     assert as_user(users.ray, "touch", str(store / "own")) == 0
     assert as_user(users.ray, "mv", str(store), f"{store}.gone") != 0
     assert settings.jobs_home.resolve() == users.jobs_home
+
+
+def test_each_store_runs_as_its_user_and_finds_its_data_again(settings: Settings, tmp_path: Path) -> None:
+    users = separate(settings)
+    uids = []
+    for _ in range(2):
+        with (
+            ProcessGroup(tmp_path / "logs", user=users.money) as services,
+            ProcessGroup(tmp_path / "logs", user=users.ray) as of_jobs,
+        ):
+            urls = start_stores(services, users.money_home, of_jobs, users.jobs_home, 15.0)
+            with Redis.from_url(urls.jobs_owner) as jobs:
+                uids.append((jobs.incr("starts"), psutil.Process(of_jobs.pid("redis-jobs")).uids().real))
+            assert users.money is not None
+            assert psutil.Process(services.pid("redis")).uids().real == users.money.uid
+
+    assert users.ray is not None
+    assert uids == [(1, users.ray.uid), (2, users.ray.uid)]
+    # The owner's commands find its password.
+    assert own_redis_url(settings.jobs_home, JOB_STORE)
 
 
 def test_books_in_two_places_are_refused(settings: Settings) -> None:

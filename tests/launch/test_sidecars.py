@@ -144,8 +144,8 @@ def test_devnet_books_signer_and_treasury_come_up_on_our_redis(
         }
         signers = Path(f"/proc/{services.pid(SIGNER)}/environ").read_text()
         # The owner of the books' machine enrols its nodes; what changes is the address alone.
-        enrol_own_node(settings.home, "ada", ADDRESS, "ab" * 28)
-        enrol_own_node(settings.home, "ada", "0x" + "b2" * 20, "ab" * 28)
+        enrol_own_node(settings.home, "ada", ADDRESS, "ab" * 28, 7)
+        enrol_own_node(settings.home, "ada", "0x" + "b2" * 20, "ab" * 28, 7)
         nodes = asyncio.run(audited(settings.home))
 
     known = devnet_of(settings.home)

@@ -257,6 +257,34 @@ def test_a_settlement_for_more_nodes_than_a_job_can_have_changes_nothing(redis_u
     play(redis_url, scenario)
 
 
+def test_what_a_node_says_beyond_its_speed_is_held(redis_url: str) -> None:
+    now_ms = wall_clock_ms()
+    clock = [now_ms]
+
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        await books.enrol_node("a", OWNERS[0], key_digest="k", name="a", work_bytes_per_s=1_000)
+        # Four times its speed is believed: 8,000 bytes in two seconds, of which it says 16,000.
+        many = {layer: {"a": 4_000} for layer in range(4)} | {9: {"a": -8_000}}
+        for job_id, took_ms, paid in (("job-1", 2_000, 32), ("job-2", 4_000, 64), ("job-3", 0, 16)):
+            await reserve(books, job_id)
+            clock[0] += took_ms
+            outcome = await settle(books, job_id, work=many)
+            assert outcome.receipt.worker_lamports == {OWNERS[0]: paid}
+            assert outcome.receipt.held_lamports == 64 - paid
+        # A node that enrols once more does not get it.
+        await books.enrol_node("a", OWNERS[0], key_digest="k", name="a", work_bytes_per_s=2_000)
+        assert (await books.earnings(OWNERS[0])).earned_lamports == 32 + 64 + 16
+        # Nor does one gain by a speed that no device has.
+        await books.enrol_node("a", OWNERS[0], key_digest="k", name="a", work_bytes_per_s=2**62)
+        await reserve(books, "job-4")
+        outcome = await settle(books, "job-4", work={layer: {"a": 10**16} for layer in range(4)})
+        assert outcome.receipt.worker_lamports == {OWNERS[0]: 32}
+        assert (await books.audit()).agrees
+
+    play(redis_url, scenario, now_ms=lambda: clock[0])
+
+
 def test_work_of_other_nodes_is_paid_where_the_owner_of_a_cluster_says(redis_url: str) -> None:
     async def scenario(books: Books, _: ServedBooks) -> None:
         await open_account(books)

@@ -156,8 +156,8 @@ def ask_books(caller: str, verb: str, *arguments: object) -> Provoke:
 def enrol(fault: Fault) -> None:
     """Enrol a node; only the owner's call is struck, and it succeeds when it is made again."""
     with pytest.raises(InternalError, match="fault-"):
-        enrol_own_node(fault.home, "eve", OWNERS[0], "e" * 56)
-    enrol_own_node(fault.home, "eve", OWNERS[0], "e" * 56)
+        enrol_own_node(fault.home, "eve", OWNERS[0], "e" * 56, 0)
+    enrol_own_node(fault.home, "eve", OWNERS[0], "e" * 56, 0)
 
 
 def sign_in(fault: Fault) -> None:
