@@ -84,7 +84,7 @@ def _key(model_id: str) -> str:
 class StatusReporter:
     """Writes the status of one model at one revision; progress at most twice a second.
 
-    While Redis is away progress is left out, and every other status waits for it.
+    While Redis is away progress is left out, and an end waits for it.
     """
 
     def __init__(self, store: RedisModelStatus, model_id: str, revision: str) -> None:
@@ -94,7 +94,7 @@ class StatusReporter:
         self._written_s = 0.0
 
     def described(self, weight_bytes: int) -> None:
-        """Write that the model can be priced."""
+        """Write that the model can be priced; raises Unavailable: a caller waits for the answer."""
         self._put(ModelState.DESCRIBED, 0, weight_bytes)
 
     def fetching(self, done_bytes: int, total_bytes: int) -> None:
@@ -124,6 +124,8 @@ class StatusReporter:
                 self._store.put(status)
                 break
             except Unavailable as away:
+                if state is ModelState.DESCRIBED:
+                    raise
                 if state in (ModelState.FETCHING, ModelState.CUTTING):
                     break
                 log.warning("the status of %s is not written yet: %s", self._model[0], away.message)

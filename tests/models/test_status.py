@@ -7,6 +7,7 @@ import pytest
 import redis
 
 from azu.errors import Unavailable
+from azu.models.registry import ModelRegistry
 from azu.models.status import ModelState, ModelStatus, RedisModelStatus, StatusReporter
 from tests.redis_server import start_redis
 
@@ -78,6 +79,24 @@ def test_progress_is_written_rarely_and_each_change_of_state_at_once():
     ]
     assert len(states) < 10
     assert store.put_states[-1] == ModelStatus("org/model", "r1", ModelState.READY, 1000, 1000)
+
+
+def test_a_description_is_refused_while_redis_is_away(tmp_path: Path) -> None:
+    server = start_redis(tmp_path / "redis")
+    registry = ModelRegistry(
+        tmp_path / "registry", model_roots=(), status=RedisModelStatus(server.url), max_model_bytes=2**30
+    )
+    try:
+        with redis.Redis(port=server.port) as admin:
+            admin.replicaof("127.0.0.1", 1)
+            with pytest.raises(Unavailable):
+                registry.describe("azu/tiny-dense")
+            admin.replicaof("NO", "ONE")
+        described = registry.describe("azu/tiny-dense")
+        written = RedisModelStatus(server.url).get("azu/tiny-dense")
+        assert (written.state, written.revision) == (ModelState.DESCRIBED, described.revision)
+    finally:
+        server.kill()
 
 
 def test_a_cut_goes_on_without_redis_and_waits_only_to_tell_its_end(
