@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
+from decimal import Decimal
 from typing import Annotated, Any, Literal, TypeVar
 
 import httpx
@@ -76,13 +78,13 @@ class ChainClient:
     async def spot_balance(self, user: str) -> int:
         """Return the lamports of HYPE, by exact token, in an account's spot balance."""
         index = await self._index()
-        return _sum(one for one in await self._balances(user) if one.token == index)
+        return sum(_lamports(one.total) for one in await self._balances(user) if one.token == index)
 
     async def namesakes(self, user: str) -> int:
-        """Return the lamports that an account holds of other tokens that are called HYPE."""
+        """Return the lamports that an account holds of other tokens that are called HYPE, rounded up."""
         index, name = await self._index(), self.network.hype.partition(":")[0]
         held = await self._balances(user)
-        return _sum(one for one in held if one.coin == name and one.token != index)
+        return sum(rounded_up(one.total) for one in held if one.coin == name and one.token != index)
 
     async def now_ms(self) -> int:
         """Return the chain's time."""
@@ -94,7 +96,8 @@ class ChainClient:
         has_fee = check.user_exists
         if not has_fee:
             held = await self._balances(source)
-            has_fee = _sum(one for one in held if one.coin == check.fee_token) >= _lamports(check.fee)
+            paid_in = sum(rounded_up(one.total) for one in held if one.coin == check.fee_token)
+            has_fee = paid_in >= _lamports(check.fee)
         return Recipient(exists=check.user_exists, sanctioned=check.is_sanctioned, has_fee=has_fee)
 
     async def actions_left(self, user: str) -> int:
@@ -215,15 +218,19 @@ def _token_index(reply: Any, token: str) -> int:
     raise ChainError(f"the chain has no token {token}")
 
 
-def _sum(balances: "Iterable[_Balance]") -> int:
-    return sum(_lamports(balance.total) for balance in balances)
-
-
 def _lamports(amount: str) -> int:
     try:
         return lamports_from_hype(amount)
     except InvalidRequest as error:
         raise ChainError(f"the chain's answer is not what it should be: {error.message}") from error
+
+
+def rounded_up(amount: str) -> int:
+    """Return lamports of any token: it may have more decimals than HYPE, and a larger supply."""
+    try:
+        return math.ceil(Decimal(amount).scaleb(8))
+    except (ArithmeticError, ValueError) as error:
+        raise ChainError("the chain's answer is not what it should be: a balance is no number") from error
 
 
 def _parse(adapter: TypeAdapter[_T], reply: Any) -> _T:

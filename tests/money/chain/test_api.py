@@ -13,10 +13,10 @@ from eth_account.signers.local import LocalAccount
 from azu.devnet.chain import SECOND_HYPE, USDC
 from azu.errors import ChainError
 from azu.money.chain.actions import sign_noop, sign_send_asset
-from azu.money.chain.api import ChainClient
+from azu.money.chain.api import ChainClient, rounded_up
 from azu.money.chain.port import LedgerTransfer
 from azu.money.chain.wallet import send_hype
-from azu.units import LAMPORTS_PER_HYPE
+from azu.units import LAMPORTS_PER_HYPE, MAX_LAMPORTS
 from tests.money.chain.running import RunningDevnet, fresh_address
 
 CONTRACT = "0x" + "c0" * 20
@@ -119,6 +119,28 @@ def test_other_tokens_of_the_same_name_are_counted_apart(devnet: RunningDevnet, 
             assert (await chain.namesakes(bob), await chain.spot_balance(bob)) == (7, 5)
 
     asyncio.run(scenario())
+
+
+def test_a_balance_of_another_token_may_be_larger_than_all_hype(devnet: RunningDevnet, bob: str) -> None:
+    async def scenario() -> None:
+        devnet.fault("second_hype")
+        async with client(devnet) as chain:
+            for _ in range(2):
+                devnet.fund(bob, MAX_LAMPORTS, token=SECOND_HYPE.full_id)
+            assert await chain.namesakes(bob) == 2 * MAX_LAMPORTS
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("total", "lamports"), [("0.0000000001", 1), ("7", 700_000_000), ("1e11", 10**19)])
+def test_a_balance_of_another_token_may_have_more_decimals_than_hype(total: str, lamports: int) -> None:
+    assert rounded_up(total) == lamports
+
+
+def test_a_balance_that_is_no_number_is_an_error_of_the_chain() -> None:
+    for total in ("", "NaN", "Infinity"):
+        with pytest.raises(ChainError):
+            rounded_up(total)
 
 
 def test_a_new_recipient_costs_a_fee_that_the_sender_may_lack(devnet: RunningDevnet, bob: str) -> None:
