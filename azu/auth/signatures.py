@@ -138,6 +138,11 @@ class TakeRevenue:
     expires_at_ms: _Number
     kind: Literal["TakeRevenue"] = "TakeRevenue"
 
+    @property
+    def payout_id(self) -> str:
+        """The id of the command's one payout."""
+        return f"payout:revenue-{self.nonce}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoverLoss:

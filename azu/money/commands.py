@@ -33,12 +33,8 @@ from azu.money.signer.views import PayoutKind
 def command_id(command: AdminCommand) -> str:
     """Return the id of the command's one transfer: the ledger takes an id once, so a nonce is used once."""
     if isinstance(command, TakeRevenue):
-        return f"{_revenue_id(command)}:planned"
+        return f"{command.payout_id}:planned"
     return f"command:{command.kind}:{command.nonce}"
-
-
-def _revenue_id(command: TakeRevenue) -> str:
-    return f"payout:revenue-{command.nonce}"
 
 
 def transfer_of(command: AdminCommand, text: str, state: BooksState, now_ms: int) -> Transfer:
@@ -92,7 +88,7 @@ def _of_revenue(
         case TakeRevenue():
             return RevenueTaken(
                 id=transfer_id,
-                payout_id=_revenue_id(command),
+                payout_id=command.payout_id,
                 address=command.address,
                 lamports=command.lamports,
                 nonce=nonce_for(PayoutKind.REVENUE, state.facts.get("nonce", 0), now_ms),

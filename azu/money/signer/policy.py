@@ -390,8 +390,11 @@ def _proof_fault(payout: OpenPayout, rules: SigningRules) -> str | None:
             return None if _is_withdrawal(payout, rules.platforms) else "its address has not signed it"
         case PayoutKind.REVENUE:
             command = command_of(payout.proof, rules.platforms, rules.admins)
-            wanted = (payout.address, payout.lamports)
-            if isinstance(command, TakeRevenue) and (command.address, command.lamports) == wanted:
+            wanted = (payout.payout_id, payout.address, payout.lamports)
+            if (
+                isinstance(command, TakeRevenue)
+                and (command.payout_id, command.address, command.lamports) == wanted
+            ):
                 return None if payout.nonce <= command.expires_at_ms else "the admin's command has expired"
             return "no admin has signed it"
 

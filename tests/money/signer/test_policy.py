@@ -388,13 +388,15 @@ def test_a_withdrawal_goes_only_where_its_address_signed_it() -> None:
 
 def test_revenue_goes_only_where_an_admin_of_its_settings_sends_it() -> None:
     command = TakeRevenue(address=A, lamports=10, nonce=1, expires_at_ms=START_MS + 1_000)
-    one = replace(payout(10, kind=PayoutKind.REVENUE), proof=sign_command(ADMIN, command, PLATFORM))
+    proof = sign_command(ADMIN, command, PLATFORM)
+    one = replace(payout(10, kind=PayoutKind.REVENUE), payout_id=command.payout_id, proof=proof)
 
     assert admit(SignerState(), books(payouts=(one,)), chain(), asked(one), rules_of()).signed
     expired = replace(command, expires_at_ms=START_MS - 1)
     for other in (
         replace(one, address=B),
         replace(one, lamports=11),
+        replace(one, payout_id=f"{one.payout_id}0"),
         replace(one, proof=sign_command(ALICE, command, PLATFORM)),
         replace(one, proof=sign_command(ADMIN, command, "0x" + "1f" * 20)),
         replace(one, proof=sign_command(ADMIN, expired, PLATFORM)),
