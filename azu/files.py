@@ -29,9 +29,9 @@ def read_json(path: Path) -> Any:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace a file by one that only its owner can ever read; missing folders are made, as private.
+    """Replace a file by one that only its owner can ever read, and that survives a power cut.
 
-    What root makes belongs to the owner of the folder that it is in.
+    Missing folders are made, as private. What root makes belongs to the owner of the folder that it is in.
     """
     private_folder(path.parent)
     temporary = path.with_name(f".{path.name}.part")
@@ -40,7 +40,10 @@ def write_private(path: Path, text: str) -> None:
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
         _give_away(descriptor, path.parent)
+        file.flush()
+        os.fsync(descriptor)
     temporary.rename(path)
+    _sync_folder(path.parent)
 
 
 def private_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and private ones are never readable by others."""
 
+import os
 import stat
 
 import pytest
@@ -56,6 +57,21 @@ def test_a_private_file_is_readable_by_its_owner_alone(tmp_path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert (tmp_path / "a" / "b").read_text() == (tmp_path / "c").read_text() == "secret"
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700
+
+
+def test_a_private_file_lies_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, synced, sync = tmp_path / "key", [], os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), path.exists(), os.fstat(descriptor).st_size))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_private(path, "secret")
+
+    file, folder = synced
+    assert file == (str(tmp_path / ".key.part"), False, 6)
+    assert folder[:2] == (str(tmp_path), True)
 
 
 def test_a_file_that_is_written_once_is_never_overwritten(tmp_path):
