@@ -10,7 +10,7 @@ from hashlib import sha256
 from ipaddress import ip_address
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -172,11 +172,12 @@ def read_request(pem: bytes) -> ec.EllipticCurvePublicKey:
     """Return the key of a request; raises InvalidRequest unless that key signed the request."""
     try:
         request = x509.load_pem_x509_csr(pem)
-    except ValueError as error:
+        is_signed, key = request.is_signature_valid, public_key(request)
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise InvalidRequest("this is no certificate request", param="request") from error
-    if not request.is_signature_valid:
+    if not is_signed:
         raise InvalidRequest("this request was not signed by its own key", param="request")
-    return public_key(request)
+    return key
 
 
 def _certificate(

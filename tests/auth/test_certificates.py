@@ -199,6 +199,15 @@ def test_bytes_that_are_no_request_are_refused(pem: bytes) -> None:
         read_request(pem)
 
 
+def test_a_request_for_a_kind_of_key_that_is_not_known_is_refused() -> None:
+    der = x509.load_pem_x509_csr(new_request(new_key())).public_bytes(Encoding.DER)
+    unknown = der.replace(bytes.fromhex("06072a8648ce3d0201"), bytes.fromhex("06072a8648ce3d027f"))
+    assert unknown != der
+
+    with pytest.raises(InvalidRequest, match="no certificate request"):
+        read_request(ssl.DER_cert_to_PEM_cert(unknown).replace("CERTIFICATE", "CERTIFICATE REQUEST").encode())
+
+
 def test_an_authority_is_the_same_after_its_files_are_read(authority: Authority) -> None:
     again, key = Authority.load(authority.pem, authority.key_pem), new_key()
 
