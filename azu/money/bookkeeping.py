@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from azu.auth.key_records import CHALLENGE_TTL_S, ApiKey, key_id_of, key_record_is_signed, secret_digest
 from azu.auth.signatures import (
     MAX_WITHDRAWAL_LIFE_MS,
+    AcceptLoss,
     CoverLoss,
     ReceiptSignature,
     Withdrawal,
@@ -602,6 +603,9 @@ class Bookkeeper(BooksCalls):
             raise Conflict(f"the nonce {command.nonce} was used before", param="nonce", code="nonce_used")
         if command.expires_at_ms <= self._now_ms():
             raise Forbidden("this command has expired", param="expires_at_ms", code="command_expired")
+        if isinstance(command, AcceptLoss) and await ledger.hash_at(command.number) != command.hash:
+            message = f"the books do not have entry {command.number} as the command names it"
+            raise Conflict(message, param="number")
         with _refusals_as_conflicts():
             await ledger.apply(transfer_of(command, text, ledger.state, self._now_ms()))
 

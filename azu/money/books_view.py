@@ -1,5 +1,7 @@
 """What the books show the signer."""
 
+from itertools import islice
+
 from azu.money.ledger.ledger import Ledger
 from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import (
@@ -14,7 +16,7 @@ from azu.money.ledger.transfers import (
 )
 from azu.money.signer.views import BooksHead, BooksView, Credit, OpenPayout, PayoutKind
 
-# The most entries that are read for one view.
+# The most entries that are read for one view, and credits in it: it has to cross to the signer in one answer.
 _ENTRIES = 10_000
 
 
@@ -25,12 +27,14 @@ async def view_of(
 
     The credits are those after entry `after`; the next view goes on where they end.
     """
-    hash_at = (await ledger.entry(number)).hash if 0 < number <= ledger.head.number else ""
+    hash_at = await ledger.hash_at(number)
     found = None if _has_all(ledger.state, after) else await _read(ledger, after)
     # Without a pause from here on: all of it is of one moment.
     state, head = ledger.state, ledger.head
     if found is None:
-        found = [one for at, one in state.credits.items() if int(at) > after], head.number
+        rows = ((int(at), one) for at, one in state.credits.items() if int(at) > after)
+        first = list(islice(rows, _ENTRIES))
+        found = [one for _, one in first], first[-1][0] if len(first) == _ENTRIES else head.number
     credits_, until = found
     inside = sum(lamports for account, lamports in state.balances.items() if not is_outside(account))
     return BooksView(

@@ -34,6 +34,7 @@ from azu.errors import (
     TransferConflict,
     Unauthenticated,
 )
+from azu.money import books_view
 from azu.money.bookkeeping import UNSHOWN
 from azu.money.books import Books, JobDispute, Totals, UserBalance, WorkerEarnings
 from azu.money.books_process import ALLOWED
@@ -611,6 +612,23 @@ def test_receipts_are_signed_by_a_key_of_the_books_once_the_platform_has_certifi
         assert await books.receipt_signature("job-1") is None
 
     play(redis_url, scenario, platform=platform, receipts=key)
+
+
+def test_a_view_has_so_many_credits_and_the_next_goes_on(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(books_view, "_ENTRIES", 2)
+
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        for number in range(5):
+            deposit = Deposit(id=f"deposit:{number}", address=ADDRESS, lamports=1, at_ms=wall_clock_ms())
+            await books.apply(deposit)
+        views = [await books.view(0, 0)]
+        while views[-1].credits_until < views[-1].head.number:
+            views.append(await books.view(0, views[-1].credits_until))
+        assert [[credit.row for credit in view.credits] for view in views] == [["0", "1"], ["2", "3"], ["4"]]
+
+    play(redis_url, scenario)
 
 
 def test_a_loss_stands_until_the_admin_accepts_it(redis_url: str) -> None:

@@ -228,11 +228,16 @@ def test_an_admin_covers_a_loss_from_his_own_account_alone(redis_url: str) -> No
 
 def test_a_loss_is_accepted_where_there_is_one(redis_url: str) -> None:
     async def scenario(books: Books, served: ServedBooks, _: list[int]) -> None:
-        command = signed(AcceptLoss(number=1, hash="ab", **LIFE))
+        head = await books.head()
+        asked = AcceptLoss(number=head.number, hash=head.hash, **LIFE)
         with pytest.raises(Conflict, match="nothing to accept"):
-            await books.command(command)
+            await books.command(signed(asked))
         await (await served.bookkeeper.ledger()).apply(LossNoted(id="loss:1", num_entries=3))
-        await books.command(command)
+        for other in (replace(asked, hash="ab"), replace(asked, number=asked.number + 9)):
+            with pytest.raises(Conflict, match="as the command names it"):
+                await books.command(signed(other))
+        assert await books.loss() == 3
+        await books.command(signed(asked))
         assert await books.loss() == 0
 
     decide(redis_url, scenario)

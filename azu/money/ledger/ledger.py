@@ -140,6 +140,10 @@ class Ledger:
             raise changed(f"journal entry {number} is missing")
         return read_line(sealed)
 
+    async def hash_at(self, number: int) -> str:
+        """Return the hash of an entry, empty if there is none."""
+        return (await self.entry(number)).hash if 0 < number <= self.head.number else ""
+
     async def journal(self, after: int = 0) -> AsyncIterator[Entry]:
         """Yield the entries with numbers above `after`, sealed ones too."""
         for last in self._seals.numbers():
