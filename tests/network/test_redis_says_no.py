@@ -282,4 +282,4 @@ def accept_loss(store: Store, user: User) -> None:
         assert time.monotonic() < deadline
     # The signer waits for ten minutes, in which no other process may send.
     problems = user.http.get("/health").json()["problems"]
-    assert all("nothing is signed for another" in problem for problem in problems), problems
+    assert all("nothing is signed before" in problem for problem in problems), problems

@@ -1,11 +1,11 @@
 """The calls of the signer's process in plain values, and `RemoteSigner`, its client."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pydantic import ConfigDict
 
 from azu.contact import Contact
-from azu.money.signer.views import BooksHead, TransferRequest
+from azu.money.signer.views import TransferRequest
 from azu.money.wire import Remote
 
 # Longer than the signer tries to read the chain before it signs.
@@ -17,14 +17,13 @@ class SignerStatus:
     """What the signer's last look found.
 
     `findings` say why nothing is signed, empty if all agrees; they are red once several looks in a row had
-    some. `head` is the last entry that the books had, for a command to go on with them.
+    some.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     findings: tuple[str, ...] = ()
     is_red: bool = False
-    head: BooksHead = field(default_factory=BooksHead)
 
 
 class SignerCalls:
@@ -49,7 +48,7 @@ class SignerCalls:
     async def certify(self, address: str) -> str:
         """Return the platform's signature, in hex, that receipts are signed by the key of this address.
 
-        Raises Unavailable while books and chain do not agree.
+        Raises Unavailable while books and chain do not agree, InvalidRequest for what is no address.
         """
 
     async def status(self) -> SignerStatus:

@@ -5,6 +5,7 @@ Pure: the clock is the chain's, and each function returns what the signer has to
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 from pydantic import ConfigDict
 
@@ -33,6 +34,8 @@ _NONCE_AGE_MS = 36 * _HOUR_MS
 _NONCE_AHEAD_MS = 600_000
 # A row is compared with what was signed for as long as its nonce is admitted; the rest is for late rows.
 _REMEMBERED_MS = 2 * NONCE_LIFE_MS
+# So many credits, and so many rows, are named in a finding; the others are counted.
+_NAMED = 3
 # After this many looks in a row with a finding the alarm is raised.
 RED_AFTER = 3
 _NONCE_KINDS = tuple(PayoutKind)
@@ -181,7 +184,8 @@ def look(
     state, faults = _compare_incoming(state, books, chain, shown, excused)
     findings += faults
     if not state.halt and chain.now_ms < state.opens_at_ms:
-        findings.append(f"nothing is signed for another {(state.opens_at_ms - chain.now_ms) / 1000:.0f} s")
+        opens = datetime.fromtimestamp(state.opens_at_ms / 1000, UTC)
+        findings.append(f"nothing is signed before {opens:%Y-%m-%d %H:%M:%S} (UTC)")
     return Look(state, tuple(findings))
 
 
@@ -356,24 +360,35 @@ def _compare_incoming(
     excused: Collection[str],
 ) -> tuple[SignerState, list[str]]:
     rows, total = _Rows(state, chain.incoming), state.credited_lamports
-    faults = []
+    unshown = []
     for credit in books.credits:
         total += credit.lamports
         if not rows.take(credit) and credit.row not in shown:
-            faults.append(f"no row of the chain shows {credit.row}, credited with {credit.lamports} lamports")
+            unshown.append(
+                f"no row of the chain shows {credit.row}, credited with {credit.lamports} lamports"
+            )
+    faults = _first(unshown)
     if total != books.credited_lamports:
         faults.append(f"the books' credits sum to {books.credited_lamports} lamports, the chain's to {total}")
     until_ms = max(state.matched_until_ms, _settled_ms(books, chain))
-    faults += [
-        f"nothing was credited for {row.row}, {row.lamports} lamports"
-        for row in rows.uncredited(until_ms)
-        if row.row not in excused
-    ]
+    faults += _first(
+        [
+            f"nothing was credited for {row.row}, {row.lamports} lamports"
+            for row in rows.uncredited(until_ms)
+            if row.row not in excused
+        ]
+    )
     if faults or state.halt:
         return state, faults
     kept = {row: at_ms for row, at_ms in rows.matched.items() if at_ms >= until_ms}
     state = replace(state, head=books.head, credited_lamports=total, matched_until_ms=until_ms, matched=kept)
     return state, faults
+
+
+def _first(faults: list[str]) -> list[str]:
+    """Return a few of many faults, and how many more there are."""
+    more = len(faults) - _NAMED
+    return faults[:_NAMED] + ([f"and {more} more of this kind"] if more > 0 else [])
 
 
 def _request(payout: OpenPayout) -> TransferRequest:

@@ -9,6 +9,7 @@ from pathlib import Path
 from eth_account.signers.local import LocalAccount
 from pydantic import TypeAdapter, ValidationError
 
+from azu.addresses import parse_address
 from azu.auth.signatures import AcceptLoss, command_of, sign_certificate
 from azu.errors import ChainError, ConfigurationError, Forbidden, LedgerError, Unavailable
 from azu.files import disk_errors, replacing, write_all
@@ -97,7 +98,7 @@ class Signer(SignerCalls):
     async def certify(self, address: str) -> str:
         async with self._turn:
             await self._agreeing()
-            return sign_certificate(self._account, address)
+            return sign_certificate(self._account, parse_address(address))
 
     async def status(self) -> SignerStatus:
         return self._status
@@ -139,7 +140,7 @@ class Signer(SignerCalls):
         try:
             books = await self._view(number)
         except LedgerError as error:
-            self._note((error.message,), self._status.head)
+            self._note((error.message,))
             raise
         # After the books: a credit or a payout that they show has its row by now, if it ever has one.
         chain = await self._platform.view(0 if self._state is None else self._state.matched_until_ms)
@@ -154,7 +155,7 @@ class Signer(SignerCalls):
             excused=await self._platform.excused(rows, held),
         )
         self._keep(found.state)
-        self._note(found.findings, books.head)
+        self._note(found.findings)
         return books, chain
 
     async def _view(self, number: int) -> BooksView:
@@ -183,10 +184,10 @@ class Signer(SignerCalls):
             self._keep(burned(self._known, nonce, now_ms))
             _LOG.warning("used up nonce %d, of a payout that the books do not have", nonce)
 
-    def _note(self, findings: tuple[str, ...], head: BooksHead) -> None:
+    def _note(self, findings: tuple[str, ...]) -> None:
         before = self._status
         self._looks_with_findings = self._looks_with_findings + 1 if findings else 0
-        self._status = SignerStatus(findings, self._looks_with_findings >= RED_AFTER, head)
+        self._status = SignerStatus(findings, self._looks_with_findings >= RED_AFTER)
         if self._status.is_red and (findings != before.findings or not before.is_red):
             _LOG.error("nothing is signed: %s", "; ".join(findings))
         elif before.is_red and not findings:

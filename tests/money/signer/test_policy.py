@@ -138,6 +138,18 @@ def credited(*credits_: Credit, **changes: object) -> BooksView:
     return books(**{"head": BooksHead(9, "h9"), "credits": credits_, "credited_lamports": total} | changes)
 
 
+def test_a_few_of_many_faults_are_named_and_the_others_counted() -> None:
+    missing = [replace(CREDIT, row=f"0x{number:02}") for number in range(100)]
+    rows = tuple(replace(ROW, row=f"row-{number}", at_ms=START_MS - LATE_MS - 1) for number in range(50))
+    findings = looked(SignerState(head=HEAD), credited(*missing), chain(incoming=rows)).findings
+
+    assert len(findings) == 8
+    assert [one for one in findings if "more" in one] == [
+        "and 96 more of this kind",
+        "and 46 more of this kind",
+    ]
+
+
 @pytest.mark.parametrize(
     ("credit", "row"),
     [

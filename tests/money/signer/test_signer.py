@@ -19,7 +19,7 @@ from azu.auth.signatures import (
     sign_withdrawal,
 )
 from azu.clock import wall_clock_ms
-from azu.errors import ConfigurationError, Conflict, Forbidden, RateLimited, Unavailable
+from azu.errors import ConfigurationError, Conflict, Forbidden, InvalidRequest, RateLimited, Unavailable
 from azu.money.chain.api import ChainClient
 from azu.money.chain.wallet import send_hype
 from azu.money.ledger.durability import DURABLE_CONFIG
@@ -271,6 +271,8 @@ def test_a_key_of_the_books_is_certified(world: World, file: Path) -> None:
         certificate = await scene.signer.certify(key)
         assert is_certified(key, platform, certificate)
         assert not is_certified("0x" + "13" * 20, platform, certificate)
+        with pytest.raises(InvalidRequest):
+            await scene.signer.certify(f"{key} and what else the caller wants to have signed")
 
     play(world, file, scenario)
 
@@ -323,7 +325,7 @@ def test_restored_books_pay_nothing_twice_and_go_on_after_a_command(
         await scene.signer.accept(sign_command(ADMIN, accepted, platform))
         with pytest.raises(Conflict, match="used before"):
             await scene.signer.accept(sign_command(ADMIN, accepted, platform))
-        with pytest.raises(Unavailable, match="nothing is signed for another"):
+        with pytest.raises(Unavailable, match="nothing is signed before"):
             await scene.signer.transfer(again)
         await asyncio.sleep(1.1)
         # The chain drops the ledger of an account that is empty.
