@@ -63,7 +63,8 @@ def test_a_private_file_lies_on_the_disk_before_it_has_its_name(tmp_path, monkey
     path, synced, sync = tmp_path / "key", [], os.fsync
 
     def fsync(descriptor: int) -> None:
-        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), path.exists(), os.fstat(descriptor).st_size))
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced.append((name, path.exists(), os.fstat(descriptor).st_size))
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)

@@ -3,6 +3,7 @@
 One authority signs for the nodes and another for the ingress: no certificate of the one stands for the other.
 """
 
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,6 +27,8 @@ _FRESH_MS = 300_000
 # The clocks of two machines may differ by this much.
 _SKEW = timedelta(minutes=10)
 _LOOPBACK = ("127.0.0.1", "localhost")
+# Digits of a node's id, and how many of them are of the hash of its machine's key.
+_NODE_ID_DIGITS, _OWN_DIGITS = 56, 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,17 @@ def key_digest(key: ec.EllipticCurvePublicKey) -> str:
     return sha256(
         key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     ).hexdigest()
+
+
+def new_node_id(digest: str = "") -> str:
+    """Return a new id for a Ray node; it begins like the hash of its machine's key, if it has one."""
+    own = digest[:_OWN_DIGITS]
+    return own + secrets.token_hex((_NODE_ID_DIGITS - len(own)) // 2)
+
+
+def is_id_of(node_id: str, digest: str) -> bool:
+    """Whether an id is one of the machine whose key has this hash."""
+    return node_id.startswith(digest[:_OWN_DIGITS])
 
 
 def read_request(pem: bytes) -> ec.EllipticCurvePublicKey:

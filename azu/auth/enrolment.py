@@ -22,6 +22,7 @@ from azu.auth.certificates import (
     Authority,
     certificate_pem,
     check_signed_text,
+    is_id_of,
     key_digest,
     payout_text,
     public_key,
@@ -134,8 +135,12 @@ class Enrolment(EnrolmentCalls):
     ) -> None:
         text = payout_text(node_id, payout, name, work_bytes_per_s, signed_at_ms)
         key, _ = self._member(certificate, text, signature, signed_at_ms)
+        digest = key_digest(key)
+        # Who passes a request on sees the id, and could have it enrolled for itself first.
+        if not is_id_of(node_id, digest):
+            raise Forbidden("this id is of another machine", param="node_id", code="foreign_node")
         assert self.pays is not None, "the books set it before they serve"
-        await self.pays(node_id, payout, key_digest(key), name, work_bytes_per_s)
+        await self.pays(node_id, payout, digest, name, work_bytes_per_s)
 
     def _member(
         self, certificate: str, text: str, signature: str, signed_at_ms: int

@@ -128,5 +128,6 @@ class EnrolmentCalls:
     ) -> None:
         """Have the books pay an address for the work of a Ray node, as the machine's key signed.
 
-        The text is `payout_text`. Raises what `renew` does, and Conflict if another machine has the node.
+        The text is `payout_text`. Raises what `renew` does, and Forbidden for an id that does not begin like
+        the hash of the machine's key.
         """

@@ -130,7 +130,8 @@ def _lend(
             membership.enrol(worker.name, worker.payout_address, node_id, speed)
 
         for worker in workers:
-            nodes.start(host.worker(access.head, worker, partial(enrol, worker)))
+            enrols = partial(enrol, worker)
+            nodes.start(host.worker(access.head, worker, enrols, membership.new_node_id))
         _watch(nodes, workers, membership, access, lambda: _shared(access.tls, Path(folder) / "files", user))
 
 

@@ -145,6 +145,9 @@ class Membership(Protocol):
     def ask_restart(self, name: str) -> "RestartResponse":
         """Ask for the turn of one of the machine's nodes, which then gives away what it holds."""
 
+    def new_node_id(self) -> str:
+        """Return a new id for a node of the machine."""
+
     def enrol(self, name: str, payout: str, node_id: str, work_bytes_per_s: int) -> None:
         """Have the books pay an address for the work of the node with this id, at most at this speed.
 
@@ -166,6 +169,12 @@ class PlainMembership:
     def ask_restart(self, name: str) -> "RestartResponse":
         """No certificate ends here, and no node is started again for one."""
         raise NotImplementedError(name)
+
+    def new_node_id(self) -> str:
+        """Return a new id."""
+        from azu.auth.certificates import new_node_id
+
+        return new_node_id()
 
     def enrol(self, name: str, payout: str, node_id: str, work_bytes_per_s: int) -> None:
         """Tell the books of this machine, if they are here; what the node earns is held else."""
@@ -198,6 +207,13 @@ class EnrolledMembership:
         now, ends = utc_now(), read_certificate(certificate).not_valid_after_utc
         life = CertificateLife(now + _RENEWED_AFTER * (ends - now), ends)
         return ClusterAccess(admitted.head, admitted.token, self._files, life)
+
+    def new_node_id(self) -> str:
+        """Return a new id that no other machine can enrol: it begins like the hash of this machine's key."""
+        from azu.auth.certificates import key_digest, new_node_id, public_key, read_certificate
+
+        certificate = read_certificate(self._files.certificate.read_bytes())
+        return new_node_id(key_digest(public_key(certificate)))
 
     def enrol(self, name: str, payout: str, node_id: str, work_bytes_per_s: int) -> None:
         """Have the books pay an address, with the signature of this machine's key."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from azu.auth.certificates import new_node_id
 from azu.launch import ray_start
 from azu.launch.membership import LOOPBACK, TlsFiles
 from azu.launch.processes import ProcessSpec, free_port
@@ -65,7 +65,7 @@ LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # Imported by every process of a lender's node before it has work.
 _PRELOADED = "actors.preloaded"
 # Ray reads a node's id from this variable, if it is set, and makes one else.
-_NODE_ID, _NODE_ID_BYTES = "RAY_OVERRIDE_NODE_ID_FOR_TESTING", 28
+_NODE_ID = "RAY_OVERRIDE_NODE_ID_FOR_TESTING"
 # The longest path that a Unix socket may have, and what Ray appends to its folder to make one.
 _MAX_SOCKET_PATH = 107
 _SOCKET_SUFFIX = len("/head/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
@@ -127,7 +127,13 @@ class RayHost:
         environment = self._environment(frozenset()) | _HEAD_ONLY
         return ProcessSpec(HEAD, self._start("head", *options), environment)
 
-    def worker(self, head: str, worker: Worker, enrol: Callable[[str], None] = lambda _: None) -> ProcessSpec:
+    def worker(
+        self,
+        head: str,
+        worker: Worker,
+        enrol: Callable[[str], None] = lambda _: None,
+        new_id: Callable[[], str] = new_node_id,
+    ) -> ProcessSpec:
         """Return how to start a node that joins the head at "host:port" as soon as the head answers.
 
         Each time it starts it has a new id, with which `enrol` is called before: until then no other machine
@@ -135,7 +141,7 @@ class RayHost:
         """
 
         def each_start() -> dict[str, str]:
-            node_id = secrets.token_hex(_NODE_ID_BYTES)
+            node_id = new_id()
             enrol(node_id)
             return {_NODE_ID: node_id}
 

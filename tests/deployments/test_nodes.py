@@ -244,24 +244,42 @@ def test_a_machine_has_its_nodes_paid_as_its_own_key_signs_just_now(
     for one in (ada, ben):
         one.access()
 
-    ada.enrol("ada", ALICE, "ab" * 28, SPEED)
-    ada.enrol("ada", BOB, "ab" * 28, SPEED)
+    node, other = ada.new_node_id(), ben.new_node_id()
+    ada.enrol("ada", ALICE, node, SPEED)
+    ada.enrol("ada", BOB, node, SPEED)
 
-    assert door.payouts == {"ab" * 28: (BOB, SPEED)}
+    assert door.payouts == {node: (BOB, SPEED)}
     key = TlsFiles.of(tmp_path / "ben").key
     right = key.read_bytes()
     key.write_bytes(TlsFiles.of(tmp_path / "ada").key.read_bytes())
     with pytest.raises(Unauthenticated, match="not signed"):
-        ben.enrol("ben", ALICE, "cd" * 28, SPEED)
+        ben.enrol("ben", ALICE, other, SPEED)
     key.write_bytes(right)
     with monkeypatch.context() as late:
         late.setattr("azu.clock.wall_clock_ms", lambda: wall_clock_ms() - 600_000)
         with pytest.raises(Unauthenticated, match="too old"):
-            ben.enrol("ben", ALICE, "cd" * 28, SPEED)
+            ben.enrol("ben", ALICE, other, SPEED)
     door.revoke()
     with pytest.raises(Unauthenticated, match="revoked"):
-        ben.enrol("ben", ALICE, "cd" * 28, SPEED)
-    assert door.payouts == {"ab" * 28: (BOB, SPEED)}
+        ben.enrol("ben", ALICE, other, SPEED)
+    assert door.payouts == {node: (BOB, SPEED)}
+
+
+def test_no_machine_is_paid_for_a_node_with_an_id_of_another(door: Door, tmp_path: Path) -> None:
+    # The ingress sees the id of a node before the books do, and any member can run code there.
+    ticket = door.ticket(uses=2)
+    ada, eve = member(ticket, tmp_path), member(ticket, tmp_path, "eve")
+    for one in (ada, eve):
+        one.access()
+    node = ada.new_node_id()
+
+    for taken in (node, node[:40] + "0" * 16, "ab" * 28):
+        with pytest.raises(Forbidden, match="of another machine"):
+            eve.enrol("eve", BOB, taken, SPEED)
+
+    ada.enrol("ada", ALICE, node, SPEED)
+    assert door.payouts == {node: (ALICE, SPEED)}
+    assert node != ada.new_node_id()
 
 
 def test_another_network_at_the_same_address_learns_no_secret(door: Door, tmp_path: Path) -> None:
