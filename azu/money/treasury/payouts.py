@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from azu.auth.signatures import Withdrawal, is_signed
@@ -209,8 +209,10 @@ class WithdrawalPlanner:
         ]
         if not undecided:
             return
-        open_lamports = {payout.address: payout.lamports for payout in await self._outbox.open()}
-        room, funds = await self._selector.capacity(open_lamports, max_open)
+        open_ = await self._outbox.open()
+        open_lamports = {payout.address: payout.lamports for payout in open_}
+        most = max_open + num_beside(PayoutKind.WITHDRAWAL, open_)
+        room, funds = await self._selector.capacity(open_lamports, most)
         for signed in undecided:
             withdrawal = signed.withdrawal
             if withdrawal.address in open_lamports:
@@ -268,6 +270,11 @@ class WithdrawalPlanner:
         )
         if await self._outbox.add(payout):
             _LOG.info("planned %s of %d lamports", payout.payout_id, payout.lamports)
+
+
+def num_beside(kind: PayoutKind, open_: Iterable[Payout]) -> int:
+    """Return how many payouts are of other kinds: they take no room, as each kind has its limits."""
+    return sum(payout.kind is not kind for payout in open_)
 
 
 def _owed(withdrawal: Withdrawal) -> AmountOwed:

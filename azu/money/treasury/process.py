@@ -14,6 +14,7 @@ from azu.money.books import Books
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import ChainNetwork
 from azu.money.signer.calls import RemoteSigner
+from azu.money.signer.views import PayoutKind
 from azu.money.treasury.deposits import DepositWatcher
 from azu.money.treasury.payouts import (
     Payer,
@@ -21,6 +22,7 @@ from azu.money.treasury.payouts import (
     PayoutTimeouts,
     Threshold,
     WithdrawalPlanner,
+    num_beside,
 )
 from azu.money.treasury.redis import (
     RedisCursor,
@@ -150,8 +152,10 @@ class _Treasury:
         since_ms, max_open = await self._cursor.read(), self._config.max_open_payouts
         await self._withdrawal_planner.plan(max_open, since_ms)
         if is_due:
-            open_lamports = {payout.address: payout.lamports for payout in await self._outbox.open()}
-            await self._payer.plan(await self._selector.select(open_lamports, max_open), since_ms)
+            open_ = await self._outbox.open()
+            open_lamports = {payout.address: payout.lamports for payout in open_}
+            most = max_open + num_beside(PayoutKind.EARNINGS, open_)
+            await self._payer.plan(await self._selector.select(open_lamports, most), since_ms)
 
     async def show(self, meter: Meter) -> None:
         await self._metrics.show(self._source, meter.snapshot())

@@ -15,6 +15,8 @@ from azu.errors import ChainError, Conflict, NotFound
 from azu.money.chain.rows import row_id
 from azu.money.ledger.entry import Result
 from azu.money.ledger.transfers import user_withdrawing
+from azu.money.signer.views import PayoutKind
+from azu.money.treasury.outbox import Payout
 from azu.money.treasury.payouts import Payer, PayoutSelector, PayoutTimeouts, Threshold, WithdrawalPlanner
 from azu.money.treasury.withdrawals import (
     LEAST_LAMPORTS,
@@ -24,6 +26,7 @@ from azu.money.treasury.withdrawals import (
     WithdrawalStatus,
 )
 from azu.redis_client import connect_redis
+from tests.builders import ALICE
 from tests.money.ledger import moves
 from tests.money.treasury.booked import fund_platform
 from tests.money.treasury.world import Open, World
@@ -247,6 +250,26 @@ def test_one_address_does_not_delay_the_others(world: World) -> None:
         assert refused == 99
         assert len(await treasury.store.waiting()) == 2
         assert (await treasury.until_decided(asked))[0] is WithdrawalState.PAID
+
+    world.run(scenario)
+
+
+def test_payouts_of_one_kind_take_no_room_of_another(world: World) -> None:
+    alice, bob = credited(world), world.payer()
+
+    async def scenario(parts: Open) -> None:
+        treasury = Treasury(world, parts)
+        # Earnings that the signer's limit lets wait, perhaps for a day.
+        waits = Payout(payout_id="payout:1", address=ALICE, lamports=1, planned_at_ms=0, since_ms=0)
+        await parts.outbox.add(waits)
+        for account in (alice, bob):
+            await parts.deposit(account, HELD)
+            await treasury.store.hand_in(signed(world, account, HELD))
+
+        await treasury.planner.plan(1, 0)
+
+        kinds = [payout.kind for payout in await parts.outbox.open()]
+        assert sorted(kinds) == [PayoutKind.EARNINGS, PayoutKind.WITHDRAWAL]
 
     world.run(scenario)
 
