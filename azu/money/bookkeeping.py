@@ -593,8 +593,8 @@ class Bookkeeper(BooksCalls):
         command = command_of(text, (self._platform,), self._terms.admins)
         if command is None:
             raise Forbidden("no admin of this network signed this command", code="no_admin")
-        if isinstance(command, CoverLoss) and command.address not in self._terms.admins:
-            raise Forbidden("a loss is covered from an admin's own account", param="address", code="no_admin")
+        if isinstance(command, CoverLoss) and command_of(text, (self._platform,), {command.address}) is None:
+            raise Forbidden("an admin covers a loss from his own account", param="address", code="no_admin")
         ledger = await self.ledger()
         used = await ledger.result(command_id(command))
         if used is not None and getattr(used.entry.transfer, "command", None) == text:

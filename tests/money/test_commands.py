@@ -36,7 +36,9 @@ from tests.money.test_books import ADDRESS, open_account, play, reserve, settle
 
 ADMIN: LocalAccount = Account.from_key("0x" + "0d" * 32)
 DAY_MS = 86_400_000
-GIVEN = replace(TERMS, admins=(ADMIN.address.lower(),), maturity_ms=DAY_MS)
+OTHER_ADMIN: LocalAccount = Account.from_key("0x" + "0e" * 32)
+ADMINS = tuple(one.address.lower() for one in (ADMIN, OTHER_ADMIN))
+GIVEN = replace(TERMS, admins=ADMINS, maturity_ms=DAY_MS)
 NOW_MS = wall_clock_ms()
 LIFE = {"nonce": 1, "expires_at_ms": NOW_MS + 60_000}
 
@@ -214,7 +216,9 @@ def test_an_admin_covers_a_loss_from_his_own_account_alone(redis_url: str) -> No
     async def scenario(books: Books, _: ServedBooks, __: list[int]) -> None:
         own = ADMIN.address.lower()
         covers = CoverLoss(address=own, lamports=70, **LIFE)
-        await refused(books, signed(replace(covers, address=ADDRESS)), Forbidden, "no_admin")
+        for others in (ADDRESS, OTHER_ADMIN.address.lower()):
+            await refused(books, signed(replace(covers, address=others)), Forbidden, "no_admin")
+        await refused(books, signed(covers, OTHER_ADMIN), Forbidden, "no_admin")
         await refused(books, signed(covers), InsufficientBalance, "insufficient_balance")
         await fund(books, 100, ADMIN, "0x2")
         charged = (await books.totals()).charged_lamports
