@@ -73,9 +73,9 @@ class Enrolment(EnrolmentCalls):
     ) -> tuple[str, TicketRecord]:
         if self._makes_none:
             raise Forbidden(self._makes_none, code="no_tickets")
-        if len(self._records) >= _MAX_TICKETS:
-            raise Forbidden(f"there are {_MAX_TICKETS} tickets; revoke some", code="too_many_tickets")
         secret, now_ms = self._random_bytes(_SECRET_BYTES).hex(), self._now_ms()
+        if sum(one.is_open(now_ms) for one in self._records.values()) >= _MAX_TICKETS:
+            raise Forbidden(f"there are {_MAX_TICKETS} tickets; revoke some", code="too_many_tickets")
         record = TicketRecord(
             ticket_id=_id_of(secret),
             digest=_digest(secret),

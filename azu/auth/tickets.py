@@ -37,6 +37,10 @@ class TicketRecord:
     revoked_at_ms: int | None = None
     nodes: Mapping[str, AdmittedNode] = field(default_factory=dict)
 
+    def is_open(self, now_ms: int) -> bool:
+        """Whether machines can still join with the ticket."""
+        return self.revoked_at_ms is None and now_ms < self.expires_at_ms
+
     def counts_until_ms(self, life: timedelta) -> int:
         """Return when the ticket and the last certificate that was signed by it have ended."""
         life_ms = round(life.total_seconds() * 1000)

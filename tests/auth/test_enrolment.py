@@ -12,6 +12,7 @@ from typing import TypeVar
 import pytest
 from cryptography import x509
 
+from azu.auth import enrolment
 from azu.auth.certificates import (
     Authority,
     hosts_of,
@@ -322,3 +323,20 @@ def test_odd_requests_are_refused_with_a_typed_error(books: Books) -> None:
             done(books.enrolment.enrol(secret, "ada", ADA, request))
         with pytest.raises(AzuError):
             done(books.enrolment.renew(request, 1, "00"))
+
+
+def test_a_ticket_that_was_revoked_or_has_expired_makes_room(
+    books: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(enrolment, "_MAX_TICKETS", 2)
+    for _ in range(2):
+        books.ticket()
+    with pytest.raises(Forbidden, match="revoke some"):
+        books.ticket()
+
+    first, _ = done(books.enrolment.tickets())
+    done(books.enrolment.revoke_ticket(first.ticket_id))
+    books.ticket()
+
+    books.now += timedelta(hours=2)
+    books.ticket()
