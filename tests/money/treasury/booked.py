@@ -38,8 +38,7 @@ async def earn(world: World, parts: Open, addresses: list[str]) -> None:
     amounts = [PAID + index for index in range(len(addresses))]
     payer = world.payer(sum(amounts) + LAMPORTS_PER_HYPE)
     user = payer.address.lower()
-    await parts.pay_platform(payer, sum(amounts))
-    await parts.watcher.poll()
+    await parts.deposit(payer, sum(amounts))
     await parts.book(moves.open_key(user))
     for index, (address, lamports) in enumerate(zip(addresses, amounts, strict=True)):
         await parts.book(

@@ -65,9 +65,8 @@ class History:
         """Return the requests that wait for the treasury: for the deposit."""
         owner, platform = self.owner.address.lower(), self.world.platform.address.lower()
         charged = self.earned + COMMISSION_LAMPORTS
-        await self.parts.pay_platform(self.client, charged)
-        await self.parts.pay_platform(self.withdrawer, self.withdrawn)
-        await self.parts.watcher.poll()
+        await self.parts.deposit(self.client, charged)
+        await self.parts.deposit(self.withdrawer, self.withdrawn)
         user = self.client.address.lower()
         await self.parts.book(
             moves.open_key(user),

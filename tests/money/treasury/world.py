@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
+from azu.errors import Unavailable
 from azu.money.books import Books, BooksTerms
 from azu.money.chain.api import ChainClient
 from azu.money.chain.wallet import send_hype
@@ -63,8 +64,13 @@ class Open:
     async def deposit(self, sender: LocalAccount, lamports: int) -> None:
         """Have an account deposit, and the deposit be credited."""
         tx_hash = await self.pay_platform(sender, lamports)
-        while await self.ledger.result(f"deposit:{tx_hash}") is None:
-            await self.watcher.poll()
+        while True:
+            # A busy machine, or a fault of the chain, may take longer than a call waits.
+            with suppress(Unavailable):
+                await self.watcher.poll()
+                if await self.ledger.result(f"deposit:{tx_hash}") is not None:
+                    return
+            await asyncio.sleep(0.02)
 
     async def answer_deposits(self) -> None:
         """Answer deposit requests until cancelled, as the treasury's process does."""
