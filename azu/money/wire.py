@@ -16,8 +16,8 @@ import logging
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -49,7 +49,10 @@ _LENGTH = struct.Struct(">I")
 _MAX_FRAME_BYTES = 16 * MIB
 _MAX_GREETING_BYTES = KIB
 _GREETING_S = 2.0
-_MAX_CONNECTIONS = 256
+# Of each caller, and of those together that have not proved yet who they are, where the oldest has to go: no
+# caller keeps another out.
+_MAX_CONNECTIONS = 64
+_UNKNOWN = ""
 # Of one connection; the server reads no further call until one of these has ended.
 _MAX_IN_FLIGHT = 256
 _SECRET_BYTES = 32
@@ -132,7 +135,9 @@ class WireServer:
         self.serve(calls, implementation)
         self._secrets = caller_secrets
         self._allowed = allowed
-        self._connected: set[asyncio.StreamWriter] = set()
+        self._connected: dict[str, dict[asyncio.StreamWriter, None]] = {
+            caller: {} for caller in (*caller_secrets, _UNKNOWN)
+        }
         self._running: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -152,26 +157,36 @@ class WireServer:
         if self._server is not None:
             self._server.close()
         await asyncio.gather(*self._running, return_exceptions=True)
-        for writer in self._connected:
-            writer.close()
+        for connected in self._connected.values():
+            for writer in connected:
+                writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._connected) >= _MAX_CONNECTIONS:
-            writer.close()
-            return
-        self._connected.add(writer)
         try:
-            async with asyncio.timeout(_GREETING_S):
-                caller = await self._greet(reader, writer)
-            if caller is not None:
+            with self._counted(_UNKNOWN, writer):
+                async with asyncio.timeout(_GREETING_S):
+                    caller = await self._greet(reader, writer)
+            if caller is None or len(self._connected[caller]) >= _MAX_CONNECTIONS:
+                return
+            with self._counted(caller, writer):
                 await self._answer_all(caller, reader, writer)
         except (*_LOST, TimeoutError):
             pass  # the caller has left
         except ValueError as error:
             _LOG.warning("a connection is closed: %s", error)
         finally:
-            self._connected.discard(writer)
             writer.close()
+
+    @contextmanager
+    def _counted(self, caller: str, writer: asyncio.StreamWriter) -> Iterator[None]:
+        connected = self._connected[caller]
+        if len(connected) >= _MAX_CONNECTIONS:
+            next(iter(connected)).close()
+        connected[writer] = None
+        try:
+            yield
+        finally:
+            del connected[writer]
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str | None:
         """Return the caller's name once it has proved that it knows its secret; None if it does not."""

@@ -217,6 +217,24 @@ def test_a_caller_with_another_secret_is_refused_and_the_server_says_nothing() -
     play(scenario)
 
 
+def test_connections_of_one_caller_or_of_strangers_keep_no_other_caller_out() -> None:
+    async def scenario(world: World) -> None:
+        silent = [await asyncio.open_connection("127.0.0.1", world.access.port) for _ in range(70)]
+        many = [world.client("few") for _ in range(70)]
+        answers = [await asyncio.gather(client.add(1), return_exceptions=True) for client in many]
+
+        assert await world.client().add(5) == 6
+
+        assert sum(isinstance(one, Unavailable) for [one] in answers) == 6
+        assert await silent[0][0].read() == b""
+        for _, writer in silent:
+            writer.close()
+        for client in many:
+            await client.close()
+
+    play(scenario)
+
+
 def frame(words: str, content: object = None) -> bytes:
     text = f"{words}\n{json.dumps(content)}".encode()
     return struct.pack(">I", len(text)) + text
