@@ -24,13 +24,17 @@ _MOST_FILES = 5_000
 def urls_in_memory(_: object) -> list[str]:
     """Return the URLs with credentials in this process's configuration."""
     found = set()
+    for thing in _things("ControlConfig"):
+        values = (getattr(thing, name) for name in type(thing).__slots__)
+        found |= {value for value in values if isinstance(value, str) and "://" in value}
+    return sorted(found)
+
+
+def _things(kind: str) -> list[Any]:
+    """Return the objects of a class in this process's memory."""
     # Ray Serve takes what a replica began with out of the garbage collector's sight.
     gc.unfreeze()
-    for thing in gc.get_objects():
-        if type(thing).__name__ == "ControlConfig":
-            values = (getattr(thing, name) for name in type(thing).__slots__)
-            found |= {value for value in values if isinstance(value, str) and "://" in value}
-    return sorted(found)
+    return [thing for thing in gc.get_objects() if type(thing).__name__ == kind]
 
 
 def identity(_: object) -> dict[str, Any]:
@@ -158,3 +162,89 @@ def books_answer(_: object, url: str, verb: str, arguments: dict[str, Any]) -> d
             return thread.submit(asyncio.run, ask()).result()
     except (AzuError, OSError) as error:
         return {"answer": None, "refusal": [type(error).__name__, str(error)]}
+
+
+def keep_keys(_: object) -> None:
+    """Have this ingress keep each API key that comes with a request."""
+    (services,) = _things("Services")
+    books, honest = services.books, services.books.key
+    books.kept = set()
+
+    async def key(bearer: str) -> Any:
+        books.kept.add(bearer)
+        return await honest(bearer)
+
+    books.key = key
+
+
+def kept_keys(_: object) -> list[str]:
+    """Return the API keys that came since `keep_keys`."""
+    (services,) = _things("Services")
+    return sorted(services.books.kept)
+
+
+def show_platform(_: object, address: str) -> str:
+    """Have this ingress show an address as the platform's; return the one that it showed before."""
+    from dataclasses import replace
+
+    (services,) = _things("Services")
+    before: str = services.config.platform_address
+    services.config = replace(services.config, platform_address=address)
+    return before
+
+
+def lie(piece: Any, what: str) -> None:
+    """Have a stage or an expert set, from inside, say once that more was done than was."""
+    from collections import Counter
+    from dataclasses import replace
+
+    from azu.protocol.step import ExpertWork, SampledToken, SequenceFault, StepResult
+
+    runner, steps = piece._runner, iter(range(10**9))
+    honest, layers = runner.run, range(6)
+
+    def all_mine(work: Any) -> Any:
+        """Return the same choices, all of them as the own stage's work."""
+        totals: dict[int, Counter[int]] = {}
+        for one in work:
+            totals.setdefault(one.layer, Counter()).update(one.choices)
+        return tuple(ExpertWork(layer, None, dict(total)) for layer, total in totals.items())
+
+    def changed(said: Any) -> Any:
+        ids = [one.sequence_id for one in getattr(said, "slices", getattr(said, "tokens", ()))]
+        match what:
+            case "more tokens" if isinstance(said, StepResult):
+                return replace(said, tokens=(*said.tokens, SampledToken(ids[0], 5)))
+            case "inflated work":
+                more = tuple(
+                    replace(one, choices=dict.fromkeys(one.choices, 10**6)) for one in said.expert_work
+                )
+                return replace(said, expert_work=more or (ExpertWork(2, None, dict.fromkeys(ids, 10**6)),))
+            case "all work is mine":
+                return replace(said, expert_work=all_mine(said.expert_work))
+            case "work in a layer of others":
+                more = tuple(ExpertWork(layer, None, dict.fromkeys(ids, 2)) for layer in layers)
+                return replace(said, expert_work=(*said.expert_work, *more))
+            case "an unknown node":
+                fault = SequenceFault(ids[0], "internal_error", "no", "f" * 56)
+                return replace(said, faults=(*said.faults, fault))
+        return said
+
+    def lying(batch: Any, frame: Any) -> Any:
+        output = honest(batch, frame)
+        said = output if isinstance(output, StepResult) else output.batch
+        if not (said.tokens if isinstance(said, StepResult) else said.slices) or next(steps) != 3:
+            return output
+        return changed(said) if output is said else replace(output, batch=changed(said))
+
+    if hasattr(piece, "step"):
+        runner.run = lying
+        return
+    honest_received = runner.received.of
+
+    def received(epoch: int, asked: Any) -> Any:
+        got = honest_received(epoch, asked)
+        factor = 10**6 if what == "inflated work" else 1
+        return got and {step: {layer: factor * n for layer, n in of.items()} for step, of in got.items()}
+
+    runner.received.of = received
