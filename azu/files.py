@@ -76,7 +76,7 @@ def write_private_once(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def replacing(path: Path, *, part: Path | None = None) -> Iterator[FileIO]:
+def replacing(path: Path, *, part: Path | None = None, mode: int = 0o666) -> Iterator[FileIO]:
     """Yield an unbuffered file that takes `path`'s name when the block ends well, and survives a power cut.
 
     Until then its name is `part`, by default the hidden `.<name>.part` beside it, which is removed when the
@@ -84,7 +84,7 @@ def replacing(path: Path, *, part: Path | None = None) -> Iterator[FileIO]:
     """
     part = part or path.with_name(f".{path.name}.part")
     try:
-        with open(part, "wb", buffering=0) as file:
+        with open(part, "wb", buffering=0, opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             os.fsync(file.fileno())
         part.replace(path)

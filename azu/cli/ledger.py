@@ -223,7 +223,10 @@ def _drawn_reversible(report: ReversibleReport) -> "RenderableType":
             one.job_id,
             one.payer,
             f"{datetime.fromtimestamp(one.matures_at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S}",
-            "\n".join(f"{account} {hype_from_lamports(n)}" for account, n in one.accounts.items()),
+            ", ".join(
+                f"{account.removesuffix(':earned').replace(':', ' ')} {hype_from_lamports(lamports)}"
+                for account, lamports in one.accounts.items()
+            ),
         )
         for one in report.jobs
     ]

@@ -80,10 +80,12 @@ def back_up(home: Path, archive: Path, *, now_ms: Callable[[], int] = wall_clock
     for _ in range(_TRIES):
         made_at_ms = now_ms()
         try:
-            with disk_errors(archive.parent), replacing(archive) as file:
-                os.fchmod(file.fileno(), 0o600)
-                with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as tar:
-                    return _write(tar, home, made_at_ms)
+            with (
+                disk_errors(archive.parent),
+                replacing(archive, mode=0o600) as file,
+                tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as tar,
+            ):
+                return _write(tar, home, made_at_ms)
         except _Changed:
             continue
     raise Unavailable("the ledger's files changed while they were copied; try again")
@@ -184,8 +186,7 @@ def _extract(archive: Path, folder: Path) -> Backup:
                 files, size = files + 1, size + member.size
                 with disk_errors(folder.parent):
                     (folder / path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    with replacing(folder / path) as file:
-                        os.fchmod(file.fileno(), 0o600)
+                    with replacing(folder / path, mode=0o600) as file:
                         shutil.copyfileobj(content, file, _BLOCK_BYTES)
     except ValidationError as error:
         raise InvalidRequest(f"{archive} is of another version of azu") from error

@@ -100,7 +100,7 @@ def test_jobs_that_can_be_reversed_are_listed_for_who_paid_and_for_who_was_paid(
     assert [one["job_id"] for one in of_owner] == ["job-2"]
     assert of_owner[0]["accounts"] == {"platform": 16, f"worker:{OWNERS[0]}:earned": 64}
     assert facts("ledger", "reversible", BOB)["jobs"] == []
-    assert f"worker:{OWNERS[0]}:earned 0.00000064" in run("ledger", "reversible", ADDRESS)
+    assert f"worker {OWNERS[0]} 0.00000064" in run("ledger", "reversible", ADDRESS)
     run("ledger", "reverse", "job-2")
     assert [one["job_id"] for one in facts("ledger", "reversible", ADDRESS)["jobs"]] == ["job-3"]
 

@@ -234,7 +234,9 @@ def _dispute(draft: Draft, transfer: Disputed | DisputeDismissed | Reversed) -> 
         draft.disputes.put(job_id, None)
         return legs
     if open_ is None or isinstance(transfer, DisputeDismissed):
-        raise LedgerError(f"{transfer.id}: nothing of {job_id} can be held or reversed now", code="matured")
+        raise LedgerError(
+            f"{transfer.id}: what {job_id} paid out has matured, or it paid out nothing", code="matured"
+        )
     taken = {account: -lamports for account, lamports in _accounts(open_).items()}
     to = {HELD if isinstance(transfer, Disputed) else user_available(open_.payer): open_.lamports}
     # The platform may have lost its part since; the payer gets it nevertheless.

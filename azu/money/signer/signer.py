@@ -197,7 +197,7 @@ class Signer(SignerCalls):
         """Have the file say what is remembered from here on; raises Unavailable if it cannot."""
         if state == self._state:
             return
-        with disk_errors(self._path.parent), replacing(self._path) as file:
+        with disk_errors(self._path.parent), replacing(self._path, mode=0o600) as file:
             write_all(file, _STATE.dump_json(state))
         self._state = state
 

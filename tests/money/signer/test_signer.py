@@ -134,6 +134,7 @@ def test_a_withdrawal_is_signed_once_and_arrives(world: World, file: Path) -> No
         assert await scene.signer.transfer(asked) == await scene.start().transfer(asked)
         assert scene.received(asked.address) == 1
         assert await scene.findings() == ()
+        assert file.stat().st_mode & 0o777 == 0o600
 
     play(world, file, scenario)
 
