@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 1
 BIN := $(VENV)/bin
-FIRST := tests/money tests/auth
+FIRST := tests/money tests/auth tests/jobs tests/launch
 
 .PHONY: demo test lint types house prove clean
 
@@ -30,7 +30,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# Two processes share the tests: those that need the cluster mostly wait, so that process takes money's tests too.
+# Two processes share the tests: those that need the cluster mostly wait, so that process takes some of the others too.
 test: lint
 	@{ $(BIN)/pytest -q -m 'cluster and not prove'; first=$$?; \
 	   $(BIN)/pytest -q -m 'not cluster and not prove' $(FIRST) && exit $$first; } >$(VENV)/first.log 2>&1 & first=$$!; \

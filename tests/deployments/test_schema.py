@@ -39,7 +39,6 @@ _PATIENCE_S = 300
 @pytest.fixture
 def here(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("deployments.jobs._SIGNATURE_TIMEOUT_S", 0.05)
     with served(redis_url, tmp_path) as running:
         yield running
 

@@ -4,7 +4,6 @@ The books are served as their process serves them.
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ import pytest
 from eth_account import Account
 
 from azu.auth.signatures import ReverseJob, sign_claim, sign_command
+from azu.clock import wall_clock_ms
 from azu.errors import InsufficientBalance
 from azu.money.books import Books
 from azu.protocol.job import FinishReason, JobEnding, JobState
@@ -20,7 +20,6 @@ from tests.money.serving import PLATFORM, TERMS, ServedBooks, serving
 from tests.redteam.conftest import HONEST, MALLORY, MALLORY_WALLET
 
 DAY_MS = 86_400_000
-NOW_MS = time.time_ns() // 1_000_000
 ADMIN = Account.from_key("0x" + "ad" * 32)
 PAYER = USER.address.lower()
 DEPOSIT, LIMIT = 1_000_000, 100_001
@@ -70,7 +69,7 @@ class Thief:
 
 def steal(redis_url: str, scenario: Callable[[Thief, list[int]], Awaitable[None]]) -> None:
     """Run a scenario over books in which earnings wait for a day; the list holds the time."""
-    clock = [NOW_MS]
+    clock = [wall_clock_ms()]
     terms = replace(TERMS, maturity_ms=DAY_MS, admins=(ADMIN.address.lower(),))
 
     async def inside() -> None:
@@ -85,7 +84,7 @@ def steal(redis_url: str, scenario: Callable[[Thief, list[int]], Awaitable[None]
 
 
 async def reverse(owner: Books, job_id: str, nonce: int) -> None:
-    command = ReverseJob(job_id=job_id, nonce=nonce, expires_at_ms=NOW_MS + 10 * DAY_MS)
+    command = ReverseJob(job_id=job_id, nonce=nonce, expires_at_ms=wall_clock_ms() + 10 * DAY_MS)
     await owner.command(sign_command(ADMIN, command, PLATFORM))
 
 
