@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,12 @@ class Attacked:
         """Return the ids of the processes of a Unix user."""
         user = UnixUser.find(name)
         assert user is not None
-        return [one.pid for one in psutil.process_iter() if one.uids().real == user.uid]
+        found = []
+        for one in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                if one.uids().real == user.uid:
+                    found.append(one.pid)
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +173,10 @@ def _member(network: LocalNetwork, folder: Path, host: Host) -> Iterator[subproc
     as_user = ("setpriv", f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups", "--")
     process = subprocess.Popen(
         host.command(*as_user, sys.executable, "-m", "tests.redteam.member", access.head),
-        env=user.environment(os.environ) | driver_environment(token, tls, host.ip),
+        # The program is one of the tests, which are not installed.
+        env=user.environment(os.environ)
+        | driver_environment(token, tls, host.ip)
+        | {"PYTHONPATH": str(Path(__file__).parents[2])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
