@@ -14,6 +14,9 @@ from starlette.exceptions import HTTPException
 from azu.api.base import ErrorBody
 from azu.config import ControlConfig
 from azu.errors import AzuError, InvalidRequest, NotFound, plain_fault
+from azu.jobs.departures import BEAT_S
+from azu.metrics import Meter
+from azu.supervision import Supervisor, end_process
 from deployments import accounts, completions, jobs, network, nodes, page
 from deployments.middleware import BodyLimit, OpenRequests, RequestIds, refusal
 from deployments.schema import openapi_of
@@ -36,20 +39,27 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def build_api(
-    config: ControlConfig, connect: Callable[[ControlConfig], Services] = Services, *, echo_ids: bool = True
+    config: ControlConfig,
+    connect: Callable[[ControlConfig], Services] = Services,
+    *,
+    echo_ids: bool = True,
+    replace: Callable[[], None] = end_process,
 ) -> FastAPI:
     """Return the ingress as a plain ASGI app; it connects when it starts.
 
     With `echo_ids` the app writes a request's id into the response; Serve's proxy does that by itself.
+    `replace` is called once a loop of the ingress cannot go on.
     """
 
     @asynccontextmanager
     async def connected(app: FastAPI) -> AsyncIterator[None]:
-        app.state.services = connect(config)
-        beating = asyncio.create_task(app.state.services.keep_beating())
+        services = app.state.services = connect(config)
+        loops = Supervisor("ingress", Meter(), replace)
+        # An ingress that says no more that it lives has its clients count as gone.
+        loops.start("beat", services.intake.departures.beat, every_s=BEAT_S)
         warming = asyncio.create_task(asyncio.to_thread(warm_up))
         yield
-        beating.cancel()
+        await loops.stop()
         warming.cancel()
 
     api = _with_routes(connected)

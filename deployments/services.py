@@ -6,7 +6,6 @@ import hmac
 import secrets
 import time
 from collections import OrderedDict
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +24,7 @@ from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
 from azu.contact import Contact
 from azu.errors import AzuError, Forbidden, NotFound, Unauthenticated, Unavailable
-from azu.jobs.departures import BEAT_S, Departures
+from azu.jobs.departures import Departures
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts, check_wait
 from azu.jobs.record import JobRecord, record_of
@@ -100,13 +99,6 @@ class Services:
         self._scheduler = Contact("the scheduler")
         self._measured = (float("-inf"), MetricsSnapshot({}, {}))
         self._models: OrderedDict[str, tuple[float, ServedModel]] = OrderedDict()
-
-    async def keep_beating(self) -> None:
-        """Note now and then that this ingress lives: else its clients count as gone."""
-        while True:
-            with suppress(Unavailable):
-                await self.intake.departures.beat()
-            await asyncio.sleep(BEAT_S)
 
     async def key(self, secret: str | None) -> ApiKey:
         """Return the API key with a secret and count the request as its own.

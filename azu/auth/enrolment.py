@@ -64,9 +64,8 @@ class Enrolment(EnrolmentCalls):
         self._now = now
         self._random_bytes = random_bytes
         self._records = _read(self._path)
-        # Writes that an address is paid for a node: its id, the address, the key's hash, the machine's name,
-        # and the node's speed.
-        self.pays: Callable[[str, str, str, str, int], Awaitable[None]] | None = None
+        # The books' call `enrol_node`.
+        self.pays: Callable[..., Awaitable[None]] | None = None
 
     async def new_ticket(
         self, label: str, uses: int, host: str, expires_in_s: int
@@ -140,7 +139,7 @@ class Enrolment(EnrolmentCalls):
         if not is_id_of(node_id, digest):
             raise Forbidden("this id is of another machine", param="node_id", code="foreign_node")
         assert self.pays is not None, "the books set it before they serve"
-        await self.pays(node_id, payout, digest, name, work_bytes_per_s)
+        await self.pays(node_id, payout, key_digest=digest, name=name, work_bytes_per_s=work_bytes_per_s)
 
     def _member(
         self, certificate: str, text: str, signature: str, signed_at_ms: int

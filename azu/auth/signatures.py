@@ -114,28 +114,30 @@ _Word = Annotated[str, Field(pattern=r"^[!-~]{1,200}$")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CreditSuspense:
-    """Credit a row of the chain that is in suspense to an address."""
+class _Command:
+    """What all commands share: a nonce that is used once, and the end of the command."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    row: _Word
-    address: _Address
     nonce: _Number
     expires_at_ms: _Number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreditSuspense(_Command):
+    """Credit a row of the chain that is in suspense to an address."""
+
+    row: _Word
+    address: _Address
     kind: Literal["CreditSuspense"] = "CreditSuspense"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TakeRevenue:
+class TakeRevenue(_Command):
     """Send the platform's own money to an address."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     address: _Address
     lamports: _Number
-    nonce: _Number
-    expires_at_ms: _Number
     kind: Literal["TakeRevenue"] = "TakeRevenue"
 
     @property
@@ -145,92 +147,65 @@ class TakeRevenue:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CoverLoss:
+class CoverLoss(_Command):
     """Give the platform money from the account of an admin's own address: it pays for what is missing."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     address: _Address
     lamports: _Number
-    nonce: _Number
-    expires_at_ms: _Number
     kind: Literal["CoverLoss"] = "CoverLoss"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReverseJob:
+class ReverseJob(_Command):
     """Give back to its payer what a job earned and that is not mature yet."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
     job_id: _Word
-    nonce: _Number
-    expires_at_ms: _Number
     kind: Literal["ReverseJob"] = "ReverseJob"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DismissDispute:
+class DismissDispute(_Command):
     """Give the shares of a disputed job to those who earned them."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
     job_id: _Word
-    nonce: _Number
-    expires_at_ms: _Number
     kind: Literal["DismissDispute"] = "DismissDispute"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PayHeld:
-    """Give what is held of a node's work to an address as its earnings."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
+class _OfHeld(_Command):
     node_id: _Word
     address: _Address
     lamports: _Number
-    nonce: _Number
-    expires_at_ms: _Number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PayHeld(_OfHeld):
+    """Give what is held of a node's work to an address as its earnings."""
+
     kind: Literal["PayHeld"] = "PayHeld"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReleaseHeld:
+class ReleaseHeld(_OfHeld):
     """Give what is held of a node's work back to a user."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    node_id: _Word
-    address: _Address
-    lamports: _Number
-    nonce: _Number
-    expires_at_ms: _Number
     kind: Literal["ReleaseHeld"] = "ReleaseHeld"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RemoveNode:
+class RemoveNode(_Command):
     """Hold what a node's work is worth from now on; its id is never enrolled again."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
     node_id: _Word
-    nonce: _Number
-    expires_at_ms: _Number
     kind: Literal["RemoveNode"] = "RemoveNode"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AcceptLoss:
+class AcceptLoss(_Command):
     """Go on with books that lost what came after entry `number`, which has this hash."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     number: _Number
     hash: _Word
-    nonce: _Number
-    expires_at_ms: _Number
     kind: Literal["AcceptLoss"] = "AcceptLoss"
 
 

@@ -95,11 +95,9 @@ class EnrolmentCalls:
 
         Raises Forbidden where this network makes no tickets.
         """
-        raise NotImplementedError
 
     async def tickets(self) -> tuple[TicketRecord, ...]:
         """Return the tickets that still count, in the order in which they were made."""
-        raise NotImplementedError
 
     async def revoke_ticket(self, ticket_id: str) -> None:
         """Admit no more nodes with a ticket, and renew none of its nodes; raises NotFound."""
@@ -110,7 +108,6 @@ class EnrolmentCalls:
         A node that asks again, because an answer was lost, is not counted twice. Raises Unauthenticated when
         the ticket is unknown, revoked, expired or used up, Forbidden for an address that it is not for.
         """
-        raise NotImplementedError
 
     async def renew(self, certificate: str, signed_at_ms: int, signature: str) -> NodeCertificate:
         """Return a later certificate for the key and the address of a node that shows its present one.
@@ -118,7 +115,6 @@ class EnrolmentCalls:
         Raises Unauthenticated unless the certificate is of this network and valid, its key signed
         `renewal_text` just now, and the node's ticket was not revoked.
         """
-        raise NotImplementedError
 
     async def set_payout(
         self,

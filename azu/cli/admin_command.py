@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from azu.auth.signatures import AdminCommand
     from azu.money.books import Books
 
-_LIFE_MS = 600_000
+COMMAND_LIFE_MS = 600_000
 _NONCE_BITS = 62
 _Answer = TypeVar("_Answer")
 # From and to whom, and lamports.
@@ -50,7 +50,7 @@ def carry_out(kind: Callable[..., "AdminCommand"], moves: Moves, as_json: bool, 
     if not as_json:
         console.print(_drawn(moves))
     wallet, platform = admin_wallet(settings), platform_of(settings)
-    end = {"nonce": secrets.randbits(_NONCE_BITS), "expires_at_ms": wall_clock_ms() + _LIFE_MS}
+    end = {"nonce": secrets.randbits(_NONCE_BITS), "expires_at_ms": wall_clock_ms() + COMMAND_LIFE_MS}
     command = kind(**fields, **end)
     text = sign_command(wallet, command, platform)
     with_books(lambda books: books.command(text))

@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ from rich.console import Group
 from rich.text import Text
 
 from azu.cli.admin_command import Moves, carry_out, with_books
-from azu.cli.output import AsJson, show, table
+from azu.cli.output import AsJson, show, table, utc
 from azu.clock import wall_clock_ms
 from azu.config import Settings
 from azu.units import format_bytes, hype_from_lamports, lamports_from_hype
@@ -222,7 +221,7 @@ def _drawn_reversible(report: ReversibleReport) -> "RenderableType":
         (
             one.job_id,
             one.payer,
-            f"{datetime.fromtimestamp(one.matures_at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S}",
+            utc(one.matures_at_ms),
             ", ".join(
                 f"{account.removesuffix(':earned').replace(':', ' ')} {hype_from_lamports(lamports)}"
                 for account, lamports in one.accounts.items()
@@ -312,7 +311,7 @@ def _hype(lamports: int | None) -> str:
 
 def _drawn_backup(made: "Backup") -> Text:
     return Text(
-        f"{made.files} files, {format_bytes(made.bytes)}, as they were at {_time(made.made_at_ms)}.\n"
+        f"{made.files} files, {format_bytes(made.bytes)}, as they were at {utc(made.made_at_ms)} UTC.\n"
         "What happens from now on is not in this copy.",
         "green",
     )
@@ -323,15 +322,11 @@ def _drawn_restored(done: "Restored") -> Text:
     age_s = (wall_clock_ms() - made.made_at_ms) // 1000
     cut = f"Half a write was cut off: {done.cut.dropped_bytes} bytes.\n" if done.cut.dropped_bytes else ""
     return Text(
-        f"{made.files} files, {format_bytes(made.bytes)}, are as they were at {_time(made.made_at_ms)}.\n"
+        f"{made.files} files, {format_bytes(made.bytes)}, are as they were at {utc(made.made_at_ms)} UTC.\n"
         f"{cut}Deposits, jobs and payouts of the {age_s} s since then are missing.\n"
         "Next: azu up, then azu treasury status.",
         "yellow",
     )
-
-
-def _time(at_ms: int) -> str:
-    return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _drawn_repair(done: "FileRepair") -> Text:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
@@ -63,6 +64,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
     for row in rows:
         drawn.add_row(*map(cell, row))
     return drawn
+
+
+def utc(at_ms: int) -> str:
+    """Return a time in ms as people read it, in UTC."""
+    return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def cell(content: object) -> Text:

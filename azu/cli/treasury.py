@@ -4,15 +4,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group
 from rich.text import Text
 
-from azu.cli.admin_command import admin_wallet, carry_out, platform_of, with_books
-from azu.cli.output import AsJson, show, table
+from azu.cli.admin_command import COMMAND_LIFE_MS, admin_wallet, carry_out, platform_of, with_books
+from azu.cli.output import AsJson, show, table, utc
 from azu.config import Settings
 from azu.units import hype_from_lamports, lamports_from_hype
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 # Creating an account on the chain costs the platform a dollar, so its first payout has to be larger.
 _NEW_ACCOUNT_FACTOR = 4
 _DEVNET_POLL_S = 0.2
-_LIFE_MS = 600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ def accept_loss(as_json: AsJson = False) -> None:
             head, now_ms = await books.head(), wall_clock_ms()
             # The signer takes a later command only.
             command = AcceptLoss(
-                number=head.number, hash=head.hash, nonce=now_ms, expires_at_ms=now_ms + _LIFE_MS
+                number=head.number, hash=head.hash, nonce=now_ms, expires_at_ms=now_ms + COMMAND_LIFE_MS
             )
             text = sign_command(wallet, command, platform)
             if lost:
@@ -166,7 +164,7 @@ def credit(
 
 def _drawn_uncredited(report: UncreditedReport) -> "RenderableType":
     rows = [
-        (f"{datetime.fromtimestamp(one.time_ms / 1000, UTC):%Y-%m-%d %H:%M:%S}", one.sender, one.amount,
+        (utc(one.time_ms), one.sender, one.amount,
          one.token_name, one.row, one.reason)
         for one in report.transfers
     ]  # fmt: skip

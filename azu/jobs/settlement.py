@@ -75,7 +75,7 @@ class Settlement:
         except (*AWAY, NotFound):
             raise
         except Exception as refused:
-            log.error("the books refuse this end: %s", refused, extra={"job_id": job.job_id})
+            log.error("the books refuse this end", exc_info=refused, extra={"job_id": job.job_id})
             await self._jobs.finish(job.job_id, _unbooked(job, failed))
 
 

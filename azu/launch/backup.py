@@ -20,19 +20,11 @@ from azu.clock import wall_clock_ms
 from azu.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from azu.files import disk_errors, replacing
 from azu.launch.network_process import home_locked
+from azu.launch.network_users import BESIDE_LEDGER, LEDGER
 from azu.money.ledger.durability import FileRepair, append_only_files, repair
 
-_STORE = Path("redis")
-_SEALS = Path("ledger")
-# What a home may have beside the ledger. The platform's key on a real chain is not here: it is kept apart.
-_OTHERS = (
-    "signer.json",
-    "receipt-key.json",
-    "books",
-    "devnet.key",
-    "devnet-admin.key",
-    "devnet.jsonl",
-)
+# The platform's key on a real chain is in no home: it is kept apart.
+_STORE, _SEALS = LEDGER
 _LAST = "backup.json"
 _FORMAT = 1
 _TRIES = 5
@@ -98,7 +90,7 @@ def restore(archive: Path, home: Path, network_home: Path) -> Restored:
     for a file that is no whole copy; the home has not changed then.
     """
     with home_locked(network_home):
-        for name in (str(_STORE), str(_SEALS), *_OTHERS):
+        for name in (*LEDGER, *BESIDE_LEDGER):
             if (home / name).exists():
                 raise Conflict(f"{home / name} exists; a copy is restored only where no money is")
         part = home / ".restored.part"
@@ -109,7 +101,7 @@ def restore(archive: Path, home: Path, network_home: Path) -> Restored:
             with disk_errors(home):
                 _give(part, home)
                 # The ledger comes last: without it there is nothing that `azu up` would start.
-                for path in sorted(part.iterdir(), key=lambda path: path.name == _SEALS.name):
+                for path in sorted(part.iterdir(), key=lambda path: path.name == _SEALS):
                     path.rename(home / path.name)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -146,7 +138,7 @@ def _files(home: Path) -> Iterator[Path]:
     The mark of the last entry comes before the journal: books that lack a noted entry have lost it. Raises
     _Changed after the store's files if they, or the sealed entries, are others than before.
     """
-    for name in _OTHERS:
+    for name in BESIDE_LEDGER:
         path = home / name
         if path.is_file():
             yield path
@@ -169,7 +161,7 @@ def _sealed(home: Path) -> tuple[Path, ...]:
 
 def _extract(archive: Path, folder: Path) -> Backup:
     backup, files, size = None, 0, 0
-    allowed = {str(_STORE), str(_SEALS), *_OTHERS}
+    allowed = {*LEDGER, *BESIDE_LEDGER}
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:

@@ -20,19 +20,16 @@ from azu.errors import ConfigurationError, Conflict
 from azu.launch.unix_users import UnixUser
 
 # What belongs to the user of money; it moves there from AZU_HOME when the users are separated.
-_MONEY = (
-    "redis",
+LEDGER = ("redis", "ledger")
+BESIDE_LEDGER = (
     "signer.json",
-    "signer-calls.json",
     "receipt-key.json",
+    "books",
     "devnet.key",
     "devnet-admin.key",
-    "devnet.json",
     "devnet.jsonl",
-    "books.json",
-    "books",
-    "ledger",
 )
+_MONEY = (*LEDGER, *BESIDE_LEDGER, "signer-calls.json", "books.json", "devnet.json")
 # What belongs to the user of Ray, wherever it was before.
 _JOBS = "redis-jobs"
 _PROBE_TIMEOUT_S = 60.0

@@ -3,15 +3,11 @@
 import asyncio
 import logging
 import secrets
-import zlib
-from base64 import b85decode, b85encode
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-
-from pydantic import TypeAdapter
 
 from azu.auth.key_records import CHALLENGE_TTL_S, ApiKey, key_id_of, key_record_is_signed, secret_digest
 from azu.auth.signatures import (
@@ -51,6 +47,7 @@ from azu.money.books import (
 )
 from azu.money.books_view import open_payouts_of, view_of
 from azu.money.commands import command_id, transfer_of
+from azu.money.endings import LOST, outcome_of, pack_ending
 from azu.money.ledger.audit import Audit
 from azu.money.ledger.entry import Result
 from azu.money.ledger.journal import RedisJournal
@@ -59,7 +56,6 @@ from azu.money.ledger.seals import Seals
 from azu.money.ledger.state import KEPT_MS, BooksState
 from azu.money.ledger.transfers import (
     HELD,
-    MAX_OUTCOME_BYTES,
     PLATFORM,
     Disputed,
     EarningsClaimed,
@@ -77,7 +73,6 @@ from azu.money.ledger.transfers import (
     WithdrawalPlanned,
     WriterOpened,
     is_node_held,
-    is_outside,
     node_held,
     user_available,
     user_reserved,
@@ -96,7 +91,7 @@ from azu.money.treasury.withdrawals import (
     SignedWithdrawal,
     WithdrawalStatus,
 )
-from azu.protocol.job import FinishReason, JobEnding, JobOutcome, JobState, Receipt
+from azu.protocol.job import JobEnding, JobOutcome
 from azu.redis_client import connect_redis
 from azu.units import hype_from_lamports
 
@@ -105,8 +100,6 @@ _LOG = logging.getLogger(__name__)
 _SILENCE_S = 0.5
 # The part of a charge whose work no node has shown is held under this name.
 UNSHOWN = "-"
-_ENDING = TypeAdapter(JobEnding)
-_PACKED = "~"
 _MOST_REVERSIBLE = 1000
 _ENDS = ("settle", "release", "expire")
 # What the ledger says of a decision that comes too late, or too early.
@@ -297,7 +290,7 @@ class Bookkeeper(BooksCalls):
     async def give_back(self, job_id: str) -> None:
         ledger = await self.ledger()
         if (hold := ledger.state.reservations.get(job_id)) is not None:
-            await self._end(hold, Release(id=f"release:{job_id}", job_id=job_id, outcome=_pack(_LOST)))
+            await self._end(hold, Release(id=f"release:{job_id}", job_id=job_id, outcome=pack_ending(LOST)))
 
     async def settle(
         self,
@@ -320,7 +313,7 @@ class Bookkeeper(BooksCalls):
         charged = hold.price_of(prompt_tokens + completion_tokens)
         if not charged:
             return await self._end(
-                hold, Release(id=f"release:{job_id}", job_id=job_id, outcome=_pack(ending))
+                hold, Release(id=f"release:{job_id}", job_id=job_id, outcome=pack_ending(ending))
             )
         division = divide(charged, hold.platform_percent, work, hold.num_layers)
         # By the terms of now: without them every settlement would read the reservation's entry.
@@ -343,7 +336,7 @@ class Bookkeeper(BooksCalls):
             held=held,
             by_node=division.workers,
             maturity_ms=self._terms.maturity_ms,
-            outcome=_pack(ending),
+            outcome=pack_ending(ending),
         )
         return await self._end(hold, settle)
 
@@ -367,7 +360,7 @@ class Bookkeeper(BooksCalls):
             if (ended := await self.ended(hold.job_id)) is None:
                 raise
             return ended
-        return _outcome(hold, transfer)
+        return outcome_of(hold, transfer)
 
     async def ended(self, job_id: str) -> JobOutcome | None:
         ledger = await self.ledger()
@@ -380,7 +373,7 @@ class Bookkeeper(BooksCalls):
                 transfer = end.entry.transfer
                 assert isinstance(hold, Reserve), "the ids say so"
                 assert isinstance(transfer, Settle | Release | Expire), "the ids say so"
-                return _outcome(hold, transfer)
+                return outcome_of(hold, transfer)
         return None
 
     async def receipt_signature(self, job_id: str) -> ReceiptSignature | None:
@@ -494,14 +487,6 @@ class Bookkeeper(BooksCalls):
             )
             await ledger.apply(paid)
 
-    async def pay_node(
-        self, node_id: str, payout: str, key_digest: str, name: str, work_bytes_per_s: int
-    ) -> None:
-        """Pay an address for the work of a node whose machine signed that; raises Conflict."""
-        await self.enrol_node(
-            node_id, payout, key_digest=key_digest, name=name, work_bytes_per_s=work_bytes_per_s
-        )
-
     async def apply(self, transfer: TreasuryTransfer) -> None:
         ledger = await self.ledger()
         if isinstance(transfer, UnknownOut) and await ledger.result(transfer.id) is None:
@@ -535,8 +520,7 @@ class Bookkeeper(BooksCalls):
         return {address: lamports for address, lamports in free.items() if lamports > 0}
 
     async def inside(self) -> int:
-        balances = (await self.ledger()).state.balances
-        return sum(lamports for account, lamports in balances.items() if not is_outside(account))
+        return (await self.ledger()).state.inside
 
     async def totals(self) -> Totals:
         ledger = await self.ledger()
@@ -682,56 +666,3 @@ def _facts(reserve: Reserve) -> tuple[object, ...]:
         reserve.address, reserve.key_id, reserve.model_id, reserve.revision, reserve.num_layers,
         reserve.prompt_tokens, reserve.max_tokens,
     )  # fmt: skip
-
-
-_LOST = JobEnding(
-    JobState.FAILED,
-    FinishReason.ERROR,
-    {"message": "the job was lost before it ran", "type": "server_error", "param": None, "code": "job_lost"},
-)
-
-
-def _outcome(hold: Reserve, end: Settle | Release | Expire) -> JobOutcome:
-    """Return how a job has ended from the two entries of its money alone."""
-    ending = _LOST if isinstance(end, Expire) or not end.outcome else _unpack(end.outcome)
-    charge = end if isinstance(end, Settle) else Settle(
-        id=end.id, job_id=end.job_id, charged_lamports=0, platform_lamports=0, shares={}
-    )  # fmt: skip
-    receipt = Receipt(
-        job_id=hold.job_id,
-        address=hold.address,
-        model_id=hold.model_id,
-        revision=hold.revision,
-        prompt_tokens=charge.prompt_tokens,
-        completion_tokens=charge.completion_tokens,
-        num_layers=hold.num_layers,
-        lamports_per_token_layer=hold.lamports_per_token_layer,
-        charged_lamports=charge.charged_lamports,
-        released_lamports=hold.lamports - charge.charged_lamports,
-        platform_lamports=charge.platform_lamports,
-        worker_lamports=charge.shares,
-        transfer_id=end.id,
-        topology=ending.topology,
-        held_lamports=sum(charge.held.values()),
-    )
-    return JobOutcome(ending.state, ending.finish_reason, receipt, ending.error)
-
-
-def _pack(ending: JobEnding) -> str:
-    """Return an ending as the ledger keeps it; which experts ran where is left out where that is too long."""
-    text = _ENDING.dump_json(ending, exclude_defaults=True).decode()
-    if len(text) > 1024:
-        text = _PACKED + b85encode(zlib.compress(text.encode(), 9)).decode()
-    if len(text.encode()) <= MAX_OUTCOME_BYTES:
-        return text
-    return _pack(JobEnding(ending.state, ending.finish_reason, _short(ending.error)))
-
-
-def _unpack(text: str) -> JobEnding:
-    if text.startswith(_PACKED):
-        text = zlib.decompress(b85decode(text.removeprefix(_PACKED))).decode()
-    return _ENDING.validate_json(text)
-
-
-def _short(error: Mapping[str, str | None] | None) -> Mapping[str, str | None] | None:
-    return None if error is None else {name: value and value[:200] for name, value in error.items()}

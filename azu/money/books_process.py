@@ -88,7 +88,7 @@ async def run(config: BooksConfig, *, ready: Callable[[], None]) -> None:
     )
     server = WireServer(BooksCalls, bookkeeper, config.access.secrets, allowed_to(config.enrolment))
     if config.enrolment is not None:
-        config.enrolment.pays = bookkeeper.pay_node
+        config.enrolment.pays = bookkeeper.enrol_node
         server.serve(EnrolmentCalls, config.enrolment)
     supervisor = Supervisor("books", Meter(), stop.set)
 

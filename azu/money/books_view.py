@@ -12,7 +12,6 @@ from azu.money.ledger.transfers import (
     RevenueTaken,
     Suspended,
     WithdrawalPlanned,
-    is_outside,
 )
 from azu.money.signer.views import BooksHead, BooksView, Credit, OpenPayout, PayoutKind
 
@@ -36,11 +35,10 @@ async def view_of(
         first = list(islice(rows, _ENTRIES))
         found = [one for _, one in first], first[-1][0] if len(first) == _ENTRIES else head.number
     credits_, until = found
-    inside = sum(lamports for account, lamports in state.balances.items() if not is_outside(account))
     return BooksView(
         head=BooksHead(head.number, head.hash),
         hash_at=hash_at,
-        owed_lamports=inside - state.balance(PLATFORM),
+        owed_lamports=state.inside - state.balance(PLATFORM),
         revenue_lamports=state.balance(PLATFORM),
         credited_lamports=state.facts.get("credited", 0),
         read_until_ms=read_until_ms,

@@ -166,7 +166,10 @@ class WireServer:
             with self._counted(_UNKNOWN, writer):
                 async with asyncio.timeout(_GREETING_S):
                     caller = await self._greet(reader, writer)
-            if caller is None or len(self._connected[caller]) >= _MAX_CONNECTIONS:
+            if caller is None:
+                return
+            if len(self._connected[caller]) >= _MAX_CONNECTIONS:
+                _LOG.warning("refused %s, which has %d connections", caller, _MAX_CONNECTIONS)
                 return
             with self._counted(caller, writer):
                 await self._answer_all(caller, reader, writer)

@@ -253,7 +253,7 @@ async def local_ingress(
             supervisor=Supervisor("test", Meter(), replace=lambda: None),
         )  # fmt: skip
         running = [asyncio.create_task(one) for one in (dispatcher.run(), knows_no_transfer(redis_url))]
-        api = build_api(config, LocalServices)
+        api = build_api(config, LocalServices, replace=lambda: None)
         try:
             async with api.router.lifespan_context(api):
                 transport = httpx.ASGITransport(api, raise_app_exceptions=False)

@@ -4,6 +4,11 @@ import asyncio
 import json
 from pathlib import Path
 
+import pytest
+
+from azu.errors import Unavailable
+from azu.jobs.departures import Departures
+from azu.redis_client import connect_redis
 from deployments.ingress import contract
 from tests.deployments.local import local_ingress
 
@@ -56,3 +61,27 @@ def test_a_refusal_speaks_of_the_request_and_not_of_the_program(redis_url: str, 
                     assert (error["param"], error["message"]) == (param, f"{param}: {fault}")
 
     asyncio.run(asyncio.wait_for(ask(), 300))
+
+
+def test_an_ingress_says_that_it_lives_also_after_an_unexpected_error(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beat, left = Departures.beat, [KeyError("unexpected"), Unavailable("Redis is away")]
+
+    async def beat_later(departures: Departures) -> None:
+        if left:
+            raise left.pop()
+        await beat(departures)
+
+    monkeypatch.setattr(Departures, "beat", beat_later)
+    monkeypatch.setattr("deployments.ingress.BEAT_S", 0.01)
+
+    async def scenario() -> None:
+        redis = connect_redis(redis_url)
+        async with local_ingress(redis_url, tmp_path) as ingress, asyncio.timeout(30):
+            departures = ingress.app.state.services.intake.departures
+            while not await redis.exists(f"azu:jobs:ingress:{departures.ingress}"):
+                await asyncio.sleep(0.01)
+        await redis.aclose()
+
+    asyncio.run(scenario())

@@ -151,7 +151,7 @@ class serving:  # noqa: N801 - a context, used as one
         api.state.services.asked = self.asked
 
     async def _pay(
-        self, node_id: str, payout: str, key_digest: str, name: str, work_bytes_per_s: int
+        self, node_id: str, payout: str, *, key_digest: str, name: str, work_bytes_per_s: int
     ) -> None:
         self._payouts[node_id] = payout, work_bytes_per_s
 

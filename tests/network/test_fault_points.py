@@ -21,7 +21,7 @@ def test_every_public_method_of_the_books_is_struck() -> None:
     struck = {point.method for point in POINTS}
     methods = [name for name, one in vars(Bookkeeper).items() if inspect.isfunction(one) and name[0] != "_"]
     # The end of the process; and what only a machine that joined over the network has called.
-    apart = {"close", "pay_node"}
+    apart = {"close"}
 
     assert [name for name in methods if f"{BOOKS}.{name}" not in struck and name not in apart] == []
 

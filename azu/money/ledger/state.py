@@ -21,6 +21,7 @@ from azu.money.ledger.transfers import (
     RevenueTaken,
     Suspended,
     WithdrawalPlanned,
+    is_outside,
 )
 
 # How long credits and nonces are kept by name; the chain takes a nonce for two days.
@@ -77,6 +78,11 @@ class BooksState:
     # lamports, "lost": entries, "revenue_left": what left the account of the platform's own, less
     # what its owner put in, in lamports.
     facts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def inside(self) -> int:
+        """All that azu holds on the chain, its own and what it owes, in lamports."""
+        return sum(lamports for account, lamports in self.balances.items() if not is_outside(account))
 
     def balance(self, account: str) -> int:
         """Return an account's lamports."""

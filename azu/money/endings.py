@@ -1,0 +1,65 @@
+"""How a job ended, as the books keep it with the entry that ends the job, and the outcome that this gives."""
+
+import zlib
+from base64 import b85decode, b85encode
+from collections.abc import Mapping
+
+from pydantic import TypeAdapter
+
+from azu.money.ledger.transfers import MAX_OUTCOME_BYTES, Expire, Release, Reserve, Settle
+from azu.protocol.job import FinishReason, JobEnding, JobOutcome, JobState, Receipt
+
+_ENDING = TypeAdapter(JobEnding)
+_PACKED = "~"
+# The end of a job that was reserved and never written.
+LOST = JobEnding(
+    JobState.FAILED,
+    FinishReason.ERROR,
+    {"message": "the job was lost before it ran", "type": "server_error", "param": None, "code": "job_lost"},
+)
+
+
+def outcome_of(hold: Reserve, end: Settle | Release | Expire) -> JobOutcome:
+    """Return how a job has ended from the two entries of its money alone."""
+    ending = LOST if isinstance(end, Expire) or not end.outcome else _unpack(end.outcome)
+    charge = end if isinstance(end, Settle) else Settle(
+        id=end.id, job_id=end.job_id, charged_lamports=0, platform_lamports=0, shares={}
+    )  # fmt: skip
+    receipt = Receipt(
+        job_id=hold.job_id,
+        address=hold.address,
+        model_id=hold.model_id,
+        revision=hold.revision,
+        prompt_tokens=charge.prompt_tokens,
+        completion_tokens=charge.completion_tokens,
+        num_layers=hold.num_layers,
+        lamports_per_token_layer=hold.lamports_per_token_layer,
+        charged_lamports=charge.charged_lamports,
+        released_lamports=hold.lamports - charge.charged_lamports,
+        platform_lamports=charge.platform_lamports,
+        worker_lamports=charge.shares,
+        transfer_id=end.id,
+        topology=ending.topology,
+        held_lamports=sum(charge.held.values()),
+    )
+    return JobOutcome(ending.state, ending.finish_reason, receipt, ending.error)
+
+
+def pack_ending(ending: JobEnding) -> str:
+    """Return an ending as the ledger keeps it; which experts ran where is left out where that is too long."""
+    text = _ENDING.dump_json(ending, exclude_defaults=True).decode()
+    if len(text) > 1024:
+        text = _PACKED + b85encode(zlib.compress(text.encode(), 9)).decode()
+    if len(text.encode()) <= MAX_OUTCOME_BYTES:
+        return text
+    return pack_ending(JobEnding(ending.state, ending.finish_reason, _short(ending.error)))
+
+
+def _unpack(text: str) -> JobEnding:
+    if text.startswith(_PACKED):
+        text = zlib.decompress(b85decode(text.removeprefix(_PACKED))).decode()
+    return _ENDING.validate_json(text)
+
+
+def _short(error: Mapping[str, str | None] | None) -> Mapping[str, str | None] | None:
+    return None if error is None else {name: value and value[:200] for name, value in error.items()}
