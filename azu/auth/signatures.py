@@ -156,6 +156,14 @@ class CoverLoss(_Command):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConfirmPayout(_Command):
+    """End a payout that has left the account, and that the chain's ledgers do not show."""
+
+    payout_id: _Word
+    kind: Literal["ConfirmPayout"] = "ConfirmPayout"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReverseJob(_Command):
     """Give back to its payer what a job earned and that is not mature yet."""
 
@@ -218,6 +226,7 @@ AdminCommand = (
     | CreditSuspense
     | TakeRevenue
     | CoverLoss
+    | ConfirmPayout
     | AcceptLoss
 )
 

@@ -131,6 +131,26 @@ def take_revenue(
     carry_out(TakeRevenue, moves, as_json, address=recipient, lamports=lamports)
 
 
+@treasury.command("payout-left")
+def payout_left(
+    payout_id: Annotated[str, typer.Argument(help="The payout, as the treasury's log names it.")],
+    as_json: AsJson = False,
+) -> None:
+    """End a payout that left the platform's account, and that no ledger of the chain shows.
+
+    First see that the account lacks its amount (`status`): what is ended is never sent again.
+    """
+    from azu.auth.signatures import ConfirmPayout
+    from azu.errors import NotFound
+
+    payouts = with_books(lambda books: books.open_payouts())
+    found = next((one for one in payouts if one.payout_id == payout_id), None)
+    if found is None:
+        raise NotFound(f"no payout {payout_id} is open", param="payout_id", code="payout_not_found")
+    moves = [("what is on its way", f"the chain's address {found.address}", found.lamports)]
+    carry_out(ConfirmPayout, moves, as_json, payout_id=payout_id)
+
+
 @treasury.command()
 def uncredited(as_json: AsJson = False) -> None:
     """List the transfers to the platform that were credited to no account, the newest first.

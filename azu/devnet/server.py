@@ -83,6 +83,9 @@ def build_app(chain: DevnetState | None = None, *, seed: int | None = None) -> F
     app = FastAPI(title="azu devnet", openapi_url=None)
     app.add_middleware(wire.wrap)
 
+    def now() -> int:
+        return chain.last_ms if faults.take(FaultKind.SAME_TIME) else wall_clock_ms()
+
     @app.post("/exchange")
     async def exchange(request: Request) -> Response:
         try:
@@ -91,8 +94,7 @@ def build_app(chain: DevnetState | None = None, *, seed: int | None = None) -> F
             return PlainTextResponse(error.message, status_code=422)
         late = faults.take(FaultKind.ROWS_LATE)
         rows_late_ms = round(late.seconds * 1000) if late else 0
-        now_ms = chain.last_ms if faults.take(FaultKind.SAME_TIME) else wall_clock_ms()
-        return JSONResponse(chain.execute(parsed, signer, raw, now_ms, rows_late_ms=rows_late_ms))
+        return JSONResponse(chain.execute(parsed, signer, raw, now(), rows_late_ms=rows_late_ms))
 
     @app.post("/info")
     async def info(request: Request) -> Response:
@@ -119,7 +121,7 @@ def build_app(chain: DevnetState | None = None, *, seed: int | None = None) -> F
         if token is None:
             return PlainTextResponse(f"no token {body.token} here", status_code=404)
         sender, destination = body.sender.lower(), body.destination.lower()
-        amount, now_ms = lamports_from_hype(body.amount), wall_clock_ms()
+        amount, now_ms = lamports_from_hype(body.amount), now()
         chain.send_from_contract(sender, destination, token, amount, body.count, now_ms)
         return JSONResponse({"time": now_ms})
 

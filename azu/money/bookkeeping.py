@@ -584,7 +584,8 @@ class Bookkeeper(BooksCalls):
         if used is not None and getattr(used.entry.transfer, "command", None) == text:
             return
         if used is not None:
-            raise Conflict(f"the nonce {command.nonce} was used before", param="nonce", code="nonce_used")
+            message = f"the nonce {command.nonce} was used before, or what the command is about has ended"
+            raise Conflict(message, param="nonce", code="nonce_used")
         if command.expires_at_ms <= self._now_ms():
             raise Forbidden("this command has expired", param="expires_at_ms", code="command_expired")
         if isinstance(command, AcceptLoss) and await ledger.hash_at(command.number) != command.hash:

@@ -351,7 +351,8 @@ class BooksCalls:
 
         Raises Forbidden for a text that no admin of this network signed, or that has expired, Conflict for a
         nonce that was used, and where the books do not allow it (code `matured` for a job that can not be
-        reversed any more, `not_matured` for held money that may be), NotFound for an unknown row in suspense.
+        reversed any more, `not_matured` for held money that may be), NotFound for an unknown row in suspense
+        or payout.
         """
 
     async def uncredited(self) -> tuple[Uncredited, ...]:

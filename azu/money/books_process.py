@@ -34,7 +34,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "scheduler": frozenset({"ended", "expire", "overdue", "settle", "totals"}),
     "treasury": frozenset({"apply", "inside", "loss", "open_payouts", "owed", "result"}),
     "signer": frozenset({"view"}),
-    "owner": _READS | {"audit", "command", "enrol_node", "head", "held", "reversible"},
+    "owner": _READS | {"audit", "command", "enrol_node", "head", "held", "open_payouts", "reversible"},
 }
 
 

@@ -3,6 +3,7 @@
 from azu.auth.signatures import (
     AcceptLoss,
     AdminCommand,
+    ConfirmPayout,
     CoverLoss,
     CreditSuspense,
     DismissDispute,
@@ -21,6 +22,7 @@ from azu.money.ledger.transfers import (
     LossAccepted,
     LossCovered,
     NodeRemoved,
+    PayoutPaid,
     RevenueTaken,
     Reversed,
     SuspenseCredited,
@@ -34,6 +36,8 @@ def command_id(command: AdminCommand) -> str:
     """Return the id of the command's one transfer: the ledger takes an id once, so a nonce is used once."""
     if isinstance(command, TakeRevenue):
         return f"{command.payout_id}:planned"
+    if isinstance(command, ConfirmPayout):
+        return f"{command.payout_id}:paid"
     return f"command:{command.kind}:{command.nonce}"
 
 
@@ -41,7 +45,7 @@ def transfer_of(command: AdminCommand, text: str, state: BooksState, now_ms: int
     """Return the transfer for a command; `text` is the command with its signature, which the entry keeps.
 
     Revenue is set aside under a nonce of now; the treasury takes the payout up. Raises NotFound where the
-    books have no such row in suspense.
+    books have no such row in suspense, or no such open payout.
     """
     transfer_id = command_id(command)
     match command:
@@ -70,17 +74,22 @@ def transfer_of(command: AdminCommand, text: str, state: BooksState, now_ms: int
                 lamports=waiting.lamports,
                 command=text,
             )
-        case TakeRevenue() | CoverLoss():
-            return _of_revenue(command, text, state, now_ms)
+        case TakeRevenue() | CoverLoss() | ConfirmPayout():
+            return _of_platform(command, text, state, now_ms)
         case AcceptLoss():
             return LossAccepted(id=transfer_id, num_entries=state.facts.get("lost", 0), command=text)
 
 
-def _of_revenue(
-    command: TakeRevenue | CoverLoss, text: str, state: BooksState, now_ms: int
-) -> RevenueTaken | LossCovered:
+def _of_platform(
+    command: TakeRevenue | CoverLoss | ConfirmPayout, text: str, state: BooksState, now_ms: int
+) -> RevenueTaken | LossCovered | PayoutPaid:
     transfer_id = command_id(command)
     match command:
+        case ConfirmPayout():
+            if command.payout_id not in state.payouts:
+                message = f"no payout {command.payout_id} is open"
+                raise NotFound(message, param="payout_id", code="payout_not_found")
+            return PayoutPaid(id=transfer_id, payout_id=command.payout_id, command=text)
         case CoverLoss():
             return LossCovered(
                 id=transfer_id, address=command.address, lamports=command.lamports, command=text

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from azu.auth.signatures import AcceptLoss, command_of
 from azu.cli.treasury import treasury
-from azu.errors import AzuError, Conflict
+from azu.errors import AzuError, Conflict, NotFound
 from azu.files import write_private
 from azu.money.books import TreasuryTransfer
 from azu.money.ledger.transfers import Transfer
@@ -158,6 +158,19 @@ def test_revenue_is_taken_as_far_as_there_is_some(configured: ServedBooks, signe
 
     assert (done["command"], done["lamports"], done["admin"]) == ("TakeRevenue", 900, ADMIN)
     assert json.loads(run("status", "--json").stdout)["revenue_on_its_way_lamports"] == 900
+
+
+def test_a_payout_that_no_ledger_shows_is_ended_by_the_admin(configured: ServedBooks, signer: Served) -> None:
+    on_books(configured, moves.deposit(900), moves.plan_withdrawal("payout:1", 200))
+    with pytest.raises(NotFound, match="no payout payout:2 is open"):
+        run("payout-left", "payout:2")
+
+    done = json.loads(run("payout-left", "payout:1", "--json").stdout)
+
+    assert (done["command"], done["admin"]) == ("ConfirmPayout", ADMIN)
+    assert json.loads(run("status", "--json").stdout)["to_users_lamports"] == 0
+    with pytest.raises(NotFound):
+        run("payout-left", "payout:1")
 
 
 TRANSFERS = tuple(

@@ -10,6 +10,7 @@ from eth_account.signers.local import LocalAccount
 from azu.auth.signatures import (
     AcceptLoss,
     AdminCommand,
+    ConfirmPayout,
     CoverLoss,
     CreditSuspense,
     DismissDispute,
@@ -262,6 +263,7 @@ def test_every_kind_of_command_reads_back_as_it_was_signed() -> None:
         ReverseJob(job_id="j", **LIFE), DismissDispute(job_id="j", **LIFE), PayHeld(**held),
         ReleaseHeld(**held), RemoveNode(node_id="n", **LIFE), CreditSuspense(row="r", address=BOB, **LIFE),
         TakeRevenue(address=BOB, lamports=5, **LIFE), CoverLoss(address=BOB, lamports=5, **LIFE),
+        ConfirmPayout(payout_id="p", **LIFE),
         AcceptLoss(number=1, hash="ab", **LIFE),
     )  # fmt: skip
     for command in commands:

@@ -5,13 +5,17 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from azu.errors import InvalidRequest
-from azu.money.chain.port import LedgerTransfer, TxDetails
+from azu.money.chain.port import Chain, LedgerTransfer, TxDetails
 from azu.units import lamports_from_hype
 
 HYPE_NAME = "HYPE"
 MULTI_SIGNATURE = "multiSig"
 # The chain may show a row this much later than it happened, with its original time.
 LATE_MS = 120_000
+# A nonce is at most so far ahead of the chain's time when it is given out.
+NONCE_AHEAD_MS = 600_000
+# So many pages of a recipient's ledger are read: he may fill it as he likes.
+_MOST_PAGES = 4
 
 
 def has_no_hash(row: LedgerTransfer) -> bool:
@@ -38,6 +42,25 @@ def left(row: LedgerTransfer, platform: str) -> bool:
     # A nonce is used once: a row that is equal to another is the same transfer.
     is_repeated = row.nth > 0 and row.nonce is not None
     return row.sender == platform and row.token_name == HYPE_NAME and not stays and not is_repeated
+
+
+async def arrival_of(
+    chain: Chain, platform: str, *, recipient: str, lamports: int, nonce: int
+) -> LedgerTransfer | None:
+    """Return the row of the platform's transfer with a nonce in its recipient's ledger, else None.
+
+    The platform's own ledger does not show all rows of a crowded millisecond. Raises ChainError.
+    """
+    wanted, num_pages = (platform, recipient, nonce, HYPE_NAME), 0
+    async for page in chain.ledger_updates(recipient, max(0, nonce - NONCE_AHEAD_MS)):
+        for row in page:
+            known = (row.sender, row.destination, row.nonce, row.token_name)
+            if known == wanted and same_amount(row.amount, lamports):
+                return row
+        num_pages += 1
+        if num_pages == _MOST_PAGES:
+            break
+    return None
 
 
 def moved_hype(details: TxDetails, hype: str) -> bool | None:

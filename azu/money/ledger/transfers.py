@@ -276,10 +276,11 @@ class LossCovered(Movement):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PayoutPaid(Movement):
-    """The chain's ledger shows the payout; the chain kept `fee_lamports` of it in HYPE."""
+    """The chain's ledger shows the payout, or an admin says so; it kept `fee_lamports` of it in HYPE."""
 
     payout_id: str
     fee_lamports: int = 0
+    command: str = ""
     kind: Literal["payout_paid"] = "payout_paid"
 
 

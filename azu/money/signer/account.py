@@ -1,10 +1,11 @@
 """The platform's account as the signer reads it from the chain, over a connection of its own."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from azu.money.chain.port import Chain, LedgerTransfer
 from azu.money.chain.rows import (
     LATE_MS,
+    arrival_of,
     arrived,
     has_no_hash,
     lamports_of,
@@ -13,13 +14,15 @@ from azu.money.chain.rows import (
     row_id,
     same_amount,
 )
-from azu.money.signer.policy import NONCE_LIFE_MS
+from azu.money.signer.policy import NONCE_LIFE_MS, SignedTransfer
 from azu.money.signer.views import ChainView, Credit, IncomingRow, OutgoingRow
 
 # Of what left the account, rows are kept for longer than a nonce lives.
 _OUTGOING_MS = 2 * NONCE_LIFE_MS
 # Rows are read again for longer than they may be late: the chain may repeat one by mistake, once.
 _AGAIN_MS = 2 * LATE_MS
+# A recipient's ledger that does not show a transfer is read again after this time.
+_LOOK_AGAIN_MS = 60_000
 
 
 class PlatformAccount:
@@ -32,6 +35,9 @@ class PlatformAccount:
         self._from_ms: int | None = None
         self._reached_ms = 0
         self._excused: set[str] = set()
+        # By nonce: what recipients' ledgers show, and when one that does not was read.
+        self._arrivals: dict[int, OutgoingRow] = {}
+        self._looked_ms: dict[int, int] = {}
 
     async def view(self, matched_until_ms: int) -> ChainView:
         """Read rows, balance and clock, in this order: what arrived since a time, and what left of late."""
@@ -55,6 +61,23 @@ class PlatformAccount:
         The platform's own ledger does not show all rows of a crowded millisecond.
         """
         return frozenset([credit.row for credit in credits_ if await self._is_sent(credit)])
+
+    async def arrivals(self, signed: Mapping[int, SignedTransfer]) -> tuple[OutgoingRow, ...]:
+        """Return the transfers, of those signed under these nonces, that their recipients' ledgers show."""
+        self._arrivals = {nonce: row for nonce, row in self._arrivals.items() if nonce in signed}
+        self._looked_ms = {nonce: at_ms for nonce, at_ms in self._looked_ms.items() if nonce in signed}
+        for nonce, one in signed.items():
+            looked_ms = self._looked_ms.get(nonce, -_LOOK_AGAIN_MS)
+            if nonce in self._arrivals or self._reached_ms < looked_ms + _LOOK_AGAIN_MS:
+                continue
+            row = await arrival_of(
+                self._chain, self._platform, recipient=one.address, lamports=one.lamports, nonce=nonce
+            )
+            if row is None:
+                self._looked_ms[nonce] = self._reached_ms
+            else:
+                self._arrivals[nonce] = OutgoingRow(row.time_ms, nonce, one.address, one.lamports)
+        return tuple(self._arrivals.values())
 
     async def excused(self, rows: Iterable[IncomingRow], surplus: int) -> frozenset[str]:
         """Return the rows that the treasury credits nothing for, by its own rules.

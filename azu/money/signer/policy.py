@@ -11,7 +11,7 @@ from pydantic import ConfigDict
 
 from azu.auth.signatures import TakeRevenue, Withdrawal, command_of, is_claim, is_signed
 from azu.errors import Conflict, Forbidden, InvalidRequest, RateLimited, Unavailable
-from azu.money.chain.rows import LATE_MS
+from azu.money.chain.rows import LATE_MS, NONCE_AHEAD_MS
 from azu.money.signer.views import (
     BooksHead,
     BooksView,
@@ -31,7 +31,6 @@ QUARANTINE_MS = 600_000
 # The chain admits a nonce from two days before to one day after its own time.
 NONCE_LIFE_MS = 2 * DAY_MS
 _NONCE_AGE_MS = 36 * _HOUR_MS
-_NONCE_AHEAD_MS = 600_000
 # A row is compared with what was signed for as long as its nonce is admitted; the rest is for late rows.
 _REMEMBERED_MS = 2 * NONCE_LIFE_MS
 # So many credits, and so many rows, are named in a finding; the others are counted.
@@ -218,7 +217,7 @@ def admit(
     if (other := next(others, None)) is not None:
         raise Conflict(f"{asked.payout_id} was signed under nonce {other}", param="payout_id")
     age_ms = chain.now_ms - asked.nonce
-    if not -_NONCE_AHEAD_MS <= age_ms <= _NONCE_AGE_MS or kind_of(asked.nonce) is not asked.kind:
+    if not -NONCE_AHEAD_MS <= age_ms <= _NONCE_AGE_MS or kind_of(asked.nonce) is not asked.kind:
         raise InvalidRequest(f"nonce {asked.nonce} is none for {asked.kind} now", param="nonce")
     payout = next((one for one in books.payouts if one.payout_id == asked.payout_id), None)
     if payout is None or _request(payout) != asked:
@@ -253,6 +252,14 @@ def undecided(state: SignerState, books: BooksView, chain: ChainView) -> Mapping
     """
     known = {payout.nonce for payout in books.payouts}
     return {nonce: one for nonce, one in _waiting(state, chain).items() if nonce not in known}
+
+
+def unseen(state: SignerState, books: BooksView, chain: ChainView) -> Mapping[int, SignedTransfer]:
+    """Return, by nonce, what was signed and has no row, and may have left the account nevertheless.
+
+    The caller looks for it in the ledgers of its recipients.
+    """
+    return _waiting(state, chain) if shortfall(books, chain) else undecided(state, books, chain)
 
 
 def burned(state: SignerState, nonce: int, now_ms: int) -> SignerState:

@@ -29,6 +29,7 @@ from azu.money.signer.policy import (
     look,
     undecided,
     unexplained,
+    unseen,
     void,
 )
 from azu.money.signer.views import BooksHead, BooksView, ChainView, TransferRequest
@@ -145,6 +146,9 @@ class Signer(SignerCalls):
         # After the books: a credit or a payout that they show has its row by now, if it ever has one.
         chain = await self._platform.view(0 if self._state is None else self._state.matched_until_ms)
         state = first_state(books, chain) if self._state is None else self._state
+        if hidden := unseen(state, books, chain):
+            outgoing = (*chain.outgoing, *await self._platform.arrivals(hidden))
+            chain = replace(chain, outgoing=outgoing)
         credits_, rows = unexplained(state, books, chain)
         held = chain.balance_lamports - books.owed_lamports - max(0, books.revenue_lamports)
         found = look(

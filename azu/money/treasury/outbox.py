@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from pydantic import ConfigDict, TypeAdapter
 
+from azu.money.chain.rows import NONCE_AHEAD_MS
 from azu.money.ledger.transfers import (
     PayoutPaid,
     PayoutPlanned,
@@ -22,9 +23,6 @@ from azu.money.ledger.transfers import (
     WithdrawalPlanned,
 )
 from azu.money.signer.views import OpenPayout, PayoutKind, TransferRequest
-
-# A nonce is at most so far ahead of the chain's time when it is given out.
-_NONCE_AHEAD_MS = 600_000
 
 
 class PayoutState(StrEnum):
@@ -76,7 +74,7 @@ class Payout:
             address=payout.address,
             lamports=payout.lamports,
             planned_at_ms=payout.nonce,
-            since_ms=payout.nonce - _NONCE_AHEAD_MS,
+            since_ms=payout.nonce - NONCE_AHEAD_MS,
             nonce=payout.nonce,
             kind=payout.kind,
             expires_at_ms=payout.expires_at_ms,

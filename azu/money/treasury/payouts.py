@@ -20,7 +20,7 @@ from azu.errors import (
 )
 from azu.money.books import Books
 from azu.money.chain.port import Chain, LedgerTransfer
-from azu.money.chain.rows import same_amount
+from azu.money.chain.rows import arrival_of, same_amount
 from azu.money.ledger.transfers import PayoutPlanned, RevenueTaken, WithdrawalPlanned
 from azu.money.signer.calls import SignerCalls
 from azu.money.signer.policy import nonce_for
@@ -41,6 +41,8 @@ _ACTIONS_PER_PAYOUT = 3
 _ASK_AGAIN_MS = 600_000
 # The chain accepts a nonce for two days; the third allows for a wrong clock.
 _NONCE_LIFE_MS = 3 * 86_400_000
+# How long after a look at what the chain does not show the next one is due.
+_LOOK_AGAIN_MS = 60_000
 _LEFT_OTHERWISE = "a transfer to its address left the account that the books did not know"
 # States in which the chain's ledger may show the payout.
 _AWAITING = (PayoutState.SENT, PayoutState.ACCEPTED, PayoutState.ABANDONED)
@@ -315,7 +317,8 @@ class Payer:
         self._gives_up = gives_up
         self._withdrawals = withdrawals
         self._now_ms = now_ms
-        self._overdue: set[str] = set()
+        # When payouts that no ledger of the chain shows are looked for again.
+        self._overdue: dict[str, int] = {}
         self._last_nonce = 0
         # Why a payout is not signed now, as it was logged.
         self._unsigned: dict[str, str] = {}
@@ -352,6 +355,7 @@ class Payer:
         payouts = await self._outbox.open()
         open_ids = {payout.payout_id for payout in payouts}
         self._unsigned = {name: why for name, why in self._unsigned.items() if name in open_ids}
+        self._overdue = {name: at_ms for name, at_ms in self._overdue.items() if name in open_ids}
         read_at_ms = self._now_ms()
         shown = await self._shown(payouts)
         await asyncio.gather(*(self._advance(payout, shown, read_at_ms) for payout in payouts))
@@ -397,16 +401,47 @@ class Payer:
                 await self._send(payout)
             case PayoutState.ABANDONED if payout.burned_at_ms:
                 if read_at_ms >= payout.burned_at_ms + self._timeouts.conclude_ms:
-                    await self._close(await self._replace(payout, payout.refused()))
+                    await self._conclude(payout)
             case PayoutState.ABANDONED if due:
                 await self._burn(payout)
             case PayoutState.PAID | PayoutState.REFUSED:
                 await self._close(payout)
             case PayoutState.ACCEPTED if now_ms >= payout.tried_at_ms + self._timeouts.conclude_ms:
-                # The chain said yes: there is nothing to send again or to give up; an operator has to check.
-                if payout.payout_id not in self._overdue:
-                    self._overdue.add(payout.payout_id)
-                    _LOG.error("the chain accepted %s but does not show it", payout.payout_id)
+                await self._conclude(payout)
+
+    async def _conclude(self, payout: Payout) -> None:
+        """Decide a payout that the platform's ledger does not show: it does not show all rows.
+
+        The recipient's ledger may show it, or the account that the money is still there; else an admin has to
+        say that it left.
+        """
+        if self._now_ms() < self._overdue.get(payout.payout_id, 0):
+            return
+        if await self._has_ended(payout):
+            await self._outbox.remove(payout)
+            return
+        row = await arrival_of(
+            self._chain,
+            self._platform,
+            recipient=payout.address,
+            lamports=payout.lamports,
+            nonce=payout.nonce,
+        )
+        if row is not None:
+            await self._close(await self._replace(payout, payout.paid(row.hash)))
+        elif payout.state is PayoutState.ABANDONED and await self._is_still_there(payout):
+            await self._close(await self._replace(payout, payout.refused()))
+        else:
+            if payout.payout_id not in self._overdue:
+                _LOG.error("%s has no row: check, then `azu treasury payout-left`", payout.payout_id)
+            self._overdue[payout.payout_id] = self._now_ms() + _LOOK_AGAIN_MS
+
+    async def _is_still_there(self, payout: Payout) -> bool:
+        """Whether the account holds all that the books say; another transfer to the address says so too."""
+        if self._gives_up(payout.address):
+            return True
+        held = await self._chain.spot_balance(self._platform)
+        return held >= await self._ledger.inside()
 
     async def _sign(self, payout: Payout) -> None:
         """Have the ledger set the money aside, then have it signed once and store the bytes."""

@@ -215,8 +215,8 @@ def take_revenue(payout: str, lamports: int, *, address: str = ALICE, nonce: int
     )
 
 
-def paid(payout: str, *, fee_lamports: int = 0) -> PayoutPaid:
-    return PayoutPaid(id=f"{payout}:paid", payout_id=payout, fee_lamports=fee_lamports)
+def paid(payout: str, *, fee_lamports: int = 0, command: str = "") -> PayoutPaid:
+    return PayoutPaid(id=f"{payout}:paid", payout_id=payout, fee_lamports=fee_lamports, command=command)
 
 
 def refused(payout: str) -> PayoutRefused:

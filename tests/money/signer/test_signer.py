@@ -11,6 +11,7 @@ from eth_account.signers.local import LocalAccount
 
 from azu.auth.signatures import (
     AcceptLoss,
+    ConfirmPayout,
     CoverLoss,
     Withdrawal,
     is_certified,
@@ -195,6 +196,59 @@ def test_after_a_theft_it_goes_on_once_the_owner_has_paid_for_it(
         await scene.send(asked)
 
     play(replace(world, terms=replace(TERMS, admins=(ADMIN.address.lower(),))), file, scenario)
+
+
+def test_a_payout_hidden_by_dust_is_found_in_its_recipients_ledger(world: World, file: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        asked = await scene.withdraw(HYPE // 2)
+        hide_from(scene, world.platform.address)
+        await scene.send(asked)
+        assert await scene.findings() == ()
+        # Also once the treasury has ended it, and in a signer that has just started.
+        await scene.parts.book(moves.paid(asked.payout_id))
+        for signer in (scene.signer, scene.start()):
+            scene.signer = signer
+            assert await scene.findings() == ()
+            await signer.transfer(await scene.withdraw(HYPE // 8))
+
+    play(world, file, scenario)
+
+
+def test_a_payout_that_no_ledger_shows_is_ended_by_an_admin(world: World, file: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        asked = await scene.withdraw(HYPE // 2)
+        hide_from(scene, world.platform.address, asked.address)
+        await scene.send(asked)
+        with pytest.raises(Unavailable, match="lacks"):
+            await scene.signer.transfer(await scene.withdraw(HYPE // 8))
+        platform, life = (
+            world.platform.address.lower(),
+            {"nonce": 1, "expires_at_ms": wall_clock_ms() + 60_000},
+        )
+        confirmed = ConfirmPayout(payout_id=asked.payout_id, **life)
+        with pytest.raises(Forbidden):
+            await scene.parts.ledger.command(sign_command(scene.user, confirmed, platform))
+
+        await scene.parts.ledger.command(sign_command(ADMIN, confirmed, platform))
+
+        assert await scene.findings() == ()
+        assert await scene.parts.available(scene.user) == HYPE // 2 - HYPE // 8
+
+    play(replace(world, terms=replace(TERMS, admins=(ADMIN.address.lower(),))), file, scenario)
+
+
+def hide_from(scene: Scene, *addresses: str) -> None:
+    """Fill the ledgers of addresses with dust in the millisecond in which the next transfer happens."""
+    devnet = scene.world.devnet
+    for number, address in enumerate(addresses):
+        if number:
+            devnet.fault("same_time")
+        devnet.contract(address, 1, sender=address_of(number), count=500)
+    devnet.fault("same_time")
+
+
+def address_of(number: int) -> str:
+    return f"0x{number + 1:040x}"
 
 
 def test_earnings_go_to_an_address_that_claimed_them_alone(world: World, file: Path) -> None:

@@ -126,6 +126,9 @@ class MemoryLedger:
         entry = self.entries.get(transfer_id)
         return Result(entry) if entry else None
 
+    async def inside(self) -> int:
+        return self.state.inside
+
     async def owed(self) -> Mapping[str, int]:
         return {address: self.state.free(worker_earned(address)) for address in self.state.claims}
 

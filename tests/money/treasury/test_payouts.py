@@ -136,8 +136,12 @@ def test_a_refused_payout_is_earned_again_after_its_nonce_is_used_up() -> None:
     steps(simulation, 4, each_ms=MINUTE_MS)
     waiting = simulation.states()
     steps(simulation, 15, each_ms=MINUTE_MS)
+    without_funds = simulation.states()
+    simulation.chain.state.fund(PLATFORM_ADDRESS, HYPE, LAMPORTS, simulation.clock())
+    steps(simulation, 2, each_ms=MINUTE_MS)
 
     assert waiting == [PayoutState.ABANDONED], "the ledger is given time to show it"
+    assert without_funds == [PayoutState.ABANDONED], "what the account lacks may be this payout"
     assert simulation.ledger.worker(WORKER) == (LAMPORTS, 0, 0)
     assert simulation.outbox.contents == {}
     assert simulation.refused == [WORKER]
@@ -214,6 +218,47 @@ def test_an_abandoned_payout_that_the_chain_shows_after_all_is_booked() -> None:
 
     assert given_up == [PayoutState.ABANDONED]
     assert simulation.ledger.worker(WORKER) == (0, 0, LAMPORTS)
+
+
+DUST_FROM = "0x" + "dd" * 20
+
+
+def hidden(simulation: Simulation, *addresses: str) -> Simulation:
+    """Have the payout sent in a millisecond that dust has filled in the ledgers of these addresses."""
+    for address in addresses:
+        simulation.chain.state.send_from_contract(DUST_FROM, address, HYPE, 1, 500, simulation.clock())
+    steps(simulation, 1)
+    return simulation
+
+
+@pytest.mark.parametrize("lost_after", [0.0, 1.0])
+def test_a_payout_hidden_by_dust_is_booked_as_its_recipients_ledger_shows_it(lost_after: float) -> None:
+    simulation = planned(Simulation(funds=LAMPORTS, line=Line(lost_after=lost_after)))
+    hidden(simulation, PLATFORM_ADDRESS)
+    simulation.chain.line.lost_after = 0.0
+
+    steps(simulation, 15, each_ms=MINUTE_MS)
+
+    assert simulation.ledger.worker(WORKER) == (0, 0, LAMPORTS)
+    assert simulation.outbox.contents == {}
+    assert len(simulation.received(WORKER)) == 1
+
+
+@pytest.mark.parametrize("lost_after", [0.0, 1.0])
+def test_a_payout_that_no_ledger_shows_waits_until_an_admin_has_ended_it(lost_after: float) -> None:
+    simulation = planned(Simulation(funds=LAMPORTS, line=Line(lost_after=lost_after)))
+    hidden(simulation, PLATFORM_ADDRESS, WORKER)
+    simulation.chain.line.lost_after = 0.0
+    steps(simulation, 30, each_ms=MINUTE_MS)
+    assert simulation.ledger.worker(WORKER) == (0, LAMPORTS, 0), "it is neither paid nor earned again"
+    [payout] = asyncio.run(simulation.outbox.open())
+
+    asyncio.run(simulation.ledger.apply(moves.paid(payout.payout_id, command="by an admin")))
+    steps(simulation, 2, each_ms=MINUTE_MS)
+
+    assert simulation.ledger.worker(WORKER) == (0, 0, LAMPORTS)
+    assert simulation.outbox.contents == {}
+    assert simulation.refused == []
 
 
 def test_two_processes_at_once_pay_once() -> None:
