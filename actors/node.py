@@ -6,10 +6,12 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError
 
@@ -17,15 +19,16 @@ from actors.compat import is_one_waiting, start_waiting
 from actors.links import REGISTRY, ask, raises_known_errors
 from actors.placement import WorkerNode, start_on_node, worker_nodes
 from actors.telemetry import log_as
-from azu.cluster.nodes import NodeTable
+from azu.cluster.nodes import NodeTable, NodeVersions
 from azu.config.network import Heartbeat
 from azu.engine.device import DeviceMemory, device_speed, open_meter
 from azu.errors import ShardError
 from azu.files import disk_errors
 from azu.models.shard_cache import ShardCache
-from azu.protocol.node import Node, NodeState
+from azu.protocol.node import Node, NodeState, plain_name
 from azu.protocol.structure import ModelFile, Shard, Structure
 from azu.protocol.topology import actor_name
+from azu.protocol.versions import Versions, own_versions
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,10 @@ class NodeAgent:
         self._speed = device_speed(node.device, home / "speeds")
         self._meter = open_meter(self._speed)
         self._links_s: dict[str, float] = {}
+
+    async def versions(self) -> tuple[int, int, str]:
+        """Return the fields of what this node understands: every release can read a plain tuple."""
+        return astuple(own_versions())
 
     async def report(self) -> Node:
         """Return the node's live state."""
@@ -190,6 +197,8 @@ class NodeAgents:
         self.nodes: dict[str, Node] = {}
         self.lent_bytes: dict[str, int] = {}
         self.hosts: dict[str, str] = {}
+        self._versions = NodeVersions(own_versions())
+        self._names: dict[str, str] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._linked: set[str] = set()
         self._has_agents = False
@@ -202,7 +211,7 @@ class NodeAgents:
         """Wait until every node has reported or is late; deployments are taken over after that."""
         # Nodes that Ray knows live: a busy one reports late.
         deadline_s = time.monotonic() + _FIRST_REPORTS * self._heartbeat.dead_s
-        while not self._has_agents or self.by_node.keys() - self.nodes.keys():
+        while not self._has_agents or self.by_node.keys() - self.nodes.keys() - self._versions.refused.keys():
             if self._has_agents and time.monotonic() > deadline_s:
                 return
             await asyncio.sleep(_POLL_S)
@@ -215,8 +224,10 @@ class NodeAgents:
         living = {node.node_id: node for node in await asyncio.to_thread(worker_nodes)}
         self.lent_bytes = {node_id: node.vram_bytes for node_id, node in living.items()}
         self.hosts = {node_id: node.raylet.rpartition(":")[0] for node_id, node in living.items()}
+        self._names = {node_id: plain_name(node.name) for node_id, node in living.items()}
         for node_id in self.by_node.keys() - living.keys():
             del self.by_node[node_id]
+            self._versions.forget(node_id)
             self._table.remove(node_id)
         for node_id in living.keys() - self.by_node.keys():
             node = living[node_id]
@@ -228,7 +239,7 @@ class NodeAgents:
 
     async def follow_reports(self) -> None:
         """Ask every node for its report each period; a node that does not answer delays no other."""
-        for node_id in self.by_node.keys() - self._asking.keys():
+        for node_id in self.by_node.keys() - self._asking.keys() - self._versions.refused.keys():
             self._asking[node_id] = asyncio.create_task(self._take_report(node_id))
         self._table.judge(time.monotonic())
 
@@ -236,12 +247,15 @@ class NodeAgents:
         agent = self.by_node[node_id]
         try:
             # The first answer takes as long as the agent takes to start; the table judges silence.
-            node = await self._report(node_id, agent)
+            if not await self._takes(node_id, agent):
+                return
+            node: Node = await self._answer(node_id, agent, agent.report.remote())
         except ActorDiedError:
             log.warning("the agent of node %s died; it is started again", node_id[:8])
             self._linked.discard(node_id)
             if self.by_node.get(node_id) is agent:
                 del self.by_node[node_id]
+                self._versions.forget(node_id)
         except Exception as error:
             log.warning("node %s did not report: %s", node_id[:8], type(error).__name__)
         else:
@@ -253,18 +267,32 @@ class NodeAgents:
         finally:
             del self._asking[node_id]
 
-    async def _report(self, node_id: str, agent: ActorHandle) -> Node:
-        """Return a node's report, which is waited for as long as the node's agent answers at all."""
-        report: asyncio.Future[Node] = asyncio.ensure_future(agent.report.remote())
+    async def _takes(self, node_id: str, agent: ActorHandle) -> bool:
+        """Return whether a node understands the others, which its agent is asked once."""
+        if not self._versions.knows(node_id):
+            said = Versions(*await self._answer(node_id, agent, agent.versions.remote()))
+            # Ray may have declared the node gone while it answered.
+            if self.by_node.get(node_id) is agent and not self._versions.take(node_id, said):
+                log.error("%s", "; ".join(self.problems()))
+        return node_id not in self._versions.refused
+
+    def problems(self) -> tuple[str, ...]:
+        """Return which nodes are left alone, and why."""
+        refused = self._versions.refused.items()
+        return tuple(f"node {self._names.get(node_id, node_id[:8])}: {why}" for node_id, why in refused)
+
+    async def _answer(self, node_id: str, agent: ActorHandle, asked: ray.ObjectRef) -> Any:
+        """Return an agent's answer, which is waited for as long as the agent answers at all."""
+        answer: asyncio.Future[Any] = asyncio.ensure_future(asked)
         try:
             while True:
-                await asyncio.wait({report}, timeout=self._heartbeat.period_s)
-                if report.done():
-                    return report.result()
+                await asyncio.wait({answer}, timeout=self._heartbeat.period_s)
+                if answer.done():
+                    return answer.result()
                 await asyncio.wait_for(agent.ping.remote(), self._heartbeat.dead_s)
                 self.heard(node_id)
         finally:
-            report.cancel()
+            answer.cancel()
 
     def heard(self, node_id: str) -> None:
         """Take that a process of a node answered."""

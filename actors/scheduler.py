@@ -164,12 +164,13 @@ class Scheduler:
         self._metrics.record(source, snapshot, time.monotonic())
 
     async def problems(self) -> tuple[str, ...]:
-        """Return what cannot go on in some process of the network; that process is being replaced."""
+        """Return what cannot go on: loops of a process, which is being replaced, and nodes left alone."""
         values = self._metrics.total(time.monotonic()).values
         failing = sorted(
             labels[0] for (name, labels), loops in values.items() if name == UNHEALTHY.name and loops
         )
-        return tuple(f"the {component} has a loop that fails again and again" for component in failing)
+        loops = tuple(f"the {component} has a loop that fails again and again" for component in failing)
+        return loops + self._agents.problems()
 
     async def metrics(self) -> MetricsSnapshot:
         """Return the metrics of all processes of the network together."""

@@ -179,6 +179,12 @@ class Conflict(AzuError):
     default_code = "conflict"
 
 
+class OtherVersion(Conflict):
+    """A node and its network run releases of azu that do not understand each other."""
+
+    default_code = "other_version"
+
+
 class TransferConflict(Conflict):
     """A transfer id was used before with other content."""
 

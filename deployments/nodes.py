@@ -19,6 +19,7 @@ from azu.auth.certificates import check_signed_text, hosts_of, read_certificate,
 from azu.auth.tickets import NodeCertificate
 from azu.config import EnrolmentConfig, NodeLinks
 from azu.errors import NotFound
+from azu.protocol.versions import own_versions
 from deployments.services import ServicesNow
 
 router = APIRouter(prefix="/v1/nodes")
@@ -41,6 +42,7 @@ Enrolling = Annotated[EnrolmentConfig, Depends(enrolment_of)]
 @router.post("/enrol")
 async def enrol(body: EnrolRequest, services: ServicesNow, enrolment: Enrolling) -> NodeAdmission:
     """Let in a node that shows a ticket's secret, and return its certificate."""
+    own_versions().check_node(body.versions)
     signed = await services.members.enrol(body.secret, body.name, str(body.host), body.request)
     return await _admission(enrolment, signed)
 
@@ -48,6 +50,7 @@ async def enrol(body: EnrolRequest, services: ServicesNow, enrolment: Enrolling)
 @router.post("/renew")
 async def renew(body: RenewRequest, services: ServicesNow, enrolment: Enrolling) -> NodeAdmission:
     """Give a node that shows its certificate a later one, unless its ticket was revoked."""
+    own_versions().check_node(body.versions)
     signed = await services.members.renew(body.certificate, body.signed_at_ms, body.signature)
     return await _admission(enrolment, signed)
 

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field, IPvAnyAddress
 
 from azu.api.base import RequestModel, ResponseModel
+from azu.protocol.versions import Versions
 
 _MAX_PEM = 8192
 NodeName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
@@ -140,6 +141,7 @@ class EnrolRequest(RequestModel):
     name: NodeName
     host: IPvAnyAddress
     request: str = Field(max_length=_MAX_PEM)
+    versions: Versions
 
 
 class RenewRequest(RequestModel):
@@ -148,6 +150,7 @@ class RenewRequest(RequestModel):
     certificate: str = Field(max_length=_MAX_PEM)
     signed_at_ms: int
     signature: str = Field(max_length=256)
+    versions: Versions
 
 
 class RestartRequest(RequestModel):

@@ -12,7 +12,7 @@ import typer
 from rich.text import Text
 
 from azu.cli.output import console, done
-from azu.errors import AzuError, ConfigurationError, Unauthenticated
+from azu.errors import AzuError, ConfigurationError, OtherVersion, Unauthenticated
 from azu.units import format_bytes
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _watch(
     """Wait until all nodes have joined, then start again those that end or need a new certificate.
 
     `share` puts a new one where they read it. Returns when the network was started again; raises
-    Unauthenticated when they may no longer join.
+    Unauthenticated when they may no longer join, OtherVersion when the network is of a later release.
     """
     from azu.launch.ray_nodes import STARTED
     from azu.launch.renewal import Renewal
@@ -216,7 +216,7 @@ def _later(membership: "Membership") -> "ClusterAccess | None":
     """Return what joins the network now; None while it does not answer."""
     try:
         return membership.access()
-    except Unauthenticated:
+    except (Unauthenticated, OtherVersion):
         raise
     except AzuError as error:
         console.print(Text(error.message, "yellow"))

@@ -1,6 +1,7 @@
 """How a machine becomes a node of an encrypted network: it shows a ticket and gets a certificate."""
 
 import ssl
+from dataclasses import asdict
 from typing import Any
 
 import httpx
@@ -8,6 +9,7 @@ import httpx
 from azu.api.base import read
 from azu.api.network import NodeAdmission, NodePayout, RestartResponse
 from azu.client.http import json_of, translated
+from azu.protocol.versions import own_versions
 
 _TIMEOUT_S = 30.0
 
@@ -17,9 +19,10 @@ def enrol(
 ) -> NodeAdmission:
     """Show a ticket's secret and return what it opens; `host` is where other nodes reach this one.
 
-    Raises Unauthenticated if the ticket is unknown, used up, expired or revoked.
+    Raises Unauthenticated if the ticket is unknown, used up, expired or revoked, OtherVersion for a release
+    of azu that the network does not understand.
     """
-    body = {"secret": secret, "name": name, "host": host, "request": request_pem}
+    body = {"secret": secret, "name": name, "host": host, "request": request_pem, "versions": _versions()}
     return _ask(url, trust, "/v1/nodes/enrol", body)
 
 
@@ -29,9 +32,12 @@ def renew(
     """Show a certificate and return a later one, with what opens the cluster now.
 
     The certificate's key signs `renewal_text`. Raises Unauthenticated if the certificate has expired or its
-    ticket was revoked.
+    ticket was revoked, and OtherVersion as `enrol` does.
     """
-    body = {"certificate": certificate_pem, "signed_at_ms": signed_at_ms, "signature": signature}
+    body = {
+        "certificate": certificate_pem, "signed_at_ms": signed_at_ms, "signature": signature,
+        "versions": _versions(),
+    }  # fmt: skip
     return _ask(url, trust, "/v1/nodes/renew", body)
 
 
@@ -53,6 +59,10 @@ def set_payout(url: str, trust: ssl.SSLContext, body: dict[str, Any]) -> None:
     """
     with translated(), httpx.Client(base_url=url, timeout=_TIMEOUT_S, verify=trust) as http:
         read(NodePayout, json_of(http.post("/v1/nodes/payout", json=body)))
+
+
+def _versions() -> dict[str, Any]:
+    return asdict(own_versions())
 
 
 def _ask(url: str, trust: ssl.SSLContext, path: str, body: dict[str, Any]) -> NodeAdmission:

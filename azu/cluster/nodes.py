@@ -4,7 +4,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from azu.errors import OtherVersion
 from azu.protocol.node import Node, NodeState
+from azu.protocol.versions import Versions
 
 # A scheduler that was busy itself for longer than this between two checks missed reports: no node was silent.
 _LONGEST_CHECK_S = 1.5
@@ -99,6 +101,40 @@ class _Doubt:
 
     node_id: str
     gone_s: float | None = None
+
+
+class NodeVersions:
+    """What the nodes of a network understand: stages talk to each other, so all share one version at least.
+
+    `refused` has, by id, why nodes are left alone.
+    """
+
+    def __init__(self, own: Versions) -> None:
+        self._own = own
+        self._taken: dict[str, Versions] = {}
+        self.refused: dict[str, str] = {}
+
+    def take(self, node_id: str, versions: Versions) -> bool:
+        """Say whether a node gets work; those that were taken before stay."""
+        shared = self._own
+        for other in self._taken.values():
+            shared = shared.common(other) or shared  # what was taken shares a version
+        try:
+            shared.check_node(versions)
+        except OtherVersion as error:
+            self.refused[node_id] = error.message
+            return False
+        self._taken[node_id] = versions
+        return True
+
+    def knows(self, node_id: str) -> bool:
+        """Return whether a node has said what it understands."""
+        return node_id in self._taken or node_id in self.refused
+
+    def forget(self, node_id: str) -> None:
+        """Forget a node that is gone."""
+        self._taken.pop(node_id, None)
+        self.refused.pop(node_id, None)
 
 
 class NodeTable:

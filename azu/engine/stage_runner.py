@@ -45,6 +45,7 @@ from azu.protocol.step import (
     StepResult,
 )
 from azu.protocol.topology import Topology
+from azu.protocol.versions import own_versions
 
 log = logging.getLogger(__name__)
 
@@ -347,6 +348,8 @@ class StageRunner:
             raise OldEpoch(f"step {batch.step} of epoch {batch.epoch} came when {epoch} runs")
         if batch.epoch > epoch:
             raise FrameError(f"step {batch.step} is of epoch {batch.epoch}, which this stage does not know")
+        if batch.versions.common(own_versions()) is None:
+            raise FrameError(f"step {batch.step} is of a release of azu that this stage does not understand")
 
     def _refuse_repeated(self, batch: StepBatch) -> None:
         # Within an epoch steps arrive in order; a step that arrived twice would be sampled twice.

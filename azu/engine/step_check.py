@@ -17,6 +17,7 @@ from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import ExpertWork, Replay, SampledToken, SequenceFault, Slice, StepBatch, StepResult
 from azu.protocol.structure import Structure
 from azu.protocol.topology import Topology
+from azu.protocol.versions import Versions, own_versions
 
 _MOST_CODE_CHARACTERS = 64
 
@@ -46,6 +47,8 @@ class StepCheck:
         """Check that a result names a step; raises BadFrame, which names the last stage."""
         if not isinstance(result, StepResult) or not type(result.epoch) is type(result.step) is int:
             raise BadFrame(self._last, "it is no answer to a step")
+        if not isinstance(result.versions, Versions) or result.versions.common(own_versions()) is None:
+            raise BadFrame(self._last, "it is of a release of azu that is not understood here")
 
     def check_result(
         self,

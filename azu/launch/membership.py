@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from azu.errors import ConfigurationError, NotFound, Unauthenticated
 from azu.files import write_private
+from azu.protocol.versions import Versions, own_versions
 
 if TYPE_CHECKING:
     from azu.api.network import NodeAdmission, RestartResponse
@@ -29,6 +30,9 @@ NetworkId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 class _TicketModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+
+    # Of the program that made the ticket.
+    versions: Versions = Field(default_factory=own_versions)
 
     def encode(self) -> str:
         """Return the ticket as one word of text."""
@@ -61,20 +65,37 @@ class EnrolmentTicket(_TicketModel):
     version: Literal[2] = 2
 
 
+class _AnyVersion(BaseModel):
+    """What every ticket has, whatever else a later release puts into it."""
+
+    versions: Versions | None = None
+
+
 AnyTicket = Ticket | EnrolmentTicket
 _ANY_TICKET: TypeAdapter[AnyTicket] = TypeAdapter(Annotated[AnyTicket, Field(discriminator="version")])
 
 
 def decode_ticket(text: str) -> AnyTicket:
-    """Return the ticket that `encode` made a word of; raises ConfigurationError for any other word."""
-    word = text.strip()
+    """Return the ticket that `encode` made a word of; raises ConfigurationError for any other word.
+
+    Raises OtherVersion, which says what to install, where its network does not take this machine. A network
+    that admits nodes by itself may be of a later release than its ticket: it is asked when they enrol.
+    """
+    word, own = text.strip(), own_versions()
     try:
         content = base64.b64decode(word + "=" * (-len(word) % 4), altchars=b"-_", validate=True)
-        return _ANY_TICKET.validate_json(content)
+        # First, because a later release may have changed the ticket.
+        known = _AnyVersion.model_validate_json(content).versions
+        if known is not None and own.newest < known.oldest:
+            known.check_node(own)
+        ticket = _ANY_TICKET.validate_json(content)
     except (binascii.Error, ValueError, ValidationError) as error:
         raise ConfigurationError(
             "the ticket is damaged or of another version of azu; copy it whole", param="ticket"
         ) from error
+    if isinstance(ticket, Ticket):
+        ticket.versions.check_node(own)
+    return ticket
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
 """The messages of one engine step: the batch for the stages and the result of the last one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from azu.protocol.sampling import SamplingParams
+from azu.protocol.versions import Versions, own_versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,8 @@ class StepBatch:
     Every stage may drop its state of the sequences in `closed`. Stages add to `expert_work` on the way, and
     move a sequence that fails from `slices` to `faults`.
     A step with a `replay` runs only on that replay's stages. `most_tokens` is set when a stage had no memory
-    for the whole step: the largest part that the stage with the least memory ran at once.
+    for the whole step: the largest part that the stage with the least memory ran at once. `versions` are
+    those of the pipeline.
     """
 
     epoch: int
@@ -110,6 +112,7 @@ class StepBatch:
     faults: tuple[SequenceFault, ...] = ()
     replay: Replay | None = None
     most_tokens: int | None = None
+    versions: Versions = field(default_factory=own_versions)
 
     @property
     def num_tokens(self) -> int:
@@ -133,7 +136,7 @@ class StepResult:
 
     `faults` are the sequences that failed in any stage. `most_tokens` is the batch's, None when every stage
     ran the step whole. `stopped_at` is the stage in which every sequence of the step failed, so that it sent
-    the result in place of the last one.
+    the result in place of the last one. `versions` are those of the stage that sends it.
     """
 
     epoch: int
@@ -144,6 +147,7 @@ class StepResult:
     expert_work: tuple[ExpertWork, ...] = ()
     most_tokens: int | None = None
     stopped_at: int | None = None
+    versions: Versions = field(default_factory=own_versions)
 
 
 class PieceState(StrEnum):

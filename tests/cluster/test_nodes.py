@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from azu.cluster.nodes import NodeTable, NumericsMarks
+from azu.cluster.nodes import NodeTable, NodeVersions, NumericsMarks
 from azu.protocol.node import NodeState
+from azu.protocol.versions import Versions
 from azu.units import MIB
 from tests.builders import node
 
@@ -310,3 +311,21 @@ def test_a_node_that_is_left_out_takes_nothing_for_an_hour_and_longer_the_next_t
     assert found(3 * HOUR_S - 1) == (NodeState.SUSPECT, NodeState.SUSPECT)
     assert found(3 * HOUR_S) == (NodeState.ALIVE, NodeState.ALIVE)
     nodes.leave_out("unknown", now_s=0)
+
+
+def test_nodes_of_a_network_all_share_a_version() -> None:
+    nodes = NodeVersions(Versions(newest=2, oldest=1, release="0.2"))
+
+    assert nodes.take("old", Versions(1, 0, "0.1"))
+    # The head understands it, the node that came before does not.
+    assert not nodes.take("new", Versions(3, 2, "0.3"))
+    assert nodes.refused == {
+        "new": "azu 0.3 on this node is too new for the network: install azu 0.2 on the node"
+    }
+    assert nodes.knows("new")
+
+    for node_id in ("old", "new"):
+        nodes.forget(node_id)
+    assert not nodes.knows("new")
+    assert nodes.take("new", Versions(3, 2, "0.3"))
+    assert not nodes.refused

@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TypeVar
@@ -31,7 +31,7 @@ from azu.auth.tickets import Admission, EnrolmentCalls
 from azu.client.http import trusting
 from azu.clock import wall_clock_ms
 from azu.config import EnrolmentConfig, NodeLinks
-from azu.errors import AzuError, Forbidden, Unauthenticated, Unavailable
+from azu.errors import AzuError, Forbidden, OtherVersion, Unauthenticated, Unavailable
 from azu.launch.membership import (
     EnrolledMembership,
     EnrolmentTicket,
@@ -44,6 +44,7 @@ from azu.launch.processes import free_port
 from azu.money.books import Members
 from azu.money.books_process import ALLOWED, allowed_to
 from azu.money.wire import Access, WireServer
+from azu.protocol.versions import Versions, own_versions
 from deployments import accounts, nodes
 from deployments.ingress import _invalid, _refused
 from tests.builders import ALICE, BOB
@@ -54,6 +55,8 @@ HEAD = "192.0.2.1:6379"
 HOST = "192.0.2.7"
 SPEED = 7_000
 LIFE_S = 7 * 86_400.0
+VERSIONS = asdict(own_versions())
+ENROL = {"secret": "0" * 64, "name": "a", "host": HOST, "request": "", "versions": VERSIONS}
 PLATFORM = "0x" + "99" * 20
 
 
@@ -224,6 +227,27 @@ def test_a_machine_with_a_certificate_needs_no_ticket(door: Door, tmp_path: Path
     assert key_digest(public_key(after)) == key_digest(public_key(before))
 
 
+def test_a_machine_that_the_network_understands_no_more_enrols_and_renews_nothing(
+    door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, ticket = member(door.ticket(), tmp_path), door.ticket()
+    known.access()
+    before = certificate(tmp_path).serial_number
+
+    with monkeypatch.context() as old:
+        old.setattr("azu.client.enrolment.own_versions", lambda: Versions(0, 0, "0.0"))
+        for machine in (known, member(ticket, tmp_path, "ben")):
+            with pytest.raises(OtherVersion, match=r"azu 0\.0 on this node is too old"):
+                machine.access()
+
+    assert certificate(tmp_path).serial_number == before
+    with monkeypatch.context() as new:
+        own = own_versions()
+        later = Versions(own.newest + 1, own.newest, "9.0")
+        new.setattr("azu.client.enrolment.own_versions", lambda: later)
+        member(ticket, tmp_path, "ben").access()  # the ticket was not used up
+
+
 def test_a_revoked_ticket_lets_in_and_renews_no_machine(door: Door, tmp_path: Path) -> None:
     ticket = door.ticket(uses=2)
     member(ticket, tmp_path).access()
@@ -371,7 +395,7 @@ def test_only_a_machine_of_the_network_asks_for_a_turn(door: Door, tmp_path: Pat
 def test_a_network_without_tickets_says_why(door: Door, nodes_are: NodeLinks) -> None:
     door.services.config.enrolment, door.services.config.nodes = None, nodes_are
 
-    reply = door.post("enrol", secret="0" * 64, name="a", host=HOST, request="")
+    reply = door.post("enrol", **ENROL)
 
     assert reply.status_code == 404
     told = "only its own machine" if nodes_are is NodeLinks.LOCAL else "did not start this Ray cluster"
@@ -381,13 +405,38 @@ def test_a_network_without_tickets_says_why(door: Door, nodes_are: NodeLinks) ->
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("enrol", {"secret": "x", "name": "a", "host": HOST, "request": ""}, "secret"),
-        ("enrol", {"secret": "0" * 64, "name": "", "host": HOST, "request": ""}, "name"),
-        ("enrol", {"secret": "0" * 64, "name": "ada\x1b[2J", "host": HOST, "request": ""}, "name"),
-        ("enrol", {"secret": "0" * 64, "name": "a", "host": "ada.example", "request": ""}, "host"),
-        ("enrol", {"secret": "0" * 64, "name": "a", "host": HOST, "request": "hello"}, "request"),
-        ("enrol", {"secret": "0" * 64, "name": "a", "host": HOST, "request": "x" * 9000}, "request"),
-        ("renew", {"certificate": "hello", "signed_at_ms": 1, "signature": "00"}, "certificate"),
+        ("enrol", ENROL | {"secret": "x"}, "secret"),
+        (
+            "enrol",
+            {"secret": "0" * 64, "name": "", "host": HOST, "request": "", "versions": VERSIONS},
+            "name",
+        ),
+        (
+            "enrol",
+            {"secret": "0" * 64, "name": "ada\x1b[2J", "host": HOST, "request": "", "versions": VERSIONS},
+            "name",
+        ),
+        (
+            "enrol",
+            {"secret": "0" * 64, "name": "a", "host": "ada.example", "request": "", "versions": VERSIONS},
+            "host",
+        ),
+        (
+            "enrol",
+            {"secret": "0" * 64, "name": "a", "host": HOST, "request": "hello", "versions": VERSIONS},
+            "request",
+        ),
+        (
+            "enrol",
+            {"secret": "0" * 64, "name": "a", "host": HOST, "request": "x" * 9000, "versions": VERSIONS},
+            "request",
+        ),
+        (
+            "renew",
+            {"certificate": "hello", "signed_at_ms": 1, "signature": "00", "versions": VERSIONS},
+            "certificate",
+        ),
+        ("renew", {"certificate": "hello", "signed_at_ms": 1, "signature": "00"}, "versions"),
         (
             "restart",
             {"certificate": "hello", "signed_at_ms": 1, "signature": "00", "name": "a"},

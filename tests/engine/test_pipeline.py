@@ -7,10 +7,12 @@ import pytest
 from azu.engine.accounting import Work
 from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig, Sequence
+from azu.engine.stage_contract import BadFrame
 from azu.protocol.job import FinishReason, TokenEvent
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import ExpertWork, Replay, SampledToken, SeenTokens, StepBatch, StepResult
 from azu.protocol.topology import ExpertSet, LayerSpan, Stage
+from azu.protocol.versions import Versions
 from azu.units import MIB
 from tests import builders
 
@@ -263,6 +265,17 @@ def test_results_of_another_epoch_or_repeated_change_nothing() -> None:
     assert pipeline.complete(replace(result, epoch=result.epoch + 1)) == {}
     assert len(pipeline.complete(result)) == 1
     assert pipeline.complete(result) == {}
+
+
+def test_a_result_of_a_release_that_is_not_understood_is_a_bad_frame() -> None:
+    pipeline = _pipeline()
+    _add(pipeline)
+    result = _answer(_next(pipeline))
+
+    for versions in (Versions(10**6, 10**6, "9.0"), None):
+        with pytest.raises(BadFrame, match="of a release of azu"):
+            pipeline.complete(replace(result, versions=versions))  # type: ignore[arg-type]
+    assert len(pipeline.complete(result)) == 1
 
 
 def test_no_more_steps_start_than_may_be_in_flight() -> None:

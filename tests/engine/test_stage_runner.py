@@ -14,6 +14,7 @@ from azu.errors import FrameError, ShardError
 from azu.protocol.frame import Frame
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import OpenedSequence, Slice, StepBatch, StepResult
+from azu.protocol.versions import Versions
 from tests.engine.conftest import CutModel
 
 _ROW = 4
@@ -189,6 +190,7 @@ def test_damaged_or_missing_bytes_are_refused(first: StageRunner, last: StageRun
     "batch",
     [
         replace(_BATCH, epoch=0),
+        replace(_BATCH, versions=Versions(10**6, 10**6, "9.0")),
         replace(_BATCH, token_ids=(5, 6, 7, 8)),
         replace(_BATCH, token_ids=(5, 6, 7, 8, 97)),
         replace(_BATCH, token_ids=(5, 6, 7, 8, -1)),

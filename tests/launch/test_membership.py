@@ -2,12 +2,13 @@
 
 import base64
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from azu.auth.certificates import read_certificate
-from azu.errors import ConfigurationError
+from azu.errors import ConfigurationError, OtherVersion
 from azu.launch.membership import (
     EnrolmentTicket,
     Ticket,
@@ -16,6 +17,7 @@ from azu.launch.membership import (
     members_folder,
     membership_of,
 )
+from azu.protocol.versions import Versions
 
 TICKET = Ticket(port=6379, token="ab" * 32, network="cd" * 16)
 ENROLMENT = EnrolmentTicket(
@@ -37,6 +39,27 @@ def test_a_ticket_is_one_word_that_reads_back(ticket: Ticket | EnrolmentTicket) 
 
     assert word.split() == [word]
     assert decode_ticket(f" {word}\n") == ticket
+
+
+OLD, NEW = Versions(0, 0, "0.0"), Versions(10**6, 10**6, "9.0")
+
+
+def test_a_machine_that_is_too_old_for_a_tickets_network_is_told_what_to_install() -> None:
+    for ticket in (TICKET, ENROLMENT):
+        later = ticket.model_copy(update={"versions": NEW})
+        with pytest.raises(OtherVersion, match=r"too old .* install azu 9\.0"):
+            decode_ticket(later.encode())
+    # Also where this release cannot read the rest of the ticket.
+    with pytest.raises(OtherVersion, match=r"install azu 9\.0"):
+        decode_ticket(encoded(version=3, versions=asdict(NEW), form="of a later release"))
+
+
+def test_only_a_network_that_is_not_asked_later_refuses_a_newer_machine_by_its_ticket() -> None:
+    with pytest.raises(OtherVersion, match=r"too new .* install azu 0\.0"):
+        decode_ticket(TICKET.model_copy(update={"versions": OLD}).encode())
+    # This network may be of a later release than the ticket: it is asked when the machine enrols.
+    earlier = ENROLMENT.model_copy(update={"versions": OLD})
+    assert decode_ticket(earlier.encode()) == earlier
 
 
 def test_a_ticket_without_encryption_names_no_other_machine() -> None:

@@ -292,6 +292,7 @@ POINTS = (
     Point("actors.registry:Registry.file", call(REGISTRY, "file", MODEL, "", "")),
     # NodeAgent
     Point(f"{NODE}.report"),
+    Point(f"{NODE}.versions", call("node:", "versions")),
     Point(f"{NODE}.leave", call("node:", "leave")),
     Point(f"{NODE}.ping", kill_stage),
     Point(f"{NODE}.measure_links", call("node:", "measure_links", {})),

@@ -172,6 +172,11 @@ PARTS = (
         pytest("tests/network/test_change.py", "-m", "prove", "-s"),
     ),
     Part(
+        "rolling upgrade",
+        "three nodes are upgraded under a stream; one that is too old is told what to install",
+        pytest("tests/network/test_rolling_upgrade.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "memory planned",
         "50 sequences on a stage with KV for four: its process never takes more than planned",
         pytest("tests/engine/test_planned_memory.py", "-m", "prove", "-s"),
