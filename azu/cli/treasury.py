@@ -249,7 +249,7 @@ def run_treasury() -> None:
     from azu.logs import start_logging
     from azu.money.chain.networks import network_at
     from azu.money.treasury.environment import take_variable
-    from azu.money.treasury.payouts import Threshold
+    from azu.money.treasury.planning import Threshold
     from azu.money.treasury.process import TreasuryConfig, run
 
     end_with_parent()

@@ -448,7 +448,7 @@ class Bookkeeper(BooksCalls):
                 raise InsufficientBalance(
                     f"the account holds {available} lamports; this takes {withdrawal.lamports}"
                 )
-            await self._withdrawals.hand_in(SignedWithdrawal(withdrawal, signature))
+            await self._withdrawals.hand_in(SignedWithdrawal(withdrawal, signature, self._now_ms()))
         else:
             transfer = planned.entry.transfer
             if not isinstance(transfer, WithdrawalPlanned) or transfer.lamports != withdrawal.lamports:

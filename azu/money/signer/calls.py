@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pydantic import ConfigDict
 
 from azu.contact import Contact
-from azu.money.signer.views import TransferRequest
+from azu.money.signer.views import Room, TransferRequest
 from azu.money.wire import Remote
 
 # Longer than the signer tries to read the chain before it signs.
@@ -38,6 +38,9 @@ class SignerCalls:
         Raises Unavailable while books and chain do not agree (code `nothing_signed`), and what the policy's
         `admit` does.
         """
+
+    async def room(self) -> Room:
+        """Return what the limits on withdrawals leave now; raises Unavailable as `transfer` does."""
 
     async def noop(self, nonce: int) -> str:
         """Return the signed action that uses up a payout's nonce; no transfer is signed under it any more.

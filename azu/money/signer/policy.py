@@ -3,6 +3,7 @@
 Pure: the clock is the chain's, and each function returns what the signer has to remember before it acts.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from azu.money.signer.views import (
     OpenPayout,
     OutgoingRow,
     PayoutKind,
+    Room,
     TransferRequest,
 )
 
@@ -56,7 +58,11 @@ class PayoutLimit:
     @property
     def largest_lamports(self) -> int:
         """The largest amount that can ever be sent to one address at once."""
-        return min(self.hour_lamports, self.day_lamports) * self.address_percent // 100
+        return self.share_of(min(self.hour_lamports, self.day_lamports))
+
+    def share_of(self, lamports: int) -> int:
+        """Return the part of an amount that one address may get."""
+        return lamports * self.address_percent // 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +235,18 @@ def admit(
     if (limit := rules.limits.get(asked.kind)) is not None:
         _check_limit(state, chain, asked, limit)
     return replace(state, signed={**state.signed, asked.nonce: wanted})
+
+
+def room(state: SignerState, chain: ChainView, kind: PayoutKind, limit: PayoutLimit) -> Room:
+    """Return what a limit leaves now."""
+    spans = [(most, _sent(state, chain, kind, span_ms)) for span_ms, most, _ in limit.spans()]
+    used = spans[-1][1]
+    return Room(
+        all_lamports=max(0, min(most - sent.total() for most, sent in spans)),
+        each_lamports=limit.largest_lamports,
+        left_lamports={one: min(limit.share_of(most) - sent[one] for most, sent in spans) for one in used},
+        used_lamports=dict(used),
+    )
 
 
 def void(state: SignerState, books: BooksView, nonce: int) -> SignerState:
@@ -437,19 +455,23 @@ def _is_withdrawal(payout: OpenPayout, platforms: Iterable[str]) -> bool:
 
 
 def _check_limit(state: SignerState, chain: ChainView, asked: TransferRequest, limit: PayoutLimit) -> None:
-    """Raise RateLimited if a transfer exceeds a limit; what was signed and not shown counts as sent now."""
-    rows = [row for row in chain.outgoing if kind_of(row.nonce) in (asked.kind, None)]
-    waiting = [
-        (one.address, one.lamports) for one in _waiting(state, chain).values() if one.kind is asked.kind
-    ]
+    """Raise RateLimited if a transfer exceeds a limit."""
     for span_ms, most, name in limit.spans():
-        sent = [(row.address, row.lamports) for row in rows if row.at_ms > chain.now_ms - span_ms]
-        to_all = asked.lamports + sum(lamports for _, lamports in sent + waiting)
-        to_one = asked.lamports + sum(
-            lamports for address, lamports in sent + waiting if address == asked.address
-        )
-        if to_all > most:
+        sent = _sent(state, chain, asked.kind, span_ms)
+        if asked.lamports + sent.total() > most:
             raise RateLimited(f"{asked.kind} may take {most} lamports in a {name}", code="payout_limit")
-        if to_one > most * limit.address_percent // 100:
+        if asked.lamports + sent[asked.address] > limit.share_of(most):
             percent = limit.address_percent
             raise RateLimited(f"one address may get {percent}% of {most} in a {name}", code="payout_limit")
+
+
+def _sent(state: SignerState, chain: ChainView, kind: PayoutKind, span_ms: int) -> Counter[str]:
+    """Return the lamports that each address got within a time; what is signed and not shown counts too."""
+    sent = Counter[str]()
+    for row in chain.outgoing:
+        if kind_of(row.nonce) in (kind, None) and row.at_ms > chain.now_ms - span_ms:
+            sent[row.address] += row.lamports
+    for one in _waiting(state, chain).values():
+        if one.kind is kind:
+            sent[one.address] += one.lamports
+    return sent

@@ -27,17 +27,18 @@ from azu.money.signer.policy import (
     burned,
     first_state,
     look,
+    room,
     undecided,
     unexplained,
     unseen,
     void,
 )
-from azu.money.signer.views import BooksHead, BooksView, ChainView, TransferRequest
+from azu.money.signer.views import BooksHead, BooksView, ChainView, PayoutKind, Room, TransferRequest
 
 _LOG = logging.getLogger(__name__)
 # The calls that each caller may make.
 SIGNER_ALLOWED: Mapping[str, frozenset[str]] = {
-    "treasury": frozenset({"noop", "status", "transfer"}),
+    "treasury": frozenset({"noop", "room", "status", "transfer"}),
     "books": frozenset({"certify"}),
     "owner": frozenset({"accept", "status"}),
 }
@@ -88,6 +89,12 @@ class Signer(SignerCalls):
                 nonce=asked.nonce,
             )
         return action.body.decode()
+
+    async def room(self) -> Room:
+        async with self._turn:
+            _, chain = await self._agreeing()
+            kind = PayoutKind.WITHDRAWAL
+            return room(self._known, chain, kind, self._rules.limits[kind])
 
     async def noop(self, nonce: int) -> str:
         async with self._turn:

@@ -1,5 +1,6 @@
 """What the signer sees before it signs: the books at one moment, and the chain's rows and balance."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -115,6 +116,25 @@ class ChainView:
     balance_lamports: int
     outgoing: tuple[OutgoingRow, ...] = ()
     incoming: tuple[IncomingRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What may be sent of one kind now: `all_lamports` together, of that `each_lamports` to one address.
+
+    To an address in `left_lamports` only so much; `used_lamports` are what addresses got within a day.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    all_lamports: int
+    each_lamports: int
+    left_lamports: Mapping[str, int]
+    used_lamports: Mapping[str, int]
+
+    def left(self, address: str) -> int:
+        """Return what of an address's own share is left, in lamports."""
+        return self.left_lamports.get(address, self.each_lamports)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,8 @@ from azu.money.chain.networks import ChainNetwork
 from azu.money.signer.calls import RemoteSigner
 from azu.money.signer.views import PayoutKind
 from azu.money.treasury.deposits import DepositWatcher
-from azu.money.treasury.payouts import (
-    Payer,
-    PayoutSelector,
-    PayoutTimeouts,
-    Threshold,
-    WithdrawalPlanner,
-    num_beside,
-)
+from azu.money.treasury.payouts import Payer, PayoutTimeouts
+from azu.money.treasury.planning import PayoutSelector, Threshold, WithdrawalPlanner, num_beside
 from azu.money.treasury.redis import (
     RedisCursor,
     RedisLease,
@@ -112,7 +106,7 @@ class _Treasury:
         self._selector = PayoutSelector(self._chain, self._ledger, platform, config.threshold)
         withdrawals = RedisWithdrawals(self._redis)
         self._withdrawal_planner = WithdrawalPlanner(
-            withdrawals, self._ledger, self._outbox, self._selector, platform=platform
+            withdrawals, self._ledger, self._outbox, self._selector, self._signer, platform=platform
         )
         self._payer = Payer(
             self._chain,

@@ -46,12 +46,13 @@ class WithdrawalStatus:
 
 @dataclass(frozen=True, slots=True)
 class SignedWithdrawal:
-    """A withdrawal and its address's signature."""
+    """A withdrawal, its address's signature, and when the books took it."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     withdrawal: Withdrawal
     signature: str
+    asked_at_ms: int = 0
 
 
 _SIGNED = TypeAdapter(SignedWithdrawal)

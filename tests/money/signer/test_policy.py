@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from azu.auth.signatures import TakeRevenue, sign_claim, sign_command
 from azu.errors import AzuError, Conflict, Forbidden, InvalidRequest, RateLimited, Unavailable
@@ -20,6 +22,7 @@ from azu.money.signer.policy import (
     kind_of,
     look,
     nonce_for,
+    room,
     shortfall,
     undecided,
     unexplained,
@@ -468,6 +471,24 @@ def test_what_was_signed_and_is_not_shown_counts_as_sent() -> None:
     assert limited(state, late, now_ms=START_MS + DAY_MS)
     late = replace(late, nonce=late.nonce + 2 * DAY_MS)
     assert not limited(state, late, now_ms=START_MS + 3 * DAY_MS)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([A, B]), st.integers(1, 60), st.integers(0, 30 * HOUR_MS)), max_size=8)
+)
+def test_what_is_left_of_a_limit_is_signed_and_no_lamport_more(sent: list[tuple[str, int, int]]) -> None:
+    rows = [
+        OutgoingRow(START_MS - ago_ms, nonce_for(PayoutKind.EARNINGS, 8 * number, 0), address, lamports)
+        for number, (address, lamports, ago_ms) in enumerate(sent, 1)
+    ]
+    left = room(SignerState(), chain(*rows), PayoutKind.EARNINGS, SMALL)
+    most = min(left.all_lamports, left.left(A))
+
+    assert left.used_lamports.get(A, 0) == sum(
+        lamports for address, lamports, ago_ms in sent if address == A and ago_ms < DAY_MS
+    )
+    assert most <= 0 or not limited(SignerState(), payout(most), *rows)
+    assert limited(SignerState(), payout(max(0, most) + 1), *rows)
 
 
 def test_a_transfer_that_the_books_forgot_bars_others_to_its_address_until_it_is_decided() -> None:

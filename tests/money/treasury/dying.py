@@ -8,7 +8,8 @@ from multiprocessing.process import BaseProcess
 from azu.money.books import Books
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import network_at
-from azu.money.treasury.payouts import PayoutTimeouts, Threshold
+from azu.money.treasury.payouts import PayoutTimeouts
+from azu.money.treasury.planning import Threshold
 from azu.money.treasury.process import TreasuryConfig, run
 from azu.money.treasury.redis import RedisCursor, RedisLease, RedisOutbox
 from azu.money.treasury.request_reply import RequestReply

@@ -9,7 +9,8 @@ import pytest
 
 from azu.errors import ChainError
 from azu.money.chain.api import ChainClient
-from azu.money.treasury.payouts import Payer, PayoutSelector, PayoutTimeouts, Threshold
+from azu.money.treasury.payouts import Payer, PayoutTimeouts
+from azu.money.treasury.planning import PayoutSelector, Threshold
 from tests.money.chain.running import running_devnet
 from tests.money.treasury.booked import (
     PAID,

@@ -10,7 +10,8 @@ from azu.clock import wall_clock_ms
 from azu.money.chain.wallet import send_hype
 from azu.money.ledger.transfers import PLATFORM, user_available
 from azu.money.treasury.outbox import PayoutState
-from azu.money.treasury.payouts import AmountOwed, Payer, PayoutTimeouts
+from azu.money.treasury.payouts import Payer, PayoutTimeouts
+from azu.money.treasury.planning import AmountOwed
 from azu.money.treasury.withdrawals import RedisWithdrawals
 from azu.redis_client import connect_redis
 from tests.money.ledger import moves

@@ -17,7 +17,8 @@ from azu.money.ledger.entry import Result
 from azu.money.ledger.transfers import user_withdrawing
 from azu.money.signer.views import PayoutKind
 from azu.money.treasury.outbox import Payout
-from azu.money.treasury.payouts import Payer, PayoutSelector, PayoutTimeouts, Threshold, WithdrawalPlanner
+from azu.money.treasury.payouts import Payer, PayoutTimeouts
+from azu.money.treasury.planning import PayoutSelector, Threshold, WithdrawalPlanner
 from azu.money.treasury.withdrawals import (
     LEAST_LAMPORTS,
     RedisWithdrawals,
@@ -55,7 +56,9 @@ class Treasury:
         self.store = RedisWithdrawals(connect_redis(world.redis_url))
         self.ledger = parts.ledger
         selector = PayoutSelector(parts.chain, parts.ledger, platform, THRESHOLD)
-        self.planner = WithdrawalPlanner(self.store, parts.ledger, parts.outbox, selector, platform=platform)
+        self.planner = WithdrawalPlanner(
+            self.store, parts.ledger, parts.outbox, selector, parts.signer.signer, platform=platform
+        )
         self.payer = Payer(
             parts.chain,
             parts.ledger,
