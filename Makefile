@@ -12,9 +12,10 @@ $(VENV)/.node: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[node]'
 	@touch $@
 
+# Without --no-compile the installation also compiles thousands of files that nothing imports.
 $(VENV)/.dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	@touch $@ $(VENV)/.node
 
 demo: $(VENV)/.node

@@ -33,6 +33,7 @@ def test_a_name_that_is_no_measurement_is_refused_with_those_that_are() -> None:
         run_bench(("spede",), TINY)
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("name", ["settling", "sharding"])
 def test_measures_without_stages(name: str) -> None:
     (figure,) = figures(name)

@@ -13,6 +13,7 @@ from azu.cli import app
 from azu.cli.credentials import stored_credential
 from azu.errors import AzuError, Unauthenticated
 from tests.client.ingress import PLATFORM, Ingress, Reply, platform_of, running_ingress, signing_in
+from tests.few import few
 
 RUNNER = CliRunner()
 ID = network_id(PLATFORM, None)
@@ -87,17 +88,15 @@ def test_a_pinned_network_that_changed_is_not_logged_in_to_again(ingress: Ingres
 
 
 @pytest.mark.parametrize("login", [("login",), ("login", "#id")])
-@pytest.mark.parametrize(
-    "command", [("deposit", "1"), ("withdraw", "1"), ("earnings", "--claim"), ("dispute", "job-1")]
-)
+@pytest.mark.parametrize("command", few(["deposit 1", "withdraw 1", "earnings --claim", "dispute job-1"]))
 def test_nothing_is_sent_or_signed_for_another_platform(
-    ingress: Ingress, login: tuple[str, ...], command: tuple[str, ...]
+    ingress: Ingress, login: tuple[str, ...], command: str
 ) -> None:
     said(*[word.replace("#id", f"{ingress.url}#{ID}") for word in login])
     platform_of(ingress, STRANGER)
     ingress.requests.clear()
 
-    assert PLATFORM in refusal(*command).message
+    assert PLATFORM in refusal(*command.split()).message
     assert paths(ingress) == {"/v1/platform"}
 
 

@@ -87,6 +87,7 @@ def test_an_empty_home_needs_no_preparation(tmp_path: Path) -> None:
     assert "no network runs" in done.stderr
 
 
+@pytest.mark.prove
 def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "azu.cli", "devnet", "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -19,6 +19,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.prove
 def test_a_new_wallet_is_shown_and_unlocked(home: Path) -> None:
     made = json.loads(RUNNER.invoke(wallet, ["new", "--json"]).stdout)
     shown = json.loads(RUNNER.invoke(wallet, ["show", "--json"]).stdout)

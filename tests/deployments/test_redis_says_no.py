@@ -100,6 +100,7 @@ def text_of(answer: str) -> str:
     return "".join(line.partition('"text":')[2] for line in answer.splitlines())
 
 
+@pytest.mark.prove
 def test_every_stream_goes_on_and_new_requests_are_told_to_come_again(
     store: Breakable, tmp_path: Path
 ) -> None:
@@ -146,6 +147,7 @@ def test_every_stream_goes_on_and_new_requests_are_told_to_come_again(
     asyncio.run(run())
 
 
+@pytest.mark.prove
 def test_readers_of_jobs_that_redis_lost_are_told_and_nothing_is_left_of_the_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

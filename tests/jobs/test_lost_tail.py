@@ -176,6 +176,7 @@ def _facts() -> dict[str, Any]:
     return {name: getattr(TERMS, name) for name in TERMS.__dataclass_fields__}
 
 
+@pytest.mark.prove
 def test_after_a_jobs_end(redis_url: str, tmp_path: Path) -> None:
     at = 0
     while True:

@@ -49,6 +49,7 @@ def separate(settings: Settings) -> NetworkUsers:
     return users
 
 
+@pytest.mark.prove
 def test_each_user_reads_its_own_home_alone(settings: Settings) -> None:
     users = separate(settings)
     write_private(users.money_home / "tls" / "authority.key", "secret")
@@ -82,6 +83,7 @@ def test_ray_reads_the_files_that_it_is_given_and_changes_none(settings: Setting
         assert as_user(users.ray, *change) != 0
 
 
+@pytest.mark.prove
 def test_the_users_stay_when_no_other_machine_can_join(settings: Settings) -> None:
     first = separate(settings)
 
@@ -89,6 +91,7 @@ def test_the_users_stay_when_no_other_machine_can_join(settings: Settings) -> No
     assert settings.money_home.resolve() == first.money_home
 
 
+@pytest.mark.prove
 def test_money_moves_to_its_user_once(settings: Settings) -> None:
     write_private(settings.home / "redis" / "appendonly.aof", "journal")
     write_private(settings.home / "signer.json", "memory")
@@ -104,6 +107,7 @@ def test_money_moves_to_its_user_once(settings: Settings) -> None:
     assert (users.money_home / "ledger" / "head.json").read_text() == "head"
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("before", ["AZU_HOME", "money"])
 def test_the_store_of_jobs_moves_to_rays_user_who_replaces_none_of_its_folders(
     settings: Settings, before: str
@@ -125,6 +129,7 @@ def test_the_store_of_jobs_moves_to_rays_user_who_replaces_none_of_its_folders(
     assert settings.jobs_home.resolve() == users.jobs_home
 
 
+@pytest.mark.prove
 def test_each_store_runs_as_its_user_and_finds_its_data_again(settings: Settings, tmp_path: Path) -> None:
     users = separate(settings)
     uids = []
@@ -145,6 +150,7 @@ def test_each_store_runs_as_its_user_and_finds_its_data_again(settings: Settings
     assert own_redis_url(settings.jobs_home, JOB_STORE)
 
 
+@pytest.mark.prove
 def test_books_in_two_places_are_refused(settings: Settings) -> None:
     users = separate(settings)
     write_private(users.money_home / "redis" / "appendonly.aof", "new")

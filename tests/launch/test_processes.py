@@ -174,6 +174,7 @@ def test_waiting_for_a_child_that_is_not_ready_times_out(tmp_path: Path) -> None
             group.wait_until("child", lambda: False, 0.1)
 
 
+@pytest.mark.prove
 def test_a_child_that_ends_is_started_again_each_time(tmp_path: Path) -> None:
     with ProcessGroup(tmp_path) as group:
         group.start(python("print('born')", restart=True))

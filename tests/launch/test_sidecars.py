@@ -124,6 +124,7 @@ assert "{"11" * 32}" not in Path("/proc/self/environ").read_text()
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
 
 
+@pytest.mark.prove
 def test_devnet_books_signer_and_treasury_come_up_on_our_redis(
     settings: Settings, tmp_path: Path, redis_url: str
 ) -> None:
@@ -158,6 +159,7 @@ def test_devnet_books_signer_and_treasury_come_up_on_our_redis(
     assert nodes == 3, "the writer and two enrolments"
 
 
+@pytest.mark.prove
 def test_a_restarted_network_finds_its_chain_where_the_books_and_the_signer_left_it(
     settings: Settings,
 ) -> None:

@@ -108,6 +108,7 @@ def test_the_commands_start_however_they_are_called(folder: Path) -> None:
         assert "Usage" in run(folder, *command)
 
 
+@pytest.mark.prove
 def test_a_command_imports_what_it_needs_from_azu(folder: Path, tmp_path: Path) -> None:
     nodes = str(ROOT / "configs" / "nodes.example.yaml")
     planned = run(

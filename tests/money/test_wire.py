@@ -294,6 +294,7 @@ def test_a_call_waits_for_a_server_that_starts_again_meanwhile() -> None:
     play(scenario)
 
 
+@pytest.mark.prove
 def test_a_silent_server_fails_a_call_but_not_one_that_waits_while_others_are_answered() -> None:
     async def scenario(world: World) -> None:
         client = world.client(silence_s=0.3)

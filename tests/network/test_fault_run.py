@@ -239,12 +239,12 @@ POINTS = (
     Point("azu.engine.pipeline:EnginePipeline.next_batch", is_loop=True),
     # LayerActor
     Point("actors.layer:LayerActor.load", kill_stage),
-    Point("actors.layer:LayerActor.relink", kill_stage),
+    Point("actors.layer:LayerActor.relink", kill_experts),
     Point(
         "actors.layer:LayerActor.see",
         post("/v1/completions", model=MODEL, prompt="Hello", max_tokens=3, repetition_penalty=1.2),
     ),
-    Point("actors.layer:LayerActor.num_sent", kill_stage),
+    Point("actors.layer:LayerActor.num_sent", call(STAGE, "num_sent", [1])),
     Point("actors.layer:LayerActor.num_chosen", call(STAGE, "num_chosen")),
     Point("actors.layer:LayerActor.ping"),
     Point("actors.layer:LayerActor.step"),

@@ -63,6 +63,7 @@ def region_holds(memory, start: int, end: int, pattern: bytes, step: int = 64 * 
     return False
 
 
+@pytest.mark.prove
 def test_no_hidden_state_is_in_the_pipelines_or_the_heads_memory(user: User, network: LocalNetwork) -> None:
     text = chat_text("azu/tiny-dense", "Tell me how azu works.")
     finished(user, user.submit(text, est_tokens=2).json()["job_id"])  # the model is deployed now

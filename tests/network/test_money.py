@@ -15,6 +15,9 @@ from tests.network.user import User
 
 pytestmark = pytest.mark.cluster
 
+# Nearly all that the model's context has room for: on a busy machine the end of a connection is seen late.
+MANY_TOKENS = 950
+
 
 def settled(user: User) -> tuple[int, int]:
     """Return the balance once no job holds a reservation."""
@@ -69,7 +72,7 @@ def test_a_dropped_stream_pays_for_the_delivered_tokens(user: User) -> None:
         model="azu/tiny-dense",
         messages=[{"role": "user", "content": "Tell me how azu works."}],
         stream=True,
-        max_tokens=300,
+        max_tokens=MANY_TOKENS,
         extra_body={"ignore_eos": True},
     )
     for _, chunk in zip(range(4), stream, strict=False):
@@ -80,7 +83,7 @@ def test_a_dropped_stream_pays_for_the_delivered_tokens(user: User) -> None:
 
     receipt = user.http.get(f"/v1/receipts/{job_id}").json()
     assert reserved == 0
-    assert 0 < receipt["completion_tokens"] < 300
+    assert 0 < receipt["completion_tokens"] < MANY_TOKENS
     assert before - after == receipt["charged_lamports"]
     assert user.http.get("/v1/jobs").json()["data"][0]["status"] == "cancelled"
 

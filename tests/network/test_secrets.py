@@ -49,6 +49,7 @@ def platform_key(network: LocalNetwork, tmp_path_factory: pytest.TempPathFactory
     return file.read_text()
 
 
+@pytest.mark.prove
 def test_a_task_on_any_node_finds_no_private_key(network: LocalNetwork, platform_key: str) -> None:
     # Ray's workers import azu's packages only, not the tests.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])

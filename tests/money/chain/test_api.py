@@ -17,6 +17,7 @@ from azu.money.chain.api import ChainClient, rounded_up
 from azu.money.chain.port import LedgerTransfer
 from azu.money.chain.wallet import send_hype
 from azu.units import LAMPORTS_PER_HYPE, MAX_LAMPORTS
+from tests.few import few
 from tests.money.chain.running import RunningDevnet, fresh_address
 
 CONTRACT = "0x" + "c0" * 20
@@ -169,7 +170,7 @@ def test_the_chain_tells_its_time(devnet: RunningDevnet) -> None:
     "kind",
     ["reply_dropped_before", "reply_dropped_after", "rate_limited", "server_error_before", "delay"],
 )
-@pytest.mark.parametrize("path", ["/info", "/explorer"])
+@pytest.mark.parametrize("path", few(["/explorer", "/info"]))
 def test_a_read_is_repeated_after_a_temporary_failure(
     devnet: RunningDevnet, kind: str, path: str, alice: LocalAccount
 ) -> None:

@@ -14,6 +14,7 @@ from azu.money.ledger.transfers import CHAIN, SUSPENSE
 from azu.money.treasury.deposits import DepositWatcher, agrees, deposit_status
 from azu.money.treasury.request_reply import CreditState
 from azu.units import LAMPORTS_PER_HYPE
+from tests.few import few
 from tests.money.treasury.world import Open, World
 
 ALICE, PLATFORM = "0x" + "a1" * 20, "0x" + "0f" * 20
@@ -102,16 +103,19 @@ def test_a_transfer_to_the_platform_is_credited_to_its_sender(world: World) -> N
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [
-        ("rows_twice", {"times": None}),
-        ("rows_late", {"seconds": 0.6, "times": 2}),
-        ("rate_limited", {"path": "/info", "times": 3}),
-        ("rate_limited", {"path": "/explorer", "times": 3}),
-        ("reply_dropped_after", {"path": "/info", "times": 3}),
-        ("server_error_before", {"path": "/explorer", "times": 3}),
-        ("delay", {"path": "/info", "times": 3, "seconds": 0.3}),
-        ("restart", {"seconds": 0.7}),
-    ],
+    few(
+        [
+            ("rows_twice", {"times": None}),
+            ("rows_late", {"seconds": 0.6, "times": 2}),
+            ("rate_limited", {"path": "/info", "times": 3}),
+            ("rate_limited", {"path": "/explorer", "times": 3}),
+            ("reply_dropped_after", {"path": "/info", "times": 3}),
+            ("server_error_before", {"path": "/explorer", "times": 3}),
+            ("delay", {"path": "/info", "times": 3, "seconds": 0.3}),
+            ("restart", {"seconds": 0.7}),
+        ],
+        2,
+    ),
 )
 def test_every_deposit_is_credited_once_under_a_fault(
     world: World, kind: str, options: dict[str, object]
@@ -201,6 +205,7 @@ async def polled(watcher: DepositWatcher, times: int = 12) -> None:
         await asyncio.sleep(0.15)
 
 
+@pytest.mark.prove
 def test_rows_of_a_contract_are_set_aside_once_each_when_they_are_old_enough(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -229,6 +234,7 @@ def test_rows_of_a_contract_are_set_aside_once_each_when_they_are_old_enough(
     world.run(scenario)
 
 
+@pytest.mark.prove
 def test_a_row_without_an_action_may_be_of_a_token_with_the_same_name(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -103,6 +103,7 @@ def every_worker_is_paid_once(world: World, workers: int, chance: float, seed: i
     world.run(scenario)
 
 
+@pytest.mark.prove
 def test_two_payers_without_a_lease_pay_every_worker_once_while_everything_fails(world: World) -> None:
     every_worker_is_paid_once(world, workers=4, chance=0.1)
 

@@ -88,6 +88,7 @@ def test_it_credits_deposits_answers_requests_and_stops_at_a_signal(world: World
     world.run(scenario)
 
 
+@pytest.mark.prove
 def test_it_waits_for_a_chain_that_is_away(world: World) -> None:
     alice = world.payer()
 
