@@ -43,6 +43,7 @@ def join(
 ) -> None:
     """Lend this machine until Ctrl-C: one Ray node for each GPU, started again when it dies."""
     from azu.config import Settings
+    from azu.launch.formats import check_home
     from azu.launch.membership import EnrolmentTicket, decode_ticket, membership_of
     from azu.launch.processes import address_towards, stop_signals_raised
 
@@ -50,6 +51,7 @@ def join(
     machine = name or socket.gethostname()
     workers = _workers(machine, vram, payout, cpu=cpu)
     settings = Settings.from_environment()
+    check_home(settings.home)
     user = _ray_user(settings)
     if isinstance(decoded, EnrolmentTicket):
         # The certificate has to contain the address that Ray gives the node.

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from azu.clock import wall_clock_ms
 from azu.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from azu.files import disk_errors, replacing
+from azu.launch.formats import FORMAT, check_format
 from azu.launch.network_process import home_locked
 from azu.launch.network_users import BESIDE_LEDGER, LEDGER
 from azu.money.ledger.durability import FileRepair, append_only_files, repair
@@ -26,7 +27,6 @@ from azu.money.ledger.durability import FileRepair, append_only_files, repair
 # The platform's key on a real chain is in no home: it is kept apart.
 _STORE, _SEALS = LEDGER
 _LAST = "backup.json"
-_FORMAT = 1
 _TRIES = 5
 _BLOCK_BYTES = 1 << 20
 _DAMAGED = (OSError, EOFError, tarfile.TarError, zlib.error, ValueError)
@@ -117,7 +117,7 @@ def _write(tar: tarfile.TarFile, home: Path, made_at_ms: int) -> Backup:
             member.size, member.mode = os.fstat(content.fileno()).st_size, 0o600
             tar.addfile(member, content)
         files, size = files + 1, size + member.size
-    backup = Backup(_FORMAT, made_at_ms, files, size)
+    backup = Backup(FORMAT, made_at_ms, files, size)
     text = json.dumps(asdict(backup)).encode()
     last = tarfile.TarInfo(_LAST)
     last.size = len(text)
@@ -186,8 +186,9 @@ def _extract(archive: Path, folder: Path) -> Backup:
         raise NotFound(f"there is no file {archive}") from error
     except _DAMAGED as error:
         raise InvalidRequest(f"{archive} is no copy of azu, or damaged: {error}") from error
-    if backup is None or backup.format != _FORMAT or (backup.files, backup.bytes) != (files, size):
-        raise InvalidRequest(f"{archive} is not a whole copy, or of another version of azu")
+    if backup is None or (backup.files, backup.bytes) != (files, size):
+        raise InvalidRequest(f"{archive} is not a whole copy")
+    check_format(backup.format, str(archive))
     return backup
 
 

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from azu.errors import AzuError, ConfigurationError, Conflict, DeadlineExceeded, NotFound, Unavailable
 from azu.files import read_json, write_private
+from azu.launch.formats import check_home, mark_home
 from azu.launch.processes import StopSignal, azu_command
 from azu.printable import printable
 from azu.supervision import FAULTS_IN_A_ROW
@@ -46,10 +47,15 @@ _FORMAT = TypeAdapter(_NetworkProcess)
 
 @contextmanager
 def home_locked(home: Path) -> Iterator[None]:
-    """Hold a home folder for the network of this process; raises Conflict when another process holds it."""
+    """Hold a home folder for the network of this process; raises Conflict when another process holds it.
+
+    Raises ConfigurationError, and has written nothing, where a later release of azu wrote the folder.
+    """
+    check_home(home)
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         with FileLock(home / _LOCK, timeout=0):
+            mark_home(home)
             process = psutil.Process()
             known = _NetworkProcess(process.pid, process.create_time())
             write_private(home / _FILE, _FORMAT.dump_json(known).decode())

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from azu.errors import ConfigurationError, NotFound
 from azu.files import write_private
+from azu.launch.formats import claim_store
 from azu.launch.processes import ProcessGroup, ProcessSpec, free_port
 from azu.money.ledger.durability import DURABLE_CONFIG
 
@@ -128,11 +129,14 @@ def start_stores(
     """Start both servers, each in its group and with its data in its home folder; wait until they answer.
 
     The store of jobs holds no money: it runs as the user of Ray, so that it is no way to the user of money.
+    Raises ConfigurationError where a later release of azu wrote a store.
     """
     books = start_redis(services, BOOKS_STORE, home / BOOKS_STORE.name)
     jobs = start_redis(of_jobs, JOB_STORE, home_of_jobs / JOB_STORE.name)
     wait_for_redis(services, books, timeout_s)
     wait_for_redis(of_jobs, jobs, timeout_s)
+    for server in (books, jobs):
+        claim_store(server.owner)
     return RedisUrls(
         books=books.url("books"),
         treasury=books.url("treasury"),

@@ -16,6 +16,7 @@ from azu.config import NetworkPolicy, Settings
 from azu.config.network import Limit
 from azu.errors import ConfigurationError
 from azu.files import write_private
+from azu.launch.formats import claim_store
 from azu.launch.network_process import home_locked
 from azu.launch.processes import ProcessGroup, ProcessSpec, azu_command, free_port
 from azu.launch.redis_server import RedisUrls, start_stores
@@ -126,6 +127,7 @@ def start_stores_and_devnet(
     if settings.redis_url is None:
         urls = start_stores(services, settings.home, of_jobs, home_of_jobs, timeout_s)
     else:
+        claim_store(settings.redis_url)
         urls = RedisUrls.same(settings.redis_url)
     if chain.is_devnet:
         services.wait_until_printed(DEVNET, DEVNET_READY, timeout_s)

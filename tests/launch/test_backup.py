@@ -12,9 +12,10 @@ from typing import BinaryIO
 import pytest
 import redis
 
-from azu.errors import Conflict, InvalidRequest, NotFound
+from azu.errors import ConfigurationError, Conflict, InvalidRequest, NotFound
 from azu.launch import backup
 from azu.launch.backup import back_up, restore
+from azu.launch.formats import FORMAT
 from azu.launch.network_process import home_locked
 from azu.money.ledger.durability import DURABLE_CONFIG, append_only_files
 from azu.money.ledger.ledger import Ledger
@@ -195,8 +196,19 @@ def test_a_file_that_is_no_whole_copy_is_refused_and_changes_nothing(
     with pytest.raises(InvalidRequest, match="copy"):
         restore(copy, bare, bare)
 
-    assert not [path for path in bare.iterdir() if path.suffix != ".lock"]
+    assert {path.name for path in bare.iterdir()} <= {"network.lock", "format.json"}
     assert not (tmp_path / "outside").exists()
+
+
+def test_a_copy_of_a_later_release_is_not_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as later:
+        later.setattr(backup, "FORMAT", FORMAT + 1)
+        copy = copied(tmp_path / "home", tmp_path)
+
+    with pytest.raises(ConfigurationError, match="of a later release of azu"):
+        restore(copy, tmp_path / "bare", tmp_path / "bare")
+
+    assert not (tmp_path / "bare" / "ledger").exists()
 
 
 def test_a_copy_replaces_no_money_and_no_other_copy(tmp_path: Path) -> None:

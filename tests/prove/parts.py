@@ -177,6 +177,11 @@ PARTS = (
         pytest("tests/network/test_rolling_upgrade.py", "-m", "prove", "-s"),
     ),
     Part(
+        "state of earlier releases",
+        "what each release left on disk is read: the books agree, keys open, jobs and payouts are known",
+        pytest("tests/releases", "-m", "prove"),
+    ),
+    Part(
         "memory planned",
         "50 sequences on a stage with KV for four: its process never takes more than planned",
         pytest("tests/engine/test_planned_memory.py", "-m", "prove", "-s"),

@@ -1,0 +1,1 @@
+"""What each release left on disk, which later ones read."""
