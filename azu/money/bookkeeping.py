@@ -109,7 +109,8 @@ _REFUSALS = ("matured", "node_removed", "not_matured", "unknown_node")
 class Bookkeeper(BooksCalls):
     """Carries out the calls of the books, which azu/money/books.py describes.
 
-    The ledger is opened at the first call; no other process may have it open.
+    The ledger is opened at the first call; no other process may have it open. `hears` sets the clock that
+    `now_ms` reads to the chain's time.
     """
 
     def __init__(
@@ -121,7 +122,9 @@ class Bookkeeper(BooksCalls):
         *,
         receipts: ReceiptKey | None = None,
         now_ms: Callable[[], int] = wall_clock_ms,
+        hears: Callable[[int], None] | None = None,
     ) -> None:
+        self._hears = hears
         self._receipts = receipts
         self._redis = connect_redis(redis_url, silence_s=_SILENCE_S)
         self._folder = folder
@@ -519,6 +522,10 @@ class Bookkeeper(BooksCalls):
         free = {address: state.free(worker_earned(address)) for address in state.claims}
         return {address: lamports for address, lamports in free.items() if lamports > 0}
 
+    async def hear_time(self, chain_ms: int) -> None:
+        if self._hears is not None:
+            self._hears(chain_ms)
+
     async def inside(self) -> int:
         return (await self.ledger()).state.inside
 
@@ -641,7 +648,7 @@ async def _is_known(ledger: Ledger, out: UnknownOut) -> bool:
     """Whether a payout of these books made a transfer, or may have: nonces of long ago have no names."""
     payout_id = ledger.state.nonces.get(str(out.nonce))
     if payout_id is None:
-        return out.nonce < ledger.state.facts.get("at_ms", 0) - KEPT_MS
+        return out.nonce < ledger.state.chain_ms - KEPT_MS
     planned = await ledger.result(f"{payout_id}:planned")
     assert planned is not None, "the nonce is that of a payout"
     payout = planned.entry.transfer

@@ -303,6 +303,9 @@ class BooksCalls:
     async def open_payouts(self) -> tuple[OpenPayout, ...]:
         """Return the payouts that money is set aside for."""
 
+    async def hear_time(self, chain_ms: int) -> None:
+        """Tell the books the chain's time, so that no step of their machine's clock has money mature."""
+
     async def inside(self) -> int:
         """Return how many lamports the platform has to hold on the chain, its own and what it owes."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from azu.auth.enrolment import Enrolment
 from azu.auth.tickets import EnrolmentCalls
+from azu.clock import SteadyClock
 from azu.errors import InternalError
 from azu.metrics import Meter
 from azu.money.bookkeeping import Bookkeeper
@@ -32,7 +33,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     | {"claim_earnings", "dispute", "give_back", "key", "keys", "open_key", "price", "receipt_signature"}
     | {"reserve", "revoke_key", "withdraw"},
     "scheduler": frozenset({"ended", "expire", "overdue", "settle", "totals"}),
-    "treasury": frozenset({"apply", "inside", "loss", "open_payouts", "owed", "result"}),
+    "treasury": frozenset({"apply", "hear_time", "inside", "loss", "open_payouts", "owed", "result"}),
     "signer": frozenset({"view"}),
     "owner": _READS | {"audit", "command", "enrol_node", "head", "held", "open_payouts", "reversible"},
 }
@@ -83,8 +84,15 @@ async def run(config: BooksConfig, *, ready: Callable[[], None]) -> None:
         ReceiptKey(config.receipt_key, config.platform_address),
         RemoteSigner(config.signer_url),
     )
+    clock = SteadyClock()
     bookkeeper = Bookkeeper(
-        config.redis_url, config.folder, config.platform_address, config.terms, receipts=receipts
+        config.redis_url,
+        config.folder,
+        config.platform_address,
+        config.terms,
+        receipts=receipts,
+        now_ms=clock,
+        hears=clock.hears,
     )
     server = WireServer(BooksCalls, bookkeeper, config.access.secrets, allowed_to(config.enrolment))
     if config.enrolment is not None:

@@ -32,6 +32,7 @@ class ServedBooks:
     terms: BooksTerms = TERMS
     receipts: ReceiptKey | None = None
     now_ms: Callable[[], int] = wall_clock_ms
+    hears: Callable[[int], None] | None = None
     access: Access = field(default_factory=lambda: Access.new(0, [*ALLOWED, TESTER]))
 
     async def start(self) -> None:
@@ -43,6 +44,7 @@ class ServedBooks:
             self.terms,
             receipts=self.receipts,
             now_ms=self.now_ms,
+            hears=self.hears,
         )
         allowed = {**ALLOWED, TESTER: _ALL}
         self._server = WireServer(BooksCalls, self.bookkeeper, self.access.secrets, allowed)

@@ -134,6 +134,7 @@ def _suspend(draft: Draft, transfer: Suspended) -> tuple[Leg, ...]:
 def _note_credit(draft: Draft, transfer: Deposit | Suspended) -> None:
     draft.credits.put(str(draft.fact("number") + 1), transfer)
     add(draft.facts, "credited", transfer.lamports)
+    draft.note_most("row_ms", transfer.at_ms)
 
 
 def _credit_suspense(draft: Draft, transfer: SuspenseCredited) -> tuple[Leg, ...]:
@@ -181,6 +182,7 @@ def _reserve(draft: Draft, transfer: Reserve) -> tuple[Leg, ...]:
     }
     legs = _book(draft, transfer, taken)
     draft.reservations.put(transfer.job_id, transfer)
+    draft.note_most("hold_ms", transfer.expires_at_ms - draft.at_ms)
     add(draft.spent, key.key_id, transfer.lamports)
     return legs
 
@@ -199,6 +201,7 @@ def _settle(draft: Draft, transfer: Settle) -> tuple[Leg, ...]:
     if transfer.maturity_ms and charged:
         kept = {str(account): lamports for account, lamports in paid.items() if lamports}
         draft.lock(transfer.job_id, Unmatured(hold.address, draft.at_ms + transfer.maturity_ms, kept))
+        draft.note_most("maturity_ms", transfer.maturity_ms)
     return legs
 
 
@@ -297,7 +300,7 @@ def _plan(draft: Draft, transfer: PlannedPayout) -> tuple[Leg, ...]:
     legs = _book(draft, transfer, {source: -transfer.lamports, transit_of(transfer): transfer.lamports})
     draft.payouts.put(transfer.payout_id, transfer)
     draft.nonces.put(str(transfer.nonce), transfer.payout_id)
-    draft.facts.put("nonce", transfer.nonce)
+    draft.note_most("nonce", transfer.nonce)
     return legs
 
 

@@ -101,7 +101,7 @@ async def _write(
     journal: RedisJournal, books: Rebuilt, stored: Head, transfer: Transfer, now_ms: int
 ) -> None:
     """Write a transfer that moves nothing as the next entry, into a store that ends with `stored`."""
-    line = write_line(books.head, max(now_ms, books.state.facts.get("at_ms", 0)), transfer, ())
+    line = write_line(books.head, now_ms, transfer, ())
     if await journal.append(stored, [line]) != line.head:
         raise LedgerError("another process writes this journal", code="another_writer")
     books.take(line)

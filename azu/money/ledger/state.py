@@ -4,7 +4,7 @@ Nothing of this is stored beside the journal: it is rebuilt from the entries, or
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Generic, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -24,8 +24,10 @@ from azu.money.ledger.transfers import (
     is_outside,
 )
 
-# How long credits and nonces are kept by name; the chain takes a nonce for two days.
+# How long credits and nonces are kept by name, by the chain's time; it takes a nonce for two days.
 KEPT_MS = 30 * 86_400_000
+# A clock that goes back by less stands still until it has come there again.
+_STANDS_STILL_MS = 60_000
 
 _Row = TypeVar("_Row")
 Credit = Annotated[Deposit | Suspended, Field(discriminator="kind")]
@@ -74,15 +76,21 @@ class BooksState:
     suspense: dict[str, Suspended] = field(default_factory=dict)  # by row
     credits: dict[str, Credit] = field(default_factory=dict)  # by entry number, of the last KEPT_MS
     seals: dict[str, str] = field(default_factory=dict)  # the last sealed number -> its file's SHA-256
-    # "number" and "at_ms" of the last entry, "nonce": the largest, "credited": all that ever arrived, in
-    # lamports, "lost": entries, "revenue_left": what left the account of the platform's own, less
-    # what its owner put in, in lamports.
+    # "number" and "at_ms" of the last entry, "nonce": the largest, "row_ms": the time of the last row of the
+    # chain, "credited": all that ever arrived, in lamports, "lost": entries, "revenue_left": what left the
+    # account of the platform's own, less what its owner put in, in lamports; "maturity_ms" and "hold_ms":
+    # how long something matured, or was reserved, at most.
     facts: dict[str, int] = field(default_factory=dict)
 
     @property
     def inside(self) -> int:
         """All that azu holds on the chain, its own and what it owes, in lamports."""
         return sum(lamports for account, lamports in self.balances.items() if not is_outside(account))
+
+    @property
+    def chain_ms(self) -> int:
+        """The chain's time up to which the books have seen it: no clock of a machine reaches it."""
+        return max(self.facts.get("nonce", 0), self.facts.get("row_ms", 0))
 
     def balance(self, account: str) -> int:
         """Return an account's lamports."""
@@ -155,8 +163,9 @@ def add(table: Overlay[int], key: str, lamports: int) -> None:
 class Draft:
     """Changes to the books that are not in the journal yet: kept as a whole or not at all.
 
-    `at_ms` is the time of all its entries, never before that of the last entry. What has matured by then is
-    unlocked; once kept, what is older than KEPT_MS loses its name.
+    `at_ms` is the time of all its entries. What has matured by then is unlocked; once kept, what is older
+    than KEPT_MS loses its name. Where a clock that was ahead went back, nothing waits for longer from now on
+    than what was booked at the right time.
     """
 
     def __init__(self, state: BooksState, at_ms: int) -> None:
@@ -176,7 +185,10 @@ class Draft:
         self.credits = Overlay(state.credits)
         self.seals = Overlay(state.seals)
         self.facts = Overlay(state.facts)
-        self.at_ms = max(at_ms, self.fact("at_ms"))
+        is_back = at_ms < self.fact("at_ms") - _STANDS_STILL_MS
+        self.at_ms = at_ms if is_back else max(at_ms, self.fact("at_ms"))
+        if is_back:
+            self._go_back()
         self.facts.put("at_ms", self.at_ms)
         self._mature()
 
@@ -186,6 +198,10 @@ class Draft:
         # Afterwards, so that entries leave the same books whether they were kept together or one by one.
         self._forget_old()
         self._keep_all()
+
+    def note_most(self, name: str, value: int) -> None:
+        """Keep a fact that is the largest of all values."""
+        self.facts.put(name, max(self.fact(name), value))
 
     def fact(self, name: str) -> int:
         """Return one of the state's facts."""
@@ -218,8 +234,18 @@ class Draft:
                 break
             self.unlock(job_id, paid)
 
+    def _go_back(self) -> None:
+        latest_ms = self.at_ms + self.fact("maturity_ms")
+        for job_id, paid in self.unmatured.oldest():
+            if paid.matures_at_ms > latest_ms:
+                self.unmatured.put(job_id, replace(paid, matures_at_ms=latest_ms))
+        latest_ms = self.at_ms + self.fact("hold_ms")
+        for job_id, hold in self.reservations.oldest():
+            if hold.expires_at_ms > latest_ms:
+                self.reservations.put(job_id, replace(hold, expires_at_ms=latest_ms))
+
     def _forget_old(self) -> None:
-        before_ms = self.at_ms - KEPT_MS
+        before_ms = max(self.fact("nonce"), self.fact("row_ms")) - KEPT_MS
         for nonce, _ in self.nonces.oldest():
             if int(nonce) >= before_ms:
                 break

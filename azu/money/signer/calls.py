@@ -60,8 +60,9 @@ class SignerCalls:
     async def accept(self, text: str) -> None:
         """Go on with the books that an admin's signed command names, after a time without foreign transfers.
 
-        Raises Forbidden for a text that no admin signed or that has expired, Conflict for a command that was
-        used, or for books that do not have the entry that it names.
+        Raises Forbidden for a text that no admin signed, that has expired or whose nonce is ahead of the
+        chain's time, Conflict for a command that was used, or for books that do not have the entry that it
+        names.
         """
 
 

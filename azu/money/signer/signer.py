@@ -16,6 +16,7 @@ from azu.files import disk_errors, replacing, write_all
 from azu.money.books import BooksCalls
 from azu.money.chain.actions import sign_noop, sign_send_asset
 from azu.money.chain.port import Chain
+from azu.money.chain.rows import NONCE_AHEAD_MS
 from azu.money.signer.account import PlatformAccount
 from azu.money.signer.calls import SignerCalls, SignerStatus
 from azu.money.signer.policy import (
@@ -119,6 +120,9 @@ class Signer(SignerCalls):
             now_ms = await self._chain.now_ms()
             if command.expires_at_ms <= now_ms:
                 raise Forbidden("this command has expired", param="expires_at_ms", code="command_expired")
+            if command.nonce > now_ms + NONCE_AHEAD_MS:
+                # Else no command of the right time would count after it.
+                raise Forbidden("this command is of a time to come", param="nonce", code="command_too_early")
             head = BooksHead(command.number, command.hash)
             books = await self._books.view(head.number, head.number, self._told)
             self._keep(accept(self._state or SignerState(), books, head, command.nonce, now_ms))

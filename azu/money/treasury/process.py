@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from azu.clock import SteadyClock
 from azu.errors import AzuError, InternalError
 from azu.metrics import Meter
 from azu.money.books import Books
@@ -100,13 +101,25 @@ class _Treasury:
         self._source = f"treasury-{secrets.token_hex(6)}"
         self._outbox = RedisOutbox(self._redis)
         self._lease = RedisLease(self._redis, ttl_ms=round(config.lease_s * 1000))
+        clock = self._clock = SteadyClock()
         self._watcher = DepositWatcher(
-            self._chain, self._ledger, self._cursor, RedisUncredited(self._redis), platform=platform
+            self._chain,
+            self._ledger,
+            self._cursor,
+            RedisUncredited(self._redis),
+            platform=platform,
+            now_ms=clock,
         )
-        self._selector = PayoutSelector(self._chain, self._ledger, platform, config.threshold)
+        self._selector = PayoutSelector(self._chain, self._ledger, platform, config.threshold, now_ms=clock)
         withdrawals = RedisWithdrawals(self._redis)
         self._withdrawal_planner = WithdrawalPlanner(
-            withdrawals, self._ledger, self._outbox, self._selector, self._signer, platform=platform
+            withdrawals,
+            self._ledger,
+            self._outbox,
+            self._selector,
+            self._signer,
+            platform=platform,
+            now_ms=clock,
         )
         self._payer = Payer(
             self._chain,
@@ -118,11 +131,19 @@ class _Treasury:
             platform=platform,
             on_refused=self._selector.pass_over,
             gives_up=self._watcher.has_left_otherwise,
+            now_ms=clock,
         )
         self._plan_at_s = 0.0
         self._ready: Callable[[], None] | None = ready
 
+    async def _hear_time(self) -> None:
+        """Have this process and the books go by the chain's time. Raises ChainError."""
+        chain_ms = await self._chain.now_ms()
+        self._clock.hears(chain_ms)
+        await self._ledger.hear_time(chain_ms)
+
     async def watch(self) -> None:
+        await self._hear_time()
         await self._watcher.poll()
         ready, self._ready = self._ready, None
         if ready is not None:
@@ -134,6 +155,7 @@ class _Treasury:
     async def pay(self) -> None:
         if not await self._lease.hold():
             return
+        await self._hear_time()
         await self._payer.advance()
         now_s = asyncio.get_running_loop().time()
         is_due = now_s >= self._plan_at_s

@@ -212,8 +212,12 @@ def test_a_nonce_is_used_for_one_payout_for_ever() -> None:
         assert refused(state, moves.plan_withdrawal("p2", 1, nonce=nonce)).code == "nonce_used"
     state = after(moves.refused("p1"), state=state)
     assert refused(state, moves.plan_payout("p3", 1, nonce=7)).code == "nonce_used"
-    state = after(moves.plan_payout("p3", 1, nonce=8), at_ms=8 + KEPT_MS, state=state)
-    assert state.nonces == {"8": "p3"}
+    # A clock that is ahead has no name forgotten; a nonce follows the chain's time.
+    state = after(moves.plan_payout("p9", 1, nonce=8), at_ms=9 * KEPT_MS, state=state)
+    assert state.nonces == {"7": "p1", "8": "p9"}
+    late = 8 + KEPT_MS
+    state = after(moves.plan_payout("p3", 1, nonce=late), state=state)
+    assert state.nonces == {"8": "p9", str(late): "p3"}
     assert refused(state, moves.plan_payout("p4", 1, nonce=7), at_ms=9 + KEPT_MS).code == "nonce_used"
 
 
@@ -355,11 +359,13 @@ def test_credits_are_kept_by_their_entry_for_thirty_days_and_their_sum_for_ever(
     first = moves.deposit(7, at_ms=1_000)
     state = after(first, moves.suspend("r1", 5, at_ms=2_000), at_ms=2_000)
     assert list(state.credits) == ["2", "3"], "the first entry is of the key"
-    state = after(moves.claim(), at_ms=1_000 + KEPT_MS, state=state)
+    # A clock that is ahead has none forgotten: only the chain's time counts.
+    state = after(moves.claim(), at_ms=9 * KEPT_MS, state=state)
+    state = after(moves.deposit(1, tx_hash="0x02", at_ms=1_000 + KEPT_MS), state=state)
     assert state.credits["2"] == first
-    state = after(moves.claim(BOB), at_ms=1_001 + KEPT_MS, state=state)
-    assert list(state.credits) == ["3"]
-    assert (state.facts["credited"], state.facts["number"]) == (12, 5)
+    state = after(moves.suspend("r2", 1, at_ms=1_001 + KEPT_MS), state=state)
+    assert list(state.credits) == ["3", "5", "6"]
+    assert (state.facts["credited"], state.facts["number"]) == (14, 6)
 
 
 def test_a_loss_stands_until_its_size_is_accepted() -> None:
@@ -393,10 +399,27 @@ def test_balances_have_a_bound() -> None:
     assert isinstance(refused(state, moves.deposit(MAX_LAMPORTS, tx_hash="0xff")), LedgerError)
 
 
-def test_time_never_goes_back() -> None:
-    state = after(*earned(100, DAY_MS), at_ms=5)
-    apply_once(state, moves.claim(BOB), 1)
-    assert state.facts["at_ms"] == 5
+def test_a_clock_that_goes_back_a_little_stands_still() -> None:
+    state = after(*earned(100, DAY_MS), at_ms=60_005)
+    apply_once(state, moves.claim(BOB), 5)
+    assert state.facts["at_ms"] == 60_005
+
+
+def test_after_a_clock_that_was_ahead_is_back_nothing_waits_longer_than_it_should() -> None:
+    before, ahead = 10 * DAY_MS, 40 * DAY_MS
+    bob = moves.open_key(BOB, expires_at_ms=before + DAY_MS), moves.deposit(9, address=BOB)
+    state = after(*bob, *earned(100, DAY_MS), at_ms=before)
+    wrong = (moves.deposit(200, tx_hash="0x05"), moves.reserve("j2", 100), moves.settle("j2", 100))
+    hold = moves.reserve("j3", 50, expires_at_ms=ahead + 600_000)
+    state = after(*wrong[:2], replace(wrong[2], maturity_ms=DAY_MS), hold, at_ms=ahead, state=state)
+    assert isinstance(refused(state, moves.reserve("j4", 1, address=BOB), at_ms=ahead), Unauthenticated)
+
+    state = after(moves.reserve("j4", 1, address=BOB), at_ms=before + 1, state=state)
+
+    assert state.unmatured["j2"].matures_at_ms == before + 1 + DAY_MS
+    assert "j3" in [one.job_id for one in state.expired(before + 600_001)]
+    state = after(moves.plan_payout("p", 1), at_ms=before + 1 + DAY_MS, state=state)
+    assert "j2" not in state.unmatured
 
 
 def test_a_state_is_the_same_after_encoding_and_decoding() -> None:
