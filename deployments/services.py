@@ -25,6 +25,7 @@ from azu.config import ControlConfig
 from azu.contact import Contact
 from azu.errors import AzuError, Forbidden, NotFound, Unauthenticated, Unavailable
 from azu.jobs.departures import Departures
+from azu.jobs.draining import Draining
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts, check_wait
 from azu.jobs.record import JobRecord, record_of
@@ -90,6 +91,7 @@ class Services:
                 max_completion_tokens=policy.limits.max_completion_tokens,
             ),
             Departures(self._redis, policy.limits.repeat_within_s),
+            Draining(self._redis, self.jobs),
             now_ms=wall_clock_ms,
             new_job_id=lambda: f"job-{secrets.token_hex(12)}",
         )

@@ -18,6 +18,7 @@ from azu.errors import (
     Unavailable,
 )
 from azu.jobs.departures import Departures, Reader
+from azu.jobs.draining import Draining
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.redis import RedisJobs
 from azu.metrics import PROMPT_TOKENS, SEQUENCES, TIME_PER_TOKEN, TIME_TO_FIRST_TOKEN, MetricsSnapshot
@@ -104,6 +105,7 @@ class Intake:
         in_flight_limit: InFlightLimit,
         limits: JobLimits,
         departures: Departures,
+        draining: Draining,
         *,
         now_ms: Callable[[], int],
         new_job_id: Callable[[], str],
@@ -113,6 +115,7 @@ class Intake:
         self._in_flight_limit = in_flight_limit
         self._limits = limits
         self.departures = departures
+        self._draining = draining
         self._now_ms = now_ms
         self._new_job_id = new_job_id
         self._going_on: set[asyncio.Task[None]] = set()
@@ -139,10 +142,12 @@ class Intake:
         clients end first. Raises InvalidRequest for sizes out of range, RateLimited for a key with too many
         jobs in flight, Unauthenticated for an expired key, and InsufficientBalance when the balance or the
         key's spend limit is too low; then nothing has changed. The reservation comes first, so that every
-        written job can be paid. Raises Unavailable while Redis or the books are away. What was written of the
-        job is taken back later then, and after any error that is no refusal.
+        written job can be paid. Raises Unavailable while Redis or the books are away, or where the network is
+        about to stop. What was written of the job is taken back later then, and after any error that is no
+        refusal.
         """
         self.check_sizes(model, len(prompt_token_ids), sampling.max_tokens)
+        await self._draining.check()
         now_ms = self._now_ms()
         job_id = self._new_job_id()
         reserve = partial(

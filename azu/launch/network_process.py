@@ -138,15 +138,21 @@ def stop_network(home: Path, timeout_s: float) -> None:
 
     Raises NotFound when none runs, DeadlineExceeded when it does not stop.
     """
-    process = _find(home)
-    if process is None:
-        raise NotFound(f"no network runs in {home}")
+    process = running_network(home)
     process.terminate()
     deadline = time.monotonic() + timeout_s
     while not _has_ended(process):
         if time.monotonic() > deadline:
             raise DeadlineExceeded(f"process {process.pid} has not stopped in {timeout_s:.0f} s")
         time.sleep(_POLL_S)
+
+
+def running_network(home: Path) -> psutil.Process:
+    """Return the process that runs the network of a home folder; raises NotFound when none runs."""
+    process = _find(home)
+    if process is None:
+        raise NotFound(f"no network runs in {home}")
+    return process
 
 
 def _find(home: Path) -> psutil.Process | None:

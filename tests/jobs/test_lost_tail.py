@@ -13,6 +13,7 @@ from azu.errors import NotFound, WorkerLost
 from azu.jobs import dispatch
 from azu.jobs.departures import Departures
 from azu.jobs.dispatch import Dispatcher
+from azu.jobs.draining import Draining
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits
 from azu.jobs.redis import RedisJobs
@@ -99,7 +100,14 @@ class Network:
         limit = InFlightLimit(connect_redis(self.store.server.url), self.jobs, 100)
         departures = Departures(self.jobs._redis, kept_s=600)
         intake = Intake(
-            self.books, self.jobs, limit, limits, departures, now_ms=lambda: 1_000, new_job_id=lambda: "job-1"
+            self.books,
+            self.jobs,
+            limit,
+            limits,
+            departures,
+            Draining(self.jobs._redis, self.jobs),
+            now_ms=lambda: 1_000,
+            new_job_id=lambda: "job-1",
         )
         sampling, key = SamplingParams(max_tokens=10), await self.books.key(BEARER)
         return await intake.accept(key, BEARER, MODEL, (1, 2, 3, 4), sampling)

@@ -8,6 +8,7 @@ import pytest
 
 from azu.errors import InsufficientBalance, InvalidRequest, NotFound, Unavailable, WorkerLost
 from azu.jobs.departures import Departures
+from azu.jobs.draining import Draining
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts
 from azu.jobs.redis import RedisJobs
@@ -44,6 +45,7 @@ class Billing:
             InFlightLimit(connect_redis(redis_url), self.jobs, 10_000),
             JobLimits(max_prompt_tokens=32, max_completion_tokens=40),
             Departures(connect_redis(redis_url), kept_s=600),
+            Draining(connect_redis(redis_url), self.jobs),
             now_ms=lambda: 1_000,
             new_job_id=lambda: next(ids),
         )

@@ -10,6 +10,7 @@ import pytest
 import redis
 
 from azu.jobs.departures import Departures
+from azu.jobs.draining import Draining
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits
 from azu.jobs.redis import RedisJobs
@@ -49,7 +50,14 @@ async def submit(
     limits = JobLimits(max_prompt_tokens=32, max_completion_tokens=40)
     departures = Departures(jobs._redis, kept_s=600)
     intake = Intake(
-        books, jobs, in_flight_limit, limits, departures, now_ms=lambda: 1_000, new_job_id=lambda: next(ids)
+        books,
+        jobs,
+        in_flight_limit,
+        limits,
+        departures,
+        Draining(jobs._redis, jobs),
+        now_ms=lambda: 1_000,
+        new_job_id=lambda: next(ids),
     )
     await fund(books, DEPOSITED)
     await books.open_key(signed_key())
