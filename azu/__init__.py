@@ -1,6 +1,7 @@
 """azu pools the GPUs of many owners into one network that runs large language models.
 
-`azu.generate`, `azu.stream` and `azu.Client` use the network at AZU_URL with the key in AZU_API_KEY.
+`azu.generate`, `azu.stream` and `azu.Client` use the network that runs out of AZU_HOME, or that of the last
+`azu login`, with the key of the login. AZU_URL and AZU_API_KEY name others.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,12 +1,13 @@
 """`azu login`, `deposit`, `balance`, `earnings`: the account of a wallet's owner."""
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from azu.cli.credentials import Credential, open_client, store_credential, stored_credential
+from azu.cli.credentials import no_key, open_client, url_of
 from azu.cli.output import AsJson, console, show, table
 from azu.units import hype_from_lamports, lamports_from_hype
 
@@ -20,29 +21,42 @@ _DAY_S = 86_400
 
 def login(
     network: Annotated[
-        str | None, typer.Argument(metavar="URL#ID", help="What `azu up` printed; else the one at AZU_URL.")
+        str | None,
+        typer.Argument(metavar="URL#ID", help="What `azu up` printed; else the network that runs here."),
     ] = None,
     label: Annotated[str, typer.Option(help="A name for the key, to tell it from others.")] = "cli",
     limit: Annotated[str | None, typer.Option(help="The most HYPE that the key may ever spend.")] = None,
     days: Annotated[int | None, typer.Option(min=1, help="How many days the key is valid.")] = None,
+    show_it: Annotated[
+        bool, typer.Option("--show", help="Print URL and key of before as lines for a shell, and open none.")
+    ] = False,
 ) -> None:
     """Open an API key with the wallet's signature and keep it on this machine, with the network's id."""
     from azu.cli.wallet import unlock
     from azu.client import Client
     from azu.client.http import trusting
     from azu.client.known_network import known_network, split_id
+    from azu.client.machine import Credential, running_network, store_credential, stored_credential
     from azu.config import Settings
 
     settings = Settings.from_environment()
-    url, given_id = split_id(network or settings.url)
-    if not given_id and (known := stored_credential(settings.home, url)) is not None:
+    url, given_id = split_id(network or url_of(settings))
+    known, running = stored_credential(settings.home, url), running_network(settings.home)
+    if show_it:
+        if known is None:
+            raise no_key(url)
+        typer.echo(f"export AZU_URL={shlex.quote(url)} AZU_API_KEY={shlex.quote(known.api_key)}")
+        return
+    if not given_id and known is not None:
         given_id = known.network_id
+    if not given_id and running is not None and running.url == url:
+        given_id = running.network_id
     tls = None if settings.tls_ca is None else trusting(settings.tls_ca)
     found = known_network(url, given_id, tls=tls)
     if not given_id:
         console.print(Text(f"not checked: the network's id is {found.network_id}, compare it", "yellow"))
     wallet = unlock(settings.home)
-    client = Client(url, tls=tls or found.trust(), platform=found.platform)
+    client = Client(url, "", tls=tls or found.trust(), platform=found.platform)
     api_key = client.login(
         wallet,
         label=label,
@@ -52,7 +66,7 @@ def login(
     credential = Credential(api_key, wallet.address.lower(), found.platform, given_id, found.authority)
     path = store_credential(settings.home, url, credential)
     console.print(f"Logged in to {url} as {wallet.address}; the key is in {path}")
-    if url != settings.url.rstrip("/"):
+    if url != url_of(settings):
         console.print(f"export AZU_URL={url}", soft_wrap=True)
 
 

@@ -81,7 +81,7 @@ def _paying_client(network: LocalNetwork, step: Step) -> Client:
     account = Account.create()
     network.fund(account.address, _FUNDED_LAMPORTS)
     tx_hash = transfer_hype(account, network.platform_address, _DEPOSIT_LAMPORTS, chain_url=network.chain_url)
-    client = Client(network.url)
+    client = Client(network.url, "")  # whatever key this machine has
     client.login(account, label="demo")
     client.deposit(tx_hash, account.address)
     return client

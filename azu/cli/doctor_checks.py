@@ -23,9 +23,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from azu.cli.credentials import load_credential, trust_at
+from azu.cli.credentials import no_key, url_of
 from azu.client import Client
-from azu.client.http import trusting_this
+from azu.client.http import trusting, trusting_this
+from azu.client.machine import trust_at
 from azu.config import NodeLinks, Settings
 from azu.errors import AzuError, LedgerError, NotFound, Unauthenticated
 from azu.launch.admin import AdminFacts, admin_facts
@@ -304,8 +305,8 @@ def check_network(settings: Settings) -> Iterator[Finding]:
     try:
         facts = admin_facts(settings.home)
     except NotFound:
-        url, is_expected = settings.url, "url" in settings.model_fields_set
-        tls = trust_at(settings)
+        url, is_expected = url_of(settings), settings.url is not None
+        tls = trusting(settings.tls_ca) if settings.tls_ca else trust_at(settings.home, url)
     else:
         yield from _users(facts)
         url, is_expected = facts.url, True
@@ -331,7 +332,7 @@ def check_network(settings: Settings) -> Iterator[Finding]:
             platform_facts = http.get("/v1/platform").json()
             yield _azu_version(platform_facts.get("version"))
             yield from _encryption(url, platform_facts)
-            yield from _nodes(settings, url, tls)
+            yield from _nodes(url, tls)
     yield from _own_certificates(settings)
 
 
@@ -415,11 +416,12 @@ def _is_this_machine(url: str) -> bool:
         return host == "localhost"
 
 
-def _nodes(settings: Settings, url: str, tls: ssl.SSLContext | None) -> Iterator[Finding]:
-    given = settings.api_key
+def _nodes(url: str, tls: ssl.SSLContext | None) -> Iterator[Finding]:
     try:
-        key = given.get_secret_value() if given else load_credential(settings.home, settings.url).api_key
-        nodes = Client(url, key, tls=tls, timeout_s=_TIMEOUT_S).network().nodes
+        client = Client(url, tls=tls, timeout_s=_TIMEOUT_S)
+        if not client.has_key:
+            raise no_key(url)
+        nodes = client.network().nodes
     except Unauthenticated:
         yield Finding("nodes", Severity.UNKNOWN, "no key to ask with", "azu login")
         return

@@ -21,7 +21,7 @@ def receipt(
         Path | None, typer.Option(help="Check a receipt that `azu receipt JOB --json` printed, offline.")
     ] = None,
     platform: Annotated[
-        str | None, typer.Option(help="The address that has to have signed it; else the platform of AZU_URL.")
+        str | None, typer.Option(help="The address that has to have signed it; else that of the network.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -64,7 +64,7 @@ def show_address(as_json: AsJson = False) -> None:
 def fund(
     amount: Annotated[str, typer.Argument(help="HYPE, for example 10")] = "10", as_json: AsJson = False
 ) -> None:
-    """Get play money from the faucet of AZU_URL's chain; only a devnet has one."""
+    """Get play money from the faucet of the network's chain; only a devnet has one."""
     from azu.client import Client
     from azu.devnet import faucet
     from azu.money.chain import wallet as keystore
@@ -72,7 +72,7 @@ def fund(
 
     settings = Settings.from_environment()
     address, lamports = keystore.address_of(_path(settings.home)), lamports_from_hype(amount)
-    tx_hash = faucet.fund(Client(settings.url).platform().chain_url, address, lamports)
+    tx_hash = faucet.fund(Client().platform().chain_url, address, lamports)
     facts = {"address": address, "lamports": lamports, "tx_hash": tx_hash}
     show(facts, as_json, lambda _: f"{address} got {hype_from_lamports(lamports)} HYPE of play money")
 

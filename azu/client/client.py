@@ -6,6 +6,7 @@ import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -53,11 +54,11 @@ from azu.auth.key_records import (
 )
 from azu.auth.signatures import Withdrawal, sign_claim, sign_dispute, sign_withdrawal
 from azu.client.http import json_of, raise_for, translated, trusting
+from azu.client.machine import DEFAULT_HOME, network_url, stored_credential, trust_at
 from azu.client.stream import Generation, Stream
 from azu.clock import wall_clock_ms
 from azu.errors import InternalError, InvalidRequest, Unauthenticated
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 _TIMEOUT_S = 600.0
 _CONNECT_TIMEOUT_S = 5.0
 _WITHDRAWAL_LIFE_S = 600
@@ -66,11 +67,14 @@ Message = dict[str, str]
 
 
 class Client:
-    """A caller of a network's HTTP API. `base_url` and `api_key` default to AZU_URL and AZU_API_KEY.
+    """A caller of a network's HTTP API.
 
-    The client trusts public certificates, and those of the authority in the file AZU_TLS_CA; `tls` replaces
-    both. `platform` is the platform's address that the caller knows: for a network that shows another one
-    the client signs and sends nothing.
+    `base_url` and `api_key` default to AZU_URL and AZU_API_KEY; without these the client uses the network
+    that runs out of AZU_HOME, or else that of the last `azu login`, and the key of the login there. An empty
+    `api_key` is no key. `tls` replaces the trusted certificates: those in the file AZU_TLS_CA beside
+    public ones, or else those of the authority that this machine knows. `platform` is the platform's address
+    that the caller knows, without an `api_key` by default that of the login: for a network that shows another
+    one the client signs and sends nothing.
 
     Every method raises the AzuError that the network answered with, Unavailable when the network cannot be
     reached, DeadlineExceeded when it does not answer in time, and InternalError for an answer of another
@@ -86,16 +90,32 @@ class Client:
         tls: ssl.SSLContext | None = None,
         platform: str | None = None,
     ) -> None:
-        authority = os.environ.get("AZU_TLS_CA")
-        if tls is None and authority:
-            tls = trusting(authority)
+        given = os.environ.get
+        home = Path(given("AZU_HOME") or DEFAULT_HOME).expanduser()
+        url = (base_url or given("AZU_URL") or network_url(home, given("AZU_HTTP_PORT"))).rstrip("/")
+        if tls is None and (authority := given("AZU_TLS_CA")):
+            tls = trusting(Path(authority).expanduser())
+        if tls is None and url.startswith("https:"):
+            tls = trust_at(home, url)
+        if api_key is None and (known := stored_credential(home, url)) is not None:
+            api_key, platform = given("AZU_API_KEY") or known.api_key, platform or known.platform
         self._http = httpx.Client(
-            base_url=base_url or os.environ.get("AZU_URL") or DEFAULT_URL,
+            base_url=url,
             timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
             verify=True if tls is None else tls,
         )
         self._platform = platform
-        self._use_key(api_key or os.environ.get("AZU_API_KEY"))
+        self._use_key(given("AZU_API_KEY") if api_key is None else api_key)
+
+    @property
+    def url(self) -> str:
+        """The network's URL, without a slash at its end."""
+        return str(self._http.base_url).rstrip("/")
+
+    @property
+    def has_key(self) -> bool:
+        """Whether the client sends an API key."""
+        return "authorization" in self._http.headers
 
     def close(self) -> None:
         """Close the connections."""
@@ -154,7 +174,7 @@ class Client:
         )
         challenge = self._post(ChallengeResponse, "/v1/auth/challenge", body)
         asked = replace(asked, created_at_ms=challenge.created_at_ms, text=challenge.message)
-        signature = sign_key(wallet, asked, platform, str(self._http.base_url))
+        signature = sign_key(wallet, asked, platform, self.url)
         self._post(NewKey, "/v1/auth/keys", {"nonce": challenge.nonce, "signature": signature})
         self._use_key(secret)
         return secret

@@ -25,7 +25,9 @@ def json_of(response: httpx.Response) -> Any:
     try:
         return response.json()
     except ValueError as error:
-        raise InternalError("the network's answer is no JSON") from error
+        raise InternalError(
+            f"{response.url.copy_with(query=None)} answered no JSON: is it a network of azu?"
+        ) from error
 
 
 def raise_for(response: httpx.Response) -> None:
@@ -58,13 +60,25 @@ def _kind(status: int | None, code: str | None) -> type[AzuError]:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Raise httpx's errors as DeadlineExceeded and Unavailable."""
+    """Raise httpx's errors as DeadlineExceeded and Unavailable, which name the URL."""
     try:
         yield
     except httpx.TimeoutException as error:
-        raise DeadlineExceeded("the network did not answer in time") from error
+        raise DeadlineExceeded(f"{_asked(error)} did not answer in time") from error
+    except httpx.ConnectError as error:
+        url = _asked(error)
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            told = f"the certificate of {url} is not trusted: `azu login URL#ID`, as `azu up` printed it"
+        else:
+            told = f"no network answers at {url}: `azu up` starts one here, AZU_URL names another one"
+        raise Unavailable(told) from error
     except httpx.TransportError as error:
-        raise Unavailable(f"the network cannot be reached: {error}") from error
+        raise Unavailable(f"{_asked(error)} cannot be reached: {error}") from error
+
+
+def _asked(error: httpx.RequestError) -> str:
+    url = error.request.url
+    return f"{url.scheme}://{url.netloc.decode()}"
 
 
 def trusting(authority: Path | str) -> ssl.SSLContext:

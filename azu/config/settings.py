@@ -17,8 +17,8 @@ _PREFIX = "AZU_"
 # Variables that azu reads elsewhere: in one process each, or at the start of a child.
 _READ_ELSEWHERE = frozenset(
     {
-        "AZU_BOOKS_URL", "AZU_CONTROL_PIPE", "AZU_JOBS_REDIS_URL", "AZU_PRIVATE_KEY_FILE", "AZU_SIGNER_URL",
-        "AZU_WALLET_PASSWORD",
+        "AZU_API_KEY", "AZU_BOOKS_URL", "AZU_CONTROL_PIPE", "AZU_JOBS_REDIS_URL", "AZU_PRIVATE_KEY_FILE",
+        "AZU_SIGNER_URL", "AZU_WALLET_PASSWORD",
     }
 )  # fmt: skip
 # A link in AZU_HOME to the homes of the other users that run the network.
@@ -74,11 +74,12 @@ class Settings(BaseSettings):
 
     Without REDIS_HOST azu starts its own Redis, without HYPERLIQUID_RPC_URL a devnet. AZU_MODEL_ROOTS holds
     folders separated as in PATH; AZU_MAX_MODEL_BYTES accepts sizes such as 64GiB. AZU_TLS_CERT and
-    AZU_TLS_KEY are the ingress's certificate chain and key. AZU_TLS_CA is an authority that clients trust at
-    AZU_URL besides those of the system. AZU_REDIS_TLS encrypts the link to Redis; AZU_REDIS_CA is its
-    authority. AZU_USER_HOMES holds the homes of AZU_MONEY_USER and AZU_RAY_USER, as which root starts a
-    network; with AZU_ONE_USER root runs all of it. AZU_ADMIN_ADDRESSES holds the addresses, with commas
-    between them, whose wallets sign commands that move money.
+    AZU_TLS_KEY are the ingress's certificate chain and key. Without AZU_URL the commands find the network
+    themselves (azu/client/machine.py). AZU_TLS_CA is an authority that clients trust besides those of the
+    system. AZU_REDIS_TLS encrypts the link to Redis; AZU_REDIS_CA is its authority. AZU_USER_HOMES holds the
+    homes of AZU_MONEY_USER and AZU_RAY_USER, as which root starts a network; with AZU_ONE_USER root runs all
+    of it. AZU_ADMIN_ADDRESSES holds the addresses, with commas between them, whose wallets sign commands that
+    move money.
     """
 
     model_config = SettingsConfigDict(
@@ -100,9 +101,8 @@ class Settings(BaseSettings):
     redis_ca: HomePath | None = Field(None, validation_alias="AZU_REDIS_CA")
     hf_token: SecretStr | None = Field(None, validation_alias="HF_TOKEN")
     home: HomePath = Field(Path("~/.azu"), validation_alias="AZU_HOME", validate_default=True)
-    url: str = Field("http://127.0.0.1:8000", validation_alias="AZU_URL")
+    url: str | None = Field(None, validation_alias="AZU_URL")
     tls_ca: HomePath | None = Field(None, validation_alias="AZU_TLS_CA")
-    api_key: SecretStr | None = Field(None, validation_alias="AZU_API_KEY")
     http_host: str = Field("127.0.0.1", validation_alias="AZU_HTTP_HOST")
     http_port: Port = Field(8000, validation_alias="AZU_HTTP_PORT")
     tls_cert: HomePath | None = Field(None, validation_alias="AZU_TLS_CERT")

@@ -82,7 +82,7 @@ def attached_network(
                 serving.stop()  # a network that was killed may have left actors
                 serving.start(config, serving.ingress_config(config, sidecars.redis, sidecars.books))
                 # A cluster that grows on demand has no workers yet.
-                client = serving.local_client(config)
+                client = serving.local_client(config, admin_key)
                 serving.wait_until_up(client, timeout_s, network.revive, accepts_prompts=False)
                 facts = AdminFacts.of(config, network.url, admin_key, "its owner runs Ray")
                 with admin_file_kept(settings.home, facts):

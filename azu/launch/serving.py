@@ -135,7 +135,7 @@ def local_url(config: ControlConfig) -> str:
     return f"{scheme}://{_local_host(config.http_host)}:{config.http_port}"
 
 
-def local_client(config: ControlConfig, api_key: str | None = None) -> "Client":
+def local_client(config: ControlConfig, api_key: str) -> "Client":
     """Return a client of the ingress on this machine; it trusts the certificate in the ingress's own file."""
     from azu.client import Client
     from azu.client.http import trusting_this

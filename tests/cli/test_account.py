@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from azu.auth.network_id import network_id
 from azu.cli import app
-from azu.cli.credentials import stored_credential
+from azu.client.machine import stored_credential
+from azu.config import NodeLinks
 from azu.errors import AzuError, Unauthenticated
+from azu.launch.admin import AdminFacts, admin_file_kept
 from tests.client.ingress import PLATFORM, Ingress, Reply, platform_of, running_ingress, signing_in
 from tests.few import few
 
@@ -112,3 +114,38 @@ def test_a_login_elsewhere_says_how_to_use_it(ingress: Ingress, monkeypatch: pyt
     monkeypatch.setenv("AZU_URL", "http://127.0.0.1:9")
 
     assert f"export AZU_URL={ingress.url}" in said("login", f"{ingress.url}#{ID}")
+
+
+def test_a_login_without_an_argument_goes_to_the_network_that_runs_here_and_checks_its_id(
+    ingress: Ingress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AZU_URL")
+    facts = AdminFacts(ingress.url, "admin", ID, "localhost:1", None, NodeLinks.LOCAL, "")
+    with admin_file_kept(tmp_path, facts):
+        output = said("login")
+
+    assert "not checked" not in output
+    assert "export" not in output
+    pinned = stored_credential(tmp_path, ingress.url)
+    assert pinned is not None
+    assert pinned.network_id == ID
+
+
+def test_a_login_without_a_network_here_goes_to_the_port_of_the_setting(
+    ingress: Ingress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AZU_URL")
+    monkeypatch.setenv("AZU_HTTP_PORT", ingress.url.rpartition(":")[2])
+
+    assert f"Logged in to {ingress.url}" in said("login")
+
+
+def test_what_a_login_opened_is_shown_as_lines_for_a_shell(ingress: Ingress, tmp_path: Path) -> None:
+    assert ingress.url in refusal("login", "--show").message
+    said("login")
+    opened = stored_credential(tmp_path, ingress.url)
+    assert opened is not None
+    ingress.requests.clear()
+
+    assert said("login", "--show") == f"export AZU_URL={ingress.url} AZU_API_KEY={opened.api_key}\n"
+    assert not ingress.requests

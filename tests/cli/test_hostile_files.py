@@ -13,8 +13,8 @@ import yaml
 from eth_account import Account
 
 from azu.auth.signatures import sealed
-from azu.cli.credentials import Credential, load_credential, store_credential
 from azu.cli.receipt import _checked, _read
+from azu.client.machine import Credential, store_credential, stored_credential
 from azu.config import load_network
 from azu.config.nodes_file import read_nodes
 from azu.errors import AzuError, ConfigurationError
@@ -84,7 +84,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object]
     "enrolment": ("ticket", lambda path: path.write_text(ENROLMENT.encode()), _read_ticket),
     "receipt": ("receipt.json", _write_receipt, _read_receipt),
     "keystore": ("wallet.json", _write_keystore, _read_keystore),
-    "credentials": ("credentials.json", _write_credentials, lambda path: load_credential(path.parent, URL)),
+    "credentials": ("credentials.json", _write_credentials, lambda path: stored_credential(path.parent, URL)),
     "running": (
         "network.json",
         lambda path: path.write_text(json.dumps({"pid": 2**30, "created_s": 1.5})),

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from azu.auth.signatures import sealed
 from azu.cli import app
-from azu.cli.credentials import Credential, store_credential
+from azu.client.machine import Credential, store_credential
 from azu.errors import InvalidRequest, Unauthenticated
 from tests.builders import receipt, receipt_signed
 

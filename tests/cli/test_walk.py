@@ -51,12 +51,10 @@ class Newcomer:
     """A user with two terminals on one machine, who copies what one command printed into the next."""
 
     def __init__(self, home: Path) -> None:
-        port = free_port()
         kept = {name: value for name, value in os.environ.items() if not name.startswith("AZU_")}
         self._environment = kept | {
             "AZU_HOME": str(home),
-            "AZU_HTTP_PORT": str(port),
-            "AZU_URL": f"http://127.0.0.1:{port}",
+            "AZU_HTTP_PORT": str(free_port()),
             "AZU_WALLET_PASSWORD": "walk",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             # As wide as a table needs.

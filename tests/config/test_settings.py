@@ -31,7 +31,7 @@ def test_each_setting_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.from_environment()
 
     assert settings.home == Path("/home/ada/.azu")
-    assert settings.url == "http://127.0.0.1:8000"
+    assert settings.url is None
     assert (settings.http_host, settings.http_port) == ("127.0.0.1", 8000)
     assert settings.redis_url is None
     assert settings.chain_url is None

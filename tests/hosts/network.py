@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 from eth_account import Account
 
-from azu.cli.credentials import stored_credential
 from azu.client import Client
 from azu.client.http import trusting
+from azu.client.machine import stored_credential
 from azu.files import write_private
 from azu.launch.processes import ProcessGroup, ProcessSpec, free_port
 from azu.launch.ray_nodes import STARTED, RayHost, Worker, driver_environment
