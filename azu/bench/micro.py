@@ -56,7 +56,15 @@ def measure_settling(_shape: ModelShape) -> Measurements:
         wait_for_redis(children, server, _START_TIMEOUT_S)
         settings = Settings.from_environment().model_copy(update={"home": Path(folder)})
         chain = ChainSettings("", _PLATFORM, is_devnet=True, signer_key={})
-        terms = BooksTerms(1, 20, reservation_ttl_ms=3_600_000, max_keys=1)
+        terms = BooksTerms(
+            1,
+            20,
+            reservation_ttl_ms=3_600_000,
+            max_keys=1,
+            max_nodes=1,
+            max_unfunded_keys=1,
+            unfunded_key_ms=3_600_000,
+        )
         access = start_books(children, settings, chain, server.url("books"), terms)
         children.wait_until_printed(BOOKS, BOOKS_READY, _START_TIMEOUT_S)
         written_s, settled_s = _settle_all(server.owner, access)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +48,7 @@ from azu.money.books import (
 from azu.money.books_view import open_payouts_of, view_of
 from azu.money.commands import command_id, transfer_of
 from azu.money.endings import LOST, outcome_of, pack_ending
+from azu.money.key_bounds import ended_keys, is_funded, unfunded_keys
 from azu.money.ledger.audit import Audit
 from azu.money.ledger.entry import Result
 from azu.money.ledger.journal import RedisJournal
@@ -220,17 +221,36 @@ class Bookkeeper(BooksCalls):
             raise Conflict(message, code="key_exists") from error
 
     async def _make_room(self, ledger: Ledger, address: str) -> None:
-        """Revoke an address's keys that have expired, if it has as many as it may have; raises Forbidden."""
-        mine = [one for one in ledger.state.keys.values() if one.address == address]
-        if len(mine) < self._terms.max_keys:
-            return
-        now_ms = self._now_ms()
-        ended = [one for one in mine if one.expires_at_ms is not None and one.expires_at_ms <= now_ms]
-        for one in ended:
+        """Drop keys that count no more, if there are as many as there may be; raises Forbidden."""
+        state, most = ledger.state, self._terms.max_keys
+        if sum(one.address == address for one in state.keys.values()) >= most:
+            ended = ended_keys(state, address, self._now_ms())
+            await self._revoke(ended)
+            if not ended:
+                raise Forbidden(
+                    f"this address has {most} keys, which is all it may have (limits.max_keys); revoke one",
+                    code="too_many_keys",
+                )
+        most = self._terms.max_unfunded_keys
+        if not is_funded(state, address) and len(unfunded_keys(state)) >= most:
+            await self.drop_unfunded_keys()
+            if len(unfunded_keys(state)) >= most:
+                raise Forbidden(
+                    f"addresses that never had money have {most} keys, which is all they may have "
+                    "(limits.max_unfunded_keys); deposit first",
+                    code="too_many_unfunded_keys",
+                )
+
+    async def drop_unfunded_keys(self) -> None:
+        """Revoke the keys of addresses that never had money, once they are old enough."""
+        before_ms = self._now_ms() - self._terms.unfunded_key_ms
+        old = [one for one in unfunded_keys((await self.ledger()).state) if one.created_at_ms <= before_ms]
+        await self._revoke(old)
+
+    async def _revoke(self, keys: Iterable[KeyOpened]) -> None:
+        ledger = await self.ledger()
+        for one in keys:
             await ledger.apply(KeyRevoked(id=f"revoked:{one.key_id}", key_id=one.key_id))
-        if not ended:
-            most = self._terms.max_keys
-            raise Forbidden(f"this address has {most} keys; revoke one", code="too_many_keys")
 
     async def revoke_key(self, bearer: str, key_id: str) -> None:
         mine, ledger = await self.key(bearer), await self.ledger()
@@ -471,6 +491,8 @@ class Bookkeeper(BooksCalls):
         known = ledger.state.nodes.get(node_id)
         if known is not None and known.key_digest != key_digest:
             raise Conflict("this node is enrolled with another key", code="node_taken")
+        if known is None or known.payout != payout:
+            self._check_num_nodes(ledger.state, payout)
         if known is None or (known.payout, known.name, known.work_bytes_per_s) != (
             payout, name, work_bytes_per_s,
         ):  # fmt: skip
@@ -489,6 +511,15 @@ class Bookkeeper(BooksCalls):
                 id=f"held-paid:{node_id}:{ledger.head.number}", node_id=node_id, address=payout, lamports=held
             )
             await ledger.apply(paid)
+
+    def _check_num_nodes(self, state: BooksState, payout: str) -> None:
+        most = self._terms.max_nodes
+        if sum(one.payout == payout for one in state.nodes.values()) >= most:
+            raise Forbidden(
+                f"{most} nodes are paid to this address, which is all there may be (limits.max_nodes)",
+                param="payout",
+                code="too_many_nodes",
+            )
 
     async def apply(self, transfer: TreasuryTransfer) -> None:
         ledger = await self.ledger()

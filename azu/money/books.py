@@ -54,9 +54,10 @@ TreasuryTransfer = (
 class BooksTerms:
     """By what a network's books reckon: the price of new jobs, and for how long things stay open.
 
-    An owner can have at most `max_keys` keys. What a job pays out may be reversed for `maturity_ms`. Work of
-    nodes that are not enrolled is paid to `others_payout`; without one it is held. The wallets of `admins`
-    (lower-case addresses) sign commands.
+    An address has at most `max_keys` keys and `max_nodes` nodes that are paid to it, and all addresses that
+    never had money together `max_unfunded_keys`, each for `unfunded_key_ms`. What a job pays out may be
+    reversed for `maturity_ms`. Work of nodes that are not enrolled is paid to `others_payout`; without one it
+    is held. The wallets of `admins` (lower-case addresses) sign commands.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -65,6 +66,9 @@ class BooksTerms:
     platform_percent: int
     reservation_ttl_ms: int
     max_keys: int
+    max_nodes: int
+    max_unfunded_keys: int
+    unfunded_key_ms: int
     maturity_ms: int = 0
     others_payout: str | None = None
     admins: tuple[str, ...] = ()
@@ -171,7 +175,8 @@ class BooksCalls:
         """Open a key that its address's wallet signed.
 
         Raises Unauthenticated for a record that was not signed just now, Conflict for a key that was opened
-        before, Forbidden when the address has too many.
+        before, Forbidden when the address has too many (code `too_many_keys`), or addresses that never had
+        money have (`too_many_unfunded_keys`).
         """
 
     async def revoke_key(self, bearer: str, key_id: str) -> None:
@@ -282,7 +287,8 @@ class BooksCalls:
 
         `work_bytes_per_s` is the most work that the node measured of itself, 0 if it measured nothing; what a
         job says beyond that is held. What was held of the node's work goes to the address. Raises Conflict
-        for another key, and for a node that an admin removed.
+        for another key, and for a node that an admin removed, Forbidden where too many are paid to the
+        address (code `too_many_nodes`).
         """
 
     # The treasury

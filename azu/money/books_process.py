@@ -25,6 +25,7 @@ _VERIFY_EVERY_S = 30.0
 _SEAL_EVERY_S = 60.0
 _SEALED_AT_ONCE = 20_000
 _CERTIFY_EVERY_S = 1.0
+_DROP_KEYS_EVERY_S = 3600.0
 
 _READS = frozenset({"balance", "earnings", "ended", "findings", "loss", "totals", "uncredited", "withdrawal"})
 # The calls that each caller may make.
@@ -105,6 +106,7 @@ async def run(config: BooksConfig, *, ready: Callable[[], None]) -> None:
         ready()
         supervisor.start("certificate", partial(receipts.have_certified, signer), every_s=_CERTIFY_EVERY_S)
         supervisor.start("verification", bookkeeper.verify, every_s=_VERIFY_EVERY_S)
+        supervisor.start("old keys", bookkeeper.drop_unfunded_keys, every_s=_DROP_KEYS_EVERY_S)
         supervisor.start("seals", partial(bookkeeper.seal, _SEALED_AT_ONCE), every_s=_SEAL_EVERY_S)
 
     await server.start(config.access.port)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_type_hints
 from urllib.parse import urlsplit
@@ -53,8 +53,9 @@ _GREETING_S = 2.0
 # caller keeps another out.
 _MAX_CONNECTIONS = 64
 _UNKNOWN = ""
-# Of one connection; the server reads no further call until one of these has ended.
+# Of one connection, calls and their bytes together; the server reads no further call until others have ended.
 _MAX_IN_FLIGHT = 256
+_MAX_IN_FLIGHT_BYTES = 64 * MIB
 _SECRET_BYTES = 32
 # How long a call tries to reach a server that does not listen, and the pauses between two tries.
 _REACHED_IN_S = 2.0
@@ -209,26 +210,34 @@ class WireServer:
     async def _answer_all(
         self, caller: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        slots = asyncio.Semaphore(_MAX_IN_FLIGHT)
+        in_flight, writing = _InFlight(), asyncio.Lock()
         while True:
-            number, verb, arguments = await _read(reader, _MAX_FRAME_BYTES)
-            await slots.acquire()
-            task = asyncio.create_task(self._answer(caller, writer, number, verb, arguments))
+            size = await _read_size(reader, _MAX_FRAME_BYTES)
+            await in_flight.begin(size)
+            number, verb, arguments = await _read_text(reader, size)
+            task = asyncio.create_task(self._answer(caller, writer, writing, number, verb, arguments))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
-            task.add_done_callback(lambda _: slots.release())
+            task.add_done_callback(partial(in_flight.end, size))
 
     async def _answer(
-        self, caller: str, writer: asyncio.StreamWriter, number: str, verb: str, arguments: bytes
+        self,
+        caller: str,
+        writer: asyncio.StreamWriter,
+        writing: asyncio.Lock,
+        number: str,
+        verb: str,
+        arguments: bytes,
     ) -> None:
         try:
-            frame = _frame(number, _ANSWER, to_json(await self._call(caller, verb, arguments)))
+            answer = await self._call(caller, verb, arguments)
         except Exception as error:
-            known = as_known_error(error, f"the call of {verb}")
-            frame = _frame(number, _ERROR, to_json(_refusal(known)))
-        with suppress(*_LOST):  # the caller has left, and asks again
-            writer.write(frame)
-            await writer.drain()
+            answer = as_known_error(error, f"the call of {verb}")
+        # One answer after the other: no more than one lies here as bytes.
+        async with writing:
+            with suppress(*_LOST):  # the caller has left, and asks again
+                writer.write(_answer_frame(number, answer))
+                await writer.drain()
 
     async def _call(self, caller: str, verb: str, arguments: bytes) -> Any:
         if verb not in self._allowed[caller]:
@@ -409,6 +418,16 @@ def _error(refusal: bytes) -> AzuError:
     return known(message, param=param, code=code, retry_after_s=retry_after_s)
 
 
+def _answer_frame(number: str, answer: Any) -> bytes:
+    """Return the frame of an answer, or of an error: also of the one that an answer does not cross."""
+    try:
+        if not isinstance(answer, AzuError):
+            return _frame(number, _ANSWER, to_json(answer))
+    except Exception as error:
+        answer = as_known_error(error, "an answer")
+    return _frame(number, _ERROR, to_json(_refusal(answer)))
+
+
 def _frame(first: str, second: str, content: bytes = b"") -> bytes:
     text = f"{first} {second}\n".encode() + content
     if len(text) > _MAX_FRAME_BYTES:
@@ -416,11 +435,42 @@ def _frame(first: str, second: str, content: bytes = b"") -> bytes:
     return _LENGTH.pack(len(text)) + text
 
 
+class _InFlight:
+    """The calls of one connection that are read or run."""
+
+    def __init__(self) -> None:
+        self._num_calls = self._num_bytes = 0
+        self._has_ended = asyncio.Event()
+
+    async def begin(self, num_bytes: int) -> None:
+        """Wait until a call of so many bytes may be read."""
+        while self._num_calls >= _MAX_IN_FLIGHT or self._num_bytes + num_bytes > _MAX_IN_FLIGHT_BYTES:
+            self._has_ended.clear()
+            await self._has_ended.wait()
+        self._num_calls += 1
+        self._num_bytes += num_bytes
+
+    def end(self, num_bytes: int, _: object) -> None:
+        """Note that such a call has ended."""
+        self._num_calls -= 1
+        self._num_bytes -= num_bytes
+        self._has_ended.set()
+
+
 async def _read(reader: asyncio.StreamReader, most_bytes: int) -> tuple[str, str, bytes]:
     """Return a frame's two words and its content; raises ValueError for a frame that is none."""
+    return await _read_text(reader, await _read_size(reader, most_bytes))
+
+
+async def _read_size(reader: asyncio.StreamReader, most_bytes: int) -> int:
+    size: int
     (size,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     if size > most_bytes:
         raise ValueError(f"a frame of {size} bytes")
+    return size
+
+
+async def _read_text(reader: asyncio.StreamReader, size: int) -> tuple[str, str, bytes]:
     line, _, content = (await reader.readexactly(size)).partition(b"\n")
     first, second = line.decode("ascii").split(" ")
     return first, second, content

@@ -18,7 +18,15 @@ from azu.money.wire import Access, WireServer
 # A caller for tests, which may make every call.
 TESTER = "tester"
 PLATFORM = "0x" + "99" * 20
-TERMS = BooksTerms(lamports_per_token_layer=2, platform_percent=20, reservation_ttl_ms=600_000, max_keys=100)
+TERMS = BooksTerms(
+    lamports_per_token_layer=2,
+    platform_percent=20,
+    reservation_ttl_ms=600_000,
+    max_keys=100,
+    max_nodes=100,
+    max_unfunded_keys=1_000,
+    unfunded_key_ms=86_400_000,
+)
 _ALL = frozenset().union(*ALLOWED.values())
 
 

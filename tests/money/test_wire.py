@@ -23,6 +23,7 @@ from azu.errors import (
     NotFound,
     Unavailable,
 )
+from azu.money import wire
 from azu.money.wire import Access, Remote, WireServer
 
 
@@ -55,10 +56,15 @@ class Sums:
     async def long(self, characters: int) -> str:
         """Return a long text."""
 
+    async def keep(self, text: str) -> int:
+        """Answer once the test lets it."""
+
 
 @dataclass
 class Served(Sums):
     added: list[int] = field(default_factory=list)
+    kept: int = 0
+    may_end: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def add(self, left: int, right: int = 1) -> int:
         self.added.append(left)
@@ -82,12 +88,20 @@ class Served(Sums):
     async def long(self, characters: int) -> str:
         return "x" * characters
 
+    async def keep(self, text: str) -> int:
+        self.kept += 1
+        await self.may_end.wait()
+        return len(text)
+
 
 class Client(Remote, Sums, calls=Sums):
     """The client of these calls."""
 
 
-ALLOWED = {"all": frozenset({"add", "same", "refuse", "fail", "wait", "long"}), "few": frozenset({"add"})}
+ALLOWED = {
+    "all": frozenset({"add", "same", "refuse", "fail", "wait", "long", "keep"}),
+    "few": frozenset({"add"}),
+}
 
 
 @dataclass
@@ -194,6 +208,30 @@ def test_a_frame_that_is_too_large_does_not_cross() -> None:
         with pytest.raises(InternalError, match="does not cross"):
             await client.long(2**24)
         assert len(await client.long(2**20)) == 2**20
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(("calls", "size", "most"), [(12, 2_000, 8), (12, 10, 10)])
+def test_a_connection_holds_so_many_calls_and_bytes_and_the_others_wait(
+    calls: int, size: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "_MAX_IN_FLIGHT", 10)
+    monkeypatch.setattr(wire, "_MAX_IN_FLIGHT_BYTES", 17_000)
+
+    async def scenario(world: World) -> None:
+        # Less than they are asked to wait, so that nothing is asked a second time.
+        client = world.client(silence_s=15.0)
+        asked = [asyncio.create_task(client.keep("x" * size)) for _ in range(calls)]
+        while world.served.kept < most:
+            await asyncio.sleep(0.01)
+        # Another connection is not held up, and long enough for one more call to come through.
+        other = world.client("few")
+        for _ in range(20):
+            assert await other.add(1) == 2
+        assert world.served.kept == most
+        world.served.may_end.set()
+        assert await asyncio.gather(*asked) == [size] * calls
 
     play(scenario)
 

@@ -1,0 +1,106 @@
+"""How many keys and nodes the books keep, and what makes room."""
+
+from dataclasses import replace
+
+import pytest
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+
+from azu.clock import wall_clock_ms
+from azu.errors import Forbidden, Unauthenticated
+from azu.money.books import Books
+from tests.builders import OWNERS
+from tests.money.accounts import fund, signed_key
+from tests.money.ledger import moves
+from tests.money.serving import TERMS, ServedBooks
+from tests.money.test_books import play
+
+DAY_MS = 86_400_000
+NOW_MS = wall_clock_ms()
+USERS: tuple[LocalAccount, ...] = tuple(Account.from_key(f"0x{number:064x}") for number in range(101, 108))
+
+
+async def open_key(books: Books, number: int, now_ms: int = NOW_MS) -> None:
+    await books.open_key(signed_key(USERS[number], f"secret-{number}", now_ms=now_ms))
+
+
+def test_addresses_without_money_have_so_many_keys_together_and_keep_out_no_one_who_deposits(
+    redis_url: str,
+) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_key(books, 0)
+        await open_key(books, 1)
+        with pytest.raises(Forbidden, match=r"2 keys.*limits\.max_unfunded_keys") as full:
+            await open_key(books, 2)
+        assert full.value.code == "too_many_unfunded_keys"
+        await fund(books, 5, USERS[2])
+        await open_key(books, 2)
+        # Who deposits later makes room.
+        await fund(books, 5, USERS[0], "0x2")
+        await open_key(books, 3)
+        with pytest.raises(Forbidden):
+            await open_key(books, 4)
+
+    play(redis_url, scenario, terms=replace(TERMS, max_unfunded_keys=2), now_ms=lambda: NOW_MS)
+
+
+def test_a_key_of_an_address_without_money_is_dropped_when_it_is_old(redis_url: str) -> None:
+    clock = [NOW_MS]
+
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        core = await served.bookkeeper.ledger()
+        for number in range(5):
+            await open_key(books, number)
+        await fund(books, 5, USERS[1])
+        # One lends, one wants to be paid, one has spent all that he had.
+        await books.enrol_node("n", USERS[2].address.lower(), key_digest="k", name="n", work_bytes_per_s=0)
+        await core.apply(moves.claim(USERS[3].address.lower()))
+        spender, key = USERS[4].address.lower(), signed_key(USERS[4], "secret-4").key_id
+        await core.apply(moves.deposit(10, address=spender, tx_hash="0x4"))
+        await core.apply(moves.reserve("job-1", 10, address=spender, key_id=key))
+        await core.apply(moves.settle("job-1", 10, w0=10))
+        clock[0] += DAY_MS - 1
+        await served.bookkeeper.drop_unfunded_keys()
+        await books.key("secret-0")
+        clock[0] += 1
+
+        await served.bookkeeper.drop_unfunded_keys()
+
+        with pytest.raises(Unauthenticated):
+            await books.key("secret-0")
+        for number in range(1, 5):
+            await books.key(f"secret-{number}")
+
+    play(redis_url, scenario, now_ms=lambda: clock[0])
+
+
+def test_old_keys_without_money_make_room_by_themselves(redis_url: str) -> None:
+    clock = [NOW_MS]
+
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_key(books, 0)
+        clock[0] += DAY_MS
+        await open_key(books, 1, clock[0])
+        with pytest.raises(Unauthenticated):
+            await books.key("secret-0")
+
+    play(redis_url, scenario, terms=replace(TERMS, max_unfunded_keys=1), now_ms=lambda: clock[0])
+
+
+def test_so_many_nodes_are_paid_to_one_address(redis_url: str) -> None:
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        async def enrol(node: str, owner: str) -> None:
+            await books.enrol_node(node, owner, key_digest="k", name=node, work_bytes_per_s=0)
+
+        await enrol("a", OWNERS[0])
+        await enrol("b", OWNERS[0])
+        await enrol("b", OWNERS[0])
+        await enrol("c", OWNERS[1])
+        for node in ("c", "d"):
+            with pytest.raises(Forbidden, match=r"2 nodes.*limits\.max_nodes") as full:
+                await enrol(node, OWNERS[0])
+            assert full.value.code == "too_many_nodes"
+        await (await served.bookkeeper.ledger()).apply(moves.remove_node("a"))
+        await enrol("d", OWNERS[0])
+
+    play(redis_url, scenario, terms=replace(TERMS, max_nodes=2))
