@@ -1,11 +1,12 @@
 """The azu command and its subcommands, one light module each."""
 
+import errno
 import sys
 from importlib import import_module
 
 import typer
 
-from azu.errors import AzuError
+from azu.errors import AzuError, Unavailable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,12 +59,35 @@ for _module, _group in _GROUPS:
 
 
 def main() -> None:
-    """Run the command line: an AzuError is one line on stderr and exit 1, Ctrl-C exit 130."""
+    """Run the command line: an AzuError or a file's error is one line on stderr and exit 1, Ctrl-C exit 130."""
     try:
         app()
     except AzuError as error:
         _print_error(error)
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in _FILE_ADVICE:
+            raise
+        _print_error(Unavailable(_told(error), code="disk_failed"))
+        sys.exit(1)
+
+
+_MAKE_ROOM = "make room on the disk, or set AZU_HOME to a larger one"
+_MAY_WRITE = "you need the right to it, or an AZU_HOME of your own"
+_FILE_ADVICE = {
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EACCES: _MAY_WRITE,
+    errno.EPERM: _MAY_WRITE,
+    errno.EROFS: _MAY_WRITE,
+    errno.ENOTDIR: "set AZU_HOME to a folder",
+}
+
+
+def _told(error: OSError) -> str:
+    """Return what a file's error says, with what to do; a write to a full disk names no file."""
+    named = "" if error.filename is None else f"{error.filename}: "
+    return f"{named}{error.strerror}; {_FILE_ADVICE[error.errno or 0]}"
 
 
 def _print_error(error: AzuError) -> None:

@@ -51,12 +51,16 @@ def up(
     """Run a network on this machine until Ctrl-C or `azu down`; prints its address, ticket and admin key."""
     from azu.cli.output import ProgressPrinter
     from azu.config import load_settings
-    from azu.launch.local_network import local_network
-    from azu.launch.network_process import run_in_background, watch
+    from azu.launch.http_port import http_port_held
+    from azu.launch.local_network import local_network, with_http_host
+    from azu.launch.network_process import home_locked, run_in_background, watch
     from azu.launch.processes import stop_signals_raised
 
     settings, file = load_settings(network)
     if background:
+        at = with_http_host(settings, ip)
+        with home_locked(at.home), http_port_held(at.http_host, at.http_port):
+            pass  # what refuses the network is told at once, not by the process that starts in the background
         _print_facts(run_in_background(settings.home, 4 * file.policy.timeouts.start_s), as_json)
         return
     own = _workers(workers, vram, payout, play_money=settings.chain_url is None)

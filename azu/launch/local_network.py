@@ -23,6 +23,7 @@ from azu.errors import Unavailable
 from azu.files import CONFIGS, write_private
 from azu.launch.admin import AdminFacts, admin_file_kept, new_ticket
 from azu.launch.control_process import CONTROL, CONTROL_READY, control_process
+from azu.launch.http_port import http_port_held
 from azu.launch.membership import (
     LOOPBACK,
     AnyTicket,
@@ -155,13 +156,16 @@ def local_network(
     `ip` is the address at which other machines reach this one. With it they can join, every connection
     between machines is encrypted, and the ingress listens at `ip` unless the settings name another address.
     `trust_members` makes tickets also where a member could take the money of all. With `rotate` no
-    certificate and no ticket of before counts any more. Raises Conflict when a network runs in the same home,
-    Unavailable or DeadlineExceeded with the last output of the process that did not come up.
+    certificate and no ticket of before counts any more. Raises Conflict when a network runs in the same home
+    or the ingress's port is taken, Unavailable or DeadlineExceeded with the last output of the process that
+    did not come up.
     """
+    settings = with_http_host(settings, ip)
     logs, timeout_s = settings.home / "logs", file.policy.timeouts.start_s
     token_path, token = settings.home / "ray-token", secrets.token_hex(32)
     with (
         home_locked(settings.home),
+        http_port_held(settings.http_host, settings.http_port),
         nullcontext(network_users(settings, others_join=ip is not None)) as users,
         socket_folder(users.ray_sessions, users.ray) as ray_folder,
         ProcessGroup(logs, user=users.money) as services,
@@ -173,7 +177,6 @@ def local_network(
         write_private(token_path, token)
         if rotate:
             forget_members(members_folder(users.money_home))
-        settings = _with_http_host(settings, ip)
         own, shown = _certificates(settings, users, ip)
         ray_files = None if shown is None else shown.ray
         admission = _admission(file.policy, ip, "" if trust_members else users.why_one)
@@ -245,7 +248,8 @@ def local_network(
                 yield network
 
 
-def _with_http_host(settings: Settings, ip: str | None) -> Settings:
+def with_http_host(settings: Settings, ip: str | None) -> Settings:
+    """Return settings whose ingress listens at `ip`, if there is one, unless they name another address."""
     if ip is None or "http_host" in settings.model_fields_set:
         return settings
     return settings.model_copy(update={"http_host": ip})

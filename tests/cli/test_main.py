@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from azu import cli
 from tests.client.ingress import Reply, running_ingress
 
 
@@ -85,6 +87,43 @@ def test_an_empty_home_needs_no_preparation(tmp_path: Path) -> None:
 
     assert done.returncode == 1
     assert "no network runs" in done.stderr
+
+
+@pytest.mark.parametrize("background", [(), ("--background",)])
+def test_a_network_on_a_taken_port_is_refused_in_one_line_before_anything_starts(
+    tmp_path: Path, background: tuple[str, ...]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = azu("up", *background, home=tmp_path, AZU_HTTP_PORT=str(port))
+
+    assert done.returncode == 1
+    assert done.stderr == f"port {port} is taken by another program: set AZU_HTTP_PORT\n"
+    assert not list(tmp_path.glob("logs/*")), "the file of each process that was started"
+
+
+def test_a_home_that_cannot_be_written_is_one_line_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    done = azu("wallet", "new", home=tmp_path / "file" / "home", AZU_WALLET_PASSWORD="x")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"{tmp_path}/file/home: Not a directory; set AZU_HOME to a folder\n"
+
+
+def test_a_full_disk_is_one_line_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write() -> None:
+        with open("/dev/full", "w") as full:
+            full.write("x")
+
+    monkeypatch.setattr(cli, "app", write)
+
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+
+    assert capsys.readouterr().err.startswith("No space left on device; make room on the disk")
 
 
 @pytest.mark.prove

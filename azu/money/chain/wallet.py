@@ -1,6 +1,7 @@
 """A user's wallet: an encrypted keystore file, and moving HYPE with it."""
 
 import asyncio
+import hashlib
 import json
 import secrets
 import stat
@@ -49,7 +50,7 @@ def import_key(path: Path, key: bytes, password: str) -> LocalAccount:
         raise InvalidRequest("this is not a private key", param="key") from error.with_traceback(None)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        write_private_once(path, json.dumps(account.encrypt(password)).encode())
+        write_private_once(path, json.dumps(_with_digest(account.encrypt(password))).encode())
     except FileExistsError as error:
         raise ConfigurationError(f"{path} exists; a wallet is never overwritten") from error
     return account
@@ -61,7 +62,9 @@ def load(path: Path, password: str) -> LocalAccount:
     try:
         return Account.from_key(Account.decrypt(keystore.contents(), password))
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(f"{path} is damaged, or the password is wrong") from error
+        # The format's own checksum needs the password; the files of other wallets have no other one.
+        told = "is damaged, or the password is wrong" if keystore.sha256 is None else "has another password"
+        raise ConfigurationError(f"{path} {told}") from error
 
 
 def address_of(path: Path) -> str:
@@ -152,10 +155,18 @@ def _read(path: Path) -> "Keystore":
     if mode & 0o077:
         raise ConfigurationError(f"{path} can be read by others; make its mode 0600")
     try:
-        return Keystore.model_validate(read_json(path))
+        found = Keystore.model_validate(read_json(path))
     except ValidationError as error:
         place, fault = plain_fault(error.errors())
         raise ConfigurationError(f"{path} is damaged: {place}: {fault}") from error
+    if found.sha256 not in (None, found.digest()):
+        raise ConfigurationError(f"{path} is damaged: put a copy of it in its place")
+    return found
+
+
+def _with_digest(contents: dict[str, Any]) -> dict[str, Any]:
+    """Return a key file's content with the digest by which damage is told from a wrong password."""
+    return contents | {"sha256": Keystore.model_validate(contents).digest()}
 
 
 _Hex = Annotated[str, Field(pattern=r"^(0x)?([0-9a-fA-F]{2})+$", max_length=512)]
@@ -206,6 +217,12 @@ class Keystore(_Part):
     address: Annotated[str, Field(pattern=r"^(0x)?[0-9a-fA-F]{40}$")]
     crypto: _Crypto
     version: Literal[3]
+    # azu's own; other wallets write none, and ignore it.
+    sha256: str | None = None
+
+    def digest(self) -> str:
+        """Return the SHA-256, in hex, of what opens the key."""
+        return hashlib.sha256(self.crypto.model_dump_json().encode()).hexdigest()
 
     def contents(self) -> dict[str, Any]:
         """Return what eth-account opens."""

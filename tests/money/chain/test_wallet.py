@@ -1,4 +1,5 @@
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_a_wallet_opens_with_its_password_alone(tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
     assert created.key.hex() not in file.read_text()
     assert wallet.load(file, "correct horse").address == created.address
-    with pytest.raises(ConfigurationError, match="password"):
+    with pytest.raises(ConfigurationError, match="has another password"):
         wallet.load(file, "battery staple")
 
 
@@ -50,6 +51,27 @@ def test_an_error_names_a_missing_or_damaged_wallet(tmp_path: Path) -> None:
     file.chmod(0o600)
     with pytest.raises(ConfigurationError, match="damaged"):
         wallet.load(file, "secret")
+
+
+def test_a_wallet_that_was_changed_is_damaged_whatever_the_password(tmp_path: Path) -> None:
+    file = tmp_path / "wallet.json"
+    wallet.import_key(file, b"\x07" * 32, "secret")
+    contents = json.loads(file.read_text())
+    contents["crypto"]["mac"] = "00" * 32
+    file.write_text(json.dumps(contents))
+
+    with pytest.raises(ConfigurationError, match="is damaged: put a copy"):
+        wallet.address_of(file)
+
+
+def test_a_wallet_of_another_program_opens_and_its_error_leaves_both_open(tmp_path: Path) -> None:
+    file = tmp_path / "wallet.json"
+    file.write_text(json.dumps(Account.encrypt("0x" + "07" * 32, "secret", kdf="pbkdf2", iterations=2)))
+    file.chmod(0o600)
+
+    assert wallet.load(file, "secret").key == b"\x07" * 32
+    with pytest.raises(ConfigurationError, match="damaged, or the password is wrong"):
+        wallet.load(file, "another")
 
 
 def test_a_bad_key_is_not_repeated_in_the_error(tmp_path: Path) -> None:
