@@ -59,7 +59,7 @@ for _module, _group in _GROUPS:
 
 
 def main() -> None:
-    """Run the command line: an AzuError or a file's error is one line on stderr and exit 1, Ctrl-C exit 130."""
+    """Run the command line: an AzuError or a file's error is one line on stderr and exit 1, Ctrl-C is 130."""
     try:
         app()
     except AzuError as error:
