@@ -9,7 +9,16 @@ from actors.deployment import RayBackend
 from actors.links import raises_known_errors
 from actors.node import NodeAgents
 from actors.placement import SCHEDULER, request_nodes
-from actors.telemetry import RayMeter, log_as, show_books, show_deployments, show_jobs, show_nodes
+from actors.telemetry import (
+    RayMeter,
+    certificate_ends,
+    log_as,
+    show_books,
+    show_deployments,
+    show_head,
+    show_jobs,
+    show_nodes,
+)
 from azu.clock import wall_clock_ms
 from azu.cluster.canary import CanaryWatch
 from azu.cluster.cluster import Cluster
@@ -88,6 +97,8 @@ class Scheduler:
             supervisor=self._supervisor,
         )
         self._restarts = RestartTurn()
+        # Both are read once, by Ray and by the ingress, at the network's start.
+        self._certificate_ends = certificate_ends(config)
         self._serving: asyncio.Task[None] | None = None
         self._has_adopted = False
 
@@ -209,6 +220,7 @@ class Scheduler:
         try:
             show_nodes(self._meter, await self.nodes())
             show_deployments(self._meter, await self.deployments())
+            show_head(self._meter, self._config.home, self._certificate_ends)
             show_jobs(self._meter, self._dispatcher.num_waiting, self._dispatcher.num_running)
             show_books(self._meter, await self._books.totals())
             if shown := await self._books.treasury_metrics():

@@ -1,9 +1,12 @@
 """Sends each process's metrics to the scheduler, which adds them up, and to Ray's own metrics."""
 
 import logging
+import os
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,6 +24,7 @@ from azu.supervision import Supervisor, end_process
 
 if TYPE_CHECKING:
     # Every stage imports this file: the libraries of money would cost each one 20 MiB.
+    from azu.config import ControlConfig
     from azu.money.books import Totals
 
 log = logging.getLogger(__name__)
@@ -139,6 +143,26 @@ def show_deployments(meter: Meter, deployments: Iterable[DeploymentStatus]) -> N
     for one in deployments:
         slow[one.model_id] += one.state == "slow"
     meter.set_gauge(metrics.SLOW_PIPELINES, {(model_id,): count for model_id, count in slow.items()})
+
+
+def show_head(meter: Meter, home: Path, ends_s: Mapping[str, float]) -> None:
+    """Show the free part of the disk of jobs, and when the certificates end that this machine shows."""
+    disk = shutil.disk_usage(home)
+    meter.set_gauge(metrics.DISK_FREE, {("jobs",): disk.free / disk.total})
+    meter.set_gauge(metrics.CERTIFICATE_ENDS, {(name,): at_s for name, at_s in ends_s.items()})
+
+
+def certificate_ends(config: "ControlConfig") -> dict[str, float]:
+    """Return when the certificates of this machine's ingress and Ray node end, where they have any."""
+    from azu.auth.certificates import read_certificate
+
+    paths = {} if config.tls is None else {"ingress": config.tls.certificate}
+    if os.environ.get("RAY_USE_TLS") == "1":
+        paths["ray"] = Path(os.environ["RAY_TLS_SERVER_CERT"])
+    return {
+        name: read_certificate(path.read_bytes()).not_valid_after_utc.timestamp()
+        for name, path in paths.items()
+    }
 
 
 def show_jobs(meter: Meter, num_waiting: int, num_running: int) -> None:

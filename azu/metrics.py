@@ -130,6 +130,22 @@ LEDGER_LOST = _gauge(
 SIGNER_FINDINGS = _gauge(
     "azu_signer_findings", "Reasons for which the signer signs nothing, once they stand for three looks."
 )
+WALLET = _gauge("azu_wallet_lamports", "What the platform's account holds on the chain.")
+FEE_MISSING = _gauge(
+    "azu_fee_missing",
+    "1 while the platform lacks the fee, in another token, of paying to a new account.",
+)
+ACTIONS_LEFT = _gauge("azu_chain_actions_left", "Actions that the chain still accepts from the platform.")
+LIMIT_USED = _gauge(
+    "azu_payout_limit_used_ratio", "The part of a day's limit on payouts that was sent within a day.", "kind"
+)
+LAST_DONE = _gauge(
+    "azu_last_done_timestamp_seconds", "When a copy was made last, and when an audit found nothing.", "what"
+)
+DISK_FREE = _gauge("azu_disk_free_ratio", "The free part of the disk of a store on the head.", "store")
+CERTIFICATE_ENDS = _gauge(
+    "azu_certificate_ends_timestamp_seconds", "When a certificate that the head shows ends.", "certificate"
+)
 
 CATALOGUE = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 BY_NAME = {metric.name: metric for metric in CATALOGUE}

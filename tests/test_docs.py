@@ -117,8 +117,9 @@ def product() -> str:
 
 @cache
 def words() -> frozenset[str]:
-    """Return every word of the source text."""
-    return frozenset(re.findall(r"\w+", product()))
+    """Return every word of the source text and of the alerts."""
+    alerts = (ROOT / "configs" / "prometheus" / "alerts.yaml").read_text()
+    return frozenset(re.findall(r"\w+", product() + alerts))
 
 
 @cache

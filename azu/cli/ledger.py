@@ -65,6 +65,8 @@ def audit(
     """
     chain = None if wallet_lamports is not None else _chain(Settings.from_environment())
     report = with_books(lambda books: _audit(books, chain, wallet_lamports, since))
+    if report.agrees:
+        _note("audit")
     show(report, as_json, _drawn_audit)
     if not report.agrees:
         raise typer.Exit(1)
@@ -98,7 +100,16 @@ def backup(
     """
     from azu.launch.backup import back_up
 
-    show(back_up(Settings.from_environment().money_home, file), as_json, _drawn_backup)
+    made = back_up(Settings.from_environment().money_home, file)
+    _note("backup")
+    show(made, as_json, _drawn_backup)
+
+
+def _note(what: str) -> None:
+    """Note for the metrics that a command was carried out."""
+    from azu.money.treasury.survey import note_done
+
+    note_done(Settings.from_environment().money_home, what, wall_clock_ms())
 
 
 @ledger.command()

@@ -269,6 +269,7 @@ def run_treasury() -> None:
         signer_url=signer_url,
         network=network_at(settings.chain_url),
         platform=settings.platform_address,
+        home=settings.home,
         threshold=Threshold(
             threshold,
             _NEW_ACCOUNT_FACTOR * threshold,

@@ -649,7 +649,7 @@ def totals_of(balances: Mapping[str, int], lost_writes: int = 0, revenue_left: i
     held: Counter[str] = Counter()
     for account, lamports in balances.items():
         owner, _, rest = account.partition(":")
-        if owner == "held":
+        if owner in ("held", "suspense"):
             held[owner] += lamports
         elif rest:
             held[f"{owner}_{rest.rpartition(':')[2]}"] += lamports

@@ -1,12 +1,21 @@
 """What the network shows of its nodes and books."""
 
-from actors.telemetry import show_books, show_nodes
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from actors.telemetry import certificate_ends, show_books, show_head, show_nodes
 from azu import metrics
+from azu.auth.certificates import read_certificate
+from azu.config import TlsConfig
+from azu.launch.membership import head_files
 from azu.metrics import Meter
 from azu.money.bookkeeping import totals_of
 from azu.money.ledger.transfers import (
     CHAIN,
     PLATFORM,
+    SUSPENSE,
     user_available,
     user_reserved,
     worker_earned,
@@ -61,3 +70,32 @@ def test_nodes_show_their_live_memory_and_a_state_without_nodes_shows_zero() -> 
     assert shown.value(metrics.NODE_VRAM_FREE, "ada") == 16 * MIB
     assert shown.value(metrics.NODE_VRAM_USED) == 40 * MIB
     assert ("azu_node_vram_used_bytes", ("ben",)) not in shown.values
+
+
+def test_the_head_shows_its_free_disk_and_when_its_certificates_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = head_files(tmp_path, ["192.0.2.1"])
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    monkeypatch.setenv("RAY_TLS_SERVER_CERT", str(files.ray.certificate))
+    config = SimpleNamespace(tls=TlsConfig(files.ingress.certificate, files.ingress.key))
+    meter = Meter()
+
+    ends_s = certificate_ends(config)  # type: ignore[arg-type]
+    show_head(meter, tmp_path, ends_s)
+
+    shown = meter.snapshot()
+    for name, certificate in (("ingress", files.ingress.certificate), ("ray", files.ray.certificate)):
+        ends = read_certificate(certificate.read_bytes()).not_valid_after_utc
+        assert shown.value(metrics.CERTIFICATE_ENDS, name) == ends.timestamp()
+    assert 0 < shown.value(metrics.DISK_FREE, "jobs") < 1
+    monkeypatch.setenv("RAY_USE_TLS", "0")
+    config.tls = None
+    assert certificate_ends(config) == {}  # type: ignore[arg-type]
+
+
+def test_what_is_in_suspense_is_shown() -> None:
+    meter = Meter()
+    show_books(meter, totals_of({CHAIN: -5, SUSPENSE: 5}))
+
+    assert meter.snapshot().value(metrics.LAMPORTS_HELD, "suspense") == 5

@@ -1,6 +1,7 @@
 """The calls of the signer's process in plain values, and `RemoteSigner`, its client."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from pydantic import ConfigDict
 
@@ -17,13 +18,14 @@ class SignerStatus:
     """What the signer's last look found.
 
     `findings` say why nothing is signed, empty if all agrees; they are red once several looks in a row had
-    some.
+    some. `day_parts` has the part of each kind's daily limit that was sent.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     findings: tuple[str, ...] = ()
     is_red: bool = False
+    day_parts: Mapping[str, float] = field(default_factory=dict)
 
 
 class SignerCalls:

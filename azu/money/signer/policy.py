@@ -249,6 +249,11 @@ def room(state: SignerState, chain: ChainView, kind: PayoutKind, limit: PayoutLi
     )
 
 
+def day_part(state: SignerState, chain: ChainView, kind: PayoutKind, limit: PayoutLimit) -> float:
+    """Return the part of a kind's daily limit that was sent within a day."""
+    return _sent(state, chain, kind, DAY_MS).total() / limit.day_lamports
+
+
 def void(state: SignerState, books: BooksView, nonce: int) -> SignerState:
     """Return what to remember before a nonce is used up: no transfer is signed under it any more.
 

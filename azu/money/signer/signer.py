@@ -26,6 +26,7 @@ from azu.money.signer.policy import (
     accept,
     admit,
     burned,
+    day_part,
     first_state,
     look,
     room,
@@ -170,7 +171,9 @@ class Signer(SignerCalls):
             excused=await self._platform.excused(rows, held),
         )
         self._keep(found.state)
-        self._note(found.findings)
+        limits = self._rules.limits.items()
+        parts = {str(kind): day_part(found.state, chain, kind, limit) for kind, limit in limits}
+        self._note(found.findings, parts)
         return books, chain
 
     async def _view(self, number: int) -> BooksView:
@@ -199,10 +202,11 @@ class Signer(SignerCalls):
             self._keep(burned(self._known, nonce, now_ms))
             _LOG.warning("used up nonce %d, of a payout that the books do not have", nonce)
 
-    def _note(self, findings: tuple[str, ...]) -> None:
+    def _note(self, findings: tuple[str, ...], day_parts: Mapping[str, float] | None = None) -> None:
         before = self._status
         self._looks_with_findings = self._looks_with_findings + 1 if findings else 0
-        self._status = SignerStatus(findings, self._looks_with_findings >= RED_AFTER)
+        is_red = self._looks_with_findings >= RED_AFTER
+        self._status = SignerStatus(findings, is_red, day_parts or before.day_parts)
         if self._status.is_red and (findings != before.findings or not before.is_red):
             _LOG.error("nothing is signed: %s", "; ".join(findings))
         elif before.is_red and not findings:

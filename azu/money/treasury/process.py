@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from azu.clock import SteadyClock
 from azu.errors import AzuError, InternalError
@@ -27,6 +28,7 @@ from azu.money.treasury.redis import (
     RedisUncredited,
 )
 from azu.money.treasury.request_reply import DepositRequests
+from azu.money.treasury.survey import Survey
 from azu.money.treasury.withdrawals import RedisWithdrawals
 from azu.redis_client import connect_redis
 from azu.supervision import Supervisor
@@ -35,6 +37,8 @@ _LOG = logging.getLogger(__name__)
 _REQUESTS_AT_ONCE = 16
 _REQUESTS_EVERY_S = 0.05
 _METRICS_EVERY_S = 1.0
+# The chain counts requests.
+_SURVEY_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class TreasuryConfig:
 
     `poll_s` is the time between two polls of the chain; after `lease_s` a treasury that died no longer blocks
     the next one. Requests of the ingress come, and metrics go, through the Redis at `jobs_redis_url`, else
-    through the other.
+    through the other. In `home` lie what it watches: the disk, and when copies and audits were made.
     """
 
     redis_url: str = field(repr=False)
@@ -51,6 +55,7 @@ class TreasuryConfig:
     signer_url: str = field(repr=False)
     network: ChainNetwork
     platform: str
+    home: Path
     threshold: Threshold
     timeouts: PayoutTimeouts = field(default_factory=PayoutTimeouts)
     poll_s: float = 5.0
@@ -74,6 +79,7 @@ async def run(config: TreasuryConfig, *, ready: Callable[[], None]) -> None:
     supervisor.start("deposits", treasury.watch, every_s=config.poll_s)
     supervisor.start("deposit requests", treasury.answer_deposits, every_s=_REQUESTS_EVERY_S)
     supervisor.start("payouts", treasury.pay, every_s=config.poll_s)
+    supervisor.start("survey", partial(treasury.survey.show, supervisor.meter), every_s=_SURVEY_EVERY_S)
     supervisor.start("metrics", partial(treasury.show, supervisor.meter), every_s=_METRICS_EVERY_S)
     try:
         await stop.wait()
@@ -133,6 +139,7 @@ class _Treasury:
             gives_up=self._watcher.has_left_otherwise,
             now_ms=clock,
         )
+        self.survey = Survey(self._chain, self._signer, platform, config.home)
         self._plan_at_s = 0.0
         self._ready: Callable[[], None] | None = ready
 

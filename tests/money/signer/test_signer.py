@@ -287,6 +287,8 @@ def test_a_limit_holds_also_after_a_restart(world: World, file: Path) -> None:
         scene.start()
         first, second = await scene.withdraw(HYPE // 4), await scene.withdraw(HYPE // 2)
         await scene.send(first)
+        await scene.signer.look()
+        assert (await scene.signer.status()).day_parts == {"withdrawal": 0.25, "earnings": 0}
         for _ in range(2):
             with pytest.raises(RateLimited, match="may take"):
                 await scene.signer.transfer(second)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from azu.money.books import Books
 from azu.money.chain.api import ChainClient
@@ -56,6 +57,7 @@ def _live(treasury: Treasury, death: Death) -> None:
         signer_url=treasury.signer_url,
         network=network_at(treasury.chain_url),
         platform=treasury.platform,
+        home=Path.cwd(),
         threshold=Threshold(treasury.threshold_lamports, treasury.threshold_lamports),
         timeouts=PayoutTimeouts(conclude_ms=3_000),
         poll_s=0.05,

@@ -1,0 +1,56 @@
+"""What an operator watches beside the books: the platform's account, limits, the disk, copies and audits."""
+
+import secrets
+import shutil
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from azu import metrics
+from azu.errors import ConfigurationError
+from azu.files import read_json, write_private
+from azu.metrics import Labels, Meter
+from azu.money.chain.port import Chain
+from azu.money.signer.calls import SignerCalls
+
+_FILE = "done.json"
+_DONE = TypeAdapter(dict[str, int])
+
+
+def note_done(home: Path, what: str, at_ms: int) -> None:
+    """Note when an operator's command, such as "backup", was last carried out on the money of a home."""
+    write_private(home / _FILE, _DONE.dump_json(last_done(home) | {what: at_ms}).decode())
+
+
+def last_done(home: Path) -> dict[str, int]:
+    """Return when each command was last carried out, in ms; raises ConfigurationError for a damaged file."""
+    path = home / _FILE
+    try:
+        return _DONE.validate_python(read_json(path), strict=True) if path.exists() else {}
+    except ValidationError as error:
+        raise ConfigurationError(f"{path} is damaged; remove it") from error
+
+
+class Survey:
+    """Measures now and then what stands in no journal."""
+
+    def __init__(self, chain: Chain, signer: SignerCalls, platform: str, home: Path) -> None:
+        self._chain = chain
+        self._signer = signer
+        self._platform = platform
+        self._home = home
+
+    async def show(self, meter: Meter) -> None:
+        """Show it in the metrics; raises Unavailable when chain or signer do not answer."""
+        disk = shutil.disk_usage(self._home)
+        meter.set_gauge(metrics.DISK_FREE, {("money",): disk.free / disk.total})
+        done: dict[Labels, float] = {(what,): at_ms / 1000 for what, at_ms in last_done(self._home).items()}
+        meter.set_gauge(metrics.LAST_DONE, done)
+        wallet = await self._chain.spot_balance(self._platform)
+        meter.set_gauge(metrics.WALLET, {(): wallet})
+        meter.set_gauge(metrics.ACTIONS_LEFT, {(): await self._chain.actions_left(self._platform)})
+        # An address that the chain has never seen costs the fee of a new account.
+        recipient = await self._chain.recipient(f"0x{secrets.token_hex(20)}", self._platform)
+        meter.set_gauge(metrics.FEE_MISSING, {(): float(not recipient.has_fee)})
+        status = await self._signer.status()
+        meter.set_gauge(metrics.LIMIT_USED, {(kind,): part for kind, part in status.day_parts.items()})
