@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 
 _START_TIMEOUT_S = 120.0
-_REACH_TIMEOUT_S = 2.0
 _WATCH_S = 0.5
 # A node that stays up asks the network this often whether its access is still good.
 _CHECK_ACCESS_EVERY_S = 600.0
+# Where that is a look at a port of this machine.
+_CHECK_HEAD_EVERY_S = 10.0
 
 Word = Annotated[str, typer.Argument(metavar="TICKET", help="What `azu up` printed.")]
 Vram = Annotated[str, typer.Option(help="What each GPU lends, such as 20GiB; without GPUs, this machine.")]
@@ -57,7 +58,7 @@ def join(
         # The certificate has to contain the address that Ray gives the node.
         ip = ip or address_towards(decoded.url)
     else:
-        ip = _on_the_heads_machine(decoded, ip)
+        ip = _on_the_heads_machine(decoded, ip, settings.home)
     console.print(Text(f"network {decoded.network}", "dim"))
     membership = membership_of(decoded, settings.home, name=machine, host=ip, money_home=settings.money_home)
     with stop_signals_raised():
@@ -65,23 +66,21 @@ def join(
             _lend(membership, workers, ip, settings.home, user)
 
 
-def _on_the_heads_machine(ticket: "Ticket", ip: str | None) -> str:
+def _on_the_heads_machine(ticket: "Ticket", ip: str | None, home: Path) -> str:
     """Return the address of a node without encryption; raises ConfigurationError on another machine."""
-    from azu.launch.membership import LOOPBACK
+    from azu.client.machine import running_network
+    from azu.launch.membership import EARLIER_START, LOOPBACK, head_answers
 
-    try:
-        socket.create_connection((LOOPBACK, ticket.port), timeout=_REACH_TIMEOUT_S).close()
-    except OSError:
-        reached = False
-    else:
-        reached = ip in (None, LOOPBACK)
-    if not reached:
-        raise ConfigurationError(
-            "this network is not encrypted: its ticket is for the head's own machine, while it runs there; "
-            "others join after `azu up --ip ADDRESS`",
-            param="ticket",
-        )
-    return LOOPBACK
+    if ip in (None, LOOPBACK) and head_answers(f"{LOOPBACK}:{ticket.port}"):
+        return LOOPBACK
+    here = running_network(home)
+    if here is not None and here.network_id == ticket.network:
+        raise ConfigurationError(EARLIER_START, param="ticket")
+    raise ConfigurationError(
+        "this network is not encrypted: its ticket is for the head's own machine, while this start of it "
+        "runs; others join after `azu up --ip ADDRESS`",
+        param="ticket",
+    )
 
 
 def _ray_user(settings: "Settings") -> "UnixUser | None":
@@ -185,7 +184,7 @@ def _watch(
     from azu.launch.renewal import Renewal
 
     life, renewal, checked_s = access.life, None, time.monotonic()
-    check_s = _CHECK_ACCESS_EVERY_S
+    check_s = _CHECK_HEAD_EVERY_S if life is None else _CHECK_ACCESS_EVERY_S
     if life is not None:
         names = [worker.name for worker in workers]
         renewal = Renewal(names, life, lambda name: _asked(membership, name), nodes.restart)

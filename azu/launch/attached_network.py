@@ -1,6 +1,5 @@
 """A network on a Ray cluster that azu does not start or stop, such as one of `ray up`: `azu serve`."""
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,11 +8,10 @@ from azu.config import ControlConfig, NetworkFile, Settings
 from azu.errors import Unavailable
 from azu.launch import serving
 from azu.launch.admin import AdminFacts, admin_file_kept
+from azu.launch.membership import head_answers
 from azu.launch.processes import free_port
 from azu.launch.serving import Progress
 from azu.launch.sidecars import Sidecars, admin_key_of, sidecars_running
-
-_CONNECT_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,7 @@ class AttachedNetwork:
 
         Raises Unavailable when the cluster's head does not answer.
         """
-        if not _listens(self.head):
+        if not head_answers(self.head):
             raise Unavailable(f"the Ray head at {self.head} is gone")
         return self._sidecars.revive() + serving.revive(self._config)
 
@@ -88,14 +86,5 @@ def attached_network(
                 with admin_file_kept(settings.home, facts):
                     yield network
             finally:
-                if _listens(head):
+                if head_answers(head):
                     serving.stop()
-
-
-def _listens(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True

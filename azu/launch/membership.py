@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import socket
 import ssl
 from collections.abc import Iterable
 from contextlib import suppress
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 # The part of a certificate's life after which it is renewed.
 _RENEWED_AFTER = 0.4
+_REACH_TIMEOUT_S = 2.0
+# The token is new at each start of a network, so no later start takes the ticket.
+EARLIER_START = (
+    "this ticket is of an earlier start of the network: join with the one that `azu up` printed last"
+)
 # Ray's processes on it are reached by those of the same machine alone.
 LOOPBACK = "127.0.0.1"
 
@@ -178,13 +184,15 @@ class Membership(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PlainMembership:
-    """Membership of an unencrypted network: the access never changes."""
+    """Membership of an unencrypted network: the access never changes, and ends with the network's start."""
 
     granted: ClusterAccess
     money_home: Path
 
     def access(self) -> ClusterAccess:
-        """Return the access that the ticket holds."""
+        """Return the access that the ticket holds; raises Unauthenticated once its network has ended."""
+        if not head_answers(self.granted.head):
+            raise Unauthenticated(EARLIER_START, code="ticket_ended")
         return self.granted
 
     def ask_restart(self, name: str) -> "RestartResponse":
@@ -203,6 +211,16 @@ class PlainMembership:
 
         with suppress(NotFound):
             enrol_own_node(self.money_home, name, payout, node_id, work_bytes_per_s)
+
+
+def head_answers(head: str) -> bool:
+    """Return whether a process listens at a Ray head's address ("host:port")."""
+    host, _, port = head.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACH_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 class EnrolledMembership:

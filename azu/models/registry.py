@@ -4,9 +4,10 @@ import re
 import threading
 import time
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
-from azu.errors import AzuError, Forbidden, InvalidRequest, NotFound
+from azu.errors import AzuError, Forbidden, InvalidRequest, ModelNotFound, NotFound, Unavailable
 from azu.files import disk_errors
 from azu.models import inspection
 from azu.models.checkpoint import MODEL_FILES, contained_file
@@ -62,7 +63,7 @@ class ModelRegistry:
         """
         if not is_offered(model_id, self._offered):
             raise Forbidden(
-                f"{model_id[:80]!r} is not among the models that this network offers",
+                f"{model_id[:80]!r} is not among the models that this network offers{self._near(model_id)}",
                 param="model",
                 code="model_not_offered",
             )
@@ -71,7 +72,11 @@ class ModelRegistry:
             known = None if commit is None else self._described.get((model_id, commit))
             if known is not None:
                 return known
-            source = self._find(model_id, revision)
+            try:
+                source = self._find(model_id, revision)
+            except (ModelNotFound, Unavailable) as error:
+                told = f"{error.message}{self._near(model_id)}"
+                raise type(error)(told, param=error.param, code=error.code) from error
             self._pins[model_id, revision] = (source.revision, time.monotonic())
             known = self._described.get((model_id, source.revision))
             return self._remember(source) if known is None else known
@@ -174,6 +179,13 @@ class ModelRegistry:
 
     def _find(self, model_id: str, revision: str | None) -> Source:
         return find_source(model_id, revision, self._model_roots, self._max_model_bytes)
+
+    def _near(self, model_id: str) -> str:
+        """Return the end of an error: which models have nearly this id, and how to see all."""
+        known = {*built_in_models(), *(status.model_id for status in self._status.ready())}
+        near = get_close_matches(model_id, [one for one in known if is_offered(one, self._offered)])
+        nearest = f"; nearest: {', '.join(near)}" if near else ""
+        return f"{nearest}. `azu models` shows all that are here"
 
     def _recent_commit(self, model_id: str, revision: str | None) -> str | None:
         if revision is not None and (model_id, revision) in self._described:

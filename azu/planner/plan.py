@@ -222,12 +222,16 @@ def _insufficient_capacity(
     if experts:
         missing += demand.expert_set_vram_bytes(experts)
         what.append(f"{sum(map(len, experts.values()))} experts of layers {min(experts)} to {max(experts)}")
-    return InsufficientCapacity(
+    needs = (
         f"{structure.model_id} needs {format_bytes(weights)} for weights, {format_bytes(kv)} for the KV of "
         f"{policy.promised_sequences} sequences of {policy.tokens_per_sequence} tokens and "
-        f"{format_bytes(demand.expert_set_overhead_bytes)} for activations and margin on each node; "
-        f"{len(pool.nodes)} live nodes have {format_bytes(int(pool.room_bytes.sum()))} free: "
-        f"{missing} bytes are missing on one more node for {' and '.join(what)}",
+        f"{format_bytes(demand.expert_set_overhead_bytes)} for activations and margin on each node"
+    )
+    free = f"{len(pool.nodes)} live nodes have {format_bytes(int(pool.room_bytes.sum()))} free"
+    return InsufficientCapacity(
+        f"{needs}; {free}: {missing} bytes are missing on one more node for {' and '.join(what)}"
+        if pool.nodes
+        else f"No worker has joined. Run: azu join TICKET --vram 8GiB --payout 0x... ({needs})",
         missing_bytes=tuple(_missing_bytes_by_node(demand, pool, layers, experts)),
     )
 

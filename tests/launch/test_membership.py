@@ -2,6 +2,7 @@
 
 import base64
 import json
+import socket
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,10 +64,12 @@ def test_only_a_network_that_is_not_asked_later_refuses_a_newer_machine_by_its_t
 
 
 def test_a_ticket_without_encryption_names_no_other_machine() -> None:
-    membership = membership_of(TICKET, Path("home"), name="ada", host="127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        ticket = TICKET.model_copy(update={"port": head.getsockname()[1]})
+        access = membership_of(ticket, Path("home"), name="ada", host="127.0.0.1").access()
 
-    assert membership.access().head == "127.0.0.1:6379"
-    assert membership.access().life is None
+    assert access.head == f"127.0.0.1:{ticket.port}"
+    assert access.life is None
 
 
 def test_the_head_shows_clients_and_nodes_certificates_of_two_authorities(tmp_path: Path) -> None:

@@ -168,6 +168,23 @@ def test_only_a_commit_identifies_a_cut(registry, models, tmp_path, revision):
     assert os.listdir(tmp_path / "registry") == []
 
 
+@pytest.mark.parametrize("asked", ["azu/tiny-dens", "azu/tiny-dense-2"])
+def test_the_error_for_an_unknown_model_names_those_that_are_near_and_how_to_see_all(registry, asked):
+    with pytest.raises(ModelNotFound, match=r"; nearest: azu/tiny-dense.*\. `azu models` shows all"):
+        registry.describe(asked)
+    with pytest.raises(ModelNotFound, match=r"'azu/q'\. `azu models` shows all"):
+        registry.describe("azu/q")
+
+
+def test_the_error_for_a_model_that_is_not_offered_names_none_of_those(tmp_path, status):
+    registry = ModelRegistry(
+        tmp_path / "registry", model_roots=[], status=status, max_model_bytes=1, offered=["azu/tiny-moe"]
+    )
+    with pytest.raises(Forbidden) as error:
+        registry.describe("azu/tiny-dens")
+    assert "tiny-dense" not in error.value.message
+
+
 def test_the_status_of_a_failed_cut_has_the_reason_and_the_cut_is_tried_again(registry, models, status):
     folder = save_checkpoint(models / "dense")
     good = load_checkpoint(folder)

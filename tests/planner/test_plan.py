@@ -176,9 +176,12 @@ def test_the_error_names_the_layers_or_experts_without_room() -> None:
         plan(structure(2, moe_layers={1: 4}), [node("a", 7 * MIB)], POLICY)
 
 
-def test_without_nodes_there_is_too_little_room() -> None:
-    with pytest.raises(InsufficientCapacity, match="0 live nodes"):
+def test_without_nodes_the_error_says_how_a_worker_joins_and_what_the_model_needs() -> None:
+    with pytest.raises(
+        InsufficientCapacity, match=r"^No worker has joined\. Run: azu join TICKET .*needs .* for weights"
+    ) as error:
         plan(structure(4), [], POLICY)
+    assert error.value.missing_bytes
 
 
 def test_the_price_per_token_follows_from_the_layers() -> None:

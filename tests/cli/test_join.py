@@ -1,0 +1,46 @@
+"""A ticket of an earlier start of the network is called that, once, and `azu join` ends."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from azu.cli.join import _on_the_heads_machine, _watch
+from azu.config import NodeLinks
+from azu.errors import ConfigurationError, Unauthenticated
+from azu.launch.admin import AdminFacts, admin_file_kept
+from azu.launch.membership import Ticket, membership_of
+from azu.launch.processes import ProcessGroup, ProcessSpec, free_port
+from azu.launch.ray_nodes import Worker
+from azu.units import MIB
+
+# What Ray prints when a node has joined; the node ends with its head.
+NODE = "print('Ray runtime started.', flush=True); import time; time.sleep(0.2)"
+WORKER = Worker(0, "ada", 8 * MIB, "0x" + "a1" * 20)
+
+
+def ticket(port: int) -> Ticket:
+    return Ticket(port=port, token="ab" * 32, network="cd" * 16)
+
+
+def test_a_node_whose_network_was_started_again_is_not_started_for_ever(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        membership = membership_of(ticket(head.getsockname()[1]), tmp_path, name="ada", host="127.0.0.1")
+        access = membership.access()
+    spec = ProcessSpec("ada", (sys.executable, "-c", NODE), dict(os.environ), restart=True)
+
+    with ProcessGroup(tmp_path / "logs") as nodes:
+        nodes.start(spec)
+        with pytest.raises(Unauthenticated, match="earlier start of the network: join with the one"):
+            _watch(nodes, [WORKER], membership, access, lambda: None)
+
+
+def test_an_old_ticket_of_the_network_that_runs_here_is_called_old(tmp_path: Path) -> None:
+    old, facts = ticket(free_port()), AdminFacts("http://a", "k", "cd" * 16, "a:1", None, NodeLinks.LOCAL, "")
+
+    with admin_file_kept(tmp_path, facts), pytest.raises(ConfigurationError, match="an earlier start"):
+        _on_the_heads_machine(old, None, tmp_path)
+    with pytest.raises(ConfigurationError, match="not encrypted"):
+        _on_the_heads_machine(old, None, tmp_path)
