@@ -180,8 +180,15 @@ def _watch(
     `share` puts a new one where they read it. Returns when the network was started again; raises
     Unauthenticated when they may no longer join, OtherVersion when the network is of a later release.
     """
-    from azu.launch.ray_nodes import STARTED
+    from azu.launch.membership import EARLIER_START
+    from azu.launch.ray_nodes import REFUSED, STARTED
     from azu.launch.renewal import Renewal
+
+    def has_joined(worker: "Worker") -> bool:
+        # Where the token is renewed, `_later` finds the new one.
+        if access.life is None and nodes.has_printed(worker.name, REFUSED):
+            raise Unauthenticated(EARLIER_START)
+        return nodes.has_printed(worker.name, STARTED)
 
     life, renewal, checked_s = access.life, None, time.monotonic()
     check_s = _CHECK_HEAD_EVERY_S if life is None else _CHECK_ACCESS_EVERY_S
@@ -191,7 +198,7 @@ def _watch(
         check_s = min(check_s, life.window.total_seconds() / 6)
     with console.status(Text(f"Joining {access.head}")) as status:
         for worker in workers:
-            nodes.wait_until_printed(worker.name, STARTED, _START_TIMEOUT_S)
+            nodes.wait_until(worker.name, partial(has_joined, worker), _START_TIMEOUT_S)
             lent = f"{worker.name} lends {format_bytes(worker.vram_bytes)}"
             console.print(done(f"{lent}, paid to {worker.payout_address}"))
         while True:
@@ -208,7 +215,7 @@ def _watch(
                     renewal.take(later.life, datetime.now(UTC))
             if renewal is not None and (renewed := renewal.step(datetime.now(UTC))) is not None:
                 console.print(Text(f"{renewed} was started again, with a new certificate", "dim"))
-            joined = sum(nodes.has_printed(worker.name, STARTED) for worker in workers)
+            joined = sum(map(has_joined, workers))
             status.update(Text(f"{joined} of {len(workers)} nodes joined to {access.head}; Ctrl-C leaves"))
             time.sleep(_WATCH_S)
 

@@ -21,6 +21,8 @@ from azu.units import MIB
 HEAD = "ray-head"
 # A node prints it once it has joined its cluster.
 STARTED = r"Ray runtime started\."
+# What Ray prints when the head has another token, once a second until the node ends.
+REFUSED = "InvalidAuthToken"
 _OBJECT_STORE_BYTES = 256 * MIB
 _GPU_QUERY_TIMEOUT_S = 20.0
 # Any task can read the environment that its node was started with.

@@ -37,6 +37,15 @@ def test_a_node_whose_network_was_started_again_is_not_started_for_ever(tmp_path
             _watch(nodes, [WORKER], membership, access, lambda: None)
 
 
+def test_a_port_that_a_later_start_of_the_network_got_does_not_make_the_ticket_good(tmp_path: Path) -> None:
+    refused = "print('E gcs_client.cc: RPC error: InvalidAuthToken: Authentication'); input()"
+    with socket.create_server(("127.0.0.1", 0)) as head, ProcessGroup(tmp_path / "logs") as nodes:
+        membership = membership_of(ticket(head.getsockname()[1]), tmp_path, name="ada", host="127.0.0.1")
+        nodes.start(ProcessSpec("ada", (sys.executable, "-c", refused), dict(os.environ), restart=True))
+        with pytest.raises(Unauthenticated, match="earlier start of the network"):
+            _watch(nodes, [WORKER], membership, membership.access(), lambda: None)
+
+
 def test_an_old_ticket_of_the_network_that_runs_here_is_called_old(tmp_path: Path) -> None:
     old, facts = ticket(free_port()), AdminFacts("http://a", "k", "cd" * 16, "a:1", None, NodeLinks.LOCAL, "")
 
