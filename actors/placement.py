@@ -30,7 +30,9 @@ CONTROL = "control"
 NODE_ID_LABEL = "ray.io/node-id"
 NAME_LABEL = "azu-name"
 PAYOUT_LABEL = "azu-payout"
+# Ray takes no colon in a label: "cuda" stands for the one GPU that a node sees.
 DEVICE_LABEL = "azu-device"
+_DEVICES = {"cuda": "cuda:0", "cpu": "cpu"}
 _REQUEST_TIMEOUT_S = 15.0
 # One thread waits in `ping`; calls that come during a step wait for its end, and may be made again meanwhile.
 _CONTROL_THREADS = 8
@@ -61,7 +63,7 @@ def worker_nodes() -> tuple[WorkerNode, ...]:
             node_id=node["NodeID"],
             name=plain_name(node["Labels"].get(NAME_LABEL, node["NodeID"][:8])),
             payout_address=plain_name(node["Labels"][PAYOUT_LABEL]),
-            device=plain_name(node["Labels"].get(DEVICE_LABEL, "cpu")),
+            device=_DEVICES.get(node["Labels"].get(DEVICE_LABEL, "cpu"), "cpu"),
             vram_bytes=int(node["Resources"][VRAM]) * MIB,
             raylet=f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}",
         )

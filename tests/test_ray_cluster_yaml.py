@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from ray._private.label_utils import validate_node_label_syntax
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
@@ -69,7 +70,8 @@ def test_a_worker_has_labels_for_name_device_and_payout(config) -> None:
         if name != config["head_node_type"]:
             assert worker["labels"].keys() == {PAYOUT_LABEL, DEVICE_LABEL}
             assert re.fullmatch("0x[0-9a-f]{40}", worker["labels"][PAYOUT_LABEL])
-            assert worker["labels"][DEVICE_LABEL] == "cuda:0"
+            assert worker["labels"][DEVICE_LABEL] == "cuda"
+            validate_node_label_syntax(worker["labels"])
 
 
 def test_the_head_notices_dead_nodes_within_seconds(config) -> None:

@@ -147,7 +147,7 @@ class RayHost:
             enrol(node_id)
             return {_NODE_ID: node_id}
 
-        device = "cpu" if worker.cuda_device is None else "cuda:0"
+        device = "cpu" if worker.cuda_device is None else "cuda"
         labels = {"azu-name": worker.name, "azu-payout": worker.payout_address, "azu-device": device}
         options = (
             *("--address", head),
