@@ -24,7 +24,7 @@ from azu.cluster.canary import CanaryWatch
 from azu.cluster.cluster import Cluster
 from azu.cluster.deployment import Deployment
 from azu.cluster.deployment_store import DeploymentStore
-from azu.cluster.nodes import NodeTable
+from azu.cluster.nodes import NodeTable, node_called
 from azu.cluster.restarts import RestartTurn
 from azu.cluster.scaling import Cooldown, ExpertReplication, KvPressure, NodeRequest, Rebalance, ScaleOut
 from azu.config import ControlConfig
@@ -145,14 +145,14 @@ class Scheduler:
     async def leave(self, name: str, address: str | None) -> bool:
         """Have a node take nothing new and give away what it holds; False while it still holds something.
 
-        With an `address` only a node that pays this address is taken. Raises NotFound for any other node.
+        With an `address` only a node that pays this address is taken. Raises NotFound for any other node, and
+        Conflict where more than one has the name.
         """
-        for node_id, node in self._agents.nodes.items():
-            agent = self._agents.by_node.get(node_id)
-            if agent is not None and node.name == name and address in (None, node.payout_address):
-                await agent.leave.remote()
-                return node_id not in self._cluster.placed_bytes()
-        raise NotFound(f"no node {name} of yours lends here", param="name")
+        agents = self._agents.by_node
+        nodes = (one for one in self._agents.nodes.values() if one.node_id in agents)
+        node = node_called(name, (one for one in nodes if address in (None, one.payout_address)))
+        await agents[node.node_id].leave.remote()
+        return node.node_id not in self._cluster.placed_bytes()
 
     async def restart(self, name: str, hosts: Collection[str]) -> tuple[bool, bool]:
         """Give a node on one of the `hosts` its turn to be started again; it then gives away what it holds.

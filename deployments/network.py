@@ -107,7 +107,7 @@ async def network(_: Key, services: ServicesNow) -> NetworkResponse:
 
 @router.post("/v1/nodes/{name}/leave")
 async def leave(name: str, services: ServicesNow, admin: AdminSecret, secret: ApiKeySecret) -> LeaveResponse:
-    """Have a node give away what it holds; allowed for its payout address and the admin key.
+    """Have a node, by its name or id, give away what it holds; allowed for its payout address and the admin.
 
     The caller asks again until `left` is true.
     """

@@ -2,7 +2,8 @@
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from rich.text import Text
 
 from azu.cli.output import console, done
-from azu.errors import AzuError, ConfigurationError, OtherVersion, Unauthenticated
+from azu.errors import AzuError, ConfigurationError, Conflict, OtherVersion, Unauthenticated
 from azu.units import format_bytes
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _START_TIMEOUT_S = 120.0
 _WATCH_S = 0.5
+_MOST_JOINS = 100
 # A node that stays up asks the network this often whether its access is still good.
 _CHECK_ACCESS_EVERY_S = 600.0
 # Where that is a look at a port of this machine.
@@ -49,8 +51,7 @@ def join(
     from azu.launch.processes import address_towards, stop_signals_raised
 
     decoded = decode_ticket(ticket)
-    machine = name or socket.gethostname()
-    workers = _workers(machine, vram, payout, cpu=cpu)
+    _workers(name or socket.gethostname(), vram, payout, cpu=cpu)  # raises for what cannot be lent
     settings = Settings.from_environment()
     check_home(settings.home)
     user = _ray_user(settings)
@@ -60,10 +61,31 @@ def join(
     else:
         ip = _on_the_heads_machine(decoded, ip, settings.home)
     console.print(Text(f"network {decoded.network}", "dim"))
-    membership = membership_of(decoded, settings.home, name=machine, host=ip, money_home=settings.money_home)
-    with stop_signals_raised():
+    with _own_name(name) as machine, stop_signals_raised():
+        workers = _workers(machine, vram, payout, cpu=cpu)
+        membership = membership_of(
+            decoded, settings.home, name=machine, host=ip, money_home=settings.money_home
+        )
         while True:
             _lend(membership, workers, ip, settings.home, user)
+
+
+@contextmanager
+def _own_name(given: str | None) -> Iterator[str]:
+    """Yield a name that no other `azu join` of this machine has: the given one, or one made of the host's.
+
+    Raises Conflict where the given one is taken.
+    """
+    from azu.launch.held import held
+
+    first = given or socket.gethostname()
+    others = (f"{first}.{number}" for number in range(2, _MOST_JOINS) if given is None)
+    with ExitStack() as stack:
+        for name in (first, *others):
+            if stack.enter_context(held(f"node-{name}")):
+                yield name
+                return
+    raise Conflict(f"an `azu join` of this machine lends as {first} already: give another --name")
 
 
 def _on_the_heads_machine(ticket: "Ticket", ip: str | None, home: Path) -> str:

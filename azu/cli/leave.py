@@ -11,7 +11,7 @@ from azu.cli.output import AsJson, console, done, show
 
 _POLL_S = 0.5
 
-Name = Annotated[str, typer.Argument(help="What the network calls the node; see `azu ps`.")]
+Name = Annotated[str, typer.Argument(help="The node's name or the beginning of its id; see `azu ps`.")]
 WaitOption = Annotated[float, typer.Option(min=0, help="How many seconds to wait.")]
 
 

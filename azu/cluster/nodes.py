@@ -1,10 +1,10 @@
 """The nodes: the last report of each, how long it has been silent, and the room that is left on it."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from azu.errors import OtherVersion
+from azu.errors import Conflict, NotFound, OtherVersion
 from azu.protocol.node import Node, NodeState
 from azu.protocol.versions import Versions
 
@@ -20,6 +20,20 @@ _Layer = tuple[str, int]  # the model's id, and the layer's number
 
 # A node that was silent for more than half of its time gets twice the time for so long.
 _PATIENT_S = 600.0
+
+
+def node_called(name: str, nodes: Iterable[Node]) -> Node:
+    """Return the node with a name, or with an id that begins so, by at least eight digits.
+
+    Raises NotFound, and Conflict where more than one has the name.
+    """
+    found = [one for one in nodes if one.name == name or (len(name) >= 8 and one.node_id.startswith(name))]
+    if not found:
+        raise NotFound(f"no node {name} of yours lends here", param="name")
+    if len(found) > 1:
+        ids = ", ".join(sorted(one.node_id[:12] for one in found))
+        raise Conflict(f"{len(found)} nodes are called {name}: give one's id instead, of {ids}", param="name")
+    return found[0]
 
 
 @dataclass(slots=True)

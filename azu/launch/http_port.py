@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from azu.errors import ConfigurationError, Conflict
+from azu.launch.held import held
 
 _CONNECT_TIMEOUT_S = 0.3
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -21,12 +22,9 @@ def http_port_held(host: str, port: int) -> Iterator[None]:
     if port == 0:
         yield
         return
-    # The kernel frees a name without a file when this process ends, however it ends.
-    with socket.socket(socket.AF_UNIX) as held:
-        try:
-            held.bind(f"\0azu-http-{host}-{port}")
-        except OSError as error:
-            raise _taken(port, "another network of azu") from error
+    with held(f"http-{host}-{port}") as is_own:
+        if not is_own:
+            raise _taken(port, "another network of azu")
         _check(host, port)
         yield
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from azu.cli.join import _on_the_heads_machine, _watch
+from azu.cli.join import _on_the_heads_machine, _own_name, _watch
 from azu.config import NodeLinks
-from azu.errors import ConfigurationError, Unauthenticated
+from azu.errors import ConfigurationError, Conflict, Unauthenticated
 from azu.launch.admin import AdminFacts, admin_file_kept
 from azu.launch.membership import Ticket, membership_of
 from azu.launch.processes import ProcessGroup, ProcessSpec, free_port
@@ -38,7 +38,7 @@ def test_a_node_whose_network_was_started_again_is_not_started_for_ever(tmp_path
 
 
 def test_a_port_that_a_later_start_of_the_network_got_does_not_make_the_ticket_good(tmp_path: Path) -> None:
-    refused = "print('E gcs_client.cc: RPC error: InvalidAuthToken: Authentication'); input()"
+    refused = "print('E gcs_client.cc: RPC error: InvalidAuthToken', flush=True); import time; time.sleep(60)"
     with socket.create_server(("127.0.0.1", 0)) as head, ProcessGroup(tmp_path / "logs") as nodes:
         membership = membership_of(ticket(head.getsockname()[1]), tmp_path, name="ada", host="127.0.0.1")
         nodes.start(ProcessSpec("ada", (sys.executable, "-c", refused), dict(os.environ), restart=True))
@@ -53,3 +53,15 @@ def test_an_old_ticket_of_the_network_that_runs_here_is_called_old(tmp_path: Pat
         _on_the_heads_machine(old, None, tmp_path)
     with pytest.raises(ConfigurationError, match="not encrypted"):
         _on_the_heads_machine(old, None, tmp_path)
+
+
+def test_two_joins_of_one_machine_have_different_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = f"host-{os.getpid()}"
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+
+    with _own_name(None) as first, _own_name(None) as second, _own_name(f"{host}-c") as third:
+        assert (first, second, third) == (host, f"{host}.2", f"{host}-c")
+        with pytest.raises(Conflict, match=f"lends as {host}-c already: give another --name"):
+            _own_name(third).__enter__()
+    with _own_name(None) as again:
+        assert again == host

@@ -1,10 +1,13 @@
 """A node is judged by the silence since its last report, its room by what is placed on it."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from azu.cluster.nodes import NodeTable, NodeVersions, NumericsMarks
+from azu.cluster.nodes import NodeTable, NodeVersions, NumericsMarks, node_called
+from azu.errors import Conflict, NotFound
 from azu.protocol.node import NodeState
 from azu.protocol.versions import Versions
 from azu.units import MIB
@@ -329,3 +332,20 @@ def test_nodes_of_a_network_all_share_a_version() -> None:
     assert not nodes.knows("new")
     assert nodes.take("new", Versions(3, 2, "0.3"))
     assert not nodes.refused
+
+
+def test_a_node_is_found_by_its_name_or_the_beginning_of_its_id() -> None:
+    ben, ada, other_ada = (
+        replace(node(node_id), name=name)
+        for node_id, name in (("b0" * 28, "ben"), ("a1" * 28, "ada"), ("a2" * 28, "ada"))
+    )
+
+    assert node_called("ben", [ada, ben]) == ben
+    assert node_called("a2a2a2a2", [ada, ben, other_ada]) == other_ada
+    for unknown in ("eve", "a2a2a2", ""):
+        with pytest.raises(NotFound, match=f"no node {unknown} of yours"):
+            node_called(unknown, [ada, ben, other_ada])
+    with pytest.raises(
+        Conflict, match="2 nodes are called ada: give one's id instead, of a1a1a1a1a1a1, a2a2"
+    ):
+        node_called("ada", [ada, ben, other_ada])
