@@ -4,11 +4,10 @@ import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from azu.cli.credentials import no_key, open_client, url_of
-from azu.cli.output import AsJson, console, show, table
+from azu.cli.output import AsJson, Exact, Listing, amount, console, show, table, unit
 from azu.units import hype_from_lamports, lamports_from_hype
 
 if TYPE_CHECKING:
@@ -71,7 +70,8 @@ def login(
 
 
 def deposit(
-    amount: Annotated[str, typer.Argument(help="HYPE, for example 0.5")], as_json: AsJson = False
+    hype: Annotated[str, typer.Argument(metavar="AMOUNT", help="HYPE, for example 0.5")],
+    as_json: AsJson = False,
 ) -> None:
     """Move HYPE from the wallet to the platform and wait for the credit."""
     from azu.cli.wallet import unlock
@@ -79,11 +79,11 @@ def deposit(
     from azu.errors import DeadlineExceeded
     from azu.money.chain.wallet import transfer_hype
 
-    lamports = lamports_from_hype(amount)
+    lamports = lamports_from_hype(hype)
     wallet = unlock(Settings.from_environment().home)
     client = open_client()
     platform = client.platform()
-    with console.status(f"Signing and sending {amount} HYPE") as status:
+    with console.status(f"Signing and sending {hype} HYPE") as status:
         tx_hash = transfer_hype(wallet, platform.address, lamports, chain_url=platform.chain_url)
         for _ in range(_CREDIT_ATTEMPTS):
             status.update(f"Waiting for the credit of {tx_hash}")
@@ -95,15 +95,16 @@ def deposit(
     show(state, as_json, lambda s: f"Credited {hype_from_lamports(s.lamports)} HYPE ({s.transfer_id})")
 
 
-def balance(as_json: AsJson = False) -> None:
+def balance(exact: Exact = False, as_json: AsJson = False) -> None:
     """Show what the key's address can spend and what its running jobs have reserved."""
-    show(open_client().balance(), as_json, _balance)
+    show(open_client().balance(), as_json, lambda found: _balance(found, exact))
 
 
 def earnings(
     claim: Annotated[
         bool, typer.Option("--claim", help="Sign with the wallet that its address shall be paid.")
     ] = False,
+    exact: Exact = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what the key's address earned by lending, what is being paid and what was paid."""
@@ -113,19 +114,20 @@ def earnings(
         from azu.config import Settings
 
         client.claim_earnings(unlock(Settings.from_environment().home))
-    show(client.earnings(), as_json, _earnings)
+    show(client.earnings(), as_json, lambda found: _earnings(found, exact))
 
 
-def _balance(found: "BalanceResponse") -> Table:
-    rows = [
-        ("available", found.available_lamports, hype_from_lamports(found.available_lamports)),
-        ("reserved by running jobs", found.reserved_lamports, hype_from_lamports(found.reserved_lamports)),
-        ("on its way back", found.withdrawing_lamports, hype_from_lamports(found.withdrawing_lamports)),
+def _balance(found: "BalanceResponse", exact: bool) -> Listing:
+    named = [
+        ("available", found.available_lamports),
+        ("reserved by running jobs", found.reserved_lamports),
+        ("on its way back", found.withdrawing_lamports),
     ]
-    return table(["", "lamports", "HYPE"], rows, title=found.address)
+    rows = [(name, amount(lamports, exact)) for name, lamports in named]
+    return table(["", unit(exact)], rows, title=found.address)
 
 
-def _earnings(found: "EarningsResponse") -> Table:
+def _earnings(found: "EarningsResponse", exact: bool) -> Listing:
     missing = max(0, found.payout_threshold_lamports - found.earned_lamports)
     named = [
         ("earned, not yet paid", found.earned_lamports),
@@ -133,6 +135,6 @@ def _earnings(found: "EarningsResponse") -> Table:
         ("paid", found.paid_lamports),
         ("missing for the next payout", missing),
     ]
-    rows = [(name, lamports, hype_from_lamports(lamports)) for name, lamports in named]
+    rows = [(name, amount(lamports, exact)) for name, lamports in named]
     claimed = "claimed" if found.claimed else "not claimed: run `azu earnings --claim` to be paid"
-    return table(["", "lamports", "HYPE"], rows, title=f"{found.address}, {claimed}")
+    return table(["", unit(exact)], rows, title=f"{found.address}, {claimed}")

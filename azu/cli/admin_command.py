@@ -5,9 +5,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.table import Table
-
-from azu.cli.output import console, done, show, table
+from azu.cli.output import Listing, console, done, show, table
 from azu.config import Settings
 from azu.units import hype_from_lamports
 
@@ -81,6 +79,6 @@ def platform_of(settings: Settings) -> str:
     return devnet.platform_address
 
 
-def _drawn(moves: Moves) -> Table:
+def _drawn(moves: Moves) -> Listing:
     rows = [(source, target, hype_from_lamports(lamports)) for source, target, lamports in moves]
     return table(["from", "to", "HYPE"], rows, title="what moves")

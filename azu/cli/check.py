@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from azu.cli.output import AsJson, show, table
+from azu.cli.output import AsJson, Listing, show, table
 
 if TYPE_CHECKING:
     from azu.engine.check import CheckReport
@@ -33,7 +32,7 @@ def check(
         raise typer.Exit(1)
 
 
-def _drawn(report: "CheckReport") -> Table:
+def _drawn(report: "CheckReport") -> Listing:
     difference = report.max_abs_logit_diff
     rows = [
         ("architecture", report.architecture),

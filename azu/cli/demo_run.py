@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from azu.cli.output import ProgressPrinter, Step
+from azu.cli.output import Listing, ProgressPrinter, Step, table
 from azu.client import Client
 from azu.launch.local_network import LocalNetwork, demo_network
 from azu.money.books import Books
@@ -71,7 +71,9 @@ def run_demo(progress: ProgressPrinter) -> DemoReport:
         report = DemoReport(runs, ledger_sum, round(time.monotonic() - started, 1))
     for run in report.runs:
         progress.print(_topology(run), _receipt(run))
-    progress.print(f"All accounts sum to {ledger_sum} lamports. Done in {report.seconds:.1f} s.")
+    progress.print(
+        f"All accounts sum to {hype_from_lamports(ledger_sum)} HYPE. Done in {report.seconds:.1f} s."
+    )
     return report
 
 
@@ -117,29 +119,28 @@ async def _ledger_sum(books_url: str) -> int:
     return (await Books(books_url).totals()).sum_lamports
 
 
-def _topology(run: DemoRun) -> Table:
-    table = Table(title=f"{run.model}: placement", title_justify="left")
-    for column in ("node", "actor", "layers", "experts beside or apart"):
-        table.add_column(column)
+def _topology(run: DemoRun) -> Listing:
+    rows = []
     for line in run.topology:
         start, end = line["layers"]
         experts = "; ".join(
             f"layer {layer}: {', '.join(map(str, ids))}" for layer, ids in line["experts"].items()
         )
-        table.add_row(line["node"], line["actor"], f"{start} to {end - 1}" if end > start else "", experts)
-    return table
+        rows.append((line["node"], line["actor"], f"{start} to {end - 1}" if end > start else "", experts))
+    columns = ["node", "actor", "layers", "experts beside or apart"]
+    return table(columns, rows, title=f"{run.model}: placement")
 
 
 def _receipt(run: DemoRun) -> Panel:
-    table = Table.grid(padding=(0, 2))
-    table.add_column()
-    table.add_column(justify="right")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column()
+    grid.add_column(justify="right")
     tokens = f"{run.prompt_tokens} prompt + {run.completion_tokens} completion"
-    table.add_row(f"{tokens} tokens x {run.layers} layers", f"{run.token_layers} token-layers")
-    table.add_row("charged", f"{run.charged_lamports} lamports")
-    table.add_row("platform", f"{run.platform_lamports} lamports")
+    grid.add_row(f"{tokens} tokens x {run.layers} layers", f"{run.token_layers} token-layers")
+    grid.add_row("charged", f"{hype_from_lamports(run.charged_lamports)} HYPE")
+    grid.add_row("platform", f"{hype_from_lamports(run.platform_lamports)} HYPE")
     for address, lamports in sorted(run.worker_lamports.items()):
-        table.add_row(f"worker {address}", f"{lamports} lamports")
+        grid.add_row(f"worker {address}", f"{hype_from_lamports(lamports)} HYPE")
     before, after = run.balance_before_lamports, run.balance_after_lamports
-    table.add_row("balance", f"{hype_from_lamports(before)} to {hype_from_lamports(after)} HYPE")
-    return Panel(table, title=Text(f"receipt: {run.model}"), title_align="left", expand=False)
+    grid.add_row("balance", f"{hype_from_lamports(before)} to {hype_from_lamports(after)} HYPE")
+    return Panel(grid, title=Text(f"receipt: {run.model}"), title_align="left", expand=False)

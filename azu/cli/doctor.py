@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from azu.cli.output import AsJson, show, table
+from azu.cli.output import AsJson, Listing, show, table
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
 
     from azu.cli.doctor_checks import Diagnosis, Finding
 
@@ -34,7 +33,7 @@ def _drawn(diagnosis: "Diagnosis") -> "Group":
     return Group(_part("this machine", diagnosis.machine), _part("the network", diagnosis.network))
 
 
-def _part(title: str, findings: "Sequence[Finding]") -> "Table":
+def _part(title: str, findings: "Sequence[Finding]") -> Listing:
     from rich.text import Text
 
     rows = [(Text(*_MARKS[one.state.value]), one.about, one.found, one.advice) for one in findings]

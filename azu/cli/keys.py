@@ -4,10 +4,9 @@ import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from azu.cli.credentials import open_client
-from azu.cli.output import AsJson, show, table
+from azu.cli.output import AsJson, Exact, Listing, amount, show, table, unit
 
 if TYPE_CHECKING:
     from azu.api.accounts import KeyLine
@@ -17,9 +16,9 @@ keys = typer.Typer(no_args_is_help=True, help="The API keys of your address; `az
 
 
 @keys.command("list")
-def list_(as_json: AsJson = False) -> None:
+def list_(exact: Exact = False, as_json: AsJson = False) -> None:
     """Show the keys of this machine's address, with their limits."""
-    show(open_client().api_keys(), as_json, _drawn)
+    show(open_client().api_keys(), as_json, lambda found: _drawn(found, exact))
 
 
 @keys.command()
@@ -32,19 +31,19 @@ def revoke(
     show({"revoked": key_id}, as_json, lambda _: f"{key_id} is revoked")
 
 
-def _drawn(found: "list[KeyLine]") -> Table:
+def _drawn(found: "list[KeyLine]", exact: bool = False) -> Listing:
     rows = [
         (
             key.key_id,
             key.label,
             _day(key.created_at_ms),
             "never" if key.expires_at_ms is None else _day(key.expires_at_ms),
-            key.spend_limit_lamports,
-            key.spent_lamports,
+            amount(key.spend_limit_lamports, exact),
+            amount(key.spent_lamports, exact),
         )
         for key in found
     ]
-    return table(["key", "label", "opened", "ends", "limit, lamports", "spent lamports"], rows)
+    return table(["key", "label", "opened", "ends", f"limit, {unit(exact)}", f"spent {unit(exact)}"], rows)
 
 
 def _day(at_ms: int) -> str:

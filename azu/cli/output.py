@@ -12,13 +12,16 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
+from rich.box import HEAVY_HEAD
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType, RenderResult
+from rich.progress_bar import ProgressBar
 from rich.segment import Segment
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
 from azu.printable import printable
+from azu.units import hype_from_lamports
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -51,19 +54,87 @@ def show(facts: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> 
         console.print(render(facts))
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> Table:
-    """Return a table whose number columns, known by their names, are right-aligned; the first never wraps."""
-    drawn = Table(title=None if title is None else printable(title), title_justify="left")
-    for index, column in enumerate(columns):
-        numeric = column.endswith(
-            ("lamports", "charged", "released", "HYPE", "bytes", "VRAM", "free", "shards")
+Exact = Annotated[bool, typer.Option("--exact", help="Print amounts in lamports; 10^8 of them are one HYPE.")]
+
+
+def unit(exact: bool) -> str:
+    """Return the unit in which amounts are printed for people."""
+    return "lamports" if exact else "HYPE"
+
+
+def amount(lamports: int | None, exact: bool) -> str:
+    """Return an amount for people in that unit, without it; nothing for None."""
+    if lamports is None:
+        return ""
+    return str(lamports) if exact else hype_from_lamports(lamports)
+
+
+_WIDER_THAN_ANY = 100_000
+
+
+class Listing:
+    """Rows under columns: a table, or where the terminal is too narrow for it a block of lines for each row.
+
+    Number columns, known by their names, are right-aligned; the first column never wraps.
+    """
+
+    def __init__(
+        self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None, *, lines: bool
+    ) -> None:
+        self._columns = [printable(column) for column in columns]
+        self._rows = rows
+        self._title = None if title is None else printable(title)
+        self._lines = lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table if it fits, else the blocks."""
+        wide, unbounded = self._table(), options.update(width=_WIDER_THAN_ANY)
+        if console.measure(wide, options=unbounded).maximum <= options.max_width or not self._rows:
+            yield wide
+            return
+        if self._title:
+            yield Text(self._title, "italic")
+        for row in self._rows:
+            block = Table(box=None, show_header=False, pad_edge=False)
+            # What a name needs; the rest of the line is for what may be long.
+            block.add_column(style="dim", no_wrap=True)
+            block.add_column(overflow="fold")
+            head, *others = map(cell, row)
+            block.add_row(Text(self._columns[0]), head)
+            for column, content in zip(self._columns[1:], others, strict=True):
+                if content:
+                    block.add_row(Text(f"  {column}"), content)
+            yield block
+
+    def _table(self) -> Table:
+        drawn = Table(
+            title=self._title,
+            title_justify="left",
+            box=HEAVY_HEAD if self._lines else None,
+            pad_edge=self._lines,
+            header_style=None if self._lines else "dim",
         )
-        # An id that is cut short or wrapped cannot be copied.
-        justify: JustifyMethod = "right" if numeric else "left"
-        drawn.add_column(Text(printable(column)), justify=justify, overflow="fold", no_wrap=index == 0)
-    for row in rows:
-        drawn.add_row(*map(cell, row))
-    return drawn
+        for index, column in enumerate(self._columns):
+            numeric = column.endswith(
+                ("lamports", "charged", "released", "HYPE", "bytes", "VRAM", "free", "shards")
+            )
+            justify: JustifyMethod = "right" if numeric else "left"
+            # An id that is cut short or wrapped cannot be copied.
+            drawn.add_column(Text(column), justify=justify, overflow="fold", no_wrap=index == 0)
+        for row in self._rows:
+            drawn.add_row(*map(cell, row))
+        return drawn
+
+
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    title: str | None = None,
+    lines: bool = True,
+) -> Listing:
+    """Return rows under columns, in a table with lines or without."""
+    return Listing(columns, rows, title, lines=lines)
 
 
 def utc(at_ms: int) -> str:
@@ -71,9 +142,9 @@ def utc(at_ms: int) -> str:
     return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S}"
 
 
-def cell(content: object) -> Text:
+def cell(content: object) -> Text | ProgressBar:
     """Return a cell of a table, on one line."""
-    if isinstance(content, Text):
+    if isinstance(content, Text | ProgressBar):
         return content
     return Text("" if content is None else printable(str(content)))
 

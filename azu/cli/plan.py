@@ -7,7 +7,7 @@ import typer
 from rich.console import Group
 
 from azu.cli.output import AsJson, Terminal, show, table
-from azu.units import format_bytes
+from azu.units import format_bytes, hype_from_lamports
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -122,7 +122,7 @@ def _draw(topology: "Topology", nodes: "Sequence[Node]", start_s: float) -> Grou
         table(["node", "piece", "layers", "experts", "VRAM", "free"], rows, title=topology.model_id),
         f"predicted {prediction.tokens_per_s:,.1f} tokens/s, "
         f"{prediction.time_per_output_token_s * 1000:,.1f} ms per token of one sequence; "
-        f"{prediction.lamports_per_token} lamports per token",
+        f"{hype_from_lamports(prediction.lamports_per_token)} HYPE per token",
         f"KV for {topology.num_blocks * topology.block_size:,} tokens on every stage; "
         f"up {start_s:,.1f} s after it is asked for",
     )

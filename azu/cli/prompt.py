@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from azu.cli.credentials import open_client
-from azu.cli.output import AsJson, console, done, show, table
+from azu.cli.output import AsJson, Exact, amount, console, done, show, table, unit
 
 if TYPE_CHECKING:
     from azu.api.jobs import JobLine, ReceiptLines
@@ -25,6 +25,7 @@ def prompt(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most new tokens to pay for.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 is greedy.")] = None,
     raw: Annotated[bool, typer.Option(help="Take the text as it is, without the chat template.")] = False,
+    exact: Exact = False,
     as_json: AsJson = False,
 ) -> None:
     """Send a prompt, stream the answer and print the receipt. Ctrl-C ends the job; its tokens are paid."""
@@ -45,7 +46,7 @@ def prompt(
     receipt = client.receipt(generation.job_id)
     differs = difference(receipt, generation.received_tokens)
     facts = {"generation": generation, "receipt": receipt, "difference": differs}
-    show(facts, as_json, lambda _: Group(receipt_panel(receipt), compared(differs)))
+    show(facts, as_json, lambda _: Group(receipt_panel(receipt, exact), compared(differs)))
 
 
 def jobs(
@@ -54,6 +55,7 @@ def jobs(
         str | None,
         typer.Option(metavar="JOB", help="Remove this job's prompt and answer; its receipt stays."),
     ] = None,
+    exact: Exact = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the key's jobs with their errors, charges and releases; or delete the texts of one."""
@@ -62,7 +64,7 @@ def jobs(
         job_id = client.delete_job(delete)
         show({"deleted": job_id}, as_json, lambda _: done(f"{job_id} has no prompt and no answer any more"))
         return
-    show(client.jobs(limit), as_json, _jobs)
+    show(client.jobs(limit), as_json, lambda found: _jobs(found, exact))
 
 
 def compared(differs: str | None) -> Text:
@@ -72,34 +74,38 @@ def compared(differs: str | None) -> Text:
     return Text(f"✗ {differs}", DIFFERS)
 
 
-def receipt_panel(found: "ReceiptLines") -> Panel:
+def receipt_panel(found: "ReceiptLines", exact: bool = False) -> Panel:
     """Draw a receipt."""
+
+    def money(lamports: int) -> str:
+        return f"{amount(lamports, exact)} {unit(exact)}"
+
     grid = Table.grid(padding=(0, 2))
     grid.add_column()
     grid.add_column(justify="right")
     tokens = f"{found.prompt_tokens} prompt + {found.completion_tokens} completion tokens"
     grid.add_row(f"{tokens} x {found.num_layers} layers", f"{found.token_layers} token-layers")
-    grid.add_row("charged", f"{found.charged_lamports} lamports")
-    grid.add_row("released", f"{found.released_lamports} lamports")
-    grid.add_row("platform", f"{found.platform_lamports} lamports")
+    grid.add_row("charged", money(found.charged_lamports))
+    grid.add_row("released", money(found.released_lamports))
+    grid.add_row("platform", money(found.platform_lamports))
     for address, lamports in sorted(found.worker_lamports.items()):
-        grid.add_row(f"worker {address}", f"{lamports} lamports")
+        grid.add_row(f"worker {address}", money(lamports))
     return Panel(grid, title=Text(f"{found.model_id}  {found.transfer_id}"), title_align="left", expand=False)
 
 
-def _jobs(found: "list[JobLine]") -> Group:
-    columns = ["job", "model", "status", "created", "charged", "released"]
+def _jobs(found: "list[JobLine]", exact: bool = False) -> Group:
+    columns = ["job", "model", "status", "created", f"charged {unit(exact)}", f"released {unit(exact)}"]
     rows = [
         (
             job.job_id,
             job.model,
             job.status,
             time.strftime("%m-%d %H:%M", time.localtime(job.created_at_ms / 1000)),
-            job.charged_lamports,
-            job.released_lamports,
+            amount(job.charged_lamports, exact),
+            amount(job.released_lamports, exact),
         )
         for job in found
     ]
     # An error is a sentence or two: no column is wide enough for it.
     errors = [Text(f"{job.job_id}: {job.error.message}", style="yellow") for job in found if job.error]
-    return Group(table(columns, rows, title="amounts in lamports"), *errors)
+    return Group(table(columns, rows), *errors)

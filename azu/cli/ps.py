@@ -1,17 +1,18 @@
 """`azu ps`, `models`: the network's nodes, pieces and models."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from azu.cli.credentials import open_client
-from azu.cli.output import AsJson, show, table
+from azu.cli.output import AsJson, Listing, show, table
 from azu.units import format_bytes
 
 if TYPE_CHECKING:
-    from azu.api.network import DeploymentLine, NetworkResponse, PieceLine
+    from azu.api.network import DeploymentLine, NetworkResponse, NodeLine, PieceLine
 
 
 def ps(as_json: AsJson = False) -> None:
@@ -25,10 +26,20 @@ def models(as_json: AsJson = False) -> None:
     show(found, as_json, lambda ids: table(["model"], [[model_id] for model_id in ids]))
 
 
+def shown_names(nodes: "Sequence[NodeLine]") -> dict[str, str]:
+    """Return by id what each node is called: its name, with digits of its id where others have it too."""
+    times = Counter(node.name for node in nodes)
+    return {
+        node.node_id: node.name if times[node.name] == 1 else f"{node.name} ({node.node_id[:12]})"
+        for node in nodes
+    }
+
+
 def _network(found: "NetworkResponse") -> Group:
+    names = shown_names(found.nodes)
     nodes = [
         (
-            node.name,
+            names[node.node_id],
             node.state,
             node.device,
             format_bytes(node.vram_total_bytes),
@@ -60,7 +71,7 @@ def _network(found: "NetworkResponse") -> Group:
     return Group(*problems, table(columns, nodes, title="nodes"), *deployments)
 
 
-def _deployment(found: "DeploymentLine") -> Table:
+def _deployment(found: "DeploymentLine") -> Listing:
     rows = [(piece.node, piece.actor, _layers(piece), _experts(piece)) for piece in found.topology]
     title = f"{found.model_id}  {found.state}, epoch {found.epoch}"
     return table(["node", "actor", "layers", "experts"], rows, title=title)

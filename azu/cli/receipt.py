@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.text import Text
 
 from azu.cli.credentials import known_platform, open_client
-from azu.cli.output import AsJson, show
+from azu.cli.output import AsJson, Exact, show
 from azu.cli.prompt import DIFFERS, compared, receipt_panel
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def receipt(
     platform: Annotated[
         str | None, typer.Option(help="The address that has to have signed it; else that of the network.")
     ] = None,
+    exact: Exact = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a job cost and which workers earned it, signed by the platform; or check such a receipt."""
@@ -36,11 +37,12 @@ def receipt(
         found = _compared(document, client, job_id)
         if as_json and found.style == DIFFERS:
             typer.echo(found.plain, err=True)
-        show(document, as_json, lambda shown: Group(_signed(shown), found))
+        show(document, as_json, lambda shown: Group(_signed(shown, exact), found))
         return
     assert verify is not None
     document = _read(verify)
-    show(document | {"signed_by": _checked(document, platform)}, as_json, _verified)
+    checked = document | {"signed_by": _checked(document, platform)}
+    show(checked, as_json, lambda shown: _verified(shown, exact))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -88,19 +90,19 @@ def _compared(document: dict[str, Any], client: "Client", job_id: str) -> Text:
     return compared(difference(receipt, received))
 
 
-def _signed(document: dict[str, Any]) -> Group:
+def _signed(document: dict[str, Any], exact: bool = False) -> Group:
     from azu.api.base import read
     from azu.api.jobs import ReceiptLines
 
     signed = Text(f"signed by {document['signer']}", "green")
     unsigned = Text("not signed: the network signs no receipt now; ask again later", "yellow")
-    panel = receipt_panel(read(ReceiptLines, document))
+    panel = receipt_panel(read(ReceiptLines, document), exact)
     return Group(panel, signed if document["signature"] else unsigned)
 
 
-def _verified(document: dict[str, Any]) -> Group:
+def _verified(document: dict[str, Any], exact: bool) -> Group:
     from azu.api.base import read
     from azu.api.jobs import ReceiptLines
 
     verdict = Text(f"✓ signed by the platform, {document['signed_by']}, and not changed since", "green")
-    return Group(receipt_panel(read(ReceiptLines, document)), verdict)
+    return Group(receipt_panel(read(ReceiptLines, document), exact), verdict)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from azu.cli.output import AsJson, show, table
+from azu.cli.output import AsJson, Listing, show, table
 
 if TYPE_CHECKING:
     from azu.auth.tickets import TicketRecord
@@ -82,7 +81,7 @@ def _admitting(home: Path) -> "AdminFacts":
     return facts
 
 
-def _drawn(found: "Sequence[TicketRecord]") -> Table:
+def _drawn(found: "Sequence[TicketRecord]") -> Listing:
     rows = [
         (
             one.ticket_id,

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from azu.api.network import Activity
 from azu.cli.credentials import open_client
-from azu.cli.output import AsJson, cell, console, show
+from azu.cli.output import AsJson, Listing, console, show, table
+from azu.cli.ps import shown_names
 from azu.units import format_bytes
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def speed_between(before: Activity, after: Activity, seconds: float) -> Speed:
 
 _BAR_WIDTH = 24
 
+Once = Annotated[bool, typer.Option("--once", help="Print one sample and end.")]
 Period = Annotated[float, typer.Option(min=0.2, max=60, help="Seconds between two samples.")]
 
 
@@ -54,13 +55,16 @@ class Sample:
     speeds: "dict[str, Speed]"
 
 
-def top(every: Period = 1.0, as_json: AsJson = False) -> None:
-    """Show speed, queue, KV blocks and live VRAM until Ctrl-C; with --json one sample."""
+def top(every: Period = 1.0, once: Once = False, as_json: AsJson = False) -> None:
+    """Show speed, queue, KV blocks and live VRAM until Ctrl-C; with --once or --json one sample."""
     samples = _samples(every)
     if as_json:
         sample = next(samples)
         speeds = {model_id: asdict(speed) for model_id, speed in sample.speeds.items()}
         show(sample.network.model_dump(mode="json") | {"speeds": speeds}, as_json, lambda _: "")
+        return
+    if once:
+        console.print(_screen(next(samples)))
         return
     from rich.live import Live
 
@@ -104,41 +108,42 @@ def _screen(sample: Sample) -> Group:
     return Group(summary, "", _nodes(found.nodes), "", _models(sample))
 
 
-def _nodes(nodes: "tuple[NodeLine, ...]") -> Table:
-    drawn = _table("node", "state", "VRAM taken", "lent", "free", "used", "others", "load")
-    for node in sorted(nodes, key=lambda node: node.name):
-        used = node.vram_used_bytes
-        drawn.add_row(
-            cell(node.name),
+def _nodes(nodes: "tuple[NodeLine, ...]") -> Listing:
+    names = shown_names(nodes)
+    rows = [
+        (
+            names[node.node_id],
             Text(node.state, style="green" if node.state == "alive" else "red"),
             _bar(node.vram_total_bytes - node.vram_free_bytes, node.vram_total_bytes, _BAR_WIDTH),
             format_bytes(node.vram_total_bytes),
             format_bytes(node.vram_free_bytes),
-            "?" if used is None else format_bytes(used),
+            "?" if node.vram_used_bytes is None else format_bytes(node.vram_used_bytes),
             format_bytes(node.vram_other_bytes),
             f"{node.load:.0%}",
         )
-    return drawn
+        for node in sorted(nodes, key=lambda node: node.name)
+    ]
+    columns = ["node", "state", "VRAM taken", "lent", "free", "used", "others", "load"]
+    return table(columns, rows, lines=False)
 
 
 def _models(sample: Sample) -> RenderableType:
     if not sample.network.deployments:
         return Text("no model is up; the first prompt brings one up", style="dim")
-    drawn = _table(
-        "model", "tokens/s", "first token", "per token", "hop", "sequences", "KV blocks", "", "stalls",
+    columns = [
+        "model", "tokens/s", "first token", "per token", "hop", "sequences", "KV blocks", "of them", "stalls",
         "recoveries",
-    )  # fmt: skip
+    ]  # fmt: skip
     # The pipelines of one model count together.
-    for model in {one.model_id: one for one in sample.network.deployments}.values():
-        drawn.add_row(*_model(model, sample.speeds[model.model_id]))
-    return drawn
+    models = {one.model_id: one for one in sample.network.deployments}.values()
+    return table(columns, [_model(model, sample.speeds[model.model_id]) for model in models], lines=False)
 
 
-def _model(model: "DeploymentLine", speed: "Speed") -> list[RenderableType]:
+def _model(model: "DeploymentLine", speed: "Speed") -> list[object]:
     does = model.activity
     waiting = f" + {does.waiting_sequences} waiting" if does.waiting_sequences else ""
     return [
-        cell(model.model_id if model.state == "running" else f"{model.model_id} ({model.state})"),
+        (model.model_id if model.state == "running" else f"{model.model_id} ({model.state})"),
         f"{speed.tokens_per_s:.1f}",
         _time(speed.time_to_first_token_s),
         _time(speed.time_per_token_s),
@@ -154,13 +159,6 @@ def _model(model: "DeploymentLine", speed: "Speed") -> list[RenderableType]:
 def _bar(part: int, whole: int, width: int) -> ProgressBar:
     # A full bar in the finished style would look as if a task had ended.
     return ProgressBar(total=max(1, whole), completed=part, width=width, finished_style="bar.complete")
-
-
-def _table(*columns: str) -> Table:
-    drawn = Table(box=None, pad_edge=False, header_style="dim")
-    for column in columns:
-        drawn.add_column(column, no_wrap=True)
-    return drawn
 
 
 def _time(seconds: float | None) -> str:

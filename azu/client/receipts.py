@@ -1,6 +1,7 @@
 """What a receipt charges, against what came: the client counts the tokens of an answer itself."""
 
 from azu.api.jobs import ReceiptLines
+from azu.units import hype_from_lamports
 
 
 def difference(receipt: ReceiptLines, received_tokens: int) -> str | None:
@@ -14,5 +15,6 @@ def difference(receipt: ReceiptLines, received_tokens: int) -> str | None:
     tokens = receipt.prompt_tokens + receipt.completion_tokens
     highest = tokens * receipt.num_layers * receipt.lamports_per_token_layer
     if receipt.charged_lamports > highest:
-        found.append(f"{receipt.charged_lamports} lamports were charged, its tokens cost {highest}")
+        charged, cost = hype_from_lamports(receipt.charged_lamports), hype_from_lamports(highest)
+        found.append(f"{charged} HYPE were charged, its tokens cost {cost}")
     return "; ".join(found) or None

@@ -468,9 +468,8 @@ class Bookkeeper(BooksCalls):
         if planned is None:
             available = ledger.state.balance(user_available(withdrawal.address))
             if withdrawal.lamports > available:
-                raise InsufficientBalance(
-                    f"the account holds {available} lamports; this takes {withdrawal.lamports}"
-                )
+                holds, takes = hype_from_lamports(available), hype_from_lamports(withdrawal.lamports)
+                raise InsufficientBalance(f"the account holds {holds} HYPE; this takes {takes}")
             await self._withdrawals.hand_in(SignedWithdrawal(withdrawal, signature, self._now_ms()))
         else:
             transfer = planned.entry.transfer

@@ -1,21 +1,119 @@
-from azu.cli.output import Terminal, table
+"""What the commands print fits a terminal of 80 columns, and amounts are in HYPE."""
+
+import pytest
+from rich.console import RenderableType
+
+from azu.api.accounts import BalanceResponse, KeyLine
+from azu.api.jobs import JobLine
+from azu.api.network import DeploymentLine, NetworkResponse, NodeLine, PieceLine
+from azu.cli import account, keys, ps, top
+from azu.cli.output import Terminal, amount, table, unit
+from azu.cli.prompt import _jobs
+from azu.units import GIB
+
+JOB = "cmpl-0123456789abcdef0123456789abcdef"
+ADDRESS = "0x" + "a1" * 20
+
+
+def drawn(renderable: RenderableType, width: int = 80) -> str:
+    console = Terminal(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(renderable)
+    return captured.get()
+
+
+def network() -> NetworkResponse:
+    nodes = [
+        NodeLine(
+            node_id=f"{index}" * 56, name=name, payout_address=ADDRESS, state="alive", device="cuda:0",
+            vram_total_bytes=80 * GIB, vram_free_bytes=13 * GIB, vram_used_bytes=66 * GIB, cached_shards=12,
+        )
+        for index, name in ((1, "a-machine-with-a-long-name-0"), (2, "vm"), (3, "vm"))
+    ]  # fmt: skip
+    piece = PieceLine(node="vm", actor="stage-0", layers=(0, 6), experts={2: tuple(range(40))})
+    model = DeploymentLine(
+        model_id="azu/tiny-dense", revision="r", state="running", epoch=1, num_layers=6, topology=(piece,)
+    )
+    return NetworkResponse(nodes=nodes, deployments=(model,))
+
+
+def job() -> JobLine:
+    return JobLine(
+        job_id=JOB, model="azu/tiny-dense", status="done", created_at_ms=0, reserved_lamports=0,
+        finish_reason="stop", charged_lamports=16_000, released_lamports=123_456_789, error=None,
+    )  # fmt: skip
+
+
+NARROW = {
+    "ps": (lambda: ps._network(network()), ["80.0 GiB", "13.0 GiB", "66.0 GiB", ADDRESS, "azu/tiny-dense"]),
+    "top": (
+        lambda: top._screen(top.Sample(network(), {"azu/tiny-dense": top.Speed(41.25, 1.5, 0.0312, None)})),
+        ["80.0 GiB", "13.0 GiB", "66.0 GiB", "41.2", "1.50 s", "31.2 ms"],
+    ),
+    "models": (lambda: table(["model"], [["azu/tiny-dense"]]), ["azu/tiny-dense"]),
+    "jobs": (lambda: _jobs([job()]), [JOB, "0.00016", "1.23456789"]),
+}
+
+
+@pytest.mark.parametrize("command", NARROW)
+def test_no_line_is_wider_than_the_terminal_and_no_word_is_broken(command: str) -> None:
+    draw, words = NARROW[command]
+
+    shown = drawn(draw())
+
+    assert max(map(len, shown.splitlines())) <= 80
+    assert [word for word in words if word not in shown] == []
+    assert "\u2026" not in shown, "the sign of a text that was cut short"
+
+
+def test_a_table_that_is_too_wide_is_a_list_with_each_name_beside_its_value() -> None:
+    rows = [["ada", "x" * 30, None], ["ben", "y" * 90, 7]]
+
+    wide, narrow = (drawn(table(["node", "what", "free"], rows, title="nodes"), width) for width in (200, 60))
+
+    assert "│ ada" in wide
+    lines = [line.rstrip() for line in narrow.splitlines()]
+    assert lines[:3] == ["nodes", "node    ada", f"  what  {'x' * 30}"]
+    # Nothing stands for what there is not, and what is longer than a line goes on below.
+    assert lines[3] == "node    ben"
+    assert lines[4:] == [f"  what  {'y' * 52}", f"        {'y' * 38}", "  free  7"]
+
+
+def test_nodes_of_one_name_are_told_apart_by_their_ids() -> None:
+    shown = drawn(ps._network(network()))
+
+    assert "vm (222222222222)" in shown
+    assert "vm (333333333333)" in shown
+    assert "a-machine-with-a-long-name-0 (" not in shown
+
+
+@pytest.mark.parametrize(
+    ("exact", "shown"), [(False, ("HYPE", "0.00016", "1")), (True, ("lamports", "16000", "100000000"))]
+)
+def test_amounts_are_in_hype_and_in_lamports_where_that_is_asked_for(
+    exact: bool, shown: tuple[str, ...]
+) -> None:
+    assert (unit(exact), amount(16_000, exact), amount(10**8, exact)) == shown
+    assert amount(None, exact) == ""
+    found = BalanceResponse(
+        address=ADDRESS, available_lamports=16_000, reserved_lamports=10**8, withdrawing_lamports=0
+    )
+    balance = drawn(account._balance(found, exact)).split()
+    assert all(word in balance for word in shown)
+    assert ("lamports" in balance) is exact
+
+
+def test_a_key_shows_its_limit_in_hype() -> None:
+    key = KeyLine(
+        key_id="k", label="cli", created_at_ms=0, expires_at_ms=None, spend_limit_lamports=2 * 10**7,
+        spent_lamports=0,
+    )  # fmt: skip
+
+    assert "0.2" in drawn(keys._drawn([key]), 200).split()
 
 
 def test_an_id_stays_on_one_line_of_a_narrow_terminal() -> None:
-    job_id = "cmpl-0123456789abcdef0123456789abcdef"
     columns = ["job", "model", "status", "created", "charged lamports", "released lamports", "error"]
-    row = [
-        job_id,
-        "azu/tiny-dense",
-        "failed",
-        "2026-11-25 12:00:00",
-        12_345,
-        678_901,
-        "no worker has room left",
-    ]
-    console = Terminal(width=80)
+    row = [JOB, "azu/tiny-dense", "failed", "2026-11-25 12:00:00", 12_345, 678_901, "no worker has room left"]
 
-    with console.capture() as captured:
-        console.print(table(columns, [row]))
-
-    assert job_id in captured.get()
+    assert JOB in drawn(table(columns, [row]))

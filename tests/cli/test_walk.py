@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from azu.launch.processes import free_port, session_members
+from azu.units import LAMPORTS_PER_HYPE, hype_from_lamports, lamports_from_hype
 
 pytestmark = pytest.mark.prove
 
@@ -57,8 +58,7 @@ class Newcomer:
             "AZU_HTTP_PORT": str(free_port()),
             "AZU_WALLET_PASSWORD": "walk",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            # As wide as a table needs.
-            "COLUMNS": "160",
+            "COLUMNS": "80",
         }
         self._known: dict[str, str] = {}
         self.joined: subprocess.Popen[str] | None = None
@@ -127,10 +127,11 @@ def test_a_newcomer_lends_pays_and_earns(newcomer: Newcomer) -> None:
     assert all("charged for the tokens that came" in printed[step] for step in ("prompt", "receipt"))
     # The only worker gets the whole share of the workers.
     assert earned == charged - charge(printed["receipt"], "platform") == charged * 80 // 100
-    assert re.search(rf"earned, not yet paid\D+{earned}\b", printed["earnings"])
+    assert re.search(rf"earned, not yet paid[^\d]+{hype_from_lamports(earned)}\b", printed["earnings"])
     # The text may be wrapped.
     assert ", claimed" in " ".join(printed["earnings"].split())
-    assert re.search(rf"available\D+{5 * 10**8 - charged}\b", printed["balance"])
+    left = hype_from_lamports(5 * LAMPORTS_PER_HYPE - charged)
+    assert re.search(rf"available\D+{left}\b", printed["balance"])
     assert all(not session_members(session) for session in newcomer.leave())
     print(f"\n{charged} lamports charged, {earned} earned; seconds: ", end="")
     print(", ".join(f"{step} {taken:.1f}" for step, taken in seconds.items()))
@@ -138,6 +139,6 @@ def test_a_newcomer_lends_pays_and_earns(newcomer: Newcomer) -> None:
 
 def charge(output: str, what: str) -> int:
     """Return the lamports beside a word in a receipt."""
-    found = re.search(rf"{what} +(\d+) lamports", output)
+    found = re.search(rf"{what} +([\d.]+) HYPE", output)
     assert found is not None, output
-    return int(found[1])
+    return lamports_from_hype(found[1])

@@ -21,4 +21,6 @@ def test_tokens_that_never_came_are_named() -> None:
 
 
 def test_a_charge_above_the_price_of_the_tokens_is_named() -> None:
-    assert difference(lines(charged_lamports=81), 6) == "81 lamports were charged, its tokens cost 80"
+    assert (
+        difference(lines(charged_lamports=81), 6) == "0.00000081 HYPE were charged, its tokens cost 0.0000008"
+    )

@@ -56,6 +56,7 @@ from azu.money.ledger.transfers import (
     worker_paid,
     worker_paying,
 )
+from azu.units import hype_from_lamports
 
 # The largest balance that an account may have.
 MAX_BALANCE = 2**63 - 1
@@ -112,7 +113,8 @@ def _book(
 
 def _refusal(transfer: Transfer, leg: Leg, balance: int) -> AzuError:
     if isinstance(transfer, Reserve | WithdrawalPlanned | LossCovered) and leg.lamports < 0:
-        return InsufficientBalance(f"the account holds {balance} lamports; this may take {-leg.lamports}")
+        holds, takes = hype_from_lamports(balance), hype_from_lamports(-leg.lamports)
+        return InsufficientBalance(f"the account holds {holds} HYPE; this may take {takes}")
     return LedgerError(f"{leg.account} at {balance} lamports does not allow {leg.lamports} by {transfer.id}")
 
 
@@ -172,9 +174,9 @@ def _reserve(draft: Draft, transfer: Reserve) -> tuple[Leg, ...]:
         raise Unauthenticated("this API key has expired; `azu login` opens another")
     spent, limit = draft.spent.get(key.key_id) or 0, key.spend_limit_lamports
     if limit is not None and spent + transfer.lamports > limit:
+        takes, left = hype_from_lamports(transfer.lamports), hype_from_lamports(limit - spent)
         raise InsufficientBalance(
-            f"this may take {transfer.lamports} lamports; the key's limit is {limit}",
-            code="spend_limit_reached",
+            f"this may take {takes} HYPE; {left} are left of the key's limit", code="spend_limit_reached"
         )
     taken = {
         user_available(transfer.address): -transfer.lamports,
