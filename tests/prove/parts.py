@@ -182,6 +182,11 @@ PARTS = (
         pytest("tests/releases", "-m", "prove"),
     ),
     Part(
+        "backup drill",
+        "a head is killed under load; a copy of before is restored by the runbook, audited, and pays",
+        pytest("tests/network/test_backup_drill.py", "-m", "prove", "-s"),
+    ),
+    Part(
         "memory planned",
         "50 sequences on a stage with KV for four: its process never takes more than planned",
         pytest("tests/engine/test_planned_memory.py", "-m", "prove", "-s"),
