@@ -221,16 +221,22 @@ async def ask(
     return await waiting(_ask, name, method, arguments, timeout_s)
 
 
+# The actors that answered last. A look-up for each call would wait behind the prompts that threads encode.
+_found: dict[str, ActorHandle] = {}
+
+
 class _Away(Unavailable):
     """An actor is not up, or died during a call."""
 
 
 async def _ask(name: str, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
     try:
-        # A look-up calls Ray's head and blocks.
-        handle = await asyncio.to_thread(find, name)
-        return await asyncio.wait_for(getattr(handle, method).remote(*arguments), timeout_s)
+        if name not in _found:
+            # A look-up calls Ray's head and blocks.
+            _found[name] = await asyncio.to_thread(find, name)
+        return await asyncio.wait_for(getattr(_found[name], method).remote(*arguments), timeout_s)
     except (ValueError, RayActorError) as error:
+        _found.pop(name, None)
         raise _Away(f"the {name} is not up") from error
     except Exception as error:
         raise as_azu_error(error, f"the {name}") from error

@@ -14,11 +14,13 @@ from actors.compat import serve_on_loopback
 from azu.config import ControlConfig, NodeLinks
 from azu.logs import start_logging
 from deployments.control_plane import ControlPlane, unless_changed
-from deployments.ingress import MOST_OPEN, build_api
+from deployments.ingress import build_api
+from deployments.middleware import LOOPBACK
+from deployments.services import MOST_ANSWERS, MOST_SHORT
 
 NAME = "azu"
 # With Serve's default of 5 streams would wait for each other. With so many the ingress refuses by itself.
-_MAX_ONGOING_REQUESTS = 2 * MOST_OPEN
+_MAX_ONGOING_REQUESTS = 2 * (MOST_ANSWERS + MOST_SHORT)
 _ON_HEAD = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
 # Redis has new passwords after `azu serve --books` started again: a replica soon notices and is replaced.
 _HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 15.0}
@@ -46,7 +48,9 @@ def build_app(config: ControlConfig) -> Application:
 
 
 def http_options(config: ControlConfig) -> dict[str, Any]:
-    """Return the address and certificate of Serve's HTTP proxy."""
+    """Return the address and certificate of Serve's HTTP proxy; behind another proxy it needs none."""
+    if config.serve_port is not None:
+        return {"host": LOOPBACK, "port": config.serve_port}
     options: dict[str, Any] = {"host": config.http_host, "port": config.http_port}
     if config.tls is not None:
         options |= {"ssl_certfile": str(config.tls.certificate), "ssl_keyfile": str(config.tls.key)}

@@ -31,7 +31,7 @@ from deployments.answers import AnswerFormatter, follow, usage_of, with_parts
 from deployments.middleware import refusal
 from deployments.sampling import check_limits, check_tokens, max_tokens, sampling_params
 from deployments.schema import stream_of, whole_or_stream
-from deployments.services import Bearer, Key, ServedModel, Services, ServicesNow, owned
+from deployments.services import AnsweredKey, Bearer, ServedModel, Services, ServicesNow, owned
 
 router = APIRouter()
 Deltas = AsyncIterator[TextDelta | JobOutcome]
@@ -53,7 +53,7 @@ _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 )
 async def chat_completions(
     body: ChatRequest,
-    key: Key,
+    key: AnsweredKey,
     bearer: Bearer,
     services: ServicesNow,
     idempotency_key: IdempotencyKey = None,
@@ -76,7 +76,7 @@ async def chat_completions(
 @router.post("/v1/completions", response_model=None, responses=whole_or_stream(TextCompletion, TextChunk))
 async def completions(
     body: CompletionRequest,
-    key: Key,
+    key: AnsweredKey,
     bearer: Bearer,
     services: ServicesNow,
     idempotency_key: IdempotencyKey = None,
@@ -100,7 +100,7 @@ async def completions(
 )
 async def job_stream(
     job_id: str,
-    key: Key,
+    key: AnsweredKey,
     services: ServicesNow,
     after: Annotated[int, Query(ge=0)] = 0,
     chat: bool = False,

@@ -1,26 +1,27 @@
-"""What every request passes before its route: an id, limits, and an answer if it fails."""
+"""What every request passes before its route: an id, an address, limits, and an answer if it fails."""
 
 import asyncio
 import math
 import re
 import secrets
-from collections import Counter
+from collections.abc import Sequence
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from azu.errors import AzuError, InvalidRequest, RateLimited, RequestTooLarge, Unavailable
+from azu.auth.peers import PEER_HEADER, Network, client_address
+from azu.errors import AzuError, InvalidRequest, RequestTooLarge, Unavailable
 from azu.logs import log_context
 from azu.supervision import as_known_error
 
 HEADER = "x-request-id"
 # After a 503 that does not say by itself when the request may succeed.
 _RETRY_AFTER_S = 2.0
-_BUSY_S = 1.0
 # A body that takes longer is refused; of more that are on their way at once, the one that began first.
-_BODY_S = 60.0
+_BODY_S = 30.0
 _BODIES_AT_ONCE = 256
+LOOPBACK = "127.0.0.1"
 _GIVEN = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -61,53 +62,43 @@ class RequestIds:
                 await refusal(known)(scope, receive, with_id)
 
 
-class OpenRequests:
-    """Refuses a request while too many are open, in all or of one caller: it would wait without an answer.
+class ClientAddresses:
+    """Gives each request the address of its client, where proxies stand between the two.
 
-    A caller is whatever the request names as its key, valid or not. `/health` is answered always.
+    `trusted` are the proxies that the network's owner names. Requests that are `behind` azu's own reverse
+    proxy have its header.
     """
 
-    def __init__(self, app: ASGIApp, *, most: int, most_of_one: int) -> None:
+    def __init__(self, app: ASGIApp, *, trusted: Sequence[Network], behind: bool) -> None:
         self._app = app
-        self._most = most
-        self._most_of_one = most_of_one
-        self._open: Counter[bytes] = Counter()
+        self._trusted = trusted
+        self._behind = behind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on and count it until its answer has ended."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        caller = dict(scope["headers"]).get(b"authorization", b"")
-        if scope["path"] != "/health" and (error := self._refusal(caller)) is not None:
-            await refusal(error)(scope, receive, send)
-            return
-        self._open[caller] += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._open[caller] -= 1
-            if not self._open[caller]:
-                del self._open[caller]
-
-    def _refusal(self, caller: bytes) -> AzuError | None:
-        if caller and self._open[caller] >= self._most_of_one:
-            return RateLimited(
-                f"{self._most_of_one} requests of this key are open; wait until one has ended",
-                code="too_many_open_requests",
-                retry_after_s=_BUSY_S,
-            )
-        if self._open.total() >= self._most:
-            return Unavailable("too many requests are open", code="overloaded", retry_after_s=_BUSY_S)
-        return None
+        """Pass a request on with the address of its client."""
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            peer, port = scope.get("client") or ("", 0)
+            if self._behind:
+                peer = headers.get(PEER_HEADER, "")
+            elif port == 0:
+                # uvicorn, in Serve's proxy, believed a header of a client on the loopback.
+                peer = LOOPBACK
+            forwarded = ",".join(headers.getlist("x-forwarded-for"))
+            scope["client"] = (client_address(peer, forwarded, self._trusted), port)
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:
-    """Refuses a body that is too large, by its header or its bytes, or too slow, before a route reads it."""
+    """Refuses a body that is too large, by its header or its bytes, or too slow, before a route reads it.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    Up to `whole_bytes` a body was read by a reverse proxy before its request came: it is only on its way.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, whole_bytes: int = 0) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._whole_bytes = whole_bytes
         self._unread: dict[asyncio.Timeout, None] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -137,10 +128,12 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive, patience: asyncio.Timeout) -> bytes:
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        self._check(int(declared) if declared.isdigit() else 0)
+        declared = dict(scope["headers"]).get(b"content-length", b"")
+        num_bytes = int(declared) if declared.isdigit() else 0
+        self._check(num_bytes)
         body = bytearray()
-        self._unread[patience] = None
+        if not 0 < num_bytes <= self._whole_bytes:
+            self._unread[patience] = None
         try:
             if len(self._unread) > _BODIES_AT_ONCE:
                 self._give_up(next(iter(self._unread)))

@@ -6,6 +6,7 @@ import hmac
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,7 @@ from actors.links import REGISTRY, ask
 from actors.placement import SCHEDULER
 from azu.auth.challenges import RedisChallenges
 from azu.auth.key_records import ApiKey
+from azu.auth.places import Places
 from azu.auth.rate_limit import Rate, RedisRates
 from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from azu.engine.tokenizer import Tokenizer
 
 
+# Requests that are open at once, in all and of one owner: answers that are being written, and all others.
+MOST_ANSWERS, _ANSWERS_OF_ONE = 1500, 512
+MOST_SHORT, _SHORT_OF_ONE = 512, 256
 # A request is answered within a second while Redis is away.
 _SILENCE_S = 0.6
 # The books say within this time that their own Redis is away.
@@ -55,8 +60,10 @@ _PREDICTED_IN_S = 1.0
 _METRICS_KEPT_S = 2.0
 # Every answer of the scheduler is ready; one that keeps its callers waiting is frozen or very busy.
 _SCHEDULER_S = 10.0
-# The health is told within a second, whatever does not answer.
+# The health is told within a second, whatever does not answer. The time is counted in parts: where this
+# process itself is late, the answer that lies ready is read before the next part.
 _HEALTH_IN_S = 0.7
+_HEALTH_PARTS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,8 @@ class Services:
             now_ms=wall_clock_ms,
             new_job_id=lambda: f"job-{secrets.token_hex(12)}",
         )
+        self.answers = Places(MOST_ANSWERS, _ANSWERS_OF_ONE)
+        self.short = Places(MOST_SHORT, _SHORT_OF_ONE)
         self._rates = RedisRates(self._redis)
         self._key_rate = Rate(policy.limits.requests_per_minute, policy.limits.request_burst)
         self._sign_in_rate = Rate(policy.limits.sign_ins_per_minute, policy.limits.sign_in_burst)
@@ -128,10 +137,17 @@ class Services:
 
     async def _said_by_scheduler(self) -> tuple[bool, tuple[str, ...]]:
         """Return whether jobs can be run, and what goes wrong in the network's processes."""
+        calls = (self._call(SCHEDULER, one, _SCHEDULER_S) for one in ("ready", "problems"))
+        asked = asyncio.gather(*calls)
+        for _ in range(_HEALTH_PARTS):
+            await asyncio.wait({asked}, timeout=_HEALTH_IN_S / _HEALTH_PARTS)
+            if asked.done():
+                break
         try:
-            async with asyncio.timeout(_HEALTH_IN_S):
-                asked = (self._call(SCHEDULER, one, _HEALTH_IN_S) for one in ("ready", "problems"))
-                is_ready, failing = await asyncio.gather(*asked)
+            if not asked.done():
+                asked.cancel()
+                raise TimeoutError
+            is_ready, failing = asked.result()
         except (AzuError, TimeoutError) as error:
             self._scheduler.fails(error)
             return False, tuple(filter(None, [self._scheduler.problem()]))
@@ -257,9 +273,18 @@ def services_of(request: Request) -> Services:
 ServicesNow = Annotated[Services, Depends(services_of)]
 
 
-async def key_of(services: ServicesNow, secret: ApiKeySecret) -> ApiKey:
-    """Return the caller's key; raises Unauthenticated."""
-    return await services.key(secret)
+async def key_of(services: ServicesNow, secret: ApiKeySecret) -> AsyncIterator[ApiKey]:
+    """Yield the caller's key, which has a place until its request is answered; raises Unauthenticated."""
+    key = await services.key(secret)
+    with services.short.place(key.address):
+        yield key
+
+
+async def answered_key_of(services: ServicesNow, secret: ApiKeySecret) -> AsyncIterator[ApiKey]:
+    """Yield the key of a request for an answer, as `key_of` does: it takes longer, and has other places."""
+    key = await services.key(secret)
+    with services.answers.place(key.address):
+        yield key
 
 
 async def bearer_of(secret: ApiKeySecret) -> str:
@@ -268,6 +293,7 @@ async def bearer_of(secret: ApiKeySecret) -> str:
 
 
 Key = Annotated[ApiKey, Depends(key_of)]
+AnsweredKey = Annotated[ApiKey, Depends(answered_key_of)]
 Bearer = Annotated[str, Depends(bearer_of)]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from azu.auth.network_id import network_id
+from azu.auth.peers import Network
 from azu.config.network import NetworkPolicy
 from azu.config.settings import configuration_error
 from azu.errors import ConfigurationError
@@ -55,7 +56,9 @@ class ControlConfig:
     `admin_key_sha256` is in hex. With `open_metrics` the metrics are readable without the admin key.
     Model folders are accepted only under `model_roots`.
     `authority` is the certificate (PEM) of the authority that signed the ingress's, None for a public one.
-    Without `tls` the ingress serves plain HTTP. `nodes` says how the nodes are linked.
+    Without `tls` the ingress serves plain HTTP. `nodes` says how the nodes are linked. `serve_port` is the
+    port of Serve's proxy on the loopback behind azu's reverse proxy; None where Serve's takes the connections
+    itself. X-Forwarded-For counts only from `trusted_proxies`.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", hide_input_in_errors=True)
@@ -79,6 +82,8 @@ class ControlConfig:
     authority: str | None = None
     nodes: NodeLinks = NodeLinks.FOREIGN
     enrolment: EnrolmentConfig | None = None
+    serve_port: int | None = None
+    trusted_proxies: tuple[Network, ...] = ()
 
     @property
     def network_id(self) -> str:

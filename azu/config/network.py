@@ -121,10 +121,10 @@ class Limits(_Section):
     A request for a whole answer is refused when it is predicted to take longer than `max_wait_s`. A special
     token that the prompt of a completion spells is one with `special_tokens_in_prompts`, and else text.
     `requests_per_minute` and `max_jobs_in_flight` hold for each key, `sign_ins_per_minute` (challenges and
-    keys) for each network address, `max_keys` and `max_nodes` for each account, `max_unfunded_keys` for all
-    accounts that never had money: such a key is dropped after `unfunded_key_s`. A burst is the number of
-    requests that may come at once. A job whose client hung up goes on when the same request comes again
-    `repeat_within_s` later at the latest; with 0 it ends at once.
+    keys) and `connections_per_address` for each network address, `max_keys` and `max_nodes` for each account,
+    `max_unfunded_keys` for all accounts that never had money: such a key is dropped after `unfunded_key_s`. A
+    burst is the number of requests that may come at once. A job whose client hung up goes on when the same
+    request comes again `repeat_within_s` later at the latest; with 0 it ends at once.
     """
 
     max_body_bytes: Size
@@ -142,6 +142,7 @@ class Limits(_Section):
     request_burst: Count
     sign_ins_per_minute: Annotated[int, Field(ge=1, le=60_000_000)]
     sign_in_burst: Count
+    connections_per_address: Count
     max_keys: Count
     max_nodes: Count
     max_unfunded_keys: Count

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from azu.addresses import parse_address
+from azu.auth.peers import Network
 from azu.errors import AzuError, ConfigurationError, plain_fault
 from azu.units import parse_bytes
 
@@ -49,10 +50,13 @@ def _paths(value: Any) -> Any:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
+def _words(value: Any) -> Any:
+    return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
 def _addresses(value: Any) -> Any:
     # As one, so that an error names the variable.
-    parts = value.replace(",", " ").split() if isinstance(value, str) else value
-    return [parse_address(str(part)) for part in parts]
+    return [parse_address(str(part)) for part in _words(value)]
 
 
 def _expanded(value: Any) -> Any:
@@ -66,6 +70,7 @@ HomePath = Annotated[Path, BeforeValidator(_expanded)]
 # As useradd accepts it.
 UserName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")]
 PathList = Annotated[tuple[HomePath, ...], NoDecode, BeforeValidator(_paths)]
+NetworkList = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_words)]
 AddressList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_checked(_addresses))]
 
 
@@ -79,7 +84,8 @@ class Settings(BaseSettings):
     system. AZU_REDIS_TLS encrypts the link to Redis; AZU_REDIS_CA is its authority. AZU_USER_HOMES holds the
     homes of AZU_MONEY_USER and AZU_RAY_USER, as which root starts a network; with AZU_ONE_USER root runs all
     of it. AZU_ADMIN_ADDRESSES holds the addresses, with commas between them, whose wallets sign commands that
-    move money.
+    move money. AZU_TRUSTED_PROXIES holds addresses or networks (CIDR) of proxies before the ingress, whose
+    X-Forwarded-For counts.
     """
 
     model_config = SettingsConfigDict(
@@ -110,6 +116,7 @@ class Settings(BaseSettings):
     domain: str | None = Field(None, validation_alias="AZU_DOMAIN")
     admin_key: SecretStr | None = Field(None, validation_alias="AZU_ADMIN_KEY")
     admin_addresses: AddressList = Field((), validation_alias="AZU_ADMIN_ADDRESSES")
+    trusted_proxies: NetworkList = Field((), validation_alias="AZU_TRUSTED_PROXIES")
     open_metrics: bool = Field(False, validation_alias="AZU_OPEN_METRICS")
     model_roots: PathList = Field((), validation_alias="AZU_MODEL_ROOTS")
     max_model_bytes: Size = Field(64 * 1024**3, validation_alias="AZU_MAX_MODEL_BYTES")

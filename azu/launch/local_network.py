@@ -46,6 +46,15 @@ from azu.launch.ray_nodes import (
     inherited_environment,
     socket_folder,
 )
+from azu.launch.reverse_proxy import (
+    REVERSE_PROXY,
+    haproxy_configuration,
+    haproxy_executable,
+    listens,
+    raise_open_files,
+    reverse_proxy,
+    write_certificate,
+)
 from azu.launch.serving import (
     Progress,
     connected,
@@ -163,6 +172,7 @@ def local_network(
     settings = with_http_host(settings, ip)
     logs, timeout_s = settings.home / "logs", file.policy.timeouts.start_s
     token_path, token = settings.home / "ray-token", secrets.token_hex(32)
+    raise_open_files()
     with (
         home_locked(settings.home),
         http_port_held(settings.http_host, settings.http_port),
@@ -178,7 +188,6 @@ def local_network(
         if rotate:
             forget_members(members_folder(users.money_home))
         own, shown = _certificates(settings, users, ip)
-        ray_files = None if shown is None else shown.ray
         admission = _admission(file.policy, ip, "" if trust_members else users.why_one)
         port, dashboard_port = free_port(), free_port() if dashboard else None
         host = RayHost(
@@ -186,7 +195,7 @@ def local_network(
             users.for_ray(token_path),
             ip or LOOPBACK,
             dashboard_port,
-            ray_files,
+            None if shown is None else shown.ray,
             users.ray_home,
         )
         nodes.start(host.head(port))
@@ -211,7 +220,7 @@ def local_network(
             _of_ray(settings, users), file.policy, chain, redis, books, http_port, admin_key, ip,
             None if shown is None else shown.ingress,
         )  # fmt: skip
-        config = _with_nodes(config, host, head)
+        config = _behind_proxy(_with_nodes(config, host, head), nodes, users, timeout_s)
         ingress = ingress_config(config, redis, books)
         progress("Starting the control plane")
         driver = driver_environment(host.token_path, host.tls, host.ip)
@@ -246,6 +255,25 @@ def local_network(
             )
             with admin_file_kept(settings.home, facts):
                 yield network
+
+
+def _behind_proxy(
+    config: ControlConfig, group: ProcessGroup, users: NetworkUsers, timeout_s: float
+) -> ControlConfig:
+    """Start the reverse proxy, where there is one; returns the configuration of an ingress behind it."""
+    executable = haproxy_executable()
+    if executable is None:
+        return config
+    config = replace(config, serve_port=free_port())
+    folder = users.home / "reverse-proxy"
+    certificate = write_certificate(config, folder)
+    readable = None if certificate is None else users.for_ray(certificate)
+    configuration = folder / "haproxy.cfg"
+    write_private(configuration, haproxy_configuration(config, readable))
+    group.start(reverse_proxy(executable, users.for_ray(configuration)))
+    ready = partial(listens, group.pid(REVERSE_PROXY), config.http_port)
+    group.wait_until(REVERSE_PROXY, ready, timeout_s)
+    return config
 
 
 def with_http_host(settings: Settings, ip: str | None) -> Settings:

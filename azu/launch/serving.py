@@ -60,6 +60,7 @@ def control_config(
         chain_url=chain.url,
         model_roots=settings.model_roots,
         open_metrics=settings.open_metrics,
+        trusted_proxies=settings.trusted_proxies,
         max_model_bytes=settings.max_model_bytes,
         hf_token=settings.hf_token.get_secret_value() if settings.hf_token else None,
         tls=_ingress_tls(settings, ingress),

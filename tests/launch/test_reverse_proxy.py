@@ -1,0 +1,148 @@
+"""The reverse proxy before the ingress: what it passes on, what it bounds, and what it says."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from ipaddress import ip_network
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from azu.launch import reverse_proxy
+from azu.launch.processes import ProcessGroup, free_port
+from azu.launch.reverse_proxy import REVERSE_PROXY, haproxy_configuration, haproxy_executable, listens
+from deployments.middleware import ClientAddresses
+from tests.deployments.local import config_of, policy_with
+
+TRUSTED = "127.0.0.9"
+MOST = 20
+ANSWERS = 3
+
+
+class Ingress:
+    """An app in the place of Serve's proxy. A request for an answer takes until `end` is set."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.left = threading.Event()
+        self.end = threading.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.asked.append(scope["path"])
+        body = (await receive()).get("body", b"")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if scope["path"].endswith("/completions"):
+            await send({"type": "http.response.body", "body": b": \n\n", "more_body": True})
+            leaving = asyncio.ensure_future(receive())
+            while not (self.end.is_set() or leaving.done()):
+                await asyncio.sleep(0.01)
+            if leaving.done():
+                self.left.set()
+        said = {"client": scope["client"][0], "body": len(body)}
+        await send({"type": "http.response.body", "body": json.dumps(said).encode()})
+
+
+class Running:
+    """The proxy and the app behind it."""
+
+    def __init__(self, ingress: Ingress, port: int) -> None:
+        self.ingress = ingress
+        self.port = port
+
+    def client(self, source: str = "127.0.0.1") -> httpx.Client:
+        transport = httpx.HTTPTransport(local_address=source)
+        return httpx.Client(transport=transport, base_url=f"http://127.0.0.1:{self.port}", timeout=20)
+
+    def connected(self, sent: bytes, source: str = "127.0.0.1") -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), 20, (source, 0))
+        connection.sendall(sent)
+        return connection
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    executable = haproxy_executable()
+    assert executable is not None
+    for name in ("_HEADERS_S", "_BODY_S", "_QUEUE_S"):
+        monkeypatch.setattr(reverse_proxy, name, 1)
+    monkeypatch.setitem(reverse_proxy._PLACES, "answers", ANSWERS)
+    trusted = (ip_network(TRUSTED),)
+    config = config_of("", "", tmp_path, policy_with(connections_per_address=MOST), ())
+    config = replace(config, http_port=free_port(), serve_port=free_port(), trusted_proxies=trusted)
+    ingress = Ingress()
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(haproxy_configuration(config, None))
+    app = ClientAddresses(ingress, trusted=trusted, behind=True)
+    with served(app, config.serve_port), ProcessGroup(tmp_path) as group:
+        group.start(reverse_proxy.reverse_proxy(executable, file))
+        group.wait_until(REVERSE_PROXY, lambda: listens(group.pid(REVERSE_PROXY), config.http_port), 20)
+        yield Running(ingress, config.http_port)
+        ingress.end.set()
+
+
+@contextmanager
+def served(app: ClientAddresses, port: int | None) -> Iterator[None]:
+    assert port is not None
+    server = uvicorn.Server(uvicorn.Config(app, port=port, lifespan="off", log_level="critical"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield
+    server.should_exit = True
+    thread.join(20)
+
+
+def test_a_request_that_does_not_end_is_refused_and_never_reaches_the_ingress(running: Running) -> None:
+    posted = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n{"
+    halves = [running.connected(sent) for sent in (b"GET /health HTTP/1.1\r\nhost: a\r\n", posted)]
+    answers = [half.recv(9999) for half in halves]
+    assert [answer.split()[1] for answer in answers] == [b"408", b"408"]
+    assert json.loads(answers[1].partition(b"\r\n\r\n")[2])["error"]["code"] == "slow_request"
+    assert running.ingress.asked == []
+
+
+def test_only_a_trusted_proxy_says_from_where_a_request_comes(running: Running) -> None:
+    said = {"x-forwarded-for": "6.6.6.6, 7.7.7.7", "x-azu-peer": "5.5.5.5", "x-forwarded-proto": "https"}
+    found = []
+    for source in ("127.0.0.2", TRUSTED):
+        with running.client(source) as client:
+            found.append(client.post("/x", headers=said, content=b"body").json())
+    assert found == [{"client": "127.0.0.2", "body": 4}, {"client": "7.7.7.7", "body": 4}]
+
+
+def test_an_address_has_only_so_many_connections(running: Running) -> None:
+    with ExitStack() as stack:
+        for _ in range(MOST):
+            stack.enter_context(running.connected(b"GET"))
+        with running.client() as client, pytest.raises(httpx.TransportError):
+            client.get("/health")
+        for other in ("127.0.0.2", TRUSTED):
+            with running.client(other) as client:
+                assert client.get("/health").status_code == 200
+
+
+def test_answers_take_no_place_of_the_health_and_of_short_requests(running: Running) -> None:
+    with ExitStack() as stack:
+        client = stack.enter_context(running.client())
+        for _ in range(ANSWERS):
+            stack.enter_context(client.stream("POST", "/v1/completions", content=b"{}"))
+        refused = client.post("/v1/chat/completions", content=b"{}")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert refused.headers["retry-after"] == "2"
+        assert [client.get(path).status_code for path in ("/health", "/v1/balance", "/docs")] == [200] * 3
+        running.ingress.end.set()
+
+
+def test_the_ingress_hears_of_a_client_that_hangs_up(running: Running) -> None:
+    with running.client() as client, client.stream("POST", "/v1/completions", content=b"{}"):
+        assert not running.ingress.left.is_set()
+    assert running.ingress.left.wait(20)
