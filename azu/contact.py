@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ RETRY_AFTER_S = 2.0
 STANDING_S = 60.0
 # In this time a process that was busy takes the answers that arrived meanwhile.
 _SECOND_LOOK_S = 0.1
+_MOST_DOUBLINGS = 100
 
 
 class Contact:
@@ -74,3 +76,12 @@ class Contact:
                 yield
             finally:
                 timer.cancel()
+
+
+def doubling_s(first_s: float, longest_s: float, tries: int, chance: random.Random) -> float:
+    """Return the pause after a number of tries: `first_s`, then twice as long each time up to `longest_s`.
+
+    Half of it is random, or all that wait would come at once.
+    """
+    # What is away for long is tried more often than a float can double.
+    return min(longest_s, first_s * 2.0 ** min(tries - 1, _MOST_DOUBLINGS)) * chance.uniform(0.5, 1.0)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from azu.errors import ConfigurationError, Unavailable
 
+T = TypeVar("T")
 # No honest document is larger, and a larger one would only cost memory and time.
 MAX_DOCUMENT_BYTES = 4 * 1024 * 1024
 # It lies beside azu in a checkout and in a wheel; a look-up by name could find a user's folder `configs`.
@@ -26,6 +27,11 @@ def read_yaml(path: Path) -> Any:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file; raises ConfigurationError that names the file."""
     return _parsed(path, json.loads)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file; raises ConfigurationError that names the file."""
+    return _parsed(path, str)
 
 
 def write_private(path: Path, text: str) -> None:
@@ -126,7 +132,7 @@ def write_all(file: FileIO, content: bytes | memoryview) -> None:
         view = view[file.write(view) :]
 
 
-def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+def _parsed(path: Path, parse: Callable[[str], T]) -> T:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_DOCUMENT_BYTES + 1)

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from azu.contact import doubling_s
 from azu.errors import AzuError, DeadlineExceeded, InternalError, Unavailable
 from azu.metrics import FAULTS, UNHEALTHY, Meter
 
@@ -30,7 +31,6 @@ STEADY_S = 60.0
 SHOWN_S = 3.0
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 2.0
-_MOST_DOUBLINGS = 100
 # Another process or service cannot answer now: no fault of the step that asked it.
 AWAY = (Unavailable, DeadlineExceeded)
 
@@ -151,15 +151,6 @@ class _Row:
 
     tries: int = 0
     faults: int = 0
-
-
-def doubling_s(first_s: float, longest_s: float, tries: int, chance: random.Random) -> float:
-    """Return the pause after a number of tries: `first_s`, then twice as long each time up to `longest_s`.
-
-    Half of it is random, or all that wait would come at once.
-    """
-    # What is away for long is tried more often than a float can double.
-    return min(longest_s, first_s * 2.0 ** min(tries - 1, _MOST_DOUBLINGS)) * chance.uniform(0.5, 1.0)
 
 
 def as_known_error(error: Exception, doing: str) -> AzuError:

@@ -3,6 +3,7 @@
 import errno
 import sys
 from importlib import import_module
+from typing import Annotated
 
 import typer
 
@@ -10,10 +11,30 @@ from azu.errors import AzuError, Unavailable
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Pool GPUs into one network that runs large language models, paid per token and layer.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"azu {version('azu')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option("--version", help="Print azu's version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Take what stands before the command's name."""
+
+
 # Module and function of every command, in the order of the help text. A command imports what is heavy in
 # its function.
 _COMMANDS = (
@@ -65,6 +86,13 @@ def main() -> None:
     except AzuError as error:
         _print_error(error)
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name in _OWN:
+            raise
+        told = f"this command needs: pip install 'azu[node]' ({name} is missing)"
+        _print_error(Unavailable(told, code="package_missing"))
+        sys.exit(1)
     except OSError as error:
         if error.errno not in _FILE_ADVICE:
             raise
@@ -72,6 +100,8 @@ def main() -> None:
         sys.exit(1)
 
 
+# What is missing of these is a mistake of azu's own.
+_OWN = ("", "azu", "actors", "deployments", "configs")
 _MAKE_ROOM = "make room on the disk, or set AZU_HOME to a larger one"
 _MAY_WRITE = "you need the right to it, or an AZU_HOME of your own"
 _FILE_ADVICE = {

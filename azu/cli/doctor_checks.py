@@ -96,6 +96,9 @@ def run_check(name: str, check: Check, settings: Settings) -> list[Finding]:
         return list(check(settings))
     except AzuError as error:
         return [Finding(name, Severity.BAD, error.message, "mend that first")]
+    except ModuleNotFoundError as error:
+        told = f"{error.name} is missing"
+        return [Finding(name, Severity.UNKNOWN, told, "to serve or lend: pip install 'azu[node]'")]
     except Exception as error:
         return [Finding(name, Severity.UNKNOWN, f"{type(error).__name__}: {error}", "look at it by hand")]
 

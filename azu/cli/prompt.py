@@ -1,6 +1,7 @@
 """`azu prompt`, `jobs`: a user's prompts, their answers and their cost."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,7 +21,8 @@ DIFFERS = "red"
 
 
 def prompt(
-    text: Annotated[str, typer.Argument(help="What to ask.")],
+    text: Annotated[str | None, typer.Argument(help="What to ask; - reads it from standard input.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read what to ask from a file.")] = None,
     model: Annotated[str, typer.Option(help="A Hub id or a built-in model.")] = "azu/tiny-dense",
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most new tokens to pay for.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 is greedy.")] = None,
@@ -31,13 +33,14 @@ def prompt(
     """Send a prompt, stream the answer and print the receipt. Ctrl-C ends the job; its tokens are paid."""
     from azu.client.receipts import difference
 
+    asked = _asked(text, file)
     client = open_client()
     given: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     sampling = {name: value for name, value in given.items() if value is not None}
     if raw:
-        stream = client.stream(text, model=model, **sampling)
+        stream = client.stream(asked, model=model, **sampling)
     else:
-        stream = client.chat_stream([{"role": "user", "content": text}], model=model, **sampling)
+        stream = client.chat_stream([{"role": "user", "content": asked}], model=model, **sampling)
     if not as_json:
         for piece in stream:
             console.print(Text(piece), end="")
@@ -47,6 +50,18 @@ def prompt(
     differs = difference(receipt, generation.received_tokens)
     facts = {"generation": generation, "receipt": receipt, "difference": differs}
     show(facts, as_json, lambda _: Group(receipt_panel(receipt, exact), compared(differs)))
+
+
+def _asked(text: str | None, file: Path | None) -> str:
+    from azu.errors import InvalidRequest
+    from azu.files import read_text
+
+    if (text is None) == (file is None):
+        raise InvalidRequest("give either the text, - for that of standard input, or --file FILE")
+    if text is not None and text != "-":
+        return text
+    # The last line's end is the file's, not the question's.
+    return read_text(file or Path("/dev/stdin")).removesuffix("\n")
 
 
 def jobs(

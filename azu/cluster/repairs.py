@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from azu.contact import doubling_s
 from azu.protocol.job import ChoiceKey
-from azu.supervision import doubling_s
 
 # A choice that was under way at so many losses, and came no further between them, caused them.
 _MOST_LOSSES = 3

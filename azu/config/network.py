@@ -9,10 +9,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from azu.config.settings import Address, Settings, Size, configuration_error
+from azu.contact import doubling_s
 from azu.errors import ConfigurationError
 from azu.files import CONFIGS, read_yaml
 from azu.planner.policy import PlanPolicy
-from azu.supervision import doubling_s
 from azu.units import MIB
 
 NAME_PATTERN = r"^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,40}[a-zA-Z0-9])?$"

@@ -6,19 +6,23 @@ import signal
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from azu import cli
 from tests.client.ingress import Reply, running_ingress
 
 
-def azu(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def azu(*arguments: str, home: Path, given: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with `given` as its standard input."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AZU_")}
     return subprocess.run(
         [sys.executable, "-m", "azu.cli", *arguments],
         env=kept | {"AZU_HOME": str(home), "AZU_URL": "http://127.0.0.1:9", "COLUMNS": "200"} | environment,
+        input=given,
         capture_output=True,
         text=True,
         timeout=60,
@@ -87,6 +91,23 @@ def test_an_empty_home_needs_no_preparation(tmp_path: Path) -> None:
 
     assert done.returncode == 1
     assert "no network runs" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("-h",), ("ps", "-h"), ("keys", "list", "-h")])
+def test_every_command_has_the_short_option_for_its_help(words: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(cli.app, [*words])
+
+    assert (done.exit_code, "Usage: " in done.output) == (0, True)
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert CliRunner().invoke(cli.app, ["--version"]).output == f"azu {version('azu')}\n"
+
+
+def test_a_shell_completes_commands() -> None:
+    asked = {"_ROOT_COMPLETE": "complete_bash", "COMP_WORDS": "azu ba", "COMP_CWORD": "1"}
+
+    assert CliRunner().invoke(cli.app, env=asked, prog_name="root").output.split() == ["balance"]
 
 
 @pytest.mark.parametrize("background", [(), ("--background",)])
