@@ -108,6 +108,20 @@ async def dispute(job_id: str, body: DisputeRequest, key: Key, services: Service
     return DisputeState(job_id=job_id, held_lamports=held.lamports)
 
 
+@router.get("/v1/jobs/{job_id}/dispute")
+async def decision(job_id: str, key: Key, services: ServicesNow) -> DisputeState:
+    """Return whether a job is disputed, and what the network's admin decided about it."""
+    await owned(services, key, job_id)
+    found = await services.books.decision(job_id)
+    is_back = found.state == "reversed"
+    return DisputeState(
+        job_id=job_id,
+        state=found.state,
+        held_lamports=0 if is_back else found.lamports,
+        returned_lamports=found.lamports if is_back else 0,
+    )
+
+
 @router.delete("/v1/jobs/{job_id}")
 async def delete(job_id: str, key: Key, services: ServicesNow) -> DeletedJob:
     """Remove an ended job's prompt and answer; its receipt stays. They leave the disk within an hour."""

@@ -115,10 +115,16 @@ class DisputeRequest(RequestModel):
 
 
 class DisputeState(ResponseModel):
-    """A disputed job. What workers and platform got for it is held, until the network's admin decides."""
+    """What became of what a job paid out, beside its receipt.
+
+    `state` is "none", "held" while a dispute waits for the network's admin, "dismissed", or "reversed" once
+    `returned_lamports` went back to the payer.
+    """
 
     job_id: str
     held_lamports: int
+    state: str = "held"
+    returned_lamports: int = 0
 
 
 class DeletedJob(ResponseModel):

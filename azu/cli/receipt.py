@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.text import Text
 
 from azu.cli.credentials import known_platform, open_client
-from azu.cli.output import AsJson, Exact, show
+from azu.cli.output import AsJson, Exact, amount, show, unit
 from azu.cli.prompt import DIFFERS, compared, receipt_panel
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ def receipt(
         found = _compared(document, client, job_id)
         if as_json and found.style == DIFFERS:
             typer.echo(found.plain, err=True)
-        show(document, as_json, lambda shown: Group(_signed(shown, exact), found))
+        decided = _decision(client, job_id, exact)
+        if as_json and decided:
+            typer.echo(decided.plain, err=True)  # not in the document that the platform signed
+        show(document, as_json, lambda shown: Group(_signed(shown, exact), found, *filter(None, [decided])))
         return
     assert verify is not None
     document = _read(verify)
@@ -88,6 +91,27 @@ def _compared(document: dict[str, Any], client: "Client", job_id: str) -> Text:
     if not received and receipt.completion_tokens:
         return Text("not compared: the network no longer has the answer", "yellow")
     return compared(difference(receipt, received))
+
+
+def _decision(client: "Client", job_id: str, exact: bool) -> Text:
+    """Return what became of what the job paid out, empty where nothing did."""
+    from azu.errors import AzuError
+
+    try:
+        found = client.decision(job_id)
+    except AzuError as error:
+        return Text(f"not known whether it was disputed or reversed: {error.message}", "yellow")
+    match found.state:
+        case "held":
+            held = f"{amount(found.held_lamports, exact)} {unit(exact)}"
+            return Text(f"disputed: {held} are held until the network's admin decides", "yellow")
+        case "reversed":
+            back = f"{amount(found.returned_lamports, exact)} {unit(exact)}"
+            return Text(f"reversed: {back} went back to the payer", "yellow")
+        case "dismissed":
+            return Text("disputed and dismissed: those who earned it keep it", "dim")
+        case _:
+            return Text()
 
 
 def _signed(document: dict[str, Any], exact: bool = False) -> Group:

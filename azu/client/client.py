@@ -255,6 +255,10 @@ class Client:
         body = {"signature": sign_dispute(wallet, job_id, self.platform().address)}
         return self._post(DisputeState, f"/v1/jobs/{quote(job_id, safe='')}/dispute", body)
 
+    def decision(self, job_id: str) -> DisputeState:
+        """Return whether a job is disputed, and what the network's admin decided about it."""
+        return self._get(DisputeState, f"/v1/jobs/{quote(job_id, safe='')}/dispute")
+
     def delete_job(self, job_id: str) -> str:
         """Remove an ended job's prompt and answer from the network and return its id; its receipt stays."""
         with translated():

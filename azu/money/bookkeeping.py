@@ -36,6 +36,7 @@ from azu.money.books import (
     BooksCalls,
     BooksTerms,
     HeldMoney,
+    JobDecision,
     JobDispute,
     KeySpending,
     NodesHeldMoney,
@@ -69,6 +70,7 @@ from azu.money.ledger.transfers import (
     Release,
     Reserve,
     RevenueTaken,
+    Reversed,
     Settle,
     UnknownOut,
     WithdrawalPlanned,
@@ -433,6 +435,17 @@ class Bookkeeper(BooksCalls):
                 disputed = await ledger.apply(transfer)
         held = sum(leg.lamports for leg in disputed.entry.legs if leg.account == HELD)
         return JobDispute(job_id, address, held)
+
+    async def decision(self, job_id: str) -> JobDecision:
+        ledger = await self.ledger()
+        decided = await ledger.result(f"decided:{job_id}")
+        if decided is not None:
+            # All that the entry adds goes to the payer, or to those who earned it.
+            added = sum(leg.lamports for leg in decided.entry.legs if leg.lamports > 0)
+            is_reversal = isinstance(decided.entry.transfer, Reversed)
+            return JobDecision("reversed", added) if is_reversal else JobDecision("dismissed")
+        held = ledger.state.disputes.get(job_id)
+        return JobDecision() if held is None else JobDecision("held", held.lamports)
 
     async def balance(self, address: str) -> UserBalance:
         accounts = user_available(address), user_reserved(address), user_withdrawing(address)

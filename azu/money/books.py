@@ -5,6 +5,7 @@ Nothing outside azu.money imports its store adapters.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import ConfigDict
 from redis.asyncio import Redis
@@ -111,6 +112,18 @@ class JobDispute:
     job_id: str
     payer: str
     lamports: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobDecision:
+    """What became of what a job paid out, beside its receipt.
+
+    `state` is "none", "held" while its dispute waits for an admin, "dismissed" or "reversed"; `lamports` are
+    held, or went back to the payer.
+    """
+
+    state: Literal["none", "held", "dismissed", "reversed"] = "none"
+    lamports: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +267,9 @@ class BooksCalls:
         a job that has not ended (code `job_not_finished`), or of which nothing can be held any more
         (`matured`).
         """
+
+    async def decision(self, job_id: str) -> JobDecision:
+        """Return whether a job is disputed, and what an admin decided about it."""
 
     # Accounts
 

@@ -31,7 +31,8 @@ _READS = frozenset({"balance", "earnings", "ended", "findings", "loss", "totals"
 # The calls that each caller may make.
 ALLOWED: Mapping[str, frozenset[str]] = {
     "ingress": _READS
-    | {"claim_earnings", "dispute", "give_back", "key", "keys", "open_key", "price", "receipt_signature"}
+    | {"claim_earnings", "decision", "dispute"}
+    | {"give_back", "key", "keys", "open_key", "price", "receipt_signature"}
     | {"reserve", "revoke_key", "withdraw"},
     "scheduler": frozenset({"ended", "expire", "overdue", "settle", "totals"}),
     "treasury": frozenset({"apply", "hear_time", "inside", "loss", "open_payouts", "owed", "result"}),

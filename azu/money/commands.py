@@ -38,6 +38,8 @@ def command_id(command: AdminCommand) -> str:
         return f"{command.payout_id}:planned"
     if isinstance(command, ConfirmPayout):
         return f"{command.payout_id}:paid"
+    if isinstance(command, ReverseJob | DismissDispute):
+        return f"decided:{command.job_id}"  # a job is decided once, and what was decided is found by it
     return f"command:{command.kind}:{command.nonce}"
 
 

@@ -12,6 +12,7 @@ from azu.cli import app
 from azu.client.machine import Credential, store_credential
 from azu.errors import InvalidRequest, Unauthenticated
 from tests.builders import receipt, receipt_signed
+from tests.client.ingress import Reply, running_ingress
 
 RUNNER = CliRunner()
 PLATFORM = Account.from_key("0x" + "09" * 32)
@@ -58,6 +59,38 @@ def test_a_receipt_of_an_unknown_platform_is_refused(file: Path) -> None:
     done = RUNNER.invoke(app, ["receipt", "--verify", str(file)])
 
     assert isinstance(done.exception, Unauthenticated)
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        (
+            {"state": "held", "held_lamports": 8000},
+            "disputed: 0.00008 HYPE are held until the network's admin decides",
+        ),
+        ({"state": "reversed", "returned_lamports": 8000}, "reversed: 0.00008 HYPE went back to the payer"),
+        ({"state": "dismissed"}, "disputed and dismissed"),
+        ({"state": "none"}, ""),
+    ],
+)
+def test_a_receipt_shows_what_became_of_the_money(
+    file: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, object], told: str
+) -> None:
+    document = json.loads(file.read_text())
+    with running_ingress() as ingress:
+        monkeypatch.setenv("AZU_URL", ingress.url)
+        monkeypatch.setenv("AZU_API_KEY", "k")
+        ingress.replies["GET /v1/receipts/job-1"] = Reply(document)
+        ingress.replies["GET /v1/jobs/job-1/dispute"] = Reply({"job_id": "job-1", "held_lamports": 0} | state)
+        shown = RUNNER.invoke(app, ["receipt", "job-1"], env={"COLUMNS": "100"})
+        as_json = RUNNER.invoke(app, ["receipt", "job-1", "--json"])
+
+    assert shown.exit_code == 0
+    assert told in shown.output
+    assert bool(told) is ("disputed" in shown.output or "reversed" in shown.output)
+    # What the platform signed stays as it is.
+    assert json.loads(as_json.stdout) == document
+    assert told in as_json.stderr
 
 
 @pytest.mark.parametrize("content", ["", "[]", "not json"])

@@ -139,6 +139,7 @@ def good_calls(sender: Sender) -> list[tuple[str, str, str, Any]]:
         ),
         ("GET", "/v1/withdrawals/1", "", None),
         ("POST", f"/v1/jobs/{job_id}/dispute", "", {"signature": "0x" + "1b" * 65}),
+        ("GET", f"/v1/jobs/{job_id}/dispute", "", None),
         ("GET", f"/results/{job_id}", "", None),
         ("GET", f"/v1/receipts/{job_id}", "", None),
         ("GET", f"/v1/jobs/{job_id}/stream", "after=0&chat=true", None),

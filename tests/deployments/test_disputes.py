@@ -31,14 +31,20 @@ def test_a_job_is_disputed_by_its_payer_alone_and_the_answer_stays(redis_url: st
                     {"signature": sign_dispute(payer, job_id, PLATFORM)},
                 )
 
+                before = await client.get(path)
                 unsigned = await client.post(path, json={"signature": "0x" + "1b" * 65})
                 of_another = await other.post(path, json=body)
                 held, again = [await client.post(path, json=body) for _ in range(2)]
+                read, by_another = await client.get(path), await other.get(path)
 
             assert (unsigned.status_code, of_another.status_code) == (403, 404)
             assert of_another.json()["error"]["code"] == "job_not_found"
             assert held.json() == again.json()
-            assert held.json() == {"job_id": job_id, "held_lamports": receipt["charged_lamports"]}
+            charged = receipt["charged_lamports"]
+            expected = {"job_id": job_id, "held_lamports": charged, "state": "held", "returned_lamports": 0}
+            assert held.json() == read.json() == expected
+            assert before.json() == expected | {"held_lamports": 0, "state": "none"}
+            assert by_another.status_code == 403
             assert receipt["charged_lamports"] > 0
 
     asyncio.run(asyncio.wait_for(ask(), 300))

@@ -26,7 +26,7 @@ from azu.auth.signatures import (
 )
 from azu.clock import wall_clock_ms
 from azu.errors import AzuError, Conflict, Forbidden, InsufficientBalance, LedgerError, NotFound
-from azu.money.books import Books, UserBalance
+from azu.money.books import Books, JobDecision, UserBalance
 from azu.money.ledger.transfers import LossNoted, Suspended
 from azu.money.signer.policy import kind_of
 from azu.money.signer.views import PayoutKind
@@ -82,17 +82,29 @@ def test_a_job_is_reversed_once_and_the_same_command_again_changes_nothing(redis
         entries = (await books.audit()).entries
         await books.command(text)
         assert (await books.audit()).entries == entries
-        await refused(books, signed(ReverseJob(job_id="job-1", **LIFE | {"nonce": 2})), Conflict, "matured")
+        for kind in (ReverseJob, DismissDispute):
+            again = signed(kind(job_id="job-1", **LIFE | {"nonce": 2}))
+            await refused(books, again, Conflict, "nonce_used")
 
-        # The nonce stays used where the books begin anew, from what they have sealed away.
+        # The job stays decided where the books begin anew, from what they have sealed away.
         await served.bookkeeper.seal(1)
         await served.stop()
         await served.start()
         await reserve(books, "job-2")
         await settle(books, "job-2")
         await books.command(text)
-        await refused(books, signed(ReverseJob(job_id="job-2", **LIFE)), Conflict, "nonce_used")
+        await refused(books, again, Conflict, "nonce_used")
+        assert await books.decision("job-1") == JobDecision("reversed", 80)
+        assert await books.decision("job-2") == JobDecision()
         assert await books.balance(ADDRESS) == UserBalance(920, 0, 0)
+
+    decide(redis_url, scenario)
+
+
+def test_a_nonce_is_used_once_for_what_may_be_commanded_again(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks, __: list[int]) -> None:
+        await books.command(signed(RemoveNode(node_id="a", **LIFE)))
+        await refused(books, signed(RemoveNode(node_id="b", **LIFE)), Conflict, "nonce_used")
 
     decide(redis_url, scenario)
 
@@ -183,6 +195,7 @@ def test_an_admin_decides_a_dispute_also_after_the_time_of_maturity(redis_url: s
         dismissal = signed(DismissDispute(**late))
         await refused(books, dismissal, Conflict, "matured")
         await books.dispute(ADDRESS, "job-1", sign_dispute(USER, "job-1", PLATFORM))
+        assert await books.decision("job-1") == JobDecision("held", 80)
         clock[0] += DAY_MS
         await books.claim_earnings(ADDRESS, sign_claim(USER, PLATFORM))
 
@@ -191,7 +204,9 @@ def test_an_admin_decides_a_dispute_also_after_the_time_of_maturity(redis_url: s
         assert (await books.balance(ADDRESS)).available_lamports == (1_000 if is_right else 920)
         assert (await books.earnings(OWNERS[0])).earned_lamports == (0 if is_right else 36)
         again = DismissDispute(**late | {"nonce": 2})
-        await refused(books, signed(again), Conflict, "matured")
+        await refused(books, signed(again), Conflict, "nonce_used")
+        decision = JobDecision("reversed", 80) if is_right else JobDecision("dismissed")
+        assert await books.decision("job-1") == decision
 
     decide(redis_url, scenario)
 
