@@ -322,9 +322,12 @@ def check_network(settings: Settings) -> Iterator[Finding]:
             # A machine that uses no network yet has no fault.
             state = Severity.BAD if is_expected else Severity.WARNING
             advice = "`azu up` starts a network here; AZU_URL says where another one is"
+            told = f"no network answers at {url}"
+            if "Connection refused" not in str(error):
+                told = f"{url}: {error}"
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 advice = "`azu login URL#ID`, as its owner's `azu up` printed it"
-            yield Finding("ingress", state, f"{url}: {error}", advice)
+            yield Finding("ingress", state, told, advice)
         else:
             serves = health.status_code == 200
             told = f"{url} {'serves' if serves else 'is still starting, or has no control plane'}"

@@ -89,7 +89,9 @@ class Listing:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the table if it fits, else the blocks."""
         wide, unbounded = self._table(), options.update(width=_WIDER_THAN_ANY)
-        if console.measure(wide, options=unbounded).maximum <= options.max_width or not self._rows:
+        fits = console.measure(wide, options=unbounded).maximum <= options.max_width
+        # Where the first column has no name, a row is a line of text, which may go on below.
+        if fits or not self._rows or not self._columns[0]:
             yield wide
             return
         if self._title:

@@ -33,10 +33,10 @@ def json_of(response: httpx.Response) -> Any:
 def raise_for(response: httpx.Response) -> None:
     """Raise the error that a refused response carries; its body must have been read."""
     if response.is_error:
-        raise error_of(response.status_code, response.content)
+        raise error_of(response.status_code, response.content, str(response.url.copy_with(query=None)))
 
 
-def error_of(status: int | None, content: bytes) -> AzuError:
+def error_of(status: int | None, content: bytes, url: str = "the network") -> AzuError:
     """Return the error of an OpenAI-shaped body, or an error that says that the body has another shape.
 
     `status` is None for an error inside a stream, which has no status of its own.
@@ -45,7 +45,9 @@ def error_of(status: int | None, content: bytes) -> AzuError:
         body = json.loads(content)["error"]
         message, param, code = str(body["message"]), body.get("param"), body.get("code")
     except (ValueError, KeyError, TypeError, AttributeError):
-        return _kind(status, None)(f"the network answered {status or 'a stream'} without an error body")
+        return _kind(status, None)(
+            f"{url} answered {status or 'a stream'} without an error body: is it a network of azu?"
+        )
     return _kind(status, code)(message, param=param, code=code)
 
 

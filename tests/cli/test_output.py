@@ -79,6 +79,14 @@ def test_a_table_that_is_too_wide_is_a_list_with_each_name_beside_its_value() ->
     assert lines[4:] == [f"  what  {'y' * 52}", f"        {'y' * 38}", "  free  7"]
 
 
+def test_a_table_of_texts_stays_one_and_goes_on_below() -> None:
+    shown = drawn(table(["", "found", "to do"], [["!", "x " * 40, "y " * 40]]), 60)
+
+    assert "│ !" in shown
+    assert max(map(len, shown.splitlines())) <= 60
+    assert shown.count("x") == 40
+
+
 def test_nodes_of_one_name_are_told_apart_by_their_ids() -> None:
     shown = drawn(ps._network(network()))
 
