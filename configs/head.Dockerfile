@@ -11,7 +11,10 @@ COPY --chown=ray azu ./azu
 COPY --chown=ray actors ./actors
 COPY --chown=ray deployments ./deployments
 COPY --chown=ray configs ./configs
-RUN pip install --no-cache-dir $PIP_OPTIONS ".[node]"
+# Each package is the one of the lock file, by its hash; which build of torch fits depends on the machine.
+RUN pip install --no-cache-dir $PIP_OPTIONS "torch>=2.8,<2.14"
+RUN pip install --no-cache-dir $PIP_OPTIONS --require-hashes --no-deps -r configs/locks/node.txt
+RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 # A package that is missing fails the build.
 RUN azu --help >/dev/null && python -c "import deployments.app, azu.engine.stage_runner; from azu.launch.redis_server import server_executable; server_executable()"
 RUN mkdir -p "$HOME/.azu"

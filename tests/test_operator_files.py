@@ -1,0 +1,155 @@
+"""The files for systemd, Compose and Kubernetes run commands that azu has, and stores as money needs them."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray._private.label_utils import validate_node_label_syntax
+from ray.serve.schema import ServeDeploySchema
+
+from actors.placement import DEVICE_LABEL, PAYOUT_LABEL, VRAM
+from azu.money.ledger.durability import DURABLE_CONFIG
+from tests.test_docs import wrong_arguments
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+UNITS = sorted((CONFIGS / "systemd").iterdir())
+COMPOSE = yaml.safe_load((CONFIGS / "compose.yaml").read_text())
+SERVICES: dict[str, Any] = COMPOSE["services"]
+CLAIM, RAY_SERVICE = yaml.safe_load_all((CONFIGS / "kubernetes" / "rayservice.yaml").read_text())
+AZU = "/opt/azu/bin/azu"
+# What Compose's specification has, of that what is used here.
+SERVICE_KEYS = {
+    "profiles", "image", "build", "user", "network_mode", "command", "environment", "volumes", "init",
+    "shm_size", "stop_grace_period", "restart", "deploy",
+}  # fmt: skip
+
+
+def unit_commands(unit: Path) -> list[list[str]]:
+    """Return the words of each command of a unit after the program's name."""
+    lines = re.findall(r"^Exec(?:Start|Stop)=(.*)$", unit.read_text(), re.M)
+    found = [re.search(rf"{AZU} ([^'$]*(?:\$\{{\w+\}}[^'$]*)*)", line) for line in lines]
+    return [shlex.split(one[1]) for one in found if one]
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_a_unit_runs_commands_of_azu(unit: Path) -> None:
+    commands = unit_commands(unit)
+
+    assert bool(commands) == (unit.suffix == ".service")
+    assert [wrong_arguments(words) for words in commands] == [None] * len(commands)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    program = tmp_path / "azu"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    for unit in UNITS:
+        (tmp_path / unit.name).write_text(unit.read_text().replace(AZU, str(program)))
+    # The money's own user is made on the head.
+    text = (tmp_path / "azu-money.service").read_text()
+    (tmp_path / "azu-money.service").write_text(text.replace("User=azu-money", "User=root"))
+    done = subprocess.run(
+        ("systemd-analyze", "verify", "--man=no", *(str(tmp_path / unit.name) for unit in UNITS)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    ours = [line for line in done.stderr.splitlines() if "azu" in line]
+    assert ours == []
+
+
+def test_the_heads_unit_lets_running_answers_end_before_systemd_kills_it() -> None:
+    text = (CONFIGS / "systemd" / "azu-head.service").read_text()
+
+    within_s = int(re.findall(r"--drain --within (\d+)", text)[0])
+    (stop_min,) = re.findall(r"^TimeoutStopSec=(\d+)min$", text, re.M)
+    assert 60 * int(stop_min) > within_s + 60
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_of_compose_is_whole(name: str) -> None:
+    service = SERVICES[name]
+
+    assert service.keys() <= SERVICE_KEYS
+    for volume in service["volumes"]:
+        assert volume.partition(":")[0] in COMPOSE["volumes"]
+    if "build" in service:
+        assert (CONFIGS / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+        assert wrong_arguments([re.sub(r"\$\{.*\}", "VALUE", word) for word in service["command"]]) is None
+
+
+def test_the_store_of_compose_is_as_durable_as_azus_own() -> None:
+    given = dict(
+        word.removeprefix("--").split(" ", 1)
+        for word in SERVICES["store"]["command"]
+        if word.startswith("--")
+    )
+
+    for name, value in DURABLE_CONFIG.items():
+        if name != "appendfilename":
+            assert given[name].strip('"') == value
+
+
+def containers(group: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {one["name"]: one for one in group["template"]["spec"]["containers"]}
+
+
+def test_kubernetes_gets_a_ray_service_with_one_set_of_books() -> None:
+    spec = RAY_SERVICE["spec"]
+    cluster = spec["rayClusterConfig"]
+    head = containers(cluster["headGroupSpec"])
+
+    assert (RAY_SERVICE["apiVersion"], RAY_SERVICE["kind"]) == ("ray.io/v1", "RayService")
+    assert spec.keys() == {"upgradeStrategy", "serveConfigV2", "rayClusterConfig"}
+    assert cluster.keys() == {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
+    assert spec["upgradeStrategy"] == {"type": "None"}
+    assert CLAIM["spec"]["accessModes"] == ["ReadWriteOncePod"]
+    assert list(head) == ["ray-head", "money"]
+    assert wrong_arguments([str(word) for word in head["money"]["args"]]) is None
+    # Of the money's folder Ray's container sees the files for Serve alone.
+    (seen,) = head["ray-head"]["volumeMounts"]
+    assert seen in head["money"]["volumeMounts"]
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"])).applications
+    assert application.args == {"folder": seen["mountPath"]}
+    own = yaml.safe_load((CONFIGS / "serve.yaml").read_text())["applications"]
+    assert application.import_path == own[0]["import_path"]
+
+
+def test_kubernetes_workers_say_what_they_lend_and_who_is_paid() -> None:
+    for group in RAY_SERVICE["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        assert group.keys() == {
+            "groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "resources", "labels",
+            "template",
+        }  # fmt: skip
+        # Ray's operator refuses resources in two places.
+        assert (
+            group["rayStartParams"].keys() & {"num-cpus", "num-gpus", "memory", "resources", "labels"}
+            == set()
+        )
+        assert group["resources"].keys() == {"CPU", "GPU", VRAM}
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert group["labels"].keys() == {PAYOUT_LABEL, DEVICE_LABEL}
+        validate_node_label_syntax(group["labels"])
+        (worker,) = containers(group).values()
+        assert worker["resources"]["limits"]["nvidia.com/gpu"] == "1"  # a Ray node is one GPU
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl here")
+def test_kubectl_reads_the_manifest(tmp_path: Path) -> None:
+    command = ("kubectl", "kustomize", str(tmp_path))
+    shutil.copy(CONFIGS / "kubernetes" / "rayservice.yaml", tmp_path)
+    (tmp_path / "kustomization.yaml").write_text("resources: [rayservice.yaml]\n")
+
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={"PATH": os.environ["PATH"]}
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert len(list(yaml.safe_load_all(done.stdout))) == 2
