@@ -187,6 +187,21 @@ PARTS = (
         pytest("tests/network/test_backup_drill.py", "-m", "prove", "-s"),
     ),
     Part(
+        "runbooks",
+        "each command of the runbooks in docs/operations.md runs as it stands there",
+        pytest("tests/network/test_runbooks.py", "-m", "prove", "-s"),
+    ),
+    Part(
+        "one head's load",
+        "tokens per second, memory and CPU time of the head's processes under 1, 16 and 64 streams",
+        pytest("tests/network/test_head_load.py", "-m", "prove", "-s"),
+    ),
+    Part(
+        "locked packages",
+        "pip finds each package of the lock files by its hash",
+        pytest("tests/test_lock.py", "-m", "prove"),
+    ),
+    Part(
         "memory planned",
         "50 sequences on a stage with KV for four: its process never takes more than planned",
         pytest("tests/engine/test_planned_memory.py", "-m", "prove", "-s"),
