@@ -49,6 +49,9 @@ FIRST = {"ada": 5, "ben": 3, "cleo": 1, "dora": 1}
 LATER = {"eve": 6, "finn": 6}
 NODES = (*FIRST, *LATER)
 HONEST_STEPS = 5
+# A job's pot is divided by largest remainder: where a part goes to the platform, the last lamport of each of
+# the four jobs may go to another worker.
+ROUNDING = 4
 
 Line = Mapping[str, Any]
 Lie = Callable[[Any], Any]
@@ -263,8 +266,11 @@ def check_disputed(
     assert answers == expected, "the same text, tokens and charge"
     assert topology(user, MODEL) == before, "nothing shows who is wrong: no piece is replaced"
     for node in NODES:
-        assert paid[payout(node)] <= honest[payout(node)], f"{node} is paid for what was not computed"
-    assert paid["platform"] > honest["platform"], "what the two do not agree about is the platform's"
+        most = honest[payout(node)] + ROUNDING
+        assert paid[payout(node)] <= most, f"{node} is paid for what was not computed"
+    assert paid["platform"] > honest["platform"] + ROUNDING, (
+        "what the two do not agree about is the platform's"
+    )
     assert paid.total() == honest.total()
     wait_until(lambda: disputed(network) > differed, "the difference is not counted")
     return liar, honest, paid
@@ -287,7 +293,10 @@ def test_an_expert_set_that_claims_more_or_less_than_it_got_is_paid_the_smaller_
 
     own = payout(liar["node"])
     # The node may hold another piece too, which is paid.
-    assert paid[own] == honest[own] if factor else paid[own] < honest[own], "the smaller count is paid"
+    if factor:
+        assert abs(paid[own] - honest[own]) <= ROUNDING, "the smaller count is paid"
+    else:
+        assert paid[own] < honest[own] - ROUNDING, "the smaller count is paid"
     replaced_by_an_honest_one(running, liar)
     gone = 1 - paid["platform"] / honest.total()
     show(f"a set that claims {factor} times what it got: the workers have {gone:.3f} of the charge")
@@ -323,8 +332,6 @@ def always(change: Lie) -> Callable[[object], None]:
 def test_a_router_that_counts_the_work_of_sets_as_its_own_gains_nothing(running: Running) -> None:
     liar, honest, paid = check_disputed(running, router, always(as_own))
 
-    own = payout(liar["node"])
-    assert paid[own] <= honest[own]
     assert any(
         paid[payout(line["node"])] < honest[payout(line["node"])]
         for line in sets(topology(running[1], MODEL))
