@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,9 +147,13 @@ def show_deployments(meter: Meter, deployments: Iterable[DeploymentStatus]) -> N
 
 
 def show_head(meter: Meter, home: Path, ends_s: Mapping[str, float]) -> None:
-    """Show the free part of the disk of jobs, and when the certificates end that this machine shows."""
-    disk = shutil.disk_usage(home)
-    meter.set_gauge(metrics.DISK_FREE, {("jobs",): disk.free / disk.total})
+    """Show the free part of the disk of jobs, and when the certificates end that this machine shows.
+
+    In a cluster that azu did not start the home may lie elsewhere, or belong to another user.
+    """
+    with suppress(OSError):
+        disk = shutil.disk_usage(home)
+        meter.set_gauge(metrics.DISK_FREE, {("jobs",): disk.free / disk.total})
     meter.set_gauge(metrics.CERTIFICATE_ENDS, {(name,): at_s for name, at_s in ends_s.items()})
 
 

@@ -53,8 +53,8 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
     for unit in UNITS:
         (tmp_path / unit.name).write_text(unit.read_text().replace(AZU, str(program)))
     # The money's own user is made on the head.
-    text = (tmp_path / "azu-money.service").read_text()
-    (tmp_path / "azu-money.service").write_text(text.replace("User=azu-money", "User=root"))
+    text = (tmp_path / "azu-serve.service").read_text()
+    (tmp_path / "azu-serve.service").write_text(text.replace("User=azu-money", "User=root"))
     done = subprocess.run(
         ("systemd-analyze", "verify", "--man=no", *(str(tmp_path / unit.name) for unit in UNITS)),
         capture_output=True,

@@ -89,6 +89,8 @@ def test_the_head_shows_its_free_disk_and_when_its_certificates_end(
         ends = read_certificate(certificate.read_bytes()).not_valid_after_utc
         assert shown.value(metrics.CERTIFICATE_ENDS, name) == ends.timestamp()
     assert 0 < shown.value(metrics.DISK_FREE, "jobs") < 1
+    show_head(meter, tmp_path / "elsewhere", {})
+    assert meter.snapshot().value(metrics.CERTIFICATE_ENDS) == 0
     monkeypatch.setenv("RAY_USE_TLS", "0")
     config.tls = None
     assert certificate_ends(config) == {}  # type: ignore[arg-type]
