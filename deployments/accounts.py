@@ -43,6 +43,7 @@ async def platform(services: ServicesNow) -> Platform:
         network_id=config.network_id,
         authority=config.authority,
         nodes=config.nodes.value,
+        key_day_lamports=config.policy.limits.key_day_lamports,
     )
 
 
@@ -114,7 +115,8 @@ async def open_key(body: KeyRequest, request: Request, services: ServicesNow) ->
 @router.get("/v1/auth/keys")
 async def keys(key: Key, services: ServicesNow) -> KeyList:
     """Return the keys of the caller's address, with what counts against their spend limits."""
-    return KeyList(data=tuple(map(_line, await services.books.keys(key.address))))
+    limit = services.config.policy.limits.key_day_lamports
+    return KeyList(data=tuple(_line(one, limit) for one in await services.books.keys(key.address)))
 
 
 @router.delete("/v1/auth/keys/{key_id}")
@@ -124,7 +126,7 @@ async def revoke(key_id: str, _: Key, bearer: Bearer, services: ServicesNow) -> 
     return Revoked(revoked=key_id)
 
 
-def _line(found: KeySpending) -> KeyLine:
+def _line(found: KeySpending, day_limit_lamports: int | None) -> KeyLine:
     key = found.key
     return KeyLine(
         key_id=key.key_id,
@@ -133,6 +135,8 @@ def _line(found: KeySpending) -> KeyLine:
         expires_at_ms=key.expires_at_ms,
         spend_limit_lamports=key.spend_limit_lamports,
         spent_lamports=None if key.spend_limit_lamports is None else found.spent_lamports,
+        day_limit_lamports=day_limit_lamports if key.spend_limit_lamports is None else None,
+        spent_today_lamports=found.today_lamports,
     )
 
 

@@ -21,7 +21,7 @@ from actors.placement import SCHEDULER
 from azu.auth.challenges import RedisChallenges
 from azu.auth.key_records import ApiKey
 from azu.auth.places import Places
-from azu.auth.rate_limit import Rate, RedisRates
+from azu.auth.rate_limit import Growth, Rate, RedisRates
 from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
 from azu.contact import Contact
@@ -55,6 +55,7 @@ _REFRESH_S = 60.0
 # A registry or scheduler that died is restarted in this time; a caller that waits longer asks again.
 _BACK_IN_S = 5.0
 _KEPT_MODELS = 64
+_KEPT_ACCOUNTS = 10_000
 # A prediction that takes longer is not waited for.
 _PREDICTED_IN_S = 1.0
 _METRICS_KEPT_S = 2.0
@@ -92,7 +93,7 @@ class Services:
         self.intake = Intake(
             self.books,
             self.jobs,
-            InFlightLimit(self._redis, self.jobs, policy.limits.max_jobs_in_flight),
+            InFlightLimit(self._redis, self.jobs, policy.limits.max_jobs_in_flight, self._times),
             JobLimits(
                 max_prompt_tokens=policy.limits.max_prompt_tokens,
                 max_completion_tokens=policy.limits.max_completion_tokens,
@@ -105,24 +106,37 @@ class Services:
         self.answers = Places(MOST_ANSWERS, _ANSWERS_OF_ONE)
         self.short = Places(MOST_SHORT, _SHORT_OF_ONE)
         self._rates = RedisRates(self._redis)
-        self._key_rate = Rate(policy.limits.requests_per_minute, policy.limits.request_burst)
+        self._rate = Rate(policy.limits.requests_per_minute, policy.limits.request_burst)
+        self._growth = Growth(policy.limits.lamports_for_more, policy.limits.most_times_more)
+        # Address -> when it was asked, and how many times more it may: the latest callers.
+        self._more: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._sign_in_rate = Rate(policy.limits.sign_ins_per_minute, policy.limits.sign_in_burst)
         self._scheduler = Contact("the scheduler")
         self._measured = (float("-inf"), MetricsSnapshot({}, {}))
         self._models: OrderedDict[str, tuple[float, ServedModel]] = OrderedDict()
 
     async def key(self, secret: str | None) -> ApiKey:
-        """Return the API key with a secret and count the request as its own.
+        """Return the API key with a secret and count the request as its account's.
 
-        Raises Unauthenticated without a valid key, RateLimited for a key with too many requests.
+        Raises Unauthenticated without a valid key, RateLimited for an account with too many requests.
         """
         if not secret:
             raise Unauthenticated(
                 "send an API key as `Authorization: Bearer azu-sk-...`; `azu login` opens one"
             )
         key = await self.books.key(secret)
-        await self._rates.take(key.key_id, self._key_rate)
+        await self._rates.take(key.address, self._rate.times(await self._times(key.address)))
         return key
+
+    async def _times(self, address: str) -> float:
+        """Return how many times as high an account's limits are, as of a minute ago at most."""
+        asked_s, times = self._more.get(address, (float("-inf"), 1.0))
+        if time.monotonic() - asked_s > _REFRESH_S:
+            times = self._growth.times(await self.books.paid(address))
+            self._more[address] = (time.monotonic(), times)
+            while len(self._more) > _KEPT_ACCOUNTS:
+                self._more.popitem(last=False)
+        return times
 
     async def count_sign_in(self, client: Address | None) -> None:
         """Count a request that needs no key, by its sender's address; raises RateLimited."""

@@ -53,7 +53,10 @@ class NewKey(ResponseModel):
 
 
 class KeyLine(ResponseModel):
-    """An API key without its secret. `spent_lamports` counts running jobs by the most they can cost."""
+    """An API key without its secret. What is spent counts running jobs by the most they can cost.
+
+    A key without a spend limit of its own may spend `day_limit_lamports` in a day (UTC), null for any amount.
+    """
 
     key_id: str
     label: str
@@ -61,6 +64,8 @@ class KeyLine(ResponseModel):
     expires_at_ms: int | None
     spend_limit_lamports: int | None
     spent_lamports: int | None
+    day_limit_lamports: int | None = None
+    spent_today_lamports: int = 0
 
 
 class KeyList(ResponseModel):
@@ -72,6 +77,7 @@ class KeyList(ResponseModel):
 class Platform(ResponseModel):
     """Where deposits go: the platform's address on the chain at `chain_url`; `version` is azu's.
 
+    A key without a spend limit of its own may spend `key_day_lamports` in a day (UTC), null for any amount.
     `network_id` is a hash of the address and of `authority`, the certificate (PEM) of the authority that
     signed the ingress's certificate; null without encryption, or where a public authority signed it. `nodes`
     is "encrypted", "local" where only the head's own machine lends, or "foreign" where azu did not start the
@@ -84,6 +90,7 @@ class Platform(ResponseModel):
     network_id: str = ""
     authority: str | None = None
     nodes: str = ""
+    key_day_lamports: int | None = None
 
 
 class DepositRequest(RequestModel):

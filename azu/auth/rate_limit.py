@@ -20,6 +20,25 @@ class Rate:
     per_minute: int
     burst: int
 
+    def times(self, more: float) -> "Rate":
+        """Return a limit that is so many times as high."""
+        return Rate(min(round(self.per_minute * more), _MICROSECONDS * 60), round(self.burst * more))
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """How an account's limits grow with what it paid in 30 days.
+
+    They are those of an account that paid nothing once more for each `lamports`, and at most `most` times.
+    """
+
+    lamports: int
+    most: int
+
+    def times(self, paid_lamports: int) -> float:
+        """Return how many times as high the limits are as those of an account that paid nothing."""
+        return min(float(self.most), 1 + paid_lamports / self.lamports)
+
 
 class RedisRates:
     """Buckets by name, which all ingresses of a network share."""

@@ -65,6 +65,11 @@ def login(
     credential = Credential(api_key, wallet.address.lower(), found.platform, given_id, found.authority)
     path = store_credential(settings.home, url, credential)
     console.print(f"Logged in to {url} as {wallet.address}; the key is in {path}")
+    day_limit = client.platform().key_day_lamports
+    if limit is None and day_limit is not None:
+        console.print(
+            f"The key spends up to {hype_from_lamports(day_limit)} HYPE in a day; --limit sets another"
+        )
     if url != url_of(settings):
         console.print(f"export AZU_URL={url}", soft_wrap=True)
 

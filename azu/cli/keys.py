@@ -40,10 +40,13 @@ def _drawn(found: "list[KeyLine]", exact: bool = False) -> Listing:
             "never" if key.expires_at_ms is None else _day(key.expires_at_ms),
             amount(key.spend_limit_lamports, exact),
             amount(key.spent_lamports, exact),
+            amount(key.day_limit_lamports, exact),
+            amount(key.spent_today_lamports, exact),
         )
         for key in found
     ]
-    return table(["key", "label", "opened", "ends", f"limit, {unit(exact)}", f"spent {unit(exact)}"], rows)
+    heads = ["key", "label", "opened", "ends", f"limit, {unit(exact)}", f"spent {unit(exact)}"]
+    return table([*heads, f"limit of a day, {unit(exact)}", f"today {unit(exact)}"], rows)
 
 
 def _day(at_ms: int) -> str:

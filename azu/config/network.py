@@ -120,11 +120,13 @@ class Limits(_Section):
 
     A request for a whole answer is refused when it is predicted to take longer than `max_wait_s`. A special
     token that the prompt of a completion spells is one with `special_tokens_in_prompts`, and else text.
-    `requests_per_minute` and `max_jobs_in_flight` hold for each key, `sign_ins_per_minute` (challenges and
-    keys) and `connections_per_address` for each network address, `max_keys` and `max_nodes` for each account,
-    `max_unfunded_keys` for all accounts that never had money: such a key is dropped after `unfunded_key_s`. A
-    burst is the number of requests that may come at once. A job whose client hung up goes on when the same
-    request comes again `repeat_within_s` later at the latest; with 0 it ends at once.
+    `requests_per_minute` and `max_jobs_in_flight` hold for each account; what it paid in 30 days adds as much
+    again for each `lamports_for_more`, up to `most_times_more`. `key_day_lamports` is what a key without a
+    spend limit may spend in a day. `sign_ins_per_minute` (challenges and keys) and `connections_per_address`
+    hold for each network address, `max_keys` and `max_nodes` for each account, `max_unfunded_keys` for all
+    accounts that never had money: such a key is dropped after `unfunded_key_s`. A burst is the number of
+    requests that may come at once. A job whose client hung up goes on when the same request comes again
+    `repeat_within_s` later at the latest; with 0 it ends at once.
     """
 
     max_body_bytes: Size
@@ -148,6 +150,9 @@ class Limits(_Section):
     max_unfunded_keys: Count
     unfunded_key_s: Count
     max_jobs_in_flight: Count
+    lamports_for_more: Count
+    most_times_more: Count
+    key_day_lamports: Count | None
     reservation_ttl_s: Count
     repeat_within_s: Annotated[float, Field(ge=0, le=3600)]
 

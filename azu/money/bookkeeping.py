@@ -55,7 +55,7 @@ from azu.money.ledger.entry import Result
 from azu.money.ledger.journal import RedisJournal
 from azu.money.ledger.ledger import Ledger
 from azu.money.ledger.seals import Seals
-from azu.money.ledger.state import KEPT_MS, BooksState
+from azu.money.ledger.state import KEPT_DAYS, KEPT_MS, BooksState
 from azu.money.ledger.transfers import (
     HELD,
     PLATFORM,
@@ -140,6 +140,8 @@ class Bookkeeper(BooksCalls):
         self._withdrawals = RedisWithdrawals(self._redis)
         self._uncredited = RedisUncredited(self._redis)
         self._cursor = RedisCursor(self._redis)
+        # Key id -> what is being reserved for it now, in lamports.
+        self._reserving = Counter[str]()
         self._opened_at_ms = 0
         # Why the signer signs nothing; empty while it does.
         self._unsigned: tuple[str, ...] = ()
@@ -269,9 +271,16 @@ class Bookkeeper(BooksCalls):
         state = (await self.ledger()).state
         mine = [one for one in state.keys.values() if one.address == address]
         return tuple(
-            KeySpending(_api_key(one), state.spent.get(one.key_id, 0))
+            KeySpending(
+                _api_key(one),
+                state.spent.get(one.key_id, 0),
+                state.in_days(one.key_id, self._now_ms()),
+            )
             for one in sorted(mine, key=lambda one: (one.created_at_ms, one.key_id))
         )
+
+    async def paid(self, address: str) -> int:
+        return (await self.ledger()).state.in_days(address, self._now_ms(), KEPT_DAYS)
 
     async def price(self) -> int:
         return self._terms.lamports_per_token_layer
@@ -305,12 +314,32 @@ class Bookkeeper(BooksCalls):
         # A repeated call has another time.
         known = await ledger.result(asked.id)
         if known is None:
-            await ledger.apply(asked)
+            with self._within_day(ledger.state, key, asked.lamports):
+                await ledger.apply(asked)
             return asked.lamports
         before = known.entry.transfer
         if not isinstance(before, Reserve) or _facts(before) != _facts(asked):
             raise TransferConflict(f"{job_id} was reserved for before, in another way")
         return before.lamports
+
+    @contextmanager
+    def _within_day(self, state: BooksState, key: ApiKey, lamports: int) -> Iterator[None]:
+        """Raise InsufficientBalance where a key without a limit of its own would spend too much today."""
+        most = self._terms.key_day_lamports
+        spent = state.in_days(key.key_id, self._now_ms()) + self._reserving[key.key_id]
+        if most is not None and key.spend_limit_lamports is None and spent + lamports > most:
+            raise InsufficientBalance(
+                f"this may take {lamports} lamports; of the {most} that a key may spend in a day (UTC) "
+                f"{max(0, most - spent)} are left. A key with a spend limit of its own has no other",
+                code="day_limit_reached",
+            )
+        self._reserving[key.key_id] += lamports
+        try:
+            yield
+        finally:
+            self._reserving[key.key_id] -= lamports
+            if not self._reserving[key.key_id]:
+                del self._reserving[key.key_id]
 
     async def give_back(self, job_id: str) -> None:
         ledger = await self.ledger()

@@ -70,6 +70,7 @@ class BooksTerms:
     max_nodes: int
     max_unfunded_keys: int
     unfunded_key_ms: int
+    key_day_lamports: int | None = None
     maturity_ms: int = 0
     others_payout: str | None = None
     admins: tuple[str, ...] = ()
@@ -99,10 +100,11 @@ class WorkerEarnings:
 
 @dataclass(frozen=True, slots=True)
 class KeySpending:
-    """A key, and what counts against its limit; open jobs count in full."""
+    """A key, and what counts against its limit, in all and today (UTC); open jobs count in full."""
 
     key: ApiKey
     spent_lamports: int
+    today_lamports: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,9 @@ class BooksCalls:
     async def keys(self, address: str) -> tuple[KeySpending, ...]:
         """Return an address's keys, expired ones too, in the order in which they were opened."""
 
+    async def paid(self, address: str) -> int:
+        """Return what an address paid for jobs today (UTC) and in the 29 days before, in lamports."""
+
     # Jobs
 
     async def price(self) -> int:
@@ -222,7 +227,8 @@ class BooksCalls:
 
         The price of now is the job's price until its end; `max_tokens` counts all its choices. Raises
         Unauthenticated for a key that is not valid now, InsufficientBalance if the account does not cover
-        the amount, or the key's limit (code `spend_limit_reached`). Then nothing is set aside.
+        the amount, or the key's limit (code `spend_limit_reached`), or that of a day for a key that has none
+        (`day_limit_reached`). Then nothing is set aside.
         """
 
     async def give_back(self, job_id: str) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from azu.auth.rate_limit import Rate, RedisRates
+from azu.auth.rate_limit import Growth, Rate, RedisRates
 from azu.errors import RateLimited
 from azu.redis_client import connect_redis, connect_redis_sync
 from tests.redis_server import start_redis
@@ -58,3 +58,10 @@ def test_buckets_expire_and_are_not_written_to_disk(tmp_path: Path) -> None:
     [log] = [path.read_bytes() for path in tmp_path.rglob("*.incr.aof")]
     assert b"written" in log
     assert b"azu:auth:rate" not in log
+
+
+def test_limits_grow_with_what_was_paid_up_to_a_ceiling() -> None:
+    growth, rate = Growth(lamports=100, most=8), Rate(per_minute=1200, burst=200)
+    assert [growth.times(paid) for paid in (0, 50, 100, 700, 10**12)] == [1, 1.5, 2, 8, 8]
+    assert rate.times(1.5) == Rate(per_minute=1800, burst=300)
+    assert Rate(per_minute=60_000_000, burst=1).times(8).per_minute == 60_000_000

@@ -90,6 +90,21 @@ def test_a_key_with_too_many_requests_is_refused_with_a_time_to_wait(play) -> No
     play(scenario, policy_with(requests_per_minute=1, request_burst=5))
 
 
+def test_the_keys_of_an_account_share_its_requests_and_show_what_they_may_spend_in_a_day(play) -> None:
+    async def scenario(ingress: LocalIngress) -> None:
+        account = Account.create()
+        keys = [await ingress.open_key(account), await ingress.open_key(account, spend_limit_lamports=5)]
+        async with ingress.client(keys[0]) as client:
+            listed = (await client.get("/v1/auth/keys")).json()["data"]
+            assert [one["day_limit_lamports"] for one in listed] == [1_000_000_000, None]
+            assert (await client.get("/v1/platform")).json()["key_day_lamports"] == 1_000_000_000
+        async with ingress.client(keys[1]) as client:
+            replies = [await client.get("/v1/balance") for _ in range(5)]
+        assert [reply.status_code for reply in replies] == [200, 200, 200, 200, 429]
+
+    play(scenario, policy_with(requests_per_minute=1, request_burst=5))
+
+
 def test_sign_ins_are_counted_by_their_senders_address(play) -> None:
     async def scenario(ingress: LocalIngress) -> None:
         async with ingress.client() as client:

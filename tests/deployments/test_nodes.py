@@ -30,7 +30,7 @@ from azu.auth.network_id import network_id
 from azu.auth.tickets import Admission, EnrolmentCalls
 from azu.client.http import trusting
 from azu.clock import wall_clock_ms
-from azu.config import EnrolmentConfig, NodeLinks
+from azu.config import EnrolmentConfig, NodeLinks, load_network
 from azu.errors import AzuError, Forbidden, OtherVersion, Unauthenticated, Unavailable
 from azu.launch.membership import (
     EnrolledMembership,
@@ -142,6 +142,7 @@ class serving:  # noqa: N801 - a context, used as one
                 authority=authority,
                 network_id=network_id(PLATFORM, authority),
                 nodes=NodeLinks.ENCRYPTED,
+                policy=load_network().policy,
             ),
             members=Members(self._access.url("ingress")),
             scheduler=self._scheduler,

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from azu.auth.key_records import key_id_of, secret_digest
 from azu.jobs.archive import ARCHIVE, pack, shared_text, unpack
 from azu.jobs.record import ENDED, JobRecord, address_key, job_key, tokens_key
 from azu.jobs.redis import LISTED_JOBS, TOKENS_KEPT_S, RedisJobs
@@ -15,7 +14,6 @@ from azu.protocol.job import FinishReason, JobOutcome, JobRun, JobState, Placeme
 from tests.builders import ALICE, job
 from tests.jobs.endings import outcome
 from tests.jobs.test_settlement import Billing
-from tests.money.accounts import BEARER
 
 DAY_MS = 24 * 3600 * 1000
 NOW_MS = 10**12
@@ -27,7 +25,6 @@ PLACED = tuple(
 )
 WORK = {layer: {f"node-{layer % 2}": 10**6 + layer} for layer in range(4)}
 MAX_BYTES = 600
-KEY_ID = key_id_of(secret_digest(BEARER))
 
 
 def recorded(ended: JobOutcome) -> JobRecord:
@@ -130,7 +127,7 @@ def test_a_finished_job_takes_at_most_600_bytes_after_a_day_beside_the_journal(r
             await jobs.done(job_id)
         fresh = (await used(jobs) - before) / count
         # The day passes.
-        for key in (*map(tokens_key, receipts), f"azu:auth:flight:{KEY_ID}"):
+        for key in (*map(tokens_key, receipts), f"azu:auth:flight:{accepted.address}"):
             assert 0 < await jobs._redis.ttl(key) <= TOKENS_KEPT_S
             await jobs._redis.delete(key)
         await jobs.archive(2**52, DAY_MS)

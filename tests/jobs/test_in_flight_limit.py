@@ -1,6 +1,7 @@
-"""A key has at most `limit` jobs in flight; ended and lost jobs make room."""
+"""An account has at most `limit` jobs in flight; ended and lost jobs make room."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -69,5 +70,26 @@ def test_a_refused_job_and_a_lost_job_make_room(redis_url: str) -> None:
 
         await submissions.submit("job-1", now_ms=LATER_MS)
         await submissions.submit("job-2", now_ms=LATER_MS)
+
+    asyncio.run(scenario())
+
+
+def test_the_keys_of_an_account_share_its_limit_and_an_account_that_pays_has_more(redis_url: str) -> None:
+    async def scenario() -> None:
+        async def times(_: str) -> float:
+            return more[0]
+
+        more = [1.0]
+        limit = InFlightLimit(connect_redis(redis_url), RedisJobs.from_url(redis_url), LIMIT, times)
+        keys = [replace(api_key(), key_id=f"key-{number}") for number in range(2 * LIMIT + 1)]
+        for key in keys[:LIMIT]:
+            await limit.add(key, f"job-{key.key_id}", 0)
+        with pytest.raises(RateLimited, match="3 jobs of this account"):
+            await limit.add(keys[LIMIT], "job-more", 0)
+        more[0] = 2.0
+        for key in keys[LIMIT : 2 * LIMIT]:
+            await limit.add(key, f"job-{key.key_id}", 0)
+        with pytest.raises(RateLimited, match="6 jobs"):
+            await limit.add(keys[-1], "job-last", 0)
 
     asyncio.run(scenario())

@@ -1,5 +1,6 @@
 """How many keys and nodes the books keep, and what makes room."""
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -7,13 +8,13 @@ from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
 from azu.clock import wall_clock_ms
-from azu.errors import Forbidden, Unauthenticated
+from azu.errors import Forbidden, InsufficientBalance, Unauthenticated
 from azu.money.books import Books
 from tests.builders import OWNERS
 from tests.money.accounts import fund, signed_key
 from tests.money.ledger import moves
 from tests.money.serving import TERMS, ServedBooks
-from tests.money.test_books import play
+from tests.money.test_books import ADDRESS, open_account, play, reserve, settle
 
 DAY_MS = 86_400_000
 NOW_MS = wall_clock_ms()
@@ -104,3 +105,62 @@ def test_so_many_nodes_are_paid_to_one_address(redis_url: str) -> None:
         await enrol("d", OWNERS[0])
 
     play(redis_url, scenario, terms=replace(TERMS, max_nodes=2))
+
+
+def test_a_key_without_a_limit_of_its_own_spends_so_much_in_a_day(redis_url: str) -> None:
+    clock = [NOW_MS // DAY_MS * DAY_MS]
+
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books, 2_000, now_ms=clock[0])
+        assert [await reserve(books, f"job-{number}") for number in range(2)] == [112, 112]
+        with pytest.raises(InsufficientBalance, match="76 are left") as refused:
+            await reserve(books, "job-2")
+        assert refused.value.code == "day_limit_reached"
+        # Of 112 lamports 80 were charged; what is given back may be spent.
+        await settle(books, "job-0")
+        assert (await books.keys(ADDRESS))[0].today_lamports == 192
+        await reserve(books, "job-3", max_tokens=9)
+        with pytest.raises(InsufficientBalance):
+            await reserve(books, "job-4")
+        clock[0] += DAY_MS
+        await reserve(books, "job-5")
+        assert (await books.keys(ADDRESS))[0].today_lamports == 112
+
+    play(redis_url, scenario, terms=replace(TERMS, key_day_lamports=300), now_ms=lambda: clock[0])
+
+
+def test_reservations_at_the_same_moment_stay_within_the_day(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books, 2_000)
+        asked = (reserve(books, f"job-{number}") for number in range(9))
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert answers.count(112) == 2
+
+    play(redis_url, scenario, terms=replace(TERMS, key_day_lamports=300))
+
+
+def test_a_key_with_a_limit_of_its_own_has_none_of_a_day(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books, 2_000, spend_limit_lamports=1_000)
+        assert [await reserve(books, f"job-{number}") for number in range(4)] == [112] * 4
+
+    play(redis_url, scenario, terms=replace(TERMS, key_day_lamports=300))
+
+
+def test_the_books_know_what_an_address_paid_in_30_days(redis_url: str) -> None:
+    clock = [NOW_MS // DAY_MS * DAY_MS]
+
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        await open_account(books, 2_000, now_ms=clock[0])
+        for number in range(2):
+            await reserve(books, f"job-{number}")
+            await settle(books, f"job-{number}")
+            assert await books.paid(ADDRESS) == 80 * (number + 1)
+            clock[0] += 20 * DAY_MS
+        assert await books.paid(ADDRESS) == 80
+        await reserve(books, "job-3")
+        kept = (await served.bookkeeper.ledger()).state.by_day
+        days = {int(row.partition("/")[0]) for row in kept}
+        assert len(days) == 2, "older days are forgotten"
+
+    play(redis_url, scenario, now_ms=lambda: clock[0])

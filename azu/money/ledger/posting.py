@@ -186,6 +186,7 @@ def _reserve(draft: Draft, transfer: Reserve) -> tuple[Leg, ...]:
     draft.reservations.put(transfer.job_id, transfer)
     draft.note_most("hold_ms", transfer.expires_at_ms - draft.at_ms)
     add(draft.spent, key.key_id, transfer.lamports)
+    draft.count_today(key.key_id, transfer.lamports)
     return legs
 
 
@@ -226,6 +227,8 @@ def _end_reservation(draft: Draft, transfer: Transfer, hold: Reserve, paid: Chan
     draft.reservations.put(hold.job_id, None)
     if draft.keys.get(hold.key_id) is not None:
         add(draft.spent, hold.key_id, -rest)
+    draft.count_today(hold.key_id, -rest)
+    draft.count_today(hold.address, sum(paid.values()))
     return legs
 
 

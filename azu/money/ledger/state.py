@@ -26,6 +26,8 @@ from azu.money.ledger.transfers import (
 
 # How long credits and nonces are kept by name, by the chain's time; it takes a nonce for two days.
 KEPT_MS = 30 * 86_400_000
+KEPT_DAYS = 30
+_DAY_MS = 86_400_000
 # A clock that goes back by less stands still until it has come there again.
 _STANDS_STILL_MS = 60_000
 
@@ -70,6 +72,8 @@ class BooksState:
     nonces: dict[str, str] = field(default_factory=dict)  # nonce -> payout, of the last KEPT_MS
     keys: dict[str, KeyOpened] = field(default_factory=dict)  # by key id
     spent: dict[str, int] = field(default_factory=dict)  # key id -> charges, and open reservations in full
+    # "day/address" -> what it paid, and "day/key id" -> the same with open reservations in full, of KEPT_DAYS
+    by_day: dict[str, int] = field(default_factory=dict)
     nodes: dict[str, NodeEnrolled] = field(default_factory=dict)  # by node id
     removed: dict[str, NodeRemoved] = field(default_factory=dict)  # by node id
     claims: dict[str, EarningsClaimed] = field(default_factory=dict)  # by address
@@ -99,6 +103,11 @@ class BooksState:
     def free(self, account: str) -> int:
         """Return what of an account's lamports has matured."""
         return self.balance(account) - self.locked.get(account, 0)
+
+    def in_days(self, name: str, now_ms: int, days: int = 1) -> int:
+        """Return what `by_day` has of an address or a key, of today (UTC) and the days before."""
+        today = now_ms // _DAY_MS
+        return sum(self.by_day.get(f"{today - ago}/{name}", 0) for ago in range(days))
 
     def expired(self, now_ms: int) -> list[Reserve]:
         """Return the open reservations that expire up to now, the oldest first."""
@@ -178,6 +187,7 @@ class Draft:
         self.nonces = Overlay(state.nonces)
         self.keys = Overlay(state.keys)
         self.spent = Overlay(state.spent)
+        self.by_day = Overlay(state.by_day)
         self.nodes = Overlay(state.nodes)
         self.removed = Overlay(state.removed)
         self.claims = Overlay(state.claims)
@@ -206,6 +216,11 @@ class Draft:
     def fact(self, name: str) -> int:
         """Return one of the state's facts."""
         return self.facts.get(name) or 0
+
+    def count_today(self, name: str, lamports: int) -> None:
+        """Add to what an address or a key has of today; what is given back of an earlier day is left out."""
+        row = f"{self.at_ms // _DAY_MS}/{name}"
+        self.by_day.put(row, max(0, (self.by_day.get(row) or 0) + lamports) or None)
 
     def free(self, account: str) -> int:
         """Return what of an account's lamports has matured."""
@@ -254,3 +269,8 @@ class Draft:
             if credit.at_ms >= before_ms:
                 break
             self.credits.put(number, None)
+        first = self.at_ms // _DAY_MS - KEPT_DAYS
+        for row, _ in self.by_day.oldest():
+            if int(row.partition("/")[0]) > first:
+                break
+            self.by_day.put(row, None)
