@@ -29,8 +29,13 @@ class Registry:
             status=self._status,
             max_model_bytes=config.max_model_bytes,
             offered=config.policy.models,
+            free_bytes=config.policy.new_models.free_bytes,
         )
         self._cuts = ThreadPoolExecutor(_CUTS_AT_ONCE, thread_name_prefix="cut")
+
+    def new_bytes(self, model_id: str) -> int:
+        """Return how many bytes a model has that the network never had; 0 for others."""
+        return self._models.new_bytes(model_id)
 
     def describe(self, model_id: str, revision: str | None = None) -> ModelDescription:
         """Return what pricing needs, fetching config and tokenizer only."""

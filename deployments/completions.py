@@ -60,7 +60,7 @@ async def chat_completions(
 ) -> Response:
     """Answer a chat through the model's own template."""
     check_limits(body, services.config.policy.limits)
-    model = await services.model(body.model)
+    model = await services.model(body.model, bearer)
     tools = body.offered_tools
     if tools and not model.tokenizer.takes_tools():
         raise InvalidRequest(
@@ -83,7 +83,7 @@ async def completions(
 ) -> Response:
     """Continue a prompt as it is."""
     check_limits(body, services.config.policy.limits)
-    model = await services.model(body.model)
+    model = await services.model(body.model, bearer)
     if isinstance(body.prompt, str):
         prompt = await services.encode(model, body.prompt)
     else:

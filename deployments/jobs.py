@@ -39,7 +39,7 @@ router = APIRouter()
 async def submit(body: SubmitRequest, key: Key, bearer: Bearer, services: ServicesNow) -> SubmittedJob:
     """Queue a prompt as it is, with the model's own sampling defaults."""
     check_speaks_for(key, body.user_address)
-    model = await services.model(body.model_id)
+    model = await services.model(body.model_id, bearer)
     prompt = await services.encode(model, body.prompt)
     request = CompletionRequest(model=body.model_id, prompt=body.prompt, max_tokens=body.est_tokens)
     sampling = sampling_params(request, model.defaults, model.vocab_size, default_max_tokens=body.est_tokens)
@@ -167,12 +167,12 @@ _LATEST_JOBS = 50
 
 
 @router.post("/v1/quote")
-async def quote(body: QuoteRequest, key: Key, services: ServicesNow) -> QuoteResponse:
+async def quote(body: QuoteRequest, key: Key, bearer: Bearer, services: ServicesNow) -> QuoteResponse:
     """Return the highest and the expected price; `prediction` is null for a model that is not deployed."""
     if (body.prompt is None) == (body.tokens is None):
         raise InvalidRequest("give either the prompt or the number of its tokens", param="prompt")
     check_choices(body.n, services.config.policy.limits)
-    model = await services.model(body.model)
+    model = await services.model(body.model, bearer)
     num_tokens = body.tokens or 0
     if body.prompt is not None:
         num_tokens = len(await services.encode(model, body.prompt))

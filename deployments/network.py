@@ -44,6 +44,7 @@ from deployments.services import (
     Admin,
     AdminSecret,
     ApiKeySecret,
+    Bearer,
     Key,
     Services,
     ServicesNow,
@@ -128,9 +129,9 @@ async def models(_: Key, services: ServicesNow) -> ModelList:
 
 
 @router.get("/v1/models/{model_id:path}")
-async def model(model_id: str, _: Key, services: ServicesNow) -> ModelLine:
+async def model(model_id: str, _: Key, bearer: Bearer, services: ServicesNow) -> ModelLine:
     """Return one model, cut or not; raises ModelNotFound."""
-    facts = (await services.model(model_id)).facts
+    facts = (await services.model(model_id, bearer)).facts
     deployed = model_id in await _deployed(services)
     return _model(services, model_id, facts.num_layers, facts.context_length, deployed)
 

@@ -220,17 +220,36 @@ class Services:
             self._measured = (time.monotonic(), measured)
         return measured
 
-    async def model(self, model_id: str) -> ServedModel:
-        """Return a model that can be priced; raises ModelNotFound, or the reason why azu cannot serve it."""
+    async def model(self, model_id: str, bearer: str | None = None) -> ServedModel:
+        """Return a model that can be priced; raises ModelNotFound, or the reason why azu cannot serve it.
+
+        For a model that is new here the key `bearer` sets a fee aside; None is for the model of a job.
+        """
         read_s, served = self._models.get(model_id, (float("-inf"), None))
         if served is None or time.monotonic() - read_s > _REFRESH_S:
-            described: ModelDescription = await self.registry("describe", model_id)
+            described = await self._described(model_id, bearer)
             if served is None or served.facts.revision != described.revision:
                 served = await asyncio.to_thread(_served, described)
             self._models[model_id] = (time.monotonic(), served)
             while len(self._models) > _KEPT_MODELS:
                 self._models.popitem(last=False)
         return served
+
+    async def _described(self, model_id: str, bearer: str | None) -> ModelDescription:
+        num_bytes = 0 if bearer is None else await self.registry("new_bytes", model_id)
+        if not num_bytes:
+            known: ModelDescription = await self.registry("describe", model_id)
+            return known
+        fetch_id = f"fetch-{secrets.token_hex(12)}"
+        await self.books.reserve_fetch(bearer or "", fetch_id, model_id=model_id, num_bytes=num_bytes)
+        try:
+            new: ModelDescription = await self.registry("describe", model_id)
+        except AzuError as error:
+            # Of one that does not answer it is not known yet.
+            if not isinstance(error, Unavailable):
+                await self.books.give_back(fetch_id)
+            raise
+        return new
 
     async def _call(self, actor: str, method: str, timeout_s: float, *arguments: Any) -> Any:
         back_in_s = min(_BACK_IN_S, timeout_s)

@@ -157,6 +157,18 @@ class Limits(_Section):
     repeat_within_s: Annotated[float, Field(ge=0, le=3600)]
 
 
+class NewModels(_Section):
+    """What a model costs that the network does not have: a fee for each GiB, set aside when it is asked for.
+
+    It goes back with the first job of the model, and is charged if there is none in `unused_s`. Models that
+    were not used for longest leave the registry's disk while less than `free_bytes` are free.
+    """
+
+    lamports_per_gib: Annotated[int, Field(ge=0)]
+    unused_s: Count
+    free_bytes: Size
+
+
 class Certificates(_Section):
     """How long a node's certificate is valid."""
 
@@ -215,6 +227,7 @@ class NetworkPolicy(_Section):
     moves: Moves
     canary: CanaryPolicy
     limits: Limits
+    new_models: NewModels
     certificates: Certificates
     timeouts: Timeouts
 

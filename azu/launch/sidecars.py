@@ -183,6 +183,8 @@ def books_terms(
         max_nodes=policy.limits.max_nodes,
         max_unfunded_keys=policy.limits.max_unfunded_keys,
         unfunded_key_ms=policy.limits.unfunded_key_s * 1000,
+        fetch_lamports_per_gib=policy.new_models.lamports_per_gib,
+        fetch_unused_ms=policy.new_models.unused_s * 1000,
         key_day_lamports=policy.limits.key_day_lamports,
         maturity_ms=mature_s * 1000,
         others_payout=others_payout,

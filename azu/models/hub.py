@@ -4,14 +4,15 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from httpx2 import HTTPError
-from huggingface_hub import HfApi, get_session, is_offline_mode, snapshot_download
+from huggingface_hub import HfApi, constants, get_session, is_offline_mode, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import (
+    CacheNotFound,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -25,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
 from azu.errors import BrokenCheckpoint, InvalidRequest, ModelNotFound, Unavailable
-from azu.models.checkpoint import CONFIG_FILE, INDEX_FILE, MODEL_FILES, weight_files
+from azu.models.checkpoint import CONFIG_FILE, INDEX_FILE, MODEL_FILES, SINGLE_FILE, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +71,7 @@ def find_on_hub(model_id: str, revision: str | None) -> HubSource:
     content than the Hub's own hash names; Unavailable when the Hub does not answer and the model is not in
     the cache.
     """
-    try:
-        validate_repo_id(model_id)
-    except HFValidationError as error:
-        raise InvalidRequest(f"{model_id!r} is no model id", param="model") from error
-    get_session().timeout = _REPLY_TIMEOUT_S
+    _check_id(model_id)
     with _hub_errors(model_id):
         commit = HfApi().resolve_revision(model_id, revision=revision).resolved
         listing = _listing(model_id, commit)
@@ -90,6 +87,31 @@ def find_on_hub(model_id: str, revision: str | None) -> HubSource:
     if missing:
         raise BrokenCheckpoint(f"{model_id} has no {missing[0]}, which its {INDEX_FILE} names")
     return HubSource(model_id, commit, folder, names, sum(present[name] for name in names), listing or {})
+
+
+def size_on_hub(model_id: str) -> int:
+    """Return the bytes that azu would fetch of a repository, by its listing; raises as `find_on_hub`."""
+    _check_id(model_id)
+    with _hub_errors(model_id):
+        listing = _listing(model_id, HfApi().resolve_revision(model_id, revision=None).resolved) or {}
+    weights = {SINGLE_FILE} & listing.keys() or {name for name in listing if name.endswith(".safetensors")}
+    return sum(file.size for name, file in listing.items() if name in weights or name in _DESCRIPTION_FILES)
+
+
+def forget(model_id: str) -> None:
+    """Remove a repository from the cache."""
+    with suppress(CacheNotFound):
+        cache = scan_cache_dir(constants.HF_HUB_CACHE)
+        mine = [one for repo in cache.repos if repo.repo_id == model_id for one in repo.revisions]
+        cache.delete_revisions(*(one.commit_hash for one in mine)).execute()
+
+
+def _check_id(model_id: str) -> None:
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError as error:
+        raise InvalidRequest(f"{model_id!r} is no model id", param="model") from error
+    get_session().timeout = _REPLY_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -13,13 +14,26 @@ from azu.models import inspection
 from azu.models.checkpoint import MODEL_FILES, contained_file
 from azu.models.cut import cut, process_lock
 from azu.models.description import AvailableModel, ModelDescription
-from azu.models.sources import Source, built_in_models, find_source, is_offered, model_folder_name
-from azu.models.status import RedisModelStatus, StatusReporter
+from azu.models.hub import forget
+from azu.models.room import ModelRoom
+from azu.models.sources import (
+    Source,
+    built_in_models,
+    find_source,
+    is_built_in,
+    is_offered,
+    model_folder_name,
+    size_of,
+)
+from azu.models.status import ModelState, RedisModelStatus, StatusReporter
 from azu.protocol.structure import STRUCTURE_FILE, Shard, Structure
+from azu.units import GIB
 
 # How long the registry takes a name such as "main" to mean the same commit.
 _PINNED_S = 300.0
 _MAX_DESCRIBED = 64
+# Their config and tokenizer files together; one model may have a quarter of it.
+_MAX_DESCRIBED_BYTES = GIB
 # How long a caller waits while another process cuts the same model.
 _CUT_TIMEOUT_S = 6 * 3600.0
 _REVISION = re.compile(r"[0-9a-f]{40,64}")
@@ -29,7 +43,8 @@ class ModelRegistry:
     """Models of one network, with their shards under `root`; methods block and are thread-safe.
 
     Model folders are accepted only under `model_roots`. A model with more than `max_model_bytes` of weights,
-    or whose id matches no pattern in `offered`, is refused before its weights are fetched.
+    or whose id matches no pattern in `offered`, is refused before its weights are fetched. The models that
+    were not used for longest are removed while less than `free_bytes` would be free on the disk.
     """
 
     def __init__(
@@ -40,6 +55,7 @@ class ModelRegistry:
         status: RedisModelStatus,
         max_model_bytes: int,
         offered: Sequence[str] = ("*",),
+        free_bytes: int = 0,
     ) -> None:
         self._root = root
         self._home = root.parent
@@ -52,7 +68,21 @@ class ModelRegistry:
         self._pins: dict[tuple[str, str | None], tuple[str, float]] = {}
         self._described: dict[tuple[str, str], ModelDescription] = {}
         self._structures: dict[tuple[str, str], Structure] = {}
+        self._room = ModelRoom(root, free_bytes)
+        # One model at a time takes room, or two would take the same.
+        self._making_room = threading.Lock()
         root.mkdir(parents=True, exist_ok=True)
+
+    def new_bytes(self, model_id: str) -> int:
+        """Return how many bytes a model has that the network never had, by a listing alone; 0 for others.
+
+        Raises what `describe` does.
+        """
+        self._check_offered(model_id)
+        if is_built_in(model_id) or self._status.get(model_id).state is not ModelState.UNKNOWN:
+            return 0
+        with disk_errors(self._home), self._near_named(model_id):
+            return max(1, size_of(model_id, self._model_roots))
 
     def describe(self, model_id: str, revision: str | None = None) -> ModelDescription:
         """Return a model at one revision, by default the newest; only config and tokenizer are fetched.
@@ -61,25 +91,35 @@ class ModelRegistry:
         not offered, ModelNotFound, UnsupportedModel, BrokenCheckpoint, and Unavailable when the Hub does not
         answer.
         """
+        self._check_offered(model_id)
+        with disk_errors(self._home), self._describing[hash(model_id) % len(self._describing)]:
+            commit = self._recent_commit(model_id, revision)
+            known = None if commit is None else self._described.get((model_id, commit))
+            if known is not None:
+                self._room.note_used(model_id)
+                return known
+            with self._near_named(model_id):
+                source = self._find(model_id, revision)
+            self._pins[model_id, revision] = (source.revision, time.monotonic())
+            known = self._described.get((model_id, source.revision))
+            return self._remember(source) if known is None else known
+
+    def _check_offered(self, model_id: str) -> None:
         if not is_offered(model_id, self._offered):
             raise Forbidden(
                 f"{model_id[:80]!r} is not among the models that this network offers{self._near(model_id)}",
                 param="model",
                 code="model_not_offered",
             )
-        with disk_errors(self._home), self._describing[hash(model_id) % len(self._describing)]:
-            commit = self._recent_commit(model_id, revision)
-            known = None if commit is None else self._described.get((model_id, commit))
-            if known is not None:
-                return known
-            try:
-                source = self._find(model_id, revision)
-            except (ModelNotFound, Unavailable) as error:
-                told = f"{error.message}{self._near(model_id)}"
-                raise type(error)(told, param=error.param, code=error.code) from error
-            self._pins[model_id, revision] = (source.revision, time.monotonic())
-            known = self._described.get((model_id, source.revision))
-            return self._remember(source) if known is None else known
+
+    @contextmanager
+    def _near_named(self, model_id: str) -> Iterator[None]:
+        """Have the error for a model that is not found name those with a similar id."""
+        try:
+            yield
+        except (ModelNotFound, Unavailable) as error:
+            told = f"{error.message}{self._near(model_id)}"
+            raise type(error)(told, param=error.param, code=error.code) from error
 
     def ensure_cut(self, model_id: str, revision: str) -> Structure:
         """Return the model's structure when all its shards are on disk; the first caller fetches and cuts.
@@ -107,6 +147,11 @@ class ModelRegistry:
             return structure
 
     def _cut(self, source: Source, folder: Path, report: StatusReporter) -> Structure:
+        # A folder's weights are there already; those of a repository are fetched and then cut.
+        copies = 1 if source.model_id.startswith("/") or is_built_in(source.model_id) else 2
+        with self._making_room:
+            self._room.note_used(source.model_id)
+            self._room.make(copies * source.weight_bytes, source.model_id, self._leave)
         return cut(
             source.weights(report.fetching),
             folder,
@@ -200,10 +245,24 @@ class ModelRegistry:
         description = _describe(source)
         if self.structure(*key) is None:
             StatusReporter(self._status, *key).described(source.weight_bytes)
-        for oldest in list(self._described)[: 1 - _MAX_DESCRIBED]:
-            self._described.pop(oldest, None)
         self._described[key] = description
+        kept = [sum(map(len, one.files.values())) for one in list(self._described.values())]
+        for oldest in list(self._described)[:-1]:
+            if len(kept) <= _MAX_DESCRIBED and sum(kept) <= _MAX_DESCRIBED_BYTES:
+                break
+            self._described.pop(oldest, None)
+            kept.pop(0)
+        self._room.note_used(source.model_id)
         return description
+
+    def _leave(self, model_id: str) -> None:
+        """Forget a model that leaves the disk: the next that asks for it sets a fee aside again."""
+        self._status.remove(model_id)
+        for known in (self._structures, self._described):
+            for key in [one for one in known if one[0] == model_id]:
+                known.pop(key, None)
+        if not model_id.startswith("/"):
+            forget(model_id)
 
     def _folder(self, model_id: str, revision: str) -> Path:
         if not _REVISION.fullmatch(revision):

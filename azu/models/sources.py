@@ -12,7 +12,7 @@ from typing import Protocol
 from azu.errors import BrokenCheckpoint, InvalidRequest, ModelNotFound
 from azu.files import CONFIGS
 from azu.models.checkpoint import INDEX_FILE, MODEL_FILES, contained_file, weight_files
-from azu.models.hub import find_on_hub
+from azu.models.hub import find_on_hub, size_on_hub
 from azu.units import format_bytes
 
 _REVISION_CHARS = 40
@@ -63,11 +63,19 @@ def find_source(
     if model_id.startswith("/"):
         folder = _allowed_folder(model_id, roots)
         return FolderSource.find(model_id, folder, revision, max_weight_bytes)
-    if model_id.startswith("azu/"):
+    if is_built_in(model_id):
         return FolderSource.find(model_id, _built_in(model_id), revision, max_weight_bytes)
     source = find_on_hub(model_id, revision)
     _refuse_large(model_id, source.weight_bytes, max_weight_bytes)
     return source
+
+
+def size_of(model_id: str, roots: Sequence[Path]) -> int:
+    """Return the bytes of a folder's or repository's files, without reading them; raises as `find_source`."""
+    if not model_id.startswith("/"):
+        return size_on_hub(model_id)
+    folder = _allowed_folder(model_id, roots)
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def _built_in(model_id: str) -> Path:
@@ -175,6 +183,11 @@ def _sha256(state: _FileState) -> str:
 def is_offered(model_id: str, patterns: Sequence[str]) -> bool:
     """Return whether an id equals one of the patterns or matches one such as "azu/*"; case matters."""
     return any(fnmatchcase(model_id, pattern) for pattern in patterns)
+
+
+def is_built_in(model_id: str) -> bool:
+    """Return whether an id is one of a model that comes with azu."""
+    return model_id.startswith("azu/")
 
 
 def built_in_models() -> list[str]:

@@ -62,6 +62,13 @@ class RedisModelStatus:
             note(_READY, status.model_id)
             pipeline.execute()
 
+    def remove(self, model_id: str) -> None:
+        """Forget a model."""
+        with typed_redis_errors(), self._redis.pipeline() as pipeline:
+            pipeline.delete(_key(model_id))
+            pipeline.srem(_READY, model_id)
+            pipeline.execute()
+
     def get(self, model_id: str) -> ModelStatus:
         """Return the model's status, UNKNOWN for a model without one."""
         with typed_redis_errors():

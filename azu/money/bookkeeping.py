@@ -84,6 +84,7 @@ from azu.money.ledger.transfers import (
     worker_paid,
     worker_paying,
 )
+from azu.money.model_fees import ends, fee, fee_lamports, given_back, is_fee, open_fees
 from azu.money.pricing import divide, possible_shares
 from azu.money.receipts import ReceiptKey
 from azu.money.signer.views import BooksHead, BooksView, OpenPayout
@@ -296,7 +297,9 @@ class Bookkeeper(BooksCalls):
         prompt_tokens: int,
         max_tokens: int,
     ) -> int:
-        key, ledger = await self.key(bearer), await self.ledger()
+        key = await self.key(bearer)
+        if is_fee(job_id):
+            raise InvalidRequest(f"{job_id} is no job's id", param="job_id")
         asked = Reserve(
             id=f"reserve:{job_id}",
             address=key.address,
@@ -311,6 +314,29 @@ class Bookkeeper(BooksCalls):
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
         )
+        return await self._set_aside(key, asked)
+
+    async def reserve_fetch(self, bearer: str, fetch_id: str, *, model_id: str, num_bytes: int) -> int:
+        key, terms = await self.key(bearer), self._terms
+        lamports = fee_lamports(num_bytes, terms.fetch_lamports_per_gib)
+        if not is_fee(fetch_id):
+            raise InvalidRequest(f"{fetch_id} is no fee's id", param="fetch_id")
+        others = open_fees((await self.ledger()).state, model_id)
+        if not lamports or any(one.job_id != fetch_id for one in others):
+            return 0
+        until_ms = self._now_ms() + terms.fetch_unused_ms
+        return await self._set_aside(
+            key, fee(fetch_id, key.address, key.key_id, model_id, lamports, until_ms)
+        )
+
+    async def charge_unused(self) -> None:
+        """Charge the fees for models that were not used in time."""
+        ledger = await self.ledger()
+        for one in list(ends(ledger.state, self._now_ms())):
+            await ledger.apply(one)
+
+    async def _set_aside(self, key: ApiKey, asked: Reserve) -> int:
+        ledger = await self.ledger()
         # A repeated call has another time.
         known = await ledger.result(asked.id)
         if known is None:
@@ -319,7 +345,7 @@ class Bookkeeper(BooksCalls):
             return asked.lamports
         before = known.entry.transfer
         if not isinstance(before, Reserve) or _facts(before) != _facts(asked):
-            raise TransferConflict(f"{job_id} was reserved for before, in another way")
+            raise TransferConflict(f"{asked.job_id} was reserved for before, in another way")
         return before.lamports
 
     @contextmanager
@@ -356,7 +382,7 @@ class Bookkeeper(BooksCalls):
         ending: JobEnding,
     ) -> JobOutcome:
         ledger = await self.ledger()
-        hold = ledger.state.reservations.get(job_id)
+        hold = None if is_fee(job_id) else ledger.state.reservations.get(job_id)
         if hold is None:
             ended = await self.ended(job_id)
             if ended is None:
@@ -392,7 +418,10 @@ class Bookkeeper(BooksCalls):
             maturity_ms=self._terms.maturity_ms,
             outcome=pack_ending(ending),
         )
-        return await self._end(hold, settle)
+        outcome = await self._end(hold, settle)
+        for one in open_fees(ledger.state, hold.model_id):
+            await self._end(one, given_back(one))
+        return outcome
 
     def _payees(self, state: BooksState, by_node: Mapping[str, int]) -> tuple[Counter[str], Counter[str]]:
         """Return the shares of payout addresses, and those of nodes that have none."""
@@ -437,11 +466,12 @@ class Bookkeeper(BooksCalls):
         return self._receipts.sign(outcome.receipt)
 
     async def overdue(self) -> tuple[str, ...]:
-        return tuple(hold.job_id for hold in (await self.ledger()).state.expired(self._now_ms()))
+        expired = (await self.ledger()).state.expired(self._now_ms())
+        return tuple(hold.job_id for hold in expired if not is_fee(hold.job_id))
 
     async def expire(self, job_id: str) -> None:
         hold = (await self.ledger()).state.reservations.get(job_id)
-        if hold is None:
+        if hold is None or is_fee(job_id):
             return
         if hold.expires_at_ms > self._now_ms():
             raise Conflict(f"the reservation for {job_id} does not expire yet")

@@ -71,6 +71,8 @@ class BooksTerms:
     max_unfunded_keys: int
     unfunded_key_ms: int
     key_day_lamports: int | None = None
+    fetch_lamports_per_gib: int = 0
+    fetch_unused_ms: int = 86_400_000
     maturity_ms: int = 0
     others_payout: str | None = None
     admins: tuple[str, ...] = ()
@@ -231,8 +233,16 @@ class BooksCalls:
         (`day_limit_reached`). Then nothing is set aside.
         """
 
+    async def reserve_fetch(self, bearer: str, fetch_id: str, *, model_id: str, num_bytes: int) -> int:
+        """Set aside the fee for a model that is new here, from the account of the key's address; return it.
+
+        `fetch_id` begins with "fetch-". Where a fee for the model is set aside already it is 0. The fee goes
+        back once a job of the model is charged, and to the platform where none is in time. Raises what
+        `reserve` does.
+        """
+
     async def give_back(self, job_id: str) -> None:
-        """Return what is reserved for a job that was marked as lost, and so never runs."""
+        """Return what is reserved for a job that was marked as lost, or a model that cannot be had."""
 
     async def settle(
         self,

@@ -26,6 +26,7 @@ _SEAL_EVERY_S = 60.0
 _SEALED_AT_ONCE = 20_000
 _CERTIFY_EVERY_S = 1.0
 _DROP_KEYS_EVERY_S = 3600.0
+_CHARGE_UNUSED_EVERY_S = 60.0
 
 _READS = frozenset({"balance", "earnings", "ended", "findings", "loss", "totals", "uncredited", "withdrawal"})
 # The calls that each caller may make.
@@ -33,7 +34,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "ingress": _READS
     | {"claim_earnings", "decision", "dispute"}
     | {"give_back", "key", "keys", "open_key", "paid", "price", "receipt_signature"}
-    | {"reserve", "revoke_key", "withdraw"},
+    | {"reserve", "reserve_fetch", "revoke_key", "withdraw"},
     "scheduler": frozenset({"ended", "expire", "overdue", "settle", "totals"}),
     "treasury": frozenset({"apply", "hear_time", "inside", "loss", "open_payouts", "owed", "result"}),
     "signer": frozenset({"view"}),
@@ -108,6 +109,7 @@ async def run(config: BooksConfig, *, ready: Callable[[], None]) -> None:
         supervisor.start("certificate", partial(receipts.have_certified, signer), every_s=_CERTIFY_EVERY_S)
         supervisor.start("verification", bookkeeper.verify, every_s=_VERIFY_EVERY_S)
         supervisor.start("old keys", bookkeeper.drop_unfunded_keys, every_s=_DROP_KEYS_EVERY_S)
+        supervisor.start("unused models", bookkeeper.charge_unused, every_s=_CHARGE_UNUSED_EVERY_S)
         supervisor.start("seals", partial(bookkeeper.seal, _SEALED_AT_ONCE), every_s=_SEAL_EVERY_S)
 
     await server.start(config.access.port)

@@ -238,10 +238,16 @@ async def local_ingress(
     model_roots: tuple[Path, ...] = (),
     make_model: Callable[[RedisJobs], Any] = ScriptedModel,
     maturity_ms: int = 0,
+    fetch_lamports_per_gib: int = 0,
 ) -> AsyncIterator[LocalIngress]:
     """Run an ingress, the books, and the dispatcher that takes its jobs, until the block ends."""
     policy = policy or policy_with()
-    terms = replace(TERMS, max_keys=policy.limits.max_keys, maturity_ms=maturity_ms)
+    terms = replace(
+        TERMS,
+        max_keys=policy.limits.max_keys,
+        maturity_ms=maturity_ms,
+        fetch_lamports_per_gib=fetch_lamports_per_gib,
+    )
     async with serving(redis_url, platform=PLATFORM, terms=terms) as served:
         access, books = served.access, served.client("scheduler")
         jobs = RedisJobs(connect_redis(redis_url), books.ended)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,32 @@ def test_describe_returns_what_pricing_needs_and_cuts_nothing(registry, models, 
     assert registry.structure(str(folder), description.revision) is None
     assert status.get(str(folder)).state is ModelState.DESCRIBED
     assert not list((tmp_path / "registry").rglob("*.safetensors"))
+
+
+def test_the_bytes_of_a_new_model_are_known_before_it_is_read(registry, models, tmp_path):
+    folder = save_checkpoint(models / "dense")
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert [registry.new_bytes(str(folder)) for _ in range(2)] == [size, size]
+    assert list((tmp_path / "registry").iterdir()) == []
+    registry.describe(str(folder))
+    assert registry.new_bytes(str(folder)) == 0
+    assert registry.new_bytes("azu/tiny-dense") == 0
+    with pytest.raises(ModelNotFound):
+        registry.new_bytes(str(models / "missing"))
+
+
+def test_a_model_that_left_the_disk_is_new_again(registry, models, status):
+    folders = [str(save_checkpoint(models / name)) for name in ("one", "two")]
+    cut = [(folder, registry.describe(folder).revision) for folder in folders]
+    for one in cut:
+        registry.ensure_cut(*one)
+    registry._room = replace(registry._room, free_bytes=2**62)
+    with pytest.raises(Unavailable, match="no room"):
+        registry._cut(registry._find(folders[1], None), registry._folder(*cut[1]), None)
+    assert registry.structure(*cut[0]) is None
+    assert registry.new_bytes(folders[0]) > 0
+    assert [one.model_id for one in status.ready()] == [folders[1]]
+    assert registry.ensure_cut(*cut[1]) == registry.structure(*cut[1])
 
 
 def test_a_model_is_cut_once_and_then_read(registry, models, status):
@@ -206,7 +233,7 @@ def test_a_disk_that_fails_during_a_cut_is_named_by_its_place_under_home(registr
     folder = save_checkpoint(models / "dense")
     revision = registry.describe(str(folder)).revision
     out = Path("registry") / model_folder_name(str(folder)) / revision
-    (tmp_path / out).parent.mkdir()
+    (tmp_path / out).parent.mkdir(exist_ok=True)
     (tmp_path / out).write_text("a file where the folder has to be")
 
     with pytest.raises(Unavailable) as failed:

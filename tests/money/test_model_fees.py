@@ -1,0 +1,96 @@
+"""The fee for a model that the network does not have: set aside, then given back or charged."""
+
+from dataclasses import replace
+
+import pytest
+
+from azu.clock import wall_clock_ms
+from azu.errors import InsufficientBalance, InvalidRequest
+from azu.money.books import Books
+from azu.money.model_fees import fee_lamports
+from azu.units import GIB
+from tests.money.accounts import BEARER
+from tests.money.serving import TERMS, ServedBooks
+from tests.money.test_books import ADDRESS, open_account, play, reserve, settle
+
+NOW_MS = wall_clock_ms()
+DAY_MS = 86_400_000
+FEES = replace(TERMS, fetch_lamports_per_gib=200, fetch_unused_ms=DAY_MS)
+
+
+async def ask(books: Books, fetch_id: str = "fetch-1", model_id: str = "test/model") -> int:
+    return await books.reserve_fetch(BEARER, fetch_id, model_id=model_id, num_bytes=GIB)
+
+
+def test_a_fee_is_set_aside_once_and_goes_back_with_the_first_charged_job_of_the_model(
+    redis_url: str,
+) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        assert [await ask(books), await ask(books), await ask(books, "fetch-2")] == [200, 200, 0]
+        await ask(books, "fetch-3", "another/model")
+        assert (await books.balance(ADDRESS)).reserved_lamports == 400
+        await reserve(books)
+        await settle(books, tokens=0)
+        assert (await books.balance(ADDRESS)).reserved_lamports == 400, "nothing was charged"
+        await reserve(books, "job-2")
+        await settle(books, "job-2")
+        balance = await books.balance(ADDRESS)
+        assert (balance.available_lamports, balance.reserved_lamports) == (720, 200)
+
+    play(redis_url, scenario, terms=FEES)
+
+
+def test_the_fee_of_a_model_that_was_not_used_in_time_is_the_platforms(redis_url: str) -> None:
+    clock = [NOW_MS]
+
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        await open_account(books, now_ms=NOW_MS)
+        await ask(books)
+        clock[0] += DAY_MS - 1
+        await served.bookkeeper.charge_unused()
+        assert (await books.balance(ADDRESS)).reserved_lamports == 200
+        clock[0] += 1
+        for _ in range(2):
+            await served.bookkeeper.charge_unused()
+        balance = await books.balance(ADDRESS)
+        assert (balance.available_lamports, balance.reserved_lamports) == (800, 0)
+        assert (await served.bookkeeper.ledger()).state.balance("platform") == 200
+        assert await ask(books) == 200, "a repeated call is answered as before"
+        assert (await books.balance(ADDRESS)).reserved_lamports == 0
+
+    play(redis_url, scenario, terms=FEES, now_ms=lambda: clock[0])
+
+
+def test_only_the_books_end_a_fee_and_a_job_has_no_fees_id(redis_url: str) -> None:
+    clock = [NOW_MS]
+
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books, now_ms=NOW_MS)
+        await ask(books)
+        clock[0] += DAY_MS
+        assert await books.overdue() == ()
+        await books.expire("fetch-1")
+        with pytest.raises(Exception, match="nothing is reserved"):
+            await settle(books, "fetch-1")
+        assert (await books.balance(ADDRESS)).reserved_lamports == 200
+        with pytest.raises(InvalidRequest):
+            await reserve(books, "fetch-2")
+        with pytest.raises(InvalidRequest):
+            await ask(books, "job-2")
+
+    play(redis_url, scenario, terms=FEES, now_ms=lambda: clock[0])
+
+
+def test_an_account_that_cannot_set_the_fee_aside_is_refused(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books, 199)
+        with pytest.raises(InsufficientBalance):
+            await ask(books)
+
+    play(redis_url, scenario, terms=FEES)
+
+
+def test_a_fee_is_rounded_up() -> None:
+    assert [fee_lamports(size, 1_000) for size in (1, GIB, GIB + 1)] == [1, 1_000, 1_001]
+    assert fee_lamports(GIB, 0) == 0
