@@ -118,3 +118,29 @@ def test_a_network_that_is_killed_leaves_nothing_behind_and_starts_again(azu: St
     assert json.loads(again.stdout.readline())["ticket"]
     again.send_signal(signal.SIGTERM)
     assert again.wait(60) == 130
+
+
+def test_networks_share_no_port_and_a_join_of_an_earlier_start_ends(azu: Start, home: Path) -> None:
+    port = {"AZU_HTTP_PORT": str(free_port())}
+    up = azu(home, "up", "--json", **port)
+    assert up.stdout is not None
+    facts = json.loads(up.stdout.readline())
+
+    second = azu(home / "second", "up", "--json", **port)
+    assert second.wait(60) == 1
+    assert second.stdout is not None
+    assert "is taken by another network of azu" in json.loads(second.stdout.read())["error"]["message"]
+
+    lends = (facts["ticket"], "--vram", "8MiB", "--payout", OWNER, "--name", "ada")
+    joined = azu(home / "joined", "join", *lends)
+    client = Client(facts["url"])
+    client.login(Account.create())
+    eventually(lambda: [node.name for node in client.network().nodes] == ["ada"], START_TIMEOUT_S)
+    assert azu(home, "down").wait(120) == 0
+    again = azu(home, "up", "--json", **port)
+
+    assert joined.wait(START_TIMEOUT_S) == 1
+    assert again.stdout is not None
+    assert json.loads(again.stdout.readline())["url"] == facts["url"]
+    # The network of this home is the one that the ticket names, at another start.
+    assert azu(home, "join", *lends).wait(60) == 1
