@@ -7,8 +7,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from azu import metrics
-from azu.errors import ConfigurationError
-from azu.files import read_json, write_private
+from azu.files import write_private
 from azu.metrics import Labels, Meter
 from azu.money.chain.port import Chain
 from azu.money.signer.calls import SignerCalls
@@ -23,12 +22,11 @@ def note_done(home: Path, what: str, at_ms: int) -> None:
 
 
 def last_done(home: Path) -> dict[str, int]:
-    """Return when each command was last carried out, in ms; raises ConfigurationError for a damaged file."""
-    path = home / _FILE
+    """Return when each command was last carried out, in ms; a damaged file says nothing: an alert fires."""
     try:
-        return _DONE.validate_python(read_json(path), strict=True) if path.exists() else {}
-    except ValidationError as error:
-        raise ConfigurationError(f"{path} is damaged; remove it") from error
+        return _DONE.validate_json((home / _FILE).read_bytes(), strict=True)
+    except (FileNotFoundError, ValidationError):
+        return {}
 
 
 class Survey:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from azu import metrics
-from azu.errors import ConfigurationError
 from azu.metrics import Meter
 from azu.money.signer.calls import SignerStatus
 from azu.money.treasury.survey import Survey, last_done, note_done
@@ -49,8 +48,9 @@ def test_the_account_its_limits_and_what_was_done_are_shown(world: World, tmp_pa
 
 
 @pytest.mark.parametrize("damaged", ["", "[]", '{"backup": "yesterday"}', '{"backup": 1.5}'])
-def test_a_damaged_note_is_named(tmp_path: Path, damaged: str) -> None:
+def test_a_damaged_note_says_nothing_and_is_written_anew(tmp_path: Path, damaged: str) -> None:
     (tmp_path / "done.json").write_text(damaged)
 
-    with pytest.raises(ConfigurationError, match=r"done\.json"):
-        last_done(tmp_path)
+    assert last_done(tmp_path) == {}
+    note_done(tmp_path, "backup", 7)
+    assert last_done(tmp_path) == {"backup": 7}
