@@ -90,6 +90,7 @@ class Services:
         self.books = Books(config.books_url, connect(), silence_s=_BOOKS_SILENCE_S)
         self.jobs = RedisJobs(connect(), self.books.ended)
         self.members = Members(config.books_url)
+        self._draining = Draining(self._redis, self.jobs)
         self.intake = Intake(
             self.books,
             self.jobs,
@@ -99,7 +100,7 @@ class Services:
                 max_completion_tokens=policy.limits.max_completion_tokens,
             ),
             Departures(self._redis, policy.limits.repeat_within_s),
-            Draining(self._redis, self.jobs),
+            self._draining,
             now_ms=wall_clock_ms,
             new_job_id=lambda: f"job-{secrets.token_hex(12)}",
         )
@@ -170,7 +171,7 @@ class Services:
 
     async def _problems_of_stores(self) -> tuple[tuple[str, ...], bool]:
         """Return what is wrong with Redis and the money, and whether Redis or the books are away."""
-        asked = (self._redis.ping(), self.books.findings())
+        asked = (self._draining.check(), self.books.findings())
         pinged, findings = await asyncio.gather(*asked, return_exceptions=True)
         known = tuple(filter(None, (redis_problem(self._redis), self.books.problem())))
         if known or isinstance(pinged, Unavailable):

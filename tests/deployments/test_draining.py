@@ -30,12 +30,15 @@ def test_while_it_drains_new_requests_get_503_with_retry_after_and_running_ones_
                 while not await redis.get("azu:jobs:draining"):
                     await asyncio.sleep(0.01)
             refused = await http.post("/v1/completions", json=ASKED)
+            health = await http.get("/health")
             submitted = {"user_address": client.address, "model_id": ASKED["model"], "prompt": "a"}
             also = await http.post("/submit", json=submitted | {"est_tokens": 1})
         for answer in (refused, also):
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "draining"
             assert 290 <= int(answer.headers["retry-after"]) <= 300
+        assert health.status_code == 503
+        assert health.json()["problems"] == ["this network is about to stop and takes no new jobs"]
         assert not drained.done()
 
         await model.step(STEPS)
