@@ -20,6 +20,7 @@ from azu.api.accounts import (
     KeyRequest,
     NewKey,
     Platform,
+    SuccessionLine,
     WithdrawalLine,
     WithdrawalRequest,
 )
@@ -44,6 +45,7 @@ async def platform(services: ServicesNow) -> Platform:
         authority=config.authority,
         nodes=config.nodes.value,
         key_day_lamports=config.policy.limits.key_day_lamports,
+        successions=tuple(SuccessionLine(**asdict(one)) for one in config.successions),
     )
 
 

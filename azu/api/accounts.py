@@ -74,6 +74,15 @@ class KeyList(ResponseModel):
     data: tuple[KeyLine, ...]
 
 
+class SuccessionLine(ResponseModel):
+    """The platform `old` is `new` since then: both keys have signed it (EIP-191, in hex)."""
+
+    old: str
+    new: str
+    by_old: str
+    by_new: str
+
+
 class Platform(ResponseModel):
     """Where deposits go: the platform's address on the chain at `chain_url`; `version` is azu's.
 
@@ -81,7 +90,7 @@ class Platform(ResponseModel):
     `network_id` is a hash of the address and of `authority`, the certificate (PEM) of the authority that
     signed the ingress's certificate; null without encryption, or where a public authority signed it. `nodes`
     is "encrypted", "local" where only the head's own machine lends, or "foreign" where azu did not start the
-    Ray cluster.
+    Ray cluster. `successions` say which addresses the platform had before.
     """
 
     address: str
@@ -91,6 +100,7 @@ class Platform(ResponseModel):
     authority: str | None = None
     nodes: str = ""
     key_day_lamports: int | None = None
+    successions: tuple[SuccessionLine, ...] = ()
 
 
 class DepositRequest(RequestModel):

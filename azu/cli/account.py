@@ -54,6 +54,10 @@ def login(
     found = known_network(url, given_id, tls=tls)
     if not given_id:
         console.print(Text(f"not checked: the network's id is {found.network_id}, compare it", "yellow"))
+    if found.is_changed:
+        given_id = found.network_id
+        text = f"the platform is {found.platform} now; its old key, {found.former[0]}, has signed that"
+        console.print(Text(f"{text}. The network's id is {given_id}", "yellow"))
     wallet = unlock(settings.home)
     client = Client(url, "", tls=tls or found.trust(), platform=found.platform)
     api_key = client.login(
@@ -62,7 +66,9 @@ def login(
         expires_in_s=None if days is None else days * _DAY_S,
         spend_limit_lamports=None if limit is None else lamports_from_hype(limit),
     )
-    credential = Credential(api_key, wallet.address.lower(), found.platform, given_id, found.authority)
+    credential = Credential(
+        api_key, wallet.address.lower(), found.platform, given_id, found.authority, found.former
+    )
     path = store_credential(settings.home, url, credential)
     console.print(f"Logged in to {url} as {wallet.address}; the key is in {path}")
     day_limit = client.platform().key_day_lamports

@@ -28,7 +28,7 @@ def books(
     from azu.errors import ConfigurationError
     from azu.launch.membership import members_folder
     from azu.launch.processes import end_with_parent
-    from azu.launch.sidecars import SIGNER_URL, books_access
+    from azu.launch.sidecars import SIGNER_URL, books_access, successions_in
     from azu.logs import start_logging
     from azu.money.books import BooksTerms
     from azu.money.books_process import BooksConfig, run
@@ -49,6 +49,7 @@ def books(
         settings.redis_url,
         settings.home / "ledger",
         settings.platform_address,
+        successions_in(settings.home, settings.platform_address),
         TypeAdapter(BooksTerms).validate_json(terms),
         access,
         settings.home / "receipt-key.json",

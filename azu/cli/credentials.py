@@ -21,8 +21,8 @@ def no_key(url: str) -> Unauthenticated:
     return Unauthenticated(f"no key for {url} on this machine; run `azu login`")
 
 
-def known_platform() -> str:
-    """Return the address of the network's platform without asking the network.
+def known_platforms() -> tuple[str, ...]:
+    """Return the address of the network's platform, then those of before, without asking the network.
 
     It is HYPERLIQUID_ADDRESS, or the address that the network gave at the login.
     """
@@ -30,11 +30,11 @@ def known_platform() -> str:
 
     settings = Settings.from_environment()
     if settings.platform_address is not None:
-        return settings.platform_address
+        return (settings.platform_address,)
     url = url_of(settings)
     if (known := stored_credential(settings.home, url)) is None:
         raise no_key(url)
-    return known.platform
+    return known.platform, *known.former
 
 
 def open_client() -> "Client":

@@ -258,7 +258,7 @@ def _drawn_held(found: "HeldMoney") -> Group:
 
 
 async def _audit(
-    books: "Books", chain: tuple[str, str] | None, wallet_lamports: int | None, since: int
+    books: "Books", chain: tuple[str, tuple[str, ...]] | None, wallet_lamports: int | None, since: int
 ) -> "Audit":
     report = await _audit_once(books, chain, wallet_lamports, since)
     for _ in range(_MORE_AUDITS):
@@ -270,32 +270,35 @@ async def _audit(
 
 
 async def _audit_once(
-    books: "Books", chain: tuple[str, str] | None, wallet_lamports: int | None, since: int
+    books: "Books", chain: tuple[str, tuple[str, ...]] | None, wallet_lamports: int | None, since: int
 ) -> "Audit":
     if chain is not None:
         wallet_lamports = await _wallet(*chain)
     return await books.audit(wallet_lamports, since)
 
 
-def _chain(settings: Settings) -> tuple[str, str] | None:
-    """Return the chain's URL and the platform's address there, if they are known."""
-    from azu.launch.sidecars import devnet_of
+def _chain(settings: Settings) -> tuple[str, tuple[str, ...]] | None:
+    """Return the chain's URL and the platform's addresses there, if they are known."""
+    from azu.launch.sidecars import devnet_of, platforms_in
 
     if settings.chain_url is not None and settings.platform_address is not None:
-        return settings.chain_url, settings.platform_address
+        return settings.chain_url, platforms_in(settings.money_home, settings.platform_address)
     devnet = (
         devnet_of(settings.money_home) if settings.redis_url is None and settings.chain_url is None else None
     )
-    return None if devnet is None else (devnet.url, devnet.platform_address)
+    if devnet is None:
+        return None
+    return devnet.url, platforms_in(settings.money_home, devnet.platform_address)
 
 
-async def _wallet(chain_url: str, platform_address: str) -> int:
+async def _wallet(chain_url: str, platforms: tuple[str, ...]) -> int:
     from azu.money.chain.api import ChainClient
     from azu.money.chain.networks import network_at
+    from azu.money.chain.rows import balance_of
 
     chain = ChainClient(network_at(chain_url))
     try:
-        return await chain.spot_balance(platform_address)
+        return await balance_of(chain, platforms)
     finally:
         await chain.close()
 

@@ -7,7 +7,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from azu.cli.credentials import known_platform, open_client
+from azu.cli.credentials import known_platforms, open_client
 from azu.cli.output import AsJson, Exact, amount, show, unit
 from azu.cli.prompt import DIFFERS, compared, receipt_panel
 
@@ -70,9 +70,9 @@ def _checked(document: dict[str, Any], platform: str | None) -> str:
     from azu.errors import InvalidRequest
 
     signer = verify_receipt(document)
-    expected = parse_address(platform, param="platform") if platform else known_platform()
-    if signer != expected:
-        raise InvalidRequest(f"{signer} signed this receipt; the platform is {expected}", param="signer")
+    expected = (parse_address(platform, param="platform"),) if platform else known_platforms()
+    if signer not in expected:
+        raise InvalidRequest(f"{signer} signed this receipt; the platform is {expected[0]}", param="signer")
     return signer
 
 

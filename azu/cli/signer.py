@@ -1,7 +1,6 @@
 """`azu signer`: the process that holds the platform's key."""
 
 _DEVNET_LOOK_S = 1.0
-_MEMORY = "signer.json"
 
 
 def signer() -> None:
@@ -18,7 +17,7 @@ def signer() -> None:
     from azu.config import Settings, load_network
     from azu.errors import ConfigurationError
     from azu.launch.processes import end_with_parent
-    from azu.launch.sidecars import BOOKS_URL, payout_limit, signer_access
+    from azu.launch.sidecars import BOOKS_URL, SIGNER_MEMORY, payout_limit, platforms_in, signer_access
     from azu.logs import start_logging
     from azu.money.chain.networks import network_at
     from azu.money.signer.platform_key import take_private_key
@@ -49,10 +48,10 @@ def signer() -> None:
                 PayoutKind.EARNINGS: payout_limit(limits.earnings),
             },
             frozenset(settings.admin_addresses),
-            (address,),
+            platforms_in(settings.home, address),
         ),
         access,
-        settings.home / _MEMORY,
+        settings.home / SIGNER_MEMORY,
     )
     if network.name == "devnet":
         # The official networks count requests; a local chain does not.

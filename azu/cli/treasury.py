@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -152,6 +153,30 @@ def payout_left(
 
 
 @treasury.command()
+def rotate(
+    old_key: Annotated[Path, typer.Argument(help="The file of the platform's key.")],
+    new_key: Annotated[Path, typer.Argument(help="The file of the key that replaces it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Replace the platform's key by another one, and move what its address holds; the network has to be down.
+
+    Both keys sign that. What was signed for the old address stays good, and deposits there are credited.
+    Once it is done, the command moves what came there later, also while the network runs.
+    """
+    from azu.launch.platform_rotation import rotated
+
+    moved = rotated(Settings.from_environment(), old_key, new_key)
+    show(
+        moved,
+        as_json,
+        lambda facts: (
+            f"{facts['platform']} is the platform; set HYPERLIQUID_ADDRESS and "
+            f"AZU_PRIVATE_KEY_FILE. {hype_from_lamports(facts['lamports'])} HYPE moved to it"
+        ),
+    )
+
+
+@treasury.command()
 def uncredited(as_json: AsJson = False) -> None:
     """List the transfers to the platform that were credited to no account, the newest first.
 
@@ -245,7 +270,7 @@ def run_treasury() -> None:
     from azu.config import load_network
     from azu.errors import ConfigurationError
     from azu.launch.processes import end_with_parent
-    from azu.launch.sidecars import BOOKS_URL, JOBS_URL, SIGNER_URL, payout_limit
+    from azu.launch.sidecars import BOOKS_URL, JOBS_URL, SIGNER_URL, payout_limit, platforms_in
     from azu.logs import start_logging
     from azu.money.chain.networks import network_at
     from azu.money.treasury.environment import take_variable
@@ -268,7 +293,7 @@ def run_treasury() -> None:
         books_url=books_url,
         signer_url=signer_url,
         network=network_at(settings.chain_url),
-        platform=settings.platform_address,
+        platforms=platforms_in(settings.home, settings.platform_address),
         home=settings.home,
         threshold=Threshold(
             threshold,

@@ -53,7 +53,9 @@ from azu.auth.key_records import (
     secret_digest,
 )
 from azu.auth.signatures import Withdrawal, sign_claim, sign_dispute, sign_withdrawal
+from azu.auth.succession import platforms_of
 from azu.client.http import json_of, raise_for, translated, trusting
+from azu.client.known_network import successions_of
 from azu.client.machine import DEFAULT_HOME, network_url, stored_credential, trust_at
 from azu.client.stream import Generation, Stream
 from azu.clock import wall_clock_ms
@@ -192,6 +194,12 @@ class Client:
         """Return where deposits go; raises Unauthenticated for another platform than the known one."""
         shown = self._get(Platform, "/v1/platform")
         if self._platform is not None and shown.address.lower() != self._platform.lower():
+            if self._platform.lower() in platforms_of(shown.address.lower(), successions_of(shown)):
+                raise Unauthenticated(
+                    f"the platform {self._platform} is {shown.address} now, and its old key has signed that: "
+                    "`azu login` again takes it over",
+                    code="platform_replaced",
+                )
             raise Unauthenticated(
                 f"the network shows the platform {shown.address}; the one that you know is {self._platform}"
             )

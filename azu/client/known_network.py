@@ -8,6 +8,7 @@ import httpx
 from azu.api.accounts import Platform
 from azu.api.base import read
 from azu.auth.network_id import ID_DIGITS, network_id
+from azu.auth.succession import Succession, platforms_of
 from azu.client.http import json_of, translated, trusting_only
 from azu.errors import InvalidRequest, Unauthenticated
 
@@ -16,12 +17,17 @@ _TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class KnownNetwork:
-    """A network as it shows itself; `network_id` is computed from the rest, never taken from its word."""
+    """A network as it shows itself; `network_id` is computed from the rest, never taken from its word.
+
+    `former` are the addresses that the platform had before; `is_changed` if the expected id is of one.
+    """
 
     url: str
     network_id: str
     platform: str
     authority: str | None
+    former: tuple[str, ...] = ()
+    is_changed: bool = False
 
     def trust(self) -> ssl.SSLContext | None:
         """Return the context that trusts the network's own authority alone; None without one."""
@@ -42,14 +48,17 @@ def split_id(address: str) -> tuple[str, str]:
 def known_network(url: str, expected_id: str = "", *, tls: ssl.SSLContext | None = None) -> KnownNetwork:
     """Return the network at a URL; raises Unauthenticated where it has another id than the expected one.
 
-    Without an expected id its certificate has to be trusted by `tls`, or by the system without that.
+    The id may be that of an address whose own key has signed which one replaced it. Without an expected id
+    its certificate has to be trusted by `tls`, or by the system without that.
     """
     # With an id the answer proves itself, and the request holds no secret.
     verify: ssl.SSLContext | bool = False if expected_id else (tls or True)
     with translated(), httpx.Client(base_url=url, timeout=_TIMEOUT_S, verify=verify) as http:
         shown = read(Platform, json_of(http.get("/v1/platform")))
     found = network_id(shown.address, shown.authority)
-    if expected_id and found != expected_id:
+    platform, *former = platforms_of(shown.address.lower(), successions_of(shown))
+    is_changed = bool(expected_id) and any(network_id(one, shown.authority) == expected_id for one in former)
+    if expected_id and found != expected_id and not is_changed:
         raise Unauthenticated(f"the network at {url} has the id {found}, not {expected_id}: do not use it")
     # As one certificate, whatever else the text held.
     authority = (
@@ -57,4 +66,9 @@ def known_network(url: str, expected_id: str = "", *, tls: ssl.SSLContext | None
         if shown.authority is None
         else ssl.DER_cert_to_PEM_cert(ssl.PEM_cert_to_DER_cert(shown.authority))
     )
-    return KnownNetwork(url, found, shown.address.lower(), authority)
+    return KnownNetwork(url, found, platform, authority, tuple(former), is_changed)
+
+
+def successions_of(shown: Platform) -> list[Succession]:
+    """Return what a network says of its platform's keys; the signatures are still to be checked."""
+    return [Succession(one.old, one.new, one.by_old, one.by_new) for one in shown.successions]

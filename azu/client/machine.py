@@ -21,7 +21,8 @@ _RUNNING = "admin.json"
 class Credential:
     """A key, the address it spends from, and the network's platform and authority when it was opened.
 
-    `network_id` is the id that the user gave at the login, empty where the network was believed.
+    `network_id` is the id that the user gave at the login, empty where the network was believed. `former` are
+    the addresses that the platform had before.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -31,6 +32,7 @@ class Credential:
     platform: str
     network_id: str = ""
     authority: str | None = None
+    former: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

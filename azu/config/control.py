@@ -8,6 +8,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from azu.auth.network_id import network_id
 from azu.auth.peers import Network
+from azu.auth.succession import Succession
 from azu.config.network import NetworkPolicy
 from azu.config.settings import configuration_error
 from azu.errors import ConfigurationError
@@ -84,6 +85,7 @@ class ControlConfig:
     enrolment: EnrolmentConfig | None = None
     serve_port: int | None = None
     trusted_proxies: tuple[Network, ...] = ()
+    successions: tuple[Succession, ...] = ()
 
     @property
     def network_id(self) -> str:

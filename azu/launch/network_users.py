@@ -24,6 +24,7 @@ LEDGER = ("redis", "ledger")
 BESIDE_LEDGER = (
     "signer.json",
     "receipt-key.json",
+    "platforms.json",
     "books",
     "devnet.key",
     "devnet-admin.key",

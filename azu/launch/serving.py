@@ -57,6 +57,7 @@ def control_config(
         policy=policy,
         admin_key_sha256=hashlib.sha256(admin_key.encode()).hexdigest(),
         platform_address=chain.platform_address,
+        successions=chain.successions,
         chain_url=chain.url,
         model_roots=settings.model_roots,
         open_metrics=settings.open_metrics,

@@ -27,6 +27,7 @@ from azu.money.wire import Access
 if TYPE_CHECKING:
     from eth_account.signers.local import LocalAccount
 
+    from azu.auth.succession import Succession
     from azu.money.books import Books, BooksTerms
     from azu.money.signer.calls import RemoteSigner
     from azu.money.signer.policy import PayoutLimit
@@ -53,6 +54,9 @@ _AUDIT_S = 600.0
 _DEVNET_FILE = "devnet.json"
 _DEVNET_CHAIN = "devnet.jsonl"
 _DEVNET_ADMIN = "devnet-admin.key"
+# Which key of the platform replaced which; in the home of the processes of money.
+PLATFORMS_FILE = "platforms.json"
+SIGNER_MEMORY = "signer.json"
 # The variables by which processes get the URLs of the job store, of the books and of the signer.
 JOBS_URL, BOOKS_URL, SIGNER_URL = "AZU_JOBS_REDIS_URL", "AZU_BOOKS_URL", "AZU_SIGNER_URL"
 _KEY = "SCHEDULER_PRIVATE_KEY"
@@ -63,7 +67,8 @@ _KEY_FILE = "AZU_PRIVATE_KEY_FILE"
 class ChainSettings:
     """The chain's URL, the platform's address there, and the variables that give its key to the signer.
 
-    The wallets of `admins` sign the commands that move money.
+    The wallets of `admins` sign the commands that move money. `successions` say which key of the platform
+    replaced which.
     """
 
     url: str
@@ -71,6 +76,7 @@ class ChainSettings:
     is_devnet: bool
     signer_key: Mapping[str, str] = field(repr=False)
     admins: tuple[str, ...] = ()
+    successions: "tuple[Succession, ...]" = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +245,23 @@ def signer_access(home: Path) -> Access:
     return Access.read(home / _SIGNER_FILE)
 
 
+def platforms_in(home: Path, platform: str) -> tuple[str, ...]:
+    """Return a platform's address and those that it had before; raises ConfigurationError for an old one."""
+    from azu.auth.succession import platforms_of
+
+    return platforms_of(platform, successions_in(home, platform))
+
+
+def successions_in(home: Path, platform: str) -> "tuple[Succession, ...]":
+    """Return which key of the platform replaced which; raises ConfigurationError for an old one."""
+    from azu.auth.succession import read_successions, successor_of
+
+    successions = read_successions(home / PLATFORMS_FILE)
+    if (successor := successor_of(platform, successions)) is not None:
+        raise ConfigurationError(f"the platform {platform} was replaced by {successor}: use its key")
+    return successions
+
+
 def payout_limit(limit: Limit) -> "PayoutLimit":
     """Return a limit of the network file as the signer's policy has it."""
     from azu.money.signer.policy import PayoutLimit
@@ -310,6 +333,7 @@ def choose_chain(settings: Settings) -> ChainSettings:
         is_devnet=False,
         signer_key=key,
         admins=settings.admin_addresses,
+        successions=successions_in(settings.home, settings.platform_address),
     )
 
 
@@ -326,6 +350,7 @@ def _devnet(settings: Settings) -> ChainSettings:
         is_devnet=True,
         signer_key={_KEY_FILE: str(path)},
         admins=(admin, *settings.admin_addresses),
+        successions=successions_in(settings.home, address),
     )
 
 

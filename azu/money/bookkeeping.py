@@ -21,6 +21,7 @@ from azu.auth.signatures import (
     is_dispute,
     is_signed,
 )
+from azu.auth.succession import Succession, platforms_of
 from azu.clock import wall_clock_ms
 from azu.errors import (
     Conflict,
@@ -67,6 +68,7 @@ from azu.money.ledger.transfers import (
     KeyRevoked,
     NodeEnrolled,
     PayoutPlanned,
+    PlatformReplaced,
     Release,
     Reserve,
     RevenueTaken,
@@ -113,7 +115,8 @@ _REFUSALS = ("matured", "node_removed", "not_matured", "unknown_node")
 class Bookkeeper(BooksCalls):
     """Carries out the calls of the books, which azu/money/books.py describes.
 
-    The ledger is opened at the first call; no other process may have it open. `hears` sets the clock that
+    The ledger is opened at the first call; no other process may have it open. What was signed for an
+    address that the platform had before, and waits, stays good. `hears` sets the clock that
     `now_ms` reads to the chain's time.
     """
 
@@ -124,6 +127,7 @@ class Bookkeeper(BooksCalls):
         platform: str,
         terms: BooksTerms,
         *,
+        successions: tuple[Succession, ...] = (),
         receipts: ReceiptKey | None = None,
         now_ms: Callable[[], int] = wall_clock_ms,
         hears: Callable[[int], None] | None = None,
@@ -133,6 +137,8 @@ class Bookkeeper(BooksCalls):
         self._redis = connect_redis(redis_url, silence_s=_SILENCE_S)
         self._folder = folder
         self._platform = platform
+        self._successions = successions
+        self._platforms = platforms_of(platform, successions)
         self._terms = terms
         self._now_ms = now_ms
         self._journal = RedisJournal(self._redis)
@@ -156,6 +162,16 @@ class Bookkeeper(BooksCalls):
                 if self._open is None:
                     self._open = await Ledger.open(self._journal, Seals(self._folder), self._now_ms)
         return self._open
+
+    async def note_successions(self) -> None:
+        """Have the journal say which key of the platform replaced which, once."""
+        ledger = await self.ledger()
+        for one in self._successions:
+            if {one.old, one.new} <= set(self._platforms):
+                replaced = PlatformReplaced(
+                    id=f"platform:{one.new}", old=one.old, new=one.new, by_old=one.by_old, by_new=one.by_new
+                )
+                await ledger.apply(replaced)
 
     async def verify(self) -> None:
         """Read the journal again; once it was changed, `loss` says so, and nothing may be signed."""
@@ -531,7 +547,7 @@ class Bookkeeper(BooksCalls):
         if withdrawal.lamports < LEAST_LAMPORTS:
             least = hype_from_lamports(LEAST_LAMPORTS)
             raise InvalidRequest(f"a withdrawal is of at least {least} HYPE", param="lamports")
-        if not is_signed(withdrawal, self._platform, signature):
+        if not any(is_signed(withdrawal, one, signature) for one in self._platforms):
             raise Forbidden("this withdrawal was not signed by the key's address", param="signature")
         if not 0 < withdrawal.expires_at_ms - self._now_ms() <= MAX_WITHDRAWAL_LIFE_MS:
             raise InvalidRequest("a withdrawal is good for at most a day, from now on", param="expires_at_ms")

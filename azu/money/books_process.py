@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from azu.auth.enrolment import Enrolment
+from azu.auth.succession import Succession
 from azu.auth.tickets import EnrolmentCalls
 from azu.clock import SteadyClock
 from azu.errors import InternalError
@@ -58,7 +59,8 @@ def allowed_to(enrolment: Enrolment | None) -> Mapping[str, frozenset[str]]:
 
 @dataclass(frozen=True, slots=True)
 class BooksConfig:
-    """What the books run with: their Redis, the platform's address, and who may call them where.
+    """What the books run with: their Redis, the platform's address, which key of it replaced which, and who
+    may call them where.
 
     Entries that Redis need not keep any more lie in `folder`. The key in the file `receipt_key` signs
     receipts, once the signer has certified it. With `enrolment` they admit nodes.
@@ -67,6 +69,7 @@ class BooksConfig:
     redis_url: str = field(repr=False)
     folder: Path
     platform_address: str
+    successions: tuple[Succession, ...]
     terms: BooksTerms
     access: Access
     receipt_key: Path
@@ -93,6 +96,7 @@ async def run(config: BooksConfig, *, ready: Callable[[], None]) -> None:
         config.folder,
         config.platform_address,
         config.terms,
+        successions=config.successions,
         receipts=receipts,
         now_ms=clock,
         hears=clock.hears,
@@ -105,6 +109,7 @@ async def run(config: BooksConfig, *, ready: Callable[[], None]) -> None:
 
     async def begin() -> None:
         await supervisor.insist("the ledger", bookkeeper.ledger)
+        await supervisor.insist("the platform's keys", bookkeeper.note_successions)
         ready()
         supervisor.start("certificate", partial(receipts.have_certified, signer), every_s=_CERTIFY_EVERY_S)
         supervisor.start("verification", bookkeeper.verify, every_s=_VERIFY_EVERY_S)

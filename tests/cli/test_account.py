@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from eth_account import Account
 from typer.testing import CliRunner
 
 from azu.auth.network_id import network_id
+from azu.auth.succession import sign_succession
 from azu.cli import app
+from azu.cli.credentials import known_platforms
 from azu.client.machine import stored_credential
 from azu.config import NodeLinks
 from azu.errors import AzuError, Unauthenticated
@@ -100,6 +103,35 @@ def test_nothing_is_sent_or_signed_for_another_platform(
 
     assert PLATFORM in refusal(*command.split()).message
     assert paths(ingress) == {"/v1/platform"}
+
+
+def test_a_new_key_of_the_platform_is_told_at_the_next_login_and_used_only_after_it(
+    ingress: Ingress, tmp_path: Path
+) -> None:
+    old, new = (Account.from_key(f"0x{number:064x}") for number in (1, 2))
+    before, now = old.address.lower(), new.address.lower()
+    signing_in(ingress, platform=before)
+    platform_of(ingress, before)
+    said("login", f"{ingress.url}#{network_id(before, None)}")
+    signing_in(ingress, platform=now)
+    body = {"address": now, "chain_url": "", "successions": [asdict(sign_succession(old, new))]}
+    ingress.replies["GET /v1/platform"] = Reply(body)
+    refused = refusal("deposit", "1")
+    assert refused.code == "platform_replaced"
+    assert "`azu login` again" in refused.message
+
+    output = " ".join(said("login").split())
+
+    assert (
+        f"the platform is {new.address.lower()} now; its old key, {old.address.lower()}, has signed" in output
+    )
+    pinned = stored_credential(tmp_path, ingress.url)
+    assert pinned is not None
+    assert (pinned.platform, pinned.former) == (now, (before,))
+    assert pinned.network_id == network_id(now, None)
+    assert "the platform is" not in said("login")
+    # Receipts of before stay good.
+    assert known_platforms() == (now, before)
 
 
 def test_a_dispute_says_what_is_held(ingress: Ingress) -> None:

@@ -1,9 +1,13 @@
 """A network is used only if it is the one whose id the caller knows."""
 
+from dataclasses import asdict, replace
+
 import pytest
+from eth_account import Account
 
 from azu.auth.certificates import Authority, utc_now
 from azu.auth.network_id import network_id
+from azu.auth.succession import Succession, sign_succession
 from azu.client.http import trusting_only
 from azu.client.known_network import known_network, split_id
 from azu.errors import InvalidRequest, Unauthenticated
@@ -57,6 +61,43 @@ def test_without_an_id_the_network_is_believed_and_its_id_computed(ingress: Ingr
 
     assert found.network_id == network_id(PLATFORM, None)
     assert found.trust() is None
+
+
+OLD, NEW = (Account.from_key(f"0x{number:064x}") for number in (1, 2))
+
+
+def replaced(ingress: Ingress, succession: Succession, authority: str | None = None) -> None:
+    """Have the network show a new platform, and how it came to be that."""
+    body = {
+        "address": NEW.address,
+        "chain_url": "",
+        "authority": authority,
+        "successions": [asdict(succession)],
+    }
+    ingress.replies["GET /v1/platform"] = Reply(body)
+
+
+def test_a_platform_that_the_old_key_has_replaced_is_known_by_the_old_id(ingress: Ingress) -> None:
+    replaced(ingress, sign_succession(OLD, NEW))
+
+    found = known_network(ingress.url, network_id(OLD.address, None))
+
+    assert (found.platform, found.former) == (NEW.address.lower(), (OLD.address.lower(),))
+    assert (found.is_changed, found.network_id) == (True, network_id(NEW.address, None))
+    assert not known_network(ingress.url, found.network_id).is_changed
+
+
+def test_a_change_that_the_old_key_has_not_signed_is_refused(ingress: Ingress) -> None:
+    honest, mine = sign_succession(OLD, NEW), Authority.new("azu ingress", utc_now()).pem.decode()
+    expected = network_id(OLD.address, None)
+    for forged in (replace(honest, by_old=honest.by_new), replace(honest, by_new=honest.by_old)):
+        replaced(ingress, forged)
+        with pytest.raises(Unauthenticated, match="do not use it"):
+            known_network(ingress.url, expected)
+    # Nor does the signature admit another authority.
+    replaced(ingress, honest, mine)
+    with pytest.raises(Unauthenticated):
+        known_network(ingress.url, expected)
 
 
 def test_the_trusted_authority_is_one_certificate(ingress: Ingress) -> None:

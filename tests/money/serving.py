@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from azu.auth.succession import Succession
 from azu.clock import wall_clock_ms
 from azu.money.bookkeeping import Bookkeeper
 from azu.money.books import Books, BooksCalls, BooksTerms
@@ -38,6 +39,7 @@ class ServedBooks:
     folder: Path
     platform: str = PLATFORM
     terms: BooksTerms = TERMS
+    successions: tuple[Succession, ...] = ()
     receipts: ReceiptKey | None = None
     now_ms: Callable[[], int] = wall_clock_ms
     hears: Callable[[int], None] | None = None
@@ -50,10 +52,12 @@ class ServedBooks:
             self.folder,
             self.platform,
             self.terms,
+            successions=self.successions,
             receipts=self.receipts,
             now_ms=self.now_ms,
             hears=self.hears,
         )
+        await self.bookkeeper.note_successions()
         allowed = {**ALLOWED, TESTER: _ALL}
         self._server = WireServer(BooksCalls, self.bookkeeper, self.access.secrets, allowed)
         self.access = Access(await self._server.start(self.access.port), self.access.secrets)

@@ -1,6 +1,6 @@
 """What a row of an account's ledger on the chain says, and what an action proves of it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -30,32 +30,42 @@ def row_id(row: LedgerTransfer) -> str:
     return f"{row.time_ms}:{tx_hash}:{row.sender}:{nonce}:{row.amount}:{row.nth}"
 
 
-def arrived(row: LedgerTransfer, platform: str) -> bool:
-    """Whether a row of the platform's ledger may be a deposit; its token still has to be checked."""
-    is_from_outside = row.destination == platform and row.sender != platform
+def arrived(row: LedgerTransfer, platforms: Collection[str]) -> bool:
+    """Whether a row of the platform's ledgers may be a deposit; its token still has to be checked."""
+    is_from_outside = row.destination in platforms and row.sender not in platforms
     return is_from_outside and row.to_spot and row.token_name == HYPE_NAME
 
 
-def left(row: LedgerTransfer, platform: str) -> bool:
-    """Whether a row shows that the platform's own transfer took HYPE from its spot balance."""
-    stays = row.destination == platform and row.to_spot
+def left(row: LedgerTransfer, platforms: Collection[str]) -> bool:
+    """Whether a row shows that the platform's own transfer took HYPE from its spot balances."""
+    stays = row.destination in platforms and row.to_spot
     # A nonce is used once: a row that is equal to another is the same transfer.
     is_repeated = row.nth > 0 and row.nonce is not None
-    return row.sender == platform and row.token_name == HYPE_NAME and not stays and not is_repeated
+    return row.sender in platforms and row.token_name == HYPE_NAME and not stays and not is_repeated
+
+
+async def balance_of(chain: Chain, platforms: Iterable[str]) -> int:
+    """Return the lamports of all addresses of a platform; raises ChainError."""
+    return sum([await chain.spot_balance(one) for one in platforms])
+
+
+async def namesakes_of(chain: Chain, platforms: Iterable[str]) -> int:
+    """Return the lamports that they hold of other tokens with the same name; raises ChainError."""
+    return sum([await chain.namesakes(one) for one in platforms])
 
 
 async def arrival_of(
-    chain: Chain, platform: str, *, recipient: str, lamports: int, nonce: int
+    chain: Chain, platforms: Collection[str], *, recipient: str, lamports: int, nonce: int
 ) -> LedgerTransfer | None:
     """Return the row of the platform's transfer with a nonce in its recipient's ledger, else None.
 
     The platform's own ledger does not show all rows of a crowded millisecond. Raises ChainError.
     """
-    wanted, num_pages = (platform, recipient, nonce, HYPE_NAME), 0
+    wanted, num_pages = (recipient, nonce, HYPE_NAME), 0
     async for page in chain.ledger_updates(recipient, max(0, nonce - NONCE_AHEAD_MS)):
         for row in page:
-            known = (row.sender, row.destination, row.nonce, row.token_name)
-            if known == wanted and same_amount(row.amount, lamports):
+            known = (row.destination, row.nonce, row.token_name)
+            if row.sender in platforms and known == wanted and same_amount(row.amount, lamports):
                 return row
         num_pages += 1
         if num_pages == _MOST_PAGES:

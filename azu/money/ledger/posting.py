@@ -37,6 +37,7 @@ from azu.money.ledger.transfers import (
     PayoutPlanned,
     PayoutRefused,
     PlannedPayout,
+    PlatformReplaced,
     Release,
     Reserve,
     RevenueTaken,
@@ -370,6 +371,11 @@ def _claim(draft: Draft, transfer: EarningsClaimed) -> tuple[Leg, ...]:
     return ()
 
 
+def _replace_platform(_draft: Draft, transfer: PlatformReplaced) -> tuple[Leg, ...]:
+    _check_id(transfer, f"platform:{transfer.new}")
+    return ()
+
+
 def _take_over(_draft: Draft, _transfer: WriterOpened) -> tuple[Leg, ...]:
     return ()
 
@@ -439,6 +445,7 @@ _RULES: Mapping[type[Transfer], Callable[[Draft, Any], tuple[Leg, ...]]] = {
     NodeEnrolled: _enrol,
     NodeRemoved: _remove_node,
     EarningsClaimed: _claim,
+    PlatformReplaced: _replace_platform,
     WriterOpened: _take_over,
     JournalSealed: _note_seal,
     LossNoted: _note_loss,

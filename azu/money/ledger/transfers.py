@@ -347,6 +347,17 @@ class EarningsClaimed(Movement):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformReplaced(Movement):
+    """The platform's address `old` is `new`: both keys signed it. What the old one holds stays azu's."""
+
+    old: str
+    new: str
+    by_old: str
+    by_new: str
+    kind: Literal["platform_replaced"] = "platform_replaced"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WriterOpened(Movement):
     """A process took the ledger over: every other one that still writes is refused from here on."""
 
@@ -404,6 +415,7 @@ Transfer = (
     | NodeEnrolled
     | NodeRemoved
     | EarningsClaimed
+    | PlatformReplaced
     | WriterOpened
     | JournalSealed
     | LossNoted
@@ -534,7 +546,7 @@ def _shared(check: Callable[[str, str], None]) -> Callable[[str, Any], None]:
 
 _CHECKS: Mapping[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("id", "job_id", "key_id", "node_id", "payout_id", "row"), _check_id),
-    **dict.fromkeys(("address", "sender", "payout"), _check_address),
+    **dict.fromkeys(("address", "sender", "payout", "old", "new"), _check_address),
     "lamports": _AMOUNT,
     "spend_limit_lamports": _optional(_SUM),
     **dict.fromkeys(("charged_lamports", "fee_lamports", "platform_lamports"), _SUM),
@@ -549,7 +561,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("by_node", "held"), _shared(_check_id)),
     **dict.fromkeys(("digest", "key_digest", "sha256"), _text(64)),
     **dict.fromkeys(("label", "model_id", "name", "revision"), _text(512)),
-    **dict.fromkeys(("command", "signature", "text"), _text(2048)),
+    **dict.fromkeys(("command", "signature", "text", "by_old", "by_new"), _text(2048)),
     "outcome": _text(MAX_OUTCOME_BYTES),
 }
 

@@ -1,16 +1,18 @@
 """The platform's account as the signer reads it from the chain, over a connection of its own."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from azu.money.chain.port import Chain, LedgerTransfer
 from azu.money.chain.rows import (
     LATE_MS,
     arrival_of,
     arrived,
+    balance_of,
     has_no_hash,
     lamports_of,
     left,
     moved_hype,
+    namesakes_of,
     row_id,
     same_amount,
 )
@@ -26,11 +28,14 @@ _LOOK_AGAIN_MS = 60_000
 
 
 class PlatformAccount:
-    """Rows, balance and clock of one account. Every method raises ChainError."""
+    """Rows, balance and clock of the platform's addresses together. Every method raises ChainError.
 
-    def __init__(self, chain: Chain, platform: str) -> None:
+    What moves from one of them to another stays in the account: it is no row of it.
+    """
+
+    def __init__(self, chain: Chain, platforms: Collection[str]) -> None:
         self._chain = chain
-        self._platform = platform
+        self._platforms = platforms
         self._rows: dict[str, LedgerTransfer] = {}
         self._from_ms: int | None = None
         self._reached_ms = 0
@@ -45,7 +50,7 @@ class PlatformAccount:
             self._reached_ms = await self._chain.now_ms()
         since_ms = max(0, min(matched_until_ms, self._reached_ms - _OUTGOING_MS))
         await self._read(since_ms)
-        balance = await self._chain.spot_balance(self._platform)
+        balance = await balance_of(self._chain, self._platforms)
         self._reached_ms = await self._chain.now_ms()
         rows = sorted(self._rows.values(), key=lambda row: row.time_ms)
         return ChainView(
@@ -71,7 +76,7 @@ class PlatformAccount:
             if nonce in self._arrivals or self._reached_ms < looked_ms + _LOOK_AGAIN_MS:
                 continue
             row = await arrival_of(
-                self._chain, self._platform, recipient=one.address, lamports=one.lamports, nonce=nonce
+                self._chain, self._platforms, recipient=one.address, lamports=one.lamports, nonce=nonce
             )
             if row is None:
                 self._looked_ms[nonce] = self._reached_ms
@@ -87,7 +92,7 @@ class PlatformAccount:
         """
         waiting = [row for row in rows if row.row not in self._excused]
         if waiting:
-            namesakes = await self._chain.namesakes(self._platform)
+            namesakes = await namesakes_of(self._chain, self._platforms)
             for row in waiting:
                 if await self._is_excused(row, namesakes, surplus):
                     self._excused.add(row.row)
@@ -98,7 +103,8 @@ class PlatformAccount:
         start_ms = max(since_ms, self._reached_ms - _AGAIN_MS) if is_known else since_ms
         read = {
             row_id(row): row
-            async for page in self._chain.ledger_updates(self._platform, start_ms)
+            for platform in self._platforms
+            async for page in self._chain.ledger_updates(platform, start_ms)
             for row in page
         }
         self._rows = {
@@ -108,11 +114,11 @@ class PlatformAccount:
         self._excused &= self._rows.keys()
 
     def _outgoing(self, row: LedgerTransfer) -> OutgoingRow | None:
-        lamports = lamports_of(row) if left(row, self._platform) else None
+        lamports = lamports_of(row) if left(row, self._platforms) else None
         return OutgoingRow(row.time_ms, row.nonce, row.destination, lamports) if lamports else None
 
     def _incoming(self, row: LedgerTransfer) -> IncomingRow | None:
-        lamports = lamports_of(row) if arrived(row, self._platform) else None
+        lamports = lamports_of(row) if arrived(row, self._platforms) else None
         if not lamports:
             return None
         tx_hash = "" if has_no_hash(row) else row.hash
@@ -124,7 +130,7 @@ class PlatformAccount:
                 if row.time_ms > credit.at_ms:
                     return False
                 is_it = credit.row in (row.hash, row_id(row)) and same_amount(row.amount, credit.lamports)
-                if is_it and row.sender == credit.sender and arrived(row, self._platform):
+                if is_it and row.sender == credit.sender and arrived(row, self._platforms):
                     return True
         return False
 

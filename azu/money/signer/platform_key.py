@@ -1,4 +1,4 @@
-"""Reads the platform's private key; only the signer's process may call this."""
+"""Reads the platform's private key, for the signer's process and `azu treasury rotate` alone."""
 
 import json
 import os
@@ -31,6 +31,11 @@ def take_private_key(environment: MutableMapping[str, str]) -> LocalAccount:
     if key is None:
         raise ConfigurationError(f"the signer needs {KEY} or {KEY_FILE}")
     return _account(key, KEY)
+
+
+def read_key_file(path: Path) -> LocalAccount:
+    """Return the account of the key in a file; raises ConfigurationError as above."""
+    return _account(_read(path), str(path))
 
 
 def _read(path: Path) -> str:

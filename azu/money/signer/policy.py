@@ -274,7 +274,7 @@ def undecided(state: SignerState, books: BooksView, chain: ChainView) -> Mapping
     Books that went back know nothing of it, and might pay it a second time. The signer uses up these nonces.
     """
     known = {payout.nonce for payout in books.payouts}
-    return {nonce: one for nonce, one in _waiting(state, chain).items() if nonce not in known}
+    return {nonce: one for nonce, one in waiting(state, chain).items() if nonce not in known}
 
 
 def unseen(state: SignerState, books: BooksView, chain: ChainView) -> Mapping[int, SignedTransfer]:
@@ -282,7 +282,7 @@ def unseen(state: SignerState, books: BooksView, chain: ChainView) -> Mapping[in
 
     The caller looks for it in the ledgers of its recipients.
     """
-    return _waiting(state, chain) if shortfall(books, chain) else undecided(state, books, chain)
+    return waiting(state, chain) if shortfall(books, chain) else undecided(state, books, chain)
 
 
 def burned(state: SignerState, nonce: int, now_ms: int) -> SignerState:
@@ -306,12 +306,21 @@ def accept(state: SignerState, books: BooksView, head: BooksHead, nonce: int, no
     )
 
 
+def retired(state: SignerState, now_ms: int) -> SignerState:
+    """Return the state once no key can execute any more what was signed: its nonces are used up."""
+    signed = {
+        nonce: replace(one, is_void=True, burned_at_ms=one.burned_at_ms or now_ms)
+        for nonce, one in state.signed.items()
+    }
+    return replace(state, signed=signed)
+
+
 def _without_old(state: SignerState, now_ms: int) -> SignerState:
     since_ms = now_ms - _REMEMBERED_MS
     return replace(state, signed={nonce: one for nonce, one in state.signed.items() if nonce > since_ms})
 
 
-def _waiting(state: SignerState, chain: ChainView) -> dict[int, SignedTransfer]:
+def waiting(state: SignerState, chain: ChainView) -> dict[int, SignedTransfer]:
     """Return what was signed, is not shown, and may still come: by nonce."""
     seen = {row.nonce for row in chain.outgoing}
     return {
@@ -476,7 +485,7 @@ def _sent(state: SignerState, chain: ChainView, kind: PayoutKind, span_ms: int) 
     for row in chain.outgoing:
         if kind_of(row.nonce) in (kind, None) and row.at_ms > chain.now_ms - span_ms:
             sent[row.address] += row.lamports
-    for one in _waiting(state, chain).values():
+    for one in waiting(state, chain).values():
         if one.kind is kind:
             sent[one.address] += one.lamports
     return sent

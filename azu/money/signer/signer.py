@@ -61,8 +61,8 @@ class Signer(SignerCalls):
         self._books = books
         self._rules = rules
         self._path = path
-        self._platform = PlatformAccount(chain, account.address.lower())
-        self._state = _read(path) if path.exists() else None
+        self._platform = PlatformAccount(chain, rules.platforms)
+        self._state = read_state(path) if path.exists() else None
         self._turn = asyncio.Lock()
         self._status = SignerStatus(("the signer has not seen books and chain yet",))
         self._looks_with_findings = 0
@@ -216,12 +216,18 @@ class Signer(SignerCalls):
         """Have the file say what is remembered from here on; raises Unavailable if it cannot."""
         if state == self._state:
             return
-        with disk_errors(self._path.parent), replacing(self._path, mode=0o600) as file:
-            write_all(file, _STATE.dump_json(state))
+        keep_state(self._path, state)
         self._state = state
 
 
-def _read(path: Path) -> SignerState:
+def keep_state(path: Path, state: SignerState) -> None:
+    """Write the file of what a signer remembers; raises Unavailable if it cannot."""
+    with disk_errors(path.parent), replacing(path, mode=0o600) as file:
+        write_all(file, _STATE.dump_json(state))
+
+
+def read_state(path: Path) -> SignerState:
+    """Read the file of what a signer remembers; raises ConfigurationError."""
     try:
         return _STATE.validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:

@@ -1,7 +1,7 @@
 """Credits deposits from the platform's own ledger on the chain, each hash once, to the chain's sender."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,12 @@ from azu.money.chain.rows import (
     LATE_MS,
     MULTI_SIGNATURE,
     arrived,
+    balance_of,
     has_no_hash,
     lamports_of,
     left,
     moved_hype,
+    namesakes_of,
     row_id,
     same_amount,
 )
@@ -43,7 +45,9 @@ class _Sighting:
 
 
 class DepositWatcher:
-    """Reads the platform's ledger from a durable cursor on; safe to run twice, to kill and to repeat.
+    """Reads the platform's ledgers from a durable cursor on; safe to run twice, to kill and to repeat.
+
+    The ledgers are those of its address and of the `former` ones, where deposits still may arrive.
 
     A row with a hash is credited at once if its action shows that one sender moved HYPE. What no action
     proves is set aside once it is `settled_ms` old and two polls, some time apart, have shown the same.
@@ -57,6 +61,7 @@ class DepositWatcher:
         uncredited: RedisUncredited,
         *,
         platform: str,
+        former: tuple[str, ...] = (),
         now_ms: Callable[[], int] = wall_clock_ms,
         settled_ms: int = LATE_MS,
     ) -> None:
@@ -65,6 +70,8 @@ class DepositWatcher:
         self._cursor = cursor
         self._uncredited = uncredited
         self._platform = platform
+        self._former = former
+        self._platforms = (platform, *former)
         self._now_ms = now_ms
         self._settled_ms = settled_ms
         # Rows that need no second check, with the chain's time, for as long as polls go back to that time.
@@ -91,7 +98,12 @@ class DepositWatcher:
         self._decided = {row: time_ms for row, time_ms in self._decided.items() if time_ms >= start_ms}
         self._unproven_before, self._unproven = self._unproven, {}
         self._unbooked = set()
-        held_ms: int | None = None
+        held_ms: int | None = await self._chain.now_ms() if self._former else None
+        for platform in self._former:
+            async for page in self._chain.ledger_updates(platform, start_ms):
+                for row in page:
+                    if not await self._try_to_decide(row):
+                        held_ms = row.time_ms if held_ms is None else min(held_ms, row.time_ms)
         async for page in self._chain.ledger_updates(self._platform, start_ms):
             for row in page:
                 if not await self._try_to_decide(row):
@@ -112,12 +124,12 @@ class DepositWatcher:
         details = await self._chain.tx_details(tx_hash)
         if details is None:
             return DepositStatus(CreditState.UNKNOWN)
-        status = deposit_status(details, platform=self._platform, hype=self._chain.network.hype)
+        status = deposit_status(details, platforms=self._platforms, hype=self._chain.network.hype)
         if status.state is CreditState.REJECTED:
             return status
         # From the transfer's own time on: no poll may go back that far any more. The platform's ledger does
         # not show all rows of a crowded millisecond; the sender's has them too.
-        for account in (self._platform, status.sender):
+        for account in (*self._platforms, status.sender):
             async for page in self._chain.ledger_updates(account, details.time_ms):
                 for row in page:
                     if row.hash == tx_hash and row.nth == 0 and await self._decide(row):
@@ -151,9 +163,9 @@ class DepositWatcher:
     async def _decide(self, row: LedgerTransfer) -> bool:
         """Credit, set aside or dismiss a row; return False if that has to wait."""
         name = row_id(row)
-        if left(row, self._platform) and name not in self._decided:
+        if left(row, self._platforms) and name not in self._decided:
             return await self._book_out(row)
-        if not arrived(row, self._platform) or name in self._decided:
+        if not arrived(row, self._platforms) or name in self._decided:
             return True
         if has_no_hash(row):
             return self._sight(row, "it came from HyperEVM, and no action proves its sender")
@@ -188,7 +200,7 @@ class DepositWatcher:
                 return False
             return self._sight(row, "the explorer does not know its action")
         hype = self._chain.network.hype
-        status = deposit_status(details, platform=self._platform, hype=hype)
+        status = deposit_status(details, platforms=self._platforms, hype=hype)
         if status.state is CreditState.REJECTED:
             match moved_hype(details, hype):
                 case True:
@@ -216,7 +228,7 @@ class DepositWatcher:
         Another token may have the same name. A row is HYPE if it is of more than the account holds of such
         tokens; one that another row is equal to has to be in the account beside all that is owed.
         """
-        now_ms, namesakes = await self._chain.now_ms(), await self._chain.namesakes(self._platform)
+        now_ms, namesakes = await self._chain.now_ms(), await namesakes_of(self._chain, self._platforms)
         for name, seen in tuple(self._unproven.items()):
             row = seen.row
             if (
@@ -242,7 +254,7 @@ class DepositWatcher:
 
     async def _surplus(self) -> int:
         """Return how many lamports the account holds beside all that is owed."""
-        held = await self._chain.spot_balance(self._platform)
+        held = await balance_of(self._chain, self._platforms)
         return held - await self._ledger.inside()
 
     async def _set_aside(self, row: LedgerTransfer, reason: str) -> None:
@@ -272,7 +284,7 @@ def deposit_id(tx_hash: str) -> str:
     return f"deposit:{tx_hash}"
 
 
-def deposit_status(details: TxDetails, *, platform: str, hype: str) -> DepositStatus:
+def deposit_status(details: TxDetails, *, platforms: Collection[str], hype: str) -> DepositStatus:
     """Return PENDING if an action moved HYPE, by its exact token id, to the platform, else REJECTED."""
     action, sender = details.action, details.user
     if details.error is not None:
@@ -281,7 +293,7 @@ def deposit_status(details: TxDetails, *, platform: str, hype: str) -> DepositSt
         reason = "several keys signed it, and its sender cannot log in with one"
     elif action.get("type") not in _ACTIONS:
         reason = "it is no transfer"
-    elif _lower(action.get("destination")) != platform or action.get("destinationDex", _SPOT) != _SPOT:
+    elif _lower(action.get("destination")) not in platforms or action.get("destinationDex", _SPOT) != _SPOT:
         reason = "it was not sent to the platform's spot balance"
     elif action.get("token") != hype:
         reason = f"it moved {action.get('token')}, which is not {hype}"

@@ -19,7 +19,7 @@ from azu.errors import (
 )
 from azu.money.books import Books
 from azu.money.chain.port import Chain, LedgerTransfer
-from azu.money.chain.rows import arrival_of, same_amount
+from azu.money.chain.rows import arrival_of, balance_of, same_amount
 from azu.money.ledger.transfers import PayoutPlanned, RevenueTaken, WithdrawalPlanned
 from azu.money.signer.calls import SignerCalls
 from azu.money.signer.policy import nonce_for
@@ -72,7 +72,7 @@ class Payer:
         signer: SignerCalls,
         timeouts: PayoutTimeouts,
         *,
-        platform: str,
+        platforms: tuple[str, ...],
         on_refused: Callable[[str], None],
         gives_up: Callable[[str], bool] = lambda _: False,
         now_ms: Callable[[], int] = wall_clock_ms,
@@ -81,7 +81,7 @@ class Payer:
         self._ledger = ledger
         self._outbox = outbox
         self._signer = signer
-        self._platform = platform
+        self._platforms = platforms
         self._timeouts = timeouts
         self._on_refused = on_refused
         self._gives_up = gives_up
@@ -138,9 +138,10 @@ class Payer:
         since_ms = min(payout.since_ms for payout in posted)
         return {
             row.nonce: row
-            async for page in self._chain.ledger_updates(self._platform, since_ms)
+            for platform in self._platforms
+            async for page in self._chain.ledger_updates(platform, since_ms)
             for row in page
-            if row.sender == self._platform and row.nonce is not None
+            if row.sender in self._platforms and row.nonce is not None
         }
 
     async def _advance(self, payout: Payout, shown: Mapping[int, LedgerTransfer], read_at_ms: int) -> None:
@@ -192,7 +193,7 @@ class Payer:
             return
         row = await arrival_of(
             self._chain,
-            self._platform,
+            self._platforms,
             recipient=payout.address,
             lamports=payout.lamports,
             nonce=payout.nonce,
@@ -210,7 +211,7 @@ class Payer:
         """Whether the account holds all that the books say; another transfer to the address says so too."""
         if self._gives_up(payout.address):
             return True
-        held = await self._chain.spot_balance(self._platform)
+        held = await balance_of(self._chain, self._platforms)
         return held >= await self._ledger.inside()
 
     async def _sign(self, payout: Payout) -> None:

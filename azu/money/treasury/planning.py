@@ -65,14 +65,15 @@ class PayoutSelector:
         self,
         chain: Chain,
         ledger: Books,
-        platform: str,
+        platforms: tuple[str, ...],
         threshold: Threshold,
         *,
         now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._chain = chain
         self._ledger = ledger
-        self._platform = platform
+        self._platforms = platforms
+        self._platform = platforms[0]
         self._threshold = threshold
         self._now_ms = now_ms
         # Addresses that cannot be paid now, with the time of the next check.
@@ -139,7 +140,7 @@ class PayoutSelector:
             if lamports >= self._threshold.lamports:
                 amount = AmountOwed(address, min(lamports, self._threshold.most_lamports))
                 # What the platform owes itself is in its wallet already.
-                left_out = amount.address == self._platform or amount.address in self._passed_over
+                left_out = amount.address in self._platforms or amount.address in self._passed_over
                 if amount.address not in open_lamports and not left_out:
                     owed.append(amount)
         return sorted(owed, key=lambda amount: (-amount.lamports, amount.address))
@@ -156,7 +157,7 @@ class WithdrawalPlanner:
         selector: PayoutSelector,
         signer: SignerCalls,
         *,
-        platform: str,
+        platforms: tuple[str, ...],
         now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._withdrawals = withdrawals
@@ -164,7 +165,7 @@ class WithdrawalPlanner:
         self._outbox = outbox
         self._selector = selector
         self._signer = signer
-        self._platform = platform
+        self._platforms = platforms
         self._now_ms = now_ms
 
     async def plan(self, max_open: int, since_ms: int) -> None:
@@ -225,7 +226,7 @@ class WithdrawalPlanner:
 
     def _fault(self, signed: SignedWithdrawal) -> str | None:
         """Return what is wrong with a withdrawal; the treasury does not rely on the ingress's checks."""
-        if not is_signed(signed.withdrawal, self._platform, signed.signature):
+        if not any(is_signed(signed.withdrawal, one, signed.signature) for one in self._platforms):
             return "it was not signed by its address"
         if signed.withdrawal.expires_at_ms <= self._now_ms():
             return "it expired before it was carried out"

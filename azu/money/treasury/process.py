@@ -45,16 +45,17 @@ _SURVEY_EVERY_S = 60.0
 class TreasuryConfig:
     """What the treasury runs with. It has no key: the signer at `signer_url` signs its payouts.
 
-    `poll_s` is the time between two polls of the chain; after `lease_s` a treasury that died no longer blocks
-    the next one. Requests of the ingress come, and metrics go, through the Redis at `jobs_redis_url`, else
-    through the other. In `home` lie what it watches: the disk, and when copies and audits were made.
+    `platforms` are the platform's address and those that it had before. `poll_s` is the time between two
+    polls of the chain; after `lease_s` a treasury that died no longer blocks the next one. Requests of the
+    ingress come, and metrics go, through the Redis at `jobs_redis_url`, else through the other. In `home`
+    lie what it watches: the disk, and when copies and audits were made.
     """
 
     redis_url: str = field(repr=False)
     books_url: str = field(repr=False)
     signer_url: str = field(repr=False)
     network: ChainNetwork
-    platform: str
+    platforms: tuple[str, ...]
     home: Path
     threshold: Threshold
     timeouts: PayoutTimeouts = field(default_factory=PayoutTimeouts)
@@ -94,7 +95,7 @@ class _Treasury:
     """The parts over one chain, one Redis and the books, and what each loop does."""
 
     def __init__(self, config: TreasuryConfig, ready: Callable[[], None]) -> None:
-        platform = config.platform
+        platforms = config.platforms
         self._config = config
         self._redis = connect_redis(config.redis_url)
         self._chain = ChainClient(config.network)
@@ -113,10 +114,11 @@ class _Treasury:
             self._ledger,
             self._cursor,
             RedisUncredited(self._redis),
-            platform=platform,
+            platform=platforms[0],
+            former=platforms[1:],
             now_ms=clock,
         )
-        self._selector = PayoutSelector(self._chain, self._ledger, platform, config.threshold, now_ms=clock)
+        self._selector = PayoutSelector(self._chain, self._ledger, platforms, config.threshold, now_ms=clock)
         withdrawals = RedisWithdrawals(self._redis)
         self._withdrawal_planner = WithdrawalPlanner(
             withdrawals,
@@ -124,7 +126,7 @@ class _Treasury:
             self._outbox,
             self._selector,
             self._signer,
-            platform=platform,
+            platforms=platforms,
             now_ms=clock,
         )
         self._payer = Payer(
@@ -134,12 +136,12 @@ class _Treasury:
             withdrawals,
             self._signer,
             config.timeouts,
-            platform=platform,
+            platforms=platforms,
             on_refused=self._selector.pass_over,
             gives_up=self._watcher.has_left_otherwise,
             now_ms=clock,
         )
-        self.survey = Survey(self._chain, self._signer, platform, config.home)
+        self.survey = Survey(self._chain, self._signer, platforms, config.home)
         self._plan_at_s = 0.0
         self._ready: Callable[[], None] | None = ready
 

@@ -10,6 +10,7 @@ from azu import metrics
 from azu.files import write_private
 from azu.metrics import Labels, Meter
 from azu.money.chain.port import Chain
+from azu.money.chain.rows import balance_of
 from azu.money.signer.calls import SignerCalls
 
 _FILE = "done.json"
@@ -32,10 +33,10 @@ def last_done(home: Path) -> dict[str, int]:
 class Survey:
     """Measures now and then what stands in no journal."""
 
-    def __init__(self, chain: Chain, signer: SignerCalls, platform: str, home: Path) -> None:
+    def __init__(self, chain: Chain, signer: SignerCalls, platforms: tuple[str, ...], home: Path) -> None:
         self._chain = chain
         self._signer = signer
-        self._platform = platform
+        self._platforms = platforms
         self._home = home
 
     async def show(self, meter: Meter) -> None:
@@ -44,11 +45,11 @@ class Survey:
         meter.set_gauge(metrics.DISK_FREE, {("money",): disk.free / disk.total})
         done: dict[Labels, float] = {(what,): at_ms / 1000 for what, at_ms in last_done(self._home).items()}
         meter.set_gauge(metrics.LAST_DONE, done)
-        wallet = await self._chain.spot_balance(self._platform)
-        meter.set_gauge(metrics.WALLET, {(): wallet})
-        meter.set_gauge(metrics.ACTIONS_LEFT, {(): await self._chain.actions_left(self._platform)})
+        platform = self._platforms[0]
+        meter.set_gauge(metrics.WALLET, {(): await balance_of(self._chain, self._platforms)})
+        meter.set_gauge(metrics.ACTIONS_LEFT, {(): await self._chain.actions_left(platform)})
         # An address that the chain has never seen costs the fee of a new account.
-        recipient = await self._chain.recipient(f"0x{secrets.token_hex(20)}", self._platform)
+        recipient = await self._chain.recipient(f"0x{secrets.token_hex(20)}", platform)
         meter.set_gauge(metrics.FEE_MISSING, {(): float(not recipient.has_fee)})
         status = await self._signer.status()
         meter.set_gauge(metrics.LIMIT_USED, {(kind,): part for kind, part in status.day_parts.items()})

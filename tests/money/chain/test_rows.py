@@ -40,8 +40,8 @@ ACTION = {
     ],
 )
 def test_a_row_that_cannot_be_a_deposit_is_no_candidate(changes: dict[str, Any]) -> None:
-    assert arrived(ROW, PLATFORM)
-    assert not arrived(replace(ROW, **changes), PLATFORM)
+    assert arrived(ROW, (PLATFORM,))
+    assert not arrived(replace(ROW, **changes), (PLATFORM,))
 
 
 @pytest.mark.parametrize(

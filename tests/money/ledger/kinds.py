@@ -92,6 +92,7 @@ def any_transfer() -> st.SearchStrategy[Transfer]:
         ),
         st.builds(lambda who: moves.revoke_key(moves.key_of(who)), USERS),
         st.builds(moves.claim, WORKERS),
+        st.builds(moves.replace_platform, USERS),
         st.builds(moves.enrol, NODES, WORKERS),
         st.builds(moves.remove_node, NODES),
     )

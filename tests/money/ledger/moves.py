@@ -21,6 +21,7 @@ from azu.money.ledger.transfers import (
     PayoutPaid,
     PayoutPlanned,
     PayoutRefused,
+    PlatformReplaced,
     Release,
     Reserve,
     RevenueTaken,
@@ -213,6 +214,10 @@ def take_revenue(payout: str, lamports: int, *, address: str = ALICE, nonce: int
         nonce=nonce or _nonce(payout),
         command="take it out",
     )
+
+
+def replace_platform(new: str) -> PlatformReplaced:
+    return PlatformReplaced(id=f"platform:{new}", old=ALICE, new=new, by_old="0x1", by_new="0x2")
 
 
 def paid(payout: str, *, fee_lamports: int = 0, command: str = "") -> PayoutPaid:

@@ -35,20 +35,29 @@ class ServedSigner:
         return RemoteSigner(self.access.url(caller))
 
 
-def rules_of(platform: LocalAccount, limit: PayoutLimit = UNLIMITED) -> SigningRules:
+def rules_of(
+    platform: LocalAccount, limit: PayoutLimit = UNLIMITED, former: tuple[str, ...] = ()
+) -> SigningRules:
     limits = {PayoutKind.WITHDRAWAL: limit, PayoutKind.EARNINGS: limit}
-    return SigningRules(limits, frozenset({ADMIN.address.lower()}), (platform.address.lower(),))
+    return SigningRules(limits, frozenset({ADMIN.address.lower()}), (platform.address.lower(), *former))
 
 
 @asynccontextmanager
 async def signing(
-    platform: LocalAccount, network: ChainNetwork, books: ServedBooks, *, look_s: float
+    platform: LocalAccount,
+    network: ChainNetwork,
+    books: ServedBooks,
+    *,
+    look_s: float,
+    former: tuple[str, ...] = (),
 ) -> AsyncIterator[ServedSigner]:
     """Serve a signer that remembers nothing and looks at books and chain all the time."""
     chain, view = ChainClient(network), books.client("signer")
     access = Access.new(0, SIGNER_ALLOWED)
     with tempfile.TemporaryDirectory() as folder:
-        signer = Signer(platform, chain, view, rules_of(platform), Path(folder) / "signer.json")
+        signer = Signer(
+            platform, chain, view, rules_of(platform, former=former), Path(folder) / "signer.json"
+        )
         server = WireServer(SignerCalls, signer, access.secrets, SIGNER_ALLOWED)
 
         async def look() -> None:

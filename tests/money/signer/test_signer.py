@@ -57,7 +57,7 @@ class Scene:
         """Start the signer, or another one in its place that knows what the file says."""
         chain = ChainClient(self.world.devnet.network)
         self.chains.append(chain)
-        rules = rules_of(self.world.platform, self.limit)
+        rules = rules_of(self.world.platform, self.limit, self.world.former)
         self.signer = Signer(self.world.platform, chain, self.parts.books.client("signer"), rules, self.file)
         return self.signer
 

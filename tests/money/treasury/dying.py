@@ -56,7 +56,7 @@ def _live(treasury: Treasury, death: Death) -> None:
         books_url=treasury.books_url,
         signer_url=treasury.signer_url,
         network=network_at(treasury.chain_url),
-        platform=treasury.platform,
+        platforms=(treasury.platform,),
         home=Path.cwd(),
         threshold=Threshold(treasury.threshold_lamports, treasury.threshold_lamports),
         timeouts=PayoutTimeouts(conclude_ms=3_000),

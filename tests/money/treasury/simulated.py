@@ -248,7 +248,7 @@ class Simulation:
             NoWithdrawals(),
             self.signer,
             self.timeouts,
-            platform=self.platform.address.lower(),
+            platforms=(self.platform.address.lower(),),
             on_refused=self.refused.append,
             now_ms=self.clock,
         )

@@ -43,11 +43,11 @@ ACTION = {
 
 def judged(error: str | None = None, **changes: Any) -> CreditState:
     details = TxDetails(hash=HASH, time_ms=1, user=ALICE, action=ACTION | changes, error=error)
-    return deposit_status(details, platform=PLATFORM, hype=HYPE).state
+    return deposit_status(details, platforms=(PLATFORM,), hype=HYPE).state
 
 
 def test_hype_sent_to_the_platform_is_a_deposit() -> None:
-    status = deposit_status(TxDetails(HASH, 1, ALICE, ACTION, None), platform=PLATFORM, hype=HYPE)
+    status = deposit_status(TxDetails(HASH, 1, ALICE, ACTION, None), platforms=(PLATFORM,), hype=HYPE)
 
     assert (status.state, status.sender, status.lamports) == (
         CreditState.PENDING,
@@ -80,7 +80,7 @@ def test_everything_else_is_rejected(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("changes", [{"sender": PLATFORM}, {"amount": "5.00000001"}, {"amount": "x"}])
 def test_a_row_has_to_agree_with_its_action(changes: dict[str, Any]) -> None:
-    status = deposit_status(TxDetails(HASH, 1, ALICE, ACTION, None), platform=PLATFORM, hype=HYPE)
+    status = deposit_status(TxDetails(HASH, 1, ALICE, ACTION, None), platforms=(PLATFORM,), hype=HYPE)
 
     assert not agrees(replace(ROW, **changes), status)
 

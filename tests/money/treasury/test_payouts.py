@@ -350,7 +350,7 @@ def simulation(funds: int = 10**9, dollars: int = 10**12) -> Simulation:
 
 def selector(world: Simulation) -> PayoutSelector:
     platform = PLATFORM.address.lower()
-    return PayoutSelector(world.chain, world.ledger, platform, THRESHOLD, now_ms=world.clock)
+    return PayoutSelector(world.chain, world.ledger, (platform,), THRESHOLD, now_ms=world.clock)
 
 
 def selected(

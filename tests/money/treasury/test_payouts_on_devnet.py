@@ -56,7 +56,7 @@ async def pay_for_ever(world: World, parts: Open) -> None:
     # Shorter than the devnet's delay.
     chain = ChainClient(world.devnet.network, httpx.AsyncClient(timeout=1.0))
     platform = world.platform.address.lower()
-    selector = PayoutSelector(chain, parts.ledger, platform, Threshold(PAID, PAID))
+    selector = PayoutSelector(chain, parts.ledger, (platform,), Threshold(PAID, PAID))
     payer = Payer(
         chain,
         parts.ledger,
@@ -64,7 +64,7 @@ async def pay_for_ever(world: World, parts: Open) -> None:
         NoWithdrawals(),
         parts.signer.signer,
         PayoutTimeouts(conclude_ms=3_000),
-        platform=platform,
+        platforms=(platform,),
         on_refused=lambda _address: None,
     )
     try:

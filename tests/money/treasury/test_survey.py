@@ -28,7 +28,7 @@ def test_the_account_its_limits_and_what_was_done_are_shown(world: World, tmp_pa
 
     async def scenario(parts: Open) -> None:
         platform = fresh_address()
-        survey = Survey(parts.chain, Signer(), platform, tmp_path)  # type: ignore[arg-type]
+        survey = Survey(parts.chain, Signer(), (platform,), tmp_path)  # type: ignore[arg-type]
         await survey.show(meter)
         assert meter.snapshot().value(metrics.FEE_MISSING) == 1
         # The faucet gives the fee for some new accounts too.

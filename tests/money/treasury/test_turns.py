@@ -32,7 +32,7 @@ class LimitedSigner(KeySigner):
 
     def __init__(self, simulation: Simulation) -> None:
         super().__init__(simulation.platform, simulation.chain.network)
-        self.account = PlatformAccount(simulation.chain, simulation.platform.address.lower())
+        self.account = PlatformAccount(simulation.chain, (simulation.platform.address.lower(),))
 
     async def room(self) -> Room:
         return room(SignerState(), await self.account.view(0), PayoutKind.WITHDRAWAL, LIMIT)
@@ -75,14 +75,14 @@ class Desk:
         platform = self.simulation.platform.address.lower()
         parts = self.simulation.chain, self.simulation.ledger
         clock = self.simulation.clock
-        selector = PayoutSelector(*parts, platform, Threshold(1, 1), now_ms=clock)
+        selector = PayoutSelector(*parts, (platform,), Threshold(1, 1), now_ms=clock)
         self.planner = WithdrawalPlanner(
             self.store,
             self.simulation.ledger,
             self.simulation.outbox,
             selector,
             self.signer,
-            platform=platform,
+            platforms=(platform,),
             now_ms=clock,
         )
         self.payer = self.simulation.payer()

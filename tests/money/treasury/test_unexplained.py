@@ -31,7 +31,7 @@ def payer(world: World, parts: Open) -> Payer:
         RedisWithdrawals(connect_redis(world.redis_url)),
         parts.signer.signer,
         PayoutTimeouts(conclude_ms=500),
-        platform=world.platform.address.lower(),
+        platforms=(world.platform.address.lower(),),
         on_refused=lambda _address: None,
         gives_up=parts.watcher.has_left_otherwise,
     )

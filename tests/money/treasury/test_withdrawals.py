@@ -56,9 +56,9 @@ class Treasury:
         platform = world.platform.address.lower()
         self.store = RedisWithdrawals(connect_redis(world.redis_url))
         self.ledger = parts.ledger
-        selector = PayoutSelector(parts.chain, parts.ledger, platform, THRESHOLD)
+        selector = PayoutSelector(parts.chain, parts.ledger, (platform,), THRESHOLD)
         self.planner = WithdrawalPlanner(
-            self.store, parts.ledger, parts.outbox, selector, parts.signer.signer, platform=platform
+            self.store, parts.ledger, parts.outbox, selector, parts.signer.signer, platforms=(platform,)
         )
         self.payer = Payer(
             parts.chain,
@@ -67,7 +67,7 @@ class Treasury:
             self.store,
             parts.signer.signer,
             PayoutTimeouts(conclude_ms=1_500),
-            platform=platform,
+            platforms=(platform,),
             on_refused=lambda _address: None,
         )
 

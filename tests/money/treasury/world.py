@@ -11,6 +11,7 @@ from typing import Any
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
+from azu.auth.succession import Succession, platforms_of
 from azu.errors import Unavailable
 from azu.money.books import Books, BooksTerms
 from azu.money.chain.api import ChainClient
@@ -88,6 +89,13 @@ class World:
     terms: BooksTerms = TERMS
     # Between two looks of its signer.
     look_s: float = 0.2
+    # Which key of the platform replaced which.
+    successions: tuple[Succession, ...] = ()
+
+    @property
+    def former(self) -> tuple[str, ...]:
+        """The addresses that the platform had before."""
+        return platforms_of(self.platform.address.lower(), self.successions)[1:]
 
     def payer(self, lamports: int = FUNDS) -> LocalAccount:
         account = Account.create()
@@ -107,13 +115,17 @@ class World:
     async def open(self) -> AsyncIterator[Open]:
         redis = connect_redis(self.redis_url)
         chain = ChainClient(self.devnet.network)
-        platform = self.platform.address.lower()
-        async with serving(self.redis_url, self.folder, platform=platform, terms=self.terms) as books:
+        platform, former = self.platform.address.lower(), self.former
+        async with serving(
+            self.redis_url, self.folder, platform=platform, terms=self.terms, successions=self.successions
+        ) as books:
             ledger, cursor, uncredited = books.client(), RedisCursor(redis), RedisUncredited(redis)
-            watcher = DepositWatcher(chain, ledger, cursor, uncredited, platform=platform)
+            watcher = DepositWatcher(chain, ledger, cursor, uncredited, platform=platform, former=former)
             deposits, outbox = DepositRequests(redis), RedisOutbox(redis)
             try:
-                async with signing(self.platform, self.devnet.network, books, look_s=self.look_s) as signer:
+                async with signing(
+                    self.platform, self.devnet.network, books, look_s=self.look_s, former=former
+                ) as signer:
                     yield Open(
                         chain,
                         books,

@@ -1,0 +1,76 @@
+"""Which key of the platform replaced which: both sign it, so that neither alone can say so."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from eth_account.messages import encode_defunct
+from eth_account.signers.local import LocalAccount
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from azu.auth.signatures import signer_of_text
+from azu.errors import ConfigurationError
+from azu.files import write_private
+
+
+@dataclass(frozen=True, slots=True)
+class Succession:
+    """The platform `old` is `new` from now on; each signature, in hex, is of the address's own key."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    old: str
+    new: str
+    by_old: str
+    by_new: str
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether both keys have signed it."""
+        text = _text(self.old, self.new)
+        found = signer_of_text(text, self.by_old), signer_of_text(text, self.by_new)
+        return found == (self.old, self.new)
+
+
+_SUCCESSIONS = TypeAdapter(tuple[Succession, ...])
+
+
+def sign_succession(old: LocalAccount, new: LocalAccount) -> Succession:
+    """Have both keys sign that the second replaces the first."""
+    addresses = old.address.lower(), new.address.lower()
+    message = encode_defunct(text=_text(*addresses))
+    return Succession(*addresses, *(one.sign_message(message).signature.to_0x_hex() for one in (old, new)))
+
+
+def platforms_of(platform: str, successions: Iterable[Succession]) -> tuple[str, ...]:
+    """Return a platform's address, then those that it had before, the last one first."""
+    known, found = [one for one in successions if one.is_signed], [platform]
+    while before := [one.old for one in known if one.new == found[-1] and one.old not in found]:
+        found.append(before[0])
+    return tuple(found)
+
+
+def successor_of(platform: str, successions: Iterable[Succession]) -> str | None:
+    """Return the address that replaced a platform's, None if none did."""
+    return next((one.new for one in successions if one.old == platform and one.is_signed), None)
+
+
+def read_successions(path: Path) -> tuple[Succession, ...]:
+    """Return what a file has, nothing without a file; raises ConfigurationError for a damaged one."""
+    try:
+        return _SUCCESSIONS.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValidationError) as error:
+        raise ConfigurationError(f"{path} cannot be read, or is damaged: take it from a backup") from error
+
+
+def keep_succession(path: Path, one: Succession) -> None:
+    """Add a succession to a file, once."""
+    known = read_successions(path)
+    if one not in known:
+        write_private(path, _SUCCESSIONS.dump_json((*known, one)).decode())
+
+
+def _text(old: str, new: str) -> str:
+    return f"azu platform\nold: {old}\nnew: {new}"

@@ -1,0 +1,222 @@
+"""A new key of the platform: all that was signed for the old one stays good, and nothing leaves twice."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pytest
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+
+from azu.auth.succession import platforms_of, read_successions, sign_succession, successor_of
+from azu.devnet.chain import USDC
+from azu.errors import ChainError, Conflict
+from azu.money.chain.api import ChainClient
+from azu.money.chain.port import Refusal
+from azu.money.chain.rows import balance_of
+from azu.money.chain.wallet import send_hype
+from azu.money.ledger.transfers import PlatformReplaced
+from azu.money.signer.rotation import KEPT_LAMPORTS, rotate
+from azu.money.signer.views import TransferRequest
+from tests.money.chain.running import RunningDevnet
+from tests.money.signer.test_signer import HYPE, Scene
+from tests.money.treasury.world import World
+
+
+@dataclass
+class Rotated:
+    """A network that runs with an old key, then with a new one: the same books, memory and chain."""
+
+    devnet: RunningDevnet
+    redis_url: str
+    folder: Path
+    user: LocalAccount | None = None
+
+    def __post_init__(self) -> None:
+        self.old, self.new = Account.create(), Account.create()
+        self.before, self.after = self.old.address.lower(), self.new.address.lower()
+        self.memory, self.record = self.folder / "signer.json", self.folder / "platforms.json"
+        world = World(self.devnet, self.redis_url, self.old, self.folder / "ledger", look_s=3600.0)
+        self.first = world
+        successions = (sign_succession(self.old, self.new),)
+        self.second = replace(world, platform=self.new, successions=successions)
+
+    def runs(self, world: World, scenario: Callable[[Scene], Awaitable[None]]) -> None:
+        """Run a scenario with one of the two keys."""
+
+        async def inside(parts: object) -> None:
+            self.user = self.user or world.payer()
+            scene = Scene(world, parts, self.memory, self.user, None)  # type: ignore[arg-type]
+            scene.start()
+            scene.withdrawals = 10 if world.former else 0
+            await scene.parts.watcher.poll()
+            await scene.signer.look()
+            try:
+                await scenario(scene)
+            finally:
+                for chain in scene.chains:
+                    await chain.close()
+
+        world.run(inside)
+
+    def rotates(self, chain: ChainClient | None = None) -> int:
+        """Replace the key as the command does it, while no network runs."""
+
+        async def run() -> int:
+            used = chain or ChainClient(self.devnet.network)
+            try:
+                return await rotate(used, self.old, self.new, self.memory, self.record)
+            finally:
+                await used.close()
+
+        return asyncio.run(run())
+
+    def held(self, *addresses: str) -> list[int]:
+        async def ask() -> list[int]:
+            chain = ChainClient(self.devnet.network)
+            found = [await chain.spot_balance(one) for one in addresses]
+            await chain.close()
+            return found
+
+        return asyncio.run(ask())
+
+
+@pytest.fixture
+def rotated(devnet_server: RunningDevnet, redis_url: str, tmp_path: Path) -> Rotated:
+    made = Rotated(devnet_server, redis_url, tmp_path)
+    devnet_server.fund(made.before, 10**9, token=USDC.full_id)
+    return made
+
+
+async def begin(scene: Scene) -> None:
+    await scene.deposit(HYPE)
+    await scene.send(await scene.withdraw(HYPE // 4))
+
+
+def test_the_network_goes_on_with_the_new_key(rotated: Rotated) -> None:
+    asked: list[TransferRequest] = []
+
+    async def before(scene: Scene) -> None:
+        await begin(scene)
+        asked.append(await scene.withdraw(HYPE // 8))
+
+    async def after(scene: Scene) -> None:
+        assert await scene.findings() == ()
+        # What was asked for the old address, and set aside, is sent by the new one, once.
+        await scene.send(asked[0])
+        # A deposit at the old address, which a client did not know better, is credited.
+        assert scene.user is not None
+        await send_hype(scene.parts.chain, scene.user, rotated.before, HYPE // 2)
+        await scene.parts.watcher.poll()
+        assert await scene.parts.available(scene.user) == HYPE - HYPE // 4 - HYPE // 8 + HYPE // 2
+        await scene.send(await scene.withdraw(HYPE // 16))
+        assert await scene.findings() == ()
+        assert scene.received(asked[0].address) == 2
+        wallet = await balance_of(scene.parts.chain, (rotated.after, rotated.before))
+        report = await scene.parts.ledger.audit(wallet)
+        assert (report.agrees, report.findings) == (True, ())
+        noted = await scene.parts.ledger.result(f"platform:{rotated.after}")
+        assert noted is not None
+        assert noted.entry.transfer == PlatformReplaced(
+            id=f"platform:{rotated.after}", **asdict(read_successions(rotated.record)[0])
+        )
+
+    rotated.runs(rotated.first, before)
+    moved = rotated.rotates()
+    assert moved == HYPE - HYPE // 4 - KEPT_LAMPORTS
+    assert rotated.held(rotated.before, rotated.after) == [KEPT_LAMPORTS, moved]
+    successions = read_successions(rotated.record)
+    assert platforms_of(rotated.after, successions) == (rotated.after, rotated.before)
+    assert successor_of(rotated.before, successions) == rotated.after
+    rotated.runs(rotated.second, after)
+    # What came later is moved by the same command, and changes nothing in the books.
+    assert rotated.rotates() == HYPE // 2
+
+    async def agrees(scene: Scene) -> None:
+        assert await scene.findings() == ()
+
+    rotated.runs(rotated.second, agrees)
+
+
+def test_what_the_old_key_signed_is_executed_no_more(rotated: Rotated) -> None:
+    signed: list[tuple[TransferRequest, str]] = []
+
+    async def before(scene: Scene) -> None:
+        await begin(scene)
+        asked = await scene.withdraw(HYPE // 8)
+        signed.append((asked, await scene.signer.transfer(asked)))
+
+    async def after(scene: Scene) -> None:
+        asked, body = signed[0]
+        refusal = await scene.parts.chain.post_action(body.encode())
+        assert refusal is not None
+        assert refusal.nonce_used
+        # Nor does the new key sign it: whether the old bytes were executed the treasury finds out first.
+        with pytest.raises(Conflict):
+            await scene.signer.transfer(asked)
+        assert scene.received(asked.address) == 0, "of the new address"
+
+    rotated.runs(rotated.first, before)
+    rotated.rotates()
+    rotated.devnet.fund(rotated.before, HYPE)
+    rotated.runs(rotated.second, after)
+
+
+class Dying(ChainClient):
+    """A chain that does not answer one of the posts, before or after it carried the action out."""
+
+    def __init__(self, devnet: RunningDevnet, at: int, is_executed: bool) -> None:
+        super().__init__(devnet.network)
+        self._left, self._is_executed = at, is_executed
+
+    async def post_action(self, body: bytes) -> Refusal | None:
+        self._left -= 1
+        if self._left < 0:
+            if self._is_executed:
+                await super().post_action(body)
+            raise ChainError("the chain did not answer")
+        return await super().post_action(body)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("is_executed", [False, True])
+def test_a_rotation_that_ended_anywhere_is_finished_by_the_next(
+    rotated: Rotated, at: int, is_executed: bool
+) -> None:
+    async def before(scene: Scene) -> None:
+        await begin(scene)
+        await scene.signer.transfer(await scene.withdraw(HYPE // 8))
+
+    async def after(scene: Scene) -> None:
+        assert await scene.findings() == ()
+        await scene.send(await scene.withdraw(HYPE // 16))
+        assert await scene.findings() == ()
+
+    rotated.runs(rotated.first, before)
+    with pytest.raises(ChainError):
+        # First the nonce of what was signed, then the money.
+        rotated.rotates(Dying(rotated.devnet, at, is_executed))
+    is_recorded = successor_of(rotated.before, read_successions(rotated.record)) is not None
+    assert is_recorded is (at == 1)
+    rotated.rotates()
+
+    assert rotated.held(rotated.before, rotated.after) == [
+        KEPT_LAMPORTS,
+        HYPE - HYPE // 4 - KEPT_LAMPORTS,
+    ]
+    assert len(read_successions(rotated.record)) == 1
+    rotated.runs(rotated.second, after)
+
+
+def test_a_key_is_not_replaced_by_one_of_before_or_one_that_cannot_be_paid(rotated: Rotated) -> None:
+    rotated.runs(rotated.first, begin)
+    rotated.rotates()
+    rotated.old, rotated.new = rotated.new, rotated.old
+    with pytest.raises(Conflict, match="was the platform's address before"):
+        rotated.rotates()
+    # The new address has no dollars for the chain's fee, so that it pays no address that is new to the chain.
+    rotated.new = Account.create()
+    with pytest.raises(Conflict, match="its fee is not paid for"):
+        rotated.rotates()
+    assert len(read_successions(rotated.record)) == 1
