@@ -25,7 +25,7 @@ from azu.auth.rate_limit import Growth, Rate, RedisRates
 from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
 from azu.contact import Contact
-from azu.errors import AzuError, Forbidden, NotFound, Unauthenticated, Unavailable
+from azu.errors import AzuError, Forbidden, InsufficientBalance, NotFound, Unauthenticated, Unavailable
 from azu.jobs.departures import Departures
 from azu.jobs.draining import Draining
 from azu.jobs.in_flight_limit import InFlightLimit
@@ -38,6 +38,7 @@ from azu.models.status import ModelStatus
 from azu.money.books import Books, Members
 from azu.protocol.sampling import SamplingParams
 from azu.redis_client import connect_redis, redis_problem
+from azu.units import format_bytes
 from deployments.sampling import default_sampling
 
 if TYPE_CHECKING:
@@ -242,7 +243,15 @@ class Services:
             known: ModelDescription = await self.registry("describe", model_id)
             return known
         fetch_id = f"fetch-{secrets.token_hex(12)}"
-        await self.books.reserve_fetch(bearer or "", fetch_id, model_id=model_id, num_bytes=num_bytes)
+        try:
+            await self.books.reserve_fetch(bearer or "", fetch_id, model_id=model_id, num_bytes=num_bytes)
+        except InsufficientBalance as error:
+            raise InsufficientBalance(
+                f"{model_id} is new here, and a fee for its {format_bytes(num_bytes)} is set aside until a "
+                f"job of it is charged: {error.message}",
+                param="model",
+                code=error.code,
+            ) from error
         try:
             new: ModelDescription = await self.registry("describe", model_id)
         except AzuError as error:

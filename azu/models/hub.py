@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 # Without a timeout the library waits for ever.
 _REPLY_TIMEOUT_S = 20.0
 # Config, tokenizer and index are fetched before a user has paid. No honest model has larger ones.
-_MAX_DESCRIPTION_BYTES = 256 * 1024 * 1024
+MAX_DESCRIPTION_BYTES = 256 * 1024 * 1024
 _DESCRIPTION_FILES = (*MODEL_FILES, INDEX_FILE)
 _SHA256_CHARACTERS = 64
 
@@ -142,8 +142,8 @@ def _check_description_files(model_id: str, listing: Listing) -> None:
     """Refuse a repository that cannot be described, before any file is downloaded."""
     if CONFIG_FILE not in listing:
         raise BrokenCheckpoint(f"{model_id} has no {CONFIG_FILE}")
-    if sum(listing[name].size for name in _DESCRIPTION_FILES if name in listing) > _MAX_DESCRIPTION_BYTES:
-        raise BrokenCheckpoint(f"{model_id}: config and tokenizer exceed {_MAX_DESCRIPTION_BYTES} bytes")
+    if sum(listing[name].size for name in _DESCRIPTION_FILES if name in listing) > MAX_DESCRIPTION_BYTES:
+        raise BrokenCheckpoint(f"{model_id}: config and tokenizer exceed {MAX_DESCRIPTION_BYTES} bytes")
 
 
 def _listing(model_id: str, commit: str) -> Listing | None:

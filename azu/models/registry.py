@@ -14,7 +14,7 @@ from azu.models import inspection
 from azu.models.checkpoint import MODEL_FILES, contained_file
 from azu.models.cut import cut, process_lock
 from azu.models.description import AvailableModel, ModelDescription
-from azu.models.hub import forget
+from azu.models.hub import MAX_DESCRIPTION_BYTES, forget
 from azu.models.room import ModelRoom
 from azu.models.sources import (
     Source,
@@ -79,10 +79,13 @@ class ModelRegistry:
         Raises what `describe` does.
         """
         self._check_offered(model_id)
-        if is_built_in(model_id) or self._status.get(model_id).state is not ModelState.UNKNOWN:
+        if not self._is_new(model_id):
             return 0
         with disk_errors(self._home), self._near_named(model_id):
             return max(1, size_of(model_id, self._model_roots))
+
+    def _is_new(self, model_id: str) -> bool:
+        return not is_built_in(model_id) and self._status.get(model_id).state is ModelState.UNKNOWN
 
     def describe(self, model_id: str, revision: str | None = None) -> ModelDescription:
         """Return a model at one revision, by default the newest; only config and tokenizer are fetched.
@@ -98,6 +101,8 @@ class ModelRegistry:
             if known is not None:
                 self._room.note_used(model_id)
                 return known
+            if not model_id.startswith("/") and self._is_new(model_id):
+                self._make_room(model_id, MAX_DESCRIPTION_BYTES)
             with self._near_named(model_id):
                 source = self._find(model_id, revision)
             self._pins[model_id, revision] = (source.revision, time.monotonic())
@@ -149,9 +154,8 @@ class ModelRegistry:
     def _cut(self, source: Source, folder: Path, report: StatusReporter) -> Structure:
         # A folder's weights are there already; those of a repository are fetched and then cut.
         copies = 1 if source.model_id.startswith("/") or is_built_in(source.model_id) else 2
-        with self._making_room:
-            self._room.note_used(source.model_id)
-            self._room.make(copies * source.weight_bytes, source.model_id, self._leave)
+        self._room.note_used(source.model_id)
+        self._make_room(source.model_id, copies * source.weight_bytes)
         return cut(
             source.weights(report.fetching),
             folder,
@@ -254,6 +258,10 @@ class ModelRegistry:
             kept.pop(0)
         self._room.note_used(source.model_id)
         return description
+
+    def _make_room(self, model_id: str, num_bytes: int) -> None:
+        with self._making_room:
+            self._room.make(num_bytes, model_id, self._leave)
 
     def _leave(self, model_id: str) -> None:
         """Forget a model that leaves the disk: the next that asks for it sets a fee aside again."""

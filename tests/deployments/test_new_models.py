@@ -68,6 +68,9 @@ def play(redis_url: str, tmp_path: Path, count: int) -> None:
             assert not Counter([await ask(ingress, free, model) for model in models]) - Counter(
                 {"insufficient_balance": count}
             )
+            async with ingress.client(free) as client:
+                refused = (await client.get(f"/v1/models/{models[0]}")).json()["error"]
+            assert "is new here, and a fee for its 3.7 MiB" in refused["message"]
             assert len(list(root.glob("*/model-id"))) == 1, "nothing was described for the free key"
             described = [await describe(ingress, poor, model) for model in models]
             assert described.count(200) == 2

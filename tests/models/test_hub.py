@@ -194,7 +194,7 @@ def test_an_index_with_missing_files_is_refused_without_a_download_of_weights(hu
 
 
 def test_a_tokenizer_that_is_too_large_is_not_downloaded(hub, folder, monkeypatch):
-    monkeypatch.setattr(hub_module, "_MAX_DESCRIPTION_BYTES", 1000)
+    monkeypatch.setattr(hub_module, "MAX_DESCRIPTION_BYTES", 1000)
     (folder / "tokenizer.json").write_bytes(b"x" * 1001)
     hub.add("org/model", folder)
     with pytest.raises(BrokenCheckpoint, match="tokenizer"):
