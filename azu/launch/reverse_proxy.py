@@ -41,7 +41,8 @@ _MOST_ADDRESSES = 100_000
 # Open files for other things than clients' connections: those of every pool, and the process's own.
 _OTHER_FILES = 200
 # The requests that are with Serve at once. The ingress itself refuses what is too much for it: it gets more.
-_PLACES = {"health": 32, "quick": 32, "short": 256, "page": 64, "answers": 1792}
+# Of requests that only compute few are there at once, or the health would wait behind all of them.
+_PLACES = {"health": 32, "quick": 32, "short": 64, "waiting": 256, "page": 64, "answers": 1792}
 # HAProxy keeps the page's files, so that a client that reads them slowly takes no place. Neither the query
 # nor the host changes a file; browsers are told not to keep it, and HAProxy reads the same header.
 _KEPT_S = 60
@@ -55,6 +56,8 @@ _KEPT = (
 )
 # Requests that are answered at once, with little.
 _QUICK = ("/v1/platform", "/v1/balance", "/v1/earnings", "/v1/network", "/v1/models", "/models/status")
+# Requests that wait for the chain, for the Hub or for another machine.
+_WAITING = ("/deposit", "/submit", "/v1/quote", "/v1/models/", "/v1/withdrawals", "/v1/nodes/")
 _PAGE = ("/docs", "/openapi.json", "/page/")
 
 
@@ -145,6 +148,7 @@ def haproxy_configuration(config: ControlConfig, certificate: Path | None) -> st
             f"  http-request wait-for-body time {_BODY_S}s",
             "  use_backend health if { path /health }",
             f"  use_backend quick if {{ path {' '.join(_QUICK)} }} or {{ path_beg /v1/auth/ }}",
+            f"  use_backend waiting if {{ path_beg {' '.join(_WAITING)} }}",
             f"  use_backend page if {{ path / }} or {{ path_beg {' '.join(_PAGE)} }}",
             "  use_backend answers if { path_end /completions } or { path_end /stream }",
             "  default_backend short",
