@@ -89,9 +89,7 @@ def _token_ms(url: str, key: str) -> float:
     from azu.client import Client
 
     def read(_: int) -> None:
-        stream = Client(url, key).stream("Hello", model=_MODEL, max_tokens=_TOKENS, ignore_eos=True)
-        for _ in stream:
-            pass
+        list(Client(url, key).stream("Hello", model=_MODEL, max_tokens=_TOKENS, ignore_eos=True))
 
     before = _processor_s()
     _in_threads(read, _STREAMS, 0)

@@ -22,6 +22,7 @@ MEASUREMENTS = {
     "many_streams": "streams",
     "first_token": "streams",
     "input_log": "micro",
+    "edge": "edge",
 }
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",

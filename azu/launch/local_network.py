@@ -86,7 +86,7 @@ _FIRST_TICKET_S = 86_400
 
 @dataclass(frozen=True, slots=True)
 class LocalNetwork:
-    """A running network and how to reach it.
+    """A running network and how to reach it; `direct_url` leads to Serve's proxy past the reverse proxy.
 
     `authority` is the certificate that clients of an encrypted network have to trust. `why_one_user` says why
     one user runs everything; it is empty where money, Ray and `azu up` have a user each. `no_ticket` says why
@@ -94,6 +94,7 @@ class LocalNetwork:
     """
 
     url: str
+    direct_url: str
     redis_url: str = field(repr=False)
     books_url: str = field(repr=False)
     chain_url: str
@@ -237,6 +238,9 @@ def local_network(
             facts = AdminFacts.of(config, local_url(config), admin_key, users.why_one)
             network = LocalNetwork(
                 url=facts.url,
+                direct_url=facts.url
+                if config.serve_port is None
+                else f"http://{LOOPBACK}:{config.serve_port}",
                 redis_url=redis.jobs_owner,
                 books_url=books.url("owner"),
                 chain_url=chain.url,
