@@ -1,12 +1,27 @@
-"""What names a network: a hash of its platform's address and of the authority of its ingress."""
+"""What names a network: a hash of its platform's address, which may be replaced, and of its authority."""
 
 import ssl
+from dataclasses import dataclass
 from hashlib import sha256
+
+from pydantic import ConfigDict
 
 from azu.errors import Unauthenticated
 
 # 128 bits: too many to find another address and authority with the same ones.
 ID_DIGITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Succession:
+    """The platform `old` is `new` from now on; each signature, in hex, is of the address's own key."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    old: str
+    new: str
+    by_old: str
+    by_new: str
 
 
 def network_id(platform: str, authority_pem: str | None) -> str:

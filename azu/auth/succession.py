@@ -1,38 +1,24 @@
 """Which key of the platform replaced which: both sign it, so that neither alone can say so."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from eth_account.messages import encode_defunct
 from eth_account.signers.local import LocalAccount
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from azu.auth.network_id import Succession
 from azu.auth.signatures import signer_of_text
 from azu.errors import ConfigurationError
 from azu.files import write_private
 
-
-@dataclass(frozen=True, slots=True)
-class Succession:
-    """The platform `old` is `new` from now on; each signature, in hex, is of the address's own key."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    old: str
-    new: str
-    by_old: str
-    by_new: str
-
-    @property
-    def is_signed(self) -> bool:
-        """Whether both keys have signed it."""
-        text = _text(self.old, self.new)
-        found = signer_of_text(text, self.by_old), signer_of_text(text, self.by_new)
-        return found == (self.old, self.new)
-
-
 _SUCCESSIONS = TypeAdapter(tuple[Succession, ...])
+
+
+def is_signed_by_both(one: Succession) -> bool:
+    """Whether both keys have signed a succession."""
+    text = _text(one.old, one.new)
+    return (signer_of_text(text, one.by_old), signer_of_text(text, one.by_new)) == (one.old, one.new)
 
 
 def sign_succession(old: LocalAccount, new: LocalAccount) -> Succession:
@@ -44,7 +30,7 @@ def sign_succession(old: LocalAccount, new: LocalAccount) -> Succession:
 
 def platforms_of(platform: str, successions: Iterable[Succession]) -> tuple[str, ...]:
     """Return a platform's address, then those that it had before, the last one first."""
-    known, found = [one for one in successions if one.is_signed], [platform]
+    known, found = [one for one in successions if is_signed_by_both(one)], [platform]
     while before := [one.old for one in known if one.new == found[-1] and one.old not in found]:
         found.append(before[0])
     return tuple(found)
@@ -52,7 +38,7 @@ def platforms_of(platform: str, successions: Iterable[Succession]) -> tuple[str,
 
 def successor_of(platform: str, successions: Iterable[Succession]) -> str | None:
     """Return the address that replaced a platform's, None if none did."""
-    return next((one.new for one in successions if one.old == platform and one.is_signed), None)
+    return next((one.new for one in successions if one.old == platform and is_signed_by_both(one)), None)
 
 
 def read_successions(path: Path) -> tuple[Succession, ...]:

@@ -7,8 +7,8 @@ import httpx
 
 from azu.api.accounts import Platform
 from azu.api.base import read
-from azu.auth.network_id import ID_DIGITS, network_id
-from azu.auth.succession import Succession, platforms_of
+from azu.auth.network_id import ID_DIGITS, Succession, network_id
+from azu.auth.succession import platforms_of
 from azu.client.http import json_of, translated, trusting_only
 from azu.errors import InvalidRequest, Unauthenticated
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from azu.auth.network_id import network_id
+from azu.auth.network_id import Succession, network_id
 from azu.auth.peers import Network
-from azu.auth.succession import Succession
 from azu.config.network import NetworkPolicy
 from azu.config.settings import configuration_error
 from azu.errors import ConfigurationError

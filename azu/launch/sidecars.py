@@ -27,7 +27,7 @@ from azu.money.wire import Access
 if TYPE_CHECKING:
     from eth_account.signers.local import LocalAccount
 
-    from azu.auth.succession import Succession
+    from azu.auth.network_id import Succession
     from azu.money.books import Books, BooksTerms
     from azu.money.signer.calls import RemoteSigner
     from azu.money.signer.policy import PayoutLimit

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from azu.auth.key_records import CHALLENGE_TTL_S, ApiKey, key_id_of, key_record_is_signed, secret_digest
+from azu.auth.network_id import Succession
 from azu.auth.signatures import (
     MAX_WITHDRAWAL_LIFE_MS,
     AcceptLoss,
@@ -21,7 +22,7 @@ from azu.auth.signatures import (
     is_dispute,
     is_signed,
 )
-from azu.auth.succession import Succession, platforms_of
+from azu.auth.succession import platforms_of
 from azu.clock import wall_clock_ms
 from azu.errors import (
     Conflict,

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from azu.auth.enrolment import Enrolment
-from azu.auth.succession import Succession
+from azu.auth.network_id import Succession
 from azu.auth.tickets import EnrolmentCalls
 from azu.clock import SteadyClock
 from azu.errors import InternalError

@@ -6,8 +6,8 @@ import pytest
 from eth_account import Account
 
 from azu.auth.certificates import Authority, utc_now
-from azu.auth.network_id import network_id
-from azu.auth.succession import Succession, sign_succession
+from azu.auth.network_id import Succession, network_id
+from azu.auth.succession import sign_succession
 from azu.client.http import trusting_only
 from azu.client.known_network import known_network, split_id
 from azu.errors import InvalidRequest, Unauthenticated

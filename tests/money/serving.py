@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from azu.auth.succession import Succession
+from azu.auth.network_id import Succession
 from azu.clock import wall_clock_ms
 from azu.money.bookkeeping import Bookkeeper
 from azu.money.books import Books, BooksCalls, BooksTerms

@@ -11,7 +11,8 @@ from typing import Any
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
-from azu.auth.succession import Succession, platforms_of
+from azu.auth.network_id import Succession
+from azu.auth.succession import platforms_of
 from azu.errors import Unavailable
 from azu.money.books import Books, BooksTerms
 from azu.money.chain.api import ChainClient
