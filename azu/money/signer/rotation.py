@@ -7,7 +7,7 @@ from pathlib import Path
 from eth_account.signers.local import LocalAccount
 
 from azu.auth.succession import keep_succession, platforms_of, read_successions, sign_succession
-from azu.errors import ChainError, Conflict
+from azu.errors import ChainError, ConfigurationError, Conflict
 from azu.money.chain.actions import sign_noop, sign_send_asset
 from azu.money.chain.port import Chain
 from azu.money.signer.account import PlatformAccount
@@ -27,7 +27,7 @@ async def rotate(chain: Chain, old: LocalAccount, new: LocalAccount, memory: Pat
 
     `memory` is the signer's file, `record` that of successions. No transfer that the old key signed is
     executed later. Raises ChainError where an answer of the chain is missing, and Conflict where the new
-    address cannot be paid; then the next call goes on.
+    address cannot be paid; then the next call goes on. Raises ConfigurationError without the file.
     """
     source, target = old.address.lower(), new.address.lower()
     if target in platforms_of(source, read_successions(record)):
@@ -35,8 +35,10 @@ async def rotate(chain: Chain, old: LocalAccount, new: LocalAccount, memory: Pat
     recipient = await chain.recipient(target, source)
     if recipient.sanctioned or not (recipient.exists or recipient.has_fee):
         raise Conflict(f"the chain takes no transfer to {target}: it is barred, or its fee is not paid for")
-    if memory.exists():
-        await _use_up(chain, old, memory)
+    if not memory.exists():
+        # It says what the old key signed and the chain may still execute.
+        raise ConfigurationError(f"there is no {memory}: no network with this key ever ran here")
+    await _use_up(chain, old, memory)
     keep_succession(record, sign_succession(old, new))
     return await move(chain, old, target)
 

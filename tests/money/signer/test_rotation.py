@@ -11,7 +11,7 @@ from eth_account.signers.local import LocalAccount
 
 from azu.auth.succession import platforms_of, read_successions, sign_succession, successor_of
 from azu.devnet.chain import USDC
-from azu.errors import ChainError, Conflict
+from azu.errors import ChainError, ConfigurationError, Conflict
 from azu.money.chain.api import ChainClient
 from azu.money.chain.port import Refusal
 from azu.money.chain.rows import balance_of
@@ -207,6 +207,15 @@ def test_a_rotation_that_ended_anywhere_is_finished_by_the_next(
     ]
     assert len(read_successions(rotated.record)) == 1
     rotated.runs(rotated.second, after)
+
+
+def test_nothing_is_replaced_where_no_signer_says_what_was_signed(rotated: Rotated) -> None:
+    rotated.runs(rotated.first, begin)
+    before = rotated.held(rotated.before, rotated.after)
+    rotated.memory.unlink()
+    with pytest.raises(ConfigurationError, match=r"no .*signer\.json"):
+        rotated.rotates()
+    assert (rotated.held(rotated.before, rotated.after), rotated.record.exists()) == (before, False)
 
 
 def test_a_key_is_not_replaced_by_one_of_before_or_one_that_cannot_be_paid(rotated: Rotated) -> None:
