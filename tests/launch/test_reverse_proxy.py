@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -16,9 +17,18 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from azu.config import ControlConfig
+from azu.config.control import TlsConfig
 from azu.launch import reverse_proxy
+from azu.launch.membership import head_files
 from azu.launch.processes import ProcessGroup, free_port
-from azu.launch.reverse_proxy import REVERSE_PROXY, haproxy_configuration, haproxy_executable, listens
+from azu.launch.reverse_proxy import (
+    REVERSE_PROXY,
+    haproxy_configuration,
+    haproxy_executable,
+    listens,
+    write_certificate,
+)
 from deployments.middleware import ClientAddresses
 from tests.deployments.local import config_of, policy_with
 
@@ -67,25 +77,30 @@ class Running:
         return connection
 
 
-@pytest.fixture
-def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+@contextmanager
+def started(config: ControlConfig, folder: Path) -> Iterator[Running]:
+    """Run the proxy before an app, both at free ports."""
     executable = haproxy_executable()
     assert executable is not None
-    for name in ("_HEADERS_S", "_BODY_S", "_QUEUE_S"):
-        monkeypatch.setattr(reverse_proxy, name, 1)
-    monkeypatch.setitem(reverse_proxy._PLACES, "answers", ANSWERS)
-    trusted = (ip_network(TRUSTED),)
-    config = config_of("", "", tmp_path, policy_with(connections_per_address=MOST), ())
-    config = replace(config, http_port=free_port(), serve_port=free_port(), trusted_proxies=trusted)
-    ingress = Ingress()
-    file = tmp_path / "haproxy.cfg"
-    file.write_text(haproxy_configuration(config, None))
-    app = ClientAddresses(ingress, trusted=trusted, behind=True)
-    with served(app, config.serve_port), ProcessGroup(tmp_path) as group:
+    config = replace(config, http_port=free_port(), serve_port=free_port())
+    ingress, file = Ingress(), folder / "haproxy.cfg"
+    file.write_text(haproxy_configuration(config, write_certificate(config, folder)))
+    app = ClientAddresses(ingress, trusted=config.trusted_proxies, behind=True)
+    with served(app, config.serve_port), ProcessGroup(folder) as group:
         group.start(reverse_proxy.reverse_proxy(executable, file))
         group.wait_until(REVERSE_PROXY, lambda: listens(group.pid(REVERSE_PROXY), config.http_port), 20)
         yield Running(ingress, config.http_port)
         ingress.end.set()
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    for name in ("_HEADERS_S", "_BODY_S", "_QUEUE_S"):
+        monkeypatch.setattr(reverse_proxy, name, 1)
+    monkeypatch.setitem(reverse_proxy._PLACES, "answers", ANSWERS)
+    config = config_of("", "", tmp_path, policy_with(connections_per_address=MOST), ())
+    with started(replace(config, trusted_proxies=(ip_network(TRUSTED),)), tmp_path) as running:
+        yield running
 
 
 @contextmanager
@@ -146,3 +161,16 @@ def test_the_ingress_hears_of_a_client_that_hangs_up(running: Running) -> None:
     with running.client() as client, client.stream("POST", "/v1/completions", content=b"{}"):
         assert not running.ingress.left.is_set()
     assert running.ingress.left.wait(20)
+
+
+def test_it_decrypts_with_the_ingresss_own_certificate(tmp_path: Path) -> None:
+    files = head_files(tmp_path / "head", ["127.0.0.1"]).ingress
+    config = config_of("", "", tmp_path, policy_with(), ())
+    tls = TlsConfig(files.certificate, files.key)
+    with started(replace(config, tls=tls), tmp_path) as running:
+        trusting = ssl.create_default_context(cafile=str(files.authority))
+        trusting.set_alpn_protocols(["h2", "http/1.1"])
+        with httpx.Client(base_url=f"https://127.0.0.1:{running.port}", verify=trusting) as client:
+            answer = client.post("/x", content=b"body")
+            assert answer.json() == {"client": "127.0.0.1", "body": 4}
+            assert answer.http_version == "HTTP/1.1", "the requests of one connection of HTTP/2 do not count"
