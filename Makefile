@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 1
 BIN := $(VENV)/bin
-FIRST := tests/money tests/auth tests/jobs tests/launch
+MONEY := tests/money tests/auth tests/jobs tests/launch
+ENGINE := tests/engine tests/models tests/bench
+PARTS := test-cluster test-money test-engine test-rest
 
 .PHONY: demo test lint types house prove clean
 
@@ -31,12 +33,22 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# Two processes share the tests: those that need the cluster mostly wait, so that process takes some of the others too.
+# Four processes share the tests: most of them wait for others more than they compute.
 test: lint
-	@{ $(BIN)/pytest -q -m 'cluster and not prove'; first=$$?; \
-	   $(BIN)/pytest -q -m 'not cluster and not prove' $(FIRST) && exit $$first; } >$(VENV)/first.log 2>&1 & first=$$!; \
-	$(BIN)/pytest -q -m 'not cluster and not prove' $(FIRST:%=--ignore=%); status=$$?; \
-	wait $$first || status=1; cat $(VENV)/first.log; exit $$status
+	@$(MAKE) --no-print-directory --jobs=4 --keep-going --output-sync=target $(PARTS)
+
+.PHONY: $(PARTS)
+test-cluster:
+	$(BIN)/pytest -q -m 'cluster and not prove'
+
+test-money:
+	$(BIN)/pytest -q -m 'not cluster and not prove' $(MONEY)
+
+test-engine:
+	$(BIN)/pytest -q -m 'not cluster and not prove' $(ENGINE)
+
+test-rest:
+	$(BIN)/pytest -q -m 'not cluster and not prove' $(patsubst %,--ignore=%,$(MONEY) $(ENGINE))
 
 house: $(VENV)/.dev
 	$(BIN)/python -m tests.house $(BEFORE) .

@@ -146,14 +146,14 @@ def cancel(fault: Fault) -> None:
         next(reply.iter_lines())
 
 
-def ask_books(caller: str, verb: str, *arguments: object) -> Provoke:
+def ask_books(caller: str, verb: str, *arguments: object, **named: object) -> Provoke:
     """Call the books as one of their callers would; what they raise is an AzuError with an id."""
 
     async def ask(fault: Fault) -> None:
         books = Books(books_access(fault.home).url(caller))
         try:
             with pytest.raises(InternalError, match="fault-"):
-                await getattr(books, verb)(*arguments)
+                await getattr(books, verb)(*arguments, **named)
         finally:
             await books.close()
 
@@ -284,6 +284,7 @@ POINTS = (
     Point("actors.registry:Registry.describe", get("/v1/models/azu/tiny-dense")),
     Point("actors.registry:Registry.text_decoder", kill(PIPELINE)),
     Point("actors.registry:Registry.ensure_cut", kill(SCHEDULER)),
+    Point("actors.registry:Registry.new_bytes", call(REGISTRY, "new_bytes", MODEL)),
     Point("actors.registry:Registry.start_cut", as_admin("POST", "/models/shard", model_id=MODEL)),
     Point("actors.registry:Registry.status", get(f"/models/status?model_id={MODEL}")),
     Point("actors.registry:Registry.available", get("/v1/models")),
@@ -315,6 +316,12 @@ POINTS = (
     Point(f"{BOOKS}.keys", get("/v1/auth/keys")),
     Point(f"{BOOKS}.price", post("/v1/quote", model=MODEL, tokens=5)),
     Point(f"{BOOKS}.reserve"),
+    Point(
+        f"{BOOKS}.reserve_fetch",
+        ask_books("ingress", "reserve_fetch", "no key", "fetch-1", model_id="a/b", num_bytes=1),
+    ),
+    Point(f"{BOOKS}.charge_unused", is_loop=True),
+    Point(f"{BOOKS}.paid", ask_books("ingress", "paid", OWNERS[0])),
     Point(f"{BOOKS}.give_back", ask_books("ingress", "give_back", "no job")),
     Point(f"{BOOKS}.settle"),
     Point(f"{BOOKS}.ended", get("/results/no-job")),
@@ -331,12 +338,14 @@ POINTS = (
     Point(f"{BOOKS}.owed", is_loop=True),
     Point(f"{BOOKS}.open_payouts", is_loop=True),
     Point(f"{BOOKS}.view", is_loop=True),
+    Point(f"{BOOKS}.hear_time", is_loop=True),
     Point(f"{BOOKS}.inside", ask_books("treasury", "inside")),
     Point(f"{BOOKS}.totals", is_loop=True),
     Point(f"{BOOKS}.loss", is_loop=True),
     Point(f"{BOOKS}.findings", see_health),
     Point(f"{BOOKS}.head", ask_books("owner", "head")),
     Point(f"{BOOKS}.dispute", ask_books("ingress", "dispute", "0x" + "1" * 40, "no job", "0x")),
+    Point(f"{BOOKS}.decision", ask_books("ingress", "decision", "no job")),
     Point(f"{BOOKS}.held", ask_books("owner", "held")),
     Point(f"{BOOKS}.reversible", ask_books("owner", "reversible", OWNERS[0])),
     Point(f"{BOOKS}.command", ask_books("owner", "command", "no command")),
