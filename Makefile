@@ -35,6 +35,7 @@ types: $(VENV)/.dev
 
 # Four processes share the tests: most of them wait for others more than they compute.
 test: lint
+	@echo 'Four parts run side by side; each shows its tests when it ends.'
 	@$(MAKE) --no-print-directory --jobs=4 --keep-going --output-sync=target $(PARTS)
 
 .PHONY: $(PARTS)
