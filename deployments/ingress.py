@@ -12,19 +12,17 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from azu.api.base import ErrorBody
+from azu.auth.peers import WHOLE_BODY_BYTES
 from azu.config import ControlConfig
 from azu.errors import AzuError, InvalidRequest, NotFound, plain_fault
 from azu.jobs.departures import BEAT_S
 from azu.metrics import Meter
 from azu.supervision import Supervisor, end_process
-from azu.units import KIB
 from deployments import accounts, completions, jobs, network, nodes, page
 from deployments.middleware import BodyLimit, ClientAddresses, RequestIds, refusal
 from deployments.schema import openapi_of
 from deployments.services import Services, warm_up
 
-# Of these HAProxy keeps 16 KiB with their headers, and passes on a longer one before it has all of it.
-_WHOLE_BODY_BYTES = 8 * KIB
 _GROUPS = {
     "Completions": completions,
     "Jobs": jobs,
@@ -67,7 +65,7 @@ def build_api(
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _no_route)
     behind = config.serve_port is not None
-    whole_bytes = _WHOLE_BODY_BYTES if behind else 0
+    whole_bytes = WHOLE_BODY_BYTES if behind else 0
     api.add_middleware(BodyLimit, max_bytes=config.policy.limits.max_body_bytes, whole_bytes=whole_bytes)
     api.add_middleware(ClientAddresses, trusted=config.trusted_proxies, behind=behind)
     api.add_middleware(RequestIds, echo=echo_ids)

@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
+from azu.units import KIB
+
 # Only azu's own reverse proxy sets it: it replaces what a client sent.
 PEER_HEADER = "x-azu-peer"
+# It passes on a body of this size only once it has all of it.
+WHOLE_BODY_BYTES = 8 * KIB
 Network = IPv4Network | IPv6Network
 
 

@@ -15,9 +15,9 @@ from shutil import which
 
 import psutil
 
-from azu.auth.peers import PEER_HEADER
+from azu.auth.peers import PEER_HEADER, WHOLE_BODY_BYTES
 from azu.config import ControlConfig
-from azu.errors import AzuError, InvalidRequest, Unavailable
+from azu.errors import AzuError, InvalidRequest, RequestTooLarge, Unavailable
 from azu.files import write_private
 from azu.launch.membership import LOOPBACK
 from azu.launch.processes import ProcessSpec
@@ -42,7 +42,17 @@ _MOST_ADDRESSES = 100_000
 _OTHER_FILES = 200
 # The requests that are with Serve at once. The ingress itself refuses what is too much for it: it gets more.
 # Of requests that only compute few are there at once, or the health would wait behind all of them.
-_PLACES = {"health": 32, "quick": 32, "short": 64, "waiting": 256, "page": 64, "answers": 1792}
+# Large bodies are still on their way: a request of these has to wait for no more than the 256 that the
+# ingress reads at once.
+_PLACES = {
+    "health": 32,
+    "quick": 32,
+    "short": 64,
+    "waiting": 256,
+    "large": 320,
+    "page": 64,
+    "answers": 1792,
+}
 # HAProxy keeps the page's files, so that a client that reads them slowly takes no place. Neither the query
 # nor the host changes a file; browsers are told not to keep it, and HAProxy reads the same header.
 _KEPT_S = 60
@@ -59,6 +69,8 @@ _QUICK = ("/v1/platform", "/v1/balance", "/v1/earnings", "/v1/network", "/v1/mod
 # Requests that wait for the chain, for the Hub or for another machine.
 _WAITING = ("/deposit", "/submit", "/v1/quote", "/v1/models/", "/v1/withdrawals", "/v1/nodes/")
 _PAGE = ("/docs", "/openapi.json", "/page/")
+# Other requests than for completions that may be large.
+_LARGE = ("/submit", "/v1/quote")
 
 
 def haproxy_executable() -> Path | None:
@@ -145,13 +157,8 @@ def haproxy_configuration(config: ControlConfig, certificate: Path | None) -> st
             f"  tcp-request connection reject if {{ sc0_conn_cur gt {limits.connections_per_address} }}",
             f"  http-request del-header x-forwarded-for {unless_trusted}".rstrip(),
             f"  http-request set-header {PEER_HEADER} %[src]",
-            f"  http-request wait-for-body time {_BODY_S}s",
-            "  use_backend health if { path /health }",
-            f"  use_backend quick if {{ path {' '.join(_QUICK)} }} or {{ path_beg /v1/auth/ }}",
-            f"  use_backend waiting if {{ path_beg {' '.join(_WAITING)} }}",
-            f"  use_backend page if {{ path / }} or {{ path_beg {' '.join(_PAGE)} }}",
-            "  use_backend answers if { path_end /completions } or { path_end /stream }",
-            "  default_backend short",
+            *_checks(),
+            *_routes(),
             "backend addresses",
             f"  stick-table type ipv6 size {_MOST_ADDRESSES} expire 1m store conn_cur",
             "cache page",
@@ -162,6 +169,38 @@ def haproxy_configuration(config: ControlConfig, certificate: Path | None) -> st
             "",
         ]
     )
+
+
+def _checks() -> Iterable[str]:
+    """Yield what refuses a request, by its path as the ingress reads it and by its body.
+
+    A body that does not fit into HAProxy's buffer is passed on before it is whole. Only some requests may
+    have one: of others it would hold one of few places.
+    """
+    yield "  http-request deny deny_status 400 unless { path,url_dec -m found }"
+    yield "  http-request set-var(txn.path) path,url_dec"
+    yield "  acl is_answer var(txn.path) -m end /completions"
+    yield f"  acl is_large var(txn.path) -m str {' '.join(_LARGE)}"
+    yield "  acl is_chunked req.hdr(transfer-encoding) -m found"
+    yield "  acl is_whole req.body_size,sub(txn.body_len) eq 0"
+    yield "  http-request deny deny_status 413 if is_chunked !is_answer !is_large"
+    yield f"  http-request wait-for-body time {_BODY_S}s"
+    yield "  http-request set-var(txn.body_len) req.body_len"
+    yield "  http-request deny deny_status 413 if !is_whole !is_answer !is_large"
+    yield f"  http-request deny deny_status 413 if !is_whole {{ req.body_size le {WHOLE_BODY_BYTES} }}"
+
+
+def _routes() -> Iterable[str]:
+    def among(match: str, *paths: str) -> str:
+        return f"{{ var(txn.path) -m {match} {' '.join(paths)} }}"
+
+    yield f"  use_backend health if METH_GET {among('str', '/health')}"
+    yield f"  use_backend quick if {among('str', *_QUICK)} or {among('beg', '/v1/auth/')}"
+    yield "  use_backend large if is_large is_chunked or is_large !is_whole"
+    yield f"  use_backend waiting if {among('beg', *_WAITING)}"
+    yield f"  use_backend page if {among('str', '/')} or {among('beg', *_PAGE)}"
+    yield f"  use_backend answers if is_answer or {among('end', '/stream')}"
+    yield "  default_backend short"
 
 
 def _pools(port: int | None, places: Mapping[str, int]) -> Iterable[str]:
@@ -176,6 +215,7 @@ def _answer_lines() -> Iterable[str]:
     """Yield HAProxy's own answers, in the form of every other error."""
     refused: dict[int, AzuError] = {
         400: InvalidRequest("this is no HTTP request, or its client stopped sending it"),
+        413: RequestTooLarge("this request may have no body that is large or comes in chunks"),
         408: InvalidRequest("the request took too long to arrive", code="slow_request"),
         502: Unavailable("the ingress ended before its answer"),
         503: Unavailable("too many requests are open, or the ingress starts again", code="overloaded"),

@@ -125,6 +125,36 @@ def test_a_request_that_does_not_end_is_refused_and_never_reaches_the_ingress(ru
     assert running.ingress.asked == []
 
 
+def test_only_requests_with_prompts_may_have_a_body_that_is_passed_on_before_it_is_whole(
+    running: Running,
+) -> None:
+    def said(head: str, rest: str = "content-length: 40000") -> bytes:
+        sent = f"{head} HTTP/1.1\r\nhost: a\r\n{rest}\r\n\r\n7000\r\n{'x' * 30_000}"
+        with running.connected(sent.encode()) as one:
+            return one.recv(9999).split()[1]
+
+    paths = ("/health", "/v1/balance", "/deposit", "/v1/models/a", "/x", "/docs")
+    chunked = "transfer-encoding: chunked"
+    refused = [said(f"POST {path}") for path in paths] + [said("GET /health"), said("POST /x", chunked)]
+    assert refused == [b"413"] * 8
+    long = f"content-length: 5000\r\nlong: {'l' * 14_000}"
+    assert said("POST /submit", long) == b"413", "the ingress would take such a body for whole"
+    assert said("POST /v1/completions%") == b"400"
+    assert running.ingress.asked == []
+    large = ["/submit", "/v1/quote", "/v1/completions", "/v1/chat/completions"]
+    assert [said(f"POST {path}") for path in large] == [b"200", b"200", b"200", b"200"]
+    assert running.ingress.asked == large
+
+
+def test_a_path_is_read_as_the_ingress_reads_it(running: Running) -> None:
+    with ExitStack() as stack:
+        client = stack.enter_context(running.client())
+        for _ in range(ANSWERS):
+            stack.enter_context(client.stream("POST", "/v1/completion%73", content=b"{}"))
+        assert client.post("/v1/completions", content=b"{}").status_code == 503
+        running.ingress.end.set()
+
+
 def test_only_a_trusted_proxy_says_from_where_a_request_comes(running: Running) -> None:
     said = {"x-forwarded-for": "6.6.6.6, 7.7.7.7", "x-azu-peer": "5.5.5.5", "x-forwarded-proto": "https"}
     found = []
