@@ -313,7 +313,9 @@ class Payer:
             await self._replace(payout, payout.burned(self._now_ms()))
 
     async def _close(self, payout: Payout) -> None:
-        await self._ledger.apply(payout.booking)
+        # An admin may have ended it before the chain showed it.
+        if not await self._has_ended(payout):
+            await self._ledger.apply(payout.booking)
         await self._outbox.remove(payout)
         if payout.state is PayoutState.PAID:
             _LOG.info("%s is paid: %s", payout.payout_id, payout.tx_hash)

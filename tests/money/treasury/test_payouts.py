@@ -256,6 +256,18 @@ def test_a_payout_that_no_ledger_shows_waits_until_an_admin_has_ended_it(lost_af
     assert simulation.refused == []
 
 
+def test_a_payout_that_an_admin_ended_leaves_the_outbox_when_its_row_is_shown_later() -> None:
+    simulation = planned(Simulation())
+    steps(simulation, 1)
+    [payout] = asyncio.run(simulation.outbox.open())
+    asyncio.run(simulation.ledger.apply(moves.paid(payout.payout_id, command="by an admin")))
+
+    steps(simulation, 2, each_ms=MINUTE_MS)
+
+    assert simulation.ledger.worker(WORKER) == (0, 0, LAMPORTS)
+    assert simulation.outbox.contents == {}
+
+
 def test_two_processes_at_once_pay_once() -> None:
     simulation = planned(Simulation())
 
