@@ -6,7 +6,7 @@ from pathlib import Path
 
 from eth_account.signers.local import LocalAccount
 
-from azu.auth.succession import keep_succession, platforms_of, read_successions, sign_succession
+from azu.auth.succession import keep_succession, platforms_of, read_successions, sign_succession, successor_of
 from azu.errors import ChainError, ConfigurationError, Conflict
 from azu.money.chain.actions import sign_noop, sign_send_asset
 from azu.money.chain.port import Chain
@@ -27,10 +27,14 @@ async def rotate(chain: Chain, old: LocalAccount, new: LocalAccount, memory: Pat
 
     `memory` is the signer's file, `record` that of successions. No transfer that the old key signed is
     executed later. Raises ChainError where an answer of the chain is missing, and Conflict where the new
-    address cannot be paid; then the next call goes on. Raises ConfigurationError without the file.
+    address cannot be paid; then the next call goes on. Raises Conflict for an address that another replaced,
+    ConfigurationError without the file.
     """
     source, target = old.address.lower(), new.address.lower()
-    if target in platforms_of(source, read_successions(record)):
+    known = read_successions(record)
+    if (successor := successor_of(source, known)) not in (None, target):
+        raise Conflict(f"{source} was replaced by {successor} before: take that key")
+    if target in platforms_of(source, known):
         raise Conflict(f"{target} was the platform's address before; take another key")
     recipient = await chain.recipient(target, source)
     if recipient.sanctioned or not (recipient.exists or recipient.has_fee):
@@ -59,7 +63,8 @@ async def move(chain: Chain, old: LocalAccount, target: str) -> int:
     if refusal is not None:
         raise ChainError(f"the chain did not move {lamports} lamports: {refusal.reason}")
     for _ in range(_LOOKS):
-        if await chain.spot_balance(source) <= KEPT_LAMPORTS:
+        # Others may send to it meanwhile.
+        if await chain.spot_balance(source) < KEPT_LAMPORTS + lamports:
             return lamports
         await asyncio.sleep(_LOOK_EVERY_S)
     raise ChainError(f"the chain does not show that {lamports} lamports moved; try again")

@@ -209,6 +209,28 @@ def test_a_rotation_that_ended_anywhere_is_finished_by_the_next(
     rotated.runs(rotated.second, after)
 
 
+class Dusted(ChainClient):
+    """A chain on which a stranger pays the old address as soon as its money has left."""
+
+    def __init__(self, devnet: RunningDevnet, address: str) -> None:
+        super().__init__(devnet.network)
+        self._devnet, self._address = devnet, address
+
+    async def post_action(self, body: bytes) -> Refusal | None:
+        refusal = await super().post_action(body)
+        await asyncio.to_thread(self._devnet.fund, self._address, 1)
+        return refusal
+
+
+def test_a_move_has_succeeded_though_a_stranger_pays_the_old_address_meanwhile(
+    rotated: Rotated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("azu.money.signer.rotation._LOOKS", 2)
+    rotated.runs(rotated.first, begin)
+    moved = rotated.rotates(Dusted(rotated.devnet, rotated.before))
+    assert rotated.held(rotated.before, rotated.after) == [KEPT_LAMPORTS + 1, moved]
+
+
 def test_nothing_is_replaced_where_no_signer_says_what_was_signed(rotated: Rotated) -> None:
     rotated.runs(rotated.first, begin)
     before = rotated.held(rotated.before, rotated.after)
@@ -224,6 +246,11 @@ def test_a_key_is_not_replaced_by_one_of_before_or_one_that_cannot_be_paid(rotat
     rotated.old, rotated.new = rotated.new, rotated.old
     with pytest.raises(Conflict, match="was the platform's address before"):
         rotated.rotates()
+    # Nor does a key get a second successor: clients could not tell which one is meant.
+    live, rotated.old, rotated.new = rotated.old, rotated.new, Account.create()
+    with pytest.raises(Conflict, match="was replaced by"):
+        rotated.rotates()
+    rotated.old = live
     # The new address has no dollars for the chain's fee, so that it pays no address that is new to the chain.
     rotated.new = Account.create()
     with pytest.raises(Conflict, match="its fee is not paid for"):
