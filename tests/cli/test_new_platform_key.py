@@ -103,7 +103,8 @@ def test_the_key_is_replaced_by_the_commands_as_they_are_written(head: tuple[Hea
     # What comes to the old address is credited, and moved beside the network; the new address sends it back.
     late = transfer_hype(user, owner.old.address, HYPE // 2, chain_url=devnet.url)
     assert client.deposit(late, user.address).lamports == HYPE // 2
-    [again] = [line for line in runbook() if line.startswith("azu treasury rotate")]
+    [key] = owner.home.glob("platform-*.key")
+    again = f'azu treasury rotate "$AZU_PRIVATE_KEY_FILE" "{key}"'
     assert "0.5 HYPE moved" in " ".join(owner.type(again).split())
     asked = client.withdraw(user, HYPE)
     deadline_s = time.monotonic() + 60
@@ -113,3 +114,15 @@ def test_the_key_is_replaced_by_the_commands_as_they_are_written(head: tuple[Hea
         time.sleep(0.2)
     rows = devnet.info("userNonFundingLedgerUpdates", user.address.lower(), startTime=0)
     assert [row["delta"]["amount"] for row in rows if row["delta"].get("user") == record["new"]] == ["1.0"]
+
+    # The same lines once more replace the new key by another, and keep its file.
+    devnet.fund(record["new"], 10**9, token=USDC.full_id)
+    owner.environment |= {"AZU_PRIVATE_KEY_FILE": str(key), "HYPERLIQUID_ADDRESS": record["new"]}
+    live = key.read_text()
+    printed = owner.type(*runbook())
+    assert "books and chain agree" in " ".join(printed.lower().split())
+    assert key.read_text() == live
+    assert len(list(owner.home.glob("platform-*.key"))) == 2
+    first, second = json.loads((owner.home / "azu" / "platforms.json").read_text())
+    assert (first, second["old"]) == (record, record["new"])
+    assert client.platform().address.lower() == second["new"]
