@@ -150,6 +150,8 @@ class Bookkeeper(BooksCalls):
         self._cursor = RedisCursor(self._redis)
         # Key id -> what is being reserved for it now, in lamports.
         self._reserving = Counter[str]()
+        # One model's fee at a time is set aside, or several requests at once would each find none.
+        self._setting_fee = asyncio.Lock()
         self._opened_at_ms = 0
         # Why the signer signs nothing; empty while it does.
         self._unsigned: tuple[str, ...] = ()
@@ -338,13 +340,18 @@ class Bookkeeper(BooksCalls):
         lamports = fee_lamports(num_bytes, terms.fetch_lamports_per_gib)
         if not is_fee(fetch_id):
             raise InvalidRequest(f"{fetch_id} is no fee's id", param="fetch_id")
-        others = open_fees((await self.ledger()).state, model_id)
-        if not lamports or any(one.job_id != fetch_id for one in others):
-            return 0
-        until_ms = self._now_ms() + terms.fetch_unused_ms
-        return await self._set_aside(
-            key, fee(fetch_id, key.address, key.key_id, model_id, lamports, until_ms)
-        )
+        async with self._setting_fee:
+            others = open_fees((await self.ledger()).state, model_id)
+            if not lamports or any(one.job_id != fetch_id for one in others):
+                return 0
+            until_ms = self._now_ms() + terms.fetch_unused_ms
+            return await self._set_aside(
+                key, fee(fetch_id, key.address, key.key_id, model_id, lamports, until_ms)
+            )
+
+    async def _give_fees_back(self, model_id: str) -> None:
+        for one in open_fees((await self.ledger()).state, model_id):
+            await self._end(one, given_back(one))
 
     async def charge_unused(self) -> None:
         """Charge the fees for models that were not used in time."""
@@ -371,9 +378,10 @@ class Bookkeeper(BooksCalls):
         most = self._terms.key_day_lamports
         spent = state.in_days(key.key_id, self._now_ms()) + self._reserving[key.key_id]
         if most is not None and key.spend_limit_lamports is None and spent + lamports > most:
+            takes, left, limit = map(hype_from_lamports, (lamports, max(0, most - spent), most))
             raise InsufficientBalance(
-                f"this may take {lamports} lamports; of the {most} that a key may spend in a day (UTC) "
-                f"{max(0, most - spent)} are left. A key with a spend limit of its own has no other",
+                f"this may take {takes} HYPE; {left} of the {limit} HYPE that this key may spend today (UTC) "
+                "are left",
                 code="day_limit_reached",
             )
         self._reserving[key.key_id] += lamports
@@ -404,6 +412,9 @@ class Bookkeeper(BooksCalls):
             ended = await self.ended(job_id)
             if ended is None:
                 raise LedgerError(f"nothing is reserved for {job_id}", code="unknown_hold")
+            if ended.receipt.charged_lamports:
+                # The first call may have ended before this.
+                await self._give_fees_back(ended.receipt.model_id)
             return ended
         prompt_tokens = min(max(0, prompt_tokens), hold.prompt_tokens)
         completion_tokens = min(max(0, completion_tokens), hold.max_tokens)
@@ -436,8 +447,7 @@ class Bookkeeper(BooksCalls):
             outcome=pack_ending(ending),
         )
         outcome = await self._end(hold, settle)
-        for one in open_fees(ledger.state, hold.model_id):
-            await self._end(one, given_back(one))
+        await self._give_fees_back(hold.model_id)
         return outcome
 
     def _payees(self, state: BooksState, by_node: Mapping[str, int]) -> tuple[Counter[str], Counter[str]]:

@@ -1,12 +1,15 @@
 """The fee for a model that the network does not have: set aside, then given back or charged."""
 
+import asyncio
 from dataclasses import replace
 
 import pytest
 
 from azu.clock import wall_clock_ms
-from azu.errors import InsufficientBalance, InvalidRequest
+from azu.errors import InsufficientBalance, InvalidRequest, Unavailable
 from azu.money.books import Books
+from azu.money.ledger.entry import Result
+from azu.money.ledger.transfers import Release, Transfer
 from azu.money.model_fees import fee_lamports
 from azu.units import GIB
 from tests.money.accounts import BEARER
@@ -37,6 +40,42 @@ def test_a_fee_is_set_aside_once_and_goes_back_with_the_first_charged_job_of_the
         await settle(books, "job-2")
         balance = await books.balance(ADDRESS)
         assert (balance.available_lamports, balance.reserved_lamports) == (720, 200)
+
+    play(redis_url, scenario, terms=FEES)
+
+
+def test_first_requests_at_the_same_moment_set_one_fee_aside(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books, 10_000)
+        asked = await asyncio.gather(*(ask(books, f"fetch-{number}") for number in range(8)))
+        assert sorted(asked) == [0] * 7 + [200]
+        assert (await books.balance(ADDRESS)).reserved_lamports == 200
+
+    play(redis_url, scenario, terms=FEES)
+
+
+def test_a_fee_goes_back_with_the_repeated_end_of_a_job_where_the_first_call_broke_off(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        await open_account(books)
+        await ask(books)
+        await reserve(books)
+        ledger = await served.bookkeeper.ledger()
+        apply = ledger.apply
+
+        async def until_a_release(transfer: Transfer) -> Result:
+            if isinstance(transfer, Release):
+                raise Unavailable("Redis is away")
+            return await apply(transfer)
+
+        with monkeypatch.context() as broken:
+            broken.setattr(ledger, "apply", until_a_release)
+            with pytest.raises(Unavailable):
+                await settle(books)
+        assert (await books.balance(ADDRESS)).reserved_lamports == 200
+        await settle(books)
+        assert (await books.balance(ADDRESS)).reserved_lamports == 0
 
     play(redis_url, scenario, terms=FEES)
 
