@@ -78,6 +78,7 @@ from azu.money.ledger.transfers import (
     UnknownOut,
     WithdrawalPlanned,
     WriterOpened,
+    is_fee,
     is_node_held,
     node_held,
     user_available,
@@ -87,7 +88,7 @@ from azu.money.ledger.transfers import (
     worker_paid,
     worker_paying,
 )
-from azu.money.model_fees import ends, fee, fee_lamports, given_back, is_fee, open_fees
+from azu.money.model_fees import ends, fee, fee_lamports, given_back, open_fees
 from azu.money.pricing import divide, possible_shares
 from azu.money.receipts import ReceiptKey
 from azu.money.signer.views import BooksHead, BooksView, OpenPayout

@@ -7,15 +7,8 @@ it back; without one the platform gets it after a time.
 from collections.abc import Iterator
 
 from azu.money.ledger.state import BooksState
-from azu.money.ledger.transfers import Release, Reserve, Settle
+from azu.money.ledger.transfers import Release, Reserve, Settle, is_fee
 from azu.units import GIB
-
-_PREFIX = "fetch-"
-
-
-def is_fee(job_id: str) -> bool:
-    """Return whether a reservation's id is that of a fee."""
-    return job_id.startswith(_PREFIX)
 
 
 def fee_lamports(num_bytes: int, lamports_per_gib: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from azu.errors import AzuError, Conflict, InsufficientBalance, LedgerError, Unauthenticated
 from azu.money.ledger.entry import Leg
-from azu.money.ledger.state import BooksState, Draft, Unmatured, add
+from azu.money.ledger.state import BooksState, Draft, Unmatured, add, longest_hold
 from azu.money.ledger.transfers import (
     CHAIN,
     HELD,
@@ -185,9 +185,10 @@ def _reserve(draft: Draft, transfer: Reserve) -> tuple[Leg, ...]:
     }
     legs = _book(draft, transfer, taken)
     draft.reservations.put(transfer.job_id, transfer)
-    draft.note_most("hold_ms", transfer.expires_at_ms - draft.at_ms)
+    draft.note_most(longest_hold(transfer.job_id), transfer.expires_at_ms - draft.at_ms)
     add(draft.spent, key.key_id, transfer.lamports)
     draft.count_today(key.key_id, transfer.lamports)
+    draft.count_today(transfer.job_id, transfer.lamports)
     return legs
 
 
@@ -228,7 +229,8 @@ def _end_reservation(draft: Draft, transfer: Transfer, hold: Reserve, paid: Chan
     draft.reservations.put(hold.job_id, None)
     if draft.keys.get(hold.key_id) is not None:
         add(draft.spent, hold.key_id, -rest)
-    draft.count_today(hold.key_id, -rest)
+    if draft.was_today(hold.job_id):
+        draft.count_today(hold.key_id, -rest)
     draft.count_today(hold.address, sum(paid.values()))
     return legs
 

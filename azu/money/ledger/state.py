@@ -21,6 +21,7 @@ from azu.money.ledger.transfers import (
     RevenueTaken,
     Suspended,
     WithdrawalPlanned,
+    is_fee,
     is_outside,
 )
 
@@ -72,7 +73,8 @@ class BooksState:
     nonces: dict[str, str] = field(default_factory=dict)  # nonce -> payout, of the last KEPT_MS
     keys: dict[str, KeyOpened] = field(default_factory=dict)  # by key id
     spent: dict[str, int] = field(default_factory=dict)  # key id -> charges, and open reservations in full
-    # "day/address" -> what it paid, and "day/key id" -> the same with open reservations in full, of KEPT_DAYS
+    # "day/address" -> what it paid, and "day/key id" -> the same with open ones in full, of KEPT_DAYS;
+    # "day/job" -> what was reserved for it that day, while it is open
     by_day: dict[str, int] = field(default_factory=dict)
     nodes: dict[str, NodeEnrolled] = field(default_factory=dict)  # by node id
     removed: dict[str, NodeRemoved] = field(default_factory=dict)  # by node id
@@ -82,8 +84,8 @@ class BooksState:
     seals: dict[str, str] = field(default_factory=dict)  # the last sealed number -> its file's SHA-256
     # "number" and "at_ms" of the last entry, "nonce": the largest, "row_ms": the time of the last row of the
     # chain, "credited": all that ever arrived, in lamports, "lost": entries, "revenue_left": what left the
-    # account of the platform's own, less what its owner put in, in lamports; "maturity_ms" and "hold_ms":
-    # how long something matured, or was reserved, at most.
+    # account of the platform's own, less what its owner put in, in lamports; "maturity_ms", "hold_ms" and
+    # "fee_ms": how long something matured, or was reserved for a job, or as a fee, at most.
     facts: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -164,6 +166,11 @@ class Overlay(Generic[_Row]):
         self._changed.clear()
 
 
+def longest_hold(job_id: str) -> str:
+    """Return the fact that says how long a reservation of its kind was open at most: fees last longer."""
+    return "fee_ms" if is_fee(job_id) else "hold_ms"
+
+
 def add(table: Overlay[int], key: str, lamports: int) -> None:
     """Add to a row of amounts; a row of nothing is left out."""
     table.put(key, (table.get(key) or 0) + lamports or None)
@@ -218,9 +225,17 @@ class Draft:
         return self.facts.get(name) or 0
 
     def count_today(self, name: str, lamports: int) -> None:
-        """Add to what an address or a key has of today; what is given back of an earlier day is left out."""
+        """Add to what an address, a key or a job has of today."""
         row = f"{self.at_ms // _DAY_MS}/{name}"
         self.by_day.put(row, max(0, (self.by_day.get(row) or 0) + lamports) or None)
+
+    def was_today(self, job_id: str) -> bool:
+        """Return whether the reservation of a job that ends was made today, and forget when it was."""
+        today = self.at_ms // _DAY_MS
+        is_today = self.by_day.get(f"{today}/{job_id}") is not None
+        for day in (today, today - 1):
+            self.by_day.put(f"{day}/{job_id}", None)
+        return is_today
 
     def free(self, account: str) -> int:
         """Return what of an account's lamports has matured."""
@@ -254,8 +269,8 @@ class Draft:
         for job_id, paid in self.unmatured.oldest():
             if paid.matures_at_ms > latest_ms:
                 self.unmatured.put(job_id, replace(paid, matures_at_ms=latest_ms))
-        latest_ms = self.at_ms + self.fact("hold_ms")
         for job_id, hold in self.reservations.oldest():
+            latest_ms = self.at_ms + self.fact(longest_hold(job_id))
             if hold.expires_at_ms > latest_ms:
                 self.reservations.put(job_id, replace(hold, expires_at_ms=latest_ms))
 

@@ -94,6 +94,11 @@ class UnknownOut(Movement):
     kind: Literal["unknown_out"] = "unknown_out"
 
 
+def is_fee(job_id: str) -> bool:
+    """Return whether a reservation's id is that of a fee for a model, which no job has."""
+    return job_id.startswith("fetch-")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserve(Movement):
     """Set aside the most that a job can cost; from `expires_at_ms` on a lost job's reservation may expire.

@@ -422,6 +422,37 @@ def test_after_a_clock_that_was_ahead_is_back_nothing_waits_longer_than_it_shoul
     assert "j2" not in state.unmatured
 
 
+def test_a_fee_that_is_set_aside_for_long_has_no_job_wait_longer_after_a_wrong_clock() -> None:
+    before, ahead = 10 * DAY_MS, 40 * DAY_MS
+    holds = (
+        moves.reserve("j1", 1, expires_at_ms=before + 600_000),
+        moves.reserve("fetch-1", 1, expires_at_ms=before + DAY_MS),
+    )
+    state = after(moves.deposit(9), *holds, at_ms=before)
+    holds = (
+        moves.reserve("j2", 1, expires_at_ms=ahead + 600_000),
+        moves.reserve("fetch-2", 1, expires_at_ms=ahead + DAY_MS),
+    )
+    state = after(*holds, at_ms=ahead, state=state)
+    state = after(moves.claim(BOB), at_ms=before + 1, state=state)
+    open_ms = {one.job_id: one.expires_at_ms - before for one in state.reservations.values()}
+    assert open_ms == {"j1": 600_000, "fetch-1": DAY_MS, "j2": 600_001, "fetch-2": DAY_MS + 1}
+
+
+def test_what_is_given_back_counts_for_the_day_on_which_it_was_set_aside() -> None:
+    def today(state: BooksState, at_ms: int) -> int:
+        return state.in_days(moves.key_of(ALICE), at_ms)
+
+    state = after(moves.deposit(999), moves.reserve("j1", 300), moves.reserve("j2", 20), at_ms=1)
+    state = after(moves.release("j2"), at_ms=2, state=state)
+    assert today(state, 2) == 300
+    state = after(moves.reserve("j3", 200), moves.release("j1"), at_ms=DAY_MS, state=state)
+    assert today(state, DAY_MS) == 200
+    state = after(moves.settle("j3", 50), at_ms=DAY_MS + 1, state=state)
+    assert today(state, DAY_MS) == 50
+    assert not [row for row in state.by_day if "/j" in row]
+
+
 def test_a_state_is_the_same_after_encoding_and_decoding() -> None:
     state = after(
         *earned(100, DAY_MS), moves.suspend("r1", 70), moves.enrol("n"),
