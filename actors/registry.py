@@ -1,6 +1,7 @@
 """Registry: the models by id, cut once for the whole network."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from actors.links import raises_known_errors
@@ -19,6 +20,7 @@ class Registry:
 
     def __init__(self, config: ControlConfig) -> None:
         # torch is imported here: a process that only starts or calls this actor does without it.
+        from azu.cluster.deployment_store import deployed_models
         from azu.models.registry import ModelRegistry
 
         log_as("registry")
@@ -30,6 +32,7 @@ class Registry:
             max_model_bytes=config.max_model_bytes,
             offered=config.policy.models,
             free_bytes=config.policy.new_models.free_bytes,
+            deployed=partial(deployed_models, config.redis_url),
         )
         self._cuts = ThreadPoolExecutor(_CUTS_AT_ONCE, thread_name_prefix="cut")
 

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from azu.engine.canary import CanaryAnswer
 from azu.protocol.topology import Topology
-from azu.redis_client import connect_redis, retry_until_available
+from azu.redis_client import connect_redis, connect_redis_sync, retry_until_available, typed_redis_errors
 
 EPOCH = "azu:fleet:epoch"
 MODELS = "azu:fleet:models"
@@ -96,6 +96,13 @@ class DeploymentStore:
     async def forget(self, topology: Topology) -> None:
         """Delete a deployment's record; a record that is missing is no error."""
         await retry_until_available(lambda: self._redis.hdel(MODELS, _field(topology)))
+
+
+def deployed_models(redis_url: str) -> set[tuple[str, str]]:
+    """Return the ids and revisions of the models with a record; raises Unavailable while Redis is away."""
+    with typed_redis_errors(), connect_redis_sync(redis_url) as redis:
+        topologies = [_RECORD.validate_json(one).topology for one in redis.hgetall(MODELS).values()]
+    return {(one.model_id, one.revision) for one in topologies}
 
 
 def _field(topology: Topology) -> str:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from httpx2 import HTTPError
-from huggingface_hub import HfApi, constants, get_session, is_offline_mode, scan_cache_dir, snapshot_download
+from huggingface_hub import (
+    DeleteCacheStrategy,
+    HfApi,
+    constants,
+    get_session,
+    is_offline_mode,
+    scan_cache_dir,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     CacheNotFound,
     GatedRepoError,
@@ -93,17 +101,32 @@ def size_on_hub(model_id: str) -> int:
     """Return the bytes that azu would fetch of a repository, by its listing; raises as `find_on_hub`."""
     _check_id(model_id)
     with _hub_errors(model_id):
-        listing = _listing(model_id, HfApi().resolve_revision(model_id, revision=None).resolved) or {}
+        listing = _listing(model_id, HfApi().resolve_revision(model_id, revision=None).resolved)
+    if listing is None:
+        raise Unavailable(f"the Hub does not say how large {model_id} is")
     weights = {SINGLE_FILE} & listing.keys() or {name for name in listing if name.endswith(".safetensors")}
     return sum(file.size for name, file in listing.items() if name in weights or name in _DESCRIPTION_FILES)
 
 
-def forget(model_id: str) -> None:
-    """Remove a repository from the cache."""
+def forget(model_id: str, revision: str = "") -> None:
+    """Remove a repository, or one revision of it, from the cache."""
     with suppress(CacheNotFound):
-        cache = scan_cache_dir(constants.HF_HUB_CACHE)
-        mine = [one for repo in cache.repos if repo.repo_id == model_id for one in repo.revisions]
-        cache.delete_revisions(*(one.commit_hash for one in mine)).execute()
+        _deletion(model_id, revision).execute()
+
+
+def cached_bytes(model_id: str, revision: str, folder: Path) -> int:
+    """Return what `forget` frees on the disk of a folder."""
+    with suppress(CacheNotFound):
+        deletion = _deletion(model_id, revision)
+        if Path(constants.HF_HUB_CACHE).stat().st_dev == folder.stat().st_dev:
+            return deletion.expected_freed_size
+    return 0
+
+
+def _deletion(model_id: str, revision: str) -> DeleteCacheStrategy:
+    cache = scan_cache_dir(constants.HF_HUB_CACHE)
+    mine = [one for repo in cache.repos if repo.repo_id == model_id for one in repo.revisions]
+    return cache.delete_revisions(*(one.commit_hash for one in mine if revision in ("", one.commit_hash)))
 
 
 def _check_id(model_id: str) -> None:

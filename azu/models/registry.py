@@ -3,7 +3,7 @@
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,8 +14,8 @@ from azu.models import inspection
 from azu.models.checkpoint import MODEL_FILES, contained_file
 from azu.models.cut import cut, process_lock
 from azu.models.description import AvailableModel, ModelDescription
-from azu.models.hub import MAX_DESCRIPTION_BYTES, forget
-from azu.models.room import ModelRoom
+from azu.models.hub import MAX_DESCRIPTION_BYTES, cached_bytes, forget
+from azu.models.room import Model, ModelRoom
 from azu.models.sources import (
     Source,
     built_in_models,
@@ -44,7 +44,8 @@ class ModelRegistry:
 
     Model folders are accepted only under `model_roots`. A model with more than `max_model_bytes` of weights,
     or whose id matches no pattern in `offered`, is refused before its weights are fetched. The models that
-    were not used for longest are removed while less than `free_bytes` would be free on the disk.
+    were not used for longest are removed while less than `free_bytes` would be free on the disk, but none
+    that is `deployed`.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class ModelRegistry:
         max_model_bytes: int,
         offered: Sequence[str] = ("*",),
         free_bytes: int = 0,
+        deployed: Callable[[], Set[Model]] = frozenset,
     ) -> None:
         self._root = root
         self._home = root.parent
@@ -71,6 +73,9 @@ class ModelRegistry:
         self._room = ModelRoom(root, free_bytes)
         # One model at a time takes room, or two would take the same.
         self._making_room = threading.Lock()
+        self._deployed = deployed
+        # The models that are fetched and cut now, and the bytes that each may write until its end.
+        self._promised: list[tuple[Model, int]] = []
         root.mkdir(parents=True, exist_ok=True)
 
     def new_bytes(self, model_id: str) -> int:
@@ -102,7 +107,8 @@ class ModelRegistry:
                 self._room.note_used(model_id)
                 return known
             if not model_id.startswith("/") and self._is_new(model_id):
-                self._make_room(model_id, MAX_DESCRIPTION_BYTES)
+                with self._room_for((model_id, ""), MAX_DESCRIPTION_BYTES):
+                    pass
             with self._near_named(model_id):
                 source = self._find(model_id, revision)
             self._pins[model_id, revision] = (source.revision, time.monotonic())
@@ -155,15 +161,15 @@ class ModelRegistry:
         # A folder's weights are there already; those of a repository are fetched and then cut.
         copies = 1 if source.model_id.startswith("/") or is_built_in(source.model_id) else 2
         self._room.note_used(source.model_id)
-        self._make_room(source.model_id, copies * source.weight_bytes)
-        return cut(
-            source.weights(report.fetching),
-            folder,
-            model_id=source.model_id,
-            revision=source.revision,
-            architecture=inspection.describe(source.folder),
-            progress=report.cutting,
-        )
+        with self._room_for((source.model_id, source.revision), copies * source.weight_bytes):
+            return cut(
+                source.weights(report.fetching),
+                folder,
+                model_id=source.model_id,
+                revision=source.revision,
+                architecture=inspection.describe(source.folder),
+                progress=report.cutting,
+            )
 
     def structure(self, model_id: str, revision: str) -> Structure | None:
         """Return the structure of a cut model, or None when it is not cut or a shard is missing."""
@@ -259,18 +265,32 @@ class ModelRegistry:
         self._room.note_used(source.model_id)
         return description
 
-    def _make_room(self, model_id: str, num_bytes: int) -> None:
+    @contextmanager
+    def _room_for(self, model: Model, num_bytes: int) -> Iterator[None]:
+        """Have room for a model, which no other one takes until the block ends."""
+        promise = (model, num_bytes)
         with self._making_room:
-            self._room.make(num_bytes, model_id, self._leave)
+            in_use = {model, *self._deployed(), *(one for one, _ in self._promised)}
+            total = num_bytes + sum(promised for _, promised in self._promised)
+            self._room.make(total, model, in_use, self._leave, self._cached_bytes)
+            self._promised.append(promise)
+        try:
+            yield
+        finally:
+            self._promised.remove(promise)
 
-    def _leave(self, model_id: str) -> None:
-        """Forget a model that leaves the disk: the next that asks for it sets a fee aside again."""
-        self._status.remove(model_id)
+    def _leave(self, model_id: str, revision: str) -> None:
+        """Forget a model that leaves the disk, or one revision of it; a model then costs a fee again."""
+        if not revision:
+            self._status.remove(model_id)
         for known in (self._structures, self._described):
-            for key in [one for one in known if one[0] == model_id]:
+            for key in [one for one in known if one[0] == model_id and revision in ("", one[1])]:
                 known.pop(key, None)
         if not model_id.startswith("/"):
-            forget(model_id)
+            forget(model_id, revision)
+
+    def _cached_bytes(self, model_id: str, revision: str) -> int:
+        return 0 if model_id.startswith("/") else cached_bytes(model_id, revision, self._root)
 
     def _folder(self, model_id: str, revision: str) -> Path:
         if not _REVISION.fullmatch(revision):

@@ -54,6 +54,13 @@ def test_the_size_of_a_repository_is_known_by_its_listing_and_a_forgotten_one_le
     assert not weights.exists()
 
 
+def test_the_size_of_a_repository_that_the_hub_does_not_list_is_not_guessed(hub, folder, monkeypatch):
+    hub.add("org/model", folder)
+    monkeypatch.setattr(hub_module, "_listing", lambda *_: None)
+    with pytest.raises(Unavailable, match="how large"):
+        size_on_hub("org/model")
+
+
 def test_the_weights_are_fetched_later_and_only_once(hub, folder):
     hub.add("org/model", folder)
     source = find_on_hub("org/model", None)

@@ -53,6 +53,10 @@ def registry(tmp_path: Path, models: Path, status: RedisModelStatus) -> ModelReg
     return ModelRegistry(tmp_path / "registry", model_roots=[models], status=status, max_model_bytes=10**9)
 
 
+def on_disk(root: Path) -> int:
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
 def test_describe_returns_what_pricing_needs_and_cuts_nothing(registry, models, status, tmp_path):
     folder = save_checkpoint(models / "moe", "qwen2_moe")
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
@@ -79,7 +83,7 @@ def test_the_bytes_of_a_new_model_are_known_before_it_is_read(registry, models, 
         registry.new_bytes(str(models / "missing"))
 
 
-def test_a_model_that_left_the_disk_is_new_again(registry, models, status):
+def test_a_model_that_left_the_disk_is_new_again_and_one_in_use_stays(registry, models, status):
     folders = [str(save_checkpoint(models / name)) for name in ("one", "two")]
     cut = [(folder, registry.describe(folder).revision) for folder in folders]
     for one in cut:
@@ -87,6 +91,19 @@ def test_a_model_that_left_the_disk_is_new_again(registry, models, status):
     registry._room = replace(registry._room, free_bytes=2**62)
     with pytest.raises(Unavailable, match="no room"):
         registry._cut(registry._find(folders[1], None), registry._folder(*cut[1]), None)
+    assert registry.structure(*cut[0]) is not None
+    total = on_disk(registry._root)
+    registry._room = replace(registry._room, free_bytes=0, disk_free=lambda root: total - on_disk(root))
+    registry._deployed = lambda: set(cut)
+    with pytest.raises(Unavailable, match="no room"), registry._room_for(("a/new", ""), 1):
+        pass
+    registry._deployed = frozenset
+    with registry._room_for(cut[1], 1):
+        free = total - on_disk(registry._root)
+        with pytest.raises(Unavailable, match="no room"), registry._room_for(("a/new", ""), free):
+            pass
+    with registry._room_for(cut[1], free):
+        pass
     assert registry.structure(*cut[0]) is None
     assert registry.new_bytes(folders[0]) > 0
     assert [one.model_id for one in status.ready()] == [folders[1]]

@@ -9,6 +9,7 @@ from azu.errors import Unavailable
 from azu.models.room import ModelRoom
 
 DISK = 1_000
+COMMIT = "c" * 40
 
 
 @pytest.fixture
@@ -36,12 +37,16 @@ def test_the_longest_unused_models_leave_until_there_is_room(room: ModelRoom) ->
         use(room, name, at_s, 200)
     use(room, "a/one", 9)
     left: list[str] = []
-    room.make(100, "a/new", left.append)
+
+    def make(num_bytes: int) -> None:
+        room.make(num_bytes, ("a/new", COMMIT), set(), lambda name, _: left.append(name))
+
+    make(100)
     assert left == []
-    room.make(300, "a/new", left.append)
+    make(300)
     assert left == ["a/two"]
     assert kept(room) == {"azu/tiny-dense", "a/one", "/three"}
-    room.make(450, "a/new", left.append)
+    make(450)
     assert left == ["a/two", "/three"]
 
 
@@ -49,6 +54,31 @@ def test_a_model_that_does_not_fit_is_refused_and_never_removes_itself(room: Mod
     use(room, "azu/tiny-dense", 0, 500)
     use(room, "a/new", 1, 200)
     with pytest.raises(Unavailable, match="no room") as refused:
-        room.make(600, "a/new", lambda _: None)
+        room.make(600, ("a/new", COMMIT), set(), lambda *_: None)
     assert refused.value.code == "registry_full"
     assert kept(room) == {"azu/tiny-dense", "a/new"}
+
+
+def test_a_model_that_cannot_fit_removes_no_other(room: ModelRoom) -> None:
+    for at_s, name in enumerate(("a/one", "a/two")):
+        use(room, name, at_s, 200)
+    with pytest.raises(Unavailable, match="no room"):
+        room.make(950, ("a/new", COMMIT), set(), lambda *_: None)
+    with pytest.raises(Unavailable, match="no room"):
+        room.make(800, ("a/new", COMMIT), {("a/one", COMMIT)}, lambda *_: None)
+    assert kept(room) == {"a/one", "a/two"}
+    room.make(700, ("a/new", COMMIT), {("a/one", COMMIT)}, lambda *_: None)
+    assert kept(room) == {"a/one"}, "the other one is in use"
+
+
+def test_older_revisions_of_a_model_leave_first_but_for_those_in_use(room: ModelRoom) -> None:
+    use(room, "a/other", 0, 100)
+    use(room, "a/one", 1)
+    folder = next(one.parent for one in room.root.glob("*/model-id") if one.read_text() == "a/one")
+    for revision in ("1" * 40, "2" * 40, COMMIT):
+        (folder / revision).mkdir()
+        (folder / revision / "shard").write_bytes(b"x" * 200)
+    left: list[tuple[str, str]] = []
+    room.make(300, ("a/one", COMMIT), {("a/one", "1" * 40)}, lambda *one: left.append(one))
+    assert left == [("a/one", "2" * 40)]
+    assert {one.name for one in folder.glob("*/")} == {"1" * 40, COMMIT}
