@@ -317,14 +317,14 @@ class Bookkeeper(BooksCalls):
         prompt_tokens: int,
         max_tokens: int,
     ) -> int:
-        key = await self.key(bearer)
+        key, ledger = await self.key(bearer), await self.ledger()
         if is_fee(job_id):
             raise InvalidRequest(f"{job_id} is no job's id", param="job_id")
         asked = Reserve(
             id=f"reserve:{job_id}",
             address=key.address,
             job_id=job_id,
-            expires_at_ms=self._now_ms() + self._terms.reservation_ttl_ms,
+            expires_at_ms=ledger.now_ms() + self._terms.reservation_ttl_ms,
             key_id=key.key_id,
             model_id=model_id,
             revision=revision,
@@ -426,7 +426,7 @@ class Bookkeeper(BooksCalls):
             )
         division = divide(charged, hold.platform_percent, work, hold.num_layers)
         # By the terms of now: without them every settlement would read the reservation's entry.
-        elapsed_ms = self._now_ms() - (hold.expires_at_ms - self._terms.reservation_ttl_ms)
+        elapsed_ms = ledger.now_ms() - (hold.expires_at_ms - self._terms.reservation_ttl_ms)
         ran = [by_node for layer, by_node in work.items() if 0 <= layer < hold.num_layers]
         nodes = ledger.state.nodes
         speeds = {one: nodes[one].work_bytes_per_s for one in division.workers if one in nodes}
@@ -655,6 +655,7 @@ class Bookkeeper(BooksCalls):
     async def hear_time(self, chain_ms: int) -> None:
         if self._hears is not None:
             self._hears(chain_ms)
+        (await self.ledger()).is_timed = True
 
     async def inside(self) -> int:
         return (await self.ledger()).state.inside

@@ -115,3 +115,27 @@ def test_books_that_began_with_a_wrong_clock_go_on_when_they_hear_the_chains_tim
         assert await books.result("out:1") is not None
 
     decide(redis_url, scenario)
+
+
+def test_books_that_began_with_a_clock_that_is_behind_have_nothing_mature_or_expire_early(
+    redis_url: str,
+) -> None:
+    async def scenario(books: Books, served: ServedBooks, machine: Machine) -> None:
+        await claim(served)
+        await reserve(books, "job-1")
+        await settle(books, "job-1")
+        await reserve(books, "job-2")
+        machine.wall_ms -= 2 * DAY_MS
+        await machine.restarts(served)
+        # Before the treasury has told the time.
+        await reserve(books, "job-3")
+        await books.hear_time(NOW_MS)
+        await reserve(books, "job-4")
+        assert (await owed(books), await books.overdue()) == (0, ())
+        for job in ("job-2", "job-3", "job-4"):
+            await settle(books, job)
+        machine.passes(DAY_MS)
+        await books.enrol_node("c", BOB, key_digest="k", name="c", work_bytes_per_s=0)
+        assert await owed(books) == 4 * 36
+
+    decide(redis_url, scenario)

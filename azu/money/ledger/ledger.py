@@ -66,6 +66,8 @@ class Ledger:
         self._unsure: list[tuple[Line, ...]] = []
         self._closed: AzuError | None = None
         self._looks = 0
+        # Whether the chain's time was heard.
+        self.is_timed = False
 
     @classmethod
     async def open(
@@ -94,6 +96,15 @@ class Ledger:
     def lost(self) -> int:
         """By how many entries the store went back; 0 if it never did, or an admin accepted it."""
         return self.state.facts.get("lost", 0)
+
+    def now_ms(self) -> int:
+        """Return the time that the next entry gets, in milliseconds since 1970.
+
+        Until the chain's time was heard it is not before the last entry's: a clock that starts behind would
+        have all that waits become due as soon as it is right.
+        """
+        now_ms = self._now_ms()
+        return now_ms if self.is_timed else max(now_ms, self.state.facts.get("at_ms", 0))
 
     async def close(self) -> None:
         """Wait for what is being written, note the head, close the connections and files."""
@@ -261,7 +272,7 @@ class Ledger:
         raise Unavailable("the journal changed more often than a write is tried")
 
     def _work_out(self, taken: Sequence[tuple[Transfer, _Caller]]) -> _Group:
-        draft, head = Draft(self.state, self._now_ms()), self.head
+        draft, head = Draft(self.state, self.now_ms()), self.head
         lines: list[Line] = []
         new: dict[str, int] = {}
         answers: list[tuple[_Caller, _Answer]] = []

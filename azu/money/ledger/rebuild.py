@@ -100,8 +100,11 @@ def _check_files(seals: Seals, books: Rebuilt, hashes: dict[int, str]) -> None:
 async def _write(
     journal: RedisJournal, books: Rebuilt, stored: Head, transfer: Transfer, now_ms: int
 ) -> None:
-    """Write a transfer that moves nothing as the next entry, into a store that ends with `stored`."""
-    line = write_line(books.head, now_ms, transfer, ())
+    """Write a transfer that moves nothing as the next entry, into a store that ends with `stored`.
+
+    It is not dated before the last one: the chain's time may not be known yet.
+    """
+    line = write_line(books.head, max(now_ms, books.state.facts.get("at_ms", 0)), transfer, ())
     if await journal.append(stored, [line]) != line.head:
         raise LedgerError("another process writes this journal", code="another_writer")
     books.take(line)

@@ -181,7 +181,7 @@ class Draft:
 
     `at_ms` is the time of all its entries. What has matured by then is unlocked; once kept, what is older
     than KEPT_MS loses its name. Where a clock that was ahead went back, nothing waits for longer from now on
-    than what was booked at the right time.
+    than what was booked at the right time, and what was counted for days to come is forgotten.
     """
 
     def __init__(self, state: BooksState, at_ms: int) -> None:
@@ -273,6 +273,9 @@ class Draft:
             latest_ms = self.at_ms + self.fact(longest_hold(job_id))
             if hold.expires_at_ms > latest_ms:
                 self.reservations.put(job_id, replace(hold, expires_at_ms=latest_ms))
+        for row, _ in self.by_day.oldest():
+            if int(row.partition("/")[0]) > self.at_ms // _DAY_MS:
+                self.by_day.put(row, None)
 
     def _forget_old(self) -> None:
         before_ms = max(self.fact("nonce"), self.fact("row_ms")) - KEPT_MS

@@ -453,6 +453,17 @@ def test_what_is_given_back_counts_for_the_day_on_which_it_was_set_aside() -> No
     assert not [row for row in state.by_day if "/j" in row]
 
 
+def test_what_a_clock_that_was_ahead_counted_for_days_to_come_is_forgotten() -> None:
+    before, ahead = 10 * DAY_MS, 40 * DAY_MS
+    state = after(*earned(100, DAY_MS), at_ms=before)
+    spent = dict(state.by_day)
+    assert spent
+    moved = moves.deposit(200, tx_hash="0x05"), moves.reserve("j2", 100), moves.settle("j2", 100)
+    state = after(*moved, at_ms=ahead, state=state)
+    state = after(moves.deposit(1, tx_hash="0x06"), at_ms=before, state=state)
+    assert all(int(row.partition("/")[0]) <= 10 for row in state.by_day)
+
+
 def test_a_state_is_the_same_after_encoding_and_decoding() -> None:
     state = after(
         *earned(100, DAY_MS), moves.suspend("r1", 70), moves.enrol("n"),
