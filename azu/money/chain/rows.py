@@ -30,6 +30,11 @@ def row_id(row: LedgerTransfer) -> str:
     return f"{row.time_ms}:{tx_hash}:{row.sender}:{nonce}:{row.amount}:{row.nth}"
 
 
+def is_sent_by(row: str, senders: Iterable[str]) -> bool:
+    """Whether the row with an id was sent by one of these addresses."""
+    return any(f":{one}:" in row for one in senders)
+
+
 def arrived(row: LedgerTransfer, platforms: Collection[str]) -> bool:
     """Whether a row of the platform's ledgers may be a deposit; its token still has to be checked."""
     is_from_outside = row.destination in platforms and row.sender not in platforms

@@ -1,6 +1,6 @@
 """The platform's account as the signer reads it from the chain, over a connection of its own."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from azu.money.chain.port import Chain, LedgerTransfer
 from azu.money.chain.rows import (
@@ -28,12 +28,13 @@ _LOOK_AGAIN_MS = 60_000
 
 
 class PlatformAccount:
-    """Rows, balance and clock of the platform's addresses together. Every method raises ChainError.
+    """Rows, balance and clock of the platform's addresses together, its present one first.
 
-    What moves from one of them to another stays in the account: it is no row of it.
+    Every method raises ChainError. What moves from one of them to another stays in the account: it is no row
+    of it.
     """
 
-    def __init__(self, chain: Chain, platforms: Collection[str]) -> None:
+    def __init__(self, chain: Chain, platforms: Sequence[str]) -> None:
         self._chain = chain
         self._platforms = platforms
         self._rows: dict[str, LedgerTransfer] = {}
@@ -115,7 +116,8 @@ class PlatformAccount:
 
     def _outgoing(self, row: LedgerTransfer) -> OutgoingRow | None:
         lamports = lamports_of(row) if left(row, self._platforms) else None
-        return OutgoingRow(row.time_ms, row.nonce, row.destination, lamports) if lamports else None
+        is_former = row.sender != self._platforms[0]
+        return OutgoingRow(row.time_ms, row.nonce, row.destination, lamports, is_former) if lamports else None
 
     def _incoming(self, row: LedgerTransfer) -> IncomingRow | None:
         lamports = lamports_of(row) if arrived(row, self._platforms) else None

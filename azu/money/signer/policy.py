@@ -322,7 +322,7 @@ def _without_old(state: SignerState, now_ms: int) -> SignerState:
 
 def waiting(state: SignerState, chain: ChainView) -> dict[int, SignedTransfer]:
     """Return what was signed, is not shown, and may still come: by nonce."""
-    seen = {row.nonce for row in chain.outgoing}
+    seen = {row.nonce for row in _outgoing(state, chain)}
     return {
         nonce: one
         for nonce, one in state.signed.items()
@@ -335,7 +335,8 @@ def waiting(state: SignerState, chain: ChainView) -> dict[int, SignedTransfer]:
 def _compare_outgoing(state: SignerState, chain: ChainView) -> SignerState:
     """Find rows that this signer did not sign: they end its signing, or make it wait longer."""
     since_ms = max(state.since_ms, chain.now_ms - NONCE_LIFE_MS)
-    foreign = [row for row in chain.outgoing if row.at_ms > since_ms and not _is_own(state, row)]
+    rows = _outgoing(state, chain)
+    foreign = [row for row in rows if row.at_ms > since_ms and not _is_own(state, row)]
     if not foreign or state.halt:
         return state
     if chain.now_ms < state.opens_at_ms:
@@ -343,6 +344,14 @@ def _compare_outgoing(state: SignerState, chain: ChainView) -> SignerState:
         return replace(state, since_ms=latest_ms, opens_at_ms=chain.now_ms + QUARANTINE_MS)
     named = ", ".join(f"{row.lamports} lamports to {row.address}" for row in foreign)
     return replace(state, halt=f"another process sent {named} from the platform's account")
+
+
+def _outgoing(state: SignerState, chain: ChainView) -> list[OutgoingRow]:
+    """Return what left the account, but what others sent with a key that was replaced.
+
+    They may have that key for ever. What they take, the balance and the books show.
+    """
+    return [row for row in chain.outgoing if not row.is_former or _is_own(state, row)]
 
 
 def _is_own(state: SignerState, row: OutgoingRow) -> bool:
@@ -482,7 +491,7 @@ def _check_limit(state: SignerState, chain: ChainView, asked: TransferRequest, l
 def _sent(state: SignerState, chain: ChainView, kind: PayoutKind, span_ms: int) -> Counter[str]:
     """Return the lamports that each address got within a time; what is signed and not shown counts too."""
     sent = Counter[str]()
-    for row in chain.outgoing:
+    for row in _outgoing(state, chain):
         if kind_of(row.nonce) in (kind, None) and row.at_ms > chain.now_ms - span_ms:
             sent[row.address] += row.lamports
     for one in waiting(state, chain).values():

@@ -86,12 +86,13 @@ class BooksView:
 
 @dataclass(frozen=True, slots=True)
 class OutgoingRow:
-    """HYPE that left the platform's account."""
+    """HYPE that left the platform's account; `is_former` if from an address that the platform had before."""
 
     at_ms: int
     nonce: int | None
     address: str
     lamports: int
+    is_former: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from azu.money.signer.policy import (
     undecided,
     unexplained,
     void,
+    waiting,
 )
 from azu.money.signer.views import (
     BooksHead,
@@ -556,3 +557,19 @@ def test_nothing_but_typed_errors_refuses_a_transfer() -> None:
     for request in odd:
         with pytest.raises(AzuError):
             admit(SignerState(), books(payouts=(one,)), chain(), request, rules_of())
+
+
+def test_what_a_replaced_key_sends_stops_nothing_hides_nothing_and_uses_up_no_limit() -> None:
+    known = signed(payout(20))
+    foreign = replace(row_of(payout(30)), is_former=True)
+    rows = chain(foreign)
+    found = looked(known, books(payouts=(payout(20),)), rows)
+    assert (found.findings, found.state.halt) == ((), "")
+    # It has the nonce of a transfer that may still come.
+    assert waiting(known, rows) == known.signed
+    limit = PayoutLimit(100, 100, 100)
+    assert room(known, rows, PayoutKind.EARNINGS, limit).all_lamports == 80
+    # What the replaced key sent for the books counts as before.
+    before = chain(replace(row_of(payout(20)), is_former=True))
+    assert waiting(known, before) == {}
+    assert room(known, before, PayoutKind.EARNINGS, limit).all_lamports == 80

@@ -163,6 +163,25 @@ def test_what_the_old_key_signed_is_executed_no_more(rotated: Rotated) -> None:
     rotated.runs(rotated.second, after)
 
 
+def test_who_has_the_old_key_ends_no_signing_and_no_payout(rotated: Rotated) -> None:
+    async def after(scene: Scene) -> None:
+        assert scene.user is not None
+        asked = await scene.withdraw(HYPE // 8)
+        await send_hype(scene.parts.chain, rotated.old, scene.user.address, 1)
+        await scene.parts.watcher.poll()
+        assert not scene.parts.watcher.has_left_otherwise(asked.address), "its open payout goes on"
+        # The books take it from who got it.
+        assert await scene.findings() == ()
+        await scene.send(asked)
+        assert await scene.parts.available(scene.user) == HYPE - HYPE // 4 - HYPE // 8 - 1
+        assert await scene.findings() == ()
+        await scene.send(await scene.withdraw(HYPE // 16))
+
+    rotated.runs(rotated.first, begin)
+    rotated.rotates()
+    rotated.runs(rotated.second, after)
+
+
 class Dying(ChainClient):
     """A chain that does not answer one of the posts, before or after it carried the action out."""
 
