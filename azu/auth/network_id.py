@@ -10,6 +10,8 @@ from azu.errors import Unauthenticated
 
 # 128 bits: too many to find another address and authority with the same ones.
 ID_DIGITS = 32
+# In the home of money: which key of the platform replaced which.
+PLATFORMS_FILE = "platforms.json"
 
 
 @dataclass(frozen=True, slots=True)

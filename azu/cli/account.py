@@ -37,6 +37,7 @@ def login(
     from azu.client.known_network import known_network, split_id
     from azu.client.machine import Credential, running_network, store_credential, stored_credential
     from azu.config import Settings
+    from azu.errors import Unauthenticated
 
     settings = Settings.from_environment()
     url, given_id = split_id(network or url_of(settings))
@@ -54,10 +55,16 @@ def login(
     found = known_network(url, given_id, tls=tls)
     if not given_id:
         console.print(Text(f"not checked: the network's id is {found.network_id}, compare it", "yellow"))
+    is_other = not given_id and known is not None and found.platform != known.platform
+    if is_other and known is not None and known.platform not in found.former:
+        message = f"the platform at {url} is {found.platform}, not {known.platform} as at the last login"
+        raise Unauthenticated(f"{message}: ask its owner for the network's id, then `azu login URL#ID`")
+    if is_other or found.is_changed:
+        text = f"the platform is {found.platform} now; its old key, {found.former[0]}, has signed that"
+        advice = "compare it with the owner's, since who stole the old key could sign this too"
+        console.print(Text(f"{text}. The network's id is {found.network_id}: {advice}", "yellow"))
     if found.is_changed:
         given_id = found.network_id
-        text = f"the platform is {found.platform} now; its old key, {found.former[0]}, has signed that"
-        console.print(Text(f"{text}. The network's id is {given_id}", "yellow"))
     wallet = unlock(settings.home)
     client = Client(url, "", tls=tls or found.trust(), platform=found.platform)
     api_key = client.login(

@@ -24,15 +24,22 @@ def no_key(url: str) -> Unauthenticated:
 def known_platforms() -> tuple[str, ...]:
     """Return the address of the network's platform, then those of before, without asking the network.
 
-    It is HYPERLIQUID_ADDRESS, or the address that the network gave at the login.
+    It is HYPERLIQUID_ADDRESS, or the address that the network gave at the login. Those of before are what the
+    login or the head's home has.
     """
     from azu.client.machine import stored_credential
 
     settings = Settings.from_environment()
-    if settings.platform_address is not None:
-        return (settings.platform_address,)
     url = url_of(settings)
-    if (known := stored_credential(settings.home, url)) is None:
+    known = stored_credential(settings.home, url)
+    if (platform := settings.platform_address) is not None:
+        if known is not None and known.platform == platform:
+            return platform, *known.former
+        from azu.auth.network_id import PLATFORMS_FILE
+        from azu.auth.succession import platforms_of, read_successions
+
+        return platforms_of(platform, read_successions(settings.money_home / PLATFORMS_FILE))
+    if known is None:
         raise no_key(url)
     return known.platform, *known.former
 

@@ -6,11 +6,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from azu.auth.network_id import PLATFORMS_FILE
 from azu.auth.succession import read_successions, successor_of
 from azu.config import Settings
 from azu.errors import ConfigurationError
 from azu.launch.network_process import home_locked
-from azu.launch.sidecars import PLATFORMS_FILE, SIGNER_MEMORY
+from azu.launch.sidecars import SIGNER_MEMORY
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import network_at
 from azu.money.signer.platform_key import read_key_file

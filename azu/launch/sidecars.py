@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from azu.auth.network_id import PLATFORMS_FILE
 from azu.auth.tickets import Admission
 from azu.config import NetworkPolicy, Settings
 from azu.config.network import Limit
@@ -54,8 +55,6 @@ _AUDIT_S = 600.0
 _DEVNET_FILE = "devnet.json"
 _DEVNET_CHAIN = "devnet.jsonl"
 _DEVNET_ADMIN = "devnet-admin.key"
-# Which key of the platform replaced which; in the home of the processes of money.
-PLATFORMS_FILE = "platforms.json"
 SIGNER_MEMORY = "signer.json"
 # The variables by which processes get the URLs of the job store, of the books and of the signer.
 JOBS_URL, BOOKS_URL, SIGNER_URL = "AZU_JOBS_REDIS_URL", "AZU_BOOKS_URL", "AZU_SIGNER_URL"

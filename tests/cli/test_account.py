@@ -9,12 +9,12 @@ import pytest
 from eth_account import Account
 from typer.testing import CliRunner
 
-from azu.auth.network_id import network_id
-from azu.auth.succession import sign_succession
+from azu.auth.network_id import PLATFORMS_FILE, network_id
+from azu.auth.succession import keep_succession, sign_succession
 from azu.cli import app
 from azu.cli.credentials import known_platforms
-from azu.client.machine import stored_credential
-from azu.config import NodeLinks
+from azu.client.machine import Credential, store_credential, stored_credential
+from azu.config import NodeLinks, Settings
 from azu.errors import AzuError, Unauthenticated
 from azu.launch.admin import AdminFacts, admin_file_kept
 from tests.client.ingress import PLATFORM, Ingress, Reply, platform_of, running_ingress, signing_in
@@ -131,6 +131,48 @@ def test_a_new_key_of_the_platform_is_told_at_the_next_login_and_used_only_after
     assert pinned.network_id == network_id(now, None)
     assert "the platform is" not in said("login")
     # Receipts of before stay good.
+    assert known_platforms() == (now, before)
+
+
+def test_a_login_without_an_id_goes_from_the_known_platform_to_its_successor_alone(
+    ingress: Ingress, tmp_path: Path
+) -> None:
+    old, new = (Account.from_key(f"0x{number:064x}") for number in (1, 2))
+    before, now = old.address.lower(), new.address.lower()
+    signing_in(ingress, platform=before)
+    platform_of(ingress, before)
+    said("login")
+    signing_in(ingress, platform=now)
+    platform_of(ingress, now)
+    refused = refusal("login")
+    assert isinstance(refused, Unauthenticated)
+    assert before in refused.message
+    pinned = stored_credential(tmp_path, ingress.url)
+    assert pinned is not None
+    assert pinned.platform == before
+
+    body = {"address": now, "chain_url": "", "successions": [asdict(sign_succession(old, new))]}
+    ingress.replies["GET /v1/platform"] = Reply(body)
+    output = " ".join(said("login").split())
+
+    assert f"the platform is {now} now; its old key, {before}, has signed that" in output
+    assert f"The network's id is {network_id(now, None)}: compare it with the owner's" in output
+
+
+def test_receipts_of_a_former_platform_stay_good_where_the_setting_names_the_new_one(
+    ingress: Ingress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (Account.from_key(f"0x{number:064x}") for number in (1, 2))
+    before, now = old.address.lower(), new.address.lower()
+    monkeypatch.setenv("HYPERLIQUID_ADDRESS", new.address)
+    assert known_platforms() == (now,)
+    home = Settings.from_environment().money_home
+    home.mkdir(parents=True, exist_ok=True)
+    keep_succession(home / PLATFORMS_FILE, sign_succession(old, new))
+    assert known_platforms() == (now, before)
+    # A user has no such home, but a login.
+    (home / PLATFORMS_FILE).unlink()
+    store_credential(tmp_path, ingress.url, Credential("sk", STRANGER, now, former=(before,)))
     assert known_platforms() == (now, before)
 
 
