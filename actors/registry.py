@@ -40,9 +40,11 @@ class Registry:
         """Return how many bytes a model has that the network never had; 0 for others."""
         return self._models.new_bytes(model_id)
 
-    def describe(self, model_id: str, revision: str | None = None) -> ModelDescription:
+    def describe(
+        self, model_id: str, revision: str | None = None, is_asked_for: bool = True
+    ) -> ModelDescription:
         """Return what pricing needs, fetching config and tokenizer only."""
-        return self._models.describe(model_id, revision)
+        return self._models.describe(model_id, revision, is_asked_for)
 
     def text_decoder(self, model_id: str, revision: str) -> str:
         """Return the decoder of the model's tokens as JSON; raises BrokenCheckpoint when there is none."""

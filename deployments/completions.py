@@ -58,7 +58,10 @@ async def chat_completions(
     services: ServicesNow,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    """Answer a chat through the model's own template."""
+    """Answer a chat through the model's own template.
+
+    For a model that is new here a fee is set aside.
+    """
     check_limits(body, services.config.policy.limits)
     model = await services.model(body.model, bearer)
     tools = body.offered_tools
@@ -81,7 +84,10 @@ async def completions(
     services: ServicesNow,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    """Continue a prompt as it is."""
+    """Continue a prompt as it is.
+
+    For a model that is new here a fee is set aside.
+    """
     check_limits(body, services.config.policy.limits)
     model = await services.model(body.model, bearer)
     if isinstance(body.prompt, str):

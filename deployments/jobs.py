@@ -37,7 +37,10 @@ router = APIRouter()
 
 @router.post("/submit")
 async def submit(body: SubmitRequest, key: Key, bearer: Bearer, services: ServicesNow) -> SubmittedJob:
-    """Queue a prompt as it is, with the model's own sampling defaults."""
+    """Queue a prompt as it is, with the model's own sampling defaults.
+
+    For a model that is new here a fee is set aside.
+    """
     check_speaks_for(key, body.user_address)
     model = await services.model(body.model_id, bearer)
     prompt = await services.encode(model, body.prompt)
@@ -168,7 +171,10 @@ _LATEST_JOBS = 50
 
 @router.post("/v1/quote")
 async def quote(body: QuoteRequest, key: Key, bearer: Bearer, services: ServicesNow) -> QuoteResponse:
-    """Return the highest and the expected price; `prediction` is null for a model that is not deployed."""
+    """Return the highest and the expected price; `prediction` is null for a model that is not deployed.
+
+    For a model that is new here a fee is set aside.
+    """
     if (body.prompt is None) == (body.tokens is None):
         raise InvalidRequest("give either the prompt or the number of its tokens", param="prompt")
     check_choices(body.n, services.config.policy.limits)

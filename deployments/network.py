@@ -130,7 +130,10 @@ async def models(_: Key, services: ServicesNow) -> ModelList:
 
 @router.get("/v1/models/{model_id:path}")
 async def model(model_id: str, _: Key, bearer: Bearer, services: ServicesNow) -> ModelLine:
-    """Return one model, cut or not; raises ModelNotFound."""
+    """Return one model, cut or not; raises ModelNotFound.
+
+    For a model that is new here a fee is set aside.
+    """
     facts = (await services.model(model_id, bearer)).facts
     deployed = model_id in await _deployed(services)
     return _model(services, model_id, facts.num_layers, facts.context_length, deployed)

@@ -20,6 +20,7 @@ from actors.links import REGISTRY, ask
 from actors.placement import SCHEDULER
 from azu.auth.challenges import RedisChallenges
 from azu.auth.key_records import ApiKey
+from azu.auth.peers import network_of
 from azu.auth.places import Places
 from azu.auth.rate_limit import Growth, Rate, RedisRates
 from azu.clock import wall_clock_ms
@@ -35,7 +36,7 @@ from azu.jobs.redis import RedisJobs
 from azu.metrics import SEQUENCES, MetricsSnapshot
 from azu.models.description import ModelDescription
 from azu.models.status import ModelStatus
-from azu.money.books import Books, Members
+from azu.money.books import NOT_PROVIDED, Books, Members
 from azu.protocol.sampling import SamplingParams
 from azu.redis_client import connect_redis, redis_problem
 from azu.units import format_bytes
@@ -115,7 +116,7 @@ class Services:
         self._sign_in_rate = Rate(policy.limits.sign_ins_per_minute, policy.limits.sign_in_burst)
         self._scheduler = Contact("the scheduler")
         self._measured = (float("-inf"), MetricsSnapshot({}, {}))
-        self._models: OrderedDict[str, tuple[float, ServedModel]] = OrderedDict()
+        self._models: OrderedDict[tuple[str, bool], tuple[float, ServedModel]] = OrderedDict()
 
     async def key(self, secret: str | None) -> ApiKey:
         """Return the API key with a secret and count the request as its account's.
@@ -141,8 +142,8 @@ class Services:
         return times
 
     async def count_sign_in(self, client: Address | None) -> None:
-        """Count a request that needs no key, by its sender's address; raises RateLimited."""
-        await self._rates.take(f"from:{client.host if client else ''}", self._sign_in_rate)
+        """Count a request that needs no key, by its sender's address (IPv6: its /64); raises RateLimited."""
+        await self._rates.take(f"from:{network_of(client.host if client else '')}", self._sign_in_rate)
 
     async def health(self) -> tuple[bool, tuple[str, ...]]:
         """Return whether prompts can be served, and what goes wrong; who does not answer at once is away."""
@@ -227,12 +228,14 @@ class Services:
 
         For a model that is new here the key `bearer` sets a fee aside; None is for the model of a job.
         """
-        read_s, served = self._models.get(model_id, (float("-inf"), None))
+        # What was read for a job that has run has no fee set aside for it.
+        mine, asked_for = (model_id, bearer is not None), (model_id, True)
+        read_s, served = self._models.get(mine) or self._models.get(asked_for) or (float("-inf"), None)
         if served is None or time.monotonic() - read_s > _REFRESH_S:
             described = await self._described(model_id, bearer)
             if served is None or served.facts.revision != described.revision:
                 served = await asyncio.to_thread(_served, described)
-            self._models[model_id] = (time.monotonic(), served)
+            self._models[mine] = (time.monotonic(), served)
             while len(self._models) > _KEPT_MODELS:
                 self._models.popitem(last=False)
         return served
@@ -240,11 +243,21 @@ class Services:
     async def _described(self, model_id: str, bearer: str | None) -> ModelDescription:
         num_bytes = 0 if bearer is None else await self.registry("new_bytes", model_id)
         if not num_bytes:
-            known: ModelDescription = await self.registry("describe", model_id)
+            known: ModelDescription = await self.registry("describe", model_id, None, bearer is not None)
             return known
+        await self._draining.check()
+        describing = asyncio.create_task(self._described_for_a_fee(model_id, bearer or "", num_bytes))
+        try:
+            return await asyncio.shield(describing)
+        except asyncio.CancelledError:
+            # A caller that hangs up leaves no fee without its model.
+            await describing
+            raise
+
+    async def _described_for_a_fee(self, model_id: str, bearer: str, num_bytes: int) -> ModelDescription:
         fetch_id = f"fetch-{secrets.token_hex(12)}"
         try:
-            await self.books.reserve_fetch(bearer or "", fetch_id, model_id=model_id, num_bytes=num_bytes)
+            await self.books.reserve_fetch(bearer, fetch_id, model_id=model_id, num_bytes=num_bytes)
         except InsufficientBalance as error:
             raise InsufficientBalance(
                 f"{model_id} is new here, and a fee for its {format_bytes(num_bytes)} is set aside until a "
@@ -256,8 +269,8 @@ class Services:
             new: ModelDescription = await self.registry("describe", model_id)
         except AzuError as error:
             # Of one that does not answer it is not known yet.
-            if not isinstance(error, Unavailable):
-                await self.books.give_back(fetch_id)
+            if not isinstance(error, Unavailable) or error.code in NOT_PROVIDED:
+                await self.books.give_fees_back(model_id)
             raise
         return new
 

@@ -1,7 +1,7 @@
 """Which address a request comes from, where proxies stand between its client and the ingress."""
 
 from collections.abc import Sequence
-from ipaddress import IPv4Network, IPv6Network, ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 from azu.units import KIB
 
@@ -30,3 +30,12 @@ def client_address(peer: str, forwarded: str, trusted: Sequence[Network]) -> str
         if not any(address in network for network in trusted):
             break
     return peer
+
+
+def network_of(address: str) -> str:
+    """Return what one client has of addresses: of IPv6 a /64, else the address itself."""
+    try:
+        is_v6 = ip_address(address).version == 6
+    except ValueError:
+        return address
+    return str(ip_network(f"{address.partition('%')[0]}/64", strict=False)) if is_v6 else address

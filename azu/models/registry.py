@@ -92,9 +92,12 @@ class ModelRegistry:
     def _is_new(self, model_id: str) -> bool:
         return not is_built_in(model_id) and self._status.get(model_id).state is ModelState.UNKNOWN
 
-    def describe(self, model_id: str, revision: str | None = None) -> ModelDescription:
+    def describe(
+        self, model_id: str, revision: str | None = None, is_asked_for: bool = True
+    ) -> ModelDescription:
         """Return a model at one revision, by default the newest; only config and tokenizer are fetched.
 
+        A new model that is not `is_asked_for`, but is described for a job of long ago, stays new.
         Raises InvalidRequest for a malformed id or a model that is too large, Forbidden for a model that is
         not offered, ModelNotFound, UnsupportedModel, BrokenCheckpoint, and Unavailable when the Hub does not
         answer.
@@ -113,6 +116,8 @@ class ModelRegistry:
                 source = self._find(model_id, revision)
             self._pins[model_id, revision] = (source.revision, time.monotonic())
             known = self._described.get((model_id, source.revision))
+            if not is_asked_for and self._is_new(model_id):
+                return _describe(source)
             return self._remember(source) if known is None else known
 
     def _check_offered(self, model_id: str) -> None:

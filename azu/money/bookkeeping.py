@@ -35,6 +35,7 @@ from azu.errors import (
     Unauthenticated,
 )
 from azu.money.books import (
+    NOT_PROVIDED,
     BooksCalls,
     BooksTerms,
     HeldMoney,
@@ -351,7 +352,7 @@ class Bookkeeper(BooksCalls):
                 key, fee(fetch_id, key.address, key.key_id, model_id, lamports, until_ms)
             )
 
-    async def _give_fees_back(self, model_id: str) -> None:
+    async def give_fees_back(self, model_id: str) -> None:
         for one in open_fees((await self.ledger()).state, model_id):
             await self._end(one, given_back(one))
 
@@ -414,17 +415,14 @@ class Bookkeeper(BooksCalls):
             ended = await self.ended(job_id)
             if ended is None:
                 raise LedgerError(f"nothing is reserved for {job_id}", code="unknown_hold")
-            if ended.receipt.charged_lamports:
-                # The first call may have ended before this.
-                await self._give_fees_back(ended.receipt.model_id)
-            return ended
+            # The first call may have ended before this.
+            return await self._with_fees_back(ended)
         prompt_tokens = min(max(0, prompt_tokens), hold.prompt_tokens)
         completion_tokens = min(max(0, completion_tokens), hold.max_tokens)
         charged = hold.price_of(prompt_tokens + completion_tokens)
         if not charged:
-            return await self._end(
-                hold, Release(id=f"release:{job_id}", job_id=job_id, outcome=pack_ending(ending))
-            )
+            release = Release(id=f"release:{job_id}", job_id=job_id, outcome=pack_ending(ending))
+            return await self._with_fees_back(await self._end(hold, release))
         division = divide(charged, hold.platform_percent, work, hold.num_layers)
         # By the terms of now: without them every settlement would read the reservation's entry.
         elapsed_ms = ledger.now_ms() - (hold.expires_at_ms - self._terms.reservation_ttl_ms)
@@ -448,8 +446,12 @@ class Bookkeeper(BooksCalls):
             maturity_ms=self._terms.maturity_ms,
             outcome=pack_ending(ending),
         )
-        outcome = await self._end(hold, settle)
-        await self._give_fees_back(hold.model_id)
+        return await self._with_fees_back(await self._end(hold, settle))
+
+    async def _with_fees_back(self, outcome: JobOutcome) -> JobOutcome:
+        """Give the model's fees back where its job was charged, or the network has no place for it."""
+        if outcome.receipt.charged_lamports or (outcome.error or {}).get("code") in NOT_PROVIDED:
+            await self.give_fees_back(outcome.receipt.model_id)
         return outcome
 
     def _payees(self, state: BooksState, by_node: Mapping[str, int]) -> tuple[Counter[str], Counter[str]]:

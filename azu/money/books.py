@@ -37,6 +37,8 @@ from azu.protocol.job import JobEnding, JobOutcome
 
 # Longer than the books wait for their Redis, so that they can say what is away.
 _SILENCE_S = 5.0
+# The codes of errors after which a model's fee goes back: this network has no place for it.
+NOT_PROVIDED = frozenset({"registry_full", "disk_failed"})
 
 # What the treasury books; it is checked against the chain before it comes here.
 TreasuryTransfer = (
@@ -243,6 +245,9 @@ class BooksCalls:
 
     async def give_back(self, job_id: str) -> None:
         """Return what is reserved for a job that was marked as lost, or a model that cannot be had."""
+
+    async def give_fees_back(self, model_id: str) -> None:
+        """Return the fees that are set aside for a model which the network could not provide."""
 
     async def settle(
         self,

@@ -34,7 +34,7 @@ _READS = frozenset({"balance", "earnings", "ended", "findings", "loss", "totals"
 ALLOWED: Mapping[str, frozenset[str]] = {
     "ingress": _READS
     | {"claim_earnings", "decision", "dispute"}
-    | {"give_back", "key", "keys", "open_key", "paid", "price", "receipt_signature"}
+    | {"give_back", "give_fees_back", "key", "keys", "open_key", "paid", "price", "receipt_signature"}
     | {"reserve", "reserve_fetch", "revoke_key", "withdraw"},
     "scheduler": frozenset({"ended", "expire", "overdue", "settle", "totals"}),
     "treasury": frozenset({"apply", "hear_time", "inside", "loss", "open_payouts", "owed", "result"}),

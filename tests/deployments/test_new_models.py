@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from azu.models.room import ModelRoom
+from azu.redis_client import connect_redis
 from azu.units import GIB, MIB
 from tests.deployments.local import LocalIngress, local_ingress, unhurried
 from tests.models.questions import built_in_folder
@@ -103,6 +104,39 @@ async def describe(ingress: LocalIngress, key: str, model: str) -> int:
 
 def test_new_models_cost_a_fee_and_leave_the_disk_before_it_is_full(redis_url: str, tmp_path: Path) -> None:
     play(redis_url, tmp_path, 4)
+
+
+def test_a_fee_is_set_aside_for_a_model_that_is_asked_for_and_can_be_had(
+    redis_url: str, tmp_path: Path
+) -> None:
+    model, broken = make_models(tmp_path / "models", 2)
+    (Path(broken) / "config.json").unlink()
+    (Path(broken) / "config.json").write_text("{}")
+
+    async def scenario() -> None:
+        running = local_ingress(
+            redis_url, tmp_path / "home", unhurried(), (tmp_path / "models",),
+            fetch_lamports_per_gib=LAMPORTS_PER_GIB,
+        )  # fmt: skip
+        async with running as ingress:
+            address, key = await ingress.user()
+            redis = connect_redis(redis_url)
+            await redis.set("azu:jobs:draining", 9)
+            assert (await describe(ingress, key, model), await reserved(ingress, address)) == (503, 0)
+            await redis.delete("azu:jobs:draining")
+            await redis.aclose()
+            await ingress.books.bookkeeper.reserve_fetch(key, "fetch-1", model_id=broken, num_bytes=GIB)
+            assert await describe(ingress, key, broken) == 400
+            assert await reserved(ingress, address) == 0, "what an earlier request set aside goes back too"
+            await ingress.app.state.services.model(model)
+            assert await describe(ingress, key, model) == 200
+            assert await reserved(ingress, address) > 0, "a look at a job of long ago had none set aside"
+
+    asyncio.run(asyncio.wait_for(scenario(), 100))
+
+
+async def reserved(ingress: LocalIngress, address: str) -> int:
+    return (await ingress.money(address))[1]
 
 
 @pytest.mark.prove

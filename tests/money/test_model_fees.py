@@ -11,6 +11,7 @@ from azu.money.books import Books
 from azu.money.ledger.entry import Result
 from azu.money.ledger.transfers import Release, Transfer
 from azu.money.model_fees import fee_lamports
+from azu.protocol.job import FinishReason, JobEnding, JobState
 from azu.units import GIB
 from tests.money.accounts import BEARER
 from tests.money.serving import TERMS, ServedBooks
@@ -75,6 +76,23 @@ def test_a_fee_goes_back_with_the_repeated_end_of_a_job_where_the_first_call_bro
                 await settle(books)
         assert (await books.balance(ADDRESS)).reserved_lamports == 200
         await settle(books)
+        assert (await books.balance(ADDRESS)).reserved_lamports == 0
+
+    play(redis_url, scenario, terms=FEES)
+
+
+def test_the_fee_of_a_model_that_the_network_has_no_room_for_goes_back(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        await ask(books)
+        await ask(books, "fetch-2", "another/model")
+        for number, code in enumerate(("job_lost", "registry_full")):
+            assert (await books.balance(ADDRESS)).reserved_lamports == 400
+            await reserve(books, f"job-{number}")
+            ending = JobEnding(JobState.FAILED, FinishReason.ERROR, error={"message": "", "code": code})
+            await books.settle(f"job-{number}", prompt_tokens=0, completion_tokens=0, work={}, ending=ending)
+        assert (await books.balance(ADDRESS)).reserved_lamports == 200
+        await books.give_fees_back("another/model")
         assert (await books.balance(ADDRESS)).reserved_lamports == 0
 
     play(redis_url, scenario, terms=FEES)

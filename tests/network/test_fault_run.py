@@ -323,6 +323,7 @@ POINTS = (
     Point(f"{BOOKS}.charge_unused", is_loop=True),
     Point(f"{BOOKS}.paid", ask_books("ingress", "paid", OWNERS[0])),
     Point(f"{BOOKS}.give_back", ask_books("ingress", "give_back", "no job")),
+    Point(f"{BOOKS}.give_fees_back", ask_books("ingress", "give_fees_back", "no model")),
     Point(f"{BOOKS}.settle"),
     Point(f"{BOOKS}.ended", get("/results/no-job")),
     Point(f"{BOOKS}.receipt_signature", sign_receipt),
