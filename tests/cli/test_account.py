@@ -176,6 +176,7 @@ def test_receipts_of_a_former_platform_stay_good_where_the_setting_names_the_new
     assert known_platforms() == (now, before)
 
 
+@pytest.mark.prove
 def test_a_dispute_says_what_is_held(ingress: Ingress) -> None:
     said("login")
     ingress.replies["POST /v1/jobs/job-1/dispute"] = Reply({"job_id": "job-1", "held_lamports": 80})

@@ -123,6 +123,7 @@ def answering(
     return ingress
 
 
+@pytest.mark.prove
 def test_the_checks_run_where_packages_are_missing(tmp_path: Path) -> None:
     program = (
         "import sys; sys.modules.update(dict.fromkeys(('cryptography', 'packaging', 'psutil', 'redis')));"

@@ -17,6 +17,7 @@ from azu.units import LAMPORTS_PER_HYPE
 from tests.builders import OWNERS
 from tests.deployments.local import LocalIngress, local_ingress, policy_with
 from tests.deployments.stepped import CHUNK_TOKENS, NUM_LAYERS, SteppedModel
+from tests.few import few
 
 PRICE = 2 * NUM_LAYERS  # of a token
 NUM_PROMPT = 64
@@ -200,7 +201,7 @@ def test_what_azu_ends_before_the_first_token_costs_nothing(play) -> None:
     play(scenario)
 
 
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stream", few([True, False]))
 def test_an_answer_that_azu_cannot_read_costs_nothing_before_its_first_token(
     play, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:

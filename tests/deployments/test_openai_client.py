@@ -155,6 +155,7 @@ def test_every_line_of_a_stream_ends_with_its_newline_alone(play) -> None:
     play(scenario)
 
 
+@pytest.mark.prove
 def test_a_client_with_too_many_requests_waits_for_the_given_time(play) -> None:
     async def scenario(_: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
         impatient = client.with_options(max_retries=0)

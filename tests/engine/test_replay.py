@@ -166,7 +166,7 @@ def _disturbed(model: CutModel, *losses: tuple[int, ...], after: int, **given: i
 
 
 _LOSSES = [(0,), (1,), (2,), (3,), (0, 1), (1, 2), (2, 3), (0, 2), (1, 3), (0, 1, 2, 3)]
-_FEW = {((0,), 4), ((1, 2), 9)}
+_FEW = {((1, 2), 9)}
 
 
 @pytest.mark.parametrize(
@@ -190,6 +190,7 @@ def test_lost_stages_change_no_token_and_no_share(
     assert got.pipeline.engine.num_free_blocks == 64
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("family", few(["qwen2_moe", "bloom"]))  # distributed experts; padded batches
 def test_padded_and_distributed_stages_are_filled_again_as_well(
     cut_model: Callable[[str], CutModel], family: str
@@ -204,6 +205,7 @@ def test_padded_and_distributed_stages_are_filled_again_as_well(
     assert got.work == expected.work
 
 
+@pytest.mark.prove
 def test_stages_lost_one_after_another_fill_each_other(cut_model: Callable[[str], CutModel]) -> None:
     model = cut_model("llama")
     # Stage 2 is filled from the log of a stage 1 that was itself filled before.

@@ -147,7 +147,7 @@ def test_values_beyond_the_dtype_end_their_sequence_and_name_the_layer(
             (Wanted((7, 8, 9), replace(_PLAIN, logit_bias={9: float("nan")})), "numerics_error"),
             (Wanted((7, 8, 9), replace(_SEEDED, top_k=-3)), "internal_error"),
         ],
-        3,
+        2,
     ),
 )
 def test_an_exception_of_any_kind_ends_the_sequence_that_it_comes_from(

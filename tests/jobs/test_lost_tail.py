@@ -212,6 +212,7 @@ def test_after_a_jobs_end(redis_url: str, tmp_path: Path) -> None:
     assert at >= 8, "every write was the last one once"
 
 
+@pytest.mark.prove
 def test_while_a_job_runs(redis_url: str, tmp_path: Path) -> None:
     at = 0
     while True:

@@ -424,6 +424,7 @@ def test_a_call_whose_answer_was_lost_can_be_repeated(run_scenario) -> None:
     run_scenario(scenario)
 
 
+@pytest.mark.prove
 def test_a_redis_that_does_not_answer_is_unavailable() -> None:
     async def scenario() -> None:
         jobs = RedisJobs.from_url("redis://127.0.0.1:9/0")

@@ -22,6 +22,7 @@ from azu.launch.processes import (
     own_network,
     session_members,
 )
+from tests.few import few
 from tests.logged import logged
 
 PYTHON = sys.executable
@@ -92,6 +93,7 @@ def test_each_start_has_variables_of_its_own_and_waits_while_they_cannot_be_had(
         group.wait_until_printed("child", "^start 2$", 10)
 
 
+@pytest.mark.prove
 def test_a_child_that_the_machine_cannot_start_now_is_started_later(tmp_path: Path) -> None:
     logs, away = tmp_path / "logs", tmp_path / "away"
     with ProcessGroup(logs) as group:
@@ -293,7 +295,7 @@ with stop_signals_raised(), ProcessGroup(Path(sys.argv[1])) as group:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", few([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
 def test_a_parent_that_is_interrupted_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
     parent = subprocess.Popen([PYTHON, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

@@ -211,6 +211,7 @@ cut(source, out, model_id="test/model", revision="0" * 40, architecture=describe
 """
 
 
+@pytest.mark.prove
 def test_a_killed_cut_leaves_no_incomplete_shard_and_is_resumed(tmp_path):
     source, out = save_checkpoint(tmp_path / "source", "qwen2_moe", hidden_size=256), tmp_path / "out"
     with subprocess.Popen([sys.executable, "-c", _SLOW_CUT, source, out], stdout=subprocess.PIPE) as process:

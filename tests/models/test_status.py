@@ -51,6 +51,7 @@ def test_only_models_that_are_cut_are_ready(redis_url):
     assert {status.model_id for status in store.ready()}.isdisjoint({"org/described", "org/failed"})
 
 
+@pytest.mark.prove
 def test_a_redis_that_does_not_answer_is_unavailable():
     store = RedisModelStatus("redis://127.0.0.1:9/0")
     with pytest.raises(Unavailable):

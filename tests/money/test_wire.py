@@ -255,6 +255,7 @@ def test_a_caller_with_another_secret_is_refused_and_the_server_says_nothing() -
     play(scenario)
 
 
+@pytest.mark.prove
 def test_connections_of_one_caller_or_of_strangers_keep_no_other_caller_out() -> None:
     async def scenario(world: World) -> None:
         silent = [await asyncio.open_connection("127.0.0.1", world.access.port) for _ in range(70)]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.few import few
 from tests.models.questions import built_in_folder, questions
 from tests.network.user import User
 
@@ -51,7 +52,7 @@ def finished(user: User, job_id: str) -> dict[str, object]:
     return results
 
 
-@pytest.mark.parametrize("model_id", MODELS)
+@pytest.mark.parametrize("model_id", few(reversed(MODELS)))
 def test_greedy_tokens_equal_transformers_generate_for_every_question(user: User, model_id: str) -> None:
     texts = [chat_text(model_id, pair.question) for pair in questions()]
     assert len(texts) >= 20
@@ -96,6 +97,7 @@ def test_a_whole_answer_equals_its_streamed_pieces(user: User) -> None:
     assert whole.usage.prompt_tokens == len(reference("azu/tiny-moe")[0](prompt)["input_ids"])
 
 
+@pytest.mark.prove
 def test_twelve_streams_run_at_once(user: User) -> None:
     client = openai.OpenAI(base_url=f"{user.url}/v1", api_key=user.api_key)
     asked = [pair.question for pair in questions()][:12]

@@ -85,6 +85,7 @@ def test_a_smaller_budget_is_reported_and_pieces_shrink_or_move(user: User, netw
     wait_for(lambda found: found["ada"].vram_total_bytes == before, timeout_s=60)
 
 
+@pytest.mark.prove
 def test_a_frozen_node_becomes_suspect_while_the_others_stay_alive(network: LocalNetwork) -> None:
     pid = agent_pid("ben")
     seen: set[NodeState] = set()

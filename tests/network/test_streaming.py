@@ -37,6 +37,7 @@ def tokens_up_to(text: str) -> int:
     return next(n for n in range(len(ids) + 1) if text in tokenizer.decode(ids[:n]))
 
 
+@pytest.mark.prove
 def test_characters_of_many_tokens_arrive_whole(user: User, reciter: str) -> None:
     found, _ = pieces(user, reciter)
 

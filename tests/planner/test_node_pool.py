@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -163,6 +164,7 @@ def test_routes_over_measured_links_are_near_those_of_an_exhaustive_search() -> 
     assert equal >= total * 0.9, (equal, total)
 
 
+@pytest.mark.prove
 def test_a_thousand_nodes_with_measured_links_are_planned_in_a_bounded_number_of_steps() -> None:
     draw = random.Random(1)
     model, nodes = large_model(), random_nodes(draw, 1000)

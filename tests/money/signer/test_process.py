@@ -16,6 +16,7 @@ from azu.launch.processes import free_port
 from azu.money.signer.calls import RemoteSigner
 from azu.money.signer.signer import SIGNER_ALLOWED
 from azu.money.wire import Access
+from tests.few import few
 from tests.money.signer.serving import ADMIN
 from tests.money.treasury.world import Open, World
 
@@ -92,12 +93,14 @@ def test_it_signs_for_its_callers_shows_no_key_and_remembers_after_its_end(
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [
-        ("SCHEDULER_PRIVATE_KEY", "0x12"),
-        ("HYPERLIQUID_ADDRESS", STRANGER),
-        ("HYPERLIQUID_RPC_URL", ""),
-        ("AZU_BOOKS_URL", ""),
-    ],
+    few(
+        [
+            ("HYPERLIQUID_ADDRESS", STRANGER),
+            ("SCHEDULER_PRIVATE_KEY", "0x12"),
+            ("HYPERLIQUID_RPC_URL", ""),
+            ("AZU_BOOKS_URL", ""),
+        ]
+    ),
 )
 def test_it_does_not_start_without_the_platforms_key_its_chain_and_the_books(
     world: World, tmp_path: Path, variable: str, value: str

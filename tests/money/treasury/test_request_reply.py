@@ -61,6 +61,7 @@ def test_a_request_of_the_sender_credits_the_deposit(world: World) -> None:
     with_treasury(world, scenario)
 
 
+@pytest.mark.prove
 def test_a_deposit_requested_before_its_row_appears_is_credited_when_it_does(world: World) -> None:
     alice = world.payer()
 
