@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,18 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
     )
     ours = [line for line in done.stderr.splitlines() if "azu" in line]
     assert ours == []
+
+
+def test_copies_are_deleted_after_30_days_and_nothing_else_is(tmp_path: Path) -> None:
+    text = (CONFIGS / "systemd" / "azu-copy.service").read_text()
+    (line,) = re.findall(r"^ExecStartPost=(.*)$", text, re.M)
+    for name, days in (("new.tar.gz", 29), ("old.tar.gz", 32), ("old.txt", 32)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, times=(time.time() - days * 86_400,) * 2)
+
+    subprocess.run(shlex.split(line.replace("/var/backups/azu", str(tmp_path))), check=True, timeout=60)
+
+    assert {file.name for file in tmp_path.iterdir()} == {"new.tar.gz", "old.txt"}
 
 
 def test_the_heads_unit_lets_running_answers_end_before_systemd_kills_it() -> None:
