@@ -29,7 +29,7 @@ from azu.jobs.record import JobRecord
 from azu.protocol.job import JobState
 from azu.protocol.topology import Prediction
 from deployments.answers import usage_of
-from deployments.sampling import check_choices, sampling_params
+from deployments.sampling import check_choices, check_max_tokens, sampling_params
 from deployments.services import Bearer, Key, ServedModel, Services, ServicesNow, check_speaks_for, owned
 
 router = APIRouter()
@@ -42,6 +42,7 @@ async def submit(body: SubmitRequest, key: Key, bearer: Bearer, services: Servic
     For a model that is new here a fee is set aside.
     """
     check_speaks_for(key, body.user_address)
+    check_max_tokens(body.est_tokens, services.config.policy.limits)
     model = await services.model(body.model_id, bearer)
     prompt = await services.encode(model, body.prompt)
     request = CompletionRequest(model=body.model_id, prompt=body.prompt, max_tokens=body.est_tokens)
@@ -178,6 +179,7 @@ async def quote(body: QuoteRequest, key: Key, bearer: Bearer, services: Services
     if (body.prompt is None) == (body.tokens is None):
         raise InvalidRequest("give either the prompt or the number of its tokens", param="prompt")
     check_choices(body.n, services.config.policy.limits)
+    check_max_tokens(body.max_tokens or 1, services.config.policy.limits)
     model = await services.model(body.model, bearer)
     num_tokens = body.tokens or 0
     if body.prompt is not None:

@@ -86,6 +86,7 @@ def check_tokens(param: str, token_ids: Iterable[int], vocab_size: int) -> None:
 def check_limits(body: ChatRequest | CompletionRequest, limits: Limits) -> None:
     """Raise InvalidRequest with the name of the first parameter that exceeds its limit."""
     check_choices(body.n or 1, limits)
+    check_max_tokens(max_tokens(body, 1), limits)
     counted = {
         "stop": (len(body.stop), limits.max_stop_strings),
         "stop_token_ids": (len(body.stop_token_ids or ()), limits.max_stop_strings),
@@ -101,6 +102,14 @@ def check_limits(body: ChatRequest | CompletionRequest, limits: Limits) -> None:
         raise InvalidRequest(
             f"stop: {longest} characters, where at most {limits.max_stop_characters} are taken here",
             param="stop",
+        )
+
+
+def check_max_tokens(asked: int, limits: Limits) -> None:
+    """Raise InvalidRequest for more new tokens than an answer of any model may have here."""
+    if asked > limits.max_completion_tokens:
+        raise InvalidRequest(
+            f"max_tokens is {asked}; it may be 1 to {limits.max_completion_tokens}", param="max_tokens"
         )
 
 

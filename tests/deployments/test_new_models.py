@@ -125,6 +125,15 @@ def test_a_fee_is_set_aside_for_a_model_that_is_asked_for_and_can_be_had(
             assert (await describe(ingress, key, model), await reserved(ingress, address)) == (503, 0)
             await redis.delete("azu:jobs:draining")
             await redis.aclose()
+            too_long = {"model": model, "prompt": "a", "max_tokens": 10**6}
+            async with ingress.client(key) as client:
+                refused = [
+                    await client.post(path, json=too_long) for path in ("/v1/completions", "/v1/quote")
+                ]
+                submitted = {"user_address": address, "model_id": model, "prompt": "a", "est_tokens": 10**6}
+                refused.append(await client.post("/submit", json=submitted))
+            assert [reply.json()["error"]["param"] for reply in refused] == ["max_tokens"] * 3
+            assert await reserved(ingress, address) == 0
             await ingress.books.bookkeeper.reserve_fetch(key, "fetch-1", model_id=broken, num_bytes=GIB)
             assert await describe(ingress, key, broken) == 400
             assert await reserved(ingress, address) == 0, "what an earlier request set aside goes back too"
