@@ -6,7 +6,7 @@ Keys and encodings: azu/jobs/record.py. A change of several keys is one of the L
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.resources import files
@@ -445,11 +445,13 @@ class TokenReader:
                 faults = 0
 
     async def _read_once(self) -> None:
-        streams = self._positions() | {self._wake: self._woken}
+        # One that comes during the read may lack tokens before those that the read returns.
+        followers = tuple(self._followers)
+        streams = _positions(followers) | {self._wake: self._woken}
         answer = dict(await _read_new(self._redis, streams, count=_ENTRIES_PER_STREAM))
         if wakes := answer.pop(self._wake, None):
             self._woken = wakes[-1][0]
-        self._distribute(answer)
+        self._distribute(answer, followers)
         now_s = time.monotonic()
         quiet = [one for one in self._followers if not one.ended and now_s - one.heard_s >= _QUIET_S]
         if not quiet:
@@ -461,16 +463,7 @@ class TokenReader:
         ):
             one.compare(None if delivered is None else int(delivered), outcome)
 
-    def _positions(self) -> dict[str, str]:
-        """Return each followed stream and the last entry that all its followers have."""
-        positions: dict[str, int] = {}
-        for follower in self._followers:
-            if not follower.ended:
-                key = tokens_key(follower.job_id)
-                positions[key] = min(positions.get(key, follower.position), follower.position)
-        return {key: f"{position}-0" for key, position in positions.items()}
-
-    def _distribute(self, answer: Mapping[str, list[_Entry]]) -> None:
+    def _distribute(self, answer: Mapping[str, list[_Entry]], followers: Sequence["_Subscription"]) -> None:
         events: dict[str, list[tuple[str, JobEvent]]] = {}
         for key, entries in answer.items():
             try:
@@ -478,10 +471,10 @@ class TokenReader:
             except Exception as error:
                 # The other streams go on.
                 known = as_known_error(error, f"the reading of {key}")
-                for follower in self._followers:
+                for follower in followers:
                     if tokens_key(follower.job_id) == key:
                         follower.fail(known)
-        for follower in self._followers:
+        for follower in followers:
             for entry_id, event in events.get(tokens_key(follower.job_id), ()):
                 follower.receive(entry_id, event)
 
@@ -523,6 +516,16 @@ class _Subscription:
         elif outcome is not None and delivered <= self.position:
             self.ended = True
             self.arrivals.put_nowait(OUTCOME.validate_json(outcome))
+
+
+def _positions(followers: Iterable[_Subscription]) -> dict[str, str]:
+    """Return each followed stream and the last entry that all its followers have."""
+    positions: dict[str, int] = {}
+    for follower in followers:
+        if not follower.ended:
+            key = tokens_key(follower.job_id)
+            positions[key] = min(positions.get(key, follower.position), follower.position)
+    return {key: f"{position}-0" for key, position in positions.items()}
 
 
 async def _read_new(

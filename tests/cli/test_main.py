@@ -25,7 +25,7 @@ def azu(*arguments: str, home: Path, given: str = "", **environment: str) -> sub
         input=given,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

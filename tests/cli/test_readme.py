@@ -55,7 +55,7 @@ def exported(home: Path) -> dict[str, str]:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     program = f'{command} && printf "%s %s" "$AZU_URL" "$AZU_API_KEY"'
     done = subprocess.run(
-        ["bash", "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=60
+        ["bash", "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=300
     )
     url, key = done.stdout.split()
     return {"AZU_URL": url, "AZU_API_KEY": key}
@@ -83,7 +83,7 @@ def test_the_blocks_for_other_programs_run_after_the_line_that_sets_the_variable
     assert curl is not None
 
     exec(python_blocks()[1], {})
-    subprocess.run(["bash", "-c", curl[0]], capture_output=True, check=True, timeout=60)
+    subprocess.run(["bash", "-c", curl[0]], capture_output=True, check=True, timeout=300)
 
     assert capsys.readouterr().out == "Paris.\n"
     assert variables == {"AZU_URL": logged_in.url, "AZU_API_KEY": "azu-sk-1"}

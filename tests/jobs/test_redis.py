@@ -510,6 +510,31 @@ def test_followers_of_one_job_at_different_tokens_each_get_the_rest(run_scenario
     run_scenario(scenario)
 
 
+def test_a_follower_that_comes_while_a_token_is_read_for_another_lacks_none(run_scenario) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job("job-1"))
+        await jobs.append([("job-1", TokenEvent(0, (0, 1, 2, 3)))])
+        first = jobs.events("job-1")
+        await anext(first)
+        waiting = asyncio.ensure_future(anext(first))
+        await until_read(jobs, 1)
+        wake = jobs._reader._wake_reading_task
+
+        async def after_the_next_token() -> None:
+            await jobs.append([("job-1", TokenEvent(4, (4,)))])
+            assert await waiting == TokenEvent(4, (4,))
+            await wake()
+
+        jobs._reader._wake_reading_task = after_the_next_token
+        second = asyncio.create_task(read(jobs, "job-1"))
+        await asyncio.wait_for(asyncio.shield(waiting), 30)
+        await jobs.finish("job-1", outcome("job-1"))
+
+        assert await second == [0, 1, 2, 3, 4]
+
+    run_scenario(scenario)
+
+
 def test_a_follower_that_leaves_is_removed_and_the_others_continue(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         for n in range(2):

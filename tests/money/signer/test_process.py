@@ -107,7 +107,7 @@ def test_it_does_not_start_without_the_platforms_key_its_chain_and_the_books(
 ) -> None:
     variables = environment(world, tmp_path, "wire://signer:secret@127.0.0.1:9") | {variable: value}
 
-    done = subprocess.run(SIGNER, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(SIGNER, env=variables, capture_output=True, text=True, timeout=300, check=False)
 
     assert done.returncode == 1
     assert variable in done.stderr
