@@ -95,6 +95,8 @@ def test_a_hundred_streams_dropped_at_random_points_leave_nothing(user: User) ->
     check_nothing_is_left(user, 100)
 
 
+# A busy machine takes long to see the end of a connection: the answer may be whole by then.
+@pytest.mark.prove
 def test_a_reader_that_disconnects_frees_its_blocks(user: User) -> None:
     body = {
         "model": "azu/tiny-dense",

@@ -65,6 +65,8 @@ def test_the_experts_of_one_layer_are_on_at_least_two_nodes(user: User) -> None:
     assert any(len(nodes) >= 2 for nodes in holders.values()), topology
 
 
+# A busy machine takes long to see the end of a connection: the answer may be whole by then.
+@pytest.mark.prove
 def test_a_dropped_stream_pays_for_the_delivered_tokens(user: User) -> None:
     before, _ = settled(user)
     client = openai.OpenAI(base_url=f"{user.url}/v1", api_key=user.api_key)

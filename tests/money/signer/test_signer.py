@@ -111,7 +111,10 @@ def play(
         try:
             scene.start()
             await parts.watcher.poll()
-            await scene.signer.look()
+            # On a busy machine the chain may not answer the first look in time.
+            async with asyncio.timeout(60):
+                while await scene.findings():
+                    await asyncio.sleep(0.05)
             await scene.deposit(HYPE)
             await scenario(scene)
         finally:
