@@ -174,10 +174,10 @@ class Services:
     async def _problems_of_stores(self) -> tuple[tuple[str, ...], bool]:
         """Return what is wrong with Redis and the money, and whether Redis or the books are away."""
         asked = (self._draining.check(), self.books.findings())
-        pinged, findings = await asyncio.gather(*asked, return_exceptions=True)
+        checked, findings = await asyncio.gather(*asked, return_exceptions=True)
         known = tuple(filter(None, (redis_problem(self._redis), self.books.problem())))
-        if known or isinstance(pinged, Unavailable):
-            return known or (str(pinged),), True
+        if known or isinstance(checked, Unavailable):
+            return known or (str(checked),), True
         if isinstance(findings, AzuError):
             return (f"the books cannot go on: {findings.message}",), True
         if isinstance(findings, BaseException):

@@ -4,7 +4,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -109,10 +109,9 @@ class ModelRegistry:
             if known is not None:
                 self._room.note_used(model_id)
                 return known
-            if not model_id.startswith("/") and self._is_new(model_id):
-                with self._room_for((model_id, ""), MAX_DESCRIPTION_BYTES):
-                    pass
-            with self._near_named(model_id):
+            is_fetched = not model_id.startswith("/") and self._is_new(model_id)
+            room = self._room_for((model_id, ""), MAX_DESCRIPTION_BYTES) if is_fetched else nullcontext()
+            with room, self._near_named(model_id):
                 source = self._find(model_id, revision)
             self._pins[model_id, revision] = (source.revision, time.monotonic())
             known = self._described.get((model_id, source.revision))

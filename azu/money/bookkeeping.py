@@ -90,7 +90,7 @@ from azu.money.ledger.transfers import (
     worker_paid,
     worker_paying,
 )
-from azu.money.model_fees import ends, fee, fee_lamports, given_back, open_fees
+from azu.money.model_fees import ends, fee, fee_lamports, fees, given_back, open_fees
 from azu.money.pricing import divide, possible_shares
 from azu.money.receipts import ReceiptKey
 from azu.money.signer.views import BooksHead, BooksView, OpenPayout
@@ -155,6 +155,9 @@ class Bookkeeper(BooksCalls):
         self._reserving = Counter[str]()
         # One model's fee at a time is set aside, or several requests at once would each find none.
         self._setting_fee = asyncio.Lock()
+        # The models that may have fees set aside; None until they were looked for. Every job that is charged
+        # asks, and has no time to look through all reservations.
+        self._fee_models: set[str] | None = None
         self._opened_at_ms = 0
         # Why the signer signs nothing; empty while it does.
         self._unsigned: tuple[str, ...] = ()
@@ -347,14 +350,25 @@ class Bookkeeper(BooksCalls):
             others = open_fees((await self.ledger()).state, model_id)
             if not lamports or any(one.job_id != fetch_id for one in others):
                 return 0
+            (await self._models_with_fees()).add(model_id)
             until_ms = self._now_ms() + terms.fetch_unused_ms
             return await self._set_aside(
                 key, fee(fetch_id, key.address, key.key_id, model_id, lamports, until_ms)
             )
 
     async def give_fees_back(self, model_id: str) -> None:
-        for one in open_fees((await self.ledger()).state, model_id):
-            await self._end(one, given_back(one))
+        if model_id not in await self._models_with_fees():
+            return
+        async with self._setting_fee:
+            for one in open_fees((await self.ledger()).state, model_id):
+                await self._end(one, given_back(one))
+            (await self._models_with_fees()).discard(model_id)
+
+    async def _models_with_fees(self) -> set[str]:
+        if self._fee_models is None:
+            state = (await self.ledger()).state
+            self._fee_models = {one.model_id for one in fees(state)}
+        return self._fee_models
 
     async def charge_unused(self) -> None:
         """Charge the fees for models that were not used in time."""

@@ -38,12 +38,12 @@ def fee(
 
 def open_fees(state: BooksState, model_id: str) -> list[Reserve]:
     """Return the fees that are set aside for a model."""
-    return [one for one in _fees(state) if one.model_id == model_id]
+    return [one for one in fees(state) if one.model_id == model_id]
 
 
 def ends(state: BooksState, now_ms: int) -> Iterator[Settle]:
     """Yield what charges the fees of models that were not used in time."""
-    for one in _fees(state):
+    for one in fees(state):
         if one.expires_at_ms <= now_ms:
             yield Settle(
                 id=f"settle:{one.job_id}",
@@ -60,5 +60,6 @@ def given_back(hold: Reserve) -> Release:
     return Release(id=f"release:{hold.job_id}", job_id=hold.job_id)
 
 
-def _fees(state: BooksState) -> list[Reserve]:
+def fees(state: BooksState) -> list[Reserve]:
+    """Return all fees that are set aside."""
     return [one for one in state.reservations.values() if is_fee(one.job_id)]

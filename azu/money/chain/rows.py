@@ -12,6 +12,9 @@ HYPE_NAME = "HYPE"
 MULTI_SIGNATURE = "multiSig"
 # The chain may show a row this much later than it happened, with its original time.
 LATE_MS = 120_000
+# The chain drops an emptied account together with its ledger, which proves what was paid; and it removes
+# balances below a million lamports.
+KEPT_LAMPORTS = 2_000_000
 # A nonce is at most so far ahead of the chain's time when it is given out.
 NONCE_AHEAD_MS = 600_000
 # So many pages of a recipient's ledger are read: he may fill it as he likes.

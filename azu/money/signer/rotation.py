@@ -10,13 +10,12 @@ from azu.auth.succession import keep_succession, platforms_of, read_successions,
 from azu.errors import ChainError, ConfigurationError, Conflict
 from azu.money.chain.actions import sign_noop, sign_send_asset
 from azu.money.chain.port import Chain
+from azu.money.chain.rows import KEPT_LAMPORTS
 from azu.money.signer.account import PlatformAccount
 from azu.money.signer.policy import SignerState, retired, waiting
 from azu.money.signer.signer import keep_state, read_state
 
 _LOG = logging.getLogger(__name__)
-# The chain drops an emptied account together with its ledger, which proves what was paid.
-KEPT_LAMPORTS = 2_000_000
 # No payout has such a nonce.
 _NO_KIND, _KINDS = 3, 4
 _LOOKS, _LOOK_EVERY_S = 60, 0.5

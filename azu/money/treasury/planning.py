@@ -9,6 +9,7 @@ from azu.auth.signatures import Withdrawal, is_signed
 from azu.clock import wall_clock_ms
 from azu.money.books import Books
 from azu.money.chain.port import Chain
+from azu.money.chain.rows import KEPT_LAMPORTS
 from azu.money.signer.calls import SignerCalls
 from azu.money.signer.views import PayoutKind, Room
 from azu.money.treasury.outbox import Payout
@@ -17,9 +18,6 @@ from azu.money.treasury.withdrawals import LEAST_LAMPORTS, RedisWithdrawals, Sig
 from azu.units import MAX_LAMPORTS
 
 _LOG = logging.getLogger(__name__)
-# The chain drops an emptied account together with its ledger, which proves what was paid; and it removes
-# balances below a million lamports.
-KEPT_LAMPORTS = 2_000_000
 # Actions of the address's budget that are kept for repeated posts and for burning nonces.
 _ACTIONS_KEPT = 200
 # Each payout takes one action, and up to two more when something fails.

@@ -14,10 +14,10 @@ from azu.devnet.chain import USDC
 from azu.errors import ChainError, ConfigurationError, Conflict
 from azu.money.chain.api import ChainClient
 from azu.money.chain.port import Refusal
-from azu.money.chain.rows import balance_of
+from azu.money.chain.rows import KEPT_LAMPORTS, balance_of
 from azu.money.chain.wallet import send_hype
 from azu.money.ledger.transfers import PlatformReplaced
-from azu.money.signer.rotation import KEPT_LAMPORTS, rotate
+from azu.money.signer.rotation import rotate
 from azu.money.signer.views import TransferRequest
 from tests.money.chain.running import RunningDevnet
 from tests.money.signer.test_signer import HYPE, Scene

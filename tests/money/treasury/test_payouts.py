@@ -7,9 +7,10 @@ import pytest
 
 from azu.devnet.chain import HYPE, USDC
 from azu.errors import AzuError, Conflict, Forbidden, InvalidRequest, RateLimited, Unavailable
+from azu.money.chain.rows import KEPT_LAMPORTS
 from azu.money.treasury.outbox import PayoutState
 from azu.money.treasury.payouts import PayoutTimeouts
-from azu.money.treasury.planning import KEPT_LAMPORTS, AmountOwed, PayoutSelector, Threshold
+from azu.money.treasury.planning import AmountOwed, PayoutSelector, Threshold
 from tests.money.ledger import moves
 from tests.money.treasury.simulated import PLATFORM, Crash, CrashPlan, Line, Simulation
 from tests.money.treasury.world import SEED
