@@ -221,14 +221,15 @@ class NodeAgents:
 
         Ray may be slow to answer: another loop takes the reports.
         """
-        living = {node.node_id: node for node in await asyncio.to_thread(worker_nodes)}
+        found, ended = await asyncio.to_thread(worker_nodes)
+        living = {node.node_id: node for node in found}
         self.lent_bytes = {node_id: node.vram_bytes for node_id, node in living.items()}
         self.hosts = {node_id: node.raylet.rpartition(":")[0] for node_id, node in living.items()}
         self._names = {node_id: plain_name(node.name) for node_id, node in living.items()}
         for node_id in self.by_node.keys() - living.keys():
             del self.by_node[node_id]
             self._versions.forget(node_id)
-            self._table.remove(node_id)
+            self._table.remove(node_id, time.monotonic(), ended=node_id in ended)
         for node_id in living.keys() - self.by_node.keys():
             node = living[node_id]
             name = actor_name("node", node.name, node_id[:8])

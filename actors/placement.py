@@ -40,6 +40,8 @@ _CONTROL_THREADS = 8
 PIECES = ("layer:", "expert:")
 _OF_MODELS = (*PIECES, "pipeline:")
 _HEAD = "node:__internal_head__"
+# NodeDeathInfo.EXPECTED_TERMINATION: a node that got SIGTERM.
+_WAS_ENDED = 1
 # Ray reports what died and azu restarts it. An actor's default of one CPU does not fit a bundle of VRAM.
 _ALWAYS = {"num_cpus": 0, "max_restarts": 0, "lifetime": "detached", "namespace": NAMESPACE}
 
@@ -56,9 +58,11 @@ class WorkerNode:
     raylet: str
 
 
-def worker_nodes() -> tuple[WorkerNode, ...]:
-    """Return the living Ray nodes that lend VRAM."""
-    return tuple(
+def worker_nodes() -> tuple[tuple[WorkerNode, ...], frozenset[str]]:
+    """Return the living Ray nodes that lend VRAM, and the ids of nodes that were ended and did not die."""
+    nodes = ray.nodes()
+    ended = (one["NodeID"] for one in nodes if not one["Alive"] and one["DeathReason"] == _WAS_ENDED)
+    living = (
         WorkerNode(
             node_id=node["NodeID"],
             name=plain_name(node["Labels"].get(NAME_LABEL, node["NodeID"][:8])),
@@ -67,9 +71,10 @@ def worker_nodes() -> tuple[WorkerNode, ...]:
             vram_bytes=int(node["Resources"][VRAM]) * MIB,
             raylet=f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}",
         )
-        for node in ray.nodes()
+        for node in nodes
         if node["Alive"] and node["Resources"].get(VRAM) and PAYOUT_LABEL in node["Labels"]
     )
+    return tuple(living), frozenset(ended)
 
 
 def start_on_head(cls: type, name: str, *args: Any, max_concurrency: int, **kwargs: Any) -> ActorHandle:

@@ -116,8 +116,9 @@ class Scheduler:
         return self._has_adopted and bool(self._agents.nodes) and self._supervisor.is_healthy
 
     async def nodes(self) -> tuple[Node, ...]:
-        """Return the nodes as the planner sees them."""
-        return self._nodes.nodes(time.monotonic(), self._cluster.placed_bytes())
+        """Return the nodes as the planner sees them, and those that left just now."""
+        now_s = time.monotonic()
+        return self._nodes.nodes(now_s, self._cluster.placed_bytes()) + self._nodes.left(now_s)
 
     async def prediction(self, model_id: str, revision: str) -> Prediction | None:
         """Return what the planner expects of a running model's topology, None for one that does not run."""

@@ -123,9 +123,10 @@ def log_as(process: str, **ids: object) -> None:
 
 def show_nodes(meter: Meter, nodes: Iterable[Node]) -> None:
     """Show every node's live memory and load, and how many there are in each state."""
-    nodes = list(nodes)
+    nodes = [node for node in nodes if node.state is not NodeState.LEFT]
     states = Counter(node.state for node in nodes)
-    meter.set_gauge(metrics.NODES, {(state.value,): states[state] for state in NodeState})
+    shown = (state for state in NodeState if state is not NodeState.LEFT)
+    meter.set_gauge(metrics.NODES, {(state.value,): states[state] for state in shown})
     meter.set_gauge(metrics.NODE_VRAM, {(node.name,): node.vram_total_bytes for node in nodes})
     meter.set_gauge(metrics.NODE_VRAM_FREE, {(node.name,): node.vram_free_bytes for node in nodes})
     used: dict[Labels, float] = {

@@ -1,6 +1,6 @@
 # A worker, which lends the GPUs that its container sees. From the repository's root, on a machine with NVIDIA's runtime:
 #     docker build -f configs/cuda.Dockerfile -t azu-cuda .
-#     docker run --gpus all --network host -v azu:/home/ray/.azu azu-cuda join TICKET --vram 20GiB --payout 0x...
+#     docker run --gpus all --network host -e AZU_TICKET -v azu:/home/ray/.azu azu-cuda join --vram 20GiB --payout 0x...
 # The volume keeps the shards, so that they are not fetched again.
 FROM rayproject/ray:2.60.0-py311-gpu
 # For example an index that has the build of torch for an older driver.

@@ -33,7 +33,13 @@ _CHECK_ACCESS_EVERY_S = 600.0
 # Where that is a look at a port of this machine.
 _CHECK_HEAD_EVERY_S = 10.0
 
-Word = Annotated[str, typer.Argument(metavar="TICKET", help="What `azu up` printed.")]
+Word = Annotated[
+    str | None,
+    typer.Argument(metavar="[TICKET]", help="What `azu up` printed; `ps` shows it to this machine."),
+]
+TicketFile = Annotated[
+    Path | None, typer.Option(help="A file with the ticket; else AZU_TICKET has it, or it is asked for.")
+]
 Vram = Annotated[str, typer.Option(help="What each GPU lends, such as 20GiB; without GPUs, this machine.")]
 PayoutOption = Annotated[str, typer.Option(help="The address that is paid.")]
 Name = Annotated[str | None, typer.Option(help="What the network calls this machine.")]
@@ -42,7 +48,13 @@ Ip = Annotated[str | None, typer.Option(help="The address at which the network r
 
 
 def join(
-    ticket: Word, vram: Vram, payout: PayoutOption, name: Name = None, cpu: Cpu = False, ip: Ip = None
+    vram: Vram,
+    payout: PayoutOption,
+    ticket: Word = None,
+    ticket_file: TicketFile = None,
+    name: Name = None,
+    cpu: Cpu = False,
+    ip: Ip = None,
 ) -> None:
     """Lend this machine until Ctrl-C: one Ray node for each GPU, started again when it dies."""
     from azu.config import Settings
@@ -50,7 +62,7 @@ def join(
     from azu.launch.membership import EnrolmentTicket, decode_ticket, membership_of
     from azu.launch.processes import address_towards, stop_signals_raised
 
-    decoded = decode_ticket(ticket)
+    decoded = decode_ticket(ticket_word(ticket, ticket_file))
     _workers(name or socket.gethostname(), vram, payout, cpu=cpu)  # raises for what cannot be lent
     settings = Settings.from_environment()
     check_home(settings.home)
@@ -68,6 +80,31 @@ def join(
         )
         while True:
             _lend(membership, workers, ip, settings.home, user)
+
+
+def ticket_word(word: str | None, file: Path | None) -> str:
+    """Return the ticket that was given: as a word, in a file, in AZU_TICKET, or else typed at the terminal.
+
+    Raises ConfigurationError where there is none, and where a word and a file are given.
+    """
+    import os
+    import sys
+
+    from azu.files import read_text
+
+    if word is not None and file is not None:
+        raise ConfigurationError("give the ticket as a word or in a file, not both", param="ticket")
+    if file is not None:
+        word = read_text(file)
+    word = word or os.environ.get("AZU_TICKET")
+    if not word and sys.stdin.isatty():
+        word = typer.prompt("Ticket", hide_input=True)
+    if not word:
+        raise ConfigurationError(
+            "no ticket: `azu join TICKET`, `azu join --ticket-file FILE`, or the variable AZU_TICKET",
+            param="ticket",
+        )
+    return word
 
 
 @contextmanager
@@ -176,7 +213,8 @@ def _workers(name: str, vram: str, payout: str, *, cpu: bool) -> "list[Worker]":
 
     from azu.config import LocalWorker
     from azu.config.settings import configuration_error
-    from azu.launch.ray_nodes import Worker, cuda_devices
+    from azu.engine.device import device_bytes
+    from azu.launch.ray_nodes import Worker, check_lent, cuda_devices
 
     gpus = () if cpu else cuda_devices()
     try:
@@ -184,10 +222,12 @@ def _workers(name: str, vram: str, payout: str, *, cpu: bool) -> "list[Worker]":
     except ValidationError as error:
         raise configuration_error(error) from error
     names = [f"{checked.name}-{index}" for index in range(len(gpus))] if len(gpus) > 1 else [checked.name]
-    return [
+    workers = [
         Worker(index, named, checked.vram, checked.payout, gpu)
         for index, (named, gpu) in enumerate(zip(names, gpus or (None,), strict=True))
     ]
+    check_lent(workers, device_bytes)
+    return workers
 
 
 def _watch(

@@ -14,6 +14,8 @@ _MOST_DOUBLINGS = 8
 _MARK_S = 3600.0
 _MARKING_OWNERS = 3
 _LEFT_OUT_S = 3600.0
+# A node that left is shown for so long.
+_SHOWN_S = 600.0
 
 _Layer = tuple[str, int]  # the model's id, and the layer's number
 
@@ -166,6 +168,7 @@ class NodeTable:
         self._dead_s = dead_s
         self._on_dead = on_dead
         self._entries: dict[str, _Entry] = {}
+        self._left: dict[str, _Entry] = {}
         self._checked_s: float | None = None
         self.marks = NumericsMarks()
 
@@ -206,11 +209,25 @@ class NodeTable:
         if entry := self._entries.get(node_id):
             self._suspect(entry, now_s, self._suspect_s)
 
-    def remove(self, node_id: str) -> None:
-        """Forget a node that left, or that Ray reports as dead."""
+    def remove(self, node_id: str, now_s: float, *, ended: bool = False) -> None:
+        """Forget a node that Ray reports as gone; `ended` says that it did not die, but was ended."""
         entry = self._entries.pop(node_id, None)
-        if entry is not None and not entry.is_dead:
+        if entry is None:
+            return
+        if ended or entry.node.state is NodeState.LEAVING:
+            node = replace(entry.node, state=NodeState.LEFT, vram_free_bytes=0, bad_frames=entry.bad_frames)
+            self._left[node_id] = replace(entry, node=node, reported_s=now_s)
+        if not entry.is_dead:
             self._on_dead(node_id)
+
+    def left(self, now_s: float) -> tuple[Node, ...]:
+        """Return the nodes that left in the last minutes, without those of a name that is there again."""
+        self._left = {
+            node_id: one for node_id, one in self._left.items() if now_s - one.reported_s < _SHOWN_S
+        }
+        names = {entry.node.name for entry in self._entries.values()}
+        latest = {one.node.name: one.node for one in self._left.values() if one.node.name not in names}
+        return tuple(latest.values())
 
     def judge(self, now_s: float) -> None:
         """Declare the nodes dead of which nothing was heard for too long; called once a second."""
@@ -266,7 +283,7 @@ class NodeTable:
 
     def _state(self, entry: _Entry, now_s: float) -> NodeState:
         if entry.is_dead or now_s - entry.heard_s >= self._limit_s(entry, now_s):
-            return NodeState.DEAD
+            return NodeState.LEFT if entry.node.state is NodeState.LEAVING else NodeState.DEAD
         is_late = now_s - entry.reported_s >= self._suspect_s
         is_suspect = is_late or now_s < entry.trusted_s or entry.node.node_id in self.marks.doubted
         if is_suspect and entry.node.state is NodeState.ALIVE:

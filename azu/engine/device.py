@@ -31,6 +31,8 @@ _CPU_COPY_BYTES, _CPU_MATRIX = 64 * MIB, 512
 _GPU_COPY_BYTES, _GPU_MATRIX = 512 * MIB, 4096
 _ROUNDS = 5
 _MEASURE_TIMEOUT_S = 120.0
+# The limit of a container, where this process runs in one.
+_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,28 @@ class NvidiaMeter:
     def load(self) -> float:
         """Return the busy part of the driver's last sample."""
         return int(pynvml.nvmlDeviceGetUtilizationRates(self._card).gpu) / 100
+
+
+def device_bytes(gpu: str | None) -> int | None:
+    """Return all the memory of a GPU, named as in CUDA_VISIBLE_DEVICES, or for None that of this machine.
+
+    None where the driver does not know the card.
+    """
+    if gpu is None:
+        limit = _MEMORY_LIMIT.read_text().strip() if _MEMORY_LIMIT.exists() else "max"
+        total = int(psutil.virtual_memory().total)
+        return min(total, int(limit)) if limit.isdigit() else total
+    try:
+        pynvml.nvmlInit()
+        by_number = gpu.isdigit()
+        card = (
+            pynvml.nvmlDeviceGetHandleByIndex(int(gpu))
+            if by_number
+            else pynvml.nvmlDeviceGetHandleByUUID(gpu)
+        )
+        return int(pynvml.nvmlDeviceGetMemoryInfo(card).total)
+    except pynvml.NVMLError:
+        return None
 
 
 def own_bytes(bytes_by_pid: Mapping[int, int | None], own_pids: Collection[int]) -> int | None:

@@ -42,6 +42,7 @@ from azu.launch.ray_nodes import (
     STARTED,
     RayHost,
     Worker,
+    check_lent,
     driver_environment,
     inherited_environment,
     socket_folder,
@@ -172,7 +173,7 @@ def local_network(
     """
     settings = with_http_host(settings, ip)
     logs, timeout_s = settings.home / "logs", file.policy.timeouts.start_s
-    token_path, token = settings.home / "ray-token", secrets.token_hex(32)
+    token_path, token, workers = settings.home / "ray-token", secrets.token_hex(32), _lending(file.workers)
     raise_open_files()
     with (
         home_locked(settings.home),
@@ -210,10 +211,10 @@ def local_network(
         progress("Starting the workers, the books, the signer and the treasury")
         head = f"{host.ip}:{port}"
         wait_for_books_and_signer(services, timeout_s)
-        _start_workers(nodes, host, head, file.workers, of_money.home, settings.home / "speeds")
+        _start_workers(nodes, host, head, workers, of_money.home, settings.home / "speeds")
         start_treasury(treasury, of_money, chain, redis, books, signer)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
-        for worker in file.workers:
+        for worker in workers:
             nodes.wait_until_printed(worker.name, STARTED, timeout_s)
         admin_key = admin_key_of(settings)
         http_port = settings.http_port or free_port()
@@ -234,7 +235,7 @@ def local_network(
             progress("Waiting until it serves")
             client = local_client(config, admin_key)
             processes = (services, treasury, of_jobs, nodes)
-            wait_until_up(client, timeout_s, lambda: _revive(processes), accepts_prompts=bool(file.workers))
+            wait_until_up(client, timeout_s, lambda: _revive(processes), accepts_prompts=bool(workers))
             facts = AdminFacts.of(config, local_url(config), admin_key, users.why_one)
             network = LocalNetwork(
                 url=facts.url,
@@ -374,7 +375,7 @@ def _start_workers(
     nodes: ProcessGroup,
     host: RayHost,
     head: str,
-    workers: Sequence[LocalWorker],
+    workers: Sequence[Worker],
     money_home: Path,
     speeds: Path,
 ) -> None:
@@ -382,7 +383,23 @@ def _start_workers(
         speed = lends.work_bytes_per_s(speeds)
         enrol_own_node(money_home, lends.name, lends.payout_address, node_id, speed)
 
-    for index, worker in enumerate(workers):
-        cuda_device = None if worker.device == "cpu" else worker.device.removeprefix("cuda:")
-        lends = Worker(index, worker.name, worker.vram, worker.payout, cuda_device)
+    for lends in workers:
         nodes.start(host.worker(head, lends, partial(enrol, lends)))
+
+
+def _lending(workers: Sequence[LocalWorker]) -> list[Worker]:
+    """Return the workers of a network file as they lend this machine; raises ConfigurationError."""
+    from azu.engine.device import device_bytes
+
+    lending = [
+        Worker(
+            index,
+            one.name,
+            one.vram,
+            one.payout,
+            None if one.device == "cpu" else one.device.removeprefix("cuda:"),
+        )
+        for index, one in enumerate(workers)
+    ]
+    check_lent(lending, device_bytes)
+    return lending

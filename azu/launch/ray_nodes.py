@@ -6,17 +6,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from azu.auth.certificates import new_node_id
+from azu.errors import ConfigurationError
 from azu.launch import ray_start
 from azu.launch.membership import LOOPBACK, TlsFiles
 from azu.launch.processes import ProcessSpec, free_port
 from azu.launch.unix_users import UnixUser
-from azu.units import MIB
+from azu.units import MIB, format_bytes
 
 HEAD = "ray-head"
 # A node prints it once it has joined its cluster.
@@ -29,7 +31,7 @@ _GPU_QUERY_TIMEOUT_S = 20.0
 _SECRETS = frozenset(
     {
         "AZU_ADMIN_KEY", "AZU_API_KEY", "AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD", "REDIS_PASSWORD",
-        "SCHEDULER_PRIVATE_KEY",
+        "SCHEDULER_PRIVATE_KEY", "AZU_TICKET",
     }
 )  # fmt: skip
 _HEAD_ONLY = {
@@ -100,6 +102,24 @@ class Worker:
         if self.cuda_device not in seen:
             return 0
         return device_speed(f"cuda:{seen.index(self.cuda_device)}", speeds).work_bytes_per_s
+
+
+def check_lent(workers: Iterable[Worker], device_bytes: Callable[[str | None], int | None]) -> None:
+    """Raise ConfigurationError where workers of this machine lend more of a device than it has.
+
+    `device_bytes` returns the memory of a GPU, or for None of the machine, and None where that is not known.
+    """
+    lent = Counter[str | None]()
+    for worker in workers:
+        lent[worker.cuda_device] += worker.vram_bytes
+    for device, size in lent.items():
+        has = device_bytes(device)
+        if has is not None and size > has:
+            what = "this machine" if device is None else f"GPU {device}"
+            raise ConfigurationError(
+                f"{format_bytes(size)} are more than {what} has, which is {format_bytes(has)}: lend less",
+                param="vram",
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,16 @@ def plain_name(text: str) -> str:
 
 
 class NodeState(StrEnum):
-    """An ALIVE node takes new pieces, SUSPECT and LEAVING nodes keep theirs, and a DEAD node has none."""
+    """An ALIVE node takes new pieces, SUSPECT and LEAVING nodes keep theirs, DEAD and LEFT nodes have none.
+
+    A node that ended as its owner wanted has LEFT.
+    """
 
     ALIVE = "alive"
     SUSPECT = "suspect"
     LEAVING = "leaving"
     DEAD = "dead"
+    LEFT = "left"
 
 
 @dataclass(frozen=True, slots=True)

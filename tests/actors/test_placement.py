@@ -6,7 +6,7 @@ import ray
 from actors.placement import VRAM, worker_nodes
 
 
-def test_a_label_that_ray_takes_stands_for_the_one_gpu_that_a_node_sees(
+def test_a_label_stands_for_the_one_gpu_that_a_node_sees_and_ended_nodes_are_told_from_dead_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     labels = {"gpu": {"azu-device": "cuda"}, "cpu": {"azu-device": "cpu"}, "bare": {}}
@@ -21,8 +21,10 @@ def test_a_label_that_ray_takes_stands_for_the_one_gpu_that_a_node_sees(
         }
         for name, own in labels.items()
     ]
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    gone = [{"NodeID": "ended", "DeathReason": 1}, {"NodeID": "died", "DeathReason": 2}]
+    found = nodes + [{**nodes[0], **one, "Alive": False} for one in gone]
+    monkeypatch.setattr(ray, "nodes", lambda: found)
 
-    assert {node.name: node.device for node in worker_nodes()} == {
-        "gpu": "cuda:0", "cpu": "cpu", "bare": "cpu"
-    }  # fmt: skip
+    living, ended = worker_nodes()
+    assert {node.name: node.device for node in living} == {"gpu": "cuda:0", "cpu": "cpu", "bare": "cpu"}
+    assert ended == {"ended"}

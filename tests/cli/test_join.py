@@ -1,4 +1,4 @@
-"""A ticket of an earlier start of the network is called that, once, and `azu join` ends."""
+"""`azu join` takes a ticket, lends no more than there is, and ends once its ticket has ended."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from azu.cli.join import _on_the_heads_machine, _own_name, _watch
+from azu.cli.join import _on_the_heads_machine, _own_name, _watch, ticket_word
 from azu.config import NodeLinks
 from azu.errors import ConfigurationError, Conflict, Unauthenticated
 from azu.launch.admin import AdminFacts, admin_file_kept
@@ -65,3 +65,21 @@ def test_two_joins_of_one_machine_have_different_names(monkeypatch: pytest.Monke
             _own_name(third).__enter__()
     with _own_name(None) as again:
         assert again == host
+
+
+def test_the_ticket_comes_from_a_word_a_file_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "ticket"
+    file.write_text("from-the-file\n")
+    with pytest.raises(ConfigurationError, match=r"no ticket: .*--ticket-file FILE.*AZU_TICKET"):
+        ticket_word(None, None)
+    monkeypatch.setenv("AZU_TICKET", "from-the-environment")
+
+    assert ticket_word("word", None) == "word"
+    assert ticket_word(None, file).strip() == "from-the-file"
+    assert ticket_word(None, None) == "from-the-environment"
+    with pytest.raises(ConfigurationError, match="not both"):
+        ticket_word("word", file)
+    with pytest.raises(ConfigurationError, match="absent"):
+        ticket_word(None, tmp_path / "absent")

@@ -70,11 +70,11 @@ def test_a_node_that_ray_removes_is_dead_at_once_and_not_again_after_silence() -
     nodes = table(died)
     for name in "ab":
         nodes.record(node(name), now_s=100)
-    nodes.remove("a")
+    nodes.remove("a", now_s=100)
     assert died == ["a"]
     judge_each_second(nodes, 100, 106)
-    nodes.remove("b")
-    nodes.remove("stranger")
+    nodes.remove("b", now_s=106)
+    nodes.remove("stranger", now_s=106)
 
     assert died == ["a", "b"]
     assert nodes.nodes(106, {}) == ()
@@ -183,6 +183,40 @@ def test_a_leaving_node_that_falls_silent_does_not_become_merely_suspect() -> No
     assert state(nodes, 104) is NodeState.LEAVING
 
 
+def test_a_node_that_was_ended_has_left_and_its_bad_frames_are_no_sign_of_a_death() -> None:
+    died: list[str] = []
+    nodes = table(died)
+    for name in "abc":
+        nodes.record(node(name), now_s=100)
+    nodes.remove("a", now_s=101, ended=True)
+    nodes.remove("b", now_s=101)
+    assert died == ["a", "b"], "their pieces are lost either way"
+
+    (left,) = nodes.left(110)
+    assert (left.node_id, left.state, left.vram_free_bytes) == ("a", NodeState.LEFT, 0)
+    assert [one.node_id for one in nodes.nodes(110, {})] == ["c"], "no plan sees it"
+    assert nodes.left(701) == ()
+
+
+def test_a_node_that_was_told_to_leave_and_is_silent_has_left() -> None:
+    nodes = table()
+    nodes.record(node("a", state=NodeState.LEAVING), now_s=100)
+    judge_each_second(nodes, 100, 105)
+    assert state(nodes, 105) is NodeState.LEFT
+
+    nodes.remove("a", now_s=106)
+    assert [one.state for one in nodes.left(106)] == [NodeState.LEFT]
+
+
+def test_a_node_that_is_there_again_is_not_listed_twice() -> None:
+    nodes = table()
+    nodes.record(node("a1", name="ada", state=NodeState.LEAVING), now_s=100)
+    nodes.remove("a1", now_s=101)
+    nodes.record(node("a2", name="ada"), now_s=102)
+
+    assert nodes.left(102) == ()
+
+
 def test_pieces_that_would_be_gone_give_back_what_they_hold_and_no_more() -> None:
     nodes = table()
     nodes.record(node("a", 10 * MIB, vram_free_bytes=3 * MIB, vram_used_bytes=6 * MIB), 0)
@@ -239,7 +273,7 @@ def test_nodes_come_in_the_order_of_their_ids_and_go_when_removed() -> None:
     nodes = table()
     for name in "cab":
         nodes.record(node(name), now_s=0)
-    nodes.remove("b")
+    nodes.remove("b", now_s=0)
 
     assert [found.node_id for found in nodes.nodes(0, {})] == ["a", "c"]
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,16 +16,26 @@ import psutil
 import pytest
 from ray._private.label_utils import parse_node_labels_string
 
+from azu.engine.device import device_bytes
+from azu.errors import ConfigurationError
 from azu.files import write_private
 from azu.launch.processes import ProcessGroup, free_port, session_members
-from azu.launch.ray_nodes import HEAD, STARTED, RayHost, Worker, driver_environment, socket_folder
-from azu.units import MIB
+from azu.launch.ray_nodes import (
+    HEAD,
+    STARTED,
+    RayHost,
+    Worker,
+    check_lent,
+    driver_environment,
+    socket_folder,
+)
+from azu.units import GIB, MIB
 
 START_TIMEOUT_S = 200.0
 OWNER = "0x" + "a1" * 20
 SECRETS = (
     "SCHEDULER_PRIVATE_KEY", "AZU_PRIVATE_KEY_FILE", "AZU_WALLET_PASSWORD", "AZU_ADMIN_KEY", "AZU_API_KEY",
-    "REDIS_PASSWORD",
+    "REDIS_PASSWORD", "AZU_TICKET",
 )  # fmt: skip
 
 
@@ -38,6 +49,33 @@ def host() -> Iterator[RayHost]:
 
 def worker(index: int, cuda_device: str | None = None) -> Worker:
     return Worker(index, f"worker-{index}", 4 * MIB, OWNER, cuda_device)
+
+
+@pytest.mark.parametrize(
+    ("lent", "fault"),
+    [
+        ([("0", 24), ("1", 24), (None, 16)], None),
+        ([("0", 500)], r"500\.0 GiB are more than GPU 0 has, which is 24\.0 GiB"),
+        ([("0", 16), ("0", 16)], r"32\.0 GiB are more than GPU 0"),
+        ([(None, 10), (None, 10)], r"20\.0 GiB are more than this machine has, which is 16\.0 GiB"),
+        ([("MIG-7", 500)], None),  # the driver does not know it
+    ],
+)
+def test_no_device_lends_more_than_it_has(lent: list[tuple[str | None, int]], fault: str | None) -> None:
+    workers = [Worker(index, "ada", size * GIB, OWNER, gpu) for index, (gpu, size) in enumerate(lent)]
+    sizes = {"0": 24 * GIB, "1": 24 * GIB, None: 16 * GIB}
+
+    with nullcontext() if fault is None else pytest.raises(ConfigurationError, match=fault):
+        check_lent(workers, sizes.get)
+
+
+def test_this_machine_lends_no_more_than_its_memory() -> None:
+    has = device_bytes(None)
+    assert has is not None
+    assert has <= psutil.virtual_memory().total
+    check_lent([Worker(0, "ada", has // MIB * MIB, OWNER)], device_bytes)
+    with pytest.raises(ConfigurationError, match="than this machine has"):
+        check_lent([Worker(0, "ada", 2**50, OWNER)], device_bytes)
 
 
 @pytest.mark.parametrize("name", SECRETS)

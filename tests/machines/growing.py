@@ -20,14 +20,14 @@ TIMEOUT_S = 150.0
 def main() -> None:
     ray.init("auto", namespace="azu", log_to_driver=False)
     for count, mib in enumerate(map(int, sys.argv[1:]), start=1):
-        lent = [node.vram_bytes // MIB for node in worker_nodes()]
+        lent = [node.vram_bytes // MIB for node in worker_nodes()[0]]
         asyncio.run(request_nodes([*lent, mib]))
-        wait_until(lambda count=count: len(worker_nodes()) >= count, f"a node for {mib} MiB")
-        nodes = [(node.vram_bytes, node.payout_address, node.device) for node in worker_nodes()]
+        wait_until(lambda count=count: len(worker_nodes()[0]) >= count, f"a node for {mib} MiB")
+        nodes = [(node.vram_bytes, node.payout_address, node.device) for node in worker_nodes()[0]]
         print(json.dumps(nodes), flush=True)
     asyncio.run(request_nodes([]))
     began = time.monotonic()
-    wait_until(lambda: not worker_nodes(), "the nodes to go")
+    wait_until(lambda: not worker_nodes()[0], "the nodes to go")
     print(json.dumps({"gone_s": time.monotonic() - began}), flush=True)
 
 
