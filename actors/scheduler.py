@@ -24,9 +24,18 @@ from azu.cluster.canary import CanaryWatch
 from azu.cluster.cluster import Cluster
 from azu.cluster.deployment import Deployment
 from azu.cluster.deployment_store import DeploymentStore
+from azu.cluster.earnings import OwnersEarnings
 from azu.cluster.nodes import NodeTable, node_called
 from azu.cluster.restarts import RestartTurn
-from azu.cluster.scaling import Cooldown, ExpertReplication, KvPressure, NodeRequest, Rebalance, ScaleOut
+from azu.cluster.scaling import (
+    Cooldown,
+    ExpertReplication,
+    KvPressure,
+    NodeRequest,
+    Rebalance,
+    ScaleOut,
+    ShareOut,
+)
 from azu.config import ControlConfig
 from azu.errors import NotFound
 from azu.jobs.dispatch import Dispatcher
@@ -45,6 +54,7 @@ log = logging.getLogger(__name__)
 _MEASURE_S = 2.0
 _ARCHIVE_S = 10.0
 _GIVE_BACK_S = 60.0
+_COUNT_LENT_S = 60.0
 
 
 @raises_known_errors
@@ -59,7 +69,8 @@ class Scheduler:
             suspect_s=policy.heartbeat.suspect_s, dead_s=policy.heartbeat.dead_s, on_dead=self._node_died
         )
         self._agents = NodeAgents(policy.heartbeat, config.home, self._nodes)
-        store = DeploymentStore.from_url(config.redis_url)
+        self._store = store = DeploymentStore.from_url(config.redis_url)
+        self._earnings = OwnersEarnings()
         self._cluster = Cluster(
             RayBackend(policy, config.pipeline_redis_url, self._agents, self._blame, self._mark),
             lambda placed, given_back: self._nodes.nodes(time.monotonic(), placed, given_back),
@@ -68,6 +79,7 @@ class Scheduler:
             # Room that a dead process held is reported free by the time its node would be dead itself.
             room_wait_s=policy.heartbeat.dead_s,
             nodes_come=policy.requeue.nodes_come,
+            rates=self._earnings.rates,
         )
         self._node_request = NodeRequest(
             self._cluster, request_nodes, patience_s=2 * policy.requeue.longest_s
@@ -75,6 +87,7 @@ class Scheduler:
         self._kv_pressure = KvPressure(self._cluster, policy.plan_policy())
         self._rebalance = Rebalance(self._cluster, Cooldown(policy.moves.rest_s))
         self._replication = ExpertReplication(self._cluster, Cooldown(policy.moves.rest_s))
+        self._share_out = ShareOut(self._cluster, policy.moves.share_s)
         self._scale_out = ScaleOut(self._cluster, policy.kv.promised_sequences, policy.moves.idle_s)
         self._books = Books(config.books_url, connect_redis(config.redis_url))
         self._meter = RayMeter()
@@ -91,7 +104,7 @@ class Scheduler:
         self._dispatcher = Dispatcher(
             jobs,
             self._cluster,
-            Settlement(self._books, jobs),
+            Settlement(self._books, jobs, self._earnings.earn),
             consumer="scheduler",
             patience=policy.retry_policy(),
             supervisor=self._supervisor,
@@ -196,6 +209,7 @@ class Scheduler:
         start("node requests", self._check_nodes, every_s=policy.heartbeat.period_s)
         start("places", self._check_places, every_s=policy.moves.look_s)
         start("canary", self._canary.check, every_s=policy.heartbeat.period_s)
+        start("lending", self._count_lent, every_s=_COUNT_LENT_S)
         start("old jobs", self._archive, every_s=_ARCHIVE_S)
         start("lost jobs", self._give_back, every_s=_GIVE_BACK_S)
         start("jobs", self._dispatcher.run)
@@ -213,8 +227,15 @@ class Scheduler:
                 log.warning("gave back what was reserved for a lost job", extra={"job_id": job_id})
 
     async def _adopt(self) -> None:
+        self._earnings.by_owner = (await self._store.earnings()).by_owner
         await self._agents.first_reports()
         await self._cluster.adopt()
+
+    async def _count_lent(self) -> None:
+        """Count what each owner lends; it decides with what they earned whose nodes come next."""
+        now_s = time.monotonic()
+        self._earnings.lend(self._nodes.nodes(now_s, {}), now_s)
+        await self._store.keep_earnings(self._earnings)
 
     async def _measure(self) -> None:
         """Show nodes, jobs and books in the metrics."""
@@ -245,6 +266,7 @@ class Scheduler:
     async def _check_places(self) -> None:
         """Have deployments use places that are better now than theirs."""
         await self._rebalance.check()
+        await self._share_out.check()
         await self._scale_out.check()
         await self._replication.check()
 

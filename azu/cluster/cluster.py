@@ -6,6 +6,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 
 from azu.cluster.backend import DeploymentBackend
@@ -14,8 +15,9 @@ from azu.cluster.deployment_store import DeploymentRecord, DeploymentStore
 from azu.cluster.liveness import SlowNodes
 from azu.cluster.repairs import RepairTurns
 from azu.errors import AzuError, InsufficientCapacity, WorkerLost
+from azu.planner.fairness import NO_RATES, Rates, fair_plan, fairer_placement
 from azu.planner.migration import TopologyChange, better_placement, change_between, have_room
-from azu.planner.plan import NEVER_FITS, check_total_capacity, plan
+from azu.planner.plan import NEVER_FITS, check_total_capacity
 from azu.planner.policy import PlanPolicy
 from azu.planner.replan import replan
 from azu.planner.replicas import (
@@ -97,11 +99,13 @@ class Cluster:
         nodes_come: bool = False,
         clock: Callable[[], float] = time.monotonic,
         turns: Callable[[], RepairTurns] = RepairTurns,
+        rates: Callable[[Sequence[Node]], Rates] = lambda _: NO_RATES,
     ) -> None:
         """Deploy through `backend`; a lost piece waits `room_wait_s` for room on a node.
 
         Where `nodes_come` no model is refused for its size: an autoscaler may bring larger nodes. The clock
-        is in seconds; `turns` makes the turns of a model's repairs.
+        is in seconds; `turns` makes the turns of a model's repairs. `rates` returns what the owners of nodes
+        earned: those who earned least come first.
         """
         self._backend = backend
         self._store = store
@@ -111,6 +115,7 @@ class Cluster:
         self._clock = clock
         self._deployments: dict[PipelineKey, Deployment] = {}  # the least recently used first
         self._nodes = nodes
+        self._rates = rates
         # A move pays back within the horizon: for as long a slow node is left alone.
         self._slow = SlowNodes(policy.horizon_s)
         self._capacity = Capacity(self._nodes_now, self._deployments)
@@ -195,7 +200,9 @@ class Cluster:
             coming = self._capacity.promised_nodes(model_id, revision)
             unused = [one for one in nodes if one.node_id not in coming]
             epoch = await self._store.next_epoch()
-            topology = plan_further_pipeline(structure, topologies, unused, self._policy, epoch=epoch)
+            topology = plan_further_pipeline(
+                structure, topologies, unused, self._policy, epoch=epoch, rates=self._rates(unused)
+            )
             others = [(one.structure, one.topology) for one in self.deployments if one not in running]
             if topology is None or takes_spare_room(topology.vram_bytes_by_node, others, nodes, self._policy):
                 return
@@ -253,11 +260,12 @@ class Cluster:
 
         It serves meanwhile, except while what moves is filled. Returns whether a move was tried.
         """
-        before = deployment.topology
-        nodes = shared(self._capacity.without(before.vram_bytes_by_node), self._siblings(deployment))
-        # A plan takes a second where there are a thousand nodes.
-        change = await asyncio.to_thread(better_placement, deployment.structure, before, nodes, self._policy)
-        return change is not None and await self._change(deployment, before, change)
+        return await self._move(deployment, better_placement)
+
+    async def share_out(self, deployment: Deployment) -> bool:
+        """Move a deployment to nodes of owners who earned much less, where it is as fast; see `improve`."""
+        rates = self._rates(self._capacity.now())
+        return await self._move(deployment, partial(fairer_placement, rates=rates))
 
     async def replicate(self, deployment: Deployment, heat: ExpertHeat) -> bool:
         """Hold the hot experts of a deployment a second time where no model needs the room, and no others.
@@ -343,7 +351,7 @@ class Cluster:
     async def _plan(self, structure: Structure) -> Topology:
         def on(nodes: Sequence[Node], epoch: int) -> Topology:
             try:
-                return plan(structure, nodes, self._policy, epoch=epoch)
+                return fair_plan(structure, nodes, self._policy, self._rates(nodes), epoch=epoch)
             except InsufficientCapacity:
                 if not self._nodes_come:
                     check_total_capacity(structure, nodes, self._policy)
@@ -372,6 +380,13 @@ class Cluster:
 
             given_back = sums([before.vram_bytes_of(lost), negated(growth)])
             deployment.set_topology(await self._with_room(before.key, on, given_back))
+
+    async def _move(self, deployment: Deployment, chosen: Callable[..., TopologyChange | None]) -> bool:
+        before = deployment.topology
+        nodes = shared(self._capacity.without(before.vram_bytes_by_node), self._siblings(deployment))
+        # A plan takes a second where there are a thousand nodes.
+        change = await asyncio.to_thread(chosen, deployment.structure, before, nodes, self._policy)
+        return change is not None and await self._change(deployment, before, change)
 
     async def _change(self, deployment: Deployment, before: Topology, change: TopologyChange) -> bool:
         """Change a deployment's places if there is room and it is as it was; say if that was tried."""

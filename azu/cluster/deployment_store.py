@@ -2,6 +2,7 @@
 
 `azu:fleet:epoch`  the highest epoch that a topology was given.
 `azu:fleet:models` hash: model id, revision and replica -> the deployment's record (JSON).
+`azu:fleet:earned` what owners lent and earned (JSON of azu/cluster/earnings.py).
 `azu:fleet:canary` hash: model id, revision and dtype -> the known answer to the canary (JSON).
 """
 
@@ -11,6 +12,7 @@ from typing import cast
 from pydantic import ConfigDict, TypeAdapter
 from redis.asyncio import Redis
 
+from azu.cluster.earnings import OwnersEarnings
 from azu.engine.canary import CanaryAnswer
 from azu.protocol.topology import Topology
 from azu.redis_client import connect_redis, connect_redis_sync, retry_until_available, typed_redis_errors
@@ -18,6 +20,7 @@ from azu.redis_client import connect_redis, connect_redis_sync, retry_until_avai
 EPOCH = "azu:fleet:epoch"
 MODELS = "azu:fleet:models"
 CANARY = "azu:fleet:canary"
+EARNED = "azu:fleet:earned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,16 @@ class DeploymentStore:
         """Write what the canary answers for a model."""
         content = _ANSWER.dump_json(answer).decode()
         await retry_until_available(lambda: self._redis.hset(CANARY, "@".join(model), content))
+
+    async def earnings(self) -> OwnersEarnings:
+        """Return what owners lent and earned under earlier schedulers."""
+        found = await retry_until_available(lambda: self._redis.get(EARNED))
+        return OwnersEarnings.from_json(cast(str, found or "{}"))
+
+    async def keep_earnings(self, earnings: OwnersEarnings) -> None:
+        """Write what owners lent and earned."""
+        content = earnings.to_json()
+        await retry_until_available(lambda: self._redis.set(EARNED, content))
 
     async def forget(self, topology: Topology) -> None:
         """Delete a deployment's record; a record that is missing is no error."""

@@ -121,6 +121,29 @@ class Rebalance:
                 self._cooldown.begin(deployment)
 
 
+class ShareOut:
+    """Moves deployments, each every `every_s` at most, to nodes of owners who earned much less for theirs.
+
+    The clock is in seconds.
+    """
+
+    def __init__(self, cluster: Cluster, every_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._cluster = cluster
+        self._every_s = every_s
+        self._clock = clock
+        self._looked_s: dict[PipelineKey, float] = {}
+
+    async def check(self) -> None:
+        """Move each deployment whose time has come if its owners earned much more than others."""
+        now_s, deployments = self._clock(), self._cluster.deployments
+        keys = [one.topology.key for one in deployments]
+        self._looked_s = {key: self._looked_s.get(key, now_s) for key in keys}
+        for key, deployment in zip(keys, deployments, strict=True):
+            if not deployment.broken and now_s - self._looked_s[key] >= self._every_s:
+                self._looked_s[key] = now_s
+                await self._cluster.share_out(deployment)
+
+
 class ExpertReplication:
     """Gives experts that are chosen more than others a second place, one deployment after another.
 

@@ -101,12 +101,14 @@ class Requeue(_Section):
 class Moves(_Section):
     """How often the scheduler looks for better placements, and how long a model stays after each start.
 
-    A pipeline without a job for `idle_s` leaves when its model has another.
+    A pipeline without a job for `idle_s` leaves when its model has another. Every `share_s` a pipeline moves
+    to owners who earned much less, where it is as fast there.
     """
 
     look_s: Seconds
     rest_s: Seconds
     idle_s: Seconds
+    share_s: Seconds
 
 
 class CanaryPolicy(_Section):

@@ -5,6 +5,7 @@ then.
 """
 
 import logging
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from azu.errors import AzuError, LedgerError, NotFound, Unavailable
@@ -21,11 +22,17 @@ _LOST = Unavailable("Redis lost the job with its last writes", code="job_lost")
 
 
 class Settlement:
-    """Ends jobs: one entry of the ledger, one receipt, one outcome."""
+    """Ends jobs: one entry of the ledger, one receipt, one outcome.
 
-    def __init__(self, books: Books, jobs: RedisJobs) -> None:
+    `earned` is called with the lamports that each payout address gets of a job.
+    """
+
+    def __init__(
+        self, books: Books, jobs: RedisJobs, earned: Callable[[Mapping[str, int]], None] = lambda _: None
+    ) -> None:
         self._books = books
         self._jobs = jobs
+        self._earned = earned
 
     async def settle(self, job: Job, run: JobRun) -> JobOutcome:
         """End a job: charge the delivered tokens or release the whole reservation, then write the outcome.
@@ -43,6 +50,7 @@ class Settlement:
             ending=_ending(run),
         )
         await self._jobs.finish(job.job_id, outcome)
+        self._earned(outcome.receipt.worker_lamports)
         return outcome
 
     async def take_back(self, job: Job) -> bool:

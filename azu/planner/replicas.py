@@ -9,6 +9,7 @@ import numpy as np
 
 from azu.errors import InsufficientCapacity
 from azu.planner.demand import MemoryDemand
+from azu.planner.fairness import NO_RATES, Rates, fair_plan
 from azu.planner.node_pool import NodePool
 from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
@@ -41,15 +42,18 @@ def plan_further_pipeline(
     policy: PlanPolicy,
     *,
     epoch: int,
+    rates: Rates = NO_RATES,
 ) -> Topology | None:
     """Return one more pipeline of a model, with its own replica number, on nodes that no running one uses.
 
+    Owners come in the order of their `rates` (see `fair_plan`).
     Returns None without room for it, or when it would have less than `policy.least_replica_speed` of the
     fastest pipeline's speed: then its nodes stay free for other models.
     """
     used = {node_id for one in running for node_id in one.vram_bytes_by_node}
     try:
-        another = plan(structure, [node for node in nodes if node.node_id not in used], policy, epoch=epoch)
+        unused = [node for node in nodes if node.node_id not in used]
+        another = fair_plan(structure, unused, policy, rates, epoch=epoch)
     except InsufficientCapacity:
         return None
     fastest = max((one.prediction.tokens_per_s for one in running), default=0.0)

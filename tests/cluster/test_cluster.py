@@ -36,6 +36,7 @@ class Network:
     nodes: list[Node] = field(default_factory=list)
     now_s: float = 0.0
     leaving: str | None = None  # a node that takes nothing new
+    rates: dict[str, float] = field(default_factory=dict)  # what owners earned
 
     def __post_init__(self) -> None:
         self.nodes = self.nodes or [node("a", self.vram_bytes), node("b", self.vram_bytes)]
@@ -47,6 +48,7 @@ class Network:
         return Cluster(
             self.backend, self.room, self.policy, self.store, room_wait_s=self.room_wait_s,
             nodes_come=self.nodes_come, clock=lambda: self.now_s, turns=turns_at_once,
+            rates=lambda _: self.rates,
         )  # fmt: skip
 
     def room(self, placed: Mapping[str, int], given_back: Mapping[str, int]) -> list[Node]:
@@ -266,6 +268,23 @@ def test_a_model_moves_to_a_node_that_joins_and_the_room_of_both_is_kept_meanwhi
         else:
             assert living < old
         assert network.cluster.placed_bytes() == after.vram_bytes_by_node
+
+    asyncio.run(scenario())
+
+
+def test_a_model_comes_up_at_and_moves_to_the_owners_who_earned_least(redis_url: str) -> None:
+    async def scenario() -> None:
+        nodes = [node(name, payout_address=name) for name in "abc"]
+        network = Network(redis_url, nodes=nodes, rates={"a": 3.0, "b": 1.0, "c": 2.0})
+        deployment = await network.ensure("m/one")
+        assert used(deployment.topology) == {"b"}
+        assert not await network.cluster.share_out(deployment)
+
+        network.rates = {"a": 3.0, "b": 5.0, "c": 2.0}
+        assert await network.cluster.share_out(deployment)
+        assert used(deployment.topology) == {"c"}
+        await network.cluster.add_pipeline("m/one", "r1")
+        assert [used(one.topology) for one in network.cluster.deployments] == [{"c"}, {"a"}]
 
     asyncio.run(scenario())
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from azu.cluster.scaling import Cooldown, Rebalance
+from azu.cluster.scaling import Cooldown, Rebalance, ShareOut
 from azu.protocol.topology import Topology
 from tests.builders import topology
 
@@ -78,3 +78,23 @@ def test_a_broken_model_does_not_move() -> None:
     network.check_until(200)
 
     assert network.tried_s == []
+
+
+def test_a_model_is_looked_at_once_in_each_time_whether_it_moves_to_other_owners_or_not() -> None:
+    model, looked_s, now_s = Model(), [], 0.0
+
+    @dataclass
+    class Shared:
+        deployments = (model, Model(broken=True, topology=topology({"b": (0, 4)})))
+
+        async def share_out(self, deployment: Model) -> bool:
+            looked_s.append(now_s)
+            deployment.change()
+            return True
+
+    share_out = ShareOut(Shared(), 100.0, clock=lambda: now_s)
+    while now_s <= 250:
+        asyncio.run(share_out.check())
+        now_s += 10
+
+    assert looked_s == [100, 200]

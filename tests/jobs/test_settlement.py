@@ -2,6 +2,7 @@
 
 import asyncio
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,8 @@ class Billing:
             now_ms=lambda: 1_000,
             new_job_id=lambda: next(ids),
         )
-        self.settlement = Settlement(self.books, self.jobs)
+        self.earned: list[Mapping[str, int]] = []
+        self.settlement = Settlement(self.books, self.jobs, self.earned.append)
 
     async def deposit(self, lamports: int) -> None:
         """Credit the user, open the user's key, and enrol two nodes."""
@@ -97,6 +99,7 @@ def test_a_job_reserves_its_highest_price_and_pays_for_the_delivered_tokens(redi
         assert receipt.charged_lamports == 2 * 4 * (4 + 6)
         assert receipt.platform_lamports == 16
         assert dict(receipt.worker_lamports) == {OWNERS[0]: 40, OWNERS[1]: 24}
+        assert billing.earned == [receipt.worker_lamports]
         assert await billing.balances() == (1_000 - 80, 0)
         assert (await billing.accounts())[worker_earned(OWNERS[0])] == 40
         assert sum((await billing.accounts()).values()) == 0

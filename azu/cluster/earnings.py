@@ -1,0 +1,99 @@
+"""What each owner lent and earned in the last days: who earned little for it comes first in plans."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from azu.protocol.node import Node, NodeState
+from azu.units import GIB
+
+# After so long what was lent and earned counts half.
+_HALF_LIFE_S = 2 * 86_400.0
+# Of a longer time between two looks it is not known who lent.
+_LONGEST_LOOK_S = 600.0
+# An owner counts as average until it has lent for about so long: a new address gains nothing over the others.
+_NEWCOMER_H = 24.0
+# An owner with less is forgotten.
+_LEAST_GIB_H = 0.01
+_HOUR_S = 3600.0
+
+
+@dataclass(slots=True)
+class _Sums:
+    gib_h: float = 0.0
+    lamports: float = 0.0
+
+
+@dataclass(slots=True)
+class OwnersEarnings:
+    """The sums by owner (payout address), of which older parts count less.
+
+    The clock is the caller's, in seconds.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    by_owner: dict[str, _Sums] = field(default_factory=dict)
+    looked_s: float | None = None
+
+    def lend(self, nodes: Iterable[Node], now_s: float) -> None:
+        """Take which nodes lend now; called again and again."""
+        passed_s = 0.0 if self.looked_s is None else max(0.0, now_s - self.looked_s)
+        self.looked_s = now_s
+        left = 0.5 ** (passed_s / _HALF_LIFE_S)
+        for sums in self.by_owner.values():
+            sums.gib_h *= left
+            sums.lamports *= left
+        hours, lent = min(passed_s, _LONGEST_LOOK_S) / _HOUR_S, _lent_gib(nodes)
+        for owner, gib in lent.items():
+            self.by_owner.setdefault(owner, _Sums()).gib_h += gib * hours
+        self.by_owner = {
+            owner: sums
+            for owner, sums in self.by_owner.items()
+            if owner in lent or sums.gib_h >= _LEAST_GIB_H
+        }
+
+    def earn(self, lamports_by_owner: Mapping[str, int]) -> None:
+        """Take what owners earned with a job; an owner who did not lend is left out."""
+        for owner, lamports in lamports_by_owner.items():
+            if (sums := self.by_owner.get(owner)) is not None:
+                sums.lamports += lamports
+
+    @property
+    def mean(self) -> float:
+        """Lamports that all owners together earned for each GiB lent for an hour."""
+        lent = sum(sums.gib_h for sums in self.by_owner.values())
+        return sum(sums.lamports for sums in self.by_owner.values()) / lent if lent else 0.0
+
+    def rates(self, nodes: Iterable[Node]) -> dict[str, float]:
+        """Return the lamports for each GiB and hour of each owner that lends now."""
+        rates = {}
+        for owner, gib in _lent_gib(nodes).items():
+            sums, average_gib_h = self.by_owner.get(owner, _Sums()), _NEWCOMER_H * gib
+            rates[owner] = (sums.lamports + self.mean * average_gib_h) / (sums.gib_h + average_gib_h)
+        return rates
+
+    def to_json(self) -> str:
+        """Return the sums for the next scheduler, whose clock is another."""
+        return _SUMS.dump_json(self.by_owner).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> "OwnersEarnings":
+        """Return the sums of before; a text that is none begins anew."""
+        try:
+            return cls(_SUMS.validate_json(text))
+        except ValidationError:
+            return cls()
+
+
+_SUMS = TypeAdapter(dict[str, _Sums])
+
+
+def _lent_gib(nodes: Iterable[Node]) -> dict[str, float]:
+    lent: dict[str, float] = {}
+    for node in nodes:
+        if node.state in (NodeState.ALIVE, NodeState.SUSPECT):
+            owner = node.payout_address
+            lent[owner] = lent.get(owner, 0.0) + node.vram_total_bytes / GIB
+    return lent
