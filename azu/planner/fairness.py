@@ -29,7 +29,7 @@ def fair_plan(
     """Return a plan within 3% of the best speed, on the nodes of those who earned the least.
 
     As few owners are taken as give that speed, the least rate first; an owner without a rate earned nothing,
-    and ties go to the lower address. Where no owner has a rate it is the fastest plan. The same input gives the
+    and ties go to the lower address. Without any rate it is the fastest plan. The same input gives the
     same topology. Raises as `plan` does.
     """
     best = plan(structure, nodes, policy, epoch=epoch)
