@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
@@ -21,6 +21,7 @@ from azu.engine.canary import CanaryAnswer
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.stage_contract import StageSpec
 from azu.errors import AzuError, WorkerLost
+from azu.models.status import ModelStatus
 from azu.planner.demand import shards_of
 from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport, PipelineLook
@@ -31,6 +32,7 @@ from azu.protocol.topology import LossReport, Piece, Stage, Topology
 
 _PIPELINE_CONCURRENCY = 10_000
 _LISTEN_S = 1.0
+_STATUS_S = 1.0
 # The canary's few steps come after those of all jobs.
 _CANARY_S = 600.0
 
@@ -72,6 +74,10 @@ class RayBackend:
             REGISTRY, "ensure_cut", model_id, revision, timeout_s=self._timeouts.fetch_s
         )
         return structure
+
+    async def status(self, model_id: str) -> ModelStatus:
+        # It is asked while jobs wait to be told: a registry that is away is not waited for.
+        return cast(ModelStatus, await ask(REGISTRY, "status", model_id, timeout_s=_STATUS_S, back_in_s=0.0))
 
     async def sweep(self, kept: frozenset[str]) -> frozenset[str]:
         return await asyncio.to_thread(sweep, kept)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from azu.api.jobs import Phase
 from azu.api.openai import (
     AlternativeToken,
     AnsweredCall,
@@ -33,6 +34,7 @@ from azu.api.openai import (
 from azu.engine.text import CompletionText, TextDecoder, TextDelta, joined
 from azu.jobs.redis import RedisJobs
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, Receipt, TokenEvent
+from azu.protocol.phase import JobPhase
 
 if TYPE_CHECKING:
     from azu.engine.tokenizer import AnswerParser
@@ -302,6 +304,11 @@ def finish_reason(reason: FinishReason, num_calls: int = 0) -> str:
     if num_calls and reason is FinishReason.STOP:
         return "tool_calls"
     return FinishReason.LENGTH.value if reason is FinishReason.LENGTH else FinishReason.STOP.value
+
+
+def phase_line(phase: JobPhase | None) -> Phase | None:
+    """Return where a job stands as the network says it."""
+    return None if phase is None else Phase.model_validate(phase)
 
 
 def usage_of(prompt_tokens: int, completion_tokens: int, receipt: Receipt | None) -> Usage:

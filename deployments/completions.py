@@ -4,7 +4,8 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
@@ -27,7 +28,7 @@ from azu.errors import AzuError, InternalError, InvalidRequest, Unavailable, err
 from azu.jobs.departures import Reader, request_name
 from azu.protocol.job import Job, JobOutcome, JobState
 from azu.supervision import as_known_error
-from deployments.answers import AnswerFormatter, follow, usage_of, with_parts
+from deployments.answers import AnswerFormatter, follow, phase_line, usage_of, with_parts
 from deployments.middleware import refusal
 from deployments.sampling import check_limits, check_tokens, max_tokens, sampling_params
 from deployments.schema import stream_of, whole_or_stream
@@ -38,10 +39,11 @@ Deltas = AsyncIterator[TextDelta | JobOutcome]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=256)]
 
 _NO_CACHE = {"cache-control": "no-cache"}
-# A client or a proxy gives up a stream in which nothing comes for a minute, often for 15 s.
-_HELD_BACK_S = 10.0
-_LOOK_S = 5.0  # so that twice this time is the longest silence
-_SIGN_OF_LIFE = b": keep-alive\n\n"
+# A person gives up an answer of which nothing is heard for some seconds, a proxy often after 15 s.
+_HELD_BACK_S = 2.0
+_LOOK_S = 2.0
+_SILENT_LOOKS = 2  # after which the same is said again
+_SIGN_OF_LIFE = ": keep-alive\n\n"
 # A whole answer to a request without max_tokens is expected to have so many.
 _USUAL_TOKENS = 256
 # Many clients take these three characters for the end of a line, as Python's splitlines does.
@@ -128,11 +130,11 @@ async def job_stream(
     deltas = follow(services.jobs, job, model.tokenizer, after)
     events = _events(job, deltas, answer, include_usage=True, after=after)
     if not record.asked:
-        return EventStream(_noting_the_end(services, job_id, events))
+        return EventStream(_noting_the_end(services, job_id, events), partial(_sign, services, job))
     if record.outcome is not None:
         return EventStream(events)
     reader = Reader(job_id, job.address, record.asked, secrets.token_hex(8))
-    return _ReadStream(_Reading(services, reader), events)
+    return _ReadStream(_Reading(services, reader), events, partial(_sign, services, job))
 
 
 async def _noting_the_end(services: Services, job_id: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
@@ -176,7 +178,12 @@ async def _answer(
     if not body.stream:
         return await _whole(reading, job, deltas, answer)
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return _JobStream(reading, deltas, lambda found: _events(job, found, answer, include_usage=include_usage))
+    return _JobStream(
+        reading,
+        deltas,
+        lambda found: _events(job, found, answer, include_usage=include_usage),
+        partial(_sign, services, job),
+    )
 
 
 def _content(body: ChatRequest | CompletionRequest, idempotency_key: str | None) -> bytes:
@@ -232,13 +239,36 @@ async def _unless_unreadable(services: Services, job: Job, deltas: Deltas) -> De
         raise
 
 
+async def _sign(services: Services, job: Job) -> str:
+    """Return the comment that tells where a job stands, for clients that read it."""
+    try:
+        phase = phase_line(await services.jobs.phase(job))
+    except AzuError:
+        phase = None  # Redis is away, and the answer waits for it
+    return _SIGN_OF_LIFE if phase is None else f": phase {_one_line(phase)}\n\n"
+
+
+async def _sign_of_life() -> str:
+    return _SIGN_OF_LIFE
+
+
+Sign = Callable[[], Awaitable[str]]
+
+
 class EventStream(StreamingResponse):
-    """Server-sent events; a comment fills the time in which there are none, so that no reader gives up."""
+    """Server-sent events; a comment fills the time in which there are none, so that no reader gives up.
+
+    A comment that is as the last one comes at every other look.
+    """
 
     def __init__(
-        self, events: AsyncIterator[str], sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+        self,
+        events: AsyncIterator[str],
+        sign: Sign = _sign_of_life,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         super().__init__(events, media_type="text/event-stream", headers=_NO_CACHE)
+        self._sign = sign
         self._sleep = sleep
 
     async def stream_response(self, send: Send) -> None:
@@ -254,11 +284,17 @@ class EventStream(StreamingResponse):
 
         async def fill() -> None:
             nonlocal is_silent
+            told, looks = "", 0
             while True:
                 is_silent = True
                 await self._sleep(_LOOK_S)
-                if is_silent:
-                    await send({"type": "http.response.body", "body": _SIGN_OF_LIFE, "more_body": True})
+                looks = looks + 1 if is_silent else 0
+                if not looks:
+                    continue
+                sign = await self._sign()
+                if is_silent and (sign != told or looks == _SILENT_LOOKS):
+                    await send({"type": "http.response.body", "body": sign.encode(), "more_body": True})
+                    told, looks = sign, 0
 
         filling = asyncio.create_task(fill())
         try:
@@ -274,9 +310,9 @@ class _ReadStream(EventStream):
         self,
         reading: _Reading,
         events: AsyncIterator[str],
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        sign: Sign,
     ) -> None:
-        super().__init__(reading.to_their_end(events), sleep)
+        super().__init__(reading.to_their_end(events), sign)
         self._reading = reading
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -296,10 +332,10 @@ class _JobStream(EventStream):
         reading: _Reading,
         deltas: Deltas,
         events: Callable[[Deltas], AsyncIterator[str]],
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        sign: Sign,
     ) -> None:
         self._first = asyncio.ensure_future(anext(deltas))
-        super().__init__(reading.to_their_end(events(_resumed(self._first, deltas))), sleep)
+        super().__init__(reading.to_their_end(events(_resumed(self._first, deltas))), sign)
         self._reading = reading
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -309,6 +345,8 @@ class _JobStream(EventStream):
                 await asyncio.wait({self._first, held}, return_when=asyncio.FIRST_COMPLETED)
                 refused = await _refused(self._first) if self._first.done() else None
                 if refused is None:
+                    if not self._first.done():
+                        self.body_iterator = _after(await self._sign(), self.body_iterator)
                     await super().__call__(scope, receive, send)
                 else:
                     await refused(scope, receive, send)
@@ -316,6 +354,12 @@ class _JobStream(EventStream):
         finally:
             held.cancel()
             self._first.cancel()
+
+
+async def _after(sign: str, events: AsyncIterable[Any]) -> AsyncIterator[Any]:
+    yield sign
+    async for event in events:
+        yield event
 
 
 async def _resumed(first: Awaitable[TextDelta | JobOutcome], rest: Deltas) -> Deltas:
@@ -395,4 +439,8 @@ def _json(body: ResponseModel) -> Response:
 
 
 def _event(body: ResponseModel) -> str:
-    return f"data: {body.model_dump_json().translate(_LINE_ENDS)}\n\n"
+    return f"data: {_one_line(body)}\n\n"
+
+
+def _one_line(body: ResponseModel) -> str:
+    return body.model_dump_json().translate(_LINE_ENDS)

@@ -28,7 +28,7 @@ from azu.errors import Conflict, InvalidRequest
 from azu.jobs.record import JobRecord
 from azu.protocol.job import JobState
 from azu.protocol.topology import Prediction
-from deployments.answers import usage_of
+from deployments.answers import phase_line, usage_of
 from deployments.sampling import check_choices, check_max_tokens, sampling_params
 from deployments.services import Bearer, Key, ServedModel, Services, ServicesNow, check_speaks_for, owned
 
@@ -74,7 +74,7 @@ async def results(job_id: str, key: Key, services: ServicesNow, afterwards: Back
     return Results(
         job_id=job_id,
         status=record.state.value,
-        waits_for=_waits_for(record),
+        phase=phase_line(record.phase),
         text=choices[0].text,
         token_ids=choices[0].token_ids,
         choices=tuple(choices),
@@ -89,6 +89,12 @@ async def results(job_id: str, key: Key, services: ServicesNow, afterwards: Back
 async def jobs(key: Key, services: ServicesNow, limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> JobList:
     """Return the caller's jobs, newest first."""
     return JobList(data=tuple(map(_line, await services.jobs.of(key.address, limit))))
+
+
+@router.get("/v1/jobs/{job_id}")
+async def job(job_id: str, key: Key, services: ServicesNow) -> JobLine:
+    """Return where a job stands, and what it cost once it has ended."""
+    return _line(await owned(services, key, job_id))
 
 
 @router.post("/v1/jobs/{job_id}/cancel")
@@ -142,13 +148,6 @@ def _choice(model: ServedModel, record: JobRecord, token_ids: tuple[int, ...]) -
     return ChoiceResult(text="".join(shown), token_ids=token_ids)
 
 
-def _waits_for(record: JobRecord) -> str | None:
-    if record.state not in (JobState.QUEUED, JobState.RUNNING):
-        return None
-    waiting = "it waits to be taken from the queue" if record.state is JobState.QUEUED else None
-    return record.waits_for or waiting
-
-
 def _line(record: JobRecord) -> JobLine:
     outcome = record.outcome
     ended = record.state not in (JobState.QUEUED, JobState.RUNNING)
@@ -156,7 +155,7 @@ def _line(record: JobRecord) -> JobLine:
         job_id=record.job.job_id,
         model=record.job.model_id,
         status=record.state.value,
-        waits_for=_waits_for(record),
+        phase=phase_line(record.phase),
         created_at_ms=record.job.created_at_ms,
         reserved_lamports=0 if ended else record.job.reserved_lamports,
         finish_reason=outcome.finish_reason.value if outcome else None,

@@ -7,6 +7,7 @@ from pydantic import Field
 from azu.api.base import ErrorDetail, RequestModel, ResponseModel
 from azu.api.network import PieceLine
 from azu.api.openai import Text, Usage
+from azu.protocol.phase import PhaseName
 
 
 class SubmitRequest(RequestModel):
@@ -62,6 +63,22 @@ class SignedReceipt(ReceiptLines):
     signature: str | None
 
 
+class Phase(ResponseModel):
+    """Where a job stands that has not ended, with a sentence for people and what is counted in the phase.
+
+    queued: `total` jobs come before it. fetching: `done` of `total` shards, or bytes alone while the network
+    downloads and cuts the model. loading, recovering: parts of the model that are up. reading: prompt tokens.
+    answering: completion tokens, of the most that may come. What is not counted is null.
+    """
+
+    name: PhaseName
+    text: str
+    done: int | None
+    total: int | None
+    bytes_done: int | None
+    bytes_total: int | None
+
+
 class ChoiceResult(ResponseModel):
     """What one choice of a job has produced so far."""
 
@@ -72,12 +89,12 @@ class ChoiceResult(ResponseModel):
 class Results(ResponseModel):
     """What a job has produced so far; `text` and `token_ids` are those of the first choice.
 
-    `status` is "queued", "running", "done", "failed" or "cancelled"; `waits_for` says why the job waits.
+    `status` is "queued", "running", "done", "failed" or "cancelled"; `phase` is null once the job has ended.
     """
 
     job_id: str
     status: str
-    waits_for: str | None = None
+    phase: Phase | None = None
     text: str
     token_ids: tuple[int, ...]
     choices: tuple[ChoiceResult, ...]
@@ -88,12 +105,12 @@ class Results(ResponseModel):
 
 
 class JobLine(ResponseModel):
-    """A job in a list. `reserved_lamports` is 0 once the job has ended; `waits_for` is as in its results."""
+    """A job without its texts. `reserved_lamports` is 0 and `phase` null once the job has ended."""
 
     job_id: str
     model: str
     status: str
-    waits_for: str | None = None
+    phase: Phase | None = None
     created_at_ms: int
     reserved_lamports: int
     finish_reason: str | None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import typer
 from rich.box import HEAVY_HEAD
@@ -159,6 +159,41 @@ def _plain(facts: Any) -> Any:
     if isinstance(facts, set | frozenset | tuple):
         return list(facts)
     return facts
+
+
+class WaitingLine:
+    """What is waited for, on stderr: one line that the next one replaces, or lines where that is no terminal.
+
+    With `quiet` it shows nothing.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._console = Terminal(stderr=True)
+        self._status = self._console.status("", refresh_per_second=4)
+        self._told = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def show(self, text: str) -> None:
+        """Show a text, until `clear`."""
+        if self._quiet or text == self._told:
+            return
+        self._told = text
+        if self._console.is_terminal:
+            self._status.update(Text(text, "dim"))
+            self._status.start()
+        else:
+            self._console.print(Text(text), soft_wrap=True)
+
+    def clear(self) -> None:
+        """Take the line away: something else is printed."""
+        self._told = ""
+        self._status.stop()
 
 
 Step = Callable[[str], None]

@@ -11,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from azu.cli.credentials import open_client
-from azu.cli.output import AsJson, Exact, amount, console, done, show, table, unit
+from azu.cli.output import AsJson, Exact, WaitingLine, amount, console, done, show, table, unit
 
 if TYPE_CHECKING:
-    from azu.api.jobs import JobLine, ReceiptLines
+    from azu.api.jobs import JobLine, Phase, ReceiptLines
+    from azu.client.stream import Generation, Stream
 
 
 DIFFERS = "red"
@@ -41,15 +42,37 @@ def prompt(
         stream = client.stream(asked, model=model, **sampling)
     else:
         stream = client.chat_stream([{"role": "user", "content": asked}], model=model, **sampling)
-    if not as_json:
-        for piece in stream:
-            console.print(Text(piece), end="")
-        console.print("\n")
-    generation = stream.result()
+    generation = answered(stream, client.url, as_json=as_json)
     receipt = client.receipt(generation.job_id)
     differs = difference(receipt, generation.received_tokens)
     facts = {"generation": generation, "receipt": receipt, "difference": differs}
     show(facts, as_json, lambda _: Group(receipt_panel(receipt, exact), compared(differs)))
+
+
+def answered(stream: "Stream", url: str, *, as_json: bool = False) -> "Generation":
+    """Print an answer as it comes, and where its job stands while nothing comes; return it whole."""
+    with WaitingLine(quiet=as_json) as line:
+        is_amid = False
+
+        def show_phase(phase: "Phase") -> None:
+            nonlocal is_amid
+            if phase.name == "answering":
+                return
+            if is_amid and console.is_terminal:
+                console.print()  # the line that stands there is the answer's
+            is_amid = False
+            line.show(phase.text)
+
+        stream.on_phase = show_phase
+        line.show(f"Waiting for {url} to take the prompt.")
+        for piece in stream:
+            line.clear()
+            is_amid = True
+            if not as_json:
+                console.print(Text(piece), end="")
+    if not as_json:
+        console.print("\n")
+    return stream.result()
 
 
 def _asked(text: str | None, file: Path | None) -> str:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from azu.api.base import read
+from azu.api.jobs import Phase
 from azu.api.openai import ChatChunk, TextChoice, TextChunk, Usage
 from azu.client.http import error_of, raise_for, translated
 from azu.errors import InternalError, Unavailable
@@ -34,6 +35,8 @@ class Generation:
     received_tokens: int = 0
 
 
+# The comment in which the network says where a job stands.
+_PHASE = ": phase "
 # Seconds before each attempt to come back after the connection broke.
 _RETURNS_S = (0.2, 0.5, 1.0, 2.0, 2.0, 4.0, 4.0, 8.0)
 
@@ -44,6 +47,8 @@ class Stream:
     The iterator yields the text of the first choice; the result has all choices. When the connection breaks,
     the stream connects again and continues behind the last chunk. A caller that leaves the loop early or
     calls `close()` cancels the job and pays for the tokens that were delivered.
+
+    `phase` says where the job stands while no text comes; each new one is given to `on_phase`.
 
     Iterating raises the AzuError that ended the job, and Unavailable for a stream that ends before its answer
     is complete.
@@ -63,6 +68,8 @@ class Stream:
         self._finish_reason = ""
         self._usage: Usage | None = None
         self._text = self._read()
+        self.phase: Phase | None = None
+        self.on_phase: Callable[[Phase], None] | None = None
 
     def __iter__(self) -> Iterator[str]:
         return self._text
@@ -136,6 +143,8 @@ class Stream:
 
     def _read_lines(self, response: httpx.Response) -> Generator[str, None, None]:
         for line in _lines(response.iter_text()):
+            if line.startswith(_PHASE):
+                self._take_phase(line.removeprefix(_PHASE))
             if not line.startswith("data: "):
                 continue
             content = line.removeprefix("data: ")
@@ -144,6 +153,14 @@ class Stream:
                 return
             if text := self._take(self._parsed(content)):
                 yield text
+
+    def _take_phase(self, content: str) -> None:
+        try:
+            self.phase = read(Phase, json.loads(content))
+        except (ValueError, InternalError):
+            return  # a newer network may have other phases: the answer is read all the same
+        if self.on_phase is not None:
+            self.on_phase(self.phase)
 
     def _parsed(self, content: str) -> ChatChunk | TextChunk:
         """Return an event's chunk; raises the error that the event carries."""

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from azu.engine.canary import CanaryAnswer
 from azu.errors import AzuError
+from azu.models.status import ModelStatus
 from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport, PipelineLook
 from azu.protocol.node import Node
@@ -33,6 +34,9 @@ class DeploymentBackend(Protocol):
 
     async def structure(self, model_id: str, revision: str) -> Structure:
         """Return the structure of a model; the first call for a model cuts it."""
+
+    async def status(self, model_id: str) -> ModelStatus:
+        """Return how far a model's files are; raises Unavailable where that is not known at once."""
 
     async def sweep(self, kept: frozenset[str]) -> frozenset[str]:
         """Kill every piece and pipeline except those of these names; return which of these live."""

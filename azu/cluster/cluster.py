@@ -13,11 +13,13 @@ from azu.cluster.backend import DeploymentBackend
 from azu.cluster.deployment import Deployment, DeploymentState
 from azu.cluster.deployment_store import DeploymentRecord, DeploymentStore
 from azu.cluster.liveness import SlowNodes
+from azu.cluster.phases import on_the_head
 from azu.cluster.repairs import RepairTurns
 from azu.errors import AzuError, InsufficientCapacity, WorkerLost
+from azu.models.status import ModelState, ModelStatus
 from azu.planner.fairness import NO_RATES, Rates, fair_plan, fairer_placement
 from azu.planner.migration import TopologyChange, better_placement, change_between, have_room
-from azu.planner.plan import NEVER_FITS, check_total_capacity
+from azu.planner.plan import NEVER_FITS, NO_WORKER, check_total_capacity
 from azu.planner.policy import PlanPolicy
 from azu.planner.replan import replan
 from azu.planner.replicas import (
@@ -27,7 +29,8 @@ from azu.planner.replicas import (
     takes_spare_room,
     with_hot_replicas,
 )
-from azu.protocol.node import Node
+from azu.protocol.node import Node, NodeState
+from azu.protocol.phase import JobPhase
 from azu.protocol.structure import Structure
 from azu.protocol.topology import PieceSet, PipelineKey, Topology
 
@@ -121,7 +124,8 @@ class Cluster:
         self._capacity = Capacity(self._nodes_now, self._deployments)
         self._locks: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._turns: defaultdict[tuple[str, str], RepairTurns] = defaultdict(turns)
-        self.deploying: set[tuple[str, str]] = set()
+        # By id and revision; None before a model has places on nodes.
+        self.deploying: dict[tuple[str, str], Deployment | None] = {}
         self.shortages: dict[str, Shortage] = {}  # by model id
 
     @property
@@ -180,6 +184,18 @@ class Cluster:
             deployment.expect(job_id)
             return deployment
 
+    async def phase_of(self, model_id: str, revision: str) -> JobPhase:
+        """Return how far the start of a model is that a job waits for."""
+        if (coming := self.deploying.get((model_id, revision))) is not None and coming.phase is not None:
+            return coming.phase
+        if not self._nodes_come and not any(one.state is NodeState.ALIVE for one in self._capacity.now()):
+            return JobPhase("queued", NO_WORKER)
+        try:
+            return on_the_head(await self._backend.status(model_id))
+        except AzuError as error:
+            log.info("how far %s is is not known: %s", model_id, error.message)
+            return on_the_head(ModelStatus(model_id, revision, ModelState.UNKNOWN))
+
     def beside(self, deployment: Deployment) -> Deployment | None:
         """Return another deployment of the same model that serves, if there is one; they share no nodes."""
         model_id, revision, _ = deployment.topology.key
@@ -208,7 +224,7 @@ class Cluster:
                 return
             topology = self._capacity.promise(topology)
         log.warning("%s gets pipeline %d", model_id, topology.replica)
-        await self._bring_up(structure, topology)
+        await self._bring_up(self._new(structure, topology))
 
     async def close_further(self, deployment: Deployment) -> None:
         """Close an idle pipeline of a model that has another one which serves."""
@@ -321,32 +337,32 @@ class Cluster:
         )
 
     async def _deploy(self, model_id: str, revision: str) -> Deployment:
-        self.deploying.add((model_id, revision))
+        self.deploying[model_id, revision] = None
         try:
             structure = await self._backend.structure(model_id, revision)
             async with self._capacity.placing:
                 topology = self._capacity.promise(await self._plan(structure))
-            deployment = await self._bring_up(structure, topology)
+            deployment = self.deploying[model_id, revision] = self._new(structure, topology)
+            await self._bring_up(deployment)
         except InsufficientCapacity as error:
             self.shortages[model_id] = Shortage(error.missing_bytes, self._clock())
             raise
         finally:
-            self.deploying.discard((model_id, revision))
+            self.deploying.pop((model_id, revision), None)
         self.shortages.pop(model_id, None)
         return deployment
 
-    async def _bring_up(self, structure: Structure, topology: Topology) -> Deployment:
-        """Start every actor of a topology; what was half up is closed when that fails."""
-        deployment = self._new(structure, topology)
+    async def _bring_up(self, deployment: Deployment) -> None:
+        """Start every actor of a deployment; what was half up is closed when that fails."""
+        key = deployment.topology.key
         try:
             await deployment.start()
-            self._deployments[topology.key] = deployment
+            self._deployments[key] = deployment
         except BaseException:
             await deployment.close()
             raise
         finally:
-            self._capacity.promised.pop(topology.key, None)
-        return deployment
+            self._capacity.promised.pop(key, None)
 
     async def _plan(self, structure: Structure) -> Topology:
         def on(nodes: Sequence[Node], epoch: int) -> Topology:

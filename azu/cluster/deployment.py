@@ -28,6 +28,7 @@ from azu.planner.migration import TopologyChange
 from azu.planner.plan import check_kv_capacity
 from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport, PipelineLook, Placement
+from azu.protocol.phase import JobPhase
 from azu.protocol.structure import Structure
 from azu.protocol.topology import LossReport, PieceSet, Topology, actor_name, piece_set
 from azu.supervision import as_known_error
@@ -156,6 +157,13 @@ class Deployment:
     def broken(self) -> bool:
         """Whether what was lost could not be replaced: the deployment takes no new jobs."""
         return self.state is DeploymentState.BROKEN
+
+    @property
+    def phase(self) -> JobPhase | None:
+        """How far its start or its repair is; None while it serves."""
+        if self.state is DeploymentState.SERVING:
+            return None
+        return self._pieces.phase(self.topology, is_repair=self.state is not DeploymentState.STARTING)
 
     def expect(self, job_id: str) -> None:
         """Count a job that is going to run here."""

@@ -9,9 +9,11 @@ from typing import Any
 from azu.cluster.backend import DeploymentBackend, Neighbours
 from azu.cluster.deployment_store import PieceRecord
 from azu.cluster.liveness import SLOW_FACTOR, PieceWatch, Pulse, relative_slowdowns
+from azu.cluster.phases import on_nodes
 from azu.errors import AzuError, InternalError, WorkerLost
 from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import Placement, placements
+from azu.protocol.phase import JobPhase
 from azu.protocol.step import PieceProgress
 from azu.protocol.structure import Structure
 from azu.protocol.topology import (
@@ -48,6 +50,7 @@ class _PieceActor:
     watcher: asyncio.Task[None] | None = None
     watch: PieceWatch | None = None
     pulse: Pulse = Pulse.STEADY
+    is_loaded: bool = False
 
     @property
     def slowdown(self) -> float:
@@ -91,6 +94,11 @@ class PieceActors:
     def expert_sets(self) -> dict[int, str]:
         """The names of the expert sets' actors, by index."""
         return {index: actor.name for (kind, index), actor in self._running.items() if kind is ExpertSet}
+
+    def phase(self, topology: Topology, *, is_repair: bool) -> JobPhase:
+        """Return how far the start or the repair of a topology's pieces is."""
+        loaded = {key for key, actor in self._running.items() if actor.is_loaded}
+        return on_nodes(self._structure, topology, self._backend.nodes, loaded, is_repair=is_repair)
 
     def records(self) -> tuple[PieceRecord, ...]:
         """Return what the next scheduler needs in order to find the actors."""
@@ -150,7 +158,9 @@ class PieceActors:
         for record in records:
             key: PieceKey = (Stage if record.is_stage else ExpertSet, record.index)
             if await self._backend.find(record.name):
-                self._running[key] = _PieceActor(pieces[key], record.name, record.epoch, record.epoch)
+                self._running[key] = _PieceActor(
+                    pieces[key], record.name, record.epoch, record.epoch, is_loaded=True
+                )
                 self._watch(key)
         return piece_set(pieces.keys() - self._running.keys())
 
@@ -256,6 +266,7 @@ class PieceActors:
         async def load(actor: _PieceActor) -> None:
             neighbours = self._neighbours(actor.piece, among, pipeline)
             await self._backend.load(actor.name, actor.piece, self._structure, topology, neighbours)
+            actor.is_loaded = True
 
         errors = await _each(coming, lambda actor: self._backend.start(actor.name, actor.piece))
         errors |= await _each({key: actor for key, actor in coming.items() if key not in errors}, load)

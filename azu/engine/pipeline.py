@@ -91,7 +91,7 @@ class EnginePipeline:
     @property
     def num_waiting(self) -> int:
         """Those of them that hold no blocks yet, or no longer."""
-        return self._scheduler.num_waiting
+        return len(self._scheduler.waiting)
 
     @property
     def num_free_blocks(self) -> int:
@@ -110,6 +110,20 @@ class EnginePipeline:
             key: (one.num_scheduled + one.num_ran + one.num_generated, one.state is SequenceState.RUNNING)
             for key, one in self._sequences.items()
             if not one.is_background
+        }
+
+    @property
+    def queue(self) -> tuple[int, ...]:
+        """The jobs' sequences that wait for KV blocks, the next one first."""
+        return tuple(one.sequence_id for one in self._scheduler.waiting if not one.is_background)
+
+    @property
+    def prompts(self) -> Mapping[int, tuple[int, int]]:
+        """How many prompt tokens ran of each job's sequence without a token, and how many it has."""
+        return {
+            key: (min(one.num_ran, one.num_prompt), one.num_prompt)
+            for key, one in self._sequences.items()
+            if not one.num_generated and not one.is_background
         }
 
     @property

@@ -135,9 +135,9 @@ class BatchScheduler:
         return len(self._free)
 
     @property
-    def num_waiting(self) -> int:
-        """Sequences that hold no blocks yet, and preempted ones."""
-        return len(self._waiting)
+    def waiting(self) -> tuple[Sequence, ...]:
+        """Sequences that hold no blocks yet, and preempted ones; the next one first."""
+        return tuple(self._waiting)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises Unavailable when it is too long to run even alone."""

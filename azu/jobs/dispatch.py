@@ -24,6 +24,7 @@ from azu.logs import log_context
 from azu.metrics import JOBS_ENDED
 from azu.planner.plan import NEVER_FITS
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, JobState
+from azu.protocol.phase import JobPhase
 from azu.redis_client import retry_until_available
 from azu.supervision import AWAY, Supervisor, as_known_error
 
@@ -59,7 +60,8 @@ class Dispatcher:
         self._running: dict[str, RunningJob] = {}
         self._progress = ProgressWatch(self._running, patience)
         self._failed: dict[str, str] = {}  # why the last try of a job failed
-        self._told: dict[str, str] = {}  # why jobs wait, as far as it is written
+        self._models: dict[str, tuple[str, str]] = {}  # of the jobs that are taken: ids and revisions
+        self._told: dict[str, JobPhase | None] = {}  # where jobs stand, as far as it is written
         self._cancelled: set[str] = set()
         self._taken_over: set[str] = set()  # jobs of an earlier scheduler, whose nodes may not be back yet
         self._waiting: dict[str, asyncio.Event] = {}  # jobs between two tries; set when one is cancelled
@@ -97,6 +99,7 @@ class Dispatcher:
     def _begin(self, records: Iterable[JobRecord], group: asyncio.TaskGroup) -> None:
         for record in records:
             if record.job.job_id not in self._tasks:
+                self._models[record.job.job_id] = (record.job.model_id, record.job.revision)
                 self._tasks[record.job.job_id] = group.create_task(self._finish(record))
 
     async def _take_cancellations(self) -> None:
@@ -113,21 +116,34 @@ class Dispatcher:
                     waiting.set()
 
     async def _look(self) -> None:
-        """Write why jobs wait, and help what does not move; both wait for a Redis that is away."""
-        reasons = {job_id: self._reason(job_id) for job_id in self._tasks}
-        changed = {job_id: why for job_id, why in reasons.items() if why != self._told.get(job_id, "")}
+        """Write where jobs stand, and help what does not move; both wait for a Redis that is away."""
+        phases = await self._phases()
+        unknown = object()
+        changed = {
+            job_id: phase for job_id, phase in phases.items() if phase != self._told.get(job_id, unknown)
+        }
         await self._jobs.explain(changed)
-        self._told = reasons
+        self._told = phases
         await self._progress.look()
 
-    def _reason(self, job_id: str) -> str:
+    async def _phases(self) -> dict[str, JobPhase | None]:
+        """Return where each job stands that is taken; None once it has tokens and its model serves."""
+        started = self._models.keys() - self._left.keys() - self._running.keys() - self._waiting.keys()
+        models = {self._models[job_id] for job_id in started}
+        found = await asyncio.gather(*(self._cluster.phase_of(*model) for model in models))
+        starting = dict(zip(models, found, strict=True))
+        return {job_id: self._phase(job_id, starting.get(model)) for job_id, model in self._models.items()}
+
+    def _phase(self, job_id: str, starting: JobPhase | None) -> JobPhase | None:
         if job_id in self._left:
-            return "its client hung up; the same request, sent again soon, goes on with it"
+            text = "Its client hung up. The same request, sent again soon, goes on with it."
+            return JobPhase("queued", text)
         if job_id in self._running:
-            return self._progress.reason(job_id)
+            return self._progress.phase(job_id)
         if job_id in self._waiting:
-            return f"it is tried again soon: {self._failed.get(job_id, '')}"
-        return "its model is being started"
+            why = self._failed.get(job_id, "")
+            return JobPhase("queued", f"{why[:1].upper()}{why[1:]}; it is tried again soon.")
+        return starting
 
     async def _finish(self, taken: JobRecord) -> None:
         """Bring a job that was taken from the queue to its end, whatever is raised on the way.
@@ -148,6 +164,7 @@ class Dispatcher:
                 as_known_error(error, "a job that is tried again")
             finally:
                 self._tasks.pop(job.job_id, None)
+                self._models.pop(job.job_id, None)
                 self._running.pop(job.job_id, None)
                 self._failed.pop(job.job_id, None)
                 self._cancelled.discard(job.job_id)

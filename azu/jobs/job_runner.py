@@ -23,6 +23,7 @@ from azu.errors import AzuError
 from azu.jobs.redis import RedisJobs
 from azu.logs import log_context
 from azu.protocol.job import ChoiceKey, FinishReason, Job, JobRun, PipelineLook, TokenEvent
+from azu.protocol.phase import JobPhase, queued, reading
 from azu.protocol.step import StepResult
 from azu.redis_client import retry_until_available
 from azu.supervision import as_known_error
@@ -179,7 +180,19 @@ class JobRunner:
             moved[job_id] = moved.get(job_id, 0) + number
             if has_room:
                 have_room.add(job_id)
-        return PipelineLook(self._engine.num_returned, step_s, moved, frozenset(moved.keys() - have_room))
+        no_room = frozenset(moved.keys() - have_room)
+        return PipelineLook(self._engine.num_returned, step_s, moved, no_room, phases=self._phases(have_room))
+
+    def _phases(self, have_room: Collection[str]) -> dict[str, JobPhase]:
+        """Return the phases of the jobs that wait or have no token."""
+        waiting = dict.fromkeys(self._by_sequence[one][0].job.job_id for one in self._engine.queue)
+        in_order = [job_id for job_id in waiting if job_id not in have_room]
+        phases = {job_id: queued(ahead) for ahead, job_id in enumerate(in_order)}
+        for sequence_id, (done, total) in self._engine.prompts.items():
+            active, _ = self._by_sequence[sequence_id]
+            if not active.delivered:
+                phases.setdefault(active.job.job_id, reading(done, total))
+        return phases
 
     def sequences_of(self, choices: Collection[ChoiceKey]) -> list[int]:
         """Return the sequences of some choices, as far as they have not ended."""

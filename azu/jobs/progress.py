@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from azu.clock import wall_clock_ms
-from azu.cluster.deployment import Deployment, DeploymentState
+from azu.cluster.deployment import Deployment
 from azu.cluster.liveness import STILL_S, STILL_STEPS
 from azu.config.network import RetryPolicy
 from azu.errors import AzuError, InternalError, Unavailable
 from azu.protocol.job import FinishReason, Job, JobRun, PipelineLook
+from azu.protocol.phase import JobPhase
 
 log = logging.getLogger(__name__)
 
@@ -190,17 +191,15 @@ class ProgressWatch:
         self._clock = clock
         self._now_ms = now_ms
         self._watchdogs: dict[Deployment, Watchdog] = {}
-        self._without_room: frozenset[str] = frozenset()
+        self._phases: dict[str, JobPhase] = {}
 
-    def reason(self, job_id: str) -> str:
-        """Return why a running job waits, empty if it does not."""
-        if self._running[job_id].deployment.state is not DeploymentState.SERVING:
-            return "its model is being repaired or moved"
-        return "it waits for room in its model's KV cache" if job_id in self._without_room else ""
+    def phase(self, job_id: str) -> JobPhase | None:
+        """Return where a running job stands; None once it has tokens and its model serves."""
+        return self._running[job_id].deployment.phase or self._phases.get(job_id)
 
     async def look(self) -> None:
         """Look once at every pipeline with a job."""
-        self._without_room = self._without_room.intersection(self._running)
+        self._phases = {one: phase for one, phase in self._phases.items() if one in self._running}
         jobs = defaultdict[Deployment, list[str]](list)
         for job_id, one in self._running.items():
             jobs[one.deployment].append(job_id)
@@ -216,9 +215,10 @@ class ProgressWatch:
         except AzuError as error:
             log.warning("%s", error.message)  # the deployment notices too, and replaces it
             return
-        self._without_room -= frozenset(expected)
+        for job_id in expected:
+            self._phases.pop(job_id, None)
         if look is not None:
-            self._without_room |= look.no_room.intersection(expected)
+            self._phases |= {one: phase for one, phase in look.phases.items() if one in self._running}
         for finding in self._watchdogs[deployment].look(expected, look):
             await self._help(deployment, finding)
         for job_id in expected:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pydantic import TypeAdapter
 
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, TokenEvent
+from azu.protocol.phase import JobPhase, answering, reading
 from azu.protocol.sampling import SamplingParams
 
 QUEUE = "azu:jobs:queue"
@@ -19,6 +20,7 @@ CANCELLATIONS_KEPT = 10_000
 JOB = TypeAdapter(Job)
 WORK = TypeAdapter(Mapping[int, Mapping[str, int]])
 OUTCOME = TypeAdapter(JobOutcome)
+PHASE = TypeAdapter(JobPhase)
 _NO_ALTERNATIVES = "-"
 
 
@@ -62,8 +64,8 @@ class JobRecord:
     """A job, its state and its outcome.
 
     `attempts` counts how often the job began to run, `delivered` its completion tokens so far. `cancelled` is
-    set as soon as its client left, also while that may come back, or azu refuses it. `waits_for` says why the
-    job does not move, empty when it does. `asked` names the request whose connection waits for the job, empty
+    set as soon as its client left, also while that may come back, or azu refuses it. `phase` says where the
+    job stands, None once it has ended. `asked` names the request whose connection waits for the job, empty
     where none does.
     """
 
@@ -73,23 +75,39 @@ class JobRecord:
     attempts: int
     cancelled: bool = False
     delivered: int = 0
-    waits_for: str = ""
+    phase: JobPhase | None = None
     asked: str = ""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, str]) -> "JobRecord":
         """Read a record's hash."""
         outcome = fields.get("outcome")
+        job, state = JOB.validate_json(fields["job"]), JobState(fields["state"])
+        delivered = int(fields["delivered"])
         return cls(
-            job=JOB.validate_json(fields["job"]),
-            state=JobState(fields["state"]),
+            job=job,
+            state=state,
             outcome=None if outcome is None else OUTCOME.validate_json(outcome),
             attempts=int(fields["attempts"]),
             cancelled="cancelled" in fields or "left" in fields,
-            delivered=int(fields["delivered"]),
-            waits_for=fields.get("waits_for", ""),
+            delivered=delivered,
+            phase=phase_now(job, state, fields.get("phase"), delivered),
             asked=fields.get("asked", ""),
         )
+
+
+def phase_now(job: Job, state: JobState, told: str | None, delivered: int) -> JobPhase | None:
+    """Return where a job stands; what the scheduler has `told`, some seconds ago, may be over."""
+    if state not in (JobState.QUEUED, JobState.RUNNING):
+        return None
+    known = PHASE.validate_json(told) if told else None
+    if known is not None and (not delivered or known.name in ("queued", "recovering")):
+        return known
+    if delivered:
+        return answering(delivered, job.choices * job.sampling.max_tokens)
+    if state is JobState.QUEUED:
+        return JobPhase("queued", "Waiting to be taken from the queue.")
+    return reading(None, len(job.prompt_token_ids))
 
 
 def record_of(outcome: JobOutcome, created_at_ms: int = 0, choices: int = 1) -> JobRecord:

@@ -24,6 +24,7 @@ from azu.jobs.record import (
     JOB,
     LOOKED,
     OUTCOME,
+    PHASE,
     QUEUE,
     WORK,
     JobProgress,
@@ -35,6 +36,7 @@ from azu.jobs.record import (
     encode_top_logprobs,
     job_key,
     lost_key,
+    phase_now,
     token_count,
     tokens_key,
     wake_key,
@@ -42,6 +44,7 @@ from azu.jobs.record import (
 )
 from azu.jobs.retention import Retention
 from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, TokenEvent
+from azu.protocol.phase import JobPhase
 from azu.redis_client import connect_redis, retry_until_available
 from azu.supervision import FAULTS_IN_A_ROW, as_known_error
 
@@ -208,13 +211,19 @@ class RedisJobs:
             raise _unknown(job_id)
         return bool(cancelled)
 
-    async def explain(self, reasons: Mapping[str, str]) -> None:
-        """Record why jobs wait; an empty reason says that a job moves.
+    async def explain(self, phases: Mapping[str, JobPhase | None]) -> None:
+        """Record where jobs stand; None says that a job has tokens and gets more.
 
-        Raises Unavailable also without a reason, while Redis takes no writes.
+        Raises Unavailable also without a phase, while Redis takes no writes.
         """
-        keys = [LOOKED, *map(job_key, reasons)]
-        await self._explain(keys, list(reasons.values()))
+        keys = [LOOKED, *map(job_key, phases)]
+        await self._explain(keys, [b"" if one is None else PHASE.dump_json(one) for one in phases.values()])
+
+    async def phase(self, job: Job) -> JobPhase | None:
+        """Return where a job stands, None for one that has ended or is unknown."""
+        fields = ["state", "phase", "delivered"]
+        state, told, delivered = cast(list[str | None], await self._redis.hmget(job_key(job.job_id), fields))
+        return None if state is None else phase_now(job, JobState(state), told, int(delivered or 0))
 
     async def count_fault(self, job_id: str) -> int:
         """Count one more fault on the way to a job's end; return how many there were."""

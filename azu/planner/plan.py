@@ -21,6 +21,7 @@ ExpertIds = Mapping[int, tuple[int, ...]]  # layer -> expert ids
 
 # The code of InsufficientCapacity when even idle nodes would not hold the model.
 NEVER_FITS = "never_fits"
+NO_WORKER = "No worker has joined. Run: azu join TICKET --vram 8GiB --payout 0x..."
 # The prices of room for one expert that `plan` tries, in frames.
 _EXPERT_ROOM_PRICES = (0.0, 0.25, 1.0, 4.0, 1e6)
 
@@ -231,7 +232,7 @@ def _insufficient_capacity(
     return InsufficientCapacity(
         f"{needs}; {free}: {missing} bytes are missing on one more node for {' and '.join(what)}"
         if pool.nodes
-        else f"No worker has joined. Run: azu join TICKET --vram 8GiB --payout 0x... ({needs})",
+        else f"{NO_WORKER} ({needs})",
         missing_bytes=tuple(_missing_bytes_by_node(demand, pool, layers, experts)),
     )
 

@@ -8,6 +8,7 @@ from pydantic import ConfigDict
 
 from azu.errors import AzuError
 from azu.protocol.node import Node
+from azu.protocol.phase import JobPhase
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.topology import ExpertSet, Piece, Stage
 
@@ -181,7 +182,8 @@ class PipelineLook:
 
     `num_completed` counts the steps that came back, replays included; `step_s` is what its last ones took.
     `moved` has a number for each of its jobs that changes whenever the job comes further; those in `no_room`
-    wait for blocks of the KV cache. `is_computing` says whether a piece is in a step.
+    wait for blocks of the KV cache. `is_computing` says whether a piece is in a step. `phases` has the jobs
+    without a token and those that wait.
     """
 
     num_completed: int
@@ -189,6 +191,7 @@ class PipelineLook:
     moved: Mapping[str, int] = field(default_factory=dict)
     no_room: frozenset[str] = frozenset()
     is_computing: bool = False
+    phases: Mapping[str, JobPhase] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

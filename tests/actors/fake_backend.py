@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from azu.cluster.backend import Neighbours
 from azu.engine.canary import CanaryAnswer
-from azu.errors import AzuError, WorkerLost
+from azu.errors import AzuError, Unavailable, WorkerLost
+from azu.models.status import ModelState, ModelStatus
 from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import ChoiceKey, FinishReason, Job, JobRun, PauseReport, PipelineLook
 from azu.protocol.node import Node
@@ -74,6 +75,8 @@ class FakeBackend:
     repairs: list[bool] = field(default_factory=list)  # what each resume was told
     alone: list[frozenset[ChoiceKey]] = field(default_factory=list)  # and this
     counts: ExpertCounts = field(default_factory=dict)
+    # By model id; cut models where not given. None while the registry is away.
+    statuses: dict[str, ModelStatus] | None = field(default_factory=dict)
     liars: set[str] = field(default_factory=set)  # nodes whose pieces change tokens
     clear: bool = True  # whether the model is in no doubt about tokens
     asked: list[frozenset[str]] = field(default_factory=list)  # the nodes of each placement with a canary
@@ -110,6 +113,11 @@ class FakeBackend:
             raise WorkerLost(f"there is no {model_id} any more")
         await asyncio.sleep(0)
         return self.structures.get(model_id) or structure(4, model_id=model_id)
+
+    async def status(self, model_id: str) -> ModelStatus:
+        if self.statuses is None:
+            raise Unavailable("the registry is not up")
+        return self.statuses.get(model_id) or ModelStatus(model_id, "r1", ModelState.READY)
 
     async def sweep(self, kept: frozenset[str]) -> frozenset[str]:
         self.swept.append(kept)

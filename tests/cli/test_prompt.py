@@ -1,13 +1,16 @@
 """Where `azu prompt` takes its question from."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from azu.api.openai import ChatChunk
 from azu.cli.prompt import _asked
 from azu.errors import ConfigurationError, InvalidRequest
 from tests.cli.test_main import azu
-from tests.client.ingress import running_ingress
+from tests.client.ingress import Comment, Reply, running_ingress
+from tests.client.test_client import delta, usage_chunk
 
 
 def test_a_question_is_read_from_a_file_without_the_end_of_its_last_line(tmp_path: Path) -> None:
@@ -38,3 +41,26 @@ def test_a_question_is_read_from_standard_input(tmp_path: Path) -> None:
 
     (request,) = ingress.requests
     assert request.body["messages"] == [{"role": "user", "content": "What is\n东京?"}]
+
+
+def test_where_the_job_stands_is_told_beside_the_answer_and_not_to_programs(tmp_path: Path) -> None:
+    phases = [
+        {"name": "fetching", "text": "Fetching shards: 3 of 9.", "done": 3, "total": 9},
+        {"name": "fetching", "text": "Fetching shards: 3 of 9.", "done": 3, "total": 9},
+        {"name": "answering", "text": "Answering: 1 of at most 9 tokens.", "done": 1, "total": 9},
+    ]
+    comments = [
+        Comment(f"phase {json.dumps(phase | {'bytes_done': None, 'bytes_total': None})}") for phase in phases
+    ]
+    texts = (delta("Pa"), comments[2], delta("ris", finish="stop"))
+    chunks = (*comments[:2], *texts, usage_chunk(ChatChunk), "[DONE]")
+    with running_ingress() as ingress:
+        ingress.replies["POST /v1/chat/completions"] = Reply(chunks=chunks)
+        given = {"home": tmp_path, "AZU_URL": ingress.url, "AZU_API_KEY": "k"}
+        shown, for_programs = azu("prompt", "x", **given), azu("prompt", "x", "--json", **given)
+
+    told = shown.stderr.splitlines()
+    assert told[:2] == [f"Waiting for {ingress.url} to take the prompt.", "Fetching shards: 3 of 9."]
+    assert not [line for line in told[2:] if "Fetching" in line or "Answering" in line]
+    assert shown.stdout.startswith("Paris")
+    assert "Fetching" not in for_programs.stderr

@@ -23,9 +23,13 @@ class Request:
     body: Any
 
 
+class Comment(str):
+    """A comment between server-sent events."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A reply: a body as JSON, chunks as server-sent events, or content as it is."""
+    """A reply: a body as JSON, chunks as server-sent events and comments, or content as it is."""
 
     body: Any = None
     status: int = 200
@@ -84,7 +88,8 @@ def running_ingress() -> Iterator[Ingress]:
             try:
                 for chunk in chunks:
                     content = chunk if isinstance(chunk, str) else json.dumps(chunk)
-                    self.wfile.write(f"data: {content}\n\n".encode())
+                    field = ":" if isinstance(chunk, Comment) else "data:"
+                    self.wfile.write(f"{field} {content}\n\n".encode())
                     self.wfile.flush()
             except (BrokenPipeError, ConnectionResetError):
                 ingress.closed_early.set()

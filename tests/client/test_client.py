@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from eth_account import Account
 
+from azu.api.jobs import Phase
 from azu.api.openai import AzuFields, ChatChunk, ChatChunkChoice, Delta, TextChoice, TextChunk, Usage
 from azu.auth.key_records import ApiKey, key_id_of, key_record_is_signed, key_text, secret_digest
 from azu.auth.signatures import is_dispute
@@ -26,7 +27,7 @@ from azu.errors import (
     Unauthenticated,
     Unavailable,
 )
-from tests.client.ingress import PLATFORM, Ingress, Reply, platform_of, running_ingress, signing_in
+from tests.client.ingress import PLATFORM, Comment, Ingress, Reply, platform_of, running_ingress, signing_in
 
 MODEL = "azu/tiny-dense"
 STRANGER = "0x" + "66" * 20
@@ -91,6 +92,29 @@ def test_a_prompt_is_streamed_piece_by_piece(ingress: Ingress, client: Client) -
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+def test_a_stream_says_where_its_job_stands_and_reads_on_where_it_does_not_know_the_phase(
+    ingress: Ingress, client: Client
+) -> None:
+    phase = {
+        "name": "fetching",
+        "text": "Fetching.",
+        "done": 3,
+        "total": 9,
+        "bytes_done": 120,
+        "bytes_total": 410,
+    }
+    signs = [json.dumps(one) for one in (phase, phase | {"name": "dreaming"})] + ["{"]
+    comments = tuple(Comment(f"phase {sign}") for sign in signs)
+    ingress.replies["POST /v1/completions"] = Reply(
+        chunks=(*comments, Comment("keep-alive"), piece("Pa", finish="stop"), usage_chunk(), "[DONE]")
+    )
+    stream, seen = client.stream("The capital", model=MODEL), list[Phase]()
+    stream.on_phase = seen.append
+
+    assert stream.result().text == "Pa"
+    assert seen == [Phase(**phase)] == [stream.phase]
 
 
 def test_generate_returns_the_whole_text(ingress: Ingress, client: Client) -> None:

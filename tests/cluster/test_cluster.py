@@ -10,6 +10,7 @@ from azu.cluster.cluster import Cluster
 from azu.cluster.deployment import Deployment, DeploymentState
 from azu.cluster.deployment_store import DeploymentStore
 from azu.errors import InsufficientCapacity, WorkerLost
+from azu.models.status import ModelState, ModelStatus
 from azu.planner.migration import TopologyChange, better_placement
 from azu.planner.policy import PlanPolicy
 from azu.protocol.node import Node, NodeState
@@ -487,5 +488,37 @@ def test_a_model_leaves_a_node_whose_piece_is_slowed_down_and_does_not_come_back
         network.nodes[0] = replace(network.nodes[0], memory_bytes_per_s=1e13, flops_per_s=1e14)
         assert await network.cluster.improve(deployment)
         assert used(deployment.topology) == {"a"}
+
+    asyncio.run(scenario())
+
+
+def test_a_job_is_told_how_far_its_model_is_on_the_head_and_then_on_its_nodes(redis_url: str) -> None:
+    async def scenario() -> None:
+        network, may_load = Network(redis_url), asyncio.Event()
+        cut = ModelStatus("m/one", "r1", ModelState.CUTTING, 3 * MIB, 6 * MIB)
+        network.backend.statuses = {"m/one": cut}
+        before = await network.cluster.phase_of("m/one", "r1")
+        network.backend.on_load = [may_load.wait] * 9
+        starting = asyncio.create_task(network.ensure("m/one"))
+        await until(lambda: bool(network.backend.pieces))
+        during = await network.cluster.phase_of("m/one", "r1")
+        may_load.set()
+        deployment = await starting
+
+        assert (before.name, before.bytes_done, before.bytes_total) == ("fetching", 3 * MIB, 6 * MIB)
+        assert (during.name, during.done, during.total) == ("fetching", 0, 6)
+        assert deployment.phase is None
+
+    asyncio.run(scenario())
+
+
+def test_where_no_node_lives_a_job_is_told_how_one_joins(redis_url: str) -> None:
+    async def scenario() -> None:
+        network = Network(redis_url, nodes=[node("a", state=NodeState.DEAD)])
+        told = await network.cluster.phase_of("m/one", "r1")
+        assert (told.name, "azu join" in told.text) == ("queued", True)
+        network.nodes = [node("a")]
+        network.backend.statuses = None
+        assert (await network.cluster.phase_of("m/one", "r1")).name == "describing"
 
     asyncio.run(scenario())

@@ -29,6 +29,7 @@ from azu.metrics import Meter, MetricsSnapshot
 from azu.money.ledger.transfers import Deposit
 from azu.money.treasury.request_reply import CreditState, DepositRequests, DepositStatus
 from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
+from azu.protocol.phase import JobPhase
 from azu.redis_client import connect_redis, retry_until_available
 from azu.supervision import Supervisor
 from azu.units import LAMPORTS_PER_HYPE
@@ -76,6 +77,11 @@ class ScriptedModel:
 
     async def cancel(self, job_id: str) -> None:
         pass
+
+    phase = None
+
+    async def phase_of(self, model_id: str, revision: str) -> JobPhase:
+        return JobPhase("loading", "Loading.\u2028", 1, 3)
 
     async def look(self) -> None:
         raise WorkerLost("there is no pipeline to look at")

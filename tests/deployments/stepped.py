@@ -4,7 +4,6 @@ import asyncio
 
 from tokenizers import Tokenizer, decoders, models
 
-from azu.cluster.deployment import DeploymentState
 from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.text import TextDecoder
@@ -30,7 +29,7 @@ async def _ask() -> None:
 class SteppedModel:
     """A deployment of every model on one node of OWNERS[0]; steps wait until `step` or `keep_stepping`."""
 
-    state = DeploymentState.SERVING
+    phase = None
 
     def __init__(self, jobs: RedisJobs) -> None:
         config = SchedulerConfig(256, 16, prefill_chunk_tokens=CHUNK_TOKENS, micro_batches=1)
@@ -77,6 +76,9 @@ class SteppedModel:
 
     async def ensure(self, model_id: str, revision: str, job_id: str) -> "SteppedModel":
         return self
+
+    async def phase_of(self, model_id: str, revision: str) -> None:
+        """Return nothing: it is up."""
 
     async def run(self, job: Job) -> JobRun:
         return await self.runner.run(job)

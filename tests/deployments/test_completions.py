@@ -23,7 +23,6 @@ MODEL = "azu/tiny-dense"
 ASKED: dict[str, Any] = {
     "model": MODEL, "messages": [{"role": "user", "content": "Where is Paris?"}], "max_tokens": 5
 }  # fmt: skip
-COMMENT = b": keep-alive\n\n"
 Scenario = Callable[[LocalIngress, httpx.AsyncClient], Awaitable[None]]
 
 
@@ -78,20 +77,29 @@ def test_a_comment_fills_each_silence_of_a_stream_and_none_follows_its_end() -> 
             events.put_nowait(event)
             await settled()
 
-        streaming = asyncio.create_task(EventStream(written(), clock.sleep).stream_response(send))
+        async def sign() -> str:
+            return signs[0]
+
+        signs = ["one"]
+        stream = EventStream(written(), sign, clock.sleep)
+        streaming = asyncio.create_task(stream.stream_response(send))
         await settled()
         await say("a")
         await clock.pass_once()
         assert sent == [b"status", b"a"]
-        await clock.pass_once()
+        for _ in range(4):
+            await clock.pass_once()
+        assert sent[2:] == [b"one", b"one"], "the same comes at every other look"
+        signs[:] = ["two"]
         await clock.pass_once()
         await say("b")
+        await clock.pass_once()
         await clock.pass_once()
         await clock.pass_once()
         await say(None)
         await streaming
         await clock.pass_once()
-        assert sent == [b"status", b"a", COMMENT, COMMENT, b"b", COMMENT, b""]
+        assert sent[4:] == [b"two", b"b", b"two", b""]
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
 
@@ -115,7 +123,9 @@ def test_a_stream_is_alive_before_its_first_token_and_clients_see_only_the_answe
         client.api_key = http.headers["authorization"].removeprefix("Bearer ")
         chunks = [chunk async for chunk in await client.chat.completions.create(**asked)]
 
-        assert COMMENT in raw
+        comments = [line for line in raw.splitlines() if line.startswith(b": phase ")]
+        assert raw.startswith(b": phase "), "it comes before all else"
+        assert {json.loads(line[8:])["name"] for line in comments} <= {"queued", "loading", "reading"}
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text != ""
         assert again.endswith("data: [DONE]\n\n")
 

@@ -192,7 +192,7 @@ def test_a_job_ends_at_its_clients_word_and_charges_what_ran(play) -> None:
 
             async def says_why() -> bool:
                 listed = (await http.get("/v1/jobs")).json()["data"][0]
-                return listed["status"] == "queued" and "hung up" in listed["waits_for"]
+                return listed["status"] == "queued" and "hung up" in listed["phase"]["text"]
 
             await until(says_why)
             assert (await http.post(f"/v1/jobs/{job_id}/cancel")).status_code == 200

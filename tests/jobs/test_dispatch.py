@@ -29,6 +29,7 @@ from azu.money.bookkeeping import Bookkeeper
 from azu.money.ledger.transfers import worker_earned
 from azu.planner.plan import NEVER_FITS
 from azu.protocol.job import PLATFORM_NODE, FinishReason, Job, JobOutcome, JobRun, JobState, Placement
+from azu.protocol.phase import JobPhase
 from azu.supervision import Supervisor, end_process
 from tests.builders import OWNERS, job
 from tests.jobs.test_settlement import RUN, WORK, Billing
@@ -213,6 +214,11 @@ class Odd:
     async def run(self, job: Job) -> object:
         return self._run
 
+    phase = None
+
+    async def phase_of(self, model_id: str, revision: str) -> None:
+        pass
+
     async def look(self) -> None:
         raise WorkerLost("there is no pipeline to look at")
 
@@ -350,6 +356,42 @@ def test_a_job_of_an_earlier_scheduler_waits_until_its_nodes_are_back(
         assert found.state is (JobState.DONE if was_taken else JobState.FAILED)
 
     asyncio.run(scenario())
+
+
+class Starting(Odd):
+    """A network whose model does not come up for the first job."""
+
+    async def phase_of(self, model_id: str, revision: str) -> JobPhase:
+        return JobPhase("loading", f"{model_id} is coming.")
+
+    async def ensure(self, model_id: str, revision: str, job_id: str) -> Odd:
+        if job_id == "job-1":
+            await asyncio.Event().wait()
+        raise NO_ROOM
+
+
+def test_a_job_is_told_how_far_its_model_is_or_why_it_is_tried_again(redis_url: str) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        dispatcher = Dispatcher(
+            jobs, Starting(RUN), Settlement(None, jobs), consumer="test", patience=PATIENCE,
+            supervisor=Supervisor("test", Meter(), end_process),
+        )  # fmt: skip
+        for job_id in ("job-1", "job-2"):
+            await jobs.submit(job(job_id))
+        running = asyncio.create_task(dispatcher.run())
+        while not dispatcher._waiting:
+            await asyncio.sleep(0.01)
+        await dispatcher._look()
+        told = [await jobs.phase(job(job_id)) for job_id in ("job-1", "job-2")]
+        running.cancel()
+        await asyncio.wait({running})
+
+        assert told == [
+            JobPhase("loading", "test/model is coming."),
+            JobPhase("queued", "No node has room; it is tried again soon."),
+        ]
+
+    asyncio.run(asyncio.wait_for(scenario(RedisJobs.from_url(redis_url)), 20))
 
 
 def lost(message: str = "lost", code: str | None = None) -> AzuError:

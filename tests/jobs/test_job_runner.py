@@ -25,6 +25,7 @@ from azu.jobs.record import job_key, tokens_key
 from azu.jobs.redis import RedisJobs
 from azu.metrics import Meter
 from azu.protocol.job import PLATFORM_NODE, FinishReason, Job, TokenEvent
+from azu.protocol.phase import queued, reading
 from azu.protocol.sampling import SamplingParams
 from azu.protocol.step import ExpertWork, SampledToken, SequenceFault, StepBatch, StepResult
 from azu.protocol.structure import Structure
@@ -49,9 +50,12 @@ class Pipeline:
     model: Structure = field(default_factory=lambda: structure(4))
     places: Topology = field(default_factory=lambda: topology({"a": (0, 4)}))
     received: Received | None = None  # what its only expert set says that it got
+    max_running: int = 64
 
     def __post_init__(self) -> None:
-        self.engine = EnginePipeline(self.model, self.places, SchedulerConfig(64, 4), (2,))
+        self.engine = EnginePipeline(
+            self.model, self.places, SchedulerConfig(64, 4, max_running=self.max_running), (2,)
+        )
         decoder = Tokenizer(models.WordLevel(VOCABULARY, unk_token="a"))
         decoder.decoder = decoders.Fuse()
         metrics = PipelineMetrics("test/model", 64, Meter())
@@ -98,9 +102,9 @@ class Pipeline:
 def play(run_scenario: Callable[[Scenario], None]) -> Callable[[Callable[[Pipeline], Awaitable[None]]], None]:
     """Run a scenario with a runner whose job "job-1" was submitted."""
 
-    def run(scenario: Callable[[Pipeline], Awaitable[None]]) -> None:
+    def run(scenario: Callable[[Pipeline], Awaitable[None]], **given: int) -> None:
         async def with_runner(jobs: RedisJobs) -> None:
-            pipeline = Pipeline(jobs)
+            pipeline = Pipeline(jobs, **given)
             try:
                 await scenario(pipeline)
             finally:
@@ -485,3 +489,22 @@ def test_a_job_that_redis_lost_ends_and_the_others_go_on(play) -> None:
         answering.cancel()
 
     play(scenario)
+
+
+def test_a_job_reads_its_prompt_or_waits_behind_those_that_came_before_it(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        long = job("job-1", max_tokens=200)
+        for job_id in ("job-1", "job-2", "job-3"):
+            await pipeline.jobs.submit(replace(long, job_id=job_id))
+        running = [
+            await pipeline.begin(replace(long, job_id=job_id)) for job_id in ("job-1", "job-2", "job-3")
+        ]
+        assert pipeline.runner.look(0.1).phases == {
+            "job-1": reading(0, 4), "job-2": queued(0), "job-3": queued(1),
+        }  # fmt: skip
+        await pipeline.answer(5)
+        assert pipeline.runner.look(0.1).phases == {"job-2": queued(0), "job-3": queued(1)}
+        for one in running:
+            one.cancel()
+
+    play(scenario, max_running=1)

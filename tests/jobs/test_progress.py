@@ -3,7 +3,6 @@
 import asyncio
 from dataclasses import dataclass, field, replace
 
-from azu.cluster.deployment import DeploymentState
 from azu.cluster.liveness import STILL_S, STILL_STEPS
 from azu.config.network import RetryPolicy
 from azu.errors import AzuError, InternalError, Unavailable, WorkerLost
@@ -16,6 +15,7 @@ from azu.jobs.progress import (
     Watchdog,
 )
 from azu.protocol.job import FinishReason, Job, JobRun, PipelineLook
+from azu.protocol.phase import JobPhase, queued
 from tests.builders import job, structure
 
 PERIOD_S = 2.0
@@ -173,7 +173,7 @@ class Standing:
 
     def __init__(self) -> None:
         self.structure = structure(1)
-        self.state = DeploymentState.SERVING
+        self.phase: JobPhase | None = None
         self.seen: PipelineLook | None = PipelineLook(0, 0.0, {"job-1": 1})
         self.helped: list[str] = []
         self.runs: list[asyncio.Future[JobRun]] = []
@@ -254,21 +254,26 @@ def test_a_job_that_even_its_pipeline_cannot_end_is_waited_for_no_longer() -> No
     assert (run.completion_tokens, run.finish_reason) == (0, FinishReason.ERROR)
 
 
-def test_a_job_that_left_without_room_is_not_remembered() -> None:
-    async def look() -> list[str]:
+def test_a_job_is_where_its_pipeline_says_or_its_model_while_that_is_repaired_and_then_forgotten() -> None:
+    recovering = JobPhase("recovering", "2 of 3 parts are up.", 2, 3)
+
+    async def look() -> list[JobPhase | None]:
         deployment = Standing()
-        deployment.seen = PipelineLook(0, 0.0, {"job-1": 1}, frozenset({"job-1"}))
+        deployment.seen = PipelineLook(0, 0.0, {"job-1": 1}, phases={"job-1": queued(3)})
         one = RunningJob(replace(job(), job_id="job-1", created_at_ms=0), deployment)
         running = {"job-1": one}
         watch = ProgressWatch(running, RetryPolicy(1, 8, BUDGET_S), now_ms=lambda: 0)
         await watch.look()
-        reasons = [watch.reason("job-1")]
+        phases = [watch.phase("job-1")]
+        deployment.phase = recovering
+        phases.append(watch.phase("job-1"))
+        deployment.phase = None
         del running["job-1"]
         await watch.look()
         running["job-1"] = one
-        return [*reasons, watch.reason("job-1")]
+        return [*phases, watch.phase("job-1")]
 
-    assert asyncio.run(look()) == ["it waits for room in its model's KV cache", ""]
+    assert asyncio.run(look()) == [queued(3), recovering, None]
 
 
 def test_a_job_that_its_pipeline_does_not_hold_is_asked_for_again() -> None:

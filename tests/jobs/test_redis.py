@@ -12,6 +12,7 @@ from azu.jobs.record import GROUP, QUEUE, ChoiceProgress, job_key, tokens_key
 from azu.jobs.redis import TOKENS_KEPT_S, RedisJobs
 from azu.money.ledger.durability import DURABLE_CONFIG
 from azu.protocol.job import FinishReason, JobOutcome, JobState, TokenEvent
+from azu.protocol.phase import JobPhase, answering, reading
 from azu.protocol.sampling import SamplingParams
 from tests.builders import ALICE, BOB, job
 from tests.jobs.endings import outcome, tokens
@@ -670,24 +671,42 @@ def test_only_the_latest_cancellations_are_kept(run_scenario, monkeypatch: pytes
     run_scenario(scenario)
 
 
-def test_a_job_says_why_it_waits_until_it_moves_or_ends(run_scenario) -> None:
+def test_a_job_says_where_it_stands_until_it_ends(run_scenario) -> None:
+    loading = JobPhase("loading", "2 of 3 parts are up.", 2, 3)
+    recovering = JobPhase("recovering", "2 of 3 parts are up.", 2, 3)
+
     async def scenario(jobs: RedisJobs) -> None:
-        await jobs.submit(job())
-        seen = []
-        for reason in ("its model is being started", "", "its model is being repaired or moved"):
-            await jobs.explain({"job-1": reason, "job-2": "it is unknown"})
+        seen: list[JobPhase | None] = []
+
+        async def look() -> None:
             record = await jobs.get("job-1")
             assert record is not None
-            seen.append(record.waits_for)
-        await jobs.finish("job-1", outcome())
-        await jobs.explain({"job-1": "it has ended"})
-        record = await jobs.get("job-1")
+            assert record.phase == await jobs.phase(job())
+            seen.append(record.phase)
 
-        assert record is not None
-        assert [*seen, record.waits_for] == [
-            "its model is being started", "", *["its model is being repaired or moved"] * 2,
+        async def tell(phase: JobPhase | None) -> None:
+            await jobs.explain({"job-1": phase, "job-2": loading})
+            await look()
+
+        await jobs.submit(job())
+        await look()
+        await tell(loading)
+        await jobs.set_state("job-1", JobState.RUNNING)
+        await tell(None)
+        await tell(reading(2, 4))
+        await jobs.append([("job-1", TokenEvent(0, (7, 8)))])
+        await look()
+        await tell(recovering)
+        await tell(None)
+        await jobs.finish("job-1", outcome())
+        await tell(recovering)
+
+        assert seen == [
+            JobPhase("queued", "Waiting to be taken from the queue."),
+            loading, reading(None, 4), reading(2, 4), answering(2, 10), recovering, answering(2, 10), None,
         ]  # fmt: skip
         assert await jobs.get("job-2") is None
+        assert await jobs.phase(job("job-2")) is None
 
     run_scenario(scenario)
 

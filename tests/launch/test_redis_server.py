@@ -35,6 +35,7 @@ from azu.money.treasury.redis import RedisCursor, RedisLease, RedisMetrics, Redi
 from azu.money.treasury.request_reply import CreditState, DepositRequests, DepositStatus
 from azu.money.treasury.withdrawals import RedisWithdrawals, SignedWithdrawal
 from azu.protocol.job import JobState, TokenEvent
+from azu.protocol.phase import JobPhase
 from azu.redis_client import connect_redis
 from tests.builders import ALICE, BOB, job
 from tests.jobs.endings import outcome
@@ -150,7 +151,7 @@ async def as_scheduler(redis: Redis) -> None:
     jobs = RedisJobs(redis)
     [_] = await jobs.take("scheduler", 1, 60_000)
     await jobs.set_state("job-1", JobState.RUNNING)
-    await jobs.explain({"job-1": "its model is being started"})
+    await jobs.explain({"job-1": JobPhase("loading", "its model is being started")})
     assert await jobs.count_fault("job-1") == 1
     assert await Books("wire://scheduler:secret@127.0.0.1:9", redis).treasury_metrics() is None
     await jobs.finish("job-1", outcome())

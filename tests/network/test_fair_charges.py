@@ -94,7 +94,10 @@ def leave_at(user: User, tokens: int, body: dict[str, Any]) -> str:
     connection = asking(user, body)
     wait_for(lambda: ask_inside(pipeline, num_ran) == [tokens], f"{tokens} tokens never ran alone")
     connection.close()
-    wait_for(lambda: "hung up" in (last_job(user)["waits_for"] or ""), "the client's leaving was not seen")
+    wait_for(
+        lambda: "hung up" in (last_job(user)["phase"] or {}).get("text", ""),
+        "the client's leaving was not seen",
+    )
     ask_inside(pipeline, stop_at(0))
     job_id: str = last_job(user)["job_id"]
     assert job_id != before
