@@ -1,6 +1,8 @@
 """The network: its health, nodes, deployments, models and metrics."""
 
 import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
@@ -37,7 +39,6 @@ from azu.metrics import (
 )
 from azu.models.description import AvailableModel
 from azu.models.status import ModelStatus
-from azu.protocol.job import DeploymentStatus
 from azu.protocol.node import Node
 from deployments.schema import plain_text
 from deployments.services import (
@@ -120,11 +121,8 @@ async def leave(name: str, services: ServicesNow, admin: AdminSecret, secret: Ap
 async def models(_: Key, services: ServicesNow) -> ModelList:
     """Return the models that are built in or cut."""
     available: list[AvailableModel] = await services.registry("available")
-    deployed = await _deployed(services)
-    data = [
-        _model(services, one.model_id, one.num_layers, one.context_length, one.model_id in deployed)
-        for one in available
-    ]
+    standing = await _standing(services)
+    data = [_model(services, one.model_id, one.num_layers, one.context_length, standing) for one in available]
     return ModelList(data=tuple(data))
 
 
@@ -135,8 +133,8 @@ async def model(model_id: str, _: Key, bearer: Bearer, services: ServicesNow) ->
     For a model that is new here a fee is set aside.
     """
     facts = (await services.model(model_id, bearer)).facts
-    deployed = model_id in await _deployed(services)
-    return _model(services, model_id, facts.num_layers, facts.context_length, deployed)
+    standing = await _standing(services)
+    return _model(services, model_id, facts.num_layers, facts.context_length, standing)
 
 
 @router.post("/models/shard", dependencies=[Admin])
@@ -196,15 +194,35 @@ def activity_of(snapshot: MetricsSnapshot, model_id: str) -> Activity:
     )
 
 
-async def _deployed(services: Services) -> set[str]:
-    deployments: list[DeploymentStatus] = await services.scheduler("deployments")
-    return {one.model_id for one in deployments if one.state in ("running", "slow")}
+# A model of several pipelines is as good as its best one.
+_STATES = ("running", "slow", "deploying", "broken")
+
+
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """The state of each model that is or was deployed, and what was measured."""
+
+    states: Mapping[str, str]
+    measured: MetricsSnapshot
+
+    def tokens_per_s(self, model_id: str) -> float | None:
+        """Return the mean speed of one answer; None before any was measured."""
+        mean_s = activity_of(self.measured, model_id).time_per_token.mean_s(TimeTotal())
+        return 1 / mean_s if mean_s else None
+
+
+async def _standing(services: Services) -> _Standing:
+    asked = map(services.scheduler, ("deployments", "metrics"))
+    deployments, measured = await asyncio.gather(*asked)
+    worst_first = sorted(deployments, key=lambda one: _STATES.index(one.state), reverse=True)
+    return _Standing({one.model_id: one.state for one in worst_first}, measured)
 
 
 def _model(
-    services: Services, model_id: str, num_layers: int, context_length: int, deployed: bool
+    services: Services, model_id: str, num_layers: int, context_length: int, standing: _Standing
 ) -> ModelLine:
     limits = services.config.policy.limits
+    state = standing.states.get(model_id, "ready")
     return ModelLine(
         id=model_id,
         owned_by=model_id.split("/", maxsplit=1)[0],
@@ -212,5 +230,7 @@ def _model(
         max_model_len=min(context_length, limits.max_prompt_tokens + limits.max_completion_tokens),
         num_layers=num_layers,
         lamports_per_token=num_layers * services.config.policy.price.lamports_per_token_layer,
-        deployed=deployed,
+        deployed=state in ("running", "slow"),
+        state=state,
+        tokens_per_s=standing.tokens_per_s(model_id),
     )

@@ -454,7 +454,11 @@ class TextChunk(_Answer):
 
 
 class ModelLine(ResponseModel):
-    """A model of the network; a token costs `lamports_per_token`, prompt and completion alike."""
+    """A model of the network; a token costs `lamports_per_token`, prompt and completion alike.
+
+    `state` is that of its deployment ("running", "slow", "broken" or "deploying"), or "ready" where the first
+    prompt brings it up. `tokens_per_s` is the speed of one answer as it was measured, null before any was.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -465,6 +469,8 @@ class ModelLine(ResponseModel):
     num_layers: int
     lamports_per_token: int
     deployed: bool
+    state: str = ""
+    tokens_per_s: float | None = None
 
 
 class ModelList(ResponseModel):

@@ -54,7 +54,7 @@ _COMMANDS = (
     ("dispute", "dispute"),
     ("ps", "ps"),
     ("top", "top"),
-    ("ps", "models"),
+    ("models", "models"),
     ("account", "earnings"),
     ("shard", "shard"),
     ("plan", "plan"),

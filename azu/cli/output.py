@@ -70,6 +70,10 @@ def amount(lamports: int | None, exact: bool) -> str:
 
 
 _WIDER_THAN_ANY = 100_000
+# How the names of columns with numbers end.
+_NUMBERS = (
+    "lamports", "charged", "released", "HYPE", "bytes", "VRAM", "free", "shards", "context", "tokens/s",
+)  # fmt: skip
 
 
 class Listing:
@@ -117,10 +121,7 @@ class Listing:
             header_style=None if self._lines else "dim",
         )
         for index, column in enumerate(self._columns):
-            numeric = column.endswith(
-                ("lamports", "charged", "released", "HYPE", "bytes", "VRAM", "free", "shards")
-            )
-            justify: JustifyMethod = "right" if numeric else "left"
+            justify: JustifyMethod = "right" if column.endswith(_NUMBERS) else "left"
             # An id that is cut short or wrapped cannot be copied.
             drawn.add_column(Text(column), justify=justify, overflow="fold", no_wrap=index == 0)
         for row in self._rows:

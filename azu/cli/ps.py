@@ -1,4 +1,4 @@
-"""`azu ps`, `models`: the network's nodes, pieces and models."""
+"""`azu ps`: the network's nodes, and where the pieces of each model are."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,12 +18,6 @@ if TYPE_CHECKING:
 def ps(as_json: AsJson = False) -> None:
     """Show what does not run as it should, the nodes, their VRAM, and where the pieces of each model are."""
     show(open_client().network(), as_json, _network)
-
-
-def models(as_json: AsJson = False) -> None:
-    """Show the models that the network knows."""
-    found = open_client().models()
-    show(found, as_json, lambda ids: table(["model"], [[model_id] for model_id in ids]))
 
 
 def shown_names(nodes: "Sequence[NodeLine]") -> dict[str, str]:

@@ -42,7 +42,7 @@ from azu.api.network import (
     ModelStatusResponse,
     NetworkResponse,
 )
-from azu.api.openai import ModelList
+from azu.api.openai import ModelLine, ModelList
 from azu.auth.key_records import (
     SECRET_BYTES,
     ApiKey,
@@ -297,9 +297,9 @@ class Client:
         """Have a node of the key's address give away what it holds; return True once it holds nothing."""
         return self._post(LeaveResponse, f"/v1/nodes/{quote(node, safe='')}/leave", {}).left
 
-    def models(self) -> list[str]:
-        """Return the ids of the models that the network knows."""
-        return [line.id for line in self._get(ModelList, "/v1/models").data]
+    def models(self) -> list[ModelLine]:
+        """Return the models that are built in or cut, with their prices."""
+        return list(self._get(ModelList, "/v1/models").data)
 
     def shard(self, model: str) -> ModelStatusResponse:
         """Have a model cut into shards; needs the admin key."""

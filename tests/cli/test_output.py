@@ -6,7 +6,8 @@ from rich.console import RenderableType
 from azu.api.accounts import BalanceResponse, KeyLine
 from azu.api.jobs import JobLine
 from azu.api.network import DeploymentLine, NetworkResponse, NodeLine, PieceLine
-from azu.cli import account, keys, ps, top
+from azu.api.openai import ModelLine
+from azu.cli import account, keys, models, ps, top
 from azu.cli.output import Terminal, amount, table, unit
 from azu.cli.prompt import _jobs
 from azu.units import GIB
@@ -44,13 +45,20 @@ def job() -> JobLine:
     )  # fmt: skip
 
 
+def model() -> ModelLine:
+    return ModelLine(
+        id="azu/tiny-dense", owned_by="azu", context_length=9000, max_model_len=9000, num_layers=6,
+        lamports_per_token=12, deployed=True, state="running", tokens_per_s=83.21,
+    )  # fmt: skip
+
+
 NARROW = {
     "ps": (lambda: ps._network(network()), ["80.0 GiB", "13.0 GiB", "66.0 GiB", ADDRESS, "azu/tiny-dense"]),
     "top": (
         lambda: top._screen(top.Sample(network(), {"azu/tiny-dense": top.Speed(41.25, 1.5, 0.0312, None)})),
         ["80.0 GiB", "13.0 GiB", "66.0 GiB", "41.2", "1.50 s", "31.2 ms"],
     ),
-    "models": (lambda: table(["model"], [["azu/tiny-dense"]]), ["azu/tiny-dense"]),
+    "models": (lambda: models.drawn([model()], exact=False), ["azu/tiny-dense", "0.12", "9,000", "83.2"]),
     "jobs": (lambda: _jobs([job()]), [JOB, "0.00016", "1.23456789"]),
 }
 

@@ -11,7 +11,9 @@ from transformers import AutoTokenizer
 
 from azu.config import NetworkPolicy
 from azu.errors import ShardError
-from tests.deployments.local import LocalIngress, local_ingress, policy_with
+from azu.metrics import TIME_PER_TOKEN, Meter, MetricsSnapshot
+from azu.protocol.job import DeploymentStatus
+from tests.deployments.local import LocalIngress, NoNodes, local_ingress, policy_with
 from tests.models.questions import built_in_folder
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -69,7 +71,37 @@ def test_models_have_their_price_and_their_length_limit(play) -> None:
         assert models["azu/tiny-dense"] == dense
         assert dense.context_length == dense.max_model_len == 1024
         assert dense.lamports_per_token == 2 * dense.num_layers
-        assert dense.deployed is False
+        assert (dense.deployed, dense.state, dense.tokens_per_s) == (False, "ready", None)
+
+    play(scenario)
+
+
+class Measured(NoNodes):
+    """A scheduler with two pipelines of a model, one of them broken, and a model that is slow."""
+
+    async def deployments(self) -> tuple[DeploymentStatus, ...]:
+        states = {"azu/tiny-dense": ("running", "broken"), "azu/tiny-moe": ("broken", "slow")}
+        return tuple(
+            DeploymentStatus(model_id, "r", state) for model_id, found in states.items() for state in found
+        )
+
+    async def metrics(self) -> MetricsSnapshot:
+        meter = Meter()
+        for seconds in (0.01, 0.03):
+            meter.observe(TIME_PER_TOKEN, seconds, "azu/tiny-dense")
+        return meter.snapshot()
+
+
+def test_models_have_the_state_of_their_best_pipeline_and_the_speed_that_was_measured(play) -> None:
+    async def scenario(ingress: LocalIngress, client: openai.AsyncOpenAI, sent: list[httpx.Request]) -> None:
+        ingress.app.state.services._actors["scheduler"] = Measured()
+        found = {model.id: model async for model in client.models.list()}
+
+        assert {name: (one.state, one.deployed) for name, one in found.items()} == {
+            "azu/tiny-dense": ("running", True), "azu/tiny-moe": ("slow", True),
+        }  # fmt: skip
+        assert found["azu/tiny-dense"].tokens_per_s == pytest.approx(50)
+        assert found["azu/tiny-moe"].tokens_per_s is None
 
     play(scenario)
 
