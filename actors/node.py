@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from actors.compat import is_one_waiting, start_waiting
 from actors.links import REGISTRY, ask, raises_known_errors
 from actors.placement import WorkerNode, start_on_node, worker_nodes
 from actors.telemetry import log_as
+from azu.cluster.lending import TERMS, LendingTerms, Pace, Pauses
 from azu.cluster.nodes import NodeTable, NodeVersions
 from azu.config.network import Heartbeat
 from azu.engine.device import DeviceMemory, device_speed, open_meter
 from azu.errors import ShardError
 from azu.files import disk_errors
-from azu.models.shard_cache import ShardCache
+from azu.models.shard_cache import ShardCache, within
 from azu.protocol.node import Node, NodeState, plain_name
 from azu.protocol.structure import ModelFile, Shard, Structure
 from azu.protocol.topology import actor_name
@@ -56,7 +58,14 @@ class NodeAgent:
         home = Path(os.environ.get("AZU_HOME") or head_home)
         self._node = node
         self._home = home
-        self._cache = ShardCache(home / "shards" / node.name)
+        terms = LendingTerms.from_json(os.environ.get(TERMS) or "{}")
+        most = terms.disk_bytes
+        self._cache = ShardCache(home / "shards" / node.name, None if most is None else within(most))
+        self._pace = Pace(terms.fetch_bytes_per_s)
+        self._pauses = Pauses(terms)
+        self._terms = terms
+        # It outlives the node, which is started again with a new certificate now and then.
+        self._paused = home / "paused" / node.name
         self._files = home / "models" / node.name
         self._lent_bytes = node.vram_bytes
         self._state = NodeState.ALIVE
@@ -71,6 +80,8 @@ class NodeAgent:
     async def report(self) -> Node:
         """Return the node's live state."""
         memory = await asyncio.to_thread(self._memory)
+        why_paused = await asyncio.to_thread(self._why_paused)
+        state = NodeState.PAUSED if why_paused and self._state is NodeState.ALIVE else self._state
         return Node(
             node_id=self._node.node_id,
             name=self._node.name,
@@ -85,8 +96,29 @@ class NodeAgent:
             vram_used_bytes=memory.used_bytes,
             vram_other_bytes=memory.other_bytes,
             load=self._meter.load(),
-            state=self._state,
+            state=state,
+            why_paused=why_paused,
         )
+
+    async def pause(self) -> None:
+        """Report from now on that this node is paused, until `resume`; it gives its pieces away."""
+        self._paused.parent.mkdir(parents=True, exist_ok=True)
+        self._paused.touch()
+
+    async def resume(self) -> None:
+        """Lend again, as far as the owner's terms allow it."""
+        self._paused.unlink(missing_ok=True)
+
+    def _why_paused(self) -> str:
+        if self._paused.exists():
+            return "its owner paused it"
+        load = None
+        if self._terms.yields:
+            titles = _titles()
+            own = [os.getppid(), *titles] if self._node.device == "cpu" else _pieces(titles)
+            load = self._meter.others_load(own)
+        celsius = None if self._terms.max_celsius is None else self._meter.celsius()
+        return self._pauses.why(datetime.now().time(), time.monotonic(), celsius, load)
 
     async def leave(self) -> None:
         """Report from now on that this node is leaving; it keeps its pieces until they run elsewhere."""
@@ -114,8 +146,7 @@ class NodeAgent:
             except Exception as error:
                 # Pieces come up without it too, only later.
                 log.warning("no process waits for the next piece: %s", error)
-        pieces = [pid for pid, title in titles.items() if title.startswith(_PIECES)]
-        return self._meter.memory(self._lent_bytes, pieces)
+        return self._meter.memory(self._lent_bytes, _pieces(titles))
 
     async def fetch(self, structure: Structure, names: Sequence[str]) -> tuple[dict[str, Path], Path]:
         """Fetch shards to this node's disk; return their paths and the folder with config and tokenizer.
@@ -135,10 +166,11 @@ class NodeAgent:
         there = Path(await _ask("path", *key))
         if there.is_file():
             return await asyncio.to_thread(self._cache.adopt, shard.sha256, there)
-        chunks = [
-            await _ask("read", *key, offset, _CHUNK_BYTES)
-            for offset in range(0, shard.size_bytes, _CHUNK_BYTES)
-        ]
+        chunks = []
+        for offset in range(0, shard.size_bytes, _CHUNK_BYTES):
+            num_bytes = min(_CHUNK_BYTES, shard.size_bytes - offset)
+            await asyncio.sleep(self._pace.wait_s(num_bytes, time.monotonic()))
+            chunks.append(await _ask("read", *key, offset, _CHUNK_BYTES))
         return await asyncio.to_thread(self._cache.store, shard.sha256, shard.size_bytes, chunks)
 
     async def _config(self, structure: Structure) -> Path:
@@ -172,6 +204,10 @@ def _titles() -> dict[int, str]:
         with suppress(psutil.Error):  # it ended, or belongs to another user
             titles[process.pid] = " ".join(process.cmdline())
     return titles
+
+
+def _pieces(titles: Mapping[int, str]) -> list[int]:
+    return [pid for pid, title in titles.items() if title.startswith(_PIECES)]
 
 
 def _write(folder: Path, file: ModelFile, content: bytes) -> None:

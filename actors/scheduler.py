@@ -5,6 +5,8 @@ import logging
 import time
 from collections.abc import Collection
 
+from ray.actor import ActorHandle
+
 from actors.deployment import RayBackend
 from actors.links import raises_known_errors
 from actors.node import NodeAgents
@@ -162,11 +164,25 @@ class Scheduler:
         With an `address` only a node that pays this address is taken. Raises NotFound for any other node, and
         Conflict where more than one has the name.
         """
+        node_id, agent = self._agent_of(name, address)
+        await agent.leave.remote()
+        return node_id not in self._cluster.placed_bytes()
+
+    async def pause(self, name: str, address: str | None) -> bool:
+        """Have a node give away what it holds, and take nothing until `resume`; else as `leave`."""
+        node_id, agent = self._agent_of(name, address)
+        await agent.pause.remote()
+        return node_id not in self._cluster.placed_bytes()
+
+    async def resume(self, name: str, address: str | None) -> None:
+        """Have a node that its owner paused lend again; raises as `leave` does."""
+        await self._agent_of(name, address)[1].resume.remote()
+
+    def _agent_of(self, name: str, address: str | None) -> tuple[str, ActorHandle]:
         agents = self._agents.by_node
         nodes = (one for one in self._agents.nodes.values() if one.node_id in agents)
         node = node_called(name, (one for one in nodes if address in (None, one.payout_address)))
-        await agents[node.node_id].leave.remote()
-        return node.node_id not in self._cluster.placed_bytes()
+        return node.node_id, agents[node.node_id]
 
     async def restart(self, name: str, hosts: Collection[str]) -> tuple[bool, bool]:
         """Give a node on one of the `hosts` its turn to be started again; it then gives away what it holds.

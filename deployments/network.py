@@ -16,6 +16,7 @@ from azu.api.network import (
     ModelStatusResponse,
     NetworkResponse,
     NodeLine,
+    PauseResponse,
     ShardRequest,
     TimeTotal,
 )
@@ -113,8 +114,30 @@ async def leave(name: str, services: ServicesNow, admin: AdminSecret, secret: Ap
 
     The caller asks again until `left` is true.
     """
-    address = None if is_admin(services, admin) else (await services.key(secret)).address
+    address = await _owner(services, admin, secret)
     return LeaveResponse(name=name, left=await services.scheduler("leave", name, address))
+
+
+@router.post("/v1/nodes/{name}/pause")
+async def pause(name: str, services: ServicesNow, admin: AdminSecret, secret: ApiKeySecret) -> PauseResponse:
+    """Have a node give away what it holds, and take nothing new until it resumes; allowed as for leaving.
+
+    The caller asks again until `empty` is true.
+    """
+    address = await _owner(services, admin, secret)
+    return PauseResponse(name=name, paused=True, empty=await services.scheduler("pause", name, address))
+
+
+@router.post("/v1/nodes/{name}/resume")
+async def resume(name: str, services: ServicesNow, admin: AdminSecret, secret: ApiKeySecret) -> PauseResponse:
+    """Have a node lend again that was paused; allowed as for leaving."""
+    await services.scheduler("resume", name, await _owner(services, admin, secret))
+    return PauseResponse(name=name, paused=False)
+
+
+async def _owner(services: Services, admin: str | None, secret: str | None) -> str | None:
+    """Return the address whose nodes a caller may move, None for the admin, who may move all."""
+    return None if is_admin(services, admin) else (await services.key(secret)).address
 
 
 @router.get("/v1/models")
@@ -165,6 +188,7 @@ def _node(node: Node) -> NodeLine:
         vram_other_bytes=node.vram_other_bytes,
         load=node.load,
         bad_frames=node.bad_frames,
+        why_paused=node.why_paused,
         cached_shards=len(node.cached_shards),
     )
 

@@ -33,7 +33,8 @@ class NodeLine(ResponseModel):
 
     `vram_free_bytes` is what may still be placed there, `vram_used_bytes` what azu's processes hold (null if
     unknown), `vram_other_bytes` what other programs hold; `load` is the busy part of the device, 0 to 1.
-    `bad_frames` counts the frames of this node that other nodes refused.
+    `bad_frames` counts the frames of this node that other nodes refused; `why_paused` is empty unless it is
+    "paused".
     """
 
     node_id: str
@@ -47,6 +48,7 @@ class NodeLine(ResponseModel):
     vram_other_bytes: int = 0
     load: float = 0.0
     bad_frames: int = 0
+    why_paused: str = ""
     cached_shards: int
 
 
@@ -111,6 +113,14 @@ class LeaveResponse(ResponseModel):
 
     name: str
     left: bool
+
+
+class PauseResponse(ResponseModel):
+    """Whether a node is `paused`; `empty` is true once it holds nothing, until then the caller asks again."""
+
+    name: str
+    paused: bool
+    empty: bool = False
 
 
 class ShardRequest(RequestModel):

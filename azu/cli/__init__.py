@@ -43,6 +43,8 @@ _COMMANDS = (
     ("serve", "serve"),
     ("join", "join"),
     ("leave", "leave"),
+    ("pause", "pause"),
+    ("pause", "resume"),
     ("down", "down"),
     ("account", "login"),
     ("account", "deposit"),

@@ -438,7 +438,8 @@ def _nodes(url: str, tls: ssl.SSLContext | None) -> Iterator[Finding]:
         yield Finding("nodes", Severity.WARNING, "none: no model can run", "`azu join TICKET`, or --workers")
     for node in nodes:
         told, advice = f"{node.state}, {node.device}", "see what `azu join` prints on its machine"
-        yield _result(f"node {node.name}", node.state in ("alive", "left"), told, advice, Severity.WARNING)
+        is_good = node.state in ("alive", "left", "paused")
+        yield _result(f"node {node.name}", is_good, told, advice, Severity.WARNING)
 
 
 def _own_certificates(settings: Settings) -> Iterator[Finding]:

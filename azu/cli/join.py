@@ -18,6 +18,7 @@ from azu.units import format_bytes
 
 if TYPE_CHECKING:
     from azu.api.network import RestartResponse
+    from azu.cluster.lending import LendingTerms
     from azu.config import Settings
     from azu.launch.membership import ClusterAccess, Membership, Ticket, TlsFiles
     from azu.launch.processes import ProcessGroup
@@ -45,6 +46,11 @@ PayoutOption = Annotated[str, typer.Option(help="The address that is paid.")]
 Name = Annotated[str | None, typer.Option(help="What the network calls this machine.")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Lend the CPU although there are GPUs.")]
 Ip = Annotated[str | None, typer.Option(help="The address at which the network reaches this machine.")]
+HoursOption = Annotated[str | None, typer.Option(help="Lend in a part of each day only, such as 22-07.")]
+MaxCelsius = Annotated[float | None, typer.Option("--max-temperature", help="Pause from so many degrees on.")]
+Yields = Annotated[bool, typer.Option("--yield", help="Pause while other programs use the device.")]
+Disk = Annotated[str | None, typer.Option(help="What shards take on the disk at most, such as 100GiB.")]
+Bandwidth = Annotated[str | None, typer.Option(help="What is fetched in a second at most, such as 20MiB.")]
 
 
 def join(
@@ -55,6 +61,11 @@ def join(
     name: Name = None,
     cpu: Cpu = False,
     ip: Ip = None,
+    hours: HoursOption = None,
+    max_celsius: MaxCelsius = None,
+    yields: Yields = False,
+    disk: Disk = None,
+    bandwidth: Bandwidth = None,
 ) -> None:
     """Lend this machine until Ctrl-C: one Ray node for each GPU, started again when it dies."""
     from azu.config import Settings
@@ -63,7 +74,8 @@ def join(
     from azu.launch.processes import address_towards, stop_signals_raised
 
     decoded = decode_ticket(ticket_word(ticket, ticket_file))
-    _workers(name or socket.gethostname(), vram, payout, cpu=cpu)  # raises for what cannot be lent
+    terms = lending_terms(hours=hours, max_celsius=max_celsius, yields=yields, disk=disk, bandwidth=bandwidth)
+    _workers(name or socket.gethostname(), vram, payout, terms, cpu=cpu)  # raises for what cannot be lent
     settings = Settings.from_environment()
     check_home(settings.home)
     user = _ray_user(settings)
@@ -74,7 +86,7 @@ def join(
         ip = _on_the_heads_machine(decoded, ip, settings.home)
     console.print(Text(f"network {decoded.network}", "dim"))
     with _own_name(name) as machine, stop_signals_raised():
-        workers = _workers(machine, vram, payout, cpu=cpu)
+        workers = _workers(machine, vram, payout, terms, cpu=cpu)
         membership = membership_of(
             decoded, settings.home, name=machine, host=ip, money_home=settings.money_home
         )
@@ -207,13 +219,37 @@ def _shared(tls: "TlsFiles | None", folder: Path, user: "UnixUser | None") -> "T
     return TlsFiles(*(shared_file(folder, path.name, path.read_text(), user) for path in astuple(tls)))
 
 
-def _workers(name: str, vram: str, payout: str, *, cpu: bool) -> "list[Worker]":
-    """Return one worker for each GPU, or one for the CPU."""
+def lending_terms(
+    *,
+    hours: str | None = None,
+    max_celsius: float | None = None,
+    yields: bool = False,
+    disk: str | None = None,
+    bandwidth: str | None = None,
+) -> "LendingTerms":
+    """Return the owner's terms; raises InvalidRequest for a text that is none."""
+    from azu.cluster.lending import Hours, LendingTerms
+    from azu.units import parse_bytes
+
+    return LendingTerms(
+        None if hours is None else Hours.parse(hours),
+        max_celsius,
+        yields,
+        None if disk is None else parse_bytes(disk),
+        None if bandwidth is None else max(1, parse_bytes(bandwidth)),
+    )
+
+
+def _workers(name: str, vram: str, payout: str, terms: "LendingTerms", *, cpu: bool) -> "list[Worker]":
+    """Return one worker for each GPU, or one for the CPU.
+
+    Raises ConfigurationError where they cannot lend so much, or keep to the terms.
+    """
     from pydantic import ValidationError
 
     from azu.config import LocalWorker
     from azu.config.settings import configuration_error
-    from azu.engine.device import device_bytes
+    from azu.engine.device import CpuMeter, device_bytes
     from azu.launch.ray_nodes import Worker, check_lent, cuda_devices
 
     gpus = () if cpu else cuda_devices()
@@ -223,10 +259,14 @@ def _workers(name: str, vram: str, payout: str, *, cpu: bool) -> "list[Worker]":
         raise configuration_error(error) from error
     names = [f"{checked.name}-{index}" for index in range(len(gpus))] if len(gpus) > 1 else [checked.name]
     workers = [
-        Worker(index, named, checked.vram, checked.payout, gpu)
+        Worker(index, named, checked.vram, checked.payout, gpu, terms)
         for index, (named, gpu) in enumerate(zip(names, gpus or (None,), strict=True))
     ]
     check_lent(workers, device_bytes)
+    if terms.disk_bytes is not None and terms.disk_bytes < checked.vram:
+        raise ConfigurationError("the disk has to take what the device lends: give --disk more", param="disk")
+    if terms.max_celsius is not None and not gpus and CpuMeter().celsius() is None:
+        raise ConfigurationError("this machine shows no temperature", param="max_temperature")
     return workers
 
 

@@ -34,7 +34,7 @@ def _network(found: "NetworkResponse") -> Group:
     nodes = [
         (
             names[node.node_id],
-            node.state,
+            f"{node.state}: {node.why_paused}" if node.why_paused else node.state,
             node.device,
             format_bytes(node.vram_total_bytes),
             format_bytes(node.vram_free_bytes),

@@ -41,6 +41,7 @@ from azu.api.network import (
     LeaveResponse,
     ModelStatusResponse,
     NetworkResponse,
+    PauseResponse,
 )
 from azu.api.openai import ModelLine, ModelList
 from azu.auth.key_records import (
@@ -296,6 +297,14 @@ class Client:
     def leave(self, node: str) -> bool:
         """Have a node of the key's address give away what it holds; return True once it holds nothing."""
         return self._post(LeaveResponse, f"/v1/nodes/{quote(node, safe='')}/leave", {}).left
+
+    def pause(self, node: str) -> bool:
+        """Pause a node of the key's address until `resume`; return True once it holds nothing."""
+        return self._post(PauseResponse, f"/v1/nodes/{quote(node, safe='')}/pause", {}).empty
+
+    def resume(self, node: str) -> None:
+        """Have a paused node lend again."""
+        self._post(PauseResponse, f"/v1/nodes/{quote(node, safe='')}/resume", {})
 
     def models(self) -> list[ModelLine]:
         """Return the models that are built in or cut, with their prices."""

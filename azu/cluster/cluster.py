@@ -239,10 +239,11 @@ class Cluster:
         for deployment in self.deployments:
             deployment.node_lost(node_id)
 
-    async def vacate(self, node_id: str) -> bool:
-        """Move what is on a node elsewhere, as far as there is room; say whether anything moves.
+    async def vacate(self, node_id: str, *, closes_idle: bool = False) -> bool:
+        """Move what is on a node elsewhere, as far as there is room; say whether anything goes.
 
-        Streams wait while what moves is loaded and filled; what finds no room stays where it is.
+        Streams wait while what moves is loaded and filled; what finds no room stays where it is. With
+        `closes_idle` a model without a job is closed then.
         """
         moving: list[Sizes] = []
         for deployment in self.deployments:
@@ -252,7 +253,14 @@ class Cluster:
             try:
                 moving.append(self._room_elsewhere(deployment, pieces, node_id, beside=sums(moving)))
             except InsufficientCapacity as error:
-                log.info("what is on %s stays: %s", node_id[:8], error.message)
+                if closes_idle and deployment.is_idle:
+                    key = deployment.topology.key
+                    log.warning("closing %s: only %s has room for it", key[0], node_id[:8])
+                    del self._deployments[key]
+                    await deployment.close()
+                    moving.append({})
+                else:
+                    log.info("what is on %s stays: %s", node_id[:8], error.message)
                 continue
             deployment.node_lost(node_id)
         return bool(moving)

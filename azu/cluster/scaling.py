@@ -179,7 +179,7 @@ class ExpertReplication:
 
 
 class KvPressure:
-    """Reduces KV where nodes have less room than planned, restores it later, and empties nodes that leave."""
+    """Reduces KV where nodes have less room than planned, restores it later, empties nodes that leave."""
 
     def __init__(self, cluster: Cluster, policy: PlanPolicy) -> None:
         self._cluster = cluster
@@ -194,7 +194,8 @@ class KvPressure:
         await self._resize(reductions, reports, now_s)
         for node in reports:
             if self._must_be_vacated(node, reductions) and self._takes_changes(node.node_id, now_s):
-                if await self._cluster.vacate(node.node_id):
+                goes = node.state in (NodeState.LEAVING, NodeState.PAUSED)
+                if await self._cluster.vacate(node.node_id, closes_idle=goes):
                     log.warning("pieces leave %s", node.name)
                 self._leave_alone(node.node_id, now_s)
 
@@ -219,8 +220,8 @@ class KvPressure:
             await deployment.resize(wanted)
 
     def _must_be_vacated(self, node: Node, reductions: Mapping[PipelineKey, KvReduction]) -> bool:
-        """Say whether pieces must go: the owner leaves, marks doubt it, or all KV given up is not enough."""
-        if node.state in (NodeState.LEAVING, NodeState.SUSPECT):
+        """Say whether pieces must go: its owner or a mark says so, or all KV given up is not enough."""
+        if node.state in (NodeState.LEAVING, NodeState.PAUSED, NodeState.SUSPECT):
             return True
         is_short = any(
             (reduction := reductions.get(one.topology.key)) is not None and reduction.missing_bytes

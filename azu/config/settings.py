@@ -18,8 +18,8 @@ _PREFIX = "AZU_"
 # Variables that azu reads elsewhere: in one process each, or at the start of a child.
 _READ_ELSEWHERE = frozenset(
     {
-        "AZU_API_KEY", "AZU_BOOKS_URL", "AZU_CONTROL_PIPE", "AZU_JOBS_REDIS_URL", "AZU_PRIVATE_KEY_FILE",
-        "AZU_SIGNER_URL", "AZU_TICKET", "AZU_WALLET_PASSWORD",
+        "AZU_API_KEY", "AZU_BOOKS_URL", "AZU_CONTROL_PIPE", "AZU_JOBS_REDIS_URL", "AZU_LENDING",
+        "AZU_PRIVATE_KEY_FILE", "AZU_SIGNER_URL", "AZU_TICKET", "AZU_WALLET_PASSWORD",
     }
 )  # fmt: skip
 # A link in AZU_HOME to the homes of the other users that run the network.

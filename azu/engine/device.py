@@ -11,7 +11,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -57,12 +58,24 @@ class DeviceMeter(Protocol):
     def load(self) -> float:
         """Return the part of the time since the last call in which the device was busy, 0 to 1."""
 
+    def others_load(self, own_pids: Collection[int]) -> float | None:
+        """Return the part of the device that other programs used since the last call, 0 to 1.
+
+        `own_pids` are azu's processes, of a GPU those that use it. None where the driver does not know them.
+        """
+
+    def celsius(self) -> float | None:
+        """Return how warm the device is; None without a sensor."""
+
 
 class CpuMeter:
     """A budget of main memory.
 
     `used_bytes` is the resident memory of azu's processes. Much of it is code, which no plan counts.
     """
+
+    def __init__(self) -> None:
+        self._busy_s: tuple[float, float, dict[int, float]] | None = None
 
     def memory(self, lent_bytes: int, own_pids: Collection[int]) -> DeviceMemory:
         """Return the budget, or less when the machine itself has less memory available."""
@@ -72,6 +85,31 @@ class CpuMeter:
     def load(self) -> float:
         """Return the busy part of all cores."""
         return psutil.cpu_percent() / 100
+
+    def others_load(self, own_pids: Collection[int]) -> float | None:
+        """Return the part of all cores that other programs used; 0 at the first call."""
+        times = psutil.cpu_times()
+        now = sum(times), sum(times) - times.idle - getattr(times, "iowait", 0.0), _cpu_s(own_pids)
+        before, self._busy_s = self._busy_s, now
+        if before is None or now[0] <= before[0]:
+            return 0.0
+        own_s = sum(spent - before[2][pid] for pid, spent in now[2].items() if pid in before[2])
+        return min(1.0, max(0.0, now[1] - before[1] - own_s) / (now[0] - before[0]))
+
+    def celsius(self) -> float | None:
+        """Return what the warmest sensor of the machine says."""
+        found = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
+        return max((one.current for sensors in found.values() for one in sensors), default=None)
+
+
+def _cpu_s(pids: Iterable[int]) -> dict[int, float]:
+    """Return the seconds of a core that processes have used, by id."""
+    spent = {}
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            times = psutil.Process(pid).cpu_times()
+            spent[pid] = times.user + times.system
+    return spent
 
 
 def _resident_bytes(pids: Iterable[int]) -> int:
@@ -91,6 +129,7 @@ class NvidiaMeter:
         """Raises pynvml.NVMLError when the driver does not know the card."""
         pynvml.nvmlInit()
         self._card = pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid)
+        self._sampled_us = 0
 
     def memory(self, lent_bytes: int, own_pids: Collection[int]) -> DeviceMemory:
         """Return the card's memory; what is free is within what its owner lends."""
@@ -107,6 +146,42 @@ class NvidiaMeter:
     def load(self) -> float:
         """Return the busy part of the driver's last sample."""
         return int(pynvml.nvmlDeviceGetUtilizationRates(self._card).gpu) / 100
+
+    def others_load(self, own_pids: Collection[int]) -> float | None:
+        """Return what the driver's samples say of other processes."""
+        try:
+            running = pynvml.nvmlDeviceGetComputeRunningProcesses(self._card)
+            samples = pynvml.nvmlDeviceGetProcessUtilization(self._card, self._sampled_us)
+        except pynvml.NVMLError_NotFound:
+            return 0.0  # no process used it since
+        except pynvml.NVMLError:
+            return None
+        self._sampled_us = max((one.timeStamp for one in samples), default=self._sampled_us)
+        by_pid: dict[int, list[int]] = {}
+        for one in samples:
+            by_pid.setdefault(int(one.pid), []).append(int(one.smUtil))
+        return others_part(by_pid, own_pids, [int(one.pid) for one in running])
+
+    def celsius(self) -> float | None:
+        """Return what the card's sensor says."""
+        try:
+            return float(pynvml.nvmlDeviceGetTemperature(self._card, pynvml.NVML_TEMPERATURE_GPU))
+        except pynvml.NVMLError:
+            return None
+
+
+def others_part(
+    percents_by_pid: Mapping[int, Sequence[int]], own_pids: Collection[int], running: Collection[int]
+) -> float | None:
+    """Return the part of a card that others use, 0 to 1, of the samples of each process.
+
+    None where the driver lists `running` processes and none of azu's, as in a container: these would count
+    as another program.
+    """
+    if own_pids and running and not set(running) & set(own_pids):
+        return None
+    others = (samples for pid, samples in percents_by_pid.items() if pid not in own_pids)
+    return min(1.0, sum(sum(samples) / len(samples) for samples in others) / 100)
 
 
 def device_bytes(gpu: str | None) -> int | None:

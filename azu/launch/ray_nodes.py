@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from azu.auth.certificates import new_node_id
+from azu.cluster.lending import TERMS, LendingTerms
 from azu.errors import ConfigurationError
 from azu.launch import ray_start
 from azu.launch.membership import LOOPBACK, TlsFiles
@@ -75,6 +76,9 @@ _MAX_SOCKET_PATH = 107
 _SOCKET_SUFFIX = len("/head/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 
 
+_NO_LIMITS = LendingTerms()
+
+
 @dataclass(frozen=True, slots=True)
 class Worker:
     """One node that lends VRAM, in whole MiB. `cuda_device` is the GPU that it sees, None for a CPU.
@@ -87,6 +91,7 @@ class Worker:
     vram_bytes: int
     payout_address: str
     cuda_device: str | None = None
+    terms: LendingTerms = _NO_LIMITS
 
     def work_bytes_per_s(self, speeds: Path) -> int:
         """Return the most work that its device can do, measured now; earlier results are in a folder.
@@ -175,6 +180,7 @@ class RayHost:
             *("--labels", ",".join(f"{name}={value}" for name, value in labels.items())),
         )
         environment = LARGE_PAGES | self._environment(frozenset({"HF_TOKEN"}))
+        environment[TERMS] = worker.terms.to_json()
         environment["CUDA_VISIBLE_DEVICES"] = worker.cuda_device or ""
         # Ray would hide the GPU from actors that request none; azu places by VRAM, and a node is one GPU.
         environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"

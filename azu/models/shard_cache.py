@@ -119,6 +119,17 @@ class ShardCache:
         return self._root / f"{uuid.uuid4().hex}{_PART_SUFFIX}"
 
 
+def within(most_bytes: int) -> Callable[[Path], int]:
+    """Return what may still be written of so many bytes in a folder, as `ShardCache` asks for it."""
+
+    def free_bytes(folder: Path) -> int:
+        files = (file.lstat() for file in folder.glob(f"*{_SUFFIX}"))
+        taken = sum(facts.st_size for facts in files if stat.S_ISREG(facts.st_mode))
+        return min(_writable_bytes(folder), most_bytes - taken)
+
+    return free_bytes
+
+
 def _writable_bytes(folder: Path) -> int:
     """Return what may be written until a tenth of the disk is left."""
     disk = shutil.disk_usage(folder)

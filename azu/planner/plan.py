@@ -53,12 +53,13 @@ def plan(structure: Structure, nodes: Sequence[Node], policy: PlanPolicy, *, epo
 def check_total_capacity(structure: Structure, nodes: Sequence[Node], policy: PlanPolicy) -> None:
     """Raise InsufficientCapacity (NEVER_FITS) with the bytes missing when a model exceeds idle nodes too.
 
-    A suspect node may come back and counts; a leaving node does not. When nothing is raised, waiting helps.
+    A suspect or paused node may come back and counts; a leaving one does not. When nothing is raised, waiting
+    helps.
     """
     idle = [
         replace(node, vram_free_bytes=node.vram_total_bytes, state=NodeState.ALIVE)
         for node in nodes
-        if node.state in (NodeState.ALIVE, NodeState.SUSPECT)
+        if node.state in (NodeState.ALIVE, NodeState.SUSPECT, NodeState.PAUSED)
     ]
     try:
         plan(structure, idle, policy)

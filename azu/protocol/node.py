@@ -17,13 +17,15 @@ def plain_name(text: str) -> str:
 
 
 class NodeState(StrEnum):
-    """An ALIVE node takes new pieces, SUSPECT and LEAVING nodes keep theirs, DEAD and LEFT nodes have none.
+    """An ALIVE node takes new pieces, SUSPECT, PAUSED and LEAVING nodes keep theirs, DEAD and LEFT have none.
 
-    A node that ended as its owner wanted has LEFT.
+    The pieces of a node whose owner PAUSED it move away; it stays in the network. A node that ended as its
+    owner wanted has LEFT.
     """
 
     ALIVE = "alive"
     SUSPECT = "suspect"
+    PAUSED = "paused"
     LEAVING = "leaving"
     DEAD = "dead"
     LEFT = "left"
@@ -37,7 +39,7 @@ class Node:
     `cached_shards` holds the sha256 of every shard on its disk, `links_s` the one-way latency to other nodes.
     azu's own pieces really take `vram_used_bytes`, None when the driver does not say so; other programs take
     `vram_other_bytes` on the card. `load` is the busy part of the device, 0 to 1. `bad_frames` counts the
-    frames of the node that receivers refused since it joined.
+    frames of the node that receivers refused since it joined. `why_paused` is why it is PAUSED.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -57,11 +59,13 @@ class Node:
     vram_other_bytes: int = 0
     load: float = 0.0
     bad_frames: int = 0
+    why_paused: str = ""
 
     def with_plain_names(self) -> "Node":
         """Return the same node with names that anything may show."""
-        name, payout, device = map(plain_name, (self.name, self.payout_address, self.device))
-        return replace(self, name=name, payout_address=payout, device=device)
+        texts = self.name, self.payout_address, self.device, self.why_paused
+        name, payout, device, why = map(plain_name, texts)
+        return replace(self, name=name, payout_address=payout, device=device, why_paused=why)
 
     def room_bytes(self, placed_bytes: int, given_back_bytes: int = 0) -> int:
         """Return the bytes for more pieces beside those of `placed_bytes`, which need not be loaded yet.

@@ -60,7 +60,7 @@ for words in json.loads(sys.stdin.read()):
 """
 CLIENT = [
     "--help", "wallet show", "balance", "earnings", "jobs", "keys list", "models", "ps", "top --once",
-    "leave ada",
+    "leave ada", "pause ada", "resume ada",
 ]  # fmt: skip
 REFUSED = [
     "wallet fund", "login", "deposit 1", "withdraw 1", "prompt hello", "receipt job-1", "dispute job-1",
@@ -99,6 +99,8 @@ def test_the_base_runs_what_needs_no_node_and_names_the_extra_for_the_rest(tmp_p
             "GET /v1/models": Reply({"data": []}),
             "GET /v1/network": Reply({"nodes": [], "deployments": []}),
             "POST /v1/nodes/ada/leave": Reply({"name": "ada", "left": True}),
+            "POST /v1/nodes/ada/pause": Reply({"name": "ada", "paused": True, "empty": True}),
+            "POST /v1/nodes/ada/resume": Reply({"name": "ada", "paused": False, "empty": False}),
         }
         found = ended([*CLIENT, *REFUSED, *NODE], tmp_path, ingress.url)
 

@@ -7,14 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from azu.cli.join import _on_the_heads_machine, _own_name, _watch, ticket_word
+from azu.cli.join import (
+    _on_the_heads_machine,
+    _own_name,
+    _watch,
+    _workers,
+    lending_terms,
+    ticket_word,
+)
+from azu.cluster.lending import TERMS, Hours, LendingTerms
 from azu.config import NodeLinks
-from azu.errors import ConfigurationError, Conflict, Unauthenticated
+from azu.errors import ConfigurationError, Conflict, InvalidRequest, Unauthenticated
 from azu.launch.admin import AdminFacts, admin_file_kept
 from azu.launch.membership import Ticket, membership_of
 from azu.launch.processes import ProcessGroup, ProcessSpec, free_port
-from azu.launch.ray_nodes import Worker
-from azu.units import MIB
+from azu.launch.ray_nodes import RayHost, Worker
+from azu.units import GIB, MIB
 
 # What Ray prints when a node has joined; the node ends with its head.
 NODE = "print('Ray runtime started.', flush=True); import time; time.sleep(0.2)"
@@ -83,3 +91,27 @@ def test_the_ticket_comes_from_a_word_a_file_or_the_environment(
         ticket_word("word", file)
     with pytest.raises(ConfigurationError, match="absent"):
         ticket_word(None, tmp_path / "absent")
+
+
+def test_the_terms_of_the_command_line_reach_the_node() -> None:
+    terms = lending_terms(hours="22-07", max_celsius=80, yields=True, disk="10GiB", bandwidth="20MiB")
+    assert terms == LendingTerms(Hours(22 * 60, 7 * 60), 80, True, 10 * GIB, 20 * MIB)
+    assert lending_terms() == LendingTerms()
+
+    (worker,) = _workers("ada", "8MiB", WORKER.payout_address, lending_terms(disk="8MiB"), cpu=True)
+    environment = RayHost(Path("/tmp/azu"), Path("/tmp/token")).worker("a:1", worker).environment
+    assert LendingTerms.from_json(environment[TERMS]) == worker.terms
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"hours": "late"}, "late is no part of a day"),
+        ({"disk": "some"}, "is not a size"),
+        ({"bandwidth": "much"}, "is not a size"),
+        ({"disk": "4MiB"}, "give --disk more"),
+    ],
+)
+def test_terms_that_a_node_cannot_keep_are_refused(given: dict[str, str], fault: str) -> None:
+    with pytest.raises((InvalidRequest, ConfigurationError), match=fault):
+        _workers("ada", "8MiB", WORKER.payout_address, lending_terms(**given), cpu=True)

@@ -343,7 +343,13 @@ def test_a_node_that_leaves_gives_its_pieces_away_where_there_is_room(redis_url:
 
         busy = sorted(used(deployment.topology))
         network.nodes = [one for one in network.nodes if one.node_id in busy]
-        assert not await network.cluster.vacate(busy[0]), "no other node has room"
+        assert not await network.cluster.vacate(busy[0], closes_idle=True), "no other node has room"
+
+        deployment.let_go("job-1")
+        assert not await network.cluster.vacate(busy[0])
+        assert await network.cluster.vacate(busy[0], closes_idle=True), "no job waits for it"
+        assert network.cluster.deployments == ()
+        assert network.backend.pieces == {}
 
     asyncio.run(scenario())
 

@@ -44,8 +44,9 @@ class Cluster:
     def promised_bytes(self) -> dict[str, int]:
         return self.promised
 
-    async def vacate(self, node_id: str) -> bool:
+    async def vacate(self, node_id: str, *, closes_idle: bool) -> bool:
         self.vacated.append(node_id)
+        self.closes_idle = closes_idle
         return True
 
 
@@ -97,11 +98,12 @@ def test_what_no_kv_gives_back_leaves_the_node() -> None:
     assert set(cluster.vacated) == {"a"}
 
 
-@pytest.mark.parametrize("state", [NodeState.LEAVING, NodeState.SUSPECT])
+@pytest.mark.parametrize("state", [NodeState.LEAVING, NodeState.PAUSED, NodeState.SUSPECT])
 def test_a_node_that_leaves_is_emptied_and_asked_again_only_after_a_while(state: NodeState) -> None:
     leaving = [replace(one, state=state) if one.node_id == "a" else one for one in reports()]
 
     cluster = checked((0.0, leaving), (1.0, leaving), (6.0, leaving))
 
     assert cluster.vacated == ["a", "a"]
+    assert cluster.closes_idle == (state is not NodeState.SUSPECT), "its owner wants the device back"
     assert cluster.deployments[0].sizes == []

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,14 @@ import psutil
 import pytest
 from pydantic import TypeAdapter
 
-from azu.engine.device import CpuMeter, DeviceSpeed, device_speed, open_meter, own_bytes
+from azu.engine.device import (
+    CpuMeter,
+    DeviceSpeed,
+    device_speed,
+    open_meter,
+    others_part,
+    own_bytes,
+)
 from azu.errors import InternalError
 from azu.units import MIB
 
@@ -58,6 +66,41 @@ def test_used_bytes_of_a_card_are_those_that_the_driver_lists_for_azus_processes
 
 def test_a_device_without_a_gpu_has_a_cpu_meter() -> None:
     assert isinstance(open_meter(DeviceSpeed("box", 1e10, 1e11)), CpuMeter)
+
+
+BURN = "print('burns', flush=True)\nwhile True: pass"
+
+
+def test_the_load_of_others_is_what_azus_own_processes_do_not_use() -> None:
+    with subprocess.Popen([sys.executable, "-c", BURN], stdout=subprocess.PIPE) as burning:
+        try:
+            assert burning.stdout is not None
+            burning.stdout.readline()
+            others, own = CpuMeter(), CpuMeter()
+            assert (others.others_load([]), own.others_load([burning.pid])) == (0.0, 0.0)
+            time.sleep(0.5)
+            of_others, less_its_own = others.others_load([]), own.others_load([burning.pid])
+        finally:
+            burning.kill()
+    assert of_others is not None
+    assert less_its_own is not None
+    assert 0 <= less_its_own < of_others <= 1
+
+
+@pytest.mark.parametrize(
+    ("percents", "own", "running", "expected"),
+    [
+        ({7: [40, 60], 8: [20]}, [7], [7, 8], 0.2),
+        ({8: [60], 9: [80]}, [], [8, 9], 1.0),  # no pieces yet, only others
+        ({7: [50]}, [7], [7], 0.0),
+        ({}, [7], [7], 0.0),
+        ({900: [50]}, [7], [900], None),  # the host's process ids, unknown in this container
+    ],
+)
+def test_the_part_of_a_card_that_others_use_is_theirs_in_the_drivers_samples(
+    percents: dict[int, list[int]], own: list[int], running: list[int], expected: float | None
+) -> None:
+    assert others_part(percents, own, running) == expected
 
 
 SPEED = TypeAdapter(DeviceSpeed)

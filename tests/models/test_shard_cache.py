@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from azu.errors import ShardError
-from azu.models.shard_cache import ShardCache
+from azu.models.shard_cache import ShardCache, within
 
 CONTENT = os.urandom(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -217,3 +217,16 @@ def test_a_full_disk_makes_room_by_the_shards_that_were_used_least_recently(tmp_
         assert mapped[:1] == shards[2][:1]
 
     assert cache.contents() == {ids[0], ids[2], ids[4], ids[5]}
+
+
+def test_shards_take_no_more_of_the_disk_than_their_owner_allows(tmp_path):
+    cache = ShardCache(tmp_path / "cache", within(2 * len(CONTENT)))
+    shards = [bytes([number]) * len(CONTENT) for number in range(4)]
+    ids = [hashlib.sha256(shard).hexdigest() for shard in shards]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(shards[3])
+    cache.adopt(ids[3], elsewhere)
+    for number in range(3):
+        os.utime(cache.store(ids[number], len(CONTENT), [shards[number]]), (number, number))
+
+    assert cache.contents() == {ids[1], ids[2], ids[3]}, "a link takes nothing"

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 
+import httpx
 import pytest
 import ray
 
@@ -83,6 +84,25 @@ def test_a_smaller_budget_is_reported_and_pieces_shrink_or_move(user: User, netw
     finally:
         lend(agent("ada"), 2**60)
     wait_for(lambda found: found["ada"].vram_total_bytes == before, timeout_s=60)
+
+
+def test_a_paused_node_gives_its_pieces_away_until_it_resumes(user: User, network: LocalNetwork) -> None:
+    def as_admin(order: str) -> dict[str, object]:
+        headers = {"authorization": f"Bearer {network.admin_key}"}
+        answer = httpx.post(f"{network.url}/v1/nodes/ben/{order}", headers=headers, timeout=30)
+        body: dict[str, object] = answer.raise_for_status().json()
+        return body
+
+    assert user.http.post("/v1/nodes/ben/pause").status_code == 404, "it is not this user's"
+    try:
+        wait_for(lambda _: as_admin("pause") == {"name": "ben", "paused": True, "empty": True}, timeout_s=60)
+        wait_for(lambda found: found["ben"].state is NodeState.PAUSED, timeout_s=30)
+        assert epochs_on(user, "ben") == {}
+        shown = {one["name"]: one for one in user.http.get("/v1/network").json()["nodes"]}
+        assert shown["ben"]["why_paused"] == "its owner paused it"
+    finally:
+        assert as_admin("resume")["paused"] is False
+    wait_for(lambda found: found["ben"].state is NodeState.ALIVE, timeout_s=30)
 
 
 @pytest.mark.prove

@@ -66,7 +66,7 @@ def test_cached_shards_decide_between_equal_nodes() -> None:
     assert [stage.node_id for stage in plan(model, nodes, POLICY).stages] == ["b"]
 
 
-@pytest.mark.parametrize("state", [NodeState.SUSPECT, NodeState.LEAVING, NodeState.DEAD])
+@pytest.mark.parametrize("state", [NodeState.SUSPECT, NodeState.PAUSED, NodeState.LEAVING, NodeState.DEAD])
 def test_only_live_nodes_get_pieces(state: NodeState) -> None:
     nodes = [node("a", state=state), node("b")]
 
@@ -342,9 +342,10 @@ def test_a_job_is_refused_with_the_number_of_missing_kv_bytes() -> None:
         check_kv_capacity(model, topology, room + 1)
 
 
-def test_a_model_may_wait_for_nodes_that_are_full_or_suspect() -> None:
+def test_a_model_may_wait_for_nodes_that_are_full_suspect_or_paused() -> None:
     model = structure(4)
-    for waiting in (node("a", vram_free_bytes=0), node("a", state=NodeState.SUSPECT)):
+    suspect, paused = (node("a", state=state) for state in (NodeState.SUSPECT, NodeState.PAUSED))
+    for waiting in (node("a", vram_free_bytes=0), suspect, paused):
         with pytest.raises(InsufficientCapacity):
             plan(model, [waiting], POLICY)
         check_total_capacity(model, [waiting], POLICY)
