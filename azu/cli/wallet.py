@@ -1,4 +1,4 @@
-"""`azu wallet new|import|show|fund`: the user's key on this machine."""
+"""`azu wallet new|import|show|balance|fund`: the user's key on this machine."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from azu.cli.output import AsJson, show
+from azu.cli.output import AsJson, Exact, amount, show, unit
 from azu.config import Settings
 
 if TYPE_CHECKING:
@@ -61,8 +61,22 @@ def show_address(as_json: AsJson = False) -> None:
 
 
 @wallet.command()
+def balance(exact: Exact = False, as_json: AsJson = False) -> None:
+    """Show what the wallet holds on the network's chain; `azu deposit` moves it to the network."""
+    from azu.client import Client
+    from azu.money.chain import wallet as keystore
+
+    address = keystore.address_of(_path(Settings.from_environment().home))
+    chain_url = Client().platform().chain_url
+    lamports = keystore.balance_of(address, chain_url=chain_url)
+    facts = {"address": address, "lamports": lamports, "chain_url": chain_url}
+    show(facts, as_json, lambda _: f"{address} holds {amount(lamports, exact)} {unit(exact)} on {chain_url}")
+
+
+@wallet.command()
 def fund(
-    amount: Annotated[str, typer.Argument(help="HYPE, for example 10")] = "10", as_json: AsJson = False
+    hype: Annotated[str, typer.Argument(metavar="AMOUNT", help="HYPE, for example 10")] = "10",
+    as_json: AsJson = False,
 ) -> None:
     """Get play money from the faucet of the network's chain; only a devnet has one."""
     from azu.client import Client
@@ -71,7 +85,7 @@ def fund(
     from azu.units import hype_from_lamports, lamports_from_hype
 
     settings = Settings.from_environment()
-    address, lamports = keystore.address_of(_path(settings.home)), lamports_from_hype(amount)
+    address, lamports = keystore.address_of(_path(settings.home)), lamports_from_hype(hype)
     tx_hash = faucet.fund(Client().platform().chain_url, address, lamports)
     facts = {"address": address, "lamports": lamports, "tx_hash": tx_hash}
     show(facts, as_json, lambda _: f"{address} got {hype_from_lamports(lamports)} HYPE of play money")

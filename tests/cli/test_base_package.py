@@ -63,7 +63,8 @@ CLIENT = [
     "leave ada", "pause ada", "resume ada",
 ]  # fmt: skip
 REFUSED = [
-    "wallet fund", "login", "deposit 1", "withdraw 1", "prompt hello", "receipt job-1", "dispute job-1",
+    "wallet balance", "wallet fund", "login", "deposit 1", "withdraw 1", "prompt hello", "receipt job-1",
+    "dispute job-1",
 ]  # fmt: skip
 NODE = [
     "up", "up --background", "serve", "down", "demo", "join x --vram 1GiB --payout 0x1", "bench", "signer",

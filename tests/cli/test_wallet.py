@@ -7,6 +7,9 @@ from typer.testing import CliRunner
 
 from azu.cli.wallet import unlock, wallet
 from azu.errors import ConfigurationError, InvalidRequest
+from azu.money.chain.wallet import import_key
+from tests.client.ingress import PLATFORM, Reply, running_ingress
+from tests.money.chain.running import running_devnet
 
 RUNNER = CliRunner()
 KEY = "0x" + "0123456789" * 6 + "0123"
@@ -63,3 +66,20 @@ def test_a_bad_key_is_refused_and_not_repeated(home: Path, text: str) -> None:
 def test_a_missing_wallet_is_reported_before_a_password_is_asked_for(home: Path) -> None:
     with pytest.raises(ConfigurationError, match="azu wallet new"):
         unlock(home)
+
+
+def test_what_the_wallet_holds_on_the_chain_is_shown_without_a_password(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_key(home / "wallet.json", bytes.fromhex(KEY[2:]), "correct horse")
+    monkeypatch.delenv("AZU_WALLET_PASSWORD")
+    address = Account.from_key(KEY).address.lower()
+    with running_devnet() as chain, running_ingress() as ingress:
+        chain.fund(address, 125_000_000)
+        ingress.replies["GET /v1/platform"] = Reply({"address": PLATFORM, "chain_url": chain.url})
+        monkeypatch.setenv("AZU_URL", ingress.url)
+        shown, exact = (RUNNER.invoke(wallet, ["balance", *more]).stdout for more in ([], ["--exact"]))
+        facts = json.loads(RUNNER.invoke(wallet, ["balance", "--json"]).stdout)
+
+    assert (address in shown, "1.25 HYPE" in shown, "125000000 lamports" in exact) == (True, True, True)
+    assert facts == {"address": address, "lamports": 125_000_000, "chain_url": chain.url}

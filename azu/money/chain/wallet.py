@@ -6,8 +6,9 @@ import json
 import secrets
 import stat
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
@@ -22,6 +23,7 @@ from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import network_at
 from azu.money.chain.port import Refusal, SignedAction
 
+_T = TypeVar("_T")
 # The most that deriving the key from the password may cost: other wallets use 2^18 rounds of 1 KiB (scrypt),
 # or some 260,000 rounds (PBKDF2).
 _MOST_SCRYPT_BYTES = 512 * 1024 * 1024
@@ -77,15 +79,26 @@ def transfer_hype(account: LocalAccount, destination: str, lamports: int, *, cha
 
     Raises what `send_hype` raises.
     """
+    return _on_chain(chain_url, lambda chain: send_hype(chain, account, destination, lamports))
 
-    async def send() -> str:
+
+def balance_of(address: str, *, chain_url: str) -> int:
+    """Return the lamports that an address holds on the chain; for callers without an event loop.
+
+    Raises ChainError where the chain does not answer.
+    """
+    return _on_chain(chain_url, lambda chain: chain.spot_balance(address))
+
+
+def _on_chain(chain_url: str, call: Callable[[ChainClient], Awaitable[_T]]) -> _T:
+    async def called() -> _T:
         chain = ChainClient(network_at(chain_url))
         try:
-            return await send_hype(chain, account, destination, lamports)
+            return await call(chain)
         finally:
             await chain.close()
 
-    return asyncio.run(send())
+    return asyncio.run(called())
 
 
 async def send_hype(

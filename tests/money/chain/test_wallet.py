@@ -98,6 +98,13 @@ def test_a_transfer_arrives_once_under_every_fault(devnet: RunningDevnet, kind: 
     assert devnet.info("spotClearinghouseState", bob)["balances"][0]["total"] == "1.0"
 
 
+def test_what_an_address_holds_is_read_from_the_chain(devnet: RunningDevnet, bob: str) -> None:
+    assert wallet.balance_of(bob, chain_url=devnet.url) == 0
+    devnet.fund(bob, 3 * LAMPORTS_PER_HYPE + 7)
+
+    assert wallet.balance_of(bob, chain_url=devnet.url) == 3 * LAMPORTS_PER_HYPE + 7
+
+
 def test_a_refused_transfer_says_why(devnet: RunningDevnet, bob: str) -> None:
     account = Account.create()
     devnet.fund(account.address, 1)
