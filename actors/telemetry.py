@@ -136,6 +136,7 @@ def show_nodes(meter: Meter, nodes: Iterable[Node]) -> None:
     meter.set_gauge(metrics.NODE_VRAM_OTHER, {(node.name,): node.vram_other_bytes for node in nodes})
     for node in nodes:
         meter.count(metrics.BAD_FRAMES, 0, node.name)
+        meter.count(metrics.LEFT_OUT, 0, node.name)
     meter.set_gauge(metrics.NODE_LOAD, {(node.name,): node.load for node in nodes})
 
 

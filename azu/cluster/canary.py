@@ -128,7 +128,11 @@ class CanaryWatch:
         for key in self._watched.keys() - deployments.keys():
             del self._watched[key]
         for key, deployment in deployments.items():
-            watched = self._watched.setdefault(key, _Watched(0, 0.0))
+            if key not in self._watched:
+                self._watched[key] = _Watched(0, 0.0)
+                for verdict in Verdict:
+                    self._meter.count(CANARIES, 0, deployment.structure.model_id, verdict.value)
+            watched = self._watched[key]
             if watched.epoch != deployment.topology.epoch:
                 watched.epoch, watched.due_s, watched.differed = deployment.topology.epoch, self._clock(), 0
             if self._is_due(deployment, watched):

@@ -34,7 +34,8 @@ class PipelineMetrics:
         self._num_blocks = num_blocks
         self._meter = meter
         self._sequences: dict[int, _Sequence] = {}
-        for counter in (metrics.PROMPT_TOKENS, metrics.GENERATED_TOKENS, metrics.STALLS):
+        tokens = (metrics.PROMPT_TOKENS, metrics.GENERATED_TOKENS)
+        for counter in (*tokens, metrics.STALLS, metrics.DISPUTED_CHOICES):
             meter.count(counter, 0, model_id)
         for result in _RESULTS:
             meter.count(metrics.RECOVERIES, 0, model_id, result)

@@ -70,6 +70,8 @@ def test_nodes_show_their_live_memory_and_a_state_without_nodes_shows_zero() -> 
     assert shown.value(metrics.NODE_VRAM_FREE, "ada") == 16 * MIB
     assert shown.value(metrics.NODE_VRAM_USED) == 40 * MIB
     assert ("azu_node_vram_used_bytes", ("ben",)) not in shown.values
+    # A counter that begins with its first event shows no increase at it.
+    assert shown.values["azu_bad_frames_total", ("ben",)] == shown.values["azu_left_out_total", ("ben",)] == 0
 
 
 def test_the_head_shows_its_free_disk_and_when_its_certificates_end(

@@ -106,7 +106,9 @@ class Watched:
 
     def results(self) -> dict[str, float]:
         values = self.meter.snapshot().values
-        return {labels[1]: value for (name, labels), value in values.items() if name == CANARIES.name}
+        counted = {labels[1]: value for (name, labels), value in values.items() if name == CANARIES.name}
+        assert len(counted) == len(Verdict)  # from zero on, or a first answer would be no increase
+        return {result: value for result, value in counted.items() if value}
 
     async def deployed(self, job_id: str = "job-1") -> Deployment:
         deployment = await self.network.ensure(MODEL, job_id)

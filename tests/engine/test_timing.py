@@ -139,7 +139,8 @@ def test_tokens_and_the_time_between_them_are_counted() -> None:
     )
     assert (first.count, round(first.sum, 6)) == (1, 0.4)
     assert (between.count, round(between.sum, 6)) == (2, 0.2)
-    assert snapshot.value(metrics.STALLS) == 0
+    assert snapshot.values["azu_stalls_total", (MODEL,)] == 0
+    assert snapshot.values["azu_disputed_choices_total", (MODEL,)] == 0
 
 
 def test_a_long_wait_between_two_tokens_is_a_stall_and_a_long_wait_for_the_first_is_not() -> None:

@@ -12,23 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from azu.launch.processes import free_port
-from azu.metrics import (
-    ACTIONS_LEFT,
-    CATALOGUE,
-    CERTIFICATE_ENDS,
-    DISK_FREE,
-    FEE_MISSING,
-    LAST_DONE,
-    LIMIT_USED,
-    WALLET,
-)
 from azu.units import hype_from_lamports
+from tests.dashboard import DRAWN, SOURCES, expressions, panels
 from tests.network.conftest import paying_user
 from tests.network.prometheus import Prometheus, prometheus
 from tests.network.user import User
@@ -36,27 +26,7 @@ from tests.prove.parts import azu
 
 pytestmark = pytest.mark.prove
 
-SOURCES = ("ray_azu", "azu")
 _DATA_TIMEOUT_S = 150.0
-# These are for alerts: most come from the treasury, which Ray's agents do not scrape.
-ALERTS_ONLY = (ACTIONS_LEFT, CERTIFICATE_ENDS, DISK_FREE, FEE_MISSING, LAST_DONE, LIMIT_USED, WALLET)
-DRAWN = tuple(metric for metric in CATALOGUE if metric not in ALERTS_ONLY)
-
-
-def dashboard() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((files("configs") / "grafana" / "azu.json").read_text())
-    return found
-
-
-def panels() -> list[dict[str, Any]]:
-    return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
-
-
-def expressions(panel: dict[str, Any], source: str) -> list[str]:
-    return [
-        target["expr"].replace("${source}", source).replace("$__rate_interval", "30s")
-        for target in panel["targets"]
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,27 +103,6 @@ def wait_for_data(scraped: Prometheus, wanted: dict[str, str]) -> dict[str, str]
 def has_data(scraped: Prometheus, expression: str) -> bool:
     values = [float(series["value"][1]) for series in scraped.query(expression)]
     return bool(values) and not any(math.isnan(value) for value in values)
-
-
-def test_the_file_is_a_dashboard_that_grafana_loads() -> None:
-    found = dashboard()
-
-    assert found["uid"] == "azu"
-    assert found["schemaVersion"] >= 27
-    assert len({panel["id"] for panel in found["panels"]}) == len(found["panels"])
-    variables = {variable["name"]: variable for variable in found["templating"]["list"]}
-    assert [option["value"] for option in variables["source"]["options"]] == list(SOURCES)
-    for panel in panels():
-        assert panel["datasource"] == "${datasource}"
-        assert panel["targets"]
-        assert panel["title"]
-
-
-def test_every_metric_is_on_a_panel() -> None:
-    shown = json.dumps([panel["targets"] for panel in panels()])
-
-    for metric in DRAWN:
-        assert f"${{source}}_{metric.name.removeprefix('azu_')}" in shown
 
 
 def test_no_panel_is_without_data(scraped: Prometheus) -> None:
