@@ -1,4 +1,7 @@
-"""Which transfer carries out what an admin signed."""
+"""What an admin signed, and the transfer that carries it out, once."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from azu.auth.signatures import (
     AcceptLoss,
@@ -12,8 +15,10 @@ from azu.auth.signatures import (
     RemoveNode,
     ReverseJob,
     TakeRevenue,
+    command_of,
 )
-from azu.errors import NotFound
+from azu.errors import Conflict, Forbidden, LedgerError, NotFound
+from azu.money.ledger.ledger import Ledger
 from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import (
     DisputeDismissed,
@@ -31,8 +36,47 @@ from azu.money.ledger.transfers import (
 from azu.money.signer.policy import nonce_for
 from azu.money.signer.views import PayoutKind
 
+# What the ledger says of a decision that comes too late, or too early.
+_REFUSALS = ("matured", "node_removed", "not_matured", "unknown_node")
 
-def command_id(command: AdminCommand) -> str:
+
+async def carry_out(text: str, ledger: Ledger, platform: str, admins: Collection[str], now_ms: int) -> None:
+    """Carry out a signed command of a platform's admin, once; the same one again changes nothing.
+
+    Raises Forbidden, Conflict and NotFound, as azu/money/books.py says.
+    """
+    command = command_of(text, (platform,), admins)
+    if command is None:
+        raise Forbidden("no admin of this network signed this command", code="no_admin")
+    if isinstance(command, CoverLoss) and command_of(text, (platform,), {command.address}) is None:
+        raise Forbidden("an admin covers a loss from his own account", param="address", code="no_admin")
+    used = await ledger.result(_id_of(command))
+    if used is not None and getattr(used.entry.transfer, "command", None) == text:
+        return
+    if used is not None:
+        message = f"the nonce {command.nonce} was used before, or what the command is about has ended"
+        raise Conflict(message, param="nonce", code="nonce_used")
+    if command.expires_at_ms <= now_ms:
+        raise Forbidden("this command has expired", param="expires_at_ms", code="command_expired")
+    if isinstance(command, AcceptLoss) and await ledger.hash_at(command.number) != command.hash:
+        message = f"the books do not have entry {command.number} as the command names it"
+        raise Conflict(message, param="number")
+    with refusals_as_conflicts():
+        await ledger.apply(_transfer_of(command, text, ledger.state, now_ms))
+
+
+@contextmanager
+def refusals_as_conflicts() -> Iterator[None]:
+    """Raise Conflict where the ledger refuses a decision that comes too late, or too early."""
+    try:
+        yield
+    except LedgerError as error:
+        if error.code not in _REFUSALS:
+            raise
+        raise Conflict(error.message, code=error.code) from error
+
+
+def _id_of(command: AdminCommand) -> str:
     """Return the id of the command's one transfer: the ledger takes an id once, so a nonce is used once."""
     if isinstance(command, TakeRevenue):
         return f"{command.payout_id}:planned"
@@ -43,13 +87,13 @@ def command_id(command: AdminCommand) -> str:
     return f"command:{command.kind}:{command.nonce}"
 
 
-def transfer_of(command: AdminCommand, text: str, state: BooksState, now_ms: int) -> Transfer:
+def _transfer_of(command: AdminCommand, text: str, state: BooksState, now_ms: int) -> Transfer:
     """Return the transfer for a command; `text` is the command with its signature, which the entry keeps.
 
     Revenue is set aside under a nonce of now; the treasury takes the payout up. Raises NotFound where the
     books have no such row in suspense, or no such open payout.
     """
-    transfer_id = command_id(command)
+    transfer_id = _id_of(command)
     match command:
         case ReverseJob() | DismissDispute():
             decision = Reversed if isinstance(command, ReverseJob) else DisputeDismissed
@@ -85,7 +129,7 @@ def transfer_of(command: AdminCommand, text: str, state: BooksState, now_ms: int
 def _of_platform(
     command: TakeRevenue | CoverLoss | ConfirmPayout, text: str, state: BooksState, now_ms: int
 ) -> RevenueTaken | LossCovered | PayoutPaid:
-    transfer_id = command_id(command)
+    transfer_id = _id_of(command)
     match command:
         case ConfirmPayout():
             if command.payout_id not in state.payouts:

@@ -4,11 +4,73 @@ A fee is a reservation like a job's, under an id of its own. The first job of th
 it back; without one the platform gets it after a time.
 """
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
 
+from azu.auth.key_records import ApiKey
+from azu.errors import InvalidRequest
+from azu.money.books import BooksTerms
+from azu.money.holds import Holds
+from azu.money.ledger.ledger import Ledger
 from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import Release, Reserve, Settle, is_fee
 from azu.units import GIB
+
+
+class ModelFees:
+    """The fees of one ledger."""
+
+    def __init__(
+        self,
+        ledger: Callable[[], Awaitable[Ledger]],
+        holds: Holds,
+        terms: BooksTerms,
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._ledger = ledger
+        self._holds = holds
+        self._terms = terms
+        self._now_ms = now_ms
+        # One model's fee at a time is set aside, or several requests at once would each find none.
+        self._setting = asyncio.Lock()
+        # The models that may have fees set aside; None until they were looked for. Every job that is charged
+        # asks, and has no time to look through all reservations.
+        self._models: set[str] | None = None
+
+    async def set_aside(self, key: ApiKey, fetch_id: str, *, model_id: str, num_bytes: int) -> int:
+        """Set a model's fee aside unless there is one; return it. Raises InsufficientBalance."""
+        lamports = fee_lamports(num_bytes, self._terms.fetch_lamports_per_gib)
+        if not is_fee(fetch_id):
+            raise InvalidRequest(f"{fetch_id} is no fee's id", param="fetch_id")
+        async with self._setting:
+            others = _of_model((await self._ledger()).state, model_id)
+            if not lamports or any(one.job_id != fetch_id for one in others):
+                return 0
+            (await self._models_with_fees()).add(model_id)
+            until_ms = self._now_ms() + self._terms.fetch_unused_ms
+            asked = _fee(fetch_id, key, model_id, lamports, until_ms)
+            return await self._holds.set_aside(key, asked)
+
+    async def give_back(self, model_id: str) -> None:
+        """Give the fees of a model back."""
+        if model_id not in await self._models_with_fees():
+            return
+        async with self._setting:
+            for one in _of_model((await self._ledger()).state, model_id):
+                await self._holds.end(one, Release(id=f"release:{one.job_id}", job_id=one.job_id))
+            (await self._models_with_fees()).discard(model_id)
+
+    async def charge_unused(self) -> None:
+        """Charge the fees for models that were not used in time."""
+        ledger = await self._ledger()
+        for one in list(_ends(ledger.state, self._now_ms())):
+            await ledger.apply(one)
+
+    async def _models_with_fees(self) -> set[str]:
+        if self._models is None:
+            state = (await self._ledger()).state
+            self._models = {one.model_id for one in _open(state)}
+        return self._models
 
 
 def fee_lamports(num_bytes: int, lamports_per_gib: int) -> int:
@@ -16,16 +78,14 @@ def fee_lamports(num_bytes: int, lamports_per_gib: int) -> int:
     return -(-num_bytes * lamports_per_gib // GIB)
 
 
-def fee(
-    fetch_id: str, address: str, key_id: str, model_id: str, lamports: int, expires_at_ms: int
-) -> Reserve:
+def _fee(fetch_id: str, key: ApiKey, model_id: str, lamports: int, expires_at_ms: int) -> Reserve:
     """Return what sets a fee aside: one token, as a reservation has it, for each lamport."""
     return Reserve(
         id=f"reserve:{fetch_id}",
-        address=address,
+        address=key.address,
         job_id=fetch_id,
         expires_at_ms=expires_at_ms,
-        key_id=key_id,
+        key_id=key.key_id,
         model_id=model_id,
         revision="",
         num_layers=1,
@@ -36,14 +96,9 @@ def fee(
     )
 
 
-def open_fees(state: BooksState, model_id: str) -> list[Reserve]:
-    """Return the fees that are set aside for a model."""
-    return [one for one in fees(state) if one.model_id == model_id]
-
-
-def ends(state: BooksState, now_ms: int) -> Iterator[Settle]:
+def _ends(state: BooksState, now_ms: int) -> Iterator[Settle]:
     """Yield what charges the fees of models that were not used in time."""
-    for one in fees(state):
+    for one in _open(state):
         if one.expires_at_ms <= now_ms:
             yield Settle(
                 id=f"settle:{one.job_id}",
@@ -55,11 +110,10 @@ def ends(state: BooksState, now_ms: int) -> Iterator[Settle]:
             )
 
 
-def given_back(hold: Reserve) -> Release:
-    """Return what gives a fee back."""
-    return Release(id=f"release:{hold.job_id}", job_id=hold.job_id)
+def _of_model(state: BooksState, model_id: str) -> list[Reserve]:
+    return [one for one in _open(state) if one.model_id == model_id]
 
 
-def fees(state: BooksState) -> list[Reserve]:
+def _open(state: BooksState) -> list[Reserve]:
     """Return all fees that are set aside."""
     return [one for one in state.reservations.values() if is_fee(one.job_id)]

@@ -11,7 +11,6 @@ from azu.auth.certificates import read_certificate
 from azu.config import TlsConfig
 from azu.launch.membership import head_files
 from azu.metrics import Meter
-from azu.money.bookkeeping import totals_of
 from azu.money.ledger.transfers import (
     CHAIN,
     PLATFORM,
@@ -22,6 +21,7 @@ from azu.money.ledger.transfers import (
     worker_paid,
     worker_paying,
 )
+from azu.money.overview import totals_of
 from azu.protocol.node import NodeState
 from azu.units import MIB
 from tests.builders import ALICE, BOB, OWNERS, node

@@ -35,9 +35,9 @@ from azu.errors import (
     Unauthenticated,
 )
 from azu.money import books_view
-from azu.money.bookkeeping import UNSHOWN
 from azu.money.books import Books, JobDispute, Totals, UserBalance, WorkerEarnings
 from azu.money.books_process import ALLOWED
+from azu.money.charging import UNSHOWN
 from azu.money.ledger.journal import RedisJournal
 from azu.money.ledger.ledger import Ledger
 from azu.money.ledger.seals import Seals
