@@ -37,7 +37,7 @@ class Registry:
         self._cuts = ThreadPoolExecutor(_CUTS_AT_ONCE, thread_name_prefix="cut")
 
     def new_bytes(self, model_id: str) -> int:
-        """Return how many bytes a model has that the network never had; 0 for others."""
+        """Return how many bytes a model has whose newest revision the network never had; 0 for others."""
         return self._models.new_bytes(model_id)
 
     def describe(

@@ -97,15 +97,20 @@ def find_on_hub(model_id: str, revision: str | None) -> HubSource:
     return HubSource(model_id, commit, folder, names, sum(present[name] for name in names), listing or {})
 
 
-def size_on_hub(model_id: str) -> int:
-    """Return the bytes that azu would fetch of a repository, by its listing; raises as `find_on_hub`."""
+def newest_on_hub(model_id: str) -> tuple[str, int]:
+    """Return a repository's newest commit and the bytes that azu would fetch of it, by its listing alone.
+
+    Raises as `find_on_hub`.
+    """
     _check_id(model_id)
     with _hub_errors(model_id):
-        listing = _listing(model_id, HfApi().resolve_revision(model_id, revision=None).resolved)
+        commit = HfApi().resolve_revision(model_id, revision=None).resolved
+        listing = _listing(model_id, commit)
     if listing is None:
         raise Unavailable(f"the Hub does not say how large {model_id} is")
     weights = {SINGLE_FILE} & listing.keys() or {name for name in listing if name.endswith(".safetensors")}
-    return sum(file.size for name, file in listing.items() if name in weights or name in _DESCRIPTION_FILES)
+    wanted = (file.size for name, file in listing.items() if name in weights or name in _DESCRIPTION_FILES)
+    return commit, sum(wanted)
 
 
 def forget(model_id: str, revision: str = "") -> None:

@@ -23,7 +23,7 @@ from azu.models.sources import (
     is_built_in,
     is_offered,
     model_folder_name,
-    size_of,
+    newest_of,
 )
 from azu.models.status import ModelState, RedisModelStatus, StatusReporter
 from azu.protocol.structure import STRUCTURE_FILE, Shard, Structure
@@ -79,25 +79,40 @@ class ModelRegistry:
         root.mkdir(parents=True, exist_ok=True)
 
     def new_bytes(self, model_id: str) -> int:
-        """Return how many bytes a model has that the network never had, by a listing alone; 0 for others.
+        """Return how many bytes a model has whose newest revision the network never had; 0 for others.
 
-        Raises what `describe` does.
+        A listing alone says so. Raises what `describe` does.
         """
         self._check_offered(model_id)
-        if not self._is_new(model_id):
+        is_new, pinned = self._is_new(model_id), self._recent_commit(model_id, None)
+        if not is_new and (model_id.startswith("/") or (pinned and not self._is_new(model_id, pinned))):
             return 0
-        with disk_errors(self._home), self._near_named(model_id):
-            return max(1, size_of(model_id, self._model_roots))
+        try:
+            with disk_errors(self._home), self._near_named(model_id):
+                commit, num_bytes = newest_of(model_id, self._model_roots)
+        except (ModelNotFound, Unavailable):
+            if is_new:
+                raise
+            return 0  # what the network has is served without the Hub
+        return max(1, num_bytes) if self._is_new(model_id, commit) else 0
 
-    def _is_new(self, model_id: str) -> bool:
-        return not is_built_in(model_id) and self._status.get(model_id).state is ModelState.UNKNOWN
+    def _is_new(self, model_id: str, revision: str = "") -> bool:
+        """Whether the network never had a model, or one revision of a repository."""
+        if is_built_in(model_id):
+            return False
+        known = self._status.get(model_id)
+        if known.state is ModelState.UNKNOWN:
+            return True
+        # A folder is its owner's, who changes it as he likes.
+        is_known = revision in ("", known.revision) or model_id.startswith("/")
+        return not is_known and self.structure(model_id, revision) is None
 
     def describe(
         self, model_id: str, revision: str | None = None, is_asked_for: bool = True
     ) -> ModelDescription:
         """Return a model at one revision, by default the newest; only config and tokenizer are fetched.
 
-        A new model that is not `is_asked_for`, but is described for a job of long ago, stays new.
+        What is new and not `is_asked_for`, but is described for a job of long ago, stays new.
         Raises InvalidRequest for a malformed id or a model that is too large, Forbidden for a model that is
         not offered, ModelNotFound, UnsupportedModel, BrokenCheckpoint, and Unavailable when the Hub does not
         answer.
@@ -115,7 +130,7 @@ class ModelRegistry:
                 source = self._find(model_id, revision)
             self._pins[model_id, revision] = (source.revision, time.monotonic())
             known = self._described.get((model_id, source.revision))
-            if not is_asked_for and self._is_new(model_id):
+            if not is_asked_for and self._is_new(model_id, source.revision):
                 return _describe(source)
             return self._remember(source) if known is None else known
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from azu.errors import BrokenCheckpoint, InvalidRequest, ModelNotFound
 from azu.files import CONFIGS
 from azu.models.checkpoint import INDEX_FILE, MODEL_FILES, contained_file, weight_files
-from azu.models.hub import find_on_hub, size_on_hub
+from azu.models.hub import find_on_hub, newest_on_hub
 from azu.units import format_bytes
 
 _REVISION_CHARS = 40
@@ -70,12 +70,15 @@ def find_source(
     return source
 
 
-def size_of(model_id: str, roots: Sequence[Path]) -> int:
-    """Return the bytes of a folder's or repository's files, without reading them; raises as `find_source`."""
+def newest_of(model_id: str, roots: Sequence[Path]) -> tuple[str, int]:
+    """Return a repository's newest commit, "" for a folder, and the bytes of its files, without reading them.
+
+    Raises as `find_source`.
+    """
     if not model_id.startswith("/"):
-        return size_on_hub(model_id)
+        return newest_on_hub(model_id)
     folder = _allowed_folder(model_id, roots)
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    return "", sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def _built_in(model_id: str) -> Path:

@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from azu.errors import BrokenCheckpoint, InvalidRequest, ModelNotFound, Unavailable
 from azu.models import hub as hub_module
-from azu.models.hub import find_on_hub, forget, size_on_hub
+from azu.models.hub import find_on_hub, forget, newest_on_hub
 from tests.models.hub_stand_in import COMMIT, OLD_COMMIT, HubStandIn
 
 WEIGHTS = b"w" * 3_000_000
@@ -45,7 +45,7 @@ def test_only_config_and_tokenizer_are_fetched_before_the_weights(hub, folder):
 def test_the_size_of_a_repository_is_known_by_its_listing_and_a_forgotten_one_leaves_the_cache(hub, folder):
     hub.add("org/model", folder)
     wanted = sum((folder / name).stat().st_size for name in ("config.json", "tokenizer.json"))
-    assert size_on_hub("org/model") == wanted + WEIGHT_BYTES
+    assert newest_on_hub("org/model") == (COMMIT, wanted + WEIGHT_BYTES)
     assert hub.downloads() == set()
     weights = find_on_hub("org/model", None).weights(quiet)
     forget("org/other")
@@ -58,7 +58,7 @@ def test_the_size_of_a_repository_that_the_hub_does_not_list_is_not_guessed(hub,
     hub.add("org/model", folder)
     monkeypatch.setattr(hub_module, "_listing", lambda *_: None)
     with pytest.raises(Unavailable, match="how large"):
-        size_on_hub("org/model")
+        newest_on_hub("org/model")
 
 
 def test_the_weights_are_fetched_later_and_only_once(hub, folder):

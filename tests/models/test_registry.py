@@ -23,6 +23,7 @@ from azu.errors import (
 )
 from azu.models import registry as registry_module
 from azu.models.cut import cut
+from azu.models.hub import newest_on_hub
 from azu.models.registry import ModelRegistry
 from azu.models.sources import model_folder_name
 from azu.models.status import ModelState, RedisModelStatus
@@ -34,7 +35,7 @@ from tests.models.checkpoints import (
     save_checkpoint,
     store_checkpoint,
 )
-from tests.models.hub_stand_in import COMMIT
+from tests.models.hub_stand_in import COMMIT, OLD_COMMIT
 
 
 @pytest.fixture
@@ -83,6 +84,20 @@ def test_the_bytes_of_a_new_model_are_known_before_it_is_read(registry, models, 
     assert registry.new_bytes("azu/tiny-dense") == 0
     with pytest.raises(ModelNotFound):
         registry.new_bytes(str(models / "missing"))
+
+
+def test_a_revision_that_the_network_never_had_is_new_like_a_model(registry, hub, tmp_path):
+    repository = save_checkpoint(tmp_path / "repository")
+    hub.add("org/model", repository, old=repository)
+    registry.describe("org/model", OLD_COMMIT)
+    assert registry.describe("org/model", None, False).revision == COMMIT
+    size = registry.new_bytes("org/model")
+    assert size == newest_on_hub("org/model")[1] > 0, "a job of long ago was looked at"
+    registry.describe("org/model")
+    assert registry.new_bytes("org/model") == 0
+    registry._pins.clear()
+    hub.broken = True
+    assert registry.new_bytes("org/model") == 0, "what the network has needs no Hub"
 
 
 def test_a_model_that_left_the_disk_is_new_again_and_one_in_use_stays(registry, models, status):
