@@ -29,7 +29,7 @@ from azu.jobs.record import JobRecord
 from azu.protocol.job import JobState
 from azu.protocol.topology import Prediction
 from deployments.answers import phase_line, usage_of
-from deployments.sampling import check_choices, check_max_tokens, sampling_params
+from deployments.sampling import check_choices, check_max_tokens, check_prompt_tokens, sampling_params
 from deployments.services import Bearer, Key, ServedModel, Services, ServicesNow, check_speaks_for, owned
 
 router = APIRouter()
@@ -179,6 +179,7 @@ async def quote(body: QuoteRequest, key: Key, bearer: Bearer, services: Services
         raise InvalidRequest("give either the prompt or the number of its tokens", param="prompt")
     check_choices(body.n, services.config.policy.limits)
     check_max_tokens(body.max_tokens or 1, services.config.policy.limits)
+    check_prompt_tokens(body.tokens or 0, services.config.policy.limits)
     model = await services.model(body.model, bearer)
     num_tokens = body.tokens or 0
     if body.prompt is not None:

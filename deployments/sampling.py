@@ -87,6 +87,8 @@ def check_limits(body: ChatRequest | CompletionRequest, limits: Limits) -> None:
     """Raise InvalidRequest with the name of the first parameter that exceeds its limit."""
     check_choices(body.n or 1, limits)
     check_max_tokens(max_tokens(body, 1), limits)
+    if isinstance(body, CompletionRequest) and not isinstance(body.prompt, str):
+        check_prompt_tokens(len(body.prompt), limits)
     counted = {
         "stop": (len(body.stop), limits.max_stop_strings),
         "stop_token_ids": (len(body.stop_token_ids or ()), limits.max_stop_strings),
@@ -110,6 +112,16 @@ def check_max_tokens(asked: int, limits: Limits) -> None:
     if asked > limits.max_completion_tokens:
         raise InvalidRequest(
             f"max_tokens is {asked}; it may be 1 to {limits.max_completion_tokens}", param="max_tokens"
+        )
+
+
+def check_prompt_tokens(num_tokens: int, limits: Limits) -> None:
+    """Raise InvalidRequest for a longer prompt than any model takes here."""
+    if num_tokens > limits.max_prompt_tokens:
+        raise InvalidRequest(
+            f"the prompt has {num_tokens} tokens; at most {limits.max_prompt_tokens} are taken here",
+            param="prompt",
+            code="context_length_exceeded",
         )
 
 

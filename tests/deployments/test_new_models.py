@@ -132,7 +132,12 @@ def test_a_fee_is_set_aside_for_a_model_that_is_asked_for_and_can_be_had(
                 ]
                 submitted = {"user_address": address, "model_id": model, "prompt": "a", "est_tokens": 10**6}
                 refused.append(await client.post("/submit", json=submitted))
-            assert [reply.json()["error"]["param"] for reply in refused] == ["max_tokens"] * 3
+                long_prompt = {"model": model, "prompt": [1] * 40_000, "max_tokens": 1}
+                refused.append(await client.post("/v1/completions", json=long_prompt))
+                quoted = {"model": model, "tokens": 40_000}
+                refused.append(await client.post("/v1/quote", json=quoted))
+            wrong = [reply.json()["error"]["param"] for reply in refused]
+            assert wrong == ["max_tokens"] * 3 + ["prompt"] * 2
             assert await reserved(ingress, address) == 0
             await ingress.books.bookkeeper.reserve_fetch(key, "fetch-1", model_id=broken, num_bytes=GIB)
             assert await describe(ingress, key, broken) == 400
