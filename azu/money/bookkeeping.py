@@ -136,7 +136,7 @@ class Bookkeeper(BooksCalls):
         self._cursor = RedisCursor(self._redis)
         self._keys = Keys(self.ledger, platform, terms, now_ms)
         self._holds = Holds(self.ledger, self._keys)
-        self._fees = ModelFees(self.ledger, self._holds, terms, now_ms)
+        self._fees = ModelFees(self.ledger, self._holds, terms)
         self._opened_at_ms = 0
         # Why the signer signs nothing; empty while it does.
         self._unsigned: tuple[str, ...] = ()

@@ -20,17 +20,10 @@ from azu.units import GIB
 class ModelFees:
     """The fees of one ledger."""
 
-    def __init__(
-        self,
-        ledger: Callable[[], Awaitable[Ledger]],
-        holds: Holds,
-        terms: BooksTerms,
-        now_ms: Callable[[], int],
-    ) -> None:
+    def __init__(self, ledger: Callable[[], Awaitable[Ledger]], holds: Holds, terms: BooksTerms) -> None:
         self._ledger = ledger
         self._holds = holds
         self._terms = terms
-        self._now_ms = now_ms
         # One model's fee at a time is set aside, or several requests at once would each find none.
         self._setting = asyncio.Lock()
         # The models that may have fees set aside; None until they were looked for. Every job that is charged
@@ -43,11 +36,12 @@ class ModelFees:
         if not is_fee(fetch_id):
             raise InvalidRequest(f"{fetch_id} is no fee's id", param="fetch_id")
         async with self._setting:
-            others = _of_model((await self._ledger()).state, model_id)
+            ledger = await self._ledger()
+            others = _of_model(ledger.state, model_id)
             if not lamports or any(one.job_id != fetch_id for one in others):
                 return 0
             (await self._models_with_fees()).add(model_id)
-            until_ms = self._now_ms() + self._terms.fetch_unused_ms
+            until_ms = ledger.now_ms() + self._terms.fetch_unused_ms
             asked = _fee(fetch_id, key, model_id, lamports, until_ms)
             return await self._holds.set_aside(key, asked)
 
@@ -61,9 +55,9 @@ class ModelFees:
             (await self._models_with_fees()).discard(model_id)
 
     async def charge_unused(self) -> None:
-        """Charge the fees for models that were not used in time."""
+        """Charge the fees for models that were not used in time, once the chain's time was heard."""
         ledger = await self._ledger()
-        for one in list(_ends(ledger.state, self._now_ms())):
+        for one in list(_ends(ledger.state, ledger.now_ms())) if ledger.is_timed else ():
             await ledger.apply(one)
 
     async def _models_with_fees(self) -> set[str]:

@@ -3,14 +3,17 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
+import pytest
+
 from azu.auth.signatures import TakeRevenue, Withdrawal, sign_command, sign_withdrawal
 from azu.clock import SteadyClock, wall_clock_ms
 from azu.money.books import Books
 from azu.money.ledger.transfers import Deposit, PayoutPlanned, UnknownOut
 from azu.money.signer.policy import nonce_for
 from azu.money.signer.views import PayoutKind
+from azu.units import GIB
 from tests.builders import BOB, OWNERS
-from tests.money.accounts import USER
+from tests.money.accounts import BEARER, USER
 from tests.money.ledger import moves
 from tests.money.serving import PLATFORM, TERMS, ServedBooks
 from tests.money.test_books import ADDRESS, ADMIN, open_account, play, reserve, settle
@@ -18,7 +21,13 @@ from tests.money.test_books import ADDRESS, ADMIN, open_account, play, reserve, 
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
 NOW_MS = wall_clock_ms() - 3_600_000  # far from the machine's clock: a slow run changes nothing
-GIVEN = replace(TERMS, admins=(ADMIN.address.lower(),), maturity_ms=DAY_MS, reservation_ttl_ms=HOUR_MS)
+GIVEN = replace(
+    TERMS,
+    admins=(ADMIN.address.lower(),),
+    maturity_ms=DAY_MS,
+    reservation_ttl_ms=HOUR_MS,
+    fetch_lamports_per_gib=100,
+)
 
 
 class Machine:
@@ -137,5 +146,25 @@ def test_books_that_began_with_a_clock_that_is_behind_have_nothing_mature_or_exp
         machine.passes(DAY_MS)
         await books.enrol_node("c", BOB, key_digest="k", name="c", work_bytes_per_s=0)
         assert await owed(books) == 4 * 36
+
+    decide(redis_url, scenario)
+
+
+@pytest.mark.parametrize("wrong_by_ms", [-2 * DAY_MS, 2 * DAY_MS])
+def test_the_fee_of_a_new_model_is_charged_by_the_chains_time_alone(redis_url: str, wrong_by_ms: int) -> None:
+    async def scenario(books: Books, served: ServedBooks, machine: Machine) -> None:
+        first, second = ({"model_id": f"test/{number}", "num_bytes": GIB} for number in range(2))
+        await books.reserve_fetch(BEARER, "fetch-1", **first)
+        machine.wall_ms += wrong_by_ms
+        await machine.restarts(served)
+        # Before the treasury has told the time.
+        await books.reserve_fetch(BEARER, "fetch-2", **second)
+        await served.bookkeeper.charge_unused()
+        await books.hear_time(NOW_MS)
+        await served.bookkeeper.charge_unused()
+        assert (await books.balance(ADDRESS)).reserved_lamports == 2 * 100
+        machine.passes(DAY_MS)
+        await served.bookkeeper.charge_unused()
+        assert (await books.balance(ADDRESS)).reserved_lamports <= 100
 
     decide(redis_url, scenario)

@@ -105,6 +105,7 @@ def test_the_fee_of_a_model_that_was_not_used_in_time_is_the_platforms(redis_url
         await open_account(books, now_ms=NOW_MS)
         await ask(books)
         clock[0] += DAY_MS - 1
+        await books.hear_time(clock[0])
         await served.bookkeeper.charge_unused()
         assert (await books.balance(ADDRESS)).reserved_lamports == 200
         clock[0] += 1
