@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import secrets
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -130,24 +131,29 @@ class Payer:
         shown = await self._shown(payouts)
         await asyncio.gather(*(self._advance(payout, shown, read_at_ms) for payout in payouts))
 
-    async def _shown(self, payouts: Sequence[Payout]) -> Mapping[int, LedgerTransfer]:
-        """Return what the chain's ledger shows of the platform's own transfers, by nonce."""
+    async def _shown(self, payouts: Sequence[Payout]) -> Mapping[int, Sequence[LedgerTransfer]]:
+        """Return what the chain's ledger shows of the platform's own transfers, by nonce.
+
+        Who has a key that was replaced sends from its address under any nonce.
+        """
         posted = [payout for payout in payouts if payout.state in _AWAITING]
         if not posted:
             return {}
-        since_ms = min(payout.since_ms for payout in posted)
-        return {
-            row.nonce: row
-            for platform in self._platforms
-            async for page in self._chain.ledger_updates(platform, since_ms)
-            for row in page
-            if row.sender in self._platforms and row.nonce is not None
-        }
+        since_ms, wanted = min(payout.since_ms for payout in posted), {payout.nonce for payout in posted}
+        shown = defaultdict[int, list[LedgerTransfer]](list)
+        for platform in self._platforms:
+            async for page in self._chain.ledger_updates(platform, since_ms):
+                for row in page:
+                    if row.sender in self._platforms and row.nonce in wanted:
+                        shown[row.nonce].append(row)
+        return shown
 
-    async def _advance(self, payout: Payout, shown: Mapping[int, LedgerTransfer], read_at_ms: int) -> None:
+    async def _advance(
+        self, payout: Payout, shown: Mapping[int, Sequence[LedgerTransfer]], read_at_ms: int
+    ) -> None:
         try:
-            row = shown.get(payout.nonce)
-            if payout.state in _AWAITING and row is not None and _shows(row, payout):
+            row = next((one for one in shown.get(payout.nonce, ()) if _shows(one, payout)), None)
+            if payout.state in _AWAITING and row is not None:
                 payout = await self._replace(payout, payout.paid(row.hash))
             await self._next(payout, read_at_ms)
         except Superseded:

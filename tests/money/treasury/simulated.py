@@ -225,7 +225,9 @@ class Simulation:
         line: Line | None = None,
         funds: int = 10**12,
         dollars: int = 10**12,
+        former: tuple[str, ...] = (),
     ) -> None:
+        self.former = former
         self.clock = Clock()
         self.crash = crash or CrashPlan()
         self.chain = SimulatedChain(self.clock, self.crash, line or Line())
@@ -248,7 +250,7 @@ class Simulation:
             NoWithdrawals(),
             self.signer,
             self.timeouts,
-            platforms=(self.platform.address.lower(),),
+            platforms=(self.platform.address.lower(), *self.former),
             on_refused=self.refused.append,
             now_ms=self.clock,
         )

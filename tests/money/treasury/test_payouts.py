@@ -4,9 +4,11 @@ import asyncio
 import random
 
 import pytest
+from eth_account import Account
 
 from azu.devnet.chain import HYPE, USDC
 from azu.errors import AzuError, Conflict, Forbidden, InvalidRequest, RateLimited, Unavailable
+from azu.money.chain.actions import sign_send_asset
 from azu.money.chain.rows import KEPT_LAMPORTS
 from azu.money.treasury.outbox import PayoutState
 from azu.money.treasury.payouts import PayoutTimeouts
@@ -264,6 +266,24 @@ def test_a_payout_that_an_admin_ended_leaves_the_outbox_when_its_row_is_shown_la
     asyncio.run(simulation.ledger.apply(moves.paid(payout.payout_id, command="by an admin")))
 
     steps(simulation, 2, each_ms=MINUTE_MS)
+
+    assert simulation.ledger.worker(WORKER) == (0, 0, LAMPORTS)
+    assert simulation.outbox.contents == {}
+
+
+def test_a_transfer_under_the_same_nonce_from_a_former_address_hides_no_payout() -> None:
+    former = Account.from_key("0x" + "12" * 32)
+    simulation = Simulation(former=(former.address.lower(),))
+    for token in (HYPE, USDC):
+        simulation.chain.state.fund(former.address.lower(), token, 10**12, simulation.clock())
+    steps(planned(simulation), 1)
+    [payout] = asyncio.run(simulation.outbox.open())
+    action = sign_send_asset(
+        former, simulation.chain.network, destination=DUST_FROM, lamports=LAMPORTS, nonce=payout.nonce
+    )
+
+    assert asyncio.run(simulation.chain.post_action(action.body)) is None
+    steps(simulation, 2)
 
     assert simulation.ledger.worker(WORKER) == (0, 0, LAMPORTS)
     assert simulation.outbox.contents == {}
