@@ -146,6 +146,6 @@ def _of_platform(
                 payout_id=command.payout_id,
                 address=command.address,
                 lamports=command.lamports,
-                nonce=nonce_for(PayoutKind.REVENUE, state.facts.get("nonce", 0), now_ms),
+                nonce=nonce_for(PayoutKind.REVENUE, command.payout_id, now_ms),
                 command=text,
             )

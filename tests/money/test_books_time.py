@@ -112,7 +112,7 @@ def test_books_that_began_with_a_wrong_clock_go_on_when_they_hear_the_chains_tim
         await books.command(sign_command(ADMIN, take, PLATFORM))
         [payout] = await books.open_payouts()
         assert abs(payout.nonce - NOW_MS - DAY_MS) < HOUR_MS
-        nonce = nonce_for(PayoutKind.EARNINGS, payout.nonce, NOW_MS + DAY_MS)
+        nonce = nonce_for(PayoutKind.EARNINGS, OWNERS[0], NOW_MS + DAY_MS)
         await books.apply(
             PayoutPlanned(id="p:planned", payout_id="p", address=OWNERS[0], lamports=36, nonce=nonce)
         )

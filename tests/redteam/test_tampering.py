@@ -57,7 +57,7 @@ async def begin(world: World, parts: Open) -> TransferRequest:
         payout_id=asked.payout_id,
         address=user,
         lamports=asked.lamports,
-        nonce=nonce_for(PayoutKind.WITHDRAWAL, 0, wall_clock_ms()),
+        nonce=nonce_for(PayoutKind.WITHDRAWAL, asked.payout_id, wall_clock_ms()),
         expires_at_ms=asked.expires_at_ms,
         signature=sign_withdrawal(payer, asked, platform),
     )

@@ -15,8 +15,10 @@ LATE_MS = 120_000
 # The chain drops an emptied account together with its ledger, which proves what was paid; and it removes
 # balances below a million lamports.
 KEPT_LAMPORTS = 2_000_000
+# The nonces that are given out in so long a window of the chain's time are of that window.
+NONCE_WINDOW_MS = 600_000
 # A nonce is at most so far ahead of the chain's time when it is given out.
-NONCE_AHEAD_MS = 600_000
+NONCE_AHEAD_MS = NONCE_WINDOW_MS
 # So many pages of a recipient's ledger are read: he may fill it as he likes.
 _MOST_PAGES = 4
 

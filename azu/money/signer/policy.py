@@ -3,6 +3,7 @@
 Pure: the clock is the chain's, and each function returns what the signer has to remember before it acts.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from pydantic import ConfigDict
 
 from azu.auth.signatures import TakeRevenue, Withdrawal, command_of, is_claim, is_signed
 from azu.errors import Conflict, Forbidden, InvalidRequest, RateLimited, Unavailable
-from azu.money.chain.rows import LATE_MS, NONCE_AHEAD_MS
+from azu.money.chain.rows import LATE_MS, NONCE_AHEAD_MS, NONCE_WINDOW_MS
 from azu.money.signer.views import (
     BooksHead,
     BooksView,
@@ -130,10 +131,17 @@ class Look:
     findings: tuple[str, ...]
 
 
-def nonce_for(kind: PayoutKind, last: int, chain_ms: int) -> int:
-    """Return the next nonce of a kind, at or after the chain's time, that is above `last`."""
-    least = max(last + 1, chain_ms)
-    return least + (_NONCE_KINDS.index(kind) - least) % _NONCE_STEP
+def nonce_for(kind: PayoutKind, name: str, chain_ms: int, place: int = 0) -> int:
+    """Return a nonce of a kind at the chain's time; each `place` gives another one.
+
+    It follows from the payout's name and a window of time, so that two copies of a network that set the same
+    payout aside in one window have one nonce, which the chain takes once. Nonces have to follow the time:
+    the chain takes none below the hundred highest.
+    """
+    digest = hashlib.sha256(f"{kind}:{name}:{place}".encode()).digest()
+    within = int.from_bytes(digest) % (NONCE_WINDOW_MS // _NONCE_STEP)
+    start_ms = chain_ms - chain_ms % NONCE_WINDOW_MS
+    return start_ms + _NONCE_STEP * within + _NONCE_KINDS.index(kind)
 
 
 def kind_of(nonce: int | None) -> PayoutKind | None:
@@ -458,13 +466,19 @@ def _proof_fault(payout: OpenPayout, rules: SigningRules) -> str | None:
                 isinstance(command, TakeRevenue)
                 and (command.payout_id, command.address, command.lamports) == wanted
             ):
-                return None if payout.nonce <= command.expires_at_ms else "the admin's command has expired"
+                is_late = _begun_ms(payout) > command.expires_at_ms
+                return "the admin's command has expired" if is_late else None
             return "no admin has signed it"
+
+
+def _begun_ms(payout: OpenPayout) -> int:
+    """Return when the window began in which a payout got its nonce."""
+    return payout.nonce - payout.nonce % NONCE_WINDOW_MS
 
 
 def _is_withdrawal(payout: OpenPayout, platforms: Iterable[str]) -> bool:
     prefix, _, number = payout.payout_id.rpartition("withdrawal-")
-    if not prefix or not number.isdecimal() or payout.nonce > payout.expires_at_ms:
+    if not prefix or not number.isdecimal() or _begun_ms(payout) > payout.expires_at_ms:
         return False
     asked = Withdrawal(
         address=payout.address,

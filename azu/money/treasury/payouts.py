@@ -35,6 +35,8 @@ _LOG = logging.getLogger(__name__)
 _NONCE_LIFE_MS = 3 * 86_400_000
 # How long after a look at what the chain does not show the next one is due.
 _LOOK_AGAIN_MS = 60_000
+# So many nonces are tried for a payout at once: an address is rarely paid as often within their window.
+_MOST_PLACES = 16
 _LEFT_OTHERWISE = "a transfer to its address left the account that the books did not know"
 # States in which the chain's ledger may show the payout.
 _AWAITING = (PayoutState.SENT, PayoutState.ACCEPTED, PayoutState.ABANDONED)
@@ -90,7 +92,6 @@ class Payer:
         self._now_ms = now_ms
         # When payouts that no ledger of the chain shows are looked for again.
         self._overdue: dict[str, int] = {}
-        self._last_nonce = 0
         # Why a payout is not signed now, as it was logged.
         self._unsigned: dict[str, str] = {}
 
@@ -260,29 +261,30 @@ class Payer:
 
     async def _set_aside(self, payout: Payout) -> Payout | None:
         """Have the ledger set the money aside under a nonce that is fixed before; None if it does not."""
-        if not payout.nonce:
-            payout = await self._numbered(payout)
-        try:
-            await self._ledger.apply(payout.booking)
-        except (LedgerError, InsufficientBalance) as error:
-            if error.code == "nonce_used":
-                # Another payout with a later nonce was set aside first.
-                await self._numbered(payout)
+        for place in range(_MOST_PLACES):
+            if place or not payout.nonce:
+                payout = await self._numbered(payout, place)
+            try:
+                await self._ledger.apply(payout.booking)
+                return payout
+            except (LedgerError, InsufficientBalance) as error:
+                if error.code == "nonce_used":
+                    continue  # another payout has it, or one of a later window was set aside first
+                if await self._ledger.result(payout.booking.id) is not None:
+                    raise
+                _LOG.exception("%s is dropped: its account does not hold so much", payout.payout_id)
+                if payout.kind is PayoutKind.WITHDRAWAL:
+                    reason = "the account does not hold so much any more"
+                    await self._withdrawals.refuse(payout.payout_id, reason)
+                await self._outbox.remove(payout)
                 return None
-            if await self._ledger.result(payout.booking.id) is not None:
-                raise
-            _LOG.exception("%s is dropped: its account does not hold so much", payout.payout_id)
-            if payout.kind is PayoutKind.WITHDRAWAL:
-                reason = "the account does not hold so much any more"
-                await self._withdrawals.refuse(payout.payout_id, reason)
-            await self._outbox.remove(payout)
-            return None
-        return payout
+        return None
 
-    async def _numbered(self, payout: Payout) -> Payout:
-        chain_ms = await self._chain.now_ms()
-        self._last_nonce = nonce_for(payout.kind, self._last_nonce, chain_ms)
-        return await self._replace(payout, payout.numbered(self._last_nonce))
+    async def _numbered(self, payout: Payout, place: int) -> Payout:
+        # Two copies of a network give one withdrawal the same id, and each worker's payout another one.
+        name = payout.address if payout.kind is PayoutKind.EARNINGS else payout.payout_id
+        nonce = nonce_for(payout.kind, name, await self._chain.now_ms(), place)
+        return await self._replace(payout, payout.numbered(nonce))
 
     async def _has_ended(self, payout: Payout) -> bool:
         """Whether the books have the payout's end: a withdrawal can be planned twice under its one id."""

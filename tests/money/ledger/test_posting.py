@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 
 from azu.errors import AzuError, Conflict, InsufficientBalance, LedgerError, Unauthenticated
+from azu.money.chain.rows import NONCE_WINDOW_MS
 from azu.money.ledger.posting import _RULES, apply_once
 from azu.money.ledger.state import KEPT_MS, BooksState, decode_state, encode_state
 from azu.money.ledger.transfers import (
@@ -206,19 +207,22 @@ def test_only_a_claimed_address_is_paid() -> None:
 
 
 def test_a_nonce_is_used_for_one_payout_for_ever() -> None:
-    state = after(*earned(100), moves.deposit(9, tx_hash="0x02"), moves.plan_payout("p1", 10, nonce=7))
-    assert state.nonces == {"7": "p1"}
-    for nonce in (7, 6):
+    first, second = NONCE_WINDOW_MS + 7, NONCE_WINDOW_MS + 8
+    state = after(*earned(100), moves.deposit(9, tx_hash="0x02"), moves.plan_payout("p1", 10, nonce=first))
+    assert state.nonces == {str(first): "p1"}
+    for nonce in (first, 7):
         assert refused(state, moves.plan_withdrawal("p2", 1, nonce=nonce)).code == "nonce_used"
+    # Within a window nonces come in any order.
+    after(moves.plan_withdrawal("p2", 1, nonce=8), state=deepcopy(state))
     state = after(moves.refused("p1"), state=state)
-    assert refused(state, moves.plan_payout("p3", 1, nonce=7)).code == "nonce_used"
+    assert refused(state, moves.plan_payout("p3", 1, nonce=first)).code == "nonce_used"
     # A clock that is ahead has no name forgotten; a nonce follows the chain's time.
-    state = after(moves.plan_payout("p9", 1, nonce=8), at_ms=9 * KEPT_MS, state=state)
-    assert state.nonces == {"7": "p1", "8": "p9"}
-    late = 8 + KEPT_MS
+    state = after(moves.plan_payout("p9", 1, nonce=second), at_ms=9 * KEPT_MS, state=state)
+    assert state.nonces == {str(first): "p1", str(second): "p9"}
+    late = second + KEPT_MS
     state = after(moves.plan_payout("p3", 1, nonce=late), state=state)
-    assert state.nonces == {"8": "p9", str(late): "p3"}
-    assert refused(state, moves.plan_payout("p4", 1, nonce=7), at_ms=9 + KEPT_MS).code == "nonce_used"
+    assert state.nonces == {str(second): "p9", str(late): "p3"}
+    assert refused(state, moves.plan_payout("p4", 1, nonce=first), at_ms=9 + KEPT_MS).code == "nonce_used"
 
 
 def test_a_fee_larger_than_the_payout_is_refused() -> None:

@@ -7,6 +7,7 @@ import hashlib
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import count
 
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
@@ -114,7 +115,6 @@ class ModelBooks:
     unknown: set[OutgoingRow] = field(default_factory=set)
     opened_at_ms: int = 0
     read_until_ms: int = 0
-    last_nonce: int = 0
 
     def copy(self) -> "ModelBooks":
         return deepcopy(self)
@@ -204,8 +204,10 @@ class ModelBooks:
     def _planned(
         self, kind: PayoutKind, payout_id: str, address: str, lamports: int, now_ms: int
     ) -> OpenPayout:
-        self.last_nonce = nonce_for(kind, self.last_nonce, now_ms)
-        return OpenPayout(payout_id, kind, address, lamports, self.last_nonce)
+        name = address if kind is PayoutKind.EARNINGS else payout_id
+        nonces = (nonce_for(kind, name, now_ms, place) for place in count())
+        nonce = next(one for one in nonces if one not in self.nonces)
+        return OpenPayout(payout_id, kind, address, lamports, nonce)
 
     def _keep(self, payout: OpenPayout) -> OpenPayout:
         self.entry(f"planned {payout}")

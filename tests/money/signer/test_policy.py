@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from azu.auth.signatures import TakeRevenue, sign_claim, sign_command
 from azu.errors import AzuError, Conflict, Forbidden, InvalidRequest, RateLimited, Unavailable
-from azu.money.chain.rows import LATE_MS
+from azu.money.chain.rows import LATE_MS, NONCE_WINDOW_MS
 from azu.money.signer.policy import (
     DAY_MS,
     QUARANTINE_MS,
@@ -76,7 +76,7 @@ def chain(*outgoing: OutgoingRow, balance: int = 1_000, incoming: tuple[Incoming
 
 
 def payout(lamports: int = 10, number: int = 0, kind: PayoutKind = PayoutKind.EARNINGS) -> OpenPayout:
-    nonce = nonce_for(kind, START_MS + 4 * number, START_MS)
+    nonce = nonce_for(kind, str(number), START_MS)
     return OpenPayout(f"payout:{A}:{number}", kind, A, lamports, nonce, CLAIMS[A])
 
 
@@ -344,21 +344,29 @@ def test_a_transfer_is_signed_only_as_the_books_have_it(change: dict[str, object
 
 @pytest.mark.parametrize("off_ms", [-37 * HOUR_MS, -DAY_MS * 3, 1_000_000, DAY_MS])
 def test_a_nonce_far_from_the_chains_time_is_refused(off_ms: int) -> None:
-    nonce = nonce_for(PayoutKind.EARNINGS, 0, START_MS + off_ms)
+    nonce = nonce_for(PayoutKind.EARNINGS, "far", START_MS + off_ms)
     one = replace(payout(10), nonce=nonce)
 
     with pytest.raises(InvalidRequest):
         admit(SignerState(), books(payouts=(one,)), chain(), asked(one), rules_of())
 
 
+def test_a_payout_has_one_nonce_in_a_window_in_every_copy() -> None:
+    begin_ms = START_MS - START_MS % NONCE_WINDOW_MS
+    times = [begin_ms - 1, begin_ms, begin_ms + NONCE_WINDOW_MS - 1, begin_ms + NONCE_WINDOW_MS]
+    before, first, last, after = (nonce_for(PayoutKind.EARNINGS, A, at_ms) for at_ms in times)
+    assert before < begin_ms <= first == last < begin_ms + NONCE_WINDOW_MS <= after
+    others = {nonce_for(PayoutKind.EARNINGS, A, begin_ms, place) for place in range(16)}
+    assert first in others
+    assert len(others) == 16
+
+
 def test_each_kind_has_nonces_of_its_own() -> None:
-    last = START_MS
     for number in range(50):
         kind = tuple(PayoutKind)[number % 3]
-        nonce = nonce_for(kind, last, START_MS)
-        assert last < nonce <= last + 4
+        nonce = nonce_for(kind, str(number), START_MS)
+        assert abs(nonce - START_MS) < NONCE_WINDOW_MS
         assert kind_of(nonce) is kind
-        last = nonce
     assert kind_of(None) is None
     one = payout(10)
     wrong = replace(one, kind=PayoutKind.WITHDRAWAL)
@@ -397,7 +405,7 @@ def test_a_withdrawal_goes_only_where_its_address_signed_it() -> None:
         replace(one, expires_at_ms=one.expires_at_ms + 1),
         replace(one, payout_id=one.payout_id + "1"),
         replace(one, payout_id="payout:withdrawal-x"),
-        replace(one, expires_at_ms=one.nonce - 1),
+        replace(one, expires_at_ms=one.nonce - NONCE_WINDOW_MS),
         replace(one, proof=""),
     ):
         with pytest.raises(Forbidden):
@@ -410,7 +418,7 @@ def test_revenue_goes_only_where_an_admin_of_its_settings_sends_it() -> None:
     one = replace(payout(10, kind=PayoutKind.REVENUE), payout_id=command.payout_id, proof=proof)
 
     assert admit(SignerState(), books(payouts=(one,)), chain(), asked(one), rules_of()).signed
-    expired = replace(command, expires_at_ms=START_MS - 1)
+    expired = replace(command, expires_at_ms=START_MS - NONCE_WINDOW_MS)
     for other in (
         replace(one, address=B),
         replace(one, lamports=11),
@@ -468,7 +476,7 @@ def test_what_was_signed_and_is_not_shown_counts_as_sent() -> None:
     assert limited(state, payout(21, 1), row_of(payout(40)))
     assert not limited(state, payout(20, 1), row_of(payout(40)))
     # The chain does not admit it any more two days later.
-    late = replace(payout(21, 1), nonce=nonce_for(PayoutKind.EARNINGS, 0, START_MS + DAY_MS))
+    late = replace(payout(21, 1), nonce=nonce_for(PayoutKind.EARNINGS, "late", START_MS + DAY_MS))
     assert limited(state, late, now_ms=START_MS + DAY_MS)
     late = replace(late, nonce=late.nonce + 2 * DAY_MS)
     assert not limited(state, late, now_ms=START_MS + 3 * DAY_MS)
@@ -479,7 +487,7 @@ def test_what_was_signed_and_is_not_shown_counts_as_sent() -> None:
 )
 def test_what_is_left_of_a_limit_is_signed_and_no_lamport_more(sent: list[tuple[str, int, int]]) -> None:
     rows = [
-        OutgoingRow(START_MS - ago_ms, nonce_for(PayoutKind.EARNINGS, 8 * number, 0), address, lamports)
+        OutgoingRow(START_MS - ago_ms, nonce_for(PayoutKind.EARNINGS, str(number), 0), address, lamports)
         for number, (address, lamports, ago_ms) in enumerate(sent, 1)
     ]
     left = room(SignerState(), chain(*rows), PayoutKind.EARNINGS, SMALL)

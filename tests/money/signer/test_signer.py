@@ -2,7 +2,8 @@
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -49,7 +50,6 @@ class Scene:
     user: LocalAccount
     signer: Signer
     limit: PayoutLimit = UNLIMITED
-    nonce: int = 0
     withdrawals: int = 0
     chains: list[ChainClient] = field(default_factory=list)
 
@@ -75,18 +75,36 @@ class Scene:
             nonce=self.withdrawals,
             expires_at_ms=wall_clock_ms() + 600_000,
         )
-        self.nonce = nonce_for(PayoutKind.WITHDRAWAL, self.nonce, wall_clock_ms())
+        nonce = nonce_for(PayoutKind.WITHDRAWAL, asked.payout_id, wall_clock_ms())
         planned = WithdrawalPlanned(
             id=f"{asked.payout_id}:planned",
             payout_id=asked.payout_id,
             address=address,
             lamports=lamports,
-            nonce=self.nonce,
+            nonce=nonce,
             expires_at_ms=asked.expires_at_ms,
             signature=sign_withdrawal(self.user, asked, platform),
         )
         await self.parts.book(planned)
-        return TransferRequest(asked.payout_id, PayoutKind.WITHDRAWAL, address, lamports, self.nonce)
+        return TransferRequest(asked.payout_id, PayoutKind.WITHDRAWAL, address, lamports, nonce)
+
+    async def earned(self, lamports: int) -> str:
+        """Have the user's job pay a worker, who has claimed it; return the worker's address."""
+        worker, user = self.world.payer(), self.user.address.lower()
+        address, platform = worker.address.lower(), self.world.platform.address.lower()
+        await self.parts.book(
+            moves.open_key(user),
+            moves.reserve("job-1", lamports, address=user),
+            replace(moves.settle("job-1", lamports), platform_lamports=0, shares={address: lamports}),
+        )
+        await self.parts.ledger.claim_earnings(address, sign_claim(worker, platform))
+        return address
+
+    async def plan_earnings(self, payout_id: str, address: str, lamports: int) -> TransferRequest:
+        """Have the books set earnings aside."""
+        nonce = nonce_for(PayoutKind.EARNINGS, address, wall_clock_ms())
+        await self.parts.book(moves.plan_payout(payout_id, lamports, address=address, nonce=nonce))
+        return TransferRequest(payout_id, PayoutKind.EARNINGS, address, lamports, nonce)
 
     async def send(self, asked: TransferRequest) -> None:
         assert await self.parts.chain.post_action((await self.signer.transfer(asked)).encode()) is None
@@ -99,6 +117,9 @@ class Scene:
         """Return how many transfers of the platform an address got."""
         rows = self.world.devnet.info("userNonFundingLedgerUpdates", address, startTime=0)
         return sum(row["delta"].get("user") == self.world.platform.address.lower() for row in rows)
+
+
+Copies = Callable[[], AbstractAsyncContextManager[Scene]]
 
 
 def play(
@@ -256,19 +277,9 @@ def address_of(number: int) -> str:
 
 def test_earnings_go_to_an_address_that_claimed_them_alone(world: World, file: Path) -> None:
     async def scenario(scene: Scene) -> None:
-        worker = world.payer()
-        address, platform = worker.address.lower(), world.platform.address.lower()
-        user = scene.user.address.lower()
-        await scene.parts.book(
-            moves.open_key(user),
-            moves.reserve("job-1", HYPE, address=user),
-            replace(moves.settle("job-1", HYPE), platform_lamports=0, shares={address: HYPE}),
-        )
-        await scene.parts.ledger.claim_earnings(address, sign_claim(worker, platform))
-        nonce = nonce_for(PayoutKind.EARNINGS, 0, wall_clock_ms())
-        planned = moves.plan_payout("payout:1", HYPE, address=address, nonce=nonce)
-        await scene.parts.book(planned)
-        asked = TransferRequest("payout:1", PayoutKind.EARNINGS, address, HYPE, nonce)
+        platform, user = world.platform.address.lower(), scene.user.address.lower()
+        address = await scene.earned(HYPE)
+        asked = await scene.plan_earnings("payout:1", address, HYPE)
         # The books' process itself takes no other claim; a changed store may have one.
         state = (await scene.parts.books.bookkeeper.ledger()).state
         claim = state.claims[address]
@@ -412,28 +423,46 @@ def test_a_damaged_file_is_refused_by_name(world: World, file: Path) -> None:
     world.run(scenario)
 
 
-def test_a_copy_of_the_network_signs_nothing_once_the_other_has(
-    devnet_server: RunningDevnet, tmp_path: Path, file: Path
+def play_with_copies(
+    devnet: RunningDevnet, folder: Path, scenario: Callable[[Scene, Copies], Awaitable[None]]
 ) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
+    """Run a scenario with a network, and what begins a copy of it as it is then, memory of the signer too."""
+    first, second = folder / "first", folder / "second"
     store = start_redis(first / "redis", DURABLE_CONFIG)
-    world = World(devnet_server, store.url, folder=first / "ledger")
-    copies = []
+    world = World(devnet, store.url, folder=first / "ledger")
+    servers = [store]
 
-    async def scenario(scene: Scene) -> None:
+    async def inside(scene: Scene) -> None:
+        @asynccontextmanager
+        async def copied() -> AsyncIterator[Scene]:
+            shutil.copytree(first, second)
+            servers.append(start_redis(second / "redis", DURABLE_CONFIG))
+            other = replace(world, redis_url=servers[-1].url, folder=second / "ledger", look_s=3600.0)
+            async with other.open() as parts:
+                copy = replace(scene, world=other, parts=parts, file=second / "signer.json", chains=[])
+                copy.start()
+                assert await copy.findings() == ()
+                yield copy
+                for chain in copy.chains:
+                    await chain.close()
+
+        await scenario(scene, copied)
+
+    try:
+        play(world, first / "signer.json", inside)
+    finally:
+        for server in servers:
+            server.kill()
+
+
+def test_a_copy_of_the_network_signs_nothing_once_the_other_has(
+    devnet_server: RunningDevnet, tmp_path: Path
+) -> None:
+    async def scenario(scene: Scene, copied: Copies) -> None:
         waiting = await scene.withdraw(HYPE // 4)
         await scene.signer.look()
-        shutil.copytree(first, second)
-        shutil.copy(file, second / "signer.json")
-        copied = start_redis(second / "redis", DURABLE_CONFIG)
-        copies.append(copied)
-        other = replace(world, redis_url=copied.url, folder=second / "ledger", look_s=3600.0)
-        async with other.open() as parts:
-            copy = replace(scene, world=other, parts=parts, file=second / "signer.json", chains=[])
-            copy.start()
-            assert await copy.findings() == ()
+        async with copied() as copy:
             await scene.send(await scene.withdraw(HYPE // 2))
-            # What was set aside before the copy has one nonce; a new withdrawal has another in each copy.
             copy.withdrawals += 7
             for asked in (waiting, await copy.withdraw(HYPE // 2)):
                 with pytest.raises(Unavailable, match=f"another process sent {HYPE // 2} lamports"):
@@ -443,10 +472,29 @@ def test_a_copy_of_the_network_signs_nothing_once_the_other_has(
             copy.start()
             assert (await copy.findings())[0].startswith("this signer remembers nothing")
             assert scene.received(waiting.address) == 2
-            await copy.chains[0].close()
 
-    try:
-        play(world, file, scenario)
-    finally:
-        for server in (store, *copies):
-            server.kill()
+    play_with_copies(devnet_server, tmp_path, scenario)
+
+
+def test_two_copies_that_pay_at_once_pay_once(devnet_server: RunningDevnet, tmp_path: Path) -> None:
+    async def scenario(scene: Scene, copied: Copies) -> None:
+        worker = await scene.earned(HYPE // 4)
+        async with copied() as copy:
+            both = scene, copy
+            withdrawn = [await one.withdraw(HYPE // 4) for one in both]
+            # Each copy makes an id of its own for what a worker earned.
+            earned = [
+                await one.plan_earnings(f"payout:{number}", worker, HYPE // 4)
+                for number, one in enumerate(both)
+            ]
+            for payouts in (withdrawn, earned):
+                # Neither has seen the other's transfer.
+                bodies = [await one.signer.transfer(asked) for one, asked in zip(both, payouts, strict=True)]
+                first, second = [await scene.parts.chain.post_action(body.encode()) for body in bodies]
+                assert first is None
+                assert second is not None
+                assert second.nonce_used
+                assert scene.received(payouts[0].address) == 1
+            assert await scene.findings() == await copy.findings() == ()
+
+    play_with_copies(devnet_server, tmp_path, scenario)
