@@ -258,6 +258,33 @@ def test_of_too_many_unfinished_bodies_the_oldest_gives_way(monkeypatch: pytest.
     asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
+def test_a_request_takes_a_place_when_its_body_is_read_and_its_key_is_good(play) -> None:
+    async def scenario(ingress: LocalIngress) -> None:
+        taken = ingress.app.state.services.answers._taken
+        _, key = await ingress.user()
+        good, bad = Caller(key=f"Bearer {key}"), Caller(key="Bearer azu-sk-unknown")
+        held = set[int]()
+
+        async def send(message: Message) -> None:
+            held.add(taken.total())
+            await good.send(message)
+
+        answering = asyncio.create_task(ingress.app(good.scope, good.body.get, send))
+        refusing = asyncio.create_task(ingress.app(bad.scope, bad.body.get, bad.send))
+        for one in (good, bad):
+            one.say(b'{"model": "azu/tiny-dense", "prompt": "Hello", ', more=True)
+        await asyncio.sleep(0.05)
+        assert not taken, "neither body is whole"
+        bad.say(b'"max_tokens": 1}', more=False)
+        await refusing
+        assert (bad.status, taken.total()) == (401, 0)
+        good.say(b'"max_tokens": 1}', more=False)
+        await answering
+        assert (good.status, held, taken.total()) == (200, {1}, 0)
+
+    play(scenario)
+
+
 def test_what_servers_proxy_believed_of_a_client_on_the_loopback_does_not_count() -> None:
     async def scenario() -> None:
         found = []

@@ -17,6 +17,7 @@ from azu.errors import (
     InvalidRequest,
     LedgerError,
     NumericsError,
+    Unavailable,
     WorkerLost,
 )
 from azu.jobs import dispatch
@@ -26,6 +27,7 @@ from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
 from azu.metrics import Meter
 from azu.money.bookkeeping import Bookkeeper
+from azu.money.books import NOT_PROVIDED
 from azu.money.ledger.transfers import worker_earned
 from azu.planner.plan import NEVER_FITS
 from azu.protocol.job import PLATFORM_NODE, FinishReason, Job, JobOutcome, JobRun, JobState, Placement
@@ -40,6 +42,7 @@ OLD, NEW = ((Placement(node, "layer:0", (0, 4)),) for node in "ab")
 LOST = WorkerLost("stage 1 is gone")
 NO_ROOM = InsufficientCapacity("no node has room")
 TOO_LARGE = InsufficientCapacity("no node will ever have room", code=NEVER_FITS)
+REGISTRY_FULL = Unavailable("the registry's disk has no room", code="registry_full")
 
 
 def failed(tokens: int, error: AzuError, placed: tuple[Placement, ...] = OLD) -> JobRun:
@@ -115,10 +118,17 @@ def test_tokens_that_come_give_a_job_its_patience_back() -> None:
 
 
 def test_what_waiting_does_not_help_ends_at_once() -> None:
-    for error in (TOO_LARGE, InvalidRequest("too long")):
+    for error in (TOO_LARGE, REGISTRY_FULL, InvalidRequest("too long")):
         life = Life(failed(0, error))
         assert life.end().error is error
         assert life.waited_s == []
+
+
+def test_the_books_hear_that_the_network_has_no_place_for_a_model_also_after_other_tries() -> None:
+    run = Life(failed(0, LOST), failed(0, REGISTRY_FULL)).end()
+
+    assert run.error is not None
+    assert run.error.code in NOT_PROVIDED
 
 
 def test_a_model_that_fitted_once_is_waited_for_when_its_nodes_are_gone() -> None:

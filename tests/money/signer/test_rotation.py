@@ -1,6 +1,7 @@
 """A new key of the platform: all that was signed for the old one stays good, and nothing leaves twice."""
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,12 +17,14 @@ from azu.money.chain.api import ChainClient
 from azu.money.chain.port import Refusal
 from azu.money.chain.rows import KEPT_LAMPORTS, balance_of
 from azu.money.chain.wallet import send_hype
+from azu.money.ledger.durability import DURABLE_CONFIG
 from azu.money.ledger.transfers import PlatformReplaced
 from azu.money.signer.rotation import rotate
 from azu.money.signer.views import TransferRequest
 from tests.money.chain.running import RunningDevnet
 from tests.money.signer.test_signer import HYPE, Scene
 from tests.money.treasury.world import World
+from tests.redis_server import start_redis
 
 
 @dataclass
@@ -137,6 +140,44 @@ def test_the_network_goes_on_with_the_new_key(rotated: Rotated) -> None:
         assert await scene.findings() == ()
 
     rotated.runs(rotated.second, agrees)
+
+
+@pytest.mark.parametrize("how", ["with its record", "by the same command"])
+def test_a_copy_from_before_a_rotation_goes_on(
+    devnet_server: RunningDevnet, tmp_path: Path, how: str
+) -> None:
+    home, copy = tmp_path / "home", tmp_path / "copy"
+    store = start_redis(home / "redis", DURABLE_CONFIG)
+    rotated = Rotated(devnet_server, store.url, home)
+    devnet_server.fund(rotated.before, 10**9, token=USDC.full_id)
+
+    async def after(scene: Scene) -> None:
+        assert await scene.findings() == ()
+        await scene.send(await scene.withdraw(HYPE // 16))
+        assert await scene.findings() == ()
+        assert scene.user is not None
+        assert await scene.parts.available(scene.user) == HYPE - HYPE // 4 - HYPE // 16
+
+    try:
+        rotated.runs(rotated.first, begin)
+        shutil.copytree(home, copy)
+        rotated.rotates()
+        record = rotated.record.read_text()
+        store.kill()
+        shutil.rmtree(home)
+        copy.rename(home)
+        store = start_redis(home / "redis", DURABLE_CONFIG)
+        second = replace(rotated.second, redis_url=store.url)
+
+        if how == "with its record":
+            rotated.record.write_text(record)
+        else:
+            assert rotated.rotates() == 0, "the money has moved"
+
+        assert platforms_of(rotated.after, read_successions(rotated.record))[1:] == (rotated.before,)
+        rotated.runs(second, after)
+    finally:
+        store.kill()
 
 
 def test_what_the_old_key_signed_is_executed_no_more(rotated: Rotated) -> None:
