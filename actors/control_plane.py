@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 _START_TIMEOUT_S = 60.0
 # An actor that does not answer for so long hangs; one on a busy machine answers before.
 _SILENCE_S = 30.0
-_REGISTRY_CONCURRENCY = 16
+# Callers that wait for the Hub leave threads for those that read what is here.
+_REGISTRY_CONCURRENCY = 64
 _SCHEDULER_CONCURRENCY = 1000
 
 

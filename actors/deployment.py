@@ -20,7 +20,7 @@ from azu.config import NetworkPolicy
 from azu.engine.canary import CanaryAnswer
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.stage_contract import StageSpec
-from azu.errors import AzuError, WorkerLost
+from azu.errors import AzuError, DeadlineExceeded, WorkerLost
 from azu.models.status import ModelStatus
 from azu.planner.demand import shards_of
 from azu.planner.replicas import ExpertCounts
@@ -33,6 +33,7 @@ from azu.protocol.topology import LossReport, Piece, Stage, Topology
 _PIPELINE_CONCURRENCY = 10_000
 _LISTEN_S = 1.0
 _STATUS_S = 1.0
+_CUT_LOOK_S = 0.25
 # The canary's few steps come after those of all jobs.
 _CANARY_S = 600.0
 
@@ -70,10 +71,16 @@ class RayBackend:
         self._actors: dict[str, _Actor] = {}
 
     async def structure(self, model_id: str, revision: str) -> Structure:
-        structure: Structure = await ask(
-            REGISTRY, "ensure_cut", model_id, revision, timeout_s=self._timeouts.fetch_s
-        )
-        return structure
+        describe_s = self._timeouts.describe_s
+        try:
+            async with asyncio.timeout(self._timeouts.fetch_s):
+                while True:
+                    cut = await ask(REGISTRY, "ensure_cut", model_id, revision, timeout_s=describe_s)
+                    if cut is not None:
+                        return cast(Structure, cut)
+                    await asyncio.sleep(_CUT_LOOK_S)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{model_id} was not fetched and cut in time") from error
 
     async def status(self, model_id: str) -> ModelStatus:
         # It is asked while jobs wait to be told: a registry that is away is not waited for.

@@ -1,6 +1,5 @@
 """Registry: the models by id, cut once for the whole network."""
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -11,16 +10,15 @@ from azu.models.description import AvailableModel, ModelDescription
 from azu.models.status import ModelStatus, RedisModelStatus
 from azu.protocol.structure import Structure
 
-_CUTS_AT_ONCE = 2
-
 
 @raises_known_errors
 class Registry:
-    """Wraps a ModelRegistry; every call runs in a thread of its own."""
+    """Wraps a ModelRegistry; every call runs in a thread of its own, and none waits for a cut."""
 
     def __init__(self, config: ControlConfig) -> None:
         # torch is imported here: a process that only starts or calls this actor does without it.
         from azu.cluster.deployment_store import deployed_models
+        from azu.models.cuts import Cuts
         from azu.models.registry import ModelRegistry
 
         log_as("registry")
@@ -34,7 +32,7 @@ class Registry:
             free_bytes=config.policy.new_models.free_bytes,
             deployed=partial(deployed_models, config.redis_url),
         )
-        self._cuts = ThreadPoolExecutor(_CUTS_AT_ONCE, thread_name_prefix="cut")
+        self._cuts = Cuts(self._models)
 
     def new_bytes(self, model_id: str) -> int:
         """Return how many bytes a model has whose newest revision the network never had; 0 for others."""
@@ -52,15 +50,18 @@ class Registry:
 
         return Tokenizer.from_files(self._models.describe(model_id, revision).files).to_json()
 
-    def ensure_cut(self, model_id: str, revision: str) -> Structure:
-        """Return the structure of a model; the first call for a model cuts it."""
-        return self._models.ensure_cut(model_id, revision)
+    def ensure_cut(self, model_id: str, revision: str) -> Structure | None:
+        """Return the structure of a model, or None while it is cut; the first call for a model starts that.
+
+        Raises what the cut raised; the call after it starts the cut again.
+        """
+        return self._cuts.ensure(model_id, revision)
 
     def start_cut(self, model_id: str) -> ModelStatus:
         """Begin to cut a model that can be cut; return its status."""
         described = self._models.describe(model_id)
         # The registry writes a failure into the status itself.
-        self._cuts.submit(self._models.ensure_cut, model_id, described.revision)
+        self.ensure_cut(model_id, described.revision)
         return self._status.get(model_id)
 
     def status(self, model_id: str) -> ModelStatus:

@@ -24,7 +24,15 @@ from azu.api.openai import (
 )
 from azu.auth.key_records import ApiKey
 from azu.engine.text import TextDelta
-from azu.errors import AzuError, InternalError, InvalidRequest, Unavailable, error_classes
+from azu.errors import (
+    AzuError,
+    HarmfulRequest,
+    InternalError,
+    InvalidRequest,
+    NumericsError,
+    Unavailable,
+    error_classes,
+)
 from azu.jobs.departures import Reader, request_name
 from azu.protocol.job import Job, JobOutcome, JobState
 from azu.supervision import as_known_error
@@ -243,8 +251,9 @@ async def _sign(services: Services, job: Job) -> str:
     """Return the comment that tells where a job stands, for clients that read it."""
     try:
         phase = phase_line(await services.jobs.phase(job))
-    except AzuError:
-        phase = None  # Redis is away, and the answer waits for it
+    except Exception as error:
+        as_known_error(error, "a sign of life")  # is logged; the answer goes on
+        phase = None
     return _SIGN_OF_LIFE if phase is None else f": phase {_one_line(phase)}\n\n"
 
 
@@ -374,10 +383,10 @@ async def _refused(first: Awaitable[TextDelta | JobOutcome]) -> Response | None:
         delta = await first
     except Exception as error:
         # The job may go on without its reader, and be charged.
-        return refusal(as_known_error(error, "an answer"), may_be_charged=True)
+        return refusal(as_known_error(error, "an answer"), is_final=True)
     if isinstance(delta, TextDelta) or delta.state is JobState.DONE:
         return None
-    return refusal(_error_of(delta), may_be_charged=delta.receipt.charged_lamports > 0)
+    return _failed(delta)
 
 
 async def _whole(reading: _Reading, job: Job, deltas: Deltas, answer: AnswerFormatter) -> Response:
@@ -389,7 +398,7 @@ async def _whole(reading: _Reading, job: Job, deltas: Deltas, answer: AnswerForm
                 if isinstance(delta, TextDelta):
                     parts[delta.choice].append(delta)
                 elif delta.state is JobState.FAILED:
-                    return refusal(_error_of(delta), may_be_charged=delta.receipt.charged_lamports > 0)
+                    return _failed(delta)
                 else:
                     choices = [TextDelta.of(deltas_of_one) for deltas_of_one in parts]
                     # Log probabilities take long, in which the other callers' answers go on.
@@ -397,7 +406,7 @@ async def _whole(reading: _Reading, job: Job, deltas: Deltas, answer: AnswerForm
         raise InternalError(f"{job.job_id} ended without an outcome")
     except Exception as error:
         # The job may go on without its reader, and be charged.
-        return refusal(as_known_error(error, "an answer"), may_be_charged=True)
+        return refusal(as_known_error(error, "an answer"), is_final=True)
 
 
 async def _events(
@@ -422,6 +431,13 @@ async def _events(
 
 def _usage(outcome: JobOutcome) -> Usage:
     return usage_of(outcome.receipt.prompt_tokens, outcome.receipt.completion_tokens, outcome.receipt)
+
+
+def _failed(outcome: JobOutcome) -> Response:
+    """Return the response of a job without an answer; one that harms workers is not repeated by itself."""
+    error = _error_of(outcome)
+    is_final = outcome.receipt.charged_lamports > 0 or isinstance(error, HarmfulRequest | NumericsError)
+    return refusal(error, is_final=is_final)
 
 
 def _error_of(outcome: JobOutcome) -> AzuError:

@@ -1,6 +1,7 @@
 """Jobs by id: submit a prompt, ask for its results, price and receipt."""
 
 import asyncio
+import logging
 from dataclasses import asdict
 from typing import Annotated
 
@@ -24,13 +25,15 @@ from azu.api.jobs import (
 from azu.api.openai import CompletionRequest
 from azu.auth.signatures import receipt_facts, sealed
 from azu.clock import wall_clock_ms
-from azu.errors import Conflict, InvalidRequest
+from azu.errors import AzuError, Conflict, InvalidRequest
 from azu.jobs.record import JobRecord
 from azu.protocol.job import JobState
 from azu.protocol.topology import Prediction
 from deployments.answers import phase_line, usage_of
 from deployments.sampling import check_choices, check_max_tokens, check_prompt_tokens, sampling_params
 from deployments.services import Bearer, Key, ServedModel, Services, ServicesNow, check_speaks_for, owned
+
+log = logging.getLogger(__name__)
 
 router = APIRouter()
 
@@ -61,8 +64,15 @@ async def submit(body: SubmitRequest, key: Key, bearer: Bearer, services: Servic
 async def results(job_id: str, key: Key, services: ServicesNow, afterwards: BackgroundTasks) -> Results:
     """Return a job's state and what it has produced so far; nothing once its answer is not kept any more."""
     record = await owned(services, key, job_id)
-    model = await services.model(record.job.model_id)
     tokens = await services.jobs.tokens(job_id, record.job.choices)
+    model = None
+    if any(tokens):
+        try:
+            model = await services.model(record.job.model_id)
+        except AzuError as error:
+            if record.outcome is None:
+                raise
+            log.warning("an answer of %s is shown without its text: %s", record.job.model_id, error.message)
     # A long answer takes seconds, in which the other callers' answers go on.
     choices = await asyncio.to_thread(lambda: [_choice(model, record, token_ids) for token_ids in tokens])
     outcome = record.outcome
@@ -140,7 +150,9 @@ async def delete(job_id: str, key: Key, services: ServicesNow) -> DeletedJob:
     return DeletedJob(deleted=job_id)
 
 
-def _choice(model: ServedModel, record: JobRecord, token_ids: tuple[int, ...]) -> ChoiceResult:
+def _choice(model: ServedModel | None, record: JobRecord, token_ids: tuple[int, ...]) -> ChoiceResult:
+    if model is None:
+        return ChoiceResult(text="", token_ids=token_ids)
     text = model.tokenizer.completion(record.job.prompt_token_ids, record.job.sampling)
     shown = [text.push(token_id).text for token_id in token_ids]
     if record.outcome is not None:

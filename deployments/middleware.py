@@ -156,11 +156,11 @@ class BodyLimit:
             raise RequestTooLarge(f"the body is larger than {self._max_bytes} bytes")
 
 
-def refusal(error: AzuError, *, may_be_charged: bool = False) -> JSONResponse:
+def refusal(error: AzuError, *, is_final: bool = False) -> JSONResponse:
     """Return an error's response.
 
     OpenAI's clients repeat a request by themselves after 408, 409, 429 and 5xx. `x-should-retry: false` keeps
-    them from it where the request may have been charged.
+    them from it where the error `is_final`: the request may have been charged, or harms whatever runs it.
     """
     headers = {}
     wait_s = error.retry_after_s
@@ -168,6 +168,6 @@ def refusal(error: AzuError, *, may_be_charged: bool = False) -> JSONResponse:
         wait_s = _RETRY_AFTER_S
     if wait_s is not None:
         headers["retry-after"] = str(math.ceil(wait_s))
-    if may_be_charged:
+    if is_final:
         headers["x-should-retry"] = "false"
     return JSONResponse(error.to_openai(), error.status, headers)

@@ -39,6 +39,7 @@ from azu.models.status import ModelStatus
 from azu.money.books import NOT_PROVIDED, Books, Members
 from azu.protocol.sampling import SamplingParams
 from azu.redis_client import connect_redis, redis_problem
+from azu.supervision import AWAY
 from azu.units import format_bytes
 from deployments.sampling import default_sampling
 
@@ -54,6 +55,7 @@ _SILENCE_S = 0.6
 # The books say within this time that their own Redis is away.
 _BOOKS_SILENCE_S = 0.8
 _REFRESH_S = 60.0
+_REFRESH_IN_S = 2.0
 # A registry or scheduler that died is restarted in this time; a caller that waits longer asks again.
 _BACK_IN_S = 5.0
 _KEPT_MODELS = 64
@@ -232,7 +234,15 @@ class Services:
         mine, asked_for = (model_id, bearer is not None), (model_id, True)
         read_s, served = self._models.get(mine) or self._models.get(asked_for) or (float("-inf"), None)
         if served is None or time.monotonic() - read_s > _REFRESH_S:
-            described = await self._described(model_id, bearer)
+            try:
+                async with asyncio.timeout(None if served is None else _REFRESH_IN_S):
+                    described = await self._described(model_id, bearer)
+            except (*AWAY, TimeoutError):
+                if served is None:
+                    raise
+                # A model that is known is served while the registry is away or busy.
+                self._models[mine] = (time.monotonic(), served)
+                return served
             if served is None or served.facts.revision != described.revision:
                 served = await asyncio.to_thread(_served, described)
             self._models[mine] = (time.monotonic(), served)

@@ -9,7 +9,7 @@ from azu.engine.expert_counts import Difference, Received, ReportedStep
 from azu.engine.opening import opened, seen
 from azu.engine.scheduler import BatchScheduler, SchedulerConfig, Sequence, SequenceState
 from azu.engine.step_check import StepCheck
-from azu.errors import AzuError, InternalError, NumericsError
+from azu.errors import AzuError, InternalError, NumericsError, error_classes
 from azu.logs import log_context
 from azu.protocol.job import FinishReason, TokenEvent
 from azu.protocol.sampling import SamplingParams
@@ -393,7 +393,9 @@ class _Step:
 def _error(fault: SequenceFault) -> AzuError:
     if fault.node_id is not None:
         return NumericsError(fault.message, node_id=fault.node_id, layer=fault.layer)
-    return InternalError(fault.message, code=fault.code)
+    # A worker does not choose the class of a job's error: its client would ask again, or change its key.
+    is_own = any(kind.default_code == fault.code for kind in error_classes(InternalError))
+    return InternalError(fault.message, code=fault.code if is_own else None)
 
 
 def _parts(sequence: Sequence) -> tuple[int, list[int], SamplingParams, tuple[int, ...]]:

@@ -1,6 +1,10 @@
-"""Text that only spells special tokens: a caller's "<|im_end|>" becomes the tokens of its letters."""
+"""Text that only spells special tokens: a caller's "<|im_end|>" becomes the tokens of its letters.
 
-from collections.abc import Mapping
+Special are those that the tokenizer says are, and those that the chat template writes around turns.
+"""
+
+import json
+from collections.abc import Mapping, Set
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -25,13 +29,13 @@ def is_marked(text: str) -> bool:
 class PlainText:
     """Marks callers' texts, and makes tokens of a prompt in which they stand beside special tokens."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, around_turns: Set[int] = frozenset()) -> None:
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._specials = {
             token_id: token.content
             for token_id, token in added.items()
-            if token.special and token.content.strip()
+            if (token.special or token_id in around_turns) and token.content.strip()
         }
         self._names = frozenset(self._specials.values())
         self._beginnings = {name[:length] for name in self._names for length in range(1, len(name))}
@@ -109,7 +113,10 @@ class PlainText:
     @cached_property
     def _letters(self) -> Backend:
         """A tokenizer that reads the names of special tokens as text."""
-        letters = Backend.from_str(self._backend.to_str())
+        described = json.loads(self._backend.to_str())
+        for token in described["added_tokens"]:
+            token["special"] |= token["id"] in self._specials
+        letters = Backend.from_str(json.dumps(described))
         letters.no_truncation()
         letters.no_padding()
         letters.encode_special_tokens = True

@@ -8,7 +8,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -282,14 +282,24 @@ class CompletionText:
         return begin < self._num_returned and end <= self._num_returned
 
     def _first_stop(self) -> int | None:
-        found = (self._held.find(stop) for stop in self._stop)
-        return min((at for at in found if at >= 0), default=None)
+        plain = self._held.replace(MARKUP, "")
+        found = [at for stop in self._stop if (at := plain.find(stop)) >= 0]
+        return self._place(min(found)) if found else None
+
+    def _place(self, num_characters: int) -> int:
+        """Return how much of the held text has so many characters beside MARKUP, which no stop string has."""
+        if MARKUP not in self._held or not num_characters:
+            return num_characters
+        places = (place for place, one in enumerate(self._held, 1) if one != MARKUP)
+        return next(islice(places, num_characters - 1, None))
 
     def _num_undecided(self) -> int:
         """Return how many characters at the end are the beginning of a stop string."""
-        longest = min(len(self._held), max(map(len, self._stop), default=0))
-        ends = (length for length in range(longest, 0, -1) if self._may_stop(self._held[-length:]))
-        return next(ends, 0)
+        plain = self._held.replace(MARKUP, "")
+        longest = min(len(plain), max(map(len, self._stop), default=0))
+        ends = (length for length in range(longest, 0, -1) if self._may_stop(plain[-length:]))
+        length = next(ends, 0)
+        return len(self._held) - self._place(len(plain) - length) if length else 0
 
     def _may_stop(self, end: str) -> bool:
         return any(len(end) < len(stop) and stop.startswith(end) for stop in self._stop)

@@ -50,14 +50,15 @@ class Tokenizer(TextDecoder):
                 folder, local_files_only=True, trust_remote_code=False
             )
             super().__init__(self._tokenizer.backend_tokenizer)
-            self._plain = PlainText(self._backend)
         except Exception as error:  # whatever the libraries meet in foreign files
             reason = plain_reason(
                 error, "its files are missing, damaged or of a kind without a fast tokenizer"
             )
             raise BrokenCheckpoint(f"the tokenizer cannot be loaded: {reason}") from error
-        known = {*eos_token_ids(folder), self._tokenizer.eos_token_id, self._end_of_turn()}
+        turns, behind_answer = self._tokens_of_turns()
+        known = {*eos_token_ids(folder), self._tokenizer.eos_token_id, behind_answer}
         self.ends = frozenset(token_id for token_id in known if token_id is not None)
+        self._plain = PlainText(self._backend, self.ends | turns)
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Self:
@@ -158,23 +159,23 @@ class Tokenizer(TextDecoder):
             ) from error
         return text
 
-    def _end_of_turn(self) -> int | None:
-        """Return the token that the chat template writes after an answer, None where it writes none."""
-        answer = "an answer"
-        chat: list[Mapping[str, Any]] = [
-            {"role": "user", "content": "a question"},
-            {"role": "assistant", "content": answer},
-        ]
+    def _tokens_of_turns(self) -> tuple[frozenset[int], int | None]:
+        """Return the added tokens that the chat template writes around turns, and that behind an answer."""
+        turns = [("user", "a question"), ("assistant", "an answer"), ("user", "a question more")]
+        chat = [{"role": role, _CONTENT: content} for role, content in turns]
         try:
-            behind = self._rendered(chat).rpartition(answer)[2].lstrip()
+            before, _, behind = self._rendered(chat).partition("an answer")
+            alone = self._rendered(chat[:2]).rpartition("an answer")[2].lstrip()
         except InvalidRequest:
-            return None
-        found = {
+            return frozenset(), None
+        added = {
             token.content: token_id
             for token_id, token in self._backend.get_added_tokens_decoder().items()
-            if behind.startswith(token.content)
+            if token.content.strip()
         }
-        return found[max(found, key=len)] if found else None
+        ends = [name for name in added if alone.startswith(name)]
+        around = frozenset(token_id for name, token_id in added.items() if name in before + behind)
+        return around, added[max(ends, key=len)] if ends else None
 
 
 class AnswerParser:

@@ -22,6 +22,7 @@ from azu.jobs.record import (
     JobRecord,
     asked_key,
     job_key,
+    read_record,
     readers_key,
     record_of,
     tokens_key,
@@ -48,7 +49,9 @@ def digest_of(packed: str) -> str:
 def shared_text(outcome: JobOutcome) -> tuple[str, str]:
     """Return a text that is nearly that of every job of this topology, and a digest of what they share."""
     receipt = outcome.receipt
-    shared = receipt.model_id, receipt.revision, repr(receipt.topology), *sorted(receipt.worker_lamports)
+    # Each start of a model gives its actors other names.
+    places = [replace(one, actor="") for one in receipt.topology]
+    shared = receipt.model_id, receipt.revision, repr(places), *sorted(receipt.worker_lamports)
     digest = hashlib.sha256("\n".join(shared).encode()).hexdigest()[:_DIGEST_CHARACTERS]
     return digest, _text(outcome)
 
@@ -95,8 +98,14 @@ class Archive:
         self._redis = redis
 
     async def put(self, ended: Mapping[str, Mapping[str, str]], now_ms: int) -> None:
-        """Archive ended jobs, given by their records' hashes, and remove all else that Redis has of them."""
-        records = [JobRecord.from_fields(fields) for fields in ended.values() if "outcome" in fields]
+        """Archive ended jobs, given by their records' hashes, and remove all else that Redis has of them.
+
+        One that cannot be read is removed: the books keep how it ended.
+        """
+        read = {
+            job_id: read_record(job_id, fields) for job_id, fields in ended.items() if "outcome" in fields
+        }
+        records = [one for one in read.values() if isinstance(one, JobRecord)]
         likes = await self._likes([record.outcome for record in records if record.outcome is not None])
         async with self._redis.pipeline(transaction=True) as write:
             for record in records:
@@ -104,8 +113,9 @@ class Archive:
                 job_id = record.job.job_id
                 digest, _ = shared_text(record.outcome)
                 write.hset(ARCHIVE, job_id, pack(record, digest, likes[digest]))
+            for job_id in read:
                 write.delete(job_key(job_id), tokens_key(job_id), readers_key(job_id))
-                write.hdel(asked_key(record.asked), job_id)
+                write.hdel(asked_key(ended[job_id].get("asked", "")), job_id)
                 if queue_id := ended[job_id].get("queue_id"):
                     # Without the record the job could not be taken out of the queue later.
                     write.xack(QUEUE, GROUP, queue_id)

@@ -16,7 +16,7 @@ from azu.config.network import RetryPolicy
 from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, NotFound, NumericsError, WorkerLost
 from azu.jobs.departures import MOST_RETURNS
 from azu.jobs.progress import ProgressWatch, RunningJob, too_old
-from azu.jobs.record import JobRecord
+from azu.jobs.record import MOST_FAULTS, JobRecord
 from azu.jobs.redis import RedisJobs
 from azu.jobs.run_check import checked
 from azu.jobs.settlement import Settlement
@@ -33,8 +33,7 @@ log = logging.getLogger(__name__)
 _TAKE_BLOCK_MS = 2_000
 _LOOK_S = 2.0
 _CLAIM_IDLE_MS = 30_000
-# A job whose end failed this often is ended with an error; the time until it is tried again, in seconds.
-_MOST_FAULTS = 3
+# The time until a job whose end failed is tried again.
 _FAULT_PAUSE_S = 1.0
 # Errors that may pass while a job waits.
 _TRANSIENT = (InsufficientCapacity, WorkerLost, DeadlineExceeded)
@@ -188,7 +187,7 @@ class Dispatcher:
         except Exception as error:
             known = as_known_error(error, "the end of the job")
             faults = await retry_until_available(partial(self._jobs.count_fault, job.job_id))
-            if faults < _MOST_FAULTS:
+            if faults < MOST_FAULTS:
                 return False
             await self._settlement.give_up(job, known)
             await self._jobs.done(job.job_id)

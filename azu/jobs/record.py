@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
+from azu.errors import AzuError
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, TokenEvent
 from azu.protocol.phase import JobPhase, answering, reading
 from azu.protocol.sampling import SamplingParams
+from azu.supervision import as_known_error
 
 QUEUE = "azu:jobs:queue"
 GROUP = "schedulers"
@@ -16,6 +18,8 @@ ENDED = "azu:jobs:ended"
 REMOVED = "azu:jobs:removed"
 LOOKED = "azu:jobs:looked"
 CANCELLATIONS_KEPT = 10_000
+# So many errors on the way to its end, none of them another service's silence, end a job.
+MOST_FAULTS = 3
 
 JOB = TypeAdapter(Job)
 WORK = TypeAdapter(Mapping[int, Mapping[str, int]])
@@ -96,11 +100,19 @@ class JobRecord:
         )
 
 
+def read_record(job_id: str, fields: Mapping[str, str]) -> JobRecord | AzuError:
+    """Return a job's record, or an error where it cannot be read: the other jobs go on."""
+    try:
+        return JobRecord.from_fields(fields)
+    except Exception as error:
+        return as_known_error(error, f"the reading of {job_id}")
+
+
 def phase_now(job: Job, state: JobState, told: str | None, delivered: int) -> JobPhase | None:
     """Return where a job stands; what the scheduler has `told`, some seconds ago, may be over."""
     if state not in (JobState.QUEUED, JobState.RUNNING):
         return None
-    known = PHASE.validate_json(told) if told else None
+    known = _phase(told) if told else None
     if known is not None and (not delivered or known.name in ("queued", "recovering")):
         return known
     if delivered:
@@ -108,6 +120,14 @@ def phase_now(job: Job, state: JobState, told: str | None, delivered: int) -> Jo
     if state is JobState.QUEUED:
         return JobPhase("queued", "Waiting to be taken from the queue.")
     return reading(None, len(job.prompt_token_ids))
+
+
+def _phase(told: str) -> JobPhase | None:
+    """Return a phase, None for one that this release does not know: it is only shown."""
+    try:
+        return PHASE.validate_json(told)
+    except ValidationError:
+        return None
 
 
 def record_of(outcome: JobOutcome, created_at_ms: int = 0, choices: int = 1) -> JobRecord:

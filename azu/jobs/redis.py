@@ -23,6 +23,7 @@ from azu.jobs.record import (
     GROUP,
     JOB,
     LOOKED,
+    MOST_FAULTS,
     OUTCOME,
     PHASE,
     QUEUE,
@@ -37,6 +38,7 @@ from azu.jobs.record import (
     job_key,
     lost_key,
     phase_now,
+    read_record,
     token_count,
     tokens_key,
     wake_key,
@@ -124,7 +126,10 @@ class RedisJobs:
 
     async def get(self, job_id: str) -> JobRecord | None:
         """Return a job's record, or None for an id that was never submitted."""
-        return (await self._records([job_id]))[0]
+        (found,) = await self._records([job_id])
+        if isinstance(found, AzuError):
+            raise found
+        return found
 
     async def delivered(self, job_id: str) -> int:
         """Return how many tokens are in a job's stream; raises NotFound for an unknown job."""
@@ -149,7 +154,7 @@ class RedisJobs:
     async def of(self, address: str, limit: int) -> list[JobRecord]:
         """Return the latest jobs of an address, newest first."""
         job_ids = cast(list[str], await self._redis.zrevrange(address_key(address), 0, limit - 1))
-        return [record for record in await self._records(job_ids) if record is not None]
+        return [one for one in await self._records(job_ids) if isinstance(one, JobRecord)]
 
     # The queue
 
@@ -170,7 +175,7 @@ class RedisJobs:
                 self._redis, GROUP, consumer, QUEUE, count=_TAKEN_AT_ONCE, block_ms=block_ms
             )
             job_ids = [fields["job"] for _, fields in entries]
-        return [record for record in await self._records(job_ids) if record is not None]
+        return await self._taken(job_ids)
 
     async def take_over(self, consumer: str) -> list[JobRecord]:
         """Return every job that is taken and not done; all of them belong to `consumer` from now on.
@@ -188,7 +193,18 @@ class RedisJobs:
             cursor, entries = answer[0], [entry for entry in answer[1] if entry and entry[1]]
             job_ids += [fields["job"] for _, fields in entries]
             if cursor == "0-0":
-                return [record for record in await self._records(job_ids) if record is not None]
+                return await self._taken(job_ids)
+
+    async def _taken(self, job_ids: Sequence[str]) -> list[JobRecord]:
+        """Return the jobs that can be read. One that cannot is removed at the third time: it is lost."""
+        found = dict(zip(job_ids, await self._records(job_ids), strict=True))
+        for job_id, record in found.items():
+            if isinstance(record, AzuError) and await self.count_fault(job_id) >= MOST_FAULTS:
+                async with self._redis.pipeline(transaction=True) as write:
+                    await self._done([job_key(job_id), QUEUE], [GROUP], client=write)
+                    write.delete(job_key(job_id), tokens_key(job_id))
+                    await write.execute()
+        return [record for record in found.values() if isinstance(record, JobRecord)]
 
     async def progress(self, job: Job) -> JobProgress:
         """Return the written part of a job, from which another pipeline resumes it. Raises NotFound."""
@@ -373,7 +389,8 @@ class RedisJobs:
             raise NotFound(f"the answer of {job_id} is not kept any more", code="answer_removed")
         yield OUTCOME.validate_json(outcome)
 
-    async def _records(self, job_ids: Sequence[str]) -> list[JobRecord | None]:
+    async def _records(self, job_ids: Sequence[str]) -> list[JobRecord | AzuError | None]:
+        """Return each job's record, None for an unknown one, an error for one that cannot be read."""
         async with self._redis.pipeline(transaction=False) as pipeline:
             for job_id in job_ids:
                 pipeline.hgetall(job_key(job_id))
@@ -382,7 +399,7 @@ class RedisJobs:
         unknown = [job_id for job_id, fields in zip(job_ids, found, strict=True) if "job" not in fields]
         archived = await self._archive.read(unknown)
         return [
-            JobRecord.from_fields(fields) if "job" in fields else archived.get(job_id)
+            read_record(job_id, fields) if "job" in fields else archived.get(job_id)
             for job_id, fields in zip(job_ids, found, strict=True)
         ]
 
@@ -470,7 +487,10 @@ class TokenReader:
         for one, (delivered, outcome) in zip(
             quiet, await self.standing([one.job_id for one in quiet]), strict=True
         ):
-            one.compare(None if delivered is None else int(delivered), outcome)
+            try:
+                one.compare(None if delivered is None else int(delivered), outcome)
+            except Exception as error:
+                one.fail(as_known_error(error, f"the reading of the end of {one.job_id}"))
 
     def _distribute(self, answer: Mapping[str, list[_Entry]], followers: Sequence["_Subscription"]) -> None:
         events: dict[str, list[tuple[str, JobEvent]]] = {}

@@ -118,11 +118,11 @@ class ModelRegistry:
         answer.
         """
         self._check_offered(model_id)
+        # A model that is known does not wait for the lookup of another one with the same lock.
+        if (known := self._known(model_id, revision)) is not None:
+            return known
         with disk_errors(self._home), self._describing[hash(model_id) % len(self._describing)]:
-            commit = self._recent_commit(model_id, revision)
-            known = None if commit is None else self._described.get((model_id, commit))
-            if known is not None:
-                self._room.note_used(model_id)
+            if (known := self._known(model_id, revision)) is not None:
                 return known
             is_fetched = not model_id.startswith("/") and self._is_new(model_id)
             room = self._room_for((model_id, ""), MAX_DESCRIPTION_BYTES) if is_fetched else nullcontext()
@@ -133,6 +133,15 @@ class ModelRegistry:
             if not is_asked_for and self._is_new(model_id, source.revision):
                 return _describe(source)
             return self._remember(source) if known is None else known
+
+    def _known(self, model_id: str, revision: str | None) -> ModelDescription | None:
+        """Return a model that was described shortly before, and note that it was used."""
+        commit = self._recent_commit(model_id, revision)
+        known = None if commit is None else self._described.get((model_id, commit))
+        if known is not None:
+            with disk_errors(self._home):
+                self._room.note_used(model_id)
+        return known
 
     def _check_offered(self, model_id: str) -> None:
         if not is_offered(model_id, self._offered):

@@ -89,9 +89,13 @@ class ScriptedModel:
     def let_go(self, job_id: str) -> None:
         pass
 
+    def beside(self, deployment: "ScriptedModel") -> None:
+        """Return no other deployment."""
+
     async def ensure(self, model_id: str, revision: str, job_id: str) -> "ScriptedModel":
         if self.registry is not None:
-            await asyncio.to_thread(self.registry.ensure_cut, model_id, revision)
+            while await asyncio.to_thread(self.registry.ensure_cut, model_id, revision) is None:
+                await asyncio.sleep(0.02)
         return self
 
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from azu.config import NetworkPolicy
-from azu.errors import ShardError
+from azu.errors import HarmfulRequest, NumericsError, ShardError
 from azu.metrics import TIME_PER_TOKEN, Meter, MetricsSnapshot
 from azu.protocol.job import DeploymentStatus
 from tests.deployments.local import LocalIngress, NoNodes, local_ingress, policy_with
@@ -154,6 +154,17 @@ def test_a_charged_request_is_not_repeated_and_a_free_one_is(play) -> None:
             await client.chat.completions.create(**ASKED)
         assert "x-should-retry" not in free.value.response.headers
         assert len(sent) == 1 + 3
+
+        for harmful in (
+            HarmfulRequest("workers were lost"),
+            NumericsError("not finite", node_id="a", layer=3),
+        ):
+            ingress.model.error = harmful
+            sent.clear()
+            with pytest.raises(openai.InternalServerError) as refused:
+                await client.chat.completions.create(**ASKED)
+            assert refused.value.code == harmful.code
+            assert len(sent) == 1, "it would cost workers again"
 
     play(scenario)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from azu.engine.text import CompletionText, TextDecoder
+from azu.engine.text import MARKUP, CompletionText, TextDecoder
 from azu.engine.tokenizer import Tokenizer
 from azu.protocol.sampling import SamplingParams
 
@@ -65,6 +65,10 @@ class Words:
         (["x STOP END"], ("END", "STOP"), ["x ", ""]),
         (["aab", "aac"], ("aac",), ["aab", "", ""]),
         (["aaa", "b"], ("aab",), ["a", "", ""]),
+        # The mark before a token that stands between the parts of an answer is no text.
+        (["ab.", f"{MARKUP}</think>", "\n"], (".</think>",), ["ab", "", "", ""]),
+        (["ab.", f"{MARKUP}</thin", "g"], (".</think>",), ["ab", "", f".{MARKUP}</thing", ""]),
+        (["ab", f"{MARKUP}</think>", "c"], ("</think>",), ["ab", "", "", ""]),
     ],
 )
 def test_text_ends_before_a_stop_string(

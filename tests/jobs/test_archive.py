@@ -21,7 +21,7 @@ PLACED = tuple(
     Placement(
         node=f"workshop-{index}", actor=f"stage-{index}-of-tiny-dense-{index:08x}", layers=(index, index + 1)
     )
-    for index in range(4)
+    for index in range(8)
 )
 WORK = {layer: {f"node-{layer % 2}": 10**6 + layer} for layer in range(4)}
 MAX_BYTES = 600
@@ -121,7 +121,9 @@ def test_a_finished_job_takes_at_most_600_bytes_after_a_day_beside_the_journal(r
             tokens = 3 + number % 20
             await jobs.append([(job_id, TokenEvent(0, tuple(range(tokens)), (-0.25,) * tokens))])
             work = {layer: dict.fromkeys(nodes, 10**6 + number) for layer, nodes in WORK.items()}
-            run = JobRun(tokens, FinishReason.STOP, work, placements=PLACED)
+            # Each job starts the model anew, in a network that is seldom used.
+            started = [replace(one, actor=f"{one.actor[:-8]}{job_id[-8:]}") for one in PLACED]
+            run = JobRun(tokens, FinishReason.STOP, work, placements=tuple(started))
             receipts[job_id] = (await billing.settlement.settle(accepted, run)).receipt
             await jobs.take("one", 1, 60_000)
             await jobs.done(job_id)
@@ -144,3 +146,19 @@ def test_a_finished_job_takes_at_most_600_bytes_after_a_day_beside_the_journal(r
             assert ended.receipt == receipt
 
     asyncio.run(scenario())
+
+
+def test_an_ended_job_that_cannot_be_read_leaves_and_the_others_are_archived(run_scenario) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        for n in range(2):
+            await jobs.submit(job(f"job-{n}"))
+            await jobs.finish(f"job-{n}", outcome(f"job-{n}"))
+        await jobs._redis.hset(job_key("job-0"), "outcome", "{}")
+
+        await jobs.archive(2**52, DAY_MS)
+
+        assert await jobs._redis.zcard(ENDED) == 0
+        assert await jobs.get("job-0") is None
+        assert (await jobs.get("job-1")).outcome == outcome("job-1")
+
+    run_scenario(scenario)

@@ -333,6 +333,20 @@ def test_a_choice_that_fails_ends_its_job_with_its_error_and_what_was_delivered(
     play(scenario)
 
 
+@pytest.mark.parametrize("code", ["rate_limited", "invalid_api_key", "insufficient_balance", "made_up"])
+def test_a_worker_does_not_choose_the_class_of_an_error(play, code: str) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        await pipeline.jobs.submit(job("job-2", max_tokens=3))
+        running = await pipeline.begin(job("job-2", max_tokens=3))
+        await pipeline.answer(5, SequenceFault(1, code, "no"))
+        run = await running
+
+        assert run.error is not None
+        assert (run.error.status, run.error.code) == (500, "internal_error")
+
+    play(scenario)
+
+
 def test_stop_strings_that_raise_end_their_job_now_or_when_it_is_resumed(
     play, monkeypatch: pytest.MonkeyPatch
 ) -> None:

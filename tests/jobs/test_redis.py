@@ -726,3 +726,52 @@ def test_a_stream_that_cannot_be_read_fails_alone(run_scenario) -> None:
             await following[0]
 
     run_scenario(scenario)
+
+
+def test_a_record_that_cannot_be_read_stops_no_other_job_and_is_forgotten_at_the_third_time(
+    run_scenario,
+) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        for n in range(3):
+            await jobs.submit(job(f"job-{n}"))
+        await jobs._redis.hset(job_key("job-1"), "job", '{"job_id": "job-1"}')
+        assert await taken(jobs, "one") == ["job-0", "job-2"]
+        assert [record.job.job_id for record in await jobs.of(ALICE, 9)] == ["job-2", "job-0"]
+        with pytest.raises(InternalError):
+            await jobs.get("job-1")
+        assert [record.job.job_id for record in await jobs.take_over("two")] == ["job-0", "job-2"]
+        assert [record.job.job_id for record in await jobs.take_over("three")] == ["job-0", "job-2"]
+
+        assert await jobs.get("job-1") is None
+        assert await jobs._redis.xlen(QUEUE) == 2
+        assert await jobs.give_up("job-1"), "what it reserved can be given back"
+
+    run_scenario(scenario)
+
+
+def test_a_phase_of_another_release_is_not_shown(run_scenario) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        await jobs._redis.hset(job_key("job-1"), "phase", '{"name": "warming", "text": "Warming."}')
+
+        assert await taken(jobs, "one") == ["job-1"]
+        assert (await jobs.phase(job())).name == "queued"
+
+    run_scenario(scenario)
+
+
+def test_an_end_that_cannot_be_read_is_the_fault_of_one_follower(run_scenario, monkeypatch) -> None:
+    monkeypatch.setattr(redis, "_QUIET_S", 0.0)
+
+    async def scenario(jobs: RedisJobs) -> None:
+        for n in range(2):
+            await jobs.submit(job(f"job-{n}"))
+        broken, other = (asyncio.create_task(streamed(jobs, f"job-{n}")) for n in range(2))
+        await asyncio.sleep(0.05)
+        await jobs._redis.hset(job_key("job-0"), "outcome", "{}")
+        with pytest.raises(InternalError):
+            await asyncio.wait_for(broken, 30)
+        await jobs.finish("job-1", outcome("job-1"))
+        assert await asyncio.wait_for(other, 30) == [outcome("job-1")]
+
+    run_scenario(scenario)

@@ -1,0 +1,43 @@
+"""The models that are fetched and cut now: each in a thread, once for all callers, and no caller waits."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from azu.models.registry import ModelRegistry
+from azu.protocol.structure import Structure
+
+# A slow model keeps its thread, and others are cut beside it.
+_AT_ONCE = 8
+# Callers ask again several times a second. An error that no caller took for so long is an old one.
+_ERROR_KEPT_S = 10.0
+
+
+class Cuts:
+    """Cuts models of a registry; the method is thread-safe."""
+
+    def __init__(self, models: ModelRegistry, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._models = models
+        self._now_s = now_s
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="cut")
+        # The cuts of now, and when each was last asked for.
+        self._cuts: dict[tuple[str, str], tuple[Future[Structure], float]] = {}
+        self._joining = threading.Lock()
+
+    def ensure(self, model_id: str, revision: str) -> Structure | None:
+        """Return a model's structure, or None while it is cut; the first call for a model starts that.
+
+        Raises what the cut raised; the call after it starts the cut again.
+        """
+        with self._joining:
+            cut, asked_s = self._cuts.pop((model_id, revision), (None, 0.0))
+            ready = self._models.structure(model_id, revision)
+            if ready is not None:
+                return ready
+            if cut is None or (cut.done() and self._now_s() - asked_s > _ERROR_KEPT_S):
+                cut = self._threads.submit(self._models.ensure_cut, model_id, revision)
+            if not cut.done():
+                self._cuts[model_id, revision] = (cut, self._now_s())
+                return None
+        return cut.result()

@@ -1,0 +1,69 @@
+"""A model that is cut slowly keeps its thread, and no caller."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from azu.errors import Unavailable
+from azu.models.cut import process_lock
+from azu.models.cuts import Cuts
+from azu.models.registry import ModelRegistry
+from azu.models.sources import model_folder_name
+from azu.models.status import ModelState, RedisModelStatus
+from azu.protocol.structure import Structure
+from tests.models.checkpoints import save_checkpoint
+
+
+@pytest.fixture
+def status(redis_url: str) -> RedisModelStatus:
+    return RedisModelStatus(redis_url)
+
+
+@pytest.fixture
+def registry(tmp_path: Path, status: RedisModelStatus) -> ModelRegistry:
+    roots = [tmp_path / "models"]
+    return ModelRegistry(tmp_path / "registry", model_roots=roots, status=status, max_model_bytes=10**9)
+
+
+def cut_in_the_end(cuts: Cuts, model_id: str, revision: str) -> Structure:
+    for _ in range(600):
+        if (structure := cuts.ensure(model_id, revision)) is not None:
+            return structure
+        time.sleep(0.05)
+    raise AssertionError("it was not cut")
+
+
+def test_slow_cuts_keep_no_caller_and_no_other_model(registry: ModelRegistry, tmp_path: Path) -> None:
+    slow, other = (str(save_checkpoint(tmp_path / "models" / name)) for name in ("slow", "other"))
+    revision = registry.describe(slow).revision
+    folder = tmp_path / "registry" / model_folder_name(slow) / revision
+    cuts = Cuts(registry)
+    # Another process cuts it.
+    with process_lock(folder.with_name(f"{folder.name}.lock"), timeout_s=1, busy="busy"):
+        # More callers than there are threads.
+        assert [cuts.ensure(slow, revision) for _ in range(20)] == [None] * 20
+        assert cut_in_the_end(cuts, other, registry.describe(other).revision).num_layers
+        assert registry.structure(slow, revision) is None
+    assert cut_in_the_end(cuts, slow, revision) == registry.structure(slow, revision)
+
+
+def test_an_error_is_told_to_a_caller_that_waits_and_a_later_caller_starts_anew(
+    registry: ModelRegistry, status: RedisModelStatus, tmp_path: Path
+) -> None:
+    model_id = str(save_checkpoint(tmp_path / "models" / "dense"))
+    revision = registry.describe(model_id).revision
+    in_the_way = tmp_path / "registry" / model_folder_name(model_id) / revision
+    in_the_way.write_text("a file where the folder has to be")
+    now_s = 0.0
+    cuts = Cuts(registry, lambda: now_s)
+    with pytest.raises(Unavailable):
+        cut_in_the_end(cuts, model_id, revision)
+
+    assert cuts.ensure(model_id, revision) is None, "it is tried again"
+    status.remove(model_id)
+    while status.get(model_id).state is not ModelState.FAILED:
+        time.sleep(0.05)
+    in_the_way.unlink()
+    now_s = 60.0
+    assert cut_in_the_end(cuts, model_id, revision), "no caller waited for that error"
