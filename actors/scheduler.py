@@ -46,7 +46,7 @@ from azu.jobs.settlement import Settlement
 from azu.metrics import BAD_FRAMES, LEFT_OUT, UNHEALTHY, MetricsSnapshot, MetricsSum
 from azu.money.books import Books
 from azu.protocol.job import DeploymentStatus
-from azu.protocol.node import Node
+from azu.protocol.node import Node, Offer
 from azu.protocol.topology import Prediction
 from azu.redis_client import connect_redis
 from azu.supervision import Supervisor, end_process
@@ -73,6 +73,7 @@ class Scheduler:
         self._agents = NodeAgents(policy.heartbeat, config.home, self._nodes)
         self._store = store = DeploymentStore.from_url(config.redis_url)
         self._earnings = OwnersEarnings()
+        self._offering = asyncio.Lock()  # a plan takes processor time, and callers need no key
         self._cluster = Cluster(
             RayBackend(policy, config.pipeline_redis_url, self._agents, self._blame, self._mark),
             lambda placed, given_back: self._nodes.nodes(time.monotonic(), placed, given_back),
@@ -177,6 +178,12 @@ class Scheduler:
     async def resume(self, name: str, address: str | None) -> None:
         """Have a node that its owner paused lend again; raises as `leave` does."""
         await self._agent_of(name, address)[1].resume.remote()
+
+    async def offer(self, vram_bytes: int, memory_bytes_per_s: float, flops_per_s: float) -> Offer:
+        """Return what a node of this memory and speed would hold, and what owners earn."""
+        node = Node("", "", "", vram_bytes, vram_bytes, memory_bytes_per_s, flops_per_s)
+        async with self._offering:
+            return Offer(await self._cluster.would_hold(node), self._earnings.mean)
 
     def _agent_of(self, name: str, address: str | None) -> tuple[str, ActorHandle]:
         agents = self._agents.by_node

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from azu.api.network import (
     Activity,
@@ -16,6 +16,9 @@ from azu.api.network import (
     ModelStatusResponse,
     NetworkResponse,
     NodeLine,
+    OfferedPiece,
+    OfferRequest,
+    OfferResponse,
     PauseResponse,
     ShardRequest,
     TimeTotal,
@@ -40,7 +43,8 @@ from azu.metrics import (
 )
 from azu.models.description import AvailableModel
 from azu.models.status import ModelStatus
-from azu.protocol.node import Node
+from azu.protocol.node import Node, Offer
+from azu.units import GIB
 from deployments.schema import plain_text
 from deployments.services import (
     Admin,
@@ -133,6 +137,22 @@ async def resume(name: str, services: ServicesNow, admin: AdminSecret, secret: A
     """Have a node lend again that was paused; allowed as for leaving."""
     await services.scheduler("resume", name, await _owner(services, admin, secret))
     return PauseResponse(name=name, paused=False)
+
+
+@router.post("/v1/nodes/offer")
+async def offer(body: OfferRequest, request: Request, services: ServicesNow) -> OfferResponse:
+    """Return what a machine would hold and could earn if it joined now."""
+    await services.count_sign_in(request.client)
+    found: Offer = await services.scheduler(
+        "offer", body.vram_bytes, body.memory_bytes_per_s, body.flops_per_s
+    )
+    return OfferResponse(
+        pieces=tuple(
+            OfferedPiece(model_id=model_id, layers=layers, num_layers=num_layers)
+            for model_id, (layers, num_layers) in found.layers.items()
+        ),
+        lamports_per_day=round(found.lamports_per_gib_hour * 24 * body.vram_bytes / GIB),
+    )
 
 
 async def _owner(services: Services, admin: str | None, secret: str | None) -> str | None:

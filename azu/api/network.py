@@ -123,6 +123,33 @@ class PauseResponse(ResponseModel):
     empty: bool = False
 
 
+class OfferRequest(RequestModel):
+    """POST /v1/nodes/offer: the device of a machine that may join. It needs no key."""
+
+    vram_bytes: int = Field(gt=0, le=2**50)
+    memory_bytes_per_s: float = Field(gt=0, le=1e15, allow_inf_nan=False)
+    flops_per_s: float = Field(gt=0, le=1e18, allow_inf_nan=False)
+
+
+class OfferedPiece(ResponseModel):
+    """How many of a deployed model's layers a machine would hold."""
+
+    model_id: str
+    layers: int
+    num_layers: int
+
+
+class OfferResponse(ResponseModel):
+    """What a machine would hold of the models that are deployed now, and what it could earn.
+
+    `lamports_per_day` is what owners earned in the last days for each GiB that they lent for an hour, times
+    the machine's memory and 24 hours: what it really earns depends on the prompts and on where they run.
+    """
+
+    pieces: tuple[OfferedPiece, ...]
+    lamports_per_day: int
+
+
 class ShardRequest(RequestModel):
     """POST /models/shard."""
 

@@ -1,42 +1,29 @@
 """`azu join`: lend this machine's GPUs to a network."""
 
+import os
 import socket
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
-from functools import partial
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from azu.cli.output import console, done
-from azu.errors import AzuError, ConfigurationError, Conflict, OtherVersion, Unauthenticated
-from azu.units import format_bytes
+from azu.cli.output import AsJson, console, done, show
+from azu.errors import AzuError, ConfigurationError
+from azu.units import format_bytes, hype_from_lamports
 
 if TYPE_CHECKING:
-    from azu.api.network import RestartResponse
+    from azu.client import Client
     from azu.cluster.lending import LendingTerms
-    from azu.config import Settings
-    from azu.launch.membership import ClusterAccess, Membership, Ticket, TlsFiles
-    from azu.launch.processes import ProcessGroup
+    from azu.launch.membership import AnyTicket
     from azu.launch.ray_nodes import Worker
-    from azu.launch.unix_users import UnixUser
 
-
-_START_TIMEOUT_S = 120.0
-_WATCH_S = 0.5
-_MOST_JOINS = 100
-# A node that stays up asks the network this often whether its access is still good.
-_CHECK_ACCESS_EVERY_S = 600.0
-# Where that is a look at a port of this machine.
-_CHECK_HEAD_EVERY_S = 10.0
 
 Word = Annotated[
     str | None,
-    typer.Argument(metavar="[TICKET]", help="What `azu up` printed; `ps` shows it to this machine."),
+    typer.Argument(metavar="TICKET", help="What `azu up` printed; `ps` shows it to this machine."),
 ]
 TicketFile = Annotated[
     Path | None, typer.Option(help="A file with the ticket; else AZU_TICKET has it, or it is asked for.")
@@ -51,6 +38,13 @@ MaxCelsius = Annotated[float | None, typer.Option("--max-temperature", help="Pau
 Yields = Annotated[bool, typer.Option("--yield", help="Pause while other programs use the device.")]
 Disk = Annotated[str | None, typer.Option(help="What shards take on the disk at most, such as 100GiB.")]
 Bandwidth = Annotated[str | None, typer.Option(help="What is fetched in a second at most, such as 20MiB.")]
+Background = Annotated[bool, typer.Option("--background", help="Return as soon as it lends.")]
+Service = Annotated[bool, typer.Option("--service", help="Write a systemd unit that runs it, and end.")]
+Claim = Annotated[bool, typer.Option("--claim", help="Claim the earnings with the wallet here, unasked.")]
+
+# A machine is measured and a node starts in less.
+_BACKGROUND_TIMEOUT_S = 300.0
+_OFFER_TIMEOUT_S = 20.0
 
 
 def join(
@@ -66,32 +60,170 @@ def join(
     yields: Yields = False,
     disk: Disk = None,
     bandwidth: Bandwidth = None,
+    claim: Claim = False,
+    background: Background = False,
+    service: Service = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Lend this machine until Ctrl-C: one Ray node for each GPU, started again when it dies."""
+    """Lend this machine until Ctrl-C: one Ray node for each GPU, started again when it dies.
+
+    First it says what the machine would hold and could earn now.
+    """
+    from azu.cli.join_run import join_until_left, place_of
     from azu.config import Settings
     from azu.launch.formats import check_home
-    from azu.launch.membership import EnrolmentTicket, decode_ticket, membership_of
-    from azu.launch.processes import address_towards, stop_signals_raised
+    from azu.launch.membership import decode_ticket
 
-    decoded = decode_ticket(ticket_word(ticket, ticket_file))
+    console.quiet = as_json
+    word = ticket_word(ticket, ticket_file).strip()
+    decoded = decode_ticket(word)
     terms = lending_terms(hours=hours, max_celsius=max_celsius, yields=yields, disk=disk, bandwidth=bandwidth)
-    _workers(name or socket.gethostname(), vram, payout, terms, cpu=cpu)  # raises for what cannot be lent
+    # Raises for what cannot be lent.
+    workers = _workers(name or socket.gethostname(), vram, payout, terms, cpu=cpu)
     settings = Settings.from_environment()
     check_home(settings.home)
-    user = _ray_user(settings)
-    if isinstance(decoded, EnrolmentTicket):
-        # The certificate has to contain the address that Ray gives the node.
-        ip = ip or address_towards(decoded.url)
-    else:
-        ip = _on_the_heads_machine(decoded, ip, settings.home)
+    given = {
+        "--vram": vram, "--payout": payout, "--name": name, "--ip": ip, "--hours": hours, "--disk": disk,
+        "--max-temperature": max_celsius, "--bandwidth": bandwidth, "--cpu": cpu, "--yield": yields,
+    }  # fmt: skip
+    if service:
+        return _write_service(word, _options(given), settings.home)
+    ip = place_of(decoded, ip, settings.home)
     console.print(Text(f"network {decoded.network}", "dim"))
-    with _own_name(name) as machine, stop_signals_raised():
-        workers = _workers(machine, vram, payout, terms, cpu=cpu)
-        membership = membership_of(
-            decoded, settings.home, name=machine, host=ip, money_home=settings.money_home
+    client = _client(decoded, settings.home)
+    if client is not None and not as_json:
+        _show_offer(client, workers, settings.home / "speeds")
+        _have_claimed(client, workers[0].payout_address, settings.home, unasked=claim)
+    if background:
+        return _in_background(word, _options(given), settings.home)
+    join_until_left(
+        decoded,
+        settings,
+        ip,
+        name,
+        lambda named: _workers(named, vram, payout, terms, cpu=cpu),
+        client,
+        lambda: show({"pid": os.getpid()}, True, str) if as_json else None,
+    )
+    return None
+
+
+def _options(given: "Mapping[str, object]") -> list[str]:
+    """Return options as words of a command line; those that were not given are left out."""
+    words: list[str] = []
+    for name, value in given.items():
+        if value is not None and value is not False:
+            words += [name] if value is True else [name, str(value)]
+    return words
+
+
+def _in_background(ticket: str, options: list[str], home: Path) -> None:
+    from azu.launch.network_process import run_in_background
+
+    # The command line of a process is shown to all of its machine.
+    os.environ["AZU_TICKET"] = ticket
+    with console.status("Joining in the background"):
+        facts = run_in_background(home, _BACKGROUND_TIMEOUT_S, ["join", *options], "join")
+    show(
+        facts,
+        "--json" in sys.argv,
+        lambda _: done(f"it lends in the background; `kill {facts['pid']}` leaves"),
+    )
+
+
+def _write_service(ticket: str, options: list[str], home: Path) -> None:
+    from azu.files import write_private
+    from azu.launch.processes import azu_command
+    from azu.launch.service import unit_path, unit_text
+
+    file, (unit, commands) = home.absolute() / "ticket", unit_path()
+    write_private(file, f"{ticket}\n")
+    command = azu_command("join", "--ticket-file", str(file), *options)
+    unit.parent.mkdir(parents=True, exist_ok=True)
+    unit.write_text(unit_text(command, home, of_root=os.geteuid() == 0))
+    facts = {"unit": str(unit), "ticket_file": str(file), "commands": commands}
+    show(facts, "--json" in sys.argv, lambda _: done(f"{unit} is written. Now run:"))
+    for one in commands:
+        console.print(one, soft_wrap=True)
+
+
+def _client(ticket: "AnyTicket", home: Path) -> "Client | None":
+    """Return a client of the ticket's network; None where this machine cannot find it."""
+    from azu.client import Client
+    from azu.client.known_network import known_network
+    from azu.client.machine import running_network
+    from azu.launch.membership import EnrolmentTicket
+
+    try:
+        if isinstance(ticket, EnrolmentTicket):
+            tls = known_network(ticket.url, ticket.network).trust()
+            return Client(ticket.url, tls=tls, timeout_s=_OFFER_TIMEOUT_S)
+        here = running_network(home)
+        if here is None or here.network_id != ticket.network:
+            return None
+        return Client(here.url, timeout_s=_OFFER_TIMEOUT_S)
+    except AzuError as error:
+        console.print(Text(error.message, "yellow"))
+        return None
+
+
+def _show_offer(client: "Client", workers: "list[Worker]", speeds: Path) -> None:
+    """Say what the machine would hold and could earn, where the network says so."""
+    first = workers[0]
+    try:
+        with console.status("Measuring this machine"):
+            speed = first.speed(speeds)
+        if speed is None:
+            return
+        found = client.offer(first.vram_bytes, speed.memory_bytes_per_s, speed.flops_per_s)
+    except AzuError as error:
+        console.print(Text(f"What this machine would hold is not known: {error.message}", "yellow"))
+        return
+    each = "this machine" if len(workers) == 1 else f"each of {len(workers)} GPUs"
+    held = [f"{one.layers} of {one.num_layers} layers of {one.model_id}" for one in found.pieces]
+    console.print(f"Now {each} would hold " + (", ".join(held) if held else _NOTHING))
+    gib = format_bytes(len(workers) * first.vram_bytes)
+    if found.lamports_per_day:
+        day = hype_from_lamports(len(workers) * found.lamports_per_day)
+        console.print(
+            f"At today's load it could earn {day} HYPE a day: what owners got here in the last days for each "
+            f"GiB that they lent for an hour, times {gib} and 24 hours. Only prompts that it runs are paid."
         )
-        while True:
-            _lend(membership, workers, ip, settings.home, user)
+    else:
+        console.print("No owner earned anything here in the last days: what it could earn is not known.")
+
+
+_NOTHING = (
+    "nothing: no model runs, or those that run are as fast without it. It gets pieces when more is asked for "
+    "or another node leaves."
+)
+
+
+def _have_claimed(client: "Client", payout: str, home: Path, *, unasked: bool) -> None:
+    """Have the payout address claim its earnings if its wallet is here, or say how it can."""
+    from azu.money.chain.wallet import address_of
+
+    try:
+        found = client.earnings() if client.has_key else None
+    except AzuError as error:
+        console.print(Text(error.message, "yellow"))
+        return
+    wallet, here = home / "wallet.json", False
+    if found is not None and found.address.lower() == payout.lower():
+        if found.claimed:
+            return
+        here = wallet.exists() and address_of(wallet).lower() == payout.lower()
+    question = f"Sign with this machine's wallet that {payout} is paid what it earns?"
+    if here and (unasked or (sys.stdin.isatty() and typer.confirm(question, default=True))):
+        from azu.cli.wallet import unlock
+
+        client.claim_earnings(unlock(home))
+        console.print(done(f"{payout} has claimed its earnings"))
+        return
+    console.print(
+        f"What {payout} earns is paid out once it is claimed: with its wallet, `azu login` and "
+        "`azu earnings --claim`"
+    )
 
 
 def ticket_word(word: str | None, file: Path | None) -> str:
@@ -99,9 +231,6 @@ def ticket_word(word: str | None, file: Path | None) -> str:
 
     Raises ConfigurationError where there is none, and where a word and a file are given.
     """
-    import os
-    import sys
-
     from azu.files import read_text
 
     if word is not None and file is not None:
@@ -117,106 +246,6 @@ def ticket_word(word: str | None, file: Path | None) -> str:
             param="ticket",
         )
     return word
-
-
-@contextmanager
-def _own_name(given: str | None) -> Iterator[str]:
-    """Yield a name that no other `azu join` of this machine has: the given one, or one made of the host's.
-
-    Raises Conflict where the given one is taken.
-    """
-    from azu.launch.held import held
-
-    first = given or socket.gethostname()
-    others = (f"{first}.{number}" for number in range(2, _MOST_JOINS) if given is None)
-    with ExitStack() as stack:
-        for name in (first, *others):
-            if stack.enter_context(held(f"node-{name}")):
-                yield name
-                return
-    raise Conflict(f"an `azu join` of this machine lends as {first} already: give another --name")
-
-
-def _on_the_heads_machine(ticket: "Ticket", ip: str | None, home: Path) -> str:
-    """Return the address of a node without encryption; raises ConfigurationError on another machine."""
-    from azu.client.machine import running_network
-    from azu.launch.membership import EARLIER_START, LOOPBACK, head_answers
-
-    if ip in (None, LOOPBACK) and head_answers(f"{LOOPBACK}:{ticket.port}"):
-        return LOOPBACK
-    here = running_network(home)
-    if here is not None and here.network_id == ticket.network:
-        raise ConfigurationError(EARLIER_START, param="ticket")
-    raise ConfigurationError(
-        "this network is not encrypted: its ticket is for the head's own machine, while this start of it "
-        "runs; others join after `azu up --ip ADDRESS`",
-        param="ticket",
-    )
-
-
-def _ray_user(settings: "Settings") -> "UnixUser | None":
-    """Return the user that runs the network's code on a machine of root; None for the one of this process."""
-    import os
-
-    from azu.launch.network_users import ray_user
-
-    if os.geteuid() != 0 or settings.one_user:
-        return None
-    try:
-        return ray_user(settings)
-    except ConfigurationError as error:
-        console.print(Text(f"The network runs its code here as root: {error.message}", "yellow"))
-        return None
-
-
-def _lend(
-    membership: "Membership", workers: "list[Worker]", ip: str, home: Path, user: "UnixUser | None"
-) -> None:
-    """Run the nodes until they have to be started again with a new access."""
-    import tempfile
-
-    from azu.files import write_private
-    from azu.launch.network_users import shared_file
-    from azu.launch.processes import ProcessGroup
-    from azu.launch.ray_nodes import RayHost, socket_folder
-
-    access = membership.access()
-    with (
-        # A short path: the paths of Ray's sockets have a limit.
-        tempfile.TemporaryDirectory(prefix="azu-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        socket_folder(Path(folder) / "ray", user) as sessions,
-        ProcessGroup(home / "logs", user=user) as nodes,
-    ):
-        token, tls = Path(folder) / "token", access.tls
-        if user is None:
-            write_private(token, access.token)
-        else:
-            Path(folder).chmod(0o711)
-            files = Path(folder) / "files"
-            token = shared_file(files, "token", access.token, user)
-            tls = _shared(tls, files, user)
-        host = RayHost(sessions, token, ip, tls=tls, home=home if user is None else user.home)
-
-        def enrol(worker: "Worker", node_id: str) -> None:
-            speed = worker.work_bytes_per_s(home / "speeds")
-            membership.enrol(worker.name, worker.payout_address, node_id, speed)
-
-        for worker in workers:
-            enrols = partial(enrol, worker)
-            nodes.start(host.worker(access.head, worker, enrols, membership.new_node_id))
-        _watch(nodes, workers, membership, access, lambda: _shared(access.tls, Path(folder) / "files", user))
-
-
-def _shared(tls: "TlsFiles | None", folder: Path, user: "UnixUser | None") -> "TlsFiles | None":
-    """Return the certificate's files where the user that runs Ray can read them."""
-    from dataclasses import astuple
-
-    from azu.launch.membership import TlsFiles
-    from azu.launch.network_users import shared_file
-
-    if tls is None or user is None:
-        return tls
-    return TlsFiles(*(shared_file(folder, path.name, path.read_text(), user) for path in astuple(tls)))
 
 
 def lending_terms(
@@ -268,75 +297,3 @@ def _workers(name: str, vram: str, payout: str, terms: "LendingTerms", *, cpu: b
     if terms.max_celsius is not None and not gpus and CpuMeter().celsius() is None:
         raise ConfigurationError("this machine shows no temperature", param="max_temperature")
     return workers
-
-
-def _watch(
-    nodes: "ProcessGroup",
-    workers: "list[Worker]",
-    membership: "Membership",
-    access: "ClusterAccess",
-    share: Callable[[], object],
-) -> None:
-    """Wait until all nodes have joined, then start again those that end or need a new certificate.
-
-    `share` puts a new one where they read it. Returns when the network was started again; raises
-    Unauthenticated when they may no longer join, OtherVersion when the network is of a later release.
-    """
-    from azu.launch.membership import EARLIER_START
-    from azu.launch.ray_nodes import REFUSED, STARTED
-    from azu.launch.renewal import Renewal
-
-    def has_joined(worker: "Worker") -> bool:
-        # Where the token is renewed, `_later` finds the new one.
-        if access.life is None and nodes.has_printed(worker.name, REFUSED):
-            raise Unauthenticated(EARLIER_START)
-        return nodes.has_printed(worker.name, STARTED)
-
-    life, renewal, checked_s = access.life, None, time.monotonic()
-    check_s = _CHECK_HEAD_EVERY_S if life is None else _CHECK_ACCESS_EVERY_S
-    if life is not None:
-        names = [worker.name for worker in workers]
-        renewal = Renewal(names, life, lambda name: _asked(membership, name), nodes.restart)
-        check_s = min(check_s, life.window.total_seconds() / 6)
-    with console.status(Text(f"Joining {access.head}")) as status:
-        for worker in workers:
-            nodes.wait_until(worker.name, partial(has_joined, worker), _START_TIMEOUT_S)
-            lent = f"{worker.name} lends {format_bytes(worker.vram_bytes)}"
-            console.print(done(f"{lent}, paid to {worker.payout_address}"))
-        while True:
-            revived = nodes.revive()
-            for name in revived:
-                console.print(Text(f"{name} had ended and was started again", "yellow"))
-            if revived or time.monotonic() - checked_s > check_s:
-                checked_s = time.monotonic()
-                later = _later(membership)
-                if later is not None and not access.is_of_same_run(later):
-                    return
-                if renewal is not None and later is not None and later.life is not None:
-                    share()
-                    renewal.take(later.life, datetime.now(UTC))
-            if renewal is not None and (renewed := renewal.step(datetime.now(UTC))) is not None:
-                console.print(Text(f"{renewed} was started again, with a new certificate", "dim"))
-            joined = sum(map(has_joined, workers))
-            status.update(Text(f"{joined} of {len(workers)} nodes joined to {access.head}; Ctrl-C leaves"))
-            time.sleep(_WATCH_S)
-
-
-def _later(membership: "Membership") -> "ClusterAccess | None":
-    """Return what joins the network now; None while it does not answer."""
-    try:
-        return membership.access()
-    except (Unauthenticated, OtherVersion):
-        raise
-    except AzuError as error:
-        console.print(Text(error.message, "yellow"))
-        return None
-
-
-def _asked(membership: "Membership", name: str) -> "RestartResponse | None":
-    """Return whether it is a node's turn to be started again; None where the network does not say so."""
-    try:
-        return membership.ask_restart(name)
-    except AzuError as error:
-        console.print(Text(error.message, "yellow"))
-        return None

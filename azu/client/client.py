@@ -41,6 +41,7 @@ from azu.api.network import (
     LeaveResponse,
     ModelStatusResponse,
     NetworkResponse,
+    OfferResponse,
     PauseResponse,
 )
 from azu.api.openai import ModelLine, ModelList
@@ -297,6 +298,13 @@ class Client:
     def leave(self, node: str) -> bool:
         """Have a node of the key's address give away what it holds; return True once it holds nothing."""
         return self._post(LeaveResponse, f"/v1/nodes/{quote(node, safe='')}/leave", {}).left
+
+    def offer(self, vram_bytes: int, memory_bytes_per_s: float, flops_per_s: float) -> OfferResponse:
+        """Return what a machine of this memory and speed would hold and could earn; needs no key."""
+        body = {
+            "vram_bytes": vram_bytes, "memory_bytes_per_s": memory_bytes_per_s, "flops_per_s": flops_per_s
+        }  # fmt: skip
+        return self._post(OfferResponse, "/v1/nodes/offer", body)
 
     def pause(self, node: str) -> bool:
         """Pause a node of the key's address until `resume`; return True once it holds nothing."""

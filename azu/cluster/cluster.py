@@ -279,6 +279,25 @@ class Cluster:
             deployment.move_off(node_id)
             return True
 
+    async def would_hold(self, node: Node) -> dict[str, tuple[int, int]]:
+        """Return what of the deployed models a node would hold that joins: id -> (layers, all layers).
+
+        Each model is planned as if it came up now, beside the others.
+        """
+        held: dict[str, tuple[int, int]] = {}
+        for deployment in self.deployments:
+            before = deployment.topology
+            nodes = [*self._capacity.without(before.vram_bytes_by_node), node]
+            rates, structure = self._rates(nodes), deployment.structure
+            try:
+                planned = await asyncio.to_thread(fair_plan, structure, nodes, self._policy, rates)
+            except InsufficientCapacity:
+                continue
+            layers = sum(len(stage.span) for stage in planned.stages if stage.node_id == node.node_id)
+            if layers:
+                held[before.model_id] = layers, structure.num_layers
+        return held
+
     async def improve(self, deployment: Deployment) -> bool:
         """Move a deployment to where a plan over the present nodes has it, if that is worth it.
 

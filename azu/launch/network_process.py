@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,15 +94,18 @@ def watch(revive: Callable[[], list[str]], stop: StopSignal) -> None:
         time.sleep(_WATCH_S)
 
 
-def run_in_background(home: Path, timeout_s: float) -> Any:
-    """Run this process's own command in the background, and return the facts that it prints once it is up.
+def run_in_background(
+    home: Path, timeout_s: float, command: Sequence[str] | None = None, name: str = "background"
+) -> Any:
+    """Run a command in the background, this process's own by default; return the facts that it prints once
+    it is up.
 
-    The rest of its output goes to logs/background.log in the home folder. Raises Unavailable with the end of
+    The rest of its output goes to a file of this name in the home's logs. Raises Unavailable with the end of
     that output when the command ends before it is up, DeadlineExceeded when it takes too long.
     """
-    arguments = [word for word in sys.argv[1:] if word != _BACKGROUND]
+    arguments = [word for word in (sys.argv[1:] if command is None else command) if word != _BACKGROUND]
     arguments += [] if "--json" in arguments else ["--json"]
-    log, printed = home / "logs" / "background.log", home / "background.json"
+    log, printed = home / "logs" / f"{name}.log", home / f"{name}.json"
     # Only the owner may read them: the facts hold secrets, such as the admin key.
     for file in (log, printed):
         write_private(file, "")

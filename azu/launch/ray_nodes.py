@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from azu.auth.certificates import new_node_id
 from azu.cluster.lending import TERMS, LendingTerms
@@ -20,6 +21,9 @@ from azu.launch.membership import LOOPBACK, TlsFiles
 from azu.launch.processes import ProcessSpec, free_port
 from azu.launch.unix_users import UnixUser
 from azu.units import MIB, format_bytes
+
+if TYPE_CHECKING:
+    from azu.engine.device import DeviceSpeed
 
 HEAD = "ray-head"
 # A node prints it once it has joined its cluster.
@@ -93,20 +97,25 @@ class Worker:
     cuda_device: str | None = None
     terms: LendingTerms = _NO_LIMITS
 
-    def work_bytes_per_s(self, speeds: Path) -> int:
-        """Return the most work that its device can do, measured now; earlier results are in a folder.
+    def speed(self, speeds: Path) -> "DeviceSpeed | None":
+        """Return the speed of its device, measured now; earlier results are in a folder.
 
-        0 for a GPU that this process does not see. Raises DeadlineExceeded or InternalError for one that
+        None for a GPU that this process does not see. Raises DeadlineExceeded or InternalError for one that
         cannot be measured.
         """
         from azu.engine.device import device_speed
 
         if self.cuda_device is None:
-            return device_speed("cpu", speeds).work_bytes_per_s
+            return device_speed("cpu", speeds)
         seen = cuda_devices()
         if self.cuda_device not in seen:
-            return 0
-        return device_speed(f"cuda:{seen.index(self.cuda_device)}", speeds).work_bytes_per_s
+            return None
+        return device_speed(f"cuda:{seen.index(self.cuda_device)}", speeds)
+
+    def work_bytes_per_s(self, speeds: Path) -> int:
+        """Return the most work that its device can do, 0 if `speed` returns none; raises as that."""
+        measured = self.speed(speeds)
+        return 0 if measured is None else measured.work_bytes_per_s
 
 
 def check_lent(workers: Iterable[Worker], device_bytes: Callable[[str | None], int | None]) -> None:

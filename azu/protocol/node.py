@@ -32,6 +32,17 @@ class NodeState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Offer:
+    """What a node that joins now would hold, model id -> (its layers there, all of its layers).
+
+    `lamports_per_gib_hour` is what owners earned lately for each GiB that they lent for an hour.
+    """
+
+    layers: Mapping[str, tuple[int, int]]
+    lamports_per_gib_hour: float
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """A worker's GPU, or its budget of main memory, as the planner sees it.
 

@@ -290,6 +290,24 @@ def test_a_model_comes_up_at_and_moves_to_the_owners_who_earned_least(redis_url:
     asyncio.run(scenario())
 
 
+def test_a_node_that_may_join_learns_what_it_would_hold(redis_url: str) -> None:
+    async def scenario() -> None:
+        network = Network(redis_url, vram_bytes=6 * MIB)
+        network.backend.structures["m/one"] = structure(6, model_id="m/one")
+        assert await network.cluster.would_hold(node("new")) == {}
+        deployment = await network.ensure("m/one")
+        assert len(used(deployment.topology)) == 2
+
+        fast = node("new", memory_bytes_per_s=1e13, flops_per_s=1e14)
+        slow = node("new", memory_bytes_per_s=1e6, flops_per_s=1e7)
+        assert await network.cluster.would_hold(fast) == {"m/one": (6, 6)}
+        assert await network.cluster.would_hold(slow) == {}
+        assert await network.cluster.would_hold(node("new", MIB)) == {}
+        assert network.cluster.deployments == (deployment,)
+
+    asyncio.run(scenario())
+
+
 def test_a_move_that_comes_to_nothing_leaves_everything_as_it_was(redis_url: str) -> None:
     async def scenario() -> None:
         network = Network(redis_url, vram_bytes=6 * MIB)

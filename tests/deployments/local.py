@@ -29,6 +29,7 @@ from azu.metrics import Meter, MetricsSnapshot
 from azu.money.ledger.transfers import Deposit
 from azu.money.treasury.request_reply import CreditState, DepositRequests, DepositStatus
 from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
+from azu.protocol.node import Offer
 from azu.protocol.phase import JobPhase
 from azu.redis_client import connect_redis, retry_until_available
 from azu.supervision import Supervisor
@@ -120,8 +121,13 @@ class NoNodes:
     async def prediction(self, model_id: str, revision: str) -> None:
         return None
 
+    async def offer(self, vram_bytes: int, memory_bytes_per_s: float, flops_per_s: float) -> Offer:
+        return Offer({"azu/tiny-dense": (4, 12)}, 10.0)
+
     async def leave(self, name: str, address: str | None) -> bool:
         raise NotFound(f"no node {name} of yours lends here", param="name")
+
+    pause = resume = leave
 
 
 class LocalServices(Services):

@@ -1,9 +1,16 @@
-"""A model's activity, out of the network's metrics."""
+"""What the network shows of itself: its models' activity, and what a machine that joins would hold."""
+
+import asyncio
+from pathlib import Path
+
+import httpx
 
 from azu import metrics
 from azu.api.network import Activity
 from azu.metrics import Meter
+from azu.units import GIB
 from deployments.network import activity_of
+from tests.deployments.local import local_ingress, policy_with
 
 
 def test_a_model_s_activity_is_its_own() -> None:
@@ -22,3 +29,27 @@ def test_a_model_s_activity_is_its_own() -> None:
     assert found.recoveries == 1
     assert (found.hop.count, found.hop.seconds) == (2, 0.006)
     assert activity_of(meter.snapshot(), "unknown") == Activity()
+
+
+def test_a_machine_learns_without_a_key_what_it_would_hold_and_how_much_is_asked_is_bounded(
+    redis_url: str, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        policy = policy_with(sign_ins_per_minute=1, sign_in_burst=3)
+        async with (
+            local_ingress(redis_url, tmp_path, policy) as ingress,
+            httpx.AsyncClient(transport=ingress.transport, base_url="http://azu") as http,
+        ):
+            device = {"vram_bytes": 3 * GIB, "memory_bytes_per_s": 1e11, "flops_per_s": 1e13}
+            answer = await http.post("/v1/nodes/offer", json=device)
+            assert answer.json() == {
+                "pieces": [{"model_id": "azu/tiny-dense", "layers": 4, "num_layers": 12}],
+                "lamports_per_day": 10 * 3 * 24,
+            }
+            for wrong in ({"vram_bytes": 0}, {"flops_per_s": "NaN"}, {"memory_bytes_per_s": -1}):
+                refused = await http.post("/v1/nodes/offer", json=device | wrong)
+                assert refused.status_code == 400
+            asked = [await http.post("/v1/nodes/offer", json=device) for _ in range(3)]
+            assert [one.status_code for one in asked] == [200, 200, 429]
+
+    asyncio.run(scenario())

@@ -265,6 +265,10 @@ POINTS = (
     Point(f"{SCHEDULED}.leave", as_admin("POST", "/v1/nodes/ada/leave")),
     Point(f"{SCHEDULED}.pause", as_admin("POST", "/v1/nodes/ada/pause")),
     Point(f"{SCHEDULED}.resume", as_admin("POST", "/v1/nodes/ada/resume")),
+    Point(
+        f"{SCHEDULED}.offer",
+        post("/v1/nodes/offer", vram_bytes=2**30, memory_bytes_per_s=1e10, flops_per_s=1e11),
+    ),
     Point(f"{SCHEDULED}.restart", call(SCHEDULER, "restart", "ada", ["nowhere"])),
     Point(f"{SCHEDULED}.take_metrics"),
     Point(f"{SCHEDULED}._adopt", kill(SCHEDULER)),
