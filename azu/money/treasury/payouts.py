@@ -20,7 +20,7 @@ from azu.errors import (
 )
 from azu.money.books import Books
 from azu.money.chain.port import Chain, LedgerTransfer
-from azu.money.chain.rows import arrival_of, balance_of, same_amount
+from azu.money.chain.rows import NONCE_WINDOW_MS, arrival_of, balance_of, same_amount
 from azu.money.ledger.transfers import PayoutPlanned, RevenueTaken, WithdrawalPlanned
 from azu.money.signer.calls import SignerCalls
 from azu.money.signer.policy import nonce_for
@@ -37,6 +37,8 @@ _NONCE_LIFE_MS = 3 * 86_400_000
 _LOOK_AGAIN_MS = 60_000
 # So many nonces are tried for a payout at once: an address is rarely paid as often within their window.
 _MOST_PLACES = 16
+# So many payouts get a nonce of one window: of more, one could be below the hundred highest, and be refused.
+_MOST_OF_WINDOW = 90
 _LEFT_OTHERWISE = "a transfer to its address left the account that the books did not know"
 # States in which the chain's ledger may show the payout.
 _AWAITING = (PayoutState.SENT, PayoutState.ACCEPTED, PayoutState.ABANDONED)
@@ -94,6 +96,9 @@ class Payer:
         self._overdue: dict[str, int] = {}
         # Why a payout is not signed now, as it was logged.
         self._unsigned: dict[str, str] = {}
+        # The payouts that had a nonce of the last window.
+        self._window = 0
+        self._numbered_in_window: set[str] = set()
 
     async def plan(self, owed: Sequence[AmountOwed], since_ms: int) -> None:
         """Write a payout for each amount; an address with an open payout is left out.
@@ -263,7 +268,10 @@ class Payer:
         """Have the ledger set the money aside under a nonce that is fixed before; None if it does not."""
         for place in range(_MOST_PLACES):
             if place or not payout.nonce:
-                payout = await self._numbered(payout, place)
+                chain_ms = await self._chain.now_ms()
+                if not self._has_place(payout.payout_id, chain_ms // NONCE_WINDOW_MS):
+                    return None
+                payout = await self._numbered(payout, chain_ms, place)
             try:
                 await self._ledger.apply(payout.booking)
                 return payout
@@ -280,10 +288,19 @@ class Payer:
                 return None
         return None
 
-    async def _numbered(self, payout: Payout, place: int) -> Payout:
+    def _has_place(self, payout_id: str, window: int) -> bool:
+        """Say whether a payout may have a nonce of a window, and count it."""
+        if window != self._window:
+            self._window, self._numbered_in_window = window, set()
+        if len(self._numbered_in_window) >= _MOST_OF_WINDOW and payout_id not in self._numbered_in_window:
+            return False
+        self._numbered_in_window.add(payout_id)
+        return True
+
+    async def _numbered(self, payout: Payout, chain_ms: int, place: int) -> Payout:
         # Two copies of a network give one withdrawal the same id, and each worker's payout another one.
         name = payout.address if payout.kind is PayoutKind.EARNINGS else payout.payout_id
-        nonce = nonce_for(payout.kind, name, await self._chain.now_ms(), place)
+        nonce = nonce_for(payout.kind, name, chain_ms, place)
         return await self._replace(payout, payout.numbered(nonce))
 
     async def _has_ended(self, payout: Payout) -> bool:

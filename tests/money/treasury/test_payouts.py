@@ -371,6 +371,25 @@ def test_fifty_workers_are_paid_exactly_once_in_a_storm(run: int) -> None:
     storm(SEED + run, workers=50)
 
 
+def test_of_many_payouts_none_has_a_nonce_that_the_chain_takes_no_more() -> None:
+    simulation = Simulation()
+    owners = [f"0x{index:040x}" for index in range(1, 151)]
+    for owner in owners:
+        simulation.ledger.earn(owner, LAMPORTS)
+
+    async def scenario() -> None:
+        payer = simulation.payer()
+        await payer.plan([AmountOwed(owner, LAMPORTS) for owner in owners], simulation.clock())
+        for _ in range(30):
+            await payer.advance()
+            simulation.clock.ms += MINUTE_MS
+
+    asyncio.run(scenario())
+
+    assert {owner: simulation.received(owner) for owner in owners} == dict.fromkeys(owners, ARRIVED)
+    assert len(simulation.chain.posts) == len(owners), "none was refused and sent again"
+
+
 KNOWN, NEW, THIRD = ("0x" + digits * 20 for digits in ("0a", "0b", "0c"))
 THRESHOLD = Threshold(lamports=100, new_account_lamports=400)
 
