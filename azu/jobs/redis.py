@@ -3,11 +3,7 @@
 Keys and encodings: azu/jobs/record.py. A change of several keys is one of the Lua scripts beside this file.
 """
 
-import asyncio
-import secrets
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from typing import Any, cast
@@ -41,39 +37,27 @@ from azu.jobs.record import (
     read_record,
     token_count,
     tokens_key,
-    wake_key,
     without_first,
 )
 from azu.jobs.retention import Retention
+from azu.jobs.token_reader import AWAY_S, BLOCK_MS, JOB_LOST, Entry, TokenReader, read_new
 from azu.protocol.job import Job, JobEvent, JobOutcome, JobState, TokenEvent
 from azu.protocol.phase import JobPhase
 from azu.redis_client import connect_redis, retry_until_available
-from azu.supervision import FAULTS_IN_A_ROW, as_known_error
 
 TOKENS_KEPT_S = 24 * 3600
 # What an address's list of jobs keeps; every receipt is kept.
 LISTED_JOBS = 1000
 _LISTED_MS = 90 * 24 * 3600 * 1000
-# Shorter than the connection's own timeout: a quiet stream must not look like a lost connection.
-BLOCK_MS = 2_000
 # Longer than any process hangs between the reservation of a job and its submission.
 _LOST_KEPT_S = 7 * 24 * 3600
 _CLIENT_LEFT, _REFUSED = "client left", "refused"
 _TAKEN_AT_ONCE = 64
 _OWN_IDLE_MS = 2_000
 _EVENTS_AT_ONCE = 1024
-_ENTRIES_PER_STREAM = 256
 # A stream may have a million entries; what else the process does goes on between two reads.
 _ENTRIES_AT_ONCE = 256
-_WAKE_KEPT_S = 600
-# How long the reader of a stream waits for a Redis that is away, and for news of a job before it asks.
-_AWAY_S = 600.0
-_QUIET_S = 5.0
-_FAULT_PAUSE_S = 0.2
 
-JOB_LOST = "job_lost"
-
-_Entry = tuple[str, dict[str, str]]
 Ended = Callable[[str], Awaitable[JobOutcome | None]]
 
 
@@ -279,7 +263,7 @@ class RedisJobs:
         """
         position = "0-0"
         while True:
-            for _, entries in await _read_new(self._redis, {CANCELLED: position}, count=CANCELLATIONS_KEPT):
+            for _, entries in await read_new(self._redis, {CANCELLED: position}, count=CANCELLATIONS_KEPT):
                 position = entries[-1][0]
                 for _, fields in entries:
                     yield fields["job"], "back" in fields
@@ -354,10 +338,10 @@ class RedisJobs:
     async def events(self, job_id: str, after: int = 0) -> AsyncIterator[JobEvent]:
         """Yield a job's events from completion token `after` on; the last one is its outcome.
 
-        Waits for a Redis that is away, up to _AWAY_S. Raises NotFound, InvalidRequest when the job has fewer
+        Waits for a Redis that is away, up to AWAY_S. Raises NotFound, InvalidRequest when the job has fewer
         tokens than `after`, and Unavailable.
         """
-        found = await retry_until_available(partial(self._reader.standing, [job_id]), within_s=_AWAY_S)
+        found = await retry_until_available(partial(self._reader.standing, [job_id]), within_s=AWAY_S)
         delivered, outcome = found[0]
         if delivered is None:
             if archived := (await self._archive.read([job_id])).get(job_id):
@@ -404,181 +388,20 @@ class RedisJobs:
         ]
 
 
-class TokenReader:
-    """Follows any number of jobs over one connection.
-
-    The reading task runs while a job has a follower. A new follower wakes the blocked read through a stream
-    of the reader's own, so that its first token arrives as soon as it is written.
-    """
-
-    def __init__(self, redis: Redis) -> None:
-        self._redis = redis
-        self._wake = wake_key(secrets.token_hex(8))
-        self._followers: set[_Subscription] = set()
-        self._task: asyncio.Task[None] | None = None
-        self._woken = "0-0"
-
-    async def follow(self, job_id: str, after: int) -> AsyncIterator[JobEvent]:
-        """Yield a running job's events after completion token `after`, up to its outcome."""
-        subscription = _Subscription(job_id, after)
-        self._followers.add(subscription)
-        try:
-            # A reading task that finds Redis away begins again by itself, with this follower.
-            with suppress(Unavailable):
-                await self._wake_reading_task()
-            while True:
-                arrival = await subscription.arrivals.get()
-                if isinstance(arrival, Exception):
-                    raise arrival
-                yield arrival
-                if not isinstance(arrival, TokenEvent):
-                    return
-        finally:
-            self._followers.discard(subscription)
-
-    async def _wake_reading_task(self) -> None:
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._read(), name="token-reader")
-            return
-        async with self._redis.pipeline() as pipeline:
-            pipeline.xadd(self._wake, {"wake": "1"}, maxlen=1, approximate=False)
-            pipeline.expire(self._wake, _WAKE_KEPT_S)
-            await pipeline.execute()
-
-    async def standing(self, job_ids: Sequence[str]) -> list[tuple[str | None, str | None]]:
-        """Return how many tokens of each job are written, None for an unknown job, and its outcome if any."""
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            for job_id in job_ids:
-                pipeline.hmget(job_key(job_id), ["delivered", "outcome"])
-            found = await pipeline.execute()
-        return [(delivered, outcome) for delivered, outcome in found]
-
-    async def _read(self) -> None:
-        faults = 0
-        while self._followers:
-            try:
-                await retry_until_available(self._read_once, within_s=_AWAY_S)
-            except Exception as error:
-                faults += 1
-                known = as_known_error(error, "the reading of token streams")
-                if known is error or faults == FAULTS_IN_A_ROW:
-                    # Every follower must raise it; the next follower starts a new task.
-                    for follower in self._followers:
-                        follower.arrivals.put_nowait(known)
-                    return
-                await asyncio.sleep(_FAULT_PAUSE_S)
-            else:
-                faults = 0
-
-    async def _read_once(self) -> None:
-        # One that comes during the read may lack tokens before those that the read returns.
-        followers = tuple(self._followers)
-        streams = _positions(followers) | {self._wake: self._woken}
-        answer = dict(await _read_new(self._redis, streams, count=_ENTRIES_PER_STREAM))
-        if wakes := answer.pop(self._wake, None):
-            self._woken = wakes[-1][0]
-        self._distribute(answer, followers)
-        now_s = time.monotonic()
-        quiet = [one for one in self._followers if not one.ended and now_s - one.heard_s >= _QUIET_S]
-        if not quiet:
-            return
-        # A Redis that lost its last writes sends nothing of a job that it does not know any more, and nothing
-        # before the place that a reader has reached.
-        for one, (delivered, outcome) in zip(
-            quiet, await self.standing([one.job_id for one in quiet]), strict=True
-        ):
-            try:
-                one.compare(None if delivered is None else int(delivered), outcome)
-            except Exception as error:
-                one.fail(as_known_error(error, f"the reading of the end of {one.job_id}"))
-
-    def _distribute(self, answer: Mapping[str, list[_Entry]], followers: Sequence["_Subscription"]) -> None:
-        events: dict[str, list[tuple[str, JobEvent]]] = {}
-        for key, entries in answer.items():
-            try:
-                events[key] = [(entry_id, decode_event(entry_id, fields)) for entry_id, fields in entries]
-            except Exception as error:
-                # The other streams go on.
-                known = as_known_error(error, f"the reading of {key}")
-                for follower in followers:
-                    if tokens_key(follower.job_id) == key:
-                        follower.fail(known)
-        for follower in followers:
-            for entry_id, event in events.get(tokens_key(follower.job_id), ()):
-                follower.receive(entry_id, event)
-
-
-class _Subscription:
-    """One follower of one job; `position` counts the completion tokens that it received."""
-
-    def __init__(self, job_id: str, position: int) -> None:
-        self.job_id = job_id
-        self.position = position
-        self.ended = False
-        self.heard_s = time.monotonic()
-        self.arrivals: asyncio.Queue[JobEvent | Exception] = asyncio.Queue()
-
-    def fail(self, error: AzuError) -> None:
-        """Have the follower raise an error."""
-        self.ended = True
-        self.arrivals.put_nowait(error)
-
-    def receive(self, entry_id: str, event: JobEvent) -> None:
-        """Queue an entry's event, without the tokens that the follower received before."""
-        if self.ended:
-            return
-        self.heard_s = time.monotonic()
-        if not isinstance(event, TokenEvent):
-            self.ended = True
-            self.arrivals.put_nowait(event)
-        elif (end := token_count(entry_id)) > self.position:
-            self.arrivals.put_nowait(without_first(event, self.position))
-            self.position = end
-
-    def compare(self, delivered: int | None, outcome: str | None) -> None:
-        """Compare with the job's record; end a follower whose job is lost or has ended meanwhile."""
-        self.heard_s = time.monotonic()
-        if delivered is None:
-            self.ended = True
-            lost = f"Redis lost {self.job_id} when it lost its last writes; what it reserved is given back"
-            self.arrivals.put_nowait(Unavailable(lost, code=JOB_LOST))
-        elif outcome is not None and delivered <= self.position:
-            self.ended = True
-            self.arrivals.put_nowait(OUTCOME.validate_json(outcome))
-
-
-def _positions(followers: Iterable[_Subscription]) -> dict[str, str]:
-    """Return each followed stream and the last entry that all its followers have."""
-    positions: dict[str, int] = {}
-    for follower in followers:
-        if not follower.ended:
-            key = tokens_key(follower.job_id)
-            positions[key] = min(positions.get(key, follower.position), follower.position)
-    return {key: f"{position}-0" for key, position in positions.items()}
-
-
-async def _read_new(
-    redis: Redis, positions: Mapping[str, str], *, count: int
-) -> list[tuple[str, list[_Entry]]]:
-    """Return (stream, entries after its position), waiting up to BLOCK_MS for a first one."""
-    streams: dict[Any, Any] = dict(positions)
-    return cast(list[tuple[str, list[_Entry]]], await redis.xread(streams, count=count, block=BLOCK_MS))
-
-
 async def _read_group(
     redis: Redis, group: str, consumer: str, stream: str, *, count: int, block_ms: int
-) -> list[_Entry]:
+) -> list[Entry]:
     """Return entries that no consumer of the group was given, waiting up to `block_ms` for a first one."""
     wait_ms = min(max(block_ms, 1), BLOCK_MS)  # Redis waits for ever at 0
     answer: Any = await redis.xreadgroup(group, consumer, {stream: ">"}, count, wait_ms)
     return [entry for _, entries in answer for entry in entries]
 
 
-async def _read_all(redis: Redis, stream: str, *, after: str = "0-0") -> AsyncIterator[_Entry]:
+async def _read_all(redis: Redis, stream: str, *, after: str = "0-0") -> AsyncIterator[Entry]:
     """Yield a stream's entries after the entry `after`."""
     while True:
         found = await redis.xrange(stream, min=f"({after}", count=_ENTRIES_AT_ONCE)
-        page = cast(list[_Entry], found)
+        page = cast(list[Entry], found)
         for entry in page:
             yield entry
         if len(page) < _ENTRIES_AT_ONCE:

@@ -151,7 +151,7 @@ def test_every_stream_goes_on_and_new_requests_are_told_to_come_again(
 def test_readers_of_jobs_that_redis_lost_are_told_and_nothing_is_left_of_the_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("azu.jobs.redis._QUIET_S", 0.2)
+    monkeypatch.setattr("azu.jobs.token_reader._QUIET_S", 0.2)
     store = Rewindable.start(tmp_path / "redis")
 
     async def play(ingress: LocalIngress) -> None:

@@ -158,7 +158,7 @@ class Network:
 def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_FAULT_PAUSE_S", 0.01)
     monkeypatch.setattr(dispatch, "_TAKE_BLOCK_MS", 20)
-    monkeypatch.setattr("azu.jobs.redis._QUIET_S", 0.05)
+    monkeypatch.setattr("azu.jobs.token_reader._QUIET_S", 0.05)
 
 
 async def stopped(*tasks: "asyncio.Task[None]") -> None:

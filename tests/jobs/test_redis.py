@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from azu.errors import InternalError, InvalidRequest, NotFound, Unavailable
-from azu.jobs import redis
+from azu.jobs import redis, token_reader
 from azu.jobs.record import GROUP, QUEUE, ChoiceProgress, job_key, tokens_key
 from azu.jobs.redis import TOKENS_KEPT_S, RedisJobs
 from azu.money.ledger.durability import DURABLE_CONFIG
@@ -479,7 +479,7 @@ def test_hundreds_of_streams_share_one_blocked_read(run_scenario) -> None:
 
 def test_a_new_follower_gets_its_first_token_while_another_stream_is_quiet(run_scenario, monkeypatch) -> None:
     # A read that is not woken up blocks for longer than the scenario may take.
-    monkeypatch.setattr("azu.jobs.redis.BLOCK_MS", 60_000)
+    monkeypatch.setattr("azu.jobs.token_reader.BLOCK_MS", 60_000)
 
     async def scenario(jobs: RedisJobs) -> None:
         for n in range(2):
@@ -572,7 +572,8 @@ def test_reading_continues_after_the_connection_is_cut(run_scenario) -> None:
 def test_followers_of_a_redis_that_stays_away_raise_instead_of_waiting_for_ever(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("azu.jobs.redis._AWAY_S", 0.0)
+    for module in ("redis", "token_reader"):
+        monkeypatch.setattr(f"azu.jobs.{module}.AWAY_S", 0.0)
     server = start_redis(tmp_path)
 
     async def scenario() -> None:
@@ -594,8 +595,8 @@ def test_followers_of_a_redis_that_stays_away_raise_instead_of_waiting_for_ever(
 def test_a_reader_of_a_job_that_redis_lost_is_told_and_one_that_is_ahead_gets_the_outcome(
     run_scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("azu.jobs.redis._QUIET_S", 0.0)
-    monkeypatch.setattr("azu.jobs.redis.BLOCK_MS", 20)
+    monkeypatch.setattr("azu.jobs.token_reader._QUIET_S", 0.0)
+    monkeypatch.setattr("azu.jobs.token_reader.BLOCK_MS", 20)
 
     async def scenario(jobs: RedisJobs) -> None:
         for n in range(2):
@@ -761,7 +762,7 @@ def test_a_phase_of_another_release_is_not_shown(run_scenario) -> None:
 
 
 def test_an_end_that_cannot_be_read_is_the_fault_of_one_follower(run_scenario, monkeypatch) -> None:
-    monkeypatch.setattr(redis, "_QUIET_S", 0.0)
+    monkeypatch.setattr(token_reader, "_QUIET_S", 0.0)
 
     async def scenario(jobs: RedisJobs) -> None:
         for n in range(2):

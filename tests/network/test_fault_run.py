@@ -313,7 +313,7 @@ POINTS = (
     Point("deployments.services:Services.scheduler", get("/v1/network")),
     Point("deployments.services:Services.registry", get("/v1/models")),
     Point("azu.jobs.intake:Intake.accept"),
-    Point("azu.jobs.redis:TokenReader._distribute", is_loop=True),
+    Point("azu.jobs.token_reader:TokenReader._distribute", is_loop=True),
     Point("azu.jobs.redis:RedisJobs.submit"),
     # Books
     Point(f"{BOOKS}.ledger"),
