@@ -128,9 +128,18 @@ def _print_error(error: AzuError) -> None:
 
     from rich.text import Text
 
+    from azu.cli.advice import with_next_step
     from azu.cli.output import Terminal
 
     if "--json" in sys.argv:
         typer.echo(json.dumps(error.to_openai()))
     else:
-        Terminal(stderr=True).print(Text(error.message, style="red"), soft_wrap=True)
+        told = with_next_step(error, _typed())
+        Terminal(stderr=True).print(Text(told, style="red"), soft_wrap=True)
+
+
+def _typed() -> str:
+    """Return the name of the command that was typed, with its group's."""
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    is_grouped = words[:1] and words[0] in (group for _, group in _GROUPS)
+    return " ".join(words[: 2 if is_grouped else 1])

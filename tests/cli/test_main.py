@@ -65,7 +65,7 @@ def test_words_in_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
         )
         done = azu("balance", home=tmp_path, AZU_URL=ingress.url, AZU_API_KEY="k")
 
-    assert done.stderr == "no [/red] here\n"
+    assert done.stderr == "no [/red] here. Next: `azu balance -h` says what it takes\n"
 
 
 @pytest.mark.parametrize("arguments", [("nonsense",), ("balance", "--nonsense"), ("join",)])
