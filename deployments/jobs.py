@@ -161,19 +161,23 @@ def _choice(model: ServedModel | None, record: JobRecord, token_ids: tuple[int, 
 
 
 def _line(record: JobRecord) -> JobLine:
-    outcome = record.outcome
+    job, outcome = record.job, record.outcome
+    receipt = outcome.receipt if outcome else None
     ended = record.state not in (JobState.QUEUED, JobState.RUNNING)
     return JobLine(
-        job_id=record.job.job_id,
-        model=record.job.model_id,
+        job_id=job.job_id,
+        model=job.model_id,
         status=record.state.value,
         phase=phase_line(record.phase),
-        created_at_ms=record.job.created_at_ms,
-        reserved_lamports=0 if ended else record.job.reserved_lamports,
+        created_at_ms=job.created_at_ms,
+        reserved_lamports=0 if ended else job.reserved_lamports,
         finish_reason=outcome.finish_reason.value if outcome else None,
-        charged_lamports=outcome.receipt.charged_lamports if outcome else None,
-        released_lamports=outcome.receipt.released_lamports if outcome else None,
+        charged_lamports=receipt.charged_lamports if receipt else None,
+        released_lamports=receipt.released_lamports if receipt else None,
         error=outcome.error if outcome else None,
+        key_id=job.key_id,
+        prompt_tokens=receipt.prompt_tokens if receipt else None,
+        completion_tokens=receipt.completion_tokens if receipt else None,
     )
 
 

@@ -105,7 +105,10 @@ class Results(ResponseModel):
 
 
 class JobLine(ResponseModel):
-    """A job without its texts. `reserved_lamports` is 0 and `phase` null once the job has ended."""
+    """A job without its texts. `reserved_lamports` is 0 and `phase` null once the job has ended.
+
+    What is charged, and the tokens of that, are null before. `key_id` is the API key that asked for it.
+    """
 
     job_id: str
     model: str
@@ -117,6 +120,9 @@ class JobLine(ResponseModel):
     charged_lamports: int | None
     released_lamports: int | None
     error: ErrorDetail | None
+    key_id: str = ""
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class JobList(ResponseModel):

@@ -51,7 +51,7 @@ _COMMANDS = (
     ("withdraw", "withdraw"),
     ("account", "balance"),
     ("prompt", "prompt"),
-    ("prompt", "jobs"),
+    ("jobs", "jobs"),
     ("receipt", "receipt"),
     ("dispute", "dispute"),
     ("ps", "ps"),

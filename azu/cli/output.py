@@ -4,8 +4,9 @@ What they print was often written by others. A Terminal shows it and never acts 
 """
 
 import json
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
@@ -54,6 +55,25 @@ def show(facts: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> 
         console.print(render(facts))
 
 
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV for a spreadsheet.")]
+
+
+def show_csv(lines: Sequence[Mapping[str, object]]) -> None:
+    """Print lines that have the same names as CSV, under these names."""
+    import csv
+
+    if lines:
+        writer = csv.DictWriter(sys.stdout, lines[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _plain_cell(value) for name, value in one.items()} for one in lines)
+
+
+def _plain_cell(value: object) -> object:
+    """Return a value on one line; a spreadsheet takes a text that begins like a formula for one."""
+    text = printable(str(value)) if isinstance(value, str) else value
+    return f"'{text}" if isinstance(text, str) and text.startswith(("=", "+", "-", "@")) else text
+
+
 Exact = Annotated[bool, typer.Option("--exact", help="Print amounts in lamports; 10^8 of them are one HYPE.")]
 
 
@@ -72,7 +92,8 @@ def amount(lamports: int | None, exact: bool) -> str:
 _WIDER_THAN_ANY = 100_000
 # How the names of columns with numbers end.
 _NUMBERS = (
-    "lamports", "charged", "released", "HYPE", "bytes", "VRAM", "free", "shards", "context", "tokens/s",
+    "lamports", "charged", "released", "HYPE", "bytes", "VRAM", "free", "used", "others", "load", "lent",
+    "shards", "context", "tokens/s", "first", "next", "hop", "run/wait", "stalls", "repairs", "frames",
 )  # fmt: skip
 
 
@@ -118,6 +139,7 @@ class Listing:
             title_justify="left",
             box=HEAVY_HEAD if self._lines else None,
             pad_edge=self._lines,
+            collapse_padding=not self._lines,
             header_style=None if self._lines else "dim",
         )
         for index, column in enumerate(self._columns):
@@ -143,6 +165,11 @@ def table(
 def utc(at_ms: int) -> str:
     """Return a time in ms as people read it, in UTC."""
     return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S}"
+
+
+def day(at_ms: int) -> str:
+    """Return the day (UTC) of a time in ms."""
+    return utc(at_ms)[:10]
 
 
 def cell(content: object) -> Text | ProgressBar:

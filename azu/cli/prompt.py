@@ -1,6 +1,6 @@
-"""`azu prompt`, `jobs`: a user's prompts, their answers and their cost."""
+"""`azu prompt`: a question, its answer and its cost."""
 
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from azu.cli.credentials import open_client
-from azu.cli.output import AsJson, Exact, WaitingLine, amount, console, done, show, table, unit
+from azu.cli.output import AsJson, Exact, WaitingLine, amount, console, show, unit
 
 if TYPE_CHECKING:
-    from azu.api.jobs import JobLine, Phase, ReceiptLines
-    from azu.client.stream import Generation, Stream
+    from azu.api.jobs import Phase, ReceiptLines
+    from azu.client.stream import Stream
 
 
 DIFFERS = "red"
@@ -42,16 +42,18 @@ def prompt(
         stream = client.stream(asked, model=model, **sampling)
     else:
         stream = client.chat_stream([{"role": "user", "content": asked}], model=model, **sampling)
-    generation = answered(stream, client.url, as_json=as_json)
+    for _ in shown(stream, client.url, quiet=as_json):
+        pass
+    generation = stream.result()
     receipt = client.receipt(generation.job_id)
     differs = difference(receipt, generation.received_tokens)
     facts = {"generation": generation, "receipt": receipt, "difference": differs}
     show(facts, as_json, lambda _: Group(receipt_panel(receipt, exact), compared(differs)))
 
 
-def answered(stream: "Stream", url: str, *, as_json: bool = False) -> "Generation":
-    """Print an answer as it comes, and where its job stands while nothing comes; return it whole."""
-    with WaitingLine(quiet=as_json) as line:
+def shown(stream: "Stream", url: str, *, quiet: bool = False) -> Iterator[str]:
+    """Print an answer as it comes, and where its job stands while nothing comes; yield its parts."""
+    with WaitingLine(quiet=quiet) as line:
         is_amid = False
 
         def show_phase(phase: "Phase") -> None:
@@ -68,11 +70,11 @@ def answered(stream: "Stream", url: str, *, as_json: bool = False) -> "Generatio
         for piece in stream:
             line.clear()
             is_amid = True
-            if not as_json:
+            if not quiet:
                 console.print(Text(piece), end="")
-    if not as_json:
+            yield piece
+    if not quiet:
         console.print("\n")
-    return stream.result()
 
 
 def _asked(text: str | None, file: Path | None) -> str:
@@ -85,24 +87,6 @@ def _asked(text: str | None, file: Path | None) -> str:
         return text
     # The last line's end is the file's, not the question's.
     return read_text(file or Path("/dev/stdin")).removesuffix("\n")
-
-
-def jobs(
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many, newest first.")] = 20,
-    delete: Annotated[
-        str | None,
-        typer.Option(metavar="JOB", help="Remove this job's prompt and answer; its receipt stays."),
-    ] = None,
-    exact: Exact = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show the key's jobs with their errors, charges and releases; or delete the texts of one."""
-    client = open_client()
-    if delete is not None:
-        job_id = client.delete_job(delete)
-        show({"deleted": job_id}, as_json, lambda _: done(f"{job_id} has no prompt and no answer any more"))
-        return
-    show(client.jobs(limit), as_json, lambda found: _jobs(found, exact))
 
 
 def compared(differs: str | None) -> Text:
@@ -129,21 +113,3 @@ def receipt_panel(found: "ReceiptLines", exact: bool = False) -> Panel:
     for address, lamports in sorted(found.worker_lamports.items()):
         grid.add_row(f"worker {address}", money(lamports))
     return Panel(grid, title=Text(f"{found.model_id}  {found.transfer_id}"), title_align="left", expand=False)
-
-
-def _jobs(found: "list[JobLine]", exact: bool = False) -> Group:
-    columns = ["job", "model", "status", "created", f"charged {unit(exact)}", f"released {unit(exact)}"]
-    rows = [
-        (
-            job.job_id,
-            job.model,
-            job.status,
-            time.strftime("%m-%d %H:%M", time.localtime(job.created_at_ms / 1000)),
-            amount(job.charged_lamports, exact),
-            amount(job.released_lamports, exact),
-        )
-        for job in found
-    ]
-    # An error is a sentence or two: no column is wide enough for it.
-    errors = [Text(f"{job.job_id}: {job.error.message}", style="yellow") for job in found if job.error]
-    return Group(table(columns, rows), *errors)

@@ -41,7 +41,7 @@ def speed_between(before: Activity, after: Activity, seconds: float) -> Speed:
     )
 
 
-_BAR_WIDTH = 24
+_BAR_WIDTH = 16
 
 Once = Annotated[bool, typer.Option("--once", help="Print one sample and end.")]
 Period = Annotated[float, typer.Option(min=0.2, max=60, help="Seconds between two samples.")]
@@ -130,10 +130,7 @@ def _nodes(nodes: "tuple[NodeLine, ...]") -> Listing:
 def _models(sample: Sample) -> RenderableType:
     if not sample.network.deployments:
         return Text("no model is up; the first prompt brings one up", style="dim")
-    columns = [
-        "model", "tokens/s", "first token", "per token", "hop", "sequences", "KV blocks", "of them", "stalls",
-        "recoveries",
-    ]  # fmt: skip
+    columns = ["model", "tokens/s", "first", "next", "hop", "run/wait", "KV used", "stalls", "repairs"]
     # The pipelines of one model count together.
     models = {one.model_id: one for one in sample.network.deployments}.values()
     return table(columns, [_model(model, sample.speeds[model.model_id]) for model in models], lines=False)
@@ -141,16 +138,14 @@ def _models(sample: Sample) -> RenderableType:
 
 def _model(model: "DeploymentLine", speed: "Speed") -> list[object]:
     does = model.activity
-    waiting = f" + {does.waiting_sequences} waiting" if does.waiting_sequences else ""
     return [
         (model.model_id if model.state == "running" else f"{model.model_id} ({model.state})"),
         f"{speed.tokens_per_s:.1f}",
         _time(speed.time_to_first_token_s),
         _time(speed.time_per_token_s),
         _time(speed.hop_s),
-        f"{does.running_sequences}{waiting}",
-        _bar(does.kv_blocks_used, does.kv_blocks, _BAR_WIDTH // 2),
-        f"{does.kv_blocks_used}/{does.kv_blocks}",
+        f"{does.running_sequences}/{does.waiting_sequences}",
+        f"{does.kv_blocks_used / max(1, does.kv_blocks):.0%}",
         str(does.stalls),
         str(does.recoveries),
     ]

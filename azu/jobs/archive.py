@@ -63,7 +63,7 @@ def pack(record: JobRecord, digest: str, like: str) -> str:
     if outcome.error is not None:
         short = str(outcome.error.get("message"))[:_MAX_ERROR_CHARACTERS]
         outcome = replace(outcome, error={**outcome.error, "message": short})
-    text = f"{job.created_at_ms} {job.choices} {_text(outcome)}"
+    text = f"{job.created_at_ms} {job.choices} {job.key_id} {_text(outcome)}"
     deflate = zlib.compressobj(9, zlib.DEFLATED, _RAW_DEFLATE, 9, zdict=like.encode())
     content = bytes.fromhex(job.address[2:]) + deflate.compress(text.encode()) + deflate.flush()
     return digest + base64.b85encode(content).decode()
@@ -75,12 +75,13 @@ def unpack(job_id: str, packed: str, like: str) -> JobRecord:
     address = f"0x{content[:_ADDRESS_BYTES].hex()}"
     inflate = zlib.decompressobj(_RAW_DEFLATE, zdict=like.encode())
     text = inflate.decompress(content[_ADDRESS_BYTES:]).decode()
-    created_at_ms, choices, outcome_json = text.split(" ", 2)
-    outcome = OUTCOME.validate_json(outcome_json)
+    facts, brace, rest = text.partition("{")
+    created_at_ms, choices, key_id, *_ = [*facts.split(), ""]  # jobs of long ago have no key
+    outcome = OUTCOME.validate_json(brace + rest)
     receipt = replace(
         outcome.receipt, job_id=job_id, address=address, transfer_id=outcome.receipt.transfer_id + job_id
     )
-    return record_of(replace(outcome, receipt=receipt), int(created_at_ms), int(choices))
+    return record_of(replace(outcome, receipt=receipt), int(created_at_ms), int(choices), key_id)
 
 
 def _text(outcome: JobOutcome) -> str:

@@ -180,6 +180,7 @@ class Intake:
                 reserved_lamports=reserved_lamports,
                 created_at_ms=now_ms,
                 choices=choices,
+                key_id=key.key_id,
             )
             await self._jobs.submit(job, asked, self.departures.ingress)
         except Exception as error:

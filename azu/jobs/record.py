@@ -130,7 +130,7 @@ def _phase(told: str) -> JobPhase | None:
         return None
 
 
-def record_of(outcome: JobOutcome, created_at_ms: int = 0, choices: int = 1) -> JobRecord:
+def record_of(outcome: JobOutcome, created_at_ms: int = 0, choices: int = 1, key_id: str = "") -> JobRecord:
     """Return the record of an ended job of which only the outcome is left: it has no prompt any more."""
     receipt = outcome.receipt
     job = Job(
@@ -144,6 +144,7 @@ def record_of(outcome: JobOutcome, created_at_ms: int = 0, choices: int = 1) -> 
         reserved_lamports=receipt.charged_lamports + receipt.released_lamports,
         created_at_ms=created_at_ms,
         choices=choices,
+        key_id=key_id,
     )
     return JobRecord(job, outcome.state, outcome, attempts=1, delivered=receipt.completion_tokens)
 

@@ -38,7 +38,10 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One paid prompt. `reserved_lamports` is the highest price of all its `choices` together."""
+    """One paid prompt. `reserved_lamports` is the highest price of all its `choices` together.
+
+    `key_id` names the API key that asked; empty for jobs of long ago.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -52,6 +55,7 @@ class Job:
     reserved_lamports: int
     created_at_ms: int
     choices: int = 1
+    key_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from azu.api.base import ErrorDetail
 from azu.api.jobs import JobLine, ReceiptLines
 from azu.api.network import DeploymentLine, NetworkResponse, NodeLine, PieceLine
 from azu.cli import keys, ps, receipt, top
+from azu.cli.jobs import drawn
 from azu.cli.output import Terminal, done, table
-from azu.cli.prompt import _jobs, receipt_panel
+from azu.cli.prompt import receipt_panel
 
 # It moves to the top, clears, sets a colour, rings, rubs out and turns the direction of writing.
 ACTS = "\x1b[1;1H\x1b[2J\x9b31m\x07\x08\x7f\u202e"
@@ -71,7 +72,7 @@ def key(name: str) -> list[KeyLine]:
 SHOWN: dict[str, Callable[[str], RenderableType]] = {
     "ps": lambda name: ps._network(network(name)),
     "top": lambda name: top._screen(top.Sample(network(name), {name: top.Speed(1.0, None, None, None)})),
-    "jobs": lambda name: _jobs(jobs(name)),
+    "jobs": lambda name: drawn(jobs(name)),
     "receipt": lambda name: receipt_panel(receipt_of(name)),
     "signed by": lambda name: receipt._signed(
         receipt_of("m").model_dump(mode="json") | {"signer": name, "signature": "0x1"}

@@ -7,9 +7,8 @@ from azu.api.accounts import BalanceResponse, KeyLine
 from azu.api.jobs import JobLine
 from azu.api.network import DeploymentLine, NetworkResponse, NodeLine, PieceLine
 from azu.api.openai import ModelLine
-from azu.cli import account, keys, models, ps, top
+from azu.cli import account, jobs, keys, models, ps, top
 from azu.cli.output import Terminal, amount, table, unit
-from azu.cli.prompt import _jobs
 from azu.units import GIB
 
 JOB = "cmpl-0123456789abcdef0123456789abcdef"
@@ -53,13 +52,16 @@ def model() -> ModelLine:
 
 
 NARROW = {
-    "ps": (lambda: ps._network(network()), ["80.0 GiB", "13.0 GiB", "66.0 GiB", ADDRESS, "azu/tiny-dense"]),
+    "ps": (
+        lambda: ps._network(network()),
+        ["80.0 GiB", "13.0 GiB", "66.0 GiB", ADDRESS, "azu/tiny-dense", "0 to 39"],
+    ),
     "top": (
         lambda: top._screen(top.Sample(network(), {"azu/tiny-dense": top.Speed(41.25, 1.5, 0.0312, None)})),
         ["80.0 GiB", "13.0 GiB", "66.0 GiB", "41.2", "1.50 s", "31.2 ms"],
     ),
     "models": (lambda: models.drawn([model()], exact=False), ["azu/tiny-dense", "0.12", "9,000", "83.2"]),
-    "jobs": (lambda: _jobs([job()]), [JOB, "0.00016", "1.23456789"]),
+    "jobs": (lambda: jobs.drawn([job()]), [JOB, "0.00016", "azu/tiny-dense"]),
 }
 
 
@@ -93,6 +95,21 @@ def test_a_table_of_texts_stays_one_and_goes_on_below() -> None:
     assert "│ !" in shown
     assert max(map(len, shown.splitlines())) <= 60
     assert shown.count("x") == 40
+
+
+def test_numbers_of_experts_are_shown_as_spans() -> None:
+    piece = PieceLine(node="vm", actor="a", layers=(0, 6), experts={2: (5, 0, 1, 2, 7, 8), 4: (3,)})
+
+    assert ps._experts(piece) == "layer 2: 0 to 2, 5, 7 to 8; layer 4: 3"
+
+
+def test_why_a_node_is_paused_is_told_below_the_nodes() -> None:
+    found = network()
+    paused = found.nodes[0].model_copy(update={"state": "paused", "why_paused": "outside of its hours"})
+
+    shown = drawn(ps._network(found.model_copy(update={"nodes": (paused, *found.nodes[1:])})))
+
+    assert "a-machine-with-a-long-name-0 is paused: outside of its hours" in shown
 
 
 def test_nodes_of_one_name_are_told_apart_by_their_ids() -> None:

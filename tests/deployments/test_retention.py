@@ -75,6 +75,7 @@ def test_a_submitted_answer_is_delivered_when_it_was_asked_for(play, path: str) 
 def test_a_deleted_job_has_no_texts_any_more_and_its_receipt_stays(play) -> None:
     async def scenario(ingress: LocalIngress, http: httpx.AsyncClient, address: str) -> None:
         job_id = (await http.post("/v1/completions", json=ASKED)).json()["azu"]["job_id"]
+        (listed,) = (await http.get("/v1/jobs")).json()["data"]
         before = (await http.get(f"/results/{job_id}")).json()
         receipt = (await http.get(f"/v1/receipts/{job_id}")).json()
         assert before["token_ids"]
@@ -89,9 +90,12 @@ def test_a_deleted_job_has_no_texts_any_more_and_its_receipt_stays(play) -> None
         after = (await http.get(f"/results/{job_id}")).json()
         assert (after["text"], after["token_ids"], after["status"]) == ("", [], "done")
         assert (await http.get(f"/v1/receipts/{job_id}")).json() == receipt
-        assert (await http.get("/v1/jobs")).json()["data"][0]["charged_lamports"] == receipt[
-            "charged_lamports"
-        ]
+        assert (await http.get("/v1/jobs")).json()["data"] == [listed]
+        assert (await http.get(f"/v1/jobs/{job_id}")).json() == listed
+        tokens = ("prompt_tokens", "completion_tokens", "charged_lamports")
+        assert [listed[name] for name in tokens] == [receipt[name] for name in tokens]
+        (key,) = (await http.get("/v1/auth/keys")).json()["data"]
+        assert listed["key_id"] == key["key_id"]
         await out_of_the_queue(ingress)
 
     play(scenario)

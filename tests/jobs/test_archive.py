@@ -43,7 +43,7 @@ def recorded(ended: JobOutcome) -> JobRecord:
     ],
 )
 def test_an_archived_job_keeps_its_outcome_and_what_lists_show(ended: JobOutcome) -> None:
-    record = recorded(ended)
+    record = replace(recorded(ended), job=job(ended.receipt.job_id, key_id="key-7"))
     digest, like = shared_text(outcome("job-another"))
 
     found = unpack(record.job.job_id, pack(record, digest, like), like)
@@ -51,8 +51,19 @@ def test_an_archived_job_keeps_its_outcome_and_what_lists_show(ended: JobOutcome
     assert (found.outcome, found.state) == (ended, ended.state)
     assert found.job.address == record.job.address
     assert found.job.created_at_ms == record.job.created_at_ms
+    assert found.job.key_id == "key-7"
     assert found.job.prompt_token_ids == ()
     assert found.job.reserved_lamports == 48 + 64
+
+
+def test_an_archived_job_of_before_has_no_key() -> None:
+    record = recorded(outcome("job-1"))
+    digest, like = shared_text(outcome("job-another"))
+
+    found = unpack("job-1", pack(record, digest, like), like)
+
+    assert record.job.key_id == found.job.key_id == ""
+    assert found.outcome == record.outcome
 
 
 def test_a_long_error_is_cut_short() -> None:

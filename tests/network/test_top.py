@@ -83,7 +83,7 @@ def test_the_live_view_ends_cleanly(user: User) -> None:
 
     assert process.returncode == 0
     assert complained == b""
-    for words in ("tokens/s", "ada", "ben", "cleo", "KV blocks"):
+    for words in ("tokens/s", "ada", "ben", "cleo", "KV used"):
         assert words in shown
 
 
