@@ -51,6 +51,7 @@ _COMMANDS = (
     ("withdraw", "withdraw"),
     ("account", "balance"),
     ("prompt", "prompt"),
+    ("chat", "chat"),
     ("jobs", "jobs"),
     ("receipt", "receipt"),
     ("dispute", "dispute"),

@@ -74,6 +74,11 @@ class Stream:
     def __iter__(self) -> Iterator[str]:
         return self._text
 
+    @property
+    def job_id(self) -> str:
+        """The id of the answer's job, empty before anything of the answer came."""
+        return self._job_id
+
     def close(self) -> None:
         """End the stream and its job."""
         self._text.close()

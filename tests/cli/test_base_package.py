@@ -60,7 +60,7 @@ for words in json.loads(sys.stdin.read()):
 """
 CLIENT = [
     "--help", "wallet show", "balance", "earnings", "jobs", "keys list", "models", "ps", "top --once",
-    "leave ada", "pause ada", "resume ada",
+    "leave ada", "chat", "pause ada", "resume ada",
 ]  # fmt: skip
 REFUSED = [
     "wallet balance", "wallet fund", "login", "deposit 1", "withdraw 1", "prompt hello", "receipt job-1",

@@ -63,7 +63,7 @@ def running_ingress() -> Iterator[Ingress]:
 
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers["content-length"]))
-            self._answer("POST", json.loads(content))
+            self._answer("POST", json.loads(content) if content else None)
 
         def _answer(self, method: str, body: Any) -> None:
             ingress.requests.append(Request(method, self.path, self.headers["authorization"], body))
