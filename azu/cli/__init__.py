@@ -52,6 +52,7 @@ _COMMANDS = (
     ("account", "balance"),
     ("prompt", "prompt"),
     ("chat", "chat"),
+    ("quote", "quote"),
     ("jobs", "jobs"),
     ("receipt", "receipt"),
     ("dispute", "dispute"),

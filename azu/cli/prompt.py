@@ -34,14 +34,14 @@ def prompt(
     """Send a prompt, stream the answer and print the receipt. Ctrl-C ends the job; its tokens are paid."""
     from azu.client.receipts import difference
 
-    asked = _asked(text, file)
+    question = asked(text, file)
     client = open_client()
     given: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     sampling = {name: value for name, value in given.items() if value is not None}
     if raw:
-        stream = client.stream(asked, model=model, **sampling)
+        stream = client.stream(question, model=model, **sampling)
     else:
-        stream = client.chat_stream([{"role": "user", "content": asked}], model=model, **sampling)
+        stream = client.chat_stream([{"role": "user", "content": question}], model=model, **sampling)
     for _ in shown(stream, client.url, quiet=as_json):
         pass
     generation = stream.result()
@@ -77,7 +77,8 @@ def shown(stream: "Stream", url: str, *, quiet: bool = False) -> Iterator[str]:
         console.print("\n")
 
 
-def _asked(text: str | None, file: Path | None) -> str:
+def asked(text: str | None, file: Path | None) -> str:
+    """Return the text that is asked; raises InvalidRequest unless there is one."""
     from azu.errors import InvalidRequest
     from azu.files import read_text
 

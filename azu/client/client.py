@@ -33,6 +33,7 @@ from azu.api.jobs import (
     DisputeState,
     JobLine,
     JobList,
+    QuoteResponse,
     ReceiptLines,
     Results,
     SubmittedJob,
@@ -145,6 +146,22 @@ class Client:
         return Stream(
             self._http, "/v1/chat/completions", {"model": model, "messages": list(messages), **sampling}
         )
+
+    def quote(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str,
+        tokens: int | None = None,
+        max_tokens: int | None = None,
+        n: int = 1,
+    ) -> QuoteResponse:
+        """Return the highest and the expected price of `n` answers to a prompt as it is.
+
+        `tokens` is the number of the prompt's tokens, in place of the prompt.
+        """
+        body = _given({"model": model, "n": n}, prompt=prompt, tokens=tokens, max_tokens=max_tokens)
+        return self._post(QuoteResponse, "/v1/quote", body)
 
     def login(
         self,

@@ -64,7 +64,7 @@ CLIENT = [
 ]  # fmt: skip
 REFUSED = [
     "wallet balance", "wallet fund", "login", "deposit 1", "withdraw 1", "prompt hello", "receipt job-1",
-    "dispute job-1",
+    "dispute job-1", "quote x",
 ]  # fmt: skip
 NODE = [
     "up", "up --background", "serve", "down", "demo", "join x --vram 1GiB --payout 0x1", "bench", "signer",

@@ -123,6 +123,9 @@ def test_a_newcomer_lends_pays_and_earns(newcomer: Newcomer) -> None:
     earned = charge(printed["receipt"], "worker 0x[0-9a-f]{40}")
     assert charged == charge(printed["receipt"], "charged") > 0
     assert "signed by" in printed["receipt"]
+    # The model was cold: what is waited for is told.
+    told = re.search(r"^(Fetching|Loading|Looking|Cutting)\b", printed["prompt"], re.MULTILINE)
+    assert told is not None, printed["prompt"]
     assert "not checked" not in printed["login"]
     assert all("charged for the tokens that came" in printed[step] for step in ("prompt", "receipt"))
     # The only worker gets the whole share of the workers.
