@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from azu.auth.peers import PEER_HEADER, Network, client_address
+from azu.auth.peers import PEER_HEADER, UNREAD_HEADER, Network, client_address
 from azu.errors import AzuError, InvalidRequest, RequestTooLarge, Unavailable
 from azu.logs import log_context
 from azu.supervision import as_known_error
@@ -21,6 +21,7 @@ _RETRY_AFTER_S = 2.0
 # A body that takes longer is refused; of more that are on their way at once, the one that began first.
 _BODY_S = 30.0
 _BODIES_AT_ONCE = 256
+_OF_BODIES = {b"content-length", b"transfer-encoding"}
 LOOPBACK = "127.0.0.1"
 _GIVEN = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
@@ -103,7 +104,8 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with its body read within the limit."""
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        # Any method may have a body, but none has one without saying so.
+        if scope["type"] != "http" or not _OF_BODIES & dict(scope["headers"]).keys():
             await self._app(scope, receive, send)
             return
         try:
@@ -111,10 +113,10 @@ class BodyLimit:
                 body = await self._read(scope, receive, patience)
         except TimeoutError:
             slow = InvalidRequest("the body took too long to arrive", code="slow_body")
-            await refusal(slow)(scope, receive, send)
+            await refusal(slow)(scope, receive, _closing(send))
             return
         except RequestTooLarge as error:
-            await refusal(error)(scope, receive, send)
+            await refusal(error)(scope, receive, _closing(send))
             return
         given = False
 
@@ -154,6 +156,17 @@ class BodyLimit:
     def _check(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:
             raise RequestTooLarge(f"the body is larger than {self._max_bytes} bytes")
+
+
+def _closing(send: Send) -> Send:
+    """Have the connection end with an answer: its client may send the rest of its body for ever."""
+
+    async def closing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update({"connection": "close", UNREAD_HEADER: "1"})
+        await send(message)
+
+    return closing
 
 
 def refusal(error: AzuError, *, is_final: bool = False) -> JSONResponse:

@@ -9,6 +9,8 @@ from azu.units import KIB
 PEER_HEADER = "x-azu-peer"
 # It passes on a body of this size only once it has all of it.
 WHOLE_BODY_BYTES = 8 * KIB
+# An answer with it was given before the ingress had the whole body.
+UNREAD_HEADER = "x-azu-unread"
 Network = IPv4Network | IPv6Network
 
 

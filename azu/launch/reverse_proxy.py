@@ -15,7 +15,7 @@ from shutil import which
 
 import psutil
 
-from azu.auth.peers import PEER_HEADER, WHOLE_BODY_BYTES
+from azu.auth.peers import PEER_HEADER, UNREAD_HEADER, WHOLE_BODY_BYTES
 from azu.config import ControlConfig
 from azu.errors import AzuError, InvalidRequest, RequestTooLarge, Unavailable
 from azu.files import write_private
@@ -63,6 +63,14 @@ _KEPT = (
     f"  http-response set-header cache-control max-age={_KEPT_S}",
     "  http-response cache-store page",
     "  http-after-response set-header cache-control no-cache",
+)
+# A request keeps its place until its body ends, even if it was answered before: an answer that HAProxy gives
+# itself ends it. Serve's proxy answers in plain text, without a look at the body.
+_UNREAD = (
+    f"  http-response deny deny_status 400 if {{ res.hdr({UNREAD_HEADER}) -m found }} {{ status 400 }}",
+    f"  http-response deny deny_status 413 if {{ res.hdr({UNREAD_HEADER}) -m found }}",
+    "  acl is_json res.hdr(content-type) -m beg application/json",
+    "  http-response deny deny_status 503 if { status ge 400 } !is_json",
 )
 # Requests that are answered at once, with little.
 _QUICK = ("/v1/platform", "/v1/balance", "/v1/earnings", "/v1/network", "/v1/models", "/models/status")
@@ -183,10 +191,10 @@ def _checks() -> Iterable[str]:
     yield f"  acl is_large var(txn.path) -m str {' '.join(_LARGE)}"
     yield "  acl is_chunked req.hdr(transfer-encoding) -m found"
     yield "  acl is_whole req.body_size,sub(txn.body_len) eq 0"
-    yield "  http-request deny deny_status 413 if is_chunked !is_answer !is_large"
+    yield "  http-request deny deny_status 413 if is_chunked !is_answer !is_large or is_chunked !METH_POST"
     yield f"  http-request wait-for-body time {_BODY_S}s"
     yield "  http-request set-var(txn.body_len) req.body_len"
-    yield "  http-request deny deny_status 413 if !is_whole !is_answer !is_large"
+    yield "  http-request deny deny_status 413 if !is_whole !is_answer !is_large or !is_whole !METH_POST"
     yield f"  http-request deny deny_status 413 if !is_whole {{ req.body_size le {WHOLE_BODY_BYTES} }}"
 
 
@@ -204,7 +212,7 @@ def _routes() -> Iterable[str]:
 
 
 def _pools(port: int | None, places: Mapping[str, int]) -> Iterable[str]:
-    more = {"answers": (f"  timeout server {_ANSWER_S}s",), "page": _KEPT}
+    more = {"answers": (f"  timeout server {_ANSWER_S}s", *_UNREAD), "large": _UNREAD, "page": _KEPT}
     for name, most in places.items():
         yield f"backend {name}"
         yield from more.get(name, ())
@@ -215,7 +223,9 @@ def _answer_lines() -> Iterable[str]:
     """Yield HAProxy's own answers, in the form of every other error."""
     refused: dict[int, AzuError] = {
         400: InvalidRequest("this is no HTTP request, or its client stopped sending it"),
-        413: RequestTooLarge("this request may have no body that is large or comes in chunks"),
+        413: RequestTooLarge(
+            "the body is too large, or this request may have none that is large or in chunks"
+        ),
         408: InvalidRequest("the request took too long to arrive", code="slow_request"),
         502: Unavailable("the ingress ended before its answer"),
         503: Unavailable("too many requests are open, or the ingress starts again", code="overloaded"),

@@ -198,14 +198,16 @@ def test_a_body_with_unprintable_keys_is_refused_with_a_printable_message(play) 
 class Caller:
     """A request of which the test says what comes of its body, and its answer."""
 
-    def __init__(self, *, key: str = "", path: str = "/v1/completions") -> None:
+    def __init__(self, *, key: str = "", path: str = "/v1/completions", method: str = "POST") -> None:
         headers = [(b"content-type", b"application/json")]
         headers += [(b"authorization", key.encode())] if key else []
+        headers += [(b"transfer-encoding", b"chunked")]
         self.scope: Scope = {
-            "type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b"",
+            "type": "http", "method": method, "path": path, "headers": headers, "query_string": b"",
         }  # fmt: skip
         self.body: asyncio.Queue[Message] = asyncio.Queue()
         self.status = 0
+        self.headers: dict[bytes, bytes] = {}
         self.answer = b""
 
     def say(self, body: bytes, *, more: bool) -> None:
@@ -213,6 +215,7 @@ class Caller:
 
     async def send(self, message: Message) -> None:
         self.status = message.get("status", self.status)
+        self.headers |= dict(message.get("headers", ()))
         self.answer += message.get("body", b"")
 
     @property
@@ -230,10 +233,12 @@ def test_a_body_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(middleware, "_BODY_S", 0.05)
 
     async def scenario() -> None:
-        caller = Caller()
-        caller.say(b"{", more=True)
-        await BodyLimit(echo, 100)(caller.scope, caller.body.get, caller.send)
-        assert (caller.status, caller.code) == (400, "slow_body")
+        for method in ("POST", "GET", "HEAD", "OPTIONS"):
+            caller = Caller(method=method)
+            caller.say(b"{", more=True)
+            await BodyLimit(echo, 100)(caller.scope, caller.body.get, caller.send)
+            assert (caller.status, caller.code) == (400, "slow_body")
+            assert caller.headers[b"connection"] == b"close", "the rest of the body would hold it"
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
 

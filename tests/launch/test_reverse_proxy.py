@@ -6,8 +6,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from azu.config import ControlConfig
 from azu.config.control import TlsConfig
@@ -29,7 +29,8 @@ from azu.launch.reverse_proxy import (
     listens,
     write_certificate,
 )
-from deployments.middleware import ClientAddresses
+from deployments import middleware
+from deployments.middleware import BodyLimit, ClientAddresses
 from tests.deployments.local import config_of, policy_with
 
 TRUSTED = "127.0.0.9"
@@ -47,6 +48,10 @@ class Ingress:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.asked.append(scope["path"])
+        if scope["path"] == "/full/completions":
+            await send({"type": "http.response.start", "status": 503, "headers": []})
+            await send({"type": "http.response.body", "body": b"as Serve's own proxy"})
+            return
         body = (await receive()).get("body", b"")
         await send({"type": "http.response.start", "status": 200, "headers": []})
         if scope["path"].endswith("/completions"):
@@ -78,14 +83,16 @@ class Running:
 
 
 @contextmanager
-def started(config: ControlConfig, folder: Path) -> Iterator[Running]:
+def started(
+    config: ControlConfig, folder: Path, wrapped: Callable[[ASGIApp], ASGIApp] = lambda app: app
+) -> Iterator[Running]:
     """Run the proxy before an app, both at free ports."""
     executable = haproxy_executable()
     assert executable is not None
     config = replace(config, http_port=free_port(), serve_port=free_port())
     ingress, file = Ingress(), folder / "haproxy.cfg"
     file.write_text(haproxy_configuration(config, write_certificate(config, folder)))
-    app = ClientAddresses(ingress, trusted=config.trusted_proxies, behind=True)
+    app = ClientAddresses(wrapped(ingress), trusted=config.trusted_proxies, behind=True)
     with served(app, config.serve_port), ProcessGroup(folder) as group:
         group.start(reverse_proxy.reverse_proxy(executable, file))
         group.wait_until(REVERSE_PROXY, lambda: listens(group.pid(REVERSE_PROXY), config.http_port), 20)
@@ -137,6 +144,10 @@ def test_only_requests_with_prompts_may_have_a_body_that_is_passed_on_before_it_
     chunked = "transfer-encoding: chunked"
     refused = [said(f"POST {path}") for path in paths] + [said("GET /health"), said("POST /x", chunked)]
     assert refused == [b"413"] * 8
+    no_posts = [f"{method} /v1/completions" for method in ("GET", "HEAD", "OPTIONS", "DELETE")]
+    assert [said(head, rest) for head in no_posts for rest in (chunked, "content-length: 40000")] == [
+        b"413"
+    ] * 8
     long = f"content-length: 5000\r\nlong: {'l' * 14_000}"
     assert said("POST /submit", long) == b"413", "the ingress would take such a body for whole"
     assert said("POST /v1/completions%") == b"400"
@@ -144,6 +155,38 @@ def test_only_requests_with_prompts_may_have_a_body_that_is_passed_on_before_it_
     large = ["/submit", "/v1/quote", "/v1/completions", "/v1/chat/completions"]
     assert [said(f"POST {path}") for path in large] == [b"200", b"200", b"200", b"200"]
     assert running.ingress.asked == large
+
+
+def test_a_body_that_goes_on_after_its_answer_holds_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(middleware, "_BODY_S", 0.2)
+    for pool in ("answers", "large"):
+        monkeypatch.setitem(reverse_proxy._PLACES, pool, 1)
+    config = config_of("", "", tmp_path, policy_with(), ())
+
+    def unread(app: ASGIApp) -> ASGIApp:
+        limited = BodyLimit(app, 50_000)
+
+        async def chosen(scope: Scope, receive: Receive, send: Send) -> None:
+            await (app if scope["path"].startswith("/full") else limited)(scope, receive, send)
+
+        return chosen
+
+    with started(config, tmp_path, unread) as running, ExitStack() as stack:
+        running.ingress.end.set()
+        asked = [("/v1/completions", 40_000, 400), ("/v1/completions", 60_000, 413), ("/submit", 40_000, 400)]
+        for path, length, status in (*asked, ("/full/completions", 40_000, 503)):
+            head = f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-length: {length}\r\n\r\n"
+            slow = stack.enter_context(running.connected(head.encode() + b"x" * 30_000))
+            answer = slow.recv(9999)
+            assert int(answer.split()[1]) == status
+            assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+            with suppress(OSError):
+                slow.sendall(b"x")
+            with running.client() as client:
+                path = "/submit" if path == "/submit" else "/v1/completions"
+                assert client.post(path, content=b"x" * 40_000).status_code == 200
 
 
 def test_a_path_is_read_as_the_ingress_reads_it(running: Running) -> None:
