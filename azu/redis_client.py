@@ -167,7 +167,9 @@ class _Pipeline(Pipeline):
 
 
 def _blocks_s(arguments: tuple[Any, ...]) -> float:
-    """Return how long a read of a stream asks Redis to wait."""
+    """Return how long a read of a stream or a list asks Redis to wait."""
+    if arguments[0] == "BLPOP":
+        return float(arguments[-1])
     if b"BLOCK" not in arguments:
         return 0.0
     return int(arguments[arguments.index(b"BLOCK") + 1]) / 1000

@@ -159,6 +159,7 @@ class _Treasury:
             ready()
 
     async def answer_deposits(self) -> None:
+        await self._deposits.wait()
         await self._deposits.serve(self._watcher.check, _REQUESTS_AT_ONCE)
 
     async def pay(self) -> None:

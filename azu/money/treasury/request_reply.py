@@ -43,6 +43,8 @@ class DepositStatus:
 _MAX_WAITING = 10_000
 _WAIT_S = 60
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.4
+# Less than a call of Redis may take.
+_WAKES_S = 2
 # A request that failed this often is answered with the error; only such a reply begins with the mark.
 _MOST_FAULTS = 3
 _FAULT_MARK = "!"
@@ -56,13 +58,16 @@ _UNKNOWN_TIMEOUT_S = 3.0
 _FINAL = (CreditState.CREDITED, CreditState.REJECTED)
 _STATUS = TypeAdapter(DepositStatus)
 
-# Returns the reply if there is one; else the request waits (once), unless too many do.
+# Returns the reply if there is one; else the request waits (once) and wakes the treasury, unless too many do.
 _ASK = """
 local answer = redis.call('GET', KEYS[2])
 if answer then return answer end
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', '(' .. ARGV[3])
 if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[4]) then return 'full' end
-redis.call('ZADD', KEYS[1], 'NX', ARGV[2], ARGV[1])
+if redis.call('ZADD', KEYS[1], 'NX', ARGV[2], ARGV[1]) == 1 then
+    redis.call('LPUSH', KEYS[3], 1)
+    redis.call('LTRIM', KEYS[3], 0, 0)
+end
 return false
 """
 
@@ -95,6 +100,10 @@ class DepositRequests:
                 break
         return _checked_status(seen, tx_hash, claimant)
 
+    async def wait(self) -> None:
+        """Wait until a request is there, for two seconds at most."""
+        await self._topic.wait()
+
     async def serve(self, check: Callable[[str], Awaitable[DepositStatus]], limit: int) -> None:
         """Answer the oldest requests with what `check` says of a hash."""
 
@@ -123,12 +132,14 @@ class RequestReply:
 
     `azu:treasury:{topic}:waiting`            sorted set of requests by the time they were first made.
     `azu:treasury:{topic}:answer:{request}`   a reply; expires.
+    `azu:treasury:{topic}:bell`               a list that has an element once a request came.
     """
 
     def __init__(self, redis: Redis, topic: str) -> None:
         self._redis = redis
         self._topic = topic
         self._waiting = f"azu:treasury:{topic}:waiting"
+        self._bell = f"azu:treasury:{topic}:bell"
         self._ask_script = redis.register_script(_ASK)
         self._faults: Counter[str] = Counter()
 
@@ -160,6 +171,12 @@ class RequestReply:
             if isinstance(outcome, AWAY) or not isinstance(outcome, Exception | None):
                 raise outcome
 
+    async def wait(self) -> None:
+        """Wait until a request is there, for two seconds at most."""
+        if not await self.waiting(1):
+            with typed_redis_errors():
+                await self._redis.blpop([self._bell], timeout=_WAKES_S)
+
     async def _failed(self, request: str, error: Exception) -> None:
         known = as_known_error(error, f"a request among {self._topic}")
         self._faults[request] += 1
@@ -184,7 +201,8 @@ class RequestReply:
         now_s = time.time()
         with typed_redis_errors():
             reply = await self._ask_script(
-                [self._waiting, self._reply_key(request)], [request, now_s, now_s - _WAIT_S, _MAX_WAITING]
+                [self._waiting, self._reply_key(request), self._bell],
+                [request, now_s, now_s - _WAIT_S, _MAX_WAITING],
             )
         if reply == "full":
             raise Unavailable(f"too many {self._topic} wait for the treasury")

@@ -24,6 +24,7 @@ from azu.errors import (
     NotFound,
 )
 from azu.money.chain.actions import sign_send_asset
+from azu.money.treasury import request_reply
 from azu.money.treasury.request_reply import CreditState, DepositStatus
 from azu.units import LAMPORTS_PER_HYPE
 from tests.money.chain.running import RunningDevnet
@@ -59,6 +60,25 @@ def test_a_request_of_the_sender_credits_the_deposit(world: World) -> None:
         assert await parts.available(alice) == 77
 
     with_treasury(world, scenario)
+
+
+def test_a_treasury_that_waits_is_woken_by_a_request(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Longer than a call of Redis may take: only a request ends it.
+    monkeypatch.setattr(request_reply, "_WAKES_S", 60)
+
+    async def scenario(parts: Open) -> None:
+        waiting = asyncio.create_task(parts.deposits.wait())
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+
+        with pytest.raises(DeadlineExceeded):
+            await parts.deposits.ask("0x" + "12" * 32, BOB, 0.0)
+
+        await waiting
+        # It was not answered: the next look does not wait either.
+        await parts.deposits.wait()
+
+    world.run(scenario)
 
 
 @pytest.mark.prove

@@ -77,6 +77,7 @@ class Open:
     async def answer_deposits(self) -> None:
         """Answer deposit requests until cancelled, as the treasury's process does."""
         while True:
+            await self.deposits.wait()
             await self.deposits.serve(self.watcher.check, 16)
             await asyncio.sleep(0.01)
 
