@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 _CREDIT_ATTEMPTS = 20
 _DAY_S = 86_400
 
+Limit = Annotated[str | None, typer.Option(help="The most HYPE that the key may ever spend.")]
+Days = Annotated[int | None, typer.Option(min=1, help="How many days the key is valid.")]
+
+
+def key_bounds(limit: str | None, days: int | None) -> dict[str, int | None]:
+    """Return the bounds of a new key as `Client.login` takes them."""
+    return {
+        "expires_in_s": None if days is None else days * _DAY_S,
+        "spend_limit_lamports": None if limit is None else lamports_from_hype(limit),
+    }
+
 
 def login(
     network: Annotated[
@@ -24,8 +35,8 @@ def login(
         typer.Argument(metavar="URL#ID", help="What `azu up` printed; else the network that runs here."),
     ] = None,
     label: Annotated[str, typer.Option(help="A name for the key, to tell it from others.")] = "cli",
-    limit: Annotated[str | None, typer.Option(help="The most HYPE that the key may ever spend.")] = None,
-    days: Annotated[int | None, typer.Option(min=1, help="How many days the key is valid.")] = None,
+    limit: Limit = None,
+    days: Days = None,
     show_it: Annotated[
         bool, typer.Option("--show", help="Print URL and key of before as lines for a shell, and open none.")
     ] = False,
@@ -67,12 +78,7 @@ def login(
         given_id = found.network_id
     wallet = unlock(settings.home)
     client = Client(url, "", tls=tls or found.trust(), platform=found.platform)
-    api_key = client.login(
-        wallet,
-        label=label,
-        expires_in_s=None if days is None else days * _DAY_S,
-        spend_limit_lamports=None if limit is None else lamports_from_hype(limit),
-    )
+    api_key = client.login(wallet, label=label, **key_bounds(limit, days))
     credential = Credential(
         api_key, wallet.address.lower(), found.platform, given_id, found.authority, found.former
     )

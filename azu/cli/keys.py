@@ -1,10 +1,11 @@
-"""`azu keys list|revoke`: the API keys of an address."""
+"""`azu keys new|list|revoke`: the API keys of an address."""
 
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from azu.cli.account import Days, Limit, key_bounds
 from azu.cli.credentials import open_client
 from azu.cli.output import AsJson, Exact, Listing, amount, show, table, unit
 
@@ -13,6 +14,23 @@ if TYPE_CHECKING:
 
 
 keys = typer.Typer(no_args_is_help=True, help="The API keys of your address; `azu login` opens one.")
+
+
+@keys.command()
+def new(
+    label: Annotated[str, typer.Option(help="A name for the key, to tell it from others.")] = "",
+    limit: Limit = None,
+    days: Days = None,
+    as_json: AsJson = False,
+) -> None:
+    """Open one more key with the wallet's signature and print it; this machine goes on with its own."""
+    from azu.cli.wallet import unlock
+    from azu.config import Settings
+
+    client = open_client()
+    bounds = key_bounds(limit, days)
+    opened = client.login(unlock(Settings.from_environment().home), label=label, **bounds)
+    show({"api_key": opened}, as_json, lambda _: opened)
 
 
 @keys.command("list")

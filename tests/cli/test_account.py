@@ -186,6 +186,21 @@ def test_a_dispute_says_what_is_held(ingress: Ingress) -> None:
     assert (shown["job_id"], shown["held_lamports"]) == ("job-1", 80)
 
 
+def test_a_new_key_is_printed_and_this_machine_goes_on_with_its_own(ingress: Ingress, tmp_path: Path) -> None:
+    said("login")
+    before = (tmp_path / "credentials.json").read_text()
+
+    opened = said("keys", "new", "--label", "bot", "--limit", "0.5", "--days", "2").strip()
+
+    assert opened.startswith("azu-sk-")
+    assert opened not in before
+    assert (tmp_path / "credentials.json").read_text() == before
+    asked = [one.body for one in ingress.requests if one.path == "/v1/auth/challenge"][-1]
+    assert asked["label"] == "bot"
+    assert asked["spend_limit_lamports"] == 50_000_000
+    assert asked["expires_at_ms"] is not None
+
+
 def test_a_login_elsewhere_says_how_to_use_it(ingress: Ingress, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZU_URL", "http://127.0.0.1:9")
 
