@@ -8,24 +8,28 @@ from pathlib import Path
 
 from eth_account import Account
 
+from azu.protocol.structure import STRUCTURE_FILE
+from tests.builders import structure
 from tests.client.ingress import Reply, platform_of, running_ingress
 
 # Run commands where only the packages of the base can be imported, and print how each ended.
 PROGRAM = r"""
-import json, re, sys
+import json, re, sys, tomllib
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from packaging.requirements import Requirement
 
 def plain(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
+# Those of this tree, which need not be the ones that azu was installed with.
+of_azu = tomllib.loads(open(sys.argv[1]).read())["project"]["dependencies"]
 base, waiting = set(), ["azu"]
 while waiting:
     name = waiting.pop()
     if plain(name) not in base:
         base.add(plain(name))
         try:
-            wanted = map(Requirement, requires(name) or ())
+            wanted = map(Requirement, of_azu if name == "azu" else requires(name) or ())
         except PackageNotFoundError:
             continue
         waiting += [one.name for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
@@ -58,9 +62,10 @@ for words in json.loads(sys.stdin.read()):
             code = repr(error)
     print(json.dumps([words, code, told.getvalue()]))
 """
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 CLIENT = [
     "--help", "wallet show", "balance", "earnings", "jobs", "keys list", "models", "ps", "top --once",
-    "leave ada", "chat", "pause ada", "resume ada",
+    "leave ada", "chat", "pause ada", "resume ada", "plan cut --nodes nodes.yaml",
 ]  # fmt: skip
 REFUSED = [
     "wallet balance", "wallet fund", "login", "deposit 1", "withdraw 1", "prompt hello", "receipt job-1",
@@ -76,7 +81,8 @@ def ended(commands: list[str], home: Path, url: str) -> dict[str, tuple[object, 
     environment = {"AZU_HOME": str(home), "AZU_URL": url, "AZU_API_KEY": "k", "AZU_WALLET_PASSWORD": "walk"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AZU_")}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM, str(PROJECT)],
+        cwd=home,
         input=json.dumps(commands),
         env=kept | environment | {"COLUMNS": "200", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True, text=True, timeout=110, check=True,
@@ -90,6 +96,9 @@ def test_the_base_runs_what_needs_no_node_and_names_the_extra_for_the_rest(tmp_p
     wallet = Account.encrypt("0x" + "07" * 32, "walk", kdf="pbkdf2", iterations=2)
     (tmp_path / "wallet.json").write_text(json.dumps(wallet))
     (tmp_path / "wallet.json").chmod(0o600)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / STRUCTURE_FILE).write_bytes(structure().to_json())
+    (tmp_path / "nodes.yaml").write_text("nodes: [{name: ada, vram: 8GiB}]")
     with running_ingress() as ingress:
         platform_of(ingress)
         ingress.replies |= {
