@@ -23,6 +23,7 @@ MEASUREMENTS = {
     "first_token": "streams",
     "input_log": "micro",
     "edge": "edge",
+    "rest": "rest",
 }
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",

@@ -46,6 +46,7 @@ _SECRET_NAMES = (
     "*.key", "*.json", "ray-token", "redis*/redis.conf", "tls/*.key", "ingress/*.key", "books/*.key",
     "networks/*/*.key",
 )  # fmt: skip
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _SEE_LOGS = "look into logs/ under the head's AZU_HOME"
 
 
@@ -312,6 +313,7 @@ def check_network(settings: Settings) -> Iterator[Finding]:
         tls = trusting(settings.tls_ca) if settings.tls_ca else trust_at(settings.home, url)
     else:
         yield from _users(facts)
+        yield from _listeners(settings.home)
         url, is_expected = facts.url, True
         tls = None if facts.certificate is None else trusting_this(facts.certificate)
     with httpx.Client(base_url=url, timeout=_TIMEOUT_S, verify=tls or True) as http:
@@ -375,6 +377,48 @@ def _users(facts: AdminFacts) -> Iterator[Finding]:
         yield Finding("Unix users", Severity.OK, f"one for everything: {facts.why_one_user}")
 
 
+def _listeners(home: Path) -> Iterator[Finding]:
+    """List where the network that runs here takes connections; what others reach has to speak TLS."""
+    from azu.launch.footprint import uses_of
+    from azu.launch.network_process import running_network
+
+    try:
+        uses = uses_of(running_network(home))
+    except NotFound:
+        return  # it was killed a moment ago
+    found: dict[str, dict[str, set[int]]] = {}
+    for use in uses:
+        for host, port in use.listens:
+            found.setdefault(host, {}).setdefault(use.title, set()).add(port)
+    for host, by_title in sorted(found.items()):
+        about, told = f"listens at {host}", "; ".join(_named(*one) for one in sorted(by_title.items()))
+        if ip_address(host).is_loopback:
+            yield Finding(about, Severity.OK, told)
+            continue
+        plain = sorted(port for ports in by_title.values() for port in ports if not _speaks_tls(host, port))
+        advice = f"not encrypted: {', '.join(map(str, plain))}; see AZU_HTTP_HOST, or keep others out"
+        yield _result(about, not plain, told, advice)
+
+
+def _named(title: str, ports: set[int]) -> str:
+    return f"{title} {', '.join(map(str, sorted(ports))) if len(ports) < 3 else f'{len(ports)} ports'}"
+
+
+def _speaks_tls(host: str, port: int) -> bool:
+    """Say whether what listens there answers a TLS handshake, be it by asking for a certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    at = _LOOPBACK.get(host, host)
+    try:
+        with socket.create_connection((at, port), timeout=_TIMEOUT_S) as plain, context.wrap_socket(plain):
+            return True
+    except ssl.SSLError as error:
+        return "ALERT" in (error.reason or "")
+    except OSError:
+        return False
+
+
 def _encryption(url: str, shown: Mapping[str, Any]) -> Iterator[Finding]:
     """Check each kind of connection between machines for encryption."""
     if url.startswith("https://"):
@@ -400,7 +444,7 @@ def _encryption(url: str, shown: Mapping[str, Any]) -> Iterator[Finding]:
     chain_url = shown.get("chain_url", "")
     advice = "HYPERLIQUID_RPC_URL=https://..."
     yield _link("chain link", chain_url, "balances can be forged", advice, Severity.WARNING)
-    told = "never encrypted: it listens on the head's loopback only, where `azu up --dashboard` starts it"
+    told = "never encrypted: it listens on the head's loopback only, and asks for the cluster's token"
     yield Finding("Ray's dashboard", Severity.OK, told, "from elsewhere: ssh -L 8265:127.0.0.1:8265")
 
 

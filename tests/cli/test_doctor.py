@@ -2,9 +2,13 @@
 
 import json
 import os
+import socket
+import ssl
 import subprocess
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from pathlib import Path
@@ -24,6 +28,7 @@ from azu.cli.doctor_checks import MACHINE_CHECKS, Finding, Severity, check_netwo
 from azu.config import NodeLinks, Settings
 from azu.launch.admin import AdminFacts, admin_file_kept
 from azu.launch.membership import TlsFiles, head_files
+from azu.launch.network_process import home_locked
 from azu.money.ledger.durability import DURABLE_CONFIG
 from tests.client.ingress import Ingress, Reply, running_ingress
 from tests.redis_server import RunningRedis, start_redis
@@ -42,11 +47,50 @@ def state_of(about: str, findings: Iterable[Finding]) -> Severity:
     return one.state
 
 
+@contextmanager
+def encrypted(context: ssl.SSLContext) -> Iterator[None]:
+    """Listen at every address, and answer a handshake of TLS."""
+
+    def serve(server: socket.socket) -> None:
+        with suppress(OSError):  # the server was closed
+            while True:
+                server.accept()[0].close()
+
+    with (
+        socket.create_server(("0.0.0.0", 0)) as plain,
+        context.wrap_socket(plain, server_side=True) as server,
+    ):
+        answering = threading.Thread(target=serve, args=(server,), daemon=True)
+        answering.start()
+        yield
+        server.shutdown(socket.SHUT_RDWR)
+    answering.join()
+
+
 def test_this_machine_can_run_azu(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     for name in ("Python", "packages", "key files"):
         found = run_check(name, MACHINE_CHECKS[name], settings)
         assert all(one.state is not Severity.BAD for one in found)
+
+
+def test_what_listens_is_listed_and_plain_ports_that_others_reach_are_bad(tmp_path: Path) -> None:
+    members = head_files(tmp_path / "head", ["127.0.0.1"]).ingress
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(members.certificate, members.key)
+
+    def found() -> dict[str, Finding]:
+        return {one.about: one for one in doctor_checks._listeners(tmp_path)}
+
+    with home_locked(tmp_path), socket.create_server(("127.0.0.1", 0)) as own:
+        assert str(own.getsockname()[1]) in found()["listens at 127.0.0.1"].found
+        assert {one.state for one in found().values()} == {Severity.OK}
+        with encrypted(context):
+            assert found()["listens at 0.0.0.0"].state is Severity.OK
+            with socket.create_server(("0.0.0.0", 0)) as plain:
+                port, bad = plain.getsockname()[1], found()["listens at 0.0.0.0"]
+    assert bad.state is Severity.BAD
+    assert bad.advice.startswith(f"not encrypted: {port};")
 
 
 def test_a_key_file_that_others_can_read_is_named(tmp_path: Path) -> None:
