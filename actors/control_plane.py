@@ -13,7 +13,8 @@ from azu.config import ControlConfig
 
 log = logging.getLogger(__name__)
 
-_START_TIMEOUT_S = 60.0
+# On a busy machine the imports of an actor take minutes.
+_START_TIMEOUT_S = 600.0
 # An actor that does not answer for so long hangs; one on a busy machine answers before.
 _SILENCE_S = 30.0
 # Callers that wait for the Hub leave threads for those that read what is here.

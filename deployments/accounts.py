@@ -46,6 +46,7 @@ async def platform(services: ServicesNow) -> Platform:
         nodes=config.nodes.value,
         key_day_lamports=config.policy.limits.key_day_lamports,
         successions=tuple(SuccessionLine(**asdict(one)) for one in config.successions),
+        dashboard_url=config.dashboard_url,
     )
 
 

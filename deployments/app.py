@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,16 @@ def start(config: ControlConfig) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if NAME in serve.status().applications:
         return
-    serve.start(http_options=http_options(config))
-    serve.run(build_app(config), name=NAME, route_prefix="/")
+    # Serve waits a minute for its proxy. On a busy machine that takes longer; the caller waits for an answer.
+    with suppress(TimeoutError):
+        serve.start(http_options=http_options(config))
+    with suppress(TimeoutError):
+        serve.run(build_app(config), name=NAME, route_prefix="/")
+
+
+def has_proxy() -> bool:
+    """Say whether Serve runs in the cluster, with its proxy where an earlier start of it had it."""
+    return bool(serve.status().proxies)
 
 
 def stop() -> None:

@@ -90,7 +90,8 @@ class Platform(ResponseModel):
     `network_id` is a hash of the address and of `authority`, the certificate (PEM) of the authority that
     signed the ingress's certificate; null without encryption, or where a public authority signed it. `nodes`
     is "encrypted", "local" where only the head's own machine lends, or "foreign" where azu did not start the
-    Ray cluster. `successions` say which addresses the platform had before.
+    Ray cluster. `successions` say which addresses the platform had before. `dashboard_url` is that of
+    Ray's dashboard for the head's own machine, null without one.
     """
 
     address: str
@@ -101,6 +102,7 @@ class Platform(ResponseModel):
     nodes: str = ""
     key_day_lamports: int | None = None
     successions: tuple[SuccessionLine, ...] = ()
+    dashboard_url: str | None = None
 
 
 class DepositRequest(RequestModel):

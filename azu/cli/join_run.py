@@ -142,16 +142,16 @@ def own_name(given: str | None) -> Iterator[str]:
 def on_the_heads_machine(ticket: "Ticket", ip: str | None, home: Path) -> str:
     """Return the address of a node without encryption; raises ConfigurationError on another machine."""
     from azu.client.machine import running_network
-    from azu.launch.membership import EARLIER_START, LOOPBACK, head_answers
+    from azu.launch.membership import DEAD_TICKET, LOOPBACK, head_answers
 
     if ip in (None, LOOPBACK) and head_answers(f"{LOOPBACK}:{ticket.port}"):
         return LOOPBACK
     here = running_network(home)
     if here is not None and here.network_id == ticket.network:
-        raise ConfigurationError(EARLIER_START, param="ticket")
+        raise ConfigurationError(DEAD_TICKET, param="ticket")
     raise ConfigurationError(
-        "this network is not encrypted: its ticket is for the head's own machine, while this start of it "
-        "runs; others join after `azu up --ip ADDRESS`",
+        "this network is not encrypted: its ticket is for the head's own machine, while it runs there; "
+        "others join after `azu up --ip ADDRESS`",
         param="ticket",
     )
 
@@ -235,20 +235,20 @@ def watch(
 ) -> None:
     """Wait until all nodes have joined, then start again those that end or need a new certificate.
 
-    `share` puts a new one where they read it. Returns when the network was started again; raises
+    `share` puts a new one where they read it. Returns when the network has another access; raises
     Unauthenticated when they may no longer join, OtherVersion when the network is of a later release.
     """
-    from azu.launch.membership import EARLIER_START
+    from azu.launch.membership import DEAD_TICKET
     from azu.launch.ray_nodes import REFUSED, STARTED
     from azu.launch.renewal import Renewal
 
     def has_joined(worker: "Worker") -> bool:
         # Where the token is renewed, `_later` finds the new one.
         if access.life is None and nodes.has_printed(worker.name, REFUSED):
-            raise Unauthenticated(EARLIER_START)
+            raise Unauthenticated(DEAD_TICKET, code="ticket_ended")
         return nodes.has_printed(worker.name, STARTED)
 
-    life, renewal, checked_s = access.life, None, time.monotonic()
+    life, renewal, checked_s, told = access.life, None, time.monotonic(), set[str]()
     check_s = _CHECK_HEAD_EVERY_S if life is None else _CHECK_ACCESS_EVERY_S
     if life is not None:
         names = [worker.name for worker in workers]
@@ -266,7 +266,7 @@ def watch(
                 console.print(Text(f"{name} had ended and was started again", "yellow"))
             if revived or time.monotonic() - checked_s > check_s:
                 checked_s = time.monotonic()
-                later = _later(membership)
+                later = _later(membership, told)
                 if later is not None and not access.is_of_same_run(later):
                     return
                 if renewal is not None and later is not None and later.life is not None:
@@ -280,15 +280,19 @@ def watch(
             time.sleep(_WATCH_S)
 
 
-def _later(membership: "Membership") -> "ClusterAccess | None":
-    """Return what joins the network now; None while it does not answer."""
+def _later(membership: "Membership", told: set[str]) -> "ClusterAccess | None":
+    """Return what joins the network now; None while it does not answer, for a reason that is told once."""
     try:
-        return membership.access()
+        later = membership.access()
     except (Unauthenticated, OtherVersion):
         raise
     except AzuError as error:
-        console.print(Text(error.message, "yellow"))
+        if error.message not in told:
+            told.add(error.message)
+            console.print(Text(error.message, "yellow"))
         return None
+    told.clear()
+    return later
 
 
 def _asked(membership: "Membership", name: str) -> "RestartResponse | None":

@@ -42,9 +42,12 @@ class Terminal(Console):
 console = Terminal()
 
 
+_DONE = "✓"
+
+
 def done(text: str) -> Text:
     """Return a line that says what was done."""
-    return Text.assemble(("✓", "green"), f" {text}")
+    return Text.assemble((_DONE, "green"), f" {text}")
 
 
 def show(facts: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> None:
@@ -228,10 +231,10 @@ Step = Callable[[str], None]
 
 
 class ProgressPrinter:
-    """Prints the steps of a command as they run; with `quiet` it prints nothing."""
+    """Prints the steps of a command as they run, on stderr with `stderr`; with `quiet` it prints nothing."""
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._console = Terminal(quiet=quiet)
+    def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
+        self._console = Terminal(quiet=quiet, stderr=stderr)
         self._status: Status | None = None
 
     @contextmanager
@@ -250,12 +253,32 @@ class ProgressPrinter:
                 nonlocal current, started
                 finish()
                 current, started = text, time.monotonic()
-                assert self._status is not None
-                self._status.update(text)
+                self._begin(text)
 
             yield step
             finish()
         self._status = None
+
+    @contextmanager
+    def steps_of_another(self) -> Iterator[Step]:
+        """Show the lines that the `steps` of another process printed, where there was no terminal."""
+        with self._console.status("Starting") as self._status:
+
+            def line(text: str) -> None:
+                if text.startswith(_DONE):
+                    self._console.print(text)
+                else:
+                    self._begin(text)
+
+            yield line
+        self._status = None
+
+    def _begin(self, text: str) -> None:
+        assert self._status is not None
+        if self._console.is_terminal:
+            self._status.update(text)
+        else:
+            self._console.print(text)
 
     @contextmanager
     def answer(self, model: str, question: str) -> Iterator[Callable[[str], None]]:

@@ -45,7 +45,8 @@ def serve(
     settings, file = load_settings(network)
     paid = None if payout is None else parse_address(payout, param="payout")
     if background:
-        facts = run_in_background(settings.home, 4 * file.policy.timeouts.start_s)
+        with ProgressPrinter(quiet=as_json).steps_of_another() as step:
+            facts = run_in_background(settings.home, 4 * file.policy.timeouts.start_s, step=step)
         show(facts, as_json, _panel)
         return
     with ExitStack() as stack:
@@ -55,7 +56,7 @@ def serve(
         else:
             from azu.launch.attached_network import attached_network
 
-            with ProgressPrinter(quiet=as_json).steps() as step:
+            with ProgressPrinter(stderr=as_json).steps() as step:
                 head = address or os.environ.get("RAY_ADDRESS") or "auto"
                 running = stack.enter_context(attached_network(settings, file, head, step, paid))
             names = ("url", "chain_url", "platform_address", "network_id", "admin_key", "head")
@@ -69,13 +70,20 @@ def _run_sidecars(
 ) -> tuple[Any, dict[str, str]]:
     """Run the processes beside Ray, and write the configuration files that Serve's replicas read."""
     from azu.files import write_private
+    from azu.launch.kept_access import kept_access
     from azu.launch.serving import control_config, ingress_config
-    from azu.launch.sidecars import admin_key_of, sidecars_running
+    from azu.launch.sidecars import sidecars_running
 
     sidecars = stack.enter_context(sidecars_running(settings, file.policy, payout))
-    admin_key = admin_key_of(settings)
+    access = kept_access(settings)
     config = control_config(
-        settings, file.policy, sidecars.chain, sidecars.redis, sidecars.books, settings.http_port, admin_key
+        settings,
+        file.policy,
+        sidecars.chain,
+        sidecars.redis,
+        sidecars.books,
+        access.http_port,
+        access.admin_key,
     )
     folder = settings.home / "serve"
     write_private(folder / "control.json", config.to_json())
@@ -84,7 +92,7 @@ def _run_sidecars(
         "chain_url": sidecars.chain.url,
         "platform_address": sidecars.chain.platform_address,
         "network_id": config.network_id,
-        "admin_key": admin_key,
+        "admin_key": access.admin_key,
         "folder": str(folder),
     }
 

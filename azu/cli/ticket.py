@@ -1,4 +1,4 @@
-"""`azu ticket new|list|revoke`, on the head: the tickets with which other machines join its network."""
+"""`azu ticket new|list|revoke`, on the head: the tickets with which machines join its network."""
 
 import time
 from collections.abc import Sequence
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 _HOUR_S = 3600
+# The one ticket of a network that no other machine joins; each start of it prints the same.
+_LOCAL = "local"
 
 ticket = typer.Typer(no_args_is_help=True, help="Tickets of an encrypted network: a machine joins with one.")
 
@@ -57,14 +59,21 @@ def revoke(
     ticket_id: Annotated[str, typer.Argument(help="The ticket's id, as `azu ticket list` shows it.")],
     as_json: AsJson = False,
 ) -> None:
-    """Make a ticket invalid; the machines that joined with it cannot join again."""
+    """Make a ticket invalid; the machines that joined with it cannot join again.
+
+    They know the network's token: its next start makes a new one.
+    """
     from azu.config import Settings
     from azu.launch.admin import ask_members
+    from azu.launch.kept_access import forget_token
 
     settings = Settings.from_environment()
-    _admitting(settings.home)
-    ask_members(settings.money_home, lambda members: members.revoke_ticket(ticket_id))
-    show({"revoked": ticket_id}, as_json, lambda _: f"{ticket_id} is revoked")
+    if ticket_id != _LOCAL:
+        _admitting(settings.home)
+        ask_members(settings.money_home, lambda members: members.revoke_ticket(ticket_id))
+    forget_token(settings.home)
+    told = f"{ticket_id} is revoked; the network's next start makes a new token"
+    show({"revoked": ticket_id}, as_json, lambda _: told)
 
 
 def _admitting(home: Path) -> "AdminFacts":
@@ -77,7 +86,10 @@ def _admitting(home: Path) -> "AdminFacts":
     if facts.nodes is NodeLinks.FOREIGN:
         raise NotFound("azu did not start this Ray cluster: its owner adds nodes to it, without tickets")
     if facts.nodes is NodeLinks.LOCAL:
-        raise NotFound("the network that runs here admits no other machine; `azu up --ip ADDRESS` does")
+        raise NotFound(
+            f"the network that runs here has one ticket, `{_LOCAL}`, for this machine alone; "
+            "`azu up --ip ADDRESS` admits others"
+        )
     return facts
 
 

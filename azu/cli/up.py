@@ -32,7 +32,12 @@ TrustMembers = Annotated[
 Rotate = Annotated[
     bool, typer.Option("--rotate", help="Shut every other machine out, until it has a new ticket.")
 ]
-Dashboard = Annotated[bool, typer.Option(help="Start Ray's dashboard too.")]
+NewToken = Annotated[
+    bool, typer.Option("--new-token", help="Make a new token and admin key: old tickets do not join again.")
+]
+Dashboard = Annotated[
+    bool | None, typer.Option(help="Ray's dashboard, at port 8265 where it is free; by default without --ip.")
+]
 Background = Annotated[bool, typer.Option("--background", help="Return once it is up.")]
 
 
@@ -44,7 +49,8 @@ def up(
     ip: Ip = None,
     trust_members: TrustMembers = False,
     rotate: Rotate = False,
-    dashboard: Dashboard = False,
+    new_token: NewToken = False,
+    dashboard: Dashboard = None,
     background: Background = False,
     as_json: AsJson = False,
 ) -> None:
@@ -61,17 +67,21 @@ def up(
         at = with_http_host(settings, ip)
         with home_locked(at.home), http_port_held(at.http_host, at.http_port):
             pass  # what refuses the network is told at once, not by the process that starts in the background
-        _print_facts(run_in_background(settings.home, 4 * file.policy.timeouts.start_s), as_json)
+        with ProgressPrinter(quiet=as_json).steps_of_another() as step:
+            facts = run_in_background(settings.home, 4 * file.policy.timeouts.start_s, step=step)
+        _print_facts(facts, as_json)
         return
     own = _workers(workers, vram, payout, play_money=settings.chain_url is None)
     file = file.model_copy(update={"workers": (*file.workers, *own)})
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals_raised())
-        with ProgressPrinter(quiet=as_json).steps() as step:
+        with ProgressPrinter(stderr=as_json).steps() as step:
             running = stack.enter_context(
                 local_network(
                     settings, file, step,
-                    ip=ip, dashboard=dashboard, trust_members=trust_members, rotate=rotate,
+                    ip=ip, dashboard=ip is None if dashboard is None else dashboard,
+                    trust_members=trust_members, rotate=rotate,
+                    new_token=new_token,
                 )
             )  # fmt: skip
         _print_facts(_facts(running), as_json)
@@ -107,11 +117,13 @@ def _workers(number: int, vram: str, payout: str | None, *, play_money: bool) ->
 def _facts(running: "LocalNetwork") -> dict[str, Any]:
     return {
         "url": running.url,
+        "login": f"{running.login_url}#{running.network_id}",
         "chain_url": running.chain_url,
         "platform_address": running.platform_address,
         "network_id": running.network_id,
         "admin_key": running.admin_key,
         "dashboard_url": running.dashboard_url,
+        "token_file": str(running.token_file),
         "authority": None if running.authority is None else str(running.authority),
         "ticket": None if running.ticket is None else running.ticket.encode(),
         "ticket_host": getattr(running.ticket, "host", None),
@@ -124,9 +136,15 @@ def _print_facts(facts: dict[str, str | None], as_json: bool) -> None:
     show(facts, as_json, _panel)
     if not as_json:
         # On lines of their own: a command that a panel wraps cannot be copied.
-        console.print(f"azu login {facts['url']}#{facts['network_id']}", soft_wrap=True)
+        console.print(f"azu login {facts['login']}", soft_wrap=True)
         if facts["ticket"] is not None:
             console.print(f"azu join {facts['ticket']} --vram 8GiB --payout 0x...", soft_wrap=True)
+
+
+def _listens(facts: dict[str, str | None]) -> str:
+    if facts["authority"] is not None:
+        return "to other machines, encrypted"
+    return "to this machine alone; `azu up --ip ADDRESS` opens it to others, encrypted"
 
 
 def _more_tickets(no_ticket: str | None) -> Text:
@@ -137,9 +155,11 @@ def _more_tickets(no_ticket: str | None) -> Text:
 
 def _panel(facts: dict[str, str | None]) -> Panel:
     grid = Table.grid(padding=(0, 2))
-    for name in ("url", "chain_url", "platform_address", "network_id", "admin_key", "dashboard_url"):
-        if facts[name] is not None:
-            grid.add_row(name.replace("_", " "), facts[name])
+    for name in ("url", "chain_url", "platform_address", "network_id", "admin_key"):
+        grid.add_row(name.replace("_", " "), facts[name])
+    if facts["dashboard_url"] is not None:
+        grid.add_row("Ray's dashboard", f"{facts['dashboard_url']}, with the token in {facts['token_file']}")
+    grid.add_row("listens", _listens(facts))
     if facts["authority"] is not None:
         grid.add_row("encrypted", f"clients other than azu need AZU_TLS_CA={facts['authority']}")
     one = f"one for everything: {facts['why_one_user']}"

@@ -386,7 +386,8 @@ def sign_key(wallet: LocalAccount, key: ApiKey, platform: str, url: str) -> str:
     domain, here = domain_of(key.text), urlsplit(url).netloc
     if _loopback_as_one(domain) != _loopback_as_one(here):
         raise InvalidRequest(
-            f"the network at {here} sent a sign-in for {domain}; its AZU_DOMAIN has to be {here}"
+            f"the network at {here} sent a sign-in for {domain}: log in at that address if you know it, else "
+            f"its owner has to set AZU_DOMAIN to {here}"
         )
     signature: str = wallet.sign_message(encode_defunct(text=key.text)).signature.to_0x_hex()
     return signature

@@ -58,7 +58,8 @@ class ControlConfig:
     `authority` is the certificate (PEM) of the authority that signed the ingress's, None for a public one.
     Without `tls` the ingress serves plain HTTP. `nodes` says how the nodes are linked. `serve_port` is the
     port of Serve's proxy on the loopback behind azu's reverse proxy; None where Serve's takes the connections
-    itself. X-Forwarded-For counts only from `trusted_proxies`.
+    itself. X-Forwarded-For counts only from `trusted_proxies`. `dashboard_url` is that of Ray's
+    dashboard on the head's loopback.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", hide_input_in_errors=True)
@@ -85,6 +86,7 @@ class ControlConfig:
     serve_port: int | None = None
     trusted_proxies: tuple[Network, ...] = ()
     successions: tuple[Succession, ...] = ()
+    dashboard_url: str | None = None
 
     @property
     def network_id(self) -> str:

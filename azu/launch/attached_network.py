@@ -8,10 +8,10 @@ from azu.config import ControlConfig, NetworkFile, Settings
 from azu.errors import Unavailable
 from azu.launch import serving
 from azu.launch.admin import AdminFacts, admin_file_kept
+from azu.launch.kept_access import kept_access
 from azu.launch.membership import head_answers
-from azu.launch.processes import free_port
 from azu.launch.serving import Progress
-from azu.launch.sidecars import Sidecars, admin_key_of, sidecars_running
+from azu.launch.sidecars import Sidecars, sidecars_running
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +48,30 @@ def attached_network(
     """Run a network on the Ray cluster at `address` until the context is left.
 
     Everything that azu started is stopped then; the cluster stays. Nodes may join and leave at any time.
-    Raises Conflict when a network runs in the same home, Unavailable or DeadlineExceeded when a process does
-    not come up.
+    Raises Conflict when a network runs in the same home or the ingress's port is taken, Unavailable or
+    DeadlineExceeded when a process does not come up.
     """
     timeout_s = file.policy.timeouts.start_s
     progress("Starting Redis, the chain, the books and the treasury")
     with sidecars_running(settings, file.policy, others_payout) as sidecars:
-        admin_key = admin_key_of(settings)
+        access = kept_access(settings)
         config = serving.control_config(
             settings,
             file.policy,
             sidecars.chain,
             sidecars.redis,
             sidecars.books,
-            settings.http_port or free_port(),
-            admin_key,
+            access.http_port,
+            access.admin_key,
         )
         progress(f"Starting the control plane in the cluster at {address}")
-        with serving.connected(address, settings.home / "logs", {}) as head:
+        with serving.connected(address, settings.home / "logs", {}) as head, serving.port_held(config):
             network = AttachedNetwork(
                 url=serving.local_url(config),
                 chain_url=sidecars.chain.url,
                 platform_address=sidecars.chain.platform_address,
                 network_id=config.network_id,
-                admin_key=admin_key,
+                admin_key=access.admin_key,
                 head=head,
                 _sidecars=sidecars,
                 _config=config,
@@ -80,9 +80,9 @@ def attached_network(
                 serving.stop()  # a network that was killed may have left actors
                 serving.start(config, serving.ingress_config(config, sidecars.redis, sidecars.books))
                 # A cluster that grows on demand has no workers yet.
-                client = serving.local_client(config, admin_key)
+                client = serving.local_client(config, access.admin_key)
                 serving.wait_until_up(client, timeout_s, network.revive, accepts_prompts=False)
-                facts = AdminFacts.of(config, network.url, admin_key, "its owner runs Ray")
+                facts = AdminFacts.of(config, network.url, access.admin_key, "its owner runs Ray")
                 with admin_file_kept(settings.home, facts):
                     yield network
             finally:

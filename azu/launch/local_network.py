@@ -1,6 +1,5 @@
 """A whole network on this machine, from Redis to the ingress: `azu up` and `azu demo`."""
 
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from azu.files import CONFIGS, write_private
 from azu.launch.admin import AdminFacts, admin_file_kept, new_ticket
 from azu.launch.control_process import CONTROL, CONTROL_READY, control_process
 from azu.launch.http_port import http_port_held
+from azu.launch.kept_access import kept_access
 from azu.launch.membership import (
     LOOPBACK,
     AnyTicket,
@@ -63,6 +63,7 @@ from azu.launch.serving import (
     ingress_config,
     local_client,
     local_url,
+    login_url,
     revive,
     start,
     wait_until_up,
@@ -70,7 +71,6 @@ from azu.launch.serving import (
 from azu.launch.sidecars import (
     TREASURY,
     TREASURY_READY,
-    admin_key_of,
     books_terms,
     choose_chain,
     enrol_own_node,
@@ -78,23 +78,27 @@ from azu.launch.sidecars import (
     start_signer,
     start_stores_and_devnet,
     start_treasury,
-    wait_for_books_and_signer,
+    wait_for_money,
 )
 
 DEMO = CONFIGS / "demo.yaml"
 _FIRST_TICKET_S = 86_400
+# Where Ray's dashboard is by default.
+_DASHBOARD_PORT = 8265
 
 
 @dataclass(frozen=True, slots=True)
 class LocalNetwork:
     """A running network and how to reach it; `direct_url` leads to Serve's proxy past the reverse proxy.
 
+    Users sign in at `login_url`: it names the domain that the texts contain which they sign.
     `authority` is the certificate that clients of an encrypted network have to trust. `why_one_user` says why
     one user runs everything; it is empty where money, Ray and `azu up` have a user each. `no_ticket` says why
-    there is no `ticket`.
+    there is no `ticket`. `token_file` has the token of Ray's cluster, for which its dashboard asks.
     """
 
     url: str
+    login_url: str
     direct_url: str
     redis_url: str = field(repr=False)
     books_url: str = field(repr=False)
@@ -104,6 +108,7 @@ class LocalNetwork:
     admin_key: str = field(repr=False)
     authority: Path | None
     dashboard_url: str | None
+    token_file: Path
     ticket: AnyTicket | None = field(repr=False)
     no_ticket: str
     why_one_user: str
@@ -161,19 +166,20 @@ def local_network(
     dashboard: bool = False,
     trust_members: bool = False,
     rotate: bool = False,
+    new_token: bool = False,
 ) -> Iterator[LocalNetwork]:
     """Run a network until the context is left; everything that it started is stopped then.
 
     `ip` is the address at which other machines reach this one. With it they can join, every connection
     between machines is encrypted, and the ingress listens at `ip` unless the settings name another address.
     `trust_members` makes tickets also where a member could take the money of all. With `rotate` no
-    certificate and no ticket of before counts any more. Raises Conflict when a network runs in the same home
-    or the ingress's port is taken, Unavailable or DeadlineExceeded with the last output of the process that
-    did not come up.
+    certificate and no ticket of before counts any more, with `new_token` no unencrypted ticket and no admin
+    key. Raises Conflict when a network runs in the same home or the ingress's port is taken, Unavailable or
+    DeadlineExceeded with the last output of the process that did not come up.
     """
     settings = with_http_host(settings, ip)
     logs, timeout_s = settings.home / "logs", file.policy.timeouts.start_s
-    token_path, token, workers = settings.home / "ray-token", secrets.token_hex(32), _lending(file.workers)
+    token_path, workers = settings.home / "ray-token", _lending(file.workers)
     raise_open_files()
     with (
         home_locked(settings.home),
@@ -186,12 +192,13 @@ def local_network(
         ProcessGroup(logs, user=users.ray) as nodes,
     ):
         progress("Starting Redis, the chain and Ray's head")
-        write_private(token_path, token)
+        access = kept_access(settings, new_token=new_token or rotate)
+        write_private(token_path, access.token)
         if rotate:
             forget_members(members_folder(users.money_home))
         own, shown = _certificates(settings, users, ip)
         admission = _admission(file.policy, ip, "" if trust_members else users.why_one)
-        port, dashboard_port = free_port(), free_port() if dashboard else None
+        dashboard_port = free_port(_DASHBOARD_PORT) if dashboard else None
         host = RayHost(
             ray_folder,
             users.for_ray(token_path),
@@ -200,28 +207,26 @@ def local_network(
             None if shown is None else shown.ray,
             users.ray_home,
         )
-        nodes.start(host.head(port))
+        head = f"{host.ip}:{access.head_port}"
+        nodes.start(host.head(access.head_port))
         of_money = _of_money(settings, users)
         chain = choose_chain(of_money)
         redis = start_stores_and_devnet(services, of_money, chain, of_jobs, users.jobs_home, timeout_s)
         terms = books_terms(file.policy, chain)
         books = start_books(services, of_money, chain, redis.books, terms, admission)
         signer = start_signer(services, of_money, chain, books)
-        nodes.wait_until_printed(HEAD, STARTED, timeout_s)
-        progress("Starting the workers, the books, the signer and the treasury")
-        head = f"{host.ip}:{port}"
-        wait_for_books_and_signer(services, timeout_s)
-        _start_workers(nodes, host, head, workers, of_money.home, settings.home / "speeds")
         start_treasury(treasury, of_money, chain, redis, books, signer)
-        treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
-        for worker in workers:
-            nodes.wait_until_printed(worker.name, STARTED, timeout_s)
-        admin_key = admin_key_of(settings)
-        http_port = settings.http_port or free_port()
+        progress("Starting the books, the signer, the treasury and the workers")
+        wait_for_money(services, chain, timeout_s)
+        # They wait for the head themselves, and come up while the control plane does.
+        _start_workers(nodes, host, head, workers, of_money.home, settings.home / "speeds")
+        nodes.wait_until_printed(HEAD, STARTED, timeout_s)
         config = control_config(
-            _of_ray(settings, users), file.policy, chain, redis, books, http_port, admin_key, ip,
+            _of_ray(settings, users), file.policy, chain, redis, books, access.http_port,
+            access.admin_key, ip,
             None if shown is None else shown.ingress,
         )  # fmt: skip
+        config = replace(config, dashboard_url=f"http://{LOOPBACK}:{dashboard_port}" if dashboard else None)
         config = _behind_proxy(_with_nodes(config, host, head), nodes, users, timeout_s)
         ingress = ingress_config(config, redis, books)
         progress("Starting the control plane")
@@ -233,12 +238,16 @@ def local_network(
                 nodes.start(control_process(users, config, ingress, head, inherited_environment() | driver))
                 nodes.wait_until_printed(CONTROL, CONTROL_READY, timeout_s)
             progress("Waiting until it serves")
-            client = local_client(config, admin_key)
+            treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
+            for worker in workers:
+                nodes.wait_until_printed(worker.name, STARTED, timeout_s)
+            client = local_client(config, access.admin_key)
             processes = (services, treasury, of_jobs, nodes)
             wait_until_up(client, timeout_s, lambda: _revive(processes), accepts_prompts=bool(workers))
-            facts = AdminFacts.of(config, local_url(config), admin_key, users.why_one)
+            facts = AdminFacts.of(config, local_url(config), access.admin_key, users.why_one)
             network = LocalNetwork(
                 url=facts.url,
+                login_url=login_url(config),
                 direct_url=facts.url
                 if config.serve_port is None
                 else f"http://{LOOPBACK}:{config.serve_port}",
@@ -247,10 +256,11 @@ def local_network(
                 chain_url=chain.url,
                 platform_address=chain.platform_address,
                 network_id=config.network_id,
-                admin_key=admin_key,
+                admin_key=access.admin_key,
                 authority=None if own is None else own.ingress.authority,
-                dashboard_url=f"http://127.0.0.1:{dashboard_port}" if dashboard else None,
-                ticket=Ticket(port=port, token=token, network=config.network_id)
+                dashboard_url=config.dashboard_url,
+                token_file=token_path,
+                ticket=Ticket(port=access.head_port, token=access.token, network=config.network_id)
                 if admission is None
                 else _first_ticket(users.money_home, facts, host.ip, admission),
                 no_ticket="" if admission is None else admission.makes_none,

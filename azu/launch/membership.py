@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from azu.errors import ConfigurationError, NotFound, Unauthenticated
+from azu.errors import ConfigurationError, NotFound, Unauthenticated, Unavailable
 from azu.files import write_private
 from azu.protocol.versions import Versions, own_versions
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 # The part of a certificate's life after which it is renewed.
 _RENEWED_AFTER = 0.4
 _REACH_TIMEOUT_S = 2.0
-# The token is new at each start of a network, so no later start takes the ticket.
-EARLIER_START = (
-    "this ticket is of an earlier start of the network: join with the one that `azu up` printed last"
+DEAD_TICKET = (
+    "this ticket is dead, since the network has another token or port now: join with the one that `azu up` "
+    "printed last"
 )
 # Ray's processes on it are reached by those of the same machine alone.
 LOOPBACK = "127.0.0.1"
@@ -159,7 +159,7 @@ class ClusterAccess:
     life: CertificateLife | None = None
 
     def is_of_same_run(self, later: "ClusterAccess") -> bool:
-        """Return whether a later access opens the same cluster; else the network was started again."""
+        """Return whether a later access opens the same cluster; else its token or its address is another."""
         return (self.head, self.token) == (later.head, later.token)
 
 
@@ -184,15 +184,15 @@ class Membership(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PlainMembership:
-    """Membership of an unencrypted network: the access never changes, and ends with the network's start."""
+    """Membership of an unencrypted network: the access is the same at each of its starts."""
 
     granted: ClusterAccess
     money_home: Path
 
     def access(self) -> ClusterAccess:
-        """Return the access that the ticket holds; raises Unauthenticated once its network has ended."""
+        """Return the access that the ticket holds; raises Unavailable while its network does not run."""
         if not head_answers(self.granted.head):
-            raise Unauthenticated(EARLIER_START, code="ticket_ended")
+            raise Unavailable(f"no network answers at {self.granted.head}; this goes on once one does")
         return self.granted
 
     def ask_restart(self, name: str) -> "RestartResponse":

@@ -20,7 +20,7 @@ from rich.text import Text
 from azu.errors import AzuError, ConfigurationError, Conflict, DeadlineExceeded, NotFound, Unavailable
 from azu.files import read_json, write_private
 from azu.launch.formats import check_home, mark_home
-from azu.launch.processes import StopSignal, azu_command
+from azu.launch.processes import Patience, StopSignal, azu_command
 from azu.printable import printable
 from azu.supervision import FAULTS_IN_A_ROW
 
@@ -95,13 +95,18 @@ def watch(revive: Callable[[], list[str]], stop: StopSignal) -> None:
 
 
 def run_in_background(
-    home: Path, timeout_s: float, command: Sequence[str] | None = None, name: str = "background"
+    home: Path,
+    timeout_s: float,
+    command: Sequence[str] | None = None,
+    name: str = "background",
+    step: Callable[[str], None] = lambda _: None,
 ) -> Any:
     """Run a command in the background, this process's own by default; return the facts that it prints once
     it is up.
 
-    The rest of its output goes to a file of this name in the home's logs. Raises Unavailable with the end of
-    that output when the command ends before it is up, DeadlineExceeded when it takes too long.
+    The rest of its output goes to a file of this name in the home's logs; `step` gets each line of it. Raises
+    Unavailable with the end of that output when the command ends before it is up, DeadlineExceeded when it
+    takes too long.
     """
     arguments = [word for word in (sys.argv[1:] if command is None else command) if word != _BACKGROUND]
     arguments += [] if "--json" in arguments else ["--json"]
@@ -118,13 +123,18 @@ def run_in_background(
             env=dict(os.environ),
             start_new_session=True,
         )
-    deadline = time.monotonic() + timeout_s
+    patience, told = Patience(timeout_s), 0
     while not (text := printed.read_text()).endswith("\n"):
+        lines = log.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        for line in whole[told:]:
+            step(line.rstrip())
+        told = len(whole)
         if process.poll() is not None:
             raise Unavailable(f"it ended before it was up: {_last_output(log, printed)}")
-        if time.monotonic() > deadline:
+        if patience.is_over:
             process.terminate()
-            raise DeadlineExceeded(f"it was not up in {timeout_s:.0f} s: {_last_output(log, printed)}")
+            raise DeadlineExceeded(f"it was not up {patience}: {_last_output(log, printed)}")
         time.sleep(_POLL_S)
     facts = json.loads(text)
     if "error" in facts:

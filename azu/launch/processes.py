@@ -7,6 +7,7 @@ import ctypes
 import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -43,6 +44,8 @@ _LAST_RESTART_S = 30.0
 _STEADY_S = 60.0
 _LAST_OUTPUT_CHARS = 2000
 _MAX_LOG_BYTES = 16 * MIB
+# Linux gives those above to connections and to servers that take any, Ray those below to its processes.
+_FREE_PORTS = range(20_000, 32_768)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 # Looked up before any fork: between fork and exec nothing may be imported.
@@ -116,12 +119,12 @@ class ProcessGroup:
         its output.
         """
         child = self._children[name]
-        deadline = time.monotonic() + timeout_s
+        patience = Patience(timeout_s)
         while not ready():
             if child.ended:
                 raise Unavailable(f"{name} ended before it was ready: {child.last_output()}")
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded(f"{name} was not ready in {timeout_s:.0f} s: {child.last_output()}")
+            if patience.is_over:
+                raise DeadlineExceeded(f"{name} was not ready {patience}: {child.last_output()}")
             time.sleep(_POLL_S)
 
     def wait_until_printed(self, name: str, pattern: str, timeout_s: float) -> None:
@@ -199,6 +202,31 @@ class ProcessGroup:
             while self._children:
                 _, child = self._children.popitem()
                 child.kill()
+
+
+class Patience:
+    """How long a start is waited for: some seconds on an idle machine, and longer on a busy one."""
+
+    def __init__(
+        self,
+        timeout_s: float,
+        now: Callable[[], float] = time.monotonic,
+        load: Callable[[], float] = lambda: os.getloadavg()[0],
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._now = now
+        self._load = load
+        self._started_s = now()
+        self._most = 1.0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it took longer than that, by the highest load so far for each core."""
+        self._most = max(self._most, self._load() / (os.cpu_count() or 1))
+        return self._now() - self._started_s > self._timeout_s * self._most
+
+    def __str__(self) -> str:
+        return f"in {self._now() - self._started_s:.0f} s"
 
 
 @dataclass(slots=True)
@@ -434,12 +462,17 @@ def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def free_port() -> int:
-    """Return a TCP port that no process listens on now; bind it soon."""
+def free_port(preferred: int = 0) -> int:
+    """Return a TCP port that no process listens on now, the preferred one if it is free; bind it soon."""
+    port = preferred or secrets.choice(_FREE_PORTS)
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        # Connections that ended a moment ago do not keep a server from its port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return free_port()
+    return port
 
 
 def own_addresses() -> frozenset[str]:

@@ -46,8 +46,8 @@ _HEAD_ONLY = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
     # Serve kills a proxy that is not ready within 5 s, and the network does not start: on a busy machine
-    # its imports take longer. 60 s is how long Serve waits for it in all.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # its imports take longer.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "600",
     # Serve replaces its proxy, which every request passes, after three failed checks: 30 s after it died.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # What Ray's control service remembers, for its dashboard, of calls and of what has died. By default that
@@ -60,6 +60,10 @@ _HEAD_ONLY = {
 _ALWAYS = {
     # A node ends at SIGTERM: azu moves the pieces, Ray has nothing to drain.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    # A process that does not report within a minute is killed: on a busy machine its imports take longer.
+    "RAY_worker_register_timeout_seconds": "600",
+    # A node ends where its dashboard agent does not answer within 30 s.
+    "RAY_agent_register_timeout_ms": "600000",
     # Ray runs actors at niceness 15: every other program of the machine would come before waiting users.
     "RAY_worker_niceness": "0",
     # Calls that a process has not reported yet to the control service.

@@ -25,6 +25,7 @@ _UNUSED = ("ray.serve.scripts", "ray.util.state.state_cli", "ray.dashboard.modul
 _UNUSED_BY_LIGHT = ("grpc",)
 _AGENT = "--dashboard_agent_command="
 _HEAD_TIMEOUT_S = 60.0
+_NODE_TIMEOUT_S = 600.0
 
 
 def main() -> None:
@@ -43,6 +44,7 @@ def main() -> None:
     if os.environ.get(CLUSTERS) == "0":
         # It lets no node join where the variable is 0: it was made for systems without clusters.
         scripts.ray_constants = SimpleNamespace(**vars(scripts.ray_constants) | {"ENABLE_RAY_CLUSTER": True})
+    _wait_longer_for_nodes()
     if "--address" in sys.argv:
         _wait_for_head(sys.argv[sys.argv.index("--address") + 1])
     scripts.main()
@@ -58,6 +60,25 @@ def _wait_for_head(address: str) -> None:
             if time.monotonic() > deadline:
                 sys.exit(f"no head answers at {address}: {error}")
             time.sleep(0.05)
+
+
+def _wait_longer_for_nodes() -> None:
+    """Have Ray wait for a node whose agent imports for longer than the 30 s after which Ray gives up."""
+    from ray._private import services
+
+    get_node = services.get_node
+
+    def patient(*given: Any) -> Any:
+        deadline = time.monotonic() + _NODE_TIMEOUT_S
+        while True:
+            try:
+                return get_node(*given)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    services.get_node = patient
 
 
 def _leave_out_the_dashboard() -> None:

@@ -4,15 +4,16 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import chdir, contextmanager
+from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from azu.config import ControlConfig, NetworkPolicy, Settings, TlsConfig
 from azu.errors import DeadlineExceeded, Unavailable
+from azu.launch.http_port import http_port_held
 from azu.launch.membership import LOOPBACK, TlsFiles
-from azu.launch.processes import handlers_kept, variables_set
+from azu.launch.processes import Patience, handlers_kept, variables_set
 from azu.launch.redis_server import RedisUrls
 from azu.launch.sidecars import ChainSettings
 from azu.money.wire import Access
@@ -137,6 +138,25 @@ def local_url(config: ControlConfig) -> str:
     return f"{scheme}://{_local_host(config.http_host)}:{config.http_port}"
 
 
+def login_url(config: ControlConfig) -> str:
+    """Return the URL at which users sign in: each text that they sign names its host and port.
+
+    Another port than the ingress's is that of the owner's own proxy, which encrypts.
+    """
+    is_plain = config.tls is None and config.domain.endswith(f":{config.http_port}")
+    return f"{'http' if is_plain else 'https'}://{config.domain}"
+
+
+def port_held(config: ControlConfig) -> AbstractContextManager[None]:
+    """Hold the ingress's port in the connected cluster; raises as `http_port_held` does.
+
+    Serve's proxy, where the cluster has one already, is what listens there.
+    """
+    from deployments import app
+
+    return nullcontext() if app.has_proxy() else http_port_held(config.http_host, config.http_port)
+
+
 def local_client(config: ControlConfig, api_key: str) -> "Client":
     """Return a client of the ingress on this machine; it trusts the certificate in the ingress's own file."""
     from azu.client import Client
@@ -153,11 +173,11 @@ def wait_until_up(
 
     A network answers without workers; it accepts prompts once it has some. Raises DeadlineExceeded.
     """
-    deadline = time.monotonic() + timeout_s
+    patience = Patience(timeout_s)
     while not (client.healthy() if accepts_prompts else _answers(client)):
         meanwhile()
-        if time.monotonic() > deadline:
-            raise DeadlineExceeded(f"the network was not up in {timeout_s:.0f} s")
+        if patience.is_over:
+            raise DeadlineExceeded(f"the network was not up {patience}")
         time.sleep(_POLL_S)
 
 

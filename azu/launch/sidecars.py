@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -110,7 +109,7 @@ def sidecars_running(
         books = start_books(services, settings, chain, redis.books, terms)
         signer = start_signer(services, settings, chain, books)
         start_treasury(treasury, settings, chain, redis, books, signer)
-        wait_for_books_and_signer(services, timeout_s)
+        wait_for_money(services, chain, timeout_s)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, timeout_s)
         yield Sidecars(chain, redis, books, (services, treasury))
 
@@ -125,7 +124,8 @@ def start_stores_and_devnet(
 ) -> RedisUrls:
     """Start Redis and a devnet unless they are configured; returns the URLs of Redis for each process.
 
-    The Redis of jobs is a process of the group `of_jobs`, and keeps its data in `home_of_jobs`.
+    Redis answers then, and the devnet once `wait_for_money` returns. The Redis of jobs is a process of the
+    group `of_jobs`, and keeps its data in `home_of_jobs`.
     """
     if chain.is_devnet:
         start_devnet(services, settings, chain)
@@ -134,8 +134,6 @@ def start_stores_and_devnet(
     else:
         claim_store(settings.redis_url)
         urls = RedisUrls.same(settings.redis_url)
-    if chain.is_devnet:
-        services.wait_until_printed(DEVNET, DEVNET_READY, timeout_s)
     return urls
 
 
@@ -233,8 +231,10 @@ def start_signer(group: ProcessGroup, settings: Settings, chain: ChainSettings, 
     return signer_access(settings.home)
 
 
-def wait_for_books_and_signer(services: ProcessGroup, timeout_s: float) -> None:
-    """Wait until both answer calls."""
+def wait_for_money(services: ProcessGroup, chain: ChainSettings, timeout_s: float) -> None:
+    """Wait until books and signer answer calls, and the devnet where there is one."""
+    if chain.is_devnet:
+        services.wait_until_printed(DEVNET, DEVNET_READY, timeout_s)
     services.wait_until_printed(BOOKS, BOOKS_READY, timeout_s)
     services.wait_until_printed(SIGNER, SIGNER_READY, timeout_s)
 
@@ -382,10 +382,3 @@ def devnet_of(home: Path) -> ChainSettings | None:
     except FileNotFoundError:
         return None
     return ChainSettings(known["url"], known["platform_address"], is_devnet=True, signer_key={})
-
-
-def admin_key_of(settings: Settings) -> str:
-    """Return the admin key of the settings, or a new one."""
-    if settings.admin_key is not None:
-        return settings.admin_key.get_secret_value()
-    return f"azu-admin-{secrets.token_urlsafe(32)}"

@@ -86,5 +86,8 @@ refresh();
 // The id in the command is what a wallet's owner compares with the one that `azu up` printed.
 fetch("/v1/platform").then((answer) => answer.json()).then((shown) => {
   find("identity").textContent = `azu login ${location.origin}#${shown.network_id}`;
+  // It listens on the loopback of the head alone.
+  find("dashboard").hidden = !shown.dashboard_url || !["127.0.0.1", "localhost"].includes(location.hostname);
+  if (shown.dashboard_url) find("dashboard").href = shown.dashboard_url;
 }, () => {});
 setInterval(() => { if (!document.hidden) refresh(); }, PERIOD_MS);

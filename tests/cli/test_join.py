@@ -1,4 +1,4 @@
-"""`azu join` takes a ticket, lends no more than there is, and ends once its ticket has ended."""
+"""`azu join` takes a ticket, lends no more than there is, and goes on with a network that starts again."""
 
 import json
 import os
@@ -23,8 +23,13 @@ from azu.launch.ray_nodes import RayHost, Worker
 from azu.units import GIB, MIB
 from tests.client.ingress import Reply, platform_of, running_ingress
 
-# What Ray prints when a node has joined; the node ends with its head.
-NODE = "print('Ray runtime started.', flush=True); import time; time.sleep(0.2)"
+# A node as `ray start` prints: it joins and ends with its head, and at its second start its token is refused.
+NODE = """
+import pathlib, sys, time
+first = pathlib.Path(sys.argv[1])
+print("E gcs_client.cc: InvalidAuthToken" if first.exists() else "Ray runtime started.", flush=True)
+time.sleep(60 if first.exists() else 0.2)
+"""
 WORKER = Worker(0, "ada", 8 * MIB, "0x" + "a1" * 20)
 QUIET = Shown(None, [WORKER], lambda: None)
 EARNED = {"earned_lamports": 5_000_000, "paying_lamports": 0, "paid_lamports": 2_000_000}
@@ -34,31 +39,45 @@ def ticket(port: int) -> Ticket:
     return Ticket(port=port, token="ab" * 32, network="cd" * 16)
 
 
-def test_a_node_whose_network_was_started_again_is_not_started_for_ever(tmp_path: Path) -> None:
+def test_a_node_is_started_again_until_its_token_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as head:
         membership = membership_of(ticket(head.getsockname()[1]), tmp_path, name="ada", host="127.0.0.1")
         access = membership.access()
-    spec = ProcessSpec("ada", (sys.executable, "-c", NODE), dict(os.environ), restart=True)
+    first = tmp_path / "first"
 
+    def each_start() -> dict[str, str]:
+        starts.append(None)
+        if len(starts) == 2:
+            first.touch()
+        return {}
+
+    starts: list[None] = []
+    command = (sys.executable, "-c", NODE, str(first))
+    spec = ProcessSpec("ada", command, dict(os.environ), restart=True, each_start=each_start)
     with ProcessGroup(tmp_path / "logs") as nodes:
         nodes.start(spec)
-        with pytest.raises(Unauthenticated, match="earlier start of the network: join with the one"):
+        # No head answers meanwhile, which does not end it.
+        with pytest.raises(Unauthenticated, match="this ticket is dead"):
             watch(nodes, [WORKER], membership, access, lambda: None, QUIET)
+    assert len(starts) == 2
+    assert " ".join(capsys.readouterr().out.split()).count("no network answers at") == 1
 
 
-def test_a_port_that_a_later_start_of_the_network_got_does_not_make_the_ticket_good(tmp_path: Path) -> None:
+def test_a_port_of_another_network_does_not_make_the_ticket_good(tmp_path: Path) -> None:
     refused = "print('E gcs_client.cc: RPC error: InvalidAuthToken', flush=True); import time; time.sleep(60)"
     with socket.create_server(("127.0.0.1", 0)) as head, ProcessGroup(tmp_path / "logs") as nodes:
         membership = membership_of(ticket(head.getsockname()[1]), tmp_path, name="ada", host="127.0.0.1")
         nodes.start(ProcessSpec("ada", (sys.executable, "-c", refused), dict(os.environ), restart=True))
-        with pytest.raises(Unauthenticated, match="earlier start of the network"):
+        with pytest.raises(Unauthenticated, match="this ticket is dead"):
             watch(nodes, [WORKER], membership, membership.access(), lambda: None, QUIET)
 
 
-def test_an_old_ticket_of_the_network_that_runs_here_is_called_old(tmp_path: Path) -> None:
+def test_an_old_ticket_of_the_network_that_runs_here_is_called_dead(tmp_path: Path) -> None:
     old, facts = ticket(free_port()), AdminFacts("http://a", "k", "cd" * 16, "a:1", None, NodeLinks.LOCAL, "")
 
-    with admin_file_kept(tmp_path, facts), pytest.raises(ConfigurationError, match="an earlier start"):
+    with admin_file_kept(tmp_path, facts), pytest.raises(ConfigurationError, match="ticket is dead"):
         on_the_heads_machine(old, None, tmp_path)
     with pytest.raises(ConfigurationError, match="not encrypted"):
         on_the_heads_machine(old, None, tmp_path)

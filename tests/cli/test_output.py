@@ -8,7 +8,7 @@ from azu.api.jobs import JobLine
 from azu.api.network import DeploymentLine, NetworkResponse, NodeLine, PieceLine
 from azu.api.openai import ModelLine
 from azu.cli import account, jobs, keys, models, ps, top
-from azu.cli.output import Terminal, amount, table, unit
+from azu.cli.output import ProgressPrinter, Terminal, amount, table, unit
 from azu.units import GIB
 
 JOB = "cmpl-0123456789abcdef0123456789abcdef"
@@ -150,3 +150,20 @@ def test_an_id_stays_on_one_line_of_a_narrow_terminal() -> None:
     row = [JOB, "azu/tiny-dense", "failed", "2026-11-25 12:00:00", 12_345, 678_901, "no worker has room left"]
 
     assert JOB in drawn(table(columns, [row]))
+
+
+def test_the_steps_of_another_process_are_shown_as_it_printed_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with ProgressPrinter(stderr=True).steps() as step:
+        step("Starting Redis")
+        step("Waiting until it serves")
+    printed = capsys.readouterr().err
+    first, second = "Starting Redis", "Waiting until it serves"
+    lines = [line.rsplit(" ", 2)[0] if line.startswith("✓") else line for line in printed.splitlines()]
+    assert lines == [first, f"✓ {first}", second, f"✓ {second}"]
+
+    with ProgressPrinter().steps_of_another() as line:
+        for one in printed.splitlines():
+            line(one)
+    assert capsys.readouterr().out == printed

@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from eth_account import Account
@@ -21,6 +24,11 @@ pytestmark = pytest.mark.prove
 
 OWNER = "0x" + "b0" * 20
 START_TIMEOUT_S = 400.0
+# Of /proc/net/tcp: the state of a socket that listens, and the loopback's addresses.
+LISTENS = "0A"
+LOOPBACKS = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+# What a later start of a network prints as the first one did.
+KEPT = ("url", "ticket", "admin_key", "network_id", "platform_address")
 
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -67,6 +75,20 @@ def home() -> Iterator[Path]:
         yield Path(folder)
 
 
+def read(kind: str) -> list[str]:
+    return Path(f"/proc/net/{kind}").read_text().splitlines()
+
+
+def listening(pid: int) -> set[str]:
+    """Return the addresses at which a process takes connections, in the kernel's hexadecimal."""
+    inodes = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            inodes |= set(re.findall(r"^socket:\[(\d+)\]$", str(file.readlink())))
+    lines = [line.split() for kind in ("tcp", "tcp6") for line in read(kind)]
+    return {line[1].partition(":")[0] for line in lines if line[3] == LISTENS and line[9] in inodes}
+
+
 def test_a_network_is_up_joined_left_and_down(azu: Start, home: Path) -> None:
     up = azu(home, "up", "--workers", "1", "--vram", "512MiB", "--json", AZU_HTTP_PORT=str(free_port()))
     assert up.stdout is not None
@@ -79,6 +101,9 @@ def test_a_network_is_up_joined_left_and_down(azu: Start, home: Path) -> None:
         return {node.name: node.node_id for node in client.network().nodes if node.state == "alive"}
 
     eventually(lambda: set(alive()) == {"worker-0"}, 60)
+    processes = [pid for session in sessions for pid in session_members(session)]
+    assert set().union(*map(listening, processes)) <= LOOPBACKS
+    assert httpx.get(facts["dashboard_url"], timeout=30).status_code == 200
 
     joined = azu(
         home / "joined", "join", facts["ticket"], "--vram", "8MiB", "--payout", OWNER, "--name", "ada"
@@ -120,7 +145,7 @@ def test_a_network_that_is_killed_leaves_nothing_behind_and_starts_again(azu: St
     assert again.wait(60) == 130
 
 
-def test_networks_share_no_port_and_a_join_of_an_earlier_start_ends(azu: Start, home: Path) -> None:
+def test_networks_share_no_port_and_a_join_goes_on_until_it_is_revoked(azu: Start, home: Path) -> None:
     port = {"AZU_HTTP_PORT": str(free_port())}
     up = azu(home, "up", "--json", **port)
     assert up.stdout is not None
@@ -135,12 +160,25 @@ def test_networks_share_no_port_and_a_join_of_an_earlier_start_ends(azu: Start, 
     joined = azu(home / "joined", "join", *lends)
     client = Client(facts["url"])
     client.login(Account.create())
-    eventually(lambda: [node.name for node in client.network().nodes] == ["ada"], START_TIMEOUT_S)
+
+    def lent() -> bool:
+        return [node.name for node in client.network().nodes if node.state == "alive"] == ["ada"]
+
+    eventually(lent, START_TIMEOUT_S)
     assert azu(home, "down").wait(120) == 0
     again = azu(home, "up", "--json", **port)
-
-    assert joined.wait(START_TIMEOUT_S) == 1
     assert again.stdout is not None
-    assert json.loads(again.stdout.readline())["url"] == facts["url"]
-    # The network of this home is the one that the ticket names, at another start.
+    later = json.loads(again.stdout.readline())
+    assert "url" in later, later
+    assert [later[name] for name in KEPT] == [facts[name] for name in KEPT]
+    eventually(lent, START_TIMEOUT_S)
+
+    assert azu(home, "ticket", "revoke", "local").wait(60) == 0
+    assert azu(home, "down").wait(120) == 0
+    last = azu(home, "up", "--json", **port)
+    assert last.stdout is not None
+    later = json.loads(last.stdout.readline())
+    assert later["ticket"] != facts["ticket"]
+    assert later["admin_key"] == facts["admin_key"]
+    assert joined.wait(START_TIMEOUT_S) == 1
     assert azu(home, "join", *lends).wait(60) == 1

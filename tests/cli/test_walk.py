@@ -26,6 +26,8 @@ PRINTED = {
     "0xYOURS": re.compile(r"^(0x[0-9a-f]{40})  \(", re.MULTILINE),
     "JOB": re.compile(r"(job-[0-9a-f]{24})"),
 }
+# What `azu up` prints at each start of a network.
+SAME_PRINTED = (PRINTED["NETWORK"], PRINTED["TICKET"], re.compile(r"admin key +(\S+)"))
 STEPS = [
     "up", "wallet new", "join", "wallet fund", "login", "deposit", "prompt", "jobs", "receipt", "earnings",
     "balance", "ps", "down",
@@ -138,6 +140,26 @@ def test_a_newcomer_lends_pays_and_earns(newcomer: Newcomer) -> None:
     assert all(not session_members(session) for session in newcomer.leave())
     print(f"\n{charged} lamports charged, {earned} earned; seconds: ", end="")
     print(", ".join(f"{step} {taken:.1f}" for step, taken in seconds.items()))
+
+
+def test_money_of_the_first_day_is_right_on_the_second(newcomer: Newcomer) -> None:
+    first = newcomer.type("azu up --background")
+    for command in ("wallet new", "wallet fund 10", "login NETWORK", "deposit 5", "down"):
+        newcomer.type(f"azu {command}")
+
+    again = newcomer.type("azu up --background")
+
+    # With the key of the first day.
+    assert re.search(r"available\D+5\b", newcomer.type("azu balance"))
+    assert "are back at 0x" in newcomer.type("azu withdraw 2")
+    assert re.search(r"available\D+3\b", newcomer.type("azu balance"))
+    newcomer.type("azu wallet fund 1")
+    assert "Credited 1 HYPE" in newcomer.type("azu deposit 1")
+    # It compares every account with the chain's own figures.
+    newcomer.type("azu ledger audit")
+    assert [pattern.search(again)[1] for pattern in SAME_PRINTED] == [
+        pattern.search(first)[1] for pattern in SAME_PRINTED
+    ]
 
 
 def charge(output: str, what: str) -> int:

@@ -67,7 +67,8 @@ def test_the_printed_facts_come_back_and_only_their_owner_can_read_the_files(
     address = wallet.create(home / "wallet.json", "password").address.lower()
     monkeypatch.setattr(sys, "argv", ["azu", "wallet", "show", "--background"])
 
-    assert run_in_background(home, TIMEOUT_S)["address"] == address
+    steps: list[str] = []
+    assert run_in_background(home, TIMEOUT_S, step=steps.append)["address"] == address
     files = [home / "background.json", home / "logs" / "background.log"]
     assert [file.stat().st_mode & 0o077 for file in files] == [0, 0]
 

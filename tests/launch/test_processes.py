@@ -15,6 +15,7 @@ import pytest
 from azu.errors import DeadlineExceeded, Unavailable
 from azu.launch.processes import (
     _FIRST_RESTART_S,
+    Patience,
     ProcessGroup,
     ProcessSpec,
     _Restart,
@@ -320,3 +321,20 @@ def test_the_children_of_a_killed_parent_end(tmp_path: Path) -> None:
     # The kernel does not end grandchildren; Ray's processes end by themselves.
     for orphan in session_members(child):
         os.kill(orphan, signal.SIGKILL)
+
+
+def test_a_busy_machine_is_waited_for_longer() -> None:
+    now_s, load, cores = 0.0, 0.0, os.cpu_count() or 1
+    patience = Patience(10.0, lambda: now_s, lambda: load)
+
+    now_s = 10.0
+    assert not patience.is_over
+    load = 3.0 * cores
+    now_s = 30.0
+    assert not patience.is_over
+    # What was busy before is not cut short once the machine is not.
+    load = 0.0
+    assert not patience.is_over
+    now_s = 30.1
+    assert patience.is_over
+    assert str(patience) == "in 30 s"

@@ -33,7 +33,7 @@ from azu.launch.sidecars import (
     start_devnet,
     start_signer,
     start_treasury,
-    wait_for_books_and_signer,
+    wait_for_money,
 )
 from azu.money.chain.networks import network_at
 from azu.money.chain.wallet import transfer_hype
@@ -135,7 +135,7 @@ def test_devnet_books_signer_and_treasury_come_up_on_our_redis(
         services.wait_until_printed(DEVNET, DEVNET_READY, TIMEOUT_S)
         books = start_books(services, settings, chain, redis.books, terms)
         signer = start_signer(services, settings, chain, books)
-        wait_for_books_and_signer(services, TIMEOUT_S)
+        wait_for_money(services, chain, TIMEOUT_S)
         start_treasury(treasury, settings, chain, redis, books, signer)
         treasury.wait_until_printed(TREASURY, TREASURY_READY, TIMEOUT_S)
 
