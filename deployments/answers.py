@@ -31,6 +31,7 @@ from azu.api.openai import (
     TextLogprobs,
     Usage,
 )
+from azu.api.receipts import ReceiptLines
 from azu.engine.text import CompletionText, TextDecoder, TextDelta, joined
 from azu.jobs.redis import RedisJobs
 from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, Receipt, TokenEvent
@@ -175,10 +176,11 @@ class AnswerFormatter:
         """Return the chunks for what is new of a choice."""
         return list(self._chat_chunks(delta) if self._chat else self._text_chunks(delta))
 
-    def usage_chunk(self, usage: Usage) -> ChatChunk | TextChunk:
-        """Return the chunk that carries the usage: it has no choices."""
+    def usage_chunk(self, usage: Usage, receipt: ReceiptLines | None = None) -> ChatChunk | TextChunk:
+        """Return the chunk that carries the usage and perhaps the receipt: it has no choices."""
         kind = ChatChunk if self._chat else TextChunk
-        return kind(**self._head, azu=self._azu, choices=(), usage=usage)
+        azu = AzuFields(job_id=self._azu.job_id, receipt=receipt)
+        return kind(**self._head, azu=azu, choices=(), usage=usage)
 
     def _chat_choice(self, choice: TextDelta) -> ChatChoice:
         calls = tuple(AnsweredCall(id=call.id, function=call.function) for call in self._calls(choice))

@@ -14,15 +14,19 @@ from starlette.types import Message, Receive, Scope, Send
 
 from azu.api.base import ErrorBody, ResponseModel
 from azu.api.openai import (
+    JOB_ID_HEADER,
     ChatChunk,
     ChatCompletion,
     ChatRequest,
     CompletionRequest,
+    StreamOptions,
     TextChunk,
     TextCompletion,
     Usage,
 )
+from azu.api.receipts import ReceiptLines
 from azu.auth.key_records import ApiKey
+from azu.auth.signatures import receipt_facts
 from azu.engine.text import TextDelta
 from azu.errors import (
     AzuError,
@@ -136,7 +140,8 @@ async def job_stream(
         decoder=model.tokenizer,
     )  # fmt: skip
     deltas = follow(services.jobs, job, model.tokenizer, after)
-    events = _events(job, deltas, answer, include_usage=True, after=after)
+    options = StreamOptions(include_usage=True, include_receipt=True)
+    events = _events(job, deltas, answer, options, after)
     if not record.asked:
         return EventStream(_noting_the_end(services, job_id, events), partial(_sign, services, job))
     if record.outcome is not None:
@@ -185,13 +190,10 @@ async def _answer(
     deltas = _unless_unreadable(services, job, deltas)
     if not body.stream:
         return await _whole(reading, job, deltas, answer)
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return _JobStream(
-        reading,
-        deltas,
-        lambda found: _events(job, found, answer, include_usage=include_usage),
-        partial(_sign, services, job),
-    )
+    options, sign = body.stream_options or StreamOptions(), partial(_sign, services, job)
+    stream = _JobStream(reading, deltas, lambda found: _events(job, found, answer, options), sign)
+    stream.headers[JOB_ID_HEADER] = job.job_id
+    return stream
 
 
 def _content(body: ChatRequest | CompletionRequest, idempotency_key: str | None) -> bytes:
@@ -410,7 +412,7 @@ async def _whole(reading: _Reading, job: Job, deltas: Deltas, answer: AnswerForm
 
 
 async def _events(
-    job: Job, deltas: Deltas, answer: AnswerFormatter, *, include_usage: bool, after: int = 0
+    job: Job, deltas: Deltas, answer: AnswerFormatter, options: StreamOptions, after: int = 0
 ) -> AsyncIterator[str]:
     for choice in range(0 if after else job.choices):
         if opening := answer.opening(choice):
@@ -422,7 +424,10 @@ async def _events(
                     yield _event(chunk)
             elif delta.state is not JobState.DONE:
                 raise _error_of(delta)
-            elif include_usage:
+            elif options.include_receipt:
+                receipt = ReceiptLines.model_validate(receipt_facts(delta.receipt))
+                yield _event(answer.usage_chunk(_usage(delta), receipt))
+            elif options.include_usage:
                 yield _event(answer.usage_chunk(_usage(delta)))
     except Exception as error:
         yield _event(ErrorBody.model_validate(as_known_error(error, "an answer").to_openai()))

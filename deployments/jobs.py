@@ -16,13 +16,12 @@ from azu.api.jobs import (
     JobList,
     QuoteRequest,
     QuoteResponse,
-    ReceiptLines,
     Results,
-    SignedReceipt,
     SubmitRequest,
     SubmittedJob,
 )
 from azu.api.openai import CompletionRequest
+from azu.api.receipts import ReceiptLines, SignedReceipt
 from azu.auth.signatures import receipt_facts, sealed
 from azu.clock import wall_clock_ms
 from azu.errors import AzuError, Conflict, InvalidRequest

@@ -34,7 +34,8 @@ key.
 
 Each answer has the header `x-request-id`: the caller's own if the request had a usable one, else a new one.
 Where a network is too busy for a caller, `retry-after` is the number of seconds to wait. An answer with
-`x-should-retry: false` may have been charged: a client does not repeat the request by itself.
+`x-should-retry: false` may have been charged: a client does not repeat the request by itself. A stream has
+its job's id in `x-job-id`.
 
 A job costs (prompt tokens + completion tokens) x layers x the price of a token in a layer. The prompt counts
 once, however many answers (`n`) are asked for. What azu ends with an error before the first token costs

@@ -1,12 +1,10 @@
-"""Jobs: submit one, ask for its results, its price and its receipt."""
-
-from collections.abc import Mapping
+"""Jobs: submit one, ask for its results, and its price."""
 
 from pydantic import Field
 
 from azu.api.base import ErrorDetail, RequestModel, ResponseModel
-from azu.api.network import PieceLine
 from azu.api.openai import Text, Usage
+from azu.api.receipts import ReceiptLines
 from azu.protocol.phase import PhaseName
 
 
@@ -23,44 +21,6 @@ class SubmittedJob(ResponseModel):
     """The id of a job that is queued."""
 
     job_id: str
-
-
-class ReceiptLines(ResponseModel):
-    """What a job cost and which nodes ran it. `worker_lamports` is keyed by payout address.
-
-    charged = platform + held + sum of workers. `held_lamports` is the part of the workers' shares whose owner
-    is unknown. `prompt_tokens` and `completion_tokens` are those that are charged; `token_layers` is their
-    sum times the layers, the unit of the price.
-    """
-
-    job_id: str
-    address: str
-    model_id: str
-    revision: str
-    prompt_tokens: int
-    completion_tokens: int
-    num_layers: int
-    lamports_per_token_layer: int
-    charged_lamports: int
-    released_lamports: int
-    platform_lamports: int
-    worker_lamports: Mapping[str, int]
-    transfer_id: str
-    topology: tuple[PieceLine, ...]
-    held_lamports: int = 0
-    token_layers: int
-
-
-class SignedReceipt(ReceiptLines):
-    """A receipt with the platform's address, and the signature by the key that the platform certified.
-
-    `key`, `certificate` and `signature` are null while no receipt is signed.
-    """
-
-    signer: str
-    key: str | None
-    certificate: str | None
-    signature: str | None
 
 
 class Phase(ResponseModel):

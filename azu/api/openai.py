@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from azu.api.base import OrAbsent, RequestModel, ResponseModel
+from azu.api.receipts import ReceiptLines
 from azu.errors import InvalidRequest
 
 # Parameters that azu lacks, with the values that change nothing; any other value is refused.
@@ -33,6 +34,8 @@ _IGNORED = frozenset(
     }
 )  # fmt: skip
 _MAX_TOP_LOGPROBS = 20
+# A stream has it before its first chunk comes.
+JOB_ID_HEADER = "x-job-id"
 
 
 def finite_text(text: Any) -> Any:
@@ -198,10 +201,11 @@ Prompt = Annotated[str | list[int], BeforeValidator(_one_prompt)]
 
 
 class StreamOptions(RequestModel):
-    """OpenAI's stream_options."""
+    """OpenAI's stream_options, and azu's `include_receipt`: the last chunk has the usage and the receipt."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
+    include_receipt: bool = False
 
 
 class _SamplingRequest(RequestModel):
@@ -304,11 +308,13 @@ class Usage(ResponseModel):
 class AzuFields(ResponseModel):
     """What azu adds to OpenAI's answers: the job, and in chunks its completion tokens so far.
 
-    A caller whose stream broke gets the rest from `/v1/jobs/{job_id}/stream` with this `after`.
+    A caller whose stream broke gets the rest from `/v1/jobs/{job_id}/stream` with this `after`. The last
+    chunk has the receipt if the caller asked for it.
     """
 
     job_id: str
     after: OrAbsent[int] = None
+    receipt: OrAbsent[ReceiptLines] = None
 
 
 class _Answer(ResponseModel):

@@ -50,7 +50,7 @@ def receipt(
 
 def _read(file: Path) -> dict[str, Any]:
     from azu.api.base import read
-    from azu.api.jobs import ReceiptLines
+    from azu.api.receipts import ReceiptLines
     from azu.errors import InternalError, InvalidRequest
     from azu.files import read_json
 
@@ -79,7 +79,7 @@ def _checked(document: dict[str, Any], platform: str | None) -> str:
 def _compared(document: dict[str, Any], client: "Client", job_id: str) -> Text:
     """Return what the comparison with the answer's tokens found, which the network keeps for a day."""
     from azu.api.base import read
-    from azu.api.jobs import ReceiptLines
+    from azu.api.receipts import ReceiptLines
     from azu.client.receipts import difference
     from azu.errors import AzuError
 
@@ -116,7 +116,7 @@ def _decision(client: "Client", job_id: str, exact: bool) -> Text:
 
 def _signed(document: dict[str, Any], exact: bool = False) -> Group:
     from azu.api.base import read
-    from azu.api.jobs import ReceiptLines
+    from azu.api.receipts import ReceiptLines
 
     signed = Text(f"signed by {document['signer']}", "green")
     unsigned = Text("not signed: the network signs no receipt now; ask again later", "yellow")
@@ -126,7 +126,7 @@ def _signed(document: dict[str, Any], exact: bool = False) -> Group:
 
 def _verified(document: dict[str, Any], exact: bool) -> Group:
     from azu.api.base import read
-    from azu.api.jobs import ReceiptLines
+    from azu.api.receipts import ReceiptLines
 
     verdict = Text(f"✓ signed by the platform, {document['signed_by']}, and not changed since", "green")
     return Group(receipt_panel(read(ReceiptLines, document), exact), verdict)

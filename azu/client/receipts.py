@@ -1,6 +1,6 @@
 """What a receipt charges, against what came: the client counts the tokens of an answer itself."""
 
-from azu.api.jobs import ReceiptLines
+from azu.api.receipts import ReceiptLines
 from azu.units import hype_from_lamports
 
 

@@ -12,8 +12,9 @@ from rich.console import RenderableType
 from azu import cli
 from azu.api.accounts import KeyLine
 from azu.api.base import ErrorDetail
-from azu.api.jobs import JobLine, ReceiptLines
+from azu.api.jobs import JobLine
 from azu.api.network import DeploymentLine, NetworkResponse, NodeLine, PieceLine
+from azu.api.receipts import ReceiptLines
 from azu.cli import keys, ps, receipt, top
 from azu.cli.jobs import drawn
 from azu.cli.output import Terminal, done, table

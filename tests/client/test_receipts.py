@@ -1,6 +1,6 @@
 """The client says if a receipt charges other tokens than came."""
 
-from azu.api.jobs import ReceiptLines
+from azu.api.receipts import ReceiptLines
 from azu.auth.signatures import receipt_facts
 from azu.client.receipts import difference
 from tests.builders import receipt

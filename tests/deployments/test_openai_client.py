@@ -56,6 +56,12 @@ def test_a_stream_ends_with_a_usage_chunk_that_has_the_cost(play) -> None:
         assert [chunk.choices[0].finish_reason for chunk in said][-1] == "stop"
         assert all(chunk.usage is None for chunk in said)
         assert answer._request_id
+        assert "receipt" not in last.azu
+        assert stream.response.headers["x-job-id"] == last.azu["job_id"]
+        with_receipt = {"include_usage": True, "include_receipt": True}
+        asked = await client.chat.completions.create(**ASKED, stream=True, stream_options=with_receipt)
+        *_, last = [chunk async for chunk in asked]
+        assert last.azu["receipt"]["charged_lamports"] == last.usage.cost_lamports
         plain = await client.completions.create(model="azu/tiny-dense", prompt=[5, 6, 7], max_tokens=2)
         assert (plain.usage.prompt_tokens, plain.choices[0].finish_reason) == (3, "length")
 
