@@ -98,7 +98,7 @@ def test_a_prompt_is_answered_and_paid_and_nothing_stays(machines: dict[str, Mac
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stdout
 
-    receipt = only(done.stdout, "generation")["receipt"]
+    receipt = only(done.stdout, "generation")["generation"]["receipt"]
     assert receipt["charged_lamports"] > 0
     assert set(receipt["worker_lamports"]) == {OWNERS["ada"]}, "the one address that is paid for the cluster"
     assert (

@@ -88,7 +88,7 @@ class _Conversation:
         try:
             for piece in shown(stream, self._client.url):
                 said.append(piece)
-            self._charged[stream.job_id] = stream.result().charged_lamports
+            self._charged[stream.job_id] = stream.result().receipt.charged_lamports
         except KeyboardInterrupt:
             stream.close()
             console.print(Text("\nended: what came is paid", "yellow"))

@@ -97,7 +97,7 @@ def _ask(client: Client, model: str, step: Step, progress: ProgressPrinter) -> D
         for text in stream:
             write(text)
     generation = stream.result()
-    receipt = client.receipt(generation.job_id)
+    receipt = generation.receipt
     return DemoRun(
         model=model,
         prompt=QUESTION,

@@ -14,8 +14,9 @@ from azu.cli.credentials import open_client
 from azu.cli.output import AsJson, Exact, WaitingLine, amount, console, show, unit
 
 if TYPE_CHECKING:
-    from azu.api.jobs import Phase, ReceiptLines
-    from azu.client.stream import Stream
+    from azu.api.jobs import Phase
+    from azu.api.receipts import ReceiptLines
+    from azu.client import Stream
 
 
 DIFFERS = "red"
@@ -32,12 +33,11 @@ def prompt(
     as_json: AsJson = False,
 ) -> None:
     """Send a prompt, stream the answer and print the receipt. Ctrl-C ends the job; its tokens are paid."""
-    from azu.client.receipts import difference
-
     question = asked(text, file)
     client = open_client()
     given: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     sampling = {name: value for name, value in given.items() if value is not None}
+    stream: Stream[Any]
     if raw:
         stream = client.stream(question, model=model, **sampling)
     else:
@@ -45,13 +45,12 @@ def prompt(
     for _ in shown(stream, client.url, quiet=as_json):
         pass
     generation = stream.result()
-    receipt = client.receipt(generation.job_id)
-    differs = difference(receipt, generation.received_tokens)
-    facts = {"generation": generation, "receipt": receipt, "difference": differs}
-    show(facts, as_json, lambda _: Group(receipt_panel(receipt, exact), compared(differs)))
+    facts = {"text": generation.text, "generation": generation, "difference": generation.difference}
+    found = receipt_panel(generation.receipt, exact), compared(generation.difference)
+    show(facts, as_json, lambda _: Group(*found))
 
 
-def shown(stream: "Stream", url: str, *, quiet: bool = False) -> Iterator[str]:
+def shown(stream: "Stream[Any]", url: str, *, quiet: bool = False) -> Iterator[str]:
     """Print an answer as it comes, and where its job stands while nothing comes; yield its parts."""
     with WaitingLine(quiet=quiet) as line:
         is_amid = False
@@ -98,7 +97,8 @@ def compared(differs: str | None) -> Text:
 
 
 def receipt_panel(found: "ReceiptLines", exact: bool = False) -> Panel:
-    """Draw a receipt."""
+    """Draw a receipt, with a bar of who ran which layers."""
+    from azu.client.drawing import bar
 
     def money(lamports: int) -> str:
         return f"{amount(lamports, exact)} {unit(exact)}"
@@ -113,4 +113,7 @@ def receipt_panel(found: "ReceiptLines", exact: bool = False) -> Panel:
     grid.add_row("platform", money(found.platform_lamports))
     for address, lamports in sorted(found.worker_lamports.items()):
         grid.add_row(f"worker {address}", money(lamports))
-    return Panel(grid, title=Text(f"{found.model_id}  {found.transfer_id}"), title_align="left", expand=False)
+    drawn = Group(grid, bar(found)) if found.topology else grid
+    return Panel(
+        drawn, title=Text(f"{found.model_id}  {found.transfer_id}"), title_align="left", expand=False
+    )

@@ -1,6 +1,8 @@
-"""The light client: generate, stream, log in, deposit."""
+"""The light client: generate, stream, log in, deposit; with an event loop and without."""
 
-from azu.client.client import Client
-from azu.client.stream import Generation, Stream
+from azu.client.blocking import Client, Stream
+from azu.client.client import AsyncClient
+from azu.client.generation import Generation
+from azu.client.stream import AsyncStream
 
-__all__ = ["Client", "Generation", "Stream"]
+__all__ = ["AsyncClient", "AsyncStream", "Client", "Generation", "Stream"]

@@ -1,19 +1,17 @@
-"""The client: one class over the network's HTTP API, and how a wallet signs in."""
+"""The client: every call of the network's HTTP API, and how a wallet signs in."""
 
 import os
 import secrets
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, urlsplit
+from typing import TYPE_CHECKING, Any, Self, Unpack
+from urllib.parse import quote
 
 import httpx
-from eth_account import Account
-from eth_account.messages import encode_defunct
-from eth_account.signers.local import LocalAccount
+from pydantic import BaseModel
 
 from azu.api.accounts import (
     BalanceResponse,
@@ -34,45 +32,33 @@ from azu.api.jobs import (
     JobLine,
     JobList,
     QuoteResponse,
-    ReceiptLines,
     Results,
     SubmittedJob,
 )
-from azu.api.network import (
-    LeaveResponse,
-    ModelStatusResponse,
-    NetworkResponse,
-    OfferResponse,
-    PauseResponse,
-)
-from azu.api.openai import ModelLine, ModelList
-from azu.auth.key_records import (
-    SECRET_BYTES,
-    ApiKey,
-    domain_of,
-    is_key_text,
-    key_id_of,
-    new_secret,
-    secret_digest,
-)
-from azu.auth.signatures import Withdrawal, sign_claim, sign_dispute, sign_withdrawal
-from azu.auth.succession import platforms_of
+from azu.api.network import LeaveResponse, ModelStatusResponse, NetworkResponse, OfferResponse, PauseResponse
+from azu.api.openai import AnswerMessage, ChatChoice, ModelLine, ModelList, TextChoice
+from azu.api.receipts import ReceiptLines
+from azu.client.generation import CHAT, TEXT, Generation
 from azu.client.http import json_of, raise_for, translated, trusting
-from azu.client.known_network import successions_of
 from azu.client.machine import DEFAULT_HOME, network_url, stored_credential, trust_at
-from azu.client.stream import Generation, Stream
+from azu.client.parameters import ChatParameters, TextParameters
+from azu.client.stream import AsyncStream
+from azu.client.wire import waiting
 from azu.clock import wall_clock_ms
-from azu.errors import InternalError, InvalidRequest, Unauthenticated
+from azu.errors import InternalError, Unauthenticated
 
-_TIMEOUT_S = 600.0
+if TYPE_CHECKING:
+    from eth_account.signers.local import LocalAccount
+
+TIMEOUT_S = 600.0
 _CONNECT_TIMEOUT_S = 5.0
 _WITHDRAWAL_LIFE_S = 600
+# One question, or the turns of a chat: as dictionaries, and the answers of before as they came.
+Messages = str | Sequence[Mapping[str, Any] | AnswerMessage]
 
-Message = dict[str, str]
 
-
-class Client:
-    """A caller of a network's HTTP API.
+class AsyncClient:
+    """A caller of a network's HTTP API, with one pool of connections; `async with` closes it at the end.
 
     `base_url` and `api_key` default to AZU_URL and AZU_API_KEY; without these the client uses the network
     that runs out of AZU_HOME, or else that of the last `azu login`, and the key of the login there. An empty
@@ -86,12 +72,14 @@ class Client:
     shape.
     """
 
+    _wire_with = staticmethod(waiting)
+
     def __init__(
         self,
         base_url: str | None = None,
         api_key: str | None = None,
         *,
-        timeout_s: float = _TIMEOUT_S,
+        timeout_s: float = TIMEOUT_S,
         tls: ssl.SSLContext | None = None,
         platform: str | None = None,
     ) -> None:
@@ -104,11 +92,12 @@ class Client:
             tls = trust_at(home, url)
         if api_key is None and (known := stored_credential(home, url)) is not None:
             api_key, platform = given("AZU_API_KEY") or known.api_key, platform or known.platform
-        self._http = httpx.Client(
+        self._wire = self._wire_with(
             base_url=url,
             timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
             verify=True if tls is None else tls,
         )
+        self._http = self._wire.http
         self._platform = platform
         self._use_key(given("AZU_API_KEY") if api_key is None else api_key)
 
@@ -122,32 +111,45 @@ class Client:
         """Whether the client sends an API key."""
         return "authorization" in self._http.headers
 
-    def close(self) -> None:
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        await self._http.aclose()
 
-    def generate(
-        self, prompt: str, *, model: str, max_tokens: int | None = None, **sampling: Any
-    ) -> Generation:
-        """Continue a prompt as it is; `sampling` takes the parameters of OpenAI's API by name."""
-        return self.stream(prompt, model=model, max_tokens=max_tokens, **sampling).result()
+    async def generate(
+        self, prompt: str | Sequence[int], *, model: str, **parameters: Unpack[TextParameters]
+    ) -> Generation[TextChoice]:
+        """Continue a prompt, a text or token ids, as it is."""
+        async with self.stream(prompt, model=model, **parameters) as answer:
+            return await answer.result()
 
-    def stream(self, prompt: str, *, model: str, max_tokens: int | None = None, **sampling: Any) -> Stream:
-        """Continue a prompt as it is; the text comes as a stream."""
-        body = {"model": model, "prompt": prompt, **sampling}
-        return Stream(self._http, "/v1/completions", _given(body, max_tokens=max_tokens))
+    def stream(
+        self, prompt: str | Sequence[int], *, model: str, **parameters: Unpack[TextParameters]
+    ) -> AsyncStream[TextChoice]:
+        """Continue a prompt, a text or token ids, as it is; the text comes as a stream."""
+        return AsyncStream(self._wire, TEXT, {"model": model, "prompt": prompt, **parameters})
 
-    def chat(self, messages: Sequence[Message], *, model: str, **sampling: Any) -> Generation:
-        """Answer a chat through the model's own template."""
-        return self.chat_stream(messages, model=model, **sampling).result()
+    async def chat(
+        self, messages: Messages, *, model: str, **parameters: Unpack[ChatParameters]
+    ) -> Generation[ChatChoice]:
+        """Answer a question or a chat through the model's own template."""
+        async with self.chat_stream(messages, model=model, **parameters) as answer:
+            return await answer.result()
 
-    def chat_stream(self, messages: Sequence[Message], *, model: str, **sampling: Any) -> Stream:
-        """Answer a chat through the model's own template; the text comes as a stream."""
-        return Stream(
-            self._http, "/v1/chat/completions", {"model": model, "messages": list(messages), **sampling}
-        )
+    def chat_stream(
+        self, messages: Messages, *, model: str, **parameters: Unpack[ChatParameters]
+    ) -> AsyncStream[ChatChoice]:
+        """Answer a question or a chat through the model's own template; the text comes as a stream."""
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        sent = [turn.model_dump(mode="json") if isinstance(turn, BaseModel) else turn for turn in turns]
+        return AsyncStream(self._wire, CHAT, {"model": model, "messages": sent, **parameters})
 
-    def quote(
+    async def quote(
         self,
         prompt: str | None = None,
         *,
@@ -161,9 +163,9 @@ class Client:
         `tokens` is the number of the prompt's tokens, in place of the prompt.
         """
         body = _given({"model": model, "n": n}, prompt=prompt, tokens=tokens, max_tokens=max_tokens)
-        return self._post(QuoteResponse, "/v1/quote", body)
+        return await self._post(QuoteResponse, "/v1/quote", body)
 
-    def login(
+    async def login(
         self,
         key: "str | LocalAccount",
         *,
@@ -176,6 +178,9 @@ class Client:
         `key` is the wallet or its private key in hex; it never leaves this process. The API key is made here,
         and the network gets its hash. One that expires or has a spend limit may only revoke itself.
         """
+        from azu.auth.key_records import SECRET_BYTES, ApiKey, key_id_of, new_secret, secret_digest
+        from azu.client.signing import sign_key, wallet_of
+
         wallet, secret = wallet_of(key), new_secret(secrets.token_bytes(SECRET_BYTES))
         digest, now_ms = secret_digest(secret), wall_clock_ms()
         asked = ApiKey(
@@ -187,32 +192,35 @@ class Client:
             expires_at_ms=None if expires_in_s is None else now_ms + 1000 * expires_in_s,
             spend_limit_lamports=spend_limit_lamports,
         )
-        platform = self.platform().address
+        platform = (await self.platform()).address
         body = _given(
             {"address": wallet.address, "key_sha256": digest, "label": label},
             expires_at_ms=asked.expires_at_ms,
             spend_limit_lamports=spend_limit_lamports,
         )
-        challenge = self._post(ChallengeResponse, "/v1/auth/challenge", body)
+        challenge = await self._post(ChallengeResponse, "/v1/auth/challenge", body)
         asked = replace(asked, created_at_ms=challenge.created_at_ms, text=challenge.message)
         signature = sign_key(wallet, asked, platform, self.url)
-        self._post(NewKey, "/v1/auth/keys", {"nonce": challenge.nonce, "signature": signature})
+        await self._post(NewKey, "/v1/auth/keys", {"nonce": challenge.nonce, "signature": signature})
         self._use_key(secret)
         return secret
 
-    def api_keys(self) -> list[KeyLine]:
+    async def api_keys(self) -> list[KeyLine]:
         """Return the API keys of the key's address, in the order in which they were opened."""
-        return list(self._get(KeyList, "/v1/auth/keys").data)
+        return list((await self._get(KeyList, "/v1/auth/keys")).data)
 
-    def revoke_key(self, key_id: str) -> None:
+    async def revoke_key(self, key_id: str) -> None:
         """Make one of the API keys of the key's address invalid at once."""
         with translated():
-            raise_for(self._http.delete(f"/v1/auth/keys/{key_id}"))
+            raise_for(await self._http.delete(f"/v1/auth/keys/{_part(key_id)}"))
 
-    def platform(self) -> Platform:
+    async def platform(self) -> Platform:
         """Return where deposits go; raises Unauthenticated for another platform than the known one."""
-        shown = self._get(Platform, "/v1/platform")
+        shown = await self._get(Platform, "/v1/platform")
         if self._platform is not None and shown.address.lower() != self._platform.lower():
+            from azu.auth.succession import platforms_of
+            from azu.client.known_network import successions_of
+
             if self._platform.lower() in platforms_of(shown.address.lower(), successions_of(shown)):
                 raise Unauthenticated(
                     f"the platform {self._platform} is {shown.address} now, and its old key has signed that: "
@@ -224,125 +232,131 @@ class Client:
             )
         return shown
 
-    def deposit(self, tx_hash: str, address: str) -> DepositState:
+    async def deposit(self, tx_hash: str, address: str) -> DepositState:
         """Have the network look for a transfer at once and credit it."""
-        return self._post(DepositState, "/deposit", {"tx_sig": tx_hash, "user_address": address})
+        return await self._post(DepositState, "/deposit", {"tx_sig": tx_hash, "user_address": address})
 
-    def balance(self) -> BalanceResponse:
+    async def balance(self) -> BalanceResponse:
         """Return the balance of the key's address."""
-        return self._get(BalanceResponse, "/v1/balance")
+        return await self._get(BalanceResponse, "/v1/balance")
 
-    def withdraw(
+    async def withdraw(
         self, wallet: "LocalAccount", lamports: int, *, life_s: int = _WITHDRAWAL_LIFE_S
     ) -> WithdrawalLine:
         """Have lamports sent back to the key's address; its wallet signs the withdrawal."""
+        from azu.auth.signatures import Withdrawal, sign_withdrawal
+
         withdrawal = Withdrawal(
             address=wallet.address.lower(),
             lamports=lamports,
             nonce=time.time_ns(),
             expires_at_ms=wall_clock_ms() + 1000 * life_s,
         )
-        signature = sign_withdrawal(wallet, withdrawal, self.platform().address)
+        signature = sign_withdrawal(wallet, withdrawal, (await self.platform()).address)
         body = {
             "lamports": lamports,
             "nonce": withdrawal.nonce,
             "expires_at_ms": withdrawal.expires_at_ms,
             "signature": signature,
         }
-        return self._post(WithdrawalLine, "/v1/withdrawals", body)
+        return await self._post(WithdrawalLine, "/v1/withdrawals", body)
 
-    def withdrawal(self, nonce: int) -> WithdrawalLine:
+    async def withdrawal(self, nonce: int) -> WithdrawalLine:
         """Return how far a withdrawal is."""
-        return self._get(WithdrawalLine, f"/v1/withdrawals/{nonce}")
+        return await self._get(WithdrawalLine, f"/v1/withdrawals/{nonce}")
 
-    def claim_earnings(self, wallet: "LocalAccount") -> None:
+    async def claim_earnings(self, wallet: "LocalAccount") -> None:
         """Claim the earnings of the key's address; its wallet signs. Nothing is paid before that."""
-        signature = sign_claim(wallet, self.platform().address)
-        self._post(ClaimedEarnings, "/v1/earnings/claim", {"signature": signature})
+        from azu.auth.signatures import sign_claim
 
-    def earnings(self) -> EarningsResponse:
+        signature = sign_claim(wallet, (await self.platform()).address)
+        await self._post(ClaimedEarnings, "/v1/earnings/claim", {"signature": signature})
+
+    async def earnings(self) -> EarningsResponse:
         """Return what the key's address earned by lending."""
-        return self._get(EarningsResponse, "/v1/earnings")
+        return await self._get(EarningsResponse, "/v1/earnings")
 
-    def submit(self, prompt: str, *, model: str, address: str, est_tokens: int) -> str:
+    async def submit(self, prompt: str, *, model: str, address: str, est_tokens: int) -> str:
         """Queue a prompt and return its job id."""
         body = {"user_address": address, "model_id": model, "prompt": prompt, "est_tokens": est_tokens}
-        return self._post(SubmittedJob, "/submit", body).job_id
+        return (await self._post(SubmittedJob, "/submit", body)).job_id
 
-    def results(self, job_id: str) -> Results:
+    async def results(self, job_id: str) -> Results:
         """Return what a job has produced so far."""
-        return self._get(Results, f"/results/{job_id}")
+        return await self._get(Results, f"/results/{_part(job_id)}")
 
-    def jobs(self, limit: int = 50) -> list[JobLine]:
+    async def jobs(self, limit: int = 50) -> list[JobLine]:
         """Return the jobs of the key's address, newest first."""
-        return list(self._get(JobList, "/v1/jobs", limit=limit).data)
+        return list((await self._get(JobList, "/v1/jobs", limit=limit)).data)
 
-    def dispute(self, job_id: str, wallet: "LocalAccount") -> DisputeState:
+    async def dispute(self, job_id: str, wallet: "LocalAccount") -> DisputeState:
         """Have what a job paid out be held until the network's admin decides; the payer's wallet signs."""
-        body = {"signature": sign_dispute(wallet, job_id, self.platform().address)}
-        return self._post(DisputeState, f"/v1/jobs/{quote(job_id, safe='')}/dispute", body)
+        from azu.auth.signatures import sign_dispute
 
-    def decision(self, job_id: str) -> DisputeState:
+        body = {"signature": sign_dispute(wallet, job_id, (await self.platform()).address)}
+        return await self._post(DisputeState, f"/v1/jobs/{_part(job_id)}/dispute", body)
+
+    async def decision(self, job_id: str) -> DisputeState:
         """Return whether a job is disputed, and what the network's admin decided about it."""
-        return self._get(DisputeState, f"/v1/jobs/{quote(job_id, safe='')}/dispute")
+        return await self._get(DisputeState, f"/v1/jobs/{_part(job_id)}/dispute")
 
-    def delete_job(self, job_id: str) -> str:
+    async def delete_job(self, job_id: str) -> str:
         """Remove an ended job's prompt and answer from the network and return its id; its receipt stays."""
         with translated():
-            answer = json_of(self._http.delete(f"/v1/jobs/{quote(job_id, safe='')}"))
+            answer = json_of(await self._http.delete(f"/v1/jobs/{_part(job_id)}"))
             return read(DeletedJob, answer).deleted
 
-    def receipt(self, job_id: str) -> ReceiptLines:
+    async def receipt(self, job_id: str) -> ReceiptLines:
         """Return what a job cost and which workers earned it."""
-        return self._get(ReceiptLines, f"/v1/receipts/{job_id}")
+        return await self._get(ReceiptLines, f"/v1/receipts/{_part(job_id)}")
 
-    def signed_receipt(self, job_id: str) -> dict[str, Any]:
+    async def signed_receipt(self, job_id: str) -> dict[str, Any]:
         """Return a receipt as the JSON that the platform signed, with `signer` and `signature`.
 
         `azu.auth.signatures.verify_receipt` checks it offline. The signature is None while no receipt
         is signed. The signature covers keys that this client does not know, so the JSON stays as it came.
         """
         with translated():
-            document = json_of(self._http.get(f"/v1/receipts/{job_id}"))
+            document = json_of(await self._http.get(f"/v1/receipts/{_part(job_id)}"))
         if not isinstance(document, dict):
             raise InternalError("the receipt is no JSON object")
         return document
 
-    def network(self) -> NetworkResponse:
+    async def network(self) -> NetworkResponse:
         """Return nodes and deployments, and what they do."""
-        return self._get(NetworkResponse, "/v1/network")
+        return await self._get(NetworkResponse, "/v1/network")
 
-    def leave(self, node: str) -> bool:
+    async def leave(self, node: str) -> bool:
         """Have a node of the key's address give away what it holds; return True once it holds nothing."""
-        return self._post(LeaveResponse, f"/v1/nodes/{quote(node, safe='')}/leave", {}).left
+        return (await self._post(LeaveResponse, f"/v1/nodes/{_part(node)}/leave", {})).left
 
-    def offer(self, vram_bytes: int, memory_bytes_per_s: float, flops_per_s: float) -> OfferResponse:
+    async def offer(self, vram_bytes: int, memory_bytes_per_s: float, flops_per_s: float) -> OfferResponse:
         """Return what a machine of this memory and speed would hold and could earn; needs no key."""
         body = {
             "vram_bytes": vram_bytes, "memory_bytes_per_s": memory_bytes_per_s, "flops_per_s": flops_per_s
         }  # fmt: skip
-        return self._post(OfferResponse, "/v1/nodes/offer", body)
+        return await self._post(OfferResponse, "/v1/nodes/offer", body)
 
-    def pause(self, node: str) -> bool:
+    async def pause(self, node: str) -> bool:
         """Pause a node of the key's address until `resume`; return True once it holds nothing."""
-        return self._post(PauseResponse, f"/v1/nodes/{quote(node, safe='')}/pause", {}).empty
+        return (await self._post(PauseResponse, f"/v1/nodes/{_part(node)}/pause", {})).empty
 
-    def resume(self, node: str) -> None:
+    async def resume(self, node: str) -> None:
         """Have a paused node lend again."""
-        self._post(PauseResponse, f"/v1/nodes/{quote(node, safe='')}/resume", {})
+        await self._post(PauseResponse, f"/v1/nodes/{_part(node)}/resume", {})
 
-    def models(self) -> list[ModelLine]:
+    async def models(self) -> list[ModelLine]:
         """Return the models that are built in or cut, with their prices."""
-        return list(self._get(ModelList, "/v1/models").data)
+        return list((await self._get(ModelList, "/v1/models")).data)
 
-    def shard(self, model: str) -> ModelStatusResponse:
+    async def shard(self, model: str) -> ModelStatusResponse:
         """Have a model cut into shards; needs the admin key."""
-        return self._post(ModelStatusResponse, "/models/shard", {"model_id": model})
+        return await self._post(ModelStatusResponse, "/models/shard", {"model_id": model})
 
-    def healthy(self) -> bool:
+    async def healthy(self) -> bool:
         """Return whether the network serves prompts now."""
         try:
-            return self._http.get("/health", timeout=_CONNECT_TIMEOUT_S).status_code == 200
+            return (await self._http.get("/health", timeout=_CONNECT_TIMEOUT_S)).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -350,49 +364,18 @@ class Client:
         if api_key:
             self._http.headers["authorization"] = f"Bearer {api_key}"
 
-    def _get(self, kind: type[Response], path: str, **query: Any) -> Response:
+    async def _get(self, kind: type[Response], path: str, **query: Any) -> Response:
         with translated():
-            return read(kind, json_of(self._http.get(path, params=query)))
+            return read(kind, json_of(await self._http.get(path, params=query)))
 
-    def _post(self, kind: type[Response], path: str, body: dict[str, Any]) -> Response:
+    async def _post(self, kind: type[Response], path: str, body: dict[str, Any]) -> Response:
         with translated():
-            return read(kind, json_of(self._http.post(path, json=body)))
+            return read(kind, json_of(await self._http.post(path, json=body)))
 
 
 def _given(body: dict[str, Any], **optional: Any) -> dict[str, Any]:
     return body | {name: value for name, value in optional.items() if value is not None}
 
 
-def wallet_of(key: str | LocalAccount) -> LocalAccount:
-    """Return the wallet of a private key in hex, or the wallet itself."""
-    if isinstance(key, LocalAccount):
-        return key
-    try:
-        wallet: LocalAccount = Account.from_key(key)
-    except Exception:
-        # The library's message may quote the key, so azu does not chain it.
-        raise InvalidRequest("this is no private key", param="private_key") from None
-    return wallet
-
-
-def sign_key(wallet: LocalAccount, key: ApiKey, platform: str, url: str) -> str:
-    """Sign a key's text as wallets do (EIP-191) and return the signature in hex.
-
-    Raises InvalidRequest for a text that does not open this very key at the platform, or that is not of the
-    network at `url`: another network could open a key, or a key with other limits, with the signature.
-    """
-    if not is_key_text(key.text, key, platform):
-        raise InvalidRequest("the network sent another text to sign than the one that opens this key")
-    domain, here = domain_of(key.text), urlsplit(url).netloc
-    if _loopback_as_one(domain) != _loopback_as_one(here):
-        raise InvalidRequest(
-            f"the network at {here} sent a sign-in for {domain}: log in at that address if you know it, else "
-            f"its owner has to set AZU_DOMAIN to {here}"
-        )
-    signature: str = wallet.sign_message(encode_defunct(text=key.text)).signature.to_0x_hex()
-    return signature
-
-
-def _loopback_as_one(netloc: str) -> str:
-    host, colon, port = netloc.lower().rpartition(":")
-    return f"127.0.0.1{colon}{port}" if host == "localhost" else netloc.lower()
+def _part(text: str) -> str:
+    return quote(text, safe="")

@@ -12,10 +12,10 @@ from azu.cli.chat import _Conversation
 from azu.client import Client
 from azu.errors import Unavailable, WorkerLost
 from tests.cli.test_main import azu
+from tests.client.answers import delta, last_chunk
 from tests.client.ingress import Ingress, Reply, running_ingress
-from tests.client.test_client import delta, usage_chunk
 
-ANSWER = (delta("Pa"), delta("ris", finish="stop"), usage_chunk(ChatChunk), "[DONE]")
+ANSWER = (delta("Pa"), delta("ris", finish="stop"), last_chunk(ChatChunk), "[DONE]")
 RECEIPT = {
     "job_id": "job-1", "address": "0xa", "model_id": "m", "revision": "r", "prompt_tokens": 3,
     "completion_tokens": 2, "num_layers": 6, "lamports_per_token_layer": 2, "charged_lamports": 40,

@@ -9,8 +9,8 @@ from azu.api.openai import ChatChunk
 from azu.cli.prompt import asked
 from azu.errors import ConfigurationError, InvalidRequest
 from tests.cli.test_main import azu
+from tests.client.answers import delta, last_chunk
 from tests.client.ingress import Comment, Reply, running_ingress
-from tests.client.test_client import delta, usage_chunk
 
 
 def test_a_question_is_read_from_a_file_without_the_end_of_its_last_line(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_where_the_job_stands_is_told_beside_the_answer_and_not_to_programs(tmp_
         Comment(f"phase {json.dumps(phase | {'bytes_done': None, 'bytes_total': None})}") for phase in phases
     ]
     texts = (delta("Pa"), comments[2], delta("ris", finish="stop"))
-    chunks = (*comments[:2], *texts, usage_chunk(ChatChunk), "[DONE]")
+    chunks = (*comments[:2], *texts, last_chunk(ChatChunk), "[DONE]")
     with running_ingress() as ingress:
         ingress.replies["POST /v1/chat/completions"] = Reply(chunks=chunks)
         given = {"home": tmp_path, "AZU_URL": ingress.url, "AZU_API_KEY": "k"}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from azu.client.machine import Credential, store_credential
+from tests.client.answers import last_chunk
 from tests.client.ingress import PLATFORM, Ingress, Reply, running_ingress
 
 README = Path(__file__).parents[2] / "README.md"
@@ -29,8 +30,7 @@ def chunks() -> tuple[object, ...]:
     text = {"index": 0, "text": "Paris.", "logprobs": None, "finish_reason": "stop"}
     azu = {"job_id": "job-1", "after": 1}
     kept = {**HEAD, "object": "text_completion", "azu": azu}
-    usage = {**USAGE, "cost_lamports": 60}
-    return ({**kept, "choices": [text]}, {**kept, "choices": [], "usage": usage}, "[DONE]")
+    return ({**kept, "choices": [text]}, last_chunk(), "[DONE]")
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -15,12 +15,13 @@ PLATFORM = "0x" + "9a" * 20
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request of a client."""
+    """A request of a client; the port that it came from is its connection."""
 
     method: str
     path: str
     authorization: str | None
     body: Any
+    connection: int = 0
 
 
 class Comment(str):
@@ -33,8 +34,9 @@ class Reply:
 
     body: Any = None
     status: int = 200
-    chunks: tuple[Any, ...] | None = None
+    chunks: Iterable[Any] | None = None
     content: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -55,6 +57,10 @@ def running_ingress() -> Iterator[Ingress]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def handle(self) -> None:
+            with suppress(ConnectionResetError):  # a client that leaves
+                super().handle()
+
         def do_GET(self) -> None:
             self._answer("GET", None)
 
@@ -63,15 +69,18 @@ def running_ingress() -> Iterator[Ingress]:
 
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers["content-length"]))
-            self._answer("POST", json.loads(content) if content else None)
+            self._answer("POST", json.loads(content or b"null"))
 
         def _answer(self, method: str, body: Any) -> None:
-            ingress.requests.append(Request(method, self.path, self.headers["authorization"], body))
+            key, connection = self.headers["authorization"], self.client_address[1]
+            ingress.requests.append(Request(method, self.path, key, body, connection))
             found = ingress.replies.get(
                 f"{method} {self.path}", Reply({"error": {"message": "no route"}}, 404)
             )
             reply = found(body) if callable(found) else found
             self.send_response(reply.status)
+            for name, value in reply.headers.items():
+                self.send_header(name, value)
             if reply.chunks is not None:
                 self._stream(reply.chunks)
                 return
@@ -80,19 +89,22 @@ def running_ingress() -> Iterator[Ingress]:
             self.end_headers()
             self.wfile.write(content)
 
-        def _stream(self, chunks: tuple[Any, ...]) -> None:
+        def _stream(self, chunks: Iterable[Any]) -> None:
             self.send_header("content-type", "text/event-stream")
-            self.send_header("connection", "close")
+            self.send_header("transfer-encoding", "chunked")
             self.end_headers()
-            self.close_connection = True
             try:
                 for chunk in chunks:
                     content = chunk if isinstance(chunk, str) else json.dumps(chunk)
                     field = ":" if isinstance(chunk, Comment) else "data:"
-                    self.wfile.write(f"{field} {content}\n\n".encode())
-                    self.wfile.flush()
+                    self._write_part(f"{field} {content}\n\n".encode())
+                self._write_part(b"")
             except (BrokenPipeError, ConnectionResetError):
                 ingress.closed_early.set()
+                self.close_connection = True
+
+        def _write_part(self, part: bytes) -> None:
+            self.wfile.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
 
         def log_message(self, *_: Any) -> None:
             """Write no log."""

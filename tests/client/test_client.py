@@ -9,7 +9,7 @@ import pytest
 from eth_account import Account
 
 from azu.api.jobs import Phase
-from azu.api.openai import AzuFields, ChatChunk, ChatChunkChoice, Delta, TextChoice, TextChunk, Usage
+from azu.api.openai import ChatChunk, TextChunk
 from azu.auth.key_records import ApiKey, key_id_of, key_record_is_signed, key_text, secret_digest
 from azu.auth.signatures import is_dispute
 from azu.client import Client
@@ -27,12 +27,10 @@ from azu.errors import (
     Unauthenticated,
     Unavailable,
 )
+from tests.client.answers import MODEL, RECEIPT, USAGE, delta, last_chunk, piece
 from tests.client.ingress import PLATFORM, Comment, Ingress, Reply, platform_of, running_ingress, signing_in
 
-MODEL = "azu/tiny-dense"
 STRANGER = "0x" + "66" * 20
-HEAD: dict[str, Any] = {"id": "cmpl-job-1", "created": 7, "model": MODEL}
-USAGE = Usage(prompt_tokens=3, completion_tokens=2, total_tokens=5, cost_lamports=60)
 
 
 @pytest.fixture
@@ -48,40 +46,24 @@ def client(ingress: Ingress) -> Iterator[Client]:
     client.close()
 
 
-def piece(text: str, *, finish: str | None = None, after: int = 0, index: int = 0) -> dict[str, Any]:
-    choice = TextChoice(index=index, text=text, logprobs=None, finish_reason=finish)
-    azu = AzuFields(job_id="job-1", after=after)
-    return TextChunk(**HEAD, azu=azu, choices=(choice,)).model_dump(mode="json")
-
-
-def delta(text: str | None, *, finish: str | None = None, index: int = 0) -> dict[str, Any]:
-    choice = ChatChunkChoice(index=index, delta=Delta(content=text), logprobs=None, finish_reason=finish)
-    azu = AzuFields(job_id="job-1", after=0)
-    return ChatChunk(**HEAD, azu=azu, choices=(choice,)).model_dump(mode="json")
-
-
-def usage_chunk(kind: type[TextChunk] | type[ChatChunk] = TextChunk) -> dict[str, Any]:
-    chunk = kind(**HEAD, azu=AzuFields(job_id="job-1"), choices=(), usage=USAGE)
-    return chunk.model_dump(mode="json")
-
-
 def refusal(error: AzuError) -> Reply:
     return Reply(error.to_openai(), error.status)
 
 
 def test_a_prompt_is_streamed_piece_by_piece(ingress: Ingress, client: Client) -> None:
-    chunks = (piece("Pa"), piece("ris"), piece("", finish="stop"), usage_chunk(), "[DONE]")
+    chunks = (piece("Pa"), piece("ris"), piece("", finish="stop"), last_chunk(), "[DONE]")
     ingress.replies["POST /v1/completions"] = Reply(chunks=chunks)
 
     stream = client.stream("The capital of France is", model=MODEL, max_tokens=7, temperature=0.5)
 
+    assert stream.job_id == ""
     assert [text for text in stream if text] == ["Pa", "ris"]
+    assert stream.job_id == "job-1"
     generation = stream.result()
     assert generation.text == "Paris"
     assert generation.finish_reason == "stop"
     assert generation.job_id == "job-1"
-    assert (generation.prompt_tokens, generation.completion_tokens) == (3, 2)
-    assert generation.charged_lamports == 60
+    assert (generation.receipt.charged_lamports, generation.receipt.topology[0].node) == (60, "ada")
     (request,) = ingress.requests
     assert request.authorization == "Bearer azu-sk-key"
     assert request.body == {
@@ -90,7 +72,7 @@ def test_a_prompt_is_streamed_piece_by_piece(ingress: Ingress, client: Client) -
         "max_tokens": 7,
         "temperature": 0.5,
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_receipt": True},
     }
 
 
@@ -108,7 +90,7 @@ def test_a_stream_says_where_its_job_stands_and_reads_on_where_it_does_not_know_
     signs = [json.dumps(one) for one in (phase, phase | {"name": "dreaming"})] + ["{"]
     comments = tuple(Comment(f"phase {sign}") for sign in signs)
     ingress.replies["POST /v1/completions"] = Reply(
-        chunks=(*comments, Comment("keep-alive"), piece("Pa", finish="stop"), usage_chunk(), "[DONE]")
+        chunks=(*comments, Comment("keep-alive"), piece("Pa", finish="stop"), last_chunk(), "[DONE]")
     )
     stream, seen = client.stream("The capital", model=MODEL), list[Phase]()
     stream.on_phase = seen.append
@@ -118,7 +100,7 @@ def test_a_stream_says_where_its_job_stands_and_reads_on_where_it_does_not_know_
 
 
 def test_generate_returns_the_whole_text(ingress: Ingress, client: Client) -> None:
-    chunks = (piece("Pa"), piece("ris", finish="length"), usage_chunk(), "[DONE]")
+    chunks = (piece("Pa"), piece("ris", finish="length"), last_chunk(), "[DONE]")
     ingress.replies["POST /v1/completions"] = Reply(chunks=chunks)
 
     generation = client.generate("The capital of France is", model=MODEL)
@@ -132,7 +114,7 @@ def test_a_chat_goes_through_the_models_template(ingress: Ingress, client: Clien
         delta("東"),
         delta("京 🗼"),
         delta(None, finish="stop"),
-        usage_chunk(ChatChunk),
+        last_chunk(ChatChunk),
         "[DONE]",
     )
     ingress.replies["POST /v1/chat/completions"] = Reply(chunks=chunks)
@@ -148,7 +130,7 @@ def test_a_stream_is_split_where_its_lines_end_and_nowhere_else(ingress: Ingress
     text = "a\u0085b\u2028c\u2029d\x0be"
     ingress.replies["POST /v1/completions"] = Reply(
         chunks=(
-            json.dumps(piece(text), ensure_ascii=False), piece("", finish="stop"), usage_chunk(), "[DONE]",
+            json.dumps(piece(text), ensure_ascii=False), piece("", finish="stop"), last_chunk(), "[DONE]",
         )
     )  # fmt: skip
 
@@ -166,17 +148,18 @@ def test_a_broken_stream_continues_behind_its_last_chunk(ingress: Ingress, clien
     ingress.replies["POST /v1/completions"] = Reply(chunks=(piece("Pa", after=1),))
     again = "GET /v1/jobs/job-1/stream?chat=false&after="
     ingress.replies[f"{again}1"] = Reply(chunks=(piece("ri", after=3),))
-    rest = (piece("s", after=4), piece("", finish="stop", after=4), usage_chunk(), "[DONE]")
+    rest = (piece("s", after=4), piece("", finish="stop", after=4), last_chunk(), "[DONE]")
     ingress.replies[f"{again}3"] = Reply(chunks=rest)
 
     generation = client.generate("The capital of France is", model=MODEL)
 
     assert (generation.text, generation.finish_reason) == ("Paris", "stop")
-    # The usage speaks of two tokens; the places in the stream say that four came.
-    assert (generation.completion_tokens, generation.received_tokens) == (2, 4)
+    # The receipt speaks of two tokens; the places in the stream say that four came.
+    assert generation.received_tokens == 4
+    assert generation.difference == "2 tokens of the answer were charged, 4 came"
 
 
-@pytest.mark.parametrize("chunks", [(), (piece("Pa", after=1),), (piece("Pa", after=1), usage_chunk())])
+@pytest.mark.parametrize("chunks", [(), (piece("Pa", after=1),), (piece("Pa", after=1), last_chunk())])
 @pytest.mark.parametrize("returns", [(), (0.0, 0.0)])
 def test_a_stream_that_just_ends_is_an_error(
     ingress: Ingress,
@@ -195,10 +178,10 @@ def test_a_stream_that_just_ends_is_an_error(
         list(client.stream("The capital of France is", model=MODEL))
 
 
-def test_a_stream_without_the_cost_of_its_answer_is_an_error(ingress: Ingress, client: Client) -> None:
+def test_a_stream_without_the_receipt_of_its_answer_is_an_error(ingress: Ingress, client: Client) -> None:
     ingress.replies["POST /v1/completions"] = Reply(chunks=(piece("Paris", finish="stop"), "[DONE]"))
 
-    with pytest.raises(Unavailable, match="without the usage"):
+    with pytest.raises(Unavailable, match="without the receipt"):
         client.generate("The capital of France is", model=MODEL)
 
 
@@ -219,7 +202,7 @@ def test_the_texts_of_several_choices_are_kept_apart_by_their_index(
     chunk = delta if chat else piece
     chunks = (
         chunk("Ro", index=1), chunk("Pa", index=0), chunk("me", index=1, finish="length"),
-        chunk("ris", index=0, finish="stop"), usage_chunk(ChatChunk if chat else TextChunk), "[DONE]",
+        chunk("ris", index=0, finish="stop"), last_chunk(ChatChunk if chat else TextChunk), "[DONE]",
     )  # fmt: skip
     ingress.replies[f"POST /v1/{'chat/' if chat else ''}completions"] = Reply(chunks=chunks)
     question = [{"role": "user", "content": "Name two cities."}]
@@ -228,7 +211,8 @@ def test_the_texts_of_several_choices_are_kept_apart_by_their_index(
 
     assert "".join(stream) == "Paris"
     generation = stream.result()
-    assert generation.texts == ("Paris", "Rome")
+    assert [one.index for one in generation.choices] == [0, 1]
+    assert ("Rome" in str(generation.choices[1]), generation.choices[1].finish_reason) == (True, "length")
     assert (generation.text, generation.finish_reason) == ("Paris", "stop")
 
 
@@ -464,18 +448,11 @@ def test_fields_of_a_newer_network_are_ignored(ingress: Ingress, client: Client)
 
 
 def test_jobs_submit_results_and_receipts(ingress: Ingress, client: Client) -> None:
-    receipt = {
-        "job_id": "job-1", "address": "0xb", "model_id": MODEL, "revision": "r1",
-        "lamports_per_token_layer": 2, "prompt_tokens": 3, "completion_tokens": 2, "num_layers": 6,
-        "token_layers": 30, "charged_lamports": 60, "released_lamports": 40, "platform_lamports": 12,
-        "worker_lamports": {"0xa": 48}, "transfer_id": "settle:job-1",
-        "topology": [{"node": "ada", "actor": "layer:0", "layers": [0, 6], "experts": {"2": [0, 1]}}],
-    }  # fmt: skip
     ingress.replies["POST /submit"] = Reply({"job_id": "job-1"})
-    ingress.replies["GET /v1/receipts/job-1"] = Reply(receipt)
+    ingress.replies["GET /v1/receipts/job-1"] = Reply(RECEIPT)
     ingress.replies["GET /results/job-1"] = Reply(
         {"job_id": "job-1", "status": "done", "text": "Paris", "token_ids": [1, 2], "choices": [],
-         "usage": USAGE.model_dump(), "finish_reason": "stop", "error": None, "receipt": receipt}
+         "usage": USAGE.model_dump(), "finish_reason": "stop", "error": None, "receipt": RECEIPT}
     )  # fmt: skip
 
     job_id = client.submit("The capital", model=MODEL, address="0xa", est_tokens=9)
@@ -496,7 +473,7 @@ def test_the_environment_sets_the_address_and_the_key(
 
     monkeypatch.setenv("AZU_URL", ingress.url)
     monkeypatch.setenv("AZU_API_KEY", "azu-sk-env")
-    ingress.replies["POST /v1/completions"] = Reply(chunks=(piece("Paris"), usage_chunk(), "[DONE]"))
+    ingress.replies["POST /v1/completions"] = Reply(chunks=(piece("Paris"), last_chunk(), "[DONE]"))
 
     assert azu.generate("The capital of France is", model=MODEL, max_tokens=3).text == "Paris"
     assert "".join(azu.stream("The capital of France is", model=MODEL)) == "Paris"
