@@ -1,6 +1,7 @@
 """RayBackend: the actors of deployments as Ray's, each known by its name."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,19 +9,29 @@ from typing import Any, cast
 
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
+from tenacity import AsyncRetrying, RetryError, stop_after_delay, wait_fixed
 
 from actors.expert import ExpertActor
 from actors.layer import LayerActor
 from actors.links import REGISTRY, as_azu_error, ask
 from actors.node import NodeAgents
 from actors.pipeline import Pipeline
-from actors.placement import CONTROL, find_piece, release, reserve, start_in_group, start_on_head, sweep
+from actors.placement import (
+    CONTROL,
+    find_piece,
+    granted,
+    release,
+    reserve,
+    start_in_group,
+    start_on_head,
+    sweep,
+)
 from azu.cluster.backend import Neighbours
 from azu.config import NetworkPolicy
 from azu.engine.canary import CanaryAnswer
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.stage_contract import StageSpec
-from azu.errors import AzuError, DeadlineExceeded, WorkerLost
+from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, WorkerLost
 from azu.models.status import ModelStatus
 from azu.planner.demand import shards_of
 from azu.planner.replicas import ExpertCounts
@@ -29,6 +40,10 @@ from azu.protocol.node import Node
 from azu.protocol.step import PieceProgress
 from azu.protocol.structure import Structure
 from azu.protocol.topology import LossReport, Piece, Stage, Topology
+from azu.supervision import as_known_error
+from azu.units import format_bytes
+
+log = logging.getLogger(__name__)
 
 _PIPELINE_CONCURRENCY = 10_000
 _LISTEN_S = 1.0
@@ -36,6 +51,9 @@ _STATUS_S = 1.0
 _CUT_LOOK_S = 0.25
 # The canary's few steps come after those of all jobs.
 _CANARY_S = 600.0
+# Ray's control service may start again meanwhile. What is left then is ended by the next scheduler.
+_RELEASE_FOR_S = 600.0
+_RELEASE_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +87,7 @@ class RayBackend:
         self._blamed = blamed
         self._marked = marked
         self._actors: dict[str, _Actor] = {}
+        self._releasing: set[asyncio.Task[None]] = set()
 
     async def structure(self, model_id: str, revision: str) -> Structure:
         describe_s = self._timeouts.describe_s
@@ -102,18 +121,26 @@ class RayBackend:
 
     async def start(self, name: str, piece: Piece) -> None:
         cls = LayerActor if isinstance(piece, Stage) else ExpertActor
+        timeout_s = self._timeouts.placement_s
         group: PlacementGroup | None = None
         try:
-            group = await reserve(name, piece.node_id, piece.vram_bytes, self._timeouts.placement_s)
+            group = reserve(name, piece.node_id, piece.vram_bytes)
+            if not await granted(group, timeout_s):
+                room = f"{format_bytes(piece.vram_bytes)} of VRAM"
+                raise InsufficientCapacity(
+                    f"node {piece.node_id[:8]} did not give {room} in {timeout_s:.0f} s"
+                )
             self._actors[name] = _Actor(start_in_group(cls, name, group), group)
-        except Exception as error:
-            release(None, group)
-            raise as_azu_error(error, name) from error
+        except BaseException as error:
+            self._release(name, None, group)
+            if isinstance(error, Exception):
+                raise as_azu_error(error, name) from error
+            raise
 
     async def find(self, name: str) -> bool:
         handle, group = await asyncio.to_thread(find_piece, name)
         if handle is None:
-            release(None, group)
+            self._release(name, None, group)
             return False
         self._actors[name] = _Actor(handle, group)
         return True
@@ -162,7 +189,17 @@ class RayBackend:
 
     def kill(self, name: str) -> None:
         if (actor := self._actors.pop(name, None)) is not None:
-            release(actor.handle, actor.group)
+            self._release(name, actor.handle, actor.group)
+
+    def _release(self, name: str, handle: ActorHandle | None, group: PlacementGroup | None) -> None:
+        """Release a piece or a pipeline; what Ray does not take is tried again, and hinders no other."""
+        try:
+            release(handle, group)
+        except Exception as error:
+            as_known_error(error, f"the end of {name}")
+            releasing = asyncio.create_task(_release_later(name, handle, group))
+            self._releasing.add(releasing)
+            releasing.add_done_callback(self._releasing.discard)
 
     # Pipelines
 
@@ -284,3 +321,13 @@ class RayBackend:
             agent.fetch.remote(structure, names), name, self._timeouts.fetch_s
         )
         return fetched
+
+
+async def _release_later(name: str, handle: ActorHandle | None, group: PlacementGroup | None) -> None:
+    """Try again to release what Ray did not take."""
+    retries = AsyncRetrying(stop=stop_after_delay(_RELEASE_FOR_S), wait=wait_fixed(_RELEASE_EVERY_S))
+    try:
+        await asyncio.sleep(_RELEASE_EVERY_S)
+        await retries(asyncio.to_thread, release, handle, group)
+    except RetryError:
+        log.exception("%s was not ended in %.0f s", name, _RELEASE_FOR_S)

@@ -19,7 +19,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.compat import group_of
-from azu.errors import InsufficientCapacity, Unavailable
+from azu.errors import Unavailable
 from azu.protocol.node import plain_name
 from azu.units import MIB
 
@@ -105,27 +105,19 @@ def start_in_group(cls: type, name: str, group: PlacementGroup, *args: Any) -> A
     return ray.remote(concurrency_groups={CONTROL: _CONTROL_THREADS})(cls).options(**options).remote(*args)
 
 
-async def reserve(name: str, node_id: str, vram_bytes: int, timeout_s: float) -> PlacementGroup:
-    """Reserve a piece's VRAM on a node, in whole MiB.
-
-    Raises InsufficientCapacity when the node does not give it in time.
-    """
-    mib = -(-vram_bytes // MIB)
-    group = placement_group(
-        [{VRAM: mib}],
+def reserve(name: str, node_id: str, vram_bytes: int) -> PlacementGroup:
+    """Begin to reserve a piece's VRAM on a node, in whole MiB; `granted` waits for it."""
+    return placement_group(
+        [{VRAM: -(-vram_bytes // MIB)}],
         name=name,
         lifetime="detached",
         bundle_label_selector=[{NODE_ID_LABEL: node_id}],
     )
-    try:
-        is_ready = await asyncio.to_thread(group.wait, timeout_s)
-    except asyncio.CancelledError:
-        remove_placement_group(group)
-        raise
-    if not is_ready:
-        remove_placement_group(group)
-        raise InsufficientCapacity(f"node {node_id[:8]} did not give {mib} MiB of VRAM in {timeout_s:.0f} s")
-    return group
+
+
+async def granted(group: PlacementGroup, timeout_s: float) -> bool:
+    """Wait for reserved VRAM; say whether the node gives it in time."""
+    return await asyncio.to_thread(group.wait, timeout_s)
 
 
 async def request_nodes(bundles_mib: Sequence[int]) -> None:
@@ -145,10 +137,12 @@ async def request_nodes(bundles_mib: Sequence[int]) -> None:
 
 def release(actor: ActorHandle | None, group: PlacementGroup | None) -> None:
     """End a piece's actor and give its VRAM back; for what is gone already this does nothing."""
-    if actor is not None:
-        ray.kill(actor)
-    if group is not None:
-        remove_placement_group(group)
+    try:
+        if actor is not None:
+            ray.kill(actor)
+    finally:
+        if group is not None:
+            remove_placement_group(group)
 
 
 def release_all() -> None:

@@ -77,7 +77,10 @@ class DeploymentBackend(Protocol):
         """Return how often a stage chose each expert, in layers whose experts are apart from their router."""
 
     def kill(self, name: str) -> None:
-        """End an actor and give its VRAM back; for an actor that is gone, only the latter."""
+        """End an actor and give its VRAM back; for an actor that is gone, only the latter.
+
+        It raises nothing: what cannot be ended now is tried again in the background.
+        """
 
     async def start_pipeline(self, name: str, structure: Structure, topology: Topology) -> None:
         """Start a pipeline; it schedules nothing before `begin`."""
