@@ -225,7 +225,8 @@ class Scheduler:
         return self._metrics.total(time.monotonic())
 
     async def _serve(self) -> None:
-        await self._supervisor.insist("adoption", self._adopt)
+        await self._supervisor.insist("adoption", self._learn)
+        await self._cluster.adopt(self._supervisor)
         self._has_adopted = True
         start, policy = self._supervisor.start, self._config.policy
         start("KV", self._check_kv, every_s=policy.heartbeat.period_s)
@@ -249,10 +250,10 @@ class Scheduler:
                 await self._books.expire(job_id)
                 log.warning("gave back what was reserved for a lost job", extra={"job_id": job_id})
 
-    async def _adopt(self) -> None:
+    async def _learn(self) -> None:
+        """Learn what the earlier scheduler kept, and which nodes there are."""
         self._earnings.by_owner = (await self._store.earnings()).by_owner
         await self._agents.first_reports()
-        await self._cluster.adopt()
 
     async def _count_lent(self) -> None:
         """Count what each owner lends; it decides with what they earned whose nodes come next."""

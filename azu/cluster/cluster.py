@@ -15,7 +15,7 @@ from azu.cluster.deployment_store import DeploymentRecord, DeploymentStore
 from azu.cluster.liveness import SlowNodes
 from azu.cluster.phases import on_the_head
 from azu.cluster.repairs import RepairTurns
-from azu.errors import AzuError, InsufficientCapacity, WorkerLost
+from azu.errors import AzuError, InsufficientCapacity
 from azu.models.status import ModelState, ModelStatus
 from azu.planner.fairness import NO_RATES, Rates, fair_plan, fairer_placement
 from azu.planner.migration import TopologyChange, better_placement, change_between, have_room
@@ -33,8 +33,12 @@ from azu.protocol.node import Node, NodeState
 from azu.protocol.phase import JobPhase
 from azu.protocol.structure import Structure
 from azu.protocol.topology import PieceSet, PipelineKey, Topology
+from azu.supervision import AWAY, Supervisor
 
 log = logging.getLogger(__name__)
+
+# At a scheduler's start a registry that is away is waited for so long.
+_PATIENCE_S = 300.0
 
 Sizes = Mapping[str, int]  # node id -> bytes
 # Returns the nodes with the room that is left beside what is placed on them. The second argument has the
@@ -141,29 +145,40 @@ class Cluster:
         """Return the VRAM on each node that is promised to what is not loaded yet."""
         return sums(self._capacity.promised.values())
 
-    async def adopt(self) -> None:
+    async def adopt(self, supervisor: Supervisor) -> None:
         """Take over the deployments of an earlier scheduler; every other actor of a model is killed.
 
-        The nodes must have reported before.
+        The nodes must have reported before. What fails on the way is done again, without what was done. A
+        model is given up whose structure is not to be had, or whose registry is away for five minutes.
         """
+        patient_until_s = self._clock() + _PATIENCE_S
+        found = await supervisor.insist("adoption", partial(self._find, patient_until_s))
+        # The first that is taken over may need a repair at once: the room of the others counts by then.
+        coming = [(self._new(structure, record.topology), record) for structure, record in found]
+        self._deployments.update({one.topology.key: one for one, _ in coming})
+        for deployment, record in coming:
+            await supervisor.insist("adoption", partial(deployment.adopt, record))
+
+    async def _find(self, patient_until_s: float) -> list[tuple[Structure, DeploymentRecord]]:
+        """Return what can be taken over; kill every other actor."""
         records = await self._store.all()
         living = await self._backend.sweep(_names(records))
         found: list[tuple[Structure, DeploymentRecord]] = []
         for record in records:
             model_id, revision, _ = record.topology.key
+            reason = "none of its actors lives"
             try:
-                if not living & record.names:
-                    raise WorkerLost("none of its actors lives")
-                found.append((await self._backend.structure(model_id, revision), record))
+                if living & record.names:
+                    found.append((await self._backend.structure(model_id, revision), record))
+                    continue
             except AzuError as error:
-                log.warning("%s is not taken over: %s", model_id, error.message)
-                await self._store.forget(record.topology)
+                if isinstance(error, AWAY) and self._clock() < patient_until_s:
+                    raise
+                reason = error.message
+            log.warning("%s is not taken over: %s", model_id, reason)
+            await self._store.forget(record.topology)
         await self._backend.sweep(_names(record for _, record in found))
-        # The first that is taken over may need a repair at once: the room of the others counts by then.
-        for structure, record in found:
-            self._deployments[record.topology.key] = self._new(structure, record.topology)
-        for _, record in found:
-            await self._deployments[record.topology.key].adopt(record)
+        return found
 
     async def ensure(self, model_id: str, revision: str, job_id: str) -> Deployment:
         """Return the deployment for a job; a model that is not deployed is deployed first.

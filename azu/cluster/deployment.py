@@ -265,7 +265,10 @@ class Deployment:
         self._supervise()
 
     async def adopt(self, record: DeploymentRecord) -> None:
-        """Take over what another scheduler started; what is gone of it is started again."""
+        """Take over what another scheduler started; what is gone of it is started again.
+
+        After an error this may be called again: nothing is repaired before all is found.
+        """
         if await self._backend.find(record.pipeline):
             await self._set_pipeline(record.pipeline)
             try:

@@ -153,11 +153,14 @@ class PieceActors:
         return sorted({self._running[key].piece.node_id for key in keys_of(pieces)})
 
     async def adopt(self, topology: Topology, records: Sequence[PieceRecord]) -> PieceSet:
-        """Find the actors that another scheduler started; return the pieces whose actors are gone."""
+        """Find the actors that another scheduler started; return the pieces whose actors are gone.
+
+        After an error this may be called again.
+        """
         pieces = {key_of(piece): piece for piece in topology.pieces}
         for record in records:
             key: PieceKey = (Stage if record.is_stage else ExpertSet, record.index)
-            if await self._backend.find(record.name):
+            if key not in self._running and await self._backend.find(record.name):
                 self._running[key] = _PieceActor(
                     pieces[key], record.name, record.epoch, record.epoch, is_loaded=True
                 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from azu.cluster.backend import Neighbours
 from azu.engine.canary import CanaryAnswer
-from azu.errors import AzuError, Unavailable, WorkerLost
+from azu.errors import AzuError, ModelNotFound, Unavailable, WorkerLost
 from azu.models.status import ModelState, ModelStatus
 from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import ChoiceKey, FinishReason, Job, JobRun, PauseReport, PipelineLook
@@ -110,7 +110,7 @@ class FakeBackend:
 
     async def structure(self, model_id: str, revision: str) -> Structure:
         if model_id == self.unknown:
-            raise WorkerLost(f"there is no {model_id} any more")
+            raise ModelNotFound(f"there is no {model_id} any more")
         await asyncio.sleep(0)
         return self.structures.get(model_id) or structure(4, model_id=model_id)
 

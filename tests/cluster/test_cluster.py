@@ -9,17 +9,24 @@ import pytest
 from azu.cluster.cluster import Cluster
 from azu.cluster.deployment import Deployment, DeploymentState
 from azu.cluster.deployment_store import DeploymentStore
-from azu.errors import InsufficientCapacity, WorkerLost
+from azu.errors import DeadlineExceeded, InsufficientCapacity, Unavailable, WorkerLost
 from azu.models.status import ModelState, ModelStatus
 from azu.planner.migration import TopologyChange, better_placement
 from azu.planner.policy import PlanPolicy
 from azu.protocol.node import Node, NodeState
 from azu.protocol.step import PieceProgress, PieceState
+from azu.protocol.structure import Structure
 from azu.protocol.topology import PieceSet, Topology
 from azu.units import MIB
 from tests.actors.fake_backend import FakeBackend
 from tests.builders import node, structure
-from tests.cluster.waiting import end_other_tasks, turns_at_once, until
+from tests.cluster.waiting import (
+    end_other_tasks,
+    failing_once,
+    supervisor_at_once,
+    turns_at_once,
+    until,
+)
 
 POLICY = PlanPolicy(promised_sequences=2, tokens_per_sequence=128)
 
@@ -219,16 +226,76 @@ def test_a_new_scheduler_takes_over_what_stands_and_counts_its_room(redis_url: s
         end_other_tasks()
 
         successor = network.new_cluster()
-        await successor.adopt()
+        await successor.adopt(supervisor_at_once())
 
         assert {name.split(":")[1] for name in backend.swept[-1]} == {"m-one"}
         assert {name.split(":")[1] for name in backend.pieces} == {"m-one"}
+        assert len(backend.swept) == 2
         adopted = await successor.ensure("m/one", "r1", "job-2")
         assert adopted.topology == kept.topology
         assert len(backend.deployed) == deployed, "it is not deployed again"
         assert successor.placed_bytes() == adopted.topology.vram_bytes_by_node
         assert [one.topology.model_id for one in await network.store.all()] == ["m/one"]
         await until(lambda: adopted.topology.epoch > kept.topology.epoch)
+
+    asyncio.run(scenario())
+
+
+def test_what_fails_while_a_new_scheduler_takes_over_is_done_again_without_what_was_done(
+    redis_url: str,
+) -> None:
+    async def scenario() -> None:
+        network = Network(redis_url, vram_bytes=256 * MIB)
+        deployments = [await network.ensure(name) for name in ("m/one", "m/two")]
+        backend = network.backend
+        failing_once(backend, "structure", Unavailable("the registry is not up"))
+        failing_once(backend, "structure", DeadlineExceeded("the registry did not answer"))
+        end_other_tasks()
+
+        successor = network.new_cluster()
+        find, asked = backend.find, list[str]()
+
+        async def find_later(name: str) -> bool:
+            asked.append(name)
+            if len(asked) == 4:
+                raise ConnectionError
+            return await find(name)
+
+        backend.find = find_later  # type: ignore[method-assign]
+        await successor.adopt(supervisor_at_once())
+        assert [one.topology for one in successor.deployments] == [one.topology for one in deployments]
+        assert backend.killed == []
+
+        loaded = len(backend.loaded)
+        lost = next(iter(backend.pieces.values()))
+        backend.end_piece(lost)
+        await until(lambda: bool(backend.repairs))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert len(backend.loaded) == loaded + 1, "one scheduler repairs it, once"
+        assert backend.killed == [lost.name]
+
+    asyncio.run(scenario())
+
+
+def test_a_model_whose_registry_stays_away_is_not_taken_over(redis_url: str) -> None:
+    async def scenario() -> None:
+        network = Network(redis_url)
+        await network.ensure("m/one")
+        end_other_tasks()
+        successor = network.new_cluster()
+
+        async def away(model_id: str, revision: str) -> Structure:
+            network.now_s += 100.0
+            raise Unavailable("the registry is not up")
+
+        network.backend.structure = away  # type: ignore[method-assign]
+        await successor.adopt(supervisor_at_once())
+
+        assert network.now_s == 300.0
+        assert successor.deployments == ()
+        assert network.backend.pieces == {}
+        assert await network.store.all() == []
 
     asyncio.run(scenario())
 
@@ -433,7 +500,7 @@ def test_a_new_scheduler_takes_every_pipeline_over(redis_url: str) -> None:
         end_other_tasks()
 
         successor = network.new_cluster()
-        await successor.adopt()
+        await successor.adopt(supervisor_at_once())
 
         assert [one.topology for one in successor.deployments] == before
         await until(lambda: all(one.topology.epoch > before[1].epoch for one in successor.deployments))

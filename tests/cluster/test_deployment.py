@@ -24,7 +24,7 @@ from azu.protocol.step import PieceProgress, PieceState
 from azu.protocol.topology import ExpertSet, PieceSet, Topology
 from tests.actors.fake_backend import FakeBackend
 from tests.builders import OWNERS, job, node, structure, topology
-from tests.cluster.waiting import end_other_tasks, turns_at_once, until
+from tests.cluster.waiting import end_other_tasks, failing_once, turns_at_once, until
 
 SPANS = {name: (index, index + 1) for index, name in enumerate("abcd")}
 SETS = (ExpertSet(0, "e", {1: (0, 1)}, 1), ExpertSet(1, "f", {1: (2, 3)}, 1))
@@ -349,17 +349,6 @@ def test_a_repair_that_always_fails_for_an_unknown_reason_breaks_the_deployment(
         assert model.waited_s
 
     run(redis_url, scenario)
-
-
-def failing_once(owner: object, name: str, error: Exception) -> None:
-    """Have the next call of a method raise."""
-    original = getattr(owner, name)
-
-    async def fail(*_: object, **__: object) -> None:
-        setattr(owner, name, original)
-        raise error
-
-    setattr(owner, name, fail)
 
 
 def test_only_a_repair_after_a_vain_one_waits_and_each_time_longer(redis_url: str) -> None:

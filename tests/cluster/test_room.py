@@ -18,7 +18,7 @@ from azu.units import MIB
 from tests.actors.fake_backend import FakeBackend
 from tests.builders import node, structure
 from tests.cluster.test_cluster import Network
-from tests.cluster.waiting import end_other_tasks
+from tests.cluster.waiting import end_other_tasks, supervisor_at_once
 
 POLICY = PlanPolicy(promised_sequences=2, tokens_per_sequence=128)
 MODELS = ("m/one", "m/two", "m/three")  # 12 MiB each on one node
@@ -124,7 +124,7 @@ class World:
             case "all KV" if one is not None:
                 await one.resize(POLICY.num_blocks)
             case "scheduler and node die":
-                await cluster.adopt()
+                await cluster.adopt(supervisor_at_once())
 
 
 def happenings(*events: str) -> st.SearchStrategy[list[Event]]:

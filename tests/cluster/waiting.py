@@ -5,6 +5,8 @@ import random
 from collections.abc import Callable
 
 from azu.cluster.repairs import RepairTurns
+from azu.metrics import Meter
+from azu.supervision import Supervisor
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -28,3 +30,23 @@ def turns_at_once(waited_s: list[float] | None = None) -> RepairTurns:
         noted.append(seconds)
 
     return RepairTurns(random.Random(1), note)
+
+
+def supervisor_at_once() -> Supervisor:
+    """Return a supervisor whose pauses take no time, and which replaces no process."""
+
+    async def pause(_: float) -> None:
+        await asyncio.sleep(0)
+
+    return Supervisor("test", Meter(), lambda: None, sleep=pause)
+
+
+def failing_once(owner: object, name: str, error: Exception) -> None:
+    """Have the next call of a method raise."""
+    original = getattr(owner, name)
+
+    async def fail(*_: object, **__: object) -> None:
+        setattr(owner, name, original)
+        raise error
+
+    setattr(owner, name, fail)
