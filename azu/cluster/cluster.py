@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -216,6 +216,13 @@ class Cluster:
         model_id, revision, _ = deployment.topology.key
         others = (one for one in self._pipelines(model_id, revision) if one is not deployment)
         return next((one for one in others if not one.broken), None)
+
+    async def keep_jobs(self, job_ids: Container[str]) -> None:
+        """Have each deployment end the jobs that it counts or runs beside these: they are over."""
+        dropped = [
+            one.drop(job_id) for one in self.deployments for job_id in one.jobs if job_id not in job_ids
+        ]
+        await asyncio.gather(*dropped)
 
     async def add_pipeline(self, model_id: str, revision: str) -> None:
         """Deploy one more pipeline of a running model on nodes of its own, where there are some.

@@ -173,6 +173,19 @@ class Deployment:
         """Count a job no longer, whether it ran or not."""
         self._expected.discard(job_id)
 
+    @property
+    def jobs(self) -> frozenset[str]:
+        """The jobs that are expected here, and those that run or ran here without coming to an end."""
+        return self._held | self._expected
+
+    async def drop(self, job_id: str) -> None:
+        """Forget a job that is over; where it still runs here it is cancelled."""
+        self.let_go(job_id)
+        self._suspects.forget(job_id)
+        if job_id in self._held:
+            self._held -= {job_id}
+            await self.cancel(job_id)
+
     def holds(self, job_id: str) -> bool:
         """Whether a job runs here, or did without coming to an end: no other pipeline may run it."""
         return job_id in self._expected or job_id in self._held

@@ -62,6 +62,8 @@ class Dispatcher:
         self._models: dict[str, tuple[str, str]] = {}  # of the jobs that are taken: ids and revisions
         self._told: dict[str, JobPhase | None] = {}  # where jobs stand, as far as it is written
         self._cancelled: set[str] = set()
+        # By deployment, the jobs that are to be cancelled there; a task of its own takes them.
+        self._cancelling: dict[Deployment, set[str]] = {}
         self._taken_over: set[str] = set()  # jobs of an earlier scheduler, whose nodes may not be back yet
         self._waiting: dict[str, asyncio.Event] = {}  # jobs between two tries; set when one is cancelled
         self._left: dict[str, asyncio.Event] = {}  # jobs that wait for their clients; set when there is news
@@ -80,10 +82,11 @@ class Dispatcher:
         """Take jobs until cancelled."""
         async with asyncio.TaskGroup() as group:
             # From the latest ones on, after a fault: to cancel a job twice changes nothing.
-            group.create_task(self._supervisor.keep("cancellations", self._take_cancellations))
-            group.create_task(self._supervisor.keep("progress", self._look, every_s=_LOOK_S))
+            cancellations = partial(self._take_cancellations, group)
+            group.create_task(self._supervisor.keep("cancellations", cancellations))
             # An earlier scheduler that had taken jobs is gone: a network has one scheduler.
             await self._supervisor.insist("jobs", partial(self._take_over, group))
+            group.create_task(self._supervisor.keep("progress", self._look, every_s=_LOOK_S))
             await self._supervisor.keep("jobs", partial(self._take, group))
 
     async def _take_over(self, group: asyncio.TaskGroup) -> None:
@@ -101,21 +104,48 @@ class Dispatcher:
                 self._models[record.job.job_id] = (record.job.model_id, record.job.revision)
                 self._tasks[record.job.job_id] = group.create_task(self._finish(record))
 
-    async def _take_cancellations(self) -> None:
+    async def _take_cancellations(self, group: asyncio.TaskGroup) -> None:
         async for job_id, is_back in self._jobs.cancellations():
             if left := self._left.get(job_id):
                 left.set()
             elif is_back:
                 continue  # it is seen when the job's run has ended
             elif running := self._running.get(job_id):
-                await running.deployment.cancel(job_id)
+                self._cancel(running.deployment, job_id, group)
             elif job_id in self._tasks:
                 self._cancelled.add(job_id)
                 if waiting := self._waiting.get(job_id):
                     waiting.set()
 
+    def _cancel(self, deployment: Deployment, job_id: str, group: asyncio.TaskGroup) -> None:
+        """Cancel a running job; a pipeline that hangs holds up only its own jobs."""
+        if deployment not in self._cancelling:
+            self._cancelling[deployment] = set()
+            group.create_task(self._cancel_in(deployment))
+        self._cancelling[deployment].add(job_id)
+
+    async def _cancel_in(self, deployment: Deployment) -> None:
+        job_ids = self._cancelling[deployment]
+        while job_ids:
+            taken = [job_ids.pop() for _ in range(len(job_ids))]
+            await self._supervisor.insist("cancellations", partial(_cancel_all, deployment, taken))
+        del self._cancelling[deployment]
+
     async def _look(self) -> None:
-        """Write where jobs stand, and help what does not move; both wait for a Redis that is away."""
+        """Write where jobs stand, help what does not move, and end in pipelines what is over.
+
+        All of it waits for a Redis that is away: what stands still without it needs no help.
+        """
+        try:
+            await self._tell()
+        except AWAY:
+            raise
+        except Exception as error:
+            as_known_error(error, "a look at where jobs stand")
+        await self._progress.look()
+        await self._cluster.keep_jobs(self._tasks)
+
+    async def _tell(self) -> None:
         phases = await self._phases()
         unknown = object()
         changed = {
@@ -123,22 +153,22 @@ class Dispatcher:
         }
         await self._jobs.explain(changed)
         self._told = phases
-        await self._progress.look()
 
     async def _phases(self) -> dict[str, JobPhase | None]:
         """Return where each job stands that is taken; None once it has tokens and its model serves."""
         started = self._models.keys() - self._left.keys() - self._running.keys() - self._waiting.keys()
         models = {self._models[job_id] for job_id in started}
         found = await asyncio.gather(*(self._cluster.phase_of(*model) for model in models))
-        starting = dict(zip(models, found, strict=True))
-        return {job_id: self._phase(job_id, starting.get(model)) for job_id, model in self._models.items()}
+        starting, running = dict(zip(models, found, strict=True)), self._progress.phases()
+        return {
+            job_id: running[job_id] if job_id in running else self._phase(job_id, starting.get(model))
+            for job_id, model in self._models.items()
+        }
 
     def _phase(self, job_id: str, starting: JobPhase | None) -> JobPhase | None:
         if job_id in self._left:
             text = "Its client hung up. The same request, sent again soon, goes on with it."
             return JobPhase("queued", text)
-        if job_id in self._running:
-            return self._progress.phase(job_id)
         if job_id in self._waiting:
             why = self._failed.get(job_id, "")
             return JobPhase("queued", f"{why[:1].upper()}{why[1:]}; it is tried again soon.")
@@ -347,6 +377,10 @@ async def keep_trying(
         log.warning("the job is tried again in %.1f s: %s", wait_s, run.error.message)
         if not await wait(wait_s):
             return replace(kept, finish_reason=FinishReason.CANCELLED, error=None)
+
+
+async def _cancel_all(deployment: Deployment, job_ids: Iterable[str]) -> None:
+    await asyncio.gather(*(deployment.cancel(job_id) for job_id in job_ids))
 
 
 def _both(before: JobRun, after: JobRun) -> JobRun:

@@ -193,9 +193,13 @@ class ProgressWatch:
         self._watchdogs: dict[Deployment, Watchdog] = {}
         self._phases: dict[str, JobPhase] = {}
 
-    def phase(self, job_id: str) -> JobPhase | None:
-        """Return where a running job stands; None once it has tokens and its model serves."""
-        return self._running[job_id].deployment.phase or self._phases.get(job_id)
+    def phases(self) -> dict[str, JobPhase | None]:
+        """Return where each running job stands; None once it has tokens and its model serves."""
+        # A deployment goes over all its pieces and their shards for it: once, however many jobs it has.
+        found = {one: one.phase for one in {running.deployment for running in self._running.values()}}
+        return {
+            job_id: found[one.deployment] or self._phases.get(job_id) for job_id, one in self._running.items()
+        }
 
     async def look(self) -> None:
         """Look once at every pipeline with a job."""

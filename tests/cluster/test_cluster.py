@@ -13,6 +13,7 @@ from azu.errors import DeadlineExceeded, InsufficientCapacity, Unavailable, Work
 from azu.models.status import ModelState, ModelStatus
 from azu.planner.migration import TopologyChange, better_placement
 from azu.planner.policy import PlanPolicy
+from azu.protocol.job import FinishReason
 from azu.protocol.node import Node, NodeState
 from azu.protocol.step import PieceProgress, PieceState
 from azu.protocol.structure import Structure
@@ -274,6 +275,31 @@ def test_what_fails_while_a_new_scheduler_takes_over_is_done_again_without_what_
             await asyncio.sleep(0)
         assert len(backend.loaded) == loaded + 1, "one scheduler repairs it, once"
         assert backend.killed == [lost.name]
+
+    asyncio.run(scenario())
+
+
+def test_a_job_of_an_earlier_scheduler_that_is_not_taken_over_is_ended_and_its_model_is_idle_then(
+    redis_url: str,
+) -> None:
+    async def scenario() -> None:
+        network = Network(redis_url)
+        await network.ensure("m/one")
+        running, ended = (asyncio.get_running_loop().create_future() for _ in range(2))
+        network.backend.pipeline.jobs = {"job-1": running, "job-2": ended}
+        end_other_tasks()
+
+        successor = network.new_cluster()
+        await successor.adopt(supervisor_at_once())
+        (adopted,) = successor.deployments
+        await successor.keep_jobs({"job-1"})
+        assert not running.done()
+        assert ended.result().finish_reason is FinishReason.CANCELLED
+        assert (adopted.running_jobs, adopted.holds("job-2")) == (1, False)
+
+        await successor.keep_jobs(())
+        assert adopted.is_idle
+        assert adopted.jobs == frozenset()
 
     asyncio.run(scenario())
 

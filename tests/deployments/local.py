@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import inspect
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Container, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -80,6 +80,9 @@ class ScriptedModel:
         pass
 
     phase = None
+
+    async def keep_jobs(self, job_ids: Container[str]) -> None:
+        """Do nothing: no job is left behind here."""
 
     async def phase_of(self, model_id: str, revision: str) -> JobPhase:
         return JobPhase("loading", "Loading.\u2028", 1, 3)

@@ -1,6 +1,7 @@
 """The real engine and job runner behind the ingress; its one stage is the test, which answers each step."""
 
 import asyncio
+from collections.abc import Container
 
 from tokenizers import Tokenizer, decoders, models
 
@@ -76,6 +77,9 @@ class SteppedModel:
 
     async def ensure(self, model_id: str, revision: str, job_id: str) -> "SteppedModel":
         return self
+
+    async def keep_jobs(self, job_ids: Container[str]) -> None:
+        """Do nothing: no job is left behind here."""
 
     async def phase_of(self, model_id: str, revision: str) -> None:
         """Return nothing: it is up."""

@@ -7,6 +7,7 @@ to process, as if other nodes had run it.
 import asyncio
 import os
 import random
+from collections.abc import Container
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 
@@ -77,6 +78,9 @@ class OneDeployment:
 
     async def ensure(self, model_id: str, revision: str, job_id: str) -> FakeModel:
         return self.model
+
+    async def keep_jobs(self, job_ids: Container[str]) -> None:
+        """Do nothing: no job is left behind here."""
 
     async def phase_of(self, model_id: str, revision: str) -> None:
         """Return nothing: it is up."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+from collections.abc import AsyncIterator, Collection, Container
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -232,6 +234,9 @@ class Odd:
     async def look(self) -> None:
         raise WorkerLost("there is no pipeline to look at")
 
+    async def keep_jobs(self, job_ids: Container[str]) -> None:
+        pass
+
     async def cancel(self, job_id: str) -> None:
         pass
 
@@ -402,6 +407,108 @@ def test_a_job_is_told_how_far_its_model_is_or_why_it_is_tried_again(redis_url: 
         ]
 
     asyncio.run(asyncio.wait_for(scenario(RedisJobs.from_url(redis_url)), 20))
+
+
+class Endless(Odd):
+    """A model in two pipelines, whose jobs run on; the first pipeline takes no cancellation."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.pipelines = {"job-1": HangingPipeline(None), "job-2": HangingPipeline(None)}
+        self.pipelines["job-2"].answers.set()
+        self.kept: list[set[str]] = []
+
+    async def ensure(self, model_id: str, revision: str, job_id: str) -> "HangingPipeline":
+        return self.pipelines[job_id]
+
+    async def keep_jobs(self, job_ids: Collection[str]) -> None:
+        self.kept.append(set(job_ids))
+
+
+class HangingPipeline(Odd):
+    """A pipeline whose jobs run until they are cancelled, and which takes cancellations once it `answers`.
+
+    Where it stands is a question that raises.
+    """
+
+    def __init__(self, run: object) -> None:
+        super().__init__(run)
+        self.answers, self.cancelled, self.num_looks = asyncio.Event(), list[str](), 0
+
+    @property
+    def phase(self) -> None:
+        raise ZeroDivisionError
+
+    async def run(self, job: Job) -> None:
+        await asyncio.Event().wait()
+
+    async def look(self) -> None:
+        self.num_looks += 1
+
+    async def cancel(self, job_id: str) -> None:
+        await self.answers.wait()
+        self.cancelled.append(job_id)
+
+
+@asynccontextmanager
+async def endless(jobs: RedisJobs, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Endless]:
+    """Have two jobs run, which an earlier scheduler had taken."""
+    monkeypatch.setattr(dispatch, "_LOOK_S", 0.01)
+    models = Endless()
+    dispatcher = Dispatcher(
+        jobs, models, Settlement(None, jobs), consumer="test", patience=PATIENCE,
+        supervisor=Supervisor("test", Meter(), lambda: None),
+    )  # fmt: skip
+    for job_id in ("job-1", "job-2"):
+        await jobs.submit(job(job_id))
+    await jobs.take("earlier", 1, 30_000)
+    running = asyncio.create_task(dispatcher.run())
+    async with asyncio.timeout(20):
+        while dispatcher.num_running < 2:
+            await asyncio.sleep(0.01)
+        yield models
+    running.cancel()
+    await asyncio.wait({running})
+
+
+def test_a_pipeline_that_hangs_holds_up_no_cancellation_of_another(
+    run_scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        async with endless(jobs, monkeypatch) as models:
+            for job_id in ("job-1", "job-2"):
+                await jobs.cancel(job_id)
+            while not models.pipelines["job-2"].cancelled:
+                await asyncio.sleep(0.01)
+            assert models.pipelines["job-1"].cancelled == []
+            models.pipelines["job-1"].answers.set()
+            while not models.pipelines["job-1"].cancelled:
+                await asyncio.sleep(0.01)
+
+    run_scenario(scenario)
+
+
+def test_pipelines_are_watched_whatever_the_question_raises_where_jobs_stand(
+    run_scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        async with endless(jobs, monkeypatch) as models:
+            while any(one.num_looks < 3 for one in models.pipelines.values()):
+                await asyncio.sleep(0.01)
+
+    run_scenario(scenario)
+
+
+def test_deployments_keep_the_jobs_that_were_taken_over_and_later_those_that_run(
+    run_scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        async with endless(jobs, monkeypatch) as models:
+            while not models.kept:
+                await asyncio.sleep(0.01)
+            assert all(kept == {"job-1", "job-2"} for kept in models.kept)
+
+    run_scenario(scenario)
 
 
 def lost(message: str = "lost", code: str | None = None) -> AzuError:

@@ -1,7 +1,7 @@
 """The jobs' Redis forgets its last second, at every point: each job ends as the books have it, paid once."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,9 @@ class Model:
         return self
 
     phase = None
+
+    async def keep_jobs(self, job_ids: Container[str]) -> None:
+        """Do nothing: no job is left behind here."""
 
     async def phase_of(self, model_id: str, revision: str) -> None:
         """Return nothing: it is up."""

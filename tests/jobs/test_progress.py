@@ -264,16 +264,37 @@ def test_a_job_is_where_its_pipeline_says_or_its_model_while_that_is_repaired_an
         running = {"job-1": one}
         watch = ProgressWatch(running, RetryPolicy(1, 8, BUDGET_S), now_ms=lambda: 0)
         await watch.look()
-        phases = [watch.phase("job-1")]
+        phases = [watch.phases()["job-1"]]
         deployment.phase = recovering
-        phases.append(watch.phase("job-1"))
+        phases.append(watch.phases()["job-1"])
         deployment.phase = None
         del running["job-1"]
         await watch.look()
         running["job-1"] = one
-        return [*phases, watch.phase("job-1")]
+        return [*phases, watch.phases()["job-1"]]
 
     assert asyncio.run(look()) == [queued(3), recovering, None]
+
+
+def test_a_deployment_says_once_where_it_stands_however_many_jobs_it_has() -> None:
+    asked = []
+
+    class Large(Standing):
+        @property
+        def phase(self) -> JobPhase:
+            asked.append(self)
+            return queued(len(asked))
+
+        @phase.setter
+        def phase(self, _: object) -> None:
+            """It stands where it says."""
+
+    two = Large(), Large()
+    running = {str(number): RunningJob(job(), two[number % 2]) for number in range(10)}
+    watch = ProgressWatch(running, RetryPolicy(1, 8, BUDGET_S))
+
+    assert set(watch.phases().values()) == {queued(1), queued(2)}
+    assert len(asked) == 2
 
 
 def test_a_job_that_its_pipeline_does_not_hold_is_asked_for_again() -> None:
