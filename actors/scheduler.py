@@ -104,10 +104,11 @@ class Scheduler:
             leave_out=self._leave_node_out,
         )
         self._jobs = jobs = RedisJobs.from_url(config.redis_url)
+        self._settlement = Settlement(self._books, jobs, self._earnings.earn)
         self._dispatcher = Dispatcher(
             jobs,
             self._cluster,
-            Settlement(self._books, jobs, self._earnings.earn),
+            self._settlement,
             consumer="scheduler",
             patience=policy.retry_policy(),
             supervisor=self._supervisor,
@@ -235,20 +236,12 @@ class Scheduler:
         start("canary", self._canary.check, every_s=policy.heartbeat.period_s)
         start("lending", self._count_lent, every_s=_COUNT_LENT_S)
         start("old jobs", self._archive, every_s=_ARCHIVE_S)
-        start("lost jobs", self._give_back, every_s=_GIVE_BACK_S)
+        start("lost jobs", self._settlement.give_back, every_s=_GIVE_BACK_S)
         start("jobs", self._dispatcher.run)
 
     async def _archive(self) -> None:
         """Keep neither prompts nor answers for longer than the network's policy says."""
         await self._jobs.archive(wall_clock_ms(), self._config.policy.retention_s * 1000)
-
-    async def _give_back(self) -> None:
-        """Return what lost jobs had reserved."""
-        for job_id in await self._books.overdue():
-            # First the job, then its money: a job that is written meanwhile keeps its reservation.
-            if await self._jobs.give_up(job_id):
-                await self._books.expire(job_id)
-                log.warning("gave back what was reserved for a lost job", extra={"job_id": job_id})
 
     async def _learn(self) -> None:
         """Learn what the earlier scheduler kept, and which nodes there are."""

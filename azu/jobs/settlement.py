@@ -86,6 +86,16 @@ class Settlement:
             log.error("the books refuse this end", exc_info=refused, extra={"job_id": job.job_id})
             await self._jobs.finish(job.job_id, _unbooked(job, failed))
 
+    async def give_back(self) -> None:
+        """Return what is still reserved of jobs that are lost, or ended against the books, once overdue."""
+        for job_id in await self._books.overdue():
+            record = await self._jobs.get(job_id)
+            has_ended = record is not None and record.outcome is not None
+            # First the job, then its money: a job that is written meanwhile keeps its reservation.
+            if has_ended or await self._jobs.give_up(job_id):
+                await self._books.expire(job_id)
+                log.warning("gave back what was reserved for a lost job", extra={"job_id": job_id})
+
 
 def _ending(run: JobRun) -> JobEnding:
     return JobEnding(

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from azu.clock import wall_clock_ms
 from azu.config.network import RetryPolicy
 from azu.errors import (
     AzuError,
@@ -37,6 +38,7 @@ from azu.protocol.phase import JobPhase
 from azu.supervision import Supervisor, end_process
 from tests.builders import OWNERS, job
 from tests.jobs.test_settlement import RUN, WORK, Billing
+from tests.money.serving import TERMS
 
 # The jobs of these tests are as old as 1970.
 PATIENCE = RetryPolicy(first_s=1, longest_s=8, budget_s=60, job_s=10**12)
@@ -313,6 +315,10 @@ def ended(redis_url: str, run: JobRun, *, once: bool = False, error: Exception |
         seen = await lived(billing, job, run, settlement)
         held = 112 if error is not None else 0
         assert await billing.balances() == (1_000 - seen.receipt.charged_lamports - held, held)
+        if held:
+            billing.books._now_ms = lambda: wall_clock_ms() + TERMS.reservation_ttl_ms
+            await settlement.give_back()
+            assert await billing.balances() == (1_000, 0), "what was reserved comes back once it is overdue"
         assert sum((await billing.accounts()).values()) == 0
         return seen
 

@@ -136,9 +136,7 @@ class Network:
                     return [event async for event in self.jobs.events("job-1")][-1]
             except NotFound:
                 # It was never written, or its end is not known yet.
-                for job_id in await self.books.overdue():
-                    if await self.jobs.give_up(job_id):
-                        await self.books.expire(job_id)
+                await Settlement(self.books, self.jobs).give_back()
                 await asyncio.sleep(0.02)
 
     async def check(self, *, has_run: bool) -> None:
