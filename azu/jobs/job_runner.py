@@ -174,13 +174,13 @@ class JobRunner:
     def look(self, step_s: float) -> PipelineLook:
         """Return what the jobs do; `step_s` is what the last steps took."""
         moved = {job_id: self._by_job[job_id].delivered for job_id in self.job_ids}
-        have_room = set[str]()
+        have_room, wait = set[str](), set[str]()
         for sequence_id, (number, has_room) in self._engine.positions.items():
             job_id = self._by_sequence[sequence_id][0].job.job_id
             moved[job_id] = moved.get(job_id, 0) + number
-            if has_room:
-                have_room.add(job_id)
-        no_room = frozenset(moved.keys() - have_room)
+            (have_room if has_room else wait).add(job_id)
+        # A job without any sequence in the engine waits for nothing: it has to come to its end.
+        no_room = frozenset(wait - have_room)
         return PipelineLook(self._engine.num_returned, step_s, moved, no_room, phases=self._phases(have_room))
 
     def _phases(self, have_room: Collection[str]) -> dict[str, JobPhase]:
@@ -244,8 +244,8 @@ class JobRunner:
     def _take(self, events: Mapping[int, TokenEvent]) -> None:
         # A step may have been on its way when its job began again.
         known = [one for one in events.items() if one[0] in self._by_sequence]
-        self._metrics.record_tokens(known, time.monotonic())
         self._taken += [(sequence_id, *self._of_job(sequence_id, event)) for sequence_id, event in known]
+        self._metrics.record_tokens(known, time.monotonic())
 
     async def _begin_again(self, active: _ActiveJob) -> None:
         """Have a job go on from what is written of it: Redis lost a part of that."""

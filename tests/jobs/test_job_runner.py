@@ -394,6 +394,41 @@ def test_what_was_taken_is_written_by_the_next_call_after_one_that_raised(
     play(scenario)
 
 
+def test_tokens_whose_count_raises_are_written_all_the_same(play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        def once(*_: object) -> None:
+            monkeypatch.undo()
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(pipeline.runner._metrics, "record_tokens", once)
+        await pipeline.jobs.submit(job(max_tokens=1))
+        running = await pipeline.begin(job(max_tokens=1))
+        await pipeline.answer(5)
+
+        assert (await running).completion_tokens == 1
+        assert await tokens(pipeline.jobs, "job-1") == (5,)
+
+    play(scenario)
+
+
+def test_only_a_job_whose_sequences_all_wait_in_the_engine_has_no_room(play) -> None:
+    async def scenario(pipeline: Pipeline) -> None:
+        for job_id in ("job-1", "job-2", "job-3"):
+            await pipeline.jobs.submit(job(job_id))
+            await pipeline.begin(job(job_id))
+        # Its end in the engine is lost on the way, as by an exception.
+        lost = next(
+            key for key, (one, _) in pipeline.runner._by_sequence.items() if one.job.job_id == "job-3"
+        )
+        pipeline.engine.cancel(lost)
+
+        look = pipeline.runner.look(0.1)
+        assert look.moved.keys() == {"job-1", "job-2", "job-3"}
+        assert look.no_room == {"job-2"}
+
+    play(scenario, max_running=1)
+
+
 def test_only_so_many_ended_jobs_are_kept(play, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_runner, "_KEPT_JOBS", 2)
 
