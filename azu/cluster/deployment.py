@@ -541,8 +541,10 @@ class Deployment:
                 log.warning("%s", error.message)
                 self._backend.kill(self._pipeline)
         await self._start_pipeline()
+        # Jobs may have come to it already: it must send no step before it has stages.
+        paused = await self._backend.pause(self._pipeline_name())
         await self._backend.begin(self._pipeline_name(), (), {})
-        return await self._backend.pause(self._pipeline_name())
+        return paused
 
     async def _switch(self, wanted: _WantedChange) -> _Round:
         """Go over to a changed topology, with the pieces that were prepared for it."""

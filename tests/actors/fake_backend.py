@@ -40,6 +40,7 @@ class FakePipeline:
     topology: Topology
     stages: Sequence[str] = ()
     is_running: bool = False
+    is_paused: bool = False
     completed: int = 0
     blocks_in_use: int = 0
     under_way: dict[ChoiceKey, int] = field(default_factory=dict)
@@ -204,6 +205,7 @@ class FakeBackend:
 
     async def begin(self, pipeline: str, stages: Sequence[str], expert_sets: Mapping[int, str]) -> None:
         found = self._living(pipeline)
+        assert stages or found.is_paused, "a job that has come would be sent to no stage"
         found.stages, found.is_running = stages, bool(stages)
         for stage in stages:
             self.pieces[stage].is_filled = True
@@ -237,7 +239,7 @@ class FakeBackend:
 
     async def pause(self, pipeline: str) -> PauseReport:
         found = self._living(pipeline)
-        found.is_running = False
+        found.is_running, found.is_paused = False, True
         return PauseReport(found.completed, dict(found.under_way))
 
     async def resume(
