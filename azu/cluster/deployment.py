@@ -461,13 +461,13 @@ class Deployment:
                 if self._pipeline is None:
                     raise WorkerLost(f"the pipeline of {self.structure.model_id} is gone")
                 report = await self._backend.next_loss(self._pipeline)
-            except AzuError as error:
-                log.warning("%s", error.message)
+                if report is not None:
+                    self.pieces_lost(report)
+            except Exception as error:
+                # Repairs in vain are counted: it is not tried for ever.
+                log.warning("%s", as_known_error(error, "a report of a pipeline").message)
                 self.pipeline_lost()
                 await self._until(lambda: not self._event.is_set())
-                continue
-            if report is not None:
-                self.pieces_lost(report)
 
     async def _reconcile(self, change: _WantedChange | None) -> None:
         """Make everything run that the topology names; raises WorkerLost when that is impossible."""

@@ -311,10 +311,13 @@ def test_a_report_without_pieces_has_the_steps_taken_again_and_replaces_nothing(
     run(redis_url, scenario)
 
 
+@pytest.mark.parametrize("error", [InternalError("it has a bug"), ZeroDivisionError()])
 @pytest.mark.parametrize("call", ["pause", "probe", "resume", "next_loss"])
-def test_a_call_that_fails_for_an_unknown_reason_is_made_again(redis_url: str, call: str) -> None:
+def test_a_call_that_fails_for_an_unknown_reason_is_made_again(
+    redis_url: str, call: str, error: Exception
+) -> None:
     async def scenario(model: Model) -> None:
-        failing_once(model.backend, call, InternalError("it has a bug"))
+        failing_once(model.backend, call, error)
         for loss in (stages(1), stages(2) | expert_sets(0)):
             await model.kill_and_wait(loss)
 
