@@ -67,7 +67,12 @@ class Capacity:
     def placed_bytes(self) -> dict[str, int]:
         """Return the VRAM taken on each node by what is deployed or being brought up."""
         placed = [one.topology.vram_bytes_by_node for one in self._deployments.values()]
-        return sums([*placed, *self.promised.values()])
+        return sums([*placed, self.promised_bytes()])
+
+    def promised_bytes(self) -> dict[str, int]:
+        """Return the VRAM on each node that is promised to what is not loaded yet."""
+        moving = (one.promised for one in self._deployments.values())
+        return sums([*self.promised.values(), *moving])
 
     def promise(self, topology: Topology) -> Topology:
         """Keep the room of a pipeline before it is brought up; return it with a number of its own."""
@@ -143,7 +148,7 @@ class Cluster:
 
     def promised_bytes(self) -> dict[str, int]:
         """Return the VRAM on each node that is promised to what is not loaded yet."""
-        return sums(self._capacity.promised.values())
+        return self._capacity.promised_bytes()
 
     async def adopt(self, supervisor: Supervisor) -> None:
         """Take over the deployments of an earlier scheduler; every other actor of a model is killed.
@@ -267,39 +272,47 @@ class Cluster:
         Streams wait while what moves is loaded and filled; what finds no room stays where it is. With
         `closes_idle` a model without a job is closed then.
         """
-        moving: list[Sizes] = []
-        for deployment in self.deployments:
-            pieces = deployment.topology.on_node(node_id)
-            if not pieces:
-                continue
-            try:
-                moving.append(self._room_elsewhere(deployment, pieces, node_id, beside=sums(moving)))
-            except InsufficientCapacity as error:
-                if closes_idle and deployment.is_idle:
-                    key = deployment.topology.key
+        async with self._capacity.placing:
+            goes = False
+            for deployment in self.deployments:
+                key = deployment.topology.key
+                try:
+                    goes |= self._move_off(deployment, node_id)
+                except InsufficientCapacity as error:
+                    if not closes_idle or not deployment.is_idle:
+                        log.info("what is on %s stays: %s", node_id[:8], error.message)
+                        continue
                     log.warning("closing %s: only %s has room for it", key[0], node_id[:8])
                     del self._deployments[key]
                     await deployment.close()
-                    moving.append({})
-                else:
-                    log.info("what is on %s stays: %s", node_id[:8], error.message)
-                continue
-            deployment.node_lost(node_id)
-        return bool(moving)
+                    goes = True
+            return goes
 
     async def move_off(self, deployment: Deployment, node_id: str) -> bool:
         """Replace what a deployment has on a node by pieces elsewhere; say whether there is room for them."""
         async with self._capacity.placing:
-            before = deployment.topology
-            pieces = before.on_node(node_id)
-            if self._deployments.get(before.key) is not deployment or not pieces:
+            if self._deployments.get(deployment.topology.key) is not deployment:
                 return False
             try:
-                self._room_elsewhere(deployment, pieces, node_id, beside={})
+                return self._move_off(deployment, node_id)
             except InsufficientCapacity:
                 return False
-            deployment.move_off(node_id)
-            return True
+
+    def _move_off(self, deployment: Deployment, node_id: str) -> bool:
+        """Replace what a deployment has on a node, in room elsewhere that is promised to it till then.
+
+        Returns False where it has nothing there; raises InsufficientCapacity where there is no room.
+        """
+        before = deployment.topology
+        if not (pieces := before.on_node(node_id)):
+            return False
+        if deployment.broken:
+            raise InsufficientCapacity(f"{before.model_id} is given up")
+        if moving := pieces - deployment.being_replaced:
+            others = [node for node in self._capacity.now() if node.node_id != node_id]
+            moved = replan(deployment.structure, before, moving, others, self._policy, epoch=before.epoch + 1)
+            deployment.move_off(node_id, moved.vram_bytes_of(moving))
+        return True
 
     async def would_hold(self, node: Node) -> dict[str, tuple[int, int]]:
         """Return what of the deployed models a node would hold that joins: id -> (layers, all layers).
@@ -430,7 +443,9 @@ class Cluster:
             before, wanted = deployment.topology, deployment.resized
             staying = before.piece_set - lost
             growth = sums([wanted.vram_bytes_of(staying), negated(before.vram_bytes_of(staying))])
-            if wanted.num_blocks > before.num_blocks and not have_room(growth, self._capacity.now()):
+            if wanted.num_blocks > before.num_blocks and not have_room(
+                growth, self._capacity.now(deployment.promised)
+            ):
                 # The room for more KV was promised elsewhere meanwhile.
                 deployment.forgo_blocks()
                 wanted, growth = before, {}
@@ -443,7 +458,7 @@ class Cluster:
                     deployment.structure, wanted, lost, nodes, self._policy, epoch=epoch, avoided=avoided
                 )
 
-            given_back = sums([before.vram_bytes_of(lost), negated(growth)])
+            given_back = sums([before.vram_bytes_of(lost), negated(growth), deployment.promised])
             deployment.set_topology(await self._with_room(before.key, on, given_back))
 
     async def _move(self, deployment: Deployment, chosen: Callable[..., TopologyChange | None]) -> bool:
@@ -503,15 +518,6 @@ class Cluster:
                     raise
                 log.info("closing %s to make room for %s", idle[0][0], key[0])
                 await self._deployments.pop(idle[0]).close()
-
-    def _room_elsewhere(
-        self, deployment: Deployment, pieces: PieceSet, node_id: str, *, beside: Sizes
-    ) -> Sizes:
-        """Return what some pieces would take on other nodes; raises InsufficientCapacity without the room."""
-        others = [node for node in self._capacity.now(negated(beside)) if node.node_id != node_id]
-        before = deployment.topology
-        moved = replan(deployment.structure, before, pieces, others, self._policy, epoch=before.epoch + 1)
-        return moved.vram_bytes_of(pieces)
 
 
 def negated(sizes: Sizes) -> Sizes:

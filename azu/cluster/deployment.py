@@ -10,7 +10,8 @@ pause, fence, place, start and load, link, resume.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -131,6 +132,8 @@ class Deployment:
         self._no_job_caused = PieceSet()  # those of them that are gone for another reason
         self._is_fault = False
         self._replacing = PieceSet()  # what the present repair starts
+        # The room on each other node for what moves there, in bytes, until it has its place.
+        self.promised: Mapping[str, int] = {}
         self._wanted_change: _WantedChange | None = None
         # Jobs that are expected here, and jobs that run or ran here without coming to an end.
         self._expected: set[str] = set()
@@ -321,6 +324,12 @@ class Deployment:
     def set_topology(self, topology: Topology) -> None:
         """Make a topology the wanted one, with the number of KV blocks that the deployment is to have."""
         self.topology = with_blocks(self.structure, topology, self._num_blocks)
+        self.promised = {}
+
+    @property
+    def being_replaced(self) -> PieceSet:
+        """The pieces that are lost or given up, and have no successor yet that runs."""
+        return self._lost | self._replacing
 
     # Events
 
@@ -341,16 +350,17 @@ class Deployment:
     def blame(self, node_id: str) -> None:
         """Replace what is on a node that computed values that are not finite, where another's are."""
         self._backend.blame(node_id)
-        self.node_lost(node_id)
+        self.move_off(node_id, {})
 
-    def move_off(self, node_id: str) -> None:
-        """Replace what is on a node, on others if one has room."""
+    def move_off(self, node_id: str, promised: Mapping[str, int]) -> None:
+        """Replace what is on a node, on others if one has room; some of theirs may be promised to it."""
         self._pieces.avoided.add(node_id)
-        self._no_job_caused |= self.topology.on_node(node_id)
+        self.promised = Counter(self.promised) + Counter(promised)
         self.node_lost(node_id)
 
     def node_lost(self, node_id: str) -> None:
         """Give up what is on a node that died or is being left; starts under way there fail at once."""
+        self._no_job_caused |= self.topology.on_node(node_id)
         self._lose(self._pieces.node_lost(node_id))
 
     def pipeline_lost(self) -> None:
@@ -419,6 +429,7 @@ class Deployment:
             fault = "; ".join(error.message for error in faults)
             log.error("%s is given up: %s", self.structure.model_id, fault, exc_info=True)
             self.state = DeploymentState.BROKEN
+            self.promised = {}
             if self._changing is not None:
                 self._changing.cancel()
             self._fault = WorkerLost(f"{self.structure.model_id} lost a worker: {fault}")

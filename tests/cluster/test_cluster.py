@@ -465,6 +465,49 @@ def test_a_node_that_leaves_gives_its_pieces_away_where_there_is_room(redis_url:
     asyncio.run(scenario())
 
 
+def test_the_room_for_what_leaves_a_node_is_kept_until_it_is_there(redis_url: str) -> None:
+    async def scenario() -> None:
+        network = Network(redis_url, nodes=[node("a", 9 * MIB)])
+        deployment = await network.ensure("m/one")
+        network.nodes.append(node("b", 9 * MIB))
+        network.leaving = "a"
+        probed, probe = asyncio.Event(), network.backend.probe
+
+        async def probe_later(node_ids: frozenset[str]) -> None:
+            await probed.wait()
+            await probe(node_ids)
+
+        network.backend.probe = probe_later  # type: ignore[method-assign]
+        for _ in range(2):
+            assert await network.cluster.vacate("a")
+            await until(lambda: deployment.state is DeploymentState.RECONCILING)
+            assert network.cluster.promised_bytes() == {"b": deployment.topology.vram_bytes_by_node["a"]}
+        with pytest.raises(InsufficientCapacity):
+            await network.ensure("m/two", "job-2")
+
+        probed.set()
+        await until(lambda: used(deployment.topology) == {"b"})
+        await until(lambda: deployment.state is DeploymentState.SERVING)
+        assert network.cluster.promised_bytes() == {}
+
+    asyncio.run(scenario())
+
+
+def test_a_broken_model_leaves_a_node_whose_owner_wants_it_back(redis_url: str) -> None:
+    async def scenario() -> None:
+        network = Network(redis_url)
+        deployment = await network.ensure("m/one")
+        await break_deployment(network, deployment)
+        deployment.let_go("job-1")
+        held = min(used(deployment.topology))
+
+        assert not await network.cluster.vacate(held)
+        assert await network.cluster.vacate(held, closes_idle=True)
+        assert network.cluster.deployments == ()
+
+    asyncio.run(scenario())
+
+
 async def two_pipelines(redis_url: str) -> Network:
     """Return a network with one model that has a pipeline on each of two nodes."""
     network = Network(redis_url)

@@ -526,6 +526,33 @@ def test_no_job_is_harmful_because_stages_lie_in_its_steps(redis_url: str) -> No
     run(redis_url, scenario)
 
 
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda model, node_id: model.deployment.node_lost(node_id),
+        lambda model, node_id: model.deployment.blame(node_id),
+        lambda model, node_id: model.deployment.move_off(node_id, {}),
+    ],
+)
+def test_no_job_is_harmful_because_nodes_die_are_blamed_or_left_in_its_steps(
+    redis_url: str, leave: Callable[[Model, str], None]
+) -> None:
+    async def scenario(model: Model) -> None:
+        running = asyncio.create_task(model.deployment.run(job()))
+        await until(lambda: bool(model.backend.pipeline.jobs))
+        model.backend.pipeline.under_way = {("job-1", 0): 7}
+        for times, node_id in enumerate("bcd", 1):
+            leave(model, node_id)
+            await model.resumed(times)
+
+        assert model.placed == [stages(1), stages(2), stages(3)]
+        assert model.backend.alone == [frozenset()] * 3
+        model.backend.end_job("job-1")
+        assert (await running).error is None
+
+    run(redis_url, scenario)
+
+
 def test_a_sequence_whose_values_are_not_finite_marks_the_node_for_its_owner(redis_url: str) -> None:
     async def scenario(model: Model) -> None:
         running = asyncio.create_task(model.deployment.run(job()))
