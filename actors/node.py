@@ -46,6 +46,8 @@ _MOST_PEERS = 32
 _PROBE_S = 2.0
 _POLL_S = 0.05
 _FIRST_REPORTS = 6
+# Receipts name the nodes of pieces that are replaced just now.
+_KEPT_NODES = 1_000
 
 
 @raises_known_errors
@@ -221,8 +223,8 @@ def _write(folder: Path, file: ModelFile, content: bytes) -> None:
 class NodeAgents:
     """Starts the agents and keeps a NodeTable by their reports.
 
-    By node id: `by_node` has the agents, `nodes` the last reports, `lent_bytes` the VRAM that Ray hands out,
-    and `hosts` the addresses of the machines.
+    By node id: `by_node` has the agents, `nodes` the last reports, also of nodes that went lately,
+    `lent_bytes` the VRAM that Ray hands out, and `hosts` the addresses of the machines.
     """
 
     def __init__(self, heartbeat: Heartbeat, home: Path, table: NodeTable) -> None:
@@ -238,6 +240,11 @@ class NodeAgents:
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._linked: set[str] = set()
         self._has_agents = False
+
+    @property
+    def has_reports(self) -> bool:
+        """Whether a node is there that has reported."""
+        return not self.lent_bytes.keys().isdisjoint(self.nodes)
 
     def node_died(self, node_id: str) -> None:
         """Have a dead node measure its links anew if it comes back."""
@@ -266,6 +273,9 @@ class NodeAgents:
             del self.by_node[node_id]
             self._versions.forget(node_id)
             self._table.remove(node_id, time.monotonic(), ended=node_id in ended)
+        gone = [node_id for node_id in self.nodes if node_id not in living]
+        for node_id in gone[:-_KEPT_NODES]:
+            del self.nodes[node_id]
         for node_id in living.keys() - self.by_node.keys():
             node = living[node_id]
             name = actor_name("node", node.name, node_id[:8])
@@ -298,7 +308,9 @@ class NodeAgents:
         else:
             # Ray may have declared it gone while it answered.
             if self.by_node.get(node_id) is agent:
-                node = self.nodes[node_id] = node.with_plain_names()
+                node = node.with_plain_names()
+                self.nodes.pop(node_id, None)
+                self.nodes[node_id] = node  # behind those that reported before
                 self._table.record(node, time.monotonic())
                 self._measure_links(node_id)
         finally:

@@ -129,8 +129,8 @@ class Scheduler:
             self._serving = asyncio.create_task(self._serve())
 
     async def ready(self) -> bool:
-        """Say whether jobs can be run: no loop is unhealthy and a node has reported."""
-        return self._has_adopted and bool(self._agents.nodes) and self._supervisor.is_healthy
+        """Say whether jobs can be run: no loop is unhealthy and a node is there that has reported."""
+        return self._has_adopted and self._agents.has_reports and self._supervisor.is_healthy
 
     async def nodes(self) -> tuple[Node, ...]:
         """Return the nodes as the planner sees them, and those that left just now."""

@@ -17,6 +17,8 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # A process sends its metrics once a second; the gauges of a silent one say nothing about now.
 SILENCE_S = 10.0
+# A last snapshot may still come of a process that is over.
+_KEPT_SOURCES = 10_000
 
 Labels = tuple[str, ...]
 
@@ -269,7 +271,7 @@ class MetricsSum:
 
     def __init__(self) -> None:
         self._latest: dict[str, tuple[float, MetricsSnapshot]] = {}
-        self._ended: set[str] = set()
+        self._ended: dict[str, None] = {}  # the latest ones
         self._past = MetricsSnapshot({}, {})
 
     def record(self, source: str, snapshot: MetricsSnapshot, now_s: float) -> None:
@@ -282,8 +284,10 @@ class MetricsSum:
         for source, (recorded_s, snapshot) in list(self._latest.items()):
             if now_s - recorded_s > SILENCE_S:
                 self._past = _merged((self._past, _without_gauges(snapshot)))
-                self._ended.add(source)
+                self._ended[source] = None
                 del self._latest[source]
+        for source in list(self._ended)[:-_KEPT_SOURCES]:
+            del self._ended[source]
         return _merged((self._past, *(snapshot for _, snapshot in self._latest.values())))
 
 

@@ -78,6 +78,16 @@ def test_a_process_that_was_silent_too_long_is_not_counted_twice() -> None:
     assert together.total(101.0).value(metrics.GENERATED_TOKENS) == 5
 
 
+def test_only_the_latest_processes_that_ended_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_KEPT_SOURCES", 2)
+    together = MetricsSum()
+    for number in range(5):
+        together.record(f"process {number}", Meter().snapshot(), 0.0)
+    together.total(100.0)
+
+    assert list(together._ended) == ["process 3", "process 4"]
+
+
 def test_prometheus_parses_every_family() -> None:
     meter = Meter()
     for metric in CATALOGUE:

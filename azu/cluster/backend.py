@@ -30,7 +30,7 @@ class DeploymentBackend(Protocol):
     There are two implementations: Ray's actors, and the tests' stand-in without a cluster.
     """
 
-    nodes: Mapping[str, Node]  # every node that ever reported, by id
+    nodes: Mapping[str, Node]  # every node that reported, by id, also those that went lately
 
     async def structure(self, model_id: str, revision: str) -> Structure:
         """Return the structure of a model; the first call for a model cuts it."""

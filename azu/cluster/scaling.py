@@ -189,11 +189,14 @@ class KvPressure:
 
     async def check(self, reports: Sequence[Node], now_s: float) -> None:
         """Resize deployments and vacate nodes as the nodes' reports ask for."""
+        self._alone_until_s = {
+            what: until_s for what, until_s in self._alone_until_s.items() if now_s < until_s
+        }
         found = kv_reductions(self._deployed(), reports, least_blocks=self._least_blocks)
         reductions = {one.pipeline: one for one in found}
         await self._resize(reductions, reports, now_s)
         for node in reports:
-            if self._must_be_vacated(node, reductions) and self._takes_changes(node.node_id, now_s):
+            if self._must_be_vacated(node, reductions) and node.node_id not in self._alone_until_s:
                 goes = node.state in (NodeState.LEAVING, NodeState.PAUSED)
                 if await self._cluster.vacate(node.node_id, closes_idle=goes):
                     log.warning("pieces leave %s", node.name)
@@ -213,7 +216,7 @@ class KvPressure:
             topology = deployment.topology
             reduction = reductions.get(topology.key)
             wanted = reduction.num_blocks if reduction else blocks
-            if wanted == topology.num_blocks or not self._takes_changes(topology.key, now_s):
+            if wanted == topology.num_blocks or topology.key in self._alone_until_s:
                 continue
             log.warning("%s has %d blocks of KV now, not %d", topology.model_id, wanted, topology.num_blocks)
             self._leave_alone(topology.key, now_s)
@@ -238,9 +241,6 @@ class KvPressure:
         for deployment in self._cluster.deployments:
             taken.update(deployment.topology.vram_bytes_by_node)
         return taken
-
-    def _takes_changes(self, what: str | PipelineKey, now_s: float) -> bool:
-        return now_s >= self._alone_until_s.get(what, now_s)
 
     def _leave_alone(self, what: str | PipelineKey, now_s: float) -> None:
         self._alone_until_s[what] = now_s + _SETTLE_S

@@ -17,6 +17,9 @@ from azu.protocol.topology import Stage, Topology
 
 Work = Mapping[int, Mapping[str, int]]
 
+# What was taken back of a sequence whose job was given up is not asked for.
+_KEPT_SEQUENCES = 10_000
+
 
 class WorkAccount:
     """Counts the work of every sequence of one deployment."""
@@ -26,6 +29,7 @@ class WorkAccount:
         self._tokens: dict[int, int] = defaultdict(int)
         # sequence -> (layer, node id) -> bytes that are counted already
         self._counted: defaultdict[int, Counter[tuple[int, str]]] = defaultdict(Counter)
+        # As `_counted`; the latest sequences.
         self._taken_back: defaultdict[int, Counter[tuple[int, str]]] = defaultdict(Counter)
         self._reported: list[ReportedStep] = []
         self._use(topology)
@@ -83,6 +87,8 @@ class WorkAccount:
                     taken_back = self._taken_back[sequence_id]
                     taken_back[entry.layer, reported.nodes[found.holder]] -= too_much
                     taken_back[entry.layer, PLATFORM_NODE] += too_much
+            while len(self._taken_back) > _KEPT_SEQUENCES:
+                del self._taken_back[next(iter(self._taken_back))]
 
     def taken_back(self, sequence_id: int) -> Work:
         """Return, once, by how much a sequence's work has changed since it was closed.

@@ -107,3 +107,15 @@ def test_a_node_that_leaves_is_emptied_and_asked_again_only_after_a_while(state:
     assert cluster.vacated == ["a", "a"]
     assert cluster.closes_idle == (state is not NodeState.SUSPECT), "its owner wants the device back"
     assert cluster.deployments[0].sizes == []
+
+
+def test_what_was_left_alone_long_ago_is_forgotten() -> None:
+    pressure = KvPressure(Cluster((Model(),)), POLICY)
+
+    async def check_all() -> None:
+        for second in range(20):
+            left = replace(node(f"node-{second}"), state=NodeState.LEAVING)
+            await pressure.check([*reports(), left], float(second))
+
+    asyncio.run(check_all())
+    assert set(pressure._alone_until_s) == {f"node-{second}" for second in range(15, 20)}

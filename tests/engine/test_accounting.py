@@ -1,8 +1,12 @@
 """Work: counted at the node that ran it, or estimated when its record is lost."""
 
+import pytest
+
+from azu.engine import accounting
 from azu.engine.accounting import WorkAccount
 from azu.planner.plan import plan
 from azu.planner.replicas import with_hot_replicas
+from azu.protocol.step import ExpertWork
 from azu.protocol.topology import Topology
 from azu.units import MIB
 from tests.builders import node, structure
@@ -41,3 +45,16 @@ def test_the_estimate_gives_holders_of_experts_their_part_and_replicas_nothing()
     replicated = with_hot_replicas(MOE, topology, [node("b", 8 * MIB)], POLICY, {(0, 7): 9.0})
     assert replicated.replicas
     assert WorkAccount(MOE, replicated).estimated(4, 1)[0] == distributed
+
+
+def test_what_is_taken_back_of_sequences_and_not_asked_for_is_kept_of_the_latest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(accounting, "_KEPT_SEQUENCES", 3)
+    account = WorkAccount(MOE, plan(MOE, NODES, POLICY))
+    for sequence in range(5):
+        account.add_expert_work(sequence, (ExpertWork(0, 0, {sequence: 4}),), {sequence})
+    for one in account.take_reported():
+        assert list(account.compare(one, {0: {}})), "the expert set got nothing"
+
+    assert [bool(account.taken_back(sequence)) for sequence in range(5)] == [False] * 2 + [True] * 3
