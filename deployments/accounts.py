@@ -14,6 +14,7 @@ from azu.api.accounts import (
     ClaimRequest,
     DepositRequest,
     DepositState,
+    EarnedLine,
     EarningsResponse,
     KeyLine,
     KeyList,
@@ -27,6 +28,7 @@ from azu.api.accounts import (
 from azu.api.base import Revoked
 from azu.auth.signatures import Withdrawal
 from azu.clock import wall_clock_ms
+from azu.jobs.earned import KEPT_DAYS
 from azu.money.books import KeySpending
 from deployments.services import Bearer, Key, ServicesNow, check_speaks_for
 
@@ -70,14 +72,19 @@ async def balance(key: Key, services: ServicesNow) -> BalanceResponse:
 
 @router.get("/v1/earnings")
 async def earnings(
-    key: Key, services: ServicesNow, address: Annotated[str | None, Query(max_length=64)] = None
+    key: Key,
+    services: ServicesNow,
+    address: Annotated[str | None, Query(max_length=64)] = None,
+    days: Annotated[int, Query(ge=1, le=KEPT_DAYS)] = 1,
 ) -> EarningsResponse:
     """Return what the key's address earned by lending, what is on its way and what was paid."""
     if address is not None:
         check_speaks_for(key, address)
     earnings = await services.books.earnings(key.address)
+    by_hour = await services.earned.of(key.address, days, wall_clock_ms())
     return EarningsResponse(
         address=key.address,
+        by_hour=tuple(EarnedLine.model_validate(one) for one in by_hour),
         payout_threshold_lamports=services.config.policy.payout_threshold_lamports,
         **asdict(earnings),
     )

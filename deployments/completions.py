@@ -85,8 +85,7 @@ async def chat_completions(
             param="tools",
             code="unsupported_parameter",
         )
-    messages = [message.for_template() for message in body.messages]
-    prompt = await asyncio.to_thread(model.tokenizer.render_chat, messages, tools or None)
+    prompt = await services.render(model, body.messages, tools)
     return await _answer(services, key, bearer, model, tuple(prompt), body, tools, idempotency_key)
 
 

@@ -190,8 +190,8 @@ async def quote(body: QuoteRequest, key: Key, bearer: Bearer, services: Services
 
     For a model that is new here a fee is set aside.
     """
-    if (body.prompt is None) == (body.tokens is None):
-        raise InvalidRequest("give either the prompt or the number of its tokens", param="prompt")
+    if [body.prompt, body.messages, body.tokens].count(None) != 2:
+        raise InvalidRequest("give the prompt, the messages or the number of tokens", param="prompt")
     check_choices(body.n, services.config.policy.limits)
     check_max_tokens(body.max_tokens or 1, services.config.policy.limits)
     check_prompt_tokens(body.tokens or 0, services.config.policy.limits)
@@ -199,6 +199,8 @@ async def quote(body: QuoteRequest, key: Key, bearer: Bearer, services: Services
     num_tokens = body.tokens or 0
     if body.prompt is not None:
         num_tokens = len(await services.encode(model, body.prompt))
+    elif body.messages is not None:
+        num_tokens = len(await services.render(model, body.messages))
     max_tokens = body.max_tokens or services.intake.completion_limit(model.facts, num_tokens)
     expected_tokens = await _usual_tokens(services, key.address, model.facts.model_id)
     quoted = await services.intake.quote(model.facts, num_tokens, max_tokens, expected_tokens, body.n)

@@ -209,6 +209,7 @@ def _node(node: Node) -> NodeLine:
         load=node.load,
         bad_frames=node.bad_frames,
         why_paused=node.why_paused,
+        links_s=node.links_s,
         cached_shards=len(node.cached_shards),
     )
 

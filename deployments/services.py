@@ -6,7 +6,7 @@ import hmac
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from starlette.datastructures import Address
 
 from actors.links import REGISTRY, ask
 from actors.placement import SCHEDULER
+from azu.api.openai import Message
 from azu.auth.challenges import RedisChallenges
 from azu.auth.key_records import ApiKey
 from azu.auth.peers import network_of
@@ -29,6 +30,7 @@ from azu.contact import Contact
 from azu.errors import AzuError, Forbidden, InsufficientBalance, NotFound, Unauthenticated, Unavailable
 from azu.jobs.departures import Departures
 from azu.jobs.draining import Draining
+from azu.jobs.earned import EarnedByHour
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts, check_wait
 from azu.jobs.record import JobRecord, record_of
@@ -94,6 +96,7 @@ class Services:
         self.books = Books(config.books_url, connect(), silence_s=_BOOKS_SILENCE_S)
         self.jobs = RedisJobs(connect(), self.books.ended)
         self.members = Members(config.books_url)
+        self.earned = EarnedByHour(self._redis)
         self._draining = Draining(self._redis, self.jobs)
         self.intake = Intake(
             self.books,
@@ -198,6 +201,13 @@ class Services:
         """Return the token ids of a prompt as it is."""
         takes_special = self.config.policy.limits.special_tokens_in_prompts
         return await asyncio.to_thread(model.tokenizer.encode, text, takes_special=takes_special)
+
+    async def render(
+        self, model: ServedModel, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """Return the token ids of a chat in the model's template."""
+        turns = [message.for_template() for message in messages]
+        return await asyncio.to_thread(model.tokenizer.render_chat, turns, list(tools) or None)
 
     async def check_wait(self, model: ModelFacts, num_prompt: int, num_tokens: int) -> None:
         """Raise Unavailable where a whole answer is predicted to take longer than the policy allows."""

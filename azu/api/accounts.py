@@ -142,10 +142,19 @@ class ClaimedEarnings(ResponseModel):
     claimed: bool
 
 
+class EarnedLine(ResponseModel):
+    """What an address earned with a model in the hour that began at `at_ms`."""
+
+    at_ms: int
+    model_id: str
+    lamports: int
+
+
 class EarningsResponse(ResponseModel):
     """What an address earned by lending and has not received, what is on its way, and what was paid.
 
-    The treasury pays nothing before the address has `claimed` its earnings.
+    The treasury pays nothing before the address has `claimed` its earnings. `by_hour` has the last days that
+    were asked for, the latest first; it counts what a dispute gave back later.
     """
 
     address: str
@@ -154,6 +163,7 @@ class EarningsResponse(ResponseModel):
     paid_lamports: int
     payout_threshold_lamports: int
     claimed: bool = False
+    by_hour: tuple[EarnedLine, ...] = ()
 
 
 class WithdrawalRequest(RequestModel):

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from azu.api.base import ErrorDetail, RequestModel, ResponseModel
-from azu.api.openai import Text, Usage
+from azu.api.openai import Message, Text, Usage
 from azu.api.receipts import ReceiptLines
 from azu.protocol.phase import PhaseName
 
@@ -117,10 +117,11 @@ class DeletedJob(ResponseModel):
 
 
 class QuoteRequest(RequestModel):
-    """POST /v1/quote: either a prompt as it is, or the number of its tokens; for `n` answers to it."""
+    """POST /v1/quote: a prompt as it is, a chat's messages, or the number of its tokens; for `n` answers."""
 
     model: Text = Field(min_length=1, max_length=256)
     prompt: Text | None = Field(default=None, min_length=1)
+    messages: list[Message] | None = Field(default=None, min_length=1)
     tokens: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     n: int = Field(default=1, ge=1)

@@ -33,6 +33,7 @@ class NodeLine(ResponseModel):
 
     `vram_free_bytes` is what may still be placed there, `vram_used_bytes` what azu's processes hold (null if
     unknown), `vram_other_bytes` what other programs hold; `load` is the busy part of the device, 0 to 1.
+    `links_s` is the one-way time to other nodes, by their ids.
     `bad_frames` counts the frames of this node that other nodes refused; `why_paused` is empty unless it is
     "paused".
     """
@@ -49,6 +50,7 @@ class NodeLine(ResponseModel):
     load: float = 0.0
     bad_frames: int = 0
     why_paused: str = ""
+    links_s: Mapping[str, float] = Field(default_factory=dict)
     cached_shards: int
 
 

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 
 from azu.errors import AzuError, InvalidRequest, NotFound, Unavailable
 from azu.jobs.archive import Archive
+from azu.jobs.earned import EARNED, KEPT_DAYS, shares_of
 from azu.jobs.record import (
     CANCELLATIONS_KEPT,
     CANCELLED,
@@ -319,9 +320,10 @@ class RedisJobs:
 
         Raises NotFound.
         """
-        keys = [job_key(job_id), tokens_key(job_id), ENDED]
+        keys = [job_key(job_id), tokens_key(job_id), ENDED, EARNED]
         tokens = outcome.receipt.completion_tokens
         arguments = [job_id, outcome.state.value, OUTCOME.dump_json(outcome), tokens, TOKENS_KEPT_S]
+        arguments += [KEPT_DAYS, *shares_of(outcome.receipt)]
         written = await self._finish(keys, arguments)
         if written < 0 and not await self._archive.read([job_id]):
             raise _unknown(job_id)
