@@ -27,13 +27,11 @@ _HEADERS = {
 
 def _read() -> dict[str, tuple[bytes, str]]:
     """Return the page's files and their types by name; a request never looks for a file on disk."""
-    found = {}
-    folder = CONFIGS / "page"
-    for prefix, part in (("", folder), ("vendor/", folder / "vendor")):
-        for file in part.iterdir():
-            suffix = file.name[file.name.rfind(".") :]
-            if suffix in _TYPES:
-                found[prefix + file.name] = (file.read_bytes(), f"{_TYPES[suffix]}; charset=utf-8")
+    found, folder = {}, CONFIGS / "page"
+    for file in folder.rglob("*"):
+        if file.suffix in _TYPES:
+            name = file.relative_to(folder).as_posix()
+            found[name] = (file.read_bytes(), f"{_TYPES[file.suffix]}; charset=utf-8")
     return found
 
 

@@ -1,93 +1,83 @@
 // Which view is shown: it follows the address and this tab's key; the network is read every two seconds.
 
-import { Fault, key, read } from "./api.js";
+import * as account from "./account.js";
+import { key, read, words } from "./api.js";
 import * as chat from "./chat.js";
-import { find, hype, say } from "./dom.js";
+import * as chats from "./chats.js";
+import { find, say } from "./dom.js";
+import * as lend from "./lend.js";
 import * as network from "./network.js";
+import * as picture from "./picture.js";
 import * as receipt from "./receipt.js";
 
 const PERIOD_MS = 2000;
+const VIEWS = ["chat", "network", "lend", "receipts", "account"];
 
 async function refresh() {
   const healthy = await fetch("/health").then((answer) => answer.status, () => 0);
   const health = find("health");
   health.textContent = healthy === 200 ? "Up" : healthy ? "Starting" : "Not reached";
   health.className = healthy === 200 ? "alive" : "dead";
-  if (!key.get()) return;
+  await chat.look();
+  if (!key.get() || !healthy) return;
   try {
-    network.show(await read("/v1/network"));
+    const found = await read("/v1/network");
+    network.show(found);
+    await lend.show(found);
     say(find("network-fault"), "");
   } catch (error) {
-    say(find("network-fault"), sentence(error));
+    // What is wrong with a key is said where the key is, and at the top that the network is not reached.
+    if (error.status !== 401) say(find("network-fault"), error.status === 0 ? "" : words(error));
   }
 }
 
 // Shows what needs a key and changes only when the user acts.
 async function open() {
-  const given = Boolean(key.get());
-  find("key-form").hidden = given;
-  find("account").hidden = !given;
-  if (!given) return chat.offer([]);
+  if (!key.get()) forgetShown();
   try {
-    await account();
-    chat.offer((await read("/v1/models")).data);
-    refresh();
+    await account.show();
+    chat.offer(key.get() ? (await read("/v1/models")).data : []);
+    if (key.get()) await receipt.list();
   } catch (error) {
-    if (error.status === 401) forget();
-    say(find("chat-fault"), sentence(error));
+    if (error.status === 401) account.forget();
+    say(find("key-fault"), words(error));
   }
+  view();
 }
 
-async function account() {
-  const { available_lamports: available } = await read("/v1/balance");
-  find("balance").textContent = hype(available);
-  await receipt.list();
-}
-
-function forget() {
-  key.forget();
-  for (const id of ["summary", "nodes", "models", "jobs", "receipt"]) {
+function forgetShown() {
+  picture.forget();
+  for (const id of ["summary", "picture", "nodes", "models", "jobs", "receipt", "earned", "earned-by", "my-nodes"]) {
     find(id).replaceChildren();
     delete find(id).dataset.shown;
   }
-  open();
-  find("key").focus();
-}
-
-function sentence(error) {
-  return error instanceof Fault ? error.message : `This page made a mistake: ${error.message}`;
 }
 
 function view() {
   const [name, jobId] = location.hash.slice(1).split("/");
-  const chosen = ["chat", "network", "receipts"].includes(name) ? name : "chat";
+  const chosen = VIEWS.includes(name) ? name : "chat";
   document.body.dataset.view = chosen;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.hash === `#${chosen}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  if (chosen === "receipts" && jobId && key.get()) receipt.show(decodeURIComponent(jobId));
+  if (!key.get()) return;
+  if (chosen === "receipts" && jobId) receipt.show(decodeURIComponent(jobId));
+  if (chosen === "lend") refresh();
 }
 
-find("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  key.set(find("key").value.trim());
-  say(find("chat-fault"), "");
-  find("key").value = "";
-  open().then(view);
-});
-find("forget").addEventListener("click", forget);
+async function answered(isOver) {
+  await chats.list();
+  if (isOver && key.get()) await Promise.all([account.show(), receipt.list()]);
+}
+
 window.addEventListener("hashchange", view);
-chat.start(open);
+chat.start((isOver) => answered(isOver).catch((error) => say(find("chat-fault"), words(error))));
 receipt.start();
+picture.start();
+account.start(open);
 view();
-open().then(view);
-refresh();
-// The id in the command is what a wallet's owner compares with the one that `azu up` printed.
-fetch("/v1/platform").then((answer) => answer.json()).then((shown) => {
-  find("identity").textContent = `azu login ${location.origin}#${shown.network_id}`;
-  // It listens on the loopback of the head alone.
-  find("dashboard").hidden = !shown.dashboard_url || !["127.0.0.1", "localhost"].includes(location.hostname);
-  if (shown.dashboard_url) find("dashboard").href = shown.dashboard_url;
-}, () => {});
+await chats.start();
+await open();
+await refresh();
 setInterval(() => { if (!document.hidden) refresh(); }, PERIOD_MS);

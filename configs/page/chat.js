@@ -1,170 +1,279 @@
-// The chat: one answer at a time, as it streams, with its cost.
+// The shown conversation: its turns, what can be done with them, and the form that asks.
 
-import { ask, chunks, Fault } from "./api.js";
-import { count, find, hype, make, many, say, time } from "./dom.js";
+import { read, words } from "./api.js";
+import { facts, isHere, run, stop } from "./answer.js";
+import * as talk from "./conversation.js";
+import { button, copyButton, find, hype, make, many, say } from "./dom.js";
+import { Markdown } from "./markdown.js";
+import * as store from "./store.js";
 
-let turns = [];
-let running = null;
+const SAMPLING = ["temperature", "top_p", "top_k", "repetition_penalty", "seed"];
+const QUOTE_AFTER_MS = 600;
+
+let shown = talk.begin();
 let prices = new Map();
+let drawn = null;  // the last answer's turn, and what shows it
+let quoting = 0;
+let onAnswer = () => {};
 
-export function start(onEnd) {
+export const current = () => shown;
+
+// Calls `answered` when an answer begins here (false) and when it is over (true).
+export function start(answered) {
+  onAnswer = answered;
   const prompt = find("prompt");
   find("ask").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (!running) send(onEnd);
+    send();
   });
   prompt.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-      event.preventDefault();
-      find("ask").requestSubmit();
-    }
+    // Safari ends a composition before its Enter comes, which then has this code.
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+    event.preventDefault();
+    find("ask").requestSubmit();
   });
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
-  find("stop").addEventListener("click", () => running?.abort());
-  find("clear").addEventListener("click", () => {
-    running?.abort();
-    turns = [];
-    find("messages").replaceChildren();
-    say(find("chat-fault"), "");
-    prompt.focus();
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") stop(shown.id); });
+  find("stop").addEventListener("click", () => stop(shown.id));
+  prompt.addEventListener("input", () => {
+    shown.draft = prompt.value;
+    quoteSoon();
   });
-  find("model").addEventListener("change", showPrice);
+  find("settings").addEventListener("input", settings);
+  find("model").addEventListener("change", settings);
 }
 
-// Offers the models; an earlier choice stays.
+// Offers the models; the conversation's own stays chosen.
 export function offer(models) {
-  const choice = find("model");
-  const before = choice.value;
   prices = new Map(models.map((model) => [model.id, model.lamports_per_token]));
-  choice.replaceChildren(...models.map((model) =>
+  find("model").replaceChildren(...models.map((model) =>
     make("option", { value: model.id, textContent: model.deployed ? model.id : `${model.id} (not up yet)` })));
-  if (prices.has(before)) choice.value = before;
-  choice.disabled = !models.length;
-  find("hint").hidden = models.length > 0;
-  showPrice();
+  find("model").disabled = !models.length;
+  chooseModel();
 }
 
-function showPrice() {
-  const price = prices.get(find("model").value);
-  find("price").textContent = price ? `${many(price, "lamport")} per token` : "";
+function chooseModel() {
+  const choice = find("model");
+  if (prices.has(shown.model)) choice.value = shown.model;
+  shown.model = choice.value;
+  quoteSoon();
 }
 
-async function send(onEnd) {
-  const text = find("prompt").value.trim();
-  const model = find("model").value;
-  if (!text) return;
-  if (!model) return say(find("chat-fault"), "Type your API key first; it opens the models.");
-  const asked = { role: "user", content: text };
-  const answer = new Answer(model);
-  const question = message("you", text);
-  find("messages").append(question, answer.element);
-  find("prompt").value = "";
+// Shows a conversation; an answer of another one goes on unseen.
+export function show(conversation) {
+  shown = conversation;
+  find("prompt").value = shown.draft;
+  find("system").value = shown.system;
+  find("most").value = shown.most;
+  for (const name of SAMPLING) find(name).value = shown.sampling[name] ?? "";
   say(find("chat-fault"), "");
-  working(new AbortController());
-  answer.element.scrollIntoView({ block: "end" });
-  try {
-    await answer.stream([...turns, asked], Number(find("most").value), running.signal);
-    turns.push(asked, { role: "assistant", content: answer.text });
-  } catch (error) {
-    if (error.name === "AbortError") {
-      answer.stopped();
-      // Else the job would wait for this page to come back.
-      if (answer.job) ask(`/v1/jobs/${answer.job}/cancel`, { body: {} }).catch(() => {});
-      turns.push(asked, { role: "assistant", content: answer.text });
-    } else {
-      answer.failed();
-      if (!answer.text) {
-        question.remove();
-        find("prompt").value ||= text;
-      }
-      say(find("chat-fault"), error instanceof Fault ? error.message : `This page made a mistake: ${error.message}`);
-    }
-  } finally {
-    working(null);
-    onEnd();
-  }
+  chooseModel();
+  draw();
+  toTheEnd();
 }
 
-function working(controller) {
-  running = controller;
-  find("stop").hidden = !controller;
-  find("send").disabled = Boolean(controller);
+function settings() {
+  shown.model = find("model").value;
+  shown.system = find("system").value.trim();
+  shown.most = Number(find("most").value) || 1;
+  shown.sampling = {};
+  for (const name of SAMPLING) if (find(name).value !== "") shown.sampling[name] = Number(find(name).value);
+  drawSystem();
+  quoteSoon();
 }
 
-function message(who, text = "") {
-  return make("li", { className: who }, make("p", { className: "text", textContent: text }));
+function send() {
+  const text = find("prompt").value.trim();
+  if (!text || talk.isAnswering(shown)) return;
+  if (!shown.model) return say(find("chat-fault"), "The network offers no model now.");
+  find("more").open ||= !find("settings").checkValidity();
+  if (!find("ask").reportValidity()) return;
+  shown.draft = "";
+  answer(talk.ask(shown, text), () => { find("prompt").value = ""; });
 }
 
-class Answer {
-  constructor(model) {
-    this.model = model;
-    this.text = "";
-    this.tokens = 0;
-    this.began = performance.now();
-    this.first = null;
-    this.job = null;
-    this.element = message("model");
-    this.element.classList.add("busy");
-    this.facts = make("p", { className: "facts dim", textContent: `${model} is reading` });
-    this.element.append(this.facts);
-  }
-
-  async stream(messages, most, signal) {
-    const body = {
-      model: this.model, messages, max_tokens: most, stream: true, stream_options: { include_usage: true },
-    };
-    for await (const chunk of chunks("/v1/chat/completions", body, signal)) this.take(chunk);
-  }
-
-  take(chunk) {
-    this.job = chunk.azu?.job_id ?? this.job;
-    this.tokens = Math.max(this.tokens, chunk.azu?.after ?? 0);
-    const piece = chunk.choices[0]?.delta?.content;
-    if (piece) this.add(piece);
-    if (chunk.usage) this.ended(chunk.usage);
-  }
-
-  add(piece) {
-    this.first ??= performance.now();
-    const atEnd = isAtEnd();
-    this.text += piece;
-    this.element.firstChild.append(piece);
-    this.facts.textContent = `${this.speed()} · at least ${this.least()} so far`;
-    if (atEnd) this.element.scrollIntoView({ block: "end" });
-  }
-
-  ended(usage) {
-    this.tokens = usage.completion_tokens;
-    const tokens = `${count(usage.prompt_tokens)} + ${many(usage.completion_tokens, "token")}`;
-    const cost = usage.cost_lamports === undefined ? "" :
-      ` · ${many(usage.cost_lamports, "lamport")} (${hype(usage.cost_lamports)})`;
-    this.close(`${this.speed()} · ${tokens}${cost}`);
-  }
-
-  stopped() { this.close(`Stopped · at least ${this.least()}; the receipt says how much`); }
-
-  failed() {
-    if (!this.text) this.element.remove();
-    else this.close(`Cut off · at least ${this.least()}; the receipt says how much`);
-  }
-
-  close(words) {
-    this.element.classList.remove("busy");
-    this.facts.textContent = words;
-    if (this.job) this.facts.append(" · ", make("a", { href: `#receipts/${this.job}`, textContent: "Receipt" }));
-  }
-
-  least() { return many(this.tokens * (prices.get(this.model) ?? 0), "lamport"); }
-
-  speed() {
-    if (this.first === null) return this.model;
-    const seconds = (performance.now() - this.first) / 1000;
-    const rate = this.tokens > 1 && seconds > 0 ? ` · ${((this.tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
-    return `first token after ${time((this.first - this.began) / 1000)}${rate}`;
-  }
+// Keeps the conversation with its new answer first: what another tab has changed meanwhile is not overwritten.
+async function answer(turn, onKept = () => {}) {
+  const conversation = shown;
+  say(find("chat-fault"), "");
+  if (!await keep(conversation)) return;
+  onKept();
+  await finish(conversation, turn);
 }
 
-function isAtEnd() {
+async function finish(conversation, turn) {
+  let kept_ms = Date.now();
+  const ended = run(conversation, turn, () => {
+    refresh(conversation, turn);
+    if (Date.now() - kept_ms < store.BEAT_MS) return;
+    kept_ms = Date.now();
+    keep(conversation);
+  });
+  store.hold(conversation.id, ended);
+  if (conversation === shown) {
+    draw();
+    toTheEnd();
+  }
+  onAnswer(false);
+  await ended;
+  const isShown = conversation === shown;
+  if (talk.settle(conversation, turn) && isShown) {
+    find("prompt").value ||= conversation.draft;
+    say(find("chat-fault"), turn.fault ?? "");
+  }
+  await keep(conversation);
+  if (isShown) draw();
+  onAnswer(true);
+}
+
+function toTheEnd() {
   const list = find("messages");
-  return list.scrollHeight - list.scrollTop - list.clientHeight < 80;
+  list.scrollTop = list.scrollHeight;
+}
+
+// Returns whether the conversation is kept, or at least nothing newer is.
+async function keep(conversation) {
+  try {
+    await store.keep(conversation);
+    say(find("keep-fault"), await store.isLasting() ? "" : "This browser keeps no chats: they go when you close the page.");
+    return true;
+  } catch (error) {
+    if (error instanceof store.Changed) {
+      stop(conversation.id);
+      if (conversation === shown) await reload("This chat was changed in another tab. It is shown as it is now; send again.");
+      return false;
+    }
+    say(find("keep-fault"), error instanceof store.Full
+      ? "This browser has no room for more chats: what you ask now is not kept. Delete old chats to make room." : words(error));
+    return true;
+  }
+}
+
+// Shows the conversation as another tab has kept it.
+export async function reload(notice = "") {
+  if (isHere(shown.id)) return;
+  const draft = find("prompt").value;
+  const kept = await store.get(shown.id);
+  show({ ...(kept ?? talk.begin()), draft });
+  if (notice) say(find("chat-fault"), notice);
+}
+
+// Called now and then: an answer whose tab was closed is cut.
+export async function look() {
+  const conversation = shown;
+  const turn = talk.last(conversation);
+  // An answer that is not drawn yet is about to begin here.
+  if (drawn?.turn !== turn || isHere(conversation.id) || !await store.isLost(conversation)) return;
+  Object.assign(turn, { state: "cut", fault: "The page was closed meanwhile." });
+  talk.settle(conversation, turn);
+  if (await keep(conversation) && conversation === shown) show(conversation);
+}
+
+function draw() {
+  drawn = null;
+  find("messages").replaceChildren(...shown.turns.map((turn) => (turn.role === "user" ? question(turn) : reply(turn))));
+  drawSystem();
+  working();
+}
+
+function drawSystem() {
+  say(find("sent-system"), shown.system && `System prompt: ${shown.system}`);
+}
+
+function working() {
+  const isBusy = talk.isAnswering(shown);
+  find("chat").dataset.turns = shown.turns.length;
+  quoteSoon();
+  find("stop").hidden = !isHere(shown.id);
+  find("send").disabled = isBusy;
+  find("log").setAttribute("aria-busy", isBusy);
+  document.querySelectorAll("#messages .actions button[data-changes]").forEach((one) => { one.disabled = isBusy; });
+}
+
+function question(turn) {
+  const item = make("li", { className: "you" }, make("p", { className: "text", textContent: turn.content }),
+    make("div", { className: "actions" }, changing("Edit", () => edit(turn, item), "Edit this question; what follows goes")));
+  return item;
+}
+
+const changing = (words, call, title) => button(words, call, { className: "small", title, data: { changes: "" } });
+
+function edit(turn, item) {
+  const field = make("textarea", { value: turn.content, label: "Question", rows: 3 });
+  const form = make("form", { className: "edit" }, field,
+    make("div", { className: "buttons" }, button("Leave it", draw), make("button", { className: "main", textContent: "Send" })));
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const text = field.value.trim();
+    if (text && !talk.isAnswering(shown)) answer(talk.edit(shown, turn, text));
+  });
+  item.replaceChildren(form);
+  field.focus();
+}
+
+function reply(turn) {
+  const text = make("div", { className: "text" });
+  const thoughts = make("details", { hidden: true }, make("summary", { textContent: "Reasoning" }), make("p"));
+  const line = make("p", { className: "facts dim" });
+  const actions = make("div", { className: "actions" });
+  const item = make("li", { className: "model" }, thoughts, text, line, actions);
+  drawn = { turn, item, text: new Markdown(text), thoughts, line, actions };
+  update(drawn);
+  return item;
+}
+
+function update({ turn, item, text, thoughts, line, actions }) {
+  const isRunning = turn.state === "running";
+  item.classList.toggle("busy", isRunning);
+  text.show(turn.content);
+  thoughts.hidden = !turn.reasoning;
+  thoughts.lastChild.textContent = turn.reasoning ?? "";
+  line.textContent = facts(turn, prices.get(turn.model));
+  if (isRunning) return;
+  if (turn.job) line.append(" · ", make("a", { href: `#receipts/${turn.job}`, textContent: "Receipt" }));
+  actions.replaceChildren(copyButton(() => turn.content, "Copy answer"));
+  if (turn !== talk.last(shown)) return;
+  if (turn.state === "cut" && turn.job) {
+    actions.append(changing("Continue", () => finish(shown, turn), "Take this answer up again; nothing is paid twice"));
+  }
+  actions.append(changing("Ask again", () => answer(talk.again(shown)), "Another answer in the place of this one"));
+}
+
+let waiting = false;
+
+// Draws at most once a frame, and follows the text only where its end was in view.
+function refresh(conversation, turn) {
+  if (conversation !== shown || waiting) return;
+  waiting = true;
+  requestAnimationFrame(() => {
+    waiting = false;
+    if (drawn?.turn !== turn) return;
+    const list = find("messages");
+    const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 80;
+    update(drawn);
+    if (atEnd) list.scrollTop = list.scrollHeight;
+  });
+}
+
+function quoteSoon() {
+  clearTimeout(quoting);
+  quoting = setTimeout(quote, QUOTE_AFTER_MS);
+}
+
+// What the typed question would cost with all that is sent with it.
+async function quote() {
+  const price = prices.get(shown.model);
+  const draft = find("prompt").value.trim();
+  const line = find("price");
+  line.textContent = price ? `${hype(price)} per token` : "";
+  if (!price || !draft || talk.isAnswering(shown)) return;
+  const asked = [...talk.messages(shown), { role: "user", content: draft }];
+  try {
+    const found = await read("/v1/quote", { body: { model: shown.model, messages: asked, max_tokens: shown.most } });
+    if (find("prompt").value.trim() !== draft) return;
+    line.textContent = `At most ${hype(found.max_lamports)} for ${many(found.prompt_tokens, "token")} and an answer of ` +
+      `${found.max_tokens}; ${hype(found.expected_lamports)} if it has ${found.expected_tokens}`;
+  } catch (error) {
+    // That the network is not reached is said at the top.
+    if (error.status) line.textContent = words(error);
+  }
 }

@@ -3,13 +3,42 @@
 export const find = (id) => document.getElementById(id);
 
 export function make(name, properties = {}, ...children) {
-  const { data = {}, role, label, ...rest } = properties;
+  const { data = {}, role, label, onclick, ...rest } = properties;
   const element = Object.assign(document.createElement(name), rest);
   Object.assign(element.dataset, data);
   if (role) element.setAttribute("role", role);
   if (label) element.setAttribute("aria-label", label);
-  element.append(...children.filter((child) => child !== null));
+  if (onclick) element.addEventListener("click", onclick);
+  element.append(...children.filter((child) => child !== null && child !== ""));
   return element;
+}
+
+export const button = (textContent, onclick, rest = {}) => make("button", { type: "button", textContent, onclick, ...rest });
+
+// A button that copies a text, and says whether it did.
+export function copyButton(text, label) {
+  const element = button("Copy", async () => {
+    element.textContent = await copied(text()) ? "Copied" : "Not copied: select the text";
+    setTimeout(() => { element.textContent = "Copy"; }, 2000);
+  }, { className: "small", label });
+  return element;
+}
+
+// The clipboard's own interface is there only over TLS and on this machine.
+async function copied(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const field = make("textarea", { value: text, className: "unseen", readOnly: true });
+    const before = document.activeElement;
+    document.body.append(field);
+    field.select();
+    const done = document.execCommand("copy");
+    field.remove();
+    before?.focus();
+    return done;
+  }
 }
 
 export function say(element, text) {

@@ -1,6 +1,7 @@
 // The network: nodes with their VRAM, and the layers and experts of each model on them.
 
 import { bar, count, find, held, make, many, replace, size, time } from "./dom.js";
+import * as picture from "./picture.js";
 
 let before = null;
 
@@ -8,6 +9,7 @@ export function show(found) {
   const now = performance.now();
   const speeds = new Map(found.deployments.map((model) => [model.model_id, speed(model, now)]));
   before = { at: now, models: new Map(found.deployments.map((model) => [model.model_id, model.activity])) };
+  picture.show(found, new Map([...speeds].map(([id, one]) => [id, one.tokens])));
   const alive = found.nodes.filter((node) => node.state === "alive").length;
   const total = [...speeds.values()].reduce((sum, one) => sum + one.tokens, 0);
   replace(find("summary"),

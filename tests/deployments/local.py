@@ -61,17 +61,17 @@ class ScriptedModel:
 
     async def run(self, job: Job) -> JobRun:
         await asyncio.sleep(self.delay_s)
-        written = 0
+        written, token_ids = 0, self.token_ids  # a test may change them for the next job
         for choice in range(0 if self.silent else job.choices):
-            for position, token_id in enumerate((*self.token_ids, EOS)[: job.sampling.max_tokens]):
-                last = position == len(self.token_ids)
+            for position, token_id in enumerate((*token_ids, EOS)[: job.sampling.max_tokens]):
+                last = position == len(token_ids)
                 finish = FinishReason.STOP if last and self.error is None else None
                 event = TokenEvent(written, (token_id,), choice=choice, finish_reason=finish)
                 await retry_until_available(partial(self.jobs.append, [(job.job_id, event)]))
                 written += 1
                 await asyncio.sleep(self.pause_s)
         work = {layer: {"node": 1} for layer in range(job.num_layers)}
-        cut = job.sampling.max_tokens <= len(self.token_ids)
+        cut = job.sampling.max_tokens <= len(token_ids)
         reason = FinishReason.LENGTH if cut else FinishReason.STOP
         reason = reason if self.error is None else FinishReason.ERROR
         return JobRun(written, reason, work, self.error)

@@ -41,7 +41,14 @@ def served(redis_url: str, home: Path) -> Iterator[Served]:
     async def serve() -> None:
         async with local_ingress(redis_url, home, unhurried()) as ingress:
             server = uvicorn.Server(
-                uvicorn.Config(ingress.app, port=0, log_level="error", lifespan="off", ws="none")
+                uvicorn.Config(
+                    ingress.app,
+                    port=0,
+                    log_level="error",
+                    lifespan="off",
+                    ws="none",
+                    timeout_graceful_shutdown=5,
+                )
             )
             serving = asyncio.create_task(server.serve())
             while not server.started:

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from urllib.parse import urljoin
 
 import httpx
 import pytest
@@ -37,7 +38,7 @@ def parts(*paths: str) -> dict[str, httpx.Response]:
             found[path] = get(path).raise_for_status()
             named = re.findall(r'(?:href|src)="(/[^"#]*)"', found[path].text)
             wanted += [name for name in named if name != "/openapi.json"]
-            wanted += [f"/page/{name}" for name in re.findall(r'from "\./([^"]+)"', found[path].text)]
+            wanted += [urljoin(path, name) for name in re.findall(r'from "(\./[^"]+)"', found[path].text)]
     return found
 
 
@@ -50,6 +51,7 @@ def test_every_file_is_served_with_its_type() -> None:
     assert types["/page/app.js"] == types["/page/network.js"] == "text/javascript"
     assert types["/page/icon.svg"] == "image/svg+xml"
     assert types["/docs"] == "text/html"
+    assert types["/page/vendor/marked.js"] == types["/page/vendor/noble/sha3.js"] == "text/javascript"
     assert types["/page/vendor/swagger-ui-bundle.js"] == types["/page/docs.js"] == "text/javascript"
     assert types["/page/vendor/swagger-ui.css"] == "text/css"
 
@@ -69,10 +71,13 @@ def test_no_file_loads_from_another_host_or_runs_a_string() -> None:
 
 def test_a_key_is_kept_in_its_tab_alone() -> None:
     own = {path: answer for path, answer in parts("/").items() if not path.startswith(VENDOR)}
-    scripts = "".join(answer.text for path, answer in own.items() if path.endswith(".js"))
+    scripts = {path: answer.text for path, answer in own.items() if path.endswith(".js")}
 
-    assert "sessionStorage" in scripts
-    assert not re.search(r"localStorage|document\.cookie|indexedDB", scripts)
+    assert "sessionStorage" in scripts["/page/api.js"]
+    assert not re.search(r"localStorage|document\.cookie", "".join(scripts.values()))
+    # Chats are kept longer than a tab, the key is not among them.
+    assert [path for path, text in scripts.items() if "indexedDB" in text] == ["/page/store.js"]
+    assert not re.search(r"sessionStorage|api\.js|\bkey\b", scripts["/page/store.js"])
 
 
 @pytest.mark.parametrize("name", ["..%2fnetwork.yaml", "network.yaml", "__init__.py", "%00", "app.js%2f.."])

@@ -1,9 +1,10 @@
 """Debian's Chromium, driven through ChromeDriver; it fetches nothing of its own."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from selenium import webdriver
@@ -15,6 +16,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 pytest.importorskip("selenium")
 
 _TIMEOUT_S = 60.0
+_AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -46,6 +48,21 @@ class Browser:
         )
         return self.text(selector)
 
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds."""
+        WebDriverWait(self.driver, _TIMEOUT_S).until(lambda _: condition())
+
+    def fill(self, selector: str, text: str) -> None:
+        """Write a text in the place of what a field has."""
+        field = self.find(selector)
+        field.clear()
+        field.send_keys(text)
+
+    def run(self, script: str, *arguments: object) -> Any:
+        """Run the body of an asynchronous function in the page; return what it returns."""
+        body = f"return (async (...arguments) => {{{script}}})(...arguments)"
+        return self.driver.execute_script(body, *arguments)
+
     def resize(self, width: int, height: int, *, dark: bool = False) -> None:
         """Set the size of the viewport."""
         self._command(
@@ -60,6 +77,36 @@ class Browser:
         self._command("Network.enable", {})
         rates = {"latency": 0, "downloadThroughput": bytes_per_s, "uploadThroughput": -1, "offline": False}
         self._command("Network.emulateNetworkConditions", rates)
+
+    @contextmanager
+    def before_each_page(self, script: str) -> Iterator[None]:
+        """Run a script in each page that opens meanwhile, before the page's own."""
+        added = self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+        yield
+        self._command("Page.removeScriptToEvaluateOnNewDocument", added)
+
+    def barriers(self) -> list[str]:
+        """Return what axe-core finds on the page that keeps people out."""
+        if not self.driver.execute_script("return 'axe' in window"):
+            self.driver.execute_script(_AXE.read_text())
+        found = self.run("return (await axe.run(document)).violations")
+        return [
+            f"{one['id']}: {node['html'][:120]} {node['failureSummary']}"
+            for one in found
+            for node in one["nodes"]
+        ]
+
+    def forget(self, origin: str) -> None:
+        """Remove all that an origin keeps, and leave it."""
+        self.driver.get(f"{origin}/page/icon.svg")
+        self.driver.execute_script("sessionStorage.clear()")
+        self.driver.get("about:blank")
+        self._command("Storage.clearDataForOrigin", {"origin": origin, "storageTypes": "all"})
+
+    def limit_storage(self, origin: str, quota_bytes: int | None) -> None:
+        """Give an origin so much room for what it keeps; None for the usual."""
+        quota = {} if quota_bytes is None else {"quotaSize": quota_bytes}
+        self._command("Storage.overrideQuotaForOrigin", {"origin": origin, **quota})
 
     def shoot(self, path: Path) -> None:
         """Write what the viewport shows as a PNG."""

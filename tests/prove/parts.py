@@ -100,7 +100,7 @@ PARTS = (
     Part(
         "page",
         "chat with cost, network and receipts in Chromium at 1280 and 400 pixels, by key and keyboard",
-        pytest("tests/network/test_page.py", "-m", "prove"),
+        pytest("tests/network/test_page.py", "tests/deployments/test_page_in_browser.py", "-m", "prove"),
     ),
     Part(
         "metrics",
