@@ -69,7 +69,7 @@ class Newcomer:
         """Return what a command prints; `azu join` keeps running in the second terminal."""
         for word, value in self._known.items():
             command = re.sub(rf"\b{word}\b", value, command)
-        if command.startswith("azu join"):
+        if command.startswith("azu join") and "--background" not in command:
             self.joined = self._start(command)
             return ""
         process = self._start(command)
@@ -79,6 +79,15 @@ class Newcomer:
             if word not in self._known and (found := pattern.search(output)):
                 self._known[word] = found[1]
         return output
+
+    @property
+    def ticket(self) -> str:
+        """What `azu up` printed to join with."""
+        return self._known["TICKET"]
+
+    def give_ticket(self) -> None:
+        """Have the ticket in the environment of the next commands."""
+        self._environment["AZU_TICKET"] = self.ticket
 
     def leave(self) -> list[int]:
         """End the command in the second terminal; returns the sessions that it had."""

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from azu.engine.device import (
     CpuMeter,
     DeviceSpeed,
+    device_bytes,
     device_speed,
     open_meter,
     others_part,
@@ -196,3 +197,8 @@ def test_a_gpu_has_a_speed_a_name_and_a_memory(tmp_path: Path) -> None:
     assert memory.other_bytes >= 0
     assert meter.memory(100 * MIB, []).free_bytes <= 100 * MIB
     assert 0 <= meter.load() <= 1
+    others, celsius, card = meter.others_load([]), meter.celsius(), device_bytes("0")
+    assert others is None or 0 <= others <= 1
+    assert celsius is None or 0 < celsius < 120
+    assert card is not None
+    assert card >= memory.free_bytes
