@@ -2,10 +2,10 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not re-exported
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
@@ -113,10 +114,10 @@ def newest_on_hub(model_id: str) -> tuple[str, int]:
     return commit, sum(wanted)
 
 
-def forget(model_id: str, revision: str = "") -> None:
-    """Remove a repository, or one revision of it, from the cache."""
+def forget(model_id: str, revision: str = "", kept: Collection[str] = ()) -> None:
+    """Remove a repository, or one revision of it, from the cache, but no revision that is `kept`."""
     with suppress(CacheNotFound):
-        _deletion(model_id, revision).execute()
+        _deletion(model_id, revision, kept).execute()
 
 
 def cached_bytes(model_id: str, revision: str, folder: Path) -> int:
@@ -128,10 +129,17 @@ def cached_bytes(model_id: str, revision: str, folder: Path) -> int:
     return 0
 
 
-def _deletion(model_id: str, revision: str) -> DeleteCacheStrategy:
+def _deletion(model_id: str, revision: str, kept: Collection[str] = ()) -> DeleteCacheStrategy:
+    repository = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=model_id, repo_type="model"))
+    # To resolve a name writes it down, and the library finds no repository with a name of what is not there.
+    for name in (repository / "refs").rglob("*"):
+        if name.is_file() and not (repository / "snapshots" / name.read_text()).exists():
+            name.unlink(missing_ok=True)
     cache = scan_cache_dir(constants.HF_HUB_CACHE)
-    mine = [one for repo in cache.repos if repo.repo_id == model_id for one in repo.revisions]
-    return cache.delete_revisions(*(one.commit_hash for one in mine if revision in ("", one.commit_hash)))
+    # A copy of a repository has the same commits.
+    mine = replace(cache, repos=frozenset(one for one in cache.repos if one.repo_path == repository))
+    found = {one.commit_hash for repo in mine.repos for one in repo.revisions}
+    return mine.delete_revisions(*(one for one in found if revision in ("", one) and one not in kept))
 
 
 def _check_id(model_id: str) -> None:
@@ -172,6 +180,8 @@ def _check_description_files(model_id: str, listing: Listing) -> None:
         raise BrokenCheckpoint(f"{model_id} has no {CONFIG_FILE}")
     if sum(listing[name].size for name in _DESCRIPTION_FILES if name in listing) > MAX_DESCRIPTION_BYTES:
         raise BrokenCheckpoint(f"{model_id}: config and tokenizer exceed {MAX_DESCRIPTION_BYTES} bytes")
+    if INDEX_FILE not in listing:
+        weight_files(Path(), listing)
 
 
 def _listing(model_id: str, commit: str) -> Listing | None:

@@ -4,7 +4,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -124,15 +124,44 @@ class ModelRegistry:
         with disk_errors(self._home), self._describing[hash(model_id) % len(self._describing)]:
             if (known := self._known(model_id, revision)) is not None:
                 return known
-            is_fetched = not model_id.startswith("/") and self._is_new(model_id)
-            room = self._room_for((model_id, ""), MAX_DESCRIPTION_BYTES) if is_fetched else nullcontext()
-            with room, self._near_named(model_id):
-                source = self._find(model_id, revision)
-            self._pins[model_id, revision] = (source.revision, time.monotonic())
-            known = self._described.get((model_id, source.revision))
-            if not is_asked_for and self._is_new(model_id, source.revision):
-                return _describe(source)
-            return self._remember(source) if known is None else known
+            if model_id.startswith("/") or not self._is_fetched(model_id, revision):
+                return self._found(model_id, revision, is_asked_for)
+            with self._room_for((model_id, revision or ""), MAX_DESCRIPTION_BYTES):
+                try:
+                    return self._found(model_id, revision, is_asked_for)
+                finally:
+                    if is_asked_for:
+                        self._forget_unused(model_id)
+
+    def _found(self, model_id: str, revision: str | None, is_asked_for: bool) -> ModelDescription:
+        with self._near_named(model_id):
+            source = self._find(model_id, revision)
+        self._pins[model_id, revision] = (source.revision, time.monotonic())
+        known = self._described.get((model_id, source.revision))
+        if not is_asked_for and self._is_new(model_id, source.revision):
+            return _describe(source)
+        return self._remember(source) if known is None else known
+
+    def _is_fetched(self, model_id: str, revision: str | None) -> bool:
+        """Whether a description fetches files of a repository that the network never had."""
+        if self._is_new(model_id) or (revision and not _REVISION.fullmatch(revision)):
+            return True
+        try:
+            commit = revision or newest_of(model_id, self._model_roots)[0]
+        except (ModelNotFound, Unavailable):
+            return False  # what the network has is served without the Hub
+        return self._is_new(model_id, commit)
+
+    def _forget_unused(self, model_id: str) -> None:
+        """Have a repository's revisions leave the cache but the current one and those that are cut or in use.
+
+        One that cannot be described would else lie there for ever, and so would each that was followed.
+        """
+        in_use = (*self._deployed(), *(model for model, _ in self._promised))
+        # The folder of a revision is there once it is cut, its lock from the beginning of the cut.
+        cut_here = {path.stem for path in (self._root / model_folder_name(model_id)).glob("*")}
+        used = {revision for name, revision in in_use if name == model_id}
+        forget(model_id, kept={self._status.get(model_id).revision} | cut_here | used)
 
     def _known(self, model_id: str, revision: str | None) -> ModelDescription | None:
         """Return a model that was described shortly before, and note that it was used."""

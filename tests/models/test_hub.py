@@ -186,6 +186,7 @@ def test_a_repository_without_config_or_safetensors_is_refused_before_a_payment(
     hub.add("org/model", folder)
     with pytest.raises(BrokenCheckpoint):
         find_on_hub("org/model", None)
+    assert hub.downloads() == set()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from azu.errors import (
+    AzuError,
     BrokenCheckpoint,
     Forbidden,
     InvalidRequest,
@@ -98,6 +100,39 @@ def test_a_revision_that_the_network_never_had_is_new_like_a_model(registry, hub
     registry._pins.clear()
     hub.broken = True
     assert registry.new_bytes("org/model") == 0, "what the network has needs no Hub"
+
+
+def test_of_a_repository_only_the_revisions_stay_that_are_current_or_in_use(registry, hub, tmp_path):
+    repository = save_checkpoint(tmp_path / "repository")
+    hub.add("org/model", repository, old=repository)
+
+    def cached() -> set[str]:
+        folder = Path(constants.HF_HUB_CACHE, "models--org--model", "snapshots")
+        return {path.name for path in folder.glob("*") if path.is_dir()}
+
+    registry.describe("org/model", OLD_COMMIT)
+    assert cached() == {OLD_COMMIT}
+    registry._room = replace(registry._room, free_bytes=2**62)
+    with pytest.raises(Unavailable, match="no room"):
+        registry.describe("org/model")
+    assert registry.describe("org/model", OLD_COMMIT).revision == OLD_COMMIT
+    assert cached() == {OLD_COMMIT}
+    registry._room = replace(registry._room, free_bytes=0)
+    registry._deployed = lambda: {("org/model", OLD_COMMIT)}
+    registry.describe("org/model")
+    assert cached() == {COMMIT, OLD_COMMIT}
+    registry._deployed = frozenset
+    registry.describe("org/model", OLD_COMMIT)
+    registry.describe("org/model", COMMIT)
+    registry._described.clear()
+    registry.describe("org/model", OLD_COMMIT)
+    assert cached() == {OLD_COMMIT}
+    (repository / "config.json").write_text("{}")
+    hub.add("org/broken", repository)
+    with pytest.raises(AzuError):
+        registry.describe("org/broken")
+    assert not Path(constants.HF_HUB_CACHE, "models--org--broken").exists(), "it would stay for ever"
+    assert cached() == {OLD_COMMIT}, "the other one has the same commits"
 
 
 def test_a_model_that_left_the_disk_is_new_again_and_one_in_use_stays(registry, models, status):
@@ -330,8 +365,10 @@ _USE = """
 import sys
 from pathlib import Path
 from azu.models.registry import ModelRegistry
+from azu.models.status import ModelState, ModelStatus
 class Status:
     def put(self, status): pass
+    def get(self, model_id): return ModelStatus(model_id, "", ModelState.UNKNOWN)
 registry = ModelRegistry(Path(sys.argv[1]), model_roots=[], status=Status(), max_model_bytes=10**9)
 description = registry.describe("org/private")
 structure = registry.ensure_cut("org/private", description.revision)
