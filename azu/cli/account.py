@@ -1,13 +1,14 @@
 """`azu login`, `deposit`, `balance`, `earnings`: the account of a wallet's owner."""
 
 import shlex
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from azu.cli.credentials import no_key, open_client, url_of
-from azu.cli.output import AsJson, Exact, Listing, amount, console, show, table, unit
+from azu.cli.output import AsCsv, AsJson, Exact, Listing, amount, console, day, show, show_csv, table, unit
 from azu.units import hype_from_lamports, lamports_from_hype
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _CREDIT_ATTEMPTS = 20
 _DAY_S = 86_400
+_STATED_DAYS = 30
 
 Limit = Annotated[str | None, typer.Option(help="The most HYPE that the key may ever spend.")]
 Days = Annotated[int | None, typer.Option(min=1, help="How many days the key is valid.")]
@@ -128,17 +130,40 @@ def earnings(
     claim: Annotated[
         bool, typer.Option("--claim", help="Sign with the wallet that its address shall be paid.")
     ] = False,
+    as_csv: AsCsv = False,
     exact: Exact = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what the key's address earned by lending, what is being paid and what was paid."""
+    """Show what the key's address earned by lending, what is being paid and what was paid.
+
+    With --csv: what it earned in the last 30 days, a line for each day (UTC) and model.
+    """
     client = open_client()
     if claim:
         from azu.cli.wallet import unlock
         from azu.config import Settings
 
         client.claim_earnings(unlock(Settings.from_environment().home))
-    show(client.earnings(), as_json, lambda found: _earnings(found, exact))
+    if as_csv:
+        show_csv(_days(client.earnings(days=_STATED_DAYS), exact))
+    else:
+        show(client.earnings(), as_json, lambda found: _earnings(found, exact))
+
+
+def _days(found: "EarningsResponse", exact: bool) -> list[dict[str, object]]:
+    """Return a line of a statement for each day and model, the oldest first."""
+    sums: Counter[tuple[str, str]] = Counter()
+    for one in reversed(found.by_hour):
+        sums[day(one.at_ms), one.model_id] += one.lamports
+    return [
+        {
+            "day_utc": at,
+            "address": found.address,
+            "model": model_id,
+            f"earned_{unit(exact).lower()}": amount(lamports, exact),
+        }
+        for (at, model_id), lamports in sums.items()
+    ]
 
 
 def _balance(found: "BalanceResponse", exact: bool) -> Listing:

@@ -18,11 +18,17 @@ def quote(
     file: Annotated[Path | None, typer.Option(help="Read what to ask from a file.")] = None,
     model: Annotated[str, typer.Option(help="A Hub id or a built-in model.")] = "azu/tiny-dense",
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most new tokens to pay for.")] = None,
+    raw: Annotated[bool, typer.Option(help="Take the text as it is, without the chat template.")] = False,
     exact: Exact = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what an answer would cost; nothing is asked. A chat's template adds some tokens to the prompt."""
-    found = open_client().quote(asked(text, file), model=model, max_tokens=max_tokens)
+    """Show what an answer would cost at most, and if it is as long as your last ones; nothing is asked."""
+    question, client = asked(text, file), open_client()
+    if raw:
+        found = client.quote(question, model=model, max_tokens=max_tokens)
+    else:
+        messages = [{"role": "user", "content": question}]
+        found = client.quote(messages=messages, model=model, max_tokens=max_tokens)
     show(found, as_json, lambda found: drawn(found, exact))
 
 

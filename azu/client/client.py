@@ -154,15 +154,17 @@ class AsyncClient:
         prompt: str | None = None,
         *,
         model: str,
+        messages: Sequence[Mapping[str, Any]] | None = None,
         tokens: int | None = None,
         max_tokens: int | None = None,
         n: int = 1,
     ) -> QuoteResponse:
-        """Return the highest and the expected price of `n` answers to a prompt as it is.
+        """Return the highest and the expected price of `n` answers to a prompt as it is, or to a chat.
 
         `tokens` is the number of the prompt's tokens, in place of the prompt.
         """
-        body = _given({"model": model, "n": n}, prompt=prompt, tokens=tokens, max_tokens=max_tokens)
+        asked = _given({}, prompt=prompt, messages=messages and list(messages), tokens=tokens)
+        body = _given({"model": model, "n": n} | asked, max_tokens=max_tokens)
         return await self._post(QuoteResponse, "/v1/quote", body)
 
     async def login(
@@ -272,9 +274,9 @@ class AsyncClient:
         signature = sign_claim(wallet, (await self.platform()).address)
         await self._post(ClaimedEarnings, "/v1/earnings/claim", {"signature": signature})
 
-    async def earnings(self) -> EarningsResponse:
-        """Return what the key's address earned by lending."""
-        return await self._get(EarningsResponse, "/v1/earnings")
+    async def earnings(self, days: int | None = None) -> EarningsResponse:
+        """Return what the key's address earned by lending, by the hour of the last `days` or of one day."""
+        return await self._get(EarningsResponse, "/v1/earnings", **_given({}, days=days))
 
     async def submit(self, prompt: str, *, model: str, address: str, est_tokens: int) -> str:
         """Queue a prompt and return its job id."""

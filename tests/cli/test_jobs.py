@@ -71,3 +71,19 @@ def test_all_jobs_are_in_the_statement(tmp_path: Path) -> None:
         done = azu("jobs", "--csv", "--by-day", home=tmp_path, AZU_URL=ingress.url, AZU_API_KEY="k")
 
     assert [one["key"] for one in csv.DictReader(io.StringIO(done.stdout))] == ["key-1", "key-2", "key-1"]
+
+
+EARNED = ((DAY_MS + 7_200_000, "m", 5), (DAY_MS, "m", 2), (DAY_MS, "n", 3), (0, "m", 1))
+
+
+def test_what_was_earned_is_a_line_for_each_day_and_model(tmp_path: Path) -> None:
+    hours = [{"at_ms": at_ms, "model_id": model, "lamports": lamports} for at_ms, model, lamports in EARNED]
+    earned = {"earned_lamports": 11, "paying_lamports": 0, "paid_lamports": 0, "payout_threshold_lamports": 9}
+    with running_ingress() as ingress:
+        ingress.replies["GET /v1/earnings?days=30"] = Reply(earned | {"address": "0xa", "by_hour": hours})
+        done = azu("earnings", "--csv", "--exact", home=tmp_path, AZU_URL=ingress.url, AZU_API_KEY="k")
+
+    found = [tuple(one.values()) for one in csv.DictReader(io.StringIO(done.stdout))]
+    assert sorted(found) == [
+        ("1970-01-01", "0xa", "m", "1"), ("1970-01-02", "0xa", "m", "7"), ("1970-01-02", "0xa", "n", "3"),
+    ]  # fmt: skip

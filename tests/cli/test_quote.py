@@ -31,13 +31,20 @@ def test_a_quote_fits_the_terminal_and_names_both_prices() -> None:
     assert "not known before the model is up" in drawn(draw(QUOTE, exact=True))
 
 
-@pytest.mark.parametrize("more", [{}, {"max_tokens": 9}])
-def test_the_question_goes_to_the_quote_alone(tmp_path: Path, more: dict[str, int]) -> None:
-    options = [word for name, value in more.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (["--raw"], {"prompt": "Why?"}),
+        (["--max-tokens", "9"], {"messages": [{"role": "user", "content": "Why?"}], "max_tokens": 9}),
+    ],
+)
+def test_the_question_goes_to_the_quote_alone(
+    tmp_path: Path, options: list[str], asked: dict[str, object]
+) -> None:
     with running_ingress() as ingress:
         ingress.replies["POST /v1/quote"] = Reply(QUOTE.model_dump(mode="json"))
         done = azu("quote", "Why?", *options, "--exact", home=tmp_path, AZU_URL=ingress.url, AZU_API_KEY="k")
 
     assert "17472 lamports for 256" in done.stdout
     (request,) = ingress.requests
-    assert request.body == {"model": "azu/tiny-dense", "n": 1, "prompt": "Why?"} | more
+    assert request.body == {"model": "azu/tiny-dense", "n": 1} | asked
