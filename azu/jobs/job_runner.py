@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 _BEST_FIRST = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.ERROR)
 _SEED = struct.Struct("<QQ")
 _SEED_RANGE = 2**63
-# Steps whose tokens are computed and not written, while Redis is away; more are not sent.
-_MAX_UNWRITTEN_STEPS = 1000
+# Steps whose tokens are computed and not written, while Redis is away or slow; more are not sent. They are
+# written together: a client that hangs up at the first of them pays for all.
+_MAX_UNWRITTEN_STEPS = 64
 # A scheduler may die before it hears how a job ended; the next scheduler asks again.
 _KEPT_JOBS = 1000
 
