@@ -14,18 +14,9 @@ $(VENV)/.node: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[node]'
 	@touch $@
 
-# The releases of the lock file, each by its hash, are for one platform; elsewhere pip takes those that fit.
-IS_LOCKED := $(shell $(PYTHON) -c "import platform as p, sys; print(\
-	(sys.platform, p.machine(), *sys.version_info[:2]) == ('linux', 'x86_64', 3, 11))")
-LOCKED = -r configs/locks/dev.txt --require-hashes --no-deps
-
 # Without --no-compile the installation also compiles thousands of files that nothing imports.
-$(VENV)/.dev: pyproject.toml configs/locks/dev.txt
+$(VENV)/.dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-ifeq ($(IS_LOCKED),True)
-	$(BIN)/pip install --quiet --no-compile "torch>=2.8,<2.14"
-	$(BIN)/pip install --quiet --no-compile $(LOCKED)
-endif
 	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	@touch $@ $(VENV)/.node
 
