@@ -17,7 +17,8 @@ RUN pip install --no-cache-dir $PIP_OPTIONS --require-hashes --no-deps -r config
 RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 # A package that is missing fails the build.
 RUN azu --help >/dev/null && python -c "import deployments.app, azu.engine.stage_runner; from azu.launch.redis_server import server_executable; server_executable()"
-RUN mkdir -p "$HOME/.azu"
+# Volumes take these folders' owner. The users of money and Ray that the head makes read Python from this home.
+RUN mkdir -p "$HOME/.azu/serve" && chmod 755 "$HOME"
 VOLUME /home/ray/.azu
 EXPOSE 8000
 ENTRYPOINT ["azu"]

@@ -69,6 +69,18 @@ def test_a_file_builds_on_the_image_that_the_cluster_uses(file: Path) -> None:
     assert f":{ray.__version__}-" in only(file, "FROM")
 
 
+def test_the_heads_other_users_can_read_python_and_its_volumes_get_their_owner() -> None:
+    (file,) = [one for one in FILES if one.name == "head.Dockerfile"]
+    made = [step.rest for step in steps(file) if step.word == "RUN"]
+    assert any('chmod 755 "$HOME"' in one for one in made), "the image's home is closed to others"
+    services = yaml.safe_load((ROOT / "configs" / "compose.yaml").read_text())["services"]
+    homes = [volume.partition(":/home/ray/")[2] for volume in services["money"]["volumes"]]
+    for home in homes:
+        assert any(f'mkdir -p "$HOME/{home}' in one for one in made), (
+            "a volume without a folder belongs to root"
+        )
+
+
 @pytest.mark.prove
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_the_steps_run_in_a_clean_directory(file: Path, tmp_path: Path) -> None:

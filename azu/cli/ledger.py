@@ -13,6 +13,7 @@ from azu.cli.admin_command import Moves, carry_out, with_books
 from azu.cli.output import AsJson, show, table, utc
 from azu.clock import wall_clock_ms
 from azu.config import Settings
+from azu.errors import ConfigurationError
 from azu.units import format_bytes, hype_from_lamports, lamports_from_hype
 
 if TYPE_CHECKING:
@@ -81,10 +82,14 @@ def repair(
     as_json: AsJson = False,
 ) -> None:
     """Cut a torn tail back to the last whole transfer and print what was dropped; stop the store before."""
+    from azu.launch.formats import check_home
     from azu.money.ledger.durability import append_only_files
     from azu.money.ledger.durability import repair as cut_tail
 
-    place = place or Settings.from_environment().money_home / "redis"
+    if place is None:
+        settings = Settings.from_environment()
+        check_home(settings.home)
+        place = settings.money_home / "redis"
     show(cut_tail(append_only_files(place) if place.is_dir() else (place,)), as_json, _drawn_repair)
 
 
@@ -99,8 +104,16 @@ def backup(
     authorities, and on a devnet all keys.
     """
     from azu.launch.backup import back_up
+    from azu.launch.formats import check_home
 
-    made = back_up(Settings.from_environment().money_home, file)
+    settings = Settings.from_environment()
+    check_home(settings.home)
+    if settings.redis_host is not None:
+        raise ConfigurationError(
+            "the store at REDIS_HOST is your own: copy it by its own means; AZU_HOME has no copy of it",
+            param="REDIS_HOST",
+        )
+    made = back_up(settings.money_home, file)
     _note("backup")
     show(made, as_json, _drawn_backup)
 

@@ -21,7 +21,7 @@ from azu.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from azu.files import disk_errors, replacing
 from azu.launch.formats import FORMAT, check_format
 from azu.launch.network_process import home_locked
-from azu.launch.network_users import BESIDE_LEDGER, LEDGER
+from azu.launch.network_users import BESIDE_LEDGER, DEVNET_CHAIN, LEDGER
 from azu.money.ledger.durability import FileRepair, append_only_files, repair
 
 # The platform's key on a real chain is in no home: it is kept apart.
@@ -138,8 +138,12 @@ def _files(home: Path) -> Iterator[Path]:
     The mark of the last entry comes before the journal: books that lack a noted entry have lost it. Raises
     _Changed after the store's files if they, or the sealed entries, are others than before.
     """
+    # A chain that lacks what the books have credited or paid would be a loss; more than they know is none.
+    chain = home / DEVNET_CHAIN
     for name in BESIDE_LEDGER:
         path = home / name
+        if path == chain:
+            continue
         if path.is_file():
             yield path
         yield from sorted(one for one in path.rglob("*") if one.is_file())
@@ -152,6 +156,8 @@ def _files(home: Path) -> Iterator[Path]:
     if (_sealed(home), append_only_files(home / _STORE)) != (seals, store):
         raise _Changed
     yield from seals
+    if chain.is_file():
+        yield chain
 
 
 def _sealed(home: Path) -> tuple[Path, ...]:

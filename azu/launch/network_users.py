@@ -21,6 +21,7 @@ from azu.launch.unix_users import UnixUser
 
 # What belongs to the user of money; it moves there from AZU_HOME when the users are separated.
 LEDGER = ("redis", "ledger")
+DEVNET_CHAIN = "devnet.jsonl"
 BESIDE_LEDGER = (
     "signer.json",
     "receipt-key.json",
@@ -28,7 +29,7 @@ BESIDE_LEDGER = (
     "books",
     "devnet.key",
     "devnet-admin.key",
-    "devnet.jsonl",
+    DEVNET_CHAIN,
 )
 _MONEY = (*LEDGER, *BESIDE_LEDGER, "signer-calls.json", "books.json", "devnet.json")
 # What belongs to the user of Ray, wherever it was before.

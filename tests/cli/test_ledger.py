@@ -11,7 +11,8 @@ from redis import Redis
 from typer.testing import CliRunner, Result
 
 from azu.cli import ledger as commands
-from azu.errors import AzuError, Conflict, NotFound, Unavailable
+from azu.errors import AzuError, ConfigurationError, Conflict, NotFound, Unavailable
+from azu.launch.formats import FORMAT
 from azu.launch.processes import free_port
 from azu.money.ledger.durability import DURABLE_CONFIG, append_only_files
 from azu.money.ledger.journal import JOURNAL
@@ -144,6 +145,25 @@ def test_money_is_copied_and_put_back(home: Path, tmp_path: Path, monkeypatch: p
     assert f"{made['files']} files" in shown
     assert "are missing. Next: azu up, then azu treasury status." in shown
     assert append_only_files(tmp_path / "bare" / "redis")[-1].stat().st_size > 0
+
+
+def test_a_store_of_the_admins_own_is_in_no_copy(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
+    with pytest.raises(ConfigurationError, match="your own"):
+        run("backup", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("command", [("backup", "copy"), ("repair",)])
+def test_money_of_a_later_release_is_neither_copied_nor_repaired(
+    home: Path, command: tuple[str, ...]
+) -> None:
+    home.mkdir(exist_ok=True)
+    (home / "format.json").write_text(f"{FORMAT + 1}\n")
+    with pytest.raises(ConfigurationError, match="later release"):
+        run(*command)
 
 
 def test_a_torn_file_is_repaired_and_the_dropped_part_is_reported(home: Path) -> None:

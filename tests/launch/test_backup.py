@@ -92,6 +92,16 @@ def test_copies_made_while_books_write_seal_and_the_store_rewrites_have_all_that
         assert asyncio.run(credited(bare)) >= answered - 8
 
 
+def test_the_devnets_chain_is_the_last_file_of_a_copy(tmp_path: Path) -> None:
+    copied(tmp_path / "home", tmp_path)
+    (tmp_path / "home" / "devnet.jsonl").write_text("{}\n")
+    back_up(tmp_path / "home", tmp_path / "second")
+    with tarfile.open(tmp_path / "second") as tar:
+        assert tar.getnames()[-2:] == ["devnet.jsonl", "backup.json"], (
+            "it may lack nothing that the books have"
+        )
+
+
 @pytest.mark.parametrize("happens", ["write and note", "seal"])
 def test_what_happens_between_two_files_of_a_copy_loses_nothing(
     happens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
