@@ -56,8 +56,11 @@ async def platform(services: ServicesNow) -> Platform:
 async def deposit(body: DepositRequest, key: Key, services: ServicesNow) -> DepositState:
     """Have the treasury look for a transfer at once and return what it found."""
     check_speaks_for(key, body.user_address)
+    await services.count_deposit(key, body.tx_sig)
     timeout_s = services.config.policy.timeouts.deposit_s
     found = await services.books.deposit(body.tx_sig, key.address, timeout_s)
+    if found.state == "credited":
+        services.note_credited(key, body.tx_sig)
     return DepositState(
         status=found.state, lamports=found.lamports, transfer_id=f"deposit:{body.tx_sig.lower()}"
     )

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 # Requests that are open at once, in all and of one owner: answers that are being written, and all others.
 MOST_ANSWERS, _ANSWERS_OF_ONE = 1500, 512
 MOST_SHORT, _SHORT_OF_ONE = 512, 256
+# How often an account may have the chain asked for a transfer.
+_DEPOSITS = Rate(per_minute=6, burst=12)
 # A request is answered within a second while Redis is away.
 _SILENCE_S = 0.6
 # The books say within this time that their own Redis is away.
@@ -118,6 +120,8 @@ class Services:
         self._growth = Growth(policy.limits.lamports_for_more, policy.limits.most_times_more)
         # Address -> when it was asked, and how many times more it may: the latest callers.
         self._more: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        # The transfers that were credited: to ask for them again costs the chain nothing.
+        self._credited: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._sign_in_rate = Rate(policy.limits.sign_ins_per_minute, policy.limits.sign_in_burst)
         self._scheduler = Contact("the scheduler")
         self._measured = (float("-inf"), MetricsSnapshot({}, {}))
@@ -145,6 +149,20 @@ class Services:
             while len(self._more) > _KEPT_ACCOUNTS:
                 self._more.popitem(last=False)
         return times
+
+    async def count_deposit(self, key: ApiKey, tx_hash: str) -> None:
+        """Count a question for a transfer, unless it is known to be credited; raises RateLimited.
+
+        Any other is looked for on the chain, which answers the treasury only so often.
+        """
+        if (key.address, tx_hash) not in self._credited:
+            await self._rates.take(f"deposit:{key.address}", _DEPOSITS)
+
+    def note_credited(self, key: ApiKey, tx_hash: str) -> None:
+        """Note that a transfer was credited, so that questions for it are not counted."""
+        self._credited[key.address, tx_hash] = None
+        while len(self._credited) > _KEPT_ACCOUNTS:
+            self._credited.popitem(last=False)
 
     async def count_sign_in(self, client: Address | None) -> None:
         """Count a request that needs no key, by its sender's address (IPv6: its /64); raises RateLimited."""

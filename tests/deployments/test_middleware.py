@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from azu.config import NetworkPolicy
 from azu.jobs.redis import RedisJobs
+from azu.money.treasury.request_reply import CreditState, DepositStatus
 from deployments import middleware
 from deployments.middleware import BodyLimit, ClientAddresses
 from tests.deployments.local import LocalIngress, local_ingress, policy_with
@@ -103,6 +104,31 @@ def test_the_keys_of_an_account_share_its_requests_and_show_what_they_may_spend_
         assert [reply.status_code for reply in replies] == [200, 200, 200, 200, 429]
 
     play(scenario, policy_with(requests_per_minute=1, request_burst=5))
+
+
+def test_an_account_has_few_transfers_a_minute_looked_for_but_asks_for_credited_ones_freely(
+    play, monkeypatch
+) -> None:
+    async def scenario(ingress: LocalIngress) -> None:
+        services = ingress.app.state.services
+
+        async def found(tx_hash: str, address: str, timeout_s: float) -> DepositStatus:
+            state = CreditState.CREDITED if tx_hash == "good" else CreditState.PENDING
+            return DepositStatus(state, address, 1)
+
+        monkeypatch.setattr(services.books, "deposit", found)
+        address, api_key = await ingress.user()
+
+        async def ask(tx_hash: str) -> int:
+            body = {"tx_sig": tx_hash, "user_address": address}
+            async with ingress.client(api_key) as client:
+                return (await client.post("/deposit", json=body)).status_code
+
+        asked = ["good", *(f"0x{number}" for number in range(13))]
+        assert [await ask(one) for one in asked] == [200] * 12 + [429] * 2
+        assert await ask("good") == 200
+
+    play(scenario)
 
 
 def test_sign_ins_are_counted_by_their_senders_address(play) -> None:

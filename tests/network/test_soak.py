@@ -25,7 +25,15 @@ import ray
 
 from azu.auth.signatures import verify_receipt
 from azu.client import Client
-from azu.errors import AzuError, Conflict, DeadlineExceeded, InsufficientBalance, NotFound, Unavailable
+from azu.errors import (
+    AzuError,
+    Conflict,
+    DeadlineExceeded,
+    InsufficientBalance,
+    NotFound,
+    RateLimited,
+    Unavailable,
+)
 from azu.launch.local_network import LocalNetwork
 from azu.money.chain.wallet import transfer_hype
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS
@@ -43,7 +51,7 @@ MODELS = ("azu/tiny-dense", "azu/tiny-moe")
 REST_S, QUIET_S = 180.0, 5.0
 STARTED_S = 5.0
 # Errors while a process restarts; the request may have been carried out all the same.
-PASSING = (Conflict, DeadlineExceeded, InsufficientBalance, NotFound, Unavailable)
+PASSING = (Conflict, DeadlineExceeded, InsufficientBalance, NotFound, RateLimited, Unavailable)
 
 
 @dataclass
