@@ -10,6 +10,7 @@ from actors.telemetry import log_as
 from azu.engine.expert_counts import Received
 from azu.engine.malloc import keep_between_steps
 from azu.engine.timing import StageClock
+from azu.models.slim import import_for_stages
 from azu.protocol.step import PieceProgress
 from azu.protocol.structure import Structure
 
@@ -35,6 +36,7 @@ class ExpertActor:
         device: str,
     ) -> None:
         """Map the experts' shards."""
+        import_for_stages()
         from azu.engine.experts import ExpertRunner
 
         log_as("expert", model_id=structure.model_id)

@@ -14,6 +14,7 @@ from azu.engine.stage_contract import Handoff, OldEpoch, StageSpec, blamed, is_b
 from azu.engine.timing import StageClock, StageTiming, hop_s
 from azu.errors import AzuError, InternalError
 from azu.metrics import HOP
+from azu.models.slim import import_for_stages
 from azu.protocol.step import PieceProgress, SeenTokens, StepBatch
 from azu.protocol.topology import PieceSet, Topology
 
@@ -44,6 +45,7 @@ class LayerActor:
     ) -> None:
         """Map the stage's shards and learn where its hidden states go."""
         # torch is imported here: a process that only places this actor does without it.
+        import_for_stages()
         from azu.engine.stage_runner import StageRunner
 
         log_as("layer", model_id=spec.structure.model_id, stage=spec.stage.index)

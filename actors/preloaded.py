@@ -8,6 +8,8 @@ import os
 
 import psutil
 
+from azu.models.slim import import_for_stages
+
 _AGENT = "ray::NodeAgent"
 
 
@@ -22,5 +24,6 @@ def _is_agent_there() -> bool:
 
 
 if _is_agent_there():
+    import_for_stages()
     import azu.engine.experts
     import azu.engine.stage_runner  # noqa: F401

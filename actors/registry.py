@@ -7,6 +7,7 @@ from actors.links import raises_known_errors
 from actors.telemetry import log_as
 from azu.config import ControlConfig
 from azu.models.description import AvailableModel, ModelDescription
+from azu.models.slim import import_for_stages
 from azu.models.status import ModelStatus, RedisModelStatus
 from azu.protocol.structure import Structure
 
@@ -17,6 +18,7 @@ class Registry:
 
     def __init__(self, config: ControlConfig) -> None:
         # torch is imported here: a process that only starts or calls this actor does without it.
+        import_for_stages()
         from azu.cluster.deployment_store import deployed_models
         from azu.models.cuts import Cuts
         from azu.models.registry import ModelRegistry

@@ -14,6 +14,7 @@ from ray.serve import Application
 from actors.compat import serve_on_loopback
 from azu.config import ControlConfig, NodeLinks
 from azu.logs import start_logging
+from azu.models.slim import import_for_tokenizers
 from deployments.control_plane import ControlPlane, unless_changed
 from deployments.ingress import build_api
 from deployments.middleware import LOOPBACK
@@ -84,6 +85,7 @@ def stop() -> None:
 
 def _api(config: ControlConfig) -> FastAPI:
     start_logging("ingress")
+    import_for_tokenizers()
     if config.nodes is NodeLinks.LOCAL:
         serve_on_loopback()
     # Serve's proxy writes a request's id into the response by itself.

@@ -20,23 +20,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from azu.errors import BrokenCheckpoint
 from azu.models.checkpoint import StoredTensor
 
 _MAX_NAMED_PARAMETERS = 4
-
-
-def has_model_type(model_type: str) -> bool:
-    """Return whether transformers itself has a model type; `AutoConfig` also looks for code elsewhere."""
-    return model_type in CONFIG_MAPPING_NAMES
-
-
-def has_causal_language_model(model_type: str) -> bool:
-    """Return whether a model type generates text; `AutoModelForCausalLM` fails only when it builds one."""
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from azu.errors import BrokenCheckpoint, UnsupportedModel, plain_reason
 from azu.models.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE
-from azu.models.compat import has_causal_language_model, has_model_type
+from azu.models.model_types import has_causal_language_model, has_model_type
 
 # No honest config is larger; a larger one only costs its reader memory.
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
@@ -31,15 +31,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if raw.get("quantization_config"):
         raise UnsupportedModel(f"{CONFIG_FILE} says that the weights are quantised, which cannot be cut yet")
     _refuse_too_many_layers(raw)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        text = config.get_text_config(decoder=True)
-        num_layers = text.num_hidden_layers
-    except Exception as error:  # config classes raise errors of many types
-        reason = plain_reason(error, "a value in it is not of the kind that this model type has")
-        raise BrokenCheckpoint(f"{CONFIG_FILE} is not a {model_type} config: {reason}") from error
+    config = _config(folder, model_type)
+    text = config.get_text_config(decoder=True)
+    num_layers = text.num_hidden_layers
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{model_type} is an encoder-decoder: its layers need the encoder's state too")
     if not has_causal_language_model(model_type):
@@ -47,6 +41,19 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if not isinstance(num_layers, int) or not 0 < num_layers <= _MAX_LAYERS:
         raise BrokenCheckpoint(f"{CONFIG_FILE}: {num_layers!r} layers, where 1 to {_MAX_LAYERS} are served")
     _fix_dynamic_rope(text)
+    return config
+
+
+def _config(folder: Path, model_type: str) -> PreTrainedConfig:
+    """Return a config of which the number of its layers can be read."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        config.get_text_config(decoder=True).num_hidden_layers  # noqa: B018 - raises where there is none
+    except Exception as error:  # config classes raise errors of many types
+        reason = plain_reason(error, "a value in it is not of the kind that this model type has")
+        raise BrokenCheckpoint(f"{CONFIG_FILE} is not a {model_type} config: {reason}") from error
     return config
 
 
@@ -76,12 +83,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def eos_token_ids(folder: Path) -> tuple[int, ...]:
     """Return the tokens that end a generation: generation_config.json's, else the config's.
 
-    The tokenizer may know others.
+    The tokenizer may know others. The folder is one that `read_config` took.
     """
     path = folder / GENERATION_CONFIG_FILE
     found = read_json_object(path).get("eos_token_id") if path.exists() else None
     if found is None and (folder / CONFIG_FILE).exists():
-        found = getattr(read_config(folder).get_text_config(decoder=True), "eos_token_id", None)
+        config = _config(folder, str(read_json_object(folder / CONFIG_FILE).get("model_type")))
+        found = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(token, int) for token in ids):
         raise BrokenCheckpoint(f"eos_token_id {found!r} is not made of token ids")
