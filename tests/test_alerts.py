@@ -54,6 +54,7 @@ FIRES: Mapping[str, Mapping[str, float | None]] = {
     "AzuDayLimitNear": {'azu_payout_limit_used_ratio{kind="withdrawal"}': 0.81},
     "AzuSuspense": {'azu_lamports_held{account="suspense"}': 1},
     "AzuBackupOld": {'azu_last_done_timestamp_seconds{what="backup"}': NOW_S - 1.51 * DAY_S},
+    "AzuNoWallet": {"azu_wallet_lamports": None},
     "AzuNoBackup": {'azu_last_done_timestamp_seconds{what="backup"}': None},
     "AzuAuditOld": {'azu_last_done_timestamp_seconds{what="audit"}': NOW_S - 1.51 * DAY_S},
     "AzuNoAudit": {'azu_last_done_timestamp_seconds{what="audit"}': None},
