@@ -43,7 +43,7 @@ nothing. A client that closes the connection itself before the first token pays 
 until then, and after it for the prompt and the tokens so far. Work that azu does again after a fault is never
 charged.
 
-A job whose client hangs up stops at once, which costs the least, and waits for 10 minutes with its
+A job whose client hangs up stops as soon as azu hears of it, and waits for 10 minutes with its
 reservation (`limits.repeat_within_s` of the network file). The same request under the same key within that
 time goes on with this job: it reads the answer from its beginning, whole or as a stream, and nothing is
 reserved or paid a second time, also not what has to be computed again. So a client that repeats a request by
