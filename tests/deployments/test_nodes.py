@@ -136,6 +136,7 @@ class serving:  # noqa: N801 - a context, used as one
         authority = files.ingress.authority.read_text()
         api.state.services = SimpleNamespace(
             config=SimpleNamespace(
+                dashboard_url=None,
                 successions=(),
                 enrolment=EnrolmentConfig(url, HEAD, home / "ray-token", files.ray.authority),
                 platform_address=PLATFORM,

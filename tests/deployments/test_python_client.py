@@ -51,7 +51,7 @@ def test_a_quote_is_the_most_that_an_answer_costs(here: Served) -> None:
         charged = client.generate(ASK, model=MODEL, max_tokens=2, ignore_eos=True).receipt.charged_lamports
 
         assert quoted.max_lamports == charged
-        with pytest.raises(errors.InvalidRequest, match="either the prompt or"):
+        with pytest.raises(errors.InvalidRequest, match="the prompt, the messages or"):
             client.quote(model=MODEL)
 
 
