@@ -484,11 +484,13 @@ class Deployment:
         """Make everything run that the topology names; raises WorkerLost when that is impossible."""
         times = RepairTimes()
         paused = await self._pause()
+        # Whatever the pipeline is paused for, the suspects share no step after it.
+        suspicion = Suspicion(self._suspects.alone(paused.under_way))
         if not self._lost and not self._is_fault:
-            await self._take_rounds(change, times, is_repair=False)
+            await self._take_rounds(change, times, alone=suspicion.alone, is_repair=False)
             return
-        is_suspicious = bool(self._lost - self._no_job_caused)
-        suspicion = self._suspects.lost(paused.under_way) if is_suspicious else Suspicion()
+        if self._lost - self._no_job_caused:
+            suspicion = self._suspects.lost(paused.under_way)
         await self._end_harmful(suspicion.guilty)
         self._count_fruitless(paused.num_completed, is_explained=bool(suspicion.guilty))
         async with self._turns.turn(self._fruitless):
@@ -499,7 +501,7 @@ class Deployment:
         change: _WantedChange | None,
         times: RepairTimes,
         *,
-        alone: frozenset[ChoiceKey] = frozenset(),
+        alone: frozenset[ChoiceKey],
         is_repair: bool,
     ) -> None:
         lost = self._take_losses()

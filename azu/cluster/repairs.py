@@ -67,8 +67,16 @@ class Suspects:
             before, losses = self._losses.get(choice, (progress, 0))
             self._losses[choice] = (progress, losses + 1 if progress == before else 1)
         guilty = frozenset(choice[0] for choice in under_way if self._losses[choice][1] >= _MOST_LOSSES)
-        suspects = (choice for choice, (_, losses) in self._losses.items() if losses > 1)
-        return Suspicion(frozenset(choice for choice in suspects if choice[0] not in guilty), guilty)
+        alone = self.alone(under_way)
+        return Suspicion(frozenset(choice for choice in alone if choice[0] not in guilty), guilty)
+
+    def alone(self, under_way: Mapping[ChoiceKey, int]) -> frozenset[ChoiceKey]:
+        """Return the choices that run one by one: none that is further on in `under_way`."""
+        return frozenset(
+            choice
+            for choice, (progress, losses) in self._losses.items()
+            if losses > 1 and under_way.get(choice, progress) == progress
+        )
 
     def forget(self, job_id: str) -> None:
         """Forget a job that has ended."""

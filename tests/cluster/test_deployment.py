@@ -413,6 +413,37 @@ def test_a_job_in_whose_steps_pieces_are_lost_three_times_is_ended_and_the_model
     run(redis_url, scenario)
 
 
+def test_suspects_run_alone_until_they_come_further_whatever_the_pipeline_is_paused_for(
+    redis_url: str,
+) -> None:
+    async def scenario(model: Model) -> None:
+        deployment, pipeline, alone = model.deployment, model.backend.pipeline, model.backend.alone
+        running = [asyncio.create_task(deployment.run(job(name))) for name in ("good", "bad")]
+        await until(lambda: len(pipeline.jobs) == 2)
+        pipeline.under_way = {("good", 0): 7, ("bad", 0): 5}
+        for index in (1, 2):
+            await model.kill_and_wait(stages(index))
+        suspects = alone[-1]
+        assert suspects == {("good", 0), ("bad", 0)}
+
+        deployment.node_lost("d")
+        await model.resumed(3)
+        await deployment.resize(model.topology.num_blocks - 1)
+        await until(lambda: len(alone) == 4)
+        assert alone[2:] == [suspects, suspects]
+
+        await until(lambda: deployment.state is DeploymentState.SERVING)
+        pipeline.under_way = {("good", 0): 8}
+        deployment.node_lost("d")
+        await until(lambda: len(alone) == 5)
+        assert alone[4] == {("bad", 0)}
+        for name in ("good", "bad"):
+            model.backend.end_job(name)
+        assert [(await one).error for one in running] == [None, None]
+
+    run(redis_url, scenario)
+
+
 def test_a_piece_that_answers_no_more_is_replaced_after_a_minute_on_another_node_without_blame(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
