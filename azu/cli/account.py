@@ -9,6 +9,7 @@ from rich.text import Text
 
 from azu.cli.credentials import no_key, open_client, url_of
 from azu.cli.output import AsCsv, AsJson, Exact, Listing, amount, console, day, show, show_csv, table, unit
+from azu.clock import wall_clock_ms
 from azu.units import hype_from_lamports, lamports_from_hype
 
 if TYPE_CHECKING:
@@ -153,8 +154,11 @@ def earnings(
 def _days(found: "EarningsResponse", exact: bool) -> list[dict[str, object]]:
     """Return a line of a statement for each day and model, the oldest first."""
     sums: Counter[tuple[str, str]] = Counter()
+    # Of the first day only some hours are known.
+    first = day(wall_clock_ms() - _STATED_DAYS * _DAY_S * 1000)
     for one in reversed(found.by_hour):
-        sums[day(one.at_ms), one.model_id] += one.lamports
+        if (at := day(one.at_ms)) != first:
+            sums[at, one.model_id] += one.lamports
     return [
         {
             "day_utc": at,

@@ -43,8 +43,8 @@ _MOST_SKEW_S = 5.0
 _SOON = timedelta(days=14)
 _TIMEOUT_S = 5.0
 _SECRET_NAMES = (
-    "*.key", "*.json", "ray-token", "redis*/redis.conf", "tls/*.key", "ingress/*.key", "books/*.key",
-    "networks/*/*.key",
+    "*.key", "*.json", "ray-token", "ticket*", "redis*/redis.conf", "tls/*.key", "ingress/*.key",
+    "books/*.key", "networks/*/*.key",
 )  # fmt: skip
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _SEE_LOGS = "look into logs/ under the head's AZU_HOME"

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.text import Text
 
 from azu.cli.credentials import open_client
-from azu.cli.output import AsCsv, AsJson, Exact, amount, day, done, show, show_csv, table, unit, utc
+from azu.cli.output import AsCsv, AsJson, Exact, Terminal, amount, day, done, show, show_csv, table, unit, utc
 
 if TYPE_CHECKING:
     from azu.api.jobs import JobLine
@@ -20,7 +20,7 @@ _MOST = 1000
 
 def jobs(
     limit: Annotated[
-        int | None, typer.Option(min=1, max=_MOST, help="How many, newest first; 20, or all in CSV.")
+        int | None, typer.Option(min=1, max=_MOST, help="How many, newest first; 20, or 1,000 in CSV.")
     ] = None,
     delete: Annotated[
         str | None,
@@ -41,6 +41,10 @@ def jobs(
         return
     found = client.jobs(limit or (_MOST if as_csv else 20))
     if as_csv:
+        if limit is None and len(found) == _MOST:
+            Terminal(stderr=True).print(
+                f"These are the newest {_MOST} jobs; the first day may have had more."
+            )
         show_csv(_days(found, exact) if by_day else _lines(found, exact))
     else:
         show(found, as_json, lambda found: drawn(found, exact))

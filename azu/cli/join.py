@@ -15,6 +15,8 @@ from azu.errors import AzuError, ConfigurationError
 from azu.units import format_bytes, hype_from_lamports
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from azu.client import Client
     from azu.cluster.lending import LendingTerms
     from azu.launch.membership import AnyTicket
@@ -74,7 +76,7 @@ def join(
     from azu.launch.formats import check_home
     from azu.launch.membership import decode_ticket
 
-    console.quiet = as_json
+    console.stderr = as_json  # the facts alone are on stdout
     word = ticket_word(ticket, ticket_file).strip()
     decoded = decode_ticket(word)
     terms = lending_terms(hours=hours, max_celsius=max_celsius, yields=yields, disk=disk, bandwidth=bandwidth)
@@ -87,7 +89,9 @@ def join(
         "--max-temperature": max_celsius, "--bandwidth": bandwidth, "--cpu": cpu, "--yield": yields,
     }  # fmt: skip
     if service:
-        return _write_service(word, _options(given), settings.home)
+        if claim and (client := _client(decoded, settings.home)) is not None:
+            _have_claimed(client, workers[0].payout_address, settings.home, unasked=True)
+        return _write_service(word, _options(given), settings.home, name)
     ip = place_of(decoded, ip, settings.home)
     console.print(Text(f"network {decoded.network}", "dim"))
     client = _client(decoded, settings.home)
@@ -131,12 +135,13 @@ def _in_background(ticket: str, options: list[str], home: Path) -> None:
     )
 
 
-def _write_service(ticket: str, options: list[str], home: Path) -> None:
+def _write_service(ticket: str, options: list[str], home: Path, name: str | None) -> None:
     from azu.files import write_private
     from azu.launch.processes import azu_command
-    from azu.launch.service import unit_path, unit_text
+    from azu.launch.service import UNIT, unit_path, unit_text
 
-    file, (unit, commands) = home.absolute() / "ticket", unit_path()
+    unit, commands = unit_path(name)
+    file = home.absolute() / f"ticket{unit.stem.removeprefix(UNIT)}"
     write_private(file, f"{ticket}\n")
     command = azu_command("join", "--ticket-file", str(file), *options)
     unit.parent.mkdir(parents=True, exist_ok=True)
@@ -151,17 +156,21 @@ def _client(ticket: "AnyTicket", home: Path) -> "Client | None":
     """Return a client of the ticket's network; None where this machine cannot find it."""
     from azu.client import Client
     from azu.client.known_network import known_network
-    from azu.client.machine import running_network
+    from azu.client.machine import running_network, stored_credential
     from azu.launch.membership import EnrolmentTicket
+
+    def client(url: str, tls: "SSLContext | None" = None) -> Client:
+        # A key of another network, as a variable may have it, is not for this one.
+        known = stored_credential(home, url)
+        return Client(url, known.api_key if known else "", tls=tls, timeout_s=_OFFER_TIMEOUT_S)
 
     try:
         if isinstance(ticket, EnrolmentTicket):
-            tls = known_network(ticket.url, ticket.network).trust()
-            return Client(ticket.url, tls=tls, timeout_s=_OFFER_TIMEOUT_S)
+            return client(ticket.url, known_network(ticket.url, ticket.network).trust())
         here = running_network(home)
         if here is None or here.network_id != ticket.network:
             return None
-        return Client(here.url, timeout_s=_OFFER_TIMEOUT_S)
+        return client(here.url)
     except AzuError as error:
         console.print(Text(error.message, "yellow"))
         return None

@@ -90,8 +90,11 @@ class AsyncClient:
             tls = trusting(Path(authority).expanduser())
         if tls is None and url.startswith("https:"):
             tls = trust_at(home, url)
+        # The variable's key is that of the variable's network, and no other one hears it.
+        is_of_variable = given("AZU_URL", url).rstrip("/") == url
+        of_variable = given("AZU_API_KEY") if is_of_variable else None
         if api_key is None and (known := stored_credential(home, url)) is not None:
-            api_key, platform = given("AZU_API_KEY") or known.api_key, platform or known.platform
+            api_key, platform = of_variable or known.api_key, platform or known.platform
         self._wire = self._wire_with(
             base_url=url,
             timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
@@ -99,7 +102,7 @@ class AsyncClient:
         )
         self._http = self._wire.http
         self._platform = platform
-        self._use_key(given("AZU_API_KEY") if api_key is None else api_key)
+        self._use_key(of_variable if api_key is None else api_key)
 
     @property
     def url(self) -> str:

@@ -50,6 +50,7 @@ class AsyncStream(Generic[Choice]):
         self._after = 0
         self._received = 0
         self._is_done = False
+        self._is_closed = False
         self._receipt: ReceiptLines | None = None
         self._chunks = cast(AsyncGeneratorType[Chunk, None], self._read())
         self.phase: Phase | None = None
@@ -65,9 +66,14 @@ class AsyncStream(Generic[Choice]):
         return self
 
     async def __anext__(self) -> str:
-        async for chunk in self._chunks:
-            if text := "".join(_text(choice) for choice in chunk.choices if choice.index == 0):
-                return text
+        try:
+            async for chunk in self._chunks:
+                if text := "".join(_text(choice) for choice in chunk.choices if choice.index == 0):
+                    return text
+        except RuntimeError as error:
+            if self._is_closed:  # by another thread, just now
+                raise Unavailable("the stream was closed", code="job_cancelled") from error
+            raise
         raise StopAsyncIteration
 
     async def __aenter__(self) -> Self:
@@ -82,10 +88,15 @@ class AsyncStream(Generic[Choice]):
 
     async def close(self) -> None:
         """End the stream and its job; a loop in another task gets the error of a cancelled job."""
+        self._is_closed = True
         if self._chunks.ag_running:
             await self._end_job()
-        else:
+            return
+        try:
             await self._chunks.aclose()
+        except RuntimeError:
+            # Another thread has begun to wait for the next chunk.
+            await self._end_job()
 
     async def result(self) -> Generation[Choice]:
         """Read the rest of the answer and return it whole."""
@@ -134,6 +145,8 @@ class AsyncStream(Generic[Choice]):
                     if not (response.status_code == Unavailable.status and self._job_id):
                         await _raise_for(response)
                         self._job_id = response.headers.get(JOB_ID_HEADER, self._job_id)
+                        if self._is_closed:  # before the job had an id here
+                            await self._end_job()
                         rest = ""
                         # To its end, so that the next request can use the connection.
                         async for piece in response.aiter_text():

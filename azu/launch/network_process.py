@@ -123,7 +123,25 @@ def run_in_background(
             env=dict(os.environ),
             start_new_session=True,
         )
-    patience, told = Patience(timeout_s), 0
+    try:
+        facts = _facts(process, log, printed, Patience(timeout_s), step)
+    except BaseException:
+        process.terminate()  # also where the user gives it up
+        raise
+    if "error" in facts:
+        raise Unavailable(facts["error"]["message"])
+    return facts
+
+
+def _facts(
+    process: "subprocess.Popen[bytes]",
+    log: Path,
+    printed: Path,
+    patience: Patience,
+    step: Callable[[str], None],
+) -> Any:
+    """Wait for the facts that a command prints."""
+    told = 0
     while not (text := printed.read_text()).endswith("\n"):
         lines = log.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
@@ -133,13 +151,9 @@ def run_in_background(
         if process.poll() is not None:
             raise Unavailable(f"it ended before it was up: {_last_output(log, printed)}")
         if patience.is_over:
-            process.terminate()
             raise DeadlineExceeded(f"it was not up {patience}: {_last_output(log, printed)}")
         time.sleep(_POLL_S)
-    facts = json.loads(text)
-    if "error" in facts:
-        raise Unavailable(facts["error"]["message"])
-    return facts
+    return json.loads(text)
 
 
 def _last_output(log: Path, printed: Path) -> str:

@@ -469,7 +469,7 @@ def free_port(preferred: int = 0) -> int:
         # Connections that ended a moment ago do not keep a server from its port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind(("", port))  # a listener at any address has it
         except OSError:
             return free_port()
     return port

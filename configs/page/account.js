@@ -18,6 +18,8 @@ export function start(changed) {
     find("key").value = "";
   });
   find("forget").addEventListener("click", async () => {
+    // With the key, which is made invalid then.
+    await stopAll();
     const own = sessionStorage.getItem(OWN);
     if (own) await read(`/v1/auth/keys/${own}`, { method: "DELETE" }).catch(() => {});
     forget();

@@ -4,7 +4,7 @@ import { ask, chunks, words } from "./api.js";
 import { messages } from "./conversation.js";
 import { count, hype, many, time } from "./dom.js";
 
-// A job that is stopped is ended by its id, which comes with the first chunk: so long a stop waits for it.
+// A job that is stopped is ended by its id, which comes with the answer's headers: so long a stop waits for it.
 const NAMELESS_MS = 4000;
 
 const running = new Map();  // conversation's id -> the conversation, the answer's turn, and what stops it
@@ -16,18 +16,18 @@ export function stop(id) {
   const one = running.get(id);
   if (!one || one.isStopping) return;
   one.isStopping = true;
-  if (one.turn.job) end(one);
-  else setTimeout(() => end(one), NAMELESS_MS);
+  if (one.turn.job) return end(one);
+  return new Promise((stopped) => setTimeout(() => stopped(end(one)), NAMELESS_MS));
 }
 
-function end({ turn, controller }) {
+async function end({ turn, controller }) {
   if (controller.signal.aborted) return;
   controller.abort();
   // Else the job would wait for this page to come back.
-  if (turn.job) ask(`/v1/jobs/${turn.job}/cancel`, { body: {} }).catch(() => {});
+  if (turn.job) await ask(`/v1/jobs/${turn.job}/cancel`, { body: {} }).catch(() => {});
 }
 
-export const stopAll = () => [...running.keys()].forEach(stop);
+export const stopAll = () => Promise.all([...running.keys()].map(stop));
 
 // Streams an answer to its end, and says in `turn` how it ended; calls `onChange` as it grows.
 export async function run(conversation, turn, onChange) {
@@ -63,6 +63,7 @@ function events(conversation, turn, signal) {
 }
 
 function take(turn, chunk, spent_ms) {
+  turn.job = chunk.job ?? turn.job;
   if (chunk.phase) turn.phase = chunk.phase.text;
   if (!chunk.choices) return;
   delete turn.phase;

@@ -37,6 +37,8 @@ export const read = async (path, options) => (await ask(path, options)).json();
 // Yields the chunks of a streamed answer; a sign of life before or between them is { phase }, null if it says nothing.
 export async function* chunks(path, { body, signal }) {
   const answer = await ask(path, { body, signal });
+  const job = answer.headers.get("x-job-id");
+  if (job) yield { job };
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {

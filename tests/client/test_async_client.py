@@ -6,6 +6,7 @@ import inspect
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -186,6 +187,30 @@ def test_a_reader_that_leaves_before_the_first_chunk_cancels_its_job(halted: Ing
 
     play(halted, scenario)
     silent.set()
+    assert cancels(halted) == 1
+
+
+def test_a_stream_that_is_closed_before_the_network_answers_ends_its_job(halted: Ingress) -> None:
+    closed, answer = threading.Event(), halted.replies[COMPLETIONS]
+
+    def late(request: Any) -> Reply:
+        closed.wait(30)
+        assert callable(answer)
+        return replace(answer(request), headers={"x-job-id": "job-1"})
+
+    halted.replies[COMPLETIONS] = late
+
+    async def scenario(client: AsyncClient) -> None:
+        stream = client.stream("Hello", model=MODEL)
+        reading = asyncio.create_task(stream.result())
+        while not halted.requests:
+            await asyncio.sleep(0.01)
+        await stream.close()
+        closed.set()
+        with pytest.raises(Unavailable, match="its reader left"):
+            await reading
+
+    play(halted, scenario)
     assert cancels(halted) == 1
 
 

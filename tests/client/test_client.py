@@ -480,6 +480,17 @@ def test_the_environment_sets_the_address_and_the_key(
     assert {request.authorization for request in ingress.requests} == {"Bearer azu-sk-env"}
 
 
+def test_the_environments_key_is_told_to_no_other_network(
+    ingress: Ingress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZU_URL", "https://another.network")
+    monkeypatch.setenv("AZU_API_KEY", "azu-sk-env")
+    ingress.replies["POST /v1/completions"] = Reply(chunks=(piece("Paris"), last_chunk(), "[DONE]"))
+
+    assert Client(ingress.url).generate("The capital of France is", model=MODEL).text == "Paris"
+    assert "azu-sk-env" not in str([request.authorization for request in ingress.requests])
+
+
 def test_a_job_is_deleted_by_its_id(ingress: Ingress, client: Client) -> None:
     ingress.replies["DELETE /v1/jobs/job-1"] = Reply({"deleted": "job-1"})
     refused = {"error": {"message": "it runs", "type": "t", "param": None, "code": "job_not_finished"}}

@@ -65,17 +65,20 @@ def test_the_environment_goes_before_what_is_stored_and_an_argument_before_both(
     home: Path, ingress: Ingress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store_credential(home, ingress.url, credential("stored"))
-    monkeypatch.setenv("AZU_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AZU_API_KEY", "environment")
 
     Client(ingress.url, "argument").balance()
+    Client(ingress.url).balance()
+    # Its key is that of its network, and no other one hears it.
+    monkeypatch.setenv("AZU_URL", "http://127.0.0.1:9")
     Client(ingress.url).balance()
     monkeypatch.delenv("AZU_API_KEY")
     Client(ingress.url).balance()
     Client(ingress.url, "").balance()
 
     sent = [one.authorization for one in ingress.requests]
-    assert sent == ["Bearer argument", "Bearer environment", "Bearer azu-sk-stored", None]
+    stored = ["Bearer azu-sk-stored"] * 2
+    assert sent == ["Bearer argument", "Bearer environment", *stored, None]
     assert Client().url == "http://127.0.0.1:9"
 
 

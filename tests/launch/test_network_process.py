@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from azu.errors import Conflict, NotFound, Unavailable
@@ -71,6 +72,23 @@ def test_the_printed_facts_come_back_and_only_their_owner_can_read_the_files(
     assert run_in_background(home, TIMEOUT_S, step=steps.append)["address"] == address
     files = [home / "background.json", home / "logs" / "background.log"]
     assert [file.stat().st_mode & 0o077 for file in files] == [0, 0]
+
+
+def test_a_command_whose_user_gives_up_waiting_does_not_go_on(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = "import sys, time; print('a step', file=sys.stderr, flush=True); time.sleep(600)"
+    monkeypatch.setattr(network_process, "azu_command", lambda *_: (sys.executable, "-c", slow))
+    began: list[list[psutil.Process]] = []
+
+    def give_up(_: str) -> None:
+        began.append(psutil.Process().children())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_background(home, TIMEOUT_S, step=give_up)
+    _, alive = psutil.wait_procs(began[0], timeout=TIMEOUT_S)
+    assert not alive
 
 
 def test_the_error_says_why_the_command_did_not_come_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

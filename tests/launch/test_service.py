@@ -17,10 +17,26 @@ def test_the_unit_runs_the_command_with_its_words_as_they_are() -> None:
     started = f'ExecStart="{sys.executable}" "join" "--name" "a \\"quoted\\" name" "--payout" "50%%" "$$HOME"'
     assert started in of_root.splitlines()
     assert 'Environment="AZU_HOME=/srv/azu"' in of_root.splitlines()
-    assert of_root.count("Environment") == of_root.count("ExecStart") == 1
+    assert of_root.count("ExecStart") == 1
     assert "Restart=always" in of_root
     assert "WantedBy=multi-user.target" in of_root
     assert of_user == of_root.replace("multi-user.target", "default.target")
+
+
+def test_the_service_has_the_gpus_that_were_chosen_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    monkeypatch.setenv("AZU_TICKET", "a secret")
+    monkeypatch.setenv("AZU_API_KEY", "a secret")
+    unit = unit_text((sys.executable, "join"), Path("/srv/azu"), of_root=True)
+
+    assert 'Environment="CUDA_VISIBLE_DEVICES=0,2"' in unit.splitlines()
+    assert "a secret" not in unit
+
+
+def test_a_named_node_has_a_unit_of_its_own() -> None:
+    path, commands = unit_path("two cards/1")
+    assert path.name == "azu-join-two-cards-1.service"
+    assert commands[1].endswith("--now azu-join-two-cards-1")
 
 
 def test_the_unit_of_a_user_lies_in_the_users_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
