@@ -296,7 +296,8 @@ class NodeAgents:
             # The first answer takes as long as the agent takes to start; the table judges silence.
             if not await self._takes(node_id, agent):
                 return
-            node: Node = await self._answer(node_id, agent, agent.report.remote())
+            said: Node = await self._answer(node_id, agent, agent.report.remote())
+            node = said.checked(self.lent_bytes.get(node_id, 0))
         except ActorDiedError:
             log.warning("the agent of node %s died; it is started again", node_id[:8])
             self._linked.discard(node_id)
@@ -308,7 +309,6 @@ class NodeAgents:
         else:
             # Ray may have declared it gone while it answered.
             if self.by_node.get(node_id) is agent:
-                node = node.with_plain_names()
                 self.nodes.pop(node_id, None)
                 self.nodes[node_id] = node  # behind those that reported before
                 self._table.record(node, time.monotonic())

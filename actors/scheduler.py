@@ -183,6 +183,7 @@ class Scheduler:
     async def offer(self, vram_bytes: int, memory_bytes_per_s: float, flops_per_s: float) -> Offer:
         """Return what a node of this memory and speed would hold, and what owners earn."""
         node = Node("", "", "", vram_bytes, vram_bytes, memory_bytes_per_s, flops_per_s)
+        node = node.checked(vram_bytes)
         async with self._offering:
             return Offer(await self._cluster.would_hold(node), self._earnings.mean)
 

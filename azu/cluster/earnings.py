@@ -91,9 +91,11 @@ _SUMS = TypeAdapter(dict[str, _Sums])
 
 
 def _lent_gib(nodes: Iterable[Node]) -> dict[str, float]:
+    """Return what each owner lends: what azu uses or could take, without what the owner uses itself."""
     lent: dict[str, float] = {}
     for node in nodes:
-        if node.state in (NodeState.ALIVE, NodeState.SUSPECT):
-            owner = node.payout_address
-            lent[owner] = lent.get(owner, 0.0) + node.vram_total_bytes / GIB
+        total, used = node.vram_total_bytes, node.vram_used_bytes
+        size = total if used is None else min(total, node.vram_free_bytes + used)
+        if node.state is NodeState.ALIVE and size > 0:
+            lent[node.payout_address] = lent.get(node.payout_address, 0.0) + size / GIB
     return lent

@@ -6,9 +6,12 @@ from enum import StrEnum
 
 from pydantic import ConfigDict
 
+from azu.errors import InvalidRequest
 from azu.printable import printable
 
 _MOST_NAME_CHARACTERS = 64
+# No device has more memory or speed, and no link between two nodes takes longer.
+_MOST_BYTES, _MOST_PER_S, _LONGEST_LINK_S = 2**50, 1e18, 60.0
 
 
 def plain_name(text: str) -> str:
@@ -72,11 +75,30 @@ class Node:
     bad_frames: int = 0
     why_paused: str = ""
 
-    def with_plain_names(self) -> "Node":
-        """Return the same node with names that anything may show."""
+    def checked(self, lent_bytes: int) -> "Node":
+        """Return a node's own report with no more memory than it lends, and names that anything may show.
+
+        Raises InvalidRequest for numbers that no device has: others compute with them.
+        """
+        sizes = self.vram_total_bytes, self.vram_free_bytes, self.vram_used_bytes or 0, self.vram_other_bytes
+        speeds = self.memory_bytes_per_s, self.flops_per_s
+        if (
+            not all(abs(one) <= _MOST_BYTES for one in sizes)
+            or not all(1 <= one <= _MOST_PER_S for one in speeds)
+            or not all(0 <= one <= _LONGEST_LINK_S for one in self.links_s.values())
+        ):
+            raise InvalidRequest("a node reports a memory, speed or link that no device has")
         texts = self.name, self.payout_address, self.device, self.why_paused
         name, payout, device, why = map(plain_name, texts)
-        return replace(self, name=name, payout_address=payout, device=device, why_paused=why)
+        return replace(
+            self,
+            name=name,
+            payout_address=payout,
+            device=device,
+            why_paused=why,
+            vram_total_bytes=min(self.vram_total_bytes, lent_bytes),
+            load=min(1.0, max(0.0, self.load)),
+        )
 
     def room_bytes(self, placed_bytes: int, given_back_bytes: int = 0) -> int:
         """Return the bytes for more pieces beside those of `placed_bytes`, which need not be loaded yet.

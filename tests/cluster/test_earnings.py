@@ -1,10 +1,14 @@
 """What owners earned for what they lent decides whose nodes come next."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from azu.cluster.earnings import OwnersEarnings
+from azu.errors import InvalidRequest
 from azu.planner.fairness import fair_plan, fairer_placement
 from azu.planner.policy import PlanPolicy
 from azu.protocol.node import Node, NodeState
@@ -78,11 +82,48 @@ def test_who_lends_twice_as_much_has_to_earn_twice_as_much() -> None:
     assert rates["ada"] == pytest.approx(rates["ben"])
 
 
-def test_a_node_that_takes_no_pieces_does_not_lend() -> None:
-    earned = lent([owned("ada"), owned("ben", state=NodeState.LEAVING)], DAY_S)
+@pytest.mark.parametrize("state", [NodeState.LEAVING, NodeState.SUSPECT])
+def test_a_node_that_takes_no_pieces_does_not_lend(state: NodeState) -> None:
+    earned = lent([owned("ada"), owned("ben", state=state)], DAY_S)
     earned.earn({"ada": 100, "ben": 100})
 
     assert earned.by_owner.keys() == {"ada"}
+
+
+@pytest.mark.parametrize(("free_mib", "used_mib", "gib"), [(1024, 0, 1), (256, 256, 0.5), (1024, 512, 1)])
+def test_what_its_owner_uses_itself_is_not_lent(free_mib: int, used_mib: int, gib: float) -> None:
+    ada = owned("ada", vram_free_bytes=free_mib * MIB, vram_used_bytes=used_mib * MIB)
+    earned = lent([ada], 600)
+
+    assert earned.by_owner["ada"].gib_h == pytest.approx(gib / 6)
+
+
+def test_an_owner_who_lends_nothing_has_no_rate() -> None:
+    nodes = [owned("ada"), owned("ben", 0)]
+
+    assert lent(nodes, HOUR_S).rates(nodes).keys() == {"ada"}
+
+
+# What a node may say: also what no device has.
+_NUMBERS = st.one_of(
+    st.sampled_from([0, 1, -1, 64 * MIB, GIB, 2**50, 2**64, 10**400]), st.floats(allow_nan=True)
+)
+
+
+@given(numbers=st.tuples(*[_NUMBERS] * 7))
+def test_no_number_of_a_node_ends_a_plan(numbers: tuple[float, ...]) -> None:
+    names = (
+        "vram_total_bytes", "vram_free_bytes", "vram_used_bytes", "vram_other_bytes", "memory_bytes_per_s",
+        "flops_per_s", "load",
+    )  # fmt: skip
+    liar = replace(owned("liar"), **dict(zip(names, numbers, strict=True)))
+    nodes = [owned("ada"), owned("ben")]
+    with suppress(InvalidRequest):
+        nodes.append(liar.checked(GIB))
+    earned = lent(nodes, HOUR_S)
+    earned.earn({"ada": 5, "ben": 3})
+
+    assert fair_plan(structure(4), nodes, POLICY, earned.rates(nodes)).stages
 
 
 def test_old_sums_count_less_each_day_and_are_forgotten_in_the_end() -> None:
