@@ -32,7 +32,7 @@ from azu.planner.replicas import (
 from azu.protocol.node import Node, NodeState
 from azu.protocol.phase import JobPhase
 from azu.protocol.structure import Structure
-from azu.protocol.topology import PieceSet, PipelineKey, Topology
+from azu.protocol.topology import PieceSet, PipelineKey, Topology, key_of, keys_of
 from azu.supervision import AWAY, Supervisor
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Capacity:
 
     def promised_bytes(self) -> dict[str, int]:
         """Return the VRAM on each node that is promised to what is not loaded yet."""
-        moving = (one.promised for one in self._deployments.values())
+        moving = (one.promised_bytes() for one in self._deployments.values())
         return sums([*self.promised.values(), *moving])
 
     def promise(self, topology: Topology) -> Topology:
@@ -311,7 +311,9 @@ class Cluster:
         if moving := pieces - deployment.being_replaced:
             others = [node for node in self._capacity.now() if node.node_id != node_id]
             moved = replan(deployment.structure, before, moving, others, self._policy, epoch=before.epoch + 1)
-            deployment.move_off(node_id, moved.vram_bytes_of(moving))
+            deployment.move_off(
+                node_id, [piece for piece in moved.pieces if key_of(piece) in keys_of(moving)]
+            )
         return True
 
     async def would_hold(self, node: Node) -> dict[str, tuple[int, int]]:
@@ -443,9 +445,8 @@ class Cluster:
             before, wanted = deployment.topology, deployment.resized
             staying = before.piece_set - lost
             growth = sums([wanted.vram_bytes_of(staying), negated(before.vram_bytes_of(staying))])
-            if wanted.num_blocks > before.num_blocks and not have_room(
-                growth, self._capacity.now(deployment.promised)
-            ):
+            promised = deployment.promised_bytes(lost)
+            if wanted.num_blocks > before.num_blocks and not have_room(growth, self._capacity.now(promised)):
                 # The room for more KV was promised elsewhere meanwhile.
                 deployment.forgo_blocks()
                 wanted, growth = before, {}
@@ -458,7 +459,7 @@ class Cluster:
                     deployment.structure, wanted, lost, nodes, self._policy, epoch=epoch, avoided=avoided
                 )
 
-            given_back = sums([before.vram_bytes_of(lost), negated(growth), deployment.promised])
+            given_back = sums([before.vram_bytes_of(lost), negated(growth), promised])
             deployment.set_topology(await self._with_room(before.key, on, given_back))
 
     async def _move(self, deployment: Deployment, chosen: Callable[..., TopologyChange | None]) -> bool:

@@ -10,8 +10,7 @@ pause, fence, place, start and load, link, resume.
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -31,7 +30,18 @@ from azu.planner.replicas import ExpertCounts
 from azu.protocol.job import ChoiceKey, Job, JobRun, PauseReport, PipelineLook, Placement
 from azu.protocol.phase import JobPhase
 from azu.protocol.structure import Structure
-from azu.protocol.topology import LossReport, PieceSet, Topology, actor_name, piece_set
+from azu.protocol.topology import (
+    LossReport,
+    Piece,
+    PieceKey,
+    PieceSet,
+    Topology,
+    actor_name,
+    key_of,
+    keys_of,
+    piece_set,
+    room_of,
+)
 from azu.supervision import as_known_error
 
 log = logging.getLogger(__name__)
@@ -132,8 +142,8 @@ class Deployment:
         self._no_job_caused = PieceSet()  # those of them that are gone for another reason
         self._is_fault = False
         self._replacing = PieceSet()  # what the present repair starts
-        # The room on each other node for what moves there, in bytes, until it has its place.
-        self.promised: Mapping[str, int] = {}
+        # What moves, as it has room on other nodes, until it has its place.
+        self._promised: dict[PieceKey, Piece] = {}
         self._wanted_change: _WantedChange | None = None
         # Jobs that are expected here, and jobs that run or ran here without coming to an end.
         self._expected: set[str] = set()
@@ -322,9 +332,18 @@ class Deployment:
         self._num_blocks = min(self._num_blocks, self.topology.num_blocks)
 
     def set_topology(self, topology: Topology) -> None:
-        """Make a topology the wanted one, with the number of KV blocks that the deployment is to have."""
+        """Make a topology the wanted one, with the number of KV blocks that the deployment is to have.
+
+        What was promised is given back, except to what began to move meanwhile.
+        """
         self.topology = with_blocks(self.structure, topology, self._num_blocks)
-        self.promised = {}
+        waiting = keys_of(self._lost)
+        self._promised = {key: piece for key, piece in self._promised.items() if key in waiting}
+
+    def promised_bytes(self, pieces: PieceSet | None = None) -> dict[str, int]:
+        """Return the room on nodes that is promised to some pieces, or to all of them."""
+        keys = self._promised.keys() if pieces is None else keys_of(pieces)
+        return room_of(piece for key, piece in self._promised.items() if key in keys)
 
     @property
     def being_replaced(self) -> PieceSet:
@@ -350,12 +369,12 @@ class Deployment:
     def blame(self, node_id: str) -> None:
         """Replace what is on a node that computed values that are not finite, where another's are."""
         self._backend.blame(node_id)
-        self.move_off(node_id, {})
+        self.move_off(node_id, ())
 
-    def move_off(self, node_id: str, promised: Mapping[str, int]) -> None:
-        """Replace what is on a node, on others if one has room; some of theirs may be promised to it."""
+    def move_off(self, node_id: str, promised: Iterable[Piece]) -> None:
+        """Replace what is on a node, on others if one has room; `promised` has room there until then."""
         self._pieces.avoided.add(node_id)
-        self.promised = Counter(self.promised) + Counter(promised)
+        self._promised |= {key_of(piece): piece for piece in promised}
         self.node_lost(node_id)
 
     def node_lost(self, node_id: str) -> None:
@@ -429,7 +448,7 @@ class Deployment:
             fault = "; ".join(error.message for error in faults)
             log.error("%s is given up: %s", self.structure.model_id, fault, exc_info=True)
             self.state = DeploymentState.BROKEN
-            self.promised = {}
+            self._promised = {}
             if self._changing is not None:
                 self._changing.cancel()
             self._fault = WorkerLost(f"{self.structure.model_id} lost a worker: {fault}")

@@ -151,7 +151,7 @@ class Topology:
     @property
     def vram_bytes_by_node(self) -> dict[str, int]:
         """VRAM that the topology takes on each node it uses."""
-        return _vram_bytes_by_node(self.pieces)
+        return room_of(self.pieces)
 
     def without(self, replicas: PieceSet) -> "Topology":
         """Return the topology without some of its replicas."""
@@ -167,10 +167,11 @@ class Topology:
 
     def vram_bytes_of(self, pieces: PieceSet) -> dict[str, int]:
         """Return the VRAM that some pieces take, by node."""
-        return _vram_bytes_by_node(piece for piece in self.pieces if key_of(piece) in keys_of(pieces))
+        return room_of(piece for piece in self.pieces if key_of(piece) in keys_of(pieces))
 
 
-def _vram_bytes_by_node(pieces: Iterable[Piece]) -> dict[str, int]:
+def room_of(pieces: Iterable[Piece]) -> dict[str, int]:
+    """Return the VRAM that some pieces take, by node."""
     used: dict[str, int] = {}
     for piece in pieces:
         used[piece.node_id] = used.get(piece.node_id, 0) + piece.vram_bytes

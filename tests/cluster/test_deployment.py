@@ -22,6 +22,7 @@ from azu.planner.migration import TopologyChange
 from azu.protocol.job import FinishReason, JobRun
 from azu.protocol.step import PieceProgress, PieceState
 from azu.protocol.topology import ExpertSet, PieceSet, Topology
+from azu.units import MIB
 from tests.actors.fake_backend import FakeBackend
 from tests.builders import OWNERS, job, node, structure, topology
 from tests.cluster.waiting import end_other_tasks, failing_once, turns_at_once, until
@@ -525,6 +526,35 @@ def test_a_stage_is_linked_after_its_step_however_long_that_is_unless_it_dies(re
     run(redis_url, scenario)
 
 
+def test_the_room_of_what_moves_is_kept_while_what_moved_before_it_finds_its_place(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        deployment, loads = model.deployment, model.backend.on_load
+        probing, may_place, may_load = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def probe(_: frozenset[str]) -> None:
+            probing.set()
+            await may_place.wait()
+
+        model.backend.probe = probe  # type: ignore[method-assign]
+        deployment.move_off("b", [replace(model.topology.stages[1], node_id="f")])
+        await probing.wait()
+        deployment.move_off("c", [replace(model.topology.stages[2], node_id="g")])
+        assert deployment.promised_bytes() == {"f": MIB, "g": MIB}
+        assert deployment.promised_bytes(stages(1)) == {"f": MIB}
+        loads.append(may_load.wait)
+        may_place.set()
+        await until(lambda: not loads)
+        assert model.placed == [stages(1)]
+        assert deployment.promised_bytes() == {"g": MIB}
+
+        may_load.set()
+        await model.resumed(1)
+        assert model.placed == [stages(1), stages(2)]
+        assert deployment.promised_bytes() == {}
+
+    run(redis_url, scenario)
+
+
 def test_a_report_counts_only_for_pieces_that_were_not_replaced_since(redis_url: str) -> None:
     async def scenario(model: Model) -> None:
         await model.kill_and_wait(stages(1))
@@ -562,7 +592,7 @@ def test_no_job_is_harmful_because_stages_lie_in_its_steps(redis_url: str) -> No
     [
         lambda model, node_id: model.deployment.node_lost(node_id),
         lambda model, node_id: model.deployment.blame(node_id),
-        lambda model, node_id: model.deployment.move_off(node_id, {}),
+        lambda model, node_id: model.deployment.move_off(node_id, ()),
     ],
 )
 def test_no_job_is_harmful_because_nodes_die_are_blamed_or_left_in_its_steps(
