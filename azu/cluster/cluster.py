@@ -276,6 +276,8 @@ class Cluster:
             goes = False
             for deployment in self.deployments:
                 key = deployment.topology.key
+                if self._deployments.get(key) is not deployment:
+                    continue  # it went while another one was closed
                 try:
                     goes |= self._move_off(deployment, node_id)
                 except InsufficientCapacity as error:

@@ -465,6 +465,25 @@ def test_a_node_that_leaves_gives_its_pieces_away_where_there_is_room(redis_url:
     asyncio.run(scenario())
 
 
+def test_a_model_that_goes_while_another_is_closed_is_not_closed_again(redis_url: str) -> None:
+    async def scenario() -> None:
+        network = Network(redis_url, nodes=[node("a", 64 * MIB)])
+        for model_id in ("m/one", "m/two"):
+            (await network.ensure(model_id)).let_go("job-1")
+        forget = network.store.forget
+
+        async def forget_later(topology: Topology) -> None:
+            network.store.forget = forget  # type: ignore[method-assign]
+            await network.cluster.close()
+            await forget(topology)
+
+        network.store.forget = forget_later  # type: ignore[method-assign]
+        assert await network.cluster.vacate("a", closes_idle=True)
+        assert network.cluster.deployments == ()
+
+    asyncio.run(scenario())
+
+
 def test_the_room_for_what_leaves_a_node_is_kept_until_it_is_there(redis_url: str) -> None:
     async def scenario() -> None:
         network = Network(redis_url, nodes=[node("a", 9 * MIB)])
