@@ -13,7 +13,7 @@ from azu.jobs.redis import RedisJobs
 from azu.money.books import Books
 from azu.money.pricing import charged_prompt
 from azu.protocol.job import FinishReason, Job, JobEnding, JobOutcome, JobRun, JobState, Receipt
-from azu.supervision import AWAY
+from azu.supervision import AWAY, as_known_error
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +87,19 @@ class Settlement:
             await self._jobs.finish(job.job_id, _unbooked(job, failed))
 
     async def give_back(self) -> None:
-        """Return what is still reserved of jobs that are lost, or ended against the books, once overdue."""
+        """Return what is still reserved of jobs that are lost, or ended against the books, once overdue.
+
+        A job whose record cannot be read has ended.
+        """
         for job_id in await self._books.overdue():
-            record = await self._jobs.get(job_id)
-            has_ended = record is not None and record.outcome is not None
+            try:
+                record = await self._jobs.get(job_id)
+                has_ended = record is not None and record.outcome is not None
+            except AWAY:
+                raise
+            except Exception as error:
+                as_known_error(error, f"the record of {job_id}")
+                has_ended = True  # no scheduler can take it up
             # First the job, then its money: a job that is written meanwhile keeps its reservation.
             if has_ended or await self._jobs.give_up(job_id):
                 await self._books.expire(job_id)

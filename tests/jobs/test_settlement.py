@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from azu.clock import wall_clock_ms
 from azu.errors import InsufficientBalance, InvalidRequest, NotFound, Unavailable, WorkerLost
 from azu.jobs.departures import Departures
 from azu.jobs.draining import Draining
 from azu.jobs.in_flight_limit import InFlightLimit
 from azu.jobs.intake import Intake, JobLimits, ModelFacts
+from azu.jobs.record import job_key
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
 from azu.money.bookkeeping import Bookkeeper
@@ -284,6 +286,22 @@ def test_a_job_that_redis_lost_before_its_end_costs_nothing(redis_url: str) -> N
         assert (lost.state, lost.receipt.charged_lamports) == (JobState.FAILED, 0)
         assert lost.error
         assert lost.error["code"] == "job_lost"
+        assert await billing.balances() == (1_000, 0)
+
+    asyncio.run(scenario())
+
+
+def test_a_record_that_cannot_be_read_keeps_no_reservation_of_its_job_or_of_another(redis_url: str) -> None:
+    async def scenario() -> None:
+        billing = Billing(redis_url)
+        await billing.deposit(1_000)
+        for _ in range(3):
+            await billing.accept()
+        await jobs_lost(billing)
+        await billing.jobs._redis.hset(job_key("job-1"), "job", "no record")
+        billing.books._now_ms = lambda: wall_clock_ms() + TERMS.reservation_ttl_ms
+        await billing.settlement.give_back()
+
         assert await billing.balances() == (1_000, 0)
 
     asyncio.run(scenario())
