@@ -222,12 +222,13 @@ class Cluster:
         others = (one for one in self._pipelines(model_id, revision) if one is not deployment)
         return next((one for one in others if not one.broken), None)
 
-    async def keep_jobs(self, job_ids: Container[str]) -> None:
-        """Have each deployment end the jobs that it counts or runs beside these: they are over."""
-        dropped = [
-            one.drop(job_id) for one in self.deployments for job_id in one.jobs if job_id not in job_ids
-        ]
-        await asyncio.gather(*dropped)
+    def keep_jobs(self, job_ids: Container[str]) -> list[tuple[Deployment, str]]:
+        """Have each deployment forget the jobs that it counts or runs beside these: they are over.
+
+        Returns those that are to be cancelled, with their deployments.
+        """
+        over = [(one, job_id) for one in self.deployments for job_id in one.jobs if job_id not in job_ids]
+        return [(one, job_id) for one, job_id in over if one.drop(job_id)]
 
     async def add_pipeline(self, model_id: str, revision: str) -> None:
         """Deploy one more pipeline of a running model on nodes of its own, where there are some.

@@ -191,13 +191,13 @@ class Deployment:
         """The jobs that are expected here, and those that run or ran here without coming to an end."""
         return self._held | self._expected
 
-    async def drop(self, job_id: str) -> None:
-        """Forget a job that is over; where it still runs here it is cancelled."""
+    def drop(self, job_id: str) -> bool:
+        """Forget a job that is over; say whether it may still run here, and is to be cancelled."""
         self.let_go(job_id)
         self._suspects.forget(job_id)
-        if job_id in self._held:
-            self._held -= {job_id}
-            await self.cancel(job_id)
+        was_held = job_id in self._held
+        self._held -= {job_id}
+        return was_held
 
     def holds(self, job_id: str) -> bool:
         """Whether a job runs here, or did without coming to an end: no other pipeline may run it."""

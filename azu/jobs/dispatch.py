@@ -86,7 +86,8 @@ class Dispatcher:
             group.create_task(self._supervisor.keep("cancellations", cancellations))
             # An earlier scheduler that had taken jobs is gone: a network has one scheduler.
             await self._supervisor.insist("jobs", partial(self._take_over, group))
-            group.create_task(self._supervisor.keep("progress", self._look, every_s=_LOOK_S))
+            look = partial(self._look, group)
+            group.create_task(self._supervisor.keep("progress", look, every_s=_LOOK_S))
             await self._supervisor.keep("jobs", partial(self._take, group))
 
     async def _take_over(self, group: asyncio.TaskGroup) -> None:
@@ -131,7 +132,7 @@ class Dispatcher:
             await self._supervisor.insist("cancellations", partial(_cancel_all, deployment, taken))
         del self._cancelling[deployment]
 
-    async def _look(self) -> None:
+    async def _look(self, group: asyncio.TaskGroup) -> None:
         """Write where jobs stand, help what does not move, and end in pipelines what is over.
 
         All of it waits for a Redis that is away: what stands still without it needs no help.
@@ -143,7 +144,8 @@ class Dispatcher:
         except Exception as error:
             as_known_error(error, "a look at where jobs stand")
         await self._progress.look()
-        await self._cluster.keep_jobs(self._tasks)
+        for deployment, job_id in self._cluster.keep_jobs(self._tasks):
+            self._cancel(deployment, job_id, group)
 
     async def _tell(self) -> None:
         phases = await self._phases()

@@ -292,12 +292,13 @@ def test_a_job_of_an_earlier_scheduler_that_is_not_taken_over_is_ended_and_its_m
         successor = network.new_cluster()
         await successor.adopt(supervisor_at_once())
         (adopted,) = successor.deployments
-        await successor.keep_jobs({"job-1"})
+        for deployment, job_id in successor.keep_jobs({"job-1"}):
+            await deployment.cancel(job_id)
         assert not running.done()
         assert ended.result().finish_reason is FinishReason.CANCELLED
         assert (adopted.running_jobs, adopted.holds("job-2")) == (1, False)
 
-        await successor.keep_jobs(())
+        assert successor.keep_jobs(()) == [(adopted, "job-1")]
         assert adopted.is_idle
         assert adopted.jobs == frozenset()
 

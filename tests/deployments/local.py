@@ -81,8 +81,9 @@ class ScriptedModel:
 
     phase = None
 
-    async def keep_jobs(self, job_ids: Container[str]) -> None:
-        """Do nothing: no job is left behind here."""
+    def keep_jobs(self, job_ids: Container[str]) -> tuple[()]:
+        """Return nothing: no job is left behind here."""
+        return ()
 
     async def phase_of(self, model_id: str, revision: str) -> JobPhase:
         return JobPhase("loading", "Loading.\u2028", 1, 3)

@@ -78,8 +78,9 @@ class SteppedModel:
     async def ensure(self, model_id: str, revision: str, job_id: str) -> "SteppedModel":
         return self
 
-    async def keep_jobs(self, job_ids: Container[str]) -> None:
-        """Do nothing: no job is left behind here."""
+    def keep_jobs(self, job_ids: Container[str]) -> tuple[()]:
+        """Return nothing: no job is left behind here."""
+        return ()
 
     async def phase_of(self, model_id: str, revision: str) -> None:
         """Return nothing: it is up."""

@@ -236,8 +236,8 @@ class Odd:
     async def look(self) -> None:
         raise WorkerLost("there is no pipeline to look at")
 
-    async def keep_jobs(self, job_ids: Container[str]) -> None:
-        pass
+    def keep_jobs(self, job_ids: Container[str]) -> tuple[()]:
+        return ()
 
     async def cancel(self, job_id: str) -> None:
         pass
@@ -402,7 +402,8 @@ def test_a_job_is_told_how_far_its_model_is_or_why_it_is_tried_again(redis_url: 
         running = asyncio.create_task(dispatcher.run())
         while not dispatcher._waiting:
             await asyncio.sleep(0.01)
-        await dispatcher._look()
+        async with asyncio.TaskGroup() as group:
+            await dispatcher._look(group)
         told = [await jobs.phase(job(job_id)) for job_id in ("job-1", "job-2")]
         running.cancel()
         await asyncio.wait({running})
@@ -423,12 +424,15 @@ class Endless(Odd):
         self.pipelines = {"job-1": HangingPipeline(None), "job-2": HangingPipeline(None)}
         self.pipelines["job-2"].answers.set()
         self.kept: list[set[str]] = []
+        self.over: list[tuple[HangingPipeline, str]] = []
 
     async def ensure(self, model_id: str, revision: str, job_id: str) -> "HangingPipeline":
         return self.pipelines[job_id]
 
-    async def keep_jobs(self, job_ids: Collection[str]) -> None:
+    def keep_jobs(self, job_ids: Collection[str]) -> list[tuple["HangingPipeline", str]]:
         self.kept.append(set(job_ids))
+        over, self.over = self.over, []
+        return over
 
 
 class HangingPipeline(Odd):
@@ -490,6 +494,27 @@ def test_a_pipeline_that_hangs_holds_up_no_cancellation_of_another(
             models.pipelines["job-1"].answers.set()
             while not models.pipelines["job-1"].cancelled:
                 await asyncio.sleep(0.01)
+
+    run_scenario(scenario)
+
+
+def test_pipelines_are_watched_while_one_that_hangs_has_a_job_to_cancel_that_is_over(
+    run_scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        async with endless(jobs, monkeypatch) as models:
+            hangs, other = models.pipelines.values()
+            models.over.append((hangs, "job-0"))
+            while models.over:
+                await asyncio.sleep(0.01)
+            looks = other.num_looks
+            while other.num_looks < looks + 3:
+                await asyncio.sleep(0.01)
+            assert hangs.cancelled == []
+            hangs.answers.set()
+            while not hangs.cancelled:
+                await asyncio.sleep(0.01)
+            assert hangs.cancelled == ["job-0"]
 
     run_scenario(scenario)
 

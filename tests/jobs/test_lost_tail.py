@@ -61,8 +61,9 @@ class Model:
 
     phase = None
 
-    async def keep_jobs(self, job_ids: Container[str]) -> None:
-        """Do nothing: no job is left behind here."""
+    def keep_jobs(self, job_ids: Container[str]) -> tuple[()]:
+        """Return nothing: no job is left behind here."""
+        return ()
 
     async def phase_of(self, model_id: str, revision: str) -> None:
         """Return nothing: it is up."""
