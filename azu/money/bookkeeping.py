@@ -26,6 +26,7 @@ from azu.errors import (
     InvalidRequest,
     LedgerError,
     NotFound,
+    TransferConflict,
 )
 from azu.money.books import (
     NOT_PROVIDED,
@@ -255,9 +256,13 @@ class Bookkeeper(BooksCalls):
 
     async def give_back(self, job_id: str) -> None:
         ledger = await self.ledger()
-        if (hold := ledger.state.reservations.get(job_id)) is not None:
-            lost = Release(id=f"release:{job_id}", job_id=job_id, outcome=pack_ending(LOST))
-            await self._holds.end(hold, lost)
+        lost = Release(id=f"release:{job_id}", job_id=job_id, outcome=pack_ending(LOST))
+        try:
+            # Behind what is being written: the reservation may be among that, and was not known before.
+            await ledger.apply(lost)
+        except (LedgerError, TransferConflict) as error:
+            if isinstance(error, LedgerError) and error.code not in ("unknown_hold", "hold_ended"):
+                raise
 
     async def settle(
         self,

@@ -344,6 +344,22 @@ def test_what_was_reserved_for_a_job_that_never_ran_is_given_back(redis_url: str
     play(redis_url, scenario)
 
 
+def test_what_is_just_being_reserved_is_given_back_too(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        store = connect_redis(redis_url)
+        await store.client_pause(300, all=False)
+        reserving = asyncio.create_task(reserve(books))
+        await asyncio.sleep(0.1)
+        await books.give_back("job-1")
+
+        assert await reserving == 112
+        assert await books.balance(ADDRESS) == UserBalance(1_000, 0, 0)
+        await store.aclose()
+
+    play(redis_url, scenario)
+
+
 def test_neither_the_account_nor_the_limit_of_a_key_is_exceeded(redis_url: str) -> None:
     async def scenario(books: Books, _: ServedBooks) -> None:
         await open_account(books, 200)

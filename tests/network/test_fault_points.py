@@ -1,5 +1,6 @@
 """The fault run strikes every public method of every actor and of the books."""
 
+import importlib
 import inspect
 
 import pytest
@@ -24,6 +25,13 @@ def test_every_public_method_of_the_books_is_struck() -> None:
     apart = {"close", "note_successions", "drop_unfunded_keys"}
 
     assert [name for name in methods if f"{BOOKS}.{name}" not in struck and name not in apart] == []
+
+
+@pytest.mark.parametrize("method", sorted(point.method for point in POINTS))
+def test_every_point_is_a_method_that_there_is(method: str) -> None:
+    module, _, name = method.partition(":")
+    kind, _, method = name.partition(".")
+    assert method in vars(getattr(importlib.import_module(module), kind))
 
 
 def test_there_are_at_least_sixty_points() -> None:

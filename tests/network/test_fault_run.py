@@ -271,7 +271,7 @@ POINTS = (
     ),
     Point(f"{SCHEDULED}.restart", call(SCHEDULER, "restart", "ada", ["nowhere"])),
     Point(f"{SCHEDULED}.take_metrics"),
-    Point(f"{SCHEDULED}._adopt", kill(SCHEDULER)),
+    Point(f"{SCHEDULED}._learn", kill(SCHEDULER)),
     Point(f"{SCHEDULED}._measure", is_loop=True),
     Point(f"{SCHEDULED}._check_kv", is_loop=True),
     Point(f"{SCHEDULED}._check_nodes", is_loop=True),
