@@ -12,8 +12,9 @@ from azu.units import GIB
 _HALF_LIFE_S = 2 * 86_400.0
 # Of a longer time between two looks it is not known who lent.
 _LONGEST_LOOK_S = 600.0
-# An owner counts as average until it has lent for about so long: a new address gains nothing over the others.
-_NEWCOMER_H = 24.0
+# For an owner who lent little the mean of all counts as if it were earned for so long. Until it has lent what
+# it lends now for so long, it comes behind those who lent for longer: a new address gains nothing by it.
+_NEWCOMER_H = 24
 # An owner with less is forgotten.
 _LEAST_GIB_H = 0.01
 _HOUR_S = 3600.0
@@ -21,8 +22,11 @@ _HOUR_S = 3600.0
 
 @dataclass(slots=True)
 class _Sums:
+    """Of `ever_gib_h` old parts count in full: who lends for a few hours each day is not new for ever."""
+
     gib_h: float = 0.0
     lamports: float = 0.0
+    ever_gib_h: float = 0.0
 
 
 @dataclass(slots=True)
@@ -47,7 +51,9 @@ class OwnersEarnings:
             sums.lamports *= left
         hours, lent = min(passed_s, _LONGEST_LOOK_S) / _HOUR_S, _lent_gib(nodes)
         for owner, gib in lent.items():
-            self.by_owner.setdefault(owner, _Sums()).gib_h += gib * hours
+            sums = self.by_owner.setdefault(owner, _Sums())
+            sums.gib_h += gib * hours
+            sums.ever_gib_h += gib * hours
         self.by_owner = {
             owner: sums
             for owner, sums in self.by_owner.items()
@@ -67,12 +73,18 @@ class OwnersEarnings:
         return sum(sums.lamports for sums in self.by_owner.values()) / lent if lent else 0.0
 
     def rates(self, nodes: Iterable[Node]) -> dict[str, float]:
-        """Return the lamports for each GiB and hour of each owner that lends now."""
-        rates = {}
+        """Return the lamports for each GiB and hour of each owner that lends now.
+
+        That of a newcomer is at least the highest of those who lent for hours longer.
+        """
+        rates, hours, mean = {}, {}, self.mean
+        highest = [0.0] * (_NEWCOMER_H + 1)  # of the owners who lent for so many hours, the last also longer
         for owner, gib in _lent_gib(nodes).items():
             sums, average_gib_h = self.by_owner.get(owner, _Sums()), _NEWCOMER_H * gib
-            rates[owner] = (sums.lamports + self.mean * average_gib_h) / (sums.gib_h + average_gib_h)
-        return rates
+            rate = (sums.lamports + mean * average_gib_h) / (sums.gib_h + average_gib_h)
+            hour = min(_NEWCOMER_H, int(sums.ever_gib_h / gib))
+            rates[owner], hours[owner], highest[hour] = rate, hour, max(highest[hour], rate)
+        return {owner: max([rate, *highest[hours[owner] + 1 :]]) for owner, rate in rates.items()}
 
     def to_json(self) -> str:
         """Return the sums for the next scheduler, whose clock is another."""

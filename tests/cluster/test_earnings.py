@@ -12,6 +12,7 @@ from azu.errors import InvalidRequest
 from azu.planner.fairness import fair_plan, fairer_placement
 from azu.planner.policy import PlanPolicy
 from azu.protocol.node import Node, NodeState
+from azu.protocol.structure import Structure
 from azu.units import GIB, MIB
 from tests.builders import node, structure
 
@@ -30,28 +31,47 @@ def lent(nodes: list[Node], until_s: int, *, every_s: int = 600, earned: OwnersE
     return earned
 
 
-@pytest.mark.parametrize("num_layers", [4, 40])
-def test_of_ten_equal_nodes_none_earns_less_than_half_the_mean_of_a_week(num_layers: int) -> None:
-    """A model of one node, or of several, earns the same each hour; where it is better placed is looked at
-    every four hours."""
-    model = structure(num_layers, layer_bytes=64 * MIB)
-    nodes = [owned(f"owner-{index}") for index in range(10)]
-    earned, total = OwnersEarnings(), dict.fromkeys((one.payout_address for one in nodes), 0)
+def earned_in_a_week(model: Structure, nodes: list[Node], *, renames: bool = False) -> dict[str, int]:
+    """Return what each node earned while a model earned the same each hour, and was looked at every four
+    hours. From the second day on the first node's owner `renames` itself when it is above the mean."""
+    earned, total = OwnersEarnings(), dict.fromkeys((one.node_id for one in nodes), 0)
     placed = fair_plan(model, nodes, POLICY, {})
-    assert (len(placed.stages) > 1) == (num_layers == 40)
+    assert (len(placed.stages) > 1) == (model.num_layers == 40)
     for hour in range(7 * 24):
         for look in range(6):
             earned.lend(nodes, hour * HOUR_S + look * 600)
+        owners = {one.node_id: one.payout_address for one in nodes}
         shares = {stage.node_id: 1000 * len(stage.span) for stage in placed.stages}
-        earned.earn(shares)
-        for owner, lamports in shares.items():
-            total[owner] += lamports
+        earned.earn({owners[node_id]: lamports for node_id, lamports in shares.items()})
+        for node_id, lamports in shares.items():
+            total[node_id] += lamports
         if hour % 4 == 0:
-            change = fairer_placement(model, placed, nodes, POLICY, earned.rates(nodes))
+            rates = earned.rates(nodes)
+            if renames and hour >= 24 and rates[nodes[0].payout_address] > earned.mean:
+                nodes = [replace(nodes[0], payout_address=f"name-{hour}"), *nodes[1:]]
+                rates = earned.rates(nodes)
+            change = fairer_placement(model, placed, nodes, POLICY, rates)
             placed = placed if change is None else change.topology
+    return total
 
-    mean = sum(total.values()) / len(total)
-    assert min(total.values()) >= mean / 2, total
+
+@pytest.mark.parametrize("num_layers", [4, 40])
+def test_of_ten_equal_nodes_none_earns_less_than_half_the_mean_of_a_week(num_layers: int) -> None:
+    """The model needs one node, or several."""
+    model = structure(num_layers, layer_bytes=64 * MIB)
+    total = earned_in_a_week(model, [owned(f"owner-{index}") for index in range(10)])
+
+    assert min(total.values()) >= sum(total.values()) / len(total) / 2, total
+
+
+@pytest.mark.parametrize("num_layers", [4, 40])
+def test_an_owner_with_a_new_name_each_time_it_earned_more_than_the_mean_earns_no_more(
+    num_layers: int,
+) -> None:
+    model = structure(num_layers, layer_bytes=64 * MIB)
+    total = earned_in_a_week(model, [owned(f"owner-{index}") for index in range(10)], renames=True)
+
+    assert total["owner-0"] <= sum(total.values()) / len(total), total
 
 
 def test_an_owner_who_lends_and_does_not_earn_falls_behind_the_mean() -> None:
@@ -63,14 +83,34 @@ def test_an_owner_who_lends_and_does_not_earn_falls_behind_the_mean() -> None:
     assert rates["ben"] < earned.mean < rates["ada"]
 
 
-def test_a_new_address_counts_as_average_and_gains_nothing() -> None:
-    nodes = [owned("ada"), owned("ben")]
-    earned = lent(nodes, DAY_S)
+def test_a_new_address_comes_behind_the_old_ones_until_it_has_lent_for_a_day() -> None:
+    nodes, new = [owned("ada"), owned("ben")], owned("new")
+    earned = lent(nodes, 2 * DAY_S)
     earned.earn({"ada": 10_000, "new": 10_000})
-    rates = earned.rates([*nodes, owned("new")])
+    rates = earned.rates([*nodes, new])
+    assert rates["ben"] < rates["ada"] == rates["new"]
 
-    assert rates["ben"] < rates["new"] < rates["ada"]
-    assert rates["new"] == pytest.approx(earned.mean)
+    def after(hours: int, gib: float) -> dict[str, float]:
+        """Return the rates once the new address has lent one GiB for some hours, and lends `gib` then."""
+        later = OwnersEarnings.from_json(earned.to_json())
+        lent([*nodes, new], hours * HOUR_S, earned=later)
+        return later.rates([*nodes, owned("new", gib)])
+
+    assert after(12, 1)["new"] == after(12, 1)["ada"]
+    assert after(30, 1)["new"] < after(30, 1)["ada"]
+    assert after(30, 2)["new"] == after(30, 2)["ada"], "who lends little for a day is not known for more"
+
+
+def test_who_lends_for_a_few_hours_each_day_is_not_new_for_ever() -> None:
+    nodes, sometimes = [owned("ada"), owned("ben")], owned("sometimes")
+    earned = OwnersEarnings()
+    for hour in range(14 * 24):
+        for look in range(6):
+            earned.lend([*nodes, sometimes] if hour % 24 < 4 else nodes, hour * HOUR_S + look * 600)
+    earned.earn({"ada": 10_000})
+
+    rates = earned.rates([*nodes, sometimes])
+    assert rates["sometimes"] < rates["ada"]
 
 
 def test_who_lends_twice_as_much_has_to_earn_twice_as_much() -> None:
