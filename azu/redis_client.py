@@ -30,7 +30,7 @@ CONNECT_TIMEOUT_S = 2.0
 REPLY_TIMEOUT_S = 5.0
 _MAX_CONNECTIONS = 32
 _RETRIES = 3
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0
+FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0
 # What Redis answers when it takes no command, or no write, for a while: it loads its files, it is a replica
 # or lost its own, it has no memory left, its last save failed, a script holds it, or it came back with other
 # passwords or without a group of readers. An error inside a script has the word in its message, and redis-py
@@ -83,11 +83,14 @@ def redis_problem(redis: Redis, now_s: float | None = None) -> str | None:
 
 
 async def retry_until_available(
-    call: Callable[[], Awaitable[_Answer]], *, within_s: float = math.inf
+    call: Callable[[], Awaitable[_Answer]],
+    *,
+    within_s: float = math.inf,
+    longest_pause_s: float = _LONGEST_PAUSE_S,
 ) -> _Answer:
     """Call Redis again and again until it is available; the call must be safe to make twice.
 
-    Raises Unavailable when Redis is still away after `within_s`.
+    The pauses double from FIRST_PAUSE_S on. Raises Unavailable when Redis is still away after `within_s`.
     """
     began_s, pause_s = time.monotonic(), 0.0
     while True:
@@ -98,7 +101,7 @@ async def retry_until_available(
                 raise
             if not pause_s:
                 log.warning("%s", error.message)
-        pause_s = min(2 * pause_s or _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
+        pause_s = min(2 * pause_s or FIRST_PAUSE_S, longest_pause_s)
         await asyncio.sleep(pause_s)
 
 

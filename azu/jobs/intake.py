@@ -26,7 +26,7 @@ from azu.money.books import Books
 from azu.money.pricing import charge, max_charge
 from azu.protocol.job import Job, JobState
 from azu.protocol.sampling import SamplingParams
-from azu.redis_client import retry_until_available
+from azu.redis_client import FIRST_PAUSE_S, retry_until_available
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +243,8 @@ class Intake:
         try:
             await note()
         except Unavailable:
-            self._go_on(retry_until_available(note))
+            # A pipeline goes on as soon as Redis is back: what runs until this is noted is paid.
+            self._go_on(retry_until_available(note, longest_pause_s=FIRST_PAUSE_S))
 
     def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

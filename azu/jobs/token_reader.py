@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from azu.errors import AzuError, Unavailable
 from azu.jobs.record import OUTCOME, decode_event, job_key, token_count, tokens_key, wake_key, without_first
 from azu.protocol.job import JobEvent, TokenEvent
-from azu.redis_client import retry_until_available
+from azu.redis_client import FIRST_PAUSE_S, retry_until_available
 from azu.supervision import FAULTS_IN_A_ROW, as_known_error
 
 # Shorter than the connection's own timeout: a quiet stream must not look like a lost connection.
@@ -82,7 +82,7 @@ class TokenReader:
         faults = 0
         while self._followers:
             try:
-                await retry_until_available(self._read_once, within_s=AWAY_S)
+                await retry_until_available(self._read_once, within_s=AWAY_S, longest_pause_s=FIRST_PAUSE_S)
             except Exception as error:
                 faults += 1
                 known = as_known_error(error, "the reading of token streams")

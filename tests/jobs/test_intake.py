@@ -1,10 +1,15 @@
-"""A whole answer that would take too long is refused, by what was measured of its model."""
+"""An answer that would take too long is refused; that a client left is noted soon after Redis is back."""
+
+import asyncio
 
 import pytest
 
 from azu.errors import Unavailable
+from azu.jobs.departures import Reader
 from azu.jobs.intake import check_wait
 from azu.metrics import PROMPT_TOKENS, SEQUENCES, TIME_PER_TOKEN, TIME_TO_FIRST_TOKEN, Meter
+from tests.jobs.outages import away_for
+from tests.jobs.test_settlement import ADDRESS, Billing
 
 MODEL = "azu/tiny-dense"
 
@@ -44,3 +49,27 @@ def test_the_wait_is_predicted_from_the_queue_the_sizes_and_the_measured_pace(
         with pytest.raises(Unavailable, match=f"about {wait_s} s.*stream=true.*/submit") as refused:
             check(wait_s - 0.5)
         assert refused.value.retry_after_s == wait_s
+
+
+def test_while_redis_is_away_what_ends_a_job_is_noted_after_pauses_that_stay_short(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        billing = Billing(redis_url)
+        await billing.deposit(1_000)
+        intake, job = billing.intake, await billing.accept()
+        pauses_s = away_for(7, intake.departures, "leave", monkeypatch)
+        await intake.leave(Reader(job.job_id, ADDRESS, ""))
+        await asyncio.gather(*intake._going_on)
+        assert pauses_s == [0.1] * 6
+
+        monkeypatch.undo()
+        pauses_s = away_for(7, billing.jobs, "cancel", monkeypatch)
+        await intake.cancel(job.job_id)
+        await asyncio.gather(*intake._going_on)
+        assert pauses_s == [0.1] * 6
+        record = await billing.jobs.get(job.job_id)
+        assert record is not None
+        assert record.cancelled
+
+    asyncio.run(scenario())

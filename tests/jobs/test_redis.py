@@ -16,6 +16,7 @@ from azu.protocol.phase import JobPhase, answering, reading
 from azu.protocol.sampling import SamplingParams
 from tests.builders import ALICE, BOB, job
 from tests.jobs.endings import outcome, tokens
+from tests.jobs.outages import away_for
 from tests.redis_server import start_redis
 
 LATER_MS = 60_000
@@ -774,5 +775,20 @@ def test_an_end_that_cannot_be_read_is_the_fault_of_one_follower(run_scenario, m
             await asyncio.wait_for(broken, 30)
         await jobs.finish("job-1", outcome("job-1"))
         assert await asyncio.wait_for(other, 30) == [outcome("job-1")]
+
+    run_scenario(scenario)
+
+
+def test_a_reader_of_tokens_waits_no_longer_for_redis_the_longer_it_is_away(
+    run_scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        await jobs.submit(job())
+        await jobs.append([("job-1", TokenEvent(0, (5,)))])
+        pauses_s = away_for(6, jobs._reader._redis, "xread", monkeypatch)
+        async for event in jobs.events("job-1"):
+            assert event == TokenEvent(0, (5,))
+            break
+        assert pauses_s == [0.1] * 6
 
     run_scenario(scenario)
