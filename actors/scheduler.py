@@ -28,6 +28,7 @@ from azu.cluster.deployment import Deployment
 from azu.cluster.deployment_store import DeploymentStore
 from azu.cluster.earnings import OwnersEarnings
 from azu.cluster.nodes import NodeTable, node_called
+from azu.cluster.offers import Offers
 from azu.cluster.restarts import RestartTurn
 from azu.cluster.scaling import (
     Cooldown,
@@ -73,7 +74,6 @@ class Scheduler:
         self._agents = NodeAgents(policy.heartbeat, config.home, self._nodes)
         self._store = store = DeploymentStore.from_url(config.redis_url)
         self._earnings = OwnersEarnings()
-        self._offering = asyncio.Lock()  # a plan takes processor time, and callers need no key
         self._cluster = Cluster(
             RayBackend(policy, config.pipeline_redis_url, self._agents, self._blame, self._mark),
             lambda placed, given_back: self._nodes.nodes(time.monotonic(), placed, given_back),
@@ -84,6 +84,7 @@ class Scheduler:
             nodes_come=policy.requeue.nodes_come,
             rates=self._earnings.rates,
         )
+        self._offers = Offers(self._cluster.would_hold)
         self._node_request = NodeRequest(
             self._cluster, request_nodes, patience_s=2 * policy.requeue.longest_s
         )
@@ -183,9 +184,7 @@ class Scheduler:
     async def offer(self, vram_bytes: int, memory_bytes_per_s: float, flops_per_s: float) -> Offer:
         """Return what a node of this memory and speed would hold, and what owners earn."""
         node = Node("", "", "", vram_bytes, vram_bytes, memory_bytes_per_s, flops_per_s)
-        node = node.checked(vram_bytes)
-        async with self._offering:
-            return Offer(await self._cluster.would_hold(node), self._earnings.mean)
+        return Offer(await self._offers.layers(node.checked(vram_bytes)), self._earnings.mean)
 
     def _agent_of(self, name: str, address: str | None) -> tuple[str, ActorHandle]:
         agents = self._agents.by_node
