@@ -108,12 +108,13 @@ class JobRunner:
         self._by_job: OrderedDict[str, _ActiveJob] = OrderedDict()  # with those that ended lately
         self._events: asyncio.Queue[dict[int, TokenEvent]] = asyncio.Queue()  # by sequence id
         self._taken: deque[tuple[int, str, TokenEvent]] = deque()  # with the job, until they are written
+        self._num_taken = 0  # steps whose tokens are being written
         self._fault: AzuError | None = None
 
     @property
     def takes_tokens(self) -> bool:
         """Whether another step may be sent: `fail` did not end everything, and Redis takes the tokens."""
-        return self._fault is None and self._events.qsize() < _MAX_UNWRITTEN_STEPS
+        return self._fault is None and self._events.qsize() + self._num_taken < _MAX_UNWRITTEN_STEPS
 
     @property
     def job_ids(self) -> frozenset[str]:
@@ -239,10 +240,12 @@ class JobRunner:
             if event.finish_reason is not None and sequence_id in self._by_sequence:
                 self._end_sequence(sequence_id, event.finish_reason, event)
             self._taken.popleft()
+        self._num_taken = 0
         # The engine may have waited for these tokens to be written.
         self._on_change()
 
     def _take(self, events: Mapping[int, TokenEvent]) -> None:
+        self._num_taken += 1
         # A step may have been on its way when its job began again.
         known = [one for one in events.items() if one[0] in self._by_sequence]
         self._taken += [(sequence_id, *self._of_job(sequence_id, event)) for sequence_id, event in known]
