@@ -42,7 +42,7 @@ from azu.money.books import (
     UserBalance,
     WorkerEarnings,
 )
-from azu.money.books_view import open_payouts_of, view_of
+from azu.money.books_view import open_payouts_of, payouts_numbered, view_of
 from azu.money.chain.rows import is_sent_by
 from azu.money.charging import UNSHOWN, charge_of
 from azu.money.commands import carry_out, refusals_as_conflicts
@@ -452,6 +452,9 @@ class Bookkeeper(BooksCalls):
 
     async def open_payouts(self) -> tuple[OpenPayout, ...]:
         return open_payouts_of((await self.ledger()).state)
+
+    async def numbered(self, since: int) -> tuple[str, ...]:
+        return payouts_numbered((await self.ledger()).state, since)
 
     async def view(self, number: int, after: int, findings: tuple[str, ...] = ()) -> BooksView:
         self._unsigned = findings

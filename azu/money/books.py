@@ -346,6 +346,9 @@ class BooksCalls:
     async def open_payouts(self) -> tuple[OpenPayout, ...]:
         """Return the payouts that money is set aside for."""
 
+    async def numbered(self, since: int) -> tuple[str, ...]:
+        """Return the payouts that have a nonce from `since` on, also those that have ended."""
+
     async def hear_time(self, chain_ms: int) -> None:
         """Tell the books the chain's time, so that no step of their machine's clock has money mature."""
 

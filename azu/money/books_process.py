@@ -37,7 +37,9 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     | {"give_back", "give_fees_back", "key", "keys", "open_key", "paid", "price", "receipt_signature"}
     | {"reserve", "reserve_fetch", "revoke_key", "withdraw"},
     "scheduler": frozenset({"ended", "expire", "overdue", "settle", "totals"}),
-    "treasury": frozenset({"apply", "hear_time", "inside", "loss", "open_payouts", "owed", "result"}),
+    "treasury": frozenset(
+        {"apply", "hear_time", "inside", "loss", "numbered", "open_payouts", "owed", "result"}
+    ),
     "signer": frozenset({"view"}),
     "owner": _READS | {"audit", "command", "enrol_node", "head", "held", "open_payouts", "reversible"},
 }

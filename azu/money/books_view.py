@@ -49,6 +49,11 @@ async def view_of(
     )
 
 
+def payouts_numbered(state: BooksState, since: int) -> tuple[str, ...]:
+    """Return the payouts that have a nonce from `since` on, also those that have ended."""
+    return tuple(payout_id for nonce, payout_id in state.nonces.items() if int(nonce) >= since)
+
+
 def open_payouts_of(state: BooksState) -> tuple[OpenPayout, ...]:
     """Return the payouts that money is set aside for, each with what its owner signed."""
     return tuple(_open(state, payout) for payout in state.payouts.values())

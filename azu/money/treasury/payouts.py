@@ -269,7 +269,7 @@ class Payer:
         for place in range(_MOST_PLACES):
             if place or not payout.nonce:
                 chain_ms = await self._chain.now_ms()
-                if not self._has_place(payout.payout_id, chain_ms // NONCE_WINDOW_MS):
+                if not await self._has_place(payout.payout_id, chain_ms // NONCE_WINDOW_MS):
                     return None
                 payout = await self._numbered(payout, chain_ms, place)
             try:
@@ -288,10 +288,13 @@ class Payer:
                 return None
         return None
 
-    def _has_place(self, payout_id: str, window: int) -> bool:
+    async def _has_place(self, payout_id: str, window: int) -> bool:
         """Say whether a payout may have a nonce of a window, and count it."""
         if window != self._window:
-            self._window, self._numbered_in_window = window, set()
+            # The books know those of this payer's predecessor.
+            numbered = await self._ledger.numbered(window * NONCE_WINDOW_MS)
+            if window != self._window:
+                self._window, self._numbered_in_window = window, set(numbered)
         if len(self._numbered_in_window) >= _MOST_OF_WINDOW and payout_id not in self._numbered_in_window:
             return False
         self._numbered_in_window.add(payout_id)

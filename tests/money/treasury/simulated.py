@@ -17,6 +17,7 @@ from azu.devnet.chain import HYPE, USDC, parse_exchange
 from azu.devnet.chain import DevnetState as DevnetState
 from azu.devnet.server import answer_info
 from azu.errors import AzuError
+from azu.money.books_view import payouts_numbered
 from azu.money.chain.actions import sign_noop, sign_send_asset
 from azu.money.chain.api import ChainClient
 from azu.money.chain.networks import ChainNetwork, network_at
@@ -128,6 +129,9 @@ class MemoryLedger:
 
     async def inside(self) -> int:
         return self.state.inside
+
+    async def numbered(self, since: int) -> tuple[str, ...]:
+        return payouts_numbered(self.state, since)
 
     async def owed(self) -> Mapping[str, int]:
         return {address: self.state.free(worker_earned(address)) for address in self.state.claims}

@@ -371,7 +371,8 @@ def test_fifty_workers_are_paid_exactly_once_in_a_storm(run: int) -> None:
     storm(SEED + run, workers=50)
 
 
-def test_of_many_payouts_none_has_a_nonce_that_the_chain_takes_no_more() -> None:
+@pytest.mark.parametrize("restarts", [False, True])
+def test_of_many_payouts_none_has_a_nonce_that_the_chain_takes_no_more(restarts: bool) -> None:
     simulation = Simulation()
     owners = [f"0x{index:040x}" for index in range(1, 151)]
     for owner in owners:
@@ -383,6 +384,7 @@ def test_of_many_payouts_none_has_a_nonce_that_the_chain_takes_no_more() -> None
         for _ in range(30):
             await payer.advance()
             simulation.clock.ms += MINUTE_MS
+            payer = simulation.payer() if restarts else payer
 
     asyncio.run(scenario())
 
