@@ -214,6 +214,7 @@ class NodeTable:
         entry = self._entries.pop(node_id, None)
         if entry is None:
             return
+        self._forget_left(now_s)
         if ended or entry.node.state is NodeState.LEAVING:
             node = replace(entry.node, state=NodeState.LEFT, vram_free_bytes=0, bad_frames=entry.bad_frames)
             self._left[node_id] = replace(entry, node=node, reported_s=now_s)
@@ -222,12 +223,15 @@ class NodeTable:
 
     def left(self, now_s: float) -> tuple[Node, ...]:
         """Return the nodes that left in the last minutes, without those of a name that is there again."""
-        self._left = {
-            node_id: one for node_id, one in self._left.items() if now_s - one.reported_s < _SHOWN_S
-        }
+        self._forget_left(now_s)
         names = {entry.node.name for entry in self._entries.values()}
         latest = {one.node.name: one.node for one in self._left.values() if one.node.name not in names}
         return tuple(latest.values())
+
+    def _forget_left(self, now_s: float) -> None:
+        self._left = {
+            node_id: one for node_id, one in self._left.items() if now_s - one.reported_s < _SHOWN_S
+        }
 
     def judge(self, now_s: float) -> None:
         """Declare the nodes dead of which nothing was heard for too long; called once a second."""

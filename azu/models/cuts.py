@@ -10,8 +10,8 @@ from azu.protocol.structure import Structure
 
 # A slow model keeps its thread, and others are cut beside it.
 _AT_ONCE = 8
-# Callers ask again several times a second. An error that no caller took for so long is an old one.
-_ERROR_KEPT_S = 10.0
+# Callers ask again several times a second. An end that no caller took for so long is an old one.
+_END_KEPT_S = 10.0
 
 
 class Cuts:
@@ -31,13 +31,17 @@ class Cuts:
         Raises what the cut raised; the call after it starts the cut again.
         """
         with self._joining:
-            cut, asked_s = self._cuts.pop((model_id, revision), (None, 0.0))
+            self._cuts = {model: one for model, one in self._cuts.items() if not self._is_old(*one)}
+            cut, _ = self._cuts.pop((model_id, revision), (None, 0.0))
             ready = self._models.structure(model_id, revision)
             if ready is not None:
                 return ready
-            if cut is None or (cut.done() and self._now_s() - asked_s > _ERROR_KEPT_S):
+            if cut is None:
                 cut = self._threads.submit(self._models.ensure_cut, model_id, revision)
             if not cut.done():
                 self._cuts[model_id, revision] = (cut, self._now_s())
                 return None
         return cut.result()
+
+    def _is_old(self, cut: Future[Structure], asked_s: float) -> bool:
+        return cut.done() and self._now_s() - asked_s > _END_KEPT_S

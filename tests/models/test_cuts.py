@@ -67,3 +67,19 @@ def test_an_error_is_told_to_a_caller_that_waits_and_a_later_caller_starts_anew(
     in_the_way.unlink()
     now_s = 60.0
     assert cut_in_the_end(cuts, model_id, revision), "no caller waited for that error"
+
+
+def test_a_cut_that_nobody_asks_for_any_more_is_forgotten(registry: ModelRegistry, tmp_path: Path) -> None:
+    one, other = (str(save_checkpoint(tmp_path / "models" / name)) for name in ("one", "other"))
+    revision = registry.describe(one).revision
+    now_s = 0.0
+    cuts = Cuts(registry, lambda: now_s)
+    assert cuts.ensure(one, revision) is None
+    while registry.structure(one, revision) is None or not cuts._cuts[one, revision][0].done():
+        time.sleep(0.05)
+
+    now_s = 60.0
+    revision = registry.describe(other).revision
+    assert cuts.ensure(other, revision) is None
+    assert [model for model, _ in cuts._cuts] == [other]
+    assert cut_in_the_end(cuts, other, revision)
