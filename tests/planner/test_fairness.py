@@ -1,6 +1,7 @@
 """Owners of equal nodes earn about the same, and a model is nowhere slow for it."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from azu.planner.fairness import fair_plan, fairer_placement
 from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
 from azu.protocol.node import Node, NodeState
+from azu.protocol.structure import Structure
 from azu.protocol.topology import Topology
 from azu.units import MIB
 from tests.builders import OWNERS, node, structure
@@ -80,3 +82,18 @@ def test_two_nodes_of_one_owner_count_as_one_owner() -> None:
 
     assert fairer_placement(MODEL, current, nodes[1:], POLICY, {OWNERS[1]: 5.0}) is None
     assert Counter(used(fair_plan(MODEL, nodes, POLICY, {OWNERS[1]: 5.0}))) == {"n0": 1}
+
+
+@pytest.mark.parametrize("needed", [1, 3, 6])
+def test_no_nodes_are_planned_twice(monkeypatch: pytest.MonkeyPatch, needed: int) -> None:
+    planned: list[frozenset[str]] = []
+
+    def noting(structure: Structure, nodes: Sequence[Node], policy: PlanPolicy, *, epoch: int) -> Topology:
+        planned.append(frozenset(one.node_id for one in nodes))
+        return plan(structure, nodes, policy, epoch=epoch)
+
+    monkeypatch.setattr("azu.planner.fairness.plan", noting)
+    nodes = [owned(index, vram_bytes=MODEL.num_layers * 6 * MIB // needed) for index in range(6)]
+    fair_plan(MODEL, nodes, POLICY, {OWNERS[index]: 6.0 - index for index in range(6)})
+
+    assert len(planned) == len(set(planned)) > 1
