@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -244,11 +244,17 @@ class Cluster:
             coming = self._capacity.promised_nodes(model_id, revision)
             unused = [one for one in nodes if one.node_id not in coming]
             epoch = await self._store.next_epoch()
-            topology = plan_further_pipeline(
-                structure, topologies, unused, self._policy, epoch=epoch, rates=self._rates(unused)
-            )
             others = [(one.structure, one.topology) for one in self.deployments if one not in running]
-            if topology is None or takes_spare_room(topology.vram_bytes_by_node, others, nodes, self._policy):
+            rates, policy = self._rates(unused), self._policy
+
+            def further() -> Topology | None:
+                found = plan_further_pipeline(structure, topologies, unused, policy, epoch=epoch, rates=rates)
+                spare = found and not takes_spare_room(found.vram_bytes_by_node, others, nodes, policy)
+                return found if spare else None
+
+            # Meanwhile streams go on: KV may have taken the room.
+            topology = await asyncio.to_thread(further)
+            if topology is None or not have_room(topology.vram_bytes_by_node, self._capacity.now()):
                 return
             topology = self._capacity.promise(topology)
         log.warning("%s gets pipeline %d", model_id, topology.replica)
@@ -432,13 +438,21 @@ class Cluster:
             self._capacity.promised.pop(key, None)
 
     async def _plan(self, structure: Structure) -> Topology:
-        def on(nodes: Sequence[Node], epoch: int) -> Topology:
+        def plan_on(nodes: Sequence[Node], rates: Rates, epoch: int) -> Topology:
             try:
-                return fair_plan(structure, nodes, self._policy, self._rates(nodes), epoch=epoch)
+                return fair_plan(structure, nodes, self._policy, rates, epoch=epoch)
             except InsufficientCapacity:
                 if not self._nodes_come:
                     check_total_capacity(structure, nodes, self._policy)
                 raise
+
+        async def on(nodes: Sequence[Node], epoch: int) -> Topology:
+            topology = await asyncio.to_thread(plan_on, nodes, self._rates(nodes), epoch)
+            if have_room(topology.vram_bytes_by_node, self._capacity.now()):
+                return topology
+            # Meanwhile streams went on: KV took the room, or a node died.
+            now = self._capacity.now()
+            return plan_on(now, self._rates(now), epoch)
 
         return await self._with_room((structure.model_id, structure.revision, 0), on, {})
 
@@ -457,7 +471,7 @@ class Cluster:
             siblings = self._siblings(deployment)
             avoided = deployment.pieces.avoided.union(*(one.vram_bytes_by_node for one in siblings))
 
-            def on(nodes: Sequence[Node], epoch: int) -> Topology:
+            async def on(nodes: Sequence[Node], epoch: int) -> Topology:
                 return replan(
                     deployment.structure, wanted, lost, nodes, self._policy, epoch=epoch, avoided=avoided
                 )
@@ -504,7 +518,7 @@ class Cluster:
         return replace(topology, epoch=await self._store.next_epoch())
 
     async def _with_room(
-        self, key: PipelineKey, on: Callable[[Sequence[Node], int], Topology], given_back: Sizes
+        self, key: PipelineKey, on: Callable[[Sequence[Node], int], Awaitable[Topology]], given_back: Sizes
     ) -> Topology:
         """Plan on the nodes as they are; while there is no room, idle deployments of others are closed.
 
@@ -515,7 +529,7 @@ class Cluster:
             epoch = await self._store.next_epoch()
             try:
                 # The memory of what is lost may still be taken: it counts as room once it is reported free.
-                return on(self._capacity.now(given_back), epoch)
+                return await on(self._capacity.now(given_back), epoch)
             except InsufficientCapacity as error:
                 idle = [other for other, one in self._deployments.items() if other != key and one.is_idle]
                 if not idle or error.code == NEVER_FITS or (own is not None and own.is_idle):

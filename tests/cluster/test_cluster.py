@@ -1,8 +1,10 @@
 """Models are deployed when a job needs them, once, and idle ones make room."""
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from azu.cluster.deployment_store import DeploymentStore
 from azu.errors import DeadlineExceeded, InsufficientCapacity, Unavailable, WorkerLost
 from azu.models.status import ModelState, ModelStatus
 from azu.planner.migration import TopologyChange, better_placement
+from azu.planner.plan import plan
 from azu.planner.policy import PlanPolicy
 from azu.protocol.job import FinishReason
 from azu.protocol.node import Node, NodeState
@@ -382,6 +385,28 @@ def test_a_model_comes_up_at_and_moves_to_the_owners_who_earned_least(redis_url:
         assert [used(one.topology) for one in network.cluster.deployments] == [{"c"}, {"a"}]
 
     asyncio.run(scenario())
+
+
+def test_the_scheduler_goes_on_while_pipelines_are_planned(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def noting(*given: Any, **named: Any) -> Topology:
+        threads.append(threading.current_thread())
+        return plan(*given, **named)
+
+    monkeypatch.setattr("azu.planner.fairness.plan", noting)
+
+    async def scenario() -> None:
+        network = Network(redis_url)
+        await network.ensure("m/one")
+        await network.cluster.add_pipeline("m/one", "r1")
+        assert len(network.cluster.deployments) == 2
+
+    asyncio.run(scenario())
+    assert len(threads) >= 2
+    assert threading.main_thread() not in threads
 
 
 def test_a_node_that_may_join_learns_what_it_would_hold(redis_url: str) -> None:
