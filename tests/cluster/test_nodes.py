@@ -385,7 +385,7 @@ def test_a_node_is_found_by_its_name_or_the_beginning_of_its_id() -> None:
         node_called("ada", [ada, ben, other_ada])
 
 
-def test_nodes_that_left_long_ago_are_forgotten_though_nobody_asks_for_them() -> None:
+def test_nodes_that_left_long_ago_are_forgotten_though_none_asks_for_them() -> None:
     nodes = table()
     for number in range(50):
         nodes.record(node(f"n{number}"), now_s=700 * number)

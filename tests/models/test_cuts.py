@@ -69,7 +69,7 @@ def test_an_error_is_told_to_a_caller_that_waits_and_a_later_caller_starts_anew(
     assert cut_in_the_end(cuts, model_id, revision), "no caller waited for that error"
 
 
-def test_a_cut_that_nobody_asks_for_any_more_is_forgotten(registry: ModelRegistry, tmp_path: Path) -> None:
+def test_a_cut_that_no_caller_asks_for_any_more_is_forgotten(registry: ModelRegistry, tmp_path: Path) -> None:
     one, other = (str(save_checkpoint(tmp_path / "models" / name)) for name in ("one", "other"))
     revision = registry.describe(one).revision
     now_s = 0.0
