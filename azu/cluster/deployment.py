@@ -42,7 +42,7 @@ from azu.protocol.topology import (
     piece_set,
     room_of,
 )
-from azu.supervision import as_known_error
+from azu.supervision import AWAY, as_known_error
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ _MOST_ROUNDS = 5
 # The memory of a lost piece is reported as free one heartbeat later.
 _FIRST_RETRY_S = 0.25
 _LONGEST_RETRY_S = 1.0
+_CANCEL_TRIES = 3
 
 
 class DeploymentState(StrEnum):
@@ -222,11 +223,18 @@ class Deployment:
 
     async def cancel(self, job_id: str) -> None:
         """End a job's sequences; a pipeline that is started later reads that the job was cancelled."""
-        try:
-            if self._pipeline is not None:
-                await self._backend.cancel(self._pipeline, job_id)
-        except AzuError as error:
-            log.info("%s: its successor will not run %s", error.message, job_id)
+        for _ in range(_CANCEL_TRIES):
+            try:
+                if self._pipeline is not None:
+                    await self._backend.cancel(self._pipeline, job_id)
+                return
+            except AWAY as error:
+                log.info("%s: its successor will not run %s", error.message, job_id)
+                return
+            except AzuError as error:
+                # A pipeline that lives has the job computed to its end.
+                log.warning("%s was not cancelled and is again: %s", job_id, error.message)
+                await asyncio.sleep(_FIRST_RETRY_S)
 
     async def end(self, job_id: str, error: AzuError) -> None:
         """End a job with what was delivered, and this error. Raises an AzuError when the pipeline is away."""

@@ -153,6 +153,19 @@ def test_a_start_brings_every_piece_up_and_a_close_leaves_none(redis_url: str) -
     run(redis_url, scenario)
 
 
+def test_a_job_is_cancelled_although_the_first_call_fails(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        running = asyncio.create_task(model.deployment.run(job()))
+        await until(lambda: bool(model.backend.pipeline.jobs))
+        failing_once(model.backend, "cancel", InternalError("an exception of another kind"))
+
+        await model.deployment.cancel("job-1")
+
+        assert (await running).finish_reason is FinishReason.CANCELLED
+
+    run(redis_url, scenario)
+
+
 def test_a_start_fails_with_the_error_of_the_piece_that_did_not_come_up(redis_url: str) -> None:
     async def scenario() -> None:
         model = Model(redis_url)
