@@ -15,8 +15,11 @@ def modules_after(program: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
+@pytest.mark.prove
 def test_a_stage_imports_no_compiler_and_finds_the_real_one_later() -> None:
-    start = "from azu.models.slim import import_for_stages; import_for_stages(); "
+    start = "import pytest
+
+from azu.models.slim import import_for_stages; import_for_stages(); "
     engine = start + "import azu.engine.experts, azu.engine.stage_runner, azu.models.registry"
 
     assert modules_after(engine).isdisjoint(UNUSED)
@@ -26,6 +29,7 @@ def test_a_stage_imports_no_compiler_and_finds_the_real_one_later() -> None:
     assert "torch._dynamo.convert_frame" in later
 
 
+@pytest.mark.prove
 def test_tokenizers_work_without_torch() -> None:
     loaded = modules_after(
         "from azu.models.slim import import_for_tokenizers; import_for_tokenizers(); "

@@ -350,6 +350,7 @@ POINTS = (
     Point(f"{BOOKS}.view", is_loop=True),
     Point(f"{BOOKS}.hear_time", is_loop=True),
     Point(f"{BOOKS}.inside", ask_books("treasury", "inside")),
+    Point(f"{BOOKS}.numbered", ask_books("treasury", "numbered", 0)),
     Point(f"{BOOKS}.totals", is_loop=True),
     Point(f"{BOOKS}.loss", is_loop=True),
     Point(f"{BOOKS}.findings", see_health),
