@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 UNUSED = ("sympy", "torch._dynamo", "torch.distributed.tensor", "torch._inductor")
 
 
@@ -17,9 +19,7 @@ def modules_after(program: str) -> set[str]:
 
 @pytest.mark.prove
 def test_a_stage_imports_no_compiler_and_finds_the_real_one_later() -> None:
-    start = "import pytest
-
-from azu.models.slim import import_for_stages; import_for_stages(); "
+    start = "from azu.models.slim import import_for_stages; import_for_stages(); "
     engine = start + "import azu.engine.experts, azu.engine.stage_runner, azu.models.registry"
 
     assert modules_after(engine).isdisjoint(UNUSED)
