@@ -21,6 +21,7 @@ from azu.money.ledger.durability import DURABLE_CONFIG
 from azu.money.ledger.transfers import PlatformReplaced
 from azu.money.signer.rotation import rotate
 from azu.money.signer.views import TransferRequest
+from azu.redis_client import retry_until_available
 from tests.money.chain.running import RunningDevnet
 from tests.money.signer.test_signer import HYPE, Scene
 from tests.money.treasury.world import World
@@ -53,8 +54,9 @@ class Rotated:
             scene = Scene(world, parts, self.memory, self.user, None)  # type: ignore[arg-type]
             scene.start()
             scene.withdrawals = 10 if world.former else 0
-            await scene.parts.watcher.poll()
-            await scene.signer.look()
+            # A busy machine may not answer in time.
+            await retry_until_available(scene.parts.watcher.poll, within_s=60)
+            await retry_until_available(scene.signer.look, within_s=60)
             try:
                 await scenario(scene)
             finally:
