@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import inspect
 import secrets
-from collections.abc import AsyncIterator, Callable, Container, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -288,3 +288,18 @@ async def local_ingress(
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+
+
+Scenario = Callable[[LocalIngress, httpx.AsyncClient], Awaitable[None]]
+
+
+def play_as_user(redis_url: str, home: Path, scenario: Scenario) -> None:
+    """Run a scenario with an ingress and a client that has a user's key."""
+
+    async def run() -> None:
+        async with local_ingress(redis_url, home) as ingress:
+            _, api_key = await ingress.user()
+            async with ingress.client(api_key) as http:
+                await asyncio.wait_for(scenario(ingress, http), 120)
+
+    asyncio.run(run())

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,17 @@ from azu.metrics import SEQUENCES, TIME_PER_TOKEN, Meter, MetricsSnapshot
 from azu.money.bookkeeping import Bookkeeper
 from deployments import completions
 from deployments.completions import EventStream
-from tests.deployments.local import LocalIngress, NoNodes, local_ingress, policy_with
+from tests.deployments.local import LocalIngress, NoNodes, Scenario, local_ingress, play_as_user, policy_with
 
 MODEL = "azu/tiny-dense"
 ASKED: dict[str, Any] = {
     "model": MODEL, "messages": [{"role": "user", "content": "Where is Paris?"}], "max_tokens": 5
 }  # fmt: skip
-Scenario = Callable[[LocalIngress, httpx.AsyncClient], Awaitable[None]]
 
 
 @pytest.fixture
 def play(redis_url: str, tmp_path: Path) -> Callable[[Scenario], None]:
-    async def run(scenario: Scenario) -> None:
-        async with local_ingress(redis_url, tmp_path) as ingress:
-            _, api_key = await ingress.user()
-            async with ingress.client(api_key) as http:
-                await asyncio.wait_for(scenario(ingress, http), 120)
-
-    return lambda scenario: asyncio.run(run(scenario))
+    return partial(play_as_user, redis_url, tmp_path)
 
 
 class Clock:

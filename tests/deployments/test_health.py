@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import httpx
@@ -11,7 +10,7 @@ import pytest
 from actors.placement import SCHEDULER
 from azu.errors import InternalError, Unavailable
 from azu.money.bookkeeping import Bookkeeper
-from tests.deployments.local import LocalIngress, NoNodes, local_ingress
+from tests.deployments.local import LocalIngress, NoNodes, play_as_user
 
 # A second, and what a busy machine adds.
 TOLD_S = 2.0
@@ -43,18 +42,6 @@ class Faulty(NoNodes):
         raise InternalError("azu made a mistake")
 
 
-def play(
-    redis_url: str, home: Path, scenario: Callable[[LocalIngress, httpx.AsyncClient], Awaitable[None]]
-) -> None:
-    async def run() -> None:
-        async with local_ingress(redis_url, home) as ingress:
-            _, key = await ingress.user()
-            async with ingress.client(key) as client:
-                await scenario(ingress, client)
-
-    asyncio.run(run())
-
-
 @pytest.mark.parametrize("scheduler", [Silent(), NotUp(), Faulty()], ids=lambda one: type(one).__name__)
 def test_the_health_is_told_within_a_second_and_names_the_scheduler(
     redis_url: str, tmp_path: Path, scheduler: NoNodes
@@ -74,7 +61,7 @@ def test_the_health_is_told_within_a_second_and_names_the_scheduler(
         assert told_s < TOLD_S, told_s
         assert (await client.get("/health")).json() == {"status": "ok", "problems": []}
 
-    play(redis_url, tmp_path, scenario)
+    play_as_user(redis_url, tmp_path, scenario)
 
 
 def test_of_a_scheduler_that_is_away_for_long_the_health_says_why(redis_url: str, tmp_path: Path) -> None:
@@ -87,7 +74,7 @@ def test_of_a_scheduler_that_is_away_for_long_the_health_says_why(redis_url: str
         (problem,) = (await client.get("/health")).json()["problems"]
         assert problem == "the scheduler is away since 61 s: the scheduler is not up"
 
-    play(redis_url, tmp_path, scenario)
+    play_as_user(redis_url, tmp_path, scenario)
 
 
 @pytest.mark.parametrize(
@@ -109,4 +96,4 @@ def test_the_health_names_the_books_whose_answer_is_an_error(
         assert problem.startswith("the books cannot go on: ")
         assert (await client.get("/health")).json() == {"status": "ok", "problems": []}
 
-    play(redis_url, tmp_path, scenario)
+    play_as_user(redis_url, tmp_path, scenario)

@@ -1,8 +1,8 @@
 """A model that the ingress knows is served while the registry does not answer, and ended jobs are shown."""
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,14 @@ import pytest
 
 from azu.errors import Unavailable
 from deployments import services
-from tests.deployments.local import LocalIngress, local_ingress
+from tests.deployments.local import LocalIngress, Scenario, play_as_user
 
-Scenario = Callable[[LocalIngress, httpx.AsyncClient], Awaitable[None]]
 ASKED = {"model": "azu/tiny-dense", "prompt": "Hi", "max_tokens": 4}
 
 
 @pytest.fixture
 def play(redis_url: str, tmp_path: Path) -> Callable[[Scenario], None]:
-    async def run(scenario: Scenario) -> None:
-        async with local_ingress(redis_url, tmp_path) as ingress:
-            _, api_key = await ingress.user()
-            async with ingress.client(api_key) as http:
-                await asyncio.wait_for(scenario(ingress, http), 120)
-
-    return lambda scenario: asyncio.run(run(scenario))
+    return partial(play_as_user, redis_url, tmp_path)
 
 
 @contextmanager
