@@ -24,7 +24,7 @@ from azu.cluster.lending import TERMS, LendingTerms, Pace, Pauses
 from azu.cluster.nodes import NodeTable, NodeVersions
 from azu.config.network import Heartbeat
 from azu.engine.device import DeviceMemory, device_speed, open_meter
-from azu.errors import ShardError
+from azu.errors import InvalidRequest, ShardError
 from azu.files import disk_errors
 from azu.models.shard_cache import ShardCache, within
 from azu.protocol.node import Node, NodeState, plain_name
@@ -81,8 +81,9 @@ class NodeAgent:
 
     async def report(self) -> Node:
         """Return the node's live state."""
-        memory = await asyncio.to_thread(self._memory)
-        why_paused = await asyncio.to_thread(self._why_paused)
+        titles = await asyncio.to_thread(_titles)
+        memory = await asyncio.to_thread(self._memory, titles)
+        why_paused = await asyncio.to_thread(self._why_paused, titles)
         state = NodeState.PAUSED if why_paused and self._state is NodeState.ALIVE else self._state
         return Node(
             node_id=self._node.node_id,
@@ -104,23 +105,24 @@ class NodeAgent:
 
     async def pause(self) -> None:
         """Report from now on that this node is paused, until `resume`; it gives its pieces away."""
-        self._paused.parent.mkdir(parents=True, exist_ok=True)
-        self._paused.touch()
+        with disk_errors(self._home):
+            self._paused.parent.mkdir(parents=True, exist_ok=True)
+            self._paused.touch()
 
     async def resume(self) -> None:
         """Lend again, as far as the owner's terms allow it."""
-        self._paused.unlink(missing_ok=True)
+        with disk_errors(self._home):
+            self._paused.unlink(missing_ok=True)
 
-    def _why_paused(self) -> str:
-        if self._paused.exists():
-            return "its owner paused it"
+    def _why_paused(self, titles: Mapping[int, str]) -> str:
         load = None
         if self._terms.yields:
-            titles = _titles()
             own = [os.getppid(), *titles] if self._node.device == "cpu" else _pieces(titles)
             load = self._meter.others_load(own)
         celsius = None if self._terms.max_celsius is None else self._meter.celsius()
-        return self._pauses.why(datetime.now().time(), time.monotonic(), celsius, load)
+        # The terms are judged all the time: what was seen before a pause says nothing after it.
+        why = self._pauses.why(datetime.now().time(), time.monotonic(), celsius, load)
+        return "its owner paused it" if self._paused.exists() else why
 
     async def leave(self) -> None:
         """Report from now on that this node is leaving; it keeps its pieces until they run elsewhere."""
@@ -140,8 +142,7 @@ class NodeAgent:
             except Exception as error:
                 log.warning("no link to node %s: %s", node_id[:8], type(error).__name__)
 
-    def _memory(self) -> DeviceMemory:
-        titles = _titles()
+    def _memory(self, titles: Mapping[int, str]) -> DeviceMemory:
         if not is_one_waiting(titles.values()):
             try:
                 start_waiting(self._node.raylet)
@@ -304,6 +305,8 @@ class NodeAgents:
             if self.by_node.get(node_id) is agent:
                 del self.by_node[node_id]
                 self._versions.forget(node_id)
+        except InvalidRequest as error:
+            log.warning("the report of node %s is refused: %s", node_id[:8], error.message)
         except Exception as error:
             log.warning("node %s did not report: %s", node_id[:8], type(error).__name__)
         else:

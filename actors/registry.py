@@ -62,8 +62,7 @@ class Registry:
     def start_cut(self, model_id: str) -> ModelStatus:
         """Begin to cut a model that can be cut; return its status."""
         described = self._models.describe(model_id)
-        # The registry writes a failure into the status itself.
-        self.ensure_cut(model_id, described.revision)
+        self._cuts.start(model_id, described.revision)
         return self._status.get(model_id)
 
     def status(self, model_id: str) -> ModelStatus:

@@ -302,7 +302,7 @@ class EventStream(StreamingResponse):
                 if not looks:
                     continue
                 sign = await self._sign()
-                if is_silent and (sign != told or looks == _SILENT_LOOKS):
+                if is_silent and (sign != told or looks >= _SILENT_LOOKS):
                     await send({"type": "http.response.body", "body": sign.encode(), "more_body": True})
                     told, looks = sign, 0
 

@@ -30,6 +30,7 @@ from azu.client.machine import trust_at
 from azu.config import NodeLinks, Settings
 from azu.errors import AzuError, LedgerError, NotFound, Unauthenticated
 from azu.launch.admin import AdminFacts, admin_facts
+from azu.launch.http_port import reached_at
 from azu.launch.membership import TlsFiles
 from azu.units import GIB, MIB, format_bytes
 
@@ -46,7 +47,6 @@ _SECRET_NAMES = (
     "*.key", "*.json", "ray-token", "ticket*", "redis*/redis.conf", "tls/*.key", "ingress/*.key",
     "books/*.key", "networks/*/*.key",
 )  # fmt: skip
-_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _SEE_LOGS = "look into logs/ under the head's AZU_HOME"
 
 
@@ -409,9 +409,11 @@ def _speaks_tls(host: str, port: int) -> bool:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2", "http/1.1"])
-    at = _LOOPBACK.get(host, host)
     try:
-        with socket.create_connection((at, port), timeout=_TIMEOUT_S) as plain, context.wrap_socket(plain):
+        with (
+            socket.create_connection((reached_at(host), port), timeout=_TIMEOUT_S) as plain,
+            context.wrap_socket(plain),
+        ):
             return True
     except ssl.SSLError as error:
         return "ALERT" in (error.reason or "")

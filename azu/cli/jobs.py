@@ -28,12 +28,13 @@ def jobs(
     ] = None,
     as_csv: AsCsv = False,
     by_day: Annotated[
-        bool, typer.Option("--by-day", help="With --csv: a line for each day (UTC) and key.")
+        bool, typer.Option("--by-day", help="As CSV, a line for each day (UTC) and key.")
     ] = False,
     exact: Exact = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the address's jobs with their errors and charges, or as CSV; or delete the texts of one."""
+    as_csv = as_csv or by_day
     client = open_client()
     if delete is not None:
         job_id = client.delete_job(delete)
@@ -95,10 +96,10 @@ def _days(found: "Sequence[JobLine]", exact: bool) -> list[dict[str, object]]:
         {
             "day_utc": at,
             "key": key_id,
-            "jobs": len(ended),
-            "prompt_tokens": sum(job.prompt_tokens or 0 for job in ended),
-            "completion_tokens": sum(job.completion_tokens or 0 for job in ended),
-            f"charged_{unit(exact).lower()}": amount(sum(job.charged_lamports or 0 for job in ended), exact),
+            "jobs": len(of_day),
+            "prompt_tokens": sum(job.prompt_tokens or 0 for job in of_day),
+            "completion_tokens": sum(job.completion_tokens or 0 for job in of_day),
+            f"charged_{unit(exact).lower()}": amount(sum(job.charged_lamports or 0 for job in of_day), exact),
         }
-        for (at, key_id), ended in days.items()
+        for (at, key_id), of_day in days.items()
     ]

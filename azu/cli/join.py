@@ -91,15 +91,16 @@ def join(
     if service:
         if claim and (client := _client(decoded, settings.home)) is not None:
             _have_claimed(client, workers[0].payout_address, settings.home, unasked=True)
-        return _write_service(word, _options(given), settings.home, name)
+        return _write_service(word, _options(given), settings.home, name, as_json=as_json)
     ip = place_of(decoded, ip, settings.home)
     console.print(Text(f"network {decoded.network}", "dim"))
     client = _client(decoded, settings.home)
     if client is not None and not as_json:
         _show_offer(client, workers, settings.home / "speeds")
+    if client is not None and (claim or not as_json):
         _have_claimed(client, workers[0].payout_address, settings.home, unasked=claim)
     if background:
-        return _in_background(word, _options(given), settings.home)
+        return _in_background(word, _options(given), settings.home, as_json=as_json)
     join_until_left(
         decoded,
         settings,
@@ -121,7 +122,7 @@ def _options(given: "Mapping[str, object]") -> list[str]:
     return words
 
 
-def _in_background(ticket: str, options: list[str], home: Path) -> None:
+def _in_background(ticket: str, options: list[str], home: Path, *, as_json: bool) -> None:
     from azu.launch.network_process import run_in_background
 
     # The command line of a process is shown to all of its machine.
@@ -130,12 +131,12 @@ def _in_background(ticket: str, options: list[str], home: Path) -> None:
         facts = run_in_background(home, _BACKGROUND_TIMEOUT_S, ["join", *options], "join")
     show(
         facts,
-        "--json" in sys.argv,
+        as_json,
         lambda _: done(f"it lends in the background; `kill {facts['pid']}` leaves"),
     )
 
 
-def _write_service(ticket: str, options: list[str], home: Path, name: str | None) -> None:
+def _write_service(ticket: str, options: list[str], home: Path, name: str | None, *, as_json: bool) -> None:
     from azu.files import write_private
     from azu.launch.processes import azu_command
     from azu.launch.service import UNIT, unit_path, unit_text
@@ -147,7 +148,7 @@ def _write_service(ticket: str, options: list[str], home: Path, name: str | None
     unit.parent.mkdir(parents=True, exist_ok=True)
     unit.write_text(unit_text(command, home, of_root=os.geteuid() == 0))
     facts = {"unit": str(unit), "ticket_file": str(file), "commands": commands}
-    show(facts, "--json" in sys.argv, lambda _: done(f"{unit} is written. Now run:"))
+    show(facts, as_json, lambda _: done(f"{unit} is written. Now run:"))
     for one in commands:
         console.print(one, soft_wrap=True)
 

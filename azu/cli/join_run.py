@@ -248,7 +248,7 @@ def watch(
             raise Unauthenticated(DEAD_TICKET, code="ticket_ended")
         return nodes.has_printed(worker.name, STARTED)
 
-    life, renewal, checked_s, told = access.life, None, time.monotonic(), set[str]()
+    life, renewal, checked_s, said = access.life, None, time.monotonic(), set[str]()
     check_s = _CHECK_HEAD_EVERY_S if life is None else _CHECK_ACCESS_EVERY_S
     if life is not None:
         names = [worker.name for worker in workers]
@@ -266,7 +266,7 @@ def watch(
                 console.print(Text(f"{name} had ended and was started again", "yellow"))
             if revived or time.monotonic() - checked_s > check_s:
                 checked_s = time.monotonic()
-                later = _later(membership, told)
+                later = _later(membership, said)
                 if later is not None and not access.is_of_same_run(later):
                     return
                 if renewal is not None and later is not None and later.life is not None:
@@ -280,18 +280,18 @@ def watch(
             time.sleep(_WATCH_S)
 
 
-def _later(membership: "Membership", told: set[str]) -> "ClusterAccess | None":
+def _later(membership: "Membership", said: set[str]) -> "ClusterAccess | None":
     """Return what joins the network now; None while it does not answer, for a reason that is told once."""
     try:
         later = membership.access()
     except (Unauthenticated, OtherVersion):
         raise
     except AzuError as error:
-        if error.message not in told:
-            told.add(error.message)
+        if error.message not in said:
+            said.add(error.message)
             console.print(Text(error.message, "yellow"))
         return None
-    told.clear()
+    said.clear()
     return later
 
 

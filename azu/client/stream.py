@@ -16,7 +16,7 @@ from azu.api.receipts import ReceiptLines
 from azu.client.generation import CHAT, Choice, Generation, Kind
 from azu.client.http import error_of, raise_for, translated
 from azu.client.wire import Wire
-from azu.errors import InternalError, Unavailable
+from azu.errors import AzuError, InternalError, Unavailable
 
 Chunk = ChatChunk | TextChunk
 # The comment in which the network says where a job stands.
@@ -118,10 +118,11 @@ class AsyncStream(Generic[Choice]):
                 async with aclosing(self._read_all()) as chunks:
                     async for chunk in chunks:
                         yield chunk
-        except BaseException as error:
-            # Not for an error: the caller leaves, is interrupted or cancelled.
-            if not isinstance(error, Exception):
-                await self._end_job()
+        except AzuError:
+            raise
+        except BaseException:
+            # The caller leaves, is interrupted or cancelled, or what it is told with fails.
+            await self._end_job()
             raise
         finally:
             if self.at_end is not None:

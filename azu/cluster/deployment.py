@@ -223,7 +223,9 @@ class Deployment:
 
     async def cancel(self, job_id: str) -> None:
         """End a job's sequences; a pipeline that is started later reads that the job was cancelled."""
-        for _ in range(_CANCEL_TRIES):
+        for attempt in range(_CANCEL_TRIES):
+            if attempt:
+                await asyncio.sleep(_FIRST_RETRY_S)
             try:
                 if self._pipeline is not None:
                     await self._backend.cancel(self._pipeline, job_id)
@@ -233,8 +235,8 @@ class Deployment:
                 return
             except AzuError as error:
                 # A pipeline that lives has the job computed to its end.
-                log.warning("%s was not cancelled and is again: %s", job_id, error.message)
-                await asyncio.sleep(_FIRST_RETRY_S)
+                log.warning("%s was not cancelled: %s", job_id, error.message)
+        log.error("%s runs on: its pipeline did not cancel it", job_id)
 
     async def end(self, job_id: str, error: AzuError) -> None:
         """End a job with what was delivered, and this error. Raises an AzuError when the pipeline is away."""

@@ -1,5 +1,6 @@
 """What each owner lent and earned in the last days: who earned little for it comes first in plans."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -7,6 +8,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from azu.protocol.node import Node, NodeState
 from azu.units import GIB
+
+log = logging.getLogger(__name__)
 
 # After so long what was lent and earned counts half.
 _HALF_LIFE_S = 2 * 86_400.0
@@ -92,10 +95,11 @@ class OwnersEarnings:
 
     @classmethod
     def from_json(cls, text: str) -> "OwnersEarnings":
-        """Return the sums of before; a text that is none begins anew."""
+        """Return the sums of before; a text that cannot be read begins anew."""
         try:
             return cls(_SUMS.validate_json(text))
-        except ValidationError:
+        except ValidationError as error:
+            log.warning("what owners earned cannot be read and is counted anew: %s", error)
             return cls()
 
 

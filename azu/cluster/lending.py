@@ -94,14 +94,14 @@ class Pauses:
         None where it cannot be measured.
         """
         terms = self._terms
+        if terms.yields and others_load is not None:
+            self._judge_load(others_load >= _WANTED_LOAD, now_s)
         if terms.hours is not None and not terms.hours.contain(at):
             return "outside of its hours"
         if terms.max_celsius is not None and celsius is not None:
             self._is_hot = celsius >= terms.max_celsius - (_COOLER_C if self._is_hot else 0.0)
             if self._is_hot:
                 return f"its device has {celsius:.0f} degrees"
-        if terms.yields and others_load is not None:
-            self._judge_load(others_load >= _WANTED_LOAD, now_s)
         return "another program uses its device" if self._is_wanted else ""
 
     def _judge_load(self, is_used: bool, now_s: float) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from azu.errors import Unavailable
 from azu.planner.node_pool import rounded
 from azu.protocol.node import Node
+from azu.supervision import as_known_error
 
 _WAIT_S = 5.0
 _KEPT_DEVICES = 64
@@ -34,6 +35,7 @@ class Offers:
                 return last
             raise Unavailable("what another machine would hold is planned now", retry_after_s=self._wait_s)
         self._planning = asyncio.create_task(self._plan(device, node))
+        self._planning.add_done_callback(_told)
         try:
             # A plan's thread cannot be ended: the next plan waits until it is done.
             async with asyncio.timeout(self._wait_s):
@@ -48,3 +50,9 @@ class Offers:
         if len(self._last) > _KEPT_DEVICES:
             del self._last[next(iter(self._last))]
         return found
+
+
+def _told(planning: asyncio.Task[Layers]) -> None:
+    """Log the error of a plan whose caller may have gone."""
+    if not planning.cancelled() and isinstance(error := planning.exception(), Exception):
+        as_known_error(error, "a plan for a machine that may join")

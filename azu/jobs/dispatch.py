@@ -142,7 +142,7 @@ class Dispatcher:
         except AWAY:
             raise
         except Exception as error:
-            as_known_error(error, "a look at where jobs stand")
+            log.warning("%s", as_known_error(error, "a look at where jobs stand").message)
         await self._progress.look()
         for deployment, job_id in self._cluster.keep_jobs(self._tasks):
             self._cancel(deployment, job_id, group)

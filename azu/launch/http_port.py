@@ -12,6 +12,11 @@ _CONNECT_TIMEOUT_S = 0.3
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
+def reached_at(host: str) -> str:
+    """Return the address at which this machine itself reaches a listener at `host`."""
+    return _EVERYWHERE.get(host, host)
+
+
 @contextmanager
 def http_port_held(host: str, port: int) -> Iterator[None]:
     """Hold the ingress's port for the network of this process; port 0, which takes a free one, is not held.
@@ -32,7 +37,7 @@ def http_port_held(host: str, port: int) -> Iterator[None]:
 def _check(host: str, port: int) -> None:
     with suppress(OSError):
         # What answers need not have bound the port here: a container's port is forwarded.
-        socket.create_connection((_EVERYWHERE.get(host, host), port), timeout=_CONNECT_TIMEOUT_S).close()
+        socket.create_connection((reached_at(host), port), timeout=_CONNECT_TIMEOUT_S).close()
         raise _taken(port, "another program")
     try:
         # Without SO_REUSEPORT, so that no other process listens there.

@@ -18,6 +18,7 @@ from azu.errors import ConfigurationError
 from azu.files import write_private
 from azu.launch.formats import claim_store
 from azu.launch.network_process import home_locked
+from azu.launch.network_users import DEVNET_CHAIN
 from azu.launch.processes import ProcessGroup, ProcessSpec, azu_command, free_port
 from azu.launch.redis_server import RedisUrls, start_stores
 from azu.money.chain.networks import network_at
@@ -52,7 +53,6 @@ _OWN_NODES = "owner"
 # The books answer nothing else to their owner while they audit.
 _AUDIT_S = 600.0
 _DEVNET_FILE = "devnet.json"
-_DEVNET_CHAIN = "devnet.jsonl"
 _DEVNET_ADMIN = "devnet-admin.key"
 SIGNER_MEMORY = "signer.json"
 # The variables by which processes get the URLs of the job store, of the books and of the signer.
@@ -139,7 +139,7 @@ def start_stores_and_devnet(
 
 def start_devnet(services: ProcessGroup, settings: Settings, chain: ChainSettings) -> None:
     """Start the devnet, which goes on where it was; it answers once it has printed DEVNET_READY."""
-    port, file = str(urlsplit(chain.url).port), str(settings.home / _DEVNET_CHAIN)
+    port, file = str(urlsplit(chain.url).port), str(settings.home / DEVNET_CHAIN)
     command = azu_command("devnet", "--port", port, "--file", file)
     services.start(ProcessSpec(DEVNET, command, dict(os.environ), restart=True))
 

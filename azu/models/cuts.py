@@ -32,16 +32,26 @@ class Cuts:
         """
         with self._joining:
             self._cuts = {model: one for model, one in self._cuts.items() if not self._is_old(*one)}
-            cut, _ = self._cuts.pop((model_id, revision), (None, 0.0))
             ready = self._models.structure(model_id, revision)
+            cut, _ = self._cuts.pop((model_id, revision), (None, 0.0))
             if ready is not None:
                 return ready
             if cut is None:
-                cut = self._threads.submit(self._models.ensure_cut, model_id, revision)
+                cut = self._submit(model_id, revision)
             if not cut.done():
                 self._cuts[model_id, revision] = (cut, self._now_s())
                 return None
         return cut.result()
+
+    def start(self, model_id: str, revision: str) -> None:
+        """Begin to cut a model unless it is being cut; its status says how that ends."""
+        with self._joining:
+            cut, _ = self._cuts.get((model_id, revision), (None, 0.0))
+            if cut is None or cut.done():
+                self._cuts[model_id, revision] = (self._submit(model_id, revision), self._now_s())
+
+    def _submit(self, model_id: str, revision: str) -> Future[Structure]:
+        return self._threads.submit(self._models.ensure_cut, model_id, revision)
 
     def _is_old(self, cut: Future[Structure], asked_s: float) -> bool:
         return cut.done() and self._now_s() - asked_s > _END_KEPT_S

@@ -57,8 +57,10 @@ class ModelFees:
     async def charge_unused(self) -> None:
         """Charge the fees for models that were not used in time, once the chain's time was heard."""
         ledger = await self._ledger()
-        for one in list(_ends(ledger.state, ledger.now_ms())) if ledger.is_timed else ():
-            await ledger.apply(one)
+        async with self._setting:
+            for one in list(_ends(ledger.state, ledger.now_ms())) if ledger.is_timed else ():
+                await ledger.apply(one)
+            self._models = None  # it is looked for anew, without models whose fees have ended
 
     async def _models_with_fees(self) -> set[str]:
         if self._models is None:

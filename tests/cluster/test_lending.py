@@ -82,3 +82,10 @@ def test_bytes_are_fetched_at_the_pace_that_the_owner_allows() -> None:
     assert pace.wait_s(MIB, 200.0) == 0.0, "what was not used is not saved up"
     assert pace.wait_s(MIB, 200.0) == pytest.approx(0.1)
     assert Pace(None).wait_s(2**40, 0.0) == 0.0
+
+
+def test_what_was_seen_before_a_pause_says_nothing_after_it() -> None:
+    pauses = Pauses(LendingTerms(hours=Hours.parse("8-20"), yields=True))
+    assert pauses.why(time(19, 59), 0.0, None, 0.9) == ""
+    assert pauses.why(time(20, 0), 60.0, None, 0.0) == "outside of its hours"
+    assert pauses.why(time(8, 0), 43_260.0, None, 0.9) == "", "it has been used for a moment"

@@ -286,6 +286,7 @@ class Payer:
                     await self._withdrawals.refuse(payout.payout_id, reason)
                 await self._outbox.remove(payout)
                 return None
+        _LOG.warning("%s waits: %d nonces of this time are taken", payout.payout_id, _MOST_PLACES)
         return None
 
     async def _has_place(self, payout_id: str, window: int) -> bool:
