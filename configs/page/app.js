@@ -18,7 +18,7 @@ async function refresh() {
   const health = find("health");
   health.textContent = healthy === 200 ? "Up" : healthy ? "Starting" : "Not reached";
   health.className = healthy === 200 ? "alive" : "dead";
-  await chat.look();
+  await chat.look().catch((error) => say(find("chat-fault"), words(error)));
   if (!key.get() || !healthy) return;
   try {
     const found = await read("/v1/network");
@@ -62,8 +62,12 @@ function view() {
     else link.removeAttribute("aria-current");
   }
   if (!key.get()) return;
-  if (chosen === "receipts" && jobId) receipt.show(decodeURIComponent(jobId));
+  if (chosen === "receipts" && jobId) receipt.show(decoded(jobId));
   if (chosen === "lend") refresh();
+}
+
+function decoded(text) {
+  try { return decodeURIComponent(text); } catch { return text; }
 }
 
 async function answered(isOver) {

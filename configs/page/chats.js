@@ -1,20 +1,24 @@
 // The list of conversations that this browser keeps.
 
 import { answering, isHere, stop } from "./answer.js";
+import { words } from "./api.js";
 import * as chat from "./chat.js";
 import * as talk from "./conversation.js";
-import { find, make, replace } from "./dom.js";
+import { find, make, replace, say } from "./dom.js";
 import * as store from "./store.js";
 
+// Tells the user why something could not be done.
+const told = (work) => work.catch((error) => say(find("chat-fault"), words(error)));
+
 export async function start() {
-  find("clear").addEventListener("click", () => open(talk.begin()));
-  find("delete-all").addEventListener("click", async () => {
-    if (confirm("Delete all chats of this browser?")) await removed((await store.all()).map((one) => one.id));
+  find("clear").addEventListener("click", () => told(open(talk.begin())));
+  find("delete-all").addEventListener("click", () => {
+    if (confirm("Delete all chats of this browser?")) told(store.all().then((all) => removed(all.map((one) => one.id))));
   });
   find("chat-list").addEventListener("click", ({ target }) => {
     const { open: id, remove } = target.closest("button")?.dataset ?? {};
-    if (id) openKept(id);
-    if (remove) removed([remove]);
+    if (id) told(openKept(id));
+    if (remove) told(removed([remove]));
   });
   store.watch(async ({ kept, removed: gone }) => {
     if (gone) stop(gone);

@@ -81,7 +81,7 @@ function database() {
     asked.onupgradeneeded = () => asked.result.createObjectStore(STORE, { keyPath: "id" });
     asked.onsuccess = () => resolve(asked.result);
     asked.onerror = () => resolve(null);
-  });
+  }).catch(() => null);  // a browser may forbid to open it
   return opened;
 }
 

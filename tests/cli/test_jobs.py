@@ -64,6 +64,7 @@ def test_no_cell_has_a_second_line_or_begins_a_formula(capsys: pytest.CaptureFix
     ]
 
 
+@pytest.mark.prove
 def test_all_jobs_are_in_the_statement(tmp_path: Path) -> None:
     with running_ingress() as ingress:
         data = [one.model_dump(mode="json") for one in JOBS]

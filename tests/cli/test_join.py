@@ -65,6 +65,7 @@ def test_a_node_is_started_again_until_its_token_is_refused(
     assert " ".join(capsys.readouterr().out.split()).count("no network answers at") == 1
 
 
+@pytest.mark.prove
 def test_a_port_of_another_network_does_not_make_the_ticket_good(tmp_path: Path) -> None:
     refused = "print('E gcs_client.cc: RPC error: InvalidAuthToken', flush=True); import time; time.sleep(60)"
     with socket.create_server(("127.0.0.1", 0)) as head, ProcessGroup(tmp_path / "logs") as nodes:

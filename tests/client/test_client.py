@@ -99,6 +99,21 @@ def test_a_stream_says_where_its_job_stands_and_reads_on_where_it_does_not_know_
     assert seen == [Phase(**phase)] == [stream.phase]
 
 
+def test_a_phase_that_cannot_be_shown_ends_the_job(ingress: Ingress, client: Client) -> None:
+    sizes = dict.fromkeys(("done", "total", "bytes_done", "bytes_total"))
+    comment = Comment(f"phase {json.dumps({'name': 'loading', 'text': 'Loading.', **sizes})}")
+    ingress.replies["POST /v1/completions"] = Reply(chunks=(comment,), headers={"x-job-id": "job-1"})
+    stream = client.stream("The capital", model=MODEL)
+
+    def broken(_: Phase) -> None:
+        raise BrokenPipeError
+
+    stream.on_phase = broken
+    with pytest.raises(BrokenPipeError):
+        stream.result()
+    assert ingress.requests[-1].path == "/v1/jobs/job-1/cancel"
+
+
 def test_generate_returns_the_whole_text(ingress: Ingress, client: Client) -> None:
     chunks = (piece("Pa"), piece("ris", finish="length"), last_chunk(), "[DONE]")
     ingress.replies["POST /v1/completions"] = Reply(chunks=chunks)

@@ -15,6 +15,7 @@ from azu.protocol.node import Node, NodeState
 from azu.protocol.structure import Structure
 from azu.units import GIB, MIB
 from tests.builders import node, structure
+from tests.few import few
 
 HOUR_S, DAY_S = 3600, 86_400
 POLICY = PlanPolicy(promised_sequences=1, tokens_per_sequence=128, activation_tokens=64, hop_s=1e-4)
@@ -55,7 +56,7 @@ def earned_in_a_week(model: Structure, nodes: list[Node], *, renames: bool = Fal
     return total
 
 
-@pytest.mark.parametrize("num_layers", [4, 40])
+@pytest.mark.parametrize("num_layers", few([4, 40]))
 def test_of_ten_equal_nodes_none_earns_less_than_half_the_mean_of_a_week(num_layers: int) -> None:
     """The model needs one node, or several."""
     model = structure(num_layers, layer_bytes=64 * MIB)
@@ -64,7 +65,7 @@ def test_of_ten_equal_nodes_none_earns_less_than_half_the_mean_of_a_week(num_lay
     assert min(total.values()) >= sum(total.values()) / len(total) / 2, total
 
 
-@pytest.mark.parametrize("num_layers", [4, 40])
+@pytest.mark.parametrize("num_layers", few([4, 40]))
 def test_an_owner_with_a_new_name_each_time_it_earned_more_than_the_mean_earns_no_more(
     num_layers: int,
 ) -> None:

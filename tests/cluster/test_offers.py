@@ -58,7 +58,9 @@ def test_a_plan_that_takes_long_keeps_no_caller_and_no_second_one_begins_beside_
         assert plans.asked == ["large"]
 
         plans.may_end.set()
-        await asyncio.sleep(0.01)
+        assert offers._planning is not None
+        await offers._planning
+        offers._wait_s = 20.0
         assert await offers.layers(LARGE) == {"m/one": (2, 6)}
 
     asyncio.run(scenario())

@@ -233,8 +233,9 @@ def test_an_enter_that_ends_a_composition_sends_nothing(page: Page) -> None:
     page.log_in()
     page.type("にほん")
     for event in ("{isComposing: true}", "{keyCode: 229}"):
-        script = f"new KeyboardEvent('keydown', Object.assign({event}, {{key: 'Enter', bubbles: true}}))"
-        page.browser.driver.execute_script(f"document.getElementById('prompt').dispatchEvent({script})")
+        given = f"Object.assign({event}, {{key: 'Enter', bubbles: true, cancelable: true}})"
+        script = f"document.getElementById('prompt').dispatchEvent(new KeyboardEvent('keydown', {given}))"
+        assert page.browser.driver.execute_script(f"return {script}"), "the page took it for its own"
     assert page.turns() == []
     page.type(Keys.ENTER)
     page.ended(1)
@@ -546,9 +547,11 @@ class SomeNodes(NoNodes):
         return MetricsSnapshot({(SEQUENCES.name, ("azu/tiny-moe", "running")): 2.0}, {})
 
 
-def test_a_lender_sees_what_was_earned_and_what_the_nodes_hold(page: Page) -> None:
+def test_a_lender_sees_what_was_earned_and_what_the_nodes_hold(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
     services = page.served.ingress.app.state.services
-    services._actors[SCHEDULER] = SomeNodes(page.address)
+    monkeypatch.setitem(services._actors, SCHEDULER, SomeNodes(page.address))
     hour = int(time.time()) // 3600
 
     async def earn() -> None:
@@ -572,8 +575,11 @@ def test_a_lender_sees_what_was_earned_and_what_the_nodes_hold(page: Page) -> No
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 800, 1600])
-def test_every_view_is_open_to_all_and_fits(page: Page, pictures: Path, width: int, dark: bool) -> None:
-    page.served.ingress.app.state.services._actors[SCHEDULER] = SomeNodes(page.address)
+def test_every_view_is_open_to_all_and_fits(
+    page: Page, pictures: Path, width: int, dark: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actors = page.served.ingress.app.state.services._actors
+    monkeypatch.setitem(actors, SCHEDULER, SomeNodes(page.address))
     browser, faults = page.browser, []
     browser.resize(width, 800 if width > 400 else 740, dark=dark)
 

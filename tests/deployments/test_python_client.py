@@ -83,6 +83,7 @@ def test_a_stream_that_is_closed_cancels_its_job_and_the_next_calls_go_on(here: 
         assert last == left != closed
 
 
+@pytest.mark.prove
 def test_a_parameter_out_of_its_bounds_is_refused_by_name(here: Served) -> None:
     with Client(here.url, here.api_key) as client:
         with pytest.raises(errors.InvalidRequest) as refused:

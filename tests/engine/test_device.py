@@ -79,7 +79,11 @@ def test_the_load_of_others_is_what_azus_own_processes_do_not_use() -> None:
             burning.stdout.readline()
             others, own = CpuMeter(), CpuMeter()
             assert (others.others_load([]), own.others_load([burning.pid])) == (0.0, 0.0)
-            time.sleep(0.5)
+            used = psutil.Process(burning.pid)
+            began_s, deadline_s = used.cpu_times().user, time.monotonic() + 60
+            while used.cpu_times().user < began_s + 0.3:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.02)
             of_others, less_its_own = others.others_load([]), own.others_load([burning.pid])
         finally:
             burning.kill()

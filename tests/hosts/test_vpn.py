@@ -29,6 +29,6 @@ def test_a_network_runs_over_a_vpn_whose_machines_reach_each_other_in_no_other_w
         eventually(lambda: network.names() == {"ada", "ben"})
         client = network.paying_client()
         answer = client.generate("The capital of France is", model="azu/tiny-dense", max_tokens=8)
-        assert answer.completion_tokens == 8
+        assert answer.receipt.completion_tokens == answer.received_tokens == 8
         (model,) = client.network().deployments
         assert {piece.node for piece in model.topology} <= {"ada", "ben"}

@@ -1,6 +1,7 @@
 """A model that is cut slowly keeps its thread, and no caller."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,13 @@ def cut_in_the_end(cuts: Cuts, model_id: str, revision: str) -> Structure:
     raise AssertionError("it was not cut")
 
 
+def until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
 def test_slow_cuts_keep_no_caller_and_no_other_model(registry: ModelRegistry, tmp_path: Path) -> None:
     slow, other = (str(save_checkpoint(tmp_path / "models" / name)) for name in ("slow", "other"))
     revision = registry.describe(slow).revision
@@ -62,8 +70,7 @@ def test_an_error_is_told_to_a_caller_that_waits_and_a_later_caller_starts_anew(
 
     assert cuts.ensure(model_id, revision) is None, "it is tried again"
     status.remove(model_id)
-    while status.get(model_id).state is not ModelState.FAILED:
-        time.sleep(0.05)
+    until(lambda: status.get(model_id).state is ModelState.FAILED)
     in_the_way.unlink()
     now_s = 60.0
     assert cut_in_the_end(cuts, model_id, revision), "no caller waited for that error"
@@ -75,11 +82,27 @@ def test_a_cut_that_no_caller_asks_for_any_more_is_forgotten(registry: ModelRegi
     now_s = 0.0
     cuts = Cuts(registry, lambda: now_s)
     assert cuts.ensure(one, revision) is None
-    while registry.structure(one, revision) is None or not cuts._cuts[one, revision][0].done():
-        time.sleep(0.05)
+    until(lambda: cuts._cuts[one, revision][0].done())
 
     now_s = 60.0
     revision = registry.describe(other).revision
     assert cuts.ensure(other, revision) is None
     assert [model for model, _ in cuts._cuts] == [other]
     assert cut_in_the_end(cuts, other, revision)
+
+
+def test_a_cut_that_failed_unseen_is_begun_again(
+    registry: ModelRegistry, status: RedisModelStatus, tmp_path: Path
+) -> None:
+    model_id = str(save_checkpoint(tmp_path / "models" / "dense"))
+    revision = registry.describe(model_id).revision
+    in_the_way = tmp_path / "registry" / model_folder_name(model_id) / revision
+    in_the_way.write_text("a file where the folder has to be")
+    cuts = Cuts(registry)
+    cuts.start(model_id, revision)
+    until(lambda: status.get(model_id).state is ModelState.FAILED)
+    until(lambda: cuts._cuts[model_id, revision][0].done())
+    in_the_way.unlink()
+
+    cuts.start(model_id, revision)
+    until(lambda: status.get(model_id).state is ModelState.READY)

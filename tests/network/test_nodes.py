@@ -86,6 +86,7 @@ def test_a_smaller_budget_is_reported_and_pieces_shrink_or_move(user: User, netw
     wait_for(lambda found: found["ada"].vram_total_bytes == before, timeout_s=60)
 
 
+@pytest.mark.prove
 def test_a_paused_node_gives_its_pieces_away_until_it_resumes(user: User, network: LocalNetwork) -> None:
     def as_admin(order: str) -> dict[str, object]:
         headers = {"authorization": f"Bearer {network.admin_key}"}

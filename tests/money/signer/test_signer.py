@@ -476,6 +476,7 @@ def test_a_copy_of_the_network_signs_nothing_once_the_other_has(
     play_with_copies(devnet_server, tmp_path, scenario)
 
 
+@pytest.mark.prove
 def test_two_copies_that_pay_at_once_pay_once(devnet_server: RunningDevnet, tmp_path: Path) -> None:
     async def scenario(scene: Scene, copied: Copies) -> None:
         worker = await scene.earned(HYPE // 4)

@@ -13,6 +13,7 @@ from azu.money.chain.rows import KEPT_LAMPORTS
 from azu.money.treasury.outbox import PayoutState
 from azu.money.treasury.payouts import PayoutTimeouts
 from azu.money.treasury.planning import AmountOwed, PayoutSelector, Threshold
+from tests.few import few
 from tests.money.ledger import moves
 from tests.money.treasury.simulated import PLATFORM, Crash, CrashPlan, Line, Simulation
 from tests.money.treasury.world import SEED
@@ -371,7 +372,7 @@ def test_fifty_workers_are_paid_exactly_once_in_a_storm(run: int) -> None:
     storm(SEED + run, workers=50)
 
 
-@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("restarts", few([False, True]))
 def test_of_many_payouts_none_has_a_nonce_that_the_chain_takes_no_more(restarts: bool) -> None:
     simulation = Simulation()
     owners = [f"0x{index:040x}" for index in range(1, 151)]
