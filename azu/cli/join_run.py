@@ -68,7 +68,8 @@ def join_until_left(
     with own_name(name) as machine, stop_signals_raised():
         workers, home = workers_called(machine), settings.home
         membership = membership_of(ticket, home, name=machine, host=ip, money_home=settings.money_home)
-        shown = Shown(client, workers, joined)
+        # The line is drawn on a terminal alone.
+        shown = Shown(client if console.is_terminal else None, workers, joined)
         while True:
             lend(membership, workers, ip, home, user, shown)
 

@@ -76,7 +76,7 @@ def _wait_longer_for_nodes() -> None:
             except RuntimeError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.05)
+                time.sleep(0.5)
 
     services.get_node = patient
 
