@@ -20,17 +20,19 @@ export async function start() {
     if (id) told(openKept(id));
     if (remove) told(removed([remove]));
   });
-  store.watch(async ({ kept, removed: gone }) => {
-    if (gone) stop(gone);
-    if ([kept, gone].includes(chat.current().id)) await chat.reload();
-    await list();
-  });
+  store.watch((change) => told(changedElsewhere(change)));
   const wide = matchMedia("(min-width: 1400px)");
   const unfold = () => { find("chats").open = wide.matches; };
   wide.addEventListener("change", unfold);
   unfold();
   const [latest] = await store.all();
   chat.show(latest ?? talk.begin());
+  await list();
+}
+
+async function changedElsewhere({ kept, removed: gone }) {
+  if (gone) stop(gone);
+  if ([kept, gone].includes(chat.current().id)) await chat.reload();
   await list();
 }
 

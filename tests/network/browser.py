@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -43,20 +44,30 @@ class Browser:
 
     def wait_for(self, selector: str, words: str = "") -> str:
         """Wait until the element shows a text; return all that it shows."""
-        WebDriverWait(self.driver, _TIMEOUT_S).until(
+        self._patience().until(
             lambda _: self.all(selector) and words in self.text(selector), f"{selector} never said {words!r}"
         )
-        return self.text(selector)
+        return self._patience().until(lambda _: self.text(selector) or " ").strip()
+
+    def _patience(self) -> WebDriverWait[webdriver.Chrome]:
+        # The page draws an element anew while it is read.
+        stale = [StaleElementReferenceException]
+        return WebDriverWait(self.driver, _TIMEOUT_S, ignored_exceptions=stale)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition holds."""
-        WebDriverWait(self.driver, _TIMEOUT_S).until(lambda _: condition())
+        self._patience().until(lambda _: condition())
 
     def fill(self, selector: str, text: str) -> None:
         """Write a text in the place of what a field has."""
-        field = self.find(selector)
-        field.clear()
-        field.send_keys(text)
+
+        def filled(_: webdriver.Chrome) -> bool:
+            field = self.find(selector)
+            field.clear()
+            field.send_keys(text)
+            return True
+
+        self._patience().until(filled)
 
     def run(self, script: str, *arguments: object) -> Any:
         """Run the body of an asynchronous function in the page; return what it returns."""
