@@ -37,7 +37,7 @@ class Retention:
     def __init__(self, redis: Redis, archive: Archive) -> None:
         self._redis = redis
         self._archive = archive
-        self._has_asked = False  # for the file to be written anew
+        self._asked: str | None = None  # the run of Redis that was asked to write its file anew
 
     async def sweep(self, now_ms: int, kept_ms: int) -> bool:
         """Archive jobs that ended `kept_ms` ago, unless they may still be read; say if there may be more.
@@ -76,18 +76,21 @@ class Retention:
                 return
             await self._redis.rename(REMOVED, REWRITING)
         try:
-            state = cast(Mapping[str, Any], await self._redis.info("persistence"))
+            state = cast(Mapping[str, Any], await self._redis.info())
             if state.get("aof_rewrite_in_progress") or state.get("aof_rewrite_scheduled"):
                 return  # it may have begun before the removal
-            is_written = self._has_asked and state.get("aof_last_bgrewrite_status") == "ok"
+            # A Redis that was started again has forgotten that it was asked, and says "ok".
+            run = str(state.get("run_id"))
+            has_asked = self._asked == run
+            is_written = has_asked and state.get("aof_last_bgrewrite_status") == "ok"
             if is_written or not state.get("aof_enabled"):
                 await self._redis.delete(REWRITING)
-                self._has_asked = False
+                self._asked = None
                 return
-            if self._has_asked:
+            if has_asked:
                 log.error("Redis could not write its file anew: removed prompts are still in it")
             await self._redis.bgrewriteaof()
-            self._has_asked = True
+            self._asked = run
         except ResponseError as refused:
             if "already in progress" in str(refused):
                 return

@@ -160,7 +160,14 @@ def start_redis(services: ProcessGroup, store: Store, folder: Path) -> RedisServ
     lines += [_user(user, password, store) for user, password in server.passwords.items()]
     write_private(config, "".join(f"{line}\n" for line in lines))
     command = (str(server_executable()), str(config))
-    services.start(ProcessSpec(store.name, command, {"PATH": os.defpath}, restart=True))
+
+    def clean() -> Mapping[str, str]:
+        # What a server that was killed had written of its next file: it holds prompts, and nothing reads it.
+        for left in folder.glob("temp-*"):
+            left.unlink()
+        return {}
+
+    services.start(ProcessSpec(store.name, command, {"PATH": os.defpath}, restart=True, each_start=clean))
     return server
 
 

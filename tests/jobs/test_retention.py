@@ -1,7 +1,10 @@
 """Prompts and answers are removed when the policy says so, from Redis at once and soon from its file."""
 
 import asyncio
+import os
+import signal
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from azu.jobs.record import QUEUE, REMOVED
 from azu.jobs.redis import RedisJobs
 from azu.jobs.retention import REWRITE_AFTER_MS, REWRITING, UNREAD_MS
 from azu.launch.processes import ProcessGroup
-from azu.launch.redis_server import JOB_STORE, start_redis, wait_for_redis
+from azu.launch.redis_server import JOB_STORE, RedisServer, start_redis, wait_for_redis
 from azu.protocol.job import JobState, TokenEvent
 from azu.redis_client import connect_redis
 from tests.builders import ALICE, job
@@ -157,21 +160,37 @@ def test_an_answer_that_is_removed_while_it_is_read_does_not_end_as_if_it_were_w
     run_scenario(scenario)
 
 
-def in_the_store(tmp_path: Path, scenario: Callable[[RedisJobs, Path], Awaitable[None]]) -> None:
-    """Run a scenario as the scheduler, in the store that `azu up` starts."""
-    folder = tmp_path / JOB_STORE.name
+@dataclass(frozen=True)
+class TheStore:
+    """The store of jobs that `azu up` starts."""
 
-    async def run(url: str) -> None:
-        redis = connect_redis(url)
+    group: ProcessGroup
+    server: RedisServer
+    folder: Path
+
+    def die(self) -> None:
+        """Kill it, and start it again as `azu up` does."""
+        os.kill(self.group.pid(JOB_STORE.name), signal.SIGKILL)
+        while not self.group.revive():
+            pass
+        wait_for_redis(self.group, self.server, 15.0)
+
+
+def in_the_store(tmp_path: Path, scenario: Callable[[RedisJobs, TheStore], Awaitable[None]]) -> None:
+    """Run a scenario as the scheduler, in the store that `azu up` starts."""
+
+    async def run(store: TheStore) -> None:
+        redis = connect_redis(store.server.url("scheduler"))
         try:
-            await asyncio.wait_for(scenario(RedisJobs(redis), folder), 60)
+            await asyncio.wait_for(scenario(RedisJobs(redis), store), 60)
         finally:
             await redis.aclose()
 
+    folder = tmp_path / JOB_STORE.name
     with ProcessGroup(tmp_path / "logs") as group:
-        server = start_redis(group, JOB_STORE, folder)
-        wait_for_redis(group, server, 15.0)
-        asyncio.run(run(server.url("scheduler")))
+        store = TheStore(group, start_redis(group, JOB_STORE, folder), folder)
+        wait_for_redis(group, store.server, 15.0)
+        asyncio.run(run(store))
 
 
 def holds(folder: Path, text: bytes) -> bool:
@@ -179,21 +198,49 @@ def holds(folder: Path, text: bytes) -> bool:
     return any(text in file.read_bytes() for file in folder.rglob("*") if file.is_file())
 
 
+async def is_rewritten(jobs: RedisJobs, now_ms: int) -> None:
+    """Look as often as the scheduler would, until nothing is left to remove from the file."""
+    while await jobs._redis.exists(REMOVED, REWRITING):
+        await jobs.archive(now_ms, 0)
+        await asyncio.sleep(0.05)
+
+
 def test_the_file_of_the_store_loses_what_was_removed(tmp_path: Path) -> None:
-    async def scenario(jobs: RedisJobs, folder: Path) -> None:
+    async def scenario(jobs: RedisJobs, store: TheStore) -> None:
         ended_ms = await ended(jobs)
         await jobs.remove("job-1", ended_ms)
         await asyncio.sleep(1.5)  # the file is flushed once a second
         await jobs.archive(ended_ms + REWRITE_AFTER_MS - 1, 0)
-        assert holds(folder, b"123456"), "else this test shows nothing"
+        assert holds(store.folder, b"123456"), "else this test shows nothing"
         assert await jobs._redis.get(REMOVED) == str(ended_ms)
 
-        while await jobs._redis.exists(REMOVED, REWRITING):
-            await jobs.archive(ended_ms + REWRITE_AFTER_MS, 0)
-            await asyncio.sleep(0.05)
+        await is_rewritten(jobs, ended_ms + REWRITE_AFTER_MS)
 
-        assert not holds(folder, b"123456")
-        assert holds(folder, b"azu:jobs:archive")
+        assert not holds(store.folder, b"123456")
+        assert holds(store.folder, b"azu:jobs:archive")
+
+    in_the_store(tmp_path, scenario)
+
+
+def test_a_store_that_dies_while_it_writes_its_file_anew_still_loses_what_was_removed(tmp_path: Path) -> None:
+    async def scenario(jobs: RedisJobs, store: TheStore) -> None:
+        ended_ms = await ended(jobs)
+        await jobs.remove("job-1", ended_ms)
+        await asyncio.sleep(1.5)  # the file is flushed once a second
+        owner = connect_redis(store.server.owner)
+        await owner.config_set("rdb-key-save-delay", 10_000_000)
+        while not (await owner.info("persistence"))["aof_rewrite_in_progress"]:
+            await jobs.archive(ended_ms + REWRITE_AFTER_MS, 0)
+        while not list(store.folder.glob("temp-*")):
+            await asyncio.sleep(0.01)
+        await owner.aclose()
+
+        await asyncio.to_thread(store.die)
+
+        assert not list(store.folder.glob("temp-*")), "half a file, which nothing would read or delete"
+        assert holds(store.folder, b"123456"), "else this test shows nothing"
+        await is_rewritten(jobs, ended_ms + REWRITE_AFTER_MS)
+        assert not holds(store.folder, b"123456")
 
     in_the_store(tmp_path, scenario)
 
