@@ -150,7 +150,7 @@ class CanaryWatch:
         watched.due_s = self._clock() + _RETRY_S
         try:
             known = await self._known_of(deployment)
-            answer = await deployment.canary()
+            answer = await deployment.pipeline.canary()
             if deployment.topology is topology:  # else it is due where the pieces are now
                 await self._judge(deployment, watched, known, answer)
         except AzuError as error:

@@ -197,11 +197,14 @@ class Cluster:
                 if one.broken and self._deployments.pop(one.topology.key, None) is one:
                     await one.close()
             if pipelines := self._pipelines(model_id, revision):
-                deployment = min(pipelines, key=lambda one: (not one.holds(job_id), one.running_jobs))
+                # No other pipeline may run a job that one of them holds.
+                deployment = min(
+                    pipelines, key=lambda one: (job_id not in one.pipeline.jobs, one.pipeline.num_expected)
+                )
             else:
                 deployment = await self._deploy(model_id, revision)
             self._deployments[deployment.topology.key] = self._deployments.pop(deployment.topology.key)
-            deployment.expect(job_id)
+            deployment.pipeline.expect(job_id)
             return deployment
 
     async def phase_of(self, model_id: str, revision: str) -> JobPhase:
@@ -227,8 +230,8 @@ class Cluster:
 
         Returns those that are to be cancelled, with their deployments.
         """
-        over = [(one, job_id) for one in self.deployments for job_id in one.jobs if job_id not in job_ids]
-        return [(one, job_id) for one, job_id in over if one.drop(job_id)]
+        known = [(one, job_id) for one in self.deployments for job_id in one.pipeline.jobs]
+        return [(one, job_id) for one, job_id in known if job_id not in job_ids and one.drop(job_id)]
 
     async def add_pipeline(self, model_id: str, revision: str) -> None:
         """Deploy one more pipeline of a running model on nodes of its own, where there are some.

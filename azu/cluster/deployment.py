@@ -18,10 +18,10 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 from tenacity.wait import wait_random_exponential
 
 from azu.cluster.backend import DeploymentBackend
+from azu.cluster.current_pipeline import CurrentPipeline
 from azu.cluster.deployment_store import DeploymentRecord, DeploymentStore
 from azu.cluster.pieces import PieceActors
 from azu.cluster.repairs import RepairTimes, RepairTurns, Suspects, Suspicion
-from azu.engine.canary import CanaryAnswer
 from azu.errors import AzuError, HarmfulRequest, InsufficientCapacity, NumericsError, WorkerLost
 from azu.planner.kv_blocks import with_blocks
 from azu.planner.migration import TopologyChange
@@ -42,7 +42,7 @@ from azu.protocol.topology import (
     piece_set,
     room_of,
 )
-from azu.supervision import AWAY, as_known_error
+from azu.supervision import as_known_error
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,6 @@ _MOST_ROUNDS = 5
 # The memory of a lost piece is reported as free one heartbeat later.
 _FIRST_RETRY_S = 0.25
 _LONGEST_RETRY_S = 1.0
-_CANCEL_TRIES = 3
 
 
 class DeploymentState(StrEnum):
@@ -134,9 +133,7 @@ class Deployment:
         self._num_blocks = topology.num_blocks
         # The actors that there are.
         self._pieces = PieceActors(backend, structure, self._lose, clock)
-        self._pipeline: str | None = None
-        self._pipelines_started = 0
-        self._pipeline_changed = asyncio.Condition()
+        self.pipeline = CurrentPipeline(backend)
         # The events that the loop has not taken yet.
         self._event = asyncio.Event()
         self._lost = PieceSet()
@@ -146,10 +143,6 @@ class Deployment:
         # What moves, as it has room on other nodes, until it has its place.
         self._promised: dict[PieceKey, Piece] = {}
         self._wanted_change: _WantedChange | None = None
-        # Jobs that are expected here, and jobs that run or ran here without coming to an end.
-        self._expected: set[str] = set()
-        self._held: frozenset[str] = frozenset()
-        self._fault: AzuError | None = None
         self._last_completed = -1
         self._fruitless = 0
         self._supervisor: asyncio.Task[None] | None = None
@@ -158,14 +151,9 @@ class Deployment:
     # Jobs
 
     @property
-    def running_jobs(self) -> int:
-        """Jobs that are expected here and were not let go."""
-        return len(self._expected)
-
-    @property
     def is_idle(self) -> bool:
         """Whether no job is expected here, and what an earlier scheduler left here is taken over."""
-        return not self._expected and self.state is not DeploymentState.STARTING
+        return not self.pipeline.num_expected and self.state is not DeploymentState.STARTING
 
     @property
     def broken(self) -> bool:
@@ -179,30 +167,10 @@ class Deployment:
             return None
         return self._pieces.phase(self.topology, is_repair=self.state is not DeploymentState.STARTING)
 
-    def expect(self, job_id: str) -> None:
-        """Count a job that is going to run here."""
-        self._expected.add(job_id)
-
-    def let_go(self, job_id: str) -> None:
-        """Count a job no longer, whether it ran or not."""
-        self._expected.discard(job_id)
-
-    @property
-    def jobs(self) -> frozenset[str]:
-        """The jobs that are expected here, and those that run or ran here without coming to an end."""
-        return self._held | self._expected
-
     def drop(self, job_id: str) -> bool:
         """Forget a job that is over; say whether it may still run here, and is to be cancelled."""
-        self.let_go(job_id)
         self._suspects.forget(job_id)
-        was_held = job_id in self._held
-        self._held -= {job_id}
-        return was_held
-
-    def holds(self, job_id: str) -> bool:
-        """Whether a job runs here, or did without coming to an end: no other pipeline may run it."""
-        return job_id in self._expected or job_id in self._held
+        return self.pipeline.drop(job_id)
 
     async def run(self, job: Job) -> JobRun:
         """Run a job to its end; raises InvalidRequest when its KV would never fit.
@@ -213,34 +181,11 @@ class Deployment:
         num_tokens = len(job.prompt_token_ids) + job.sampling.max_tokens
         planned = replace(self.topology, num_blocks=self._num_planned_blocks)
         check_kv_capacity(self.structure, planned, num_tokens)
-        self._held |= {job.job_id}
-        run = await self._run(job)
+        run = await self.pipeline.run(job)
         if isinstance(run.error, NumericsError):
             self._backend.mark(run.error.node_id, job.model_id, run.error.layer, job.address)
-        self._held -= {job.job_id}
         self._suspects.forget(job.job_id)
         return replace(run, placements=self.placements())
-
-    async def cancel(self, job_id: str) -> None:
-        """End a job's sequences; a pipeline that is started later reads that the job was cancelled."""
-        for attempt in range(_CANCEL_TRIES):
-            if attempt:
-                await asyncio.sleep(_FIRST_RETRY_S)
-            try:
-                if self._pipeline is not None:
-                    await self._backend.cancel(self._pipeline, job_id)
-                return
-            except AWAY as error:
-                log.info("%s: its successor will not run %s", error.message, job_id)
-                return
-            except AzuError as error:
-                # A pipeline that lives has the job computed to its end.
-                log.warning("%s was not cancelled: %s", job_id, error.message)
-        log.error("%s runs on: its pipeline did not cancel it", job_id)
-
-    async def end(self, job_id: str, error: AzuError) -> None:
-        """End a job with what was delivered, and this error. Raises an AzuError when the pipeline is away."""
-        await self._backend.end(self._pipeline_name(), job_id, error)
 
     async def look(self) -> PipelineLook | None:
         """Return what the pipeline and its jobs do, None while they are repaired or moved.
@@ -249,16 +194,12 @@ class Deployment:
         """
         if self.state is not DeploymentState.SERVING:
             return None
-        look = await self._backend.look(self._pipeline_name())
+        look = await self._backend.look(self.pipeline.name)
         return replace(look, is_computing=self._pieces.is_computing)
-
-    async def canary(self) -> CanaryAnswer:
-        """Continue the canary's prompts here; raises an AzuError when there is no answer."""
-        return await self._backend.canary(self._pipeline_name())
 
     def restart_pipeline(self) -> None:
         """Have the pipeline replaced although it answers; its jobs go on in its successor."""
-        self._backend.kill(self._pipeline_name())
+        self.pipeline.kill()
         self.pipeline_lost()
 
     def placements(self) -> tuple[Placement, ...]:
@@ -277,26 +218,16 @@ class Deployment:
         """
         return await self._pieces.num_chosen()
 
-    async def _run(self, job: Job) -> JobRun:
-        while True:
-            started = self._pipelines_started
-            try:
-                if self._pipeline is not None:
-                    return await self._backend.run(self._pipeline, job)
-            except WorkerLost as error:
-                log.warning("%s: %s waits for another pipeline", error.message, job.job_id)
-            await self._another_pipeline(started)
-
     # Life
 
     async def start(self) -> None:
         """Start every actor of the topology; raises the first error of a piece that did not come up."""
         await self._start_pipeline()
         topology = self.topology
-        errors = await self._pieces.bring_up(topology, topology.piece_set, self._pipeline_name())
+        errors = await self._pieces.bring_up(topology, topology.piece_set, self.pipeline.name)
         if errors:
             raise next(iter(errors.values()))
-        await self._backend.begin(self._pipeline_name(), self._pieces.stages, self._pieces.expert_sets)
+        await self._backend.begin(self.pipeline.name, self._pieces.stages, self._pieces.expert_sets)
         await self._save()
         self._supervise()
 
@@ -306,13 +237,7 @@ class Deployment:
         After an error this may be called again: nothing is repaired before all is found.
         """
         if await self._backend.find(record.pipeline):
-            await self._set_pipeline(record.pipeline)
-            try:
-                self._held = await self._backend.running_jobs(record.pipeline)
-                # The jobs are taken again in a moment: a deployment that has them is not idle meanwhile.
-                self._expected |= self._held
-            except AzuError as error:
-                log.warning("%s", error.message)
+            await self.pipeline.adopt(record.pipeline)
         else:
             log.warning("%s is gone", record.pipeline)
             self._is_fault = True
@@ -327,8 +252,7 @@ class Deployment:
                 task.cancel()
         self.state = DeploymentState.CLOSED
         # At once, before anything is awaited: from now on its room is another's.
-        if self._pipeline is not None:
-            self._backend.kill(self._pipeline)
+        self.pipeline.kill()
         self._pieces.close()
         await self._store.forget(self.topology)
 
@@ -404,7 +328,7 @@ class Deployment:
         """
         # The pipeline may count on more blocks only once there are more.
         at_once = min(num_blocks, self.topology.num_blocks)
-        self._num_blocks = max(num_blocks, await self._backend.limit(self._pipeline_name(), at_once))
+        self._num_blocks = max(num_blocks, await self._backend.limit(self.pipeline.name, at_once))
         self._event.set()
 
     async def change(self, change: TopologyChange, *, beside: bool) -> bool:
@@ -422,7 +346,7 @@ class Deployment:
         try:
             planned = with_blocks(self.structure, change.topology, self._num_blocks)
             if beside:
-                is_ready = await self._pieces.prepare(planned, change.fresh, self._pipeline_name())
+                is_ready = await self._pieces.prepare(planned, change.fresh, self.pipeline.name)
             else:
                 is_ready = await self._pieces.fetch(planned, change.fresh)
             if not is_ready:
@@ -461,11 +385,7 @@ class Deployment:
             self._promised = {}
             if self._changing is not None:
                 self._changing.cancel()
-            self._fault = WorkerLost(f"{self.structure.model_id} lost a worker: {fault}")
-            if self._pipeline is not None:
-                self._backend.fail(self._pipeline, self._fault)
-            async with self._pipeline_changed:
-                self._pipeline_changed.notify_all()
+            await self.pipeline.fail(WorkerLost(f"{self.structure.model_id} lost a worker: {fault}"))
 
     async def _reconcile_always(self) -> None:
         failed = 0
@@ -491,23 +411,22 @@ class Deployment:
             else:
                 failed = 0
                 self.state = DeploymentState.SERVING
-                async with self._pipeline_changed:
-                    self._pipeline_changed.notify_all()
+                await self.pipeline.notify()
 
     async def _follow_pipeline(self) -> None:
         """Take the reports of the stages from the pipeline, and notice when the pipeline dies."""
         while True:
             try:
-                if self._pipeline is None:
+                if not self.pipeline.is_started:
                     raise WorkerLost(f"the pipeline of {self.structure.model_id} is gone")
-                report = await self._backend.next_loss(self._pipeline)
+                report = await self._backend.next_loss(self.pipeline.name)
                 if report is not None:
                     self.pieces_lost(report)
             except Exception as error:
                 # Repairs in vain are counted: it is not tried for ever.
                 log.warning("%s", as_known_error(error, "a report of a pipeline").message)
                 self.pipeline_lost()
-                await self._until(lambda: not self._event.is_set())
+                await self.pipeline.until(lambda: not self._event.is_set())
 
     async def _reconcile(self, change: _WantedChange | None) -> None:
         """Make everything run that the topology names; raises WorkerLost when that is impossible."""
@@ -542,11 +461,11 @@ class Deployment:
             this = this or await self._replace(lost, times)
             self._replacing |= this.fresh
             empty |= this.fresh.stages
-            failed = await self._pieces.bring_up(self.topology, this.missing, self._pipeline_name())
+            failed = await self._pieces.bring_up(self.topology, this.missing, self.pipeline.name)
             times.passed("up")
             lost = (
                 piece_set(failed)
-                | await self._pieces.link(self.topology, self._pipeline_name())
+                | await self._pieces.link(self.topology, self.pipeline.name)
                 | self._take_losses()
             )
             times.passed("linked")
@@ -570,22 +489,22 @@ class Deployment:
                 "request; it is not tried any more"
             )
             try:
-                await self._backend.end(self._pipeline_name(), job_id, error)
+                await self.pipeline.end(job_id, error)
             except AzuError as fault:
                 log.warning("%s: the job goes on in another pipeline", fault.message)
 
     async def _pause(self) -> PauseReport:
         """Pause the pipeline, or start another where it is gone or hangs."""
-        if self._pipeline is not None:
+        if self.pipeline.is_started:
             try:
-                return await self._backend.pause(self._pipeline)
+                return await self._backend.pause(self.pipeline.name)
             except AzuError as error:
                 log.warning("%s", error.message)
-                self._backend.kill(self._pipeline)
+                self.pipeline.kill()
         await self._start_pipeline()
         # Jobs may have come to it already: it must send no step before it has stages.
-        paused = await self._backend.pause(self._pipeline_name())
-        await self._backend.begin(self._pipeline_name(), (), {})
+        paused = await self._backend.pause(self.pipeline.name)
+        await self._backend.begin(self.pipeline.name, (), {})
         return paused
 
     async def _switch(self, wanted: _WantedChange) -> _Round:
@@ -617,7 +536,7 @@ class Deployment:
         return _Round(fresh=lost, missing=lost)
 
     async def _resume(self, empty: frozenset[int], *, alone: frozenset[ChoiceKey], is_repair: bool) -> bool:
-        pipeline, stages, expert_sets = self._pipeline_name(), self._pieces.stages, self._pieces.expert_sets
+        pipeline, stages, expert_sets = self.pipeline.name, self._pieces.stages, self._pieces.expert_sets
         try:
             await self._backend.resume(
                 pipeline, self.topology, stages, expert_sets, empty, alone=alone, is_repair=is_repair
@@ -648,31 +567,11 @@ class Deployment:
     async def _start_pipeline(self) -> None:
         name = actor_name("pipeline", self.structure.model_id, self.topology.epoch)
         await self._backend.start_pipeline(name, self.structure, self.topology)
-        await self._set_pipeline(name)
-
-    async def _set_pipeline(self, name: str) -> None:
-        self._pipeline = name
-        self._pipelines_started += 1
-        async with self._pipeline_changed:
-            self._pipeline_changed.notify_all()
-
-    async def _another_pipeline(self, started: int) -> None:
-        """Wait for a pipeline beyond the first `started`; raises WorkerLost once the deployment is broken."""
-        await self._until(lambda: self._pipelines_started > started)
-
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        async with self._pipeline_changed:
-            await self._pipeline_changed.wait_for(lambda: self._fault is not None or condition())
-        if self._fault is not None:
-            raise self._fault
-
-    def _pipeline_name(self) -> str:
-        assert self._pipeline is not None, "a pipeline is started first"
-        return self._pipeline
+        await self.pipeline.replace(name)
 
     async def _save(self) -> None:
         """Keep the actors' names for the scheduler that comes after this one."""
-        record = DeploymentRecord(self.topology, self._pieces.records(), self._pipeline_name())
+        record = DeploymentRecord(self.topology, self._pieces.records(), self.pipeline.name)
         await self._store.keep(record)
 
 

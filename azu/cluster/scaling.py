@@ -101,7 +101,7 @@ class ScaleOut:
         jobs: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
         for deployment in self._cluster.deployments:
             if not deployment.broken:
-                jobs[deployment.topology.key[:2]].append(deployment.running_jobs)
+                jobs[deployment.topology.key[:2]].append(deployment.pipeline.num_expected)
         return {model for model, counts in jobs.items() if min(counts) > self._promised_sequences}
 
 

@@ -292,7 +292,7 @@ class Dispatcher:
             if cancelled:
                 # The job ran before and may have delivered something: the deployment knows.
                 await asyncio.sleep(0)
-                await deployment.cancel(job.job_id)
+                await deployment.pipeline.cancel(job.job_id)
             run = checked(await running, job)
             if isinstance(run.error, NumericsError) and (other := self._cluster.beside(deployment)):
                 return await self._in_another(job, run.error, deployment, other)
@@ -303,7 +303,7 @@ class Dispatcher:
             return JobRun(completion_tokens=0, finish_reason=FinishReason.ERROR, error=known)
         finally:
             if deployment is not None:
-                deployment.let_go(job.job_id)
+                deployment.pipeline.let_go(job.job_id)
 
     async def _deployed(self, job: Job) -> Deployment:
         """Return a deployment of the job's model; raises DeadlineExceeded when none comes up in time."""
@@ -317,12 +317,12 @@ class Dispatcher:
         self, job: Job, error: NumericsError, first: Deployment, other: Deployment
     ) -> JobRun:
         """Go on in another deployment after values that are not finite; blame the first where it has them."""
-        other.expect(job.job_id)
+        other.pipeline.expect(job.job_id)
         self._running[job.job_id] = one = RunningJob(job, other)
         try:
             run = checked(await one.run(), job)
         finally:
-            other.let_go(job.job_id)
+            other.pipeline.let_go(job.job_id)
         if run.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             first.blame(error.node_id)
         return run
@@ -382,7 +382,7 @@ async def keep_trying(
 
 
 async def _cancel_all(deployment: Deployment, job_ids: Iterable[str]) -> None:
-    await asyncio.gather(*(deployment.cancel(job_id) for job_id in job_ids))
+    await asyncio.gather(*(deployment.pipeline.cancel(job_id) for job_id in job_ids))
 
 
 def _both(before: JobRun, after: JobRun) -> JobRun:

@@ -246,7 +246,7 @@ class ProgressWatch:
             case Remedy.ABANDON if one is not None:
                 error = f"the job had no new token for {finding.still_s:.0f} s and was given up"
                 one.abandon(Unavailable(error, code="worker_lost"))
-                await deployment.cancel(finding.job_id)
+                await deployment.pipeline.cancel(finding.job_id)
 
     def is_too_old(self, job: Job) -> bool:
         """Say whether a job has used up its whole time."""
@@ -255,7 +255,7 @@ class ProgressWatch:
 
 async def _end(one: RunningJob, error: AzuError) -> None:
     try:
-        await one.deployment.end(one.job.job_id, error)
+        await one.deployment.pipeline.end(one.job.job_id, error)
     except AzuError as fault:
         log.warning("%s is abandoned: %s", one.job.job_id, fault.message)
         one.abandon(error)

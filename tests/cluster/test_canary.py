@@ -112,7 +112,7 @@ class Watched:
 
     async def deployed(self, job_id: str = "job-1") -> Deployment:
         deployment = await self.network.ensure(MODEL, job_id)
-        deployment.let_go(job_id)
+        deployment.pipeline.let_go(job_id)
         return deployment
 
     async def further(self) -> Deployment:

@@ -118,7 +118,7 @@ def test_an_idle_model_makes_room_and_a_busy_one_does_not(redis_url: str) -> Non
             await network.ensure("m/two")
         assert network.backend.closed == []
 
-        first.let_go("job-1")
+        first.pipeline.let_go("job-1")
         await network.ensure("m/two")
         assert network.backend.closed == ["m/one"]
 
@@ -130,9 +130,9 @@ def test_only_the_repair_of_a_busy_model_closes_an_idle_one(redis_url: str, busy
     async def scenario() -> None:
         network = Network(redis_url, nodes=[node(name, 6 * MIB) for name in "abcd"])
         struck, other = await network.ensure("m/one"), await network.ensure("m/two", "job-2")
-        other.let_go("job-2")
+        other.pipeline.let_go("job-2")
         if not busy:
-            struck.let_go("job-1")
+            struck.pipeline.let_go("job-1")
         lost = struck.placements()[0].node
         network.nodes = [one for one in network.nodes if one.node_id != lost]
         network.cluster.node_died(lost)
@@ -157,7 +157,7 @@ def test_a_model_that_found_no_room_is_short_until_it_is_deployed(redis_url: str
         assert shortage.missing_bytes == refused.value.missing_bytes != ()
         assert shortage.tried_s == 7.0
 
-        first.let_go("job-1")
+        first.pipeline.let_go("job-1")
         await network.ensure("m/two")
         assert network.cluster.shortages == {}
 
@@ -296,14 +296,14 @@ def test_a_job_of_an_earlier_scheduler_that_is_not_taken_over_is_ended_and_its_m
         await successor.adopt(supervisor_at_once())
         (adopted,) = successor.deployments
         for deployment, job_id in successor.keep_jobs({"job-1"}):
-            await deployment.cancel(job_id)
+            await deployment.pipeline.cancel(job_id)
         assert not running.done()
         assert ended.result().finish_reason is FinishReason.CANCELLED
-        assert (adopted.running_jobs, adopted.holds("job-2")) == (1, False)
+        assert (adopted.pipeline.num_expected, adopted.pipeline.jobs) == (1, {"job-1"})
 
         assert successor.keep_jobs(()) == [(adopted, "job-1")]
         assert adopted.is_idle
-        assert adopted.jobs == frozenset()
+        assert adopted.pipeline.jobs == frozenset()
 
     asyncio.run(scenario())
 
@@ -482,7 +482,7 @@ def test_a_node_that_leaves_gives_its_pieces_away_where_there_is_room(redis_url:
         network.nodes = [one for one in network.nodes if one.node_id in busy]
         assert not await network.cluster.vacate(busy[0], closes_idle=True), "no other node has room"
 
-        deployment.let_go("job-1")
+        deployment.pipeline.let_go("job-1")
         assert not await network.cluster.vacate(busy[0])
         assert await network.cluster.vacate(busy[0], closes_idle=True), "no job waits for it"
         assert network.cluster.deployments == ()
@@ -495,7 +495,7 @@ def test_a_model_that_goes_while_another_is_closed_is_not_closed_again(redis_url
     async def scenario() -> None:
         network = Network(redis_url, nodes=[node("a", 64 * MIB)])
         for model_id in ("m/one", "m/two"):
-            (await network.ensure(model_id)).let_go("job-1")
+            (await network.ensure(model_id)).pipeline.let_go("job-1")
         forget = network.store.forget
 
         async def forget_later(topology: Topology) -> None:
@@ -543,7 +543,7 @@ def test_a_broken_model_leaves_a_node_whose_owner_wants_it_back(redis_url: str) 
         network = Network(redis_url)
         deployment = await network.ensure("m/one")
         await break_deployment(network, deployment)
-        deployment.let_go("job-1")
+        deployment.pipeline.let_go("job-1")
         held = min(used(deployment.topology))
 
         assert not await network.cluster.vacate(held)
@@ -566,14 +566,14 @@ def test_a_job_goes_to_the_pipeline_with_the_fewest_unless_it_is_in_one(redis_ur
     async def scenario() -> None:
         network = await two_pipelines(redis_url)
         first, second = network.cluster.deployments
-        assert (first.running_jobs, second.running_jobs) == (1, 0)
+        assert (first.pipeline.num_expected, second.pipeline.num_expected) == (1, 0)
         assert network.cluster.beside(first) is second
         assert network.cluster.beside(second) is first
 
         together = [network.ensure("m/one", f"job-{number}") for number in range(2, 7)]
         assert (await asyncio.gather(*together))[0] is second
-        assert (first.running_jobs, second.running_jobs) == (3, 3)
-        second.expect("job-7")
+        assert (first.pipeline.num_expected, second.pipeline.num_expected) == (3, 3)
+        second.pipeline.expect("job-7")
         assert await network.ensure("m/one", "job-7") is second
         await break_deployment(network, second)
         assert network.cluster.beside(first) is None
@@ -632,7 +632,7 @@ def test_only_an_idle_pipeline_beside_one_that_serves_is_given_up(redis_url: str
         assert network.backend.closed == [], "it has a job"
 
         await network.cluster.close_further(second)
-        first.let_go("job-1")
+        first.pipeline.let_go("job-1")
         await network.cluster.close_further(first)
         assert network.cluster.deployments == (first,)
 
@@ -652,7 +652,7 @@ def test_a_lost_piece_goes_where_no_other_pipeline_of_its_model_is_while_there_i
     async def scenario() -> None:
         network = await two_pipelines(redis_url)
         first, second = network.cluster.deployments
-        second.let_go("job-1")
+        second.pipeline.let_go("job-1")
         network.nodes = [node("a", memory_bytes_per_s=1e13), node("c", memory_bytes_per_s=1e9)]
         network.backend.end_piece(network.backend.pieces[stage_of(network, second)])
         await until(lambda: used(second.topology) == {"c"})

@@ -159,7 +159,7 @@ def test_a_job_is_cancelled_although_the_first_call_fails(redis_url: str) -> Non
         await until(lambda: bool(model.backend.pipeline.jobs))
         failing_once(model.backend, "cancel", InternalError("an exception of another kind"))
 
-        await model.deployment.cancel("job-1")
+        await model.deployment.pipeline.cancel("job-1")
 
         assert (await running).finish_reason is FinishReason.CANCELLED
 
@@ -663,7 +663,7 @@ def test_a_prompt_that_no_number_of_blocks_would_hold_is_refused(redis_url: str)
         longest = model.topology.num_blocks * model.topology.block_size
         with pytest.raises(InvalidRequest):
             await model.deployment.run(replace(job(), prompt_token_ids=(1,) * longest))
-        assert not model.deployment.holds(job().job_id)
+        assert job().job_id not in model.deployment.pipeline.jobs
 
     run(redis_url, scenario)
 
@@ -817,7 +817,7 @@ def test_the_next_scheduler_takes_over_what_lives_and_starts_the_rest(redis_url:
 
         successor = model.deploy(record.topology)
         await successor.adopt(record)
-        assert successor.holds(job().job_id), "its job still runs in the pipeline"
+        assert job().job_id in successor.pipeline.jobs, "its job still runs in the pipeline"
         await model.resumed(1)
 
         assert model.loaded_since(before) == ["layer 2"]

@@ -101,7 +101,7 @@ class World:
             case "jobs end":
                 while self.jobs:
                     job_id, deployment = self.jobs.popitem()
-                    deployment.let_go(job_id)
+                    deployment.pipeline.let_go(job_id)
             case "more":
                 await cluster.add_pipeline(model, "r1")
             case "piece dies" if self.backend.pieces:

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import pytest
 
@@ -17,13 +18,18 @@ IDLE_S = 60.0
 class Pipeline:
     """A pipeline with so many jobs."""
 
-    running_jobs: int
+    num_expected: int
     replica: int = 0
     broken: bool = False
 
     @property
     def is_idle(self) -> bool:
-        return not self.running_jobs
+        return not self.num_expected
+
+    @property
+    def pipeline(self) -> Self:
+        """Return this stand-in: it is its pipeline also."""
+        return self
 
     @property
     def topology(self) -> Topology:

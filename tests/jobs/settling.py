@@ -10,6 +10,7 @@ import random
 from collections.abc import Container
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
+from typing import Self
 
 from azu.config.network import RetryPolicy
 from azu.errors import WorkerLost
@@ -59,6 +60,11 @@ class FakeModel:
 
     async def look(self) -> None:
         raise WorkerLost("there is no pipeline to look at")
+
+    @property
+    def pipeline(self) -> Self:
+        """Return this stand-in: it is its pipeline also."""
+        return self
 
     async def cancel(self, job_id: str) -> None:
         self.cancelled.add(job_id)

@@ -5,7 +5,7 @@ import random
 from collections.abc import AsyncIterator, Collection, Container
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -158,6 +158,11 @@ class Model:
     async def run(self, job: Job) -> JobRun:
         return self.answer
 
+    @property
+    def pipeline(self) -> Self:
+        """Return this stand-in: it is its pipeline also."""
+        return self
+
     def expect(self, job_id: str) -> None:
         self.expected.append(job_id)
 
@@ -176,7 +181,7 @@ class Models:
     second: Model | None
 
     async def ensure(self, model_id: str, revision: str, job_id: str) -> Model:
-        self.first.expect(job_id)
+        self.first.pipeline.expect(job_id)
         return self.first
 
     def beside(self, deployment: Model) -> Model | None:
@@ -238,6 +243,11 @@ class Odd:
 
     def keep_jobs(self, job_ids: Container[str]) -> tuple[()]:
         return ()
+
+    @property
+    def pipeline(self) -> Self:
+        """Return this stand-in: it is its pipeline also."""
+        return self
 
     async def cancel(self, job_id: str) -> None:
         pass
@@ -454,6 +464,11 @@ class HangingPipeline(Odd):
 
     async def look(self) -> None:
         self.num_looks += 1
+
+    @property
+    def pipeline(self) -> Self:
+        """Return this stand-in: it is its pipeline also."""
+        return self
 
     async def cancel(self, job_id: str) -> None:
         await self.answers.wait()

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -70,6 +70,11 @@ class Model:
 
     async def look(self) -> None:
         raise WorkerLost("there is no pipeline to look at")
+
+    @property
+    def pipeline(self) -> Self:
+        """Return this stand-in: it is its pipeline also."""
+        return self
 
     async def cancel(self, job_id: str) -> None:
         pass

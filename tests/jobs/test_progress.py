@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 from azu.cluster.liveness import STILL_S, STILL_STEPS
 from azu.config.network import RetryPolicy
@@ -190,6 +191,11 @@ class Standing:
         if self.is_away:
             raise WorkerLost("the pipeline is gone")
         self.runs[-1].set_result(JobRun(3, FinishReason.ERROR, error=error))
+
+    @property
+    def pipeline(self) -> Self:
+        """Return this stand-in: it is its pipeline also."""
+        return self
 
     async def cancel(self, job_id: str) -> None:
         self.helped.append("cancel")

@@ -41,7 +41,7 @@ Running = tuple[LocalNetwork, User]
 def spared(*, budget_s: float = 120.0, **mebibytes: int) -> NetworkFile:
     """Return the demo's network with other workers, by name and what they lend.
 
-    `budget_s` is how long a job waits for workers.
+    `budget_s` is how long a job waits for workers. A job whose client hangs up ends at once.
     """
     demo = load_network(DEMO)
     lenders = tuple(
@@ -49,7 +49,8 @@ def spared(*, budget_s: float = 120.0, **mebibytes: int) -> NetworkFile:
         for index, (name, mib) in enumerate(mebibytes.items(), start=1)
     )
     requeue = demo.policy.requeue.model_copy(update={"budget_s": budget_s})
-    policy = demo.policy.model_copy(update={"requeue": requeue})
+    limits = demo.policy.limits.model_copy(update={"repeat_within_s": 0})
+    policy = demo.policy.model_copy(update={"requeue": requeue, "limits": limits})
     return demo.model_copy(update={"workers": lenders, "policy": policy})
 
 
