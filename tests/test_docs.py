@@ -11,7 +11,7 @@ import click
 import pytest
 import typer
 
-from azu.cli import app
+from azu.cli import app, loaded
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -91,7 +91,7 @@ def wrong_arguments(arguments: list[str]) -> str | None:
         name = waiting.pop(0)
         if name not in command.commands:
             return f"{command.name or 'azu'} has no command {name}"
-        command = command.commands[name]
+        command = loaded(name) if command is azu_command() else command.commands[name]
     known = {"--help"}
     for parameter in command.params:
         known |= {*parameter.opts, *parameter.secondary_opts}

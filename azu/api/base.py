@@ -13,7 +13,8 @@ Response = TypeVar("Response", bound="ResponseModel")
 class RequestModel(BaseModel):
     """What a caller sends. Unknown keys are refused, and no value is converted to another type."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    # A client imports all models and needs few.
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
 
 class ResponseModel(BaseModel):
@@ -27,7 +28,6 @@ class ResponseModel(BaseModel):
         frozen=True,
         # A route may build an answer from a domain object that has the same fields.
         from_attributes=True,
-        # A client imports all models and needs few.
         defer_build=True,
         # The network always sends a field that has a default; the default is for older networks.
         json_schema_serialization_defaults_required=True,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from azu.api.accounts import KeyLine
 
 
-keys = typer.Typer(no_args_is_help=True, help="The API keys of your address; `azu login` opens one.")
+keys = typer.Typer(no_args_is_help=True)
 
 
 @keys.command()

@@ -38,9 +38,7 @@ class ReversibleReport:
     jobs: "tuple[ReversibleJob, ...]"
 
 
-ledger = typer.Typer(
-    no_args_is_help=True, help="The books: check them, repair their file, decide about held money."
-)
+ledger = typer.Typer(no_args_is_help=True)
 JobId = Annotated[str, typer.Argument(help="The job's id.")]
 NodeId = Annotated[str, typer.Argument(help="The node's id, as `azu ledger held` shows it.")]
 Recipient = Annotated[str, typer.Argument(help="The address that gets it.")]

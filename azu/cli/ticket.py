@@ -19,7 +19,7 @@ _HOUR_S = 3600
 # The one ticket of a network that no other machine joins; each start of it prints the same.
 _LOCAL = "local"
 
-ticket = typer.Typer(no_args_is_help=True, help="Tickets of an encrypted network: a machine joins with one.")
+ticket = typer.Typer(no_args_is_help=True)
 
 
 @ticket.command()

@@ -48,7 +48,7 @@ class TreasuryReport:
     is_red: bool
 
 
-treasury = typer.Typer(help="Credit deposits, pay workers and users; the verbs are for the admin.")
+treasury = typer.Typer()
 
 
 @treasury.callback(invoke_without_command=True)

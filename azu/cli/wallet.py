@@ -19,7 +19,7 @@ KeyFile = Annotated[
     Path | None, typer.Option("--key-file", help="A file with the key in hex; without it you are asked.")
 ]
 
-wallet = typer.Typer(no_args_is_help=True, help="The key that pays, on this machine.")
+wallet = typer.Typer(no_args_is_help=True)
 
 
 @wallet.command()

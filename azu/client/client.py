@@ -88,8 +88,10 @@ class AsyncClient:
         url = (base_url or given("AZU_URL") or network_url(home, given("AZU_HTTP_PORT"))).rstrip("/")
         if tls is None and (authority := given("AZU_TLS_CA")):
             tls = trusting(Path(authority).expanduser())
-        if tls is None and url.startswith("https:"):
-            tls = trust_at(home, url)
+        if tls is None:
+            # The authorities of the system take long to load, and a URL without TLS asks none.
+            is_plain = url.startswith("http:")
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if is_plain else trust_at(home, url)
         # The variable's key is that of the variable's network, and no other one hears it.
         is_of_variable = given("AZU_URL", url).rstrip("/") == url
         of_variable = given("AZU_API_KEY") if is_of_variable else None

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 from urllib.parse import quote
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from azu.addresses import parse_address
 from azu.auth.peers import Network
@@ -69,12 +68,12 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 HomePath = Annotated[Path, BeforeValidator(_expanded)]
 # As useradd accepts it.
 UserName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")]
-PathList = Annotated[tuple[HomePath, ...], NoDecode, BeforeValidator(_paths)]
-NetworkList = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_words)]
-AddressList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_checked(_addresses))]
+PathList = Annotated[tuple[HomePath, ...], BeforeValidator(_paths)]
+NetworkList = Annotated[tuple[Network, ...], BeforeValidator(_words)]
+AddressList = Annotated[tuple[str, ...], BeforeValidator(_checked(_addresses))]
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """The settings of one machine; the platform's private key is never one of them.
 
     Without REDIS_HOST azu starts its own Redis, without HYPERLIQUID_RPC_URL a devnet. AZU_MODEL_ROOTS holds
@@ -88,14 +87,7 @@ class Settings(BaseSettings):
     X-Forwarded-For counts.
     """
 
-    model_config = SettingsConfigDict(
-        case_sensitive=True,
-        env_ignore_empty=True,
-        extra="ignore",
-        frozen=True,
-        hide_input_in_errors=True,
-        validate_by_name=True,
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, validate_by_name=True)
 
     chain_url: str | None = Field(None, validation_alias="HYPERLIQUID_RPC_URL")
     platform_address: Address | None = Field(None, validation_alias="HYPERLIQUID_ADDRESS")
@@ -132,9 +124,10 @@ class Settings(BaseSettings):
 
         Raises ConfigurationError that names each AZU_ variable that azu does not know or whose value is bad.
         """
-        _refuse_unknown(os.environ, {str(field.validation_alias) for field in cls.model_fields.values()})
+        known = {str(field.validation_alias) for field in cls.model_fields.values()}
+        _refuse_unknown(os.environ, known)
         try:
-            settings = cls()
+            settings = cls.model_validate({name: os.environ[name] for name in known if os.environ.get(name)})
         except ValidationError as error:
             raise configuration_error(error) from error
         settings._check_pairs()

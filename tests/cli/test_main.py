@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from azu import cli
@@ -98,6 +99,13 @@ def test_every_command_has_the_short_option_for_its_help(words: tuple[str, ...])
     done = CliRunner().invoke(cli.app, [*words])
 
     assert (done.exit_code, "Usage: " in done.output) == (0, True)
+
+
+def test_the_help_of_all_says_of_each_command_what_its_own_help_begins_with() -> None:
+    group = typer.main.get_group(cli.app)
+
+    lines = {name: command.help for name, command in group.commands.items()}
+    assert lines == {name: (cli.loaded(name).help or "").partition("\n\n")[0] for name in lines}
 
 
 def test_the_version_is_that_of_the_installed_package() -> None:
