@@ -14,8 +14,10 @@ import yaml
 from ray._private.label_utils import validate_node_label_syntax
 from ray.serve.schema import ServeDeploySchema
 
-from actors.placement import DEVICE_LABEL, PAYOUT_LABEL, VRAM
+from actors.node import _PIECES, NodeAgent
+from actors.placement import DEVICE_LABEL, PAYOUT_LABEL, VRAM, WorkerNode
 from azu.money.ledger.durability import DURABLE_CONFIG
+from tests.builders import OWNERS
 from tests.test_docs import wrong_arguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -152,6 +154,78 @@ def test_kubernetes_workers_say_what_they_lend_and_who_is_paid() -> None:
         validate_node_label_syntax(group["labels"])
         (worker,) = containers(group).values()
         assert worker["resources"]["limits"]["nvidia.com/gpu"] == "1"  # a Ray node is one GPU
+
+
+class Hook:
+    """What a container's preStop runs, in a home of its own; `proc` stands for the pod's processes."""
+
+    def __init__(self, pod: dict[str, Any], name: str, home: Path) -> None:
+        (container,) = [one for one in pod["template"]["spec"]["containers"] if one["name"] == name]
+        self.words = [str(word) for word in container["lifecycle"]["preStop"]["exec"]["command"]]
+        self.longest_s = sum(map(int, re.findall(r"(?:sleep|timeout|seq|--within) (\d{1,})", self.words[-1])))
+        self._home = home
+
+    def start(self) -> "subprocess.Popen[str]":
+        text = self.words[-1].replace("/proc/", f"{self._home}/proc/").replace("sleep 5;", "sleep 0.5;")
+        path = f"{self._home}/bin:{os.defpath}"
+        return subprocess.Popen(
+            (*self.words[:-1], text), env={"HOME": str(self._home), "PATH": path}, text=True
+        )
+
+
+def test_a_head_of_kubernetes_that_is_rolled_ends_its_answers_before_ray_is_stopped(tmp_path: Path) -> None:
+    group = RAY_SERVICE["spec"]["rayClusterConfig"]["headGroupSpec"]
+    of_ray, of_money = (Hook(group, name, tmp_path) for name in ("ray-head", "money"))
+    (drains,) = re.findall(r"azu (.*?);", of_money.words[-1])
+    assert wrong_arguments(drains.split()) is None
+    # `azu down` without it ends the container's first process, and with it the hook.
+    assert "--drain-only" in drains
+    assert of_money.longest_s < of_ray.longest_s < group["template"]["spec"]["terminationGracePeriodSeconds"]
+
+    (tmp_path / ".azu" / "serve").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    azu = tmp_path / "bin" / "azu"
+    azu.write_text('#!/bin/sh\necho "$@" > ~/asked; until test -e ~/ended; do sleep 0.05; done\n')
+    azu.chmod(0o755)
+    # Only Ray's container is started again: nothing drains, and nothing is waited for.
+    assert of_ray.start().wait(30) == 0
+    hooks = [of_money.start(), of_ray.start()]
+    while not (tmp_path / "asked").exists():
+        time.sleep(0.05)
+    with pytest.raises(subprocess.TimeoutExpired):
+        hooks[1].wait(2)
+    (tmp_path / "ended").touch()
+
+    assert [hook.wait(30) for hook in hooks] == [0, 0]
+    assert list((tmp_path / ".azu" / "serve").iterdir()) == []
+
+
+def test_a_worker_of_kubernetes_that_is_rolled_gives_its_pieces_away_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (group,) = RAY_SERVICE["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    hook = Hook(group, "ray-worker", tmp_path)
+    assert hook.longest_s < group["template"]["spec"]["terminationGracePeriodSeconds"]
+    (mount,) = containers(group)["ray-worker"]["volumeMounts"]
+    assert mount["mountPath"] == "/home/ray/.azu"
+    monkeypatch.delenv("AZU_HOME", raising=False)
+    node = WorkerNode("0123456789", "01234567", OWNERS[0], "cpu", 1, "192.0.2.7:7")
+    agent = NodeAgent(node, tmp_path / ".azu")
+    pieces = [tmp_path / "proc" / str(number) / "cmdline" for number in range(len(_PIECES))]
+    for piece, title in zip(pieces, _PIECES, strict=True):
+        piece.parent.mkdir(parents=True)
+        piece.write_text(f"{title}.step")
+
+    stopping = hook.start()
+
+    while not agent._why_paused({}):
+        time.sleep(0.05)
+    for piece in pieces:
+        with pytest.raises(subprocess.TimeoutExpired):
+            stopping.wait(0.5)
+        piece.write_text("ray::IDLE")
+    assert stopping.wait(30) == 0
+    assert not agent._why_paused({}), "a container that is started again in this pod lends again"
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl here")

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 60.0
 
 Drain = Annotated[bool, typer.Option("--drain", help="Refuse new jobs first, and let those that run end.")]
-Within = Annotated[float, typer.Option(min=0, help="How many seconds they may take with --drain.")]
+DrainOnly = Annotated[bool, typer.Option("--drain-only", help="Do the same, and stop nothing.")]
+Within = Annotated[float, typer.Option(min=0, help="How many seconds they may take when it drains.")]
 
 
-def down(drain: Drain = False, within: Within = 300.0) -> None:
+def down(drain: Drain = False, drain_only: DrainOnly = False, within: Within = 300.0) -> None:
     """Stop the network that runs out of AZU_HOME, and everything that it started.
 
     Jobs that wait or still run are taken at its next start.
@@ -26,11 +27,13 @@ def down(drain: Drain = False, within: Within = 300.0) -> None:
 
     settings = Settings.from_environment()
     running_network(settings.home)
-    if drain:
+    if drain or drain_only:
         with console.status("Waiting for the jobs that run"):
             running = _drain(settings, within)
         if running:
             console.print(Text(f"{running} jobs still run; they go on at the next start", "yellow"))
+    if drain_only:
+        return
     with console.status(f"Stopping the network in {settings.home}"):
         stop_network(settings.home, _TIMEOUT_S)
     console.print(done("stopped"))

@@ -122,6 +122,8 @@ def test_a_network_is_up_joined_left_and_down(azu: Start, home: Path) -> None:
     assert joined.wait(60) == 130
     eventually(lambda: set(alive()) == {"worker-0"}, 60)
 
+    assert azu(home, "down", "--drain-only").wait(120) == 0
+    assert set(alive()) == {"worker-0"}, "nothing is stopped"
     assert azu(home, "down", "--drain").wait(120) == 0
     assert up.wait(60) == 130
     assert [session_members(session) for session in sessions] == [[] for _ in sessions]
