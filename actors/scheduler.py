@@ -45,7 +45,7 @@ from azu.jobs.dispatch import Dispatcher
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
 from azu.metrics import BAD_FRAMES, LEFT_OUT, UNHEALTHY, MetricsSnapshot, MetricsSum
-from azu.money.books import Books
+from azu.money.books import Books, Totals
 from azu.protocol.job import DeploymentStatus
 from azu.protocol.node import Node, Offer
 from azu.protocol.topology import Prediction
@@ -261,7 +261,11 @@ class Scheduler:
             show_deployments(self._meter, await self.deployments())
             show_head(self._meter, self._config.home, self._certificate_ends)
             show_jobs(self._meter, self._dispatcher.num_waiting, self._dispatcher.num_running)
-            show_books(self._meter, await self._books.totals())
+            totals: Totals | None = None
+            try:
+                totals = await self._books.totals()
+            finally:
+                show_books(self._meter, totals)
             if shown := await self._books.treasury_metrics():
                 await self.take_metrics(*shown)
         finally:

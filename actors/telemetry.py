@@ -153,9 +153,11 @@ def show_head(meter: Meter, home: Path, ends_s: Mapping[str, float]) -> None:
 
     In a cluster that azu did not start the home may lie elsewhere, or belong to another user.
     """
+    free: dict[Labels, float] = {}
     with suppress(OSError):
         disk = shutil.disk_usage(home)
-        meter.set_gauge(metrics.DISK_FREE, {("jobs",): disk.free / disk.total})
+        free = {("jobs",): disk.free / disk.total}
+    meter.set_gauge(metrics.DISK_FREE, free)
     meter.set_gauge(metrics.CERTIFICATE_ENDS, {(name,): at_s for name, at_s in ends_s.items()})
 
 
@@ -177,13 +179,20 @@ def show_jobs(meter: Meter, num_waiting: int, num_running: int) -> None:
     meter.set_gauge(metrics.JOBS, {("waiting",): num_waiting, ("running",): num_running})
 
 
-def show_books(meter: Meter, totals: "Totals") -> None:
-    """Show what was charged, earned and paid so far, and what each kind of account holds."""
-    meter.raise_counter_to(metrics.LAMPORTS_CHARGED, totals.charged_lamports)
-    meter.raise_counter_to(metrics.LAMPORTS_EARNED, totals.earned_lamports)
-    meter.raise_counter_to(metrics.LAMPORTS_PAID, totals.paid_lamports)
-    meter.set_gauge(
-        metrics.LAMPORTS_HELD, {(kind,): lamports for kind, lamports in totals.held_lamports.items()}
-    )
-    meter.set_gauge(metrics.LEDGER_LOST, {(): totals.lost_writes})
-    meter.set_gauge(metrics.SIGNER_FINDINGS, {(): len(totals.unsigned)})
+def show_books(meter: Meter, totals: "Totals | None") -> None:
+    """Show what was charged, earned and paid so far, and what each kind of account holds.
+
+    Without totals the books do not answer: what they hold is shown as unknown, not as it was before.
+    """
+    held: dict[Labels, float] = {}
+    lost: dict[Labels, float] = {}
+    findings: dict[Labels, float] = {}
+    if totals is not None:
+        meter.raise_counter_to(metrics.LAMPORTS_CHARGED, totals.charged_lamports)
+        meter.raise_counter_to(metrics.LAMPORTS_EARNED, totals.earned_lamports)
+        meter.raise_counter_to(metrics.LAMPORTS_PAID, totals.paid_lamports)
+        held = {(kind,): lamports for kind, lamports in totals.held_lamports.items()}
+        lost, findings = {(): totals.lost_writes}, {(): len(totals.unsigned)}
+    meter.set_gauge(metrics.LAMPORTS_HELD, held)
+    meter.set_gauge(metrics.LEDGER_LOST, lost)
+    meter.set_gauge(metrics.SIGNER_FINDINGS, findings)

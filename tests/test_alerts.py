@@ -55,6 +55,8 @@ FIRES: Mapping[str, Mapping[str, float | None]] = {
     "AzuSuspense": {'azu_lamports_held{account="suspense"}': 1},
     "AzuBackupOld": {'azu_last_done_timestamp_seconds{what="backup"}': NOW_S - 1.51 * DAY_S},
     "AzuNoWallet": {"azu_wallet_lamports": None},
+    "AzuNoLimits": {'azu_payout_limit_used_ratio{kind="withdrawal"}': None},
+    "AzuNoBooks": {"azu_signer_findings": None},
     "AzuNoBackup": {'azu_last_done_timestamp_seconds{what="backup"}': None},
     "AzuAuditOld": {'azu_last_done_timestamp_seconds{what="audit"}': NOW_S - 1.51 * DAY_S},
     "AzuNoAudit": {'azu_last_done_timestamp_seconds{what="audit"}': None},

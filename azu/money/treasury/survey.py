@@ -1,5 +1,6 @@
 """What an operator watches beside the books: the platform's account, limits, the disk, copies and audits."""
 
+import asyncio
 import secrets
 import shutil
 from pathlib import Path
@@ -45,11 +46,30 @@ class Survey:
         meter.set_gauge(metrics.DISK_FREE, {("money",): disk.free / disk.total})
         done: dict[Labels, float] = {(what,): at_ms / 1000 for what, at_ms in last_done(self._home).items()}
         meter.set_gauge(metrics.LAST_DONE, done)
-        platform = self._platforms[0]
-        meter.set_gauge(metrics.WALLET, {(): await balance_of(self._chain, self._platforms)})
-        meter.set_gauge(metrics.ACTIONS_LEFT, {(): await self._chain.actions_left(platform)})
+        asked = {
+            metrics.WALLET: self._wallet(),
+            metrics.ACTIONS_LEFT: self._actions_left(),
+            metrics.FEE_MISSING: self._fee_missing(),
+            metrics.LIMIT_USED: self._limit_used(),
+        }
+        answers = await asyncio.gather(*asked.values(), return_exceptions=True)
+        for metric, answer in zip(asked, answers, strict=True):
+            # What cannot be asked is unknown: a number of before would pass for one of now.
+            meter.set_gauge(metric, {} if isinstance(answer, BaseException) else answer)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+
+    async def _wallet(self) -> dict[Labels, float]:
+        return {(): await balance_of(self._chain, self._platforms)}
+
+    async def _actions_left(self) -> dict[Labels, float]:
+        return {(): await self._chain.actions_left(self._platforms[0])}
+
+    async def _fee_missing(self) -> dict[Labels, float]:
         # An address that the chain has never seen costs the fee of a new account.
-        recipient = await self._chain.recipient(f"0x{secrets.token_hex(20)}", platform)
-        meter.set_gauge(metrics.FEE_MISSING, {(): float(not recipient.has_fee)})
-        status = await self._signer.status()
-        meter.set_gauge(metrics.LIMIT_USED, {(kind,): part for kind, part in status.day_parts.items()})
+        recipient = await self._chain.recipient(f"0x{secrets.token_hex(20)}", self._platforms[0])
+        return {(): float(not recipient.has_fee)}
+
+    async def _limit_used(self) -> dict[Labels, float]:
+        return {(kind,): part for kind, part in (await self._signer.status()).day_parts.items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from azu import metrics
+from azu.errors import Unavailable
 from azu.metrics import Meter
 from azu.money.signer.calls import SignerStatus
 from azu.money.treasury.survey import Survey, last_done, note_done
@@ -45,6 +46,37 @@ def test_the_account_its_limits_and_what_was_done_are_shown(world: World, tmp_pa
     assert shown.value(metrics.LAST_DONE, "backup") == 7.5
     assert shown.value(metrics.LAST_DONE, "audit") == 6
     assert 0 < shown.value(metrics.DISK_FREE, "money") < 1
+
+
+def test_what_chain_or_signer_do_not_answer_is_unknown_and_not_as_it_was_before(
+    world: World, tmp_path: Path
+) -> None:
+    class Away(Signer):
+        async def status(self) -> SignerStatus:
+            raise Unavailable("the signer is away")
+
+    meter = Meter()
+    of_chain = {metrics.WALLET.name, metrics.ACTIONS_LEFT.name, metrics.FEE_MISSING.name}
+    of_signer = {metrics.LIMIT_USED.name}
+
+    def shown() -> set[str]:
+        return {name for name, _ in meter.snapshot().values} - {metrics.DISK_FREE.name}
+
+    async def scenario(parts: Open) -> None:
+        platform = (fresh_address(),)
+        survey = Survey(parts.chain, Signer(), platform, tmp_path)  # type: ignore[arg-type]
+        await survey.show(meter)
+        assert shown() == of_chain | of_signer
+        world.devnet.fault("server_error_before", path="/info", times=None)
+        with pytest.raises(Unavailable):
+            await survey.show(meter)
+        assert shown() == of_signer
+        world.devnet.no_faults()
+        with pytest.raises(Unavailable):
+            await Survey(parts.chain, Away(), platform, tmp_path).show(meter)  # type: ignore[arg-type]
+        assert shown() == of_chain
+
+    world.run(scenario)
 
 
 @pytest.mark.parametrize("damaged", ["", "[]", '{"backup": "yesterday"}', '{"backup": 1.5}'])
