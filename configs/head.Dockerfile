@@ -17,7 +17,12 @@ RUN pip install --no-cache-dir $PIP_OPTIONS --require-hashes --no-deps -r config
 RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 # A package that is missing fails the build.
 RUN azu --help >/dev/null && python -c "import deployments.app, azu.engine.stage_runner; from azu.launch.redis_server import server_executable; server_executable()"
-# Volumes take these folders' owner. The users of money and Ray that the head makes read Python from this home.
+# Volumes keep their owners' numbers: in every image the users of the money and of Ray have these.
+USER root
+RUN groupadd --gid 10001 azu-money && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin azu-money
+RUN groupadd --gid 10002 azu-ray && useradd --uid 10002 --gid 10002 --no-log-init --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin azu-ray
+USER ray
+# Volumes take these folders' owner. The users of the money and of Ray read Python from this home.
 RUN mkdir -p "$HOME/.azu/serve" && chmod 755 "$HOME"
 VOLUME /home/ray/.azu
 EXPOSE 8000

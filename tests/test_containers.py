@@ -17,7 +17,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.Dockerfile"))
-KNOWN = {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "VOLUME", "EXPOSE", "ENTRYPOINT", "CMD"}
+KNOWN = {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "USER", "VOLUME", "EXPOSE", "ENTRYPOINT", "CMD"}
 HOME = "/home/ray"
 STEP_TIMEOUT_S = 800
 
@@ -81,6 +81,40 @@ def test_the_heads_other_users_can_read_python_and_its_volumes_get_their_owner()
         )
 
 
+def steps_as_root(file: Path) -> list[str]:
+    """Return the commands that a file runs as root."""
+    found, user = [], ""
+    for step in steps(file):
+        user = step.rest if step.word == "USER" else user
+        found += [step.rest] if step.word == "RUN" and user == "root" else []
+    return found
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="only root makes users")
+def test_the_users_of_the_head_have_the_same_numbers_in_every_image(tmp_path: Path) -> None:
+    (file,) = [one for one in FILES if one.name == "head.Dockerfile"]
+    etc = tmp_path / "etc"
+    shutil.copytree("/etc", etc, symlinks=True)
+    for name in ("passwd", "group", "shadow", "gshadow"):
+        lines = (etc / name).read_text().splitlines(keepends=True)
+        (etc / name).write_text("".join(line for line in lines if not line.startswith("azu-")))
+    shown = """
+from azu.config import Settings
+from azu.launch.unix_users import UnixUser
+of = Settings.from_environment()
+for name in (of.money_user, of.ray_user):
+    user = UnixUser.found_or_created(name)
+    print(user.uid, user.gid)
+"""
+    commands = [f"mount --bind {etc} /etc", *steps_as_root(file), '"$0" -c "$1"']
+    run_alone = ("unshare", "--mount", "sh", "-ec", "\n".join(commands), sys.executable, shown)
+    done = subprocess.run(run_alone, capture_output=True, text=True, timeout=60, check=False)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no users can be made here: {done.stderr}")
+
+    assert done.stdout.split() == ["10001", "10001", "10002", "10002"], done.stderr
+
+
 @pytest.mark.prove
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_the_steps_run_in_a_clean_directory(file: Path, tmp_path: Path) -> None:
@@ -102,7 +136,7 @@ def test_the_steps_run_in_a_clean_directory(file: Path, tmp_path: Path) -> None:
             environment[name] = json.loads(value)
         elif step.word == "COPY":
             copy(sources(step), folder)
-        elif step.word == "RUN":
+        elif step.word == "RUN" and step.rest not in steps_as_root(file):
             run(["bash", "-c", step.rest], folder, environment)
 
     entry = json.loads(only(file, "ENTRYPOINT"))
