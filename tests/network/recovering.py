@@ -146,7 +146,9 @@ class Stream:
         """Send the request and read the stream to its end."""
         try:
             with user.http.stream("POST", "/v1/completions", json=self.asked.body()) as reply:
-                reply.raise_for_status()
+                if reply.is_error:
+                    self.fault = f"{reply.status_code} {reply.read().decode()}"
+                    return
                 for line in reply.iter_lines():
                     self._heard(line)
         except Exception as error:
