@@ -188,6 +188,8 @@ def books_terms(
         unfunded_key_ms=policy.limits.unfunded_key_s * 1000,
         fetch_lamports_per_gib=policy.new_models.lamports_per_gib,
         fetch_unused_ms=policy.new_models.unused_s * 1000,
+        # Those of lost jobs stay open until they expire.
+        max_reservations=2 * policy.limits.max_jobs_in_flight * policy.limits.most_times_more,
         key_day_lamports=policy.limits.key_day_lamports,
         maturity_ms=mature_s * 1000,
         others_payout=others_payout,

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from azu.auth.key_records import ApiKey
@@ -98,6 +100,9 @@ from azu.units import hype_from_lamports
 _LOG = logging.getLogger(__name__)
 # A caller is answered within a second while Redis is away.
 _SILENCE_S = 0.5
+# So that no job has the name of a key, of an address or of a fee, and a wallet can sign that it disputes it.
+_JOB_ID = re.compile(r"job-[A-Za-z0-9-]{1,60}")
+_OVERDUE_AT_ONCE = 1000
 
 
 class Bookkeeper(BooksCalls):
@@ -136,7 +141,7 @@ class Bookkeeper(BooksCalls):
         self._uncredited = RedisUncredited(self._redis)
         self._cursor = RedisCursor(self._redis)
         self._keys = Keys(self.ledger, platform, terms, now_ms)
-        self._holds = Holds(self.ledger, self._keys)
+        self._holds = Holds(self.ledger, self._keys, terms.max_reservations)
         self._fees = ModelFees(self.ledger, self._holds, terms)
         self._opened_at_ms = 0
         # Why the signer signs nothing; empty while it does.
@@ -225,13 +230,17 @@ class Bookkeeper(BooksCalls):
         max_tokens: int,
     ) -> int:
         key, ledger = await self._keys.find(bearer), await self.ledger()
-        if is_fee(job_id):
+        if not _JOB_ID.fullmatch(job_id):
             raise InvalidRequest(f"{job_id} is no job's id", param="job_id")
+        if num_layers < 1 or prompt_tokens + max_tokens < 1:
+            raise InvalidRequest("a job has layers and tokens", param="max_tokens")
+        now_ms = ledger.now_ms()
         asked = Reserve(
             id=f"reserve:{job_id}",
             address=key.address,
             job_id=job_id,
-            expires_at_ms=ledger.now_ms() + self._terms.reservation_ttl_ms,
+            expires_at_ms=now_ms + self._terms.reservation_ttl_ms,
+            reserved_at_ms=now_ms,
             key_id=key.key_id,
             model_id=model_id,
             revision=revision,
@@ -310,7 +319,8 @@ class Bookkeeper(BooksCalls):
 
     async def overdue(self) -> tuple[str, ...]:
         expired = (await self.ledger()).state.expired(self._now_ms())
-        return tuple(hold.job_id for hold in expired if not is_fee(hold.job_id))
+        jobs = (hold.job_id for hold in expired if not is_fee(hold.job_id))
+        return tuple(islice(jobs, _OVERDUE_AT_ONCE))
 
     async def expire(self, job_id: str) -> None:
         hold = (await self.ledger()).state.reservations.get(job_id)

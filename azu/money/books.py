@@ -57,10 +57,10 @@ TreasuryTransfer = (
 class BooksTerms:
     """By what a network's books reckon: the price of new jobs, and for how long things stay open.
 
-    An address has at most `max_keys` keys and `max_nodes` nodes that are paid to it, and all addresses that
-    never had money together `max_unfunded_keys`, each for `unfunded_key_ms`. What a job pays out may be
-    reversed for `maturity_ms`. Work of nodes that are not enrolled is paid to `others_payout`; without one it
-    is held. The wallets of `admins` (lower-case addresses) sign commands.
+    An address has at most `max_keys` keys and `max_reservations` open at once, and `max_nodes` nodes are paid
+    to it; all addresses that never had money have `max_unfunded_keys` together, each for `unfunded_key_ms`.
+    What a job pays out may be reversed for `maturity_ms`. Work of nodes that are not enrolled is paid to
+    `others_payout`; without one it is held. The wallets of `admins` (lower-case addresses) sign commands.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -72,6 +72,7 @@ class BooksTerms:
     max_nodes: int
     max_unfunded_keys: int
     unfunded_key_ms: int
+    max_reservations: int = 4096
     key_day_lamports: int | None = None
     fetch_lamports_per_gib: int = 0
     fetch_unused_ms: int = 86_400_000
@@ -232,7 +233,8 @@ class BooksCalls:
         The price of now is the job's price until its end; `max_tokens` counts all its choices. Raises
         Unauthenticated for a key that is not valid now, InsufficientBalance if the account does not cover
         the amount, or the key's limit (code `spend_limit_reached`), or that of a day for a key that has none
-        (`day_limit_reached`). Then nothing is set aside.
+        (`day_limit_reached`), InvalidRequest for a job without layers or tokens, or with an id that is no
+        job's, RateLimited for an account with too many open reservations. Then nothing is set aside.
         """
 
     async def reserve_fetch(self, bearer: str, fetch_id: str, *, model_id: str, num_bytes: int) -> int:
@@ -276,7 +278,7 @@ class BooksCalls:
         """
 
     async def overdue(self) -> tuple[str, ...]:
-        """Return the jobs whose reservations may expire, the oldest first; they may not have been written."""
+        """Return the jobs whose reservations may expire, the oldest thousand; some may not be written."""
 
     async def expire(self, job_id: str) -> None:
         """Return what is reserved for an overdue job that was never written; raises Conflict too early."""

@@ -23,7 +23,7 @@ from azu.supervision import Supervisor
 # Who changes the journal is found out within this time.
 _VERIFY_EVERY_S = 30.0
 # Redis keeps the latest entries in memory; older ones lie in files.
-_SEAL_EVERY_S = 60.0
+_SEAL_EVERY_S = 10.0
 _SEALED_AT_ONCE = 20_000
 _CERTIFY_EVERY_S = 1.0
 _DROP_KEYS_EVERY_S = 3600.0

@@ -11,6 +11,9 @@ from azu.protocol.job import FinishReason, JobEnding, JobOutcome, JobState, Rece
 
 _ENDING = TypeAdapter(JobEnding)
 _PACKED = "~"
+# What is kept of an error that is too long: each of these, cut. They fit, whatever the characters are.
+_OF_ERRORS = ("message", "type", "param", "code")
+_MOST_CHARACTERS = 200
 # The end of a job that was reserved and never written.
 LOST = JobEnding(
     JobState.FAILED,
@@ -62,4 +65,7 @@ def _unpack(text: str) -> JobEnding:
 
 
 def _short(error: Mapping[str, str | None] | None) -> Mapping[str, str | None] | None:
-    return None if error is None else {name: value and value[:200] for name, value in error.items()}
+    if error is None:
+        return None
+    kept = {name: error[name] for name in _OF_ERRORS if name in error}
+    return {name: value and value[:_MOST_CHARACTERS] for name, value in kept.items()}

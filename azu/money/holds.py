@@ -3,32 +3,38 @@
 from collections.abc import Awaitable, Callable
 
 from azu.auth.key_records import ApiKey
-from azu.errors import LedgerError, TransferConflict
+from azu.errors import LedgerError, RateLimited, TransferConflict
 from azu.money.endings import outcome_of
 from azu.money.keys import Keys
 from azu.money.ledger.ledger import Ledger
+from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import Expire, Release, Reserve, Settle
 from azu.protocol.job import JobOutcome
 
 _ENDS = ("settle", "release", "expire")
+_RETRY_AFTER_S = 1.0
 
 
 class Holds:
     """The reservations of one ledger. Each call may be repeated: nothing happens twice."""
 
-    def __init__(self, ledger: Callable[[], Awaitable[Ledger]], keys: Keys) -> None:
+    def __init__(self, ledger: Callable[[], Awaitable[Ledger]], keys: Keys, most_open: int) -> None:
         self._ledger = ledger
         self._keys = keys
+        # Of one address.
+        self._most_open = most_open
 
     async def set_aside(self, key: ApiKey, asked: Reserve) -> int:
         """Reserve from the account of a key's address; return what was reserved, now or before.
 
-        Raises InsufficientBalance, and TransferConflict if the same was reserved in another way.
+        Raises InsufficientBalance, RateLimited where the address has too many open, and TransferConflict if
+        the same was reserved in another way.
         """
         ledger = await self._ledger()
         # A repeated call has another time.
         known = await ledger.result(asked.id)
         if known is None:
+            self._check_num_open(ledger.state, asked.address)
             with self._keys.within_day(ledger.state, key, asked.lamports):
                 await ledger.apply(asked)
             return asked.lamports
@@ -36,6 +42,15 @@ class Holds:
         if not isinstance(before, Reserve) or _facts(before) != _facts(asked):
             raise TransferConflict(f"{asked.job_id} was reserved for before, in another way")
         return before.lamports
+
+    def _check_num_open(self, state: BooksState, address: str) -> None:
+        most = self._most_open
+        # They are counted only where there can be too many.
+        if len(state.reservations) < most:
+            return
+        if sum(one.address == address for one in state.reservations.values()) >= most:
+            message = f"{most} reservations of this account are open; wait until one has ended"
+            raise RateLimited(message, code="too_many_jobs", retry_after_s=_RETRY_AFTER_S)
 
     async def end(self, hold: Reserve, transfer: Settle | Release | Expire) -> JobOutcome:
         """Apply the end of a job; return how the job has ended, which another call may have decided."""

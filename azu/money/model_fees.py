@@ -5,6 +5,7 @@ it back; without one the platform gets it after a time.
 """
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Iterator
 
 from azu.auth.key_records import ApiKey
@@ -15,6 +16,10 @@ from azu.money.ledger.ledger import Ledger
 from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import Release, Reserve, Settle, is_fee
 from azu.units import GIB
+
+# The largest models known have less than half of it.
+_MOST_BYTES = 4096 * GIB
+_FETCH_ID = re.compile(r"fetch-[A-Za-z0-9-]{1,60}")
 
 
 class ModelFees:
@@ -33,8 +38,10 @@ class ModelFees:
     async def set_aside(self, key: ApiKey, fetch_id: str, *, model_id: str, num_bytes: int) -> int:
         """Set a model's fee aside unless there is one; return it. Raises InsufficientBalance."""
         lamports = fee_lamports(num_bytes, self._terms.fetch_lamports_per_gib)
-        if not is_fee(fetch_id):
+        if not _FETCH_ID.fullmatch(fetch_id):
             raise InvalidRequest(f"{fetch_id} is no fee's id", param="fetch_id")
+        if not 0 <= num_bytes <= _MOST_BYTES:
+            raise InvalidRequest(f"no model has {num_bytes} bytes", param="num_bytes")
         async with self._setting:
             ledger = await self._ledger()
             others = _of_model(ledger.state, model_id)
@@ -58,9 +65,24 @@ class ModelFees:
         """Charge the fees for models that were not used in time, once the chain's time was heard."""
         ledger = await self._ledger()
         async with self._setting:
-            for one in list(_ends(ledger.state, ledger.now_ms())) if ledger.is_timed else ():
+            for one in list(self._ends(ledger)) if ledger.is_timed else ():
                 await ledger.apply(one)
             self._models = None  # it is looked for anew, without models whose fees have ended
+
+    def _ends(self, ledger: Ledger) -> Iterator[Settle]:
+        """Yield what charges the fees of models that were not used in time, as jobs are charged."""
+        now_ms = ledger.now_ms()
+        for one in _open(ledger.state):
+            if one.expires_at_ms <= now_ms:
+                yield Settle(
+                    id=f"settle:{one.job_id}",
+                    job_id=one.job_id,
+                    prompt_tokens=one.prompt_tokens,
+                    charged_lamports=one.lamports,
+                    platform_lamports=one.lamports,
+                    shares={},
+                    maturity_ms=self._terms.maturity_ms,
+                )
 
     async def _models_with_fees(self) -> set[str]:
         if self._models is None:
@@ -90,20 +112,6 @@ def _fee(fetch_id: str, key: ApiKey, model_id: str, lamports: int, expires_at_ms
         prompt_tokens=lamports,
         max_tokens=0,
     )
-
-
-def _ends(state: BooksState, now_ms: int) -> Iterator[Settle]:
-    """Yield what charges the fees of models that were not used in time."""
-    for one in _open(state):
-        if one.expires_at_ms <= now_ms:
-            yield Settle(
-                id=f"settle:{one.job_id}",
-                job_id=one.job_id,
-                prompt_tokens=one.prompt_tokens,
-                charged_lamports=one.lamports,
-                platform_lamports=one.lamports,
-                shares={},
-            )
 
 
 def _of_model(state: BooksState, model_id: str) -> list[Reserve]:

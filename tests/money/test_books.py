@@ -1,6 +1,7 @@
 """The door to money: what each caller can do with the books over their wire, over a real Redis."""
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,17 +32,18 @@ from azu.errors import (
     InvalidRequest,
     LedgerError,
     NotFound,
+    RateLimited,
     TransferConflict,
     Unauthenticated,
 )
-from azu.money import books_view
+from azu.money import bookkeeping, books_view
 from azu.money.books import Books, JobDispute, Totals, UserBalance, WorkerEarnings
 from azu.money.books_process import ALLOWED
 from azu.money.charging import UNSHOWN
 from azu.money.ledger.journal import RedisJournal
 from azu.money.ledger.ledger import Ledger
 from azu.money.ledger.seals import Seals
-from azu.money.ledger.transfers import Deposit, LossNoted
+from azu.money.ledger.transfers import Deposit, LossNoted, Settle
 from azu.money.receipts import ReceiptKey
 from azu.money.signer.calls import SignerCalls
 from azu.money.treasury.request_reply import CreditState, DepositRequests, DepositStatus
@@ -245,17 +247,142 @@ def test_no_one_enrols_as_the_node_whose_work_was_not_shown(redis_url: str) -> N
     play(redis_url, scenario)
 
 
-def test_a_settlement_for_more_nodes_than_a_job_can_have_changes_nothing(redis_url: str) -> None:
+@pytest.mark.parametrize(
+    "work",
+    [
+        pytest.param({0: {f"n{number}": 1 for number in range(1001)}}, id="nodes"),
+        pytest.param({0: {f"{number:0200}": 1 for number in range(100)}}, id="bytes"),
+        pytest.param({layer: {f"n{number}": 1 for number in range(990)} for layer in range(6)}, id="parts"),
+    ],
+)
+def test_work_of_more_than_a_job_can_have_is_held_and_makes_no_long_entry(
+    redis_url: str, work: dict[int, dict[str, int]]
+) -> None:
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        await open_account(books, 100_000)
+        tokens = {"num_layers": 6, "prompt_tokens": 1, "max_tokens": 6_000}
+        await books.reserve(BEARER, "job-1", model_id="m", revision="r", **tokens)
+        outcome = await settle(books, tokens=6_000, work=work)
+
+        charged = outcome.receipt.charged_lamports
+        assert charged == 6_001 * 6 * 2
+        assert outcome.receipt.held_lamports == charged - outcome.receipt.platform_lamports
+        held = (await books.totals()).held_lamports["held"]
+        assert held == outcome.receipt.held_lamports
+        settled = await (await served.bookkeeper.ledger()).result("settle:job-1")
+        assert settled is not None
+        assert isinstance(settled.entry.transfer, Settle)
+        assert (settled.entry.transfer.by_node, list(settled.entry.transfer.held)) == ({}, [UNSHOWN])
+
+    play(redis_url, scenario)
+
+
+def test_nodes_that_get_no_lamport_are_not_named(redis_url: str) -> None:
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        await open_account(books)
+        await reserve(books)
+        await settle(books, work={layer: {"a": 10**9, "b": 1, "c": 1} for layer in range(4)})
+        settled = await (await served.bookkeeper.ledger()).result("settle:job-1")
+        assert settled is not None
+        assert isinstance(settled.entry.transfer, Settle)
+        assert settled.entry.transfer.by_node == {"a": 64}
+        assert settled.entry.transfer.shares == {OWNERS[0]: 64}
+        assert settled.entry.transfer.held == {}
+
+    play(redis_url, scenario)
+
+
+def test_an_error_of_any_length_is_cut(redis_url: str) -> None:
     async def scenario(books: Books, _: ServedBooks) -> None:
         await open_account(books)
         await reserve(books)
-        with pytest.raises(LedgerError, match="1001 shares"):
-            await settle(books, work={key: {f"n{number}": 1 for number in range(1001)} for key in range(4)})
-        assert await books.balance(ADDRESS) == UserBalance(1_000 - 112, 112, 0)
-
-        assert (await settle(books, work={})).receipt.held_lamports == 64
+        long = {secrets.token_hex(20): secrets.token_hex(20) for _ in range(400)}
+        error = {"message": "\0" * 10_000, "type": "server_error", "param": None, "code": "x"} | long
+        outcome = await settle(books, ending=JobEnding(JobState.FAILED, FinishReason.ERROR, error))
+        assert outcome.error == {"message": "\0" * 200, "type": "server_error", "param": None, "code": "x"}
+        assert await books.ended("job-1") == outcome
 
     play(redis_url, scenario)
+
+
+def test_work_of_layers_that_a_job_does_not_have_is_not_looked_at(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        await reserve(books)
+        work = {layer: {"a": 1} for layer in range(4)} | {layer: {"b": 1} for layer in range(4, 6_000)}
+        assert (await settle(books, work=work)).receipt.worker_lamports == {OWNERS[0]: 64}
+
+    play(redis_url, scenario)
+
+
+@pytest.mark.parametrize(
+    "job_id", ["job", "job-", "j1", "fetch-1", "job-/1", f"job-{'1' * 61}", ADDRESS, signed_key().key_id]
+)
+def test_a_job_has_no_name_of_a_key_or_an_address(redis_url: str, job_id: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        with pytest.raises(InvalidRequest):
+            await reserve(books, job_id)
+        assert (await books.balance(ADDRESS)).reserved_lamports == 0
+
+    play(redis_url, scenario)
+
+
+def test_a_reservation_has_layers_and_tokens_and_an_address_has_so_many(redis_url: str) -> None:
+    clock = [wall_clock_ms()]
+
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        await open_account(books, 10_000)
+        facts = {"model_id": "m", "revision": "r"}
+        for nothing in ({"num_layers": 0, "max_tokens": 1}, {"num_layers": 1, "max_tokens": 0}):
+            with pytest.raises(InvalidRequest):
+                await books.reserve(BEARER, "job-0", **facts, **nothing, prompt_tokens=0)
+        for number in range(3):
+            await reserve(books, f"job-{number}")
+        for refused in (
+            reserve(books, "job-3"),
+            books.reserve_fetch(BEARER, "fetch-1", model_id="m", num_bytes=1),
+        ):
+            with pytest.raises(RateLimited):
+                await refused
+        assert await reserve(books, "job-0") == 112, "a repeated call"
+        await settle(books, "job-0")
+        await reserve(books, "job-3")
+
+    terms = replace(TERMS, max_reservations=3, fetch_lamports_per_gib=1)
+    play(redis_url, scenario, terms=terms, now_ms=lambda: clock[0])
+
+
+def test_a_thousand_overdue_jobs_are_named_at_once(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [wall_clock_ms()]
+    monkeypatch.setattr(bookkeeping, "_OVERDUE_AT_ONCE", 2)
+
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books)
+        for number in range(3):
+            await reserve(books, f"job-{number}")
+            clock[0] += 1
+        clock[0] += TERMS.reservation_ttl_ms
+        assert await books.overdue() == ("job-0", "job-1")
+
+    play(redis_url, scenario, now_ms=lambda: clock[0])
+
+
+def test_other_terms_take_no_pay_from_jobs_that_run(redis_url: str) -> None:
+    clock = [wall_clock_ms()]
+
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        await open_account(books)
+        await books.enrol_node("a", OWNERS[0], key_digest="k", name="a", work_bytes_per_s=1_000)
+        await reserve(books)
+        clock[0] += 4_000
+        await served.stop()
+        served.terms = replace(TERMS, reservation_ttl_ms=TERMS.reservation_ttl_ms // 2)
+        await served.start()
+        outcome = await settle(books, work={layer: {"a": 4_000} for layer in range(4)})
+        assert outcome.receipt.worker_lamports == {OWNERS[0]: 64}
+
+    play(redis_url, scenario, now_ms=lambda: clock[0])
 
 
 def test_what_a_node_says_beyond_its_speed_is_held(redis_url: str) -> None:

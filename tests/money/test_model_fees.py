@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from azu.auth.signatures import ReverseJob, sign_command
 from azu.clock import wall_clock_ms
 from azu.errors import InsufficientBalance, InvalidRequest, Unavailable
 from azu.money.books import Books
@@ -14,8 +15,8 @@ from azu.money.model_fees import fee_lamports
 from azu.protocol.job import FinishReason, JobEnding, JobState
 from azu.units import GIB
 from tests.money.accounts import BEARER
-from tests.money.serving import TERMS, ServedBooks
-from tests.money.test_books import ADDRESS, open_account, play, reserve, settle
+from tests.money.serving import PLATFORM, TERMS, ServedBooks
+from tests.money.test_books import ADDRESS, ADMIN, open_account, play, reserve, settle
 
 NOW_MS = wall_clock_ms() - 3_600_000  # far from the machine's clock: a slow run changes nothing
 DAY_MS = 86_400_000
@@ -118,6 +119,35 @@ def test_the_fee_of_a_model_that_was_not_used_in_time_is_the_platforms(redis_url
         assert (await books.balance(ADDRESS)).reserved_lamports == 0
 
     play(redis_url, scenario, terms=FEES, now_ms=lambda: clock[0])
+
+
+def test_a_charged_fee_is_reversed_until_it_has_matured(redis_url: str) -> None:
+    clock = [NOW_MS]
+
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        await open_account(books, now_ms=NOW_MS)
+        await ask(books)
+        clock[0] += DAY_MS
+        await books.hear_time(clock[0])
+        await served.bookkeeper.charge_unused()
+        (found,) = await books.reversible(ADDRESS)
+        assert (found.job_id, found.accounts) == ("fetch-1", {"platform": 200})
+        command = ReverseJob(job_id="fetch-1", nonce=1, expires_at_ms=clock[0] + 1)
+        await books.command(sign_command(ADMIN, command, PLATFORM))
+        assert (await books.balance(ADDRESS)).available_lamports == 1_000
+
+    terms = replace(FEES, maturity_ms=1_000, admins=(ADMIN.address.lower(),))
+    play(redis_url, scenario, terms=terms, now_ms=lambda: clock[0])
+
+
+def test_no_fee_is_for_more_bytes_than_a_model_has(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books, 10**9)
+        for num_bytes in (-1, 2**43):
+            with pytest.raises(InvalidRequest):
+                await books.reserve_fetch(BEARER, "fetch-1", model_id="m", num_bytes=num_bytes)
+
+    play(redis_url, scenario, terms=FEES)
 
 
 def test_only_the_books_end_a_fee_and_a_job_has_no_fees_id(redis_url: str) -> None:

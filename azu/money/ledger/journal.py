@@ -23,7 +23,8 @@ from azu.money.ledger.transfers import Account, AnyTransfer, Transfer, encode_tr
 from azu.redis_client import connect_redis
 
 JOURNAL = "azu:ledger:journal"
-_PAGE = 500
+# The largest entries are some 40 KiB: a page of them is read before Redis counts as away.
+_PAGE = 128
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,13 @@ from azu.money.ledger.transfers import (
     Transfer,
     WriterOpened,
 )
+from azu.units import KIB
 
 # The most transfers that one call of the script writes.
 _GROUP = 256
 _ATTEMPTS = 3
+# A settlement with a few shares has about 1 KiB.
+_USUAL_BYTES = KIB
 
 _Caller = asyncio.Future[Entry | int]  # an entry that was written now, or the number of a known one
 _Answer = Entry | int | AzuError
@@ -197,12 +200,15 @@ class Ledger:
         self._seals.note(self.head)
 
     async def seal(self, at_least: int = 1) -> None:
-        """Move the entries up to now, if they are so many, into a file with the books after them."""
+        """Move the entries up to now into a file with the books after them.
+
+        They have to be so many, or as long as so many of the usual length.
+        """
         async with self._sealing:
             books, after, through, state = (
                 self._books, self._books.anchor, self.head, encode_state(self.state)
             )  # fmt: skip
-            if through.number - after.number < at_least:
+            if through.number - after.number < at_least and books.num_bytes < at_least * _USUAL_BYTES:
                 return
             lines = [line async for line in self._journal.lines(after.number, through.number)]
             digest = await asyncio.to_thread(self._seals.write, after, through, lines, state)
@@ -302,10 +308,9 @@ class Ledger:
             return False
         self._unsure.clear()
         group.draft.keep()
-        self._books.head = stored
-        for _, answer in group.answers:
-            if isinstance(answer, Entry):
-                self._books.ids[answer.transfer.id] = answer.number
+        written = (answer for _, answer in group.answers if isinstance(answer, Entry))
+        for line, entry in zip(group.lines, written, strict=True):
+            self._books.wrote(line, entry)
         return True
 
     def _explained(self, transfer: Transfer, error: AzuError) -> AzuError:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from azu.errors import LedgerError
+from azu.money.ledger.entry import Entry
 from azu.money.ledger.journal import BEGIN, Head, Line, RedisJournal, changed, follow, write_line
 from azu.money.ledger.seals import Seals
 from azu.money.ledger.state import BooksState
@@ -14,23 +15,32 @@ from azu.money.ledger.transfers import JournalSealed, LossNoted, Transfer
 
 @dataclass(slots=True)
 class Rebuilt:
-    """The books after `head`; `anchor` is the last sealed entry, `ids` has those of the entries after it."""
+    """The books after `head`; `anchor` is the last sealed entry.
+
+    `ids` has those of the entries after it, `num_bytes` is how long they are together, or less.
+    """
 
     state: BooksState = field(default_factory=BooksState)
     head: Head = BEGIN
     anchor: Head = BEGIN
     ids: dict[str, int] = field(default_factory=dict)
+    num_bytes: int = 0
 
     def take(self, line: Line) -> None:
         """Go on to a line; raises LedgerError if it does not follow."""
-        entry = follow(self.state, self.head, line)
+        self.wrote(line, follow(self.state, self.head, line))
+
+    def wrote(self, line: Line, entry: Entry) -> None:
+        """Note that a line whose changes the state has is the last one."""
         self.head = line.head
         self.ids[entry.transfer.id] = entry.number
+        self.num_bytes += len(line.text)
 
     def sealed(self, through: Head) -> None:
         """Forget the ids up to the last sealed entry: the seals know them."""
         self.ids = {id_: number for id_, number in self.ids.items() if number > through.number}
         self.anchor = through
+        self.num_bytes = 0
 
 
 async def rebuild(journal: RedisJournal, seals: Seals, known: Head, now_ms: Callable[[], int]) -> Rebuilt:

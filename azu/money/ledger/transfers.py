@@ -104,6 +104,7 @@ class Reserve(Movement):
     """Set aside the most that a job can cost; from `expires_at_ms` on a lost job's reservation may expire.
 
     The price that stands here is the job's price until its end. `max_tokens` counts all choices together.
+    `reserved_at_ms` is 0 in old entries.
     """
 
     address: str
@@ -117,6 +118,7 @@ class Reserve(Movement):
     platform_percent: int
     prompt_tokens: int
     max_tokens: int
+    reserved_at_ms: int = 0
     kind: Literal["reserve"] = "reserve"
 
     def __post_init__(self) -> None:
@@ -557,7 +559,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("charged_lamports", "fee_lamports", "platform_lamports"), _SUM),
     "lamports_per_token_layer": _SUM,
     "platform_percent": _whole_number(0, 100),
-    **dict.fromkeys(("at_ms", "created_at_ms", "maturity_ms", "nonce"), _TIME),
+    **dict.fromkeys(("at_ms", "created_at_ms", "maturity_ms", "nonce", "reserved_at_ms"), _TIME),
     "expires_at_ms": _TIME,
     **dict.fromkeys(("completion_tokens", "max_tokens", "num_entries", "prompt_tokens", "through"), _COUNT),
     "num_layers": _whole_number(0, MAX_LAYERS),

@@ -4,6 +4,7 @@ import asyncio
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,21 @@ def test_few_entries_are_not_sealed(redis_url: str, tmp_path: Path) -> None:
         assert Seals(tmp_path).numbers() == []
         await ledger.seal(at_least=3)
         assert Seals(tmp_path).numbers() == [3]
+
+    with_books(redis_url, tmp_path, scenario)
+
+
+def test_few_long_entries_are_sealed(redis_url: str, tmp_path: Path) -> None:
+    async def scenario(ledger: Ledger) -> None:
+        await apply_each(ledger, *BEGIN)
+        shares = {f"0x{number:040x}": 1 for number in range(40)}
+        for number in range(2):
+            await ledger.apply(moves.reserve(f"job-{number}", 40))
+            await ledger.apply(replace(moves.settle(f"job-{number}", 40), platform_lamports=0, shares=shares))
+        await ledger.seal(at_least=9)
+        assert Seals(tmp_path).numbers() == [7]
+        await ledger.seal(at_least=9)
+        assert Seals(tmp_path).numbers() == [7]
 
     with_books(redis_url, tmp_path, scenario)
 
