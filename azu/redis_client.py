@@ -42,6 +42,8 @@ _AWAY = re.compile(
 )
 _OPTIONS: dict[str, Any] = {
     "decode_responses": True,
+    # Who may write there may write anything: a reader refuses the text, and does not fail to read.
+    "encoding_errors": "replace",
     "socket_connect_timeout": CONNECT_TIMEOUT_S,
     "socket_timeout": REPLY_TIMEOUT_S,
     "health_check_interval": 15,

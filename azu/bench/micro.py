@@ -64,6 +64,7 @@ def measure_settling(_shape: ModelShape) -> Measurements:
             max_nodes=1,
             max_unfunded_keys=1,
             unfunded_key_ms=3_600_000,
+            max_reservations=_JOBS,
         )
         access = start_books(children, settings, chain, server.url("books"), terms)
         children.wait_until_printed(BOOKS, BOOKS_READY, _START_TIMEOUT_S)
@@ -89,20 +90,20 @@ def _settle_all(redis_url: str, access: Access) -> tuple[list[float], list[float
         )
         await ingress.open_key(key)
         for node in _WORKERS:
-            await owner.enrol_node(node, node, key_digest="bench", name=node, work_bytes_per_s=0)
+            await owner.enrol_node(node, node, key_digest=node, name=node, work_bytes_per_s=0)
 
     async def write(job: int) -> None:
         await redis.set(f"bench:{job}", "x" * 100)
 
     async def reserve(job: int) -> None:
         await ingress.reserve(
-            bearer, str(job), model_id="azu/bench", revision="bench", num_layers=1, prompt_tokens=1,
+            bearer, f"job-{job}", model_id="azu/bench", revision="bench", num_layers=1, prompt_tokens=1,
             max_tokens=_CHARGED - 1,
         )  # fmt: skip
 
     async def settle(job: int) -> None:
         await scheduler.settle(
-            str(job), prompt_tokens=1, completion_tokens=_CHARGED - 1, work=work, ending=ending
+            f"job-{job}", prompt_tokens=1, completion_tokens=_CHARGED - 1, work=work, ending=ending
         )
 
     async def each(jobs: Iterable[int], call: Callable[[int], Awaitable[None]]) -> None:

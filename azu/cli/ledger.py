@@ -1,7 +1,6 @@
 """`azu ledger`: check the books, repair their file, and decide about money that is held or disputed."""
 
 import asyncio
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from azu.auth.signatures import PayHeld, ReleaseHeld
     from azu.launch.backup import Backup, Restored
-    from azu.money.books import Books, HeldMoney, ReversibleJob
+    from azu.money.books import Books, HeldMoney, ReversibleJobs
     from azu.money.ledger.audit import Audit
     from azu.money.ledger.durability import FileRepair
 
@@ -29,13 +28,6 @@ if TYPE_CHECKING:
 # While the chain disagrees: a deposit or payout may be on its way into the books.
 _MORE_AUDITS = 4
 _AUDIT_AGAIN_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class ReversibleReport:
-    """The jobs that can be reversed."""
-
-    jobs: "tuple[ReversibleJob, ...]"
 
 
 ledger = typer.Typer(no_args_is_help=True)
@@ -156,7 +148,7 @@ def reversible(
 
     of = parse_address(address)
     found = with_books(lambda books: books.reversible(of))
-    show(ReversibleReport(found), as_json, _drawn_reversible)
+    show(found, as_json, _drawn_reversible)
 
 
 @ledger.command()
@@ -238,7 +230,7 @@ def _from_held(
     carry_out(kind, moves, as_json, node_id=node_id, address=recipient, lamports=lamports)
 
 
-def _drawn_reversible(report: ReversibleReport) -> "RenderableType":
+def _drawn_reversible(report: "ReversibleJobs") -> "RenderableType":
     rows = [
         (
             one.job_id,
@@ -251,7 +243,10 @@ def _drawn_reversible(report: ReversibleReport) -> "RenderableType":
         )
         for one in report.jobs
     ]
-    return table(["job", "payer", "matures (UTC)", "HYPE paid to"], rows, title="jobs that can be reversed")
+    title = "jobs that can be reversed"
+    if report.num_left_out:
+        title += f", the largest of {len(rows) + report.num_left_out}"
+    return table(["job", "payer", "matures (UTC)", "HYPE paid to"], rows, title=title)
 
 
 def _drawn_held(found: "HeldMoney") -> Group:

@@ -125,10 +125,10 @@ class Limits(_Section):
     `requests_per_minute` and `max_jobs_in_flight` hold for each account; what it paid in 30 days adds as much
     again for each `lamports_for_more`, up to `most_times_more`. `key_day_lamports` is what a key without a
     spend limit may spend in a day. `sign_ins_per_minute` (challenges and keys) and `connections_per_address`
-    hold for each network address, `max_keys` and `max_nodes` for each account, `max_unfunded_keys` for all
-    accounts that never had money: such a key is dropped after `unfunded_key_s`. A burst is the number of
-    requests that may come at once. A job whose client hung up goes on when the same request comes again
-    `repeat_within_s` later at the latest; with 0 it ends at once.
+    hold for each network address, `max_keys` for each account, `max_nodes` for each machine,
+    `max_unfunded_keys` for all accounts that never had money: such a key is dropped after `unfunded_key_s`. A
+    burst is the number of requests that may come at once. A job whose client hung up goes on when the same
+    request comes again `repeat_within_s` later at the latest; with 0 it ends at once.
     """
 
     max_body_bytes: Size

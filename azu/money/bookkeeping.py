@@ -38,7 +38,7 @@ from azu.money.books import (
     JobDecision,
     JobDispute,
     KeySpending,
-    ReversibleJob,
+    ReversibleJobs,
     Totals,
     TreasuryTransfer,
     UserBalance,
@@ -414,8 +414,8 @@ class Bookkeeper(BooksCalls):
         known = ledger.state.nodes.get(node_id)
         if known is not None and known.key_digest != key_digest:
             raise Conflict("this node is enrolled with another key", code="node_taken")
-        if known is None or known.payout != payout:
-            self._check_num_nodes(ledger.state, payout)
+        if known is None:
+            self._check_num_nodes(ledger.state, key_digest)
         if known is None or (known.payout, known.name, known.work_bytes_per_s) != (
             payout, name, work_bytes_per_s,
         ):  # fmt: skip
@@ -435,12 +435,13 @@ class Bookkeeper(BooksCalls):
             )
             await ledger.apply(paid)
 
-    def _check_num_nodes(self, state: BooksState, payout: str) -> None:
+    def _check_num_nodes(self, state: BooksState, key_digest: str) -> None:
+        """Count by the machine, and not by the address, which others may name too."""
         most = self._terms.max_nodes
-        if sum(one.payout == payout for one in state.nodes.values()) >= most:
+        if sum(one.key_digest == key_digest for one in state.nodes.values()) >= most:
             raise Forbidden(
-                f"{most} nodes are paid to this address, which is all there may be (limits.max_nodes)",
-                param="payout",
+                f"this machine has {most} nodes, which is all that it may have (limits.max_nodes)",
+                param="node_id",
                 code="too_many_nodes",
             )
 
@@ -519,7 +520,7 @@ class Bookkeeper(BooksCalls):
     async def held(self) -> HeldMoney:
         return held_in((await self.ledger()).state)
 
-    async def reversible(self, address: str) -> tuple[ReversibleJob, ...]:
+    async def reversible(self, address: str) -> ReversibleJobs:
         return reversible_in((await self.ledger()).state, address)
 
     async def command(self, text: str) -> None:

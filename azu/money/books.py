@@ -57,10 +57,11 @@ TreasuryTransfer = (
 class BooksTerms:
     """By what a network's books reckon: the price of new jobs, and for how long things stay open.
 
-    An address has at most `max_keys` keys and `max_reservations` open at once, and `max_nodes` nodes are paid
-    to it; all addresses that never had money have `max_unfunded_keys` together, each for `unfunded_key_ms`.
-    What a job pays out may be reversed for `maturity_ms`. Work of nodes that are not enrolled is paid to
-    `others_payout`; without one it is held. The wallets of `admins` (lower-case addresses) sign commands.
+    An address has at most `max_keys` keys and `max_reservations` open at once, a machine `max_nodes` nodes;
+    all addresses that never had money have `max_unfunded_keys` together, each for `unfunded_key_ms`, and as
+    many claims. What a job pays out may be reversed for `maturity_ms`. Work of nodes that are not enrolled is
+    paid to `others_payout`; without one it is held. The wallets of `admins` (lower-case addresses) sign
+    commands.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -141,6 +142,14 @@ class ReversibleJob:
     payer: str
     matures_at_ms: int
     accounts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ReversibleJobs:
+    """The largest jobs that can be reversed, and how many smaller ones are left out."""
+
+    jobs: tuple[ReversibleJob, ...]
+    num_left_out: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,8 +335,8 @@ class BooksCalls:
 
         `work_bytes_per_s` is the most work that the node measured of itself, 0 if it measured nothing; what a
         job says beyond that is held. What was held of the node's work goes to the address. Raises Conflict
-        for another key, and for a node that an admin removed, Forbidden where too many are paid to the
-        address (code `too_many_nodes`).
+        for another key, and for a node that an admin removed, Forbidden where the key has enrolled too many
+        (code `too_many_nodes`).
         """
 
     # The treasury
@@ -391,11 +400,8 @@ class BooksCalls:
     async def held(self) -> HeldMoney:
         """Return the money that waits for an admin's command."""
 
-    async def reversible(self, address: str) -> tuple[ReversibleJob, ...]:
-        """Return the jobs that an address paid for, or was paid for, and that can be reversed.
-
-        The last ones to mature come first, and a thousand of them at most.
-        """
+    async def reversible(self, address: str) -> ReversibleJobs:
+        """Return the largest thousand jobs that an address paid for, or was paid for, and can be reversed."""
 
     async def command(self, text: str) -> None:
         """Carry out an admin's signed command, once; the same one again changes nothing.

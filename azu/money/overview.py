@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from azu.money.books import HeldMoney, JobDispute, NodesHeldMoney, ReversibleJob, Totals
+from azu.money.books import HeldMoney, JobDispute, NodesHeldMoney, ReversibleJob, ReversibleJobs, Totals
 from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import PLATFORM, is_node_held, worker_earned
 
@@ -52,12 +52,15 @@ def held_in(state: BooksState) -> HeldMoney:
     return HeldMoney(tuple(nodes), tuple(disputes), tuple(state.suspense.values()))
 
 
-def reversible_in(state: BooksState, address: str) -> tuple[ReversibleJob, ...]:
-    """Return the jobs of an address that can be reversed, the last ones to mature first."""
-    earned, found = worker_earned(address), list[ReversibleJob]()
-    for job_id, one in reversed(state.unmatured.items()):
-        if address == one.payer or earned in one.accounts:
-            found.append(ReversibleJob(job_id, one.payer, one.matures_at_ms, one.accounts))
-        if len(found) == _MOST_REVERSIBLE:
-            break
-    return tuple(found)
+def reversible_in(state: BooksState, address: str) -> ReversibleJobs:
+    """Return the jobs of an address that can be reversed, the largest first."""
+    earned = worker_earned(address)
+    found = sorted(
+        (
+            ReversibleJob(job_id, one.payer, one.matures_at_ms, one.accounts)
+            for job_id, one in state.unmatured.items()
+            if address == one.payer or earned in one.accounts
+        ),
+        key=lambda job: (-sum(job.accounts.values()), job.job_id),
+    )
+    return ReversibleJobs(tuple(found[:_MOST_REVERSIBLE]), max(0, len(found) - _MOST_REVERSIBLE))

@@ -88,19 +88,19 @@ def test_old_keys_without_money_make_room_by_themselves(redis_url: str) -> None:
     play(redis_url, scenario, terms=replace(TERMS, max_unfunded_keys=1), now_ms=lambda: clock[0])
 
 
-def test_so_many_nodes_are_paid_to_one_address(redis_url: str) -> None:
+def test_a_machine_enrols_so_many_nodes_and_takes_no_place_of_anothers(redis_url: str) -> None:
     async def scenario(books: Books, served: ServedBooks) -> None:
-        async def enrol(node: str, owner: str) -> None:
-            await books.enrol_node(node, owner, key_digest="k", name=node, work_bytes_per_s=0)
+        async def enrol(node: str, owner: str, machine: str = "thief") -> None:
+            await books.enrol_node(node, owner, key_digest=machine, name=node, work_bytes_per_s=0)
 
+        # A thief may name the address of any lender.
         await enrol("a", OWNERS[0])
         await enrol("b", OWNERS[0])
-        await enrol("b", OWNERS[0])
-        await enrol("c", OWNERS[1])
-        for node in ("c", "d"):
-            with pytest.raises(Forbidden, match=r"2 nodes.*limits\.max_nodes") as full:
-                await enrol(node, OWNERS[0])
-            assert full.value.code == "too_many_nodes"
+        await enrol("b", OWNERS[1])
+        with pytest.raises(Forbidden, match=r"2 nodes.*limits\.max_nodes") as full:
+            await enrol("c", OWNERS[1])
+        assert full.value.code == "too_many_nodes"
+        await enrol("c", OWNERS[0], "lender")
         await (await served.bookkeeper.ledger()).apply(moves.remove_node("a"))
         await enrol("d", OWNERS[0])
 

@@ -130,7 +130,7 @@ def test_a_charged_fee_is_reversed_until_it_has_matured(redis_url: str) -> None:
         clock[0] += DAY_MS
         await books.hear_time(clock[0])
         await served.bookkeeper.charge_unused()
-        (found,) = await books.reversible(ADDRESS)
+        (found,) = (await books.reversible(ADDRESS)).jobs
         assert (found.job_id, found.accounts) == ("fetch-1", {"platform": 200})
         command = ReverseJob(job_id="fetch-1", nonce=1, expires_at_ms=clock[0] + 1)
         await books.command(sign_command(ADMIN, command, PLATFORM))

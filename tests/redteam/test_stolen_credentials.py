@@ -45,7 +45,7 @@ class Thief:
         await self.ingress.claim_earnings(MALLORY, sign_claim(MALLORY_WALLET, PLATFORM))
 
     async def reserve(self, lamports: int, bearer: str = BEARER) -> None:
-        job_id = f"stolen-{len(self.stolen)}"
+        job_id = f"job-stolen-{len(self.stolen)}"
         facts = {"model_id": "m", "revision": "r", "num_layers": 1, "prompt_tokens": 0}
         tokens = lamports // TERMS.lamports_per_token_layer
         await self.ingress.reserve(bearer, job_id, max_tokens=tokens, **facts)
@@ -100,7 +100,7 @@ def test_what_was_stolen_is_not_owed_before_it_matures_and_all_of_it_goes_back(r
         assert (await thief.ingress.earnings(MALLORY)).earned_lamports == DEPOSIT * 80 // 100
         assert await thief.treasury.owed() == {}
 
-        found = await thief.owner.reversible(PAYER)
+        found = (await thief.owner.reversible(PAYER)).jobs
         assert {one.job_id for one in found} == set(thief.stolen)
         for nonce, one in enumerate(found):
             await reverse(thief.owner, one.job_id, nonce)

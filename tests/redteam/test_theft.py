@@ -291,7 +291,7 @@ def test_what_it_settles_to_itself_is_given_back(market: Market) -> None:
 
     # The payer knows its own jobs, and of the one in flight that it was charged for more than came.
     own = {job.job_id for job in client.jobs()} - {stolen[0]}
-    paid = market.ask(lambda books: books.reversible(market.payer.address.lower()))
+    paid = market.ask(lambda books: books.reversible(market.payer.address.lower())).jobs
     found = [job.job_id for job in paid if job.job_id not in own]
     assert set(found) == set(stolen)
     for number, job_id in enumerate(found):

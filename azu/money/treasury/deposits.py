@@ -238,7 +238,7 @@ class DepositWatcher:
                 continue
             lamports = lamports_of(row)
             if lamports is None or lamports <= namesakes:
-                _LOG.error("not set aside, it may be of another token: %s", row)
+                await self._list(row, "it may be of another token with the same name")
             elif row.nth and await self._surplus() < lamports:
                 if now_ms - row.time_ms < _GIVE_UP_MS:
                     continue
@@ -265,6 +265,10 @@ class DepositWatcher:
                 id=f"suspended:{name}", sender=row.sender, lamports=lamports, row=name, at_ms=row.time_ms
             )
             await self._ledger.apply(suspended)
+        await self._list(row, reason)
+
+    async def _list(self, row: LedgerTransfer, reason: str) -> None:
+        """List a transfer that is credited to no account."""
         known = (row.time_ms, row.hash, row.sender, row.token_name, row.amount)
         if await self._uncredited.add(Uncredited(*known, reason, row_id(row))):
             _LOG.warning("not credited, %s: %s", reason, row)

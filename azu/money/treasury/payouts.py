@@ -285,7 +285,9 @@ class Payer:
                     reason = "the account does not hold so much any more"
                     await self._withdrawals.refuse(payout.payout_id, reason)
                 await self._outbox.remove(payout)
+                self._numbered_in_window.discard(payout.payout_id)
                 return None
+        self._numbered_in_window.discard(payout.payout_id)
         _LOG.warning("%s waits: %d nonces of this time are taken", payout.payout_id, _MOST_PLACES)
         return None
 

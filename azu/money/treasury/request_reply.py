@@ -15,7 +15,15 @@ from pydantic import TypeAdapter
 from redis.asyncio import Redis
 
 from azu.addresses import parse_address, parse_hash
-from azu.errors import DeadlineExceeded, DepositRejected, Forbidden, InternalError, NotFound, Unavailable
+from azu.errors import (
+    DeadlineExceeded,
+    DepositRejected,
+    Forbidden,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+)
 from azu.redis_client import typed_redis_errors
 from azu.supervision import AWAY, as_known_error
 
@@ -104,15 +112,20 @@ class DepositRequests:
         """Wait until a request is there, for two seconds at most."""
         await self._topic.wait()
 
-    async def serve(self, check: Callable[[str], Awaitable[DepositStatus]], limit: int) -> None:
-        """Answer the oldest requests with what `check` says of a hash."""
+    async def serve(self, check: Callable[[str], Awaitable[DepositStatus]], limit: int) -> int:
+        """Answer the oldest requests with what `check` says of a hash; return how many there were."""
 
         async def answer(tx_hash: str) -> None:
+            try:
+                parse_hash(tx_hash)
+            except InvalidRequest:
+                await self._topic.drop(tx_hash)
+                return
             status = await check(tx_hash)
             kept_ms = _FINAL_REPLY_MS if status.state in _FINAL else _PASSING_REPLY_MS
             await self._topic.answer(tx_hash, _STATUS.dump_json(status), kept_ms)
 
-        await self._topic.serve(answer, limit)
+        return await self._topic.serve(answer, limit)
 
 
 def _checked_status(seen: DepositStatus | None, tx_hash: str, claimant: str) -> DepositStatus:
@@ -155,10 +168,10 @@ class RequestReply:
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 1.5, _LONGEST_PAUSE_S)
 
-    async def serve(self, answer: Callable[[str], Awaitable[None]], limit: int) -> None:
+    async def serve(self, answer: Callable[[str], Awaitable[None]], limit: int) -> int:
         """Have the oldest requests answered at once; the third fault of a request is its answer.
 
-        Raises the error of a service that is away; its request stays.
+        Returns how many there were. Raises the error of a service that is away; its request stays.
         """
         waiting = await self.waiting(limit)
         outcomes = await asyncio.gather(*map(answer, waiting), return_exceptions=True)
@@ -170,6 +183,7 @@ class RequestReply:
         for outcome in outcomes:
             if isinstance(outcome, AWAY) or not isinstance(outcome, Exception | None):
                 raise outcome
+        return len(waiting)
 
     async def wait(self) -> None:
         """Wait until a request is there, for two seconds at most."""
@@ -185,9 +199,22 @@ class RequestReply:
             del self._faults[request]
 
     async def waiting(self, limit: int) -> list[str]:
-        """Return requests without a reply, the oldest first; they stay until they are answered."""
+        """Return requests without a reply, the oldest first; they stay until they are answered.
+
+        Those that are dated in the future, or were not asked for again in time, are removed.
+        """
+        now_s = time.time()
         with typed_redis_errors():
-            return cast(list[str], await self._redis.zrange(self._waiting, 0, limit - 1))
+            async with self._redis.pipeline(transaction=False) as look:
+                look.zremrangebyscore(self._waiting, f"({now_s + _WAIT_S}", "+inf")
+                look.zremrangebyscore(self._waiting, "-inf", f"({now_s - _WAIT_S}")
+                look.zrange(self._waiting, 0, limit - 1)
+                return cast(list[str], (await look.execute())[-1])
+
+    async def drop(self, request: str) -> None:
+        """Remove a request that no one can answer."""
+        with typed_redis_errors():
+            await self._redis.zrem(self._waiting, request)
 
     async def answer(self, request: str, reply: str | bytes, kept_ms: int) -> None:
         """Answer every caller with this request, from now on for `kept_ms`."""

@@ -77,6 +77,24 @@ def test_money_that_the_worker_does_not_have_is_not_sent() -> None:
     assert simulation.chain.posts == []
 
 
+def test_payouts_that_are_not_set_aside_take_no_place_of_others() -> None:
+    simulation = Simulation()
+    simulation.ledger.earn(WORKER, LAMPORTS)
+    others = [AmountOwed(f"0x{index:040x}", LAMPORTS) for index in range(1, 101)]
+
+    async def scenario() -> None:
+        payer = simulation.payer()
+        await payer.plan(others, simulation.clock())
+        for _ in range(2):
+            await payer.advance()
+        assert simulation.outbox.contents == {}
+        await payer.plan(OWED, simulation.clock())
+        await payer.advance()
+
+    asyncio.run(scenario())
+    assert len(simulation.chain.posts) == 1
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_a_crash_at_any_write_or_post_loses_and_doubles_nothing(after: bool) -> None:
     crashes = 0

@@ -32,6 +32,7 @@ from tests.money.treasury.world import Open, World
 
 BOB = "0x" + "b0" * 20
 TIMEOUT_S = 8.0
+WAITING = "azu:treasury:claims:waiting"
 
 
 def with_treasury(world: World, scenario: Callable[[Open], Coroutine[Any, Any, None]]) -> None:
@@ -200,6 +201,27 @@ def test_a_request_survives_the_death_of_the_treasury(world: World) -> None:
         assert await asking == DepositStatus(CreditState.CREDITED, alice.address.lower(), 77)
         assert await parts.available(alice) == 77
         second.cancel()
+
+    world.run(scenario)
+
+
+def test_what_is_no_request_is_removed_and_delays_no_other(world: World) -> None:
+    good = "0x" + "60" * 32
+
+    async def check(tx_hash: str) -> DepositStatus:
+        assert tx_hash == good
+        return DepositStatus(CreditState.CREDITED, BOB, 5)
+
+    async def scenario(parts: Open) -> None:
+        with redis.Redis.from_url(world.redis_url) as ingress:
+            ingress.zadd(WAITING, {b"\xff": 1e18, b"later": time.time() + 1_000, b"no hash": time.time() - 9})
+            ingress.zadd(WAITING, {b"\xfe": time.time() - 8, b"earlier": time.time() - 1_000})
+            asking = asyncio.create_task(parts.deposits.ask(good, BOB, TIMEOUT_S))
+            while ingress.zscore(WAITING, good) is None:
+                await asyncio.sleep(0.01)
+            assert await parts.deposits.serve(check, 16) == 3
+            assert (await asking).lamports == 5
+            assert ingress.zrange(WAITING, 0, -1) == [b"\xfe"], "it goes with its time"
 
     world.run(scenario)
 
