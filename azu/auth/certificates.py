@@ -23,7 +23,7 @@ AUTHORITY_LIFE = timedelta(days=3650)
 # reads its own once, and the head cannot be started again without ending the network.
 HEAD_LIFE = timedelta(days=397)
 # An older signature may have been recorded by another party.
-_FRESH_MS = 300_000
+FRESH_MS = 300_000
 # The clocks of two machines may differ by this much.
 _SKEW = timedelta(minutes=10)
 _LOOPBACK = ("127.0.0.1", "localhost")
@@ -110,7 +110,7 @@ def check_signed_text(
         public_key(certificate).verify(bytes.fromhex(signature), text.encode(), ec.ECDSA(hashes.SHA256()))
     except (ValueError, InvalidSignature) as error:
         raise Unauthenticated("this was not signed by the certificate's key") from error
-    if abs(now.timestamp() * 1000 - signed_at_ms) > _FRESH_MS:
+    if abs(now.timestamp() * 1000 - signed_at_ms) > FRESH_MS:
         raise Unauthenticated("the signature is too old or from the future; set the machine's clock")
 
 

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from pydantic import TypeAdapter, ValidationError
 
 from azu.auth.certificates import (
+    FRESH_MS,
     Authority,
     certificate_pem,
     check_signed_text,
@@ -64,6 +65,8 @@ class Enrolment(EnrolmentCalls):
         self._now = now
         self._random_bytes = random_bytes
         self._records = _read(self._path)
+        # By node: when and what its machine signed last, while that counts as new.
+        self._payouts: dict[str, tuple[int, str]] = {}
         # The books' call `enrol_node`.
         self.pays: Callable[..., Awaitable[None]] | None = None
 
@@ -138,8 +141,15 @@ class Enrolment(EnrolmentCalls):
         # Who passes a request on sees the id, and could have it enrolled for itself first.
         if not is_id_of(node_id, digest):
             raise Forbidden("this id is of another machine", param="node_id", code="foreign_node")
+        # Who passes a request on could play it again after a later one.
+        last_ms, last = self._payouts.get(node_id, (0, ""))
+        if signed_at_ms < last_ms or (signed_at_ms == last_ms and text != last):
+            raise Unauthenticated("the machine has signed another address since", param="signed_at_ms")
         assert self.pays is not None, "the books set it before they serve"
         await self.pays(node_id, payout, key_digest=digest, name=name, work_bytes_per_s=work_bytes_per_s)
+        oldest_ms = self._now_ms() - FRESH_MS
+        self._payouts = {one: kept for one, kept in self._payouts.items() if kept[0] >= oldest_ms}
+        self._payouts[node_id] = (signed_at_ms, text)
 
     def _member(
         self, certificate: str, text: str, signature: str, signed_at_ms: int

@@ -28,6 +28,7 @@ from azu.errors import (
     InvalidRequest,
     LedgerError,
     NotFound,
+    RateLimited,
     TransferConflict,
 )
 from azu.money.books import (
@@ -44,13 +45,13 @@ from azu.money.books import (
     UserBalance,
     WorkerEarnings,
 )
-from azu.money.books_view import open_payouts_of, payouts_numbered, view_of
+from azu.money.books_view import open_payouts_of, payouts_numbered, view_of, withdrawals_since
 from azu.money.chain.rows import is_sent_by
 from azu.money.charging import UNSHOWN, charge_of
 from azu.money.commands import carry_out, refusals_as_conflicts
 from azu.money.endings import LOST, pack_ending
 from azu.money.holds import Holds
-from azu.money.keys import Keys
+from azu.money.keys import Keys, check_num_claims
 from azu.money.ledger.audit import Audit
 from azu.money.ledger.entry import Result
 from azu.money.ledger.journal import RedisJournal
@@ -103,6 +104,9 @@ _SILENCE_S = 0.5
 # So that no job has the name of a key, of an address or of a fee, and a wallet can sign that it disputes it.
 _JOB_ID = re.compile(r"job-[A-Za-z0-9-]{1,60}")
 _OVERDUE_AT_ONCE = 1000
+# The chain counts the transfers of the platform's address, whatever they move.
+_MAX_IN_DAY = 24
+_DAY_MS = 86_400_000
 
 
 class Bookkeeper(BooksCalls):
@@ -376,6 +380,7 @@ class Bookkeeper(BooksCalls):
             raise Forbidden("this claim was not signed by the key's address", param="signature")
         ledger = await self.ledger()
         if address not in ledger.state.claims:
+            check_num_claims(ledger.state, address, self._terms.max_unfunded_keys)
             claim = EarningsClaimed(id=f"claim:{address}", address=address, signature=signature)
             await ledger.apply(claim)
 
@@ -390,6 +395,12 @@ class Bookkeeper(BooksCalls):
         ledger = await self.ledger()
         planned = await ledger.result(f"{withdrawal.payout_id}:planned")
         if planned is None:
+            if withdrawals_since(ledger.state, withdrawal.address, self._now_ms() - _DAY_MS) >= _MAX_IN_DAY:
+                raise RateLimited(
+                    f"{_MAX_IN_DAY} withdrawals of this address were sent in a day; withdraw more at once",
+                    code="too_many_withdrawals",
+                    retry_after_s=3600.0,
+                )
             available = ledger.state.balance(user_available(withdrawal.address))
             if withdrawal.lamports > available:
                 holds, takes = hype_from_lamports(available), hype_from_lamports(withdrawal.lamports)

@@ -314,15 +314,16 @@ class BooksCalls:
     async def claim_earnings(self, address: str, signature: str) -> None:
         """Note that an address claims its earnings, which are paid out from then on.
 
-        Raises Forbidden if the address did not sign the claim.
+        Raises Forbidden if the address did not sign the claim, and where addresses that never had money have
+        made too many (code `too_many_claims`).
         """
 
     async def withdraw(self, withdrawal: Withdrawal, signature: str) -> WithdrawalStatus:
         """Hand a signed withdrawal to the treasury; the same one sent again changes nothing.
 
         Raises InvalidRequest for an amount that is too small or a time out of range, Forbidden if the address
-        did not sign it, InsufficientBalance, and Conflict if the nonce was used for another amount or another
-        withdrawal of the address waits.
+        did not sign it, InsufficientBalance, RateLimited (`too_many_withdrawals`) after too many in a day,
+        and Conflict if the nonce was used for another amount or another withdrawal of the address waits.
         """
 
     async def withdrawal(self, address: str, nonce: int) -> WithdrawalStatus:

@@ -2,6 +2,8 @@
 
 from itertools import islice
 
+from azu.auth.signatures import withdrawal_id
+from azu.money.chain.rows import NONCE_WINDOW_MS
 from azu.money.ledger.ledger import Ledger
 from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import (
@@ -57,6 +59,17 @@ def payouts_numbered(state: BooksState, since: int) -> tuple[str, ...]:
 def open_payouts_of(state: BooksState) -> tuple[OpenPayout, ...]:
     """Return the payouts that money is set aside for, each with what its owner signed."""
     return tuple(_open(state, payout) for payout in state.payouts.values())
+
+
+def withdrawals_since(state: BooksState, address: str, since_ms: int) -> int:
+    """Return how many withdrawals of an address were set aside from a time on."""
+    prefix, found = withdrawal_id(address, 0).removesuffix("0"), 0
+    # Nonces follow the time, but for those of one window.
+    for nonce, payout_id in reversed(state.nonces.items()):
+        if int(nonce) < since_ms - NONCE_WINDOW_MS:
+            break
+        found += int(nonce) >= since_ms and payout_id.startswith(prefix)
+    return found
 
 
 def _has_all(state: BooksState, after: int) -> bool:

@@ -165,9 +165,20 @@ def _unfunded(state: BooksState) -> list[KeyOpened]:
 
 
 def _funded(state: BooksState) -> set[str]:
-    """Return the addresses that have or earned money, or are to be paid."""
+    """Return the addresses that have or earned money, or have nodes."""
     of_accounts = {parts[1] for account in state.balances if len(parts := account.split(":")) == 3}
-    return of_accounts | state.claims.keys() | {node.payout for node in state.nodes.values()}
+    return of_accounts | {node.payout for node in state.nodes.values()}
+
+
+def check_num_claims(state: BooksState, address: str, most: int) -> None:
+    """Raise Forbidden where an address may not claim: addresses without money have made all that they may."""
+    funded = _funded(state)
+    if address not in funded and sum(one not in funded for one in state.claims) >= most:
+        raise Forbidden(
+            f"addresses that never had money have made {most} claims, which is all they may make "
+            "(limits.max_unfunded_keys); lend first",
+            code="too_many_claims",
+        )
 
 
 def _api_key(opened: KeyOpened) -> ApiKey:

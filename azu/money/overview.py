@@ -53,14 +53,14 @@ def held_in(state: BooksState) -> HeldMoney:
 
 
 def reversible_in(state: BooksState, address: str) -> ReversibleJobs:
-    """Return the jobs of an address that can be reversed, the largest first."""
+    """Return the jobs of an address that can be reversed, the largest first, then the last ones to mature."""
     earned = worker_earned(address)
     found = sorted(
         (
             ReversibleJob(job_id, one.payer, one.matures_at_ms, one.accounts)
-            for job_id, one in state.unmatured.items()
+            for job_id, one in reversed(state.unmatured.items())
             if address == one.payer or earned in one.accounts
         ),
-        key=lambda job: (-sum(job.accounts.values()), job.job_id),
+        key=lambda job: -sum(job.accounts.values()),
     )
     return ReversibleJobs(tuple(found[:_MOST_REVERSIBLE]), max(0, len(found) - _MOST_REVERSIBLE))

@@ -53,9 +53,11 @@ _GREETING_S = 2.0
 # caller keeps another out.
 _MAX_CONNECTIONS = 64
 _UNKNOWN = ""
+# The longest calls are settlements: for each layer the nodes that ran it, or its experts.
+_MAX_CALL_BYTES = 2 * MIB
 # Of one connection, calls and their bytes together; the server reads no further call until others have ended.
 _MAX_IN_FLIGHT = 256
-_MAX_IN_FLIGHT_BYTES = 64 * MIB
+_MAX_IN_FLIGHT_BYTES = 2 * _MAX_CALL_BYTES
 _SECRET_BYTES = 32
 # How long a call tries to reach a server that does not listen, and the pauses between two tries.
 _REACHED_IN_S = 2.0
@@ -212,7 +214,7 @@ class WireServer:
     ) -> None:
         in_flight, writing = _InFlight(), asyncio.Lock()
         while True:
-            size = await _read_size(reader, _MAX_FRAME_BYTES)
+            size = await _read_size(reader, _MAX_CALL_BYTES)
             await in_flight.begin(size)
             number, verb, arguments = await _read_text(reader, size)
             task = asyncio.create_task(self._answer(caller, writer, writing, number, verb, arguments))
@@ -372,7 +374,7 @@ class _Connected:
         answer: asyncio.Future[tuple[str, bytes]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:
-            self._writer.write(_frame(number, verb, arguments))
+            self._writer.write(_frame(number, verb, arguments, _MAX_CALL_BYTES))
             return await answer
         finally:
             del self._waiting[number]
@@ -428,9 +430,9 @@ def _answer_frame(number: str, answer: Any) -> bytes:
     return _frame(number, _ERROR, to_json(_refusal(answer)))
 
 
-def _frame(first: str, second: str, content: bytes = b"") -> bytes:
+def _frame(first: str, second: str, content: bytes = b"", most_bytes: int = _MAX_FRAME_BYTES) -> bytes:
     text = f"{first} {second}\n".encode() + content
-    if len(text) > _MAX_FRAME_BYTES:
+    if len(text) > most_bytes:
         raise InternalError(f"a call or an answer of {len(text)} bytes does not cross")
     return _LENGTH.pack(len(text)) + text
 

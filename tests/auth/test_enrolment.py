@@ -18,7 +18,9 @@ from azu.auth.certificates import (
     hosts_of,
     key_digest,
     new_key,
+    new_node_id,
     new_request,
+    payout_text,
     public_key,
     read_certificate,
     renewal_text,
@@ -137,6 +139,29 @@ def test_a_ticket_is_for_addresses(books: Books, host: str) -> None:
         books.ticket(host)
     with pytest.raises(InvalidRequest):
         books.enrol(books.ticket(), host or "x")
+
+
+def test_an_earlier_address_of_a_node_is_not_played_again(books: Books) -> None:
+    key, paid = new_key(), list[str]()
+    certificate = books.enrol(books.ticket(), key=key)
+    node = new_node_id(key_digest(public_key(parsed(certificate))))
+
+    async def pays(_: str, payout: str, **given: object) -> None:
+        paid.append(payout)
+
+    def set_payout(payout: str, ago_ms: int) -> None:
+        at_ms = round(books.now.timestamp() * 1000) - ago_ms
+        signature = sign_text(key, payout_text(node, payout, "ada", 0, at_ms))
+        done(books.enrolment.set_payout(certificate.certificate, node, payout, "ada", 0, at_ms, signature))
+
+    books.enrolment.pays = pays
+    set_payout("old", 2)
+    for _ in range(2):
+        set_payout("new", 1)
+    for payout, ago_ms in (("old", 2), ("old", 1)):
+        with pytest.raises(Unauthenticated, match="another address"):
+            set_payout(payout, ago_ms)
+    assert paid == ["old", "new", "new"]
 
 
 def test_one_key_gets_no_certificate_for_a_second_address(books: Books) -> None:

@@ -1,19 +1,22 @@
 """How many keys and nodes the books keep, and what makes room."""
 
 import asyncio
+from collections.abc import Awaitable
 from dataclasses import replace
 
 import pytest
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
+from azu.auth.signatures import Withdrawal, sign_claim, sign_withdrawal, withdrawal_id
 from azu.clock import wall_clock_ms
-from azu.errors import Forbidden, InsufficientBalance, Unauthenticated
+from azu.errors import Forbidden, InsufficientBalance, RateLimited, Unauthenticated
 from azu.money.books import Books
+from azu.money.treasury.withdrawals import LEAST_LAMPORTS
 from tests.builders import OWNERS
 from tests.money.accounts import fund, signed_key
 from tests.money.ledger import moves
-from tests.money.serving import TERMS, ServedBooks
+from tests.money.serving import PLATFORM, TERMS, ServedBooks
 from tests.money.test_books import ADDRESS, open_account, play, reserve, settle
 
 DAY_MS = 86_400_000
@@ -53,7 +56,7 @@ def test_a_key_of_an_address_without_money_is_dropped_when_it_is_old(redis_url: 
         for number in range(5):
             await open_key(books, number)
         await fund(books, 5, USERS[1])
-        # One lends, one wants to be paid, one has spent all that he had.
+        # One lends, one has spent all that he had. To want to be paid costs nothing.
         await books.enrol_node("n", USERS[2].address.lower(), key_digest="k", name="n", work_bytes_per_s=0)
         await core.apply(moves.claim(USERS[3].address.lower()))
         spender, key = USERS[4].address.lower(), signed_key(USERS[4], "secret-4").key_id
@@ -67,10 +70,58 @@ def test_a_key_of_an_address_without_money_is_dropped_when_it_is_old(redis_url: 
 
         await served.bookkeeper.drop_unfunded_keys()
 
-        with pytest.raises(Unauthenticated):
-            await books.key("secret-0")
-        for number in range(1, 5):
+        for number in (0, 3):
+            with pytest.raises(Unauthenticated):
+                await books.key(f"secret-{number}")
+        for number in (1, 2, 4):
             await books.key(f"secret-{number}")
+
+    play(redis_url, scenario, now_ms=lambda: clock[0])
+
+
+def test_addresses_without_money_claim_so_often_and_keep_out_no_one_who_lends(redis_url: str) -> None:
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        async def claim(number: int) -> None:
+            await books.claim_earnings(USERS[number].address.lower(), sign_claim(USERS[number], PLATFORM))
+
+        await claim(0)
+        with pytest.raises(Forbidden) as full:
+            await claim(1)
+        assert full.value.code == "too_many_claims"
+        await claim(0)
+        await books.enrol_node("n", USERS[1].address.lower(), key_digest="k", name="n", work_bytes_per_s=0)
+        await claim(1)
+        await fund(books, 5, USERS[0])
+        await claim(2)
+
+    play(redis_url, scenario, terms=replace(TERMS, max_unfunded_keys=1))
+
+
+def test_an_address_withdraws_so_often_in_a_day(redis_url: str) -> None:
+    clock = [NOW_MS]
+
+    async def scenario(books: Books, served: ServedBooks) -> None:
+        core, address = await served.bookkeeper.ledger(), USERS[0].address.lower()
+        await fund(books, 100 * LEAST_LAMPORTS, USERS[0])
+
+        def hand_in(nonce: int) -> Awaitable[object]:
+            given = Withdrawal(
+                address=address, lamports=LEAST_LAMPORTS, nonce=nonce, expires_at_ms=clock[0] + 60_000
+            )
+            return books.withdraw(given, sign_withdrawal(USERS[0], given, PLATFORM))
+
+        for number in range(24):
+            nonce = clock[0] - number
+            await core.apply(
+                moves.plan_withdrawal(
+                    withdrawal_id(address, number), LEAST_LAMPORTS, address=address, nonce=nonce
+                )
+            )
+        with pytest.raises(RateLimited) as refused:
+            await hand_in(100)
+        assert refused.value.code == "too_many_withdrawals"
+        clock[0] += DAY_MS
+        await hand_in(100)
 
     play(redis_url, scenario, now_ms=lambda: clock[0])
 

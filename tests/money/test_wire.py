@@ -209,6 +209,8 @@ def test_a_frame_that_is_too_large_does_not_cross() -> None:
         with pytest.raises(InternalError, match="does not cross"):
             await client.long(2**24)
         assert len(await client.long(2**20)) == 2**20
+        with pytest.raises(InternalError, match="does not cross"):
+            await client.keep("x" * 2**21)
 
     play(scenario)
 
