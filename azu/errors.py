@@ -300,6 +300,12 @@ class WorkerLost(Unavailable):
     default_code = "worker_lost"
 
 
+class JournalFault(Unavailable):
+    """The journal is not as its one writer left it, or its Redis refuses: an operator has to look."""
+
+    default_code = "journal_fault"
+
+
 class ChainError(Unavailable):
     """The chain did not answer, or its answer is of no use to azu."""
 

@@ -48,6 +48,7 @@ _BY_CLASS: tuple[tuple[type[AzuError], str], ...] = (
     (errors.InternalError, "the same again; the network's owner finds the cause in AZU_HOME/logs"),
     (errors.InsufficientCapacity, f"{_NODES}, `azu join TICKET` on another machine adds one"),
     (errors.WorkerLost, f"{_AGAIN}; {_NODES}"),
+    (errors.JournalFault, "`azu ledger audit` checks the books"),
     (errors.ChainError, f"{_AGAIN}; `azu doctor` checks the chain"),
     (errors.Unavailable, f"{_AGAIN}; `azu doctor` says what does not run"),
     (errors.DeadlineExceeded, f"{_AGAIN}; `azu doctor` says what does not run"),

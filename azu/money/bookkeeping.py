@@ -26,6 +26,7 @@ from azu.errors import (
     Forbidden,
     InsufficientBalance,
     InvalidRequest,
+    JournalFault,
     LedgerError,
     NotFound,
     RateLimited,
@@ -154,7 +155,7 @@ class Bookkeeper(BooksCalls):
         self._changed = ""
 
     async def ledger(self) -> Ledger:
-        """Return the ledger, which is opened if it was not; raises Unavailable, LedgerError."""
+        """Return the ledger, which is opened if it was not; raises Unavailable."""
         if self._open is None:
             async with self._opening:
                 if self._open is None:
@@ -175,7 +176,7 @@ class Bookkeeper(BooksCalls):
         """Read the journal again; once it was changed, `loss` says so, and nothing may be signed."""
         try:
             await (await self._looked()).verify()
-        except LedgerError as error:
+        except JournalFault as error:
             if error.code not in ("journal_changed", "another_writer"):
                 raise
             _LOG.error("%s: nothing is signed any more", error.message)
@@ -481,7 +482,7 @@ class Bookkeeper(BooksCalls):
     async def view(self, number: int, after: int, findings: tuple[str, ...] = ()) -> BooksView:
         self._unsigned = findings
         if fault := await self._journal_fault():
-            raise LedgerError(fault, code="journal_fault")
+            raise JournalFault(fault)
         ledger, read_until_ms = await self.ledger(), await self._cursor.read()
         self._opened_at_ms = self._opened_at_ms or (await ledger.entry(1)).at_ms
         return await view_of(
@@ -509,7 +510,7 @@ class Bookkeeper(BooksCalls):
 
     async def loss(self) -> int:
         if self._changed:
-            raise LedgerError(self._changed, code="journal_changed")
+            raise JournalFault(self._changed, code="journal_changed")
         return (await self._looked()).lost
 
     async def findings(self) -> tuple[str, ...]:
@@ -520,7 +521,7 @@ class Bookkeeper(BooksCalls):
         """Return what is wrong with the journal, empty if nothing is."""
         try:
             lost = await self.loss()
-        except LedgerError as error:
+        except JournalFault as error:
             return error.message
         return f"the ledger went back by {lost} entries" if lost else ""
 

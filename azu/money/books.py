@@ -373,7 +373,7 @@ class BooksCalls:
         """Return the books at this moment for a signer that last saw entry `number`.
 
         Its credits are those after entry `after`, up to the entry `credits_until`. `findings` are why the
-        signer signs nothing, if that stands: the books show them. Raises LedgerError for a journal that is
+        signer signs nothing, if that stands: the books show them. Raises JournalFault for a journal that is
         not what was written, and for a ledger that went back until an admin accepts that.
         """
 
@@ -386,7 +386,7 @@ class BooksCalls:
         """Return by how many writes the ledger went back, until the admin accepts that; 0 if it did not.
 
         Until then nothing is signed. Raises Unavailable when the books' Redis does not answer, and
-        LedgerError (`journal_changed`) when the journal is not what was written.
+        JournalFault (`journal_changed`) when the journal is not what was written.
         """
 
     async def findings(self) -> tuple[str, ...]:

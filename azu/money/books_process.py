@@ -11,7 +11,7 @@ from azu.auth.enrolment import Enrolment
 from azu.auth.network_id import Succession
 from azu.auth.tickets import EnrolmentCalls
 from azu.clock import SteadyClock
-from azu.errors import InternalError
+from azu.errors import InternalError, JournalFault
 from azu.metrics import Meter
 from azu.money.bookkeeping import Bookkeeper
 from azu.money.books import BooksCalls, BooksTerms
@@ -109,8 +109,15 @@ async def run(config: BooksConfig, *, ready: Callable[[], None]) -> None:
         server.serve(EnrolmentCalls, config.enrolment)
     supervisor = Supervisor("books", Meter(), stop.set)
 
+    async def opened() -> None:
+        try:
+            await bookkeeper.ledger()
+        except JournalFault as error:
+            # No wait mends it: `azu up` says so.
+            raise InternalError(error.message, code=error.code) from error
+
     async def begin() -> None:
-        await supervisor.insist("the ledger", bookkeeper.ledger)
+        await supervisor.insist("the ledger", opened)
         await supervisor.insist("the platform's keys", bookkeeper.note_successions)
         ready()
         supervisor.start("certificate", partial(receipts.have_certified, signer), every_s=_CERTIFY_EVERY_S)

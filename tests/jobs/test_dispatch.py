@@ -18,6 +18,7 @@ from azu.errors import (
     InsufficientCapacity,
     InternalError,
     InvalidRequest,
+    JournalFault,
     LedgerError,
     NumericsError,
     Unavailable,
@@ -25,7 +26,7 @@ from azu.errors import (
 )
 from azu.jobs import dispatch
 from azu.jobs.dispatch import Dispatcher, keep_trying
-from azu.jobs.record import JobRecord
+from azu.jobs.record import MOST_FAULTS, JobRecord
 from azu.jobs.redis import RedisJobs
 from azu.jobs.settlement import Settlement
 from azu.metrics import Meter
@@ -284,9 +285,11 @@ class Refusing(Bookkeeper):
     """Books that refuse every end."""
 
     error: Exception | None = None
+    times = 10**6
 
     async def settle(self, job_id: str, **given: Any) -> JobOutcome:
-        if self.error is not None:
+        self.times -= self.error is not None
+        if self.error is not None and self.times >= 0:
             raise self.error
         return await super().settle(job_id, **given)
 
@@ -342,6 +345,19 @@ def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_fault_at_the_end_of_a_job_is_tried_again_and_charged_once(redis_url: str) -> None:
     assert ended(redis_url, RUN, once=True).receipt.charged_lamports == 2 * 4 * (4 + 6)
+
+
+def test_a_job_waits_for_books_whose_journal_is_at_fault(redis_url: str) -> None:
+    async def scenario() -> None:
+        billing = Billing(redis_url, Refusing)
+        await billing.deposit(1_000)
+        job = await billing.accept()
+        await billing.deliver(job, RUN.completion_tokens)
+        billing.books.error, billing.books.times = JournalFault("refused", code="another_writer"), MOST_FAULTS
+        found = await lived(billing, job, RUN, billing.settlement)
+        assert (found.state, found.receipt.charged_lamports) == (JobState.DONE, 80)
+
+    asyncio.run(scenario())
 
 
 def test_work_of_a_node_that_is_not_enrolled_is_held(redis_url: str) -> None:

@@ -30,6 +30,7 @@ from azu.errors import (
     InsufficientBalance,
     InternalError,
     InvalidRequest,
+    JournalFault,
     LedgerError,
     NotFound,
     RateLimited,
@@ -783,7 +784,7 @@ def test_a_loss_stands_until_the_admin_accepts_it(redis_url: str) -> None:
         await core.apply(LossNoted(id="loss:1", num_entries=3))
         assert await books.loss() == (await books.totals()).lost_writes == 3
         assert await books.findings() == ("the ledger went back by 3 entries",)
-        with pytest.raises(LedgerError, match="went back by 3"):
+        with pytest.raises(JournalFault, match="went back by 3"):
             await books.view(1, 1)
         head = await books.head()
         accepted = AcceptLoss(
@@ -810,7 +811,7 @@ def test_a_journal_that_was_changed_is_said_to_be(redis_url: str) -> None:
 
         await served.bookkeeper.verify()
 
-        with pytest.raises(LedgerError) as found:
+        with pytest.raises(JournalFault) as found:
             await books.loss()
         assert found.value.code == "journal_changed"
 
@@ -830,7 +831,7 @@ def test_an_entry_that_another_process_added_is_said_to_be_there(redis_url: str,
         for _ in range(10):
             await served.bookkeeper.verify()
 
-        with pytest.raises(LedgerError, match="another process") as found:
+        with pytest.raises(JournalFault, match="another process") as found:
             await books.loss()
         assert found.value.code == "journal_changed"
 

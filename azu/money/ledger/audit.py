@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
-from azu.errors import LedgerError
-from azu.money.ledger.journal import BEGIN, Head, RedisJournal, follow
+from azu.errors import JournalFault
+from azu.money.ledger.journal import BEGIN, Head, RedisJournal, changed, follow
 from azu.money.ledger.seals import Seals
 from azu.money.ledger.state import BooksState
 from azu.money.ledger.transfers import CHAIN, PLATFORM, is_account, is_in_transit, is_outside
@@ -57,7 +57,7 @@ async def audit_books(
             seal = seals.read(since)
             state, before = seal.state, seal.through
             if seal.sha256 != live.seals.get(str(since)):
-                raise LedgerError(f"the sealed entries up to {since} were changed")
+                raise changed(f"the sealed entries up to {since} were changed")
         for number in sorted(int(through) for through in live.seals):
             if number > since:
                 before = await _follow_seal(seals, number, state, before, live.seals[str(number)])
@@ -65,9 +65,9 @@ async def audit_books(
             follow(state, before, line)
             before = line.head
         if before != head:
-            raise LedgerError(f"the journal leads to entry {before.number}, not to {head.number} as written")
+            raise changed(f"the journal leads to entry {before.number}, not to {head.number} as written")
         findings += _state_differences(live, state)
-    except LedgerError as error:
+    except JournalFault as error:
         findings.append(error.message)
     inside = {account: n for account, n in live.balances.items() if not is_outside(account)}
     revenue = inside.pop(PLATFORM, 0)
@@ -90,14 +90,14 @@ async def _follow_seal(seals: Seals, number: int, state: BooksState, before: Hea
     """Go through a file's entries, and compare its state with the one that they lead to."""
     seal = await asyncio.to_thread(seals.read, number)
     if seal.sha256 != digest or seal.after != before:
-        raise LedgerError(f"the sealed entries up to {number} were changed")
+        raise changed(f"the sealed entries up to {number} were changed")
     for line in seals.lines(number):
         follow(state, before, line)
         before = line.head
         if line.number % _PAUSE_EVERY == 0:
             await asyncio.sleep(0)
     if different := list(_state_differences(seal.state, state)):
-        raise LedgerError(f"the state that was sealed at {number}: {different[0]}")
+        raise changed(f"the state that was sealed at {number}: {different[0]}")
     return before
 
 

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from redis import RedisError
 from redis.asyncio import Redis
 
-from azu.errors import AzuError, LedgerError
+from azu.errors import AzuError, JournalFault
 from azu.money.ledger.entry import Entry, Leg
 from azu.money.ledger.posting import apply_once
 from azu.money.ledger.state import BooksState
@@ -67,9 +67,9 @@ class _Content:
 _CONTENT = TypeAdapter(_Content)
 
 
-def changed(message: str) -> LedgerError:
+def changed(message: str) -> JournalFault:
     """Return the error for entries that are not what this ledger wrote."""
-    return LedgerError(message, code="journal_changed")
+    return JournalFault(message, code="journal_changed")
 
 
 def next_hash(before: str, text: str) -> str:
@@ -86,7 +86,7 @@ def write_line(before: Head, at_ms: int, transfer: Transfer, legs: Sequence[Leg]
 
 
 def read_line(line: Line) -> Entry:
-    """Return the entry of a line; raises LedgerError if the line is damaged."""
+    """Return the entry of a line; raises JournalFault if the line is damaged."""
     try:
         content = _CONTENT.validate_json(line.text)
     except ValidationError as error:
@@ -96,7 +96,7 @@ def read_line(line: Line) -> Entry:
 
 
 def check_line(before: Head, line: Line) -> Head:
-    """Return the head after a line; raises LedgerError if the line does not join `before`."""
+    """Return the head after a line; raises JournalFault if the line does not join `before`."""
     if line.number != before.number + 1:
         raise changed(f"journal entry {line.number} comes where {before.number + 1} is missing")
     if line.hash != next_hash(before.hash, line.text):
@@ -105,7 +105,7 @@ def check_line(before: Head, line: Line) -> Head:
 
 
 def follow(state: BooksState, before: Head, line: Line) -> Entry:
-    """Bring the books from `before` to the state after a line; raises LedgerError if it cannot follow."""
+    """Bring the books from `before` to the state after a line; raises JournalFault if it cannot follow."""
     check_line(before, line)
     entry = read_line(line)
     try:
@@ -177,7 +177,7 @@ class RedisJournal:
         try:
             return await call
         except RedisError as error:
-            raise LedgerError(f"the ledger's Redis refused: {error}") from error
+            raise JournalFault(f"the ledger's Redis refused: {error}") from error
 
 
 def _line(stream_id: str, fields: dict[str, str]) -> Line:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from azu.clock import wall_clock_ms
-from azu.errors import AzuError, LedgerError, Unavailable
+from azu.errors import AzuError, JournalFault, LedgerError, Unavailable
 from azu.money.ledger.audit import Audit, audit_books
 from azu.money.ledger.entry import Entry, Result, repeat
 from azu.money.ledger.journal import Head, Line, RedisJournal, changed, check_line, read_line, write_line
@@ -24,6 +24,7 @@ from azu.money.ledger.transfers import (
     Transfer,
     WriterOpened,
 )
+from azu.supervision import as_known_error
 from azu.units import KIB
 
 # The most transfers that one call of the script writes.
@@ -50,7 +51,7 @@ class Ledger:
 
     Every asynchronous method raises Unavailable when Redis does not answer. A transfer may then have been
     applied; it is safe to send it again unchanged. Once another process has written the journal, every call
-    of `apply` raises LedgerError, code `another_writer`. The ledger goes on with a store that went back;
+    of `apply` raises JournalFault, code `another_writer`. The ledger goes on with a store that went back;
     `lost` says by how many entries.
     """
 
@@ -78,7 +79,7 @@ class Ledger:
     ) -> "Ledger":
         """Rebuild the books from the last seal and the journal, and take the right to write from others.
 
-        Raises LedgerError if an entry or a seal was changed or is missing.
+        Raises JournalFault if an entry or a seal was changed or is missing.
         """
         ledger = cls(journal, seals, await rebuild(journal, seals, seals.mark(), now_ms), now_ms)
         await ledger.apply(WriterOpened(id=f"writer:{secrets.token_hex(16)}"))
@@ -145,7 +146,7 @@ class Ledger:
         return None if number is None else Result(await self.entry(number))
 
     async def entry(self, number: int) -> Entry:
-        """Return an entry, sealed ones too; raises LedgerError, code `journal_changed`, if there is none."""
+        """Return an entry, sealed ones too; raises JournalFault, code `journal_changed`, if there is none."""
         if number > self._books.anchor.number:
             async for line in self._journal.lines(number - 1, number):
                 return read_line(line)
@@ -179,19 +180,19 @@ class Ledger:
             report = await audit_books(live, head, self._seals, self._journal, since, wallet_lamports)
         try:
             await self.verify()
-        except LedgerError as error:
+        except JournalFault as error:
             report = replace(report, findings=(*report.findings, error.message))
         return report
 
     async def verify(self) -> None:
         """Read the journal since the last seal again, and look at two of the seals, at another each time.
 
-        Raises LedgerError, code `journal_changed`, if one has changed since it was written.
+        Raises JournalFault, code `journal_changed`, if one has changed since it was written.
         """
         anchor = self._books.anchor
         try:
             await self._check_journal()
-        except LedgerError:
+        except JournalFault:
             if anchor == self._books.anchor:
                 raise
             # Its first entries were moved into a file meanwhile.
@@ -290,11 +291,17 @@ class Ledger:
                 answers.append((done, known))
                 continue
             try:
-                legs = post(draft, transfer)
-            except AzuError as error:
-                answers.append((done, self._explained(transfer, error)))
-                continue
-            line = write_line(head, draft.at_ms, transfer, legs)
+                try:
+                    legs = post(draft, transfer)
+                except AzuError as error:
+                    answers.append((done, self._explained(transfer, error)))
+                    continue
+                line = write_line(head, draft.at_ms, transfer, legs)
+            except Exception as error:
+                # The draft may hold a part of this transfer: the others are worked out anew.
+                answer = (done, as_known_error(error, f"the transfer {transfer.id}"))
+                others = self._work_out([one for one in taken if one[1] is not done])
+                return replace(others, answers=(answer, *others.answers))
             lines.append(line)
             head, new[transfer.id] = line.head, line.number
             answers.append((done, Entry(line.number, transfer, legs, draft.at_ms, line.hash)))
@@ -329,8 +336,8 @@ class Ledger:
     async def _find_out(self) -> None:
         """Read what became of lines that were sent, and take over what is written of them.
 
-        Raises LedgerError, code `another_writer`, if other lines follow the head. If the head itself is gone,
-        the books are rebuilt from what the store has.
+        Raises JournalFault, code `another_writer`, if other lines follow the head. If the head itself is
+        gone, the books are rebuilt from what the store has.
         """
         stored = [line async for line in self._journal.lines(max(self.head.number - 1, 0))]
         if self.head.number:
@@ -342,7 +349,7 @@ class Ledger:
         sent = {lines[0].hash: list(lines) for lines in self._unsure}
         mine = sent.get(stored[0].hash, []) if stored else []
         if mine[: len(stored)] != stored:
-            self._closed = LedgerError("another process writes this journal", code="another_writer")
+            self._closed = JournalFault("another process writes this journal", code="another_writer")
             raise self._closed
         for line in stored:
             self._books.take(line)

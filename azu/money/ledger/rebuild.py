@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from azu.errors import LedgerError
+from azu.errors import JournalFault
 from azu.money.ledger.entry import Entry
 from azu.money.ledger.journal import BEGIN, Head, Line, RedisJournal, changed, follow, write_line
 from azu.money.ledger.seals import Seals
@@ -27,7 +27,7 @@ class Rebuilt:
     num_bytes: int = 0
 
     def take(self, line: Line) -> None:
-        """Go on to a line; raises LedgerError if it does not follow."""
+        """Go on to a line; raises JournalFault if it does not follow."""
         self.wrote(line, follow(self.state, self.head, line))
 
     def wrote(self, line: Line, entry: Entry) -> None:
@@ -46,7 +46,7 @@ class Rebuilt:
 async def rebuild(journal: RedisJournal, seals: Seals, known: Head, now_ms: Callable[[], int]) -> Rebuilt:
     """Return the books as the store has them; note in the journal how much of what was `known` is gone.
 
-    A store that lost entries which are sealed goes on after the last of them. Raises LedgerError, code
+    A store that lost entries which are sealed goes on after the last of them. Raises JournalFault, code
     `journal_changed`, if an entry or a seal was changed, and if they are not of one ledger.
     """
     first, stored, files = await journal.first(), await journal.head(), seals.numbers()
@@ -116,5 +116,5 @@ async def _write(
     """
     line = write_line(books.head, max(now_ms, books.state.facts.get("at_ms", 0)), transfer, ())
     if await journal.append(stored, [line]) != line.head:
-        raise LedgerError("another process writes this journal", code="another_writer")
+        raise JournalFault("another process writes this journal", code="another_writer")
     books.take(line)

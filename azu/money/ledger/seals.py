@@ -62,7 +62,7 @@ class Seals:
     def write(self, after: Head, through: Head, lines: Iterable[Line], state: bytes) -> str:
         """Write a file, and its ids into the index; return its SHA-256. A file of the same end is replaced.
 
-        Raises LedgerError if the lines do not lead from `after` to `through`.
+        Raises JournalFault if the lines do not lead from `after` to `through`.
         """
         digest, ids, head = sha256(), [], after
         path = self._path(through.number)
@@ -78,7 +78,7 @@ class Seals:
                 ids.append((_digest(read_line(line).transfer.id), line.number))
                 head = line.head
             if head != through:
-                raise LedgerError(f"the journal's lines lead to {head}, not to {through}")
+                raise changed(f"the journal's lines lead to {head}, not to {through}")
             last = json.dumps({"through": through.number, "hash": through.hash})
             put(last.removesuffix("}").encode() + b', "state": ' + state + b"}\n")
         try:
@@ -89,7 +89,7 @@ class Seals:
         return digest.hexdigest()
 
     def read(self, through: int) -> Seal:
-        """Return what a file says; raises LedgerError if it is damaged."""
+        """Return what a file says; raises JournalFault if it is damaged."""
         path = self._path(through)
         try:
             content = path.read_bytes()
@@ -118,7 +118,7 @@ class Seals:
             return ""
 
     def lines(self, through: int) -> Iterator[Line]:
-        """Yield a file's lines; raises LedgerError, code `journal_changed`, for what is none."""
+        """Yield a file's lines; raises JournalFault, code `journal_changed`, for what is none."""
         path = self._path(through)
         try:
             with path.open(encoding="utf-8") as file:

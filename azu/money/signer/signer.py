@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from azu.addresses import parse_address
 from azu.auth.signatures import AcceptLoss, command_of, sign_certificate
-from azu.errors import ChainError, ConfigurationError, Forbidden, LedgerError, Unavailable
+from azu.errors import ChainError, ConfigurationError, Forbidden, JournalFault, Unavailable
 from azu.files import disk_errors, replacing, write_all
 from azu.money.books import BooksCalls
 from azu.money.chain.actions import sign_noop, sign_send_asset
@@ -72,7 +72,7 @@ class Signer(SignerCalls):
         async with self._turn:
             try:
                 books, chain = await self._look()
-            except LedgerError:
+            except JournalFault:
                 return  # a finding
             for nonce, one in undecided(self._known, books, chain).items():
                 if not one.burned_at_ms:
@@ -140,7 +140,7 @@ class Signer(SignerCalls):
         """Look at books and chain; raises Unavailable unless they agree."""
         try:
             views = await self._look()
-        except LedgerError as error:
+        except JournalFault as error:
             raise Unavailable(f"nothing is signed: {error.message}", code="nothing_signed") from error
         if self._status.findings:
             reasons = "; ".join(self._status.findings)
@@ -148,11 +148,11 @@ class Signer(SignerCalls):
         return views
 
     async def _look(self) -> tuple[BooksView, ChainView]:
-        """Compare books, chain and memory, and note what is found. Raises LedgerError, which is a finding."""
+        """Compare books, chain and memory, note what is found. Raises JournalFault, which is a finding."""
         number = 0 if self._state is None else self._state.head.number
         try:
             books = await self._view(number)
-        except LedgerError as error:
+        except JournalFault as error:
             self._note((error.message,))
             raise
         # After the books: a credit or a payout that they show has its row by now, if it ever has one.

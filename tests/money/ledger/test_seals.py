@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from azu.errors import ConfigurationError, LedgerError, TransferConflict, Unavailable
+from azu.errors import ConfigurationError, JournalFault, LedgerError, TransferConflict, Unavailable
 from azu.money.ledger.journal import JOURNAL
 from azu.money.ledger.ledger import Ledger
 from azu.money.ledger.seals import Seals
@@ -255,11 +255,11 @@ def test_a_changed_file_is_found(
             if change is changed_entry and which:
                 return
             path.write_bytes(change(content))
-            with pytest.raises(LedgerError, match="changed"):
+            with pytest.raises(JournalFault, match="changed"):
                 await verify_thrice(ledger)
             assert not (await ledger.audit()).agrees
         if which:
-            with pytest.raises(LedgerError):
+            with pytest.raises(JournalFault):
                 await Ledger.open(ledger._journal, Seals(tmp_path), lambda: 1)
         path.write_bytes(content)
         async with open_books(redis_url, tmp_path) as ledger:
@@ -279,7 +279,7 @@ def test_the_index_of_ids_is_made_again_where_it_lacks_some(redis_url: str, tmp_
             seals = ledger._seals
             with seals._ids:
                 seals._ids.execute("DELETE FROM ids WHERE number = 2")
-            with pytest.raises(LedgerError, match="lacks ids"):
+            with pytest.raises(JournalFault, match="lacks ids"):
                 await verify_thrice(ledger)
         for content in (None, b"no database" * 1000):
             if content is not None:
@@ -329,7 +329,7 @@ def test_files_of_another_ledger_are_refused_and_kept(redis_url: str, tmp_path: 
             await apply_each(ledger, *BEGIN, *jobs(1, 9))
         kept = tmp_path / "copy"
         shutil.copytree(tmp_path / "one", kept)
-        with pytest.raises(LedgerError, match="not of this journal"):
+        with pytest.raises(JournalFault, match="not of this journal"):
             async with open_books(redis_url, tmp_path / "one"):
                 pass
         assert Seals(tmp_path / "one").numbers() == Seals(kept).numbers() == [9]
