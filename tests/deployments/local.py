@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 from eth_account import Account
@@ -75,6 +75,11 @@ class ScriptedModel:
         reason = FinishReason.LENGTH if cut else FinishReason.STOP
         reason = reason if self.error is None else FinishReason.ERROR
         return JobRun(written, reason, work, self.error)
+
+    @property
+    def pipeline(self) -> Self:
+        """Return this stand-in: it is its pipeline also."""
+        return self
 
     async def cancel(self, job_id: str) -> None:
         pass

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Container
+from typing import Self
 
 from tokenizers import Tokenizer, decoders, models
 
@@ -74,6 +75,11 @@ class SteppedModel:
 
     async def close(self) -> None:
         await self._supervisor.stop()
+
+    @property
+    def pipeline(self) -> Self:
+        """Return this stand-in: it is its pipeline also."""
+        return self
 
     async def ensure(self, model_id: str, revision: str, job_id: str) -> "SteppedModel":
         return self
