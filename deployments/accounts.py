@@ -122,6 +122,7 @@ async def open_key(body: KeyRequest, request: Request, services: ServicesNow) ->
     await services.count_sign_in(request.client)
     key = await services.challenges.answered(body.nonce, body.signature, wall_clock_ms())
     await services.books.open_key(key)
+    services.wrong_keys.note_good(key.digest)
     return NewKey(key_id=key.key_id, address=key.address)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from azu.api.network import (
     Activity,
@@ -54,8 +54,6 @@ from deployments.services import (
     Key,
     Services,
     ServicesNow,
-    check_admin,
-    is_admin,
 )
 
 router = APIRouter()
@@ -75,13 +73,13 @@ async def health(services: ServicesNow, response: Response) -> Health:
 
 
 @router.get("/metrics", response_class=Response, responses=plain_text())
-async def metrics(services: ServicesNow, secret: AdminSecret) -> Response:
+async def metrics(request: Request, services: ServicesNow, secret: AdminSecret) -> Response:
     """Return all metrics in the Prometheus text format.
 
     The caller needs the admin key unless the network's owner opened the metrics.
     """
     if not services.config.open_metrics:
-        check_admin(services, secret)
+        await services.check_admin(secret, request.client)
     snapshot: MetricsSnapshot = await services.scheduler("metrics")
     return Response(exposition(snapshot), headers={"content-type": CONTENT_TYPE})
 
@@ -112,30 +110,37 @@ async def network(_: Key, services: ServicesNow) -> NetworkResponse:
     )
 
 
+async def _owner(request: Request, services: ServicesNow, _: AdminSecret, secret: ApiKeySecret) -> str | None:
+    """Return the address whose nodes a caller may move, None for the admin, who may move all."""
+    key = await services.key_unless_admin(secret, request.client)
+    return None if key is None else key.address
+
+
+Owner = Annotated[str | None, Depends(_owner)]
+
+
 @router.post("/v1/nodes/{name}/leave")
-async def leave(name: str, services: ServicesNow, admin: AdminSecret, secret: ApiKeySecret) -> LeaveResponse:
+async def leave(name: str, owner: Owner, services: ServicesNow) -> LeaveResponse:
     """Have a node, by its name or id, give away what it holds; allowed for its payout address and the admin.
 
     The caller asks again until `left` is true.
     """
-    address = await _owner(services, admin, secret)
-    return LeaveResponse(name=name, left=await services.scheduler("leave", name, address))
+    return LeaveResponse(name=name, left=await services.scheduler("leave", name, owner))
 
 
 @router.post("/v1/nodes/{name}/pause")
-async def pause(name: str, services: ServicesNow, admin: AdminSecret, secret: ApiKeySecret) -> PauseResponse:
+async def pause(name: str, owner: Owner, services: ServicesNow) -> PauseResponse:
     """Have a node give away what it holds, and take nothing new until it resumes; allowed as for leaving.
 
     The caller asks again until `empty` is true.
     """
-    address = await _owner(services, admin, secret)
-    return PauseResponse(name=name, paused=True, empty=await services.scheduler("pause", name, address))
+    return PauseResponse(name=name, paused=True, empty=await services.scheduler("pause", name, owner))
 
 
 @router.post("/v1/nodes/{name}/resume")
-async def resume(name: str, services: ServicesNow, admin: AdminSecret, secret: ApiKeySecret) -> PauseResponse:
+async def resume(name: str, owner: Owner, services: ServicesNow) -> PauseResponse:
     """Have a node lend again that was paused; allowed as for leaving."""
-    await services.scheduler("resume", name, await _owner(services, admin, secret))
+    await services.scheduler("resume", name, owner)
     return PauseResponse(name=name, paused=False)
 
 
@@ -153,11 +158,6 @@ async def offer(body: OfferRequest, request: Request, services: ServicesNow) -> 
         ),
         lamports_per_day=round(found.lamports_per_gib_hour * 24 * body.vram_bytes / GIB),
     )
-
-
-async def _owner(services: Services, admin: str | None, secret: str | None) -> str | None:
-    """Return the address whose nodes a caller may move, None for the admin, who may move all."""
-    return None if is_admin(services, admin) else (await services.key(secret)).address
 
 
 @router.get("/v1/models")

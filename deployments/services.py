@@ -23,7 +23,7 @@ from azu.auth.challenges import RedisChallenges
 from azu.auth.key_records import ApiKey
 from azu.auth.peers import network_of
 from azu.auth.places import Places
-from azu.auth.rate_limit import Growth, Rate, RedisRates
+from azu.auth.rate_limit import Growth, Rate, RedisRates, WrongKeys
 from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
 from azu.contact import Contact
@@ -116,6 +116,7 @@ class Services:
         self.answers = Places(MOST_ANSWERS, _ANSWERS_OF_ONE)
         self.short = Places(MOST_SHORT, _SHORT_OF_ONE)
         self._rates = RedisRates(self._redis)
+        self.wrong_keys = WrongKeys(self._rates)
         self._rate = Rate(policy.limits.requests_per_minute, policy.limits.request_burst)
         self._growth = Growth(policy.limits.lamports_for_more, policy.limits.most_times_more)
         # Address -> when it was asked, and how many times more it may: the latest callers.
@@ -127,18 +128,39 @@ class Services:
         self._measured = (float("-inf"), MetricsSnapshot({}, {}))
         self._models: OrderedDict[tuple[str, bool], tuple[float, ServedModel]] = OrderedDict()
 
-    async def key(self, secret: str | None) -> ApiKey:
+    async def key(self, secret: str | None, client: Address | None) -> ApiKey:
         """Return the API key with a secret and count the request as its account's.
 
-        Raises Unauthenticated without a valid key, RateLimited for an account with too many requests.
+        Raises Unauthenticated without a valid key, RateLimited for an account with too many requests, or an
+        address with too many wrong keys.
         """
         if not secret:
             raise Unauthenticated(
                 "send an API key as `Authorization: Bearer azu-sk-...`; `azu login` opens one"
             )
-        key = await self.books.key(secret)
+        key = await self.wrong_keys.judged(secret, _host(client), self.books.key)
         await self._rates.take(key.address, self._rate.times(await self._times(key.address)))
         return key
+
+    async def check_admin(self, secret: str | None, client: Address | None) -> None:
+        """Raise Unauthenticated unless this is the admin key, RateLimited as `key` does."""
+
+        async def judge(secret: str) -> None:
+            if not self._is_admin(secret):
+                raise Unauthenticated("this endpoint needs the admin key")
+
+        await self.wrong_keys.judged(secret or "", _host(client), judge)
+
+    async def key_unless_admin(self, secret: str | None, client: Address | None) -> ApiKey | None:
+        """Return the API key with a secret as `key` does, None for the admin key."""
+        if not self._is_admin(secret or ""):
+            return await self.key(secret, client)
+        await self.check_admin(secret, client)
+        return None
+
+    def _is_admin(self, secret: str) -> bool:
+        given = hashlib.sha256(secret.encode()).hexdigest()
+        return hmac.compare_digest(given, self.config.admin_key_sha256)
 
     async def _times(self, address: str) -> float:
         """Return how many times as high an account's limits are, as of a minute ago at most."""
@@ -166,7 +188,7 @@ class Services:
 
     async def count_sign_in(self, client: Address | None) -> None:
         """Count a request that needs no key, by its sender's address (IPv6: its /64); raises RateLimited."""
-        await self._rates.take(f"from:{network_of(client.host if client else '')}", self._sign_in_rate)
+        await self._rates.take(f"from:{network_of(_host(client))}", self._sign_in_rate)
 
     async def health(self) -> tuple[bool, tuple[str, ...]]:
         """Return whether prompts can be served, and what goes wrong; who does not answer at once is away."""
@@ -317,6 +339,10 @@ class Services:
         return await ask(actor, method, *arguments, timeout_s=timeout_s, back_in_s=back_in_s)
 
 
+def _host(client: Address | None) -> str:
+    return client.host if client else ""
+
+
 def warm_up() -> None:
     """Import the tokenizers, which takes seconds, so that the first prompt does not wait for it."""
     import azu.engine.tokenizer  # noqa: F401, PLC0415
@@ -367,16 +393,18 @@ def services_of(request: Request) -> Services:
 ServicesNow = Annotated[Services, Depends(services_of)]
 
 
-async def key_of(services: ServicesNow, secret: ApiKeySecret) -> AsyncIterator[ApiKey]:
+async def key_of(request: Request, services: ServicesNow, secret: ApiKeySecret) -> AsyncIterator[ApiKey]:
     """Yield the caller's key, which has a place until its request is answered; raises Unauthenticated."""
-    key = await services.key(secret)
+    key = await services.key(secret, request.client)
     with services.short.place(key.address):
         yield key
 
 
-async def answered_key_of(services: ServicesNow, secret: ApiKeySecret) -> AsyncIterator[ApiKey]:
+async def answered_key_of(
+    request: Request, services: ServicesNow, secret: ApiKeySecret
+) -> AsyncIterator[ApiKey]:
     """Yield the key of a request for an answer, as `key_of` does: it takes longer, and has other places."""
-    key = await services.key(secret)
+    key = await services.key(secret, request.client)
     with services.answers.place(key.address):
         yield key
 
@@ -397,24 +425,12 @@ def check_speaks_for(key: ApiKey, address: str) -> None:
         raise Forbidden("this key belongs to another address", param="user_address")
 
 
-async def admin_of(services: ServicesNow, secret: AdminSecret) -> None:
+async def admin_of(request: Request, services: ServicesNow, secret: AdminSecret) -> None:
     """Raise Unauthenticated unless the caller has the admin key."""
-    check_admin(services, secret)
+    await services.check_admin(secret, request.client)
 
 
 Admin = Depends(admin_of)
-
-
-def check_admin(services: Services, secret: str | None) -> None:
-    """Raise Unauthenticated unless this is the admin key."""
-    if not is_admin(services, secret):
-        raise Unauthenticated("this endpoint needs the admin key")
-
-
-def is_admin(services: Services, secret: str | None) -> bool:
-    """Return whether this is the admin key."""
-    given = hashlib.sha256((secret or "").encode()).hexdigest()
-    return hmac.compare_digest(given, services.config.admin_key_sha256)
 
 
 async def owned(services: Services, key: ApiKey, job_id: str) -> JobRecord:

@@ -3,8 +3,11 @@
 import asyncio
 from pathlib import Path
 
-from azu.auth.rate_limit import Growth, Rate, RedisRates
-from azu.errors import RateLimited
+import pytest
+
+from azu.auth.key_records import secret_digest
+from azu.auth.rate_limit import Growth, Rate, RedisRates, WrongKeys
+from azu.errors import RateLimited, Unauthenticated
 from azu.redis_client import connect_redis, connect_redis_sync
 from tests.redis_server import start_redis
 
@@ -65,3 +68,61 @@ def test_limits_grow_with_what_was_paid_up_to_a_ceiling() -> None:
     assert [growth.times(paid) for paid in (0, 50, 100, 700, 10**12)] == [1, 1.5, 2, 8, 8]
     assert rate.times(1.5) == Rate(per_minute=1800, burst=300)
     assert Rate(per_minute=60_000_000, burst=1).times(8).per_minute == 60_000_000
+
+
+async def judge(secret: str) -> str:
+    """Know one key as the books do."""
+    if not secret.startswith("good"):
+        raise Unauthenticated("not one of ours")
+    return secret
+
+
+async def wrong(keys: WrongKeys, address: str, times: int) -> list[type[BaseException]]:
+    """Try as many wrong keys; return what came of each."""
+    tried = (keys.judged(f"guess-{number}", address, judge) for number in range(times))
+    return [type(answer) for answer in await asyncio.gather(*tried, return_exceptions=True)]
+
+
+def test_an_address_tries_so_many_wrong_keys_and_then_finds_none_out(redis_url: str) -> None:
+    async def scenario() -> None:
+        keys = WrongKeys(RedisRates(connect_redis(redis_url)))
+        assert await keys.judged("good-1", "2001:db8::1", judge) == "good-1"
+
+        kinds = [kind for _ in range(3) for kind in await wrong(keys, "2001:db8::2", 40)]
+
+        assert kinds[:40] == [Unauthenticated] * 40
+        assert set(kinds[40:]) == {Unauthenticated, RateLimited}
+        with pytest.raises(RateLimited, match="wrong keys") as refused:
+            await keys.judged("good-2", "2001:db8::3", judge)
+        assert 0 < refused.value.retry_after_s <= 2
+        # Who uses the network from there goes on, and so does every other address.
+        keys.note_good(secret_digest("good-3"))
+        for known in ("good-1", "good-3"):
+            assert await keys.judged(known, "2001:db8::3", judge) == known
+        assert await keys.judged("good-2", "192.0.2.1", judge) == "good-2"
+
+    asyncio.run(scenario())
+
+
+def test_a_key_that_is_good_no_more_counts_as_wrong_and_no_key_as_none(redis_url: str) -> None:
+    async def scenario() -> None:
+        keys = WrongKeys(RedisRates(connect_redis(redis_url)))
+        for number in range(200):
+            with pytest.raises(Unauthenticated):
+                await keys.judged("", f"192.0.2.{number % 2}", judge)
+            keys.note_good(secret_digest(f"good-{number}"))
+        keys.note_good(secret_digest("revoked"))
+        with pytest.raises(Unauthenticated):
+            await keys.judged("revoked", "192.0.2.1", judge)
+        assert secret_digest("revoked") not in keys._good
+
+    asyncio.run(scenario())
+
+
+def test_the_latest_good_keys_are_remembered(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("azu.auth.rate_limit._KEPT_GOOD", 2)
+    keys = WrongKeys(RedisRates(connect_redis(redis_url)))
+    for digest in ("one", "two", "one", "three"):
+        keys.note_good(digest)
+
+    assert list(keys._good) == ["one", "three"]

@@ -10,7 +10,7 @@ from azu.api.network import Activity
 from azu.metrics import Meter
 from azu.units import GIB
 from deployments.network import activity_of
-from tests.deployments.local import local_ingress, policy_with
+from tests.deployments.local import ADMIN_KEY, local_ingress, policy_with
 
 
 def test_a_model_s_activity_is_its_own() -> None:
@@ -51,5 +51,33 @@ def test_a_machine_learns_without_a_key_what_it_would_hold_and_how_much_is_asked
                 assert refused.status_code == 400
             asked = [await http.post("/v1/nodes/offer", json=device) for _ in range(3)]
             assert [one.status_code for one in asked] == [200, 200, 429]
+
+    asyncio.run(scenario())
+
+
+def test_who_tries_wrong_keys_gets_429_whichever_it_tries_and_users_of_that_address_go_on(
+    redis_url: str, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        async with local_ingress(redis_url, tmp_path) as ingress:
+            _, used = await ingress.user()
+            async with ingress.client(used) as http:
+                assert (await http.get("/v1/balance")).status_code == 200
+            async with ingress.client() as http:
+
+                async def ask(path: str, key: str) -> httpx.Response:
+                    method = "POST" if path.endswith("leave") else "GET"
+                    return await http.request(method, path, headers={"authorization": f"Bearer {key}"})
+
+                paths = ("/v1/balance", "/metrics", "/v1/nodes/ada/leave")
+                tried = [await ask(paths[number % 3], f"azu-sk-{number}") for number in range(70)]
+                assert [one.status_code for one in tried[:60]] == [401] * 60
+                refused = tried[-1]
+                assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
+                assert 1 <= int(refused.headers["retry-after"]) <= 2
+                # A guess that is right is refused as the others are.
+                assert (await ask("/v1/nodes/ada/leave", ADMIN_KEY)).status_code == 429
+                assert (await ask("/v1/balance", used)).status_code == 200
+                assert (await http.get("/v1/balance")).status_code == 401
 
     asyncio.run(scenario())
