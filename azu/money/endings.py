@@ -8,9 +8,12 @@ from pydantic import TypeAdapter
 
 from azu.money.ledger.transfers import MAX_OUTCOME_BYTES, Expire, Release, Reserve, Settle
 from azu.protocol.job import FinishReason, JobEnding, JobOutcome, JobState, Receipt
+from azu.units import KIB
 
 _ENDING = TypeAdapter(JobEnding)
 _PACKED = "~"
+# All calls wait while an ending is packed, and one that is longer would hardly fit.
+_MOST_PACKED = 256 * KIB
 # What is kept of an error that is too long: each of these, cut. They fit, whatever the characters are.
 _OF_ERRORS = ("message", "type", "param", "code")
 _MOST_CHARACTERS = 200
@@ -51,7 +54,7 @@ def outcome_of(hold: Reserve, end: Settle | Release | Expire) -> JobOutcome:
 def pack_ending(ending: JobEnding) -> str:
     """Return an ending as the ledger keeps it; which experts ran where is left out where that is too long."""
     text = _ENDING.dump_json(ending, exclude_defaults=True).decode()
-    if len(text) > 1024:
+    if 1024 < len(text) <= _MOST_PACKED:
         text = _PACKED + b85encode(zlib.compress(text.encode(), 9)).decode()
     if len(text.encode()) <= MAX_OUTCOME_BYTES:
         return text

@@ -11,6 +11,7 @@ from eth_account.signers.local import LocalAccount
 from azu.auth.signatures import Withdrawal, sign_claim, sign_withdrawal, withdrawal_id
 from azu.clock import wall_clock_ms
 from azu.errors import Forbidden, InsufficientBalance, RateLimited, Unauthenticated
+from azu.money import overview
 from azu.money.books import Books
 from azu.money.treasury.withdrawals import LEAST_LAMPORTS
 from tests.builders import OWNERS
@@ -77,6 +78,23 @@ def test_a_key_of_an_address_without_money_is_dropped_when_it_is_old(redis_url: 
             await books.key(f"secret-{number}")
 
     play(redis_url, scenario, now_ms=lambda: clock[0])
+
+
+def test_a_large_theft_is_shown_before_small_jobs_and_what_is_left_out_is_counted(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overview, "_MOST_REVERSIBLE", 2)
+
+    async def scenario(books: Books, _: ServedBooks) -> None:
+        await open_account(books, 2_000)
+        for number, tokens in enumerate((1, 9, 2, 3)):
+            await reserve(books, f"job-{number}")
+            await settle(books, f"job-{number}", tokens)
+        found = await books.reversible(ADDRESS)
+        assert [one.job_id for one in found.jobs] == ["job-1", "job-3"]
+        assert found.num_left_out == 2
+
+    play(redis_url, scenario, terms=replace(TERMS, maturity_ms=DAY_MS))
 
 
 def test_addresses_without_money_claim_so_often_and_keep_out_no_one_who_lends(redis_url: str) -> None:
