@@ -31,6 +31,7 @@ from azu.config import NetworkPolicy
 from azu.engine.canary import CanaryAnswer
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.stage_contract import StageSpec
+from azu.engine.step_check import check_chosen, check_progress
 from azu.errors import AzuError, DeadlineExceeded, InsufficientCapacity, WorkerLost
 from azu.models.status import ModelStatus
 from azu.planner.demand import shards_of
@@ -176,7 +177,7 @@ class RayBackend:
         ping = self._handle(name).ping.options(concurrency_group=CONTROL)
         try:
             # The call returns after a period; it fails at once when the process dies.
-            progress: PieceProgress = await ping.remote(self._policy.heartbeat.period_s)
+            progress = check_progress(await ping.remote(self._policy.heartbeat.period_s))
         except Exception as error:
             raise as_azu_error(error, name) from error
         self._agents.heard(piece.node_id)
@@ -184,8 +185,7 @@ class RayBackend:
 
     async def num_chosen(self, name: str) -> ExpertCounts:
         asking = self._handle(name).num_chosen.options(concurrency_group=CONTROL).remote()
-        counts: ExpertCounts = await self._answer(asking, name)
-        return counts
+        return check_chosen(await self._answer(asking, name))
 
     def kill(self, name: str) -> None:
         if (actor := self._actors.pop(name, None)) is not None:

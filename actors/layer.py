@@ -141,7 +141,7 @@ class LayerActor:
         )
 
     def _answered(self, seconds: float, stay: object) -> None:
-        if isinstance(stay, StageTiming) and (hop := hop_s(seconds, stay)) is not None:
+        if (hop := hop_s(seconds, stay)) is not None:
             self._supervisor.meter.observe(HOP, hop, self._model_id, str(self._index))
 
     def _report(self, loss: PieceSet, error: AzuError, epoch: int) -> None:

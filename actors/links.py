@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -17,8 +17,8 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 
 from actors.placement import CONTROL, NAMESPACE
 from azu.cluster.liveness import UnansweredCall
-from azu.errors import AzuError, DeadlineExceeded, Unavailable, WorkerLost
-from azu.protocol.step import PieceProgress
+from azu.engine.step_check import check_progress
+from azu.errors import AzuError, DeadlineExceeded, FrameError, Unavailable, WorkerLost
 from azu.supervision import Supervisor, as_known_error
 
 REGISTRY = "registry"
@@ -94,7 +94,7 @@ def get_from_piece(ref: ray.ObjectRef, piece: ActorHandle | None, timeout_s: flo
             if piece is None:
                 raise
             asking = piece.ping.options(concurrency_group=CONTROL).remote(0.0)
-            if call.is_lost(cast(PieceProgress, get(asking, timeout_s, what))):
+            if call.is_lost(check_progress(get(asking, timeout_s, what))):
                 raise
 
 
@@ -107,7 +107,7 @@ async def answer_from_piece(ref: ray.ObjectRef, piece: ActorHandle, timeout_s: f
             if answer.done():
                 return answer.result()
             asking = piece.ping.options(concurrency_group=CONTROL).remote(0.0)
-            if call.is_lost(await asyncio.wait_for(asking, timeout_s)):
+            if call.is_lost(check_progress(await asyncio.wait_for(asking, timeout_s))):
                 raise DeadlineExceeded(f"{what} did not answer in time")
     finally:
         answer.cancel()
@@ -126,7 +126,8 @@ class PendingCall:
         """Wait for the experts' answer."""
         with self.waiting():
             answer = get_from_piece(self.ref, self.piece, timeout_s, self.what)
-        assert isinstance(answer, bytes)
+        if not isinstance(answer, bytes):
+            raise FrameError(f"{self.what} answered with a {type(answer).__name__}")
         return answer
 
 
@@ -194,9 +195,10 @@ class Acknowledgements:
         except AzuError as error:
             if not self._closed:
                 self._lost(error)
-        else:
-            self._answered(time.perf_counter() - sent_s, answer)
+            answer = None
         self._awaited = None
+        if answer is not None:
+            self._answered(time.perf_counter() - sent_s, answer)
         return True
 
 

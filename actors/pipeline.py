@@ -18,6 +18,7 @@ from azu.engine.expert_counts import Received, ReportedStep, check_received
 from azu.engine.pipeline import EnginePipeline
 from azu.engine.scheduler import SchedulerConfig
 from azu.engine.stage_contract import BadFrame
+from azu.engine.step_check import check_counts
 from azu.engine.text import TextDecoder
 from azu.engine.timing import PipelineMetrics, RoundTimes
 from azu.errors import AzuError, DeadlineExceeded, FrameError
@@ -195,12 +196,11 @@ class Pipeline:
     async def _num_sent(self, stage: ActorHandle, sequence_ids: Sequence[int]) -> Mapping[int, int]:
         asking = stage.num_sent.options(concurrency_group=CONTROL).remote(sequence_ids)
         try:
-            num_sent: Mapping[int, int] = await asyncio.wait_for(asking, self._step_timeout_s)
+            return check_counts(await asyncio.wait_for(asking, self._step_timeout_s))
         except Exception as error:
             # Without its rows everything is computed again; if the stage is gone, its watcher notices.
             log.warning("a stage did not answer what it can send again: %s", type(error).__name__)
             return {}
-        return num_sent
 
     def _keep_loops(self) -> None:
         # Also at a resume, if the start failed.

@@ -4,6 +4,8 @@ Units are in the names; a counter's name ends in `_total`, as in Prometheus. Ray
 under names that begin with `ray_`.
 """
 
+import logging
+import math
 import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +15,8 @@ from enum import StrEnum
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client import Metric as Family
 from prometheus_client.registry import Collector
+
+log = logging.getLogger(__name__)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # A process sends its metrics once a second; the gauges of a silent one say nothing about now.
@@ -275,9 +279,17 @@ class MetricsSum:
         self._past = MetricsSnapshot({}, {})
 
     def record(self, source: str, snapshot: MetricsSnapshot, now_s: float) -> None:
-        """Store a process's latest snapshot; a process that was silent for SILENCE_S is over for good."""
+        """Store a process's latest snapshot, as far as this process knows its series.
+
+        A process that was silent for SILENCE_S is over for good.
+        """
+        try:
+            known = _known(snapshot)
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+            log.warning("the metrics of %.64s are left out: %s", source, type(error).__name__)
+            return
         if source not in self._ended:
-            self._latest[source] = (now_s, snapshot)
+            self._latest[source] = (now_s, known)
 
     def total(self, now_s: float) -> MetricsSnapshot:
         """Return the sum: counters and histograms of all processes ever, gauges of those that are alive."""
@@ -314,6 +326,34 @@ class _Families(Collector):
                         family.add_sample(name + suffix, _named(metric, labels) | more, value)
             if family.samples:
                 yield family
+
+
+def _known(snapshot: MetricsSnapshot) -> MetricsSnapshot:
+    """Return the series that are of this catalogue; what raises for a snapshot that is none is a builtin."""
+    values = {
+        key: value
+        for key, value in snapshot.values.items()
+        if (metric := _metric_of(*key)) and metric.kind is not MetricKind.HISTOGRAM and _is_number(value)
+    }
+    histograms = {
+        key: one
+        for key, one in snapshot.histograms.items()
+        if (metric := _metric_of(*key))
+        and metric.kind is MetricKind.HISTOGRAM
+        and len(one.counts) == len(metric.buckets) + 1
+        and all(map(_is_number, (*one.counts, one.sum)))
+    }
+    return MetricsSnapshot(values, histograms)
+
+
+def _metric_of(name: str, labels: Labels) -> Metric | None:
+    metric = BY_NAME.get(name)
+    is_one = metric is not None and type(labels) is tuple and len(labels) == len(metric.labels)
+    return metric if is_one and all(type(label) is str for label in labels) else None
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _named(metric: Metric, labels: tuple[str, ...]) -> dict[str, str]:

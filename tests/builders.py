@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
+from hypothesis import strategies as st
 
 from azu.auth.key_records import ApiKey
 from azu.auth.signatures import ReceiptSignature, sign_certificate, sign_receipt
@@ -14,6 +15,16 @@ from azu.protocol.structure import Layer, LayerKind, Shard, Structure, TensorInf
 from azu.protocol.topology import LayerSpan, Prediction, Stage, Topology
 from azu.units import MIB
 
+# What another process may answer in place of what is asked for.
+RUBBISH = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just(10**400),
+    lambda parts: (
+        st.tuples(parts, parts)
+        | st.lists(parts, max_size=3)
+        | st.dictionaries(st.none() | st.integers() | st.text(max_size=3), parts, max_size=3)
+    ),
+    max_leaves=5,
+)
 ALICE = "0x" + "a1" * 20
 BOB = "0x" + "b0" * 20
 OWNERS = tuple(f"0x{index:040x}" for index in range(1, 9))

@@ -1,10 +1,23 @@
 """Meters: what they count, how they are summed, and how Prometheus reads the sum."""
 
+from typing import Any
+
 import pytest
+from hypothesis import given
 from prometheus_client.parser import text_string_to_metric_families
 
 from azu import metrics
-from azu.metrics import CATALOGUE, SILENCE_S, Histogram, Meter, MetricKind, MetricsSum, exposition
+from azu.metrics import (
+    CATALOGUE,
+    SILENCE_S,
+    Histogram,
+    Meter,
+    MetricKind,
+    MetricsSnapshot,
+    MetricsSum,
+    exposition,
+)
+from tests.builders import RUBBISH
 
 
 def test_names_begin_with_azu_and_those_of_counters_end_in_total() -> None:
@@ -86,6 +99,30 @@ def test_only_the_latest_processes_that_ended_are_remembered(monkeypatch: pytest
     together.total(100.0)
 
     assert list(together._ended) == ["process 3", "process 4"]
+
+
+@given(one=RUBBISH, two=RUBBISH)
+def test_series_that_this_process_does_not_know_are_left_out(one: Any, two: Any) -> None:
+    hop, meter, together = metrics.HOP, Meter(), MetricsSum()
+    meter.observe(hop, 0.01, "m", "1")
+    meter.count(metrics.GENERATED_TOKENS, 5, "m")
+    told = [
+        one,
+        MetricsSnapshot(one, two),
+        MetricsSnapshot({("azu_of_another_release", ("m",)): 1.0}, {("azu_other", ()): Histogram((1,), 1.0)}),
+        MetricsSnapshot({(hop.name, ("m", "1")): 1.0}, {(metrics.JOBS.name, ("m",)): Histogram((1,), 1.0)}),
+        MetricsSnapshot({(metrics.JOBS.name, ("m",)): one}, {(hop.name, ("m", "1")): Histogram((1, 2), two)}),
+        MetricsSnapshot({(metrics.JOBS.name, ("m", "n")): 1.0}, {(hop.name, ("m",)): Histogram((one,), 1.0)}),
+        meter.snapshot(),
+    ]
+    for number, snapshot in enumerate(told):
+        together.record(str(number), snapshot, 0.0)
+
+    for now_s in (0.0, 2 * SILENCE_S):
+        total = together.total(now_s)
+        assert total.value(metrics.GENERATED_TOKENS) == 5
+        assert total.histogram(hop).count == 1
+        assert b"another_release" not in exposition(total)
 
 
 def test_prometheus_parses_every_family() -> None:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import xxhash
@@ -323,11 +323,14 @@ class DistributedExperts(nn.Module):
             answer = request.pending.result(self._timeout_s)
             return decode_answer(answer, request.content, request.slices, self.layer, device)
         except RowsNotFinite as error:
-            if error.rows and set(error.rows) <= set(range(len(request.rows))):
+            if _are_rows(error.rows, len(request.rows)):
                 raise
             raise ExpertsFailed(request.expert_set.index, "it named rows that it was not sent") from error
         except AzuError as error:
             raise ExpertsFailed(request.expert_set.index, error.message) from error
+        except Exception as error:
+            fault = FrameError(f"its answer cannot be read ({type(error).__name__})")
+            raise ExpertsFailed(request.expert_set.index, fault.message) from fault
 
     def _compare(self, request: _SentRequest, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         """Have other holders compute rows for which an expert set has no finite values.
@@ -386,6 +389,12 @@ class DistributedExperts(nn.Module):
             if servers[-1] != _LOCAL:
                 load[servers[-1]] += count
         return torch.tensor([*servers, _NONE], device=ids.device)[ids]
+
+
+def _are_rows(rows: object, num_rows: int) -> bool:
+    """Say whether an expert set named rows of a request that has `num_rows`."""
+    are_whole = type(rows) is tuple and rows != () and all(type(row) is int for row in rows)
+    return are_whole and set(cast(tuple[int, ...], rows)) <= set(range(num_rows))
 
 
 def _counts(ids: Tensor, num_experts: int) -> Collection[int]:

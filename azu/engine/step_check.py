@@ -14,7 +14,17 @@ from azu.engine.scheduler import Sequence
 from azu.engine.stage_contract import BadFrame
 from azu.errors import FrameError
 from azu.protocol.sampling import SamplingParams
-from azu.protocol.step import ExpertWork, Replay, SampledToken, SequenceFault, Slice, StepBatch, StepResult
+from azu.protocol.step import (
+    ExpertWork,
+    PieceProgress,
+    PieceState,
+    Replay,
+    SampledToken,
+    SequenceFault,
+    Slice,
+    StepBatch,
+    StepResult,
+)
 from azu.protocol.structure import Structure
 from azu.protocol.topology import Topology
 from azu.protocol.versions import Versions, own_versions
@@ -161,6 +171,33 @@ class StepCheck:
         return _is_count(token_id, 0, self._vocab_size - 1)
 
 
+def check_progress(answer: object) -> PieceProgress:
+    """Return what a piece says of how far it is; raises FrameError for anything else."""
+    if not isinstance(answer, PieceProgress) or not isinstance(answer.state, PieceState):
+        raise FrameError("it does not say how far it is")
+    seconds = (answer.slowdown, 0.0 if answer.expected_s is None else answer.expected_s)
+    is_fine = _is_count(answer.step) and _is_count(answer.num_layers) and all(map(_is_amount, seconds))
+    _require(is_fine, "it says that it is where no piece can be")
+    return answer
+
+
+def check_counts(answer: object) -> Mapping[int, int]:
+    """Return how many rows a stage says it can send again of which sequences; raises FrameError."""
+    is_fine = type(answer) is dict and all(_is_count(key) and _is_count(n) for key, n in answer.items())
+    if not isinstance(answer, Mapping) or not is_fine:
+        raise FrameError("it does not say what it can send again")
+    return answer
+
+
+def check_chosen(answer: object) -> Mapping[int, tuple[int, ...]]:
+    """Return how often a stage says each expert of its layers was chosen; raises FrameError."""
+    with _refusal(FrameError):
+        assert isinstance(answer, Mapping)
+        found = {layer: tuple(counts) for layer, counts in answer.items()}
+        _require(all(_is_count(one) for counts in found.values() for one in counts), "no counts")
+        return found
+
+
 @contextmanager
 def _refusal(refused: Callable[[str], FrameError]) -> Iterator[None]:
     """Have a check raise `refused` with the fault, also where a part is of no type that can be checked."""
@@ -180,6 +217,10 @@ def _require(condition: bool, fault: str) -> None:
 def _is_count(value: object, least: int = 0, most: float = math.inf) -> TypeGuard[int]:
     # Equal values of other types, such as True and 1.0, would become keys of the work that is paid.
     return type(value) is int and least <= value <= most
+
+
+def _is_amount(value: object) -> bool:
+    return type(value) is float and 0 <= value < math.inf
 
 
 def _is_logprob(value: object) -> bool:

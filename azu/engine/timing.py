@@ -1,5 +1,6 @@
 """Measurements: a pipeline's tokens and waits, a piece's steps, and a frame's time between two stages."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -217,9 +218,12 @@ class StageClock:
         return PieceProgress(self._step, self._num_layers, self._state, self._expected_s, self._slowdown)
 
 
-def hop_s(answered_s: float, timing: StageTiming) -> float | None:
+def hop_s(answered_s: float, timing: object) -> float | None:
     """Return the network's part of the time from sending a frame to its acknowledgement: both ways.
 
-    Return None when the frame may have waited for a busy stage.
+    Return None when the frame may have waited for a busy stage, and for an answer that is no StageTiming.
     """
-    return max(0.0, answered_s - timing.run_s) if timing.idle_s >= _MIN_IDLE_S else None
+    if not isinstance(timing, StageTiming) or not type(timing.idle_s) is type(timing.run_s) is float:
+        return None
+    is_clear = timing.idle_s >= _MIN_IDLE_S and 0 <= timing.run_s < math.inf
+    return max(0.0, answered_s - timing.run_s) if is_clear else None

@@ -122,8 +122,9 @@ def expert_heat(before: ExpertCounts, now: ExpertCounts, *, least_choices: int) 
     """
     heat = {}
     for layer, counts in now.items():
-        earlier = before.get(layer, (0,) * len(counts))
-        has_restarted = any(one < was for one, was in zip(counts, earlier, strict=True))
+        earlier = before.get(layer, ())
+        is_other = len(earlier) != len(counts)
+        has_restarted = is_other or any(one < was for one, was in zip(counts, earlier, strict=True))
         chosen = counts if has_restarted else [one - was for one, was in zip(counts, earlier, strict=True)]
         if total := sum(chosen) if sum(chosen) >= least_choices else 0:
             heat.update({(layer, expert): one * len(chosen) / total for expert, one in enumerate(chosen)})

@@ -77,6 +77,7 @@ class _Link:
     runners: dict[int, ExpertRunner]
     asked: list[tuple[int, int, int]] = field(default_factory=list)
     lost: int | None = None
+    answer: object = None  # in place of the experts' own
 
     def start(self, expert_set: int, layer: int, request: bytes) -> "_Pending":
         tokens = len(TokenSlices.decode(request, torch.device("cpu")).hidden)
@@ -95,7 +96,9 @@ class _Pending:
         assert timeout_s > 0
         if self.link.lost == self.expert_set:
             raise WorkerLost(f"expert set {self.expert_set} is gone")
-        return self.link.runners[self.expert_set].run(self.layer, self.request)
+        if isinstance(self.link.answer, Exception):
+            raise self.link.answer
+        return self.link.answer or self.link.runners[self.expert_set].run(self.layer, self.request)
 
 
 def _stage(
@@ -184,6 +187,24 @@ def test_a_lost_expert_set_fails_the_step_and_is_named(cut_model: Callable[[str]
 
     with pytest.raises(WorkerLost, match="expert set 0"):
         _run(runner)
+
+
+@pytest.mark.parametrize(
+    "answer", [7, "x", [b""], b"x", RowsNotFinite(("x",)), RowsNotFinite(((),)), RowsNotFinite([True])]
+)
+def test_a_set_that_answers_rubbish_fails_the_step_and_is_named(
+    cut_model: Callable[[str], CutModel], answer: object
+) -> None:
+    model = cut_model("mixtral")
+    apart = ExpertSet(0, "elsewhere", _everywhere(model, tuple(range(8))), 0)
+    link = _link(model, apart)
+    runner = _stage(model, (apart,), _everywhere(model, ()), link)
+    link.answer = answer
+
+    with pytest.raises(ExpertsFailed) as failed:
+        _run(runner)
+    assert failed.value.expert_set == 0
+    assert is_bad_frame(failed.value) is not isinstance(answer, RowsNotFinite)
 
 
 def test_only_the_answer_to_the_same_request_is_accepted() -> None:

@@ -1,16 +1,32 @@
 """An answer is checked against its step: whatever else a stage says is refused, and the sender is named."""
 
+from contextlib import suppress
 from dataclasses import replace
-from math import inf, nan
+from math import inf, isfinite, nan
+from typing import Any
 
 import pytest
+from hypothesis import given
 
+from azu.cluster.liveness import PieceWatch, Pulse
 from azu.engine.scheduler import Sequence
 from azu.engine.stage_contract import BadFrame
-from azu.engine.step_check import StepCheck
+from azu.engine.step_check import StepCheck, check_chosen, check_counts, check_progress
+from azu.engine.timing import StageTiming, hop_s
 from azu.errors import FrameError
+from azu.planner.replicas import expert_heat
 from azu.protocol.sampling import SamplingParams
-from azu.protocol.step import ExpertWork, Replay, SampledToken, SequenceFault, Slice, StepBatch, StepResult
+from azu.protocol.step import (
+    ExpertWork,
+    PieceProgress,
+    PieceState,
+    Replay,
+    SampledToken,
+    SequenceFault,
+    Slice,
+    StepBatch,
+    StepResult,
+)
 from azu.protocol.topology import ExpertSet, LayerSpan, Stage
 from tests import builders
 
@@ -187,3 +203,38 @@ def test_a_stage_takes_what_honest_stages_relay() -> None:
 def test_a_stage_refuses_what_no_honest_stage_relays(changed: dict[str, object]) -> None:
     with pytest.raises(FrameError):
         CHECK.check_relayed(replace(BATCH, **changed), 1)  # type: ignore[arg-type]
+
+
+@given(one=builders.RUBBISH, two=builders.RUBBISH)
+def test_what_a_piece_says_of_itself_is_refused_or_can_be_reckoned_with(one: Any, two: Any) -> None:
+    for told in (
+        one,
+        PieceProgress(one, two, PieceState.IDLE),
+        PieceProgress(1, 2, PieceState.BUSY, one, two),
+    ):
+        with suppress(FrameError):
+            check_progress(told)
+            watch = PieceWatch(0.0)
+            watch.answered(told, 1.0)
+            assert watch.judge(2.0) in Pulse
+            assert isfinite(watch.slowdown)
+    for told in (one, {one: two} if isinstance(one, int) else two):
+        with suppress(FrameError):
+            assert sum(check_counts(told).values()) >= 0
+        with suppress(FrameError):
+            chosen = check_chosen(told)
+            assert expert_heat(chosen, dict.fromkeys(chosen, (1,)), least_choices=1) is not None
+    for told in (one, StageTiming(one, two), StageTiming(1.0, one)):
+        hop = hop_s(1.0, told)
+        assert hop is None or isfinite(hop)
+
+
+def test_what_an_honest_piece_says_of_itself_is_taken() -> None:
+    for progress in (
+        PieceProgress(0, 0, PieceState.IDLE),
+        PieceProgress(1, 2, PieceState.BUSY, expected_s=0.5, slowdown=2.0),
+    ):
+        assert check_progress(progress) is progress
+    assert check_counts({1: 5}) == {1: 5}
+    assert check_chosen({0: [1, 2]}) == {0: (1, 2)}
+    assert hop_s(1.0, StageTiming(inf, 0.25)) == 0.75
