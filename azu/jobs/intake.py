@@ -27,6 +27,7 @@ from azu.money.pricing import charge, max_charge
 from azu.protocol.job import Job, JobState
 from azu.protocol.sampling import SamplingParams
 from azu.redis_client import FIRST_PAUSE_S, retry_until_available
+from azu.supervision import as_known_error
 
 log = logging.getLogger(__name__)
 
@@ -245,9 +246,11 @@ class Intake:
         except Unavailable:
             # A pipeline goes on as soon as Redis is back: what runs until this is noted is paid.
             self._go_on(retry_until_available(note, longest_pause_s=FIRST_PAUSE_S))
+        except Exception as error:
+            _tell(error)  # the answer is there: its caller gets it
 
     def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(_outlive(work))
         self._going_on.add(task)
         task.add_done_callback(self._going_on.discard)
 
@@ -276,6 +279,18 @@ class Intake:
                 f"max_tokens is {max_tokens}; after this prompt it may be 1 to {limit}",
                 param="max_tokens",
             )
+
+
+async def _outlive(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    except Exception as error:
+        _tell(error)
+
+
+def _tell(error: Exception) -> None:
+    known = as_known_error(error, "a note on a job")
+    log.error("what became of a request is not noted: %s", known.message)
 
 
 def _log_fields(job: Job, key: ApiKey) -> dict[str, object]:

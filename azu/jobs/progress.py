@@ -86,6 +86,7 @@ class Watchdog:
         self._budget_s = budget_s
         self._clock = clock
         self._seen_s = clock()
+        self._silent_s = 0.0
         self._pipeline = _Stillness()
         self._jobs: dict[str, _Stillness] = {}
 
@@ -94,8 +95,7 @@ class Watchdog:
 
         `expected` are the jobs whose end is waited for.
         """
-        now_s = self._clock()
-        passed_s, self._seen_s = min(_LONGEST_LOOK_S, now_s - self._seen_s), now_s
+        passed_s, self._silent_s = self._passed_s(), 0.0
         self._jobs = {job_id: self._jobs.get(job_id) or _Stillness() for job_id in expected}
         if look is None:
             return self._while_repaired(passed_s)
@@ -112,6 +112,18 @@ class Watchdog:
             for job_id, mark in self._jobs.items()
         ]
         return [finding for finding in found if finding is not None]
+
+    def no_answer(self) -> list[Standstill]:
+        """Note that the pipeline does not say what it does; one that goes on so is replaced."""
+        self._silent_s += self._passed_s()
+        if self._silent_s < STILL_S:
+            return []
+        silent_s, self._silent_s = self._silent_s, 0.0
+        return [Standstill(Remedy.RESTART, silent_s)]
+
+    def _passed_s(self) -> float:
+        before_s, self._seen_s = self._seen_s, self._clock()
+        return min(_LONGEST_LOOK_S, self._seen_s - before_s)
 
     def _while_repaired(self, passed_s: float) -> list[Standstill]:
         self._pipeline = _Stillness()
@@ -214,16 +226,19 @@ class ProgressWatch:
         await asyncio.gather(*(self._look_at(*one) for one in jobs.items()))
 
     async def _look_at(self, deployment: Deployment, expected: Collection[str]) -> None:
+        watchdog = self._watchdogs[deployment]
         try:
             look = await deployment.look()
         except AzuError as error:
-            log.warning("%s", error.message)  # the deployment notices too, and replaces it
-            return
-        for job_id in expected:
-            self._phases.pop(job_id, None)
-        if look is not None:
-            self._phases |= {one: phase for one, phase in look.phases.items() if one in self._running}
-        for finding in self._watchdogs[deployment].look(expected, look):
+            log.warning("%s", error.message)  # the deployment notices one that died, and replaces it
+            findings = watchdog.no_answer()
+        else:
+            for job_id in expected:
+                self._phases.pop(job_id, None)
+            if look is not None:
+                self._phases |= {one: phase for one, phase in look.phases.items() if one in self._running}
+            findings = watchdog.look(expected, look)
+        for finding in findings:
             await self._help(deployment, finding)
         for job_id in expected:
             if (one := self._running.get(job_id)) is not None and self.is_too_old(one.job):

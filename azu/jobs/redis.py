@@ -227,7 +227,9 @@ class RedisJobs:
         return None if state is None else phase_now(job, JobState(state), told, int(delivered or 0))
 
     async def count_fault(self, job_id: str) -> int:
-        """Count one more fault on the way to a job's end; return how many there were."""
+        """Count a fault on the way to a job's end; return how many there were, 0 for an unknown job."""
+        if not await self._redis.hexists(job_key(job_id), "job"):
+            return 0  # a record of nothing else would stay for ever
         return int(await self._redis.hincrby(job_key(job_id), "faults", 1))
 
     async def done(self, job_id: str) -> None:

@@ -93,17 +93,25 @@ class Settlement:
         """
         for job_id in await self._books.overdue():
             try:
-                record = await self._jobs.get(job_id)
-                has_ended = record is not None and record.outcome is not None
+                # First the job, then its money: a job that is written meanwhile keeps its reservation.
+                if await self._has_ended(job_id) or await self._jobs.give_up(job_id):
+                    await self._books.expire(job_id)
+                    log.warning("gave back what was reserved for a lost job", extra={"job_id": job_id})
             except AWAY:
                 raise
             except Exception as error:
-                as_known_error(error, f"the record of {job_id}")
-                has_ended = True  # no scheduler can take it up
-            # First the job, then its money: a job that is written meanwhile keeps its reservation.
-            if has_ended or await self._jobs.give_up(job_id):
-                await self._books.expire(job_id)
-                log.warning("gave back what was reserved for a lost job", extra={"job_id": job_id})
+                known = as_known_error(error, f"the give-back of {job_id}")
+                log.error("%s keeps its reservation: %s", job_id, known.message)
+
+    async def _has_ended(self, job_id: str) -> bool:
+        try:
+            record = await self._jobs.get(job_id)
+        except AWAY:
+            raise
+        except Exception as error:
+            as_known_error(error, f"the record of {job_id}")
+            return True  # no scheduler can take it up
+        return record is not None and record.outcome is not None
 
 
 def _ending(run: JobRun) -> JobEnding:

@@ -4,7 +4,7 @@
 -- ARGV: job id, job JSON, created_at_ms, the list's length, its age in ms, name of the request (empty for a job that no
 -- connection waits for), the ingress, seconds that the request is known.
 -- Returns 1 if the job was written, 0 if it is known, -1 if it is marked as lost.
-if redis.call('EXISTS', KEYS[1]) == 1 then
+if redis.call('HEXISTS', KEYS[1], 'job') == 1 then
   return 0
 end
 if redis.call('EXISTS', KEYS[4]) == 1 then

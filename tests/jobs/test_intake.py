@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from azu.errors import Unavailable
-from azu.jobs.departures import Reader
+from azu.jobs.departures import Departures, Reader
 from azu.jobs.intake import check_wait
 from azu.metrics import PROMPT_TOKENS, SEQUENCES, TIME_PER_TOKEN, TIME_TO_FIRST_TOKEN, Meter
 from tests.jobs.outages import away_for
@@ -71,5 +71,26 @@ def test_while_redis_is_away_what_ends_a_job_is_noted_after_pauses_that_stay_sho
         record = await billing.jobs.get(job.job_id)
         assert record is not None
         assert record.cancelled
+
+    asyncio.run(scenario())
+
+
+def test_a_note_that_fails_costs_no_caller_its_answer_and_is_told(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_calls = 0
+
+    async def fails(*_: object) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        raise Unavailable("away") if num_calls == 1 else ZeroDivisionError
+
+    async def scenario() -> None:
+        intake = Billing(redis_url).intake
+        monkeypatch.setattr(Departures, "answered", fails)
+        for told in (1, 2):
+            await intake.answered(Reader("job-1", ADDRESS, ""))  # the first fails behind its caller's back
+            await asyncio.gather(*intake._going_on)
+            assert caplog.text.count("is not noted: azu made a mistake") == told
 
     asyncio.run(scenario())

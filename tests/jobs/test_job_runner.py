@@ -472,6 +472,8 @@ def test_a_long_job_keeps_none_of_those_that_ended_beside_it(play, monkeypatch: 
 def test_an_engine_computes_on_while_redis_is_away_up_to_a_bound_and_the_tokens_come_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    told = f"| tokens that are computed while Redis is away | {job_runner._MAX_UNWRITTEN_STEPS} steps of"
+    assert told in Path("docs/operations.md").read_text()
     monkeypatch.setattr(job_runner, "_MAX_UNWRITTEN_STEPS", 3)
     server = start_redis(tmp_path)
     admin = redis.Redis(port=server.port)

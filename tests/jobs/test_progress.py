@@ -179,12 +179,15 @@ class Standing:
         self.helped: list[str] = []
         self.runs: list[asyncio.Future[JobRun]] = []
         self.is_away = False
+        self.is_silent = False
 
     async def run(self, wanted: Job) -> JobRun:
         self.runs.append(asyncio.get_running_loop().create_future())
         return await self.runs[-1]
 
     async def look(self) -> PipelineLook | None:
+        if self.is_silent:
+            raise InternalError("it does not say what it does")
         return self.seen
 
     async def end(self, job_id: str, error: AzuError) -> None:
@@ -325,6 +328,18 @@ def test_a_repair_that_takes_too_long_ends_the_job_with_an_error() -> None:
 def test_a_job_that_has_used_up_its_time_ends_with_an_error() -> None:
     run = asyncio.run(Watched(patience=RetryPolicy(1, 8, BUDGET_S, job_s=30)).ended(60))
 
+    assert run is not None
+    assert run.error is not None
+    assert run.error.code == "deadline_exceeded"
+
+
+def test_a_pipeline_that_does_not_say_what_it_does_is_restarted_and_its_old_jobs_end() -> None:
+    watched = Watched(patience=RetryPolicy(1, 8, BUDGET_S, job_s=round(2.5 * STILL_S)))
+    watched.deployment.is_silent = True
+
+    run = asyncio.run(watched.ended(3 * STILL_S))
+
+    assert watched.deployment.helped == ["restart", "restart"]
     assert run is not None
     assert run.error is not None
     assert run.error.code == "deadline_exceeded"

@@ -751,6 +751,21 @@ def test_a_record_that_cannot_be_read_stops_no_other_job_and_is_forgotten_at_the
     run_scenario(scenario)
 
 
+def test_a_fault_of_a_job_that_redis_lost_leaves_no_record(run_scenario) -> None:
+    async def scenario(jobs: RedisJobs) -> None:
+        assert await jobs.count_fault("job-1") == 0
+        assert not await jobs._redis.exists(job_key("job-1"))
+        # As a count does that comes while the record is lost.
+        await jobs._redis.hset(job_key("job-1"), "faults", 1)
+        await jobs._redis.hset(job_key("job-2"), "faults", 1)
+        await jobs.submit(job("job-1"))
+        assert await taken(jobs, "one") == ["job-1"]
+        assert await jobs.give_up("job-2"), "what it reserved can be given back"
+        assert not await jobs.give_up("job-1")
+
+    run_scenario(scenario)
+
+
 def test_a_phase_of_another_release_is_not_shown(run_scenario) -> None:
     async def scenario(jobs: RedisJobs) -> None:
         await jobs.submit(job())

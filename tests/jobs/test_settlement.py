@@ -307,6 +307,27 @@ def test_a_record_that_cannot_be_read_keeps_no_reservation_of_its_job_or_of_anot
     asyncio.run(scenario())
 
 
+def test_a_reservation_that_the_books_do_not_end_keeps_no_other(redis_url: str) -> None:
+    class Odd(Bookkeeper):
+        async def expire(self, job_id: str) -> None:
+            if job_id == "job-0":
+                raise ZeroDivisionError
+            await super().expire(job_id)
+
+    async def scenario() -> None:
+        billing = Billing(redis_url, Odd)
+        await billing.deposit(1_000)
+        for _ in range(3):
+            await billing.accept()
+        await jobs_lost(billing)
+        billing.books._now_ms = lambda: wall_clock_ms() + TERMS.reservation_ttl_ms
+        await billing.settlement.give_back()
+
+        assert await billing.books.overdue() == ("job-0",)
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("delivered", [0, 5, 6])
 def test_a_job_whose_outcome_redis_lost_gets_it_back_once_no_charged_token_is_missing(
     redis_url: str, delivered: int
