@@ -22,7 +22,7 @@ from azu.api.openai import Message
 from azu.auth.challenges import RedisChallenges
 from azu.auth.key_records import ApiKey
 from azu.auth.peers import network_of
-from azu.auth.places import Places
+from azu.auth.places import Places, kind_of
 from azu.auth.rate_limit import Growth, Rate, RedisRates, WrongKeys
 from azu.clock import wall_clock_ms
 from azu.config import ControlConfig
@@ -49,9 +49,8 @@ if TYPE_CHECKING:
     from azu.engine.tokenizer import Tokenizer
 
 
-# Requests that are open at once, in all and of one owner: answers that are being written, and all others.
-MOST_ANSWERS, _ANSWERS_OF_ONE = 1500, 512
-MOST_SHORT, _SHORT_OF_ONE = 512, 256
+# Requests that are open at once: answers that are being written, and all others.
+MOST_ANSWERS, MOST_SHORT = 1500, 512
 # How often an account may have the chain asked for a transfer.
 _DEPOSITS = Rate(per_minute=6, burst=12)
 # A request is answered within a second while Redis is away.
@@ -113,8 +112,8 @@ class Services:
             now_ms=wall_clock_ms,
             new_job_id=lambda: f"job-{secrets.token_hex(12)}",
         )
-        self.answers = Places(MOST_ANSWERS, _ANSWERS_OF_ONE)
-        self.short = Places(MOST_SHORT, _SHORT_OF_ONE)
+        self.answers = Places(MOST_ANSWERS)
+        self.short = Places(MOST_SHORT)
         self._rates = RedisRates(self._redis)
         self.wrong_keys = WrongKeys(self._rates)
         self._rate = Rate(policy.limits.requests_per_minute, policy.limits.request_burst)
@@ -396,7 +395,7 @@ ServicesNow = Annotated[Services, Depends(services_of)]
 async def key_of(request: Request, services: ServicesNow, secret: ApiKeySecret) -> AsyncIterator[ApiKey]:
     """Yield the caller's key, which has a place until its request is answered; raises Unauthenticated."""
     key = await services.key(secret, request.client)
-    with services.short.place(key.address):
+    async with services.short.place(key.address, kind_of(request.url.path)):
         yield key
 
 
@@ -405,7 +404,7 @@ async def answered_key_of(
 ) -> AsyncIterator[ApiKey]:
     """Yield the key of a request for an answer, as `key_of` does: it takes longer, and has other places."""
     key = await services.key(secret, request.client)
-    with services.answers.place(key.address):
+    async with services.answers.place(key.address, "answers"):
         yield key
 
 

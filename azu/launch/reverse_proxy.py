@@ -16,6 +16,7 @@ from shutil import which
 import psutil
 
 from azu.auth.peers import PEER_HEADER, UNREAD_HEADER, WHOLE_BODY_BYTES
+from azu.auth.places import PLACES, QUICK, QUICK_BELOW, WAITING
 from azu.config import ControlConfig
 from azu.errors import AzuError, InvalidRequest, RequestTooLarge, Unavailable
 from azu.files import write_private
@@ -41,18 +42,9 @@ _MOST_ADDRESSES = 100_000
 # Open files for other things than clients' connections: those of every pool, and the process's own.
 _OTHER_FILES = 200
 # The requests that are with Serve at once. The ingress itself refuses what is too much for it: it gets more.
-# Of requests that only compute few are there at once, or the health would wait behind all of them.
 # Large bodies are still on their way: a request of these has to wait for no more than the 256 that the
 # ingress reads at once.
-_PLACES = {
-    "health": 32,
-    "quick": 32,
-    "short": 64,
-    "waiting": 256,
-    "large": 320,
-    "page": 64,
-    "answers": 1792,
-}
+_PLACES = {"health": 32, **PLACES, "large": 320, "page": 64}
 # HAProxy keeps the page's files, so that a client that reads them slowly takes no place. Neither the query
 # nor the host changes a file; browsers are told not to keep it, and HAProxy reads the same header.
 _KEPT_S = 60
@@ -72,10 +64,6 @@ _UNREAD = (
     "  acl is_json res.hdr(content-type) -m beg application/json",
     "  http-response deny deny_status 503 if { status ge 400 } !is_json",
 )
-# Requests that are answered at once, with little.
-_QUICK = ("/v1/platform", "/v1/balance", "/v1/earnings", "/v1/network", "/v1/models", "/models/status")
-# Requests that wait for the chain, for the Hub or for another machine.
-_WAITING = ("/deposit", "/submit", "/v1/quote", "/v1/models/", "/v1/withdrawals", "/v1/nodes/")
 _PAGE = ("/docs", "/openapi.json", "/page/")
 # Other requests than for completions that may be large.
 _LARGE = ("/submit", "/v1/quote")
@@ -203,9 +191,9 @@ def _routes() -> Iterable[str]:
         return f"{{ var(txn.path) -m {match} {' '.join(paths)} }}"
 
     yield f"  use_backend health if METH_GET {among('str', '/health')}"
-    yield f"  use_backend quick if {among('str', *_QUICK)} or {among('beg', '/v1/auth/')}"
+    yield f"  use_backend quick if {among('str', *QUICK)} or {among('beg', QUICK_BELOW)}"
     yield "  use_backend large if is_large is_chunked or is_large !is_whole"
-    yield f"  use_backend waiting if {among('beg', *_WAITING)}"
+    yield f"  use_backend waiting if {among('beg', *WAITING)}"
     yield f"  use_backend page if {among('str', '/')} or {among('beg', *_PAGE)}"
     yield f"  use_backend answers if is_answer or {among('end', '/stream')}"
     yield "  default_backend short"
