@@ -73,7 +73,7 @@ def join(
     """
     from azu.cli.join_run import join_until_left, place_of
     from azu.config import Settings
-    from azu.launch.formats import check_home
+    from azu.launch.formats import check_home, mark_lender
     from azu.launch.membership import decode_ticket
 
     console.stderr = as_json  # the facts alone are on stdout
@@ -84,6 +84,7 @@ def join(
     workers = _workers(name or socket.gethostname(), vram, payout, terms, cpu=cpu)
     settings = Settings.from_environment()
     check_home(settings.home)
+    mark_lender(settings.home)
     given = {
         "--vram": vram, "--payout": payout, "--name": name, "--ip": ip, "--hours": hours, "--disk": disk,
         "--max-temperature": max_celsius, "--bandwidth": bandwidth, "--cpu": cpu, "--yield": yields,

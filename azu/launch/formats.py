@@ -6,6 +6,7 @@ number is of format 1.
 
 from pathlib import Path
 
+from azu.config.settings import USERS_LINK
 from azu.errors import ConfigurationError
 from azu.files import read_json, write_private
 from azu.redis_client import connect_redis_sync, typed_redis_errors
@@ -36,6 +37,15 @@ def check_home(home: Path) -> None:
 def mark_home(home: Path) -> None:
     """Note that this release writes the home folder."""
     write_private(home / _FILE, f"{FORMAT}\n")
+
+
+def mark_lender(home: Path) -> None:
+    """Note that this release writes a home folder in which a machine lends.
+
+    A network's is left alone: it carries over itself what it kept there.
+    """
+    if not any((home / name).exists() for name in (_FILE, "redis", USERS_LINK)):
+        mark_home(home)
 
 
 def claim_store(url: str) -> None:

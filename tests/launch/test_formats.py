@@ -6,7 +6,7 @@ import pytest
 import redis
 
 from azu.errors import ConfigurationError
-from azu.launch.formats import FORMAT, claim_store
+from azu.launch.formats import FORMAT, claim_store, mark_lender
 from azu.launch.network_process import home_locked
 
 LATER = FORMAT + 1
@@ -40,6 +40,19 @@ def test_a_home_without_a_number_is_of_the_first_format_and_gets_its_number(tmp_
         assert (tmp_path / "format.json").read_text() == f"{FORMAT}\n"
     with home_locked(tmp_path):
         pass
+
+
+def test_a_home_that_only_lends_gets_its_number_and_a_networks_keeps_what_it_has(tmp_path: Path) -> None:
+    mark_lender(tmp_path / "lends")
+    assert (tmp_path / "lends" / "format.json").read_text() == f"{FORMAT}\n"
+
+    for kept in ("redis", "users"):
+        (tmp_path / kept / kept).mkdir(parents=True)
+        mark_lender(tmp_path / kept)
+        assert not (tmp_path / kept / "format.json").exists(), "the next `azu up` has to carry it over"
+    (tmp_path / "format.json").write_text("0\n")
+    mark_lender(tmp_path)
+    assert (tmp_path / "format.json").read_text() == "0\n"
 
 
 @pytest.mark.parametrize("found", [str(LATER), "x"])

@@ -1,6 +1,7 @@
 """Credits deposits from the platform's own ledger on the chain, each hash once, to the chain's sender."""
 
 import logging
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,9 @@ from azu.units import lamports_from_hype
 _LOG = logging.getLogger(__name__)
 # How long a row that the explorer does not know holds the cursor. A user can still claim the deposit later.
 _GIVE_UP_MS = 3_600_000
+# How often callers may have the explorer asked, in all. The chain counts these queries together with those
+# for rows that came, which need no caller's question.
+_LOOKS, _LOOKS_WITHIN_MS = 900, 3_600_000
 _ACTIONS = ("sendAsset", "spotSend")
 _SPOT = "spot"
 
@@ -82,6 +86,7 @@ class DepositWatcher:
         self._unbooked: set[str] = set()
         self._unbooked_before: frozenset[str] = frozenset()
         self._lost = 0
+        self._looked_ms: deque[int] = deque()
 
     def has_left_otherwise(self, address: str) -> bool:
         """Whether a transfer to an address waits for its open payout to be given up, to be booked."""
@@ -121,6 +126,8 @@ class DepositWatcher:
         credited = await self._credited(tx_hash)
         if credited is not None:
             return credited
+        if not self._may_look():
+            return DepositStatus(CreditState.BUSY)
         details = await self._chain.tx_details(tx_hash)
         if details is None:
             return DepositStatus(CreditState.UNKNOWN)
@@ -137,6 +144,16 @@ class DepositWatcher:
                             CreditState.REJECTED, status.sender, reason="the ledger says otherwise"
                         )
         return status
+
+    def _may_look(self) -> bool:
+        """Count a caller's question for the explorer; False, without counting, once there were too many."""
+        now_ms = self._now_ms()
+        while self._looked_ms and self._looked_ms[0] <= now_ms - _LOOKS_WITHIN_MS:
+            self._looked_ms.popleft()
+        if len(self._looked_ms) >= _LOOKS:
+            return False
+        self._looked_ms.append(now_ms)
+        return True
 
     async def _credited(self, tx_hash: str) -> DepositStatus | None:
         result = await self._ledger.result(deposit_id(tx_hash))

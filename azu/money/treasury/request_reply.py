@@ -22,6 +22,7 @@ from azu.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
+    RateLimited,
     Unavailable,
 )
 from azu.redis_client import typed_redis_errors
@@ -29,9 +30,13 @@ from azu.supervision import AWAY, as_known_error
 
 
 class CreditState(StrEnum):
-    """PENDING: good, but not in the platform's ledger yet. REJECTED: will never be credited."""
+    """PENDING: good, but not in the platform's ledger yet. REJECTED: will never be credited.
+
+    BUSY: not looked for, because too many were.
+    """
 
     UNKNOWN = "unknown"
+    BUSY = "busy"
     PENDING = "pending"
     CREDITED = "credited"
     REJECTED = "rejected"
@@ -63,6 +68,8 @@ _PASSING_REPLY_MS = 1000
 _FINAL_REPLY_MS = 60_000
 # The explorer may learn of a hash a little later than the caller.
 _UNKNOWN_TIMEOUT_S = 3.0
+# What was not looked for is asked for again after this long.
+_BUSY_S = 60.0
 _FINAL = (CreditState.CREDITED, CreditState.REJECTED)
 _STATUS = TypeAdapter(DepositStatus)
 
@@ -95,7 +102,8 @@ class DepositRequests:
         A pending deposit has 0 lamports and is credited later without another request. Raises InvalidRequest
         for a malformed hash or address, NotFound for a hash that the chain does not know, Forbidden if
         another address sent the transfer, DepositRejected if it is no deposit of HYPE to the platform,
-        DeadlineExceeded if the treasury does not answer in `timeout_s`, Unavailable if too many wait.
+        DeadlineExceeded if the treasury does not answer in `timeout_s`, Unavailable if too many wait,
+        RateLimited if too many were looked for.
         """
         tx_hash, claimant = parse_hash(tx_sig), parse_address(address, param="user_address")
         seen: DepositStatus | None = None
@@ -104,7 +112,7 @@ class DepositRequests:
             limit_s = timeout_s
             if seen is not None and seen.state is CreditState.UNKNOWN:
                 limit_s = min(timeout_s, _UNKNOWN_TIMEOUT_S)
-            if (seen is not None and seen.state in _FINAL) or waited_s >= limit_s:
+            if (seen is not None and seen.state in (*_FINAL, CreditState.BUSY)) or waited_s >= limit_s:
                 break
         return _checked_status(seen, tx_hash, claimant)
 
@@ -131,6 +139,11 @@ class DepositRequests:
 def _checked_status(seen: DepositStatus | None, tx_hash: str, claimant: str) -> DepositStatus:
     if seen is None:
         raise DeadlineExceeded("the treasury did not answer; the deposit is credited when it is back")
+    if seen.state is CreditState.BUSY:
+        raise RateLimited(
+            "too many transfers were looked for; a deposit is credited also if no one asks for it",
+            retry_after_s=_BUSY_S,
+        )
     if seen.state is CreditState.UNKNOWN:
         raise NotFound(f"the chain does not know {tx_hash}", param="tx_sig")
     if seen.sender != claimant:

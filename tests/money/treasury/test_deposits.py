@@ -8,11 +8,12 @@ from eth_account import Account
 from hyperliquid.exchange import Exchange
 
 from azu.devnet.chain import SECOND_HYPE
+from azu.errors import RateLimited
 from azu.money.chain.port import LedgerTransfer, TxDetails
 from azu.money.chain.wallet import send_hype
 from azu.money.ledger.transfers import CHAIN, SUSPENSE
 from azu.money.treasury.deposits import DepositWatcher, agrees, deposit_status
-from azu.money.treasury.request_reply import CreditState
+from azu.money.treasury.request_reply import CreditState, DepositStatus
 from azu.units import LAMPORTS_PER_HYPE
 from tests.few import few
 from tests.money.treasury.world import Open, World
@@ -464,5 +465,50 @@ def test_a_check_of_a_hash_returns_what_it_is(world: World) -> None:
         assert (await parts.watcher.check(elsewhere)).state is CreditState.REJECTED
         assert (await parts.watcher.check("0x" + "12" * 32)).state is CreditState.UNKNOWN
         assert (await parts.balances()).get(f"user:{stranger}:available", 0) == 0
+
+    world.run(scenario)
+
+
+def test_callers_have_the_explorer_asked_so_often_in_an_hour_and_deposits_are_credited_without_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("azu.money.treasury.deposits._LOOKS", 2)
+    alice = world.payer()
+
+    async def scenario(parts: Open) -> None:
+        now_ms = [10_000_000]
+        watcher = DepositWatcher(
+            parts.chain,
+            parts.ledger,
+            parts.cursor,
+            parts.uncredited,
+            platform=world.platform.address.lower(),
+            now_ms=lambda: now_ms[0],
+        )
+
+        async def look(number: int) -> CreditState:
+            now_ms[0] += 1_000
+            return (await watcher.check(f"0x{number:064x}")).state
+
+        assert [await look(number) for number in range(1, 5)] == [
+            CreditState.UNKNOWN, CreditState.UNKNOWN, CreditState.BUSY, CreditState.BUSY
+        ]  # fmt: skip
+        tx_hash = await parts.pay_platform(alice, 5_000)
+        assert (await watcher.check(tx_hash)).state is CreditState.BUSY
+        await watcher.poll()
+        assert (await watcher.check(tx_hash)).state is CreditState.CREDITED
+        now_ms[0] += 3_600_000 - 5_000
+        assert [await look(number) for number in range(1, 5)] == [
+            CreditState.BUSY, CreditState.UNKNOWN, CreditState.UNKNOWN, CreditState.BUSY
+        ]  # fmt: skip
+
+        async def busy(_: str) -> DepositStatus:
+            return DepositStatus(CreditState.BUSY)
+
+        asking = asyncio.create_task(parts.deposits.ask(f"0x{7:064x}", alice.address, 30.0))
+        while not await parts.deposits.serve(busy, 1):
+            await parts.deposits.wait()
+        with pytest.raises(RateLimited, match="credited also if no one asks"):
+            await asking
 
     world.run(scenario)
