@@ -1,13 +1,12 @@
 """From a job's token events to OpenAI's answers, whole or as the chunks of a stream.
 
-`follow` turns TokenEvents into TextDeltas, `with_parts` parses reasoning and tool calls out of their text,
-and AnswerFormatter makes answers and chunks of them.
+`follow` turns TokenEvents into TextDeltas, with reasoning and tool calls parsed out of their text, and
+AnswerFormatter makes answers and chunks of them.
 """
 
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from azu.api.jobs import Phase
@@ -38,7 +37,7 @@ from azu.protocol.job import FinishReason, Job, JobOutcome, JobState, Receipt, T
 from azu.protocol.phase import JobPhase
 
 if TYPE_CHECKING:
-    from azu.engine.tokenizer import AnswerParser
+    from azu.engine.tokenizer import AnswerParser, Tokenizer
 
 # JSON has no infinity; OpenAI writes this for a token that is next to impossible.
 _LOWEST_LOGPROB = -9999.0
@@ -47,17 +46,22 @@ _LOWEST_LOGPROB = -9999.0
 async def follow(
     jobs: RedisJobs,
     job: Job,
-    decoder: TextDecoder,
+    tokenizer: "Tokenizer",
     after: int = 0,
-    markup: Mapping[int, str] = MappingProxyType({}),
+    parsers: "Sequence[AnswerParser]" = (),
 ) -> AsyncIterator[TextDelta | JobOutcome]:
     """Yield what is new of a job's choices behind completion token `after`, and at last the job's outcome.
 
     The tokens before `after` are read too: their text that was held back is shown with the tokens that
-    follow. The texts have the tokens of `markup` in them.
+    follow. `parsers`, one for each choice, take reasoning and tool calls out of the texts.
     """
+    markup = tokenizer.markup if parsers else {}
     choices = [
-        _Choice(index, decoder.completion(job.prompt_token_ids, job.sampling, markup))
+        _Choice(
+            index,
+            tokenizer.completion(job.prompt_token_ids, job.sampling, markup),
+            parsers[index] if parsers else None,
+        )
         for index in range(job.choices)
     ]
     async for event in jobs.events(job.job_id):
@@ -67,7 +71,10 @@ async def follow(
                     yield delta
                 elif delta.after == after and delta.finish_reason is not None:
                     # The reader may have the last token without knowing that it was the last.
-                    yield TextDelta(choice=delta.choice, finish_reason=delta.finish_reason, after=delta.after)
+                    yield TextDelta(
+                        choice=delta.choice, num_calls=delta.num_calls,
+                        finish_reason=delta.finish_reason, after=delta.after,
+                    )  # fmt: skip
             continue
         for choice in choices:
             # A choice that was cut off shows what it has; after one that failed comes the error.
@@ -79,9 +86,11 @@ async def follow(
 class _Choice:
     """The text of one of a job's choices, as its tokens come."""
 
-    def __init__(self, index: int, text: CompletionText) -> None:
+    def __init__(self, index: int, text: CompletionText, parser: "AnswerParser | None") -> None:
         self._index = index
         self._text = text
+        self._parser = parser
+        self._num_calls = 0
         # Tokens with log probabilities whose text is held back.
         self._unsettled: deque[tuple[int, float, tuple[tuple[int, float], ...]]] = deque()
         self._after = 0
@@ -96,11 +105,31 @@ class _Choice:
             deltas.append(self._completed(self._text.push(token_id)))
         if event.finish_reason is not None:
             # The last token's delta has all text that was held back: nothing follows the last `after`.
-            deltas.append(TextDelta.of((deltas.pop(), self.end(event.finish_reason))))
-        return [delta for delta in deltas if delta.text or delta.logprobs or delta.finish_reason]
+            deltas.append(TextDelta.of((deltas.pop(), self._last(event.finish_reason))))
+        return [
+            self._parsed(delta) for delta in deltas if delta.text or delta.logprobs or delta.finish_reason
+        ]
 
     def end(self, reason: FinishReason) -> TextDelta:
-        """Return the choice's last delta."""
+        """Return the last delta of a choice that was cut off."""
+        return self._parsed(self._last(reason))
+
+    def _parsed(self, delta: TextDelta) -> TextDelta:
+        if self._parser is None:
+            return delta
+        new = self._parser.push(delta.text)
+        if delta.finish_reason is not None:
+            new = joined((new, self._parser.finish()))
+        self._num_calls += len(new.tool_calls)
+        return replace(
+            delta,
+            text=new.content,
+            reasoning=new.reasoning,
+            tool_calls=new.tool_calls,
+            num_calls=self._num_calls,
+        )
+
+    def _last(self, reason: FinishReason) -> TextDelta:
         self.ended = True
         return self._completed(self._text.finish(), reason)
 
@@ -115,29 +144,6 @@ class _Choice:
             top_logprobs=tuple(top for _, _, top in found),
             finish_reason=reason,
             after=self._after,
-        )
-
-
-async def with_parts(
-    deltas: AsyncIterator[TextDelta | JobOutcome], parsers: "Sequence[AnswerParser]"
-) -> AsyncIterator[TextDelta | JobOutcome]:
-    """Parse reasoning and tool calls out of the deltas' texts; each choice has a parser of its own."""
-    counts = [0] * len(parsers)
-    async for delta in deltas:
-        if isinstance(delta, JobOutcome):
-            yield delta
-            continue
-        parser = parsers[delta.choice]
-        new = parser.push(delta.text)
-        if delta.finish_reason is not None:
-            new = joined((new, parser.finish()))
-        counts[delta.choice] += len(new.tool_calls)
-        yield replace(
-            delta,
-            text=new.content,
-            reasoning=new.reasoning,
-            tool_calls=new.tool_calls,
-            num_calls=counts[delta.choice],
         )
 
 
@@ -203,13 +209,14 @@ class AnswerFormatter:
 
     def _chat_chunks(self, delta: TextDelta) -> list[ChatChunk]:
         chunks, choice, after = [], delta.choice, delta.after
-        if delta.reasoning:
-            chunks.append(self._chat_chunk(choice, Delta(reasoning_content=delta.reasoning)))
-        if delta.text or delta.logprobs:
-            text = Delta(content=delta.text)
-            chunks.append(self._chat_chunk(choice, text, self._chat_logprobs(delta), after=after))
-        if delta.tool_calls:
-            chunks.append(self._chat_chunk(choice, Delta(tool_calls=self._calls(delta)), after=after))
+        if delta.text or delta.logprobs or delta.reasoning or delta.tool_calls:
+            # One chunk, so that a reader has all that comes with a token or nothing of it.
+            new = Delta(
+                content=delta.text if delta.text or delta.logprobs else None,
+                reasoning_content=delta.reasoning or None,
+                tool_calls=self._calls(delta) or None,
+            )
+            chunks.append(self._chat_chunk(choice, new, self._chat_logprobs(delta), after=after))
         if delta.finish_reason is not None:
             reason = finish_reason(delta.finish_reason, delta.num_calls)
             chunks.append(self._chat_chunk(choice, Delta(), reason=reason, after=after))

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import Response, StreamingResponse
@@ -40,11 +40,14 @@ from azu.errors import (
 from azu.jobs.departures import Reader, request_name
 from azu.protocol.job import Job, JobOutcome, JobState
 from azu.supervision import as_known_error
-from deployments.answers import AnswerFormatter, follow, phase_line, usage_of, with_parts
+from deployments.answers import AnswerFormatter, follow, phase_line, usage_of
 from deployments.middleware import refusal
 from deployments.sampling import check_limits, check_tokens, max_tokens, sampling_params
 from deployments.schema import stream_of, whole_or_stream
 from deployments.services import AnsweredKey, Bearer, ServedModel, Services, ServicesNow, owned
+
+if TYPE_CHECKING:
+    from azu.engine.tokenizer import AnswerParser
 
 router = APIRouter()
 Deltas = AsyncIterator[TextDelta | JobOutcome]
@@ -127,7 +130,7 @@ async def job_stream(
     """Stream a job's answer from its completion token `after` on, as the chunks of a text or of a chat.
 
     Each chunk's `azu.after` is the place to continue from if the stream breaks. A job whose client hung up
-    goes on, and stands still again when this reader hangs up too.
+    goes on, and stands still again when this reader hangs up too. The chunks are those of the first stream.
     """
     record = await owned(services, key, job_id)
     job = record.job
@@ -138,7 +141,8 @@ async def job_stream(
         chat=chat, job_id=job_id, model=job.model_id, created_s=job.created_at_ms // 1000,
         decoder=model.tokenizer,
     )  # fmt: skip
-    deltas = follow(services.jobs, job, model.tokenizer, after)
+    parsers = _parsers(model, job.prompt_token_ids, record.tools, job.choices if chat else 0)
+    deltas = follow(services.jobs, job, model.tokenizer, after, parsers)
     options = StreamOptions(include_usage=True, include_receipt=True)
     events = _events(job, deltas, answer, options, after)
     if not record.asked:
@@ -164,8 +168,7 @@ async def _answer(
     sampling = sampling_params(body, model.defaults, model.vocab_size, default_max_tokens=limit)
     choices = body.n or 1
     is_chat = isinstance(body, ChatRequest)
-    found = [model.tokenizer.answer_parser(prompt, tools) for _ in range(choices if is_chat else 0)]
-    parsers = [parser for parser in found if parser is not None]
+    parsers = _parsers(model, prompt, tools, choices if is_chat else 0)
     asked = request_name(key.key_id, _content(body, idempotency_key))
 
     async def begin() -> tuple[Job, Reader]:
@@ -174,7 +177,9 @@ async def _answer(
         if not body.stream:
             services.intake.check_sizes(model.facts, len(prompt), sampling.max_tokens)
             await services.check_wait(model.facts, len(prompt), max_tokens(body, min(limit, _USUAL_TOKENS)))
-        job = await services.intake.accept(key, bearer, model.facts, prompt, sampling, choices, asked=asked)
+        job = await services.intake.accept(
+            key, bearer, model.facts, prompt, sampling, choices, asked=asked, tools=tools
+        )
         return job, Reader(job.job_id, key.address, asked)
 
     job, reader = await _begun(services, asyncio.create_task(begin()))
@@ -183,16 +188,21 @@ async def _answer(
         chat=is_chat, job_id=job.job_id, model=body.model, created_s=int(time.time()),
         decoder=model.tokenizer,
     )  # fmt: skip
-    deltas = follow(services.jobs, job, model.tokenizer, markup=model.tokenizer.markup if parsers else {})
-    if parsers:
-        deltas = with_parts(deltas, parsers)
-    deltas = _unless_unreadable(services, job, deltas)
+    deltas = _unless_unreadable(services, job, follow(services.jobs, job, model.tokenizer, 0, parsers))
     if not body.stream:
         return await _whole(reading, job, deltas, answer)
     options, sign = body.stream_options or StreamOptions(), partial(_sign, services, job)
     stream = _JobStream(reading, deltas, lambda found: _events(job, found, answer, options), sign)
     stream.headers[JOB_ID_HEADER] = job.job_id
     return stream
+
+
+def _parsers(
+    model: ServedModel, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]], choices: int
+) -> "list[AnswerParser]":
+    """Return what parses the parts of each choice's text, nothing where answers have one part."""
+    found = [model.tokenizer.answer_parser(prompt, tools) for _ in range(choices)]
+    return [parser for parser in found if parser is not None]
 
 
 def _content(body: ChatRequest | CompletionRequest, idempotency_key: str | None) -> bytes:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -135,17 +135,18 @@ class Intake:
         choices: int = 1,
         *,
         asked: str = "",
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Job:
         """Reserve the highest price of a job with `choices` answers, and queue the job for the key's owner.
 
         `bearer` is the key's secret, which the books check. `asked` names the request whose connection waits
-        for the job. Where the job needs their money or their places, the address's jobs that wait for their
-        clients end first. Raises InvalidRequest for sizes out of range, RateLimited for a key with too many
-        jobs in flight, Unauthenticated for an expired key, and InsufficientBalance when the balance or the
-        key's spend limit is too low; then nothing has changed. The reservation comes first, so that every
-        written job can be paid. Raises Unavailable while Redis or the books are away, or where the network is
-        about to stop. What was written of the job is taken back later then, and after any error that is no
-        refusal.
+        for the job, `tools` are those that the prompt offers. Where the job needs their money or their
+        places, the address's jobs that wait for their clients end first. Raises InvalidRequest for sizes out
+        of range, RateLimited for a key with too many jobs in flight, Unauthenticated for an expired key, and
+        InsufficientBalance when the balance or the key's spend limit is too low; then nothing has changed.
+        The reservation comes first, so that every written job can be paid. Raises Unavailable while Redis or
+        the books are away, or where the network is about to stop. What was written of the job is taken back
+        later then, and after any error that is no refusal.
         """
         self.check_sizes(model, len(prompt_token_ids), sampling.max_tokens)
         await self._draining.check()
@@ -183,7 +184,7 @@ class Intake:
                 choices=choices,
                 key_id=key.key_id,
             )
-            await self._jobs.submit(job, asked, self.departures.ingress)
+            await self._jobs.submit(job, asked, self.departures.ingress, tools)
         except Exception as error:
             if isinstance(error, AzuError) and not isinstance(error, Unavailable | InternalError):
                 await self._in_flight_limit.remove(key, job_id)  # nothing was reserved

@@ -1,7 +1,9 @@
 """A job as Redis keeps it: its keys, its record, and its token stream as text."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -70,7 +72,7 @@ class JobRecord:
     `attempts` counts how often the job began to run, `delivered` its completion tokens so far. `cancelled` is
     set as soon as its client left, also while that may come back, or azu refuses it. `phase` says where the
     job stands, None once it has ended. `asked` names the request whose connection waits for the job, empty
-    where none does.
+    where none does. `tools` are those that the prompt offers, as its template takes them.
     """
 
     job: Job
@@ -81,6 +83,7 @@ class JobRecord:
     delivered: int = 0
     phase: JobPhase | None = None
     asked: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, str]) -> "JobRecord":
@@ -97,6 +100,7 @@ class JobRecord:
             delivered=delivered,
             phase=phase_now(job, state, fields.get("phase"), delivered),
             asked=fields.get("asked", ""),
+            tools=tuple(json.loads(fields.get("tools", "[]"))),
         )
 
 

@@ -3,6 +3,7 @@
 Keys and encodings: azu/jobs/record.py. A change of several keys is one of the Lua scripts beside this file.
 """
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -93,15 +94,19 @@ class RedisJobs:
 
     # Intake and look-ups
 
-    async def submit(self, job: Job, asked: str = "", ingress: str = "") -> None:
+    async def submit(
+        self, job: Job, asked: str = "", ingress: str = "", tools: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         """Write a job and queue it; a known job id changes nothing.
 
-        `asked` names the request whose connection to `ingress` waits for the job. Raises Unavailable for a
+        `asked` names the request whose connection to `ingress` waits for the job, and `tools` are those that
+        its prompt offers: who reads the answer again parses their calls. Raises Unavailable for a
         job that was marked as lost before it came.
         """
         keys = [job_key(job.job_id), QUEUE, address_key(job.address), lost_key(job.job_id), asked_key(asked)]
         arguments: list[str | bytes | int] = [job.job_id, JOB.dump_json(job), job.created_at_ms]
         arguments += [LISTED_JOBS, _LISTED_MS, asked, ingress, TOKENS_KEPT_S]
+        arguments.append(json.dumps(list(tools)) if tools else "")
         if await self._submit(keys, arguments) < 0:
             raise Unavailable(f"it took too long to write {job.job_id}; send it again")
 

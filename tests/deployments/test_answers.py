@@ -89,14 +89,13 @@ def test_a_chunk_has_the_keys_that_it_needs_and_no_others(tokenizer: Tokenizer) 
     made = answer(tokenizer, chat=True)
     delta = TextDelta("Hi", reasoning="hm", finish_reason=STOP, after=3)
 
-    opening, reasoning, text, closing, counted = map(
+    opening, text, closing, counted = map(
         as_json, [made.opening(0), *made.chunks(delta), made.usage_chunk(USAGE)]
     )
 
     for chunk, content, reason in (
         (opening, {"role": "assistant", "content": ""}, None),
-        (reasoning, {"reasoning_content": "hm"}, None),
-        (text, {"content": "Hi"}, None),
+        (text, {"content": "Hi", "reasoning_content": "hm"}, None),
         (closing, {}, "stop"),
     ):
         after = 3 if chunk in (text, closing) else 0
@@ -557,6 +556,40 @@ def test_letters_that_spell_the_tokens_between_parts_are_text(tmp_path: Path) ->
     assert found.reasoning == "a </think> b"
     assert found.content == f"Say {ADD}."
     assert found.tool_calls == (ToolCall("add", '{"a": "<think><tool_call>"}'),)
+
+
+def test_a_stream_that_is_taken_up_again_has_the_chunks_of_the_first(play) -> None:
+    async def scenario(client: openai.AsyncOpenAI, model: str) -> None:
+        async def chunks(response: Any) -> list[dict[str, Any]]:
+            return [
+                json.loads(line.removeprefix("data: ")) | {"created": 0}
+                async for line in response.aiter_lines()
+                if line.startswith("data: {")
+            ]
+
+        asked = {"model": model, "messages": MESSAGES, "tools": TOOLS, "max_tokens": 200, "n": 2}
+        options = {"include_usage": True, "include_receipt": True}
+        body = asked | {"stream": True, "stream_options": options}
+        http = client._client
+        async with http.stream(
+            "POST", "/v1/chat/completions", json=body, headers=client.auth_headers
+        ) as first:
+            whole = await chunks(first)
+        job_id = whole[0]["azu"]["job_id"]
+        parts = {name for chunk in whole for one in chunk["choices"] for name in one["delta"]}
+        assert parts == {"role", "content", "reasoning_content", "tool_calls"}
+        for seen in sorted({*range(0, len(whole), 7), *range(len(whole) - 6, len(whole))}):
+            after = max(chunk["azu"].get("after") or 0 for chunk in whole[: seen + 1])
+            has_end = whole[seen]["choices"] and whole[seen]["choices"][0]["finish_reason"]
+            if has_end or whole[seen]["azu"].get("after") is None:
+                continue
+            query = {"chat": True, "after": after}
+            async with http.stream(
+                "GET", f"/v1/jobs/{job_id}/stream", params=query, headers=client.auth_headers
+            ) as rest:
+                assert await chunks(rest) == (whole[seen + 1 :] if after else whole), after
+
+    play(scenario, f"<think>hm</think>Let me see. {ADD}{TWICE}")
 
 
 @pytest.mark.parametrize("stream", [False, True])

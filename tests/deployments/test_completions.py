@@ -119,7 +119,9 @@ def test_a_stream_is_alive_before_its_first_token_and_clients_see_only_the_answe
 
         comments = [line for line in raw.splitlines() if line.startswith(b": phase ")]
         assert raw.startswith(b": phase "), "it comes before all else"
-        assert {json.loads(line[8:])["name"] for line in comments} <= {"queued", "loading", "reading"}
+        # On a busy machine there is time for one between the tokens too.
+        names = {"queued", "loading", "reading", "answering"}
+        assert {json.loads(line[8:])["name"] for line in comments} <= names
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text != ""
         assert again.endswith("data: [DONE]\n\n")
 
