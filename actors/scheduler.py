@@ -156,6 +156,7 @@ class Scheduler:
                 epoch=one.topology.epoch,
                 num_layers=one.structure.num_layers,
                 placements=one.placements(),
+                node_ids=one.pieces.node_ids(),
             )
             for one in self._cluster.deployments
         ]

@@ -95,9 +95,14 @@ async def results(job_id: str, key: Key, services: ServicesNow, afterwards: Back
 
 
 @router.get("/v1/jobs")
-async def jobs(key: Key, services: ServicesNow, limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> JobList:
-    """Return the caller's jobs, newest first."""
-    return JobList(data=tuple(map(_line, await services.jobs.of(key.address, limit))))
+async def jobs(
+    key: Key,
+    services: ServicesNow,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    before: Annotated[str, Query(max_length=100)] = "",
+) -> JobList:
+    """Return the caller's jobs, newest first, or those that came before the job `before`."""
+    return JobList(data=tuple(map(_line, await services.jobs.of(key.address, limit, before))))
 
 
 @router.get("/v1/jobs/{job_id}")

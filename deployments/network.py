@@ -20,6 +20,7 @@ from azu.api.network import (
     OfferRequest,
     OfferResponse,
     PauseResponse,
+    PieceLine,
     ShardRequest,
     TimeTotal,
 )
@@ -103,7 +104,10 @@ async def network(_: Key, services: ServicesNow) -> NetworkResponse:
                 epoch=one.epoch,
                 num_layers=one.num_layers,
                 activity=activity_of(snapshot, one.model_id),
-                topology=one.placements,
+                topology=tuple(
+                    PieceLine.model_validate(placed).model_copy(update={"node_id": node_id})
+                    for placed, node_id in zip(one.placements, one.node_ids, strict=True)
+                ),
             )
             for one in deployments
         ),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, IPvAnyAddress
 
-from azu.api.base import RequestModel, ResponseModel
+from azu.api.base import OrAbsent, RequestModel, ResponseModel
 from azu.protocol.versions import Versions
 
 _MAX_PEM = 8192
@@ -20,9 +20,13 @@ class Health(ResponseModel):
 
 
 class PieceLine(ResponseModel):
-    """One piece of a topology: the node that runs layers [start, end) and experts (layer -> expert ids)."""
+    """One piece of a topology: the node that runs layers [start, end) and experts (layer -> expert ids).
+
+    `node` is its name, which other nodes may have too. Receipts have no `node_id`.
+    """
 
     node: str
+    node_id: OrAbsent[str] = None
     actor: str
     layers: tuple[int, int]
     experts: Mapping[int, tuple[int, ...]] = Field(default_factory=dict)

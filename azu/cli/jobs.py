@@ -1,5 +1,6 @@
 """`azu jobs`: what was asked, and what each day, key and job cost."""
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,17 +11,18 @@ from rich.console import Group
 from rich.text import Text
 
 from azu.cli.credentials import open_client
-from azu.cli.output import AsCsv, AsJson, Exact, Terminal, amount, day, done, show, show_csv, table, unit, utc
+from azu.cli.output import AsCsv, AsJson, Exact, amount, day, done, show, show_csv, table, unit, utc
 
 if TYPE_CHECKING:
     from azu.api.jobs import JobLine
+    from azu.client import Client
 
-_MOST = 1000
+_AT_ONCE = 1000
 
 
 def jobs(
     limit: Annotated[
-        int | None, typer.Option(min=1, max=_MOST, help="How many, newest first; 20, or 1,000 in CSV.")
+        int | None, typer.Option(min=1, help="How many, newest first; 20, or all of 90 days in CSV.")
     ] = None,
     delete: Annotated[
         str | None,
@@ -40,15 +42,22 @@ def jobs(
         job_id = client.delete_job(delete)
         show({"deleted": job_id}, as_json, lambda _: done(f"{job_id} has no prompt and no answer any more"))
         return
-    found = client.jobs(limit or (_MOST if as_csv else 20))
+    found = _latest(client, sys.maxsize if as_csv and limit is None else limit or 20)
     if as_csv:
-        if limit is None and len(found) == _MOST:
-            Terminal(stderr=True).print(
-                f"These are the newest {_MOST} jobs; the first day may have had more."
-            )
         show_csv(_days(found, exact) if by_day else _lines(found, exact))
     else:
         show(found, as_json, lambda found: drawn(found, exact))
+
+
+def _latest(client: "Client", limit: int) -> "list[JobLine]":
+    """Return so many jobs, newest first, or all where there are fewer."""
+    found = client.jobs(min(limit, _AT_ONCE))
+    while found and limit > max(len(found), _AT_ONCE):
+        older = client.jobs(min(limit - len(found), _AT_ONCE), found[-1].job_id)
+        if not older:
+            break
+        found += older
+    return found
 
 
 def drawn(found: "Sequence[JobLine]", exact: bool = False) -> Group:

@@ -79,7 +79,7 @@ class Shown:
 
     def __init__(self, client: "Client | None", workers: "list[Worker]", joined: Callable[[], None]) -> None:
         self._client = client
-        self._names = {worker.name for worker in workers}
+        self._node_ids: dict[str, str] = {}
         self._payout = workers[0].payout_address.lower()
         self._joined: Callable[[], None] | None = joined
         self._asked_s = float("-inf")
@@ -91,13 +91,17 @@ class Shown:
             self._joined()
             self._joined = None
 
+    def starts(self, name: str, node_id: str) -> None:
+        """Tell it the id with which a node starts: other machines may have nodes of this name."""
+        self._node_ids[name] = node_id
+
     def text(self, now_s: float) -> str:
         """Return one line; the clock is in seconds."""
         if self._client is None or not self._client.has_key or now_s - self._asked_s < _SHOW_EVERY_S:
             return self._text
         self._asked_s = now_s
         try:
-            held = told(self._client.network(), self._names, self._payout)
+            held = told(self._client.network(), {*self._node_ids.values()})
             earned = self._client.earnings()
         except AzuError as error:
             self._text = error.message
@@ -109,14 +113,14 @@ class Shown:
         return held
 
 
-def told(found: "NetworkResponse", names: "set[str]", payout: str) -> str:
-    """Return what a network's nodes of these names, paid to this address, do."""
-    nodes = [one for one in found.nodes if one.name in names and one.payout_address.lower() == payout]
+def told(found: "NetworkResponse", node_ids: "set[str]") -> str:
+    """Return what a network's nodes with these ids do."""
+    nodes = [one for one in found.nodes if one.node_id in node_ids]
     paused = [f"{one.name} is paused: {one.why_paused}" for one in nodes if one.why_paused]
     layers = Counter[str]()
     for model in found.deployments:
         for piece in model.topology:
-            if piece.node in names:
+            if piece.node_id in node_ids:
                 layers[model.model_id] += piece.layers[1] - piece.layers[0]
     held = [f"{count} layers of {model_id}" for model_id, count in sorted(layers.items())]
     return "; ".join([*paused, "holds " + (", ".join(held) or "nothing")])
@@ -206,6 +210,7 @@ def lend(
         def enrol(worker: "Worker", node_id: str) -> None:
             speed = worker.work_bytes_per_s(home / "speeds")
             membership.enrol(worker.name, worker.payout_address, node_id, speed)
+            shown.starts(worker.name, node_id)
 
         for worker in workers:
             enrols = partial(enrol, worker)

@@ -12,6 +12,7 @@ from azu.cli.output import AsJson, Listing, show, table
 
 if TYPE_CHECKING:
     from azu.auth.tickets import TicketRecord
+    from azu.config import NodeLinks
     from azu.launch.admin import AdminFacts
 
 
@@ -63,7 +64,8 @@ def revoke(
 
     They know the network's token: its next start makes a new one.
     """
-    from azu.config import Settings
+    from azu.config import NodeLinks, Settings
+    from azu.errors import NotFound
     from azu.launch.admin import ask_members
     from azu.launch.kept_access import forget_token
 
@@ -71,9 +73,24 @@ def revoke(
     if ticket_id != _LOCAL:
         _admitting(settings.home)
         ask_members(settings.money_home, lambda members: members.revoke_ticket(ticket_id))
+    elif (nodes := _nodes(settings.home)) is not None and nodes is not NodeLinks.LOCAL:
+        raise NotFound(
+            f"the network that runs here has no ticket `{_LOCAL}`: `azu ticket list` shows its tickets"
+        )
     forget_token(settings.home)
     told = f"{ticket_id} is revoked; the network's next start makes a new token"
     show({"revoked": ticket_id}, as_json, lambda _: told)
+
+
+def _nodes(home: Path) -> "NodeLinks | None":
+    """Return how the nodes of the network that runs here are linked, None where none runs."""
+    from azu.errors import NotFound
+    from azu.launch.admin import admin_facts
+
+    try:
+        return admin_facts(home).nodes
+    except NotFound:
+        return None
 
 
 def _admitting(home: Path) -> "AdminFacts":

@@ -292,9 +292,9 @@ class AsyncClient:
         """Return what a job has produced so far."""
         return await self._get(Results, f"/results/{_part(job_id)}")
 
-    async def jobs(self, limit: int = 50) -> list[JobLine]:
-        """Return the jobs of the key's address, newest first."""
-        return list((await self._get(JobList, "/v1/jobs", limit=limit)).data)
+    async def jobs(self, limit: int = 50, before: str | None = None) -> list[JobLine]:
+        """Return the jobs of the key's address, newest first, or those that came before the job `before`."""
+        return list((await self._get(JobList, "/v1/jobs", **_given({"limit": limit}, before=before))).data)
 
     async def dispute(self, job_id: str, wallet: "LocalAccount") -> DisputeState:
         """Have what a job paid out be held until the network's admin decides; the payer's wallet signs."""

@@ -12,7 +12,7 @@ from azu.cluster.liveness import SLOW_FACTOR, PieceWatch, Pulse, relative_slowdo
 from azu.cluster.phases import on_nodes
 from azu.errors import AzuError, InternalError, WorkerLost
 from azu.planner.replicas import ExpertCounts
-from azu.protocol.job import Placement, placements
+from azu.protocol.job import Placement, node_ids, placements
 from azu.protocol.phase import JobPhase
 from azu.protocol.step import PieceProgress
 from azu.protocol.structure import Structure
@@ -110,6 +110,10 @@ class PieceActors:
     def placements(self) -> tuple[Placement, ...]:
         """Return the receipt's lines: which node runs which layers and experts in which actor."""
         return placements(((one.piece, one.name) for one in self._running.values()), self._backend.nodes)
+
+    def node_ids(self) -> tuple[str, ...]:
+        """Return the ids of the nodes of `placements`, in the same order."""
+        return node_ids(one.piece for one in self._running.values())
 
     @property
     def is_slow(self) -> bool:

@@ -49,7 +49,7 @@ from azu.redis_client import connect_redis, retry_until_available
 
 TOKENS_KEPT_S = 24 * 3600
 # What an address's list of jobs keeps; every receipt is kept.
-LISTED_JOBS = 1000
+LISTED_JOBS = 100_000
 _LISTED_MS = 90 * 24 * 3600 * 1000
 # Longer than any process hangs between the reservation of a job and its submission.
 _LOST_KEPT_S = 7 * 24 * 3600
@@ -141,9 +141,15 @@ class RedisJobs:
             for job_id, state in zip(job_ids, found, strict=True)
         ]
 
-    async def of(self, address: str, limit: int) -> list[JobRecord]:
-        """Return the latest jobs of an address, newest first."""
-        job_ids = cast(list[str], await self._redis.zrevrange(address_key(address), 0, limit - 1))
+    async def of(self, address: str, limit: int, before: str = "") -> list[JobRecord]:
+        """Return the latest jobs of an address, or the latest `before` a job, newest first."""
+        first, key = 0, address_key(address)
+        if before:
+            place = await self._redis.zrevrank(key, before)
+            if place is None:  # too old to be listed, and so is what came before it
+                return []
+            first = cast(int, place) + 1
+        job_ids = cast(list[str], await self._redis.zrevrange(key, first, first + limit - 1))
         return [one for one in await self._records(job_ids) if isinstance(one, JobRecord)]
 
     # The queue

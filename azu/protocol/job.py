@@ -204,7 +204,8 @@ class DeploymentStatus:
 
     A slow pipeline has a piece that comes on slower than expected; it serves.
 
-    The other fields are empty while the model is being deployed.
+    The other fields are empty while the model is being deployed. `node_ids` are those of the `placements`,
+    whose nodes have names that others may have too.
     """
 
     model_id: str
@@ -213,15 +214,24 @@ class DeploymentStatus:
     epoch: int = 0
     num_layers: int = 0
     placements: tuple[Placement, ...] = ()
+    node_ids: tuple[str, ...] = ()
 
 
 def placements(pieces: Iterable[tuple[Piece, str]], nodes: Mapping[str, Node]) -> tuple[Placement, ...]:
     """Return a line for each piece and its actor's name: stages in order, then expert sets."""
-    ordered = sorted(pieces, key=lambda one: (isinstance(one[0], ExpertSet), one[0].index))
     return tuple(
         Placement(node=nodes[piece.node_id].name, actor=actor, layers=_layers(piece), experts=piece.experts)
-        for piece, actor in ordered
+        for piece, actor in sorted(pieces, key=lambda one: _place(one[0]))
     )
+
+
+def node_ids(pieces: Iterable[Piece]) -> tuple[str, ...]:
+    """Return the ids of the nodes of `placements`, in the same order."""
+    return tuple(piece.node_id for piece in sorted(pieces, key=_place))
+
+
+def _place(piece: Piece) -> tuple[bool, int]:
+    return isinstance(piece, ExpertSet), piece.index
 
 
 def _layers(piece: Piece) -> tuple[int, int]:

@@ -36,7 +36,7 @@ function payout(found) {
 function line(node, deployments) {
   const taken = node.vram_total_bytes - node.vram_free_bytes;
   const words = `${size(taken)} of ${size(node.vram_total_bytes)} taken, load ${Math.round(100 * node.load)}%`;
-  const pieces = deployments.flatMap((model) => model.topology.filter((piece) => piece.node === node.name)
+  const pieces = deployments.flatMap((model) => model.topology.filter((piece) => piece.node_id === node.node_id)
     .map((piece) => `${model.model_id}: ${held(piece).filter(Boolean).join("; ")}`));
   return make("li", {},
     make("div", { className: "row" }, make("strong", { textContent: node.name }),

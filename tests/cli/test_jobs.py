@@ -68,7 +68,11 @@ def test_no_cell_has_a_second_line_or_begins_a_formula(capsys: pytest.CaptureFix
 def test_all_jobs_are_in_the_statement(tmp_path: Path) -> None:
     with running_ingress() as ingress:
         data = [one.model_dump(mode="json") for one in JOBS]
-        ingress.replies["GET /v1/jobs?limit=1000"] = Reply({"data": data})
+        ingress.replies |= {
+            "GET /v1/jobs?limit=1000": Reply({"data": data[:2]}),
+            "GET /v1/jobs?limit=1000&before=job-3": Reply({"data": data[2:]}),
+            "GET /v1/jobs?limit=1000&before=job-1": Reply({"data": []}),
+        }
         done = azu("jobs", "--csv", "--by-day", home=tmp_path, AZU_URL=ingress.url, AZU_API_KEY="k")
 
     assert [one["key"] for one in csv.DictReader(io.StringIO(done.stdout))] == ["key-1", "key-2", "key-1"]

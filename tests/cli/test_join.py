@@ -146,18 +146,26 @@ def node_line(name: str, **given: object) -> dict[str, object]:
         "device": "cpu",
         "state": "alive",
     }
-    known = {"node_id": name, "name": name, "state": "alive", "payout_address": WORKER.payout_address}
+    known = {
+        "node_id": f"id of {name}",
+        "name": name,
+        "state": "alive",
+        "payout_address": WORKER.payout_address,
+    }
     return known | facts | given
 
 
 NETWORK = {
-    "nodes": [node_line("ada", state="paused", why_paused="outside of its hours"), node_line("ben")],
+    "nodes": [
+        node_line("ada", state="paused", why_paused="outside of its hours"),
+        node_line("ada", node_id="another ada", state="paused", why_paused="by its owner"),
+    ],
     "deployments": [
         {
             "model_id": "m/one", "revision": "r", "state": "running", "epoch": 1, "num_layers": 6,
             "topology": [
-                {"node": "ada", "actor": "layer:0", "layers": [0, 4]},
-                {"node": "ben", "actor": "layer:1", "layers": [4, 6]},
+                {"node": "ada", "node_id": "id of ada", "actor": "layer:0", "layers": [0, 4]},
+                {"node": "ada", "node_id": "another ada", "actor": "layer:1", "layers": [4, 6]},
             ],
         }
     ],
@@ -175,6 +183,7 @@ def test_a_lender_sees_what_runs_here_and_what_was_earned_and_is_asked_seldom() 
             ),
         }
         shown = Shown(client, [WORKER], lambda: joined.append(None))
+        shown.starts("ada", "id of ada")
         line = "ada is paused: outside of its hours; holds 4 layers of m/one; 0.05 HYPE earned, 0.02 paid"
         assert [shown.text(now_s) for now_s in (0, 5, 10)] == [line] * 3
         assert len(ingress.requests) == 2
@@ -185,7 +194,7 @@ def test_a_lender_sees_what_runs_here_and_what_was_earned_and_is_asked_seldom() 
 
     assert len(joined) == 1
     assert QUIET.text(0) == ""
-    assert told(NetworkResponse.model_validate(NETWORK), {"cleo"}, WORKER.payout_address) == "holds nothing"
+    assert told(NetworkResponse.model_validate(NETWORK), {"id of cleo"}) == "holds nothing"
 
 
 def test_a_lender_is_told_what_the_machine_would_hold_and_could_earn(

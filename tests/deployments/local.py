@@ -93,11 +93,6 @@ class ScriptedModel:
     async def phase_of(self, model_id: str, revision: str) -> JobPhase:
         return JobPhase("loading", "Loading.\u2028", 1, 3)
 
-    @property
-    def pipeline(self) -> Self:
-        """Return this stand-in: it is its pipeline also."""
-        return self
-
     async def look(self) -> None:
         raise WorkerLost("there is no pipeline to look at")
 

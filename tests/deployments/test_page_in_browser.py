@@ -539,8 +539,8 @@ class SomeNodes(NoNodes):
         )  # fmt: skip
         dense = (Placement("ben", "l0", (0, 4)), Placement("cleo", "l1", (4, 6)))
         return (
-            DeploymentStatus("azu/tiny-moe", "r1", "running", 3, 6, moe),
-            DeploymentStatus(MODEL, "r1", "running", 1, 6, dense),
+            DeploymentStatus("azu/tiny-moe", "r1", "running", 3, 6, moe, tuple(one.node for one in moe)),
+            DeploymentStatus(MODEL, "r1", "running", 1, 6, dense, tuple(one.node for one in dense)),
         )
 
     async def metrics(self) -> MetricsSnapshot:

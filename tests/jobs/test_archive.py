@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from azu.jobs import redis as redis_module
 from azu.jobs.archive import ARCHIVE, pack, shared_text, unpack
 from azu.jobs.record import ENDED, JobRecord, address_key, job_key, tokens_key
-from azu.jobs.redis import LISTED_JOBS, TOKENS_KEPT_S, RedisJobs
+from azu.jobs.redis import TOKENS_KEPT_S, RedisJobs
 from azu.money.ledger.journal import JOURNAL
 from azu.protocol.job import FinishReason, JobOutcome, JobRun, JobState, Placement, TokenEvent
 from tests.builders import ALICE, job
@@ -98,11 +99,13 @@ def test_only_jobs_that_ended_a_day_ago_are_archived_and_a_sweep_may_be_repeated
     run_scenario(scenario)
 
 
-def test_an_account_lists_its_latest_jobs_for_a_while(run_scenario) -> None:
+def test_an_account_lists_its_latest_jobs_for_a_while(run_scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_module, "LISTED_JOBS", 20)
+
     async def scenario(jobs: RedisJobs) -> None:
-        for n in range(LISTED_JOBS + 5):
+        for n in range(25):
             await jobs.submit(job(f"job-{n}", created_at_ms=NOW_MS + n))
-        assert await jobs._redis.zcard(address_key(ALICE)) == LISTED_JOBS
+        assert await jobs._redis.zcard(address_key(ALICE)) == 20
         await jobs.submit(job("job-new", created_at_ms=NOW_MS + 91 * DAY_MS))
         assert [record.job.job_id for record in await jobs.of(ALICE, 9)] == ["job-new"]
         assert 0 < await jobs._redis.pttl(address_key(ALICE)) <= 90 * DAY_MS

@@ -262,6 +262,8 @@ def test_the_jobs_of_an_address_come_newest_first(run_scenario) -> None:
         await jobs.submit(job("job-of-bob", address=BOB))
 
         assert [record.job.job_id for record in await jobs.of(ALICE, 3)] == ["job-4", "job-3", "job-2"]
+        assert [record.job.job_id for record in await jobs.of(ALICE, 2, "job-3")] == ["job-2", "job-1"]
+        assert [*await jobs.of(ALICE, 2, "job-0"), *await jobs.of(ALICE, 2, "job-of-bob")] == []
         assert [record.job.job_id for record in await jobs.of(BOB, 3)] == ["job-of-bob"]
 
     run_scenario(scenario)
