@@ -32,6 +32,8 @@ _RETRY_S = 30.0
 _REST_S = 600.0
 # Of a model, so many different answers are remembered while none is known.
 _MOST_ANSWERS = 16
+# So many models are remembered, the latest ones.
+_MOST_MODELS = 1000
 
 ModelKey = tuple[str, str, str]  # model id, revision, dtype
 
@@ -73,7 +75,7 @@ class KnownTokens:
                     self.known = first
                     self.seen.clear()
                 elif nodes not in placements:
-                    placements.append(nodes)
+                    placements[:] = [*placements[-_MOST_ANSWERS + 1 :], nodes]
                 return
         self.seen = [*self.seen[-_MOST_ANSWERS + 1 :], (answer, [nodes])]
         if len(self.seen) > 1:
@@ -163,6 +165,9 @@ class CanaryWatch:
         if model not in self._known:
             stored = KnownTokens(await self._store.canary(model))
             self._known.setdefault(model, stored)  # another pipeline may have been first
+            for old in list(self._known)[:-_MOST_MODELS]:
+                del self._known[old]
+                self._agreed.pop(old, None)
         return self._known[model]
 
     async def _judge(

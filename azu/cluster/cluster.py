@@ -3,11 +3,12 @@
 import asyncio
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from weakref import WeakValueDictionary
 
 from azu.cluster.backend import DeploymentBackend
 from azu.cluster.deployment import Deployment, DeploymentState
@@ -131,8 +132,10 @@ class Cluster:
         # A move pays back within the horizon: for as long a slow node is left alone.
         self._slow = SlowNodes(policy.horizon_s)
         self._capacity = Capacity(self._nodes_now, self._deployments)
-        self._locks: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._turns: defaultdict[tuple[str, str], RepairTurns] = defaultdict(turns)
+        # Of models that are asked for now, and of those that are deployed.
+        self._locks = WeakValueDictionary[tuple[str, str], asyncio.Lock]()
+        self._turns = WeakValueDictionary[tuple[str, str], RepairTurns]()
+        self._new_turns = turns
         # By id and revision; None before a model has places on nodes.
         self.deploying: dict[tuple[str, str], Deployment | None] = {}
         self.shortages: dict[str, Shortage] = {}  # by model id
@@ -192,7 +195,7 @@ class Cluster:
         InsufficientCapacity when the model does not fit even after idle ones were closed; its code is
         "never_fits" when waiting does not help either.
         """
-        async with self._locks[model_id, revision]:
+        async with self._locks.setdefault((model_id, revision), asyncio.Lock()):
             for one in self._pipelines(model_id, revision):
                 if one.broken and self._deployments.pop(one.topology.key, None) is one:
                     await one.close()
@@ -407,7 +410,7 @@ class Cluster:
             topology,
             place=self._place_lost,
             commit=self._commit,
-            turns=self._turns[topology.key[:2]],
+            turns=self._turns.setdefault(topology.key[:2], self._new_turns()),
             num_planned_blocks=self._policy.num_blocks,
             room_wait_s=self._room_wait_s,
         )

@@ -42,7 +42,7 @@ from azu.protocol.topology import (
     piece_set,
     room_of,
 )
-from azu.supervision import as_known_error
+from azu.supervision import AWAY, as_known_error
 
 log = logging.getLogger(__name__)
 
@@ -388,7 +388,7 @@ class Deployment:
             await self.pipeline.fail(WorkerLost(f"{self.structure.model_id} lost a worker: {fault}"))
 
     async def _reconcile_always(self) -> None:
-        failed = 0
+        tried, failed = 0, 0
         while True:
             await self._event.wait()
             self.state = DeploymentState.RECONCILING
@@ -397,19 +397,21 @@ class Deployment:
                 await self._reconcile(change)
             except (WorkerLost, InsufficientCapacity):
                 raise  # there are no workers for it
-            except Exception:
-                failed += 1
+            except Exception as error:
+                tried += 1
+                # The registry or Redis may be away for long: its jobs wait as long as they may.
+                failed += not isinstance(error, AWAY)
                 if failed == _MOST_FRUITLESS:
                     raise
-                log.exception("the repair of %s failed, %d in a row", self.structure.model_id, failed)
+                log.exception("the repair of %s failed, %d in a row", self.structure.model_id, tried)
                 if change is not None:
                     change.give_up()
                 # What is missing of the topology, or was started by the repair that failed, is started again.
                 self._lost |= self._pieces.missing(self.topology) | self._replacing
                 self.pipeline_lost()
-                await self._turns.rest(failed)
+                await self._turns.rest(tried)
             else:
-                failed = 0
+                tried, failed = 0, 0
                 self.state = DeploymentState.SERVING
                 await self.pipeline.notify()
 

@@ -6,16 +6,19 @@
 `azu:fleet:canary` hash: model id, revision and dtype -> the known answer to the canary (JSON).
 """
 
+import logging
 from dataclasses import dataclass
 from typing import cast
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from redis.asyncio import Redis
 
 from azu.cluster.earnings import OwnersEarnings
 from azu.engine.canary import CanaryAnswer
 from azu.protocol.topology import Topology
 from azu.redis_client import connect_redis, connect_redis_sync, retry_until_available, typed_redis_errors
+
+log = logging.getLogger(__name__)
 
 EPOCH = "azu:fleet:epoch"
 MODELS = "azu:fleet:models"
@@ -77,9 +80,12 @@ class DeploymentStore:
         return epoch
 
     async def all(self) -> list[DeploymentRecord]:
-        """Return every record."""
-        found = await retry_until_available(lambda: self._redis.hgetall(MODELS))
-        return [_RECORD.validate_json(record) for _, record in sorted(cast(dict[str, str], found).items())]
+        """Return every record; one that cannot be read is deleted, and its actors are nobody's."""
+        found = cast(dict[str, str], await retry_until_available(lambda: self._redis.hgetall(MODELS)))
+        records = {key: _read(content) for key, content in sorted(found.items())}
+        if odd := [key for key, record in records.items() if record is None]:
+            await retry_until_available(lambda: self._redis.hdel(MODELS, *odd))
+        return [record for record in records.values() if record is not None]
 
     async def keep(self, record: DeploymentRecord) -> None:
         """Write a deployment's record in place of the one before."""
@@ -89,7 +95,11 @@ class DeploymentStore:
     async def canary(self, model: tuple[str, str, str]) -> CanaryAnswer | None:
         """Return what the canary answers for a model (id, revision, dtype), None if that is not known."""
         found = await retry_until_available(lambda: self._redis.hget(CANARY, "@".join(model)))
-        return None if found is None else _ANSWER.validate_json(cast(str, found))
+        try:
+            return None if found is None else _ANSWER.validate_json(cast(str, found))
+        except ValidationError as error:
+            log.warning("what the canary answers cannot be read and is found anew: %s", error)
+            return None
 
     async def keep_canary(self, model: tuple[str, str, str], answer: CanaryAnswer) -> None:
         """Write what the canary answers for a model."""
@@ -114,8 +124,16 @@ class DeploymentStore:
 def deployed_models(redis_url: str) -> set[tuple[str, str]]:
     """Return the ids and revisions of the models with a record; raises Unavailable while Redis is away."""
     with typed_redis_errors(), connect_redis_sync(redis_url) as redis:
-        topologies = [_RECORD.validate_json(one).topology for one in redis.hgetall(MODELS).values()]
-    return {(one.model_id, one.revision) for one in topologies}
+        records = [_read(one) for one in redis.hgetall(MODELS).values()]
+    return {(one.topology.model_id, one.topology.revision) for one in records if one is not None}
+
+
+def _read(content: str) -> DeploymentRecord | None:
+    try:
+        return _RECORD.validate_json(content)
+    except ValidationError as error:
+        log.warning("the record of a deployment cannot be read and is left out: %s", error)
+        return None
 
 
 def _field(topology: Topology) -> str:

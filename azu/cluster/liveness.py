@@ -124,6 +124,7 @@ class SlowNodes:
 
     def note(self, factors: Mapping[str, float], now_s: float) -> None:
         """Take how slow nodes are now; a factor below `SLOW_FACTOR` is not slow."""
+        self._until_s = {one: slow for one, slow in self._until_s.items() if now_s < slow[1]}
         for node_id, factor in factors.items():
             if factor >= SLOW_FACTOR:
                 self._until_s[node_id] = (factor, now_s + self._memory_s)

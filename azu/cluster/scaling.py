@@ -24,6 +24,10 @@ _SETTLE_S = 5.0
 _LEAST_CHOICES = 1_000
 
 
+# So many deployments are remembered, the latest ones.
+_MOST_SEEN = 1000
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """The epoch that a deployment had, and since when."""
@@ -52,7 +56,10 @@ class Cooldown:
 
     def begin(self, deployment: Deployment) -> None:
         """Have a deployment rest from now on."""
+        self._seen.pop(deployment.topology.key, None)
         self._seen[deployment.topology.key] = _Seen(deployment.topology.epoch, self._clock())
+        for old in list(self._seen)[:-_MOST_SEEN]:
+            del self._seen[old]
 
 
 class ScaleOut:
@@ -159,6 +166,8 @@ class ExpertReplication:
 
     async def check(self) -> None:
         """Give hot experts their replicas, or take all replicas back while jobs find no room."""
+        there = {one.topology.key for one in self._cluster.deployments}
+        self._counts = {key: counts for key, counts in self._counts.items() if key in there}
         for deployment in self._cluster.deployments:
             if deployment.broken or not deployment.topology.expert_sets:
                 continue

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from azu.cluster import canary
 from azu.cluster.canary import CanaryWatch, KnownTokens, Verdict
 from azu.cluster.deployment import Deployment
 from azu.engine.canary import CanaryAnswer
@@ -50,6 +51,25 @@ def test_the_first_answer_is_not_known_because_it_was_the_first() -> None:
 
     assert known.take(RIGHT, nodes("c")) is Verdict.AGREES
     assert known.known == RIGHT
+
+
+def test_the_latest_placements_and_models_are_remembered(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "_MOST_MODELS", 2)
+    known = KnownTokens()
+    for number in range(20):
+        known.take(RIGHT, nodes("a", f"other-{number}"))
+    assert len(known.seen[0][1]) == 16
+
+    async def scenario() -> None:
+        network = Network(redis_url, vram_bytes=256 * MIB)
+        watch = Watched(network).watch
+        for model_id in ("m/one", "m/two", "m/three"):
+            await watch._known_of(await network.ensure(model_id))
+        assert [model_id for model_id, *_ in watch._known] == ["m/two", "m/three"]
+
+    asyncio.run(scenario())
 
 
 def test_a_model_that_is_in_doubt_about_its_tokens_makes_none_known() -> None:

@@ -10,6 +10,7 @@ from azu.cluster.deployment import Deployment, DeploymentState
 from azu.cluster.deployment_store import DeploymentStore
 from azu.cluster.repairs import RepairTurns
 from azu.errors import (
+    DeadlineExceeded,
     HarmfulRequest,
     InsufficientCapacity,
     InternalError,
@@ -21,6 +22,7 @@ from azu.errors import (
 from azu.planner.migration import TopologyChange
 from azu.protocol.job import FinishReason, JobRun
 from azu.protocol.step import PieceProgress, PieceState
+from azu.protocol.structure import Structure
 from azu.protocol.topology import ExpertSet, PieceSet, Topology
 from azu.units import MIB
 from tests.actors.fake_backend import FakeBackend
@@ -364,6 +366,27 @@ def test_a_repair_that_always_fails_for_an_unknown_reason_breaks_the_deployment(
         await until(lambda: model.deployment.broken)
 
         assert model.waited_s
+
+    run(redis_url, scenario)
+
+
+def test_a_repair_waits_for_a_registry_that_does_not_answer_for_long(redis_url: str) -> None:
+    async def scenario(model: Model) -> None:
+        start, num_calls = model.backend.start_pipeline, 0
+
+        async def start_pipeline(name: str, structure: Structure, topology: Topology) -> None:
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls < 10:
+                raise DeadlineExceeded("the registry did not answer in time")
+            await start(name, structure, topology)
+
+        model.backend.start_pipeline = start_pipeline  # type: ignore[method-assign]
+        model.backend.kill(model.deployment.pipeline.name)
+        await until(lambda: model.backend.repairs == [True] or model.deployment.broken)
+
+        assert not model.deployment.broken
+        assert len(model.waited_s) == 9
 
     run(redis_url, scenario)
 

@@ -87,3 +87,14 @@ def test_broken_models_and_those_with_all_experts_beside_their_routers_get_no_re
         network.check(0, (30, 10))
         network.check(60, (30, 10), is_short=False)
         assert network.asked == []
+
+
+def test_the_choices_of_a_model_that_went_are_forgotten() -> None:
+    network = Network()
+    network.check(0)
+    network.check(60, (30, 10))
+    assert network.replication._counts
+    network.deployments = ()
+    network.check(70)
+
+    assert not network.replication._counts

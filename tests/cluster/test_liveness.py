@@ -122,3 +122,5 @@ def test_a_slow_node_is_remembered_for_a_while_after_its_pieces_have_left() -> N
     speeds = [one.memory_bytes_per_s for one in slow.slowed(nodes, 599.0)]
     assert speeds == [nodes[0].memory_bytes_per_s / 10, nodes[1].memory_bytes_per_s]
     assert slow.slowed(nodes, 600.0) == nodes
+    slow.note({}, 600.0)
+    assert not slow._until_s

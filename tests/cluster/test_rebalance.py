@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from azu.cluster import scaling
 from azu.cluster.scaling import Cooldown, Rebalance, ShareOut
 from azu.protocol.topology import Topology
 from tests.builders import topology
@@ -98,3 +99,14 @@ def test_a_model_is_looked_at_once_in_each_time_whether_it_moves_to_other_owners
         now_s += 10
 
     assert looked_s == [100, 200]
+
+
+def test_the_latest_deployments_that_rest_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "_MOST_SEEN", 2)
+    rest = Cooldown(REST_S, clock=lambda: 0.0)
+    models = [Model() for _ in range(3)]
+    for number, model in enumerate(models):
+        model.topology = replace(model.topology, replica=number)
+        rest.begin(model)
+
+    assert list(rest._seen) == [model.topology.key for model in models[1:]]
