@@ -240,7 +240,7 @@ def test_a_new_scheduler_takes_over_what_stands_and_counts_its_room(redis_url: s
         assert len(backend.deployed) == deployed, "it is not deployed again"
         assert successor.placed_bytes() == adopted.topology.vram_bytes_by_node
         assert [one.topology.model_id for one in await network.store.all()] == ["m/one"]
-        assert not successor._locks, "a model that nobody asks for now has none"
+        assert not successor._locks, "a model that is not asked for now has none"
         assert list(successor._turns) == [("m/one", "r1")]
         await until(lambda: adopted.topology.epoch > kept.topology.epoch)
 
