@@ -80,7 +80,7 @@ class DeploymentStore:
         return epoch
 
     async def all(self) -> list[DeploymentRecord]:
-        """Return every record; one that cannot be read is deleted, and its actors are ended as those of no record."""
+        """Return every record; one that cannot be read is deleted, and the next `sweep` ends its actors."""
         found = cast(dict[str, str], await retry_until_available(lambda: self._redis.hgetall(MODELS)))
         records = {key: _read(content) for key, content in sorted(found.items())}
         if odd := [key for key, record in records.items() if record is None]:
