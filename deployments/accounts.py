@@ -30,6 +30,7 @@ from azu.auth.signatures import Withdrawal
 from azu.clock import wall_clock_ms
 from azu.jobs.earned import KEPT_DAYS
 from azu.money.books import KeySpending
+from azu.money.chain.networks import network_at
 from deployments.services import Bearer, Key, ServicesNow, check_speaks_for
 
 router = APIRouter()
@@ -39,6 +40,7 @@ router = APIRouter()
 async def platform(services: ServicesNow) -> Platform:
     """Return where deposits go, what names this network, and which version of azu runs here."""
     config = services.config
+    chain = network_at(config.chain_url)
     return Platform(
         address=config.platform_address,
         chain_url=config.chain_url,
@@ -49,6 +51,8 @@ async def platform(services: ServicesNow) -> Platform:
         key_day_lamports=config.policy.limits.key_day_lamports,
         successions=tuple(SuccessionLine(**asdict(one)) for one in config.successions),
         dashboard_url=config.dashboard_url,
+        hype_token=chain.hype,
+        is_mainnet=chain.is_mainnet,
     )
 
 

@@ -1,10 +1,13 @@
 """The page at / and the API's documentation at /docs: plain files, from this origin alone."""
 
+from urllib.parse import urlsplit
+
 from fastapi import APIRouter
 from fastapi.responses import Response
 
 from azu.errors import NotFound
 from azu.files import CONFIGS
+from deployments.services import ServicesNow
 
 router = APIRouter(include_in_schema=False)
 
@@ -39,9 +42,12 @@ _FILES = _read()
 
 
 @router.get("/")
-async def page() -> Response:
-    """Return the page."""
-    return await part("index.html")
+async def page(services: ServicesNow) -> Response:
+    """Return the page, which sends transfers that its user's wallet has signed to the chain itself."""
+    response, chain = await part("index.html"), urlsplit(services.config.chain_url)
+    policy = _POLICY.replace("connect-src 'self'", f"connect-src 'self' {chain.scheme}://{chain.netloc}")
+    response.headers["content-security-policy"] = policy
+    return response
 
 
 @router.get("/docs")

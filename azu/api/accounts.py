@@ -91,7 +91,8 @@ class Platform(ResponseModel):
     signed the ingress's certificate; null without encryption, or where a public authority signed it. `nodes`
     is "encrypted", "local" where only the head's own machine lends, or "foreign" where azu did not start the
     Ray cluster. `successions` say which addresses the platform had before. `dashboard_url` is that of
-    Ray's dashboard for the head's own machine, null without one.
+    Ray's dashboard for the head's own machine, null without one. `hype_token` is the full id of HYPE on the
+    chain, and with `is_mainnet` transfers are signed for the main one.
     """
 
     address: str
@@ -103,6 +104,8 @@ class Platform(ResponseModel):
     key_day_lamports: int | None = None
     successions: tuple[SuccessionLine, ...] = ()
     dashboard_url: str | None = None
+    hype_token: str = ""
+    is_mainnet: bool = False
 
 
 class DepositRequest(RequestModel):

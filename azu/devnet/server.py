@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -82,6 +83,10 @@ def build_app(chain: DevnetState | None = None, *, seed: int | None = None) -> F
     wire = FaultyWire(faults)
     app = FastAPI(title="azu devnet", openapi_url=None)
     app.add_middleware(wire.wrap)
+    # As the real chain has it: wallets and pages in browsers use it.
+    app.add_middleware(
+        CORSMiddleware, allow_origins=["*"], allow_methods=["POST"], allow_headers=["content-type"]
+    )
 
     def now() -> int:
         return chain.last_ms if faults.take(FaultKind.SAME_TIME) else wall_clock_ms()

@@ -3,10 +3,13 @@
 import { stopAll } from "./answer.js";
 import { Fault, key, read, words } from "./api.js";
 import { button, copyButton, find, hype, make, say } from "./dom.js";
-import { findWallets, signIn } from "./wallet.js";
+import { claim, deposit, findWallets, signIn } from "./wallet.js";
 
 // The id of a key that this page opened itself: it is made invalid when the user signs out.
 const OWN = "azu-key-id";
+// The platform's address that this browser knows: another one is told before anything is sent to it.
+const PLATFORM = "azu-platform";
+const AMOUNT = /^(\d{1,7})(?:\.(\d{1,8}))?$/;
 
 let onChange = () => {};
 
@@ -26,12 +29,18 @@ export function start(changed) {
   });
   find("deposit-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    deposit(find("transfer").value.trim());
+    look(find("transfer").value.trim());
   });
+  find("send-form").addEventListener("submit", (event) => event.preventDefault());
   findWallets((wallets) => {
     find("wallets").replaceChildren(...wallets.map(({ name, provider }) =>
       button(`Sign in with ${name}`, (event) => open(event.target, provider), { className: "main" })));
     find("no-wallet").hidden = wallets.length > 0;
+    find("send-form").hidden = wallets.length === 0;
+    find("senders").replaceChildren(...wallets.map(({ name, provider }) =>
+      button(`Send with ${name}`, (event) => send(event.target, provider))));
+    find("claimers").replaceChildren(...wallets.map(({ name, provider }) =>
+      button(`Claim with ${name}`, (event) => sign(event.target, provider))));
   });
   platform();
 }
@@ -80,7 +89,57 @@ async function open(pressed, provider) {
   pressed.disabled = false;
 }
 
-async function deposit(tx_sig) {
+// Sends HYPE with the wallet to the platform that this browser knows, and has azu look for it.
+async function send(pressed, provider) {
+  const told = find("deposit-told");
+  const [, whole, part = ""] = AMOUNT.exec(find("amount").value.trim()) ?? [];
+  const lamports = Number((whole ?? "0") + part.padEnd(8, "0"));
+  if (!lamports) {
+    say(told, "Say how many HYPE, for example 0.5.");
+    return;
+  }
+  pressed.disabled = true;
+  say(told, "The wallet asks you.");
+  try {
+    const [platform, { address }] = await Promise.all([read("/v1/platform"), read("/v1/balance")]);
+    checkPlatform(platform.address);
+    const hash = await deposit(provider, address, lamports, platform);
+    find("transfer").value = hash;
+    await look(hash);
+  } catch (error) {
+    say(told, words(error));
+  }
+  pressed.disabled = false;
+}
+
+function checkPlatform(address) {
+  const known = localStorage.getItem(PLATFORM) ?? address;
+  localStorage.setItem(PLATFORM, known);
+  if (known === address) return;
+  const use = () => {
+    localStorage.setItem(PLATFORM, address);
+    say(find("deposit-told"), "");
+  };
+  setTimeout(() => find("deposit-told").append(" ", button("It is right", use, { className: "small" })));
+  throw new Fault(`The network's address was ${known} in this browser and is ${address} now. Nothing was sent: ask its owner.`);
+}
+
+async function sign(pressed, provider) {
+  const told = find("claim-told");
+  pressed.disabled = true;
+  say(told, "The wallet asks you.");
+  try {
+    const [platform, { address }] = await Promise.all([read("/v1/platform"), read("/v1/balance")]);
+    await claim(provider, address, platform.address);
+    say(told, "Claimed: what you earn is sent to this address.");
+    onChange();
+  } catch (error) {
+    say(told, words(error));
+  }
+  pressed.disabled = false;
+}
+
+async function look(tx_sig) {
   const told = find("deposit-told");
   say(told, "Looking for the transfer.");
   try {

@@ -7,6 +7,7 @@ import { bar, find, held, hype, make, replace, size } from "./dom.js";
 export async function show(network) {
   if (!key.get() || document.body.dataset.view !== "lend") return;
   const found = await read("/v1/earnings");
+  find("claim").hidden = found.claimed;
   const byModel = new Map();
   for (const one of found.by_hour) byModel.set(one.model_id, (byModel.get(one.model_id) ?? 0) + one.lamports);
   const lately = [...byModel.values()].reduce((sum, one) => sum + one, 0);
@@ -28,7 +29,7 @@ export async function show(network) {
 
 function payout(found) {
   if (found.paying_lamports) return `${hype(found.paying_lamports)} are on their way`;
-  if (!found.claimed) return "none before this address claims its earnings: azu join asks for it, or run: azu earnings --claim";
+  if (!found.claimed) return "none before this address claims its earnings: with a wallet below, by azu join, or with azu earnings --claim";
   const missing = found.payout_threshold_lamports - found.earned_lamports;
   return missing > 0 ? `at ${hype(found.payout_threshold_lamports)}: ${hype(missing)} are missing` : "as soon as what you earned has matured";
 }

@@ -4,11 +4,14 @@ import asyncio
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from eth_account import Account
@@ -22,9 +25,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from actors.placement import SCHEDULER
 from azu.auth.signatures import sealed
+from azu.devnet.faucet import fund
 from azu.errors import ShardError
 from azu.jobs.earned import EARNED
 from azu.metrics import SEQUENCES, MetricsSnapshot
+from azu.money.chain.wallet import balance_of
 from azu.protocol.job import DeploymentStatus, Placement
 from azu.protocol.node import Node, NodeState
 from tests.builders import receipt, receipt_signed
@@ -464,6 +469,84 @@ def test_a_wallet_signs_in_and_signing_out_ends_its_key(page: Page) -> None:
     assert secret.startswith("azu-sk-")
     page.browser.find("#key").send_keys(secret, Keys.ENTER)
     page.browser.wait_for("#key-fault", "not valid")
+
+
+@pytest.fixture
+def wallet_page(page: Page, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Page, LocalAccount, str]]:
+    """The page of a user whose wallet is in the browser, the wallet, and the URL of a local chain."""
+    services = page.served.ingress.app.state.services
+    command = [sys.executable, "-m", "azu.cli", "devnet", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as devnet:
+        assert devnet.stdout is not None
+        url = devnet.stdout.readline().split()[-1]
+        monkeypatch.setattr(services, "config", replace(services.config, chain_url=url))
+        wallet: LocalAccount = Account.create()
+        opened = asyncio.run_coroutine_threadsafe(page.served.ingress.open_key(wallet), page.served.loop)
+        with page.browser.before_each_page(WALLET):
+            page.open()
+        page.log_in(opened.result(60))
+        yield page, wallet, url
+        devnet.terminate()
+
+
+def signs(page: Page, wallet: LocalAccount) -> dict[str, Any]:
+    """Have the wallet sign the typed data that it is asked to, and return it."""
+    asked_of_wallet(page, "eth_requestAccounts")
+    page.browser.run("window.asked.resolve(arguments[0])", [wallet.address])
+    script = "return window.asked?.method"
+    page.browser.wait_until(lambda: page.browser.driver.execute_script(script) != "eth_requestAccounts")
+    if page.browser.driver.execute_script(script) == "eth_chainId":
+        page.browser.run("window.asked.resolve('0x1')")
+    address, text = asked_of_wallet(page, "eth_signTypedData_v4")
+    assert address == wallet.address.lower()
+    data: dict[str, Any] = json.loads(text)
+    signed = wallet.sign_typed_data(full_message=data)
+    page.browser.run("window.asked.resolve(arguments[0])", signed.signature.to_0x_hex())
+    return data
+
+
+def test_a_wallet_sends_a_deposit_to_the_platform_that_the_browser_knows(
+    wallet_page: tuple[Page, LocalAccount, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, wallet, url = wallet_page
+    services = page.served.ingress.app.state.services
+    platform = services.config.platform_address
+    fund(url, wallet.address, 10**8)
+    fund(url, platform, 10**8)
+    page.browser.driver.execute_script("location.hash = '#account'")
+    page.press("Send with Test Wallet")
+    page.browser.wait_for("#deposit-told", "Say how many HYPE")
+    page.browser.fill("#amount", "0.25")
+    page.press("Send with Test Wallet")
+    data = signs(page, wallet)
+    # The ingress of this test has no treasury, which would credit it.
+    page.browser.wait_for("#deposit-told", "The chain does not know 0x")
+
+    assert data["domain"]["chainId"] == 1
+    assert (data["message"]["destination"], data["message"]["amount"]) == (platform, "0.25")
+    assert balance_of(platform, chain_url=url) == 125_000_000
+    assert page.browser.find("#transfer").get_attribute("value").startswith("0x")
+    other = "0x" + "88" * 20
+    monkeypatch.setattr(services, "config", replace(services.config, platform_address=other))
+    page.press("Send with Test Wallet")
+    page.browser.wait_for("#deposit-told", f"was {platform} in this browser and is {other} now")
+    assert page.browser.complaints() == []
+
+
+def test_a_lender_claims_with_a_wallet(wallet_page: tuple[Page, LocalAccount, str]) -> None:
+    page, wallet, _ = wallet_page
+    page.browser.driver.execute_script("location.hash = '#lend'")
+    page.browser.wait_for("#claim", "moves no money")
+    page.press("Claim with Test Wallet")
+    data = signs(page, wallet)
+    page.browser.wait_for("#claim-told", "Claimed")
+    page.browser.wait_until(lambda: not page.browser.find("#claim").is_displayed())
+
+    assert data["domain"]["verifyingContract"] == page.served.ingress.config.platform_address
+    earned = asyncio.run_coroutine_threadsafe(
+        page.served.ingress.app.state.services.books.earnings(wallet.address.lower()), page.served.loop
+    )
+    assert earned.result(60).claimed
 
 
 def test_a_browser_without_a_wallet_is_told_of_the_command_line(page: Page) -> None:
