@@ -1,13 +1,16 @@
-"""Sampling is transformers' own, and depends only on logits, parameters, seed and index."""
+"""Sampling is what transformers' is, and depends only on logits, parameters, seed and index."""
 
+import math
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from azu.engine.draw import Choice, choose
 from azu.engine.opening import opened, seen
 from azu.engine.sampler import Sampler
 from azu.errors import FrameError
@@ -171,6 +174,35 @@ def test_presence_and_frequency_penalties_lower_generated_tokens() -> None:
     assert _token(_sampler(sampling, (7, 20, 20, 21, 21, 21)), logits).token_id == 7
 
 
+def test_penalties_and_biases_are_each_sequences_own_whichever_stands_first() -> None:
+    chance = random.Random(4)
+    penalties: list[dict[str, object]] = [
+        {},
+        {"repetition_penalty": 1.5},
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": -1.5, "logit_bias": {5: 4.0, 20: -1.0}},
+        {"logit_bias": {9: 6.0}, "min_tokens": 40},
+    ]
+    sampling = [SamplingParams(max_tokens=40, **one) for one in penalties]  # type: ignore[arg-type]
+    logits = [_logits(index) for index in range(30)]
+    alone = []
+    for one in sampling:
+        sampler = _sampler(one, (8, 20, 20))
+        alone.append([_token(sampler, each).token_id for each in logits])
+    together = Sampler()
+    for sequence_id, one in enumerate(sampling):
+        _open(together, sequence_id, replace(one, stop_token_ids=(_EOS,)), (8, 20, 20))
+
+    found: list[list[int]] = [[] for _ in sampling]
+    for each in logits:
+        order = chance.sample(range(len(sampling)), len(sampling))
+        for token in together.sample(order, each.expand(len(order), -1))[0]:
+            found[token.sequence_id].append(token.token_id)
+
+    assert found == alone
+    assert len({tuple(one) for one in found}) == len(found)
+
+
 def test_ends_are_impossible_before_the_minimum_of_tokens() -> None:
     logits = torch.zeros(1, _VOCAB)
     logits[0, _EOS], logits[0, 30], logits[0, 31] = 9.0, 8.0, 7.0
@@ -188,6 +220,52 @@ def test_logprobs_are_the_models_before_any_processor() -> None:
     expected = logits.log_softmax(-1)[0]
     assert token.logprob == pytest.approx(float(expected[token.token_id]))
     assert [one for one, _ in token.top_logprobs] == expected.topk(4).indices.tolist()
+
+
+def test_of_equally_likely_tokens_the_lower_ids_are_the_top_ones() -> None:
+    logits = torch.zeros(3, _VOCAB)
+    logits[:, [40, 30]] = 5.0
+    logits[2] = 1e30 * torch.arange(_VOCAB)
+    sampler = Sampler()
+    for sequence_id, number in enumerate((1, 4, 3)):
+        _open(sampler, sequence_id, SamplingParams(max_tokens=1, logprobs=number))
+
+    tokens, _ = sampler.sample(range(3), logits)
+
+    assert [[token_id for token_id, _ in one.top_logprobs] for one in tokens] == [
+        [30],
+        [30, 40, 0, 1],
+        [49, 48, 47],
+    ]
+    assert all(math.isfinite(value) for one in tokens for _, value in one.top_logprobs)
+
+
+def test_logits_stay_as_they_are() -> None:
+    sampling = SamplingParams(max_tokens=1, logit_bias={4: 9.0}, repetition_penalty=2.0, min_tokens=1)
+    logits = _logits()
+
+    _token(_sampler(sampling), logits)
+
+    assert torch.equal(logits, _logits())
+
+
+def test_rows_that_fail_only_together_are_sampled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = SamplingParams(max_tokens=9, temperature=1.0, seed=3)
+    expected = _tokens(sampling)
+
+    def short_of_memory(scores: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+        if len(choices) > 1:
+            raise MemoryError
+        return choose(scores, choices)
+
+    monkeypatch.setattr("azu.engine.sampler.choose", short_of_memory)
+    sampler = Sampler()
+    for sequence_id in range(3):
+        _open(sampler, sequence_id, sampling)
+
+    steps = [sampler.sample(range(3), _logits(index).expand(3, -1)) for index in range(len(expected))]
+
+    assert [[token.token_id for token in tokens] for tokens, _ in steps] == [[one] * 3 for one in expected]
 
 
 def test_closed_sequences_are_forgotten_and_unknown_ones_refused() -> None:
@@ -289,9 +367,11 @@ def _in_float64(sampling: SamplingParams, logits: torch.Tensor) -> torch.Tensor:
     if sampling.temperature < torch.finfo(torch.float32).tiny:
         return torch.nn.functional.one_hot(scores.argmax(), _VOCAB).double()
     scores = (scores - scores.max()) / sampling.temperature
+    # The more probable token comes first, of equals the lower id.
+    order = scores.softmax(0).sort(descending=True, stable=True).indices
     if sampling.top_k:
-        scores[scores < scores.topk(min(sampling.top_k, _VOCAB)).values[-1]] = -torch.inf
-    probabilities, order = scores.softmax(0).sort(descending=True, stable=True)
+        scores[order[sampling.top_k :]] = -torch.inf
+    probabilities = scores.softmax(0)[order]
     before = probabilities.cumsum(0) - probabilities
     scores[order[1:][before[1:] >= sampling.top_p]] = -torch.inf
     probabilities = scores.softmax(0)
