@@ -315,3 +315,64 @@ def _with_and_without_log(model: BenchModel) -> tuple[list[float], list[float]]:
         round_with([stage._sent for stage in pipeline.stages]),
         round_with([NoLog(1, 0) for _ in pipeline.stages]),
     )
+
+
+_VOCABULARY = 128_256
+_ROWS = 64
+_SAMPLING_ROUNDS = 7
+
+
+def measure_sampling(_shape: ModelShape) -> Measurements:
+    """Return the time of choosing a token for each of 64 sequences, beside one search or sort."""
+    name = f"{_ROWS} tokens of {_VOCABULARY:,}"
+    one_search, one_sort = "their highest 1,024, with one thread", "one full sort, with one thread"
+    limits = {
+        "temperature 0.7, top_p 0.9, peaked": (one_search, 2.0),
+        "temperature 1, top_p 1": (one_search, 1.5),
+        "temperature 0.7, top_p 0.9, flat": (one_sort, 1.2),
+        "every other one greedy": ("all at temperature 0.7, top_p 0.9", 1.0),
+    }
+    figures = []
+    for (what, (reference, at_most)), seconds in zip(
+        limits.items(), call_apart(_TIMEOUT_S, _sampling_seconds), strict=True
+    ):
+        value, compared = (1000 * median(each) for each in seconds)
+        figures.append(Measurement(f"{name}, {what}", "ms", value, compared, reference, at_most=at_most))
+    return figures
+
+
+def _sampling_seconds() -> list[tuple[list[float], list[float]]]:
+    """Return the seconds of rounds of sampling, and of rounds of what they are compared with."""
+    import torch
+
+    from azu.engine.malloc import keep_between_steps
+    from azu.engine.opening import opened
+    from azu.engine.sampler import Sampler
+    from azu.protocol.sampling import SamplingParams
+
+    torch.set_num_threads(1)  # as a stage on a CPU has
+    keep_between_steps()
+    flat = torch.randn(_ROWS, _VOCABULARY, generator=torch.Generator().manual_seed(1))
+    peaked = flat * 3
+    nucleus = SamplingParams(max_tokens=1, temperature=0.7, top_p=0.9)
+    whole, greedy = SamplingParams(max_tokens=1, temperature=1.0), SamplingParams(max_tokens=1)
+
+    def sampling(logits: torch.Tensor, *each: SamplingParams) -> Callable[[int], object]:
+        sampler = Sampler()
+        sampler.open(opened(row, (row,), each[row % len(each)]) for row in range(_ROWS))
+        return lambda _: sampler.sample(range(_ROWS), logits)
+
+    def search(_: int) -> object:
+        return peaked.topk(1024)
+
+    def sort(_: int) -> object:
+        return flat.sort(descending=True)
+
+    pairs = [
+        (sampling(peaked, nucleus), search),
+        (sampling(flat, whole), search),
+        (sampling(flat, nucleus), sort),
+        (sampling(peaked, nucleus, greedy), sampling(peaked, nucleus)),
+    ]
+    with torch.inference_mode():
+        return [in_turns(_SAMPLING_ROUNDS, *pair) for pair in pairs]

@@ -22,6 +22,7 @@ MEASUREMENTS = {
     "many_streams": "streams",
     "first_token": "streams",
     "input_log": "micro",
+    "sampling": "micro",
     "edge": "edge",
     "rest": "rest",
 }
