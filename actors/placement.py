@@ -77,10 +77,17 @@ def worker_nodes() -> tuple[tuple[WorkerNode, ...], frozenset[str]]:
     return tuple(living), frozenset(ended)
 
 
-def start_on_head(cls: type, name: str, *args: Any, max_concurrency: int, **kwargs: Any) -> ActorHandle:
-    """Start an actor on the head."""
+def start_on_head(
+    cls: type, name: str, *args: Any, max_concurrency: int, has_control: bool = False
+) -> ActorHandle:
+    """Start an actor on the head.
+
+    With `has_control` its CONTROL group answers while all other threads are taken. Not for a class with
+    coroutines: each group would run them in an event loop of its own.
+    """
     options = {**_ALWAYS, "name": name, "max_concurrency": max_concurrency, "resources": {_HEAD: 0.001}}
-    return ray.remote(cls).options(**options).remote(*args, **kwargs)
+    actor = ray.remote(concurrency_groups={CONTROL: 1})(cls) if has_control else ray.remote(cls)
+    return actor.options(**options).remote(*args)
 
 
 def start_on_node(cls: type, name: str, node_id: str, *args: Any, max_concurrency: int) -> ActorHandle:

@@ -36,6 +36,9 @@ class Registry:
         )
         self._cuts = Cuts(self._models)
 
+    def start(self) -> None:
+        """Do nothing: an answer shows that the process lives."""
+
     def new_bytes(self, model_id: str) -> int:
         """Return how many bytes a model has whose newest revision the network never had; 0 for others."""
         return self._models.new_bytes(model_id)

@@ -29,7 +29,7 @@ class ControlPlane:
         control_plane.start(self._config)
 
     async def check_health(self) -> None:
-        """Restart actors that died; raise when one hangs or the config changed."""
+        """Restart actors that died or hang; raise when the config changed."""
         unless_changed(self._path, self._config)
         await asyncio.wait_for(asyncio.to_thread(control_plane.revive, self._config), _ANSWER_TIMEOUT_S)
 

@@ -10,6 +10,7 @@ import psutil
 import pytest
 import ray
 
+from actors import control_plane
 from actors.links import REGISTRY, find
 from actors.placement import SCHEDULER
 from azu.launch.local_network import LocalNetwork
@@ -107,3 +108,25 @@ def go_on_for(network: LocalNetwork, load: Load, *, answers: int) -> None:
         assert time.monotonic() < deadline, (load.answers, wanted, load.refused)
         network.revive()
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize("name", [REGISTRY, SCHEDULER])
+def test_a_process_of_the_control_plane_that_hangs_is_replaced_and_one_that_only_starts_is_not(
+    network: LocalNetwork, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(control_plane, "_SILENCE_S", 2.0)
+    user = paying_user(network, f"hangs-{name}")
+    deadline_s = time.monotonic() + 120
+    network.revive()
+    while control_plane._questions[name].until_s - time.monotonic() > 2.0:
+        network.revive()  # it has not answered before
+    os.kill(pid_of(find(name)), signal.SIGSTOP)
+    revived: list[str] = []
+    while not revived:
+        assert time.monotonic() < deadline_s, "it was not noticed"
+        revived = network.revive()
+    assert revived == [name]
+    body = {"model": "azu/tiny-dense", "prompt": "Hello", "max_tokens": 4}
+    while not user.http.post("/v1/completions", json=body).is_success:
+        assert network.revive() == [], "what starts is not replaced"
+        assert time.monotonic() < deadline_s, "the network does not serve again"

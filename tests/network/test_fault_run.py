@@ -288,6 +288,7 @@ POINTS = (
     Point("azu.jobs.dispatch:Dispatcher._run_and_settle"),
     Point("azu.jobs.settlement:Settlement.settle"),
     # Registry
+    Point("actors.registry:Registry.start", call(REGISTRY, "start")),
     Point("actors.registry:Registry.describe", get("/v1/models/azu/tiny-dense")),
     Point("actors.registry:Registry.text_decoder", kill(PIPELINE)),
     Point("actors.registry:Registry.ensure_cut", kill(SCHEDULER)),
