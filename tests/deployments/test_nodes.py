@@ -140,7 +140,7 @@ class serving:  # noqa: N801 - a context, used as one
                 successions=(),
                 enrolment=EnrolmentConfig(url, HEAD, home / "ray-token", files.ray.authority),
                 platform_address=PLATFORM,
-                chain_url="",
+                chain_url="http://127.0.0.1:1",
                 authority=authority,
                 network_id=network_id(PLATFORM, authority),
                 nodes=NodeLinks.ENCRYPTED,

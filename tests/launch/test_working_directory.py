@@ -26,7 +26,7 @@ START_TIMEOUT_S = 200.0
 DATA = """
 import sys
 from pathlib import Path
-import deployments
+import actors, deployments
 sys.path.insert(0, str(Path.cwd()))
 from azu.config import load_network
 from azu.launch.local_network import DEMO

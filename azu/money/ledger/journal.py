@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from redis import RedisError
 from redis.asyncio import Redis
 
-from azu.errors import AzuError, JournalFault
+from azu.errors import AzuError, JournalFault, LedgerError
 from azu.money.ledger.entry import Entry, Leg
 from azu.money.ledger.posting import apply_once
 from azu.money.ledger.state import BooksState
@@ -89,7 +89,7 @@ def read_line(line: Line) -> Entry:
     """Return the entry of a line; raises JournalFault if the line is damaged."""
     try:
         content = _CONTENT.validate_json(line.text)
-    except ValidationError as error:
+    except (ValidationError, LedgerError) as error:
         raise changed(f"journal entry {line.number} is damaged: {line.text[:200]!r}") from error
     legs = tuple(Leg(Account(account), lamports) for account, lamports in content.legs)
     return Entry(content.number, content.transfer, legs, content.at_ms, line.hash)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from azu.errors import LedgerError
+from azu.errors import JournalFault, LedgerError
 from azu.money.ledger import transfers
 from azu.money.ledger.journal import Line, read_line
 from azu.money.ledger.transfers import Deposit, Reserve, Settle, Transfer, encode_transfer
@@ -117,7 +117,7 @@ def test_a_settlement_that_does_not_add_up_is_refused(make: Callable[[], Settle]
 )
 def test_a_text_that_is_no_transfer_is_refused(change: dict[str, Any]) -> None:
     content = json.loads(encode_transfer(moves.deposit(5))) | change
-    with pytest.raises(LedgerError):
+    with pytest.raises(JournalFault):
         decode_transfer(json.dumps(content))
 
 
