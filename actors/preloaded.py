@@ -5,6 +5,7 @@ is the first process. The file stands alone because Ray takes a module name.
 """
 
 import os
+from importlib import import_module
 
 import psutil
 
@@ -27,3 +28,6 @@ if _is_agent_there():
     import_for_stages()
     import azu.engine.experts
     import azu.engine.stage_runner  # noqa: F401
+
+    # torch's functions for the meta device, on which a stage is built first, import it.
+    import_module("sympy")

@@ -1,6 +1,7 @@
 """The FastAPI app: its routes, its contract, and one shape for every error."""
 
 import asyncio
+import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
@@ -9,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic.warnings import UnsupportedFieldAttributeWarning
 from starlette.exceptions import HTTPException
 
 from azu.api.base import ErrorBody
@@ -60,6 +62,8 @@ def build_api(
         await loops.stop()
         warming.cancel()
 
+    # FastAPI ignores it while it makes a route; a model that is built at its first use warns then.
+    warnings.filterwarnings("ignore", category=UnsupportedFieldAttributeWarning)
     api = _with_routes(connected)
     api.add_exception_handler(AzuError, _refused)
     api.add_exception_handler(RequestValidationError, _invalid)

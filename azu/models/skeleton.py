@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from azu.errors import AzuError, BrokenCheckpoint, UnsupportedModel, plain_reason
 from azu.models.compat import is_experts_module
+from azu.models.slim import without_compiler
 
 SERVED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -36,7 +37,7 @@ def build_skeleton(
     Raises UnsupportedModel or BrokenCheckpoint when transformers cannot build the model.
     """
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with without_compiler(), torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype or serving_dtype(config), attn_implementation=attention

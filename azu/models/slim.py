@@ -6,6 +6,7 @@ torch and transformers themselves. A later import of any of them finds the real 
 
 import importlib.util
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -14,6 +15,8 @@ from typing import Any
 
 _COMPILER = "torch._dynamo"
 _HIGHER_ORDER = f"{_COMPILER}._trace_wrapped_higher_order_op"
+# Modules are replaced for all threads.
+_replacing = threading.Lock()
 _DECORATORS = ("disable", "allow_in_graph", "assume_constant_result")
 
 
@@ -44,6 +47,20 @@ def import_for_tokenizers() -> None:
         import_module("transformers.utils").is_torch_available()
     finally:
         importlib.util.find_spec = find_spec
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Have torch's functions for the meta device, which ask the compiler to leave them out, do without it.
+
+    What a function was given here, it keeps: the compiler is not imported for it later.
+    """
+    if _COMPILER in sys.modules:
+        yield
+        return
+    with _replacing, _compiler_replaced():
+        yield
+    vars(sys.modules["torch"]).pop("_dynamo", None)
 
 
 @contextmanager

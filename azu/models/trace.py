@@ -21,6 +21,7 @@ from azu.models.skeleton import (
     replace_module,
     silence_padding_warnings,
 )
+from azu.models.slim import without_compiler
 
 # Five is odd and larger than one, so that it is not mistaken for a number of heads or a batch size.
 _NUM_TOKENS = 5
@@ -122,7 +123,8 @@ def trace(model: PreTrainedModel) -> Trace:
     idle = _watch_surroundings(model, found)
     _watch_decoder(model, found, log)
     try:
-        logits = _forward(model, log.token_ids, _KeysAndValues(layers=kept))
+        with without_compiler():
+            logits = _forward(model, log.token_ids, _KeysAndValues(layers=kept))
     except _CannotCut as error:
         raise UnsupportedModel(f"{family} cannot be cut: {error}") from error
     except Exception as error:  # forward code of a family raises errors of many types

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,24 @@ def test_a_stage_imports_no_compiler_and_finds_the_real_one_later() -> None:
         engine + "; import torch; assert torch.compiler.is_compiling() is False; torch._dynamo"
     )
     assert "torch._dynamo.convert_frame" in later
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("model_id", ["azu/tiny-dense", "azu/tiny-moe"])
+def test_a_model_is_cut_loaded_and_run_without_the_compiler(model_id: str, tmp_path: Path) -> None:
+    loaded = modules_after(
+        "from azu.models.slim import import_for_stages; import_for_stages(); "
+        "from pathlib import Path; from azu.models import describe; from azu.models.cut import cut; "
+        "from azu.models.sources import find_source; "
+        "from azu.engine.local import LocalPipeline, local_topology; "
+        "from azu.protocol.sampling import SamplingParams; "
+        f"folder, own = Path({str(tmp_path)!r}), find_source({model_id!r}, None, ()).folder; "
+        "made = cut(own, folder, model_id='m', revision='r', architecture=describe(own)); "
+        "topology = local_topology(made, (0, made.num_layers), expert_holders=2, num_blocks=16); "
+        "LocalPipeline(made, topology, folder).generate([[3, 4, 5]], SamplingParams(max_tokens=2))"
+    )
+
+    assert loaded.isdisjoint(["torch._dynamo", "torch._inductor"])
 
 
 @pytest.mark.prove
