@@ -27,9 +27,10 @@ _SCHEDULER_CONCURRENCY = 1000
 
 def start(config: ControlConfig) -> None:
     """Start what does not run of the control plane in the Ray cluster that this process is connected to."""
-    if _is_gone(REGISTRY):
+    if _found(REGISTRY) is None:
         _start_registry(config)
-    started = _start_scheduler(config) if _is_gone(SCHEDULER) else find(SCHEDULER).start.remote()
+    scheduler = _found(SCHEDULER)
+    started = _start_scheduler(config) if scheduler is None else scheduler.start.remote()
     ray.get(started, timeout=_START_TIMEOUT_S)
 
 
@@ -54,7 +55,7 @@ _questions: dict[str, _Question] = {}
 def revive(config: ControlConfig) -> list[str]:
     """Start again each actor that died or hangs, and return their names; called once a second.
 
-    Their state is in Redis and in the actors that live on. It waits for no actor.
+    Their state is in Redis and in the actors that live on. This waits for no actor.
     """
     revived = []
     if _is_lost(REGISTRY):
@@ -75,22 +76,18 @@ def _start_scheduler(config: ControlConfig) -> ray.ObjectRef:
     return scheduler.start.remote()
 
 
-def _is_gone(name: str) -> bool:
+def _found(name: str) -> ActorHandle | None:
     try:
-        find(name)
+        return find(name)
     except ValueError:
-        return True
-    return False
+        return None
 
 
 def _is_lost(name: str) -> bool:
     """Say whether an actor died, or hangs and was killed for it; an actor that only starts has its time."""
-    try:
-        actor = find(name)
-    except ValueError:
-        _questions.pop(name, None)
+    actor, question = _found(name), _questions.get(name)
+    if actor is None:
         return True
-    question = _questions.get(name)
     if question is None or question.actor != actor:
         _questions[name] = _ask(name, actor, _START_TIMEOUT_S)
         return False
@@ -100,7 +97,6 @@ def _is_lost(name: str) -> bool:
             return False
         log.error("the %s does not answer: it is replaced", name)
         ray.kill(actor)
-        del _questions[name]
         return True
     try:
         ray.get(ready)

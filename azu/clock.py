@@ -8,6 +8,8 @@ _LOG = logging.getLogger(__name__)
 # What a clock that is set right moves at once, at most.
 _STEP_MS = 60_000
 
+DAY_MS = 24 * 3600 * 1000
+
 
 def wall_clock_ms() -> int:
     """Return the time of day in milliseconds since 1970, UTC."""

@@ -1,6 +1,7 @@
 """Complete and small values for tests; a test gives only the fields that it is about."""
 
 from collections.abc import Mapping
+from typing import Self
 
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
@@ -28,6 +29,15 @@ RUBBISH = st.recursive(
 ALICE = "0x" + "a1" * 20
 BOB = "0x" + "b0" * 20
 OWNERS = tuple(f"0x{index:040x}" for index in range(1, 9))
+
+
+class OwnPipeline:
+    """A stand-in for a deployment that is its pipeline too."""
+
+    @property
+    def pipeline(self) -> Self:
+        """Return the stand-in."""
+        return self
 
 
 def shard(name: str, size_bytes: int = MIB, active_parameters: int | None = None) -> Shard:

@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 _SETTLE_S = 5.0
 # Among so few choices one expert is chosen more often than another by chance.
 _LEAST_CHOICES = 1_000
-
-
 # So many deployments are remembered, the latest ones.
 _MOST_SEEN = 1000
 

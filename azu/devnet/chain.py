@@ -14,13 +14,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 
+from azu.clock import DAY_MS
 from azu.errors import InvalidRequest
 from azu.money.chain.actions import recover_signer
 from azu.money.chain.networks import DEVNET_HYPE
 from azu.units import hype_from_lamports, lamports_from_hype
 
 ACTIVATION_FEE = 10**8
-_DAY_MS = 86_400_000
 _KEPT_NONCES = 100
 _ZERO_HASH = f"0x{0:064x}"
 _OK: Mapping[str, Any] = {"status": "ok", "response": {"type": "default"}}
@@ -143,7 +143,7 @@ class Nonces:
 
     def refusal(self, nonce: int, now_ms: int) -> str | None:
         """Return why a nonce cannot be used, in the chain's words, or None if it can."""
-        if not now_ms - 2 * _DAY_MS < nonce < now_ms + _DAY_MS:
+        if not now_ms - 2 * DAY_MS < nonce < now_ms + DAY_MS:
             return f"Invalid nonce: {nonce} is outside of the window around {now_ms}"
         if nonce in self._used:
             return f"Invalid nonce: duplicate nonce {nonce}"

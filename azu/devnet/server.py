@@ -83,7 +83,7 @@ def build_app(chain: DevnetState | None = None, *, seed: int | None = None) -> F
     wire = FaultyWire(faults)
     app = FastAPI(title="azu devnet", openapi_url=None)
     app.add_middleware(wire.wrap)
-    # As the real chain has it: wallets and pages in browsers use it.
+    # azu's page, which another server serves, sends the chain what its user's wallet has signed.
     app.add_middleware(
         CORSMiddleware, allow_origins=["*"], allow_methods=["POST"], allow_headers=["content-type"]
     )

@@ -183,10 +183,9 @@ def check_progress(answer: object) -> PieceProgress:
 
 def check_counts(answer: object) -> Mapping[int, int]:
     """Return how many rows a stage says it can send again of which sequences; raises FrameError."""
-    is_fine = type(answer) is dict and all(_is_count(key) and _is_count(n) for key, n in answer.items())
-    if not isinstance(answer, Mapping) or not is_fine:
-        raise FrameError("it does not say what it can send again")
-    return answer
+    if type(answer) is dict and all(_is_count(key) and _is_count(n) for key, n in answer.items()):
+        return answer
+    raise FrameError("it does not say what it can send again")
 
 
 def check_chosen(answer: object) -> Mapping[int, tuple[int, ...]]:

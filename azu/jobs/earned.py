@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from redis.asyncio import Redis
 
+from azu.clock import DAY_MS
 from azu.protocol.job import Receipt
 
 EARNED = "azu:jobs:earned:"
 KEPT_DAYS = 30
 _HOUR_MS = 3_600_000
-_DAY_MS = 24 * _HOUR_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ class EarnedByHour:
 
     async def of(self, address: str, days: int, now_ms: int) -> tuple[Earned, ...]:
         """Return what an address earned in the last `days`, at most KEPT_DAYS, the latest first."""
-        since_ms = now_ms - min(days, KEPT_DAYS) * _DAY_MS
+        since_ms = now_ms - min(days, KEPT_DAYS) * DAY_MS
         async with self._redis.pipeline(transaction=False) as pipeline:
-            for day in range(since_ms // _DAY_MS, now_ms // _DAY_MS + 1):
+            for day in range(since_ms // DAY_MS, now_ms // DAY_MS + 1):
                 pipeline.hgetall(f"{EARNED}{address}:{day}")
             found = await pipeline.execute()
         lines = [_line(name, lamports) for one in found for name, lamports in one.items()]

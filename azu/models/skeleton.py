@@ -37,7 +37,7 @@ def build_skeleton(
     Raises UnsupportedModel or BrokenCheckpoint when transformers cannot build the model.
     """
     try:
-        with without_compiler(), torch.device("meta"), warnings.catch_warnings():
+        with without_compiler, torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype or serving_dtype(config), attn_implementation=attention

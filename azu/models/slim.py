@@ -7,16 +7,12 @@ torch and transformers themselves. A later import of any of them finds the real 
 import importlib.util
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 _COMPILER = "torch._dynamo"
 _HIGHER_ORDER = f"{_COMPILER}._trace_wrapped_higher_order_op"
-# Modules are replaced for all threads.
-_replacing = threading.Lock()
 _DECORATORS = ("disable", "allow_in_graph", "assume_constant_result")
 
 
@@ -24,15 +20,14 @@ def import_for_stages() -> None:
     """Import torch, and what stages and the registry use of transformers; does nothing a second time."""
     if "torch" in sys.modules:
         return
-    torch = import_module("torch")
-    with _compiler_replaced():
+    import_module("torch")
+    with without_compiler:
         utils = import_module("transformers.utils")
         for name in ("is_torch_distributed_available", "is_torch_flex_attn_available"):
             for module in (utils, utils.import_utils):
                 setattr(module, name, bool)
         for name in ("modeling_utils", "masking_utils", "conversion_mapping"):
             import_module(f"transformers.{name}")
-    vars(torch).pop("_dynamo", None)
 
 
 def import_for_tokenizers() -> None:
@@ -49,36 +44,61 @@ def import_for_tokenizers() -> None:
         importlib.util.find_spec = find_spec
 
 
-@contextmanager
-def without_compiler() -> Iterator[None]:
-    """Have torch's functions for the meta device, which ask the compiler to leave them out, do without it.
+class _StandIn(ModuleType):
+    """A module in place of one of the compiler's; what it lacks, the real one has, which comes back then."""
 
-    What a function was given here, it keeps: the compiler is not imported for it later.
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _take_away()
+        return getattr(import_module(self.__name__), name)
+
+
+class _WithoutCompiler:
+    """Has functions that ask torch's compiler to leave them out, as those of the meta device, do without it.
+
+    What a function was given then, it keeps: the compiler is not imported for it later. The modules in place
+    of the compiler's are there while any thread needs them, so that none waits for another.
     """
-    if _COMPILER in sys.modules:
-        yield
-        return
-    with _replacing, _compiler_replaced():
-        yield
-    vars(sys.modules["torch"]).pop("_dynamo", None)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_users = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_users and _COMPILER not in sys.modules:
+                _put_in_place()
+            self._num_users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_users -= 1
+            if not self._num_users:
+                _take_away()
 
 
-@contextmanager
-def _compiler_replaced() -> Iterator[None]:
+without_compiler = _WithoutCompiler()
+
+
+def _put_in_place() -> None:
     """Put modules in place of the compiler's whose decorators change nothing."""
-    compiler, higher_order = ModuleType(_COMPILER), ModuleType(_HIGHER_ORDER)
+    compiler, higher_order = _StandIn(_COMPILER), _StandIn(_HIGHER_ORDER)
     for name in _DECORATORS:
         setattr(compiler, name, _unchanged)
     # A module that has a path is a package.
     vars(compiler)["__path__"] = []
-    higher_order.TransformGetItemToIndex = _later  # type: ignore[attr-defined]
-    own = {_COMPILER: compiler, _HIGHER_ORDER: higher_order}
-    sys.modules.update(own)
-    try:
-        yield
-    finally:
-        for name in own:
+    vars(higher_order)["TransformGetItemToIndex"] = _later
+    sys.modules.update({_COMPILER: compiler, _HIGHER_ORDER: higher_order})
+
+
+def _take_away() -> None:
+    for name in (_COMPILER, _HIGHER_ORDER):
+        if isinstance(sys.modules.get(name), _StandIn):
             del sys.modules[name]
+    attributes = vars(sys.modules["torch"])
+    if isinstance(attributes.get("_dynamo"), _StandIn):
+        del attributes["_dynamo"]
 
 
 def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:

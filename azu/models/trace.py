@@ -123,7 +123,7 @@ def trace(model: PreTrainedModel) -> Trace:
     idle = _watch_surroundings(model, found)
     _watch_decoder(model, found, log)
     try:
-        with without_compiler():
+        with without_compiler:
             logits = _forward(model, log.token_ids, _KeysAndValues(layers=kept))
     except _CannotCut as error:
         raise UnsupportedModel(f"{family} cannot be cut: {error}") from error

@@ -20,7 +20,7 @@ from azu.auth.signatures import (
     is_signed,
 )
 from azu.auth.succession import platforms_of
-from azu.clock import wall_clock_ms
+from azu.clock import DAY_MS, wall_clock_ms
 from azu.errors import (
     Conflict,
     Forbidden,
@@ -106,8 +106,7 @@ _SILENCE_S = 0.5
 _JOB_ID = re.compile(r"job-[A-Za-z0-9-]{1,60}")
 _OVERDUE_AT_ONCE = 1000
 # The chain counts the transfers of the platform's address, whatever they move.
-_MAX_IN_DAY = 24
-_DAY_MS = 86_400_000
+_MAX_WITHDRAWALS_A_DAY = 24
 
 
 class Bookkeeper(BooksCalls):
@@ -396,9 +395,10 @@ class Bookkeeper(BooksCalls):
         ledger = await self.ledger()
         planned = await ledger.result(f"{withdrawal.payout_id}:planned")
         if planned is None:
-            if withdrawals_since(ledger.state, withdrawal.address, self._now_ms() - _DAY_MS) >= _MAX_IN_DAY:
+            a_day_ago_ms, most = self._now_ms() - DAY_MS, _MAX_WITHDRAWALS_A_DAY
+            if withdrawals_since(ledger.state, withdrawal.address, a_day_ago_ms) >= most:
                 raise RateLimited(
-                    f"{_MAX_IN_DAY} withdrawals of this address were sent in a day; withdraw more at once",
+                    f"{most} withdrawals of this address were sent in a day; withdraw more at once",
                     code="too_many_withdrawals",
                     retry_after_s=3600.0,
                 )

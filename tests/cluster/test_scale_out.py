@@ -2,20 +2,19 @@
 
 import asyncio
 from dataclasses import dataclass, field, replace
-from typing import Self
 
 import pytest
 
 from azu.cluster.scaling import ScaleOut
 from azu.protocol.topology import Topology
-from tests.builders import topology
+from tests.builders import OwnPipeline, topology
 
 PROMISED = 4
 IDLE_S = 60.0
 
 
 @dataclass
-class Pipeline:
+class Pipeline(OwnPipeline):
     """A pipeline with so many jobs."""
 
     num_expected: int
@@ -25,11 +24,6 @@ class Pipeline:
     @property
     def is_idle(self) -> bool:
         return not self.num_expected
-
-    @property
-    def pipeline(self) -> Self:
-        """Return this stand-in: it is its pipeline also."""
-        return self
 
     @property
     def topology(self) -> Topology:

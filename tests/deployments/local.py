@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 from eth_account import Account
@@ -36,7 +36,7 @@ from azu.supervision import Supervisor
 from azu.units import LAMPORTS_PER_HYPE
 from deployments.ingress import build_api
 from deployments.services import Services
-from tests.builders import OWNERS
+from tests.builders import OWNERS, OwnPipeline
 from tests.money.serving import TERMS, ServedBooks, serving
 
 ADMIN_KEY = "azu-admin-of-the-test"
@@ -45,7 +45,7 @@ EOS = 2
 
 
 @dataclass(eq=False)
-class ScriptedModel:
+class ScriptedModel(OwnPipeline):
     """Answers every prompt with the same tokens and the EOS token, or breaks with `error` after them.
 
     It begins after `delay_s` and waits `pause_s` after each token; a `silent` one writes nothing at all.
@@ -75,11 +75,6 @@ class ScriptedModel:
         reason = FinishReason.LENGTH if cut else FinishReason.STOP
         reason = reason if self.error is None else FinishReason.ERROR
         return JobRun(written, reason, work, self.error)
-
-    @property
-    def pipeline(self) -> Self:
-        """Return this stand-in: it is its pipeline also."""
-        return self
 
     async def cancel(self, job_id: str) -> None:
         pass

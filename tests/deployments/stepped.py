@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Container
-from typing import Self
 
 from tokenizers import Tokenizer, decoders, models
 
@@ -17,7 +16,7 @@ from azu.metrics import Meter
 from azu.protocol.job import Job, JobRun
 from azu.protocol.step import SampledToken, StepBatch, StepResult
 from azu.supervision import Supervisor
-from tests.builders import structure, topology
+from tests.builders import OwnPipeline, structure, topology
 
 NUM_LAYERS = 6  # of azu/tiny-dense
 CHUNK_TOKENS = 4
@@ -28,7 +27,7 @@ async def _ask() -> None:
     """Ask expert sets for their work: there are none."""
 
 
-class SteppedModel:
+class SteppedModel(OwnPipeline):
     """A deployment of every model on one node of OWNERS[0]; steps wait until `step` or `keep_stepping`."""
 
     phase = None
@@ -75,11 +74,6 @@ class SteppedModel:
 
     async def close(self) -> None:
         await self._supervisor.stop()
-
-    @property
-    def pipeline(self) -> Self:
-        """Return this stand-in: it is its pipeline also."""
-        return self
 
     async def ensure(self, model_id: str, revision: str, job_id: str) -> "SteppedModel":
         return self

@@ -10,7 +10,6 @@ import random
 from collections.abc import Container
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
-from typing import Self
 
 from azu.config.network import RetryPolicy
 from azu.errors import WorkerLost
@@ -22,6 +21,7 @@ from azu.metrics import Meter
 from azu.money.books import Books
 from azu.protocol.job import FinishReason, Job, JobRun, TokenEvent
 from azu.supervision import Supervisor, end_process
+from tests.builders import OwnPipeline
 from tests.killing import Death, kill_at_effect, start
 
 # The jobs of these tests are as old as 1970.
@@ -38,7 +38,7 @@ _NEVER = Death()
 
 
 @dataclass(eq=False)
-class FakeModel:
+class FakeModel(OwnPipeline):
     """Produces random tokens on random nodes, and writes them as a pipeline does."""
 
     jobs: RedisJobs
@@ -60,11 +60,6 @@ class FakeModel:
 
     async def look(self) -> None:
         raise WorkerLost("there is no pipeline to look at")
-
-    @property
-    def pipeline(self) -> Self:
-        """Return this stand-in: it is its pipeline also."""
-        return self
 
     async def cancel(self, job_id: str) -> None:
         self.cancelled.add(job_id)

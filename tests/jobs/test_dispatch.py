@@ -5,7 +5,7 @@ import random
 from collections.abc import AsyncIterator, Collection, Container
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -37,7 +37,7 @@ from azu.planner.plan import NEVER_FITS
 from azu.protocol.job import PLATFORM_NODE, FinishReason, Job, JobOutcome, JobRun, JobState, Placement
 from azu.protocol.phase import JobPhase
 from azu.supervision import Supervisor, end_process
-from tests.builders import OWNERS, job
+from tests.builders import OWNERS, OwnPipeline, job
 from tests.jobs.test_settlement import RUN, WORK, Billing
 from tests.money.serving import TERMS
 
@@ -149,7 +149,7 @@ def test_a_job_that_is_given_up_while_it_waits_pays_for_what_it_got() -> None:
 
 
 @dataclass
-class Model:
+class Model(OwnPipeline):
     """A deployment that answers every job with the same run."""
 
     answer: JobRun
@@ -158,11 +158,6 @@ class Model:
 
     async def run(self, job: Job) -> JobRun:
         return self.answer
-
-    @property
-    def pipeline(self) -> Self:
-        """Return this stand-in: it is its pipeline also."""
-        return self
 
     def expect(self, job_id: str) -> None:
         self.expected.append(job_id)
@@ -222,7 +217,7 @@ def test_a_second_pipeline_says_whose_fault_values_are_that_are_not_finite(
     run_scenario(scenario)
 
 
-class Odd:
+class Odd(OwnPipeline):
     """A deployment whose jobs each end as `run` says."""
 
     def __init__(self, run: object) -> None:
@@ -244,11 +239,6 @@ class Odd:
 
     def keep_jobs(self, job_ids: Container[str]) -> tuple[()]:
         return ()
-
-    @property
-    def pipeline(self) -> Self:
-        """Return this stand-in: it is its pipeline also."""
-        return self
 
     async def cancel(self, job_id: str) -> None:
         pass
@@ -480,11 +470,6 @@ class HangingPipeline(Odd):
 
     async def look(self) -> None:
         self.num_looks += 1
-
-    @property
-    def pipeline(self) -> Self:
-        """Return this stand-in: it is its pipeline also."""
-        return self
 
     async def cancel(self, job_id: str) -> None:
         await self.answers.wait()

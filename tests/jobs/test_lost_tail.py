@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -23,6 +23,7 @@ from azu.protocol.job import FinishReason, Job, JobOutcome, JobRun, TokenEvent
 from azu.protocol.sampling import SamplingParams
 from azu.redis_client import connect_redis, retry_until_available
 from azu.supervision import Supervisor
+from tests.builders import OwnPipeline
 from tests.jobs.test_settlement import ADDRESS, MODEL
 from tests.money.accounts import BEARER, fund, signed_key
 from tests.money.serving import TERMS, ServedBooks, serving
@@ -36,7 +37,7 @@ WRITES = ("submit", "take", "set_state", "append", "finish", "done")
 
 
 @dataclass(eq=False)
-class Model:
+class Model(OwnPipeline):
     """Writes the same tokens of a job in every process, from those on that are written."""
 
     jobs: RedisJobs
@@ -70,11 +71,6 @@ class Model:
 
     async def look(self) -> None:
         raise WorkerLost("there is no pipeline to look at")
-
-    @property
-    def pipeline(self) -> Self:
-        """Return this stand-in: it is its pipeline also."""
-        return self
 
     async def cancel(self, job_id: str) -> None:
         pass

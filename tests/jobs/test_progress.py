@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import dataclass, field, replace
-from typing import Self
 
 from azu.cluster.liveness import STILL_S, STILL_STEPS
 from azu.config.network import RetryPolicy
@@ -17,7 +16,7 @@ from azu.jobs.progress import (
 )
 from azu.protocol.job import FinishReason, Job, JobRun, PipelineLook
 from azu.protocol.phase import JobPhase, queued
-from tests.builders import job, structure
+from tests.builders import OwnPipeline, job, structure
 
 PERIOD_S = 2.0
 BUDGET_S = 120.0
@@ -169,7 +168,7 @@ def test_every_remedy_is_used() -> None:
     assert {one.value for one in Remedy} == {"ask", "replay", "restart", "end", "abandon"}
 
 
-class Standing:
+class Standing(OwnPipeline):
     """A deployment that says what its pipeline does, and notes how it is helped."""
 
     def __init__(self) -> None:
@@ -194,11 +193,6 @@ class Standing:
         if self.is_away:
             raise WorkerLost("the pipeline is gone")
         self.runs[-1].set_result(JobRun(3, FinishReason.ERROR, error=error))
-
-    @property
-    def pipeline(self) -> Self:
-        """Return this stand-in: it is its pipeline also."""
-        return self
 
     async def cancel(self, job_id: str) -> None:
         self.helped.append("cancel")

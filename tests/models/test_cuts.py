@@ -56,13 +56,19 @@ def test_slow_cuts_keep_no_caller_and_no_other_model(registry: ModelRegistry, tm
     assert cut_in_the_end(cuts, slow, revision) == registry.structure(slow, revision)
 
 
+def uncuttable(registry: ModelRegistry, folder: Path) -> tuple[str, str, Path]:
+    """Save a model; return its id and revision, and the file where the folder of its cut has to be."""
+    model_id = str(save_checkpoint(folder / "models" / "dense"))
+    revision = registry.describe(model_id).revision
+    in_the_way = folder / "registry" / model_folder_name(model_id) / revision
+    in_the_way.write_text("")
+    return model_id, revision, in_the_way
+
+
 def test_an_error_is_told_to_a_caller_that_waits_and_a_later_caller_starts_anew(
     registry: ModelRegistry, status: RedisModelStatus, tmp_path: Path
 ) -> None:
-    model_id = str(save_checkpoint(tmp_path / "models" / "dense"))
-    revision = registry.describe(model_id).revision
-    in_the_way = tmp_path / "registry" / model_folder_name(model_id) / revision
-    in_the_way.write_text("a file where the folder has to be")
+    model_id, revision, in_the_way = uncuttable(registry, tmp_path)
     now_s = 0.0
     cuts = Cuts(registry, lambda: now_s)
     with pytest.raises(Unavailable):
@@ -94,10 +100,7 @@ def test_a_cut_that_no_caller_asks_for_any_more_is_forgotten(registry: ModelRegi
 def test_a_cut_that_failed_unseen_is_begun_again(
     registry: ModelRegistry, status: RedisModelStatus, tmp_path: Path
 ) -> None:
-    model_id = str(save_checkpoint(tmp_path / "models" / "dense"))
-    revision = registry.describe(model_id).revision
-    in_the_way = tmp_path / "registry" / model_folder_name(model_id) / revision
-    in_the_way.write_text("a file where the folder has to be")
+    model_id, revision, in_the_way = uncuttable(registry, tmp_path)
     cuts = Cuts(registry)
     cuts.start(model_id, revision)
     until(lambda: status.get(model_id).state is ModelState.FAILED)

@@ -49,6 +49,20 @@ def test_a_model_is_cut_loaded_and_run_without_the_compiler(model_id: str, tmp_p
 
 
 @pytest.mark.prove
+def test_threads_share_what_stands_for_the_compiler_and_find_the_real_one_in_what_it_lacks() -> None:
+    loaded = modules_after(
+        "from azu.models.slim import import_for_stages, without_compiler; import_for_stages(); "
+        "import torch; without_compiler.__enter__(); without_compiler.__enter__(); "
+        "without_compiler.__exit__(); import torch._dynamo as stand_in; "
+        "assert stand_in.disable(len) is len, 'one thread has left, and another is there'; "
+        "assert stand_in.config.cache_size_limit; without_compiler.__exit__(); "
+        "assert torch._dynamo is not stand_in"
+    )
+
+    assert "torch._dynamo.convert_frame" in loaded
+
+
+@pytest.mark.prove
 def test_tokenizers_work_without_torch() -> None:
     loaded = modules_after(
         "from azu.models.slim import import_for_tokenizers; import_for_tokenizers(); "

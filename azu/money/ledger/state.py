@@ -9,6 +9,7 @@ from typing import Annotated, Generic, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from azu.clock import DAY_MS
 from azu.errors import LedgerError
 from azu.money.ledger.transfers import (
     Deposit,
@@ -28,7 +29,6 @@ from azu.money.ledger.transfers import (
 # How long credits and nonces are kept by name, by the chain's time; it takes a nonce for two days.
 KEPT_MS = 30 * 86_400_000
 KEPT_DAYS = 30
-_DAY_MS = 86_400_000
 # A clock that goes back by less stands still until it has come there again.
 _STANDS_STILL_MS = 60_000
 
@@ -108,7 +108,7 @@ class BooksState:
 
     def in_days(self, name: str, now_ms: int, days: int = 1) -> int:
         """Return what `by_day` has of an address or a key, of today (UTC) and the days before."""
-        today = now_ms // _DAY_MS
+        today = now_ms // DAY_MS
         return sum(self.by_day.get(f"{today - ago}/{name}", 0) for ago in range(days))
 
     def expired(self, now_ms: int) -> list[Reserve]:
@@ -226,12 +226,12 @@ class Draft:
 
     def count_today(self, name: str, lamports: int) -> None:
         """Add to what an address, a key or a job has of today."""
-        row = f"{self.at_ms // _DAY_MS}/{name}"
+        row = f"{self.at_ms // DAY_MS}/{name}"
         self.by_day.put(row, max(0, (self.by_day.get(row) or 0) + lamports) or None)
 
     def was_today(self, job_id: str) -> bool:
         """Return whether the reservation of a job that ends was made today, and forget when it was."""
-        today = self.at_ms // _DAY_MS
+        today = self.at_ms // DAY_MS
         is_today = self.by_day.get(f"{today}/{job_id}") is not None
         for day in (today, today - 1):
             self.by_day.put(f"{day}/{job_id}", None)
@@ -274,7 +274,7 @@ class Draft:
             if hold.expires_at_ms > latest_ms:
                 self.reservations.put(job_id, replace(hold, expires_at_ms=latest_ms))
         for row, _ in self.by_day.oldest():
-            if int(row.partition("/")[0]) > self.at_ms // _DAY_MS:
+            if int(row.partition("/")[0]) > self.at_ms // DAY_MS:
                 self.by_day.put(row, None)
 
     def _forget_old(self) -> None:
@@ -287,7 +287,7 @@ class Draft:
             if credit.at_ms >= before_ms:
                 break
             self.credits.put(number, None)
-        first = self.at_ms // _DAY_MS - KEPT_DAYS
+        first = self.at_ms // DAY_MS - KEPT_DAYS
         for row, _ in self.by_day.oldest():
             if int(row.partition("/")[0]) > first:
                 break

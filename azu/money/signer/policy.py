@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pydantic import ConfigDict
 
 from azu.auth.signatures import TakeRevenue, Withdrawal, command_of, is_claim, is_signed
+from azu.clock import DAY_MS
 from azu.errors import Conflict, Forbidden, InvalidRequest, RateLimited, Unavailable
 from azu.money.chain.rows import LATE_MS, NONCE_AHEAD_MS, NONCE_WINDOW_MS
 from azu.money.signer.views import (
@@ -28,7 +29,6 @@ from azu.money.signer.views import (
 )
 
 _HOUR_MS = 3_600_000
-DAY_MS = 24 * _HOUR_MS
 # How long no other process may send from the platform's account before a signer goes on that was stopped.
 QUARANTINE_MS = 600_000
 # The chain admits a nonce from two days before to one day after its own time.

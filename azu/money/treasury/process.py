@@ -35,7 +35,7 @@ from azu.supervision import Supervisor
 
 _LOG = logging.getLogger(__name__)
 _REQUESTS_AT_ONCE = 16
-# Each asks the chain, which counts that; it credits a deposit also without a request, at the next poll.
+# For each the treasury asks the chain, which counts that. A deposit is credited without a request too.
 _REQUESTS_A_SECOND = 4
 _REQUESTS_EVERY_S = 0.05
 _METRICS_EVERY_S = 1.0
